@@ -1,0 +1,72 @@
+"""The command line: argv in, exit code out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from keyproxy import __version__
+from keyproxy.cli.config import config_group
+from keyproxy.cli.directory import key_group, tenant_group, user_group
+from keyproxy.cli.migrate import migrate_command
+from keyproxy.cli.serve import demo_command, serve_command
+from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
+from keyproxy.config import ConfigError
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Every command takes --config FILE (or KEYPROXY_CONFIG) and says more with --help.",
+)
+@click.version_option(__version__, prog_name="keyproxy")
+def root() -> None:
+    """A reverse proxy that tells a compute server, for every request, on whose behalf it comes.
+
+    \b
+    Try it:          keyproxy demo
+    First steps:     keyproxy migrate
+                     keyproxy tenant create acme
+                     keyproxy user create u_42 --tenant acme
+                     keyproxy serve
+    """
+
+
+for _command in (
+    demo_command, serve_command, migrate_command, config_group, tenant_group, user_group, key_group
+):  # fmt: skip
+    root.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0 done, 1 refused or failed, 2 bad usage or bad configuration."""
+    try:
+        status = root.main(None if argv is None else list(argv), prog_name="keyproxy", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        error.show()
+        return MISUSED
+    except ConfigError as error:
+        for problem in error.problems:
+            _say(problem)
+        return MISUSED
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return FAILED
+    except Failure as error:
+        _say(str(error))
+        return FAILED
+    except refusals() as error:
+        _say(" ".join(str(error).split()))
+        return FAILED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return status if isinstance(status, int) else 0
+
+
+def _say(text: str) -> None:
+    click.echo(f"keyproxy: {text}", err=True)

@@ -1,0 +1,48 @@
+"""keyproxy config check|show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import orjson
+
+from keyproxy import config
+from keyproxy.cli.setting import config_option, json_option, load
+
+
+@click.group("config")
+def config_group() -> None:
+    """Check the configuration, or show what it comes to."""
+
+
+@config_group.command("check")
+@config_option
+def check(config_path: Path | None) -> None:
+    """Say whether the configuration can be used.
+
+    Status 0 if it can; 2, and a line for each thing that is wrong, if not.
+    """
+    load(config_path)
+    click.echo("ok")
+
+
+@config_group.command("show")
+@config_option
+@json_option
+def show(config_path: Path | None, *, as_json: bool) -> None:
+    """Show every value and where it came from. Secrets are masked."""
+    loaded = load(config_path)
+    rows = []
+    for key, value in config.flatten(loaded.settings):
+        origin = loaded.origins.get(key)
+        source = origin.source if origin is not None else "file or KEYPROXY_ROUTES"
+        rows.append((key, config.mask(value) if origin is not None and origin.secret else value, source))
+    if as_json:
+        found = {key: {"value": value, "source": source} for key, value, source in rows}
+        click.echo(orjson.dumps(found).decode("utf-8"))
+        return
+    width = max(len(key) for key, *_ in rows)
+    for key, value, source in rows:
+        shown = orjson.dumps(value).decode("utf-8")
+        click.echo(f"{key:<{width}} = {shown}  # {source}")

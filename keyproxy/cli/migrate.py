@@ -1,0 +1,43 @@
+"""keyproxy migrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import orjson
+import uvloop
+
+from keyproxy.cli.setting import config_option, json_option, load, store
+from keyproxy.store import migrations
+
+
+@click.command("migrate")
+@config_option
+@json_option
+@click.option("--status", "only_status", is_flag=True, help="Say what is applied and what is pending; change nothing.")
+def migrate_command(config_path: Path | None, *, as_json: bool, only_status: bool) -> None:
+    """Bring the database's schema up to this program.
+
+    Safe to run at any time, by several at once, and while proxies of the previous release are running.
+    """
+    settings = load(config_path).settings
+    with store(settings) as dsn:
+        done = [] if only_status else uvloop.run(migrations.migrate(dsn))
+        state = uvloop.run(migrations.state(dsn))
+    names = {one.number: f"{one.number:04}_{one.name}" for one in migrations.available()}
+    if as_json:
+        found = {
+            "applied": [names[number] for number in state.applied],
+            "pending": [names[one.number] for one in state.pending],
+            "done": [names[one.number] for one in done],
+        }
+        click.echo(orjson.dumps(found).decode("utf-8"))
+        return
+    for one in done:
+        click.echo(f"applied  {names[one.number]}")
+    if only_status:
+        for number, name in names.items():
+            click.echo(f"{'applied' if number in state.applied else 'pending'}  {name}")
+    elif not done:
+        click.echo("nothing to do")

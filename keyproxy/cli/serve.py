@@ -1,0 +1,59 @@
+"""keyproxy serve, keyproxy demo."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+import uvloop
+
+from keyproxy import app, demo
+from keyproxy.cli.setting import Failure, config_option, load, store
+from keyproxy.store import migrations
+from keyproxy.store.database import StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+
+@click.command("serve")
+@config_option
+def serve_command(config_path: Path | None) -> None:
+    """Run the data plane: the proxied port and the ops listener.
+
+    Access log on stdout, everything else on stderr. SIGTERM drains and ends it.
+    """
+    settings = load(config_path).settings
+    with store(settings) as dsn:
+        uvloop.run(_check_schema(dsn))
+        uvloop.run(app.serve(settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started))
+
+
+def _started(proxy: str, ops: str) -> None:
+    _log.info("proxy on %s, ops on %s", proxy, ops)
+
+
+async def _check_schema(dsn: str) -> None:
+    """A schema that is too old is a mistake to be told; a store that cannot be asked is a day like any other."""
+    try:
+        state = await migrations.state(dsn)
+    except StoreUnavailable as error:
+        _log.warning("%s: starting all the same; nobody is let in before it answers", error)
+        return
+    except migrations.MigrationError as error:
+        _log.warning("%s", error)
+        return
+    if state.pending:
+        raise Failure("the database has no schema, or an old one: run `keyproxy migrate` with this configuration first")
+
+
+@click.command("demo")
+@click.option("--once", is_flag=True, help="Play the story once and end; status 1 if any step failed.")
+@click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where the demo keeps its data.")
+def demo_command(directory: Path | None, *, once: bool) -> int:
+    """Show the whole thing: a real PostgreSQL, a compute server, a proxy, and a worker's calls.
+
+    Needs nothing but `pip install keyproxy[demo]`. Ctrl-C ends it.
+    """
+    return demo.run(directory, once=once)

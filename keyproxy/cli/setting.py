@@ -1,0 +1,155 @@
+"""What commands share: the configuration, the store, and how results and failures are told."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import orjson
+import uvloop
+
+from keyproxy import config
+from keyproxy.settings import Settings, is_scope
+from keyproxy.sockets import BindError
+from keyproxy.store import embedded, migrations
+from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.directory import Actor, DirectoryError
+from keyproxy.store.embedded import EmbeddedError
+
+FAILED: Final = 1
+MISUSED: Final = 2
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+_DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d|w)")
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class Failure(Exception):
+    """A command that failed, told in one line."""
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What ends a command with one line on stderr and status 1."""
+    return (
+        DirectoryError, StoreConflict, StoreUnavailable, EmbeddedError, migrations.MigrationError, BindError,
+    )  # fmt: skip
+
+
+def config_option(command: _Decorated) -> _Decorated:
+    """--config FILE."""
+    return click.option(
+        "--config", "config_path", envvar="KEYPROXY_CONFIG", metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path), help="Configuration in TOML. Without it: the defaults.",
+    )(command)  # fmt: skip
+
+
+def json_option(command: _Decorated) -> _Decorated:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(command)
+
+
+def load(path: Path | None) -> config.Config:
+    """The configuration; logging is set up with it."""
+    loaded = config.load(path, os.environ)
+    _set_up_logging(loaded.settings.log.level)
+    return loaded
+
+
+@contextlib.contextmanager
+def store(settings: Settings) -> Iterator[str]:
+    """The DSN of the store while the context lasts. The embedded one is started, or attached to, and migrated."""
+    if settings.store.dsn != "embedded":
+        yield settings.store.dsn
+        return
+    chosen = settings.store.embedded_dir
+    server = embedded.start(Path(chosen) if chosen else embedded.default_directory(os.environ))
+    try:
+        uvloop.run(migrations.migrate(server.dsn()))
+        yield server.dsn()
+    finally:
+        server.stop()
+
+
+def actor() -> Actor:
+    """Who runs this command, for the audit log."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return Actor(f"cli:{user}", socket.gethostname())
+
+
+def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bool, columns: Sequence[str]) -> None:
+    """A result: JSON for programs; for people a table of rows, or one thing's fields below each other."""
+    if as_json:
+        click.echo(orjson.dumps(result).decode("utf-8"))
+    elif isinstance(result, Mapping):
+        shown = {name: value for name, value in result.items() if not isinstance(value, Mapping)}
+        width = max(map(len, shown), default=0)
+        for name, value in shown.items():
+            click.echo(f"{name:<{width}}  {_cell(value)}")
+    else:
+        _table([[_cell(row.get(name)) for name in columns] for row in result], columns)
+
+
+def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | None | str:
+    """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta; `never` as it is."""
+    if value is None or value == "never":
+        return value
+    match = _DURATION.fullmatch(value)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is no duration: write 90d, 24h, 30m, 45s, 2w or never")
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError as error:
+        raise click.BadParameter(f"{value!r} is too long") from error
+
+
+def scopes(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """A click callback: checked scopes, each once."""
+    for value in values:
+        if not is_scope(value):
+            raise click.BadParameter(f"{value!r} is no scope: a word such as jobs:write, without wildcards")
+    return tuple(dict.fromkeys(values))
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "-"
+    return str(value)
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
+    lines = [[column.upper().replace("_", " ") for column in columns], *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        request_id = getattr(record, "request_id", None)
+        text = super().format(record)
+        return text if request_id is None else f"{text} request_id={request_id}"
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    # What asyncio logs at its usual level are tasks and handles, whose repr may hold a request's bytes.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL if level != "debug" else logging.WARNING)

@@ -1,0 +1,244 @@
+"""Read TOML and environment into `Settings`: the only reader of either.
+
+Environment over file over default. Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
+error that names the key, where it was set, and the closest key there is. All errors are told at once. Every value keeps
+its origin, so that `keyproxy config show` can say where it came from.
+
+A secret may stand in a file of its own: `store.dsn_file` instead of `store.dsn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from keyproxy.settings import TABLES, Check, RouteRow, Settings, cross_checks
+
+ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
+
+#: Names under the prefix that are not keys of the configuration.
+_OTHER_VARIABLES: Final = frozenset({"KEYPROXY_CONFIG", "KEYPROXY_PG_BIN", "KEYPROXY_ROUTES"})
+
+_ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used. `problems` are complete sentences, one for each thing that is wrong."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class Origin(NamedTuple):
+    """Where a value came from: `default`, `file` or the environment variable's name; `secret` values are masked."""
+
+    source: str
+    secret: bool
+
+
+class Config(NamedTuple):
+    """Settings, with the origin of every key (`table.key`)."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+
+
+class _Reading:
+    """One pass over all sources; collects values, origins and what is wrong."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+        self.origins: dict[str, Origin] = {}
+        self.wrong: list[str] = []
+        self.keys = {table: {key.name: key for key in dataclasses.fields(cls)} for table, cls in TABLES.items()}
+
+    def set(self, table: str, name: str, value: object, source: str) -> None:
+        key = self.keys[table].get(name)
+        if key is None:
+            twin = self.keys[table].get(name.removesuffix("_file"))
+            if name.endswith("_file") and twin is not None and twin.metadata["secret"]:
+                self._set_from_file(table, twin.name, value, source)
+            else:
+                self.unknown(f"{table}.{name}", [f"{table}.{one}" for one in self.keys[table]], source)
+            return
+        checked = _checked(value, key.type, key.metadata["check"], is_text=source.startswith(ENVIRONMENT_PREFIX))
+        if isinstance(checked, _Wrong):
+            self.wrong.append(f"{table}.{name}: {checked.sentence} (set in {source})")
+            return
+        self.values[table][name] = checked
+        self.origins[f"{table}.{name}"] = Origin(source, key.metadata["secret"])
+
+    def unknown(self, name: str, known: list[str], source: str) -> None:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        self.wrong.append(f"{name}: no such key (set in {source}){hint}")
+
+    def _set_from_file(self, table: str, name: str, value: object, source: str) -> None:
+        if not isinstance(value, str):
+            self.wrong.append(f"{table}.{name}_file: must be a path (set in {source})")
+            return
+        earlier = self.origins.get(f"{table}.{name}")
+        if earlier is not None and earlier.source.partition(":")[0] == source.partition(":")[0]:
+            self.wrong.append(f"{table}.{name}: set both in place and by {name}_file (in {source})")
+            return
+        try:
+            secret = Path(value).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            self.wrong.append(f"{table}.{name}_file: cannot be read: {error}")
+            return
+        self.set(table, name, secret, f"{source}: {name}_file")
+
+
+class _Wrong(NamedTuple):
+    sentence: str
+
+
+def load(path: Path | None, environment: Mapping[str, str]) -> Config:
+    """Settings out of a TOML file (None: no file) and the environment. Raises ConfigError with all that is wrong."""
+    reading = _Reading()
+    route_rows: object = []
+    if path is not None:
+        document = _parse(path)
+        route_rows = document.pop("routes", [])
+        for table, content in document.items():
+            if table not in TABLES:
+                reading.unknown(table, [*TABLES, "routes"], str(path))
+            elif not isinstance(content, dict):
+                reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
+            else:
+                for name, value in _twins_last(content):
+                    reading.set(table, name, value, str(path))
+    for variable in sorted(environment):
+        _read_variable(reading, variable, environment[variable])
+    if "KEYPROXY_ROUTES" in environment:
+        try:
+            route_rows = json.loads(environment["KEYPROXY_ROUTES"])
+        except ValueError:
+            reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
+    rows = tuple(_routes(reading, route_rows))
+    if reading.wrong:
+        raise ConfigError(reading.wrong)
+    tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
+    settings = Settings(**tables, routes=rows)
+    wrong = cross_checks(settings)
+    if wrong:
+        raise ConfigError(wrong)
+    return Config(settings, _with_defaults(reading))
+
+
+def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
+    """Every key as (`table.key`, value), in the order of the file; routes last, one for each row."""
+    for table in TABLES:
+        for key, value in dataclasses.asdict(getattr(settings, table)).items():
+            yield f"{table}.{key}", value
+    for number, row in enumerate(settings.routes, start=1):
+        yield f"routes[{number}]", dataclasses.asdict(row)
+
+
+def mask(value: object) -> object:
+    """A secret as it may be shown: what it is, without the password in it."""
+    if not isinstance(value, str):
+        return value
+    without_userinfo = re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", value)
+    return re.sub(r"(?i)(?<=[?&]password=)[^&]*", "***", without_userinfo)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is not TOML: {error}"]) from error
+
+
+def _twins_last(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from sorted(content.items(), key=lambda item: item[0].endswith("_file"))
+
+
+def _read_variable(reading: _Reading, variable: str, value: str) -> None:
+    if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
+        return
+    known = [f"{ENVIRONMENT_PREFIX}{table}__{name}".upper() for table, keys in reading.keys.items() for name in keys]
+    table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+    if separator and table in TABLES:
+        reading.set(table, name, value, variable)
+    # Without the double underscore it is somebody else's, such as the KEYPROXY_PORT that Kubernetes sets for a
+    # service of this name; unless it is one of ours but for the missing underscore.
+    elif separator or variable.upper() in {one.replace("__", "_") for one in known}:
+        reading.unknown(variable, known, "the environment")
+
+
+def _routes(reading: _Reading, rows: object) -> Iterator[RouteRow]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        reading.wrong.append("routes: must be an array of tables, [[routes]]")
+        return
+    keys = {key.name: key for key in dataclasses.fields(RouteRow)}
+    for number, row in enumerate(rows, start=1):
+        values: dict[str, Any] = {}
+        for name, value in row.items():
+            if name not in keys:
+                reading.unknown(
+                    f"routes[{number}].{name}", [f"routes[{number}].{key}" for key in _ROUTE_KEYS], "routes"
+                )
+                continue
+            checked = _checked(value, keys[name].type, keys[name].metadata["check"], is_text=False)
+            if isinstance(checked, _Wrong):
+                reading.wrong.append(f"routes[{number}].{name}: {checked.sentence}")
+            else:
+                values[name] = checked
+        if "match" not in row:
+            reading.wrong.append(f"routes[{number}]: has no match")
+        yield RouteRow(**values)
+
+
+def _checked(value: object, wanted: object, check: Check | None, *, is_text: bool) -> object:
+    """The value in its key's type (from text, if it came from the environment), or what is wrong with it."""
+    typed = _typed(value, str(wanted), is_text=is_text)
+    if isinstance(typed, _Wrong):
+        return typed
+    sentence = check(typed) if check is not None else None
+    return typed if sentence is None else _Wrong(sentence)
+
+
+def _typed(value: object, wanted: str, *, is_text: bool) -> object:
+    text = value if is_text and isinstance(value, str) else None
+    match wanted:
+        case "str":
+            return value if isinstance(value, str) else _Wrong("must be a string")
+        case "bool":
+            if text is not None:
+                value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+            return value if isinstance(value, bool) else _Wrong("must be true or false")
+        case "int":
+            if text is not None and re.fullmatch(r"-?[0-9]{1,18}", text):
+                value = int(text)
+            return value if isinstance(value, int) and not isinstance(value, bool) else _Wrong("must be a whole number")
+        case "float":
+            if text is not None and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,9})?", text):
+                value = float(text)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+            return _Wrong("must be a number")
+        case "list[str]":
+            if text is not None:
+                value = [item.strip() for item in text.split(",") if item.strip()]
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return value
+            return _Wrong("must be a list of strings")
+    raise AssertionError(f"no reader for type {wanted}")
+
+
+def _with_defaults(reading: _Reading) -> dict[str, Origin]:
+    return {
+        f"{table}.{name}": reading.origins.get(f"{table}.{name}", Origin("default", key.metadata["secret"]))
+        for table, keys in reading.keys.items()
+        for name, key in keys.items()
+    }

@@ -1,0 +1,88 @@
+"""Find the one key that a request presents. Plaintext comes in, a digest goes out, and nothing else leaves.
+
+A key is `Authorization: Api-Key <KEY>` (scheme in any case), `Authorization: Bearer <KEY>` or `X-Api-Key: <KEY>`. The
+same key said twice is one credential; two different ones are refused, because which of them counts is what two servers
+would read differently. A key in the URL is refused even if another one is in a header: the URL has been logged already
+by whatever the request passed through.
+
+Not decided here: whether the key exists. `Presented.check` tells a key that cannot exist, without asking anyone; it is
+called only for a digest that memory does not know, so that a known key costs one hash.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.model import CredentialField, KeyDigest, RequestHead
+from keyproxy.reasons import Reason, Refusal
+
+#: Query parameters whose value is a credential wherever they are used. Compared lower-case, `-` for `_`.
+_KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"access-token"})
+
+_AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
+_OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
+
+
+class Presented:
+    """The key of one request: its digest, and the means to tell that it cannot exist."""
+
+    __slots__ = ("_format", "_key", "digest")
+
+    def __init__(self, plaintext: bytes, key_format: KeyFormat) -> None:
+        self._key = SecretKey(plaintext)
+        self._format = key_format
+        self.digest: KeyDigest = self._key.digest()
+
+    def check(self) -> None:
+        """Raise the Refusal for a key that is malformed or has a wrong checksum."""
+        if not self._format.may_exist(self._key.reveal()):
+            raise Refusal(Reason.KEY_INVALID, "malformed, or its checksum is wrong")
+
+
+def presented(head: RequestHead, key_format: KeyFormat) -> Presented:
+    """The one key this request presents. Raises the Refusal for none, several, or one in the URL."""
+    if b"?" in head.target or b"%" in head.target or b"_" in head.target:
+        _refuse_key_in_url(head.target, key_format)
+    credentials = head.credentials
+    if len(credentials) == 1:
+        return Presented(_plaintext(*credentials[0]), key_format)
+    if not credentials:
+        raise Refusal(Reason.KEY_MISSING)
+    return Presented(_the_same(credentials), key_format)
+
+
+def _plaintext(name: bytes, value: bytes) -> bytes:
+    if name == b"x-api-key":
+        if not value:
+            raise Refusal(Reason.KEY_INVALID, "X-Api-Key is empty")
+        return value
+    match = _AUTHORIZATION.fullmatch(value)
+    if match is not None:
+        return match[1]
+    if _OUR_SCHEME.match(value):
+        raise Refusal(Reason.KEY_INVALID, "the Authorization header holds no key, or more than a key")
+    raise Refusal(Reason.KEY_MISSING, "the Authorization header is of another scheme")
+
+
+def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
+    try:
+        first, *others = (_plaintext(*credential) for credential in credentials)
+    except Refusal:
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, "several credentials, not all of them a key") from None
+    if any(other != first for other in others):
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, f"{len(credentials)} credentials that differ")
+    return first
+
+
+def _refuse_key_in_url(target: bytes, key_format: KeyFormat) -> None:
+    # Decoded twice: a key that was encoded on its way through a template engine or a redirect is still a key.
+    decoded = unquote_to_bytes(unquote_to_bytes(target))
+    if key_format.is_within(decoded):
+        raise Refusal(Reason.KEY_IN_URL)
+    for parameter in decoded.partition(b"?")[2].replace(b";", b"&").split(b"&"):
+        name, _, value = parameter.partition(b"=")
+        if value and name.lower().replace(b"_", b"-") in _KEY_PARAMETERS:
+            raise Refusal(Reason.KEY_IN_URL)

@@ -1,0 +1,297 @@
+"""`keyproxy demo`: the whole thing on one machine, told as a story and checked step by step.
+
+Everything in it is real: a PostgreSQL, a compute server on a socket of its own, the proxy as `serve` runs it. What is
+left behind is the data directory; the database of a run is dropped with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import click
+import orjson
+import uvloop
+from aiohttp import web
+
+from keyproxy import app, sockets
+from keyproxy.keyformat import ENTROPY_BYTES, KeyFormat
+from keyproxy.settings import Listen, Ops, RouteRow, Settings, Store, Upstream
+from keyproxy.store import embedded, migrations, scratch
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Actor, Directory, KeyWish
+
+_DATABASE_PREFIX: Final = "demo_"
+_PORTS: Final = {"proxy": 8080, "ops": 9090}
+_JOBS: Final = "/v1/ai/jobs"
+_IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
+
+#: With X-Keyproxy-Key-Id.
+_IDENTITY_HEADERS: Final = 5
+
+#: A revocation is in force everywhere within this time of its commit.
+_REVOKED_SECONDS_MAX: Final = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+def run(directory: Path | None, *, once: bool) -> int:
+    """Play the story. 0 if every step did what it should."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    started = time.monotonic()
+    home = directory or embedded.default_directory(os.environ).with_name("demo")
+    click.echo("Starting PostgreSQL …")
+    server = embedded.start(home)
+    try:
+        click.echo(f"  {server.socket_directory} ({time.monotonic() - started:.1f} s)")
+        return uvloop.run(_demo(server, home, once=once))
+    finally:
+        server.stop()
+
+
+async def _demo(server: embedded.EmbeddedServer, home: Path, *, once: bool) -> int:
+    maintenance, name = server.dsn("postgres"), f"{_DATABASE_PREFIX}{secrets.token_hex(6)}"
+    await scratch.drop_unused(maintenance, _DATABASE_PREFIX)
+    await scratch.create(maintenance, name)
+    try:
+        await migrations.migrate(server.dsn(name))
+        async with _everything(server.dsn(name), home) as story:
+            await story.play()
+            story.sum_up()
+            if not once and not story.failures:
+                story.invite()
+                await asyncio.Event().wait()
+            return 1 if story.failures else 0
+    except asyncio.CancelledError:
+        click.echo("\nBye.")
+        return 0
+    finally:
+        await scratch.drop(maintenance, name)
+
+
+@contextlib.asynccontextmanager
+async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
+    async with contextlib.AsyncExitStack() as stack:
+        compute = await stack.enter_async_context(_compute_server())
+        proxy_socket, ops_socket = _preferably(_PORTS["proxy"]), _preferably(_PORTS["ops"])
+        settings = Settings(
+            listen=Listen(address=sockets.told(proxy_socket), drain_seconds=1.0),
+            ops=Ops(address=sockets.told(ops_socket)),
+            upstream=Upstream(url=f"http://{compute}"),
+            store=Store(dsn=dsn),
+            routes=(
+                RouteRow(f"POST {_JOBS}", ["jobs:write"]),
+                RouteRow(f"GET {_JOBS}/{{id}}", ["jobs:read"]),
+            ),
+        )
+        config_path = home / "demo.toml"
+        config_path.write_text(f'[store]\ndsn = "{dsn}"\n', encoding="utf-8")
+        log = stack.enter_context((home / "access.log").open("wb"))
+        proxy = app.Proxy(settings, dsn, access_log_fd=log.fileno())
+        await stack.enter_async_context(proxy.running(proxy_socket, ops_socket))
+        database = Database(dsn, pool_size_max=1, statement_timeout_seconds=10.0)
+        await database.open()
+        stack.push_async_callback(database.close)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        directory = Directory(database, KeyFormat(), Actor("demo", "local"))
+        yield Story(settings, directory, session, config_path)
+
+
+class Story:
+    """A worker's day. `failures` names the steps that did not do what they should."""
+
+    def __init__(
+        self, settings: Settings, directory: Directory, session: aiohttp.ClientSession, config_path: Path
+    ) -> None:
+        self.failures: list[str] = []
+        self._settings = settings
+        self._directory = directory
+        self._session = session
+        self._config_path = config_path
+        self._url = f"http://{settings.listen.address}"
+        self._key = ""
+        self._steps = 0
+
+    async def play(self) -> None:
+        """All steps."""
+        keys = await self._provision()
+        self._key = keys["alice"]["secret"]
+        unknown = KeyFormat().make(secrets.token_bytes(ENTROPY_BYTES), is_test=False).reveal().decode()
+        mistyped = self._key[:-1] + ("0" if self._key[-1] != "0" else "1")
+        alice = {"X-Keyproxy-User": "u_alice", "X-Keyproxy-Tenant": "acme", "X-Keyproxy-Test": "false"}
+
+        await self._step("A worker calls with alice's key", self._key, 200, sees=alice)
+        await self._step("No key", None, 401, code="api_key_missing")
+        await self._step(
+            "A mistyped key: its checksum is wrong, nobody is asked", mistyped, 401, code="api_key_invalid"
+        )
+        await self._step("A well-formed key that does not exist", unknown, 401, code="api_key_invalid")
+        await self._step(
+            "bob's key may read jobs, not write them", keys["bob"]["secret"], 403, code="insufficient_scope"
+        )
+        await self._step(
+            "alice's test key: the same user, told apart", keys["test"]["secret"], 200,
+            sees={**alice, "X-Keyproxy-Test": "true"},
+        )  # fmt: skip
+        await self._step(
+            "A worker claims to be somebody else", self._key, 200, sees=alice,
+            extra={"X-Keyproxy-User": "u_root", "x_keyproxy_tenant": "evil", "Connection": "X-Keyproxy-User"},
+        )  # fmt: skip
+        await self._revocation(keys["revoked"])
+
+    def sum_up(self) -> None:
+        """Say how it went."""
+        click.echo()
+        if self.failures:
+            click.echo(f"{len(self.failures)} of {self._steps} steps FAILED: {'; '.join(self.failures)}")
+        else:
+            click.echo(f"All {self._steps} steps did what they should.")
+
+    def invite(self) -> None:
+        """Say what to try by hand."""
+        ops = f"http://{self._settings.ops.address}"
+        click.echo("\nTry it yourself:\n")
+        click.echo(
+            f"  curl -i {self._url}{_JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
+        )
+        click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
+        click.echo(f"  keyproxy key list --config {self._config_path}")
+        click.echo("\nCtrl-C ends it.")
+
+    async def _provision(self) -> dict[str, dict[str, Any]]:
+        click.echo("\nTenant acme, its users alice and bob, and their keys")
+        directory, week = self._directory, timedelta(days=7)
+        await directory.create_tenant("acme", "Acme Ltd")
+        both = ("jobs:read", "jobs:write")
+        alice = await directory.create_user("u_alice", "acme", KeyWish("worker", both, expires_in=week))
+        bob = await directory.create_user("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
+        keys = {
+            "alice": alice["key"],
+            "test": await directory.issue_key("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
+            "revoked": await directory.issue_key("u_alice", KeyWish("old worker", both, expires_in=week)),
+            "bob": bob["key"],
+        }
+        for key in keys.values():
+            mode = "test" if key["is_test"] else "live"
+            click.echo(f"  {key['user']:<8} {mode}  {key['hint']:<20} {' '.join(key['scopes'])}")
+        return keys
+
+    async def _step(
+        self, title: str, key: str | None, status: int, *, code: str | None = None,
+        sees: Mapping[str, str] | None = None, extra: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """One call, told and checked."""
+        self._steps += 1
+        headers = dict(extra or {})
+        shown = [f"{name}: {value}" for name, value in headers.items()]
+        if key is not None:
+            headers["Authorization"] = f"Api-Key {key}"
+            shown.insert(0, f"Authorization: Api-Key {key[:8]}…{key[-4:]}")
+        click.echo(f"\n{self._steps}. {title}\n   > POST {_JOBS}   {'   '.join(shown)}")
+        answered, body = await self._call(headers)
+        wrong = [] if answered == status else [f"status {answered} instead of {status}"]
+        if code is not None:
+            click.echo(f"   < {answered} {body.get('code')}: {body.get('detail')}")
+            wrong += [] if body.get("code") == code else [f"code {body.get('code')} instead of {code}"]
+        else:
+            saw: Mapping[str, list[str]] = body.get("identity", {})
+            click.echo(f"   < {answered} the compute server saw " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
+            wrong += [f"{n} was {saw.get(n)}" for n, value in (sees or {}).items() if saw.get(n) != [value]]
+            if body.get("identity_headers") != _IDENTITY_HEADERS:
+                wrong.append(f"{body.get('identity_headers')} identity headers instead of {_IDENTITY_HEADERS}")
+            if body.get("credential_seen"):
+                wrong.append("the credential reached the compute server")
+        self._judge(title, wrong)
+
+    async def _revocation(self, key: Mapping[str, Any]) -> None:
+        """Calls run while their key is revoked: how long after the commit was the last one let through?"""
+        self._steps += 1
+        title = "A key is revoked while calls run"
+        click.echo(f"\n{self._steps}. {title}\n   > POST {_JOBS}   again and again")
+        headers = {"Authorization": f"Api-Key {key['secret']}"}
+        accepted: list[float] = []
+        answers: dict[str, int] = {}
+        stop = asyncio.Event()
+
+        async def worker() -> None:
+            while not stop.is_set():
+                sent = time.monotonic()
+                status, body = await self._call(headers)
+                answers[str(body.get("code", status))] = answers.get(str(body.get("code", status)), 0) + 1
+                if status == 200:
+                    accepted.append(sent)
+
+        workers = [asyncio.create_task(worker()) for _ in range(2)]
+        await asyncio.sleep(0.3)
+        await self._directory.revoke_key(key["id"], "demo")
+        committed = time.monotonic()
+        await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
+        stop.set()
+        await asyncio.gather(*workers)
+        delay = max(0.0, max(accepted, default=committed) - committed)
+        click.echo(f"   < {answers}; the last call let through was sent {delay * 1000:.1f} ms after the commit")
+        wrong = [] if delay <= _REVOKED_SECONDS_MAX else [f"{delay:.3f} s"]
+        wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"answers were {answers}"]
+        self._judge(title, wrong)
+
+    async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+        job = {"job_id": "42", "payload": {"model": "small"}}
+        async with self._session.post(self._url + _JOBS, json=job, headers=headers) as response:
+            return response.status, await response.json(content_type=None)
+
+    def _judge(self, title: str, wrong: list[str]) -> None:
+        if wrong:
+            self.failures.append(title)
+            click.echo(f"   FAILED: {'; '.join(wrong)}")
+        else:
+            click.echo("   ok")
+
+
+def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    return [(name.removeprefix("X-Keyproxy-"), "+".join(values) or "-") for name, values in saw.items()]
+
+
+@contextlib.asynccontextmanager
+async def _compute_server() -> AsyncIterator[str]:
+    """A compute server that answers jobs with the identity it saw. Yields its address."""
+
+    async def job(request: web.Request) -> web.Response:
+        content = await request.json()
+        identity = {name: request.headers.getall(name, []) for name in _IDENTITY}
+        spellings = [name for name in request.headers if name.lower().replace("_", "-").startswith("x-keyproxy-")]
+        answer = {
+            "job_id": content.get("job_id"),
+            "identity": identity,
+            "identity_headers": len(spellings),
+            "credential_seen": "Authorization" in request.headers or "X-Api-Key" in request.headers,
+        }
+        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+
+    application = web.Application()
+    application.router.add_post(_JOBS, job)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    sock = sockets.bind("127.0.0.1:0")
+    await web.SockSite(runner, sock).start()
+    try:
+        yield sockets.told(sock)
+    finally:
+        await runner.cleanup()
+
+
+def _preferably(port: int) -> socket.socket:
+    """This port, or any other if somebody has it already."""
+    try:
+        return sockets.bind(f"127.0.0.1:{port}")
+    except sockets.BindError:
+        return sockets.bind("127.0.0.1:0")

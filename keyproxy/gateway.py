@@ -1,0 +1,138 @@
+"""The life of a request, top to bottom: decide without waiting; fetch only what is missing; decide again.
+
+`decide` is one synchronous function over values in memory. When it misses one it says which; the cold path fetches that
+and calls the same function again, so it cannot decide differently from the hot one. On the hot path no task is made and
+nothing is awaited between the request and the bytes that go upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from keyproxy import admission, credential, headers
+from keyproxy.keyformat import KeyFormat
+from keyproxy.model import Missing, Moment, Permit, RequestHead
+from keyproxy.ports import Exchange, Identities, Recorder
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.routes import RouteTable
+
+_log = logging.getLogger(__name__)
+
+#: A decision misses at most one value of each kind; more rounds than this are a defect, not bad luck.
+_ROUNDS_MAX: Final = 4
+
+
+class Gateway:
+    """Decides on requests and has their outcome recorded. Knows ports, not implementations."""
+
+    def __init__(
+        self, *, key_format: KeyFormat, identities: Identities, routes: RouteTable, recorder: Recorder,
+        now: Callable[[], Moment], instance: bytes,
+    ) -> None:  # fmt: skip
+        """`instance`: a few random characters that make this process's request ids its own."""
+        self._key_format = key_format
+        self._identities = identities
+        self._routes = routes
+        self._recorder = recorder
+        self._now = now
+        self._instance = instance
+        self._serial = itertools.count(1)
+        self._undecided: set[asyncio.Task[None]] = set()
+
+    def begin(self, exchange: Exchange) -> None:
+        """Decide on a request, now if memory suffices, else as soon as what is missing has been fetched."""
+        try:
+            permit = self.decide(exchange)
+        except Missing as missing:
+            task = asyncio.get_running_loop().create_task(self._fetch_and_decide(exchange, missing))
+            self._undecided.add(task)
+            task.add_done_callback(self._undecided.discard)
+        except Refusal as refusal:
+            exchange.refuse(refusal)
+        else:
+            exchange.forward(permit)
+
+    def decide(self, exchange: Exchange, *, is_first_look: bool = True) -> Permit:
+        """May this request go upstream, and as whom? Never waits.
+
+        Raises Missing for a value that has to be fetched first, a Refusal if it may not.
+        """
+        head = exchange.head
+        if head is None:
+            raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be decided")
+        now = self._now()
+        key = credential.presented(head, self._key_format)
+        try:
+            identity = self._identities.known(key.digest, now, is_first_look=is_first_look)
+        except Missing:
+            key.check()
+            raise
+        exchange.identity = identity
+        exchange.route = self._routes.match(head.method, head.path)
+        grant = admission.admit(identity, exchange.route, now)
+        return Permit(grant)
+
+    async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
+        """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
+        try:
+            for _ in range(_ROUNDS_MAX):
+                failure = await _brought(missing)
+                if exchange.is_over:
+                    return
+                try:
+                    permit = self.decide(exchange, is_first_look=False)
+                except Missing as still:
+                    # What could not be fetched may have become unnecessary: a stale value serves while the store is
+                    # down. Only if the decision still needs it is the failure the answer.
+                    if failure is not None:
+                        raise failure from still
+                    missing = still
+                else:
+                    exchange.forward(permit)
+                    return
+            raise Refusal(Reason.INTERNAL_ERROR, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
+        except Refusal as refusal:
+            exchange.refuse(refusal)
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task
+            _log.exception("deciding failed", extra={"request_id": exchange.request_id.decode("ascii")})
+            exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
+
+    def request_id(self, head: RequestHead | None) -> bytes:
+        """The client's own request id if it is sane, else a new one: unique, not secret."""
+        sent = head.request_id if head is not None else None
+        if head is not None and sent is not None and headers.sane_request_id(sent):
+            # A key in this place would be logged and echoed.
+            is_key = self._key_format.is_within(sent) or any(sent in field.value for field in head.credentials)
+            if not is_key:
+                return sent
+        return b"%b%010x" % (self._instance, next(self._serial))
+
+    def error_shape(self, head: RequestHead | None) -> str:
+        """The shape in which a refusal of this request is told."""
+        if head is not None:
+            try:
+                route = self._routes.match(head.method, head.path)
+            except Refusal:
+                route = None
+            if route is not None:
+                return route.error_shape
+        return "problem"
+
+    def over(self, exchange: Exchange) -> None:
+        """Record what has happened."""
+        self._recorder.record(exchange)
+        if exchange.reason is Reason.INTERNAL_ERROR and exchange.refusal_detail:
+            _log.error(exchange.refusal_detail, extra={"request_id": exchange.request_id.decode("ascii")})
+
+
+async def _brought(missing: Missing) -> Refusal | None:
+    """Fetch what is missing; the Refusal that says why not, if it could not be had."""
+    try:
+        await missing.bring()
+    except Refusal as refusal:
+        return refusal
+    return None

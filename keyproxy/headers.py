@@ -1,0 +1,198 @@
+"""Header fields: one canonicaliser, what ends at this proxy, and the head that goes upstream.
+
+`FieldNames.kind` is the only place that knows what a header name means here. It judges a name once and remembers the
+judgement, since the same few names come with every request. A name is compared in canonical form, lower-case with `-`
+for `_`: servers that hand headers to CGI, WSGI or PHP programs fold the two, so `X_Keyproxy_User` is as much ours as
+`X-Keyproxy-User`. Reserved names are dropped in any spelling; any other name outside `[A-Za-z0-9-]` is refused, because
+`Content_Length` would be one thing to us and another to such a server.
+
+The identity headers are ready bytes that come with the identity; they are appended after everything the client sent has
+been filtered, so no field, repetition or Connection option of the client can replace, double or remove them.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from keyproxy.model import Permit, RequestHead
+
+
+class Kind(enum.Enum):
+    """What a header field means to this proxy."""
+
+    PLAIN = enum.auto()  # end-to-end: forwarded
+    HOP = enum.auto()  # ends here
+    RESERVED = enum.auto()  # set by us alone: dropped in any spelling
+    CREDENTIAL = enum.auto()
+    HOST = enum.auto()
+    CONTENT_LENGTH = enum.auto()
+    TRANSFER_ENCODING = enum.auto()
+    CONTENT_TYPE = enum.auto()  # forwarded, but refused if repeated
+    CONNECTION = enum.auto()
+    EXPECT = enum.auto()
+    REQUEST_ID = enum.auto()
+    FORWARDED = enum.auto()  # believed only from a trusted peer
+    UNREADABLE = enum.auto()  # a name that two servers could read differently
+
+
+_KINDS: Final[dict[bytes, Kind]] = {
+    b"authorization": Kind.CREDENTIAL,
+    b"x-api-key": Kind.CREDENTIAL,
+    b"host": Kind.HOST,
+    b"content-length": Kind.CONTENT_LENGTH,
+    b"transfer-encoding": Kind.TRANSFER_ENCODING,
+    b"content-type": Kind.CONTENT_TYPE,
+    b"connection": Kind.CONNECTION,
+    b"expect": Kind.EXPECT,
+    b"x-request-id": Kind.REQUEST_ID,
+    b"forwarded": Kind.FORWARDED,
+    b"x-real-ip": Kind.FORWARDED,
+    **dict.fromkeys(
+        (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
+         b"te", b"trailer", b"upgrade", b"http2-settings"),
+        Kind.HOP,
+    ),
+}  # fmt: skip
+
+#: Fields that a Connection option may not name: without them the message would be another one. RFC 9110 section 7.6.1.
+NOT_HOP_BY_HOP: Final = frozenset({Kind.HOST, Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING, Kind.CONTENT_TYPE})
+
+#: Fields that must not come after the body, where they could change what was judged. RFC 9110 section 6.5.1.
+NOT_IN_TRAILERS: Final = frozenset(
+    {Kind.HOST, Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING, Kind.CONTENT_TYPE, Kind.CREDENTIAL, Kind.CONNECTION,
+     Kind.EXPECT, Kind.UNREADABLE}
+)  # fmt: skip
+
+_NAME = re.compile(rb"[A-Za-z0-9-]+")
+_REMEMBERED_MAX: Final = 2048
+
+#: A client's request id is kept if it is one: no spaces, no controls, nothing that a log or a header could trip over.
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class FieldNames:
+    """Knows every header name's Kind, with the identity headers under one configured prefix."""
+
+    def __init__(self, header_prefix: str = "X-Keyproxy-") -> None:
+        self._prefix = canonical(header_prefix.encode("ascii"))
+        self._remembered: dict[bytes, Kind] = {}
+
+    def kind(self, name: bytes) -> Kind:
+        """The Kind of a header name in any spelling."""
+        try:
+            return self._remembered[name]
+        except KeyError:
+            pass
+        kind = self._judge(name)
+        # Full: forget all. A caller who sends thousands of names costs itself the judgement, and no one else for long.
+        if len(self._remembered) >= _REMEMBERED_MAX:
+            self._remembered.clear()
+        self._remembered[name] = kind
+        return kind
+
+    def _judge(self, name: bytes) -> Kind:
+        plain = canonical(name)
+        if plain.startswith(self._prefix) or (plain == b"x-request-id" and b"_" in name):
+            return Kind.RESERVED
+        if not _NAME.fullmatch(name):
+            return Kind.UNREADABLE
+        if plain.startswith(b"x-forwarded-"):
+            return Kind.FORWARDED
+        return _KINDS.get(plain, Kind.PLAIN)
+
+
+def canonical(name: bytes) -> bytes:
+    """A header name as CGI-like servers compare it: lower-case, `-` for `_`."""
+    return name.lower().replace(b"_", b"-")
+
+
+def sane_request_id(value: bytes) -> bool:
+    """Whether a client's X-Request-Id may be kept."""
+    return _SANE_REQUEST_ID.fullmatch(value) is not None
+
+
+def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
+    """Identity headers as bytes: `values` are (name without prefix, value). Raises ValueError for an unsafe value."""
+    lines = []
+    for name, value in values:
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"{name}: not printable ASCII")
+        lines.append(f"{prefix}{name}: {value}\r\n")
+    return "".join(lines).encode("ascii")
+
+
+class Forwarding:
+    """The X-Forwarded-* fields for requests of one connection, by the trust rule.
+
+    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped.
+    """
+
+    __slots__ = ("_address", "_block", "_is_trusted", "_scheme")
+
+    def __init__(self, address: bytes, *, is_trusted: bool, is_tls: bool) -> None:
+        """`address`: the peer's IP address, empty for a unix socket."""
+        self._address = address
+        self._is_trusted = is_trusted
+        self._scheme = b"https" if is_tls else b"http"
+        first = b"X-Forwarded-For: %b\r\n" % address if address else b""
+        self._block = b"%bX-Forwarded-Proto: %b\r\n" % (first, self._scheme)
+
+    def block(self, head: RequestHead) -> bytes:
+        """The fields as header lines."""
+        if self._is_trusted and head.forwarded:
+            return self._extended(head)
+        if head.host is None:
+            return self._block
+        return b"%bX-Forwarded-Host: %b\r\n" % (self._block, head.host)
+
+    def _extended(self, head: RequestHead) -> bytes:
+        told = {b"x-forwarded-proto": self._scheme}
+        if head.host is not None:
+            told[b"x-forwarded-host"] = head.host
+        hops: list[bytes] = []
+        for name, value in head.forwarded:
+            if name == b"x-forwarded-for":
+                hops.append(value)
+            else:
+                told[name] = value
+        if self._address:
+            hops.append(self._address)
+        lines = [b"X-Forwarded-For: %b\r\n" % b", ".join(hops)] if hops else []
+        lines += [b"%b: %b\r\n" % (name.title(), value) for name, value in told.items()]
+        return b"".join(lines)
+
+
+class TrustRule:
+    """Which peers' X-Forwarded-* are believed: networks, and `unix` for the peers of a unix socket."""
+
+    def __init__(self, trusted_proxies: Sequence[str]) -> None:
+        """Raises ValueError for an entry that is neither a network nor `unix`."""
+        self._trusts_unix = "unix" in trusted_proxies
+        self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
+
+    def forwarding(self, address: str, *, is_tls: bool) -> Forwarding:
+        """The Forwarding for a connection from this IP address; empty: from a unix socket."""
+        if not address:
+            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls)
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        mapped = getattr(parsed, "ipv4_mapped", None)
+        peer = mapped if mapped is not None else parsed
+        is_trusted = any(peer in network for network in self._networks)
+        return Forwarding(str(peer).encode("ascii"), is_trusted=is_trusted, is_tls=is_tls)
+
+
+def dress(head: RequestHead, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes) -> bytes:
+    """The head that goes upstream. `host` is sent if the client, an HTTP/1.0 one, sent none."""
+    return b"".join((
+        head.method, b" ", head.target, b" HTTP/1.1\r\n",
+        b"" if head.host is not None else b"Host: %b\r\n" % host,
+        head.fields,
+        permit.grant.identity.header_block,
+        b"X-Request-Id: ", request_id, b"\r\n",
+        forwarding.block(head),
+        b"Transfer-Encoding: chunked\r\n\r\n" if head.is_chunked else b"\r\n",
+    ))  # fmt: skip

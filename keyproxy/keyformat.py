@@ -1,0 +1,118 @@
+"""The format of a key: make, parse, check, digest. And the type that holds one without ever printing it.
+
+    <prefix>_<live|test>_<43 base62 digits of 256 random bits><6 base62 digits of a CRC-32>
+
+The checksum covers everything before it, so that a mistyped or cut key is told from an unknown one without asking
+anyone, and secret scanners find real keys only. It is no secret and no protection. Only the digest of a key is ever
+stored or compared: SHA-256 without salt is right for 256 random bits, which cannot be guessed from their hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from typing import Final
+
+from keyproxy.model import KeyDigest
+
+ALPHABET: Final = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS: Final = 43
+CHECKSUM_DIGITS: Final = 6
+ENTROPY_BYTES: Final = 32
+
+#: The longest thing that is looked up as a key. Ours have 57 characters with the usual prefix.
+KEY_BYTES_MAX: Final = 512
+
+#: Field characters a foreign key may use: what RFC 9110 allows in a token68 or a token, and nothing that separates.
+_FOREIGN = re.compile(rb"[A-Za-z0-9!#$%%&'*+\-./:=?@^_`|~]{8,%d}" % KEY_BYTES_MAX)
+
+_HINT_TAIL: Final = 4
+
+#: A cut key is still worth hiding; `/docs/kp_live_keys` is no key.
+_RECOGNISABLE_DIGITS: Final = 16
+
+
+class SecretKey:
+    """A whole key in plaintext. No `repr`, `str`, format string, pickle or comparison shows or leaks it."""
+
+    __slots__ = ("_plaintext",)
+
+    def __init__(self, plaintext: bytes) -> None:
+        self._plaintext = plaintext
+
+    def reveal(self) -> bytes:
+        """The plaintext. Called where a key is handed to its owner, and nowhere else."""
+        return self._plaintext
+
+    def digest(self) -> KeyDigest:
+        """SHA-256 of the whole key, 32 bytes."""
+        return KeyDigest(hashlib.sha256(self._plaintext).digest())
+
+    def __repr__(self) -> str:
+        return "SecretKey(<not shown>)"
+
+    def __format__(self, _spec: str) -> str:
+        return repr(self)
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a SecretKey is not serialised")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, _other: object) -> bool:
+        raise TypeError("compare digests, not keys")
+
+
+class KeyFormat:
+    """The format under one configured prefix."""
+
+    def __init__(self, prefix: str = "kp", *, accepts_foreign: bool = True) -> None:
+        self._prefix = prefix.encode("ascii")
+        self._accepts_foreign = accepts_foreign
+        self._ours = re.compile(
+            rb"%b_(?:live|test)_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
+        )
+        start = rb"%b_(?:live|test)_" % re.escape(self._prefix)
+        self._start = re.compile(start, re.IGNORECASE)
+        self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
+
+    def make(self, entropy: bytes, *, is_test: bool) -> SecretKey:
+        """A new key out of 32 random bytes."""
+        if len(entropy) != ENTROPY_BYTES:
+            raise ValueError(f"a key is made of {ENTROPY_BYTES} random bytes, not {len(entropy)}")
+        digits = _base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS)
+        body = b"%b_%b_%b" % (self._prefix, b"test" if is_test else b"live", digits)
+        return SecretKey(body + _checksum(body))
+
+    def may_exist(self, plaintext: bytes) -> bool:
+        """Whether it is worth asking the store: well-formed with a right checksum, or a foreign key where allowed."""
+        if self._start.match(plaintext):
+            return (
+                self._ours.fullmatch(plaintext) is not None
+                and _checksum(plaintext[:-CHECKSUM_DIGITS]) == plaintext[-CHECKSUM_DIGITS:]
+            )
+        return self._accepts_foreign and _FOREIGN.fullmatch(plaintext) is not None
+
+    def is_within(self, text: bytes) -> bool:
+        """Whether one of our keys, or enough of one to be worth hiding, stands anywhere in these bytes, in any case."""
+        return self._recognisable.search(text) is not None
+
+    def hint(self, key: SecretKey) -> str:
+        """What people may see of a key to tell it from others: its start and its last four characters."""
+        plaintext = key.reveal()
+        start = self._start.match(plaintext)
+        shown = plaintext[: start.end() + _HINT_TAIL] if start else plaintext[:_HINT_TAIL]
+        return f"{shown.decode('ascii')}…{plaintext[-_HINT_TAIL:].decode('ascii')}"
+
+
+def _checksum(body: bytes) -> bytes:
+    return _base62(zlib.crc32(body), CHECKSUM_DIGITS)
+
+
+def _base62(number: int, digits: int) -> bytes:
+    out = bytearray(digits)
+    for place in range(digits - 1, -1, -1):
+        number, digit = divmod(number, 62)
+        out[place] = ALPHABET[digit]
+    return bytes(out)

@@ -1,0 +1,105 @@
+"""The ops listener: /livez, /readyz and /metrics, on an address of their own and never on the proxied port.
+
+    /livez   the process runs its event loop. Restart it if this fails.
+    /readyz  200 while requests can be served, also with `"status": "degraded"`; 503 while none can.
+
+Whether a check makes the proxy unready is its own to say. A store that is down does not, as long as verified identities
+can be served: every proxy has the same store, and taking all of them out of rotation would turn a database outage into
+one for every customer. An upstream that is down does: another proxy may have one that is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, NamedTuple
+
+import orjson
+from aiohttp import web
+
+_CHECK_SECONDS: Final = 3.0
+
+
+class Verdict(enum.Enum):
+    """What a check means for the readiness of the whole."""
+
+    OK = "ok"
+    DEGRADED = "degraded"
+    FAILED = "failed"
+
+
+class Check(NamedTuple):
+    """The outcome of one check, with the reason if it is not OK."""
+
+    verdict: Verdict
+    reason: str = ""
+
+
+class OpsListener:
+    """See the module."""
+
+    def __init__(
+        self, *, checks: Mapping[str, Callable[[], Awaitable[Check]]], metrics: Callable[[], bytes],
+        metrics_content_type: str,
+    ) -> None:  # fmt: skip
+        self._checks = checks
+        self._metrics = metrics
+        self._metrics_content_type = metrics_content_type
+        self._runner: web.AppRunner | None = None
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application()
+        app.router.add_get("/livez", self._live)
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._scrape)
+        return app
+
+    async def start(self, sock: socket.socket) -> None:
+        """Serve a bound socket."""
+        self._runner = web.AppRunner(self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.SockSite(self._runner, sock).start()
+
+    async def close(self) -> None:
+        """Serve no more."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        return _json(200, {"status": "ok"})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        outcomes = await asyncio.gather(*(self._checked(check) for check in self._checks.values()))
+        verdicts = {outcome.verdict for outcome in outcomes}
+        status = next(
+            one for one in (Verdict.FAILED, Verdict.DEGRADED, Verdict.OK) if one in verdicts or one is Verdict.OK
+        )
+        content = {
+            "status": status.value,
+            "checks": {
+                name: {"status": outcome.verdict.value} | ({"reason": outcome.reason} if outcome.reason else {})
+                for name, outcome in zip(self._checks, outcomes, strict=True)
+            },
+        }
+        return _json(503 if status is Verdict.FAILED else 200, content)
+
+    async def _checked(self, check: Callable[[], Awaitable[Check]]) -> Check:
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                return await check()
+        except TimeoutError:
+            return Check(Verdict.FAILED, "the check itself took too long")
+
+    async def _scrape(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics(), headers={"Content-Type": self._metrics_content_type})
+
+
+def _json(status: int, content: object) -> web.Response:
+    return web.Response(
+        status=status, body=orjson.dumps(content), content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The ports: what the gateway needs of the edges, and what the wire needs of the gateway.
+
+Implementations live in the rooms of layer 2 and are introduced by `app`. Each port has one contract suite in
+tests/contracts.py, run on the fake and on the real thing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from keyproxy.model import Ending, Identity, KeyDigest, Moment, Permit, RequestHead, Route
+from keyproxy.reasons import Reason, Refusal
+
+
+class Identities(Protocol):
+    """What keys resolve to."""
+
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+        """The identity behind a digest, from memory. Never waits.
+
+        Not `is_first_look`: this request has looked before, and has waited for what was missing.
+
+        Raises Missing if the store has to be asked first, a Refusal (KEY_INVALID) if memory knows that there is no such
+        key, a Refusal (STORE_UNAVAILABLE) if it cannot be known now.
+        """
+        ...
+
+
+class Exchange(Protocol):
+    """One request and its answer, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never."""
+
+    @property
+    def head(self) -> RequestHead | None:
+        """The request; None if its head could not be read."""
+        ...
+
+    @property
+    def request_id(self) -> bytes: ...
+    @property
+    def permit(self) -> Permit | None: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def started_mono(self) -> float: ...
+    @property
+    def sent_mono(self) -> float: ...
+    @property
+    def answered_mono(self) -> float: ...
+    @property
+    def ended_mono(self) -> float: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def reason(self) -> Reason | None: ...
+    @property
+    def refusal_detail(self) -> str: ...
+    @property
+    def ending(self) -> Ending: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+
+    #: Whose key it is, once that is known; also for a request that is then refused.
+    identity: Identity | None
+
+    #: Which route it is on, once it is known whose request it is.
+    route: Route | None
+
+    def forward(self, permit: Permit) -> None:
+        """Send the request upstream and relay the answer."""
+        ...
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal."""
+        ...
+
+
+class Gate(Protocol):
+    """What the wire asks of the gateway."""
+
+    def request_id(self, head: RequestHead | None) -> bytes:
+        """The client's own request id if it is sane, else a new one."""
+        ...
+
+    def begin(self, exchange: Exchange) -> None:
+        """Decide. Calls `forward` or `refuse` on the exchange, before it returns or later. Never raises a Refusal."""
+        ...
+
+    def error_shape(self, head: RequestHead | None) -> str:
+        """The shape in which a refusal of this request is told."""
+        ...
+
+    def over(self, exchange: Exchange) -> None:
+        """The exchange has ended, for whatever reason. Called exactly once for every exchange."""
+        ...
+
+
+class Recorder(Protocol):
+    """Counts and logs what has happened."""
+
+    def record(self, exchange: Exchange) -> None:
+        """One exchange that has ended. Never waits."""
+        ...

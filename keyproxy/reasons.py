@@ -1,0 +1,212 @@
+"""The closed vocabulary of refusal: every way in which a request is not answered by the upstream.
+
+One row says all that is fixed about an outcome: the code for machines, the status, whose fault it is, and what the
+caller hears. A `Refusal` is one occurrence: it may add words for the caller and, apart from them, a detail that only our
+own log sees. Nothing else in the program maps a cause to a status.
+
+A new outcome is one row here, one entry in docs/failure-modes.md, one test.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Blame(enum.Enum):
+    """Who has to act for the next request to succeed."""
+
+    CALLER = "caller"
+    US = "us"
+    UPSTREAM = "upstream"
+
+
+class Row(NamedTuple):
+    """What is fixed about an outcome. `retry_after_seconds` is the usual wait; None: retrying as it is won't help."""
+
+    code: str
+    status: int
+    blame: Blame
+    title: str
+    sentence: str
+    retry_after_seconds: int | None = None
+
+
+class Reason(enum.Enum):
+    """Why a request was refused, or its answer could not be had. The values are unique; `code` is a public name."""
+
+    KEY_MISSING = Row(
+        "api_key_missing",
+        401,
+        Blame.CALLER,
+        "API key missing",
+        "No API key was presented. Send it as 'Authorization: Api-Key <KEY>'.",
+    )
+    KEY_INVALID = Row(
+        "api_key_invalid",
+        401,
+        Blame.CALLER,
+        "API key invalid",
+        "This API key is malformed or unknown.",
+    )
+    KEY_EXPIRED = Row(
+        "api_key_expired",
+        401,
+        Blame.CALLER,
+        "API key expired",
+        "This API key has expired. Ask for a new one.",
+    )
+    KEY_REVOKED = Row(
+        "api_key_revoked",
+        401,
+        Blame.CALLER,
+        "API key revoked",
+        "This API key has been revoked. Ask for a new one.",
+    )
+    ACCOUNT_DISABLED = Row(
+        "account_disabled",
+        401,
+        Blame.CALLER,
+        "Account disabled",
+        "The user or tenant this API key belongs to is disabled.",
+    )
+    CREDENTIALS_AMBIGUOUS = Row(
+        "credentials_ambiguous",
+        400,
+        Blame.CALLER,
+        "Credentials ambiguous",
+        "The request carries more than one credential. Send exactly one API key.",
+    )
+    KEY_IN_URL = Row(
+        "key_in_url",
+        400,
+        Blame.CALLER,
+        "API key in the URL",
+        "An API key must not be part of the URL: URLs are logged by everything they pass. Send it as a header, "
+        "and replace this key: it may have been recorded already.",
+    )
+    REQUEST_MALFORMED = Row(
+        "request_malformed",
+        400,
+        Blame.CALLER,
+        "Request malformed",
+        "The request is not well-formed HTTP/1.1, or two servers could read it differently.",
+    )
+    SCOPE_INSUFFICIENT = Row(
+        "insufficient_scope",
+        403,
+        Blame.CALLER,
+        "Insufficient scope",
+        "This API key lacks a scope that the route asks for.",
+    )
+    ROUTE_NOT_ALLOWED = Row(
+        "route_not_allowed",
+        403,
+        Blame.CALLER,
+        "Route not allowed",
+        "No route of this proxy matches the method and path.",
+    )
+    BODY_TOO_LARGE = Row(
+        "body_too_large",
+        413,
+        Blame.CALLER,
+        "Body too large",
+        "The request body is larger than this proxy accepts.",
+    )
+    HEADERS_TOO_LARGE = Row(
+        "headers_too_large",
+        431,
+        Blame.CALLER,
+        "Headers too large",
+        "The request line and headers are larger than this proxy accepts.",
+    )
+    REQUEST_TIMEOUT = Row(
+        "request_timeout",
+        408,
+        Blame.CALLER,
+        "Request timeout",
+        "The request did not arrive in time.",
+    )
+    STORE_UNAVAILABLE = Row(
+        "store_unavailable",
+        503,
+        Blame.US,
+        "Store unavailable",
+        "API keys cannot be checked right now. This says nothing about yours; retry shortly.",
+        2,
+    )
+    OVERLOADED = Row(
+        "overloaded",
+        503,
+        Blame.US,
+        "Overloaded",
+        "This proxy is at one of its bounds. Retry shortly.",
+        1,
+    )
+    DRAINING = Row(
+        "draining",
+        503,
+        Blame.US,
+        "Draining",
+        "This proxy is shutting down. Retry on a new connection.",
+        1,
+    )
+    UPSTREAM_UNREACHABLE = Row(
+        "upstream_unreachable",
+        502,
+        Blame.UPSTREAM,
+        "Upstream unreachable",
+        "The compute server could not be reached, or closed the connection without an answer.",
+    )
+    UPSTREAM_INVALID = Row(
+        "upstream_invalid",
+        502,
+        Blame.UPSTREAM,
+        "Upstream answer invalid",
+        "The compute server's answer is not well-formed HTTP/1.1.",
+    )
+    UPSTREAM_TIMEOUT = Row(
+        "upstream_timeout",
+        504,
+        Blame.UPSTREAM,
+        "Upstream timeout",
+        "The compute server did not answer in time.",
+    )
+    INTERNAL_ERROR = Row(
+        "internal_error",
+        500,
+        Blame.US,
+        "Internal error",
+        "A defect of this proxy. Its log names the request id.",
+    )
+
+    @property
+    def code(self) -> str:
+        """The public, stable name."""
+        return self.value.code
+
+
+class Refusal(Exception):
+    """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
+
+    `missing_scope` is set for SCOPE_INSUFFICIENT. Neither text may hold anything that came with the request
+    unless it was checked for secrets: see docs/threat-model.md.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str = "",
+        *,
+        said: str = "",
+        missing_scope: str | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(reason.code, detail)
+        self.reason = reason
+        self.detail = detail
+        self.said = said
+        self.missing_scope = missing_scope
+        self.retry_after_seconds = (
+            reason.value.retry_after_seconds if retry_after_seconds is None else retry_after_seconds
+        )

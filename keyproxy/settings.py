@@ -1,0 +1,281 @@
+"""The configuration as values: every table and key of config.example.toml, its type, default and bounds.
+
+Only the shape is here; `config` reads the file and the environment into it. A key is declared once: its default, what
+it may be, and whether it is a secret. Units are the last word of a name and the same as in the metrics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from keyproxy import problems
+from keyproxy.headers import TrustRule
+from keyproxy.model import Route
+from keyproxy.routes import InvalidPatternError, RouteTable
+
+#: Says what is wrong with a value, or None.
+Check = Callable[[Any], str | None]
+
+
+def _setting(default: Any, check: Check | None = None, *, secret: bool = False) -> Any:
+    metadata = {"check": check, "secret": secret}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _within(low: float, high: float = 1e12) -> Check:
+    upper = f" and at most {high:g}" if high < 1e12 else ""
+    return lambda value: None if low <= value <= high else f"must be at least {low:g}{upper}"
+
+
+def _one_of(*choices: object) -> Check:
+    return lambda value: None if value in choices else "must be " + " or ".join(repr(one) for one in choices)
+
+
+def _not_yet(default: object) -> Check:
+    return lambda value: None if value == default else f"this version supports {default!r} only"
+
+
+def _address(value: str) -> str | None:
+    if value.startswith("unix:"):
+        return None if value[5:].startswith("/") else "must be unix: and an absolute path"
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        return "must be 'host:port', '[ipv6]:port' or 'unix:/path'"
+    return None
+
+
+def _tcp_address(value: str) -> str | None:
+    return "must be 'host:port'" if value.startswith("unix:") else _address(value)
+
+
+def _upstream_url(value: str) -> str | None:
+    if value.startswith("unix:"):
+        return _address(value)
+    try:
+        parts = urlsplit(value)
+        port_is_sane = parts.port is None or 0 < parts.port
+    except ValueError:
+        return "is no URL"
+    if parts.scheme != "http" or not parts.hostname or not port_is_sane:
+        return "must be 'http://host[:port]' or 'unix:/path'"
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
+        return "must name a server only: the path of a request is forwarded as it is"
+    return None
+
+
+def _optional_upstream_url(value: str) -> str | None:
+    return None if value == "" else _upstream_url(value)
+
+
+def _dsn(value: str) -> str | None:
+    if value == "embedded" or value.startswith(("postgresql://", "postgres://")):
+        return None
+    return "must be 'embedded' or 'postgresql://…'"
+
+
+def _header_prefix(value: str) -> str | None:
+    if re.fullmatch(r"X-[A-Za-z0-9-]{1,40}-", value) and not value.lower().startswith("x-forwarded-"):
+        return None
+    return "must look like 'X-Name-'"
+
+
+def _key_prefix(value: str) -> str | None:
+    return None if re.fullmatch(r"[a-z][a-z0-9]{0,15}", value) else "must be 1 to 16 of a-z and 0-9"
+
+
+def _networks(value: list[str]) -> str | None:
+    try:
+        TrustRule(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """The proxied port."""
+
+    address: str = _setting("127.0.0.1:8080", _address)
+    workers: int = _setting(1, _not_yet(1))
+    tls_certificate_file: str = _setting("", _not_yet(""))
+    tls_key_file: str = _setting("", _not_yet(""))
+    tls_client_ca_file: str = _setting("", _not_yet(""))
+    connections_max: int = _setting(10_000, _within(1))
+    header_timeout_seconds: float = _setting(10.0, _within(0.05))
+    body_idle_timeout_seconds: float = _setting(30.0, _within(0.05))
+    keepalive_timeout_seconds: float = _setting(75.0, _within(0.05))
+    header_bytes_max: int = _setting(32_768, _within(1024, 1 << 20))
+    body_bytes_max: int = _setting(104_857_600, _within(0))
+    drain_seconds: float = _setting(30.0, _within(0))
+    trusted_proxies: list[str] = _setting([], _networks)
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The ops listener: /livez /readyz /metrics."""
+
+    address: str = _setting("127.0.0.1:9090", _address)
+
+
+@dataclass(frozen=True, slots=True)
+class Admin:
+    """The control plane."""
+
+    address: str = _setting("127.0.0.1:8081", _address)
+    token_file: str = _setting("")
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """The compute server."""
+
+    url: str = _setting("http://127.0.0.1:9000", _upstream_url)
+    test_url: str = _setting("", _optional_upstream_url)
+    connections_max: int = _setting(256, _within(1))
+    connect_timeout_seconds: float = _setting(2.0, _within(0.01))
+    first_byte_timeout_seconds: float = _setting(60.0, _within(0.05))
+    idle_timeout_seconds: float = _setting(300.0, _within(0.05))
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """PostgreSQL."""
+
+    dsn: str = _setting("embedded", _dsn, secret=True)
+    embedded_dir: str = _setting("")
+    pool_size_max: int = _setting(4, _within(1, 1000))
+    statement_timeout_seconds: float = _setting(2.0, _within(0.05))
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What is remembered of the store."""
+
+    fresh_seconds: float = _setting(30.0, _within(0.1))
+    stale_seconds: float = _setting(600.0, _within(0.1))
+    unknown_seconds: float = _setting(5.0, _within(0.1))
+    entries_max: int = _setting(100_000, _within(1))
+    unknown_entries_max: int = _setting(100_000, _within(1))
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityHeaders:
+    """The headers that the upstream trusts."""
+
+    header_prefix: str = _setting("X-Keyproxy-", _header_prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The format and life of keys."""
+
+    prefix: str = _setting("kp", _key_prefix)
+    age_days_max: int = _setting(90, _within(0, 36_500))
+    accept_foreign: bool = _setting(True)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where windows are accounted."""
+
+    backend: str = _setting("postgres", _not_yet("postgres"), secret=True)
+    lease_seconds: float = _setting(10.0, _within(0.5))
+    settle_seconds: float = _setting(0.5, _within(0.05))
+    unreachable: str = _setting("refuse", _one_of("refuse", "allow"))
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Statuses that the operator may choose."""
+
+    invalid_key_status: int = _setting(401, _one_of(401, 403))
+    spent_status: int = _setting(429, _one_of(429, 402))
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What is logged."""
+
+    level: str = _setting("info", _one_of("debug", "info", "warning", "error"))
+    access: bool = _setting(True)
+
+
+def _route_scopes(value: list[str]) -> str | None:
+    bad = [scope for scope in value if not is_scope(scope)]
+    return f"{bad[0]!r} is no scope" if bad else None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRow:
+    """One row of the route table, as configured."""
+
+    match: str = _setting("")
+    scopes: list[str] = _setting([], _route_scopes)
+    error_shape: str = _setting("problem", _one_of(*problems.ERROR_SHAPES))
+    tokens: str = _setting("none", _not_yet("none"))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole configuration."""
+
+    listen: Listen = field(default_factory=Listen)
+    ops: Ops = field(default_factory=Ops)
+    admin: Admin = field(default_factory=Admin)
+    upstream: Upstream = field(default_factory=Upstream)
+    store: Store = field(default_factory=Store)
+    cache: Cache = field(default_factory=Cache)
+    identity: IdentityHeaders = field(default_factory=IdentityHeaders)
+    keys: Keys = field(default_factory=Keys)
+    ledger: Ledger = field(default_factory=Ledger)
+    errors: Errors = field(default_factory=Errors)
+    log: Log = field(default_factory=Log)
+    routes: tuple[RouteRow, ...] = ()
+
+    def route_table(self) -> RouteTable:
+        """The compiled route table. Raises InvalidPatternError."""
+        return RouteTable(
+            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape)) for row in self.routes]
+        )
+
+
+#: Every table of the configuration, by its name in the file.
+TABLES: Final[dict[str, type[Any]]] = {
+    table.name: table.default_factory  # type: ignore[misc]
+    for table in dataclasses.fields(Settings)
+    if table.name != "routes"
+}
+
+_SCOPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+
+
+def is_scope(text: str) -> bool:
+    """Whether this may be a scope: `jobs:write`; no wildcards, no spaces."""
+    return _SCOPE.fullmatch(text) is not None
+
+
+def cross_checks(settings: Settings) -> list[str]:
+    """What is wrong between keys that are right one by one."""
+    wrong = []
+    if settings.cache.stale_seconds < settings.cache.fresh_seconds:
+        wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
+    if settings.listen.address == settings.ops.address and not settings.ops.address.endswith(":0"):
+        wrong.append("ops.address: must not be the proxied port: health and metrics are not for callers")
+    for number, row in enumerate(settings.routes, start=1):
+        try:
+            RouteTable([(row.match, Route(row.match))])
+        except InvalidPatternError as error:
+            wrong.append(f"routes[{number}].match: {error}")
+    matches = [row.match for row in settings.routes]
+    wrong += [
+        f"routes: {match!r} is there twice; the first one wins always"
+        for match in {match for match in matches if matches.count(match) > 1}
+    ]
+    return wrong

@@ -1,0 +1,1 @@
+"""PostgreSQL: the pool, the keys, the identity cache, the change feed. The only home of asyncpg and cachetools."""

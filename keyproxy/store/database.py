@@ -1,0 +1,201 @@
+"""The one door to PostgreSQL: named statements out, rows in, and every way of failing told in two words.
+
+`StoreUnavailable` is "we could not ask": no connection, a timeout, a server that is starting or has failed over, a schema
+that is not there. It is never an answer. `StoreConflict` is the server's "no" to a change: a constraint.
+
+Behind a pooler in transaction mode a prepared statement may meet another server connection than the one it was prepared
+on. The first time that happens the door changes its ways: no statement is kept, and each runs in a transaction, which
+such a pooler does not split. Nobody has to configure that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final
+
+import asyncpg
+
+from keyproxy.store import queries
+
+_log = logging.getLogger(__name__)
+
+_ACQUIRE_SECONDS: Final = 2.0
+_IDLE_CONNECTION_SECONDS: Final = 300.0
+
+#: A prepared statement that is not there, or there already: signs of a pooler in transaction mode.
+_POOLER_SIGNS: Final = (
+    asyncpg.InvalidSQLStatementNameError,
+    asyncpg.DuplicatePreparedStatementError,
+    asyncpg.ProtocolViolationError,
+)
+
+#: The server has heard the question and says no.
+_CONFLICTS: Final = (
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.DataError,
+    asyncpg.RaiseError,
+)
+
+Row = asyncpg.Record
+
+
+class StoreUnavailable(Exception):
+    """The store could not be asked. Says nothing about the answer."""
+
+
+class StoreConflict(Exception):
+    """The store refused a change. `constraint` is the name of the constraint, if it was one."""
+
+    def __init__(self, message: str, constraint: str) -> None:
+        super().__init__(message)
+        self.constraint = constraint
+
+
+class Transaction:
+    """Statements inside one transaction."""
+
+    def __init__(self, connection: Any, statements: dict[str, str]) -> None:
+        self._connection = connection
+        self._statements = statements
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """All rows of a named statement."""
+        rows: Sequence[Row] = await self._connection.fetch(self._statements[name], *arguments)
+        return rows
+
+    async def fetch_row(self, name: str, *arguments: object) -> Row | None:
+        """The first row of a named statement, None if it has none."""
+        rows = await self.fetch(name, *arguments)
+        return rows[0] if rows else None
+
+
+class Database:
+    """See the module. A connection is made when it is first needed, so that opening never fails."""
+
+    def __init__(self, dsn: str, *, pool_size_max: int, statement_timeout_seconds: float) -> None:
+        self._dsn = dsn
+        self._pool_size_max = pool_size_max
+        self._timeout_seconds = statement_timeout_seconds
+        self._statements = queries.load()
+        self._pool: asyncpg.Pool[Row] | None = None
+        self._keeps_statements = True
+        #: Whether the last statement was answered; neither, as long as none was sent.
+        self.is_up = False
+        self.is_down = False
+        self.down_because = ""
+
+    async def open(self) -> None:
+        """Make the pool, without connecting."""
+        self._pool = await self._make_pool()
+
+    async def close(self) -> None:
+        """Close all connections; those in use are cut after a moment."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            async with asyncio.timeout(_ACQUIRE_SECONDS):
+                await pool.close()
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            pool.terminate()
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
+        try:
+            return await self._fetch(name, *arguments)
+        except StoreUnavailable as error:
+            if not isinstance(error.__cause__, _POOLER_SIGNS) or not self._keeps_statements:
+                raise
+        _log.info("the store is reached through a pooler that shares connections: statements are no longer kept")
+        await self._stop_keeping_statements()
+        return await self._fetch(name, *arguments)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Statements that count together or not at all. Raises StoreUnavailable or StoreConflict."""
+        async with self._connection() as connection, connection.transaction():
+            yield Transaction(connection, self._statements)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        if self._pool is None:
+            raise StoreUnavailable("the store is closed")
+        try:
+            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
+                yield connection
+        except _CONFLICTS as error:
+            raise StoreConflict(_first_line(error), getattr(error, "constraint_name", None) or "") from error
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+    async def _fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        try:
+            async with self._connection() as connection:
+                async with contextlib.nullcontext() if self._keeps_statements else connection.transaction():
+                    rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
+        except StoreUnavailable as error:
+            self._note_down(str(error))
+            raise
+        if not self.is_up:
+            if self.is_down:
+                _log.warning("the store answers again")
+            self.is_up, self.is_down, self.down_because = True, False, ""
+        return rows
+
+    def _note_down(self, why: str) -> None:
+        if not self.is_down:
+            _log.warning("the store cannot be asked: %s", why)
+        self.is_up, self.is_down, self.down_because = False, True, why
+
+    async def _stop_keeping_statements(self) -> None:
+        self._keeps_statements = False
+        old, self._pool = self._pool, await self._make_pool()
+        if old is not None:
+            old.terminate()
+
+    async def _make_pool(self) -> asyncpg.Pool[Row]:
+        return await asyncpg.create_pool(
+            self._dsn,
+            min_size=0,
+            max_size=self._pool_size_max,
+            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
+            statement_cache_size=100 if self._keeps_statements else 0,
+            timeout=_ACQUIRE_SECONDS,
+            command_timeout=self._timeout_seconds,
+        )
+
+
+class Listener:
+    """A connection of its own that hears notifications. `lost` is called once, when it ends."""
+
+    def __init__(self, dsn: str, channel: str) -> None:
+        self._dsn = dsn
+        self._channel = channel
+        self._connection: asyncpg.Connection[Row] | None = None
+
+    async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
+        """Listen. Raises StoreUnavailable."""
+        try:
+            connection = await asyncpg.connect(
+                self._dsn, timeout=_ACQUIRE_SECONDS, command_timeout=_ACQUIRE_SECONDS, statement_cache_size=0
+            )
+            self._connection = connection
+            connection.add_termination_listener(lambda _connection: lost())
+            await connection.add_listener(self._channel, lambda *_: heard())
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            await self.close()
+            raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+    async def close(self) -> None:
+        """Listen no more."""
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            connection.terminate()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

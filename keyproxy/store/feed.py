@@ -1,0 +1,162 @@
+"""The change feed: what any SQL client changes reaches this proxy within a second.
+
+There is one way to learn of changes: ask which rows of `keyproxy.changes` are visible now and were not in the snapshot of
+the last look. A notification only says that it is worth asking now rather than at the next turn. So nothing is lost when
+notifications are: a pooler in transaction mode, a cut connection, a missed wake-up cost half a second at most. And since
+snapshots are compared rather than serial numbers, a transaction that began early and committed late is not overlooked.
+
+After an outage the same question tells what happened meanwhile, as long as the rows are still there. Where they may not
+be, or the server's history is not the one we knew (a restored backup, a failover that lost something), the cache is told
+to distrust all it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from keyproxy.model import KeyDigest, Moment
+from keyproxy.store.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.identities import FeedState, IdentityCache
+
+_log = logging.getLogger(__name__)
+
+CHANNEL: Final = "keyproxy_changes"
+_POLL_SECONDS: Final = 0.5
+
+#: For how long after a look the feed counts as current: the next look, and some time for it to be answered.
+_CURRENT_SECONDS: Final = 1.5
+_RETRY_SECONDS: Final = (0.1, 0.2, 0.4, 0.8, 1.5)
+_LISTEN_RETRY_SECONDS: Final = 5.0
+
+#: More changes than this in one look: it is cheaper to ask anew for every key when it is next used.
+_CHANGES_MAX: Final = 20_000
+
+#: Changes are kept for `_KEPT_SECONDS` at least; a proxy that did not look for longer than `_GAP_SECONDS` may have missed
+#: some. The difference is for clocks that run differently.
+_GAP_SECONDS: Final = 600.0
+_KEPT_SECONDS: Final = 1200.0
+_SAMPLE_SECONDS: Final = 60.0
+
+
+class ChangeFeed:
+    """See the module."""
+
+    def __init__(
+        self, database: Database, listener: Listener | None, cache: IdentityCache, state: FeedState,
+        now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        """`listener` None: no notifications, polling alone."""
+        self._database = database
+        self._listener = listener
+        self._cache = cache
+        self._state = state
+        self._now = now
+        self._wake = asyncio.Event()
+        self._snapshot: str | None = None
+        self._looked_at = now().mono_seconds
+        self._tasks: list[asyncio.Task[None]] = []
+        self._samples: collections.deque[tuple[float, str]] = collections.deque()
+        self.is_listening = False
+
+    def start(self) -> None:
+        """Begin to follow."""
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._follow()))
+        if self._listener is not None:
+            self._tasks.append(loop.create_task(self._listen(self._listener)))
+
+    async def close(self) -> None:
+        """Follow no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._listener is not None:
+            await self._listener.close()
+
+    def lag_seconds(self) -> float:
+        """How long ago the feed was last known to be current."""
+        return max(0.0, self._now().mono_seconds - self._looked_at)
+
+    def is_current(self) -> bool:
+        """Whether what has been cached may be relied upon."""
+        return self._now().mono_seconds < self._state.current_until
+
+    async def look(self) -> None:
+        """Learn of all changes since the last look. Raises StoreUnavailable or StoreConflict."""
+        asked_at = self._now().mono_seconds
+        rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+        snapshot: str = rows[0]["snapshot"]
+        if self._snapshot is None or asked_at - self._looked_at > _GAP_SECONDS or _is_older(snapshot, self._snapshot):
+            self._cache.distrust_all()
+        elif rows[0]["kind"] is not None:
+            self._apply(rows)
+        self._snapshot = snapshot
+        self._looked_at = asked_at
+        self._state.current_until = asked_at + _CURRENT_SECONDS
+
+    def _apply(self, rows: Sequence[Row]) -> None:
+        if len(rows) > _CHANGES_MAX:
+            self._cache.distrust_all()
+            return
+        for row in rows:
+            match row["kind"]:
+                case "key":
+                    self._cache.forget_key(KeyDigest(bytes.fromhex(row["subject"])))
+                case "user":
+                    self._cache.forget_user(row["subject"])
+                case "tenant":
+                    self._cache.forget_tenant(row["subject"])
+                case _:
+                    self._cache.distrust_all()
+
+    async def _follow(self) -> None:
+        failures = 0
+        while True:
+            # Cleared before the look: a notification during it means one more.
+            self._wake.clear()
+            try:
+                await self.look()
+                await self._forget_old()
+                failures = 0
+                pause = _POLL_SECONDS
+            except (StoreUnavailable, StoreConflict) as error:
+                _log.debug("the change feed cannot be read: %s", error)
+                pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)] * random.uniform(0.75, 1.25)  # noqa: S311
+                failures += 1
+            try:
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _listen(self, listener: Listener) -> None:
+        while True:
+            ended = asyncio.Event()
+            try:
+                await listener.open(self._wake.set, ended.set)
+                self.is_listening = True
+                await ended.wait()
+            except StoreUnavailable as error:
+                _log.debug("notifications cannot be had: %s", error)
+            self.is_listening = False
+            await asyncio.sleep(_LISTEN_RETRY_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries
+
+    async def _forget_old(self) -> None:
+        """Remove changes that every living proxy has seen. By snapshot, so that a late commit is not cut off."""
+        if self._snapshot is None:
+            return
+        if not self._samples or self._looked_at - self._samples[-1][0] >= _SAMPLE_SECONDS:
+            self._samples.append((self._looked_at, self._snapshot))
+            if self._looked_at - self._samples[0][0] >= _KEPT_SECONDS:
+                await self._database.fetch("forget_changes", self._samples.popleft()[1])
+
+
+def _is_older(snapshot: str, than: str) -> bool:
+    """Whether a snapshot, `xmin:xmax:…`, is of a history that has not come as far."""
+    return int(snapshot.split(":")[1]) < int(than.split(":")[1])

@@ -1,0 +1,229 @@
+"""What keys resolve to, remembered: the identity cache in front of the store.
+
+`known` answers from memory or says that the store has to be asked; it never waits. For how long an answer counts:
+
+    fresh   younger than fresh_seconds: served.
+    stale   older: served while the change feed is current, and asked for again in the background; and served while the
+            store cannot be asked, up to stale_seconds. If the feed is not current but the store can be asked, it is asked
+            first: what the feed would have told may be a revocation.
+    changed the feed has told that the key, its user or its tenant changed: never served again, come what may.
+
+Strangers, keys that do not exist, are remembered in a table of their own, so that a flood of them pushes out no
+known key. How the store is asked is `look_ups`' to say.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Final
+from weakref import WeakValueDictionary
+
+import cachetools
+
+from keyproxy.headers import identity_block
+from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.settings import Cache
+from keyproxy.store.database import Database, Row
+from keyproxy.store.last_used import LastUsed
+from keyproxy.store.look_ups import LookUps
+
+#: An entry that was used lately is passed over this often when room is made, then the oldest goes all the same.
+_SECOND_CHANCES_MAX: Final = 16
+
+RESULTS: Final = ("hit", "stale", "miss", "unknown", "refused")
+
+
+class _Group:
+    """A user or a tenant. All entries of its keys refer to it: one write puts all of them out of date."""
+
+    __slots__ = ("__weakref__", "is_current")
+
+    def __init__(self) -> None:
+        self.is_current = True
+
+
+class _Entry:
+    """One verified identity. Times are monotonic seconds."""
+
+    __slots__ = ("fresh_until", "identity", "is_distrusted", "mark_due", "stale_until", "tenant", "user")
+
+    def __init__(self, identity: Identity, user: _Group, tenant: _Group) -> None:
+        self.identity = identity
+        self.user = user
+        self.tenant = tenant
+        self.fresh_until = 0.0
+        self.stale_until = 0.0
+        self.mark_due = 0.0
+        self.is_distrusted = False
+
+
+class FeedState:
+    """Until when the change feed is known to be current, in monotonic seconds. The feed writes it."""
+
+    __slots__ = ("current_until",)
+
+    def __init__(self) -> None:
+        self.current_until = 0.0
+
+
+class IdentityCache:
+    """See the module. Implements the port Identities."""
+
+    def __init__(
+        self, database: Database, cache: Cache, *, feed: FeedState, last_used: LastUsed, header_prefix: str,
+        look_ups_max: int, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        """`look_ups_max`: how many queries may run at once. `now`: the clock."""
+        self.counts = dict.fromkeys(RESULTS, 0)
+        self._database = database
+        self._cache = cache
+        self._feed = feed
+        self._last_used = last_used
+        self._header_prefix = header_prefix
+        self._now = now
+        self._entries: collections.OrderedDict[KeyDigest, _Entry] = collections.OrderedDict()
+        self._strangers: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
+            cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
+        )
+        self._users: WeakValueDictionary[str, _Group] = WeakValueDictionary()
+        self._tenants: WeakValueDictionary[str, _Group] = WeakValueDictionary()
+        self._look_ups = LookUps(database, self._settle, look_ups_max=look_ups_max)
+
+    # -- the hot path
+
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+        """See the port."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.user.is_current and entry.tenant.is_current:
+            mono = now.mono_seconds
+            if mono < entry.fresh_until or self._may_serve_stale(entry, digest, mono):
+                if is_first_look:
+                    self.counts["hit" if mono < entry.fresh_until else "stale"] += 1
+                if mono >= entry.mark_due:
+                    self._last_used.mark(entry, now)
+                return entry.identity
+        elif entry is None and digest in self._strangers:
+            if is_first_look:
+                self.counts["unknown"] += 1
+            raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
+        if self._database.is_down:
+            if is_first_look:
+                self.counts["refused"] += 1
+            raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
+        if is_first_look:
+            self.counts["miss"] += 1
+        raise Missing("identity", lambda: self._look_ups.bring(digest, is_known=digest in self._entries))
+
+    def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
+        if mono >= entry.stale_until:
+            return False
+        if self._database.is_down:
+            return True
+        if entry.is_distrusted or mono >= self._feed.current_until:
+            return False
+        self._look_ups.ask(digest, is_known=True)
+        return True
+
+    # -- what the change feed tells
+
+    def forget_key(self, digest: KeyDigest) -> None:
+        """This key changed, appeared or went."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.fresh_until = entry.stale_until = 0.0
+        self._strangers.pop(digest, None)
+        self._look_ups.key_changed(digest)
+
+    def forget_user(self, user_id: str) -> None:
+        """This user changed or went: all of its keys are to be asked for again."""
+        self._forget_group("user", user_id, self._users)
+
+    def forget_tenant(self, tenant_id: str) -> None:
+        """This tenant changed or went: all keys of its users are to be asked for again."""
+        self._forget_group("tenant", tenant_id, self._tenants)
+
+    def distrust_all(self) -> None:
+        """Changes may have been missed: every entry is asked for again before it is served, unless none can be."""
+        for entry in self._entries.values():
+            entry.fresh_until = 0.0
+            entry.is_distrusted = True
+        self._strangers.clear()
+        self._look_ups.all_changed()
+
+    def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, _Group]) -> None:
+        group = groups.pop(name, None)
+        if group is not None:
+            group.is_current = False
+        self._look_ups.group_changed(kind, name)
+
+    # -- what the store answers
+
+    def _settle(self, digest: KeyDigest, row: Row | None) -> None:
+        if row is None:
+            self._entries.pop(digest, None)
+            self._strangers[digest] = True
+        else:
+            self._keep(digest, row)
+
+    def _keep(self, digest: KeyDigest, row: Row) -> None:
+        now = self._now().mono_seconds
+        user = self._users.setdefault(row["user_id"], _Group())
+        tenant = self._tenants.setdefault(row["tenant_id"], _Group())
+        entry = _Entry(_identity(row, self._header_prefix), user, tenant)
+        entry.fresh_until = now + self._cache.fresh_seconds
+        entry.stale_until = now + self._cache.stale_seconds
+        before = self._entries.pop(digest, None)
+        if before is not None:
+            entry.mark_due = before.mark_due
+        elif len(self._entries) >= self._cache.entries_max:
+            self._make_room(now)
+        self._entries[digest] = entry
+        self._strangers.pop(digest, None)
+
+    def _make_room(self, now: float) -> None:
+        # Full: the oldest known key goes, unless it was used in the last minute; then the next one is looked at.
+        for _ in range(_SECOND_CHANCES_MAX):
+            digest, entry = self._entries.popitem(last=False)
+            if entry.mark_due <= now:
+                return
+            self._entries[digest] = entry
+        self._entries.popitem(last=False)
+
+    # -- the rest
+
+    def sizes(self) -> Mapping[str, int]:
+        """How many entries the tables hold."""
+        return {"known": len(self._entries), "unknown": len(self._strangers), "asked": len(self._look_ups)}
+
+    async def close(self) -> None:
+        """End all look-ups."""
+        await self._look_ups.close()
+
+
+def _identity(row: Row, header_prefix: str) -> Identity:
+    """Everything that depends on the key alone, parsed and encoded once."""
+    standing = None
+    if row["is_revoked"]:
+        standing = Reason.KEY_REVOKED
+    elif row["is_disabled"]:
+        standing = Reason.ACCOUNT_DISABLED
+    expires = row["expires_wall_seconds"]
+    block = identity_block(header_prefix, (
+        ("User", row["user_id"]),
+        ("Tenant", row["tenant_id"]),
+        ("Scope", " ".join(row["scopes"])),
+        ("Test", "true" if row["is_test"] else "false"),
+        ("Key-Id", row["key_id"]),
+    ))  # fmt: skip
+    return Identity(
+        key_id=row["key_id"],
+        user_id=row["user_id"],
+        tenant_id=row["tenant_id"],
+        scopes=frozenset(row["scopes"]),
+        is_test=row["is_test"],
+        expires_wall_seconds=NEVER if expires is None else expires,
+        standing=standing,
+        header_block=block,
+    )

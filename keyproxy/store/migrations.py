@@ -1,0 +1,125 @@
+"""Brings the schema up to this program: numbered .sql files, forward only, each in a transaction of its own.
+
+An applied file is never changed: its checksum is kept and compared. Concurrent runs wait for each other on an advisory
+lock that lives no longer than the transaction, so that a pooler cannot separate the two. A database that is newer than
+this program is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import resources
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+
+from keyproxy.store.database import StoreUnavailable
+
+_FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
+_LOCK: Final = 0x6B657970726F7879  # "keyproxy"
+_CONNECT_SECONDS: Final = 10.0
+
+_BOOK: Final = """
+CREATE SCHEMA IF NOT EXISTS keyproxy;
+CREATE TABLE IF NOT EXISTS keyproxy.migrations (
+    number      integer PRIMARY KEY,
+    name        text NOT NULL,
+    checksum    text NOT NULL,
+    applied_at  timestamptz NOT NULL DEFAULT now()
+);
+"""
+
+
+class MigrationError(Exception):
+    """The schema cannot be brought up to this program. The text says why."""
+
+
+class Migration(NamedTuple):
+    """One file."""
+
+    number: int
+    name: str
+    checksum: str
+    statements: str
+
+
+class State(NamedTuple):
+    """What a database has of what there is."""
+
+    applied: list[int]
+    pending: list[Migration]
+
+
+def available() -> list[Migration]:
+    """Every migration of this program, in order."""
+    found = []
+    for file in resources.files(__package__).joinpath("migrations").iterdir():
+        match = _FILE.fullmatch(file.name)
+        if match is not None:
+            text = file.read_text(encoding="utf-8")
+            found.append(Migration(int(match[1]), match[2], hashlib.sha256(text.encode()).hexdigest(), text))
+    return sorted(found)
+
+
+async def state(dsn: str) -> State:
+    """What is applied and what is pending; changes nothing. Raises MigrationError or StoreUnavailable."""
+    connection = await _connect(dsn)
+    try:
+        if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
+            return State([], available())
+        return await _compare(connection)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise MigrationError(f"the schema cannot be read: {error}") from error
+    finally:
+        await connection.close()
+
+
+async def migrate(dsn: str) -> list[Migration]:
+    """Apply what is pending; what was applied. Raises MigrationError or StoreUnavailable."""
+    connection = await _connect(dsn)
+    done: list[Migration] = []
+    try:
+        while True:
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+                # Read under the lock: somebody else may have been faster.
+                if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
+                    await connection.execute(_BOOK)
+                pending = (await _compare(connection)).pending
+                if not pending:
+                    return done
+                await connection.execute(pending[0].statements)
+                await connection.execute(
+                    "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                    pending[0].number, pending[0].name, pending[0].checksum,
+                )  # fmt: skip
+            done.append(pending[0])
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise MigrationError(f"migrating failed, nothing of the failed step was kept: {error}") from error
+    finally:
+        await connection.close()
+
+
+async def _compare(connection: Any) -> State:
+    migrations = available()
+    rows = await connection.fetch("SELECT number, name, checksum FROM keyproxy.migrations ORDER BY number")
+    applied = {row["number"]: row for row in rows}
+    newest = migrations[-1].number
+    unknown = [number for number in applied if number > newest]
+    if unknown:
+        raise MigrationError(
+            f"the database has migration {max(unknown)}, this program knows {newest}: it is newer, use a newer program"
+        )
+    for migration in migrations:
+        row = applied.get(migration.number)
+        if row is not None and row["checksum"] != migration.checksum:
+            raise MigrationError(f"migration {migration.number:04}_{migration.name} was changed after it was applied")
+    return State(sorted(applied), [one for one in migrations if one.number not in applied])
+
+
+async def _connect(dsn: str) -> Any:
+    try:
+        return await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, statement_cache_size=0)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise StoreUnavailable(f"the store cannot be reached: {error or type(error).__name__}") from error

@@ -1,0 +1,75 @@
+"""Judge a request target and its Host: what is judged is what is forwarded.
+
+A target is refused if another server could read it differently than we do, because then the upstream would serve
+something other than what the route table allowed. The rules are for the path; in a query only bytes that are not
+allowed in a target at all are refused, since `?next=%2Fa%2F..` is everybody's own business.
+
+Precedents: RFC 9112 section 3.2 (forms), RFC 3986 section 6.2.2 (what normalisers fold), CVE-2021-41773 (`%2e`),
+CVE-2018-11759 (`;`), the overlong `%c0%af` of 2000, double decoding (`%252e`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from keyproxy.reasons import Reason, Refusal
+
+
+class Target(NamedTuple):
+    """`target` in origin form or `*`; `path` is its part before the query."""
+
+    target: bytes
+    path: bytes
+
+
+_PLAIN_PATH = re.compile(rb"/[A-Za-z0-9_~!$&'()*+,=:@/-]*")
+_FORBIDDEN_ANYWHERE = re.compile(rb"[\x00-\x20\x7f-\xff\\#]")
+_AMBIGUOUS_PATH = re.compile(
+    rb"%(?![0-9a-f]{2})"  # not an encoding at all
+    rb"|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])"  # . / \ controls, overlong UTF-8
+    rb"|%25(?:2e|2f|5c|00)"  # the same for a server that decodes twice
+    rb"|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)",  # dot segments, also with a path parameter
+    re.IGNORECASE,
+)
+_ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
+_HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+
+
+def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
+    """The target as it goes upstream. Raises the Refusal (REQUEST_MALFORMED) that says what is wrong with it."""
+    if _PLAIN_PATH.fullmatch(target):
+        return Target(target, target)
+    if _FORBIDDEN_ANYWHERE.search(target):
+        raise _refusal("the target holds a byte that no target may hold")
+    if target == b"*":
+        if method != b"OPTIONS":
+            raise _refusal("the target * is for OPTIONS alone")
+        return Target(target, target)
+    if not target.startswith(b"/"):
+        target = _origin_form(target, host)
+    path = target.partition(b"?")[0]
+    if _AMBIGUOUS_PATH.search(path):
+        raise _refusal("the path could be read in more than one way")
+    return Target(target, path)
+
+
+def check_host(host: bytes) -> None:
+    """Raise the Refusal for a Host that is no `name`, `name:port` or bracketed IPv6 address."""
+    if not _HOST.fullmatch(host):
+        raise _refusal("the Host header is malformed")
+
+
+def _origin_form(target: bytes, host: bytes | None) -> bytes:
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        raise _refusal("the target is neither a path nor an absolute http URI")
+    authority, rest = match.groups()
+    check_host(authority)
+    if host is not None and host.lower() != authority.lower():
+        raise _refusal("the Host header disagrees with the absolute target")
+    return rest if rest.startswith(b"/") else b"/" + rest
+
+
+def _refusal(detail: str) -> Refusal:
+    return Refusal(Reason.REQUEST_MALFORMED, detail)

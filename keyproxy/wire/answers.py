@@ -1,0 +1,42 @@
+"""Bytes of the answers that go to a client: our own, and the head of one that is relayed."""
+
+from __future__ import annotations
+
+from keyproxy.model import ResponseHead
+from keyproxy.problems import Answer
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_CLOSE = b"Connection: close\r\n"
+_KEEP_ALIVE = b"Connection: keep-alive\r\n"
+
+
+def own(answer: Answer, request_id: bytes, *, closes: bool, without_body: bool) -> bytes:
+    """A complete answer of ours. `without_body`: the answer to a HEAD."""
+    return b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
+        answer.status,
+        answer.reason_phrase,
+        answer.fields,
+        len(answer.body),
+        request_id,
+        _CLOSE if closes else b"",
+        b"" if without_body else answer.body,
+    )
+
+
+def relayed(
+    head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: bool, client_minor_version: int
+) -> bytes:
+    """The head of a relayed answer, framed anew."""
+    if closes:
+        connection = _CLOSE
+    else:
+        connection = b"" if client_minor_version else _KEEP_ALIVE
+    return b"HTTP/1.1 %d %b\r\n%bX-Request-Id: %b\r\n%b%b\r\n" % (
+        head.status,
+        head.reason_phrase,
+        head.fields,
+        request_id,
+        b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
+        connection,
+    )

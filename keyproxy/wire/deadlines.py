@@ -1,0 +1,65 @@
+"""Timeouts for many connections at the cost of one comparison a second each.
+
+A connection keeps its own deadline as a number and moves it by writing that number: no timer is made or cancelled on
+the path of a request. It sits in one of a few slots for its life; the slots are swept in turn, so that each connection
+is looked at once per `period_seconds` and a sweep never holds the loop for all of them at once. A timeout is therefore
+late by at most the period, and never early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+_SLOTS: Final = 10
+
+NO_DEADLINE: Final = float("inf")
+
+
+class Timed(Protocol):
+    """Something with a deadline in seconds of the loop's clock."""
+
+    deadline: float
+
+    def deadline_passed(self, now: float) -> None:
+        """Called once the deadline has passed, and again on every sweep until it is moved or forgotten."""
+        ...
+
+
+class Deadlines:
+    """Watches the deadlines of everything that is registered."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, period_seconds: float = 1.0) -> None:
+        self._loop = loop
+        self._tick_seconds = period_seconds / _SLOTS
+        self._slots: list[set[Timed]] = [set() for _ in range(_SLOTS)]
+        self._next = 0
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to sweep."""
+        self._handle = self._loop.call_later(self._tick_seconds, self._tick)
+
+    def stop(self) -> None:
+        """Sweep no more."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def watch(self, item: Timed) -> None:
+        """From now on `item.deadline` counts."""
+        self._slot(item).add(item)
+
+    def forget(self, item: Timed) -> None:
+        """No longer."""
+        self._slot(item).discard(item)
+
+    def _slot(self, item: Timed) -> set[Timed]:
+        return self._slots[(id(item) >> 6) % _SLOTS]
+
+    def _tick(self) -> None:
+        self._handle = self._loop.call_later(self._tick_seconds, self._tick)
+        now = self._loop.time()
+        for item in [item for item in self._slots[self._next] if item.deadline <= now]:
+            item.deadline_passed(now)
+        self._next = (self._next + 1) % _SLOTS

@@ -1,0 +1,210 @@
+"""Where a body ends: by count, by chunks, or with the connection. Sans-IO.
+
+Each body takes the bytes that follow a head and gives back what is content, and what is left over once it has ended.
+Content is what travels; framing is made anew on the other side. The chunked reader accepts what RFC 9112 section 7.1
+allows and nothing that servers are known to read differently: no bare LF, no space around a size, no sign, no `0x`, no
+size beyond 16 digits; extensions and trailers are read, bounded, and dropped.
+
+Precedents: CVE-2023-39326 (endless extensions), CVE-2025-22871 (a bare LF after a size), the TERM.EXT and EXT.TERM
+families of 2025.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final, Protocol
+
+#: All chunk extensions of one body together; and all its trailer fields.
+EXTENSION_BYTES_MAX: Final = 16_384
+TRAILER_BYTES_MAX: Final = 16_384
+
+_SIZE_LINE_BYTES_MAX: Final = 4_096
+_CRLF: Final = b"\r\n"
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED: Final = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+_SIZE_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (_TOKEN, _TOKEN, _QUOTED)
+)
+_TRAILER = re.compile(rb"([A-Za-z0-9-]+):[\t \x21-\x7e\x80-\xff]*")
+
+
+class FramingError(Exception):
+    """The bytes are not a body of the announced kind. The text says why, and holds none of them."""
+
+
+class Body(Protocol):
+    """A body being read. `is_complete` once its end has been seen."""
+
+    is_complete: bool
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """(content, bytes after the end of the body). Raises FramingError."""
+        ...
+
+    def ends_with_connection(self) -> bool:
+        """The connection has ended: whether that was the end of the body."""
+        ...
+
+
+class NoBody:
+    """A message that ends with its head."""
+
+    is_complete = True
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        return b"", data
+
+    def ends_with_connection(self) -> bool:
+        return True
+
+
+class CountedBody:
+    """As many bytes as Content-Length said."""
+
+    __slots__ = ("_remaining", "is_complete")
+
+    def __init__(self, content_length: int) -> None:
+        self._remaining = content_length
+        self.is_complete = content_length == 0
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        remaining = self._remaining - len(data)
+        if remaining > 0:
+            self._remaining = remaining
+            return data, b""
+        self.is_complete = True
+        if remaining == 0:
+            return data, b""
+        end = self._remaining
+        self._remaining = 0
+        return data[:end], data[end:]
+
+    def ends_with_connection(self) -> bool:
+        return self.is_complete
+
+
+class EndlessBody:
+    """Everything until the connection ends. Responses only."""
+
+    is_complete = False
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        return data, b""
+
+    def ends_with_connection(self) -> bool:
+        return True
+
+
+class ChunkedBody:
+    """Chunks, each checked; `forbids` names the trailer fields that make the whole message malformed."""
+
+    __slots__ = (
+        "_at",
+        "_buffer",
+        "_extension_bytes",
+        "_forbids",
+        "_read",
+        "_remaining",
+        "_trailer_bytes",
+        "is_complete",
+    )
+
+    def __init__(self, forbids: Callable[[bytes], bool]) -> None:
+        self.is_complete = False
+        self._forbids = forbids
+        self._buffer = b""
+        self._at = 0
+        self._remaining = 0
+        self._extension_bytes = 0
+        self._trailer_bytes = 0
+        self._read: Callable[[list[bytes]], bool] = self._read_size
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        self._buffer = self._buffer + data if self._buffer else data
+        # An offset moves through the buffer: cutting it after each of many small chunks would be quadratic.
+        self._at = 0
+        content: list[bytes] = []
+        while not self.is_complete and self._read(content):
+            pass
+        left = self._buffer[self._at :]
+        self._buffer = b"" if self.is_complete else left
+        return content[0] if len(content) == 1 else b"".join(content), left if self.is_complete else b""
+
+    def ends_with_connection(self) -> bool:
+        return self.is_complete
+
+    def _line(self, bytes_max: int) -> bytes | None:
+        """The next line without its CRLF; None if it has not arrived whole."""
+        end = self._buffer.find(_CRLF, self._at)
+        if end < 0:
+            have = self._buffer[self._at :]
+            # A bare LF or CR will never become a CRLF; only a CR at the very end still may.
+            if b"\n" in have or b"\r" in have[:-1]:
+                raise FramingError("a line of a chunked body ends in something other than CRLF")
+            if len(have) > bytes_max:
+                raise FramingError("a line of a chunked body is too long")
+            return None
+        line = self._buffer[self._at : end]
+        self._at = end + 2
+        return line
+
+    def _read_size(self, _content: list[bytes]) -> bool:
+        line = self._line(_SIZE_LINE_BYTES_MAX)
+        if line is None:
+            return False
+        match = _SIZE_LINE.fullmatch(line)
+        if match is None:
+            raise FramingError("a chunk size is malformed")
+        self._extension_bytes += len(match[2])
+        if self._extension_bytes > EXTENSION_BYTES_MAX:
+            raise FramingError("the chunk extensions are too long")
+        self._remaining = int(match[1], 16)
+        self._read = self._read_content if self._remaining else self._read_trailer
+        return True
+
+    def _read_content(self, content: list[bytes]) -> bool:
+        have = len(self._buffer) - self._at
+        if have < self._remaining:
+            if have:
+                content.append(self._buffer[self._at :])
+                self._remaining -= have
+                self._at += have
+            return False
+        end = self._at + self._remaining
+        content.append(self._buffer[self._at : end])
+        self._at = end
+        self._read = self._read_content_end
+        return True
+
+    def _read_content_end(self, _content: list[bytes]) -> bool:
+        end = self._buffer[self._at : self._at + 2]
+        if not _CRLF.startswith(end):
+            raise FramingError("a chunk is not as long as its size says")
+        if len(end) < len(_CRLF):
+            return False
+        self._at += 2
+        self._read = self._read_size
+        return True
+
+    def _read_trailer(self, _content: list[bytes]) -> bool:
+        line = self._line(TRAILER_BYTES_MAX)
+        if line is None:
+            return False
+        if not line:
+            self.is_complete = True
+            return True
+        self._trailer_bytes += len(line)
+        match = _TRAILER.fullmatch(line)
+        if match is None or self._trailer_bytes > TRAILER_BYTES_MAX or self._forbids(match[1]):
+            raise FramingError("a trailer is malformed, too long, or names a field that must not be one")
+        return True
+
+
+def chunk(content: bytes) -> bytes:
+    """Content as one chunk. `content` is not empty: an empty chunk would end the body."""
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+LAST_CHUNK: Final = b"0\r\n\r\n"

@@ -1,0 +1,217 @@
+"""One connection to the upstream: writes a request, reads its answer, and is reused only after a clean exchange.
+
+Clean means: the request was written whole, the answer was read whole and well-formed, nothing came after it, and both
+sides want to go on. Anything else closes the connection: a byte that nobody asked for would be the start of somebody
+else's answer (CVE-2023-28859 is that mistake in another protocol).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final, cast
+
+from keyproxy.headers import Kind
+from keyproxy.model import ResponseHead
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.deadlines import NO_DEADLINE
+from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
+from keyproxy.wire.heads import HEAD_END, has_no_body, read_response_head
+
+if TYPE_CHECKING:
+    from keyproxy.wire.exchange import Exchange
+    from keyproxy.wire.pool import UpstreamPool
+
+HEAD_BYTES_MAX: Final = 65_536
+_INTERIM_MAX: Final = 16
+_SWITCHING_PROTOCOLS: Final = 101
+_FINAL: Final = 200
+
+_log = logging.getLogger(__name__)
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """See the module. Lives in exactly one place: lent to an exchange, idle in the pool, or closed."""
+
+    def __init__(self, pool: UpstreamPool, loop: asyncio.AbstractEventLoop) -> None:
+        self.host = pool.host
+        self.deadline = NO_DEADLINE
+        self.idle_since = 0.0
+        self.is_reused = False
+        self._pool = pool
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._method = b""
+        self._buffer = b""
+        self._body: Body | None = None
+        self._keeps_alive = False
+        self._is_paused = False
+        self._request_is_written = False
+        self._interim = 0
+
+    # -- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            self.close()
+            return
+        try:
+            self._read(exchange, self._buffer + data if self._buffer else data)
+        except Refusal as refusal:
+            self._fail(refusal)
+        except FramingError as error:
+            self._fail(Refusal(Reason.UPSTREAM_INVALID, str(error)))
+        except Exception:  # noqa: BLE001 - the outermost boundary of this side
+            _log.exception("reading an answer failed", extra={"request_id": exchange.request_id.decode("ascii")})
+            self._fail(Refusal(Reason.INTERNAL_ERROR))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.forget(self)
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._body is not None and exc is None and self._body.ends_with_connection():
+            self._keeps_alive = False
+            exchange.answer_arrived(b"", is_last=True)
+        else:
+            self._exchange = None
+            where = "in the middle of its answer" if exchange.has_answer else "without an answer"
+            exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"the upstream closed the connection {where}"))
+
+    def pause_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.pause_request()
+            self.deadline = self._loop.time() + self._pool.settings.idle_timeout_seconds
+
+    def resume_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.resume_request()
+            self._watch()
+
+    # -- what the exchange asks for
+
+    def begin(self, exchange: Exchange, data: bytes, *, method: bytes, is_last: bool) -> None:
+        """Lend the connection to this exchange and write the first bytes of its request."""
+        self._exchange = exchange
+        self._method = method
+        self._body = None
+        self._interim = 0
+        self.send(data, is_last=is_last)
+
+    def send(self, data: bytes, *, is_last: bool) -> None:
+        """Write more of the request."""
+        self._request_is_written = is_last
+        self._watch()
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+    def exchange_over(self, *, is_clean: bool) -> None:
+        """The exchange is over: the connection goes back to the pool if it can be reused."""
+        self._exchange = None
+        body, self._body = self._body, None
+        if is_clean and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
+            self.deadline = NO_DEADLINE
+            self.resume()
+            self.is_reused = True
+            self._pool.release(self)
+        else:
+            self.close()
+
+    def pause(self) -> None:
+        """Read no further: the client does not keep up. Its own deadline counts meanwhile, not the upstream's."""
+        if self._transport is not None and not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
+            self.deadline = NO_DEADLINE
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+            self._watch()
+
+    def close(self) -> None:
+        """Close at once. What is unsent is not worth sending."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection can still be written to, as far as is known."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def fileno(self) -> int:
+        """The socket's file descriptor, -1 if closed."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        return -1 if sock is None else int(sock.fileno())
+
+    def deadline_passed(self, _now: float) -> None:
+        """First byte or the next byte did not come in time."""
+        self._fail(Refusal(Reason.UPSTREAM_TIMEOUT, "no byte of an answer in time"))
+
+    # -- reading
+
+    def _read(self, exchange: Exchange, buffer: bytes) -> None:
+        self._buffer = b""
+        while self._body is None:
+            end = buffer.find(HEAD_END)
+            if end < 0 or end > HEAD_BYTES_MAX:
+                if len(buffer) > HEAD_BYTES_MAX:
+                    raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head is larger than {HEAD_BYTES_MAX} bytes")
+                self._buffer = buffer
+                self._watch()
+                return
+            head = read_response_head(buffer[: end + 4], self._pool.names)
+            buffer = buffer[end + 4 :]
+            if head.status >= _FINAL:
+                self._keeps_alive = head.keeps_alive
+                self._body = self._body_of(head)
+                exchange.answer_begins(head)
+            elif head.status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
+                raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
+            else:
+                self._interim += 1
+                if not buffer:
+                    return
+        content, self._buffer = self._body.feed(buffer)
+        self._watch()
+        exchange.answer_arrived(content, is_last=self._body.is_complete)
+
+    def _body_of(self, head: ResponseHead) -> Body:
+        if has_no_body(self._method, head.status):
+            return NoBody()
+        if head.is_chunked:
+            return ChunkedBody(self._is_forbidden_trailer)
+        if head.content_length is not None:
+            return CountedBody(head.content_length)
+        return EndlessBody()
+
+    def _is_forbidden_trailer(self, name: bytes) -> bool:
+        return self._pool.names.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
+
+    def _watch(self) -> None:
+        settings = self._pool.settings
+        if self._body is None and self._request_is_written:
+            self.deadline = self._loop.time() + settings.first_byte_timeout_seconds
+        elif self._body is not None:
+            self.deadline = self._loop.time() + settings.idle_timeout_seconds
+        else:
+            # The request is still being sent: how long that may take is the client side's to say.
+            self.deadline = NO_DEADLINE
+
+    def _fail(self, refusal: Refusal) -> None:
+        exchange, self._exchange = self._exchange, None
+        self.close()
+        if exchange is not None:
+            exchange.upstream_lost(refusal)
+
+    def __repr__(self) -> str:
+        state = "closed" if not self.is_open else "idle" if self._exchange is None else "busy"
+        return f"<UpstreamConnection {state}>"
