@@ -44,8 +44,9 @@ class Presented:
 
 def presented(head: RequestHead, key_format: KeyFormat) -> Presented:
     """The one key this request presents. Raises the Refusal for none, several, or one in the URL."""
-    if b"?" in head.target or b"%" in head.target or b"_" in head.target:
-        _refuse_key_in_url(head.target, key_format)
+    target = head.line.target
+    if b"?" in target or b"%" in target or b"_" in target:
+        _refuse_key_in_url(target, key_format)
     credentials = head.credentials
     if len(credentials) == 1:
         return Presented(_plaintext(*credentials[0]), key_format)

@@ -145,14 +145,12 @@ class Forwarding:
         """The fields as header lines."""
         if self._is_trusted and head.forwarded:
             return self._extended(head)
-        if head.host is None:
-            return self._block
-        return b"%bX-Forwarded-Host: %b\r\n" % (self._block, head.host)
+        return self._block + head.fields.host_block
 
     def _extended(self, head: RequestHead) -> bytes:
         told = {b"x-forwarded-proto": self._scheme}
-        if head.host is not None:
-            told[b"x-forwarded-host"] = head.host
+        if head.fields.host is not None:
+            told[b"x-forwarded-host"] = head.fields.host
         hops: list[bytes] = []
         for name, value in head.forwarded:
             if name == b"x-forwarded-for":
@@ -187,12 +185,16 @@ class TrustRule:
 
 def dress(head: RequestHead, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes) -> bytes:
     """The head that goes upstream. `host` is sent if the client, an HTTP/1.0 one, sent none."""
-    return b"".join((
-        head.method, b" ", head.target, b" HTTP/1.1\r\n",
-        b"" if head.host is not None else b"Host: %b\r\n" % host,
-        head.fields,
-        permit.grant.identity.header_block,
-        b"X-Request-Id: ", request_id, b"\r\n",
-        forwarding.block(head),
-        b"Transfer-Encoding: chunked\r\n\r\n" if head.is_chunked else b"\r\n",
-    ))  # fmt: skip
+    fields = head.fields
+    return b"".join(
+        (
+            head.line.start,
+            b"" if fields.host is not None else b"Host: %b\r\n" % host,
+            head.block,
+            permit.grant.identity.header_block,
+            forwarding.block(head),
+            b"X-Request-Id: ",
+            request_id,
+            b"\r\nTransfer-Encoding: chunked\r\n\r\n" if fields.is_chunked else b"\r\n\r\n",
+        )
+    )

@@ -1,4 +1,4 @@
-"""The values that travel through a request's life. All are frozen; none knows where it came from or where it goes.
+"""The values that travel through a request's life. None knows where it came from or where it goes.
 
 Each phase consumes the type that the phase before it made: a `RequestHead` is judged, an `Identity` is known, a `Grant`
 says that this identity may use this route now, a `Permit` is what forwarding asks for. There is no other way to make one.
@@ -21,14 +21,14 @@ NEVER = math.inf
 
 
 class Moment(NamedTuple):
-    """One instant on both clocks. `wall_seconds` is Unix time, for dates that people set; `mono_seconds` never jumps."""
+    """One instant on both clocks. `wall_seconds` is Unix time, for dates people set; `mono_seconds` never jumps."""
 
     wall_seconds: float
     mono_seconds: float
 
 
 class CredentialField(NamedTuple):
-    """One header that may hold a key. The value is plaintext: only `credential` looks at it."""
+    """One header that may hold a key, its name in lower case. The value is plaintext: only `credential` looks at it."""
 
     name: bytes
     value: bytes
@@ -38,48 +38,100 @@ class CredentialField(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestHead:
-    """A request line and headers that are well-formed HTTP/1.1, judged and taken apart once.
-
-    `target` is what goes upstream (origin form or `*`), `path` its part before `?`. `fields` is the block of end-to-end
-    header lines in the order they came, each `name: value\\r\\n`, without anything that ends at this proxy.
-    `forwarded` holds the X-Forwarded-* and related fields, lower-case names, believed only from a trusted peer.
-    """
+class RequestLine:
+    """A judged request line. `start` is the line as it goes upstream; `path` the target's part before `?`."""
 
     method: bytes
     target: bytes
     path: bytes
     minor_version: int
+    start: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFields:
+    """What a request's header fields say about it, apart from the values that differ from request to request.
+
+    `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line.
+    """
+
     host: bytes | None
-    fields: bytes = field(repr=False)
-    credentials: tuple[CredentialField, ...] = ()
-    forwarded: tuple[tuple[bytes, bytes], ...] = ()
-    request_id: bytes | None = None
-    content_length: int | None = None
+    host_block: bytes
+    has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
     expects_continue: bool = False
 
+
+class RequestHead:
+    """A request line and fields that are well-formed HTTP/1.1, judged and taken apart.
+
+    `line` and `fields` are shared between requests that are alike. `block` holds the end-to-end header lines as they
+    came and in the order they came, without anything that ends at this proxy. `forwarded` holds X-Forwarded-* and
+    related fields, lower-case names, believed only from a trusted peer.
+    """
+
+    __slots__ = ("block", "content_length", "credentials", "fields", "forwarded", "line", "request_id")
+
+    def __init__(
+        self,
+        line: RequestLine,
+        fields: RequestFields,
+        block: bytes,
+        credentials: tuple[CredentialField, ...],
+        content_length: int,
+    ) -> None:
+        self.line = line
+        self.fields = fields
+        self.block = block
+        self.credentials = credentials
+        self.content_length = content_length
+        self.forwarded: tuple[tuple[bytes, bytes], ...] = ()
+        self.request_id: bytes | None = None
+
     @property
     def has_body(self) -> bool:
         """Whether body bytes follow the head."""
-        return self.is_chunked or bool(self.content_length)
+        return self.content_length > 0 or self.fields.is_chunked
+
+    def __repr__(self) -> str:
+        return f"RequestHead({self.line.method!r}, <{len(self.line.target)} bytes>)"
 
 
 @dataclass(frozen=True, slots=True)
-class ResponseHead:
-    """An upstream's status line and headers, judged. `fields` as in `RequestHead`, hop-by-hop ones gone.
-
-    `content_length` None and not `is_chunked`: the body, if the status allows one, ends with the connection.
-    """
+class StatusLine:
+    """A judged status line. `start` is the line as it goes to the client."""
 
     status: int
-    reason_phrase: bytes
     minor_version: int
-    fields: bytes
-    content_length: int | None
-    is_chunked: bool
-    keeps_alive: bool
+    start: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFields:
+    """What a response's header fields say about its framing."""
+
+    has_content_length: bool = False
+    is_chunked: bool = False
+    keeps_alive: bool = True
+
+
+class ResponseHead:
+    """An upstream's status line and fields, judged. `block` as in `RequestHead`.
+
+    Neither a length nor chunked: the body, if the status allows one, ends with the connection.
+    """
+
+    __slots__ = ("block", "content_length", "fields", "line")
+
+    def __init__(self, line: StatusLine, fields: ResponseFields, block: bytes, content_length: int) -> None:
+        self.line = line
+        self.fields = fields
+        self.block = block
+        self.content_length = content_length
+
+    def __repr__(self) -> str:
+        return f"ResponseHead({self.line.status})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +139,7 @@ class Identity:
     """What a key resolves to, made once when its row enters the cache.
 
     `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
-    it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry.
+    it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
     """
 
     key_id: str
@@ -97,12 +149,11 @@ class Identity:
     is_test: bool
     expires_wall_seconds: float
     standing: Reason | None
-    header_block: bytes
+    header_block: bytes = field(repr=False)
+    mode: str = field(init=False)
 
-    @property
-    def mode(self) -> str:
-        """`live` or `test`."""
-        return "test" if self.is_test else "live"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", "test" if self.is_test else "live")
 
 
 @dataclass(frozen=True, slots=True)

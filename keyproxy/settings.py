@@ -60,7 +60,7 @@ def _upstream_url(value: str) -> str | None:
         return _address(value)
     try:
         parts = urlsplit(value)
-        port_is_sane = parts.port is None or 0 < parts.port
+        port_is_sane = parts.port is None or parts.port > 0
     except ValueError:
         return "is no URL"
     if parts.scheme != "http" or not parts.hostname or not port_is_sane:
