@@ -133,9 +133,11 @@ class Database:
 
     async def _fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         try:
-            async with self._connection() as connection:
-                async with contextlib.nullcontext() if self._keeps_statements else connection.transaction():
-                    rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
+            async with contextlib.AsyncExitStack() as stack:
+                connection = await stack.enter_async_context(self._connection())
+                if not self._keeps_statements:
+                    await stack.enter_async_context(connection.transaction())
+                rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
         except StoreUnavailable as error:
             self._note_down(str(error))
             raise
