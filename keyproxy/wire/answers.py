@@ -28,15 +28,15 @@ def relayed(
     head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: bool, client_minor_version: int
 ) -> bytes:
     """The head of a relayed answer, framed anew."""
-    if closes:
-        connection = _CLOSE
-    else:
-        connection = b"" if client_minor_version else _KEEP_ALIVE
-    return b"HTTP/1.1 %d %b\r\n%bX-Request-Id: %b\r\n%b%b\r\n" % (
-        head.status,
-        head.reason_phrase,
-        head.fields,
-        request_id,
-        b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
-        connection,
+    kept = b"" if client_minor_version else _KEEP_ALIVE
+    return b"".join(
+        (
+            head.line.start,
+            head.block,
+            b"X-Request-Id: ",
+            request_id,
+            b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n",
+            _CLOSE if closes else kept,
+            b"\r\n",
+        )
     )

@@ -23,7 +23,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, check_beginning, read_request_head
+from keyproxy.wire.heads import HEAD_END, check_beginning
 
 if TYPE_CHECKING:
     from keyproxy.wire.server import ProxyServer
@@ -234,8 +234,7 @@ class ClientConnection(asyncio.Protocol):
                     check_beginning(buffer)
                     self._watch(starts_head=True)
                 return False
-            head = read_request_head(buffer[: end + 4], self.server.names)
-            self._begin(head, buffer[end + 4 :])
+            self._begin(self.server.requests.read(buffer[: end + 4]), buffer[end + 4 :])
         except FramingError as error:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
         except Refusal as refusal:
@@ -251,7 +250,7 @@ class ClientConnection(asyncio.Protocol):
         server = self.server
         exchange = self._exchange = Exchange(self, head, server.gate.request_id(head))
         limit = server.listen.body_bytes_max
-        if limit and head.content_length is not None and head.content_length > limit:
+        if limit and head.content_length > limit:
             exchange.refuse(Refusal(Reason.BODY_TOO_LARGE))
             return
         exchange.body_arrived(content, is_complete=body.is_complete)
@@ -273,7 +272,7 @@ class ClientConnection(asyncio.Protocol):
             self._watch()
 
     def _body_of(self, head: RequestHead) -> Body:
-        if head.is_chunked:
+        if head.fields.is_chunked:
             return ChunkedBody(self._is_forbidden_trailer)
         if head.content_length:
             return CountedBody(head.content_length)
@@ -355,7 +354,7 @@ class ClientConnection(asyncio.Protocol):
 
 def _check_surplus(head: RequestHead, rest: bytes) -> None:
     """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends."""
-    if not head.keeps_alive:
+    if not head.fields.keeps_alive:
         raise Refusal(Reason.REQUEST_MALFORMED, "bytes after a request that closes the connection")
     # The beginning of it: a client that sends thousands of requests at once must not make us parse all for each.
     check_beginning(rest[:_SURPLUS_CHECKED_BYTES].removeprefix(b"\r\n"))

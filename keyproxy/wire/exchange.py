@@ -35,9 +35,32 @@ class Exchange:
     """See the module. `head` is None if the request's head could not be read; then it can only be refused."""
 
     __slots__ = (
-        "_answer", "_closes", "_client", "_is_retry", "_is_waiting", "_out", "_pending", "_pending_bytes", "_upstream",
-        "answered_mono", "bytes_in", "bytes_out", "ended_mono", "ending", "head", "identity", "is_complete", "is_over",
-        "permit", "reason", "refusal_detail", "request_id", "route", "sent_mono", "started_mono", "status",
+        "_answer",
+        "_client",
+        "_closes",
+        "_is_retry",
+        "_is_waiting",
+        "_out",
+        "_pending",
+        "_pending_bytes",
+        "_upstream",
+        "answered_mono",
+        "bytes_in",
+        "bytes_out",
+        "ended_mono",
+        "ending",
+        "head",
+        "identity",
+        "is_complete",
+        "is_over",
+        "permit",
+        "reason",
+        "refusal_detail",
+        "request_id",
+        "route",
+        "sent_mono",
+        "started_mono",
+        "status",
     )  # fmt: skip
 
     def __init__(self, client: ClientConnection, head: RequestHead | None, request_id: bytes) -> None:
@@ -76,7 +99,7 @@ class Exchange:
         head = self.head
         if head is None or self.is_over:
             return
-        if head.expects_continue and not self.is_complete and not self.bytes_in:
+        if head.fields.expects_continue and not self.is_complete and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._go()
 
@@ -95,11 +118,11 @@ class Exchange:
         closes = (
             head is None
             or not self.is_complete
-            or not head.keeps_alive
+            or not head.fields.keeps_alive
             or refusal.reason is Reason.REQUEST_MALFORMED
             or server.is_draining
         )
-        is_head = head is not None and head.method == b"HEAD"
+        is_head = head is not None and head.line.method == b"HEAD"
         self.status = answer.status
         self.bytes_out = 0 if is_head else len(answer.body)
         self._client.send(answers.own(answer, self.request_id, closes=closes, without_body=is_head))
@@ -168,7 +191,7 @@ class Exchange:
         self._pending_bytes = 0
         body = self._framed(pending[0] if len(pending) == 1 else b"".join(pending)) if head.has_body else b""
         self.sent_mono = server.clock()
-        upstream.begin(self, first + body, method=head.method, is_last=self.is_complete)
+        upstream.begin(self, first + body, method=head.line.method, is_last=self.is_complete)
         if not self.is_complete:
             self._client.resume()
 
@@ -178,20 +201,20 @@ class Exchange:
         assert head is not None  # noqa: S101
         self.answered_mono = self._client.server.clock()
         self._answer = answer
-        self.status = answer.status
-        has_length = answer.content_length is not None or has_no_body(head.method, answer.status)
+        status = self.status = answer.line.status
+        has_length = answer.fields.has_content_length or has_no_body(head.line.method, status)
         self._closes = (
-            not head.keeps_alive
+            not head.fields.keeps_alive
             or not self.is_complete
             or self._client.server.is_draining
-            or (not has_length and not head.minor_version)
+            or (not has_length and not head.line.minor_version)
         )
         self._out = answers.relayed(
             answer,
             self.request_id,
-            is_chunked=not has_length and bool(head.minor_version),
+            is_chunked=not has_length and bool(head.line.minor_version),
             closes=self._closes,
-            client_minor_version=head.minor_version,
+            client_minor_version=head.line.minor_version,
         )
 
     def answer_arrived(self, content: bytes, *, is_last: bool) -> None:
@@ -201,7 +224,11 @@ class Exchange:
         assert answer is not None  # noqa: S101
         out, self._out = self._out, b""
         self.bytes_out += len(content)
-        if answer.content_length is not None or not head.minor_version or has_no_body(head.method, answer.status):
+        if (
+            answer.fields.has_content_length
+            or not head.line.minor_version
+            or has_no_body(head.line.method, self.status)
+        ):
             out += content
         else:
             out += (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")
@@ -249,10 +276,10 @@ class Exchange:
         """Whether a second attempt changes nothing: idempotent, without a body to send again, and never answered."""
         head = self.head
         is_lost = refusal.reason is Reason.UPSTREAM_UNREACHABLE
-        return is_lost and head is not None and head.method in _IDEMPOTENT and not head.has_body
+        return is_lost and head is not None and head.line.method in _IDEMPOTENT and not head.has_body
 
     def _framed(self, content: bytes) -> bytes:
-        if self.head is None or not self.head.is_chunked:
+        if self.head is None or not self.head.fields.is_chunked:
             return content
         return (chunk(content) if content else b"") + (LAST_CHUNK if self.is_complete else b"")
 

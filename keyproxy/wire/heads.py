@@ -1,139 +1,125 @@
-"""Read a complete head, request or response, into the value that the rest of the program judges.
+"""Judge a complete head, request or response: the whole of it, from its bytes.
 
 Two opinions have to agree on every head. llhttp parses it, strictly; and what llhttp is lenient about, or does not
 know, is checked on the raw bytes here: one space in the request line, no line that is not a field, one Host, one
-Content-Length, a Transfer-Encoding that is exactly `chunked`, names that every server reads alike. What was judged is
-then written anew from its parts, so an upstream never sees the client's own spelling of anything that frames a message.
+Content-Length, a Transfer-Encoding that is exactly `chunked`, names that every server reads alike.
 
 llhttp gets the head alone. Where a body ends is `framing`'s to say: httptools does not tell how many bytes it has
 consumed, and a proxy must know that before it sends anything on.
+
+This is the judgement; `readers` remembers it, since clients send nearly the same head again and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import httptools
 
 from keyproxy import target
 from keyproxy.headers import NOT_HOP_BY_HOP, FieldNames, Kind
-from keyproxy.model import CredentialField, RequestHead, ResponseHead
+from keyproxy.model import CredentialField, RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
 
 HEAD_END: Final = b"\r\n\r\n"
 FIELDS_MAX: Final = 256
+CONTENT_LENGTH_DIGITS_MAX: Final = 18
 
-_CONTENT_LENGTH_DIGITS_MAX: Final = 18
-_KEEP_ALIVE: Final = frozenset({b"keep-alive"})
-_KNOWN_OPTIONS: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
+_OPTIONS_WITHOUT_FIELD: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
 _NO_BODY_STATUSES: Final = frozenset({204, 304})
+_OWS: Final = b" \t"
+
+Fields = Sequence[tuple[bytes, bytes]]
 
 
-class _Parts:
-    """What httptools calls back with."""
+class JudgedFields:
+    """The fields of one head, taken apart. `is_forwarded` says for each, in order, whether it goes on."""
 
-    __slots__ = ("fields", "is_complete", "start")
-
-    def __init__(self) -> None:
-        self.start = b""
-        self.fields: list[tuple[bytes, bytes]] = []
-        self.is_complete = False
-
-    def on_url(self, url: bytes) -> None:
-        self.start += url
-
-    def on_status(self, phrase: bytes) -> None:
-        self.start += phrase
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.fields.append((name, value.rstrip(b" \t")))
-
-    def on_headers_complete(self) -> None:
-        self.is_complete = True
-
-
-class _Framing:
-    """What the fields say about the message around them, gathered in one pass."""
-
-    __slots__ = ("chunked", "content_length", "content_type", "host", "options")
+    __slots__ = (
+        "content_length",
+        "content_type",
+        "credentials",
+        "expects_continue",
+        "forwarded",
+        "host",
+        "is_chunked",
+        "is_forwarded",
+        "options",
+        "request_id",
+    )
 
     def __init__(self) -> None:
+        self.is_forwarded: list[bool] = []
+        self.credentials: list[CredentialField] = []
+        self.forwarded: list[tuple[bytes, bytes]] = []
+        self.request_id: bytes | None = None
         self.host: bytes | None = None
         self.content_length: int | None = None
         self.content_type = False
-        self.chunked = False
+        self.is_chunked = False
+        self.expects_continue = False
         self.options: list[bytes] = []
 
+    def keeps_alive(self, minor_version: int) -> bool:
+        """Whether this side of the connection is to be used again. RFC 9112 section 9.3."""
+        if b"close" in self.options:
+            return False
+        return minor_version == 1 or b"keep-alive" in self.options
 
-def read_request_head(raw: bytes, names: FieldNames) -> RequestHead:
+
+def judge_request(raw: bytes, names: FieldNames) -> tuple[RequestLine, RequestFields, JudgedFields]:
     """A request head out of its bytes, which end with an empty line and hold nothing after it.
 
-    Raises a Refusal (REQUEST_MALFORMED).
+    Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
     """
     parts = _Parts()
     parser = httptools.HttpRequestParser(parts)
     _parse(parser, parts, raw)
     method, version = parser.get_method(), parser.get_http_version()
-    if not raw.startswith(b"%b %b HTTP/1.%b\r\n" % (method, parts.start, version[2:].encode())):
+    if not raw.startswith(b"%b %b HTTP/%b\r\n" % (method, parts.start, version.encode())):
         raise _malformed("the request line is not 'METHOD target HTTP/1.x'")
     minor = _minor(version)
     if method == b"CONNECT":
         raise _malformed("CONNECT is not for a reverse proxy")
-    head = _take_apart(parts.fields, names, Reason.REQUEST_MALFORMED)
-    framing = head.framing
-    if framing.host is None:
-        if minor == 1:
-            raise _malformed("HTTP/1.1 without a Host")
-    else:
-        target.check_host(framing.host)
-    if framing.chunked and (framing.content_length is not None or minor == 0):
+    judged = _judge_fields(parts.fields, names, is_request=True)
+    if judged.host is not None:
+        target.check_host(judged.host)
+    elif minor == 1:
+        raise _malformed("HTTP/1.1 without a Host")
+    if judged.is_chunked and (judged.content_length is not None or minor == 0):
         raise _malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
-    judged = target.judge(method, parts.start, framing.host)
-    return RequestHead(
-        method=method,
-        target=judged.target,
-        path=judged.path,
-        minor_version=minor,
-        host=framing.host,
-        fields=head.block,
-        credentials=tuple(head.credentials),
-        forwarded=tuple(head.forwarded),
-        request_id=head.request_id,
-        content_length=framing.content_length,
-        is_chunked=framing.chunked,
-        keeps_alive=_keeps_alive(framing.options, minor),
-        expects_continue=head.expects_continue and minor == 1,
+    going = target.judge(method, parts.start, judged.host)
+    line = RequestLine(method, going.target, going.path, minor, b"%b %b HTTP/1.1\r\n" % (method, going.target))
+    fields = RequestFields(
+        host=judged.host,
+        host_block=b"X-Forwarded-Host: %b\r\n" % judged.host if judged.host is not None else b"",
+        has_content_length=judged.content_length is not None,
+        is_chunked=judged.is_chunked,
+        keeps_alive=judged.keeps_alive(minor),
+        expects_continue=judged.expects_continue and minor == 1,
     )
+    return line, fields, judged
 
 
-def read_response_head(raw: bytes, names: FieldNames) -> ResponseHead:
+def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseFields, JudgedFields]:
     """A response head out of its bytes. Raises a Refusal (UPSTREAM_INVALID)."""
     parts = _Parts()
     parser = httptools.HttpResponseParser(parts)
     try:
         _parse(parser, parts, raw)
         minor = _minor(parser.get_http_version())
-        head = _take_apart(parts.fields, names, Reason.UPSTREAM_INVALID)
         status = parser.get_status_code()
-        if not 100 <= status <= 599:
-            raise _malformed("the status is not between 100 and 599")
-        if not raw.startswith(b"HTTP/1.%d %d" % (minor, status)):
+        if not 100 <= status <= 599 or not raw.startswith(b"HTTP/1.%d %d" % (minor, status)):
             raise _malformed("the status line is not 'HTTP/1.x NNN phrase'")
+        judged = _judge_fields(parts.fields, names, is_request=False)
     except Refusal as refusal:
         raise Refusal(Reason.UPSTREAM_INVALID, refusal.detail) from refusal
-    framing = head.framing
-    if framing.chunked and framing.content_length is not None:
+    if judged.is_chunked and judged.content_length is not None:
         raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length")
-    return ResponseHead(
-        status=status,
-        reason_phrase=parts.start.strip(b" \t"),
-        minor_version=minor,
-        fields=head.block,
-        content_length=framing.content_length,
-        is_chunked=framing.chunked,
-        keeps_alive=_keeps_alive(framing.options, minor),
-    )
+    line = StatusLine(status, minor, b"HTTP/1.1 %d %b\r\n" % (status, parts.start.strip(_OWS)))
+    fields = ResponseFields(judged.content_length is not None, judged.is_chunked, judged.keeps_alive(minor))
+    return line, fields, judged
 
 
 def check_beginning(buffer: bytes) -> None:
@@ -156,80 +142,86 @@ def has_no_body(method: bytes, status: int) -> bool:
     return method == b"HEAD" or status in _NO_BODY_STATUSES or status < 200
 
 
-class _Fields:
-    """The fields of one head, sorted by what they mean."""
+class _Parts:
+    """What httptools calls back with."""
 
-    __slots__ = ("block", "credentials", "expects_continue", "forwarded", "framing", "request_id")
+    __slots__ = ("fields", "is_complete", "start")
 
     def __init__(self) -> None:
-        self.framing = _Framing()
-        self.block = b""
-        self.credentials: list[CredentialField] = []
-        self.forwarded: list[tuple[bytes, bytes]] = []
-        self.request_id: bytes | None = None
-        self.expects_continue = False
+        self.start = b""
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.is_complete = False
+
+    def on_url(self, url: bytes) -> None:
+        self.start += url
+
+    def on_status(self, phrase: bytes) -> None:
+        self.start += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name, value.strip(_OWS)))
+
+    def on_headers_complete(self) -> None:
+        self.is_complete = True
 
 
-def _take_apart(
-    fields: list[tuple[bytes, bytes]], names: FieldNames, whose: Reason, hops: Collection[bytes] = ()
-) -> _Fields:
-    head = _Fields()
-    lines: list[bytes] = []
+def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: Collection[bytes] = ()) -> JudgedFields:
+    judged = JudgedFields()
     for name, value in fields:
         kind = names.kind(name)
-        if kind is Kind.PLAIN:
-            if not hops or name.lower() not in hops:
-                lines += (name, b": ", value, b"\r\n")
+        is_forwarded = False
+        if kind is Kind.PLAIN or (kind is Kind.UNREADABLE and not is_request):
+            # An upstream may name its own fields as it likes: they go to the client, whom they do not mislead.
+            is_forwarded = name.lower() not in hops
         elif kind is Kind.UNREADABLE:
-            # An upstream may name its own fields as it likes: they go to the client, who is not misled by them.
-            if whose is Reason.REQUEST_MALFORMED:
-                raise _malformed("a header name has characters other than letters, digits and '-'")
-            lines += (name, b": ", value, b"\r\n")
-        elif kind is Kind.CREDENTIAL:
-            head.credentials.append(CredentialField(name.lower(), value))
-        elif kind is Kind.FORWARDED:
-            head.forwarded.append((name.lower(), value))
+            raise _malformed("a header name has characters other than letters, digits and '-'")
+        elif kind is Kind.CREDENTIAL and is_request:
+            judged.credentials.append(CredentialField(name.lower(), value))
+        elif kind is Kind.FORWARDED and is_request:
+            judged.forwarded.append((name.lower(), value))
         elif kind is Kind.REQUEST_ID:
-            head.request_id = value
-        elif kind is Kind.EXPECT:
+            judged.request_id = value
+        elif kind is Kind.EXPECT and is_request:
             if value.lower() != b"100-continue":
                 raise _malformed("an Expect other than 100-continue")
-            head.expects_continue = True
-        elif kind is not Kind.HOP and kind is not Kind.RESERVED:
-            _frame(head.framing, kind, value)
-            if kind is not Kind.CONNECTION and kind is not Kind.TRANSFER_ENCODING:
-                lines += (name, b": ", value, b"\r\n")
-    named = set(head.framing.options) - _KNOWN_OPTIONS
+            judged.expects_continue = True
+        elif kind not in (Kind.HOP, Kind.RESERVED):
+            is_forwarded = _judge_framing(judged, kind, value, is_request=is_request)
+        judged.is_forwarded.append(is_forwarded)
+    named = set(judged.options) - _OPTIONS_WITHOUT_FIELD
     if named and not hops:
         for option in named:
             if names.kind(option) in NOT_HOP_BY_HOP:
                 raise _malformed("Connection names a field that is not hop-by-hop")
-        return _take_apart(fields, names, whose, hops=named)
-    head.block = b"".join(lines)
-    return head
+        return _judge_fields(fields, names, is_request=is_request, hops=named)
+    return judged
 
 
-def _frame(framing: _Framing, kind: Kind, value: bytes) -> None:
-    if kind is Kind.HOST:
-        if framing.host is not None:
-            raise _malformed("more than one Host")
-        framing.host = value
-    elif kind is Kind.CONTENT_LENGTH:
-        if framing.content_length is not None:
-            raise _malformed("more than one Content-Length")
-        if not value.isdigit() or len(value) > _CONTENT_LENGTH_DIGITS_MAX:
-            raise _malformed("Content-Length is not a number")
-        framing.content_length = int(value)
-    elif kind is Kind.TRANSFER_ENCODING:
-        if framing.chunked or value.lower() != b"chunked":
+def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request: bool) -> bool:
+    """Take in a field that says where the message ends or what it is; whether it is forwarded."""
+    if kind is Kind.CONNECTION:
+        judged.options += (option.strip(_OWS).lower() for option in value.split(b","))
+        return False
+    if kind is Kind.TRANSFER_ENCODING:
+        if judged.is_chunked or value.lower() != b"chunked":
             raise _malformed("Transfer-Encoding is not exactly 'chunked', once")
-        framing.chunked = True
-    elif kind is Kind.CONTENT_TYPE:
-        if framing.content_type:
+        judged.is_chunked = True
+        return False
+    if kind is Kind.CONTENT_LENGTH:
+        if judged.content_length is not None:
+            raise _malformed("more than one Content-Length")
+        if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
+            raise _malformed("Content-Length is not a number")
+        judged.content_length = int(value)
+    elif is_request and kind is Kind.HOST:
+        if judged.host is not None:
+            raise _malformed("more than one Host")
+        judged.host = value
+    elif is_request and kind is Kind.CONTENT_TYPE:
+        if judged.content_type:
             raise _malformed("more than one Content-Type")
-        framing.content_type = True
-    else:
-        framing.options += (option.strip(b" \t").lower() for option in value.split(b","))
+        judged.content_type = True
+    return True
 
 
 def _parse(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, parts: _Parts, raw: bytes) -> None:
@@ -253,12 +245,6 @@ def _minor(version: str) -> int:
     if version == "1.0":
         return 0
     raise _malformed("the version is neither HTTP/1.1 nor HTTP/1.0")
-
-
-def _keeps_alive(options: Iterable[bytes], minor: int) -> bool:
-    if b"close" in options:
-        return False
-    return minor == 1 or b"keep-alive" in options
 
 
 def _malformed(detail: str) -> Refusal:

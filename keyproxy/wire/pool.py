@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import select
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from keyproxy.headers import FieldNames
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Upstream as UpstreamSettings
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.exchange import Exchange
+from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.upstream import UpstreamConnection
 
 _log = logging.getLogger(__name__)
@@ -54,13 +55,13 @@ class UpstreamPool:
     """See the module. `repr` shows what it holds."""
 
     def __init__(
-        self, url: str, settings: UpstreamSettings, names: FieldNames, deadlines: Deadlines,
+        self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines,
         loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self._address = Address.parse(url)
         self.host = self._address.authority
         self.settings = settings
-        self.names = names
+        self.responses = responses
         self._deadlines = deadlines
         self._loop = loop
         self._idle: collections.deque[UpstreamConnection] = collections.deque()
@@ -115,10 +116,8 @@ class UpstreamPool:
         self._deadlines.forget(connection)
         self._open.discard(connection)
         if connection.idle_since:
-            try:
+            with contextlib.suppress(ValueError):
                 self._idle.remove(connection)
-            except ValueError:
-                pass
         if len(self._connecting) < len(self._waiting):
             self._connect()
 

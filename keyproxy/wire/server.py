@@ -19,6 +19,7 @@ from keyproxy.settings import Listen
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import Upstreams
+from keyproxy.wire.readers import RequestReader
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ProxyServer:
         self.gate = gate
         self.upstreams = upstreams
         self.names = names
+        self.requests = RequestReader(names)
         self.problems = problems
         self.clock = clock
         self.loop = loop

@@ -16,7 +16,7 @@ from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, has_no_body, read_response_head
+from keyproxy.wire.heads import HEAD_END, has_no_body
 
 if TYPE_CHECKING:
     from keyproxy.wire.exchange import Exchange
@@ -168,13 +168,13 @@ class UpstreamConnection(asyncio.Protocol):
                 self._buffer = buffer
                 self._watch()
                 return
-            head = read_response_head(buffer[: end + 4], self._pool.names)
+            head = self._pool.responses.read(buffer[: end + 4])
             buffer = buffer[end + 4 :]
-            if head.status >= _FINAL:
-                self._keeps_alive = head.keeps_alive
+            if head.line.status >= _FINAL:
+                self._keeps_alive = head.fields.keeps_alive
                 self._body = self._body_of(head)
                 exchange.answer_begins(head)
-            elif head.status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
+            elif head.line.status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
                 raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
             else:
                 self._interim += 1
@@ -185,16 +185,16 @@ class UpstreamConnection(asyncio.Protocol):
         exchange.answer_arrived(content, is_last=self._body.is_complete)
 
     def _body_of(self, head: ResponseHead) -> Body:
-        if has_no_body(self._method, head.status):
+        if has_no_body(self._method, head.line.status):
             return NoBody()
-        if head.is_chunked:
+        if head.fields.is_chunked:
             return ChunkedBody(self._is_forbidden_trailer)
-        if head.content_length is not None:
+        if head.fields.has_content_length:
             return CountedBody(head.content_length)
         return EndlessBody()
 
     def _is_forbidden_trailer(self, name: bytes) -> bool:
-        return self._pool.names.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
+        return self._pool.responses.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
 
     def _watch(self) -> None:
         settings = self._pool.settings
