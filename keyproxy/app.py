@@ -29,6 +29,7 @@ from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
+from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.server import ProxyServer
 
 _log = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ class Proxy:
             instance=secrets.token_hex(8).encode("ascii"),
         )
         names = FieldNames(settings.identity.header_prefix)
-        live = self._pool(settings.upstream.url, names)
-        test = self._pool(settings.upstream.test_url, names) if settings.upstream.test_url else None
+        responses = ResponseReader(names)
+        live = self._pool(settings.upstream.url, responses)
+        test = self._pool(settings.upstream.test_url, responses) if settings.upstream.test_url else None
         self.upstreams = Upstreams(live, test)
         self.server = ProxyServer(
             settings.listen, gate=gateway, upstreams=self.upstreams, names=names,
@@ -141,8 +143,8 @@ class Proxy:
             await self.server.start(proxy)
             yield
 
-    def _pool(self, url: str, names: FieldNames) -> UpstreamPool:
-        return UpstreamPool(url, self._settings.upstream, names, self._deadlines, self._loop)
+    def _pool(self, url: str, responses: ResponseReader) -> UpstreamPool:
+        return UpstreamPool(url, self._settings.upstream, responses, self._deadlines, self._loop)
 
     def _sources(self) -> Sources:
         return Sources(
@@ -179,11 +181,13 @@ async def serve(settings: Settings, dsn: str, *, access_log_fd: int, started: Ca
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with contextlib.closing(sockets.bind(settings.listen.address)) as proxy_socket:
-        with contextlib.closing(sockets.bind(settings.ops.address)) as ops_socket:
-            proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
-            async with proxy.running(proxy_socket, ops_socket):
-                started(sockets.told(proxy_socket), sockets.told(ops_socket))
-                await stop.wait()
-                _log.info("draining: no new work, up to %g s for what is under way", settings.listen.drain_seconds)
+    with (
+        contextlib.closing(sockets.bind(settings.listen.address)) as proxy_socket,
+        contextlib.closing(sockets.bind(settings.ops.address)) as ops_socket,
+    ):
+        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
+        async with proxy.running(proxy_socket, ops_socket):
+            started(sockets.told(proxy_socket), sockets.told(ops_socket))
+            await stop.wait()
+            _log.info("draining: no new work, up to %g s for what is under way", settings.listen.drain_seconds)
     _log.info("stopped")

@@ -72,7 +72,7 @@ class Gateway:
             key.check()
             raise
         exchange.identity = identity
-        exchange.route = self._routes.match(head.method, head.path)
+        exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)
         return Permit(grant)
 
@@ -115,7 +115,7 @@ class Gateway:
         """The shape in which a refusal of this request is told."""
         if head is not None:
             try:
-                route = self._routes.match(head.method, head.path)
+                route = self._routes.match(head.line.method, head.line.path)
             except Refusal:
                 route = None
             if route is not None:

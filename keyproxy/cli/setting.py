@@ -102,7 +102,7 @@ def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bo
         _table([[_cell(row.get(name)) for name in columns] for row in result], columns)
 
 
-def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | None | str:
+def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | str | None:
     """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta; `never` as it is."""
     if value is None or value == "never":
         return value

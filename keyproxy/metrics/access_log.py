@@ -67,8 +67,8 @@ class AccessLog:
             (
                 exchange.started_mono,
                 exchange.request_id,
-                b"" if head is None else head.method,
-                b"" if head is None or exchange.reason is Reason.KEY_IN_URL else head.path,
+                b"" if head is None else head.line.method,
+                b"" if head is None or exchange.reason is Reason.KEY_IN_URL else head.line.path,
                 route,
                 exchange.status,
                 code,
