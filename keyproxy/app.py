@@ -95,15 +95,14 @@ class Proxy:
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._deadlines = Deadlines(self._loop)
+        self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = Store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset) if settings.log.access else None
-        recorder = Recorder(self._access_log)
+        self._recorder = Recorder(self._access_log)
         gateway = Gateway(
             key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
             identities=self.store.identities,
             routes=settings.route_table(),
-            recorder=recorder,
             now=clock.now,
             instance=secrets.token_hex(8).encode("ascii"),
         )
@@ -113,11 +112,11 @@ class Proxy:
         test = self._pool(settings.upstream.test_url, responses) if settings.upstream.test_url else None
         self.upstreams = Upstreams(live, test)
         self.server = ProxyServer(
-            settings.listen, gate=gateway, upstreams=self.upstreams, names=names,
+            settings.listen, gate=gateway, recorder=self._recorder, upstreams=self.upstreams, names=names,
             problems=Problems(invalid_key_status=settings.errors.invalid_key_status),
             deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop,
         )  # fmt: skip
-        catalogue = Catalogue(recorder, self._sources())
+        catalogue = Catalogue(self._recorder, self._sources())
         self._ops = OpsListener(
             checks={"store": self.store.check, "change_feed": self.store.check_feed, "upstream": self._check_upstream}
             | {"proxy": self._check_proxy},
@@ -131,7 +130,9 @@ class Proxy:
         async with contextlib.AsyncExitStack() as stack:
             if self._access_log is not None:
                 stack.callback(self._access_log.close)
-                self._access_log.start(self._loop)
+                self._access_log.start()
+            stack.callback(self._recorder.close)
+            self._recorder.start(self._loop)
             await stack.enter_async_context(self.store.opened())
             self._deadlines.start()
             stack.callback(self._deadlines.stop)
@@ -144,7 +145,9 @@ class Proxy:
             yield
 
     def _pool(self, url: str, responses: ResponseReader) -> UpstreamPool:
-        return UpstreamPool(url, self._settings.upstream, responses, self._deadlines, self._loop)
+        return UpstreamPool(
+            url, self._settings.upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop
+        )
 
     def _sources(self) -> Sources:
         return Sources(

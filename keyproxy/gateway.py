@@ -16,7 +16,7 @@ from typing import Final
 from keyproxy import admission, credential, headers
 from keyproxy.keyformat import KeyFormat
 from keyproxy.model import Missing, Moment, Permit, RequestHead
-from keyproxy.ports import Exchange, Identities, Recorder
+from keyproxy.ports import Exchange, Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.routes import RouteTable
 
@@ -27,17 +27,16 @@ _ROUNDS_MAX: Final = 4
 
 
 class Gateway:
-    """Decides on requests and has their outcome recorded. Knows ports, not implementations."""
+    """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, routes: RouteTable, recorder: Recorder,
+        self, *, key_format: KeyFormat, identities: Identities, routes: RouteTable,
         now: Callable[[], Moment], instance: bytes,
     ) -> None:  # fmt: skip
         """`instance`: a few random characters that make this process's request ids its own."""
         self._key_format = key_format
         self._identities = identities
         self._routes = routes
-        self._recorder = recorder
         self._now = now
         self._instance = instance
         self._serial = itertools.count(1)
@@ -94,7 +93,7 @@ class Gateway:
                 else:
                     exchange.forward(permit)
                     return
-            raise Refusal(Reason.INTERNAL_ERROR, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
+            raise AssertionError(f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
@@ -121,12 +120,6 @@ class Gateway:
             if route is not None:
                 return route.error_shape
         return "problem"
-
-    def over(self, exchange: Exchange) -> None:
-        """Record what has happened."""
-        self._recorder.record(exchange)
-        if exchange.reason is Reason.INTERNAL_ERROR and exchange.refusal_detail:
-            _log.error(exchange.refusal_detail, extra={"request_id": exchange.request_id.decode("ascii")})
 
 
 async def _brought(missing: Missing) -> Refusal | None:

@@ -1,4 +1,5 @@
-"""The values that travel through a request's life. None knows where it came from or where it goes.
+"""The values that travel through a request's life. None knows where it came from or where it goes. What is shared
+between requests is compared by identity, so that it can be looked up by at the cost of a pointer.
 
 Each phase consumes the type that the phase before it made: a `RequestHead` is judged, an `Identity` is known, a `Grant`
 says that this identity may use this route now, a `Permit` is what forwarding asks for. There is no other way to make one.
@@ -37,7 +38,7 @@ class CredentialField(NamedTuple):
         return f"CredentialField({self.name!r}, <{len(self.value)} bytes>)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestLine:
     """A judged request line. `start` is the line as it goes upstream; `path` the target's part before `?`."""
 
@@ -48,7 +49,7 @@ class RequestLine:
     start: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestFields:
     """What a request's header fields say about it, apart from the values that differ from request to request.
 
@@ -98,7 +99,7 @@ class RequestHead:
         return f"RequestHead({self.line.method!r}, <{len(self.line.target)} bytes>)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StatusLine:
     """A judged status line. `start` is the line as it goes to the client."""
 
@@ -107,7 +108,7 @@ class StatusLine:
     start: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
     """What a response's header fields say about its framing."""
 
@@ -134,7 +135,7 @@ class ResponseHead:
         return f"ResponseHead({self.line.status})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Identity:
     """What a key resolves to, made once when its row enters the cache.
 
@@ -156,7 +157,7 @@ class Identity:
         object.__setattr__(self, "mode", "test" if self.is_test else "live")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
     """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics."""
 

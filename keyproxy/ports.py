@@ -91,14 +91,10 @@ class Gate(Protocol):
         """The shape in which a refusal of this request is told."""
         ...
 
-    def over(self, exchange: Exchange) -> None:
-        """The exchange has ended, for whatever reason. Called exactly once for every exchange."""
-        ...
-
 
 class Recorder(Protocol):
     """Counts and logs what has happened."""
 
     def record(self, exchange: Exchange) -> None:
-        """One exchange that has ended. Never waits."""
+        """One exchange that has ended. Never waits. Called exactly once for every exchange, refused ones too."""
         ...

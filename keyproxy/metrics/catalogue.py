@@ -6,8 +6,9 @@ The numbers live where they arise: in the recorder, and behind the callables of 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -21,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from keyproxy import __version__
-from keyproxy.metrics.recorder import Histogram, Recorder
+from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.reasons import Reason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -59,21 +60,26 @@ class Catalogue(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry for every scrape."""
-        yield from self._requests()
-        recorder, sources = self._recorder, self._sources
+        cells, sources = self._recorder.cells(), self._sources
+        yield from _requests(cells)
         yield _histogram(
-            "keyproxy_request_seconds", "From a request's head to the end of its answer.",
-            ("route", "mode"), recorder.request_seconds.items(),
-        )  # fmt: skip
+            "keyproxy_request_seconds",
+            "From a request's head to the end of its answer.",
+            ("route", "mode"),
+            [((cell.route, cell.mode), cell.request_seconds) for cell in cells],
+        )
         yield _histogram(
-            "keyproxy_upstream_seconds", "From the first byte sent upstream to the first byte of the answer.",
-            ("route",), [((route,), histogram) for route, histogram in recorder.upstream_seconds.items()],
-        )  # fmt: skip
+            "keyproxy_upstream_seconds",
+            "From the first byte sent upstream to the first byte of the answer.",
+            ("route",),
+            [((cell.route,), cell.upstream_seconds) for cell in cells],
+        )
         yield _histogram(
             "keyproxy_overhead_seconds",
             "Our own time before forwarding: from a request's head to its first byte upstream.",
-            (), [((), recorder.overhead_seconds)],
-        )  # fmt: skip
+            (),
+            [((), self._recorder.overhead_seconds)],
+        )
         yield _counter(
             "keyproxy_identity_lookups", "Look-ups of a key's identity.", "result", sources.identity_lookups()
         )
@@ -95,17 +101,18 @@ class Catalogue(Collector):
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
 
-    def _requests(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "keyproxy_requests", "Requests that have ended.", labels=("route", "status", "mode", "code")
-        )
-        refusals: dict[str, int] = {}
-        for (route, status, mode, code), count in list(self._recorder.requests.items()):
-            requests.add_metric((route, str(status), mode, code), count)
-            if code in _CODES:
-                refusals[code] = refusals.get(code, 0) + count
-        yield requests
-        yield _counter("keyproxy_refusals", "Requests that were not answered by the upstream.", "code", refusals)
+
+def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "keyproxy_requests", "Requests that have ended.", labels=("route", "status", "mode", "code")
+    )
+    refusals: dict[str, int] = {}
+    for cell in cells:
+        requests.add_metric((cell.route, str(cell.status), cell.mode, cell.code), cell.count)
+        if cell.code in _CODES:
+            refusals[cell.code] = refusals.get(cell.code, 0) + cell.count
+    yield requests
+    yield _counter("keyproxy_refusals", "Requests that were not answered by the upstream.", "code", refusals)
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
@@ -127,14 +134,19 @@ def _value(name: str, text: str, value: float) -> Metric:
 
 
 def _histogram(
-    name: str, text: str, labels: tuple[str, ...], cells: Iterable[tuple[tuple[str, ...], Histogram]]
+    name: str, text: str, labels: tuple[str, ...], parts: Iterable[tuple[tuple[str, ...], Histogram]]
 ) -> Metric:
+    """A family of histograms; parts with the same label values are summed."""
     family = HistogramMetricFamily(name, text, labels=labels)
-    for values, histogram in list(cells):
-        seen = 0
-        buckets = []
-        for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
-            seen += count
-            buckets.append((bound, seen))
-        family.add_metric(values, buckets, sum_value=histogram.total)
+    sums: dict[tuple[str, ...], Histogram] = {}
+    for values, part in parts:
+        whole = sums.setdefault(values, Histogram(part.bounds))
+        whole.counts = [one + other for one, other in zip(whole.counts, part.counts, strict=True)]
+        whole.total += part.total
+    for values, whole in sums.items():
+        if not any(whole.counts) and labels:
+            continue
+        cumulated = list(accumulate(whole.counts))
+        bounds = (*map(str, whole.bounds), "+Inf")
+        family.add_metric(values, list(zip(bounds, cumulated, strict=True)), sum_value=whole.total)
     return family

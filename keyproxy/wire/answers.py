@@ -24,11 +24,9 @@ def own(answer: Answer, request_id: bytes, *, closes: bool, without_body: bool) 
     )
 
 
-def relayed(
-    head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: bool, client_minor_version: int
-) -> bytes:
-    """The head of a relayed answer, framed anew."""
-    kept = b"" if client_minor_version else _KEEP_ALIVE
+def relayed(head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool) -> bytes:
+    """The head of a relayed answer, framed anew. `is_http_11`: the client is."""
+    kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"".join(
         (
             head.line.start,

@@ -143,23 +143,24 @@ class ClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
             self._watch()
 
-    def exchange_over(self, *, closes: bool, is_cut: bool) -> None:
+    def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
         """The answer has been written, or given up. Go on with the next request, or close."""
         exchange, self._exchange = self._exchange, None
-        has_unread = exchange is None or exchange.head is None or not exchange.is_complete or bool(self._buffer)
         if self._transport is None:
             return
         if is_cut:
             self._abort()
         elif closes or self._has_ended:
+            has_unread = exchange is None or exchange.head is None or not exchange.is_complete or bool(self._buffer)
             self._finish(lingers=has_unread)
         else:
-            self._body = NoBody()
             self._has_checked_beginning = False
-            self.resume()
-            self._watch()
+            if self._is_paused:
+                self.resume()
             if self._buffer:
                 self._pump()
+            elif self._stalled_bytes is None:
+                self.deadline = now + self.server.listen.keepalive_timeout_seconds
 
     # -- shutting down
 
@@ -234,7 +235,7 @@ class ClientConnection(asyncio.Protocol):
                     check_beginning(buffer)
                     self._watch(starts_head=True)
                 return False
-            self._begin(self.server.requests.read(buffer[: end + 4]), buffer[end + 4 :])
+            self._begin(self.server.requests.read(buffer, end), buffer[end + 4 :])
         except FramingError as error:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
         except Refusal as refusal:
@@ -242,21 +243,24 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def _begin(self, head: RequestHead, rest: bytes) -> None:
-        body = self._body = self._body_of(head)
-        content, rest = body.feed(rest)
+        server = self.server
+        now = server.clock()
+        content, is_complete = b"", True
+        if head.has_body:
+            body = self._body = self._body_of(head)
+            content, rest = body.feed(rest)
+            is_complete = body.is_complete
         if rest:
             _check_surplus(head, rest)
         self._buffer = rest
-        server = self.server
-        exchange = self._exchange = Exchange(self, head, server.gate.request_id(head))
+        request_id = server.gate.request_id(head)
+        exchange = self._exchange = Exchange(self, head, request_id, now, content=content, is_complete=is_complete)
         limit = server.listen.body_bytes_max
-        if limit and head.content_length > limit:
+        if limit and (head.content_length > limit or len(content) > limit):
             exchange.refuse(Refusal(Reason.BODY_TOO_LARGE))
             return
-        exchange.body_arrived(content, is_complete=body.is_complete)
-        if not exchange.is_over:
-            self._watch()
-            server.gate.begin(exchange)
+        self.deadline = NO_DEADLINE if is_complete else now + server.listen.body_idle_timeout_seconds
+        server.gate.begin(exchange)
 
     def _read_body(self, exchange: Exchange) -> None:
         data, self._buffer = self._buffer, b""
@@ -274,9 +278,7 @@ class ClientConnection(asyncio.Protocol):
     def _body_of(self, head: RequestHead) -> Body:
         if head.fields.is_chunked:
             return ChunkedBody(self._is_forbidden_trailer)
-        if head.content_length:
-            return CountedBody(head.content_length)
-        return NoBody()
+        return CountedBody(head.content_length)
 
     def _is_forbidden_trailer(self, name: bytes) -> bool:
         return self.server.names.kind(name) in NOT_IN_TRAILERS
@@ -285,7 +287,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse_without_exchange(self, refusal: Refusal) -> None:
         """Refuse what never became a request. It is recorded like any other."""
-        exchange = self._exchange = Exchange(self, None, self.server.gate.request_id(None))
+        server = self.server
+        exchange = self._exchange = Exchange(self, None, server.gate.request_id(None), server.clock())
         exchange.refuse(refusal)
 
     def _defect(self) -> None:
@@ -308,7 +311,7 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b""
         self.resume()
         transport.write_eof()
-        self.deadline = self.server.loop.time() + _LINGER_SECONDS
+        self.deadline = self.server.clock() + _LINGER_SECONDS
 
     def _close(self) -> None:
         """Close once everything is sent, within the time a stalled reader gets."""
@@ -316,7 +319,7 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b""
         if self._transport is not None:
             self._transport.close()
-            self.deadline = self.server.loop.time() + self.server.listen.body_idle_timeout_seconds
+            self.deadline = self.server.clock() + self.server.listen.body_idle_timeout_seconds
 
     def _abort_after_flush(self) -> None:
         if self._state is _State.OPEN:
@@ -335,7 +338,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _watch(self, *, starts_head: bool = False) -> None:
         """Set the deadline for what the client has to do next."""
-        listen, now = self.server.listen, self.server.loop.time()
+        listen, now = self.server.listen, self.server.clock()
         if self._state is not _State.OPEN:
             return
         if self._stalled_bytes is not None:

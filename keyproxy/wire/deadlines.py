@@ -9,6 +9,7 @@ late by at most the period, and never early.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 _SLOTS: Final = 10
@@ -17,7 +18,7 @@ NO_DEADLINE: Final = float("inf")
 
 
 class Timed(Protocol):
-    """Something with a deadline in seconds of the loop's clock."""
+    """Something with a deadline in monotonic seconds."""
 
     deadline: float
 
@@ -29,8 +30,11 @@ class Timed(Protocol):
 class Deadlines:
     """Watches the deadlines of everything that is registered."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, period_seconds: float = 1.0) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float], *, period_seconds: float = 1.0
+    ) -> None:
         self._loop = loop
+        self._clock = clock
         self._tick_seconds = period_seconds / _SLOTS
         self._slots: list[set[Timed]] = [set() for _ in range(_SLOTS)]
         self._next = 0
@@ -59,7 +63,7 @@ class Deadlines:
 
     def _tick(self) -> None:
         self._handle = self._loop.call_later(self._tick_seconds, self._tick)
-        now = self._loop.time()
+        now = self._clock()
         for item in [item for item in self._slots[self._next] if item.deadline <= now]:
             item.deadline_passed(now)
         self._next = (self._next + 1) % _SLOTS

@@ -28,68 +28,55 @@ if TYPE_CHECKING:
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
 _PENDING_BYTES_MAX: Final = 65_536
 
+#: The status that is recorded where the client left before there was one. As nginx does.
+_CLIENT_GONE_STATUS: Final = 499
+
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
 class Exchange:
     """See the module. `head` is None if the request's head could not be read; then it can only be refused."""
 
-    __slots__ = (
-        "_answer",
-        "_client",
-        "_closes",
-        "_is_retry",
-        "_is_waiting",
-        "_out",
-        "_pending",
-        "_pending_bytes",
-        "_upstream",
-        "answered_mono",
-        "bytes_in",
-        "bytes_out",
-        "ended_mono",
-        "ending",
-        "head",
-        "identity",
-        "is_complete",
-        "is_over",
-        "permit",
-        "reason",
-        "refusal_detail",
-        "request_id",
-        "route",
-        "sent_mono",
-        "started_mono",
-        "status",
-    )  # fmt: skip
+    # What every exchange has when it begins. On the class, so that making one writes only what is its own.
+    identity: Identity | None = None
+    route: Route | None = None
+    permit: Permit | None = None
+    reason: Reason | None = None
+    refusal_detail: str = ""
+    ending: Ending = Ending.ANSWERED
+    status: int = 0
+    sent_mono: float = 0.0
+    answered_mono: float = 0.0
+    ended_mono: float = 0.0
+    bytes_out: int = 0
+    is_over: bool = False
+    _answer: ResponseHead | None = None
+    _upstream: UpstreamConnection | None = None
+    _is_waiting: bool = False
+    _is_retry: bool = False
+    _is_answer_chunked: bool = False
+    _closes: bool = False
+    _out: bytes = b""
 
-    def __init__(self, client: ClientConnection, head: RequestHead | None, request_id: bytes) -> None:
+    def __init__(
+        self,
+        client: ClientConnection,
+        head: RequestHead | None,
+        request_id: bytes,
+        started_mono: float,
+        *,
+        content: bytes = b"",
+        is_complete: bool = True,
+    ) -> None:
+        """`content`: what has arrived of the body already; `is_complete`: whether that is all of it."""
         self._client = client
+        self._server = client.server
         self.head = head
         self.request_id = request_id
-        self.started_mono = client.server.clock()
-        self.sent_mono = 0.0
-        self.answered_mono = 0.0
-        self.ended_mono = 0.0
-        self.identity: Identity | None = None
-        self.route: Route | None = None
-        self.permit: Permit | None = None
-        self.reason: Reason | None = None
-        self.refusal_detail = ""
-        self.ending = Ending.ANSWERED
-        self.status = 0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.is_complete = head is None
-        self.is_over = False
-        self._answer: ResponseHead | None = None
-        self._upstream: UpstreamConnection | None = None
-        self._is_waiting = False
-        self._is_retry = False
-        self._closes = False
-        self._out = b""
-        self._pending: list[bytes] = []
-        self._pending_bytes = 0
+        self.started_mono = started_mono
+        self.bytes_in = len(content)
+        self.is_complete = is_complete
+        self._pending = content
 
     # -- what the gateway decides
 
@@ -99,7 +86,7 @@ class Exchange:
         head = self.head
         if head is None or self.is_over:
             return
-        if head.fields.expects_continue and not self.is_complete and not self.bytes_in:
+        if not self.is_complete and head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._go()
 
@@ -109,12 +96,11 @@ class Exchange:
             return
         self.reason = refusal.reason
         self.refusal_detail = refusal.detail
-        if self.bytes_out:
-            self._end(Ending.CUT, closes=True)
+        if self._answer is not None and not self._out:
+            self._end(Ending.CUT, self._server.clock(), closes=True)
             return
-        head, server = self.head, self._client.server
-        shape = server.gate.error_shape(head)
-        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), shape)
+        head, server = self.head, self._server
+        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), server.gate.error_shape(head))
         closes = (
             head is None
             or not self.is_complete
@@ -126,7 +112,7 @@ class Exchange:
         self.status = answer.status
         self.bytes_out = 0 if is_head else len(answer.body)
         self._client.send(answers.own(answer, self.request_id, closes=closes, without_body=is_head))
-        self._end(Ending.REFUSED, closes=closes)
+        self._end(Ending.REFUSED, server.clock(), closes=closes)
 
     # -- what the client connection tells
 
@@ -134,16 +120,14 @@ class Exchange:
         """The next content of the request body, and whether it was the last."""
         self.bytes_in += len(content)
         self.is_complete = is_complete
-        limit = self._client.server.listen.body_bytes_max
+        limit = self._server.listen.body_bytes_max
         if limit and self.bytes_in > limit:
             self.refuse(Refusal(Reason.BODY_TOO_LARGE))
         elif self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
         else:
-            if content:
-                self._pending.append(content)
-                self._pending_bytes += len(content)
-            if self._pending_bytes > _PENDING_BYTES_MAX:
+            self._pending += content
+            if len(self._pending) > _PENDING_BYTES_MAX:
                 self._client.pause()
             if self.permit is not None:
                 self._go()
@@ -152,8 +136,8 @@ class Exchange:
         """The client connection is lost: whatever is under way upstream is ended."""
         if not self.is_over:
             if not self.status:
-                self.status = 499
-            self._end(Ending.CLIENT_GONE, closes=True)
+                self.status = _CLIENT_GONE_STATUS
+            self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
 
     def pause_answer(self) -> None:
         """The client does not read fast enough."""
@@ -179,71 +163,63 @@ class Exchange:
 
     def connected(self, upstream: UpstreamConnection) -> None:
         """An upstream connection is ours. Everything that is ready is written to it in one piece."""
-        head, permit, server = self.head, self.permit, self._client.server
+        head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
         self._is_waiting = False
         self._upstream = upstream
-        first = headers.dress(
+        data = headers.dress(
             head, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
-        pending, self._pending = self._pending, []
-        self._pending_bytes = 0
-        body = self._framed(pending[0] if len(pending) == 1 else b"".join(pending)) if head.has_body else b""
-        self.sent_mono = server.clock()
-        upstream.begin(self, first + body, method=head.line.method, is_last=self.is_complete)
+        if self._pending:
+            data += self._framed(self._pending)
+            self._pending = b""
+        elif head.fields.is_chunked:
+            data += self._framed(b"")
+        self.sent_mono = self._server.clock()
+        upstream.begin(self, data, head.line.method, self.sent_mono, is_last=self.is_complete)
         if not self.is_complete:
             self._client.resume()
 
-    def answer_begins(self, answer: ResponseHead) -> None:
+    def answer_begins(self, answer: ResponseHead, now: float) -> None:
         """The head of the answer. It is written with the first content, or at once if there is none yet."""
         head = self.head
         assert head is not None  # noqa: S101
-        self.answered_mono = self._client.server.clock()
+        self.answered_mono = now
         self._answer = answer
         status = self.status = answer.line.status
-        has_length = answer.fields.has_content_length or has_no_body(head.line.method, status)
+        is_http_11 = head.line.minor_version == 1
+        has_end = answer.fields.has_content_length or has_no_body(head.line.method, status)
+        self._is_answer_chunked = is_http_11 and not has_end
         self._closes = (
             not head.fields.keeps_alive
             or not self.is_complete
-            or self._client.server.is_draining
-            or (not has_length and not head.line.minor_version)
+            or self._server.is_draining
+            or not (has_end or is_http_11)
         )
         self._out = answers.relayed(
-            answer,
-            self.request_id,
-            is_chunked=not has_length and bool(head.line.minor_version),
-            closes=self._closes,
-            client_minor_version=head.line.minor_version,
+            answer, self.request_id, is_chunked=self._is_answer_chunked, closes=self._closes, is_http_11=is_http_11
         )
 
-    def answer_arrived(self, content: bytes, *, is_last: bool) -> None:
+    def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the answer, and whether it was the last."""
-        head, answer = self.head, self._answer
-        assert head is not None  # noqa: S101
-        assert answer is not None  # noqa: S101
-        out, self._out = self._out, b""
+        out = self._out
         self.bytes_out += len(content)
-        if (
-            answer.fields.has_content_length
-            or not head.line.minor_version
-            or has_no_body(head.line.method, self.status)
-        ):
+        if not self._is_answer_chunked:
             out += content
-        else:
+        elif content or is_last:
             out += (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")
         if out:
+            self._out = b""
             self._client.send(out)
         if is_last:
-            self._end(Ending.ANSWERED, closes=self._closes)
+            self._end(Ending.ANSWERED, now, closes=self._closes)
 
     def upstream_lost(self, refusal: Refusal) -> None:
-        """The upstream failed this exchange, before or in the middle of its answer."""
+        """The upstream failed this exchange, before or in the middle of its answer; or could not be had."""
         upstream, self._upstream = self._upstream, None
-        if self._answer is not None:
-            self.reason, self.refusal_detail = refusal.reason, refusal.detail
-            self._end(Ending.CUT, closes=True)
-        elif upstream is not None and upstream.is_reused and self._may_repeat(refusal) and not self._is_retry:
+        self._is_waiting = False
+        if upstream is not None and upstream.is_reused and self._may_repeat(refusal):
             # A connection that lay in the pool was closed by the other side as we took it.
             self._is_retry = True
             self._go()
@@ -259,13 +235,11 @@ class Exchange:
 
     def _go(self) -> None:
         """Take an upstream connection, once there is something to send on it."""
-        head, permit = self.head, self.permit
-        if head is None or permit is None or self._is_waiting or self._upstream is not None:
+        permit = self.permit
+        if permit is None or self._is_waiting or not (self.is_complete or self._pending):
             return
-        if head.has_body and not self.is_complete and not self._pending:
-            return
-        pool = self._client.server.upstreams.pool(is_test=permit.grant.identity.is_test)
-        upstream = None if self._is_retry else pool.take()
+        pool = self._server.upstreams.pool(is_test=permit.grant.identity.is_test)
+        upstream = None if self._is_retry else pool.take(self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:
@@ -273,31 +247,39 @@ class Exchange:
             pool.wait(self)
 
     def _may_repeat(self, refusal: Refusal) -> bool:
-        """Whether a second attempt changes nothing: idempotent, without a body to send again, and never answered."""
+        """Whether a second attempt changes nothing: never answered, idempotent, and without a body to send again."""
         head = self.head
-        is_lost = refusal.reason is Reason.UPSTREAM_UNREACHABLE
-        return is_lost and head is not None and head.line.method in _IDEMPOTENT and not head.has_body
+        return (
+            refusal.reason is Reason.UPSTREAM_UNREACHABLE
+            and self._answer is None
+            and not self._is_retry
+            and head is not None
+            and head.line.method in _IDEMPOTENT
+            and not head.has_body
+        )
 
     def _framed(self, content: bytes) -> bytes:
         if self.head is None or not self.head.fields.is_chunked:
             return content
         return (chunk(content) if content else b"") + (LAST_CHUNK if self.is_complete else b"")
 
-    def _end(self, ending: Ending, *, closes: bool) -> None:
+    def _end(self, ending: Ending, now: float, *, closes: bool) -> None:
         if self.is_over:
             return
         self.is_over = True
         self.ending = ending
-        server = self._client.server
-        self.ended_mono = server.clock()
+        self.ended_mono = now
+        server, upstream = self._server, self._upstream
         if self._is_waiting and self.permit is not None:
             server.upstreams.pool(is_test=self.permit.grant.identity.is_test).wait_no_more(self)
-        upstream, self._upstream = self._upstream, None
         if upstream is not None:
-            upstream.exchange_over(is_clean=ending is Ending.ANSWERED and self.is_complete)
-        self._pending.clear()
-        server.gate.over(self)
-        self._client.exchange_over(closes=closes, is_cut=ending is Ending.CUT)
+            self._upstream = None
+            upstream.exchange_over(now, is_clean=ending is Ending.ANSWERED and self.is_complete)
+        self._pending = b""
+        if self.head is not None:
+            self.head.credentials = ()
+        server.recorder.record(self)
+        self._client.exchange_over(now, closes=closes, is_cut=ending is Ending.CUT)
 
     def __repr__(self) -> str:
         state = "over" if self.is_over else "relaying" if self._upstream else "waiting"

@@ -127,6 +127,8 @@ def check_beginning(buffer: bytes) -> None:
 
     Asked once per request that arrives in pieces: a peer that sends single bytes must not make us parse for each.
     """
+    if buffer.startswith(b"\r\n"):
+        raise _malformed("more than one empty line before a request")
     if buffer.count(b"\n") != buffer.count(b"\r\n"):
         raise _malformed("a line ends in a bare LF")
     try:

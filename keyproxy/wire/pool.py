@@ -13,6 +13,7 @@ import collections
 import contextlib
 import logging
 import select
+from collections.abc import Callable
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -55,14 +56,15 @@ class UpstreamPool:
     """See the module. `repr` shows what it holds."""
 
     def __init__(
-        self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines,
-        loop: asyncio.AbstractEventLoop,
+        self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines, *,
+        clock: Callable[[], float], loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self._address = Address.parse(url)
         self.host = self._address.authority
         self.settings = settings
         self.responses = responses
         self._deadlines = deadlines
+        self.clock = clock
         self._loop = loop
         self._idle: collections.deque[UpstreamConnection] = collections.deque()
         self._open: set[UpstreamConnection] = set()
@@ -72,12 +74,14 @@ class UpstreamPool:
         self._is_closed = False
         self.unreachable_because = ""
 
-    def take(self) -> UpstreamConnection | None:
+    def take(self, now: float) -> UpstreamConnection | None:
         """An idle connection, the one used last first; None if there is none."""
         idle = self._idle
         while idle:
             connection = idle.pop()
-            if connection.is_open and not self._was_closed_by_peer(connection):
+            # One that was used a moment ago is taken at its word; an older one is asked whether it was closed.
+            is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
+            if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
                 return connection
             connection.close()
         return None
@@ -87,7 +91,7 @@ class UpstreamPool:
         if len(self._waiting) >= self.settings.connections_max * _WAITING_PER_CONNECTION:
             exchange.upstream_lost(Refusal(Reason.OVERLOADED, "too many requests wait for an upstream connection"))
             return
-        self._waiting[exchange] = self._loop.time()
+        self._waiting[exchange] = self.clock()
         if len(self._open) + len(self._connecting) < self.settings.connections_max:
             self._connect()
         if self._expiry is None:
@@ -97,7 +101,7 @@ class UpstreamPool:
         """The exchange ended while it waited."""
         self._waiting.pop(exchange, None)
 
-    def release(self, connection: UpstreamConnection) -> None:
+    def release(self, connection: UpstreamConnection, now: float) -> None:
         """A connection is free: for who has waited longest, else it lies idle."""
         if self._is_closed:
             connection.close()
@@ -106,7 +110,7 @@ class UpstreamPool:
             exchange, _ = self._waiting.popitem(last=False)
             exchange.connected(connection)
             return
-        connection.idle_since = self._loop.time()
+        connection.idle_since = now
         self._idle.append(connection)
         if self._expiry is None:
             self._expiry = self._loop.call_later(IDLE_SECONDS, self._expire)
@@ -165,7 +169,7 @@ class UpstreamPool:
         self.unreachable_because = ""
         self._open.add(connection)
         self._deadlines.watch(connection)
-        self.release(connection)
+        self.release(connection, self.clock())
 
     def _connect_failed(self, why: str) -> None:
         if not self.unreachable_because:
@@ -177,17 +181,9 @@ class UpstreamPool:
             del self._waiting[exchange]
             exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"connecting failed: {why}"))
 
-    def _was_closed_by_peer(self, connection: UpstreamConnection) -> bool:
-        """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
-        if self._loop.time() - connection.idle_since < _TRUSTED_IDLE_SECONDS:
-            return False
-        poll = select.poll()
-        poll.register(connection.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
-
     def _expire(self) -> None:
         self._expiry = None
-        now = self._loop.time()
+        now = self.clock()
         # Oldest first on both; what is left at the front is young enough.
         while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
             self._idle.popleft().close()
@@ -201,6 +197,13 @@ class UpstreamPool:
     def __repr__(self) -> str:
         counts = " ".join(f"{state}={count}" for state, count in self.counts().items())
         return f"<UpstreamPool {counts} waiting={len(self._waiting)} max={self.settings.connections_max}>"
+
+
+def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
+    """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Upstreams:

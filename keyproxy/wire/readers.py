@@ -156,15 +156,15 @@ class RequestReader(_Reader[RequestFields]):
         super().__init__(names)
         self._start_lines: dict[bytes, RequestLine] = {}
 
-    def read(self, raw: bytes) -> RequestHead:
-        """A request head out of its bytes, which end with an empty line and hold nothing after it.
+    def read(self, buffer: bytes, end: int) -> RequestHead:
+        """The request head that stands at the beginning of a buffer; its empty line begins at `end`.
 
         Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
         """
-        lines = raw[:-4].split(_CRLF)
+        lines = buffer[:end].split(_CRLF)
         line = self._start_lines.get(lines[0]) or self._start_line(lines[0])
         if line is None:
-            return self._judge(raw)
+            return self._judge(buffer[: end + 4])
         key: list[object] = [*map(self._lines.get, lines)]
         key[0] = line.minor_version
         credentials: tuple[CredentialField, ...] = ()
@@ -176,12 +176,12 @@ class RequestReader(_Reader[RequestFields]):
             name, _, value = lines[place].partition(b": ")
             meaning = self._meanings.get(name)
             if meaning is None or value.translate(None, _FIELD_CHARACTERS):
-                return self._judge(raw)
+                return self._judge(buffer[: end + 4])
             key[place] = meaning
             kind = meaning.kind
             if kind is Kind.CONTENT_LENGTH:
                 if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
-                    return self._judge(raw)
+                    return self._judge(buffer[: end + 4])
                 content_length = int(value)
             elif kind is Kind.CREDENTIAL:
                 credentials = (*credentials, CredentialField(name.lower(), value.strip(b" \t")))
@@ -191,7 +191,7 @@ class RequestReader(_Reader[RequestFields]):
                 forwarded = (*forwarded, (name.lower(), value.strip(b" \t")))
         shape = self._shapes.get(tuple(key))
         if shape is None:
-            return self._judge(raw)
+            return self._judge(buffer[: end + 4])
         del lines[0]
         head = RequestHead(line, shape.fields, shape.block(lines), credentials, content_length)
         head.request_id = request_id
@@ -244,12 +244,15 @@ class ResponseReader(_Reader[ResponseFields]):
         super().__init__(names)
         self._start_lines: dict[bytes, StatusLine] = {}
 
-    def read(self, raw: bytes) -> ResponseHead:
-        """A response head out of its bytes. Raises a Refusal (UPSTREAM_INVALID)."""
-        lines = raw[:-4].split(_CRLF)
+    def read(self, buffer: bytes, end: int) -> ResponseHead:
+        """The response head at the beginning of a buffer; its empty line begins at `end`.
+
+        Raises a Refusal (UPSTREAM_INVALID).
+        """
+        lines = buffer[:end].split(_CRLF)
         line = self._start_lines.get(lines[0])
         if line is None:
-            return self._judge(raw)
+            return self._judge(buffer[: end + 4])
         key: list[object] = [*map(self._lines.get, lines)]
         key[0] = line.minor_version
         content_length = 0
@@ -258,15 +261,15 @@ class ResponseReader(_Reader[ResponseFields]):
             name, _, value = lines[place].partition(b": ")
             meaning = self._meanings.get(name)
             if meaning is None or value.translate(None, _FIELD_CHARACTERS):
-                return self._judge(raw)
+                return self._judge(buffer[: end + 4])
             key[place] = meaning
             if meaning.kind is Kind.CONTENT_LENGTH:
                 if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
-                    return self._judge(raw)
+                    return self._judge(buffer[: end + 4])
                 content_length = int(value)
         shape = self._shapes.get(tuple(key))
         if shape is None:
-            return self._judge(raw)
+            return self._judge(buffer[: end + 4])
         del lines[0]
         return ResponseHead(line, shape.fields, shape.block(lines), content_length)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.headers import FieldNames, TrustRule
-from keyproxy.ports import Gate
+from keyproxy.ports import Gate, Recorder
 from keyproxy.problems import Problems
 from keyproxy.settings import Listen
 from keyproxy.wire.client import ClientConnection
@@ -37,11 +37,12 @@ class ProxyServer:
     """See the module."""
 
     def __init__(
-        self, listen: Listen, *, gate: Gate, upstreams: Upstreams, names: FieldNames, problems: Problems,
-        deadlines: Deadlines, clock: Callable[[], float], loop: asyncio.AbstractEventLoop,
+        self, listen: Listen, *, gate: Gate, recorder: Recorder, upstreams: Upstreams, names: FieldNames,
+        problems: Problems, deadlines: Deadlines, clock: Callable[[], float], loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.listen = listen
         self.gate = gate
+        self.recorder = recorder
         self.upstreams = upstreams
         self.names = names
         self.requests = RequestReader(names)

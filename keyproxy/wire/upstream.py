@@ -49,6 +49,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_paused = False
         self._request_is_written = False
         self._interim = 0
+        self._clock = pool.clock
+        self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
+        self._idle_seconds = pool.settings.idle_timeout_seconds
 
     # -- asyncio
 
@@ -61,7 +64,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.close()
             return
         try:
-            self._read(exchange, self._buffer + data if self._buffer else data)
+            self._read(exchange, self._buffer + data if self._buffer else data, self._clock())
         except Refusal as refusal:
             self._fail(refusal)
         except FramingError as error:
@@ -78,7 +81,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self._body is not None and exc is None and self._body.ends_with_connection():
             self._keeps_alive = False
-            exchange.answer_arrived(b"", is_last=True)
+            exchange.answer_arrived(b"", self._clock(), is_last=True)
         else:
             self._exchange = None
             where = "in the middle of its answer" if exchange.has_answer else "without an answer"
@@ -87,39 +90,44 @@ class UpstreamConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         if self._exchange is not None:
             self._exchange.pause_request()
-            self.deadline = self._loop.time() + self._pool.settings.idle_timeout_seconds
+            self.deadline = self._clock() + self._idle_seconds
 
     def resume_writing(self) -> None:
         if self._exchange is not None:
             self._exchange.resume_request()
-            self._watch()
+            self._watch(self._clock())
 
     # -- what the exchange asks for
 
-    def begin(self, exchange: Exchange, data: bytes, *, method: bytes, is_last: bool) -> None:
+    def begin(self, exchange: Exchange, data: bytes, method: bytes, now: float, *, is_last: bool) -> None:
         """Lend the connection to this exchange and write the first bytes of its request."""
         self._exchange = exchange
         self._method = method
         self._body = None
         self._interim = 0
-        self.send(data, is_last=is_last)
+        self._request_is_written = is_last
+        # While the request is still being sent, how long that may take is the client side's to say.
+        self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
+        if self._transport is not None:
+            self._transport.write(data)
 
     def send(self, data: bytes, *, is_last: bool) -> None:
         """Write more of the request."""
         self._request_is_written = is_last
-        self._watch()
+        self._watch(self._clock())
         if data and self._transport is not None:
             self._transport.write(data)
 
-    def exchange_over(self, *, is_clean: bool) -> None:
+    def exchange_over(self, now: float, *, is_clean: bool) -> None:
         """The exchange is over: the connection goes back to the pool if it can be reused."""
         self._exchange = None
         body, self._body = self._body, None
         if is_clean and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
-            self.resume()
+            if self._is_paused:
+                self.resume()
             self.is_reused = True
-            self._pool.release(self)
+            self._pool.release(self, now)
         else:
             self.close()
 
@@ -135,7 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._transport is not None and self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
-            self._watch()
+            self._watch(self._clock())
 
     def close(self) -> None:
         """Close at once. What is unsent is not worth sending."""
@@ -158,31 +166,33 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- reading
 
-    def _read(self, exchange: Exchange, buffer: bytes) -> None:
-        self._buffer = b""
-        while self._body is None:
+    def _read(self, exchange: Exchange, buffer: bytes, now: float) -> None:
+        body = self._body
+        while body is None:
             end = buffer.find(HEAD_END)
-            if end < 0 or end > HEAD_BYTES_MAX:
+            if not 0 <= end <= HEAD_BYTES_MAX:
                 if len(buffer) > HEAD_BYTES_MAX:
-                    raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head is larger than {HEAD_BYTES_MAX} bytes")
+                    raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head has more than {HEAD_BYTES_MAX} bytes")
                 self._buffer = buffer
-                self._watch()
+                self._watch(now)
                 return
-            head = self._pool.responses.read(buffer[: end + 4])
+            head = self._pool.responses.read(buffer, end)
             buffer = buffer[end + 4 :]
-            if head.line.status >= _FINAL:
+            status = head.line.status
+            if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive
-                self._body = self._body_of(head)
-                exchange.answer_begins(head)
-            elif head.line.status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
+                body = self._body = self._body_of(head)
+                exchange.answer_begins(head, now)
+            elif status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
                 raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
             else:
                 self._interim += 1
-                if not buffer:
-                    return
-        content, self._buffer = self._body.feed(buffer)
-        self._watch()
-        exchange.answer_arrived(content, is_last=self._body.is_complete)
+        content, self._buffer = body.feed(buffer)
+        if body.is_complete:
+            exchange.answer_arrived(content, now, is_last=True)
+        else:
+            self._watch(now)
+            exchange.answer_arrived(content, now, is_last=False)
 
     def _body_of(self, head: ResponseHead) -> Body:
         if has_no_body(self._method, head.line.status):
@@ -196,14 +206,12 @@ class UpstreamConnection(asyncio.Protocol):
     def _is_forbidden_trailer(self, name: bytes) -> bool:
         return self._pool.responses.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
 
-    def _watch(self) -> None:
-        settings = self._pool.settings
-        if self._body is None and self._request_is_written:
-            self.deadline = self._loop.time() + settings.first_byte_timeout_seconds
-        elif self._body is not None:
-            self.deadline = self._loop.time() + settings.idle_timeout_seconds
+    def _watch(self, now: float) -> None:
+        if self._body is not None:
+            self.deadline = now + self._idle_seconds
+        elif self._request_is_written:
+            self.deadline = now + self._first_byte_seconds
         else:
-            # The request is still being sent: how long that may take is the client side's to say.
             self.deadline = NO_DEADLINE
 
     def _fail(self, refusal: Refusal) -> None:

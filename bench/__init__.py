@@ -1,0 +1,1 @@
+"""Measurements. `python -m bench` compares; `python -m bench.phases` times the phases of one request."""

@@ -1,0 +1,81 @@
+"""What tests of several rooms share: a real PostgreSQL, a database per test, the loop that the product runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from keyproxy.store import embedded, migrations, scratch
+from keyproxy.store.database import Database
+from keyproxy.store.embedded import EmbeddedServer
+
+_TEMPLATE = "template_keyproxy"
+
+#: Tests do not need their data to survive a power cut.
+_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests run on the loop that the product runs on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedServer]:
+    """A PostgreSQL server for the whole run, in a short path: the socket's is bounded."""
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        server = embedded.start(Path(directory), _FAST)
+        try:
+            asyncio.run(_make_template(server))
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture
+async def dsn(postgres: EmbeddedServer) -> AsyncIterator[str]:
+    """A migrated, empty database of this test's own."""
+    name = f"test_{secrets.token_hex(6)}"
+    await scratch.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
+    yield postgres.dsn(name)
+    await scratch.drop(postgres.dsn("postgres"), name)
+
+
+@pytest.fixture
+async def empty_dsn(postgres: EmbeddedServer) -> AsyncIterator[str]:
+    """A database of this test's own, without any schema."""
+    name = f"test_{secrets.token_hex(6)}"
+    await scratch.create(postgres.dsn("postgres"), name)
+    yield postgres.dsn(name)
+    await scratch.drop(postgres.dsn("postgres"), name)
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    """An open door to this test's database."""
+    database = Database(dsn, pool_size_max=4, statement_timeout_seconds=5.0)
+    await database.open()
+    yield database
+    await database.close()
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    """The directory of raw requests that other projects wrote. Skips, saying so, where it is absent."""
+    named = os.environ.get("KEYPROXY_TEST_CORPORA")
+    directory = Path(named) if named else Path(__file__).parents[2] / "shared" / "corpora"
+    if not directory.is_dir():
+        pytest.skip(f"no request corpora in {directory}")
+    return directory
+
+
+async def _make_template(server: EmbeddedServer) -> None:
+    await scratch.create(server.dsn("postgres"), _TEMPLATE)
+    await migrations.migrate(server.dsn(_TEMPLATE))

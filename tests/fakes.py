@@ -1,0 +1,114 @@
+"""Fakes of ports, for tests of what lies above or beside them. Each is held to its port's suite in contracts.py."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from keyproxy import headers
+from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason, Refusal
+
+FORMAT = KeyFormat()
+
+
+def key(number: int = 0, *, is_test: bool = False) -> SecretKey:
+    """A well-formed key, the same for the same number."""
+    return FORMAT.make(number.to_bytes(32, "big"), is_test=is_test)
+
+
+def identity(
+    user: str = "u_42",
+    tenant: str = "acme",
+    *,
+    scopes: frozenset[str] = frozenset({"jobs:write"}),
+    is_test: bool = False,
+    expires_wall_seconds: float = NEVER,
+    standing: Reason | None = None,
+) -> Identity:
+    """An identity with its header block."""
+    values = (
+        ("User", user),
+        ("Tenant", tenant),
+        ("Scope", " ".join(sorted(scopes))),
+        ("Test", "true" if is_test else "false"),
+        ("Key-Id", f"key_of_{user}"),
+    )
+    block = headers.identity_block("X-Keyproxy-", values)
+    return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block)
+
+
+class FakeIdentities:
+    """Identities in memory. A `slow` digest is missing until it has been brought; `is_down` refuses strangers."""
+
+    def __init__(self) -> None:
+        self.table: dict[KeyDigest, Identity] = {}
+        self.slow: set[KeyDigest] = set()
+        self.is_down = False
+        self.brought = 0
+        self.may_bring = asyncio.Event()
+        self.may_bring.set()
+
+    def add(self, secret: SecretKey, who: Identity) -> None:
+        """This key resolves to this identity."""
+        self.table[secret.digest()] = who
+
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+        """See the port."""
+        if digest in self.slow:
+            raise Missing("identity", lambda: self._bring(digest))
+        if digest in self.table:
+            return self.table[digest]
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        raise Refusal(Reason.KEY_INVALID, "unknown")
+
+    async def _bring(self, digest: KeyDigest) -> None:
+        await self.may_bring.wait()
+        self.brought += 1
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        self.slow.discard(digest)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recorder is told of one exchange."""
+
+    method: bytes
+    path: bytes
+    route: str | None
+    status: int
+    reason: Reason | None
+    detail: str
+    ending: Ending
+    user: str | None
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass
+class FakeRecorder:
+    """Keeps what it is told."""
+
+    seen: list[Recorded] = field(default_factory=list)
+
+    def record(self, exchange: Exchange) -> None:
+        """See the port."""
+        head = exchange.head
+        self.seen.append(
+            Recorded(
+                b"" if head is None else head.line.method,
+                b"" if head is None else head.line.path,
+                None if exchange.route is None else exchange.route.name,
+                exchange.status,
+                exchange.reason,
+                exchange.refusal_detail,
+                exchange.ending,
+                None if exchange.identity is None else exchange.identity.user_id,
+                exchange.bytes_in,
+                exchange.bytes_out,
+            )
+        )

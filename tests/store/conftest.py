@@ -1,0 +1,226 @@
+"""A database that is emptied for each test; rigs over it; servers of one's own that may be stopped; a pooler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from keyproxy.model import Moment
+from keyproxy.settings import Cache
+from keyproxy.store import embedded, migrations, scratch
+from keyproxy.store.database import Listener
+from keyproxy.store.embedded import EmbeddedServer
+from keyproxy.store.feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities import FeedState, IdentityCache
+from keyproxy.store.last_used import LastUsed
+from tests.store.stage import Clock, Door, Relay, Rig, Sql, until
+
+_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+MakeRig = Callable[..., Awaitable[Rig]]
+StartServer = Callable[..., EmbeddedServer]
+
+
+#: Everything that a test may have left: who is connected, then the rows. As a replica, so that the audit log lets go.
+_EMPTY = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid();
+SET session_replication_role = replica;
+DELETE FROM keyproxy.api_keys;
+DELETE FROM keyproxy.users;
+DELETE FROM keyproxy.tenants;
+DELETE FROM keyproxy.plans;
+DELETE FROM keyproxy.audit_log;
+DELETE FROM keyproxy.changes;
+"""
+
+
+@pytest.fixture(scope="session")
+def common_dsn(postgres: EmbeddedServer) -> str:
+    """A migrated database that the store tests share."""
+
+    async def made() -> None:
+        await scratch.create(postgres.dsn("postgres"), "common")
+        await migrations.migrate(postgres.dsn("common"))
+
+    asyncio.run(made())
+    return postgres.dsn("common")
+
+
+@pytest.fixture
+async def dsn(common_dsn: str) -> str:
+    """A migrated, empty database. Cloning one takes a quarter of a second; emptying a shared one takes nothing."""
+    connection = await asyncpg.connect(common_dsn)
+    await connection.execute(_EMPTY)
+    await connection.close()
+    return common_dsn
+
+
+@pytest.fixture
+async def own_dsn(empty_dsn: str) -> str:
+    """A migrated, empty database that this test may break."""
+    await migrations.migrate(empty_dsn)
+    return empty_dsn
+
+
+@pytest.fixture
+async def sql(dsn: str) -> AsyncIterator[Sql]:
+    """A raw connection to this test's database: any SQL client."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory that a socket fits in, and that any user may enter."""
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
+async def relay(dsn: str, short_directory: Path) -> AsyncIterator[Relay]:
+    """A wire to this test's database."""
+    relay = Relay(short_directory, dsn)
+    await relay.mend()
+    yield relay
+    await relay.cut()
+
+
+@pytest.fixture
+async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
+    """Make a rig: `await make_rig(cache=Cache(...), look_ups_max=..., listener=..., now=...)`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def making(
+            *,
+            cache: Cache | None = None,
+            look_ups_max: int = 3,
+            pool_size_max: int = 4,
+            statement_timeout_seconds: float = 5.0,
+            listener: Listener | str | None = None,
+            now: Callable[[], Moment] | None = None,
+        ) -> Rig:
+            clock, state = Clock(), FeedState()
+            door = Door(
+                relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds
+            )
+            last_used = LastUsed(door)
+            identities = IdentityCache(
+                door,
+                cache or Cache(),
+                feed=state,
+                last_used=last_used,
+                header_prefix="X-Keyproxy-",
+                look_ups_max=look_ups_max,
+                now=now or clock,
+            )
+            heard = Listener(dsn, CHANNEL) if listener == "real" else listener
+            assert not isinstance(heard, str)
+            feed = ChangeFeed(door, heard, identities, state, now or clock)
+            await door.open()
+            stack.push_async_callback(door.close)
+            stack.push_async_callback(identities.close)
+            stack.push_async_callback(feed.close)
+            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, feed)
+
+        yield making
+
+
+@pytest.fixture
+async def rig(make_rig: MakeRig) -> Rig:
+    """A rig as configured by default, whose feed has looked once."""
+    rig = await make_rig()
+    await rig.feed.look()
+    return rig
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    """The directory of an embedded server of the store tests' own. Whoever starts it stops it."""
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        embedded.start(Path(directory), _FAST).stop()
+        yield Path(directory)
+
+
+@pytest.fixture
+def start_server(home: Path) -> Iterator[StartServer]:
+    """Start the embedded server of `home`. It is stopped at the end, whatever happens."""
+    with contextlib.ExitStack() as stack:
+
+        def starting(settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+            server = embedded.start(home, {**_FAST, **(settings or {})})
+            stack.callback(server.stop)
+            return server
+
+        yield starting
+
+
+class Pooler:
+    """A running pgbouncer in transaction mode."""
+
+    def __init__(self, directory: Path, database: str) -> None:
+        self._directory = directory
+        self._database = database
+
+    @property
+    def dsn(self) -> str:
+        """This test's database, through the pooler."""
+        return f"postgresql://keyproxy@/{self._database}?host={self._directory}&port=6432"
+
+
+MakePooler = Callable[[int], Awaitable[Pooler]]
+
+
+@pytest.fixture
+async def make_pooler(relay: Relay, short_directory: Path) -> AsyncIterator[MakePooler]:
+    """Start a pgbouncer in front of this test's database: `await make_pooler(server_connections)`."""
+    program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is not installed")
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def making(server_connections: int) -> Pooler:
+            directory = short_directory / "pool"
+            directory.mkdir()
+            file = directory / "pgbouncer.ini"
+            file.write_text(
+                f"[databases]\n* = host={short_directory} port=5432 user=keyproxy\n"
+                f"[pgbouncer]\nunix_socket_dir = {directory}\nlisten_port = 6432\nauth_type = any\n"
+                f"pool_mode = transaction\ndefault_pool_size = {server_connections}\nmax_client_conn = 200\n"
+                f"logfile = {directory}/log\n"
+            )
+            command = [program, str(file)]
+            if os.geteuid() == 0:
+                nobody = pwd.getpwnam("nobody")
+                os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+                command[1:1] = ["-u", "nobody"]
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            stack.push_async_callback(_end, process)
+            await until((directory / ".s.PGSQL.6432").exists, "pgbouncer listens")
+            return Pooler(directory, urlsplit(relay.dsn).path[1:])
+
+        yield making
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.send_signal(signal.SIGTERM)
+    await process.wait()

@@ -1,0 +1,89 @@
+"""The vocabulary of refusal is the public one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from keyproxy.reasons import Blame, Reason, Refusal
+
+#: Every public code with its status; those of limits come with the limits.
+PUBLIC_STATUSES = {
+    "api_key_missing": 401,
+    "api_key_invalid": 401,
+    "api_key_expired": 401,
+    "api_key_revoked": 401,
+    "account_disabled": 401,
+    "credentials_ambiguous": 400,
+    "key_in_url": 400,
+    "request_malformed": 400,
+    "insufficient_scope": 403,
+    "route_not_allowed": 403,
+    "rate_limited": 429,
+    "concurrency_limited": 429,
+    "quota_exhausted": 429,
+    "token_budget_exhausted": 429,
+    "token_limit_per_request": 403,
+    "body_too_large": 413,
+    "headers_too_large": 431,
+    "request_timeout": 408,
+    "store_unavailable": 503,
+    "ledger_unavailable": 503,
+    "overloaded": 503,
+    "draining": 503,
+    "upstream_unreachable": 502,
+    "upstream_invalid": 502,
+    "upstream_timeout": 504,
+    "internal_error": 500,
+}
+
+each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.code)
+
+
+@each_reason
+def test_a_reason_has_a_public_code_and_its_status(reason: Reason) -> None:
+    assert reason.value.status == PUBLIC_STATUSES[reason.code]
+
+
+def test_codes_and_titles_are_unique() -> None:
+    # Two members with equal rows would be one member with two names.
+    assert len(Reason.__members__) == len({reason.code for reason in Reason})
+    assert len({reason.value.title for reason in Reason}) == len(Reason)
+
+
+@each_reason
+def test_texts_are_whole_sentences_under_a_title(reason: Reason) -> None:
+    row = reason.value
+    assert re.fullmatch(r"[A-Z][A-Za-z]*( [A-Za-z]+)*", row.title)
+    assert re.fullmatch(r"[A-Z][\x20-\x7e]*[^ .]\.", row.sentence)
+    assert "  " not in row.sentence
+
+
+@each_reason
+def test_blame_agrees_with_the_status(reason: Reason) -> None:
+    status = reason.value.status
+    expected = Blame.CALLER if status < 500 else Blame.US if status in (500, 503) else Blame.UPSTREAM
+    assert reason.value.blame is expected
+
+
+@each_reason
+def test_a_wait_is_told_exactly_where_waiting_helps(reason: Reason) -> None:
+    wait = reason.value.retry_after_seconds
+    assert (wait is not None) == (reason.value.status in (429, 503))
+    assert wait is None or wait > 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "own", "told"),
+    [
+        (Reason.OVERLOADED, None, Reason.OVERLOADED.value.retry_after_seconds),
+        (Reason.OVERLOADED, 0, 0),
+        (Reason.OVERLOADED, 7, 7),
+        (Reason.KEY_INVALID, None, None),
+    ],
+)
+def test_a_refusal_waits_as_its_reason_does_unless_it_says_otherwise(
+    reason: Reason, own: int | None, told: int | None
+) -> None:
+    assert Refusal(reason, retry_after_seconds=own).retry_after_seconds == told

@@ -1,0 +1,121 @@
+"""The wire between real sockets: a proxy over fake identities, in front of an upstream made of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from keyproxy import clock, sockets
+from keyproxy.gateway import Gateway
+from keyproxy.headers import FieldNames
+from keyproxy.problems import Problems
+from keyproxy.routes import RouteTable
+from keyproxy.settings import Listen
+from keyproxy.settings import Upstream as UpstreamSettings
+from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.pool import UpstreamPool, Upstreams
+from keyproxy.wire.readers import ResponseReader
+from keyproxy.wire.server import ProxyServer
+from tests import fakes
+from tests.rawhttp import Client, Upstream, connect
+
+KEY = fakes.key(1).reveal()
+AUTHORIZATION = b"Authorization: Api-Key " + KEY + b"\r\n"
+
+
+@dataclasses.dataclass
+class Wire:
+    """A running proxy, and all that is around it."""
+
+    address: tuple[str, int] | str
+    upstream: Upstream
+    identities: fakes.FakeIdentities
+    recorder: fakes.FakeRecorder
+    server: ProxyServer
+    pool: UpstreamPool
+    gateway: Gateway
+
+    def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
+        """A connection to the proxy."""
+        return connect(self.address)
+
+
+Start = Callable[..., Awaitable[Wire]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Start a proxy: `await start(listen={...}, upstream={...}, routes=[...])`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def starting(
+            *,
+            listen: dict[str, Any] | None = None,
+            upstream: dict[str, Any] | None = None,
+            serving: Upstream | None = None,
+            routes: RouteTable | None = None,
+            sweep_seconds: float = 0.1,
+        ) -> Wire:
+            loop = asyncio.get_running_loop()
+            far = await stack.enter_async_context((serving or Upstream()).serving())
+            identities, recorder = fakes.FakeIdentities(), fakes.FakeRecorder()
+            identities.add(fakes.key(1), fakes.identity())
+            gateway = Gateway(
+                key_format=fakes.FORMAT,
+                identities=identities,
+                routes=routes or RouteTable([]),
+                now=clock.now,
+                instance=b"test",
+            )
+            deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
+            deadlines.start()
+            stack.callback(deadlines.stop)
+            names = FieldNames()
+            settings = UpstreamSettings(**({"url": f"http://127.0.0.1:{far.port}"} | (upstream or {})))
+            pool = UpstreamPool(
+                settings.url, settings, ResponseReader(names), deadlines, clock=clock.monotonic, loop=loop
+            )
+            stack.push_async_callback(pool.close)
+            server = ProxyServer(
+                Listen(**({"address": "127.0.0.1:0"} | (listen or {}))),
+                gate=gateway,
+                recorder=recorder,
+                upstreams=Upstreams(pool),
+                names=names,
+                problems=Problems(),
+                deadlines=deadlines,
+                clock=clock.monotonic,
+                loop=loop,
+            )
+            sock = sockets.bind(server.listen.address)
+            stack.callback(sock.close)
+            stack.push_async_callback(server.drain, 0.2)
+            await server.start(sock)
+            address = sock.getsockname()
+            return Wire(address, far, identities, recorder, server, pool, gateway)
+
+        yield starting
+
+
+@pytest.fixture
+async def wire(start: Start) -> Wire:
+    """A proxy with the usual settings."""
+    return await start()
+
+
+def request(
+    method: str = "POST", target: str = "/v1/ai/jobs", *lines: str, body: bytes = b"", key: bytes | None = KEY
+) -> bytes:
+    """A request with a key and a Content-Length if there is a body."""
+    head = [f"{method} {target} HTTP/1.1", "Host: proxy.test"]
+    if key is not None:
+        head.append(f"Authorization: Api-Key {key.decode()}")
+    head += lines
+    if body:
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body

@@ -1,0 +1,63 @@
+"""Requests that other projects wrote to break servers, sent over a socket to a proxy with a real upstream behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rawhttp import OK, Client, Upstream, answer_with
+from tests.wire.conftest import AUTHORIZATION, Start, Wire
+
+
+def _with_key(raw: bytes) -> bytes:
+    """The row with a valid key after its first line, so that what is judged is the framing."""
+    first, end, rest = raw.partition(b"\r\n")
+    return first + end + AUTHORIZATION + rest if end else raw
+
+
+async def _statuses(client: Client) -> list[int]:
+    """The statuses of all answers until the connection ends or falls silent."""
+    found: list[int] = []
+    try:
+        while True:
+            message = await client.answer(method="GET", seconds=0.3 if found else 3.0)
+            if message.status >= 200:
+                found.append(message.status)
+    except (AssertionError, TimeoutError, ConnectionError):
+        return found
+
+
+async def _play(wire: Wire, row: dict[str, Any]) -> str:
+    """What is wrong with how this row was handled; empty if nothing is."""
+    raw = _with_key(row["raw"].encode("latin-1"))
+    seen_before = len(wire.upstream.heads)
+    async with wire.client() as client:
+        await client.send(raw)
+        if row["expect"] != "accept":
+            client.half_close()
+        statuses = await _statuses(client)
+    seen = len(wire.upstream.heads) - seen_before
+    if any(status >= 500 for status in statuses):
+        return f"answered {statuses}"
+    if row["expect"] == "reject":
+        if seen:
+            return f"{seen} requests reached the upstream"
+        if any(status < 400 for status in statuses):
+            return f"answered {statuses}"
+    if row["expect"] == "accept" and (statuses[:1] != [200] or seen < 1):
+        return f"answered {statuses}, {seen} reached the upstream"
+    if seen > raw.count(b"HTTP/1."):
+        return f"{seen} requests reached the upstream"
+    return ""
+
+
+@pytest.mark.parametrize("name", ["gunicorn.json", "llhttp.json"])
+async def test_every_row_is_handled_as_it_expects(start: Start, corpora: Path, name: str) -> None:
+    # One row announces more body than it has, and is to be answered all the same: this upstream does not wait for it.
+    wire = await start(serving=Upstream(answer_with(OK, goes_on=False), reads_bodies=False))
+    rows = json.loads((corpora / name).read_text(encoding="utf-8"))
+    played = [(row["name"], await _play(wire, row)) for row in rows]
+    assert [(name, wrong) for name, wrong in played if wrong] == []

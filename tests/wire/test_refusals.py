@@ -1,0 +1,241 @@
+"""What is refused, how it is told, and that nothing of it reaches the upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from keyproxy.model import Ending, Route
+from keyproxy.reasons import Reason
+from keyproxy.routes import RouteTable
+from tests import fakes
+from tests.rawhttp import Upstream
+from tests.wire.conftest import KEY, Start, Wire, request
+
+UNKNOWN = fakes.key(999).reveal()
+MISTYPED = KEY[:-1] + (b"0" if KEY[-1:] != b"0" else b"1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code"),
+    [
+        (request("GET", "/", key=None), 401, "api_key_missing"),
+        (request("GET", "/", "Authorization: Basic eDp5", key=None), 401, "api_key_missing"),
+        (request("GET", "/", key=UNKNOWN), 401, "api_key_invalid"),
+        (request("GET", "/", key=MISTYPED), 401, "api_key_invalid"),
+        (request("GET", "/", f"X-Api-Key: {UNKNOWN.decode()}"), 400, "credentials_ambiguous"),
+        (request("GET", f"/?api_key={KEY.decode()}", key=None), 400, "key_in_url"),
+        (request("GET", f"/{KEY.decode()}"), 400, "key_in_url"),
+        (request("GET", "/a/../b"), 400, "request_malformed"),
+        (request("GET", "/", "Content-Length: 1", "Content-Length: 2"), 400, "request_malformed"),
+        (request("GET", "/", "A: " + "x" * 40_000), 431, "headers_too_large"),
+        (request("GET", "/", *(f"A{number}: x" for number in range(300))), 431, "headers_too_large"),
+        (request("POST", "/", "Content-Length: 104857601"), 413, "body_too_large"),
+    ],
+)
+async def test_a_refusal_is_told_as_a_problem_with_its_code_and_a_request_id(
+    wire: Wire, raw: bytes, status: int, code: str
+) -> None:
+    async with wire.client() as client:
+        await client.send(raw)
+        answer = await client.answer(method="GET")
+    problem = json.loads(answer.body)
+    assert (answer.status, problem["status"], problem["code"]) == (status, status, code)
+    assert answer.one("Content-Type") == "application/problem+json"
+    assert problem["request_id"] == answer.one("X-Request-Id")
+    assert {"type", "title", "detail"} <= problem.keys()
+    assert answer.one("WWW-Authenticate") == ('Api-Key realm="keyproxy"' if status == 401 else None)
+    assert wire.upstream.heads == []
+    assert wire.recorder.seen[0].ending is Ending.REFUSED
+
+
+async def test_a_missing_scope_is_named_in_the_challenge(start: Start) -> None:
+    routes = RouteTable([("POST /v1/ai/jobs", Route("POST /v1/ai/jobs", frozenset({"jobs:admin"})))])
+    wire = await start(routes=routes)
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/ai/jobs"))
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["code"]) == (403, "insufficient_scope")
+        assert (
+            answer.one("WWW-Authenticate") == 'Api-Key realm="keyproxy", error="insufficient_scope", scope="jobs:admin"'
+        )
+        await client.send(request("GET", "/other"))
+        assert json.loads((await client.answer()).body)["code"] == "route_not_allowed"
+
+
+@pytest.mark.parametrize(("shape", "path"), [("openai", ("error", "code")), ("anthropic", ("error", "code"))])
+async def test_a_refusal_has_the_error_shape_of_its_route(start: Start, shape: str, path: tuple[str, ...]) -> None:
+    routes = RouteTable([("POST /v1/{rest...}", Route("x", frozenset({"never"}), error_shape=shape))])
+    wire = await start(routes=routes)
+    async with wire.client() as client:
+        for key, code in ((KEY, "insufficient_scope"), (UNKNOWN, "api_key_invalid")):
+            await client.send(request("POST", "/v1/chat", key=key))
+            content = json.loads((await client.answer()).body)
+            for name in path:
+                content = content[name]
+            assert content == code
+
+
+async def test_a_store_that_cannot_be_asked_is_503_and_says_when_to_retry(wire: Wire) -> None:
+    wire.identities.is_down = True
+    async with wire.client() as client:
+        await client.send(request("GET", "/", key=UNKNOWN))
+        answer = await client.answer()
+        assert (answer.status, answer.one("Retry-After")) == (503, "2")
+        await client.send(request("GET", "/"))
+        assert (await client.answer()).status == 200
+
+
+async def test_a_refusal_of_a_request_that_is_all_there_keeps_the_connection(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"all of it", key=UNKNOWN))
+        assert (await client.answer()).one("Connection") is None
+        await client.send(request("POST", "/", body=b"x"))
+        assert (await client.answer()).status == 200
+
+
+@pytest.mark.parametrize("line", ["Content-Length: 5000000", "Transfer-Encoding: chunked"])
+async def test_a_refusal_before_the_body_is_read_closes_and_the_client_still_gets_it(wire: Wire, line: str) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", line, key=UNKNOWN))
+        body = b"x" * 500_000
+        await client.send(body if "Length" in line else b"%x\r\n" % len(body) + body)
+        answer = await client.answer()
+        assert (answer.status, answer.one("Connection")) == (401, "close")
+        assert await client.ends() == b""
+    assert wire.upstream.heads == []
+
+
+async def test_a_chunked_body_past_the_bound_is_refused_and_its_upstream_ended(start: Start) -> None:
+    wire = await start(listen={"body_bytes_max": 1000}, serving=Upstream(reads_bodies=True))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Transfer-Encoding: chunked") + b"1\r\nx\r\n")
+        await asyncio.sleep(0.05)
+        await client.send(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        assert (await client.answer()).status == 413
+    assert wire.upstream.requests == []
+
+
+async def test_bytes_that_begin_no_request_after_one_make_both_malformed(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"q=42") + b"\r\n\r\nGET / HTTP/1.1\r\n")
+        assert (await client.answer()).status == 400
+    assert wire.upstream.heads == []
+
+
+async def test_bytes_after_a_request_that_closes_make_it_malformed(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("GET", "/", "Connection: close") + request("GET", "/2"))
+        assert (await client.answer()).status == 400
+    assert wire.upstream.heads == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "request_malformed"),
+        (b"GET / HTTP/1.1\nHost: a\n\n", "request_malformed"),
+        (b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", "request_malformed"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "request_malformed"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nA: b\x00\r\n", "request_malformed"),
+    ],
+)
+async def test_what_can_never_become_a_request_is_refused_without_waiting_for_more(
+    wire: Wire, raw: bytes, code: str
+) -> None:
+    async with wire.client() as client:
+        await client.send(raw)
+        answer = await client.answer(seconds=2)
+        assert json.loads(answer.body)["code"] == code
+        assert answer.one("Connection") == "close"
+        assert await client.ends() == b""
+
+
+async def test_a_head_that_does_not_end_is_a_timeout(start: Start) -> None:
+    wire = await start(listen={"header_timeout_seconds": 0.2})
+    async with wire.client() as client:
+        await client.send(b"GET / HTTP/1.1\r\nHost: a\r\n")
+        assert json.loads((await client.answer()).body)["code"] == "request_timeout"
+        assert await client.ends() == b""
+
+
+async def test_a_head_that_trickles_is_a_timeout_all_the_same(start: Start) -> None:
+    wire = await start(listen={"header_timeout_seconds": 0.3})
+    async with wire.client() as client:
+
+        async def trickle() -> None:
+            for byte in request("GET", "/"):
+                await client.send(bytes([byte]))
+                await asyncio.sleep(0.05)
+
+        task = asyncio.create_task(trickle())
+        assert (await client.answer()).status == 408
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert wire.upstream.heads == []
+
+
+async def test_a_body_that_stops_is_a_timeout_and_its_upstream_is_ended(start: Start) -> None:
+    wire = await start(listen={"body_idle_timeout_seconds": 0.2})
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 10") + b"half")
+        assert json.loads((await client.answer()).body)["code"] == "request_timeout"
+    async with asyncio.timeout(2):
+        await wire.upstream.gone.wait()
+    assert wire.upstream.requests == []
+
+
+async def test_an_idle_connection_is_closed_after_the_keepalive_time(start: Start) -> None:
+    wire = await start(listen={"keepalive_timeout_seconds": 0.2})
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        await client.answer()
+        assert await client.ends(seconds=2) == b""
+    async with wire.client() as client:
+        assert await client.ends(seconds=2) == b""
+
+
+async def test_connections_over_the_bound_are_told_that_it_is_overloaded(start: Start) -> None:
+    wire = await start(listen={"connections_max": 2})
+    async with wire.client() as one, wire.client() as two:
+        for client in (one, two):
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).status == 200
+        async with wire.client() as third:
+            answer = await third.answer()
+            assert (answer.status, json.loads(answer.body)["code"]) == (503, "overloaded")
+            assert answer.one("Retry-After") == "1"
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        assert (await client.answer()).status == 200
+
+
+async def test_a_client_may_name_its_request_unless_it_names_it_after_a_key(wire: Wire) -> None:
+    sent = {"7f3a": True, "a b": False, "x" * 129: False, KEY.decode(): False, '"': False}
+    async with wire.client() as client:
+        for request_id, is_kept in sent.items():
+            await client.send(request("GET", "/", f"X-Request-Id: {request_id}"))
+            answer = await client.answer()
+            assert (answer.one("X-Request-Id") == request_id) is is_kept
+            assert wire.upstream.requests[-1].one("X-Request-Id") == answer.one("X-Request-Id")
+
+
+async def test_two_requests_never_get_the_same_id(wire: Wire) -> None:
+    async with wire.client() as client:
+        seen = set()
+        for _ in range(50):
+            await client.send(request("GET", "/", key=None))
+            seen.add((await client.answer()).one("X-Request-Id"))
+    assert len(seen) == 50
+
+
+async def test_an_upstream_that_cannot_be_reached_is_502(start: Start) -> None:
+    wire = await start()
+    await wire.upstream.stop()
+    async with wire.client() as client:
+        for _ in range(3):
+            await client.send(request("POST", "/", body=b"x"))
+            assert json.loads((await client.answer()).body)["code"] == "upstream_unreachable"
+    assert wire.recorder.seen[0].reason is Reason.UPSTREAM_UNREACHABLE

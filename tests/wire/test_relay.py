@@ -1,0 +1,255 @@
+"""Requests go upstream and answers come back, framed anew, in order, and whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from keyproxy.model import Ending
+from keyproxy.reasons import Reason
+from tests import fakes
+from tests.rawhttp import Message, Upstream, answer_with
+from tests.wire.conftest import AUTHORIZATION, KEY, Start, Wire, request
+
+
+async def test_a_known_key_is_forwarded_with_its_identity_and_without_the_key(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/ai/jobs?x=1", "X-Trace: 7", body=b'{"job": 1}'))
+        answer = await client.answer()
+    seen = wire.upstream.requests[0]
+    assert (answer.status, answer.body) == (200, b"{}")
+    assert seen.start == "POST /v1/ai/jobs?x=1 HTTP/1.1"
+    assert seen.body == b'{"job": 1}'
+    assert seen.one("X-Keyproxy-User") == "u_42"
+    assert seen.one("X-Keyproxy-Tenant") == "acme"
+    assert seen.one("X-Keyproxy-Scope") == "jobs:write"
+    assert seen.one("X-Keyproxy-Test") == "false"
+    assert seen.one("X-Keyproxy-Key-Id") == "key_of_u_42"
+    assert seen.one("X-Forwarded-For") == "127.0.0.1"
+    assert seen.one("X-Forwarded-Proto") == "http"
+    assert seen.one("X-Forwarded-Host") == "proxy.test"
+    assert seen.one("X-Request-Id") == answer.one("X-Request-Id")
+    assert seen.one("Authorization") is None
+    assert KEY.decode() not in json.dumps(seen.headers)
+
+
+async def test_end_to_end_headers_arrive_in_the_order_they_were_sent(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "B: 1", "A: 2", "B: 3", "Keep-Alive: 5", "Cookie: x=1", body=b"x"))
+        await client.answer()
+    names = [name for name, _ in wire.upstream.requests[0].headers]
+    assert names[:6] == ["Host", "B", "A", "B", "Cookie", "Content-Length"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 1_000_000])
+async def test_a_body_of_any_size_arrives_whole_both_ways(start: Start, size: int) -> None:
+    body = bytes(index % 251 for index in range(size))
+
+    async def echo(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(message.body) + message.body)
+        return True
+
+    wire = await start(serving=Upstream(echo))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("POST", "/", f"Content-Length: {size}") + body)
+            answer = await client.answer()
+            assert answer.body == body
+    assert wire.upstream.connections == 1
+
+
+async def test_a_chunked_body_arrives_whole_both_ways_without_its_trailers(start: Start) -> None:
+    async def echo(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for byte in message.body:
+            writer.write(b"1;x=y\r\n%c\r\n" % byte)
+        writer.write(b"0\r\nX-Keyproxy-User: root\r\nDigest: 1\r\n\r\n")
+        return True
+
+    wire = await start(serving=Upstream(echo))
+    chunks = b'5\r\nhello\r\n1;ext="a b"\r\n \r\n005\r\nworld\r\n0\r\nX-Keyproxy-User: root\r\nX-Sum: 1\r\n\r\n'
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Transfer-Encoding: chunked") + chunks)
+        answer = await client.answer()
+        assert answer.body == b"hello world"
+        assert answer.one("Transfer-Encoding") == "chunked"
+        await client.send(request("POST", "/", "Transfer-Encoding: chunked") + chunks)
+        assert (await client.answer()).body == b"hello world"
+    seen = wire.upstream.requests[0]
+    assert seen.body == b"hello world"
+    assert seen.one("X-Keyproxy-User") == "u_42"
+    assert seen.one("X-Sum") is None
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 20, 64])
+async def test_requests_cut_into_pieces_anywhere_are_the_same_requests(wire: Wire, cut: int) -> None:
+    whole = request("POST", "/a", body=b"12345") + request("POST", "/b", "Transfer-Encoding: chunked")
+    whole += b"3\r\nabc\r\n0\r\n\r\n"
+    async with wire.client() as client:
+        for at in range(0, len(whole), cut):
+            await client.send(whole[at : at + cut])
+            await asyncio.sleep(0)
+        assert [(await client.answer()).status, (await client.answer()).status] == [200, 200]
+    assert [(one.start, one.body) for one in wire.upstream.requests] == [
+        ("POST /a HTTP/1.1", b"12345"),
+        ("POST /b HTTP/1.1", b"abc"),
+    ]
+
+
+async def test_pipelined_requests_are_answered_in_their_order(start: Start) -> None:
+    async def slow_first(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(0.1 if "/0" in message.start else 0)
+        target = message.start.split(" ")[1].encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(target), target))
+        return True
+
+    wire = await start(serving=Upstream(slow_first))
+    async with wire.client() as client:
+        await client.send(b"".join(request("POST", f"/{number}", body=b"x") for number in range(20)))
+        bodies = [(await client.answer()).body for _ in range(20)]
+    assert bodies == [b"/%d" % number for number in range(20)]
+
+
+async def test_a_refused_request_in_a_pipeline_does_not_disturb_the_others(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("GET", "/1") + request("GET", "/2", key=None) + request("GET", "/3"))
+        assert [(await client.answer()).status for _ in range(3)] == [200, 401, 200]
+    assert [one.start for one in wire.upstream.requests] == ["GET /1 HTTP/1.1", "GET /3 HTTP/1.1"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+        (b'HTTP/1.1 304 Not Modified\r\nETag: "1"\r\n\r\n', b""),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
+        (b"HTTP/1.1 200 OK\r\n\r\nuntil the end", b"until the end"),
+        (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", b""),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", b"x"),
+    ],
+)
+async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes, body: bytes) -> None:
+    wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        answer = await client.answer()
+        assert (answer.body, answer.is_whole) == (body, True)
+        await client.send(request("GET", "/"))
+        assert (await client.answer()).body == body
+
+
+async def test_the_answer_to_head_has_a_length_and_no_body(start: Start) -> None:
+    wire = await start(serving=Upstream(answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("HEAD", "/"))
+            answer = await client.answer(method="HEAD")
+            assert (answer.status, answer.one("Content-Length")) == (200, "5")
+    assert wire.upstream.connections == 1
+
+
+async def test_an_http_10_client_gets_an_answer_without_chunks_and_the_end_of_the_connection(start: Start) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    wire = await start(serving=Upstream(answer_with(chunked)))
+    async with wire.client() as client:
+        await client.send(b"GET / HTTP/1.0\r\n" + AUTHORIZATION + b"\r\n")
+        answer = await client.answer()
+        assert (answer.body, answer.one("Transfer-Encoding"), answer.one("Connection")) == (b"abc", None, "close")
+    assert wire.upstream.requests[0].one("Host") == f"127.0.0.1:{wire.upstream.port}"
+
+
+async def test_an_http_10_client_may_keep_its_connection(wire: Wire) -> None:
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n" + AUTHORIZATION + b"\r\n")
+            answer = await client.answer()
+            assert (answer.status, answer.one("Connection")) == (200, "keep-alive")
+
+
+async def test_a_client_that_asks_before_sending_its_body_is_told_to_continue(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3"))
+        assert (await client.answer()).status == 100
+        assert wire.upstream.heads == []
+        await client.send(b"abc")
+        assert (await client.answer()).status == 200
+    assert wire.upstream.requests[0].one("Expect") is None
+
+
+async def test_a_client_that_asks_and_is_refused_is_not_told_to_continue(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3", key=None))
+        assert (await client.answer()).status == 401
+
+
+async def test_a_client_that_half_closes_still_gets_its_answer(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x"))
+        client.half_close()
+        assert (await client.answer()).status == 200
+        assert await client.ends() == b""
+
+
+async def test_nothing_goes_upstream_before_the_first_byte_of_an_announced_body(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 3"))
+        await asyncio.sleep(0.1)
+        assert wire.upstream.connections == 0
+        await client.send(b"abc")
+        assert (await client.answer()).status == 200
+
+
+async def test_chunks_of_an_event_stream_arrive_one_by_one(start: Start) -> None:
+    next_event = asyncio.Event()
+
+    async def events(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for number in range(3):
+            writer.write(b"9\r\ndata: %d\n\n\r\n" % number)
+            await next_event.wait()
+            next_event.clear()
+        writer.write(b"0\r\n\r\n")
+        return True
+
+    wire = await start(serving=Upstream(events))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        for number in range(3):
+            async with asyncio.timeout(2):
+                assert b"data: %d" % number in await client.reader.readuntil(b"data: %d\n\n" % number)
+            next_event.set()
+
+
+async def test_the_upstream_is_ended_when_the_client_is_gone(start: Start) -> None:
+    asked = asyncio.Event()
+
+    async def never(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
+        asked.set()
+        await reader.read()
+        return False
+
+    wire = await start(serving=Upstream(never))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 100") + b"x")
+        await asked.wait() if not wire.upstream.reads_bodies else await asyncio.sleep(0.1)
+    async with asyncio.timeout(2):
+        await wire.upstream.gone.wait()
+    assert (
+        wire.recorder.seen[0].reason is Reason.REQUEST_MALFORMED or wire.recorder.seen[0].ending is Ending.CLIENT_GONE
+    )
+
+
+async def test_a_missing_identity_is_fetched_once_and_the_body_waits(wire: Wire) -> None:
+    wire.identities.slow.add(fakes.key(1).digest())
+    wire.identities.may_bring.clear()
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 200000") + bytes(100_000))
+        await asyncio.sleep(0.05)
+        assert wire.upstream.heads == []
+        wire.identities.may_bring.set()
+        await client.send(bytes(100_000))
+        assert (await client.answer()).status == 200
+    assert len(wire.upstream.requests[0].body) == 200_000
+    assert wire.identities.brought == 1

@@ -1,0 +1,278 @@
+"""The upstream side: connections are reused only after a clean exchange, bounded, and never sent to twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from keyproxy.model import Ending
+from tests.rawhttp import OK, Message, Upstream, answer_with
+from tests.wire.conftest import Start, Wire, request
+
+
+async def test_one_connection_serves_request_after_request(wire: Wire) -> None:
+    async with wire.client() as client:
+        for _ in range(10):
+            await client.send(request("POST", "/", body=b"x"))
+            assert (await client.answer()).status == 200
+    assert wire.upstream.connections == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nstolen",
+        OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    ],
+)
+async def test_a_connection_is_not_reused_after_an_unclean_answer(start: Start, raw: bytes) -> None:
+    wire = await start(serving=Upstream(answer_with(raw)))
+    async with wire.client() as client:
+        for _ in range(3):
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).body == b"{}"
+    assert wire.upstream.connections == 3
+
+
+async def test_a_connection_that_speaks_unasked_is_not_used_again(start: Start) -> None:
+    said = asyncio.Event()
+
+    async def and_more(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nstolen")
+        await writer.drain()
+        said.set()
+        return True
+
+    wire = await start(serving=Upstream(and_more))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).body == b"{}"
+            await said.wait()
+            said.clear()
+    assert wire.upstream.connections == 2
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\nContent-Length: 0\n\n\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
+        b"HTTP/1.1 99 Low\r\n\r\n",
+        b"HTTP/1.1 999 High\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 20,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nnonsense\r\n",
+        b"<html>not http</html>\r\n\r\n",
+    ],
+)
+async def test_an_answer_that_is_not_well_formed_is_502(start: Start, raw: bytes) -> None:
+    wire = await start(serving=Upstream(answer_with(raw)))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["code"]) == (502, "upstream_invalid")
+        await client.send(request("GET", "/"))
+        assert (await client.answer()).status == 502
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+    ],
+)
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+async def test_a_client_can_tell_an_answer_that_was_cut(start: Start, raw: bytes, version: str) -> None:
+    wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
+    async with wire.client() as client:
+        await client.send(request("GET", "/").replace(b"HTTP/1.1", version.encode()))
+        try:
+            answer = await client.answer()
+        except ConnectionResetError:
+            pass
+        else:
+            assert not answer.is_whole
+    assert wire.recorder.seen[0].ending is Ending.CUT
+
+
+async def test_an_upstream_that_closes_without_an_answer_is_502(start: Start) -> None:
+    wire = await start(serving=Upstream(answer_with(b"", goes_on=False)))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "upstream_unreachable"
+    assert len(wire.upstream.requests) == 1
+
+
+async def test_an_upstream_that_is_silent_is_504(start: Start) -> None:
+    async def silent(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
+        await reader.read()
+        return False
+
+    wire = await start(serving=Upstream(silent), upstream={"first_byte_timeout_seconds": 0.2})
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "upstream_timeout"
+    async with asyncio.timeout(2):
+        await wire.upstream.gone.wait()
+
+
+async def test_an_upstream_that_stops_in_the_middle_is_cut(start: Start) -> None:
+    async def stops(_message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+        await reader.read()
+        return False
+
+    wire = await start(serving=Upstream(stops), upstream={"idle_timeout_seconds": 0.2})
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x"))
+        with contextlib.suppress(ConnectionResetError):
+            assert not (await client.answer()).is_whole
+
+
+class _Stale:
+    """Answers the first request, then closes as the second one comes: a keep-alive race, on purpose."""
+
+    def __init__(self) -> None:
+        self.served = 0
+
+    async def __call__(self, _message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        self.served += 1
+        if self.served == 2:
+            return False
+        writer.write(OK)
+        return True
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
+async def test_an_idempotent_request_is_repeated_once_on_a_stale_connection(start: Start, method: str) -> None:
+    wire = await start(serving=Upstream(_Stale()))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request(method, "/"))
+            assert (await client.answer(method="HEAD" if method == "HEAD" else "GET")).status == 200
+            if method == "HEAD":
+                break
+    assert wire.upstream.connections <= 2
+
+
+@pytest.mark.parametrize(("method", "body"), [("POST", b"x"), ("PATCH", b"x"), ("POST", b""), ("PUT", b"x")])
+async def test_a_request_that_is_not_idempotent_or_has_a_body_is_never_sent_twice(
+    start: Start, method: str, body: bytes
+) -> None:
+    wire = await start(serving=Upstream(_Stale()))
+    async with wire.client() as client:
+        await client.send(request(method, "/1", body=body))
+        assert (await client.answer()).status == 200
+        await client.send(request(method, "/2", body=body))
+        assert (await client.answer()).status == 502
+    assert [one.start.split(" ")[1] for one in wire.upstream.requests] == ["/1", "/2"]
+
+
+async def test_no_more_connections_than_the_bound_and_who_waits_is_served_in_turn(start: Start) -> None:
+    async def slow(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(0.02)
+        writer.write(OK)
+        return True
+
+    wire = await start(serving=Upstream(slow), upstream={"connections_max": 2})
+
+    async def one() -> int:
+        async with wire.client() as client:
+            await client.send(request("POST", "/", body=b"x"))
+            return (await client.answer()).status
+
+    assert await asyncio.gather(*(one() for _ in range(20))) == [200] * 20
+    assert wire.upstream.connections == 2
+    assert "max=2" in repr(wire.pool)
+
+
+async def test_who_waits_too_long_for_a_connection_is_told_that_it_is_overloaded(start: Start) -> None:
+    release = asyncio.Event()
+
+    async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await release.wait()
+        writer.write(OK)
+        return True
+
+    wire = await start(serving=Upstream(held), upstream={"connections_max": 1, "connect_timeout_seconds": 0.2})
+    async with wire.client() as one, wire.client() as two:
+        await one.send(request("GET", "/"))
+        await two.send(request("GET", "/"))
+        assert json.loads((await two.answer()).body)["code"] == "overloaded"
+        release.set()
+        assert (await one.answer()).status == 200
+
+
+async def test_a_client_that_leaves_while_it_waits_gives_up_its_place(start: Start) -> None:
+    release = asyncio.Event()
+
+    async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await release.wait()
+        writer.write(OK)
+        return True
+
+    wire = await start(serving=Upstream(held), upstream={"connections_max": 1})
+    async with wire.client() as one:
+        await one.send(request("GET", "/1"))
+        async with wire.client() as two:
+            await two.send(request("POST", "/2", "Content-Length: 5") + b"x")
+            async with asyncio.timeout(2):
+                while "waiting=1" not in repr(wire.pool):
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(2):
+            while "waiting=0" not in repr(wire.pool):
+                await asyncio.sleep(0.01)
+        release.set()
+        assert (await one.answer()).status == 200
+    assert [seen.start for seen in wire.upstream.heads] == ["GET /1 HTTP/1.1"]
+
+
+async def test_an_upstream_on_a_unix_socket_is_an_upstream(start: Start, tmp_path: Path) -> None:
+    path = str(tmp_path / "u.sock")
+    async with Upstream().serving(path) as far:
+        wire = await start(upstream={"url": f"unix:{path}"})
+        async with wire.client() as client:
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).status == 200
+        assert len(far.requests) == 1
+
+
+async def test_the_pool_recovers_when_the_upstream_comes_back(start: Start) -> None:
+    far = Upstream()
+    wire = await start(serving=far)
+    await far.stop()
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        assert (await client.answer()).status == 502
+        assert not await wire.pool.reach()
+        async with far.serving():
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).status == 200
+            assert await wire.pool.reach()
+
+
+async def test_an_answer_before_the_request_is_finished_is_relayed_and_ends_both(start: Start) -> None:
+    far = Upstream(answer_with(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno", goes_on=False), reads_bodies=False)
+    wire = await start(serving=far)
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 1000000") + b"x")
+        answer = await client.answer()
+        assert (answer.status, answer.body, answer.one("Connection")) == (413, b"no", "close")
+        assert await client.ends() == b""
+    assert wire.pool.counts()["idle"] == 0
