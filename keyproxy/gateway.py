@@ -67,7 +67,8 @@ class Gateway:
         key = credential.presented(head, self._key_format)
         try:
             identity = self._identities.known(key.digest, now, is_first_look=is_first_look)
-        except Missing:
+        except (Missing, Refusal):
+            # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
             key.check()
             raise
         exchange.identity = identity

@@ -1,4 +1,7 @@
-"""keyproxy serve, keyproxy demo."""
+"""keyproxy serve, keyproxy demo.
+
+What these two run is imported when they run: it takes longer to import than any other command takes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 import click
 import uvloop
 
-from keyproxy import app, demo
 from keyproxy.cli.setting import Failure, config_option, load, store
 from keyproxy.store import migrations
 from keyproxy.store.database import StoreUnavailable
@@ -24,6 +26,8 @@ def serve_command(config_path: Path | None) -> None:
 
     Access log on stdout, everything else on stderr. SIGTERM drains and ends it.
     """
+    from keyproxy import app
+
     settings = load(config_path).settings
     with store(settings) as dsn:
         uvloop.run(_check_schema(dsn))
@@ -56,4 +60,6 @@ def demo_command(directory: Path | None, *, once: bool) -> int:
 
     Needs nothing but `pip install keyproxy[demo]`. Ctrl-C ends it.
     """
+    from keyproxy import demo
+
     return demo.run(directory, once=once)

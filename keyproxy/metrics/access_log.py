@@ -85,7 +85,7 @@ class AccessLog:
             self._written_bytes += len(lines)
 
     def _line(self, row: Row, wall_offset: float) -> bytes:
-        exchange, route, mode, code = row
+        exchange, route, _, code = row
         wall = exchange.started_mono + wall_offset
         second = int(wall)
         if second != self._second:
@@ -97,7 +97,7 @@ class AccessLog:
         key = (line, exchange.identity, exchange.status, route, code)
         alike = self._alike.get(key)
         if alike is None:
-            alike = self._remember(key, _alike(line, exchange.identity, exchange.status, route, mode, code))
+            alike = self._remember(key, _alike(line, exchange.identity, exchange.status, labels=row[1:]))
         return (
             b'{"time":"%b.%03dZ","request_id":"%b",%b"duration_seconds":%.6f,"upstream_seconds":%b,'
             b'"request_bytes":%d,"response_bytes":%d}\n'
@@ -119,8 +119,9 @@ class AccessLog:
         return alike
 
 
-def _alike(line: RequestLine | None, identity: Identity | None, status: int, route: str, mode: str, code: str) -> bytes:
+def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:
     """The part of a log line that is the same for requests that are alike, as it stands within the line."""
+    route, mode, code = labels
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
         "method": "" if line is None else line.method.decode("ascii"),

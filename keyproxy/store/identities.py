@@ -112,9 +112,7 @@ class IdentityCache:
             if is_first_look:
                 self.counts["refused"] += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
-        if is_first_look:
-            self.counts["miss"] += 1
-        raise Missing("identity", lambda: self._look_ups.bring(digest, is_known=digest in self._entries))
+        raise Missing("identity", lambda: self._bring(digest))
 
     def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
         if mono >= entry.stale_until:
@@ -158,7 +156,11 @@ class IdentityCache:
             group.is_current = False
         self._look_ups.group_changed(kind, name)
 
-    # -- what the store answers
+    # -- the cold path
+
+    async def _bring(self, digest: KeyDigest) -> None:
+        self.counts["miss"] += 1
+        await self._look_ups.bring(digest, is_known=digest in self._entries)
 
     def _settle(self, digest: KeyDigest, row: Row | None) -> None:
         if row is None:

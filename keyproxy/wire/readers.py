@@ -112,6 +112,9 @@ class _Shape(Generic[_Fields]):
 class _Reader(Generic[_Fields]):
     """What request and response heads have in common: remembered lines, names and shapes."""
 
+    #: Kinds of which a line may differ within a shape.
+    _varies: frozenset[Kind] = frozenset()
+
     def __init__(self, names: FieldNames) -> None:
         self._names = names
         self._meanings: dict[bytes, _Meaning] = {}
@@ -123,10 +126,10 @@ class _Reader(Generic[_Fields]):
         return self._names.kind(name)
 
     def _remember(
-        self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields, varies: frozenset[Kind]
+        self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields
     ) -> _Shape[_Fields]:
         """The shape of a head that was judged just now; remembered if all its lines can be recognised again."""
-        meanings = [self._meaning(line, varies) for line in lines]
+        meanings = [self._meaning(line) for line in lines]
         shape = _Shape(fields, lines, judged, meanings)
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
             self._shapes.clear()
@@ -136,10 +139,12 @@ class _Reader(Generic[_Fields]):
             self._shapes[(minor_version, *meanings)] = shape
         return shape
 
-    def _meaning(self, line: bytes, varies: frozenset[Kind]) -> _Meaning:
+    def _meaning(self, line: bytes) -> _Meaning:
         name = line.partition(b":")[0]
         kind = self._names.kind(name)
-        whole = kind in _STABLE_KINDS or (kind not in varies and kind is not Kind.HOP and kind is not Kind.RESERVED)
+        whole = kind in _STABLE_KINDS or (
+            kind not in self._varies and kind is not Kind.HOP and kind is not Kind.RESERVED
+        )
         if whole or name.lower() in _STABLE_NAMES:
             return self._lines.setdefault(line, _Meaning(kind, is_whole_line=True))
         return self._meanings.setdefault(name, _Meaning(kind, is_whole_line=False))
@@ -148,7 +153,7 @@ class _Reader(Generic[_Fields]):
 class RequestReader(_Reader[RequestFields]):
     """Reads request heads."""
 
-    _VARIES: Final = frozenset(
+    _varies = frozenset(
         {Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID}
     )
 
@@ -217,7 +222,7 @@ class RequestReader(_Reader[RequestFields]):
             self._start_lines.clear()
         if len(start) <= _LINE_BYTES_MAX and self._start_line(start) is not None:
             self._start_lines[start] = line
-        shape = self._remember(line.minor_version, fields, lines, judged, self._VARIES)
+        shape = self._remember(line.minor_version, fields, lines, judged)
         block = shape.block(lines)
         head = RequestHead(line, fields, block, tuple(judged.credentials), judged.content_length or 0)
         head.request_id = judged.request_id
@@ -228,7 +233,7 @@ class RequestReader(_Reader[RequestFields]):
 class ResponseReader(_Reader[ResponseFields]):
     """Reads response heads."""
 
-    _VARIES: Final = frozenset(
+    _varies = frozenset(
         {
             Kind.PLAIN,
             Kind.UNREADABLE,
@@ -279,5 +284,5 @@ class ResponseReader(_Reader[ResponseFields]):
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         self._start_lines[start] = line
-        shape = self._remember(line.minor_version, fields, lines, judged, self._VARIES)
+        shape = self._remember(line.minor_version, fields, lines, judged)
         return ResponseHead(line, fields, shape.block(lines), judged.content_length or 0)

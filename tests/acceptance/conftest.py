@@ -1,0 +1,212 @@
+"""keyproxy as its users run it: processes, a configuration file, signals, a PostgreSQL given by DSN."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from keyproxy.keyformat import KeyFormat
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Actor, Directory, KeyWish
+from tests.rawhttp import Client, Upstream, connect
+
+ROOT = Path(__file__).parents[2]
+
+Environment = dict[str, str]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def clean_environment(home: Path) -> Environment:
+    """An environment without anybody's configuration of keyproxy."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KEYPROXY_", "XDG_"))}
+    return kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+
+@dataclass
+class Output:
+    """What a command printed, and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Stdout as JSON."""
+        return json.loads(self.out)
+
+
+@dataclass
+class Site:
+    """One configuration, and everything that is run with it."""
+
+    config: Path
+    environment: Environment
+    proxy_port: int
+    ops_port: int
+    upstream: Upstream
+    dsn: str
+    printed: list[bytes] = field(default_factory=list)
+
+    async def run(self, *arguments: str, stdin: bytes | None = None) -> Output:
+        """Run a command to its end."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config), env=self.environment,
+            stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        async with asyncio.timeout(60):
+            out, err = await process.communicate(stdin)
+        self.printed += [err]
+        return Output(process.returncode or 0, out.decode(), err.decode())
+
+    async def told(self, *arguments: str) -> Any:
+        """Run a command that has to succeed; its JSON."""
+        output = await self.run(*arguments, "--json")
+        assert output.status == 0, output.err
+        return output.json
+
+    async def key(
+        self, user: str = "u_42", *, scopes: Sequence[str] = (), is_test: bool = False, tenant: str = "acme"
+    ) -> dict[str, Any]:
+        """A key of a user, who is made if need be. Made as the commands make it, without starting one."""
+        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
+        await database.open()
+        try:
+            directory = Directory(database, KeyFormat(), Actor("test", "local"))
+            await directory.create_tenant(tenant, "")
+            await directory.create_user(user, tenant, None)
+            return await directory.issue_key(user, KeyWish(scopes=scopes, is_test=is_test))
+        finally:
+            await database.close()
+
+    def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
+        """A connection to the proxied port."""
+        return connect(("127.0.0.1", self.proxy_port))
+
+    async def call(self, secret: str, method: str = "POST", path: str = "/v1/ai/jobs") -> tuple[int, str]:
+        """(status, code) of one call; the code is empty if the upstream answered."""
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{self.proxy_port}{path}"
+            headers = {"Authorization": f"Api-Key {secret}"}
+            async with session.request(method, url, headers=headers, data=b"{}") as response:
+                content = await response.json(content_type=None)
+                return response.status, content.get("code", "")
+
+    async def ops(self, path: str) -> tuple[int, str]:
+        """(status, body) of a page of the ops listener."""
+        url = f"http://127.0.0.1:{self.ops_port}{path}"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            return response.status, await response.text()
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The value of one series, 0.0 if it is not there."""
+        _, page = await self.ops("/metrics")
+        for line in page.splitlines():
+            series, _, value = line.rpartition(" ")
+            if series.partition("{")[0] == name and all(
+                f'{label}="{text}"' in series for label, text in labels.items()
+            ):
+                return float(value)
+        return 0.0
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`keyproxy serve`, until the end of the context or its own."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "keyproxy", "serve", "--config", str(self.config), env=self.environment,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        reading = [asyncio.create_task(self._keep(stream)) for stream in (process.stdout, process.stderr)]
+        try:
+            await until(self._is_up, seconds=20, while_running=process)
+            yield process
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                await process.wait()
+            await asyncio.gather(*reading)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        lines = b"".join(self.printed).splitlines()
+        return [json.loads(line) for line in lines if line.startswith(b'{"time"')]
+
+    async def _keep(self, stream: asyncio.StreamReader) -> None:
+        while chunk := await stream.read(65_536):
+            self.printed.append(chunk)
+
+    async def _is_up(self) -> bool:
+        try:
+            return (await self.ops("/livez"))[0] == 200
+        except aiohttp.ClientError:
+            return False
+
+
+async def until(
+    holds: Callable[[], Awaitable[bool]], *, seconds: float, while_running: asyncio.subprocess.Process | None = None
+) -> None:
+    """Wait until something holds, asking again and again; fail if it does not in time."""
+    async with asyncio.timeout(seconds):
+        while not await holds():
+            assert while_running is None or while_running.returncode is None, "the process has ended"
+            await asyncio.sleep(0.02)
+
+
+Configure = Callable[..., Site]
+
+
+@pytest.fixture
+async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
+    """Make a site: `configure(dsn, cache={...}, routes=[...])`."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = await stack.enter_async_context(Upstream().serving())
+
+        def configuring(dsn: str, *, routes: list[dict[str, Any]] | None = None, **tables: dict[str, Any]) -> Site:
+            proxy_port, ops_port = free_port(), free_port()
+            content: dict[str, dict[str, Any]] = {
+                "listen": {"address": f"127.0.0.1:{proxy_port}"},
+                "ops": {"address": f"127.0.0.1:{ops_port}"},
+                "upstream": {"url": f"http://127.0.0.1:{upstream.port}"},
+                "store": {"dsn": dsn},
+            }
+            for table, values in tables.items():
+                content.setdefault(table, {}).update(values)
+            lines = []
+            for table, values in content.items():
+                lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+            for row in routes or []:
+                lines += ["[[routes]]", *(f"{key} = {json.dumps(value)}" for key, value in row.items())]
+            config = tmp_path / "keyproxy.toml"
+            config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return Site(config, clean_environment(tmp_path), proxy_port, ops_port, upstream, dsn)
+
+        yield configuring
+
+
+@pytest.fixture
+def site(configure: Configure, dsn: str) -> Site:
+    """A site over this test's database, with the usual settings."""
+    return configure(dsn)
