@@ -13,8 +13,7 @@ RUN /opt/keyproxy/bin/pip install --no-deps .
 
 FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="keyproxy" \
-      org.opencontainers.image.description="Tells a compute server, for every request, on whose behalf it comes" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.description="Tells a compute server, for every request, on whose behalf it comes"
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin keyproxy
 COPY --from=build /opt/keyproxy /opt/keyproxy
 ENV PATH=/opt/keyproxy/bin:$PATH \

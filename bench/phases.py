@@ -136,7 +136,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def phases(bench: Bench, raw: bytes) -> dict[str, Callable[[], object]]:
     """Each phase as a call of its own, on values as the phase before leaves them."""
-    reader, responses = RequestReader(bench.names), ResponseReader(bench.names)
+    reader, responses = RequestReader(bench.names, bench.gateway.holds_key), ResponseReader(bench.names)
     head_bytes = raw[: raw.index(b"\r\n\r\n") + 4]
     response_bytes = RESPONSE[: RESPONSE.index(b"\r\n\r\n") + 4]
     reader.read(head_bytes, len(head_bytes) - 4)

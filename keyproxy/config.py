@@ -25,6 +25,9 @@ ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
 #: Names under the prefix that are not keys of the configuration.
 _OTHER_VARIABLES: Final = frozenset({"KEYPROXY_CONFIG", "KEYPROXY_PG_BIN", "KEYPROXY_ROUTES"})
 
+#: Far beyond every bound, and well within what a float holds.
+_NUMBER_MAX: Final = 10**15
+
 _ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
 
 
@@ -57,43 +60,45 @@ class _Reading:
         self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         self.origins: dict[str, Origin] = {}
         self.wrong: list[str] = []
+        self._from_environment: dict[str, bool] = {}
         self.keys = {table: {key.name: key for key in dataclasses.fields(cls)} for table, cls in TABLES.items()}
 
-    def set(self, table: str, name: str, value: object, source: str) -> None:
+    def set(self, table: str, name: str, value: object, source: str, *, is_text: bool = False) -> None:
+        """Take in one value. `is_text`: from the environment, where everything is text."""
         key = self.keys[table].get(name)
         if key is None:
             twin = self.keys[table].get(name.removesuffix("_file"))
             if name.endswith("_file") and twin is not None and twin.metadata["secret"]:
-                self._set_from_file(table, twin.name, value, source)
+                self._set_from_file(table, twin.name, value, source, is_text=is_text)
             else:
                 self.unknown(f"{table}.{name}", [f"{table}.{one}" for one in self.keys[table]], source)
             return
-        checked = _checked(value, key.type, key.metadata["check"], is_text=source.startswith(ENVIRONMENT_PREFIX))
+        checked = _checked(value, key.type, key.metadata["check"], is_text=is_text)
         if isinstance(checked, _Wrong):
             self.wrong.append(f"{table}.{name}: {checked.sentence} (set in {source})")
             return
         self.values[table][name] = checked
         self.origins[f"{table}.{name}"] = Origin(source, key.metadata["secret"])
+        self._from_environment[f"{table}.{name}"] = is_text
 
     def unknown(self, name: str, known: list[str], source: str) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         self.wrong.append(f"{name}: no such key (set in {source}){hint}")
 
-    def _set_from_file(self, table: str, name: str, value: object, source: str) -> None:
+    def _set_from_file(self, table: str, name: str, value: object, source: str, *, is_text: bool) -> None:
         if not isinstance(value, str):
             self.wrong.append(f"{table}.{name}_file: must be a path (set in {source})")
             return
-        earlier = self.origins.get(f"{table}.{name}")
-        if earlier is not None and earlier.source.partition(":")[0] == source.partition(":")[0]:
+        if self._from_environment.get(f"{table}.{name}") is is_text:
             self.wrong.append(f"{table}.{name}: set both in place and by {name}_file (in {source})")
             return
         try:
             secret = Path(value).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             self.wrong.append(f"{table}.{name}_file: cannot be read: {error}")
             return
-        self.set(table, name, secret, f"{source}: {name}_file")
+        self.set(table, name, secret, f"{source}: {name}_file", is_text=is_text)
 
 
 class _Wrong(NamedTuple):
@@ -146,8 +151,10 @@ def mask(value: object) -> object:
     """A secret as it may be shown: what it is, without the password in it."""
     if not isinstance(value, str):
         return value
-    without_userinfo = re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", value)
-    return re.sub(r"(?i)(?<=[?&]password=)[^&]*", "***", without_userinfo)
+    address, question, query = value.partition("?")
+    # Up to the last @: a password may hold anything, also what should have been encoded.
+    address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)
+    return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def _read_variable(reading: _Reading, variable: str, value: str) -> None:
     known = [f"{ENVIRONMENT_PREFIX}{table}__{name}".upper() for table, keys in reading.keys.items() for name in keys]
     table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
     if separator and table in TABLES:
-        reading.set(table, name, value, variable)
+        reading.set(table, name, value, variable, is_text=True)
     # Without the double underscore it is somebody else's, such as the KEYPROXY_PORT that Kubernetes sets for a
     # service of this name; unless it is one of ours but for the missing underscore.
     elif separator or variable.upper() in {one.replace("__", "_") for one in known}:
@@ -224,7 +231,7 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
         case "float":
             if text is not None and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,9})?", text):
                 value = float(text)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBER_MAX:
                 return float(value)
             return _Wrong("must be a number")
         case "list[str]":

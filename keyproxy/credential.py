@@ -44,9 +44,8 @@ class Presented:
 
 def presented(head: RequestHead, key_format: KeyFormat) -> Presented:
     """The one key this request presents. Raises the Refusal for none, several, or one in the URL."""
-    target = head.line.target
-    if b"?" in target or b"%" in target or b"_" in target:
-        _refuse_key_in_url(target, key_format)
+    if head.line.holds_key:
+        raise Refusal(Reason.KEY_IN_URL)
     credentials = head.credentials
     if len(credentials) == 1:
         return Presented(_plaintext(*credentials[0]), key_format)
@@ -78,12 +77,16 @@ def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
     return first
 
 
-def _refuse_key_in_url(target: bytes, key_format: KeyFormat) -> None:
+def holds_key(target: bytes, key_format: KeyFormat) -> bool:
+    """Whether a request target has a key in it, or a parameter that is meant for one."""
+    if b"?" not in target and b"%" not in target:
+        return key_format.is_within(target)
     # Decoded twice: a key that was encoded on its way through a template engine or a redirect is still a key.
     decoded = unquote_to_bytes(unquote_to_bytes(target))
     if key_format.is_within(decoded):
-        raise Refusal(Reason.KEY_IN_URL)
+        return True
     for parameter in decoded.partition(b"?")[2].replace(b";", b"&").split(b"&"):
         name, _, value = parameter.partition(b"=")
         if value and name.lower().replace(b"_", b"-") in _KEY_PARAMETERS:
-            raise Refusal(Reason.KEY_IN_URL)
+            return True
+    return False

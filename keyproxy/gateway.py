@@ -101,13 +101,17 @@ class Gateway:
             _log.exception("deciding failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
 
+    def holds_key(self, target: bytes) -> bool:
+        """Whether a request target has a key in it."""
+        return credential.holds_key(target, self._key_format)
+
     def request_id(self, head: RequestHead | None) -> bytes:
         """The client's own request id if it is sane, else a new one: unique, not secret."""
         sent = head.request_id if head is not None else None
         if head is not None and sent is not None and headers.sane_request_id(sent):
             # A key in this place would be logged and echoed.
-            is_key = self._key_format.is_within(sent) or any(sent in field.value for field in head.credentials)
-            if not is_key:
+            keys = (token for field in head.credentials for token in field.value.split()[-1:])
+            if not self._key_format.is_within(sent) and not any(key in sent for key in keys):
                 return sent
         return b"%b%010x" % (self._instance, next(self._serial))
 

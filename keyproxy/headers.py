@@ -69,6 +69,7 @@ NOT_IN_TRAILERS: Final = frozenset(
 
 _NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
+_REMEMBERED_BYTES_MAX: Final = 48
 
 #: A client's request id is kept if it is one: no spaces, no controls, nothing that a log or a header could trip over.
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -91,18 +92,19 @@ class FieldNames:
         # Full: forget all. A caller who sends thousands of names costs itself the judgement, and no one else for long.
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
-        self._remembered[name] = kind
+        if len(name) <= _REMEMBERED_BYTES_MAX:
+            self._remembered[name] = kind
         return kind
 
     def _judge(self, name: bytes) -> Kind:
         plain = canonical(name)
-        if plain.startswith(self._prefix) or (plain == b"x-request-id" and b"_" in name):
+        if plain.startswith(self._prefix):
             return Kind.RESERVED
+        kind = Kind.FORWARDED if plain.startswith(b"x-forwarded-") else _KINDS.get(plain, Kind.PLAIN)
         if not _NAME.fullmatch(name):
-            return Kind.UNREADABLE
-        if plain.startswith(b"x-forwarded-"):
-            return Kind.FORWARDED
-        return _KINDS.get(plain, Kind.PLAIN)
+            # Ours to set in any spelling: dropped. What else it may be, two servers could read differently.
+            return Kind.RESERVED if kind in (Kind.REQUEST_ID, Kind.FORWARDED) else Kind.UNREADABLE
+        return kind
 
 
 def canonical(name: bytes) -> bytes:
@@ -119,8 +121,8 @@ def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
     """Identity headers as bytes: `values` are (name without prefix, value). Raises ValueError for an unsafe value."""
     lines = []
     for name, value in values:
-        if not value.isascii() or not value.isprintable():
-            raise ValueError(f"{name}: not printable ASCII")
+        if not value.isascii() or not value.isprintable() or value != value.strip():
+            raise ValueError(f"{name}: not printable ASCII, or with space around it")
         lines.append(f"{prefix}{name}: {value}\r\n")
     return "".join(lines).encode("ascii")
 

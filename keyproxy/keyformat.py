@@ -29,6 +29,9 @@ _FOREIGN = re.compile(rb"[A-Za-z0-9!#$%%&'*+\-./:=?@^_`|~]{8,%d}" % KEY_BYTES_MA
 
 _HINT_TAIL: Final = 4
 
+#: Of a shorter foreign key even eight characters would be too many.
+_HINT_SHOWS_TAIL_FROM: Final = 32
+
 #: A cut key is still worth hiding; `/docs/kp_live_keys` is no key.
 _RECOGNISABLE_DIGITS: Final = 16
 
@@ -102,6 +105,8 @@ class KeyFormat:
         """What people may see of a key to tell it from others: its start and its last four characters."""
         plaintext = key.reveal()
         start = self._start.match(plaintext)
+        if start is None and len(plaintext) < _HINT_SHOWS_TAIL_FROM:
+            return f"{plaintext[:2].decode('ascii')}…"
         shown = plaintext[: start.end() + _HINT_TAIL] if start else plaintext[:_HINT_TAIL]
         return f"{shown.decode('ascii')}…{plaintext[-_HINT_TAIL:].decode('ascii')}"
 

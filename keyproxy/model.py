@@ -40,13 +40,17 @@ class CredentialField(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestLine:
-    """A judged request line. `start` is the line as it goes upstream; `path` the target's part before `?`."""
+    """A judged request line. `start` is the line as it goes upstream; `path` the target's part before `?`.
+
+    `holds_key`: the target has a key in it; the line is shown to nobody.
+    """
 
     method: bytes
-    target: bytes
-    path: bytes
+    target: bytes = field(repr=False)
+    path: bytes = field(repr=False)
     minor_version: int
-    start: bytes
+    start: bytes = field(repr=False)
+    holds_key: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -83,6 +83,10 @@ class Gate(Protocol):
         """The client's own request id if it is sane, else a new one."""
         ...
 
+    def holds_key(self, target: bytes) -> bool:
+        """Whether a request target has a key in it."""
+        ...
+
     def begin(self, exchange: Exchange) -> None:
         """Decide. Calls `forward` or `refuse` on the exchange, before it returns or later. Never raises a Refusal."""
         ...

@@ -22,11 +22,16 @@ ANY_ROUTE: Final = Route(name="any")
 
 _METHOD = re.compile(r"\*|[A-Z][A-Z-]{0,19}")
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(\.\.\.)?\}")
-_LITERAL = re.compile(r"[A-Za-z0-9\-._~!$&'()*+,;=:@%]*")
+#: Without `%` and `;`, and never a dot segment or an empty one: what a lenient server reads otherwise is refused before
+#: it is matched, or meets two routes, so that such a pattern could match nothing.
+_LITERAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9\-._~!$&'()*+,=:@]+")
+_PARAMETERS = re.compile(rb";[^/]*")
+_SLASHES = re.compile(rb"/{2,}")
 _FOLDED_BY_SOME: Final = (b"%", b"//", b";")
 
 #: Paths that were matched are remembered up to here; then all are forgotten. Paths hold ids, so most never come back.
 _REMEMBERED_MAX: Final = 4096
+_REMEMBERED_BYTES_MAX: Final = 256
 
 
 class InvalidPatternError(ValueError):
@@ -53,11 +58,13 @@ class RouteTable:
         except KeyError:
             pass
         route = self._first(method, path)
-        if any(mark in path for mark in _FOLDED_BY_SOME) and self._first(method, fold(path)) is not route:
+        is_folded = any(mark in path for mark in _FOLDED_BY_SOME)
+        if is_folded and any(self._first(method, reading) is not route for reading in readings(path)):
             raise Refusal(Reason.REQUEST_MALFORMED, "the path, as some servers fold it, is another route's")
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
-        self._remembered[method, path] = route
+        if len(path) <= _REMEMBERED_BYTES_MAX:
+            self._remembered[method, path] = route
         return route
 
     def names(self) -> Iterable[str]:
@@ -71,10 +78,14 @@ class RouteTable:
         return None
 
 
-def fold(path: bytes) -> bytes:
-    """The path as a lenient server may read it: percent-decoded, `;parameters` cut, repeated slashes joined."""
-    segments = (unquote_to_bytes(segment).partition(b";")[0] for segment in path.split(b"/"))
-    return re.sub(rb"/{2,}", b"/", b"/".join(segments))
+def readings(path: bytes) -> set[bytes]:
+    """The path as lenient servers may read it: percent-decoded or not, repeated slashes joined or not, with
+    `;parameters` cut or not, in every combination.
+    """
+    found = {path, _PARAMETERS.sub(b"", path)}
+    found |= {unquote_to_bytes(one) for one in found}
+    found |= {_PARAMETERS.sub(b"", one) for one in found}
+    return found | {_SLASHES.sub(b"/", one) for one in found}
 
 
 def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
@@ -93,7 +104,7 @@ def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
 def _segment(segment: str, *, text: str, is_last: bool) -> str:
     placeholder = _PLACEHOLDER.fullmatch(segment)
     if placeholder is None:
-        if not _LITERAL.fullmatch(segment):
+        if not _LITERAL.fullmatch(segment) and not (is_last and not segment):
             raise InvalidPatternError(f"segment {segment!r} of {text!r} is neither plain text nor one {{name}}")
         return "/" + re.escape(segment)
     if not placeholder[2]:

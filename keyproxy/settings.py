@@ -56,6 +56,8 @@ def _tcp_address(value: str) -> str | None:
 
 
 def _upstream_url(value: str) -> str | None:
+    if not re.fullmatch(r"[!-~]+", value):
+        return "holds a space or another character that no URL has"
     if value.startswith("unix:"):
         return _address(value)
     try:
@@ -80,10 +82,15 @@ def _dsn(value: str) -> str | None:
     return "must be 'embedded' or 'postgresql://…'"
 
 
+#: Header names that mean something else to this proxy: no prefix of ours may cover them.
+_TAKEN_NAMES: Final = ("x-forwarded-", "x-api-key", "x-request-id", "x-real-ip")
+
+
 def _header_prefix(value: str) -> str | None:
-    if re.fullmatch(r"X-[A-Za-z0-9-]{1,40}-", value) and not value.lower().startswith("x-forwarded-"):
-        return None
-    return "must look like 'X-Name-'"
+    if not re.fullmatch(r"X-[A-Za-z0-9-]{1,40}-", value):
+        return "must look like 'X-Name-'"
+    taken = [name for name in _TAKEN_NAMES if name.startswith(value.lower()) or value.lower().startswith(name)]
+    return f"would swallow {taken[0]}" if taken else None
 
 
 def _key_prefix(value: str) -> str | None:
@@ -207,6 +214,14 @@ class Log:
     access: bool = _setting(True)
 
 
+def _route_match(value: str) -> str | None:
+    try:
+        RouteTable([(value, Route(value))])
+    except InvalidPatternError as error:
+        return str(error)
+    return None
+
+
 def _route_scopes(value: list[str]) -> str | None:
     bad = [scope for scope in value if not is_scope(scope)]
     return f"{bad[0]!r} is no scope" if bad else None
@@ -216,7 +231,7 @@ def _route_scopes(value: list[str]) -> str | None:
 class RouteRow:
     """One row of the route table, as configured."""
 
-    match: str = _setting("")
+    match: str = _setting("", _route_match)
     scopes: list[str] = _setting([], _route_scopes)
     error_shape: str = _setting("problem", _one_of(*problems.ERROR_SHAPES))
     tokens: str = _setting("none", _not_yet("none"))
@@ -268,11 +283,6 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
     if settings.listen.address == settings.ops.address and not settings.ops.address.endswith(":0"):
         wrong.append("ops.address: must not be the proxied port: health and metrics are not for callers")
-    for number, row in enumerate(settings.routes, start=1):
-        try:
-            RouteTable([(row.match, Route(row.match))])
-        except InvalidPatternError as error:
-            wrong.append(f"routes[{number}].match: {error}")
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is there twice; the first one wins always"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from keyproxy.reasons import Reason, Refusal
 
@@ -23,15 +24,18 @@ class Target(NamedTuple):
     path: bytes
 
 
-_PLAIN_PATH = re.compile(rb"/[A-Za-z0-9_~!$&'()*+,=:@/-]*")
+_PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@/-]*)?")
 _FORBIDDEN_ANYWHERE = re.compile(rb"[\x00-\x20\x7f-\xff\\#]")
-_AMBIGUOUS_PATH = re.compile(
-    rb"%(?![0-9a-f]{2})"  # not an encoding at all
-    rb"|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])"  # . / \ controls, overlong UTF-8
-    rb"|%25(?:2e|2f|5c|00)"  # the same for a server that decodes twice
-    rb"|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)",  # dot segments, also with a path parameter
-    re.IGNORECASE,
-)
+#: As sent: no encoding at all, or one of `. / \\`, a control, or a first byte of overlong UTF-8.
+_BAD_ENCODING = re.compile(rb"%(?![0-9a-f]{2})|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
+
+#: As sent, and as a server has it that has decoded it: an empty first segment, which a URL parser takes for a host;
+#: dot segments, also with a path parameter.
+_BAD_SEGMENTS = re.compile(rb"\A//|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)")
+
+#: Only as decoded: what a server that decodes once more would make something else of.
+_BAD_DECODED = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])|[\x00-\x1f\x7f\\]", re.IGNORECASE)
+_DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 
@@ -49,8 +53,7 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
     if not target.startswith(b"/"):
         target = _origin_form(target, host)
     path = target.partition(b"?")[0]
-    if _AMBIGUOUS_PATH.search(path):
-        raise _refusal("the path could be read in more than one way")
+    _check_path(path)
     return Target(target, path)
 
 
@@ -60,13 +63,28 @@ def check_host(host: bytes) -> None:
         raise _refusal("the Host header is malformed")
 
 
+def _check_path(path: bytes) -> None:
+    is_bad = _BAD_ENCODING.search(path) or _BAD_SEGMENTS.search(path)
+    for _ in range(_DECODINGS_MAX):
+        if is_bad or b"%" not in path:
+            break
+        path = unquote_to_bytes(path)
+        is_bad = _BAD_DECODED.search(path) or _BAD_SEGMENTS.search(path)
+        try:
+            path.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _refusal("the path is not UTF-8 once decoded") from error
+    if is_bad:
+        raise _refusal("the path could be read in more than one way")
+
+
 def _origin_form(target: bytes, host: bytes | None) -> bytes:
     match = _ABSOLUTE.fullmatch(target)
     if match is None:
         raise _refusal("the target is neither a path nor an absolute http URI")
     authority, rest = match.groups()
     check_host(authority)
-    if host is not None and host.lower() != authority.lower():
+    if host is None or host.lower() != authority.lower():
         raise _refusal("the Host header disagrees with the absolute target")
     return rest if rest.startswith(b"/") else b"/" + rest
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from keyproxy import headers
+from keyproxy import credential, headers
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
 
 FORMAT = KeyFormat()
+
+
+def holds_key(target: bytes) -> bool:
+    """Whether a request target has a key in it."""
+    return credential.holds_key(target, FORMAT)
 
 
 def key(number: int = 0, *, is_test: bool = False) -> SecretKey:

@@ -21,7 +21,6 @@ import orjson
 
 from keyproxy.model import Identity, RequestLine
 from keyproxy.ports import Exchange
-from keyproxy.reasons import Reason
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class AccessLog:
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode("ascii")
         answered, head = exchange.answered_mono, exchange.head
         upstream_seconds = b"%.6f" % (answered - exchange.sent_mono) if answered else b"null"
-        line = None if head is None or exchange.reason is Reason.KEY_IN_URL else head.line
+        line = None if head is None or head.line.holds_key else head.line
         key = (line, exchange.identity, exchange.status, route, code)
         alike = self._alike.get(key)
         if alike is None:

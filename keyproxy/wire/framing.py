@@ -19,7 +19,7 @@ from typing import Final, Protocol
 EXTENSION_BYTES_MAX: Final = 16_384
 TRAILER_BYTES_MAX: Final = 16_384
 
-_SIZE_LINE_BYTES_MAX: Final = 4_096
+_SIZE_LINE_BYTES_MAX: Final = EXTENSION_BYTES_MAX + 16
 _CRLF: Final = b"\r\n"
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -27,7 +27,7 @@ _QUOTED: Final = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80
 _SIZE_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (_TOKEN, _TOKEN, _QUOTED)
 )
-_TRAILER = re.compile(rb"([A-Za-z0-9-]+):[\t \x21-\x7e\x80-\xff]*")
+_TRAILER = re.compile(rb"(%b):[\t \x21-\x7e\x80-\xff]*" % _TOKEN)
 
 
 class FramingError(Exception):
@@ -74,12 +74,9 @@ class CountedBody:
         if remaining > 0:
             self._remaining = remaining
             return data, b""
+        end, self._remaining = self._remaining, 0
         self.is_complete = True
-        if remaining == 0:
-            return data, b""
-        end = self._remaining
-        self._remaining = 0
-        return data[:end], data[end:]
+        return (data, b"") if remaining == 0 else (data[:end], data[end:])
 
     def ends_with_connection(self) -> bool:
         return self.is_complete
@@ -138,13 +135,13 @@ class ChunkedBody:
     def _line(self, bytes_max: int) -> bytes | None:
         """The next line without its CRLF; None if it has not arrived whole."""
         end = self._buffer.find(_CRLF, self._at)
+        have = self._buffer[self._at : end if end >= 0 else None].removesuffix(b"\r")
+        if len(have) > bytes_max:
+            raise FramingError("a line of a chunked body is too long")
         if end < 0:
-            have = self._buffer[self._at :]
             # A bare LF or CR will never become a CRLF; only a CR at the very end still may.
-            if b"\n" in have or b"\r" in have[:-1]:
+            if b"\n" in have or b"\r" in have:
                 raise FramingError("a line of a chunked body ends in something other than CRLF")
-            if len(have) > bytes_max:
-                raise FramingError("a line of a chunked body is too long")
             return None
         line = self._buffer[self._at : end]
         self._at = end + 2

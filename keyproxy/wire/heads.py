@@ -12,7 +12,8 @@ This is the judgement; `readers` remembers it, since clients send nearly the sam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import httptools
@@ -29,6 +30,7 @@ CONTENT_LENGTH_DIGITS_MAX: Final = 18
 _OPTIONS_WITHOUT_FIELD: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
 _NO_BODY_STATUSES: Final = frozenset({204, 304})
 _OWS: Final = b" \t"
+_PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 Fields = Sequence[tuple[bytes, bytes]]
 
@@ -68,8 +70,12 @@ class JudgedFields:
         return minor_version == 1 or b"keep-alive" in self.options
 
 
-def judge_request(raw: bytes, names: FieldNames) -> tuple[RequestLine, RequestFields, JudgedFields]:
+def judge_request(
+    raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool]
+) -> tuple[RequestLine, RequestFields, JudgedFields]:
     """A request head out of its bytes, which end with an empty line and hold nothing after it.
+
+    `holds_key`: whether a target has a key in it.
 
     Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
     """
@@ -90,7 +96,7 @@ def judge_request(raw: bytes, names: FieldNames) -> tuple[RequestLine, RequestFi
     if judged.is_chunked and (judged.content_length is not None or minor == 0):
         raise _malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     going = target.judge(method, parts.start, judged.host)
-    line = RequestLine(method, going.target, going.path, minor, b"%b %b HTTP/1.1\r\n" % (method, going.target))
+    line = request_line(method, going, minor, holds_key=holds_key(going.target))
     fields = RequestFields(
         host=judged.host,
         host_block=b"X-Forwarded-Host: %b\r\n" % judged.host if judged.host is not None else b"",
@@ -100,6 +106,12 @@ def judge_request(raw: bytes, names: FieldNames) -> tuple[RequestLine, RequestFi
         expects_continue=judged.expects_continue and minor == 1,
     )
     return line, fields, judged
+
+
+def request_line(method: bytes, going: target.Target, minor_version: int, *, holds_key: bool) -> RequestLine:
+    """A request line out of its judged parts."""
+    start = b"%b %b HTTP/1.1\r\n" % (method, going.target)
+    return RequestLine(method, going.target, going.path, minor_version, start, holds_key)
 
 
 def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseFields, JudgedFields]:
@@ -112,11 +124,13 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
         status = parser.get_status_code()
         if not 100 <= status <= 599 or not raw.startswith(b"HTTP/1.%d %d" % (minor, status)):
             raise _malformed("the status line is not 'HTTP/1.x NNN phrase'")
+        if not _PHRASE.fullmatch(parts.start):
+            raise _malformed("the reason phrase holds a control character")
         judged = _judge_fields(parts.fields, names, is_request=False)
     except Refusal as refusal:
         raise Refusal(Reason.UPSTREAM_INVALID, refusal.detail) from refusal
-    if judged.is_chunked and judged.content_length is not None:
-        raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length")
+    if judged.is_chunked and (judged.content_length is not None or minor == 0):
+        raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     line = StatusLine(status, minor, b"HTTP/1.1 %d %b\r\n" % (status, parts.start.strip(_OWS)))
     fields = ResponseFields(judged.content_length is not None, judged.is_chunked, judged.keeps_alive(minor))
     return line, fields, judged
@@ -129,7 +143,8 @@ def check_beginning(buffer: bytes) -> None:
     """
     if buffer.startswith(b"\r\n"):
         raise _malformed("more than one empty line before a request")
-    if buffer.count(b"\n") != buffer.count(b"\r\n"):
+    head = buffer.partition(HEAD_END)[0]
+    if head.count(b"\n") != head.count(b"\r\n"):
         raise _malformed("a line ends in a bare LF")
     try:
         httptools.HttpRequestParser(_Parts()).feed_data(buffer)

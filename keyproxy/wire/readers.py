@@ -15,6 +15,7 @@ Rejected: remembering whole heads, which a single trace header defeats and which
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from keyproxy import target
@@ -29,7 +30,13 @@ from keyproxy.model import (
     StatusLine,
 )
 from keyproxy.reasons import Refusal
-from keyproxy.wire.heads import CONTENT_LENGTH_DIGITS_MAX, JudgedFields, judge_request, judge_response
+from keyproxy.wire.heads import (
+    CONTENT_LENGTH_DIGITS_MAX,
+    JudgedFields,
+    judge_request,
+    judge_response,
+    request_line,
+)
 
 _CRLF: Final = b"\r\n"
 
@@ -129,13 +136,15 @@ class _Reader(Generic[_Fields]):
         self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields
     ) -> _Shape[_Fields]:
         """The shape of a head that was judged just now; remembered if all its lines can be recognised again."""
+        if any(len(line) > _LINE_BYTES_MAX for line in lines):
+            return _Shape(fields, lines, judged, [_Meaning(Kind.PLAIN, is_whole_line=True)] * len(lines))
         meanings = [self._meaning(line) for line in lines]
         shape = _Shape(fields, lines, judged, meanings)
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
             self._shapes.clear()
             self._lines.clear()
             self._meanings.clear()
-        elif all(len(line) <= _LINE_BYTES_MAX for line in lines):
+        else:
             self._shapes[(minor_version, *meanings)] = shape
         return shape
 
@@ -157,8 +166,10 @@ class RequestReader(_Reader[RequestFields]):
         {Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID}
     )
 
-    def __init__(self, names: FieldNames) -> None:
+    def __init__(self, names: FieldNames, holds_key: Callable[[bytes], bool]) -> None:
+        """`holds_key`: whether a target has a key in it; such a line is not remembered."""
         super().__init__(names)
+        self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
     def read(self, buffer: bytes, end: int) -> RequestHead:
@@ -178,9 +189,9 @@ class RequestReader(_Reader[RequestFields]):
         content_length = 0
         while None in key:
             place = key.index(None)
-            name, _, value = lines[place].partition(b": ")
+            name, separator, value = lines[place].partition(b": ")
             meaning = self._meanings.get(name)
-            if meaning is None or value.translate(None, _FIELD_CHARACTERS):
+            if meaning is None or not separator or value.translate(None, _FIELD_CHARACTERS):
                 return self._judge(buffer[: end + 4])
             key[place] = meaning
             kind = meaning.kind
@@ -213,14 +224,16 @@ class RequestReader(_Reader[RequestFields]):
             going = target.judge(method, sent, None)
         except Refusal:
             return None
-        return RequestLine(method, going.target, going.path, int(minor), b"%b %b HTTP/1.1\r\n" % (method, going.target))
+        return request_line(method, going, int(minor), holds_key=self._holds_key(going.target))
 
     def _judge(self, raw: bytes) -> RequestHead:
-        line, fields, judged = judge_request(raw, self._names)
+        line, fields, judged = judge_request(raw, self._names, self._holds_key)
         start, *lines = raw[:-4].split(_CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
-        if len(start) <= _LINE_BYTES_MAX and self._start_line(start) is not None:
+        # A query seldom comes twice, and may hold what should not be kept.
+        is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
+        if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
             self._start_lines[start] = line
         shape = self._remember(line.minor_version, fields, lines, judged)
         block = shape.block(lines)
@@ -263,9 +276,9 @@ class ResponseReader(_Reader[ResponseFields]):
         content_length = 0
         while None in key:
             place = key.index(None)
-            name, _, value = lines[place].partition(b": ")
+            name, separator, value = lines[place].partition(b": ")
             meaning = self._meanings.get(name)
-            if meaning is None or value.translate(None, _FIELD_CHARACTERS):
+            if meaning is None or not separator or value.translate(None, _FIELD_CHARACTERS):
                 return self._judge(buffer[: end + 4])
             key[place] = meaning
             if meaning.kind is Kind.CONTENT_LENGTH:
@@ -283,6 +296,7 @@ class ResponseReader(_Reader[ResponseFields]):
         start, *lines = raw[:-4].split(_CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
-        self._start_lines[start] = line
+        if len(start) <= _LINE_BYTES_MAX:
+            self._start_lines[start] = line
         shape = self._remember(line.minor_version, fields, lines, judged)
         return ResponseHead(line, fields, shape.block(lines), judged.content_length or 0)

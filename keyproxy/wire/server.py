@@ -45,7 +45,7 @@ class ProxyServer:
         self.recorder = recorder
         self.upstreams = upstreams
         self.names = names
-        self.requests = RequestReader(names)
+        self.requests = RequestReader(names, gate.holds_key)
         self.problems = problems
         self.clock = clock
         self.loop = loop

@@ -114,9 +114,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             now: Callable[[], Moment] | None = None,
         ) -> Rig:
             clock, state = Clock(), FeedState()
-            door = Door(
-                relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds
-            )
+            door = Door(relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds)
             last_used = LastUsed(door)
             identities = IdentityCache(
                 door,

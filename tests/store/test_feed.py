@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -14,6 +14,7 @@ from keyproxy import clock
 from keyproxy.keyformat import SecretKey
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason
+from keyproxy.settings import Cache
 from keyproxy.store import migrations, scratch
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.embedded import EmbeddedServer
@@ -25,7 +26,6 @@ from tests.store.stage import (
     Rig,
     Sql,
     add_key,
-    add_keys,
     add_user,
     change_rows,
     until,
@@ -75,13 +75,20 @@ async def as_the_store_has_it(rig: Rig, secret: SecretKey) -> bool:
     if row is None:
         return told is Reason.KEY_INVALID
     assert isinstance(told, Identity)
-    standing = (
-        Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
-    )
+    standing = Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
     return (told.key_id, told.user_id, told.tenant_id, told.scopes, told.is_test, told.standing) == (
         row["id"], row["user_id"], row["tenant_id"], frozenset(row["scopes"]), row["is_test"], standing,
     )  # fmt: skip
 
+
+_UPSERT = """
+INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_1', 'u_1', sha256('x'))
+ON CONFLICT (id) DO UPDATE SET scopes = '{upserted}'
+"""
+_BOTH = """
+WITH gone AS (DELETE FROM keyproxy.api_keys WHERE id = 'key_1' RETURNING 1)
+UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_2'
+"""
 
 CHANGES = [
     ("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'", {1}),
@@ -96,10 +103,8 @@ CHANGES = [
     ("UPDATE keyproxy.api_keys SET last_used_at = now()", set()),
     ("DELETE FROM keyproxy.api_keys WHERE id = 'key_1'", {1}),
     ("DELETE FROM keyproxy.api_keys", ALL),
-    ("INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_1', 'u_1', sha256('x'))"
-     " ON CONFLICT (id) DO UPDATE SET scopes = '{upserted}'", {1}),
-    ("WITH gone AS (DELETE FROM keyproxy.api_keys WHERE id = 'key_1' RETURNING 1)"
-     " UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_2'", {1, 2}),
+    (_UPSERT, {1}),
+    (_BOTH, {1, 2}),
     ("UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_1'", {1}),
     ("UPDATE keyproxy.users SET tenant_id = 'other' WHERE id = 'u_1'", {1}),
     ("UPDATE keyproxy.users SET id = 'u_9' WHERE id = 'u_1'", {1}),
@@ -118,14 +123,33 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("role", ["origin", "replica"])
 @pytest.mark.parametrize(("statement", "changed"), CHANGES)
 async def test_what_a_statement_changed_is_asked_for_again_and_nothing_else_is(
-    fed: Rig, keys: dict[int, SecretKey], statement: str, changed: set[int], role: str
+    fed: Rig, keys: dict[int, SecretKey], statement: str, changed: set[int]
 ) -> None:
-    await fed.sql.execute(f"SET session_replication_role = {role}")
     await fed.sql.execute(statement)
     assert not_served(fed, keys) == set()
+    await fed.feed.look()
+    assert not_served(fed, keys) == changed
+    for secret in keys.values():
+        assert await as_the_store_has_it(fed, secret)
+
+
+#: One of each kind: without foreign keys and ordinary triggers, each trigger of the feed stands for itself.
+WITH_TRIGGERS_AT_REST = [
+    (statement, changed)
+    for statement, changed in CHANGES
+    if statement.startswith(("DELETE", "TRUNCATE")) or "revoked_at" in statement or "limits" in statement
+    or "SET disabled_at" in statement or "SET digest" in statement
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("statement", "changed"), WITH_TRIGGERS_AT_REST)
+async def test_what_a_replica_session_changed_is_asked_for_again_too(
+    fed: Rig, keys: dict[int, SecretKey], statement: str, changed: set[int]
+) -> None:
+    await fed.sql.execute("SET session_replication_role = replica")
+    await fed.sql.execute(statement)
     await fed.feed.look()
     assert not_served(fed, keys) == changed
     for secret in keys.values():
@@ -135,8 +159,7 @@ async def test_what_a_statement_changed_is_asked_for_again_and_nothing_else_is(
 INSERTS = [
     "INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_5', 'u_1', $1)",
     "UPDATE keyproxy.api_keys SET digest = $1 WHERE id = 'key_1'",
-    "INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_1', 'u_1', $1)"
-    " ON CONFLICT (id) DO UPDATE SET digest = excluded.digest",
+    _UPSERT.replace("sha256('x')", "$1").replace("scopes = '{upserted}'", "digest = excluded.digest"),
 ]
 
 
@@ -182,18 +205,15 @@ async def test_a_stranger_whose_owner_arrives_after_its_key_is_known_after_the_n
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
-@pytest.mark.parametrize("statement", [statement for statement, _ in CHANGES])
-async def test_what_was_rolled_back_changes_nothing(
-    fed: Rig, keys: dict[int, SecretKey], statement: str
-) -> None:
+async def test_what_was_rolled_back_changes_nothing(fed: Rig, keys: dict[int, SecretKey]) -> None:
     rows = await change_rows(fed.sql)
-    transaction = fed.sql.transaction()
-    await transaction.start()
-    await fed.sql.execute(statement)
-    await fed.feed.look_if_free() if hasattr(fed.feed, "look_if_free") else None
-    await transaction.rollback()
-    await fed.feed.look()
-    assert not_served(fed, keys) == set()
+    for statement, _ in CHANGES:
+        transaction = fed.sql.transaction()
+        await transaction.start()
+        await fed.sql.execute(statement)
+        await transaction.rollback()
+        await fed.feed.look()
+        assert not_served(fed, keys) == set()
     assert await change_rows(fed.sql) == rows
 
 
@@ -256,18 +276,6 @@ async def test_more_changes_than_can_be_told_one_by_one_make_the_cache_distrust_
     assert (not_served(fed, keys) == set()) is others_are_trusted
     for secret in keys.values():
         assert isinstance(await fed.resolve(secret), Identity)
-
-
-async def test_a_bulk_change_beyond_the_limit_reaches_every_key_of_it(fed: Rig, keys: dict[int, SecretKey]) -> None:
-    await add_keys(fed.sql, range(100, 20_101), "u_1")
-    await fed.feed.look()
-    for secret in keys.values():
-        await fed.resolve(secret)
-    await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
-    await fed.feed.look()
-    assert not_served(fed, keys) == ALL
-    for secret in keys.values():
-        assert await as_the_store_has_it(fed, secret)
 
 
 @pytest.mark.parametrize(("kind", "subject"), [("key", "not hexadecimal"), ("key", ""), ("key", "abc"), ("user", "")])
@@ -356,9 +364,7 @@ async def test_a_history_that_has_not_come_as_far_as_ours_makes_the_cache_distru
     seeded: Sql = await asyncpg.connect(own_dsn)
     await add_user(seeded)
     secret = await add_key(seeded)
-    await seeded.execute(
-        "DO $$ BEGIN FOR turn IN 1..5000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$"
-    )
+    await seeded.execute("DO $$ BEGIN FOR turn IN 1..5000 LOOP PERFORM pg_current_xact_id(); COMMIT; END LOOP; END $$")
     await seeded.close()
     relay.lead_to(own_dsn)
     rig = await make_rig()
@@ -424,7 +430,9 @@ async def test_changes_that_arrive_by_logical_replication_are_told(
             f"CREATE SUBSCRIPTION kp CONNECTION '{conninfo}' PUBLICATION kp WITH (create_slot = false)"
         )
         await until_row(subscriber, "SELECT 1 FROM keyproxy.api_keys AS k JOIN keyproxy.users AS u ON u.id = k.user_id")
-        await until_row(subscriber, "SELECT 1 HAVING NOT EXISTS (SELECT FROM pg_subscription_rel WHERE srsubstate <> 'r')")
+        await until_row(
+            subscriber, "SELECT 1 HAVING NOT EXISTS (SELECT FROM pg_subscription_rel WHERE srsubstate <> 'r')"
+        )
         relay.lead_to(server.dsn("subscriber"))
         rig = await make_rig()
         await rig.feed.look()
@@ -448,7 +456,7 @@ Live = Callable[[str], Awaitable[Rig]]
 
 
 @pytest.fixture
-async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> AsyncIterator[Live]:
+async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> Live:
     """A rig on the real clock whose feed runs by itself and has told all there was to tell."""
 
     async def starting(listening: str) -> Rig:
@@ -462,7 +470,7 @@ async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> AsyncIterator[L
             await until(lambda: not rig.feed.is_listening, "the feed has noticed")
         return rig
 
-    yield starting
+    return starting
 
 
 def served_now(rig: Rig, secret: SecretKey) -> bool:
@@ -664,8 +672,8 @@ async def test_forgetting_by_a_history_that_is_over_forgets_nothing_that_nobody_
 ) -> None:
     """After a restored backup, what is kept from before says nothing about which changes have been seen."""
     bell = Bell()
-    rig = await make_rig(listener=bell)
-    future = 1 << 40
+    rig = await make_rig(listener=bell, cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
+    future = (1 << 40) + 1_000
     rig.door.edit["changes_since"] = lambda rows: [{**rows[0], "snapshot": f"{future}:{future}:"}]  # type: ignore[list-item]
     rig.feed.start()
     await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has looked")
@@ -674,17 +682,12 @@ async def test_forgetting_by_a_history_that_is_over_forgets_nothing_that_nobody_
     rig.door.before["changes_since"] = _ringing(bell)
     bell.ring()
     await _look_on(rig, bell, 2)
-    await rig.resolve(keys[1])
+    assert isinstance(await rig.resolve(keys[1]), Identity)
 
     async def revoke() -> None:
-        await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
+        await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE revoked_at IS NULL")
 
     rig.door.before["forget_changes"] = revoke
-    await _look_on(rig, bell, 17)
-    await rig.resolve(keys[1])
-    await _look_on(rig, bell, 5)
-    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are forgotten")
-    await _look_on(rig, bell, 1)
-    told = await rig.resolve(keys[1])
-    assert isinstance(told, Identity)
-    assert told.standing is Reason.KEY_REVOKED
+    await _look_on(rig, bell, 22)
+    assert await rig.sql.fetchval("SELECT revoked_at IS NOT NULL FROM keyproxy.api_keys WHERE id = 'key_1'")
+    assert not rig.is_served(keys[1])

@@ -303,7 +303,9 @@ async def test_an_audit_row_tells_who_what_and_how_it_was_before(directory: Sql)
 
 async def test_who_acts_may_be_said_for_one_transaction(directory: Sql) -> None:
     async with directory.transaction():
-        await directory.execute("SELECT set_config('keyproxy.actor', 'ann', true), set_config('keyproxy.origin', 'x', true)")
+        await directory.execute(
+            "SELECT set_config('keyproxy.actor', 'ann', true), set_config('keyproxy.origin', 'x', true)"
+        )
         await directory.execute("UPDATE keyproxy.users SET disabled_at = now()")
     await directory.execute("UPDATE keyproxy.users SET disabled_at = NULL")
     rows = await directory.fetch("SELECT actor, origin FROM keyproxy.audit_log ORDER BY id DESC LIMIT 2")

@@ -21,7 +21,7 @@ TEXT = KEY.decode()
 
 
 def head(*credentials: tuple[bytes, bytes], target: bytes = b"/v1/jobs") -> RequestHead:
-    line = RequestLine(b"GET", target, target.partition(b"?")[0], 1, b"GET %b HTTP/1.1\r\n" % target)
+    line = RequestLine(b"GET", target, target.partition(b"?")[0], 1, b"", fakes.holds_key(target))
     fields = RequestFields(host=b"a", host_block=b"")
     return RequestHead(line, fields, b"", tuple(CredentialField(*one) for one in credentials), 0)
 

@@ -98,7 +98,7 @@ def test_the_end_of_the_connection_ends_a_body_that_is_whole_or_has_no_other_end
 
 
 contents = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
-extensions = st.sampled_from([b"", b"", b";a", b";a=b", b' ; a = "q;\\"\r"'.replace(b"\r", b""), b";a;b=1"])
+extensions = st.sampled_from([b"", b"", b";a", b";a=b", b' ; a = "q;\\""', b";a;b=1"])
 trailers = st.lists(st.sampled_from([b"X: y", b"x-y:", b"X: \xff\t"]), max_size=2)
 
 
@@ -135,8 +135,8 @@ def test_what_is_put_into_chunks_comes_out_again(parts: list[bytes], after: byte
 
 
 _SOUP = [
-    b"0", b"1", b"5", b"A", b"\r\n", b"\r\n", b"\r\n", b"\r", b"\n", b";", b"=", b'"', b"x", b" ", b"hello", b"X: y", b":",
-    b"\x00", b"5\r\nhello\r\n", b"0\r\n", b"0\r\n\r\n", b"\xff", b"-", b"0x",
+    b"0", b"1", b"5", b"A", b"\r\n", b"\r\n", b"\r\n", b"\r", b"\n", b";", b"=", b'"', b"x", b" ", b"hello", b"X: y",
+    b":", b"\x00", b"5\r\nhello\r\n", b"0\r\n", b"0\r\n\r\n", b"\xff", b"-", b"0x",
 ]  # fmt: skip
 
 
@@ -255,16 +255,12 @@ def long_trailers(count: int, total: int) -> bytes:
 def test_extensions_and_trailers_of_a_body_are_bounded_together(
     make: Callable[[int, int], bytes], limit: int, count: int
 ) -> None:
-    # No single line is long.
-    wire, too_long = (b"".join([make(count, limit)]), b"".join([make(count, limit + 1)]))
-    assert fed(chunked(), [wire]) is not None
-    assert fed(chunked(), [too_long]) is None
+    assert fed(chunked(), [make(count, limit)]) is not None
+    assert fed(chunked(), [make(count, limit + 1)]) is None
 
 
 @pytest.mark.parametrize("before", [b"5;", b"0\r\nX:"], ids=["extension", "trailer"])
-@pytest.mark.parametrize(
-    "length", [1, 4_000, 4_093, 4_094, 4_095, 4_096, 16_379, 16_381, 16_382, 16_383, 16_384, 20_000]
-)
+@pytest.mark.parametrize("length", [1, 4_093, 4_094, 4_095, 16_381, 16_382, 16_383, 16_384])
 def test_a_line_is_too_long_or_not_however_it_arrives(before: bytes, length: int) -> None:
     wire = before + b"a" * length + b"\r\n" + (b"hello\r\n0\r\n\r\n" if before == b"5;" else b"\r\n")
     whole = fed(chunked(), [wire])
@@ -274,15 +270,12 @@ def test_a_line_is_too_long_or_not_however_it_arrives(before: bytes, length: int
 
 @pytest.mark.parametrize("start", [b"", b"5;", b"5;a=", b"0\r\n", b"0\r\nX:", b"1\r\na\r\n"])
 def test_a_line_that_never_ends_is_not_held(start: bytes) -> None:
-    body = chunked()
-    with pytest.raises(FramingError):
-        for piece in [start, *[b"a" * 1_000] * 20]:
-            body.feed(piece)
+    assert fed(chunked(), [start, *[b"a" * 1_000] * 20]) is None
 
 
 def test_many_small_chunks_cost_their_number_and_not_its_square() -> None:
-    """Half a gigabyte per second of copying would take this from seconds to an hour."""
-    count = 300_000
+    # The square would be some hundred gigabytes copied.
+    count = 200_000
     wire = b"1\r\na\r\n" * count + LAST_CHUNK
     start = time.process_time()
     assert fed(chunked(), [wire]) == (b"a" * count, b"", True)

@@ -28,7 +28,7 @@ OURS = {
 }
 ENDS_HERE = {
     b"authorization", b"x-api-key", b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
-    b"forwarded", b"x-real-ip", b"expect",
+    b"forwarded", b"x-real-ip", b"expect", b"transfer-encoding",
 }  # fmt: skip
 FORWARDING = TrustRule([]).forwarding("10.0.0.1", is_tls=False)
 
@@ -42,36 +42,39 @@ def dressed(reader: RequestReader, raw: bytes) -> bytes | None:
     return headers.dress(head, PERMIT, request_id=b"r-ours", forwarding=FORWARDING, host=b"upstream.example")
 
 
-def seen(head: bytes) -> list[tuple[bytes, bytes]]:
-    """The fields as the most forgiving of servers reads them: any line end, any case, `_` for `-`, any space."""
+def lines_of(head: bytes) -> list[bytes]:
+    return head.removesuffix(b"\r\n\r\n").split(b"\r\n")[1:]
+
+
+def canonical(line: bytes) -> bytes:
+    """The line's name as the most forgiving of servers reads it: any case, `_` for `-`, spaces around it."""
+    return line.partition(b":")[0].strip().lower().replace(b"_", b"-")
+
+
+def end_to_end(head: bytes) -> list[bytes]:
+    """The lines of a client's head that are the upstream's business."""
+    options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
+    gone = ENDS_HERE | {option.strip().lower() for option in options.split(b",")}
+    ours = (b"x-keyproxy-", b"x-forwarded-", b"x-request-id")
+    return [line for line in lines_of(head) if canonical(line) not in gone and not canonical(line).startswith(ours)]
+
+
+def check(sent: bytes, head: bytes) -> None:
+    """`head` is what goes upstream of what was `sent`."""
     assert head.endswith(b"\r\n\r\n")
-    lines = head[:-4].replace(b"\r", b"\n").replace(b"\n\n", b"\n").split(b"\n")[1:]
-    assert all(b":" in line for line in lines)
-    fields = [line.partition(b":")[::2] for line in lines]
-    return [(name.strip().lower().replace(b"_", b"-"), value.strip()) for name, value in fields]
-
-
-def check(raw: bytes, head: bytes) -> None:
-    fields = seen(head)
-    names = [name for name, _ in fields]
-    assert {name: [value for one, value in fields if one == name] for name in OURS} == {
-        name: [value] for name, value in OURS.items() if name != b"x-forwarded-host" or names.count(name)
-    } | ({} if names.count(b"x-forwarded-host") else {b"x-forwarded-host": []})
-    assert not [name for name in names if name.startswith(b"x-keyproxy-") and name not in OURS]
-    assert not ENDS_HERE & set(names)
-    assert names.count(b"host") == 1
-    assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
-    # What is neither ours nor ends here is there as it was sent, in its order.
-    sent = raw[:-4].split(b"\r\n")[1:]
-    kept = [line for line in head[:-4].split(b"\r\n")[1:] if line in sent]
-    remaining = iter(sent)
-    assert all(line in remaining for line in kept)
+    assert head.count(b"\r\n") == head.count(b"\r") == head.count(b"\n") == len(lines_of(head)) + 2
+    assert all(b":" in line for line in lines_of(head))
+    framing = [b"Transfer-Encoding: chunked"] if b"transfer-encoding" in map(canonical, lines_of(sent)) else []
+    by_us = [b"%b: %b" % (name.title(), value) for name, value in OURS.items()]
+    kept, added = end_to_end(sent), lines_of(head)[len(end_to_end(sent)) :]
+    assert lines_of(head)[: len(kept)] == kept
+    assert sorted(added) == sorted([*by_us, *framing])
 
 
 @given(st.lists(soup.hostile_heads(), min_size=1, max_size=3))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_no_spelling_of_a_reserved_name_gets_past_us(heads: list[bytes]) -> None:
-    reader = RequestReader(FieldNames())
+    reader = RequestReader(FieldNames(), fakes.holds_key)
     for raw in heads * 2:
         head = dressed(reader, raw)
         event("refused" if head is None else "forwarded")
@@ -81,22 +84,23 @@ def test_no_spelling_of_a_reserved_name_gets_past_us(heads: list[bytes]) -> None
 
 @given(soup.similar_heads())
 @example([b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A\r\n\r\n"])
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_no_other_head_does_either(heads: list[bytes]) -> None:
-    reader = RequestReader(FieldNames())
+    reader = RequestReader(FieldNames(), fakes.holds_key)
     for raw in heads * 2:
         head = dressed(reader, raw)
-        if head is not None and b"a.example:80" not in raw and b"b.example" not in raw:
+        if head is not None and b" a.example\r\n" in raw:
             check(raw, head)
 
 
 def test_the_head_that_goes_upstream_is_this() -> None:
     raw = (
         b"POST /v1/jobs?a=%2e HTTP/1.1\r\nhost: a.example\r\nX-Keyproxy-User: evil\r\nx_keyproxy_test: true\r\n"
-        b"Connection: X-Gone, x-keyproxy-tenant, X-Request-Id\r\nX-Gone: 1\r\nAuthorization: Api-Key k\r\nCookie: a=b\r\n"
-        b"X-Request-Id: evil\r\nX_Request_Id: evil\r\nX-Forwarded-For: 1.1.1.1\r\nTransfer-Encoding: chunked\r\nZ:  z \r\n\r\n"
+        b"Connection: X-Gone, x-keyproxy-tenant, X-Request-Id\r\nX-Gone: 1\r\nAuthorization: Api-Key k\r\n"
+        b"Cookie: a=b\r\nX-Request-Id: evil\r\nX_Request_Id: evil\r\nX-Forwarded-For: 1.1.1.1\r\n"
+        b"Transfer-Encoding: chunked\r\nZ:  z \r\n\r\n"
     )
-    assert dressed(RequestReader(FieldNames()), raw) == (
+    assert dressed(RequestReader(FieldNames(), fakes.holds_key), raw) == (
         b"POST /v1/jobs?a=%2e HTTP/1.1\r\nhost: a.example\r\nCookie: a=b\r\nZ:  z \r\n"
         b"X-Keyproxy-User: u_42\r\nX-Keyproxy-Tenant: acme\r\nX-Keyproxy-Scope: jobs:read jobs:write\r\n"
         b"X-Keyproxy-Test: false\r\nX-Keyproxy-Key-Id: key_of_u_42\r\n"
@@ -107,7 +111,7 @@ def test_the_head_that_goes_upstream_is_this() -> None:
 
 def test_an_http_1_0_request_without_host_gets_the_upstream_s() -> None:
     raw = b"POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n"
-    head = dressed(RequestReader(FieldNames()), raw)
+    head = dressed(RequestReader(FieldNames(), fakes.holds_key), raw)
     assert head is not None
     assert head.startswith(
         b"POST / HTTP/1.1\r\nHost: upstream.example\r\nContent-Length: 5\r\nX-Keyproxy-User: u_42\r\n"

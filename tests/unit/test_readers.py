@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.headers import FieldNames
@@ -25,7 +25,7 @@ AFTER = b"GET /smuggled HTTP/1.1\r\nX-Keyproxy-User: evil\r\n\r\n"
 
 
 def requests() -> RequestReader:
-    return RequestReader(FieldNames())
+    return RequestReader(FieldNames(), fakes.holds_key)
 
 
 def responses() -> ResponseReader:
@@ -58,16 +58,19 @@ WITHOUT_COLON = [head(b"X-Custom: v"), head(b"X-Custom")]
 
 @given(soup.similar_heads())
 @example(WITHOUT_COLON)
-@settings(max_examples=500)
+@example([head(b"X-Request-Id: r-1", b"x-api-key: k", b"X-Request-Id: r-2", b"X-Api-Key: l")])
+@settings(max_examples=300)
 def test_a_warm_reader_reads_every_request_as_a_cold_one_does(heads: list[bytes]) -> None:
     warm = requests()
     for raw in heads * 2:
-        assert outcome(warm, raw, AFTER) == outcome(requests(), raw)
+        expected = outcome(requests(), raw)
+        event("refused" if isinstance(expected, Reason) else "read")
+        assert outcome(warm, raw, AFTER) == expected
 
 
 @given(soup.similar_heads(is_request=False))
 @example([one.replace(b"POST /a HTTP/1.1", b"HTTP/1.1 200 OK") for one in WITHOUT_COLON])
-@settings(max_examples=500)
+@settings(max_examples=300)
 def test_a_warm_reader_reads_every_answer_as_a_cold_one_does(heads: list[bytes]) -> None:
     warm = responses()
     for raw in heads * 2:
@@ -111,15 +114,11 @@ def test_heads_of_many_kinds_do_not_disturb_each_other(kinds: list[list[bytes]])
         (b"Expect: 100-continue", b"Expect: x"),
         (b"Content-Type: a", b"Content-Type: a\r\nContent-Type: a"),
         (b"Connection: x", b"Connection: host"),
-        (b"Host: a.example", b"Host: a.example"),
+        (b"X-Custom: v", b"Host: a.example"),  # a second one
     ],
 )
 def test_what_resembles_a_known_head_and_is_malformed_is_refused(known: bytes, changed: bytes) -> None:
-    if known.startswith(b"Host"):
-        good, bad = head(), head(changed)  # a second one
-    else:
-        good, bad = head(known), head(changed)
-    reader = requests()
+    good, bad, reader = head(known), head(changed), requests()
     for raw in (good, good):
         assert isinstance(outcome(reader, raw), tuple)
     for raw in (bad, bad):
@@ -149,7 +148,9 @@ def test_one_client_s_values_never_turn_up_in_another_s_head() -> None:
 
 def remembered(reader: RequestReader | ResponseReader) -> list[bytes]:
     """All bytes that can be reached from a reader."""
-    found, reachable, seen = [], [reader], set()
+    found: list[bytes] = []
+    reachable: list[object] = [reader]
+    seen: set[int] = set()
     while reachable:
         thing = reachable.pop()
         if id(thing) in seen or isinstance(thing, type | types.FunctionType | types.ModuleType):
@@ -232,7 +233,7 @@ def test_long_lines_are_read_but_not_remembered(raw: bytes) -> None:
     "raw",
     [
         *(head(name + gap + scheme + KEY + end)
-          for name in (b"Authorization:", b"AUTHORIZATION:", b"x-api-key:", b"X-Api-Key:", b"Proxy-Authorization:", b"X-Custom:")
+          for name in (b"Authorization:", b"AUTHORIZATION:", b"X-Api-Key:", b"Proxy-Authorization:", b"X-Custom:")
           for gap in (b" ", b"", b"\t") for scheme in (b"Api-Key ", b"") for end in (b"", b" ")),
         head(b"X-Api-Key: " + KEY, b"Authorization: Bearer " + KEY, b"Connection: authorization, x-api-key"),
         head(b"X-Api-Key: " + KEY, b"X-Request-Id: " + KEY, b"X-Keyproxy-User: " + KEY, b"X-Forwarded-For: " + KEY),
