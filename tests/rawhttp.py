@@ -1,4 +1,4 @@
-"""HTTP as bytes, for both ends of the wire: a client that sends what it is told, an upstream that answers what it is told.
+"""HTTP as bytes, for both ends of the wire: a client that sends what it is told, an upstream that does too.
 
 The reader here is a plain one of its own, so that a mistake in the product's cannot hide itself.
 """

@@ -107,7 +107,7 @@ def test_a_module_imports_only_lower_rooms(path: Path) -> None:
     for imported in _imports(path):
         if imported.partition(".")[0] != "keyproxy":
             continue
-        there = (imported.split(".") + [""])[1]
+        there = [*imported.split("."), ""][1]
         there = there if there in RANKS else ""  # `from keyproxy import __version__`
         assert there == here or RANKS[there] < RANKS[here], f"{here} imports {there}"
 

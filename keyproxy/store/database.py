@@ -5,7 +5,8 @@ that is not there. It is never an answer. `StoreConflict` is the server's "no" t
 
 Behind a pooler in transaction mode a prepared statement may meet another server connection than the one it was prepared
 on. The first time that happens the door changes its ways: no statement is kept, and each runs in a transaction, which
-such a pooler does not split. Nobody has to configure that.
+such a pooler does not split. Nobody has to configure that. Until then a statement that is not there must be noticed, and
+never be another client's of the same name: names are unique.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
@@ -24,6 +26,15 @@ _log = logging.getLogger(__name__)
 
 _ACQUIRE_SECONDS: Final = 2.0
 _IDLE_CONNECTION_SECONDS: Final = 300.0
+
+#: No answer. asyncpg says InternalClientError when a connection is lost in the middle of its own housekeeping.
+_NO_ANSWER: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 #: A prepared statement that is not there, or there already: signs of a pooler in transaction mode.
 _POOLER_SIGNS: Final = (
@@ -54,8 +65,15 @@ class StoreConflict(Exception):
         self.constraint = constraint
 
 
+class _Connection(asyncpg.Connection):
+    """Gives prepared statements names that no other client gives, as asyncpg's FAQ advises for poolers."""
+
+    def _get_unique_id(self, prefix: str) -> str:
+        return f"keyproxy_{prefix}_{secrets.token_hex(8)}"
+
+
 class Transaction:
-    """Statements inside one transaction."""
+    """Statements inside one transaction. None of them is kept by the server: see the module."""
 
     def __init__(self, connection: Any, statements: dict[str, str]) -> None:
         self._connection = connection
@@ -63,7 +81,8 @@ class Transaction:
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of a named statement."""
-        rows: Sequence[Row] = await self._connection.fetch(self._statements[name], *arguments)
+        statement = await self._connection.prepare(self._statements[name], name="")
+        rows: Sequence[Row] = await statement.fetch(*arguments)
         return rows
 
     async def fetch_row(self, name: str, *arguments: object) -> Row | None:
@@ -89,7 +108,15 @@ class Database:
 
     async def open(self) -> None:
         """Make the pool, without connecting."""
-        self._pool = await self._make_pool()
+        self._pool = await asyncpg.create_pool(
+            self._dsn,
+            min_size=0,
+            max_size=self._pool_size_max,
+            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
+            connection_class=_Connection,
+            timeout=_ACQUIRE_SECONDS,
+            command_timeout=self._timeout_seconds,
+        )
 
     async def close(self) -> None:
         """Close all connections; those in use are cut after a moment."""
@@ -99,19 +126,18 @@ class Database:
         try:
             async with asyncio.timeout(_ACQUIRE_SECONDS):
                 await pool.close()
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _NO_ANSWER:
             pool.terminate()
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
         try:
-            return await self._fetch(name, *arguments)
+            rows = await self._fetch(name, *arguments)
         except StoreUnavailable as error:
-            if not isinstance(error.__cause__, _POOLER_SIGNS) or not self._keeps_statements:
-                raise
-        _log.info("the store is reached through a pooler that shares connections: statements are no longer kept")
-        await self._stop_keeping_statements()
-        return await self._fetch(name, *arguments)
+            self._note_down(str(error))
+            raise
+        self._note_up()
+        return rows
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -128,46 +154,35 @@ class Database:
                 yield connection
         except _CONFLICTS as error:
             raise StoreConflict(_first_line(error), getattr(error, "constraint_name", None) or "") from error
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except _NO_ANSWER as error:
             raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
 
     async def _fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        try:
-            async with contextlib.AsyncExitStack() as stack:
-                connection = await stack.enter_async_context(self._connection())
-                if not self._keeps_statements:
-                    await stack.enter_async_context(connection.transaction())
-                rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
-        except StoreUnavailable as error:
-            self._note_down(str(error))
-            raise
-        if not self.is_up:
-            if self.is_down:
-                _log.warning("the store answers again")
-            self.is_up, self.is_down, self.down_because = True, False, ""
-        return rows
+        if self._keeps_statements:
+            try:
+                async with self._connection() as connection:
+                    rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
+                    return rows
+            except StoreUnavailable as error:
+                if not isinstance(error.__cause__, _POOLER_SIGNS):
+                    raise
+            if self._keeps_statements:
+                _log.info(
+                    "the store is reached through a pooler that shares connections: no statement is kept any more"
+                )
+                self._keeps_statements = False
+        async with self.transaction() as transaction:
+            return await transaction.fetch(name, *arguments)
+
+    def _note_up(self) -> None:
+        if self.is_down:
+            _log.warning("the store answers again")
+        self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
         if not self.is_down:
             _log.warning("the store cannot be asked: %s", why)
         self.is_up, self.is_down, self.down_because = False, True, why
-
-    async def _stop_keeping_statements(self) -> None:
-        self._keeps_statements = False
-        old, self._pool = self._pool, await self._make_pool()
-        if old is not None:
-            old.terminate()
-
-    async def _make_pool(self) -> asyncpg.Pool[Row]:
-        return await asyncpg.create_pool(
-            self._dsn,
-            min_size=0,
-            max_size=self._pool_size_max,
-            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
-            statement_cache_size=100 if self._keeps_statements else 0,
-            timeout=_ACQUIRE_SECONDS,
-            command_timeout=self._timeout_seconds,
-        )
 
 
 class Listener:
@@ -187,7 +202,7 @@ class Listener:
             self._connection = connection
             connection.add_termination_listener(lambda _connection: lost())
             await connection.add_listener(self._channel, lambda *_: heard())
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except _NO_ANSWER as error:
             await self.close()
             raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from typing import Any, Final
 
 from keyproxy.keyformat import ALPHABET, ENTROPY_BYTES, KeyFormat, SecretKey
@@ -178,7 +178,12 @@ def _expiry(wish: KeyWish) -> datetime | None:
 
 
 def _time(moment: datetime | None) -> str | None:
-    return None if moment is None else moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    if moment is None:
+        return None
+    if moment.year in (MINYEAR, MAXYEAR):
+        # How asyncpg shows the timestamps that are infinite.
+        return "infinity" if moment.year == MAXYEAR else "-infinity"
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _tenant(row: Row) -> Entity:

@@ -58,6 +58,7 @@ class ChangeFeed:
         self._now = now
         self._wake = asyncio.Event()
         self._snapshot: str | None = None
+        self._history = 0
         self._looked_at = now().mono_seconds
         self._tasks: list[asyncio.Task[None]] = []
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
@@ -92,11 +93,16 @@ class ChangeFeed:
         asked_at = self._now().mono_seconds
         rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
         snapshot: str = rows[0]["snapshot"]
-        if self._snapshot is None or asked_at - self._looked_at > _GAP_SECONDS or _is_older(snapshot, self._snapshot):
+        history: int = rows[0]["history"]
+        if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
+            # What was kept of another history says nothing about this one.
+            self._samples.clear()
+            self._cache.distrust_all()
+        elif asked_at - self._looked_at > _GAP_SECONDS:
             self._cache.distrust_all()
         elif rows[0]["kind"] is not None:
             self._apply(rows)
-        self._snapshot = snapshot
+        self._snapshot, self._history = snapshot, history
         self._looked_at = asked_at
         self._state.current_until = asked_at + _CURRENT_SECONDS
 
@@ -106,13 +112,14 @@ class ChangeFeed:
             return
         for row in rows:
             match row["kind"]:
-                case "key":
-                    self._cache.forget_key(KeyDigest(bytes.fromhex(row["subject"])))
+                case "key" if (digest := _digest(row["subject"])) is not None:
+                    self._cache.forget_key(digest)
                 case "user":
                     self._cache.forget_user(row["subject"])
                 case "tenant":
                     self._cache.forget_tenant(row["subject"])
                 case _:
+                    # A plan, a whole table, or what no trigger of ours writes.
                     self._cache.distrust_all()
 
     async def _follow(self) -> None:
@@ -127,7 +134,11 @@ class ChangeFeed:
                 pause = _POLL_SECONDS
             except (StoreUnavailable, StoreConflict) as error:
                 _log.debug("the change feed cannot be read: %s", error)
-                pause = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)] * random.uniform(0.75, 1.25)  # noqa: S311
+                pause = _retry_seconds(failures)
+                failures += 1
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task, which must not end
+                _log.exception("the change feed failed")
+                pause = _retry_seconds(failures)
                 failures += 1
             try:
                 async with asyncio.timeout(pause):
@@ -155,6 +166,17 @@ class ChangeFeed:
             self._samples.append((self._looked_at, self._snapshot))
             if self._looked_at - self._samples[0][0] >= _KEPT_SECONDS:
                 await self._database.fetch("forget_changes", self._samples.popleft()[1])
+
+
+def _retry_seconds(failures: int) -> float:
+    return _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)] * random.uniform(0.75, 1.25)  # noqa: S311 - spreads
+
+
+def _digest(subject: str) -> KeyDigest | None:
+    try:
+        return KeyDigest(bytes.fromhex(subject))
+    except ValueError:
+        return None
 
 
 def _is_older(snapshot: str, than: str) -> bool:

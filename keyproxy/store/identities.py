@@ -160,7 +160,10 @@ class IdentityCache:
 
     async def _bring(self, digest: KeyDigest) -> None:
         self.counts["miss"] += 1
-        await self._look_ups.bring(digest, is_known=digest in self._entries)
+        await self._look_ups.bring(digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest))
+
+    def _is_kept(self, digest: KeyDigest) -> bool:
+        return digest in self._entries or digest in self._strangers
 
     def _settle(self, digest: KeyDigest, row: Row | None) -> None:
         if row is None:

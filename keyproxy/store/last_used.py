@@ -69,9 +69,18 @@ class LastUsed:
                 )
             except (StoreUnavailable, StoreConflict) as error:
                 _log.debug("last use of %d keys is not written yet: %s", len(items), error)
-                self._waiting = waiting | self._waiting
+                self._wait_again(waiting)
                 return
-            self._waiting = dict(rest) | self._waiting
+            except asyncio.CancelledError:
+                self._wait_again(waiting)
+                raise
+            self._wait_again(dict(rest))
+
+    def _wait_again(self, notes: dict[str, float]) -> None:
+        """Notes that are not written yet go before those that were made meanwhile, within the bound."""
+        self._waiting = notes | self._waiting
+        while len(self._waiting) > _WAITING_MAX:
+            del self._waiting[next(iter(self._waiting))]
 
     async def _write_forever(self) -> None:
         while True:

@@ -31,15 +31,20 @@ _ATTEMPTS_MAX: Final = 5
 
 
 class _Flight:
-    """One key being asked for. `answer` is set to None, or to the Refusal that says why there is no answer."""
+    """One key being asked for. `answer` is set to None, or to the Refusal that says why there is no answer.
 
-    __slots__ = ("answer", "asked_at_change", "attempts", "has_changed")
+    `row` is the answer itself, as settled when `settled_at_change` changes had been heard of.
+    """
+
+    __slots__ = ("answer", "asked_at_change", "attempts", "has_changed", "row", "settled_at_change")
 
     def __init__(self, answer: asyncio.Future[Refusal | None]) -> None:
         self.answer = answer
         self.asked_at_change = 0
         self.attempts = 0
         self.has_changed = False
+        self.row: Row | None = None
+        self.settled_at_change = -1
 
 
 class LookUps:
@@ -55,6 +60,7 @@ class LookUps:
         self._flights: dict[KeyDigest, _Flight] = {}
         self._waiting: collections.deque[KeyDigest] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._working = 0
         self._changes = 0
         self._changed_groups: dict[tuple[str, str], int] = {}
 
@@ -62,8 +68,12 @@ class LookUps:
         """How many keys are being asked for."""
         return len(self._flights)
 
-    async def bring(self, digest: KeyDigest, *, is_known: bool) -> None:
-        """Ask for a key and wait until its answer is settled. Raises the Refusal that says why there is none."""
+    async def bring(self, digest: KeyDigest, *, is_known: bool, is_kept: Callable[[], bool]) -> None:
+        """Ask for a key and wait until its answer is settled. Raises the Refusal that says why there is none.
+
+        Full tables may forget the answer before its turn comes for everybody who waits for it; `is_kept` tells, and it is
+        settled again.
+        """
         flight = self.ask(digest, is_known=is_known)
         if flight is None:
             raise Refusal(Reason.OVERLOADED, "too many keys wait for a look-up")
@@ -71,6 +81,8 @@ class LookUps:
         refusal = await asyncio.shield(flight.answer)
         if refusal is not None:
             raise Refusal(refusal.reason, refusal.detail)
+        if flight.settled_at_change == self._changes and not is_kept():
+            self._settle(digest, flight.row)
 
     def ask(self, digest: KeyDigest, *, is_known: bool) -> _Flight | None:
         """Join the flight for this key or begin one; None if too many wait already."""
@@ -86,7 +98,8 @@ class LookUps:
             self._waiting.appendleft(digest)
         else:
             self._waiting.append(digest)
-        if len(self._tasks) < self._look_ups_max:
+        if self._working < self._look_ups_max:
+            self._working += 1
             task = loop.create_task(self._work())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -94,6 +107,7 @@ class LookUps:
 
     def key_changed(self, digest: KeyDigest) -> None:
         """An answer for this key that is under way counts no more."""
+        self._changes += 1
         flight = self._flights.get(digest)
         if flight is not None:
             flight.has_changed = True
@@ -106,6 +120,7 @@ class LookUps:
 
     def all_changed(self) -> None:
         """No answer under way counts."""
+        self._changes += 1
         for flight in self._flights.values():
             flight.has_changed = True
 
@@ -117,6 +132,13 @@ class LookUps:
         self._answer(list(self._flights), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
 
     async def _work(self) -> None:
+        try:
+            await self._ask_for_all()
+        finally:
+            # At once, not when the task counts as done: a key that comes between would be left waiting.
+            self._working -= 1
+
+    async def _ask_for_all(self) -> None:
         while self._waiting:
             taken = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, len(self._waiting)))]
             batch = [digest for digest in taken if digest in self._flights]
@@ -147,11 +169,17 @@ class LookUps:
             self._changed_groups.clear()
 
     def _install(self, batch: Sequence[KeyDigest], found: dict[KeyDigest, Row]) -> None:
-        settled, given_up = [], []
+        settled, given_up, unusable = [], [], []
         for digest in batch:
             flight, row = self._flights[digest], found.get(digest)
             if not self._is_outdated(flight, row):
-                self._settle(digest, row)
+                try:
+                    self._settle(digest, row)
+                except ValueError as error:
+                    _log.error("the row of a key cannot be used: %s", error)
+                    unusable.append(digest)
+                    continue
+                flight.row, flight.settled_at_change = row, self._changes
                 settled.append(digest)
             elif flight.attempts < _ATTEMPTS_MAX:
                 flight.attempts += 1
@@ -159,6 +187,8 @@ class LookUps:
             else:
                 given_up.append(digest)
         self._answer(settled, None)
+        if unusable:
+            self._answer(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key cannot be used"))
         if given_up:
             self._answer(given_up, Refusal(Reason.STORE_UNAVAILABLE, "the key changes faster than it can be read"))
 

@@ -23,11 +23,12 @@ WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; null asks for the present snapshot alone.
--- One row at least, so that the snapshot is always told. Needs: changes (xid).
+-- One row at least, so that the snapshot is always told, and the history it belongs to: a table that was dropped and
+-- restored is another one, although transaction numbers went on. Needs: changes (xid).
 WITH here AS (
     SELECT pg_current_snapshot() AS snapshot
 )
-SELECT here.snapshot::text AS snapshot, found.kind, found.subject
+SELECT here.snapshot::text AS snapshot, 'keyproxy.changes'::regclass::oid::int8 AS history, found.kind, found.subject
 FROM here
 LEFT JOIN LATERAL (
     SELECT DISTINCT c.kind, c.subject
@@ -43,13 +44,16 @@ LEFT JOIN LATERAL (
 DELETE FROM keyproxy.changes WHERE xid < pg_snapshot_xmin($1::text::pg_snapshot);
 
 -- name: mark_used
--- Notes when keys were last used, ids $1 at times $2, to the minute: rows noted within the last minute are left alone.
--- Needs: api_keys (id).
-UPDATE keyproxy.api_keys AS k
-SET last_used_at = used.at
-FROM unnest($1::text[], $2::timestamptz[]) AS used (id, at)
-WHERE k.id = used.id
-  AND (k.last_used_at IS NULL OR k.last_used_at < used.at - interval '55 seconds');
+-- Notes when keys were last used, ids $1 at times $2, to the minute: rows noted within the last minute are left alone, and
+-- so are rows that somebody holds: a note is not worth a wait, nor a deadlock with another proxy. Needs: api_keys (id).
+WITH free AS (
+    SELECT k.id, used.at
+    FROM keyproxy.api_keys AS k
+    JOIN unnest($1::text[], $2::timestamptz[]) AS used (id, at) ON used.id = k.id
+    WHERE k.last_used_at IS NULL OR k.last_used_at < used.at - interval '55 seconds'
+    FOR NO KEY UPDATE OF k SKIP LOCKED
+)
+UPDATE keyproxy.api_keys AS k SET last_used_at = free.at FROM free WHERE k.id = free.id;
 
 -- name: say_who_acts
 -- For the audit log: who changes something in this transaction, and from where.

@@ -112,9 +112,12 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             statement_timeout_seconds: float = 5.0,
             listener: Listener | str | None = None,
             now: Callable[[], Moment] | None = None,
+            door: Door | None = None,
         ) -> Rig:
             clock, state = Clock(), FeedState()
-            door = Door(relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds)
+            door = door or Door(
+                relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds
+            )
             last_used = LastUsed(door)
             identities = IdentityCache(
                 door,

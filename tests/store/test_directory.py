@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -116,7 +118,7 @@ async def test_what_does_not_exist_is_said_not_to_exist(directory: Directory) ->
         directory.delete_user("x"), directory.delete_key("x"), directory.revoke_key("x", ""),
         directory.issue_key("x", KeyWish()),
     ):  # fmt: skip
-        with pytest.raises(DirectoryError, match="there is no (tenant|user|key) 'x'"):
+        with pytest.raises(DirectoryError, match=r"there is no (tenant|user|key) 'x'"):
             await asked
 
 
@@ -216,10 +218,26 @@ async def test_deleting_takes_what_belongs_to_it(directory: Directory, sql: Sql)
     assert await count(sql, "users") == 0
 
 
-async def test_a_key_that_never_expires_for_another_client_can_be_shown(directory: Directory, sql: Sql) -> None:
+@pytest.fixture
+def time_zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process runs in the time zone that the test names."""
+    with monkeypatch.context() as environment:
+        environment.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("time_zone")
+@pytest.mark.parametrize("time_zone", ["UTC", "America/New_York", "Asia/Tokyo"], indirect=True)
+@pytest.mark.parametrize("expires", ["infinity", "-infinity"])
+async def test_a_key_to_which_another_client_gave_no_finite_expiry_can_be_shown(
+    directory: Directory, sql: Sql, expires: str
+) -> None:
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
-    await sql.execute("UPDATE keyproxy.api_keys SET expires_at = 'infinity'")
+    await sql.execute(f"UPDATE keyproxy.api_keys SET expires_at = '{expires}'")
     assert (await directory.key(key["id"]))["id"] == key["id"]
+    assert len(await directory.keys("", 10, user_id=None, tenant_id=None)) == 1
 
 
 # -- lists

@@ -597,6 +597,26 @@ async def test_a_running_feed_survives_an_outage_and_is_current_again_soon_after
     await until(rig.feed.is_current, "the feed is current again", seconds=3)
 
 
+async def test_a_running_feed_survives_the_end_of_its_backends_at_any_moment(
+    make_rig: MakeRig, keys: dict[int, SecretKey]
+) -> None:
+    bell = Bell()
+    rig = await make_rig(listener=bell, now=clock.now)
+    rig.door.before["changes_since"] = _ringing(bell)
+    rig.feed.start()
+    await until(rig.feed.is_current, "the feed is current")
+    for _ in range(150):
+        await rig.sql.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        await asyncio.sleep(0.003)
+    await until(lambda: rig.door.is_up, "the store answers again", seconds=3)
+    await resolved_now(rig, keys[1])
+    await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
+    await until(lambda: not served_now(rig, keys[1]), "the change is in force", seconds=3)
+
+
 async def test_a_feed_can_be_closed_in_the_middle_of_a_look(make_rig: MakeRig) -> None:
     rig = await make_rig(listener="real")
     hold = rig.door.hold("changes_since")

@@ -68,40 +68,47 @@ CREATE TABLE keyproxy.changes (
 );
 CREATE INDEX changes_xid ON keyproxy.changes (xid);
 
--- The functions run as their owner, so that a client needs no rights on the feed and the log to be heard by them.
-CREATE FUNCTION keyproxy.note_key_changes() RETURNS trigger
+-- The functions run as their owner, so that a client needs no rights on the feed and the log to be heard by them. They are
+-- for rows rather than statements, because logical replication fires no triggers for statements.
+CREATE FUNCTION keyproxy.note_change(kind text, subject text) RETURNS void LANGUAGE sql
+SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO keyproxy.changes (kind, subject) VALUES (kind, subject);
+    SELECT pg_notify('keyproxy_changes', '');
+$$;
+
+CREATE FUNCTION keyproxy.note_key_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    -- What of a row no proxy has cached: a change of nothing else is nobody's news.
-    uncached constant text[] := ARRAY['last_used_at', 'name', 'hint', 'revoke_reason', 'replaces', 'created_at'];
 BEGIN
-    IF TG_OP = 'INSERT' THEN
-        INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', encode(digest, 'hex') FROM new_rows;
-    ELSIF TG_OP = 'DELETE' THEN
-        INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', encode(digest, 'hex') FROM old_rows;
-    ELSE
-        INSERT INTO keyproxy.changes (kind, subject)
-        SELECT DISTINCT 'key', encode(changed.digest, 'hex')
-        FROM ((SELECT digest, to_jsonb(old_rows) - uncached FROM old_rows
-               EXCEPT SELECT digest, to_jsonb(new_rows) - uncached FROM new_rows)
-              UNION ALL
-              (SELECT digest, to_jsonb(new_rows) - uncached FROM new_rows
-               EXCEPT SELECT digest, to_jsonb(old_rows) - uncached FROM old_rows)) AS changed;
+    IF TG_OP <> 'INSERT' THEN
+        PERFORM keyproxy.note_change('key', encode(OLD.digest, 'hex'));
     END IF;
-    IF FOUND THEN
-        PERFORM pg_notify('keyproxy_changes', '');
+    IF TG_OP = 'INSERT' OR TG_OP = 'UPDATE' AND NEW.digest <> OLD.digest THEN
+        PERFORM keyproxy.note_change('key', encode(NEW.digest, 'hex'));
     END IF;
     RETURN NULL;
 END
 $$;
 
--- Users, tenants and plans: TG_ARGV[0] is the kind. Nobody has cached one that was only just made.
-CREATE FUNCTION keyproxy.note_changes() RETURNS trigger
+-- Users, tenants and plans: TG_ARGV[0] is the kind.
+CREATE FUNCTION keyproxy.note_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO keyproxy.changes (kind, subject) SELECT TG_ARGV[0], id FROM old_rows;
-    IF FOUND THEN
-        PERFORM pg_notify('keyproxy_changes', '');
+    PERFORM keyproxy.note_change(TG_ARGV[0], OLD.id);
+    RETURN NULL;
+END
+$$;
+
+-- Nobody has cached a user or tenant that was only just made. Replication and restores, though, may bring keys before their
+-- owners: those keys are strangers until then.
+CREATE FUNCTION keyproxy.note_owner() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_ARGV[0] = 'user' THEN
+        PERFORM keyproxy.note_change('key', encode(k.digest, 'hex'))
+        FROM keyproxy.api_keys AS k WHERE k.user_id = NEW.id;
+    ELSE
+        PERFORM keyproxy.note_change('key', encode(k.digest, 'hex'))
+        FROM keyproxy.api_keys AS k JOIN keyproxy.users AS u ON u.id = k.user_id WHERE u.tenant_id = NEW.id;
     END IF;
     RETURN NULL;
 END
@@ -110,39 +117,46 @@ $$;
 CREATE FUNCTION keyproxy.note_truncate() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    INSERT INTO keyproxy.changes (kind, subject) VALUES ('all', TG_TABLE_NAME);
-    PERFORM pg_notify('keyproxy_changes', '');
+    PERFORM keyproxy.note_change('all', TG_TABLE_NAME);
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER note_insert AFTER INSERT ON keyproxy.api_keys REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_key_changes();
-CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.api_keys REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_key_changes();
-CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.api_keys REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_key_changes();
+-- What no proxy has cached of a key (when it was last used, its names) is nobody's news.
+CREATE TRIGGER note_insert AFTER INSERT ON keyproxy.api_keys
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_key_change();
+CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.api_keys FOR EACH ROW
+    WHEN ((OLD.id, OLD.user_id, OLD.digest, OLD.scopes, OLD.is_test, OLD.plan_id, OLD.expires_at, OLD.revoked_at)
+          IS DISTINCT FROM
+          (NEW.id, NEW.user_id, NEW.digest, NEW.scopes, NEW.is_test, NEW.plan_id, NEW.expires_at, NEW.revoked_at))
+    EXECUTE FUNCTION keyproxy.note_key_change();
+CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.api_keys
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_key_change();
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.api_keys
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_truncate();
 
-CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.users REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('user');
-CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.users REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('user');
+CREATE TRIGGER note_insert AFTER INSERT ON keyproxy.users
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_owner('user');
+CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.users
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*) EXECUTE FUNCTION keyproxy.note_change('user');
+CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.users
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_change('user');
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.users
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_truncate();
 
-CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.tenants REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('tenant');
-CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.tenants REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('tenant');
+CREATE TRIGGER note_insert AFTER INSERT ON keyproxy.tenants
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_owner('tenant');
+CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.tenants
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*) EXECUTE FUNCTION keyproxy.note_change('tenant');
+CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.tenants
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_change('tenant');
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.tenants
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_truncate();
 
-CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.plans REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('plan');
-CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.plans REFERENCING OLD TABLE AS old_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_changes('plan');
+CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.plans
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*) EXECUTE FUNCTION keyproxy.note_change('plan');
+CREATE TRIGGER note_delete AFTER DELETE ON keyproxy.plans
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_change('plan');
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.plans
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_truncate();
 
@@ -173,6 +187,14 @@ CREATE TABLE keyproxy.audit_log (
 );
 CREATE INDEX audit_log_entity ON keyproxy.audit_log (entity, entity_id, id);
 
+CREATE FUNCTION keyproxy.actor() RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT coalesce(nullif(current_setting('keyproxy.actor', true), ''), 'sql:' || session_user)
+$$;
+
+CREATE FUNCTION keyproxy.origin() RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT coalesce(nullif(current_setting('keyproxy.origin', true), ''), host(inet_client_addr()), 'local')
+$$;
+
 CREATE FUNCTION keyproxy.audit() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -186,8 +208,8 @@ BEGIN
     END IF;
     INSERT INTO keyproxy.audit_log (actor, origin, action, entity, entity_id, before, after)
     VALUES (
-        coalesce(nullif(current_setting('keyproxy.actor', true), ''), 'sql:' || session_user),
-        coalesce(nullif(current_setting('keyproxy.origin', true), ''), host(inet_client_addr()), 'local'),
+        keyproxy.actor(),
+        keyproxy.origin(),
         lower(TG_OP),
         TG_ARGV[0],
         coalesce(becomes, was) ->> 'id',
@@ -198,14 +220,32 @@ BEGIN
 END
 $$;
 
+-- A table that is emptied at once fires nothing for its rows: one row tells that all of them went.
+CREATE FUNCTION keyproxy.audit_truncate() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO keyproxy.audit_log (actor, origin, action, entity, entity_id)
+    VALUES (keyproxy.actor(), keyproxy.origin(), 'truncate', TG_ARGV[0], '*');
+    RETURN NULL;
+END
+$$;
+
 CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON keyproxy.tenants
     FOR EACH ROW EXECUTE FUNCTION keyproxy.audit('tenant');
+CREATE TRIGGER audit_truncate AFTER TRUNCATE ON keyproxy.tenants
+    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.audit_truncate('tenant');
 CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON keyproxy.users
     FOR EACH ROW EXECUTE FUNCTION keyproxy.audit('user');
+CREATE TRIGGER audit_truncate AFTER TRUNCATE ON keyproxy.users
+    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.audit_truncate('user');
 CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON keyproxy.api_keys
     FOR EACH ROW EXECUTE FUNCTION keyproxy.audit('key');
+CREATE TRIGGER audit_truncate AFTER TRUNCATE ON keyproxy.api_keys
+    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.audit_truncate('key');
 CREATE TRIGGER audit AFTER INSERT OR UPDATE OR DELETE ON keyproxy.plans
     FOR EACH ROW EXECUTE FUNCTION keyproxy.audit('plan');
+CREATE TRIGGER audit_truncate AFTER TRUNCATE ON keyproxy.plans
+    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.audit_truncate('plan');
 
 CREATE FUNCTION keyproxy.refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
