@@ -15,7 +15,7 @@ import uvloop
 
 from keyproxy import admission, clock, credential, headers
 from keyproxy.gateway import Gateway
-from keyproxy.headers import FieldNames
+from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
@@ -27,7 +27,7 @@ from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import RequestReader, ResponseReader
-from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.server import ProxyServer, Terms
 from keyproxy.wire.upstream import UpstreamConnection
 
 _CALLS = 5_000
@@ -111,8 +111,8 @@ class Bench:
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Listen(), gate=self.gateway, recorder=self.recorder, upstreams=Upstreams(pool), names=self.names,
-            problems=Problems(), deadlines=deadlines, clock=clock.monotonic, loop=loop,
+            Terms(Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
+            recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
         )  # fmt: skip
         self.client = ClientConnection(self.server)
         self.client.connection_made(cast("asyncio.Transport", _Transport()))

@@ -1,6 +1,7 @@
 """The composition root: builds everything in order, introduces the edges to each other, closes in reverse.
 
-Nothing here decides anything about a request.
+Another configuration is applied by building what it changes beside what there is, and exchanging the two once nothing can
+fail any more: so all of it is applied, or none. Nothing here decides anything about a request.
 """
 
 from __future__ import annotations
@@ -9,157 +10,202 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from typing import Final
 
 from keyproxy import clock, sockets
 from keyproxy.gateway import Gateway
-from keyproxy.headers import FieldNames
+from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.ops import Check, OpsListener, Verdict
+from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
 from keyproxy.settings import Settings
-from keyproxy.store.database import Database, Listener
-from keyproxy.store.feed import CHANNEL, ChangeFeed
-from keyproxy.store.identities import FeedState, IdentityCache
-from keyproxy.store.last_used import LastUsed
+from keyproxy.store.assembly import Store
+from keyproxy.store.database import StoreUnavailable
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import ResponseReader
-from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.tls import TlsError, client_context, server_context
 
 _log = logging.getLogger(__name__)
 
+#: How long what was replaced by another configuration is kept for what is under way.
+_OLD_STORE_SECONDS: Final = 10.0
 
-class Store:
-    """The edges to PostgreSQL, opened and closed together."""
 
-    def __init__(self, settings: Settings, dsn: str) -> None:
-        self.database = Database(
-            dsn,
-            pool_size_max=settings.store.pool_size_max,
-            statement_timeout_seconds=settings.store.statement_timeout_seconds,
-        )
-        state = FeedState()
-        self.last_used = LastUsed(self.database)
-        self.identities = IdentityCache(
-            self.database, settings.cache, feed=state, last_used=self.last_used,
-            header_prefix=settings.identity.header_prefix,
-            # One connection is left for the change feed, which tells of revocations.
-            look_ups_max=max(1, settings.store.pool_size_max - 1), now=clock.now,
-        )  # fmt: skip
-        self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL), self.identities, state, clock.now)
-        self._stale_seconds = settings.cache.stale_seconds
-        self._answered_mono: float | None = None
-
-    @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
-        """Open while the context lasts."""
-        await self.database.open()
-        self.feed.start()
-        self.last_used.start()
-        try:
-            yield
-        finally:
-            await self.last_used.close()
-            await self.feed.close()
-            await self.identities.close()
-            await self.database.close()
-
-    async def check(self) -> Check:
-        """Whether requests can be judged."""
-        if self.database.is_up:
-            return Check(Verdict.OK)
-        why = self.database.down_because or "not asked yet"
-        # Nothing verified to go on with, or too old by now: nobody can be served.
-        if not self.identities.sizes()["known"] or self.feed.lag_seconds() > self._stale_seconds:
-            return Check(Verdict.FAILED, why)
-        return Check(Verdict.DEGRADED, f"verified identities are served, strangers refused: {why}")
-
-    async def check_feed(self) -> Check:
-        """Whether changes reach this proxy within a second."""
-        if self.feed.is_current():
-            if self.feed.is_listening:
-                return Check(Verdict.OK)
-            return Check(Verdict.OK, "no notifications: polling alone")
-        return Check(Verdict.DEGRADED, f"not current for {self.feed.lag_seconds():.1f} s")
+class ChangeError(Exception):
+    """Another configuration cannot be applied. The text says why."""
 
 
 class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
+        """Raises TlsError."""
         self._settings = settings
+        self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
-        self.store = Store(settings, dsn)
-        self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset) if settings.log.access else None
-        self._recorder = Recorder(self._access_log)
-        gateway = Gateway(
-            key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
-            identities=self.store.identities,
-            routes=settings.route_table(),
-            now=clock.now,
-            instance=secrets.token_hex(8).encode("ascii"),
-        )
-        names = FieldNames(settings.identity.header_prefix)
-        responses = ResponseReader(names)
-        live = self._pool(settings.upstream.url, responses)
-        test = self._pool(settings.upstream.test_url, responses) if settings.upstream.test_url else None
-        self.upstreams = Upstreams(live, test)
+        self._instance = secrets.token_hex(8).encode("ascii")
+        self.store = _store(settings, dsn)
+        self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        self._recorder = Recorder(self._access_log if settings.log.access else None)
+        self.upstreams = self._upstreams(settings)
+        terms = self._terms(settings, self.store, self.upstreams, _tls(settings))
         self.server = ProxyServer(
-            settings.listen, gate=gateway, recorder=self._recorder, upstreams=self.upstreams, names=names,
-            problems=Problems(invalid_key_status=settings.errors.invalid_key_status),
-            deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop,
-        )  # fmt: skip
-        catalogue = Catalogue(self._recorder, self._sources())
-        self._ops = OpsListener(
-            checks={"store": self.store.check, "change_feed": self.store.check_feed, "upstream": self._check_upstream}
-            | {"proxy": self._check_proxy},
-            metrics=catalogue.render,
-            metrics_content_type=CONTENT_TYPE,
+            terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
         )
+        self._catalogue = Catalogue(self._recorder, self._sources())
+        self._ops = self._ops_listener()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._retired: list[UpstreamPool] = []
 
     @contextlib.asynccontextmanager
     async def running(self, proxy: socket.socket, ops: socket.socket) -> AsyncIterator[None]:
         """Serve two bound sockets while the context lasts; then drain."""
         async with contextlib.AsyncExitStack() as stack:
-            if self._access_log is not None:
-                stack.callback(self._access_log.close)
-                self._access_log.start()
+            stack.callback(self._access_log.close)
+            self._access_log.start()
             stack.callback(self._recorder.close)
             self._recorder.start(self._loop)
-            await stack.enter_async_context(self.store.opened())
+            stack.push_async_callback(self._close_store)
+            await self.store.open()
             self._deadlines.start()
             stack.callback(self._deadlines.stop)
-            for pool in self.upstreams.distinct().values():
-                stack.push_async_callback(pool.close)
-            stack.push_async_callback(self._ops.close)
+            stack.push_async_callback(self._close_pools)
+            stack.push_async_callback(self._close_ops)
             await self._ops.start(ops)
-            stack.push_async_callback(self.server.drain, self._settings.listen.drain_seconds)
+            stack.push_async_callback(self._drain)
             await self.server.start(proxy)
             yield
 
-    def _pool(self, url: str, responses: ResponseReader) -> UpstreamPool:
-        return UpstreamPool(
-            url, self._settings.upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop
+    async def change(self, settings: Settings, dsn: str) -> None:
+        """Apply another configuration: all of it, or, raising ChangeError, none of it. No request is dropped."""
+        was = self._settings
+        with contextlib.ExitStack() as undo:
+            try:
+                proxy = _bound(undo, was.listen.address, settings.listen.address)
+                ops = _bound(undo, was.ops.address, settings.ops.address)
+                tls = _tls(settings)
+                upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
+                store = await self._store_for(settings, dsn)
+            except (sockets.BindError, TlsError, StoreUnavailable) as error:
+                raise ChangeError(str(error)) from error
+            undo.pop_all()
+        # From here on nothing fails.
+        self._settings, self._dsn = settings, dsn
+        await self.server.change(self._terms(settings, store, upstreams, tls), proxy)
+        self._recorder.log_to(self._access_log if settings.log.access else None)
+        if upstreams is not self.upstreams:
+            self._retired += self.upstreams.distinct().values()
+            for pool in self._retired:
+                pool.retire()
+            self.upstreams = upstreams
+        if store is not self.store:
+            self._let_go(self.store)
+            self.store = store
+        if ops is not None:
+            before, self._ops = self._ops, self._ops_listener()
+            await self._ops.start(ops)
+            await before.close()
+
+    # -- building
+
+    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> Terms:
+        prefix = settings.identity.header_prefix
+        gateway = Gateway(
+            key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
+            identities=store.identities,
+            routes=settings.route_table(),
+            now=clock.now,
+            instance=self._instance,
         )
+        return Terms(
+            listen=settings.listen,
+            gate=gateway,
+            upstreams=upstreams,
+            names=FieldNames(prefix),
+            problems=Problems(invalid_key_status=settings.errors.invalid_key_status),
+            trust=TrustRule(settings.listen.trusted_proxies, prefix),
+            tls=tls,
+        )
+
+    def _upstreams(self, settings: Settings) -> Upstreams:
+        upstream = settings.upstream
+        responses = ResponseReader(FieldNames(settings.identity.header_prefix))
+        tls = client_context(upstream.tls_ca_file)
+        live, *test = (
+            UpstreamPool(
+                url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls
+            )
+            for url in (upstream.url, upstream.test_url) if url
+        )  # fmt: skip
+        return Upstreams(live, *test)
+
+    def _ops_listener(self) -> OpsListener:
+        return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
 
     def _sources(self) -> Sources:
         return Sources(
             identity_lookups=lambda: self.store.identities.counts,
-            identities=self.store.identities.sizes,
+            identities=lambda: self.store.identities.sizes(),  # noqa: PLW0108
             store_is_up=lambda: self.store.database.is_up,
-            change_feed_lag_seconds=self.store.feed.lag_seconds,
+            change_feed_lag_seconds=lambda: self.store.feed.lag_seconds(),  # noqa: PLW0108
             upstream_connections=self._upstream_connections,
             open_requests=self.server.open_requests,
+            open_tunnels=self.server.open_tunnels,
             client_connections=self.server.open_connections,
-            access_log_dropped=lambda: 0 if self._access_log is None else self._access_log.dropped,
+            access_log_dropped=lambda: self._access_log.dropped,
         )
+
+    # -- changing and closing
+
+    async def _store_for(self, settings: Settings, dsn: str) -> Store:
+        was = self._settings
+        if (was.store, was.cache, was.identity, self._dsn) == (settings.store, settings.cache, settings.identity, dsn):
+            return self.store
+        store = _store(settings, dsn)
+        # What has been counted goes on being counted: metrics never go back.
+        store.identities.counts = self.store.identities.counts
+        await store.open()
+        try:
+            await store.answers()
+        except StoreUnavailable:
+            await store.close()
+            raise
+        return store
+
+    def _let_go(self, store: Store) -> None:
+        async def closing() -> None:
+            await asyncio.sleep(_OLD_STORE_SECONDS)
+            await store.close()
+
+        task = self._loop.create_task(closing())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _close_store(self) -> None:
+        for task in self._leaving:
+            task.cancel()
+        await self.store.close()
+
+    async def _close_pools(self) -> None:
+        for pool in [*self.upstreams.distinct().values(), *self._retired]:
+            await pool.close()
+
+    async def _close_ops(self) -> None:
+        await self._ops.close()
+
+    async def _drain(self) -> None:
+        await self.server.drain(self._settings.listen.drain_seconds)
+
+    # -- what is told
 
     def _upstream_connections(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -167,6 +213,36 @@ class Proxy:
             for state, count in pool.counts().items():
                 counts[state] = counts.get(state, 0) + count
         return counts
+
+    async def _metrics(self) -> bytes:
+        return self._catalogue.render()
+
+    async def _checks(self) -> Mapping[str, Check]:
+        return await gathered(
+            {
+                "store": self._check_store,
+                "change_feed": self._check_feed,
+                "upstream": self._check_upstream,
+                "proxy": self._check_proxy,
+            }
+        )
+
+    async def _check_store(self) -> Check:
+        database = self.store.database
+        if database.is_up:
+            return Check(Verdict.OK)
+        why = database.down_because or "not asked yet"
+        # Nothing verified to go on with, or too old by now: nobody can be served.
+        too_old = self.store.feed.lag_seconds() > self._settings.cache.stale_seconds
+        if too_old or not self.store.identities.sizes()["known"]:
+            return Check(Verdict.FAILED, why)
+        return Check(Verdict.DEGRADED, f"verified identities are served, strangers refused: {why}")
+
+    async def _check_feed(self) -> Check:
+        feed = self.store.feed
+        if feed.is_current():
+            return Check(Verdict.OK, "" if feed.is_listening else "no notifications: polling alone")
+        return Check(Verdict.DEGRADED, f"not current for {feed.lag_seconds():.1f} s")
 
     async def _check_upstream(self) -> Check:
         for mode, pool in self.upstreams.distinct().items():
@@ -178,19 +254,27 @@ class Proxy:
         return Check(Verdict.FAILED, "draining") if self.server.is_draining else Check(Verdict.OK)
 
 
-async def serve(settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None]) -> None:
-    """Run the data plane until SIGTERM or SIGINT. `started` is told both addresses. Raises sockets.BindError."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    with (
-        contextlib.closing(sockets.bind(settings.listen.address)) as proxy_socket,
-        contextlib.closing(sockets.bind(settings.ops.address)) as ops_socket,
-    ):
-        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
-        async with proxy.running(proxy_socket, ops_socket):
-            started(sockets.told(proxy_socket), sockets.told(ops_socket))
-            await stop.wait()
-            _log.info("draining: no new work, up to %g s for what is under way", settings.listen.drain_seconds)
-    _log.info("stopped")
+def _bound(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket | None:
+    """A socket for a new address; None if it is the old one."""
+    return None if address == was else undo.enter_context(contextlib.closing(sockets.bind(address)))
+
+
+def _store(settings: Settings, dsn: str) -> Store:
+    prefix = settings.identity.header_prefix
+    return Store(settings.store, settings.cache, dsn=dsn, header_prefix=prefix, now=clock.now)
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    listen = settings.listen
+    if not listen.tls_certificate_file:
+        return None
+    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
+
+
+def check_files(settings: Settings) -> None:
+    """Read what the configuration names, without using it. Raises ChangeError."""
+    try:
+        _tls(settings)
+        client_context(settings.upstream.tls_ca_file)
+    except TlsError as error:
+        raise ChangeError(str(error)) from error

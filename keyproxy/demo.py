@@ -68,8 +68,9 @@ async def _demo(server: embedded.EmbeddedServer, home: Path, *, once: bool) -> i
         async with _everything(server.dsn(name), home) as story:
             await story.play()
             story.sum_up()
-            if not once and not story.failures:
-                story.invite()
+            stays = not once and not story.failures
+            story.invite(stays=stays)
+            if stays:
                 await asyncio.Event().wait()
             return 1 if story.failures else 0
     except asyncio.CancelledError:
@@ -157,16 +158,17 @@ class Story:
         else:
             click.echo(f"All {self._steps} steps did what they should.")
 
-    def invite(self) -> None:
-        """Say what to try by hand."""
+    def invite(self, *, stays: bool) -> None:
+        """Say what to try by hand, now or when it stays up."""
         ops = f"http://{self._settings.ops.address}"
-        click.echo("\nTry it yourself:\n")
+        click.echo("\nTry it yourself:\n" if stays else "\nIt is over now. Without --once it stays up:\n")
         click.echo(
             f"  curl -i {self._url}{_JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
         )
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
         click.echo(f"  keyproxy key list --config {self._config_path}")
-        click.echo("\nCtrl-C ends it.")
+        if stays:
+            click.echo("\nCtrl-C ends it.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
         click.echo("\nTenant acme, its users alice and bob, and their keys")
@@ -233,13 +235,14 @@ class Story:
 
         workers = [asyncio.create_task(worker()) for _ in range(2)]
         await asyncio.sleep(0.3)
+        asked = time.monotonic()
         await self._directory.revoke_key(key["id"], "demo")
-        committed = time.monotonic()
         await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
         stop.set()
         await asyncio.gather(*workers)
-        delay = max(0.0, max(accepted, default=committed) - committed)
-        click.echo(f"   < {answers}; the last call let through was sent {delay * 1000:.1f} ms after the commit")
+        # Since it was asked for: a little earlier than the commit.
+        delay = max(0.0, max(accepted, default=asked) - asked)
+        click.echo(f"   < {answers}; the last call let through was sent at most {delay * 1000:.1f} ms after the commit")
         wrong = [] if delay <= _REVOKED_SECONDS_MAX else [f"{delay:.3f} s"]
         wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"answers were {answers}"]
         self._judge(title, wrong)
@@ -290,8 +293,8 @@ async def _compute_server() -> AsyncIterator[str]:
 
 
 def _preferably(port: int) -> socket.socket:
-    """This port, or any other if somebody has it already."""
+    """This port, or any other if somebody has it already. Never one that is shared: a proxy may be serving on it."""
     try:
-        return sockets.bind(f"127.0.0.1:{port}")
-    except sockets.BindError:
-        return sockets.bind("127.0.0.1:0")
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return socket.create_server(("127.0.0.1", 0))

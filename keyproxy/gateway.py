@@ -8,6 +8,7 @@ nothing is awaited between the request and the bytes that go upstream.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from keyproxy import admission, credential, headers
 from keyproxy.keyformat import KeyFormat
 from keyproxy.model import Missing, Moment, Permit, RequestHead
 from keyproxy.ports import Exchange, Identities
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Gateway:
             raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be decided")
         now = self._now()
         key = credential.presented(head, self._key_format)
+        exchange.digest = key.digest
         try:
             identity = self._identities.known(key.digest, now, is_first_look=is_first_look)
         except (Missing, Refusal):
@@ -100,6 +102,36 @@ class Gateway:
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
             _log.exception("deciding failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
+
+    def review(self, exchange: Exchange) -> None:
+        """Look again at an exchange that is under way: refuse it if its key would not be let in any more.
+
+        What was asked for stays asked for, so only the key, its owners and the route are looked at. That the store
+        cannot be asked ends nothing that was verified when it began.
+        """
+        try:
+            self._review(exchange)
+        except Missing as missing:
+            task = asyncio.get_running_loop().create_task(self._fetch_and_review(exchange, missing))
+            self._undecided.add(task)
+            task.add_done_callback(self._undecided.discard)
+
+    def _review(self, exchange: Exchange) -> None:
+        if exchange.digest is None or exchange.is_over:
+            return
+        now = self._now()
+        try:
+            identity = self._identities.known(exchange.digest, now, is_first_look=False)
+            admission.admit(identity, exchange.route, now)
+        except Refusal as refusal:
+            if refusal.reason.value.blame is Blame.CALLER:
+                exchange.refuse(refusal)
+
+    async def _fetch_and_review(self, exchange: Exchange, missing: Missing) -> None:
+        await _brought(missing)
+        # Missing again: the next review asks again.
+        with contextlib.suppress(Missing):
+            self._review(exchange)
 
     def holds_key(self, target: bytes) -> bool:
         """Whether a request target has a key in it."""

@@ -34,6 +34,7 @@ class Kind(enum.Enum):
     CONTENT_TYPE = enum.auto()  # forwarded, but refused if repeated
     CONNECTION = enum.auto()
     EXPECT = enum.auto()
+    UPGRADE = enum.auto()  # ends here; a WebSocket handshake is made anew
     REQUEST_ID = enum.auto()
     FORWARDED = enum.auto()  # believed only from a trusted peer
     UNREADABLE = enum.auto()  # a name that two servers could read differently
@@ -48,12 +49,13 @@ _KINDS: Final[dict[bytes, Kind]] = {
     b"content-type": Kind.CONTENT_TYPE,
     b"connection": Kind.CONNECTION,
     b"expect": Kind.EXPECT,
+    b"upgrade": Kind.UPGRADE,
     b"x-request-id": Kind.REQUEST_ID,
     b"forwarded": Kind.FORWARDED,
     b"x-real-ip": Kind.FORWARDED,
     **dict.fromkeys(
         (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
-         b"te", b"trailer", b"upgrade", b"http2-settings"),
+         b"te", b"trailer", b"http2-settings"),
         Kind.HOP,
     ),
 }  # fmt: skip
@@ -133,15 +135,17 @@ class Forwarding:
     A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped.
     """
 
-    __slots__ = ("_address", "_block", "_is_trusted", "_scheme")
+    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_scheme")
 
-    def __init__(self, address: bytes, *, is_trusted: bool, is_tls: bool) -> None:
-        """`address`: the peer's IP address, empty for a unix socket."""
+    def __init__(self, address: bytes, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"") -> None:
+        """`address`: the peer's IP address, empty for a unix socket. `certificate`: a header line that names its
+        verified certificate, or empty."""
         self._address = address
         self._is_trusted = is_trusted
         self._scheme = b"https" if is_tls else b"http"
+        self._certificate = certificate
         first = b"X-Forwarded-For: %b\r\n" % address if address else b""
-        self._block = b"%bX-Forwarded-Proto: %b\r\n" % (first, self._scheme)
+        self._block = b"%b%bX-Forwarded-Proto: %b\r\n" % (certificate, first, self._scheme)
 
     def block(self, head: RequestHead) -> bytes:
         """The fields as header lines."""
@@ -161,7 +165,8 @@ class Forwarding:
                 told[name] = value
         if self._address:
             hops.append(self._address)
-        lines = [b"X-Forwarded-For: %b\r\n" % b", ".join(hops)] if hops else []
+        lines = [self._certificate]
+        lines += [b"X-Forwarded-For: %b\r\n" % b", ".join(hops)] if hops else []
         lines += [b"%b: %b\r\n" % (name.title(), value) for name, value in told.items()]
         return b"".join(lines)
 
@@ -169,20 +174,28 @@ class Forwarding:
 class TrustRule:
     """Which peers' X-Forwarded-* are believed: networks, and `unix` for the peers of a unix socket."""
 
-    def __init__(self, trusted_proxies: Sequence[str]) -> None:
+    def __init__(self, trusted_proxies: Sequence[str], header_prefix: str = "X-Keyproxy-") -> None:
         """Raises ValueError for an entry that is neither a network nor `unix`."""
+        self._header_prefix = header_prefix
         self._trusts_unix = "unix" in trusted_proxies
         self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
 
-    def forwarding(self, address: str, *, is_tls: bool) -> Forwarding:
-        """The Forwarding for a connection from this IP address; empty: from a unix socket."""
+    def forwarding(self, address: str, *, is_tls: bool, subject: str | None = None) -> Forwarding:
+        """The Forwarding for a connection from this IP address; empty: from a unix socket.
+
+        `subject`: the name in the client's verified certificate, None if there is none.
+        """
+        certificate = b""
+        if subject is not None:
+            certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
         if not address:
-            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls)
+            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls, certificate=certificate)
         parsed = ipaddress.ip_address(address.partition("%")[0])
         mapped = getattr(parsed, "ipv4_mapped", None)
         peer = mapped if mapped is not None else parsed
         is_trusted = any(peer in network for network in self._networks)
-        return Forwarding(str(peer).encode("ascii"), is_trusted=is_trusted, is_tls=is_tls)
+        where = str(peer).encode("ascii")
+        return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate)
 
 
 def dress(head: RequestHead, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes) -> bytes:
@@ -197,6 +210,6 @@ def dress(head: RequestHead, permit: Permit, *, request_id: bytes, forwarding: F
             forwarding.block(head),
             b"X-Request-Id: ",
             request_id,
-            b"\r\nTransfer-Encoding: chunked\r\n\r\n" if fields.is_chunked else b"\r\n\r\n",
+            fields.head_end,
         )
     )

@@ -57,7 +57,8 @@ class RequestLine:
 class RequestFields:
     """What a request's header fields say about it, apart from the values that differ from request to request.
 
-    `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line.
+    `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
+    head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
     """
 
     host: bytes | None
@@ -66,6 +67,16 @@ class RequestFields:
     is_chunked: bool = False
     keeps_alive: bool = True
     expects_continue: bool = False
+    opens_tunnel: bool = False
+    head_end: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        end = b"\r\n\r\n"
+        if self.is_chunked:
+            end = b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        elif self.opens_tunnel:
+            end = b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        object.__setattr__(self, "head_end", end)
 
 
 class RequestHead:
@@ -119,6 +130,7 @@ class ResponseFields:
     has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
+    opens_tunnel: bool = False
 
 
 class ResponseHead:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 import orjson
@@ -41,7 +41,7 @@ class OpsListener:
     """See the module."""
 
     def __init__(
-        self, *, checks: Mapping[str, Callable[[], Awaitable[Check]]], metrics: Callable[[], bytes],
+        self, *, checks: Callable[[], Awaitable[Mapping[str, Check]]], metrics: Callable[[], Awaitable[bytes]],
         metrics_content_type: str,
     ) -> None:  # fmt: skip
         self._checks = checks
@@ -73,29 +73,39 @@ class OpsListener:
         return _json(200, {"status": "ok"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        outcomes = await asyncio.gather(*(self._checked(check) for check in self._checks.values()))
-        verdicts = {outcome.verdict for outcome in outcomes}
-        status = next(
-            one for one in (Verdict.FAILED, Verdict.DEGRADED, Verdict.OK) if one in verdicts or one is Verdict.OK
-        )
+        checks = await self._checks()
+        status = worst(check.verdict for check in checks.values())
         content = {
             "status": status.value,
             "checks": {
-                name: {"status": outcome.verdict.value} | ({"reason": outcome.reason} if outcome.reason else {})
-                for name, outcome in zip(self._checks, outcomes, strict=True)
+                name: {"status": check.verdict.value} | ({"reason": check.reason} if check.reason else {})
+                for name, check in checks.items()
             },
         }
         return _json(503 if status is Verdict.FAILED else 200, content)
 
-    async def _checked(self, check: Callable[[], Awaitable[Check]]) -> Check:
-        try:
-            async with asyncio.timeout(_CHECK_SECONDS):
-                return await check()
-        except TimeoutError:
-            return Check(Verdict.FAILED, "the check itself took too long")
-
     async def _scrape(self, _request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics(), headers={"Content-Type": self._metrics_content_type})
+        return web.Response(body=await self._metrics(), headers={"Content-Type": self._metrics_content_type})
+
+
+async def gathered(checks: Mapping[str, Callable[[], Awaitable[Check]]]) -> Mapping[str, Check]:
+    """The outcomes of checks that are made side by side."""
+    outcomes = await asyncio.gather(*(_checked(check) for check in checks.values()))
+    return dict(zip(checks, outcomes, strict=True))
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of some verdicts; OK if there are none."""
+    found = set(verdicts)
+    return next((one for one in (Verdict.FAILED, Verdict.DEGRADED) if one in found), Verdict.OK)
+
+
+async def _checked(check: Callable[[], Awaitable[Check]]) -> Check:
+    try:
+        async with asyncio.timeout(_CHECK_SECONDS):
+            return await check()
+    except TimeoutError:
+        return Check(Verdict.FAILED, "the check itself took too long")
 
 
 def _json(status: int, content: object) -> web.Response:

@@ -61,6 +61,9 @@ class Exchange(Protocol):
     @property
     def bytes_out(self) -> int: ...
 
+    #: What it is to be looked up by, once a key was found in it.
+    digest: KeyDigest | None
+
     #: Whose key it is, once that is known; also for a request that is then refused.
     identity: Identity | None
 
@@ -89,6 +92,10 @@ class Gate(Protocol):
 
     def begin(self, exchange: Exchange) -> None:
         """Decide. Calls `forward` or `refuse` on the exchange, before it returns or later. Never raises a Refusal."""
+        ...
+
+    def review(self, exchange: Exchange) -> None:
+        """Look again at an exchange that is under way: `refuse` it if its key would not be let in any more."""
         ...
 
     def error_shape(self, head: RequestHead | None) -> str:

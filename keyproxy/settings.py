@@ -65,8 +65,8 @@ def _upstream_url(value: str) -> str | None:
         port_is_sane = parts.port is None or parts.port > 0
     except ValueError:
         return "is no URL"
-    if parts.scheme != "http" or not parts.hostname or not port_is_sane:
-        return "must be 'http://host[:port]' or 'unix:/path'"
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane:
+        return "must be 'http://host[:port]', 'https://host[:port]' or 'unix:/path'"
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
         return "must name a server only: the path of a request is forwarded as it is"
     return None
@@ -110,10 +110,10 @@ class Listen:
     """The proxied port."""
 
     address: str = _setting("127.0.0.1:8080", _address)
-    workers: int = _setting(1, _not_yet(1))
-    tls_certificate_file: str = _setting("", _not_yet(""))
-    tls_key_file: str = _setting("", _not_yet(""))
-    tls_client_ca_file: str = _setting("", _not_yet(""))
+    workers: int = _setting(1, _within(0, 256))
+    tls_certificate_file: str = _setting("")
+    tls_key_file: str = _setting("")
+    tls_client_ca_file: str = _setting("")
     connections_max: int = _setting(10_000, _within(1))
     header_timeout_seconds: float = _setting(10.0, _within(0.05))
     body_idle_timeout_seconds: float = _setting(30.0, _within(0.05))
@@ -145,6 +145,7 @@ class Upstream:
 
     url: str = _setting("http://127.0.0.1:9000", _upstream_url)
     test_url: str = _setting("", _optional_upstream_url)
+    tls_ca_file: str = _setting("")
     connections_max: int = _setting(256, _within(1))
     connect_timeout_seconds: float = _setting(2.0, _within(0.01))
     first_byte_timeout_seconds: float = _setting(60.0, _within(0.05))
@@ -283,6 +284,10 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
     if settings.listen.address == settings.ops.address and not settings.ops.address.endswith(":0"):
         wrong.append("ops.address: must not be the proxied port: health and metrics are not for callers")
+    if settings.listen.tls_key_file and not settings.listen.tls_certificate_file:
+        wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
+    if settings.listen.tls_client_ca_file and not settings.listen.tls_certificate_file:
+        wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is there twice; the first one wins always"

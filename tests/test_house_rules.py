@@ -31,12 +31,15 @@ RANKS = {
     "config": 5,
     "clock": 6,
     "sockets": 6,
+    "systemd": 6,
     "metrics": 7,
     "store": 7,
     "wire": 7,
     "gateway": 8,
     "ops": 9,
     "app": 10,
+    "serving": 11,
+    "supervisor": 11,
     "demo": 11,
     "cli": 12,
     "__main__": 13,
@@ -48,12 +51,12 @@ IMPURE = {"asyncio", "time", "os", "logging", "socket", "random", "secrets", "th
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"ops", "demo"},
+    "aiohttp": {"ops", "demo", "supervisor"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},
     "httptools": {"wire"},
-    "orjson": {"metrics", "ops", "cli", "demo"},
+    "orjson": {"metrics", "ops", "cli", "demo", "supervisor"},
     "prometheus_client": {"metrics"},
     "uvloop": {"cli", "demo"},
 }
@@ -64,10 +67,10 @@ POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "bisect", "collections", "contextlib", "ctypes",
-    "dataclasses", "datetime", "difflib", "enum", "fcntl", "functools", "getpass", "hashlib", "http", "importlib",
-    "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue", "random", "re",
-    "secrets", "select", "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "threading",
-    "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
+    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "getpass", "hashlib", "http",
+    "importlib", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue",
+    "random", "re", "resource", "secrets", "select", "shutil", "signal", "socket", "ssl", "stat", "struct",
+    "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

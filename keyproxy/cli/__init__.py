@@ -15,6 +15,7 @@ from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.serve import demo_command, serve_command
 from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
 from keyproxy.config import ConfigError
+from keyproxy.store.database import StoreUnavailable
 
 
 @click.group(
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Failure as error:
         _say(str(error))
+        return FAILED
+    except StoreUnavailable as error:
+        _say(f"the store cannot be asked: {' '.join(str(error).split())}")
         return FAILED
     except refusals() as error:
         _say(" ".join(str(error).split()))

@@ -6,6 +6,7 @@ What these two run is imported when they run: it takes longer to import than any
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import click
 import uvloop
 
 from keyproxy.cli.setting import Failure, config_option, load, store
+from keyproxy.config import ConfigError
+from keyproxy.settings import Settings
 from keyproxy.store import migrations
 from keyproxy.store.database import StoreUnavailable
 
@@ -21,17 +24,44 @@ _log = logging.getLogger(__name__)
 
 @click.command("serve")
 @config_option
-def serve_command(config_path: Path | None) -> None:
+@click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: end when it ends.")
+def serve_command(config_path: Path | None, owner: int | None) -> None:
     """Run the data plane: the proxied port and the ops listener.
 
-    Access log on stdout, everything else on stderr. SIGTERM drains and ends it.
+    Access log on stdout, everything else on stderr. SIGTERM drains and ends it. SIGHUP reads the configuration again:
+    all of it is applied, or none.
     """
-    from keyproxy import app
+    from keyproxy import serving, supervisor
+    from keyproxy.app import ChangeError
 
-    settings = load(config_path).settings
+    settings = load(config_path, is_serving=True).settings
+    if owner is not None:
+        serving.end_with(owner)
+
+    def read_again() -> tuple[Settings, str]:
+        try:
+            other = load(config_path, is_serving=True).settings
+        except ConfigError as error:
+            raise ChangeError("; ".join(error.problems)) from error
+        if other.store.dsn != "embedded":
+            return other, other.store.dsn
+        if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):
+            raise ChangeError("store: the embedded server is started and stopped with this process: restart it")
+        return other, dsn
+
     with store(settings) as dsn:
-        uvloop.run(_check_schema(dsn))
-        uvloop.run(app.serve(settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started))
+        try:
+            uvloop.run(_check_schema(dsn))
+            if supervisor.count(settings.listen.workers) == 1:
+                fd = sys.stdout.fileno()
+                uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, read_again=read_again))
+            else:
+                command = [sys.executable, "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
+                command += [] if config_path is None else ["--config", str(config_path)]
+                crew = supervisor.Supervisor(settings, dsn, command)
+                uvloop.run(crew.run(started=_started, read_again=read_again))
+        except ChangeError as error:
+            raise Failure(str(error)) from error
 
 
 def _started(proxy: str, ops: str) -> None:

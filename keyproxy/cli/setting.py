@@ -58,10 +58,11 @@ def json_option(command: _Decorated) -> _Decorated:
     return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(command)
 
 
-def load(path: Path | None) -> config.Config:
-    """The configuration; logging is set up with it."""
+def load(path: Path | None, *, is_serving: bool = False) -> config.Config:
+    """The configuration; logging is set up with it. A command that ends by itself says why it failed, once: no log."""
     loaded = config.load(path, os.environ)
-    _set_up_logging(loaded.settings.log.level)
+    level = loaded.settings.log.level
+    _set_up_logging(level if is_serving or level == "debug" else "error")
     return loaded
 
 

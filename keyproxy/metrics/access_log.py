@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 _UNWRITTEN_BYTES_MAX: Final = 16 << 20
 _PATH_CHARACTERS_MAX: Final = 512
 _CLOSE_SECONDS: Final = 2.0
+_PIPE_BYTES: Final = 4096
 
 #: The parts of lines that are alike are remembered up to here; then all are forgotten.
 _REMEMBERED_MAX: Final = 4096
@@ -49,6 +51,8 @@ class AccessLog:
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="access-log", daemon=True)
         self._alike: dict[tuple[object, ...], bytes] = {}
+        # Of a pipe that several workers write to, only so much is kept together.
+        self._is_shared = stat.S_ISFIFO(os.fstat(fd).st_mode)
         self._second = 0
         self._second_text = b""
 
@@ -74,10 +78,11 @@ class AccessLog:
 
     def _write_all(self) -> None:
         while (lines := self._queue.get()) is not None:
-            view = memoryview(lines)
             try:
-                while view:
-                    view = view[os.write(self._fd, view) :]
+                for portion in _portions(lines) if self._is_shared else (lines,):
+                    view = memoryview(portion)
+                    while view:
+                        view = view[os.write(self._fd, view) :]
             except OSError as error:
                 self.dropped += lines.count(b"\n")
                 _log.warning("the access log cannot be written: %s", error)
@@ -116,6 +121,16 @@ class AccessLog:
             self._alike.clear()
         self._alike[key] = alike
         return alike
+
+
+def _portions(lines: bytes) -> Iterator[bytes]:
+    """Whole lines, as many at a time as a pipe takes in one piece. pipe(7), PIPE_BUF."""
+    start = 0
+    while len(lines) - start > _PIPE_BYTES:
+        end = lines.rfind(b"\n", start, start + _PIPE_BYTES) + 1 or lines.index(b"\n", start) + 1
+        yield lines[start:end]
+        start = end
+    yield lines[start:]
 
 
 def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:

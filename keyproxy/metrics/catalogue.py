@@ -40,6 +40,7 @@ class Sources:
     change_feed_lag_seconds: Callable[[], float]
     upstream_connections: Callable[[], Mapping[str, int]]
     open_requests: Callable[[], int]
+    open_tunnels: Callable[[], int]
     client_connections: Callable[[], int]
     access_log_dropped: Callable[[], int]
 
@@ -93,6 +94,7 @@ class Catalogue(Collector):
             "keyproxy_upstream_connections", "Connections to the upstream.", "state", sources.upstream_connections()
         )
         yield _value("keyproxy_open_requests", "Requests under way.", sources.open_requests())
+        yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
         yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
         dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
         dropped.add_metric([], sources.access_log_dropped())

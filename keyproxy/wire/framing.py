@@ -83,7 +83,7 @@ class CountedBody:
 
 
 class EndlessBody:
-    """Everything until the connection ends. Responses only."""
+    """Everything until the connection ends: a response without a length, and both directions of a tunnel."""
 
     is_complete = False
 

@@ -24,6 +24,7 @@ from keyproxy.model import CredentialField, RequestFields, RequestLine, Response
 from keyproxy.reasons import Reason, Refusal
 
 HEAD_END: Final = b"\r\n\r\n"
+SWITCHING_PROTOCOLS: Final = 101
 FIELDS_MAX: Final = 256
 CONTENT_LENGTH_DIGITS_MAX: Final = 18
 
@@ -49,6 +50,7 @@ class JudgedFields:
         "is_forwarded",
         "options",
         "request_id",
+        "upgrades",
     )
 
     def __init__(self) -> None:
@@ -62,6 +64,12 @@ class JudgedFields:
         self.is_chunked = False
         self.expects_continue = False
         self.options: list[bytes] = []
+        self.upgrades: list[bytes] = []
+
+    @property
+    def opens_tunnel(self) -> bool:
+        """Whether this is one side of a WebSocket handshake. RFC 6455 section 4. Any other upgrade is not taken up."""
+        return self.upgrades == [b"websocket"] and b"upgrade" in self.options and not self.is_chunked
 
     def keeps_alive(self, minor_version: int) -> bool:
         """Whether this side of the connection is to be used again. RFC 9112 section 9.3."""
@@ -104,6 +112,7 @@ def judge_request(
         is_chunked=judged.is_chunked,
         keeps_alive=judged.keeps_alive(minor),
         expects_continue=judged.expects_continue and minor == 1,
+        opens_tunnel=judged.opens_tunnel and method == b"GET" and minor == 1 and judged.content_length is None,
     )
     return line, fields, judged
 
@@ -132,7 +141,12 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
     if judged.is_chunked and (judged.content_length is not None or minor == 0):
         raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     line = StatusLine(status, minor, b"HTTP/1.1 %d %b\r\n" % (status, parts.start.strip(_OWS)))
-    fields = ResponseFields(judged.content_length is not None, judged.is_chunked, judged.keeps_alive(minor))
+    fields = ResponseFields(
+        has_content_length=judged.content_length is not None,
+        is_chunked=judged.is_chunked,
+        keeps_alive=judged.keeps_alive(minor),
+        opens_tunnel=judged.opens_tunnel and status == SWITCHING_PROTOCOLS,
+    )
     return line, fields, judged
 
 
@@ -198,6 +212,8 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
             judged.forwarded.append((name.lower(), value))
         elif kind is Kind.REQUEST_ID:
             judged.request_id = value
+        elif kind is Kind.UPGRADE:
+            judged.upgrades.append(value.lower())
         elif kind is Kind.EXPECT and is_request:
             if value.lower() != b"100-continue":
                 raise _malformed("an Expect other than 100-continue")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import select
+import ssl
 from collections.abc import Callable
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
@@ -34,6 +36,9 @@ _TRUSTED_IDLE_SECONDS: Final = 0.1
 
 _WAITING_PER_CONNECTION: Final = 16
 
+#: Errors that say nothing about the upstream: no file descriptors, ports or memory left here.
+_OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
 
 class Address(NamedTuple):
     """Where an upstream listens: `path` of a unix socket, or `host` and `port`. `authority` is for a missing Host."""
@@ -42,6 +47,7 @@ class Address(NamedTuple):
     port: int
     path: str
     authority: bytes
+    is_tls: bool = False
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -49,7 +55,9 @@ class Address(NamedTuple):
         if url.startswith("unix:"):
             return cls("", 0, url.removeprefix("unix:"), b"localhost")
         parts = urlsplit(url)
-        return cls(parts.hostname or "", parts.port or 80, "", parts.netloc.encode("ascii"))
+        is_tls = parts.scheme == "https"
+        port = parts.port or (443 if is_tls else 80)
+        return cls(parts.hostname or "", port, "", parts.netloc.encode("ascii"), is_tls)
 
 
 class UpstreamPool:
@@ -57,9 +65,13 @@ class UpstreamPool:
 
     def __init__(
         self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines, *,
-        clock: Callable[[], float], loop: asyncio.AbstractEventLoop,
+        clock: Callable[[], float], loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
+        """`tls`: for an https URL, how its certificate is verified."""
         self._address = Address.parse(url)
+        self._tls = tls if self._address.is_tls else None
+        if self._address.is_tls and tls is None:
+            raise ValueError("an https upstream needs a TLS context")
         self.host = self._address.authority
         self.settings = settings
         self.responses = responses
@@ -71,7 +83,7 @@ class UpstreamPool:
         self._connecting: set[asyncio.Task[None]] = set()
         self._waiting: collections.OrderedDict[Exchange, float] = collections.OrderedDict()
         self._expiry: asyncio.TimerHandle | None = None
-        self._is_closed = False
+        self._is_retired = False
         self.unreachable_because = ""
 
     def take(self, now: float) -> UpstreamConnection | None:
@@ -103,12 +115,12 @@ class UpstreamPool:
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
         """A connection is free: for who has waited longest, else it lies idle."""
-        if self._is_closed:
-            connection.close()
-            return
         if self._waiting:
             exchange, _ = self._waiting.popitem(last=False)
             exchange.connected(connection)
+            return
+        if self._is_retired:
+            connection.close()
             return
         connection.idle_since = now
         self._idle.append(connection)
@@ -138,9 +150,15 @@ class UpstreamPool:
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
+    def retire(self) -> None:
+        """Another pool takes over: what is under way or waits is served, and no connection is kept after that."""
+        self._is_retired = True
+        while self._idle:
+            self._idle.popleft().close()
+
     async def close(self) -> None:
         """Close everything. Exchanges under way lose their upstream."""
-        self._is_closed = True
+        self.retire()
         if self._expiry is not None:
             self._expiry.cancel()
         for task in self._connecting:
@@ -162,16 +180,17 @@ class UpstreamPool:
                 if address.path:
                     await self._loop.create_unix_connection(lambda: connection, address.path)
                 else:
-                    await self._loop.create_connection(lambda: connection, address.host, address.port)
+                    await self._loop.create_connection(lambda: connection, address.host, address.port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
-            self._connect_failed(str(error) or "timed out")
+            # ssl.SSLError is an OSError: a certificate that does not verify is an upstream that cannot be reached.
+            self._connect_failed(str(error) or "timed out", is_our_limit=getattr(error, "errno", None) in _OUR_LIMITS)
             return
         self.unreachable_because = ""
         self._open.add(connection)
         self._deadlines.watch(connection)
         self.release(connection, self.clock())
 
-    def _connect_failed(self, why: str) -> None:
+    def _connect_failed(self, why: str, *, is_our_limit: bool) -> None:
         if not self.unreachable_because:
             _log.warning("the upstream cannot be reached: %s", why)
         self.unreachable_because = why
@@ -179,7 +198,8 @@ class UpstreamPool:
         failed = list(self._waiting) if not self._open else list(self._waiting)[:1]
         for exchange in failed:
             del self._waiting[exchange]
-            exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"connecting failed: {why}"))
+            reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
+            exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
     def _expire(self) -> None:
         self._expiry = None

@@ -68,7 +68,7 @@ _STABLE_NAMES: Final = frozenset(
         b"x-powered-by",
     }
 )
-_STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT})
+_STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT, Kind.UPGRADE})
 
 #: Deleting these from a value must leave nothing. RFC 9110 section 5.5: visible, space, tab, obs-text.
 _FIELD_CHARACTERS: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])

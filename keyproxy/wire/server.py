@@ -1,15 +1,19 @@
 """The proxied port: accepts connections within the bound, knows them all, and drains them.
 
-Also the one place that a connection finds what it shares with all others: settings, header names, the gateway.
+Also the one place that a connection finds what it shares with all others, `Terms`: settings, header names, the gateway.
+They can be exchanged for others while connections are open; a request is served on the terms it began with, the next one
+on the new ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
-import struct
+import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from keyproxy.headers import FieldNames, TrustRule
@@ -23,46 +27,82 @@ from keyproxy.wire.readers import RequestReader
 
 _log = logging.getLogger(__name__)
 
-_BACKLOG: Final = 1024
-_WRITE_BUFFER_BYTES: Final = 65_536
+_BACKLOG: Final = 4096
 
 #: Connections over the bound that are told so; more of them than this are closed without a word.
 _TURNED_AWAY_MAX: Final = 128
 
-#: SO_LINGER on, zero seconds: closing sends a reset, which no client takes for a clean end.
-_RESET: Final = struct.pack("ii", 1, 0)
+#: How often exchanges that take long are looked at again, and what counts as long.
+_REVIEW_SECONDS: Final = 0.5
+_LONG_SECONDS: Final = 0.5
+
+#: How long a connection that lies idle when draining begins may still be used for one request more. Its client may be
+#: sending it at this moment, and could not know.
+_LAST_REQUEST_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms requests are served. `tls` None: in the clear."""
+
+    listen: Listen
+    gate: Gate
+    upstreams: Upstreams
+    names: FieldNames
+    problems: Problems
+    trust: TrustRule
+    tls: ssl.SSLContext | None = None
 
 
 class ProxyServer:
     """See the module."""
 
     def __init__(
-        self, listen: Listen, *, gate: Gate, recorder: Recorder, upstreams: Upstreams, names: FieldNames,
-        problems: Problems, deadlines: Deadlines, clock: Callable[[], float], loop: asyncio.AbstractEventLoop,
+        self, terms: Terms, *, recorder: Recorder, deadlines: Deadlines, clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
-        self.listen = listen
-        self.gate = gate
         self.recorder = recorder
-        self.upstreams = upstreams
-        self.names = names
-        self.requests = RequestReader(names, gate.holds_key)
-        self.problems = problems
         self.clock = clock
         self.loop = loop
-        self.trust = TrustRule(listen.trusted_proxies)
         self.is_draining = False
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
+        self._socket: socket.socket | None = None
         self._listener: asyncio.Server | None = None
+        self._review: asyncio.TimerHandle | None = None
         self._all_gone = asyncio.Event()
         self._all_gone.set()
+        self._take(terms)
+
+    def _take(self, terms: Terms) -> None:
+        self.listen = terms.listen
+        self.gate = terms.gate
+        self.upstreams = terms.upstreams
+        self.names = terms.names
+        self.problems = terms.problems
+        self.trust = terms.trust
+        self.requests = RequestReader(terms.names, terms.gate.holds_key)
+        self._tls = terms.tls
 
     async def start(self, sock: socket.socket) -> None:
-        """Serve a bound socket."""
-        if sock.family == socket.AF_UNIX:
-            self._listener = await self.loop.create_unix_server(self._connection, sock=sock, backlog=_BACKLOG)
-        else:
-            self._listener = await self.loop.create_server(self._connection, sock=sock, backlog=_BACKLOG)
+        """Serve a bound socket. It stays the caller's to close."""
+        self._socket = sock
+        self._listener = await self._listening(sock)
+        self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
+
+    async def change(self, terms: Terms, sock: socket.socket | None) -> None:
+        """Serve on other terms from the next request on, and accept on this socket; None: on the same as before."""
+        listener, before = self._listener, self._socket
+        if before is None:
+            return
+        self._take(terms)
+        # Two listeners on one socket share its queue: nobody who connects meanwhile is turned away.
+        self._listener = await self._listening(sock or before)
+        if listener is not None:
+            listener.close()
+        if sock is not None:
+            self._socket = sock
+            before.close()
 
     def admit(self, connection: ClientConnection) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
@@ -89,26 +129,59 @@ class ProxyServer:
         """How many requests are under way."""
         return sum(not connection.is_idle for connection in self._connections)
 
+    def open_tunnels(self) -> int:
+        """How many of them are tunnels."""
+        return sum(one.exchange is not None and one.exchange.is_tunnel for one in self._connections)
+
     async def drain(self, seconds: float) -> None:
         """Accept no more; let what is under way finish, for so long; then cut what is left."""
         self.is_draining = True
-        if self._listener is not None:
-            self._listener.close()
+        self._stop_listening()
+        for connection in list(self._connections):
+            if connection.exchange is not None:
+                connection.exchange.close_tunnel()
+        if await self._are_gone(min(seconds, _LAST_REQUEST_SECONDS)):
+            return
         for connection in list(self._connections):
             connection.close_if_idle()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._all_gone.wait()
-        except TimeoutError:
+        if not await self._are_gone(max(0.0, seconds - _LAST_REQUEST_SECONDS)):
             _log.warning("draining took longer than %g s: %d connections are cut", seconds, len(self._connections))
             for connection in list(self._connections):
                 connection.abort()
 
-    def reset_on_close(self, transport: asyncio.Transport) -> None:
-        """Make the close of this transport a reset."""
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    async def _are_gone(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._all_gone.wait()
+        return self._all_gone.is_set()
+
+    async def _listening(self, sock: socket.socket) -> asyncio.Server:
+        # A duplicate: a listener closes its socket, and the address has to outlive it.
+        copy = sock.dup()
+        tls = self._tls
+        seconds = self.listen.header_timeout_seconds if tls is not None else None
+        if sock.family == socket.AF_UNIX:
+            return await self.loop.create_unix_server(
+                self._connection, sock=copy, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+            )
+        return await self.loop.create_server(
+            self._connection, sock=copy, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+        )
+
+    def _stop_listening(self) -> None:
+        if self._review is not None:
+            self._review.cancel()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._socket is not None:
+            self._socket.close()
+
+    def _look_after_all(self) -> None:
+        self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
+        now = self.clock()
+        for connection in [one for one in self._connections if one.exchange is not None]:
+            connection.look_after(long_since=now - _LONG_SECONDS)
 
     def _connection(self) -> ClientConnection:
         return ClientConnection(self)

@@ -16,7 +16,7 @@ from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, has_no_body
+from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, has_no_body
 
 if TYPE_CHECKING:
     from keyproxy.wire.exchange import Exchange
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 HEAD_BYTES_MAX: Final = 65_536
 _INTERIM_MAX: Final = 16
-_SWITCHING_PROTOCOLS: Final = 101
 _FINAL: Final = 200
 
 _log = logging.getLogger(__name__)
@@ -131,6 +130,13 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.close()
 
+    def finish(self, now: float) -> None:
+        """The tunnel is over: close once everything is sent, within the time that silence is given."""
+        self._exchange = None
+        if self._transport is not None:
+            self._transport.close()
+            self.deadline = now + self._idle_seconds
+
     def pause(self) -> None:
         """Read no further: the client does not keep up. Its own deadline counts meanwhile, not the upstream's."""
         if self._transport is not None and not self._is_paused:
@@ -162,6 +168,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def deadline_passed(self, _now: float) -> None:
         """First byte or the next byte did not come in time."""
+        if self._exchange is not None and self._exchange.is_tunnel:
+            self._exchange.close_tunnel()
+            return
         self._fail(Refusal(Reason.UPSTREAM_TIMEOUT, "no byte of an answer in time"))
 
     # -- reading
@@ -183,7 +192,11 @@ class UpstreamConnection(asyncio.Protocol):
                 self._keeps_alive = head.fields.keeps_alive
                 body = self._body = self._body_of(head)
                 exchange.answer_begins(head, now)
-            elif status == _SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
+            elif head.fields.opens_tunnel and exchange.asks_for_tunnel:
+                self._keeps_alive = False
+                body = self._body = EndlessBody()
+                exchange.tunnel_begins(head, now)
+            elif status == SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
                 raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
             else:
                 self._interim += 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
-from tests.acceptance.conftest import Configure, Site
+from tests.acceptance.conftest import Configure, Site, free_port
 
 
 async def test_provisioning_says_what_the_contract_says(site: Site) -> None:
@@ -100,3 +104,107 @@ async def test_help_has_examples(site: Site) -> None:
         output = await site.run(*arguments)
         assert output.status == 0
         assert text in output.out
+
+
+async def test_what_is_made_is_shown_listed_and_deleted(site: Site) -> None:
+    await site.told("tenant", "create", "acme", "--name", "Acme Ltd")
+    bare = await site.told("user", "create", "u_1", "--tenant", "acme", "--no-key")
+    assert (bare["key"], bare["tenant"]) == (None, "acme")
+    scoped = await site.told(
+        "user", "create", "u_2", "--tenant", "acme", "--scope", "a", "--scope", "b", "--scope", "a"
+    )
+    key = scoped["key"]
+    assert (key["scopes"], key["is_test"]) == (["a", "b"], False)
+    tenant = await site.told("tenant", "show", "acme")
+    assert (tenant["name"], tenant["users"]) == ("Acme Ltd", 2)
+    assert (await site.told("user", "show", "u_2"))["keys"] == 1
+    listings = [
+        (("user", "list"), ["u_1", "u_2"]),
+        (("key", "list", "--tenant", "acme"), [key["id"]]),
+        (("key", "list", "--user", "u_1"), []),
+    ]
+    for arguments, ids in listings:
+        assert [one["id"] for one in await site.told(*arguments)] == ids
+    assert (await site.told("key", "delete", key["id"])) == {"id": key["id"], "deleted": True}
+    again = await site.run("key", "delete", key["id"])
+    assert (again.status, again.out, again.err) == (1, "", f"keyproxy: there is no key '{key['id']}'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [
+        ((), 90 * 86_400),
+        (("--expires-in", "24h"), 86_400),
+        (("--expires-in", "never"), None),
+    ],
+)
+async def test_a_key_lives_as_long_as_was_asked_for(
+    site: Site, arguments: tuple[str, ...], seconds: int | None
+) -> None:
+    await site.key()
+    key = await site.told("key", "issue", "--user", "u_42", *arguments)
+    if seconds is None:
+        assert key["expires_at"] is None
+        return
+    created, expires = (datetime.fromisoformat(key[name]) for name in ("created_at", "expires_at"))
+    # The one is the database's clock, the other ours.
+    assert abs((expires - created).total_seconds() - seconds) <= 5
+
+
+async def test_with_json_there_is_one_line_of_it_on_stdout_and_nothing_beside(site: Site) -> None:
+    await site.key()
+    for arguments in (("key", "issue", "--user", "u_42"), ("key", "list"), ("tenant", "show", "acme"), ("migrate",)):
+        output = await site.run(*arguments, "--json")
+        assert (output.status, output.err) == (0, "")
+        assert len(output.out.splitlines()) == 1
+        assert isinstance(output.json, dict | list)
+
+
+async def test_people_are_told_which_migrations_are_pending(configure: Configure, empty_dsn: str) -> None:
+    site = configure(empty_dsn)
+    for state in ("pending", "applied"):
+        status = await site.run("migrate", "--status")
+        assert (status.status, status.err) == (0, "")
+        assert {line.split()[0] for line in status.out.splitlines()} == {state}
+        await site.run("migrate")
+
+
+@pytest.mark.parametrize("arguments", [("tenant", "create", "acme"), ("key", "list"), ("migrate", "--status")])
+async def test_a_store_that_cannot_be_reached_is_told_in_one_line_without_its_password(
+    configure: Configure, arguments: tuple[str, ...]
+) -> None:
+    output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp").run(*arguments, "--json")
+    assert (output.status, output.out) == (1, "")
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("keyproxy: the store cannot be asked: ")
+    assert "hunter2" not in output.err
+
+
+@pytest.mark.parametrize("arguments", [("tenant", "list"), ("migrate", "--status"), ("config", "check"), ("serve",)])
+async def test_a_configuration_that_cannot_be_used_is_told_line_by_line(
+    configure: Configure, arguments: tuple[str, ...]
+) -> None:
+    site = configure("embedded", cache={"fresh": 5}, listen={"workers": -1})
+    output = await site.run(*arguments)
+    assert (output.status, output.out) == (2, "")
+    lines = output.err.splitlines()
+    assert len(lines) == 2
+    for line, key in zip(sorted(lines), ("cache.fresh", "listen.workers"), strict=True):
+        assert line.startswith(f"keyproxy: {key}: ")
+
+
+async def test_a_configuration_file_that_is_not_there_is_bad_configuration(site: Site) -> None:
+    site.config.unlink()
+    output = await site.run("config", "show")
+    assert (output.status, output.out) == (2, "")
+    assert str(site.config) in output.err
+    assert len(output.err.splitlines()) == 1
+
+
+async def test_the_embedded_store_needs_a_directory_and_keeps_what_it_is_told(configure: Configure) -> None:
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        site = configure("embedded", store={"embedded_dir": directory})
+        assert (await site.told("tenant", "create", "acme"))["created"]
+        assert not Path(directory, "pgdata", "postmaster.pid").exists()
+        assert [one["id"] for one in await site.told("tenant", "list")] == ["acme"]
+        assert not Path(directory, "pgdata", "postmaster.pid").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -219,8 +220,8 @@ async def test_a_schema_that_is_not_there_is_told_with_the_command_that_makes_it
     assert "keyproxy migrate" in output.err
 
 
-async def test_a_port_that_is_taken_is_told(site: Site) -> None:
-    async with site.serving():
+async def test_a_port_that_is_another_program_s_is_told(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", site.proxy_port)):
         output = await site.run("serve")
     assert output.status == 1
     assert f"cannot listen on 127.0.0.1:{site.proxy_port}" in output.err

@@ -265,9 +265,10 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
     "listen.drain_seconds": (["-0.1", '"1"', "true", "inf", "nan", "1" + "0" * 400], ["0", "0.0"]),
     "listen.header_timeout_seconds": (["0", "0.049"], ["0.05"]),
     "listen.trusted_proxies": (['"10.0.0.0/8"', '["x"]', '["10.0.0.1/8"]', "[1]"], ["[]", '["unix", "::1"]']),
-    "listen.workers": (["0", "2"], ["1"]),
-    "listen.tls_certificate_file": (['"/a.pem"'], ['""']),
-    "upstream.url": (['""', '"h:1"', '"https://h"', '"ftp://h"', '"http://"', '"http://h/p"', '"http://h?q"',
+    "listen.workers": (["-1", "257"], ["0", "1", "256"]),
+    "listen.tls_key_file": (['"/a.pem"'], ['""']),
+    "listen.tls_client_ca_file": (['"/a.pem"'], ['""']),
+    "upstream.url": (['""', '"h:1"', '"ftp://h"', '"http://"', '"http://h/p"', '"http://h?q"',
                       '"http://u:p@h"', '"http://h:x"', '"http://h:0"', '"http://h:65536"', '"unix:x"',
                       '"http://a b"', '"http://h\\nx"'],
      ['"http://h"', '"http://h/"', '"http://h:1"', '"http://[::1]:1"', '"unix:/a"']),
@@ -368,7 +369,7 @@ def test_all_that_is_wrong_is_told_at_once(reader: Reader) -> None:
         typo = 1
         [upstrem]
         [listen]
-        workers = 2
+        workers = -2
         adress = "x"
         [store]
         dsn_file = "/nowhere"

@@ -24,7 +24,8 @@ from keyproxy.model import RequestFields, RequestHead, RequestLine
         (Kind.REQUEST_ID, "X-Request-Id"),
         (Kind.FORWARDED, "X-Forwarded-For X-Forwarded-Proto X-Forwarded-Host X-Forwarded-Port X-Real-Ip Forwarded"),
         (Kind.HOP, "Keep-Alive Proxy-Connection Proxy-Authenticate Proxy-Authorization"),
-        (Kind.HOP, "TE Trailer Upgrade Http2-Settings"),
+        (Kind.HOP, "TE Trailer Http2-Settings"),
+        (Kind.UPGRADE, "Upgrade"),
         (Kind.UNREADABLE, "Content_Length Transfer_Encoding X_Api_Key Host_ _ X.Y X.Keyproxy.User X!Keyproxy~User X|Y"),
     ],
 )  # fmt: skip

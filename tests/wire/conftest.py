@@ -12,7 +12,7 @@ import pytest
 
 from keyproxy import clock, sockets
 from keyproxy.gateway import Gateway
-from keyproxy.headers import FieldNames
+from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.problems import Problems
 from keyproxy.routes import RouteTable
 from keyproxy.settings import Listen
@@ -20,7 +20,7 @@ from keyproxy.settings import Upstream as UpstreamSettings
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import ResponseReader
-from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.server import ProxyServer, Terms
 from tests import fakes
 from tests.rawhttp import Client, Upstream, connect
 
@@ -81,13 +81,11 @@ async def start() -> AsyncIterator[Start]:
                 settings.url, settings, ResponseReader(names), deadlines, clock=clock.monotonic, loop=loop
             )
             stack.push_async_callback(pool.close)
+            settled = Listen(**({"address": "127.0.0.1:0"} | (listen or {})))
+            terms = Terms(settled, gateway, Upstreams(pool), names, Problems(), TrustRule(settled.trusted_proxies))
             server = ProxyServer(
-                Listen(**({"address": "127.0.0.1:0"} | (listen or {}))),
-                gate=gateway,
+                terms,
                 recorder=recorder,
-                upstreams=Upstreams(pool),
-                names=names,
-                problems=Problems(),
                 deadlines=deadlines,
                 clock=clock.monotonic,
                 loop=loop,

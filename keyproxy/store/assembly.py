@@ -1,0 +1,48 @@
+"""The parts of the store that a proxy uses, put together: opened and closed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keyproxy import settings
+from keyproxy.model import Moment
+from keyproxy.store.database import Database, Listener
+from keyproxy.store.feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities import FeedState, IdentityCache
+from keyproxy.store.last_used import LastUsed
+
+
+class Store:
+    """See the module."""
+
+    def __init__(
+        self, store: settings.Store, cache: settings.Cache, *, dsn: str, header_prefix: str, now: Callable[[], Moment]
+    ) -> None:
+        self.database = Database(
+            dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
+        )
+        state = FeedState()
+        self.last_used = LastUsed(self.database)
+        self.identities = IdentityCache(
+            self.database, cache, feed=state, last_used=self.last_used, header_prefix=header_prefix,
+            # One connection is left for the change feed, which tells of revocations.
+            look_ups_max=max(1, store.pool_size_max - 1), now=now,
+        )  # fmt: skip
+        self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL), self.identities, state, now)
+
+    async def open(self) -> None:
+        """Begin to follow the database, whether or not it answers."""
+        await self.database.open()
+        self.feed.start()
+        self.last_used.start()
+
+    async def close(self) -> None:
+        """Write what there is, and let go of the database."""
+        await self.last_used.close()
+        await self.feed.close()
+        await self.identities.close()
+        await self.database.close()
+
+    async def answers(self) -> None:
+        """Raises StoreUnavailable if the database does not."""
+        await self.database.fetch("tenants", "", 1)

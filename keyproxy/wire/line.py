@@ -1,0 +1,120 @@
+"""The socket to a client: written to, held up, and ended in such a way that the client can tell how it ended.
+
+    open -> lingering -> closing
+
+A clean end is a close, an answer that could not be completed is a reset. After a refusal the rest of a request is read
+and thrown away, within bounds, so that the client gets to read the answer: closing at once would make the kernel reset
+the connection (RFC 9112 section 9.6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from keyproxy.wire.deadlines import NO_DEADLINE
+
+_LINGER_BYTES_MAX: Final = 1_048_576
+_LINGER_SECONDS: Final = 2.0
+
+#: SO_LINGER on, zero seconds: closing sends a reset, which no client takes for a clean end.
+_RESET: Final = struct.pack("ii", 1, 0)
+
+_GONE: Final = select.POLLHUP | select.POLLERR
+
+
+class State(enum.Enum):
+    """What may still happen on a line."""
+
+    OPEN = enum.auto()
+    LINGERING = enum.auto()
+    CLOSING = enum.auto()
+
+
+class ClientLine(asyncio.Protocol):
+    """See the module. `close_seconds`: how long a client that reads nothing may hold up the close."""
+
+    def __init__(self, clock: Callable[[], float], close_seconds: float) -> None:
+        self.deadline = NO_DEADLINE
+        self._clock = clock
+        self._close_seconds = close_seconds
+        self._transport: asyncio.Transport | None = None
+        self._state = State.OPEN
+        self._is_paused = False
+        self._has_ended = False
+        self._lingered_bytes = 0
+
+    def send(self, data: bytes) -> None:
+        """Write to the client."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def pause(self) -> None:
+        """Read no further for now."""
+        if self._transport is not None and not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
+            self._watch()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None and self._is_paused and self._state is not State.CLOSING:
+            self._is_paused = False
+            self._transport.resume_reading()
+            self._watch()
+
+    def close(self) -> None:
+        """Close once everything is sent, within the time a stalled reader gets."""
+        self._state = State.CLOSING
+        if self._transport is not None:
+            self._transport.close()
+            self.deadline = self._clock() + self._close_seconds
+
+    def abort(self) -> None:
+        """Cut the connection so that the peer can tell: a reset, never a clean end after half an answer."""
+        self._state = State.CLOSING
+        if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None and sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+
+    def is_gone(self) -> bool:
+        """Whether a client that has said its last word has left altogether: it would not hear an answer."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if sock is None or sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), 0)
+        return any(events & _GONE for _, events in poll.poll(0))
+
+    def _finish(self, *, lingers: bool) -> None:
+        """Close; `lingers`: the client may still be sending what nobody will read."""
+        transport = self._transport
+        if transport is None:
+            return
+        if not lingers or self._has_ended or not transport.can_write_eof():
+            self.close()
+            return
+        self._state = State.LINGERING
+        self.resume()
+        transport.write_eof()
+        self.deadline = self._clock() + _LINGER_SECONDS
+
+    def _throw_away(self, data: bytes) -> None:
+        """What arrives while lingering."""
+        self._lingered_bytes += len(data)
+        if self._lingered_bytes > _LINGER_BYTES_MAX:
+            self.close()
+
+    def _unsent(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def _watch(self) -> None:
+        """Set the deadline for what the client has to do next."""
+        raise NotImplementedError

@@ -1,0 +1,85 @@
+"""TLS on both sides: TLS 1.2 or later, and nobody believed whose certificate does not verify."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from typing import Final
+
+#: Attribute types of a distinguished name, by OpenSSL's long names. RFC 4514 section 3.
+_SHORT_NAMES: Final = {
+    "commonName": "CN",
+    "localityName": "L",
+    "stateOrProvinceName": "ST",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "countryName": "C",
+    "streetAddress": "STREET",
+    "domainComponent": "DC",
+    "userId": "UID",
+}
+
+#: What stands for itself in a header and in a distinguished name; all else is written as hexadecimal pairs.
+_PLAIN = re.compile(r"[A-Za-z0-9._:@/ -]")
+
+
+class TlsError(Exception):
+    """A certificate, key or list of authorities that cannot be used. The text says which file and why."""
+
+
+def server_context(certificate_file: str, key_file: str, client_ca_file: str = "") -> ssl.SSLContext:
+    """For the proxied port. `client_ca_file`: clients have to show a certificate of one of these. Raises TlsError."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Offered and chosen: HTTP/1.1. A client that insists on HTTP/2 is told in the handshake, not by a 400.
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate_file, key_file or None, password=_no_password)
+    except (OSError, ssl.SSLError, ValueError) as error:
+        files = f"{certificate_file} with {key_file}" if key_file else certificate_file
+        raise TlsError(f"{files}: {_why(error)}") from error
+    if client_ca_file:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(client_ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise TlsError(f"{client_ca_file}: {_why(error)}") from error
+    return context
+
+
+def client_context(ca_file: str = "") -> ssl.SSLContext:
+    """For an https upstream: its name is verified. `ca_file`: instead of the system's authorities. Raises TlsError."""
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsError(f"{ca_file}: {_why(error)}") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def certificate_subject(tls: ssl.SSLObject) -> str | None:
+    """The subject of the peer's verified certificate as RFC 4514 writes it, most specific first; None without one."""
+    certificate = tls.getpeercert()
+    if not certificate:
+        return None
+    return ",".join(
+        "+".join(f"{_SHORT_NAMES.get(kind, kind)}={_escaped(value)}" for kind, value in relative)
+        for relative in reversed(certificate["subject"])
+    )
+
+
+def _escaped(value: str) -> str:
+    text = "".join(
+        one if _PLAIN.fullmatch(one) else "".join(f"\\{byte:02X}" for byte in one.encode("utf-8")) for one in value
+    )
+    # Spaces at the edges would be taken for space around the value.
+    return re.sub(r"^ | $", r"\\20", text)
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted, and there is nobody to ask for its password")
+
+
+def _why(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)

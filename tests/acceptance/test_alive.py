@@ -1,0 +1,272 @@
+"""Workers, reloads and restarts: the process as its operators handle it, under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trustme
+
+from tests.acceptance.conftest import Configure, Site, until
+from tests.rawhttp import Client
+from tests.wire.conftest import request
+
+
+class Load:
+    """Requests one after the other on connections that are used again; what went wrong is kept."""
+
+    def __init__(self, site: Site, secret: str) -> None:
+        self.answered = 0
+        self.wrong: list[str] = []
+        self._site = site
+        self._request = request("GET", "/", key=secret.encode())
+
+    @contextlib.asynccontextmanager
+    async def running(self, connections: int = 8) -> AsyncIterator[None]:
+        """While the context lasts."""
+        over = asyncio.Event()
+        tasks = [asyncio.create_task(self._go_on(over)) for _ in range(connections)]
+        try:
+            yield
+        finally:
+            over.set()
+            await asyncio.gather(*tasks)
+
+    async def _go_on(self, over: asyncio.Event) -> None:
+        while not over.is_set():
+            try:
+                async with self._site.client() as client:
+                    while not over.is_set() and await self._once(client):
+                        pass
+            except (OSError, AssertionError, TimeoutError) as error:
+                self.wrong.append(repr(error))
+                await asyncio.sleep(0.05)
+
+    async def _once(self, client: Client) -> bool:
+        await client.send(self._request)
+        answer = await client.answer()
+        if answer.status == 200:
+            self.answered += 1
+        else:
+            self.wrong.append(answer.start)
+        return answer.one("Connection") != "close"
+
+
+async def more(load: Load, number: int = 200) -> None:
+    """Wait until so many more requests were answered."""
+    goal = load.answered + number
+
+    async def is_reached() -> bool:
+        return load.answered >= goal or bool(load.wrong)
+
+    await until(is_reached, seconds=20)
+
+
+def workers_of(supervisor: int) -> list[int]:
+    """The workers of a supervisor."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text(encoding="ascii").split()
+    return [int(one) for one in children if b"--worker-of" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_rolling_restart_fails_no_request(configure: Configure, dsn: str, workers: int) -> None:
+    site = configure(dsn, listen={"workers": workers})
+    load = Load(site, (await site.key())["secret"])
+    async with contextlib.AsyncExitStack() as stack:
+        old = await stack.enter_async_context(site.serving())
+        async with load.running():
+            await more(load)
+            for number in (2, 3):
+                new = await stack.enter_async_context(site.serving())
+                await have_started(site, number)
+                old.send_signal(signal.SIGTERM)
+                assert await asyncio.wait_for(old.wait(), 20) == 0
+                old = new
+                await more(load)
+    assert load.wrong == []
+
+
+async def have_started(site: Site, number: int) -> None:
+    """Wait until so many processes have said that they serve; of workers, their supervisor says it."""
+
+    async def is_so() -> bool:
+        return b"".join(site.printed).count(b"ops on 127.0.0.1:") == number
+
+    await until(is_so, seconds=20)
+
+
+async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Configure, dsn: str) -> None:
+    site = configure(dsn)
+    load = Load(site, (await site.key())["secret"])
+    async with site.serving() as process, load.running():
+        await more(load)
+        with site.config.open("a", encoding="utf-8") as config:
+            config.write('[[routes]]\nmatch = "GET /"\n')
+        process.send_signal(signal.SIGHUP)
+        await said(site, "another configuration is in force")
+        assert (await site.call((await site.key())["secret"], "GET", "/other"))[1] == "route_not_allowed"
+        await more(load)
+    assert load.wrong == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("[listen]\nworker = 2\n", "listen.worker: no such key"),
+        ('[listen]\ntls_certificate_file = "/nowhere.pem"\n', "/nowhere.pem"),
+        ('[store]\ndsn = "postgresql://nobody@127.0.0.1:1/none"\n', "Connect"),
+    ],
+)
+async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site, mistake: str, told: str) -> None:
+    secret = (await site.key())["secret"]
+    before = site.config.read_text(encoding="utf-8")
+    async with site.serving() as process:
+        table = mistake.partition("\n")[0]
+        content = before.replace(f"{table}\n", mistake) if "dsn" not in mistake else _without_dsn(before, mistake)
+        site.config.write_text(content + '[[routes]]\nmatch = "GET /only"\n', encoding="utf-8")
+        process.send_signal(signal.SIGHUP)
+        await said(site, "the configuration stays as it was")
+        assert told in b"".join(site.printed).decode()
+        assert (await site.call(secret, "GET", "/other"))[0] == 200
+
+
+def _without_dsn(content: str, table: str) -> str:
+    return "\n".join(line for line in content.splitlines() if not line.startswith(("dsn", "[store]"))) + "\n" + table
+
+
+async def said(site: Site, text: str) -> None:
+    """Wait until the process has said so."""
+
+    async def is_said() -> bool:
+        return text.encode() in b"".join(site.printed)
+
+    await until(is_said, seconds=10)
+
+
+async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, listen={"workers": 2})
+    secret = (await site.key())["secret"]
+    async with site.serving() as process:
+        for _ in range(20):
+            assert (await site.call(secret))[0] == 200
+        assert await site.metric("keyproxy_requests_total", status="200") == 20
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+
+        async def is_replaced() -> bool:
+            return await site.metric("keyproxy_worker_restarts_total") == 1 and (
+                await site.metric("keyproxy_workers", state="ready") == 2
+            )
+
+        await until(is_replaced, seconds=20)
+        assert await site.metric("keyproxy_requests_total", status="200") == 20
+        status, page = await site.ops("/readyz")
+        assert (status, '"workers":{"status":"ok"}' in page) == (200, True)
+        for _ in range(10):
+            assert (await site.call(secret))[0] == 200
+        assert await site.metric("keyproxy_requests_total", status="200") == 30
+
+
+async def test_workers_end_with_a_supervisor_that_was_killed(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, listen={"workers": 2})
+    async with site.serving() as process:
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+        process.kill()
+
+        async def are_gone() -> bool:
+            return not any(_is_alive(worker) for worker in workers)
+
+        await until(are_gone, seconds=20)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+async def test_systemd_is_told_when_it_serves_reloads_and_stops(site: Site) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+    ):
+        path = f"{directory}/notify"
+        sock.bind(path)
+        sock.settimeout(10)
+        site.environment["NOTIFY_SOCKET"] = path
+        async with site.serving() as process:
+            assert await asyncio.to_thread(sock.recv, 256) == b"READY=1"
+            process.send_signal(signal.SIGHUP)
+            assert (await asyncio.to_thread(sock.recv, 256)).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert await asyncio.to_thread(sock.recv, 256) == b"READY=1"
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(sock.recv, 256) == b"STOPPING=1"
+
+
+async def test_tls_with_client_certificates_tells_the_upstream_who_called(
+    configure: Configure, dsn: str, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    worker = authority.issue_cert("worker.acme", common_name='wörk,er', organization_name="Acme")  # fmt: skip
+    worker.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "worker.pem"))
+    tls = {"tls_certificate_file": str(tmp_path / "server.pem"), "tls_client_ca_file": str(tmp_path / "ca.pem")}
+    site = configure(dsn, listen=tls)
+    secret = (await site.key())["secret"].encode()
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    async with site.serving() as process:
+        with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+            await _call_over_tls(site, context, secret)
+        context.load_cert_chain(str(tmp_path / "worker.pem"))
+        assert (await _call_over_tls(site, context, secret)).startswith(b"HTTP/1.1 200 ")
+        seen = site.upstream.requests[-1]
+        assert str(seen.one("X-Keyproxy-Client-Cert-Subject")).startswith(r"CN=w\C3\B6rk\2Cer,")
+        assert seen.one("X-Forwarded-Proto") == "https"
+        # A renewed certificate is shown from the next handshake on.
+        other = trustme.CA()
+        other.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+        process.send_signal(signal.SIGHUP)
+        await said(site, "another configuration is in force")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await _call_over_tls(site, context, secret)
+
+
+async def _call_over_tls(site: Site, context: ssl.SSLContext, secret: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.proxy_port, ssl=context)
+    try:
+        writer.write(request("GET", "/", "X-Keyproxy-Client-Cert-Subject: CN=root", "Connection: close", key=secret))
+        async with asyncio.timeout(5):
+            return await reader.readuntil(b"\r\n\r\n")
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_an_https_upstream_is_verified(configure: Configure, dsn: str, tmp_path: Path, is_trusted: bool) -> None:
+    authority = trustme.CA()
+    (authority if is_trusted else trustme.CA()).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        upstream = {"url": f"https://127.0.0.1:{port}", "tls_ca_file": str(tmp_path / "ca.pem")}
+        site = configure(dsn, upstream=upstream)
+        async with site.serving():
+            told = await site.call((await site.key())["secret"])
+            assert told == ((200, "") if is_trusted else (502, "upstream_unreachable"))

@@ -1,0 +1,222 @@
+"""`keyproxy demo`: the story it tells, what it leaves behind, and that what it invites to works."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import Output, clean_environment, until
+
+SECRET = re.compile(r"kp_(?:live|test)_[0-9A-Za-z]{20,}")
+
+#: Every step, by its title: what is said of it, in this order.
+STEPS = {
+    "A worker calls with alice's key": ["< 200", "User u_alice, Tenant acme, Scope jobs:read jobs:write, Test false"],
+    "No key": ["< 401 api_key_missing"],
+    "A mistyped key": ["< 401 api_key_invalid"],
+    "A well-formed key that does not exist": ["< 401 api_key_invalid"],
+    "bob's key may read jobs, not write them": ["< 403 insufficient_scope", "'jobs:write'"],
+    "alice's test key": ["< 200", "User u_alice", "Test true"],
+    "A worker claims to be somebody else": ["X-Keyproxy-User: u_root", "< 200", "User u_alice, Tenant acme"],
+    "A key is revoked while calls run": ["'200'", "'api_key_revoked'"],
+}
+
+
+class Stage:
+    """Where demos are played: a data directory, and all that they might touch beside it."""
+
+    def __init__(self, root: Path) -> None:
+        self.data = root / "data"
+        self.surroundings = {name: root / name for name in ("home", "tmp", "cwd")}
+        for path in self.surroundings.values():
+            path.mkdir()
+        self.environment = clean_environment(self.surroundings["home"]) | {"TMPDIR": str(root / "tmp")}
+
+    @contextlib.asynccontextmanager
+    async def playing(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A demo in a session of its own, as a terminal starts it. Over at the end of the context."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "keyproxy", "demo", "--directory", str(self.data), *arguments,
+            env=self.environment, cwd=self.surroundings["cwd"], start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(60):
+                yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def once(self) -> Output:
+        """A demo that plays its story once."""
+        async with self.playing("--once") as process:
+            out, err = await process.communicate()
+            return Output(process.returncode or 0, out.decode(), err.decode())
+
+    def processes(self) -> list[str]:
+        """The command lines of the processes that know of the data directory, or work in it."""
+        found = []
+        for process in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if str(self.data) in line or (process / "cwd").readlink().is_relative_to(self.data):
+                    found.append(line)
+        return found
+
+    async def is_left_alone(self) -> None:
+        """Everything that was started has ended, and nothing was written but to the data directory."""
+        await until(self._is_quiet, seconds=20)
+        left = {name: [*path.iterdir()] for name, path in self.surroundings.items()}
+        assert not any(left.values()), left
+        assert not list((self.data / "run").iterdir())
+
+    async def _is_quiet(self) -> bool:
+        return not self.processes()
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    """In a short path: a socket's is bounded."""
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        yield Stage(Path(directory))
+
+
+@pytest.fixture(scope="module")
+def played(stage: Stage) -> Output:
+    """The first run on a machine."""
+    return asyncio.run(stage.once())
+
+
+def test_it_succeeds_and_has_nothing_to_complain_of(played: Output) -> None:
+    assert (played.status, played.err) == (0, "")
+    assert f"All {len(STEPS)} steps did what they should." in played.out
+    assert "FAILED" not in played.out
+
+
+def test_the_story_is_told_step_by_step(played: Output) -> None:
+    _, *told = re.split(r"(?m)^\d+\. ", played.out)
+    assert len(told) == len(STEPS)
+    for text, (title, parts) in zip(told, STEPS.items(), strict=True):
+        assert text.startswith(title)
+        for part in parts:
+            assert part in text
+        assert "\n   ok\n" in text
+
+
+def test_nothing_of_what_a_worker_claims_to_be_arrives(played: Output) -> None:
+    (claimed,) = re.findall(r"claims to be somebody else\n(.*)\n(.*)\n", played.out)
+    assert "u_root" in claimed[0]
+    assert "evil" in claimed[0]
+    assert "u_root" not in claimed[1]
+    assert "evil" not in claimed[1]
+
+
+def test_the_delay_of_a_revocation_is_measured_and_within_a_second(played: Output) -> None:
+    (delay,) = re.findall(r"let through was sent at most (\d+\.\d) ms after the commit", played.out)
+    assert float(delay) <= 1000.0
+
+
+def test_it_says_how_to_call_and_where_metrics_and_health_are(played: Output) -> None:
+    assert re.search(
+        r"(?m)^ +curl -i http://127\.0\.0\.1:\d+/v1/ai/jobs -H 'Authorization: Api-Key kp_live_", played.out
+    )
+    for path in ("/metrics", "/readyz"):
+        assert re.search(rf"(?m)^ +curl http://127\.0\.0\.1:\d+{path}$", played.out)
+    assert "Ctrl-C" not in played.out
+
+
+def test_one_secret_is_shown_once_and_none_is_kept(stage: Stage, played: Output) -> None:
+    (shown,) = SECRET.findall(played.out)
+    kept = [path for path in stage.data.rglob("*") if path.is_file()]
+    assert {"access.log", "demo.toml", "server.log"} <= {path.name for path in kept}
+    for path in kept:
+        content = path.read_bytes()
+        assert shown.encode() not in content, path
+        assert path.is_relative_to(stage.data / "pgdata") or not SECRET.search(content.decode()), path
+
+
+async def test_it_leaves_no_process_and_nothing_but_its_data_directory(stage: Stage, played: Output) -> None:
+    assert played.status == 0
+    await stage.is_left_alone()
+    assert stage.data.stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_second_run_stays_up_beside_others_keeps_its_promises_and_ends_with_ctrl_c(
+    stage: Stage, played: Output
+) -> None:
+    assert played.status == 0
+    with contextlib.ExitStack() as taken:
+        for port in (8080, 9090):
+            # As a proxy that serves here does: it would share its port, and its callers would meet the demo.
+            with contextlib.suppress(OSError):
+                taken.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
+        async with stage.playing() as process:
+            told = await _told_until(process, "Ctrl-C ends it.")
+            assert "FAILED" not in told
+            assert not re.search(r":(8080|9090)\b", told)
+            assert SECRET.findall(told) != SECRET.findall(played.out)
+            await _try_what_it_says(stage, told)
+            # As a terminal does: to the whole group.
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = await process.communicate()
+            assert (process.returncode, err) == (0, b"")
+            assert out.decode().strip() == "Bye."
+    await stage.is_left_alone()
+
+
+async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
+    assert process.stdout is not None
+    lines: list[str] = []
+    while not lines or end not in lines[-1]:
+        lines.append((await process.stdout.readline()).decode())
+        assert lines[-1], "".join(lines)
+    return "".join(lines)
+
+
+async def _try_what_it_says(stage: Stage, told: str) -> None:
+    lines = [shlex.split(line) for line in told.splitlines() if line.startswith("  curl ")]
+    call, *pages = lines
+    header, job = call[call.index("-H") + 1], call[call.index("--json") + 1]
+    name, _, value = header.partition(": ")
+    url = call[2]
+    async with aiohttp.ClientSession() as session:
+        content = {name: value, "Content-Type": "application/json"}
+        async with session.post(url, data=job, headers=content) as response:
+            answer = await response.json()
+            assert (response.status, answer["job_id"]) == (200, "7")
+            assert answer["identity"]["X-Keyproxy-User"] == ["u_alice"]
+        async with session.post(url, data=job, headers={"Content-Type": "application/json"}) as response:
+            assert response.status == 401
+        for _, page in pages:
+            async with session.get(page) as response:
+                assert response.status == 200
+    (command,) = [line.split() for line in told.splitlines() if line.startswith("  keyproxy ")]
+    listing = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", *command, env=stage.environment, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await listing.communicate()
+    assert listing.returncode == 0
+    assert out.count(b"u_alice") == 3
+
+
+async def test_ctrl_c_before_the_story_has_begun_ends_it_too(stage: Stage, played: Output) -> None:
+    assert played.status == 0
+    async with stage.playing() as process:
+        await _told_until(process, "Starting PostgreSQL")
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = await process.communicate()
+        assert b"Traceback" not in err
+    await stage.is_left_alone()

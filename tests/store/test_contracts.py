@@ -1,0 +1,80 @@
+"""The ports' suites, on the fakes and on the real things over a real PostgreSQL."""
+
+from __future__ import annotations
+
+import pytest
+
+from keyproxy.keyformat import SecretKey
+from keyproxy.model import Moment
+from keyproxy.ports import Identities
+from keyproxy.reasons import Reason
+from tests import contracts, fakes
+from tests.store.stage import Clock, Rig, add_user
+
+_STANDINGS = {
+    None: "SELECT",
+    Reason.KEY_REVOKED: "UPDATE keyproxy.api_keys SET revoked_at = now()",
+    Reason.ACCOUNT_DISABLED: "UPDATE keyproxy.users SET disabled_at = now()",
+}
+
+
+class _FakeStage:
+    def __init__(self) -> None:
+        self.identities = fakes.FakeIdentities()
+        self.identities.slow = {secret.digest() for secret in (contracts.KNOWN, contracts.OTHER, contracts.STRANGER)}
+        self.now = Clock()
+
+    async def add(self, secret: SecretKey, user: str, *, is_test: bool = False, standing: Reason | None = None) -> None:
+        self.identities.add(secret, fakes.identity(user, is_test=is_test, standing=standing))
+
+    async def goes_down(self) -> None:
+        self.identities.is_down = True
+
+    async def comes_back(self) -> None:
+        self.identities.is_down = False
+
+
+class _CacheStage:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    @property
+    def identities(self) -> Identities:
+        return self._rig.cache
+
+    def now(self) -> Moment:
+        return self._rig.clock()
+
+    async def add(self, secret: SecretKey, user: str, *, is_test: bool = False, standing: Reason | None = None) -> None:
+        await add_user(self._rig.sql, user)
+        await self._rig.sql.execute(
+            "INSERT INTO keyproxy.api_keys (id, user_id, digest, scopes, is_test)"
+            " VALUES ('key_of_' || $1, $1, $2, '{jobs:write}', $3)",
+            user, secret.digest(), is_test,
+        )  # fmt: skip
+        await self._rig.sql.execute(_STANDINGS[standing])
+        await self._rig.feed.look()
+
+    async def goes_down(self) -> None:
+        await self._rig.goes_down()
+
+    async def comes_back(self) -> None:
+        await self._rig.comes_back()
+
+
+class TestFakeIdentities(contracts.IdentitiesContract):
+    """The fake that the wire's tests are played on."""
+
+    @pytest.fixture
+    def stage(self) -> contracts.IdentitiesStage:
+        """In memory."""
+        return _FakeStage()
+
+
+class TestIdentityCache(contracts.IdentitiesContract):
+    """The cache in front of the store."""
+
+    @pytest.fixture
+    def stage(self, rig: Rig) -> contracts.IdentitiesStage:
+        """Over a wire that can be cut."""
+        return _CacheStage(rig)
