@@ -67,7 +67,7 @@ POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "bisect", "collections", "contextlib", "ctypes",
-    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "getpass", "hashlib", "http",
+    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass", "hashlib", "http",
     "importlib", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue",
     "random", "re", "resource", "secrets", "select", "shutil", "signal", "socket", "ssl", "stat", "struct",
     "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",

@@ -32,10 +32,10 @@ _CODES: Final = {
     Ending.CLIENT_GONE: "client_gone",
 }
 
-_PENDING_SECONDS: Final = 0.2
+_PENDING_SECONDS: Final = 0.02
 
 #: More than this pending is counted at once, so that memory stays bounded between two turns.
-_PENDING_MAX: Final = 10_000
+_PENDING_MAX: Final = 250
 
 
 class Histogram:

@@ -1,0 +1,123 @@
+"""What the identity cache costs: memory per key, and how a known key fares while strangers flood in.
+
+Run as `python -m bench.cache`. A real PostgreSQL, the real cache, in one process without a wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import asyncpg
+import uvloop
+
+from bench.load import rss_mib
+from bench.site import machine
+from keyproxy import clock, settings
+from keyproxy.model import KeyDigest, Missing
+from keyproxy.reasons import Refusal
+from keyproxy.store import embedded, migrations
+from keyproxy.store.assembly import Store
+
+_BATCH = 2_000
+_SELF = [int(Path("/proc/self").resolve().name)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__)
+    parser.add_argument("--keys", type=int, default=100_000)
+    parser.add_argument("--strangers", type=int, default=250_000)
+    options = parser.parse_args(arguments)
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory:
+        server = embedded.start(Path(directory) / "pg", {"fsync": "off"})
+        try:
+            uvloop.run(migrations.migrate(server.dsn()))
+            uvloop.run(_measure(server.dsn(), options.keys, options.strangers))
+        finally:
+            server.stop()
+    return 0
+
+
+async def _measure(dsn: str, keys: int, strangers: int) -> None:
+    await _fill(dsn, keys)
+    store = Store(settings.Store(), settings.Cache(), dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now)
+    await store.open()
+    while not store.feed.is_current():
+        await asyncio.sleep(0.01)
+    await _ask(store, "key", 0, 1)
+    before = rss_mib(_SELF)
+    for start in range(0, keys, _BATCH):
+        await _ask(store, "key", start, min(start + _BATCH, keys))
+    grown = rss_mib(_SELF) - before
+    print(f"{store.identities.sizes()['known']} keys cached: {grown * 1048576 / keys:.0f} bytes of memory per key")
+    print(f"known key, alone:            {_told(_looks(store, keys, 20_000))}")
+    seconds: list[float] = []
+    for start in range(0, strangers, _BATCH):
+        await _ask(store, "stranger", start, min(start + _BATCH, strangers))
+        seconds += _looks(store, keys, 200)
+    sizes = store.identities.sizes()
+    print(f"known key, among strangers:  {_told(seconds)}")
+    print(f"after {strangers} strangers: {sizes['known']} known and {sizes['unknown']} unknown keys are cached")
+    await store.close()
+
+
+async def _fill(dsn: str, keys: int) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(
+        "INSERT INTO keyproxy.tenants (id) SELECT 'tenant_' || n FROM generate_series(0, 999) AS n"
+    )
+    rows = [(f"user_{number}", f"tenant_{number % 1000}") for number in range(keys)]
+    await connection.copy_records_to_table("users", schema_name="keyproxy", columns=["id", "tenant_id"], records=rows)
+    made = [(f"key_{number:020}", f"user_{number}", _digest("key", number), ["jobs:write"]) for number in range(keys)]
+    await connection.copy_records_to_table(
+        "api_keys", schema_name="keyproxy", columns=["id", "user_id", "digest", "scopes"], records=made
+    )
+    await connection.close()
+
+
+async def _ask(store: Store, kind: str, start: int, end: int) -> None:
+    """Have these keys brought into the cache, side by side."""
+
+    async def one(digest: KeyDigest) -> None:
+        try:
+            store.identities.known(digest, clock.now())
+        except Missing as missing:
+            await missing.bring()
+        except Refusal:
+            return
+
+    await asyncio.gather(*(one(_digest(kind, number)) for number in range(start, end)))
+
+
+def _looks(store: Store, keys: int, times: int) -> list[float]:
+    """How long looking up a known key takes, in seconds, so often."""
+    digests = [_digest("key", number * 7919 % keys) for number in range(times)]
+    taken = []
+    for digest in digests:
+        now = clock.now()
+        began = time.perf_counter()
+        store.identities.known(digest, now)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def _digest(kind: str, number: int) -> KeyDigest:
+    return KeyDigest(hashlib.sha256(f"{kind}{number}".encode()).digest())
+
+
+def _told(seconds: list[float]) -> str:
+    ordered = sorted(seconds)
+    p50, p99 = (ordered[int(len(ordered) * share)] * 1e6 for share in (0.5, 0.99))
+    return f"p50 {p50:.2f} µs, p99 {p99:.2f} µs"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
