@@ -47,7 +47,19 @@ RANKS = {
 
 #: Below this rank nothing waits, logs, reads a clock or touches the system, and nothing is a third-party library's.
 PURE_BELOW = 6
-IMPURE = {"asyncio", "time", "os", "logging", "socket", "random", "secrets", "threading", "subprocess", "datetime"}
+IMPURE = {
+    "asyncio",
+    "time",
+    "os",
+    "logging",
+    "operator",
+    "socket",
+    "random",
+    "secrets",
+    "threading",
+    "subprocess",
+    "datetime",
+}
 
 #: The only rooms that may import a library.
 HOMES = {

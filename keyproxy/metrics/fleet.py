@@ -40,7 +40,7 @@ class _Family:
 
     def take(self, metric: Metric) -> None:
         """Add the samples of one process."""
-        both = _NOT_SUMMED.get(self.name, float.__add__)
+        both = _NOT_SUMMED.get(self.name, _sum)
         for sample in metric.samples:
             key = (sample.name, tuple(sample.labels.items()))
             known = self.samples.get(key)
@@ -88,6 +88,10 @@ class Fleet(Collector):
         restarts = CounterMetricFamily("keyproxy_worker_restarts", "Workers that ended unasked and were started again.")
         restarts.add_metric((), self._restarts())
         yield restarts
+
+
+def _sum(one: float, other: float) -> float:
+    return one + other
 
 
 def _add(families: dict[str, _Family], metrics: Iterable[Metric]) -> None:

@@ -1,0 +1,69 @@
+"""The metrics of several processes on one page."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from keyproxy.metrics.fleet import Fleet
+
+PAGE = """\
+# TYPE keyproxy_requests_total counter
+keyproxy_requests_total{{route="any",status="200"}} {requests}
+# TYPE keyproxy_request_seconds histogram
+keyproxy_request_seconds_bucket{{le="0.1"}} {requests}
+keyproxy_request_seconds_bucket{{le="+Inf"}} {requests}
+keyproxy_request_seconds_count {requests}
+keyproxy_request_seconds_sum 0.5
+# TYPE keyproxy_open_requests gauge
+keyproxy_open_requests {open}
+# TYPE keyproxy_store_up gauge
+keyproxy_store_up {up}
+# TYPE keyproxy_change_feed_lag_seconds gauge
+keyproxy_change_feed_lag_seconds {lag}
+"""
+
+
+def page(requests: int, *, going: int = 0, up: int = 1, lag: float = 0.0) -> str:
+    """What one worker tells."""
+    return PAGE.format(requests=requests, open=going, up=up, lag=lag)
+
+
+def values(text: bytes) -> dict[str, float]:
+    """Every series of a page by its name."""
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+        if "le" not in sample.labels and "state" not in sample.labels
+    }
+
+
+def fleet() -> Fleet:
+    """A fleet of two, of which one was started again."""
+    return Fleet(lambda: {"ready": 2}, lambda: 1)
+
+
+def test_what_is_counted_is_summed_and_what_is_a_state_is_the_worst() -> None:
+    told = values(fleet().render([page(3, going=1, lag=0.5), page(4, going=2, up=0, lag=0.25)]))
+    assert told["keyproxy_requests_total"] == 7
+    assert told["keyproxy_request_seconds_count"] == 7
+    assert told["keyproxy_request_seconds_sum"] == 1.0
+    assert told["keyproxy_open_requests"] == 3
+    assert told["keyproxy_store_up"] == 0
+    assert told["keyproxy_change_feed_lag_seconds"] == 0.5
+    assert told["keyproxy_worker_restarts_total"] == 1
+
+
+def test_what_a_worker_counted_stays_when_it_has_ended_and_its_gauges_go() -> None:
+    several = fleet()
+    several.ended(page(5, going=9))
+    several.ended(page(6, going=9))
+    for _ in range(2):
+        told = values(several.render([page(1, going=1)]))
+        assert (told["keyproxy_requests_total"], told["keyproxy_open_requests"]) == (12, 1)
+
+
+def test_without_any_worker_what_was_counted_is_told_all_the_same() -> None:
+    several = fleet()
+    several.ended(page(5))
+    assert values(several.render([]))["keyproxy_requests_total"] == 5
