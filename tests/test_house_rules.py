@@ -22,6 +22,7 @@ RANKS = {
     "admission": 3,
     "headers": 3,
     "keyformat": 3,
+    "limits": 3,
     "ports": 3,
     "problems": 3,
     "routes": 3,

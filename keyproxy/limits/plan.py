@@ -1,0 +1,123 @@
+"""A plan: a named set of limits, as it is stored and as it is counted.
+
+Every limit is optional; one that is not there does not limit. Windows are calendar days and months in UTC. Zero is a
+limit like any other: nothing is let through.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Final
+
+#: The largest whole number of a limit: far above any use, and well within what every reader of JSON keeps exactly.
+LIMIT_MAX: Final = 10**15
+
+_RATE_MIN: Final = 1 / 86_400
+_RATE_MAX: Final = 1_000_000.0
+_UNITS_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(?:/(s|m|min|h|d))?")
+
+
+class InvalidPlanError(ValueError):
+    """A set of limits that means nothing. The text says what is wrong, in one line."""
+
+
+class Period(enum.Enum):
+    """The calendar window that a quota belongs to, in UTC."""
+
+    DAY = "day"
+    MONTH = "month"
+
+
+class Measure(enum.Enum):
+    """What a window counts."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Limits by name. None: no such limit.
+
+    `rate` is in requests per second, `burst` the requests that may come at once (None: one second's worth),
+    `concurrency` the requests under way at one time.
+    """
+
+    rate: float | None = None
+    burst: int | None = None
+    concurrency: int | None = None
+    requests_per_day: int | None = None
+    requests_per_month: int | None = None
+    tokens_per_request: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InvalidPlanError."""
+        if self.rate is not None and not _RATE_MIN <= self.rate <= _RATE_MAX:
+            raise InvalidPlanError(f"rate: must be from 1/d to {_RATE_MAX:.0f}/s")
+        if self.burst is not None and self.rate is None:
+            raise InvalidPlanError("burst: means nothing without a rate")
+        for name in _WHOLE:
+            value: int | None = getattr(self, name)
+            least = 1 if name == "burst" else 0
+            if value is not None and not least <= value <= LIMIT_MAX:
+                raise InvalidPlanError(f"{name}: must be a whole number from {least} to {LIMIT_MAX}")
+
+    @property
+    def burst_requests(self) -> int:
+        """How many requests may come at once under `rate`."""
+        if self.burst is not None:
+            return self.burst
+        return max(1, math.ceil(self.rate)) if self.rate is not None else 0
+
+    def window(self, measure: Measure, period: Period) -> int | None:
+        """The limit of a calendar window, None if there is none."""
+        limit: int | None = getattr(self, f"{measure.value}_per_{period.value}")
+        return limit
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether it limits anything."""
+        return self != NO_LIMITS
+
+    def to_json(self) -> dict[str, float | int]:
+        """The limits that are set, by name: what `plans.limits` holds."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    @classmethod
+    def from_json(cls, limits: object) -> Plan:
+        """Read what `plans.limits` holds. Raises InvalidPlanError."""
+        if not isinstance(limits, Mapping):
+            raise InvalidPlanError("limits: must be an object")
+        known = {field.name for field in fields(cls)}
+        for name, value in limits.items():
+            if name not in known:
+                raise InvalidPlanError(f"{name}: there is no such limit; there are {', '.join(sorted(known))}")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InvalidPlanError(f"{name}: must be a number")
+            if name != "rate" and value != int(value):
+                raise InvalidPlanError(f"{name}: must be a whole number")
+        whole = {name: int(value) for name, value in limits.items() if value is not None and name != "rate"}
+        rate = limits.get("rate")
+        return cls(rate=None if rate is None else float(rate), **whole)
+
+
+_WHOLE: Final = tuple(field.name for field in fields(Plan) if field.name != "rate")
+
+NO_LIMITS: Final = Plan()
+
+
+def rate_per_second(text: str) -> float:
+    """A rate as people write it: `50/s`, `3000/min`, `10/h`, `50`. Raises InvalidPlanError."""
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidPlanError(f"{text!r} is no rate: write it as 50/s, 3000/min, 100/h or 1000/d")
+    return float(match[1]) / _UNITS_SECONDS[match[2] or "s"]
