@@ -149,11 +149,12 @@ async def test_what_belongs_to_a_tenant_or_user_goes_with_it_and_nothing_else_do
 
 async def test_a_plan_that_is_given_to_somebody_cannot_be_deleted(directory: Sql) -> None:
     await add_key(directory)
-    for table in ("tenants", "users", "api_keys"):
-        await directory.execute(f"UPDATE keyproxy.{table} SET plan_id = 'basic'")
+    given = ("tenants", "plan_id"), ("users", "plan_id"), ("api_keys", "plan_id")
+    for table, column in (*given, ("tenants", "test_plan_id"), ("users", "test_plan_id")):
+        await directory.execute(f"UPDATE keyproxy.{table} SET {column} = 'basic'")
         with pytest.raises(asyncpg.ForeignKeyViolationError):
             await directory.execute("DELETE FROM keyproxy.plans WHERE id = 'basic'")
-        await directory.execute(f"UPDATE keyproxy.{table} SET plan_id = NULL")
+        await directory.execute(f"UPDATE keyproxy.{table} SET {column} = NULL")
     await directory.execute("DELETE FROM keyproxy.plans WHERE id = 'basic'")
 
 
@@ -219,7 +220,8 @@ async def test_limits_of_a_plan_are_an_object(sql: Sql, limits: str, is_good: bo
         ("name = 'x'", False),
         ("hint = 'x'", False),
         ("created_at = now()", False),
-        ("replaces = 'key_2'", False),
+        ("replaces = 'key_2'", True),
+        ("lineage = 'key_9'", True),
         ("id = id", False),
     ],
 )
@@ -239,6 +241,65 @@ async def test_a_changed_digest_is_news_for_the_old_and_the_new_one(directory: S
     await directory.execute("UPDATE keyproxy.api_keys SET digest = $1", DIGEST)
     rows = await directory.fetch("SELECT kind, subject FROM keyproxy.changes")
     assert {tuple(row) for row in rows} == {("key", secret.digest().hex()), ("key", DIGEST.hex())}
+
+
+@pytest.mark.parametrize("table", ["tenants", "users"])
+async def test_a_test_plan_that_is_given_or_taken_is_news(directory: Sql, table: str) -> None:
+    for plan in ("basic", None):
+        before = await change_rows(directory)
+        await directory.execute(f"UPDATE keyproxy.{table} SET test_plan_id = $1", plan)
+        assert await change_rows(directory) == before + 1
+
+
+async def test_a_successor_that_comes_or_goes_is_news_for_the_key_it_replaces(directory: Sql) -> None:
+    old, new = await add_keys(directory, [1, 2])
+    for change in ("replaces = 'key_1'", "replaces = NULL"):
+        await directory.execute("DELETE FROM keyproxy.changes")
+        await directory.execute(f"UPDATE keyproxy.api_keys SET {change} WHERE id = 'key_2'")
+        rows = await directory.fetch("SELECT DISTINCT subject FROM keyproxy.changes")
+        assert {row["subject"] for row in rows} == {old.digest().hex(), new.digest().hex()}
+    await directory.execute("DELETE FROM keyproxy.changes")
+    await directory.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces) VALUES ('key_3', 'u_42', $1, 'key_1')", DIGEST
+    )
+    rows = await directory.fetch("SELECT DISTINCT subject FROM keyproxy.changes")
+    assert {row["subject"] for row in rows} == {old.digest().hex(), DIGEST.hex()}
+
+
+# -- lineage
+
+
+async def _rotated(sql: Sql, new: str, old: str, user: str = "u_42", *, is_test: bool = False) -> str | None:
+    """The lineage of a new key that some SQL client says replaces an old one."""
+    lineage: str | None = await sql.fetchval(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces, is_test)"
+        " VALUES ($1, $3, sha256($1::text::bytea), $2, $4) RETURNING lineage",
+        new, old, user, is_test,
+    )  # fmt: skip
+    return lineage
+
+
+async def test_keys_that_replace_each_other_are_of_one_lineage_whichever_sql_client_rotates(directory: Sql) -> None:
+    await add_key(directory)
+    assert await directory.fetchval("SELECT lineage FROM keyproxy.api_keys") is None
+    assert await _rotated(directory, "key_2", "key_1") == "key_1"
+    assert await _rotated(directory, "key_3", "key_2") == "key_1"
+    await directory.execute("DELETE FROM keyproxy.api_keys WHERE id IN ('key_1', 'key_2')")
+    assert await _rotated(directory, "key_4", "key_3") == "key_1"
+
+
+async def test_a_key_is_not_of_the_lineage_of_another_users_key_or_of_another_mode(directory: Sql) -> None:
+    await add_user(directory, "u_2")
+    await add_key(directory)
+    assert await _rotated(directory, "key_2", "key_1", "u_2") is None
+    assert await _rotated(directory, "key_3", "key_1", is_test=True) is None
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+async def test_a_lineage_is_an_id(directory: Sql, bad: str) -> None:
+    await add_key(directory)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await directory.execute("UPDATE keyproxy.api_keys SET lineage = $1", bad)
 
 
 # -- the audit log
@@ -343,6 +404,21 @@ async def test_the_audit_log_is_only_ever_added_to(directory: Sql, statement: st
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
         await directory.execute(statement)
     assert await directory.fetch("SELECT * FROM keyproxy.audit_log") == before
+
+
+async def test_an_audit_row_tells_whose_tenant_it_is_about_also_of_what_goes_with_it(directory: Sql) -> None:
+    await add_key(directory)
+    await add_user(directory, "u_2", "other")
+    await directory.execute("UPDATE keyproxy.api_keys SET name = 'x'")
+    await directory.execute("DELETE FROM keyproxy.tenants WHERE id = 'acme'")
+    rows = await directory.fetch("SELECT entity, entity_id, action, tenant_id FROM keyproxy.audit_log")
+    whose = {(row["entity"], row["entity_id"], row["action"]): row["tenant_id"] for row in rows}
+    assert whose == {
+        ("tenant", "acme", "insert"): "acme", ("user", "u_42", "insert"): "acme", ("key", "key_1", "insert"): "acme",
+        ("key", "key_1", "update"): "acme", ("plan", "basic", "insert"): None,
+        ("tenant", "other", "insert"): "other", ("user", "u_2", "insert"): "other",
+        ("tenant", "acme", "delete"): "acme", ("user", "u_42", "delete"): "acme", ("key", "key_1", "delete"): "acme",
+    }  # fmt: skip
 
 
 async def test_what_was_deleted_stays_in_the_audit_log(directory: Sql) -> None:
