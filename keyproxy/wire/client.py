@@ -47,7 +47,8 @@ class ClientConnection(ClientLine):
         self._buffer = b""
         self._body: Body = NoBody()
         self._is_pumping = False
-        self._has_checked_beginning = False
+        self._checked_bytes = 0
+        self._has_skipped_line = False
         self._stalled_bytes: int | None = None
 
     # -- asyncio
@@ -77,22 +78,10 @@ class ClientConnection(ClientLine):
 
     def eof_received(self) -> bool:
         self._has_ended = True
-        if self._state is not State.OPEN:
-            return False
-        exchange = self.exchange
-        if exchange is None:
-            if not self._buffer:
-                return False
-            self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its head"))
-        elif exchange.is_tunnel:
-            exchange.close_tunnel()
-        elif not exchange.is_complete:
-            exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
-        else:
-            # The client has said all it will. It may still listen: what it has asked for is answered. Or it has left,
-            # which shows once something is sent to it.
-            exchange.begin_status_line()
-        return True
+        if self._state is State.OPEN:
+            self._pump()
+        # TLS has no half-closed connections: its transport closes whatever is answered here.
+        return self._transport is not None and self._transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -113,6 +102,9 @@ class ClientConnection(ClientLine):
         self._watch()
         if self.exchange is not None:
             self.exchange.resume_answer()
+        else:
+            self.resume()
+            self._pump()
 
     # -- what the exchange asks for
 
@@ -131,17 +123,18 @@ class ClientConnection(ClientLine):
             return
         if is_cut:
             self.abort()
-        elif closes or self._has_ended:
+        elif closes:
             has_unread = exchange is None or exchange.head is None or not exchange.is_complete or bool(self._buffer)
             self._finish(lingers=has_unread)
         else:
-            self._has_checked_beginning = False
+            self._checked_bytes = 0
+            self._has_skipped_line = False
+            if self._stalled_bytes is None:
+                self.deadline = now + self.server.listen.keepalive_timeout_seconds
             if self._is_paused:
                 self.resume()
-            if self._buffer:
+            if self._buffer or self._has_ended:
                 self._pump()
-            elif self._stalled_bytes is None:
-                self.deadline = now + self.server.listen.keepalive_timeout_seconds
 
     # -- shutting down
 
@@ -197,6 +190,10 @@ class ClientConnection(ClientLine):
             while self._buffer and self._state is State.OPEN:
                 exchange = self.exchange
                 if exchange is None:
+                    if self._stalled_bytes is not None:
+                        # The client does not read what it has asked for already: its answers must not pile up here.
+                        self.pause()
+                        break
                     if not self._read_head():
                         break
                 elif exchange.is_complete:
@@ -205,25 +202,48 @@ class ClientConnection(ClientLine):
                     break
                 else:
                     self._read_body(exchange)
+            if self._has_ended and self._state is State.OPEN:
+                self._no_more_comes()
         finally:
             self._is_pumping = False
+
+    def _no_more_comes(self) -> None:
+        """The client has closed its side. It may still listen: what it has asked for whole is answered."""
+        exchange = self.exchange
+        if exchange is None:
+            if self._stalled_bytes is not None:
+                return
+            if not self._buffer:
+                self.close()
+            else:
+                self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its head"))
+        elif exchange.is_tunnel:
+            exchange.close_tunnel()
+        elif not exchange.is_complete:
+            exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
+        else:
+            # Or it has left, which shows once something is sent to it.
+            exchange.begin_status_line()
 
     def _read_head(self) -> bool:
         """Begin the next exchange. False if its head has not arrived whole."""
         buffer = self._buffer
-        if buffer.startswith(b"\r\n"):
+        if buffer.startswith(b"\r\n") and not self._has_skipped_line:
             # One empty line before a request is forgiven, RFC 9112 section 2.2; a second one is not.
-            buffer = buffer[2:]
+            self._has_skipped_line = True
+            buffer = self._buffer = buffer[2:]
         bytes_max = self.server.listen.header_bytes_max
         end = buffer.find(HEAD_END)
         try:
             if end < 0 or end > bytes_max:
                 if len(buffer) > bytes_max:
                     raise Refusal(Reason.HEADERS_TOO_LARGE)
-                if buffer and not self._has_checked_beginning:
-                    self._has_checked_beginning = True
-                    check_beginning(buffer)
+                if buffer and not self._checked_bytes:
                     self.deadline = self._clock() + self.server.listen.header_timeout_seconds
+                if len(buffer) >= 2 * self._checked_bytes:
+                    # Only once it has doubled: single bytes must not make us judge all that has come, for each.
+                    self._checked_bytes = len(buffer)
+                    check_beginning(buffer)
                 return False
             self._begin(self.server.requests.read(buffer, end), buffer[end + 4 :])
         except FramingError as error:
@@ -240,14 +260,14 @@ class ClientConnection(ClientLine):
             body = self._body = self._body_of(head)
             content, rest = body.feed(rest)
             is_complete = body.is_complete
-        if rest:
+        if rest == b"\r\n" and not head.fields.opens_tunnel:
+            rest = b""  # some clients have always sent an empty line after a body: it belongs to no request
+        elif rest:
             _check_surplus(head, rest)
         self._buffer = rest
         request_id = server.gate.request_id(head)
         exchange = self.exchange = Exchange(self, head, request_id, now, content=content, is_complete=is_complete)
-        limit = server.listen.body_bytes_max
-        if limit and (head.content_length > limit or len(content) > limit):
-            exchange.refuse(Refusal(Reason.BODY_TOO_LARGE))
+        if head.has_body and self._is_too_large(exchange):
             return
         self.deadline = NO_DEADLINE if is_complete else now + server.listen.body_idle_timeout_seconds
         server.gate.begin(exchange)
@@ -260,10 +280,20 @@ class ClientConnection(ClientLine):
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, str(error)))
             return
         self._buffer = rest
+        if self._is_too_large(exchange, len(content)):
+            return
         if content or self._body.is_complete:
             exchange.body_arrived(content, is_complete=self._body.is_complete)
         if self.exchange is exchange:
             self._watch()
+
+    def _is_too_large(self, exchange: Exchange, more_bytes: int = 0) -> bool:
+        """Refuse a body that is, or says that it will be, larger than it may be."""
+        limit = self.server.listen.body_bytes_max
+        if not limit or exchange.bytes_in + more_bytes + self._body.remaining_bytes <= limit or exchange.is_tunnel:
+            return False
+        exchange.refuse(Refusal(Reason.BODY_TOO_LARGE))
+        return True
 
     def _body_of(self, head: RequestHead) -> Body:
         if head.fields.is_chunked:

@@ -126,10 +126,7 @@ class Exchange:
         """The next content of the request body, and whether it was the last."""
         self.bytes_in += len(content)
         self.is_complete = is_complete
-        limit = self._server.listen.body_bytes_max
-        if limit and self.bytes_in > limit and not self.is_tunnel:
-            self.refuse(Refusal(Reason.BODY_TOO_LARGE))
-        elif self._upstream is not None:
+        if self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
         else:
             self._pending += content

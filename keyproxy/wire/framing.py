@@ -19,6 +19,9 @@ from typing import Final, Protocol
 EXTENSION_BYTES_MAX: Final = 16_384
 TRAILER_BYTES_MAX: Final = 16_384
 
+#: Beyond this some servers count in numbers that wrap around or lose digits (CVE-2013-2028); no body is so long.
+CHUNK_BYTES_MAX: Final = 1 << 53
+
 _SIZE_LINE_BYTES_MAX: Final = EXTENSION_BYTES_MAX + 16
 _CRLF: Final = b"\r\n"
 
@@ -35,9 +38,10 @@ class FramingError(Exception):
 
 
 class Body(Protocol):
-    """A body being read. `is_complete` once its end has been seen."""
+    """A body being read. `is_complete` once its end has been seen; `remaining_bytes` of content are known to come."""
 
     is_complete: bool
+    remaining_bytes: int
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """(content, bytes after the end of the body). Raises FramingError."""
@@ -52,6 +56,7 @@ class NoBody:
     """A message that ends with its head."""
 
     is_complete = True
+    remaining_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         return b"", data
@@ -63,18 +68,18 @@ class NoBody:
 class CountedBody:
     """As many bytes as Content-Length said."""
 
-    __slots__ = ("_remaining", "is_complete")
+    __slots__ = ("is_complete", "remaining_bytes")
 
     def __init__(self, content_length: int) -> None:
-        self._remaining = content_length
+        self.remaining_bytes = content_length
         self.is_complete = content_length == 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        remaining = self._remaining - len(data)
+        remaining = self.remaining_bytes - len(data)
         if remaining > 0:
-            self._remaining = remaining
+            self.remaining_bytes = remaining
             return data, b""
-        end, self._remaining = self._remaining, 0
+        end, self.remaining_bytes = self.remaining_bytes, 0
         self.is_complete = True
         return (data, b"") if remaining == 0 else (data[:end], data[end:])
 
@@ -86,6 +91,7 @@ class EndlessBody:
     """Everything until the connection ends: a response without a length, and both directions of a tunnel."""
 
     is_complete = False
+    remaining_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         return data, b""
@@ -103,9 +109,9 @@ class ChunkedBody:
         "_extension_bytes",
         "_forbids",
         "_read",
-        "_remaining",
         "_trailer_bytes",
         "is_complete",
+        "remaining_bytes",
     )
 
     def __init__(self, forbids: Callable[[bytes], bool]) -> None:
@@ -113,7 +119,7 @@ class ChunkedBody:
         self._forbids = forbids
         self._buffer = b""
         self._at = 0
-        self._remaining = 0
+        self.remaining_bytes = 0
         self._extension_bytes = 0
         self._trailer_bytes = 0
         self._read: Callable[[list[bytes]], bool] = self._read_size
@@ -157,19 +163,22 @@ class ChunkedBody:
         self._extension_bytes += len(match[2])
         if self._extension_bytes > EXTENSION_BYTES_MAX:
             raise FramingError("the chunk extensions are too long")
-        self._remaining = int(match[1], 16)
-        self._read = self._read_content if self._remaining else self._read_trailer
+        size = int(match[1], 16)
+        if size > CHUNK_BYTES_MAX:
+            raise FramingError("a chunk has more bytes than any body")
+        self.remaining_bytes = size
+        self._read = self._read_content if self.remaining_bytes else self._read_trailer
         return True
 
     def _read_content(self, content: list[bytes]) -> bool:
         have = len(self._buffer) - self._at
-        if have < self._remaining:
+        if have < self.remaining_bytes:
             if have:
                 content.append(self._buffer[self._at :])
-                self._remaining -= have
+                self.remaining_bytes -= have
                 self._at += have
             return False
-        end = self._at + self._remaining
+        end = self._at + self.remaining_bytes
         content.append(self._buffer[self._at : end])
         self._at = end
         self._read = self._read_content_end

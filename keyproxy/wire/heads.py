@@ -29,7 +29,9 @@ FIELDS_MAX: Final = 256
 CONTENT_LENGTH_DIGITS_MAX: Final = 18
 
 _OPTIONS_WITHOUT_FIELD: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
-_NO_BODY_STATUSES: Final = frozenset({204, 304})
+_FINAL: Final = 200
+_NO_CONTENT: Final = 204
+_NOT_MODIFIED: Final = 304
 _OWS: Final = b" \t"
 _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
@@ -170,7 +172,12 @@ def check_beginning(buffer: bytes) -> None:
 
 def has_no_body(method: bytes, status: int) -> bool:
     """Whether a response to this method with this status ends with its head. RFC 9112 section 6.3."""
-    return method == b"HEAD" or status in _NO_BODY_STATUSES or status < 200
+    return method == b"HEAD" or status == _NOT_MODIFIED or ends_with_head(status)
+
+
+def ends_with_head(status: int) -> bool:
+    """Whether a response with this status has no body and must not announce one. RFC 9110 section 8.6."""
+    return status == _NO_CONTENT or status < _FINAL
 
 
 class _Parts:

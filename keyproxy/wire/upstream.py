@@ -8,6 +8,7 @@ else's answer (CVE-2023-28859 is that mistake in another protocol).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Final, cast
 
@@ -16,7 +17,7 @@ from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, has_no_body
+from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, ends_with_head, has_no_body
 
 if TYPE_CHECKING:
     from keyproxy.wire.exchange import Exchange
@@ -48,6 +49,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_paused = False
         self._request_is_written = False
         self._interim = 0
+        self._is_suspect = False
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
         self._idle_seconds = pool.settings.idle_timeout_seconds
@@ -104,6 +106,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._method = method
         self._body = None
         self._interim = 0
+        self._is_suspect = False
         self._request_is_written = is_last
         # While the request is still being sent, how long that may take is the client side's to say.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
@@ -182,14 +185,18 @@ class UpstreamConnection(asyncio.Protocol):
             if not 0 <= end <= HEAD_BYTES_MAX:
                 if len(buffer) > HEAD_BYTES_MAX:
                     raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head has more than {HEAD_BYTES_MAX} bytes")
+                # Its deadline stays: a head may not trickle for as long as it likes.
                 self._buffer = buffer
-                self._watch(now)
                 return
             head = self._pool.responses.read(buffer, end)
             buffer = buffer[end + 4 :]
             status = head.line.status
+            if ends_with_head(status) and (head.fields.has_content_length or head.fields.is_chunked):
+                # What it announces does not belong to it, and may come all the same: nobody else is to get that.
+                self._is_suspect = self._is_suspect or head.content_length > 0 or head.fields.is_chunked
+                head = _without_length(head)
             if status >= _FINAL:
-                self._keeps_alive = head.fields.keeps_alive
+                self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
                 body = self._body = self._body_of(head)
                 exchange.answer_begins(head, now)
             elif head.fields.opens_tunnel and exchange.asks_for_tunnel:
@@ -200,6 +207,7 @@ class UpstreamConnection(asyncio.Protocol):
                 raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
             else:
                 self._interim += 1
+                self._watch(now)
         content, self._buffer = body.feed(buffer)
         if body.is_complete:
             exchange.answer_arrived(content, now, is_last=True)
@@ -236,3 +244,10 @@ class UpstreamConnection(asyncio.Protocol):
     def __repr__(self) -> str:
         state = "closed" if not self.is_open else "idle" if self._exchange is None else "busy"
         return f"<UpstreamConnection {state}>"
+
+
+def _without_length(head: ResponseHead) -> ResponseHead:
+    """The head without its Content-Length, which a client might wait for. RFC 9110 section 8.6."""
+    lines = head.block.splitlines(keepends=True)
+    block = b"".join(line for line in lines if not line.lower().startswith(b"content-length:"))
+    return ResponseHead(head.line, dataclasses.replace(head.fields, has_content_length=False), block, 0)
