@@ -131,7 +131,9 @@ class Proxy:
             gate=gateway,
             upstreams=upstreams,
             names=FieldNames(prefix),
-            problems=Problems(invalid_key_status=settings.errors.invalid_key_status),
+            problems=Problems(
+                invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
+            ),
             trust=TrustRule(settings.listen.trusted_proxies, prefix),
             tls=tls,
         )

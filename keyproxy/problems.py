@@ -11,20 +11,26 @@ import json
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from keyproxy.reasons import Reason, Refusal
+from keyproxy import ratelimit
+from keyproxy.reasons import Reason, Refusal, Row
 
 #: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
+
+#: Reasons whose status the operator may set with `errors.spent_status`: a window is used up.
+SPENT_REFUSALS: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
 _OPENAI_TYPES: Final = {
-    401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error",
+    401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error",
+    500: "server_error",
 }  # fmt: skip
 _ANTHROPIC_TYPES: Final = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 408: "timeout_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error",
 }  # fmt: skip
 
 
@@ -40,8 +46,11 @@ class Answer(NamedTuple):
 class Problems:
     """Renders refusals, with the statuses that the operator chose."""
 
-    def __init__(self, *, invalid_key_status: int = 401) -> None:
-        self._statuses: Mapping[Reason, int] = dict.fromkeys(KEY_REFUSALS, invalid_key_status)
+    def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
+        self._statuses: Mapping[Reason, int] = {
+            **dict.fromkeys(KEY_REFUSALS, invalid_key_status),
+            **dict.fromkeys(SPENT_REFUSALS, spent_status),
+        }
 
     def status(self, reason: Reason) -> int:
         """The HTTP status that this reason is answered with."""
@@ -49,35 +58,7 @@ class Problems:
 
     def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:
         """The answer for one refusal in the route's error shape."""
-        row = refusal.reason.value
         status = self.status(refusal.reason)
-        sentence = f"{row.sentence} {refusal.said}".rstrip()
-        match error_shape:
-            case "openai":
-                content: dict[str, object] = {
-                    "error": {
-                        "message": sentence,
-                        "type": _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
-                        "param": None,
-                        "code": row.code,
-                    }
-                }
-            case "anthropic":
-                kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-                content = {
-                    "type": "error",
-                    "error": {"type": kind, "message": sentence, "code": row.code},
-                    "request_id": request_id,
-                }
-            case _:
-                content = {
-                    "type": f"urn:keyproxy:problem:{row.code}",
-                    "title": row.title,
-                    "status": status,
-                    "detail": sentence,
-                    "code": row.code,
-                    "request_id": request_id,
-                }
         media_type = "application/problem+json" if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
         if status == http.HTTPStatus.UNAUTHORIZED:
@@ -88,9 +69,61 @@ class Problems:
             )
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
+        block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
         return Answer(
             status,
             http.HTTPStatus(status).phrase.encode("ascii"),
-            "".join(f"{line}\r\n" for line in fields).encode("ascii"),
-            json.dumps(content).encode("utf-8"),
+            block + ratelimit.lines(refusal.applied),
+            self._body(refusal, request_id, error_shape),
         )
+
+    def last_event(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
+        """The server-sent event that ends a stream which may not go on, in the route's error shape.
+
+        It has to begin where an event may begin. What SDKs make of it: OpenAI's raises on any data with an `error`,
+        Anthropic's on an event named `error`. No `[DONE]` follows: the stream is not done.
+        """
+        body = self._body(refusal, request_id, error_shape)
+        return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
+
+    def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
+        row = refusal.reason.value
+        status = self.status(refusal.reason)
+        sentence = f"{row.sentence} {refusal.said}".rstrip()
+        told = _limit_members(refusal)
+        content: dict[str, object]
+        match error_shape:
+            case "openai":
+                kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+                content = {"error": {"message": sentence, "type": kind, "param": None, "code": row.code, **told}}
+            case "anthropic":
+                kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+                error = {"type": kind, "message": sentence, "code": row.code, **told}
+                content = {"type": "error", "error": error, "request_id": request_id}
+            case _:
+                content = {**_problem(row, status, sentence), "request_id": request_id, **told}
+        return json.dumps(content).encode("utf-8")
+
+
+def _problem(row: Row, status: int, sentence: str) -> dict[str, object]:
+    return {
+        "type": f"urn:keyproxy:problem:{row.code}",
+        "title": row.title,
+        "status": status,
+        "detail": sentence,
+        "code": row.code,
+    }
+
+
+def _limit_members(refusal: Refusal) -> dict[str, object]:
+    """What is told of the limit that refused. `retryable`: the same request can be let in later."""
+    limit = refusal.limit
+    if limit is None:
+        return {}
+    return {
+        "policy": limit.policy.name,
+        "limit": limit.policy.quota,
+        "remaining": limit.told_remaining,
+        "reset_seconds": limit.told_reset_seconds,
+        "retryable": refusal.retry_after_seconds is not None,
+    }

@@ -10,7 +10,11 @@ A new outcome is one row here, one entry in docs/failure-modes.md, one test.
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from keyproxy.ratelimit import LimitState
 
 
 class Blame(enum.Enum):
@@ -106,6 +110,45 @@ class Reason(enum.Enum):
         "Route not allowed",
         "No route of this proxy matches the method and path.",
     )
+    RATE_LIMITED = Row(
+        "rate_limited",
+        429,
+        Blame.CALLER,
+        "Rate limited",
+        "Requests come faster than a limit on this API key, its user or its tenant allows. Slow down.",
+        1,
+    )
+    CONCURRENCY_LIMITED = Row(
+        "concurrency_limited",
+        429,
+        Blame.CALLER,
+        "Concurrency limited",
+        "As many requests are under way at once as a limit on this API key, its user or its tenant allows.",
+        1,
+    )
+    QUOTA_EXHAUSTED = Row(
+        "quota_exhausted",
+        429,
+        Blame.CALLER,
+        "Quota exhausted",
+        "The requests of this window are used up.",
+        60,
+    )
+    TOKEN_BUDGET_EXHAUSTED = Row(
+        "token_budget_exhausted",
+        429,
+        Blame.CALLER,
+        "Token budget exhausted",
+        "What is left of this window's token budget does not cover the tokens that the request may use.",
+        60,
+    )
+    TOKEN_LIMIT_PER_REQUEST = Row(
+        "token_limit_per_request",
+        403,
+        Blame.CALLER,
+        "Token limit per request",
+        "The request may use more tokens than one request is allowed. Ask for fewer, or send a shorter prompt.",
+    )
     BODY_TOO_LARGE = Row(
         "body_too_large",
         413,
@@ -133,6 +176,14 @@ class Reason(enum.Enum):
         Blame.US,
         "Store unavailable",
         "API keys cannot be checked right now. This says nothing about yours; retry shortly.",
+        2,
+    )
+    LEDGER_UNAVAILABLE = Row(
+        "ledger_unavailable",
+        503,
+        Blame.US,
+        "Ledger unavailable",
+        "What is left of your limits cannot be found out right now. Nothing was charged; retry shortly.",
         2,
     )
     OVERLOADED = Row(
@@ -189,8 +240,10 @@ class Reason(enum.Enum):
 class Refusal(Exception):
     """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
 
-    `missing_scope` is set for SCOPE_INSUFFICIENT. Neither text may hold anything that came with the request
-    unless it was checked for secrets: see docs/threat-model.md.
+    `missing_scope` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
+    `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
+    the wait is until the limit's reset. Neither text may hold anything that came with the request unless it was
+    checked for secrets: see docs/threat-model.md.
     """
 
     def __init__(
@@ -201,12 +254,22 @@ class Refusal(Exception):
         said: str = "",
         missing_scope: str | None = None,
         retry_after_seconds: int | None = None,
+        limit: LimitState | None = None,
+        applied: Sequence[LimitState] = (),
     ) -> None:
         super().__init__(reason.code, detail)
         self.reason = reason
         self.detail = detail
         self.said = said
         self.missing_scope = missing_scope
-        self.retry_after_seconds = (
-            reason.value.retry_after_seconds if retry_after_seconds is None else retry_after_seconds
-        )
+        self.limit = limit
+        self.applied = applied or (() if limit is None else (limit,))
+        self.retry_after_seconds = _wait(reason, limit) if retry_after_seconds is None else retry_after_seconds
+
+
+def _wait(reason: Reason, limit: LimitState | None) -> int | None:
+    usual = reason.value.retry_after_seconds
+    if usual is None or limit is None or limit.reset_seconds is None:
+        return usual
+    # A whole second at least: "0" would be an invitation to come back at once.
+    return max(1, math.ceil(limit.reset_seconds))

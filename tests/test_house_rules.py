@@ -17,6 +17,7 @@ PACKAGE = ROOT / "keyproxy"
 #: A module imports only what stands on a strictly lower rank; the modules of one folder may see each other.
 RANKS = {
     "": 0,
+    "ratelimit": 0,
     "reasons": 1,
     "model": 2,
     "admission": 3,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from keyproxy.problems import ERROR_SHAPES, Answer, Problems
+from keyproxy.ratelimit import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
 
 CHALLENGE = 'Api-Key realm="keyproxy"'
@@ -108,3 +109,67 @@ def test_an_sdk_finds_the_type_that_its_exceptions_go_by(reason: Reason, openai:
     content = json.loads(anthropic_answer.body)
     assert (content["type"], content["error"]["type"], content["request_id"]) == ("error", anthropic, "r-1")
     assert {fields(answer)["Content-Type"] for answer in (openai_answer, anthropic_answer)} == {"application/json"}
+
+
+DAILY = LimitPolicy("user.requests-per-day", 100, 86_400)
+TOKENS = LimitPolicy("tenant.tokens-per-month", 5000, 2_592_000, "tokens")
+
+
+def told_error(answer: Answer, shape: str) -> dict[str, object]:
+    content = json.loads(answer.body)
+    error = content if shape == "problem" else content["error"]
+    assert isinstance(error, dict)
+    return error
+
+
+@each_shape
+def test_a_refusal_by_a_limit_names_the_limit_what_is_left_and_when_more_is(shape: str) -> None:
+    daily, tokens = LimitState(DAILY, 0, 61.2), LimitState(TOKENS, 4000, 1000)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, applied=[daily, tokens])
+    answer = Problems().answer(refusal, "r-1", shape)
+    error = told_error(answer, shape)
+    assert {name: error[name] for name in ("policy", "limit", "remaining", "reset_seconds", "retryable")} == {
+        "policy": "user.requests-per-day", "limit": 100, "remaining": 0, "reset_seconds": 62, "retryable": True,
+    }  # fmt: skip
+    assert fields(answer)["Retry-After"] == "62"
+    assert fields(answer)["RateLimit-Policy"] == f"{DAILY.item.decode()}, {TOKENS.item.decode()}"
+    assert fields(answer)["RateLimit"] == f"{DAILY.key.decode()};r=0;t=62, {TOKENS.key.decode()};r=4000;t=1000"
+
+
+@each_shape
+def test_a_request_that_can_never_fit_is_not_told_to_come_back(shape: str) -> None:
+    limit = LimitState(LimitPolicy("key.tokens-per-request", 1000, unit="tokens"), 1000)
+    answer = Problems().answer(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
+    error = told_error(answer, shape)
+    assert (answer.status, error["reset_seconds"], error["retryable"]) == (403, None, False)
+    assert "Retry-After" not in fields(answer)
+    assert fields(answer)["RateLimit"] == '"key.tokens-per-request";r=1000'
+
+
+@pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
+def test_who_waits_as_long_as_told_does_not_come_too_early(reset: float | None, told: str) -> None:
+    answer = Problems().answer(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
+    assert fields(answer)["Retry-After"] == told
+
+
+@each_reason
+def test_the_operator_s_status_of_what_is_spent_is_for_windows_that_are_used_up(reason: Reason) -> None:
+    problems = Problems(spent_status=402)
+    spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED}
+    assert problems.status(reason) == (402 if spent else reason.value.status)
+    if spent:
+        error = json.loads(problems.answer(Refusal(reason), "r-1", "openai").body)["error"]
+        assert (error["type"], error["code"]) == ("insufficient_quota", reason.code)
+        error = json.loads(problems.answer(Refusal(reason), "r-1", "anthropic").body)["error"]
+        assert (error["type"], error["code"]) == ("billing_error", reason.code)
+
+
+@each_shape
+def test_the_last_event_of_a_cut_stream_holds_what_the_answer_would(shape: str) -> None:
+    refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LimitState(TOKENS, 0, 10))
+    event = Problems().last_event(refusal, "r-1", shape)
+    name, _, data = event.rpartition(b"data: ")
+    assert name == (b"" if shape == "openai" else b"event: error\n")
+    assert data.endswith(b"\n\n")
+    assert data.count(b"\n") == 2
+    assert data.rstrip() == Problems().answer(refusal, "r-1", shape).body

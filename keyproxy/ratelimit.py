@@ -1,0 +1,105 @@
+"""What a limit says of itself: the state it was found in, and the header fields that tell a caller.
+
+`RateLimit-Policy` names the limits that apply, `RateLimit` what is left of them: draft-ietf-httpapi-ratelimit-headers,
+lists of RFC 9651 strings with parameters. A policy never changes, so its item is made once; per request there is one
+short format for each limit, and a join.
+
+    RateLimit-Policy: "requests-per-day";q=1000;w=86400, "concurrency";q=8;qu="concurrent-requests"
+    RateLimit: "requests-per-day";r=412;t=3600, "concurrency";r=7
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+#: Units of the draft's registry, and ours for token budgets; a policy in requests does not name its unit.
+REQUESTS: Final = "requests"
+CONCURRENT_REQUESTS: Final = "concurrent-requests"
+TOKENS: Final = "tokens"
+
+#: The largest Integer of RFC 9651 section 3.3.1. What is larger is told as this: it is as good as unlimited.
+_INTEGER_MAX: Final = 999_999_999_999_999
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitPolicy:
+    """One limit as it was set: at most `quota` of `unit` in `window_seconds`; None: at any time.
+
+    Raises ValueError for a name that is no plain word, and for a quota or a window below what can be.
+    """
+
+    name: str
+    quota: int
+    window_seconds: int | None = None
+    unit: str = REQUESTS
+    item: bytes = field(init=False, repr=False, compare=False)
+    key: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or not _NAME.fullmatch(self.unit):
+            raise ValueError(f"{self.name!r} in {self.unit!r}: a name holds letters, digits and _ . : / - only")
+        if self.quota < 0 or (self.window_seconds is not None and self.window_seconds < 1):
+            raise ValueError(f"{self.name}: the quota is negative, or the window shorter than a second")
+        key = f'"{self.name}"'
+        window = "" if self.window_seconds is None else f";w={_integer(self.window_seconds)}"
+        unit = "" if self.unit == REQUESTS else f';qu="{self.unit}"'
+        object.__setattr__(self, "key", key.encode("ascii"))
+        object.__setattr__(self, "item", f"{key};q={_integer(self.quota)}{window}{unit}".encode("ascii"))
+
+
+class LimitState(NamedTuple):
+    """A limit at one moment. `remaining` may be below zero after a plan has shrunk: that is told as 0.
+
+    `reset_seconds`: from now until the quota is whole again, or grows; None if no time will bring that.
+    """
+
+    policy: LimitPolicy
+    remaining: int
+    reset_seconds: float | None = None
+
+    @property
+    def told_remaining(self) -> int:
+        """What remains, as callers are told."""
+        return max(0, self.remaining)
+
+    @property
+    def told_reset_seconds(self) -> int | None:
+        """The reset in whole seconds, rounded up: who waits so long does not come too early."""
+        return None if self.reset_seconds is None else max(0, math.ceil(self.reset_seconds))
+
+
+def policy_line(policies: Sequence[LimitPolicy]) -> bytes:
+    """The RateLimit-Policy line of these limits; nothing for none. To be made once for each set of limits."""
+    if not policies:
+        return b""
+    return b"RateLimit-Policy: %b\r\n" % b", ".join([policy.item for policy in policies])
+
+
+def state_line(states: Sequence[LimitState]) -> bytes:
+    """The RateLimit line of these limits as they are; nothing for none."""
+    if not states:
+        return b""
+    return b"RateLimit: %b\r\n" % b", ".join([_state_item(*state) for state in states])
+
+
+def lines(states: Sequence[LimitState]) -> bytes:
+    """Both lines."""
+    return policy_line([state.policy for state in states]) + state_line(states)
+
+
+def _state_item(policy: LimitPolicy, remaining: int, reset_seconds: float | None) -> bytes:
+    left = 0 if remaining < 0 else min(_INTEGER_MAX, remaining)
+    if reset_seconds is None:
+        return b"%b;r=%d" % (policy.key, left)
+    # Rounded up without a call: -(-x // 1) is the ceiling.
+    return b"%b;r=%d;t=%d" % (policy.key, left, -(-reset_seconds // 1) if reset_seconds > 0 else 0)
+
+
+def _integer(value: int) -> int:
+    return min(value, _INTEGER_MAX)
