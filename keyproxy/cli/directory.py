@@ -24,7 +24,7 @@ from keyproxy.cli.setting import (
 from keyproxy.keyformat import KeyFormat
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
-from keyproxy.store.directory import Directory, Entity, KeyWish
+from keyproxy.store.directory import Directory, Entity, KeyFilter, KeyWish
 
 _T = TypeVar("_T")
 _PAGE: Final = 500
@@ -229,7 +229,7 @@ def key_list(user_id: str | None, tenant_id: str | None, config_path: Path | Non
     rows = _run(
         config_path,
         lambda directory, _: _all_pages(
-            lambda after: directory.keys(after, _PAGE, user_id=user_id, tenant_id=tenant_id)
+            lambda after: directory.keys(after, _PAGE, KeyFilter(user=user_id, tenant=tenant_id))
         ),
     )
     tell(rows, as_json=as_json, columns=_KEY_COLUMNS)

@@ -1,225 +1,130 @@
-"""Tenants, users and keys: what people change. Every change is one transaction, with its audit rows in it.
+"""Tenants, users, keys, plans and the audit log: what people change and look up.
 
-Provisioning is idempotent: who is created again is found, and gets no second key. The plaintext of a key exists in the
-return value of the call that made it, and nowhere else.
+Every change is one transaction, with its audit rows in it. Provisioning is idempotent: who is created again is found, and
+gets no second key. The plaintext of a key exists in the return value of the call that made it, and nowhere else.
+
+One class made of parts: each part is about one kind of thing; what they share is `directory_desk`. The command line and
+the admin API call nothing else.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
-from keyproxy.keyformat import ALPHABET, ENTROPY_BYTES, KeyFormat, SecretKey
-from keyproxy.store.database import Database, Row, StoreConflict
+from keyproxy.store.database import StoreConflict
+from keyproxy.store.directory_audit import AuditFilter, AuditTrail
+from keyproxy.store.directory_bulk import Bulk, Revocation
+from keyproxy.store.directory_desk import (
+    ENTITIES,
+    Actor,
+    Conflict,
+    Desk,
+    DirectoryError,
+    Entity,
+    Invalid,
+    KeyWish,
+    NotFound,
+    Outdated,
+    Page,
+    etag,
+    lifetime,
+    new_key_id,
+    reveal,
+)
+from keyproxy.store.directory_keys import KeyFilter, Keys
+from keyproxy.store.directory_plans import Plans
 
-_ID_DIGITS: Final = 20
-
-Entity = dict[str, Any]
-
-
-class DirectoryError(Exception):
-    """The change was refused, or there is no such thing. The text says it in one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Who acts, for the audit log: a name, and where they act from."""
-
-    name: str
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class KeyWish:
-    """What a key is to be. `expires_in` None: never."""
-
-    name: str = ""
-    scopes: Sequence[str] = ()
-    is_test: bool = False
-    expires_in: timedelta | None = None
+__all__ = [
+    "Actor", "AuditFilter", "Conflict", "Directory", "DirectoryError", "Entity", "Invalid", "KeyFilter", "KeyWish",
+    "NotFound", "Outdated", "Page", "Revocation", "etag",
+]  # fmt: skip
 
 
-class Directory:
-    """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
+class Tenants(Desk):
+    """The customer organisations."""
 
-    def __init__(self, database: Database, key_format: KeyFormat, actor: Actor) -> None:
-        self._database = database
-        self._format = key_format
-        self._actor = actor
-
-    # -- tenants
-
-    async def create_tenant(self, tenant_id: str, name: str) -> Entity:
+    async def create_tenant(self, tenant_id: str, name: str, plan: str | None = None) -> Entity:
         """The tenant, new or as it was."""
-        row = await self._change("create_tenant", tenant_id, name)
-        return {**(_tenant(row) if row is not None else await self.tenant(tenant_id)), "created": row is not None}
+        if self._bound_to != tenant_id:
+            self._must_be_unbound("create a tenant")
+        async with self._acting(plan) as transaction:
+            row = await transaction.fetch_row("create_tenant", tenant_id, name, plan)
+        return {**await self.tenant(tenant_id), "created": row is not None}
 
     async def tenant(self, tenant_id: str) -> Entity:
         """One tenant, with the number of its users."""
-        row = await self._one("tenant", tenant_id)
-        if row is None:
-            raise DirectoryError(f"there is no tenant {tenant_id!r}")
-        return {**_tenant(row), "users": row["users"]}
+        return await self._thing("tenant", tenant_id)
 
     async def tenants(self, after: str, limit: int) -> list[Entity]:
         """Tenants in the order of their ids."""
-        return [_tenant(row) for row in await self._database.fetch("tenants", after, limit)]
+        if self._bound_to is not None:
+            return [await self.tenant(self._bound_to)] if after < self._bound_to and limit > 0 else []
+        return await self._list("tenant", "tenants", after, limit)
 
-    async def delete_tenant(self, tenant_id: str) -> Entity:
+    async def change_tenant(self, tenant_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
+        """Change `name`, `plan`, `test_plan` (None: none) or `disabled`; the rest stays. The tenant as it is then."""
+        return await self._change("tenant", tenant_id, changes, if_match)
+
+    async def delete_tenant(self, tenant_id: str, *, if_match: str | None = None) -> Entity:
         """Delete a tenant with its users and their keys."""
-        return await self._delete("delete_tenant", "tenant", tenant_id)
+        self._must_be_unbound("delete a tenant")
+        return await self._delete("tenant", tenant_id, if_match)
 
-    # -- users
 
-    async def create_user(self, user_id: str, tenant_id: str, first_key: KeyWish | None) -> Entity:
+class Users(Desk):
+    """The accounts on whose behalf work is done."""
+
+    async def create_user(
+        self, user_id: str, tenant_id: str, first_key: KeyWish | None, *, plan: str | None = None
+    ) -> Entity:
         """The user, new or as it was; a new one with its first key, unless `first_key` is None."""
+        if self._bound_to not in (None, tenant_id):
+            raise NotFound(f"there is no tenant {tenant_id!r}")
         secret = self._new_secret(is_test=False) if first_key is not None else None
         wish = first_key or KeyWish()
-        key_id = _new_id() if secret is not None else None
+        key_id = new_key_id() if secret is not None else None
         try:
-            row = await self._change(
-                "create_user", user_id, tenant_id, key_id,
-                secret.digest() if secret is not None else None,
-                self._format.hint(secret) if secret is not None else None,
-                wish.name, list(wish.scopes), _expiry(wish),
-            )  # fmt: skip
+            async with self._acting(plan or wish.plan) as transaction:
+                row = await transaction.fetch_row(
+                    "create_user", user_id, tenant_id, plan, key_id,
+                    secret.digest() if secret is not None else None,
+                    self._format.hint(secret) if secret is not None else None,
+                    wish.name, list(wish.scopes), lifetime(wish.expires_in), wish.plan,
+                )  # fmt: skip
         except StoreConflict as error:
             if error.constraint.startswith("users_tenant_id"):
-                raise DirectoryError(f"there is no tenant {tenant_id!r}: create it first") from error
+                raise NotFound(f"there is no tenant {tenant_id!r}: create it first") from error
             raise
-        if row is None:
-            user = await self.user(user_id)
-            if user["tenant"] != tenant_id:
-                raise DirectoryError(f"user {user_id!r} exists and belongs to tenant {user['tenant']!r}")
-            return {**user, "created": False, "key": None}
+        found = await self._one("user", user_id)
+        if found is None:
+            raise NotFound(f"there is no user {user_id!r}")
+        user = ENTITIES["user"](found)
+        if user["tenant"] != tenant_id:
+            whose = f"tenant {user['tenant']!r}" if self._bound_to is None else "another tenant"
+            raise Conflict(f"user {user_id!r} exists and belongs to {whose}")
         key = None
-        if key_id is not None and secret is not None:
-            key = {**await self.key(key_id), "secret": secret.reveal().decode("ascii")}
-        return {**_user(row), "created": True, "key": key}
+        if row is not None and key_id is not None and secret is not None:
+            key = {**await self._thing("key", key_id), "secret": reveal(secret)}
+        return {**user, "created": row is not None, "key": key}
 
     async def user(self, user_id: str) -> Entity:
         """One user, with the number of its keys."""
-        row = await self._one("user", user_id)
-        if row is None:
-            raise DirectoryError(f"there is no user {user_id!r}")
-        return {**_user(row), "keys": row["keys"]}
+        return await self._thing("user", user_id)
 
     async def users(self, after: str, limit: int, tenant_id: str | None) -> list[Entity]:
-        """Users in the order of their ids."""
-        return [_user(row) for row in await self._database.fetch("users", after, limit, tenant_id)]
+        """Users in the order of their ids, of one tenant if given."""
+        may_be, tenant = self._only_tenant(tenant_id)
+        return await self._list("user", "users", after, limit, tenant) if may_be else []
 
-    async def delete_user(self, user_id: str) -> Entity:
+    async def change_user(self, user_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
+        """Change `plan`, `test_plan` (None: none) or `disabled`; the rest stays. The user as it is then."""
+        return await self._change("user", user_id, changes, if_match)
+
+    async def delete_user(self, user_id: str, *, if_match: str | None = None) -> Entity:
         """Delete a user with all keys."""
-        return await self._delete("delete_user", "user", user_id)
-
-    # -- keys
-
-    async def issue_key(self, user_id: str, wish: KeyWish) -> Entity:
-        """A new key, with its secret."""
-        secret = self._new_secret(is_test=wish.is_test)
-        row = await self._change(
-            "issue_key", _new_id(), user_id, secret.digest(), self._format.hint(secret), wish.name,
-            list(wish.scopes), wish.is_test, _expiry(wish),
-        )  # fmt: skip
-        if row is None:
-            raise DirectoryError(f"there is no user {user_id!r}: create it first")
-        return {**await self.key(row["id"]), "secret": secret.reveal().decode("ascii")}
-
-    async def key(self, key_id: str) -> Entity:
-        """One key, without its secret, which nobody has."""
-        row = await self._one("key", key_id)
-        if row is None:
-            raise DirectoryError(f"there is no key {key_id!r}")
-        return _key(row)
-
-    async def keys(self, after: str, limit: int, *, user_id: str | None, tenant_id: str | None) -> list[Entity]:
-        """Keys in the order of their ids."""
-        return [_key(row) for row in await self._database.fetch("keys", after, limit, user_id, tenant_id)]
-
-    async def revoke_key(self, key_id: str, reason: str) -> Entity:
-        """Revoke a key for good. One that is revoked already stays as it is."""
-        if await self._change("revoke_key", key_id, reason) is None:
-            raise DirectoryError(f"there is no key {key_id!r}")
-        return await self.key(key_id)
-
-    async def delete_key(self, key_id: str) -> Entity:
-        """Delete a key."""
-        return await self._delete("delete_key", "key", key_id)
-
-    # -- the rest
-
-    async def _one(self, name: str, *arguments: object) -> Row | None:
-        rows = await self._database.fetch(name, *arguments)
-        return rows[0] if rows else None
-
-    async def _change(self, name: str, *arguments: object) -> Row | None:
-        async with self._database.transaction() as transaction:
-            await transaction.fetch("say_who_acts", self._actor.name, self._actor.origin)
-            return await transaction.fetch_row(name, *arguments)
-
-    async def _delete(self, statement: str, kind: str, subject: str) -> Entity:
-        if await self._change(statement, subject) is None:
-            raise DirectoryError(f"there is no {kind} {subject!r}")
-        return {"id": subject, "deleted": True}
-
-    def _new_secret(self, *, is_test: bool) -> SecretKey:
-        return self._format.make(secrets.token_bytes(ENTROPY_BYTES), is_test=is_test)
+        return await self._delete("user", user_id, if_match)
 
 
-def _new_id() -> str:
-    return "key_" + "".join(chr(secrets.choice(ALPHABET)) for _ in range(_ID_DIGITS))
-
-
-def _expiry(wish: KeyWish) -> datetime | None:
-    return None if wish.expires_in is None else datetime.now(UTC) + wish.expires_in
-
-
-def _time(moment: datetime | None) -> str | None:
-    if moment is None:
-        return None
-    if moment.year in (MINYEAR, MAXYEAR):
-        # How asyncpg shows the timestamps that are infinite.
-        return "infinity" if moment.year == MAXYEAR else "-infinity"
-    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _tenant(row: Row) -> Entity:
-    return {
-        "id": row["id"],
-        "name": row["name"],
-        "plan": row["plan_id"],
-        "disabled_at": _time(row["disabled_at"]),
-        "created_at": _time(row["created_at"]),
-    }
-
-
-def _user(row: Row) -> Entity:
-    return {
-        "id": row["id"],
-        "tenant": row["tenant_id"],
-        "plan": row["plan_id"],
-        "disabled_at": _time(row["disabled_at"]),
-        "created_at": _time(row["created_at"]),
-    }
-
-
-def _key(row: Row) -> Entity:
-    return {
-        "id": row["id"],
-        "user": row["user_id"],
-        "tenant": row["tenant_id"],
-        "hint": row["hint"],
-        "name": row["name"],
-        "scopes": list(row["scopes"]),
-        "is_test": row["is_test"],
-        "plan": row["plan_id"],
-        "created_at": _time(row["created_at"]),
-        "expires_at": _time(row["expires_at"]),
-        "revoked_at": _time(row["revoked_at"]),
-        "revoke_reason": row["revoke_reason"],
-        "replaces": row["replaces"],
-        "last_used_at": _time(row["last_used_at"]),
-    }
+class Directory(Tenants, Users, Keys, Plans, AuditTrail, Bulk):
+    """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""

@@ -61,93 +61,418 @@ SELECT set_config('keyproxy.actor', $1, true), set_config('keyproxy.origin', $2,
 
 -- name: create_tenant
 -- The tenant; if it is there already, no row.
-INSERT INTO keyproxy.tenants (id, name) VALUES ($1, $2)
+INSERT INTO keyproxy.tenants (id, name, plan_id) VALUES ($1, $2, $3)
 ON CONFLICT (id) DO NOTHING
-RETURNING id, name, plan_id, disabled_at, created_at;
+RETURNING id;
 
 -- name: tenant
-SELECT t.id, t.name, t.plan_id, t.disabled_at, t.created_at,
+-- Needs: users (tenant_id).
+SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.disabled_at, t.created_at,
        (SELECT count(*) FROM keyproxy.users AS u WHERE u.tenant_id = t.id) AS users
 FROM keyproxy.tenants AS t
 WHERE t.id = $1;
 
 -- name: tenants
--- In the order of their ids, after $1, at most $2.
-SELECT id, name, plan_id, disabled_at, created_at
-FROM keyproxy.tenants
-WHERE id > $1
-ORDER BY id
+-- In the order of their ids, after $1, at most $2. Needs: users (tenant_id).
+SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.disabled_at, t.created_at,
+       (SELECT count(*) FROM keyproxy.users AS u WHERE u.tenant_id = t.id) AS users
+FROM keyproxy.tenants AS t
+WHERE t.id > $1
+ORDER BY t.id
 LIMIT $2;
 
+-- name: hold_tenant
+-- Nobody else changes it until the transaction ends.
+SELECT id FROM keyproxy.tenants WHERE id = $1 FOR NO KEY UPDATE;
+
+-- name: change_tenant
+-- What $2 names is changed, the rest stays. Disabled is disabled since the first time.
+UPDATE keyproxy.tenants AS t
+SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE t.name END,
+    plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE t.plan_id END,
+    test_plan_id = CASE WHEN c.change ? 'test_plan' THEN c.change ->> 'test_plan' ELSE t.test_plan_id END,
+    disabled_at = CASE WHEN (c.change ->> 'disabled')::boolean THEN coalesce(t.disabled_at, now())
+                       WHEN NOT (c.change ->> 'disabled')::boolean THEN NULL
+                       ELSE t.disabled_at END
+FROM (SELECT $2::text::jsonb AS change) AS c
+WHERE t.id = $1;
+
 -- name: delete_tenant
-DELETE FROM keyproxy.tenants WHERE id = $1 RETURNING id;
+DELETE FROM keyproxy.tenants WHERE id = $1;
 
 -- name: create_user
 -- The user with its first key in one statement: both or neither, once, whatever order concurrent callers arrive in.
--- $3 null: no key. A user that is there already yields no row and gets no second key.
+-- $4 null: no key. A user that is there already yields no row and gets no second key.
 WITH made AS (
-    INSERT INTO keyproxy.users (id, tenant_id) VALUES ($1, $2)
+    INSERT INTO keyproxy.users (id, tenant_id, plan_id) VALUES ($1, $2, $3)
     ON CONFLICT (id) DO NOTHING
-    RETURNING id, tenant_id, plan_id, disabled_at, created_at
+    RETURNING id
 ), issued AS (
-    INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at)
-    SELECT $3, made.id, $4, $5, $6, $7, false, $8
+    INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
+    SELECT $4, made.id, $5, $6, $7, $8, false, now() + $9::interval, $10
     FROM made
-    WHERE $3::text IS NOT NULL
+    WHERE $4::text IS NOT NULL
 )
-SELECT id, tenant_id, plan_id, disabled_at, created_at FROM made;
+SELECT id FROM made;
 
 -- name: user
-SELECT u.id, u.tenant_id, u.plan_id, u.disabled_at, u.created_at,
+-- Needs: api_keys (user_id).
+SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.disabled_at, u.created_at,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.user_id = u.id) AS keys
 FROM keyproxy.users AS u
 WHERE u.id = $1;
 
 -- name: users
--- In the order of their ids, after $1, at most $2; of one tenant if $3 is not null. Needs: users (tenant_id).
-SELECT id, tenant_id, plan_id, disabled_at, created_at
-FROM keyproxy.users
-WHERE id > $1 AND ($3::text IS NULL OR tenant_id = $3)
-ORDER BY id
+-- In the order of their ids, after $1, at most $2; of one tenant if $3 is not null.
+-- Needs: users (tenant_id), api_keys (user_id).
+SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.disabled_at, u.created_at,
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.user_id = u.id) AS keys
+FROM keyproxy.users AS u
+WHERE u.id > $1 AND ($3::text IS NULL OR u.tenant_id = $3)
+ORDER BY u.id
 LIMIT $2;
 
+-- name: hold_user
+SELECT id FROM keyproxy.users WHERE id = $1 FOR NO KEY UPDATE;
+
+-- name: change_user
+-- As change_tenant.
+UPDATE keyproxy.users AS u
+SET plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE u.plan_id END,
+    test_plan_id = CASE WHEN c.change ? 'test_plan' THEN c.change ->> 'test_plan' ELSE u.test_plan_id END,
+    disabled_at = CASE WHEN (c.change ->> 'disabled')::boolean THEN coalesce(u.disabled_at, now())
+                       WHEN NOT (c.change ->> 'disabled')::boolean THEN NULL
+                       ELSE u.disabled_at END
+FROM (SELECT $2::text::jsonb AS change) AS c
+WHERE u.id = $1;
+
 -- name: delete_user
-DELETE FROM keyproxy.users WHERE id = $1 RETURNING id;
+DELETE FROM keyproxy.users WHERE id = $1;
 
 -- name: issue_key
 -- No row if there is no such user.
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at)
-SELECT $1, u.id, $3, $4, $5, $6, $7, $8
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
+SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9
 FROM keyproxy.users AS u
 WHERE u.id = $2
-RETURNING id, user_id, hint, name, scopes, is_test, plan_id, created_at, expires_at, revoked_at, revoke_reason,
-          replaces, last_used_at;
+RETURNING id;
+
+-- name: issue_keys
+-- Many keys in one statement, described by the JSON array $1. A user of a given tenant $2, if not null. A user who has a
+-- working key of that name and mode gets no other: what was interrupted can be run again. One row for each key made.
+-- Needs: users (id), api_keys (user_id).
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
+SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test,
+       now() + make_interval(secs => w.life_seconds), w.plan
+FROM jsonb_to_recordset($1::text::jsonb) AS w (
+    id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, life_seconds float8,
+    plan text
+)
+JOIN keyproxy.users AS u ON u.id = w.user_id AND ($2::text IS NULL OR u.tenant_id = $2)
+WHERE NOT EXISTS (
+    SELECT FROM keyproxy.api_keys AS k
+    WHERE k.user_id = w.user_id AND k.name = w.name AND k.is_test = w.is_test AND k.revoked_at IS NULL
+      AND (k.expires_at IS NULL OR k.expires_at > now())
+)
+RETURNING id, user_id, name, expires_at;
+
+-- name: hold_users
+-- Those of $1 who are there, in the order of their ids, so that two who do the same do not block each other.
+SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE;
 
 -- name: key
+-- Needs: api_keys (replaces).
 SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
-       k.revoked_at, k.revoke_reason, k.replaces, k.last_used_at
+       k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+       CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
+            WHEN k.expires_at <= now() THEN 'expired'
+            WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+            WHEN s.id IS NOT NULL THEN 'retiring'
+            ELSE 'active' END AS state
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN LATERAL (
+    SELECT s.id FROM keyproxy.api_keys AS s WHERE s.replaces = k.id ORDER BY s.created_at DESC, s.id LIMIT 1
+) AS s ON true
 WHERE k.id = $1;
 
 -- name: keys
--- In the order of their ids, after $1, at most $2; of one user $3, of one tenant $4, where not null.
--- Needs: api_keys (user_id), users (tenant_id).
-SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
-       k.revoked_at, k.revoke_reason, k.replaces, k.last_used_at
-FROM keyproxy.api_keys AS k
-JOIN keyproxy.users AS u ON u.id = k.user_id
-WHERE k.id > $1 AND ($3::text IS NULL OR k.user_id = $3) AND ($4::text IS NULL OR u.tenant_id = $4)
-ORDER BY k.id
+-- In the order of their ids, after $1, at most $2; of one user $3, of one tenant $4, of one mode $5, in one state $6,
+-- older than $7, not used for $8, expiring within $9, where not null. Needs: api_keys (user_id), users (tenant_id).
+SELECT listed.*
+FROM (
+    SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
+           k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+           CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
+                WHEN k.expires_at <= now() THEN 'expired'
+                WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                WHEN s.id IS NOT NULL THEN 'retiring'
+                ELSE 'active' END AS state
+    FROM keyproxy.api_keys AS k
+    JOIN keyproxy.users AS u ON u.id = k.user_id
+    JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+    LEFT JOIN LATERAL (
+        SELECT s.id FROM keyproxy.api_keys AS s WHERE s.replaces = k.id ORDER BY s.created_at DESC, s.id LIMIT 1
+    ) AS s ON true
+    WHERE k.id > $1
+) AS listed
+WHERE ($3::text IS NULL OR listed.user_id = $3)
+  AND ($4::text IS NULL OR listed.tenant_id = $4)
+  AND ($5::boolean IS NULL OR listed.is_test = $5)
+  AND ($6::text IS NULL OR listed.state = $6)
+  AND ($7::interval IS NULL OR listed.created_at < now() - $7)
+  AND ($8::interval IS NULL OR coalesce(listed.last_used_at, listed.created_at) < now() - $8)
+  AND ($9::interval IS NULL OR listed.expires_at < now() + $9)
+ORDER BY listed.id
 LIMIT $2;
 
+-- name: keys_by_time
+-- As keys, in the order of a time: $10 says which (created, used, expires). After the key $1 at the time $11.
+SELECT timed.*, timed.at::text AS cursor
+FROM (
+    SELECT listed.*, CASE $10::text WHEN 'created' THEN listed.created_at
+                                    WHEN 'used' THEN coalesce(listed.last_used_at, '-infinity')
+                                    WHEN 'expires' THEN coalesce(listed.expires_at, 'infinity') END AS at
+    FROM (
+        SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
+               k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+               CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
+                    WHEN k.expires_at <= now() THEN 'expired'
+                    WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                    WHEN s.id IS NOT NULL THEN 'retiring'
+                    ELSE 'active' END AS state
+        FROM keyproxy.api_keys AS k
+        JOIN keyproxy.users AS u ON u.id = k.user_id
+        JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+        LEFT JOIN LATERAL (
+            SELECT s.id FROM keyproxy.api_keys AS s WHERE s.replaces = k.id ORDER BY s.created_at DESC, s.id LIMIT 1
+        ) AS s ON true
+    ) AS listed
+    WHERE ($3::text IS NULL OR listed.user_id = $3)
+      AND ($4::text IS NULL OR listed.tenant_id = $4)
+      AND ($5::boolean IS NULL OR listed.is_test = $5)
+      AND ($6::text IS NULL OR listed.state = $6)
+      AND ($7::interval IS NULL OR listed.created_at < now() - $7)
+      AND ($8::interval IS NULL OR coalesce(listed.last_used_at, listed.created_at) < now() - $8)
+      AND ($9::interval IS NULL OR listed.expires_at < now() + $9)
+) AS timed
+WHERE (timed.at, timed.id) > ($11::text::timestamptz, $1)
+ORDER BY timed.at, timed.id
+LIMIT $2;
+
+-- name: hold_key
+-- Its owner first: in that order who deletes the owner takes them too, and nobody waits for each other.
+WITH owner AS MATERIALIZED (
+    SELECT u.id
+    FROM keyproxy.api_keys AS k
+    JOIN keyproxy.users AS u ON u.id = k.user_id
+    WHERE k.id = $1
+    FOR KEY SHARE OF u
+)
+SELECT k.id FROM keyproxy.api_keys AS k JOIN owner ON owner.id = k.user_id WHERE k.id = $1 FOR NO KEY UPDATE OF k;
+
+-- name: change_key
+-- As change_tenant.
+UPDATE keyproxy.api_keys AS k
+SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE k.name END,
+    plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE k.plan_id END
+FROM (SELECT $2::text::jsonb AS change) AS c
+WHERE k.id = $1;
+
+-- name: successor_of_key
+-- The working key that replaces this one, if there is one. Needs: api_keys (replaces).
+SELECT id
+FROM keyproxy.api_keys
+WHERE replaces = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+LIMIT 1;
+
+-- name: replace_key
+-- A new key like $1, as far as user, scopes, mode, plan and name go; it lives for $5, or forever if that is null.
+-- The lineage is the trigger's to fill in.
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, plan_id, expires_at, replaces)
+SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.is_test, k.plan_id, now() + $5::interval, k.id
+FROM keyproxy.api_keys AS k
+WHERE k.id = $1
+RETURNING id;
+
+-- name: retire_key
+-- The key $1 works for $2 more, or for as long as it would have, if that is shorter.
+UPDATE keyproxy.api_keys SET expires_at = least(expires_at, now() + $2::interval) WHERE id = $1
+RETURNING expires_at;
+
 -- name: revoke_key
--- Once: a key that is revoked already keeps its time and reason. Judged by the row it returns.
+-- Once: a key that is revoked already keeps its time and reason.
 UPDATE keyproxy.api_keys
-SET revoked_at = coalesce(revoked_at, now()),
-    revoke_reason = CASE WHEN revoked_at IS NULL THEN nullif($2, '') ELSE revoke_reason END
-WHERE id = $1
-RETURNING id, user_id, revoked_at, revoke_reason;
+SET revoked_at = now(), revoke_reason = nullif($2, '')
+WHERE id = $1 AND revoked_at IS NULL
+RETURNING id;
+
+-- name: revoke_keys
+-- The next $2 keys after $1 that are not revoked, in the order of their ids: of one user $4, of one tenant $5, older than
+-- $6, not used for $7, where not null. Judged by the rows it returns; what is revoked already is passed over, so that it
+-- can be run again. Needs: api_keys (user_id), users (tenant_id).
+WITH picked AS (
+    SELECT k.id
+    FROM keyproxy.api_keys AS k
+    JOIN keyproxy.users AS u ON u.id = k.user_id
+    WHERE k.id > $1 AND k.revoked_at IS NULL
+      AND ($4::text IS NULL OR k.user_id = $4)
+      AND ($5::text IS NULL OR u.tenant_id = $5)
+      AND ($6::interval IS NULL OR k.created_at < now() - $6)
+      AND ($7::interval IS NULL OR coalesce(k.last_used_at, k.created_at) < now() - $7)
+    ORDER BY k.id
+    LIMIT $2
+    FOR NO KEY UPDATE OF k
+)
+UPDATE keyproxy.api_keys AS k
+SET revoked_at = now(), revoke_reason = nullif($3, '')
+FROM picked
+WHERE k.id = picked.id
+RETURNING k.id;
+
+-- name: count_to_revoke
+-- How many keys revoke_keys would revoke. Parameters as there, without its first three.
+SELECT count(*) AS keys
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+WHERE k.revoked_at IS NULL
+  AND ($1::text IS NULL OR k.user_id = $1)
+  AND ($2::text IS NULL OR u.tenant_id = $2)
+  AND ($3::interval IS NULL OR k.created_at < now() - $3)
+  AND ($4::interval IS NULL OR coalesce(k.last_used_at, k.created_at) < now() - $4);
+
+-- name: key_of_digest
+SELECT id FROM keyproxy.api_keys WHERE digest = $1;
 
 -- name: delete_key
-DELETE FROM keyproxy.api_keys WHERE id = $1 RETURNING id;
+DELETE FROM keyproxy.api_keys WHERE id = $1;
+
+-- name: set_plan
+-- The plan is what is said, all of it.
+INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb)
+ON CONFLICT (id) DO UPDATE SET limits = excluded.limits
+RETURNING (xmax = 0) AS created;
+
+-- name: plan
+-- With how many it is given to. Needs: the plan_id indexes.
+SELECT p.id, p.limits::text AS limits, p.created_at,
+       (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
+       (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys
+FROM keyproxy.plans AS p
+WHERE p.id = $1;
+
+-- name: plans
+-- In the order of their names, after $1, at most $2.
+SELECT p.id, p.limits::text AS limits, p.created_at,
+       (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
+       (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys
+FROM keyproxy.plans AS p
+WHERE p.id > $1
+ORDER BY p.id
+LIMIT $2;
+
+-- name: hold_plan
+SELECT id FROM keyproxy.plans WHERE id = $1 FOR UPDATE;
+
+-- name: delete_plan
+DELETE FROM keyproxy.plans WHERE id = $1;
+
+-- name: audit
+-- Rows after $1, at most $2, in the order in which they were written; about one kind of thing $3, one thing $4, one
+-- tenant $5; by one actor $6; one action $7; from $8 until before $9, where not null. None after $10.
+-- Needs: audit_log (id), (entity, entity_id, id), (tenant_id, id).
+SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, before::text AS before, after::text AS after
+FROM keyproxy.audit_log
+WHERE id > $1 AND id <= $10
+  AND ($3::text IS NULL OR entity = $3)
+  AND ($4::text IS NULL OR entity_id = $4)
+  AND ($5::text IS NULL OR tenant_id = $5)
+  AND ($6::text IS NULL OR actor = $6)
+  AND ($7::text IS NULL OR action = $7)
+  AND ($8::timestamptz IS NULL OR at >= $8)
+  AND ($9::timestamptz IS NULL OR at < $9)
+ORDER BY id
+LIMIT $2;
+
+-- name: audit_newest
+-- As audit, backwards: rows before $1.
+SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, before::text AS before, after::text AS after
+FROM keyproxy.audit_log
+WHERE id < $1
+  AND ($3::text IS NULL OR entity = $3)
+  AND ($4::text IS NULL OR entity_id = $4)
+  AND ($5::text IS NULL OR tenant_id = $5)
+  AND ($6::text IS NULL OR actor = $6)
+  AND ($7::text IS NULL OR action = $7)
+  AND ($8::timestamptz IS NULL OR at >= $8)
+  AND ($9::timestamptz IS NULL OR at < $9)
+ORDER BY id DESC
+LIMIT $2;
+
+-- name: audit_horizon
+-- The newest serial number of the audit log, and the first transaction that has not begun. When none before that is under
+-- way any more, all rows up to the number are there that ever will be.
+SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.audit_log_id_seq) AS newest,
+       pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
+
+-- name: have_all_ended
+-- Whether all transactions before $1 have ended.
+SELECT pg_snapshot_xmin(pg_current_snapshot()) >= $1::text::xid8 AS have_ended;
+
+-- name: import_users
+-- Users $1 of tenants $2 who are not there yet.
+INSERT INTO keyproxy.users (id, tenant_id)
+SELECT DISTINCT ON (w.id) w.id, w.tenant_id
+FROM unnest($1::text[], $2::text[]) AS w (id, tenant_id)
+JOIN keyproxy.tenants AS t ON t.id = w.tenant_id
+ORDER BY w.id
+ON CONFLICT (id) DO NOTHING
+RETURNING id;
+
+-- name: imported_already
+-- Those of the digests $1 and prefixes $2 that there are, with whose keys they are.
+-- Needs: api_keys (digest), foreign_hashes (prefix).
+SELECT encode(k.digest, 'hex') AS known_by, k.user_id FROM keyproxy.api_keys AS k WHERE k.digest = ANY($1::bytea[])
+UNION ALL
+SELECT f.prefix, k.user_id
+FROM keyproxy.foreign_hashes AS f
+JOIN keyproxy.api_keys AS k ON k.id = f.key_id
+WHERE f.prefix = ANY($2::text[]);
+
+-- name: import_keys
+-- Keys that another program issued, described by the JSON array $1. One of a foreign format has no digest yet: until its
+-- first use it has one that no key has. Needs: api_keys (digest).
+WITH wanted AS MATERIALIZED (
+    SELECT * FROM jsonb_to_recordset($1::text::jsonb) AS w (
+        id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, plan text,
+        created_at timestamptz, expires_at timestamptz, is_revoked boolean, prefix text, hashed text
+    )
+), made AS (
+    INSERT INTO keyproxy.api_keys (
+        id, user_id, digest, hint, name, scopes, is_test, plan_id, created_at, expires_at, revoked_at, revoke_reason
+    )
+    SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test, w.plan,
+           coalesce(w.created_at, now()), w.expires_at, CASE WHEN w.is_revoked THEN now() END,
+           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END
+    FROM wanted AS w
+    RETURNING id
+), hashes AS (
+    INSERT INTO keyproxy.foreign_hashes (prefix, key_id, hashed)
+    SELECT w.prefix, made.id, w.hashed FROM wanted AS w JOIN made ON made.id = w.id WHERE w.prefix IS NOT NULL
+)
+SELECT id FROM made;
+
+-- name: foreign_recipe
+-- How the hash of the foreign key with this prefix is made: algorithm, rounds and salt, without the hash. No row: none.
+SELECT recipe FROM keyproxy.foreign_recipe($1) AS recipe WHERE recipe IS NOT NULL;
+
+-- name: adopt_foreign
+-- The key with the prefix $1 gets its digest $3, if $2 is its hash. Its id; no row if it is not.
+SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS NOT NULL;
+
+-- name: key_of_foreign
+-- The key with the prefix $1, if $2 is its hash.
+SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = $2;

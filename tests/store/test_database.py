@@ -48,11 +48,11 @@ async def test_a_statement_yields_its_rows(database: Database, sql: Sql) -> None
 async def test_a_transaction_counts_as_a_whole_or_not_at_all(database: Database) -> None:
     async with database.transaction() as transaction:
         assert await transaction.fetch_row("tenant", "a") is None
-        row = await transaction.fetch_row("create_tenant", "a", "")
+        row = await transaction.fetch_row("create_tenant", "a", "", None)
         assert row is not None
     with contextlib.suppress(ZeroDivisionError):
         async with database.transaction() as transaction:
-            await transaction.fetch("create_tenant", "b", "")
+            await transaction.fetch("create_tenant", "b", "", None)
             raise ZeroDivisionError
     assert [one["id"] for one in await database.fetch("tenants", "", 10)] == ["a"]
 
@@ -60,11 +60,11 @@ async def test_a_transaction_counts_as_a_whole_or_not_at_all(database: Database)
 @pytest.mark.parametrize(
     ("statement", "arguments", "constraint"),
     [
-        ("create_tenant", ("a b", ""), "tenants_id_check"),
-        ("create_tenant", ("a", "x" * 201), "tenants_name_check"),
-        ("create_tenant", ("a\x00", ""), ""),
-        ("create_tenant", (7, ""), ""),
-        ("create_user", ("u", "nobody", None, None, None, "", [], None), "users_tenant_id_fkey"),
+        ("create_tenant", ("a b", "", None), "tenants_id_check"),
+        ("create_tenant", ("a", "x" * 201, None), "tenants_name_check"),
+        ("create_tenant", ("a\x00", "", None), ""),
+        ("create_tenant", (7, "", None), ""),
+        ("create_user", ("u", "nobody", None, None, None, None, "", [], None, None), "users_tenant_id_fkey"),
         ("tenants", ("", -1), ""),
         ("tenants", ("", 1 << 70), ""),
     ],
@@ -238,9 +238,9 @@ async def test_idle_connections_that_the_server_closed_cost_no_statement(relay: 
 async def test_a_transaction_whose_connection_is_lost_is_an_outage(relay: Relay) -> None:
     async def change(door: Door) -> None:
         async with door.transaction() as transaction:
-            await transaction.fetch("create_tenant", "a", "")
+            await transaction.fetch("create_tenant", "a", "", None)
             relay.cut_connections()
-            await transaction.fetch("create_tenant", "b", "")
+            await transaction.fetch("create_tenant", "b", "", None)
 
     async with opened(relay.dsn) as door:
         with pytest.raises(StoreUnavailable):

@@ -17,7 +17,7 @@ from keyproxy.keyformat import KeyFormat
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
-from keyproxy.store.directory import Actor, Directory, DirectoryError, KeyWish
+from keyproxy.store.directory import Actor, Directory, DirectoryError, Invalid, KeyFilter, KeyWish
 from tests.store.stage import Relay, Rig, Sql, audit_rows, until_blocked
 
 FORMAT = KeyFormat()
@@ -140,7 +140,7 @@ async def test_a_user_and_its_first_key_are_made_together_or_not_at_all(
     directory: Directory, sql: Sql, user: str, wish: KeyWish
 ) -> None:
     before = await audit_rows(sql)
-    with pytest.raises(StoreConflict):
+    with pytest.raises((Invalid, StoreConflict)):
         await directory.create_user(user, "acme", wish)
     assert (await count(sql, "users"), await count(sql, "api_keys")) == (0, 0)
     assert await audit_rows(sql) == before
@@ -237,7 +237,7 @@ async def test_a_key_to_which_another_client_gave_no_finite_expiry_can_be_shown(
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
     await sql.execute(f"UPDATE keyproxy.api_keys SET expires_at = '{expires}'")
     assert (await directory.key(key["id"]))["id"] == key["id"]
-    assert len(await directory.keys("", 10, user_id=None, tenant_id=None)) == 1
+    assert len(await directory.keys("", 10, KeyFilter())) == 1
 
 
 # -- lists
@@ -252,12 +252,12 @@ async def test_lists_come_in_pages_in_the_order_of_ids(directory: Directory) -> 
     assert await directory.tenants("t_4", 3) == []
     assert [one["id"] for one in await directory.users("", 10, None)] == [f"u_{number}" for number in range(5)]
     assert [one["id"] for one in await directory.users("u_0", 10, "t_0")] == ["u_2", "u_4"]
-    everything = await directory.keys("", 10, user_id=None, tenant_id=None)
+    everything = await directory.keys("", 10, KeyFilter())
     assert [one["id"] for one in everything] == sorted(one["id"] for one in everything)
     assert len(everything) == 5
-    assert {one["user"] for one in await directory.keys("", 10, user_id=None, tenant_id="t_1")} == {"u_1", "u_3"}
-    assert [one["user"] for one in await directory.keys("", 10, user_id="u_4", tenant_id=None)] == ["u_4"]
-    assert await directory.keys("", 10, user_id="u_4", tenant_id="t_1") == []
+    assert {one["user"] for one in await directory.keys("", 10, KeyFilter(tenant="t_1"))} == {"u_1", "u_3"}
+    assert [one["user"] for one in await directory.keys("", 10, KeyFilter(user="u_4"))] == ["u_4"]
+    assert await directory.keys("", 10, KeyFilter(user="u_4", tenant="t_1")) == []
 
 
 # -- who did it
@@ -281,7 +281,7 @@ async def test_who_acts_does_not_stick_to_the_connection(dsn: str) -> None:
     ann, ben = (Directory(database, FORMAT, Actor(name, name)) for name in ("ann", "ben"))
     await ann.create_tenant("t_1", "")
     async with database.transaction() as transaction:
-        await transaction.fetch("create_tenant", "t_2", "")
+        await transaction.fetch("create_tenant", "t_2", "", None)
     await ben.create_tenant("t_3", "")
     async with database.transaction() as transaction:
         rows = await transaction.fetch("tenants", "", 10)
@@ -373,7 +373,7 @@ async def test_a_secret_is_told_once(directory: Directory) -> None:
     secret = made["key"]["secret"]
     shown = [
         await directory.user("u_42"), await directory.key(made["key"]["id"]), await directory.users("", 9, None),
-        await directory.keys("", 9, user_id=None, tenant_id=None), await directory.revoke_key(made["key"]["id"], "x"),
+        await directory.keys("", 9, KeyFilter()), await directory.revoke_key(made["key"]["id"], "x"),
         await directory.create_user("u_42", "acme", KeyWish()),
     ]  # fmt: skip
     text = json.dumps(shown)
@@ -385,7 +385,7 @@ async def test_a_secret_is_told_once(directory: Directory) -> None:
 
 async def test_an_error_holds_no_secret(directory: Directory) -> None:
     await directory.create_user("u_42", "acme", None)
-    with pytest.raises(StoreConflict) as caught:
+    with pytest.raises(Invalid, match="a scope is one word") as caught:
         await directory.issue_key("u_42", KeyWish(scopes=("*",)))
     # PostgreSQL tells the failing row, with the digest; the hint is all that may be seen of the key.
     assert "kp_live_" not in str(caught.value)
