@@ -476,3 +476,34 @@ SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS 
 -- name: key_of_foreign
 -- The key with the prefix $1, if $2 is its hash.
 SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = $2;
+
+DELETE FROM keyproxy.api_keys WHERE id = $1 RETURNING id;
+
+-- name: sync_leases
+-- One message of a holder to the ledger: see the function. $1 holder, $2 serial, $3 lease seconds, then the lines by column.
+SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
+    SELECT coalesce(array_agg(l::keyproxy.lease_line), '{}')
+    FROM unnest(
+        $4::int8[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::int8[], $10::int8[], $11::float8[], $12::int8[],
+        $13::int8[], $14::int8[], $15::int8[], $16::int8[], $17::bool[], $18::bool[]
+    ) AS l (lease, pool_kind, pool_id, is_test, measure, starts, bound, interval_seconds, granted, used, returned, want,
+            at_least, takes_all, is_closing)
+));
+
+-- name: end_holders
+SELECT keyproxy.end_holders($1) AS ended;
+
+-- name: reap_holders
+SELECT keyproxy.reap_holders() AS ended;
+
+-- name: windows_now
+-- How the present windows stand, by pool kind $1, id $2, mode $3 and measure $4; those that nobody ever drew on yield no row.
+-- Needs: windows (pool_kind, pool_id, is_test, measure, starts).
+SELECT a.number, w.spent, w.held, w.forfeited,
+       keyproxy.window_end(w.measure, w.starts) - extract(epoch FROM clock_timestamp())::float8 AS ends_seconds,
+       greatest(0, w.theoretical - extract(epoch FROM clock_timestamp())::float8) AS ahead_seconds
+FROM unnest($1::text[], $2::text[], $3::bool[], $4::text[])
+    WITH ORDINALITY AS a (pool_kind, pool_id, is_test, measure, number)
+JOIN keyproxy.windows AS w
+  ON (w.pool_kind, w.pool_id, w.is_test, w.measure) = (a.pool_kind, a.pool_id, a.is_test, a.measure)
+ AND w.starts = keyproxy.window_start(a.measure, extract(epoch FROM clock_timestamp())::float8);

@@ -43,6 +43,9 @@ DELETE FROM keyproxy.tenants;
 DELETE FROM keyproxy.plans;
 DELETE FROM keyproxy.audit_log;
 DELETE FROM keyproxy.changes;
+DELETE FROM keyproxy.leases;
+DELETE FROM keyproxy.lease_holders;
+DELETE FROM keyproxy.windows;
 """
 
 

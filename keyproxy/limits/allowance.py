@@ -1,0 +1,91 @@
+"""What an identity's requests draw on: the pools they belong to, and the leases that this process has of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.reasons import LimitState, Reason, Refusal
+
+
+class Allowance:
+    """The limits that an identity's requests are under: pools with their plans. Made when its row enters the cache."""
+
+    __slots__ = ("bundle", "pools")
+
+    def __init__(self, pools: tuple[tuple[Pool, Plan], ...]) -> None:
+        self.pools = pools
+        #: What a book keeps for it.
+        self.bundle: Bundle | None = None
+
+
+class TokenNeed(NamedTuple):
+    """What a request may use in tokens: `least` in any case, `most` at worst; None: it does not say."""
+
+    least: int
+    most: int | None
+
+
+class Hold(NamedTuple):
+    """What one request has taken: a unit of each of `units`, and `tokens` of each of `budgets`."""
+
+    units: tuple[Lease, ...]
+    slots: tuple[Lease, ...]
+    budgets: tuple[Lease, ...]
+    tokens: int
+
+
+class Bundle:
+    """Everything that requests under one allowance draw on, looked up once."""
+
+    __slots__ = ("accounts", "budgets", "counts_tokens", "hold", "tokens_per_request", "units")
+
+    def __init__(self, accounts: tuple[Account, ...]) -> None:
+        self.accounts = accounts
+        leases = [lease for account in accounts for lease in account.leases.values()]
+        slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
+        counted = tuple(lease for lease in leases if lease.window.measure in (RATE, *REQUESTS))
+        #: One unit of each is taken by every request.
+        self.units = slots + counted
+        self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
+        self.hold = Hold(counted, slots, (), 0)
+        self.tokens_per_request = min(
+            (
+                LimitState(f"{account.pool.kind}.tokens_per_request", bound, None, bound, None)
+                for account in accounts if (bound := account.plan.tokens_per_request) is not None
+            ),
+            key=lambda told: told.limit, default=None,
+        )  # fmt: skip
+        self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
+
+
+class Account:
+    """The leases of one pool."""
+
+    __slots__ = ("__weakref__", "leases", "plan", "pool")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.plan = Plan()
+        self.leases: dict[str, Lease] = {}
+
+
+def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
+    """How many tokens to hold for a request: its own bound, else the plan's, else all there is.
+
+    Raises a Refusal if it may use more than one request is allowed to.
+    """
+    bound = bundle.tokens_per_request
+    most = tokens.least if tokens.most is None else tokens.most
+    if bound is not None and most > bound.limit:
+        raise Refusal(
+            Reason.TOKEN_LIMIT_PER_REQUEST,
+            said=f"It may use {most}; {bound.limit} are allowed.",
+            limit=bound,
+        )
+    if tokens.most is not None:
+        return tokens.most
+    if bound is not None:
+        return bound.limit
+    return max(tokens.least, min((lease.free for lease in bundle.budgets), default=0))

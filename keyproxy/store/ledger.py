@@ -1,0 +1,281 @@
+"""The ledger as a proxy sees it: takes from leases in memory, and keeps a conversation with where windows are accounted.
+
+One task speaks for this process, one message at a time: what was used, what goes back, what is needed. It speaks when a
+request waits or a lease runs low, and at every `settle_seconds` of what else has happened. Nothing is done per user who
+is idle: no lease, no line.
+
+While the ledger cannot be asked, leases go on being spent until they lapse, `lease_seconds` after the last answer. Then
+`unreachable` decides: `refuse` (503, never 429), or `allow`: what is taken then is settled when the ledger answers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from keyproxy import settings
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.book import Book, Short
+from keyproxy.limits.leases import Line, Reply
+from keyproxy.model import Missing, Moment
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.database import StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+#: Lines in one message. More travel in several.
+_LINES_MAX: Final = 200
+
+#: How long a request waits for units that lie idle with other proxies; they come back within a second.
+_PATIENCE_SECONDS: Final = 1.6
+_FIRST_PAUSE_SECONDS: Final = 0.03
+_PAUSE_SECONDS_MAX: Final = 0.3
+
+_RETRY_SECONDS: Final = 0.2
+
+#: A holder's time is over a little earlier here than there: clocks run at slightly different speeds.
+_VALID_SHARE: Final = 0.95
+
+#: Dead holders are looked for by every proxy, so often per `lease_seconds`.
+_REAPS_PER_LEASE: Final = 4.0
+
+
+class LedgerBackend(Protocol):
+    """Where windows are accounted. Contract: tests/reference_ledger.py says the rules, tests/contracts.py holds to them.
+
+    All methods raise StoreUnavailable (or StoreConflict) if nobody knows what became of the call.
+    """
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """One message of a holder. All of it counts or nothing. None: this holder has ended."""
+        ...
+
+    async def reap(self) -> None:
+        """End the holders whose time is over: what they have not returned is charged."""
+        ...
+
+    async def end(self, holder: str) -> None:
+        """End this holder."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+class Ledger:
+    """See the module. Implements the port Ledger."""
+
+    def __init__(
+        self, backend: LedgerBackend, ledger: settings.Ledger, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        self.counts = dict.fromkeys(("taken", "waited", "round_trips", "failures"), 0)
+        self.round_trip_seconds = 0.0
+        self.book = Book(self._wake_up)
+        self._backend = backend
+        self._lease_seconds = ledger.lease_seconds
+        self._settle_seconds = ledger.settle_seconds
+        self._is_lenient = ledger.unreachable == "allow"
+        self._now = now
+        self._wake = asyncio.Event()
+        self._holder, self._serial = secrets.token_hex(12), 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._waiting: list[asyncio.Future[None]] = []
+        self._open_holds = 0
+        self.unsettled_since_mono = now().mono_seconds
+        self.down_because = ""
+
+    def start(self) -> None:
+        """Begin the conversation."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._converse()), loop.create_task(self._reap())]
+
+    async def close(self) -> None:
+        """Settle what there is, give everything back, and end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._failed(StoreUnavailable("the ledger is closed"), self._waiting)
+        try:
+            for _ in range(3):
+                if self._serial and self.book.has_leases:
+                    await self._speak(self.book.lines(self._mono(), all_of_them=True, is_last=True))
+            if self._serial:
+                await self._backend.end(self._holder)
+        except (StoreUnavailable, StoreConflict) as error:
+            _log.warning("leases could not be given back, they will be charged when they lapse: %s", error)
+        await self._backend.close()
+
+    @property
+    def open_holds(self) -> int:
+        """How many requests are under way that hold something."""
+        return self._open_holds
+
+    # -- the path of a request
+
+    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+        """See the port."""
+        try:
+            hold = self.book.take(allowance, now.mono_seconds, tokens)
+        except Short as short:
+            need = short
+            if self.down_because:
+                # Whoever needs it has it asked for again; nobody waits for that.
+                self.book.ask(short)
+                raise Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because) from None
+            raise Missing("lease", lambda: self._bring(allowance, tokens, need)) from None
+        self.counts["taken"] += 1
+        self._open_holds += 1
+        return hold
+
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port."""
+        now = self._mono()
+        try:
+            return self.book.extend(hold, tokens, now)
+        except Short as short:
+            need = short
+            raise Missing("lease", lambda: self._extended(hold, tokens, need)) from None
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+        """See the port."""
+        self._open_holds -= 1
+        self.book.settle(hold, was_sent=was_sent, tokens=tokens)
+
+    # -- what is missing
+
+    async def _bring(self, allowance: Allowance, tokens: TokenNeed | None, short: Short) -> None:
+        """Have the ledger asked until the request can be decided."""
+        self.counts["waited"] += 1
+        await self._wait_for(short, lambda: self.book.check(allowance, self._mono(), tokens))
+
+    async def _extended(self, hold: Hold, tokens: int, short: Short) -> None:
+        self.counts["waited"] += 1
+        await self._wait_for(short, lambda: self.book.check_extension(hold, tokens, self._mono()))
+
+    async def _wait_for(self, short: Short, check: Callable[[], object]) -> None:
+        give_up = self._mono() + _PATIENCE_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            self.book.ask(short)
+            await self._answered()
+            try:
+                check()
+            except Short as still:
+                short = still
+            except Refusal:
+                return
+            else:
+                return
+            if self._mono() >= give_up:
+                self.book.asked_in_vain(short, self._mono())
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _PAUSE_SECONDS_MAX)
+
+    async def _answered(self) -> None:
+        """Wait for the answer to the next message. Raises a Refusal if there is none."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(answer)
+        self._wake_up()
+        await answer
+
+    # -- the conversation
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+
+    async def _converse(self) -> None:
+        settle_at = heartbeat_at = self._mono()
+        while True:
+            now = self._mono()
+            if self.book.has_leases:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), max(0.0, min(settle_at, heartbeat_at) - now))
+            else:
+                await self._wake.wait()
+            # Whoever arrives in this turn of the loop travels along.
+            await asyncio.sleep(0)
+            self._wake.clear()
+            now = self._mono()
+            is_due = now >= settle_at
+            if is_due:
+                settle_at = now + self._settle_seconds
+            lines = self.book.lines(now, all_of_them=is_due)
+            waiting, self._waiting = self._waiting, []
+            if not (lines or waiting or now >= heartbeat_at):
+                continue
+            heartbeat_at = now + self._lease_seconds / 3
+            try:
+                await self._speak(lines)
+            except (StoreUnavailable, StoreConflict) as error:
+                self._failed(error, waiting)
+                await asyncio.sleep(_RETRY_SECONDS)
+            except Exception as error:  # noqa: BLE001 - the outermost boundary of this task
+                _log.exception("speaking with the ledger failed")
+                self._failed(error, waiting)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self._heard(waiting)
+
+    async def _speak(self, lines: Sequence[Line]) -> None:
+        """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again."""
+        for first in range(0, max(1, len(lines)), _LINES_MAX):
+            part = lines[first : first + _LINES_MAX]
+            asked = self._mono()
+            self._serial += 1
+            is_answered = False
+            try:
+                replies = await self._backend.sync(self._holder, self._serial, part)
+                is_answered = True
+            finally:
+                if not is_answered:
+                    self.counts["failures"] += 1
+                    self.book.lost(lines[first:])
+            self.counts["round_trips"] += 1
+            self.round_trip_seconds += self._mono() - asked
+            if replies is None:
+                _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
+                self.book.ended()
+                self._holder, self._serial = secrets.token_hex(12), 0
+                return
+            self.book.apply(part, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE)
+        self.unsettled_since_mono = self._mono()
+
+    def _heard(self, waiting: Sequence[asyncio.Future[None]]) -> None:
+        if self.down_because:
+            _log.warning("the ledger answers again")
+            self.down_because = ""
+        self.book.is_lenient = False
+        for answer in waiting:
+            if not answer.done():
+                answer.set_result(None)
+
+    def _failed(self, error: Exception, waiting: Sequence[asyncio.Future[None]]) -> None:
+        if not self.down_because:
+            _log.warning("the ledger cannot be asked: %s", error)
+        self.down_because = str(error) or type(error).__name__
+        # Leases that are still ours are spent first; a request waits for this answer only when there are none.
+        self.book.is_lenient = self._is_lenient
+        for answer in waiting:
+            if answer.done():
+                continue
+            if self._is_lenient:
+                answer.set_result(None)
+            else:
+                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because))
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
+            try:
+                await self._backend.reap()
+            except (StoreUnavailable, StoreConflict) as error:
+                _log.debug("dead holders were not looked for: %s", error)
+
+    def _mono(self) -> float:
+        return self._now().mono_seconds
