@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.reasons import LimitState, Reason, Refusal
+from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
+from keyproxy.ratelimit import LimitPolicy, LimitState
+from keyproxy.reasons import Reason, Refusal
 
 
 class Allowance:
@@ -52,10 +54,10 @@ class Bundle:
         self.hold = Hold(counted, slots, (), 0)
         self.tokens_per_request = min(
             (
-                LimitState(f"{account.pool.kind}.tokens_per_request", bound, None, bound, None)
+                LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
                 for account in accounts if (bound := account.plan.tokens_per_request) is not None
             ),
-            key=lambda told: told.limit, default=None,
+            key=lambda told: told.remaining, default=None,
         )  # fmt: skip
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
 
@@ -78,14 +80,14 @@ def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
     """
     bound = bundle.tokens_per_request
     most = tokens.least if tokens.most is None else tokens.most
-    if bound is not None and most > bound.limit:
+    if bound is not None and most > bound.remaining:
         raise Refusal(
             Reason.TOKEN_LIMIT_PER_REQUEST,
-            said=f"It may use {most}; {bound.limit} are allowed.",
+            said=f"It may use {most}; {bound.remaining} are allowed.",
             limit=bound,
         )
     if tokens.most is not None:
         return tokens.most
     if bound is not None:
-        return bound.limit
+        return bound.remaining
     return max(tokens.least, min((lease.free for lease in bundle.budgets), default=0))

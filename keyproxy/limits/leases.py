@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+from keyproxy import ratelimit
 from keyproxy.limits.plan import Plan
+from keyproxy.ratelimit import LimitPolicy
 
 RATE: Final = "rate"
 CONCURRENCY: Final = "concurrency"
@@ -32,6 +34,13 @@ _RATE_LASTS_SECONDS: Final = 0.4
 
 #: What is asked for at first beyond what is needed, when it is not known yet how much will be used.
 _FIRST_UNITS: Final = 4
+
+
+_WINDOW_SECONDS: Final = {
+    "requests_per_day": 86_400, "tokens_per_day": 86_400,
+    "requests_per_month": 2_592_000, "tokens_per_month": 2_592_000,
+}  # fmt: skip
+_UNITS: Final = {CONCURRENCY: ratelimit.CONCURRENT_REQUESTS, **dict.fromkeys(TOKENS, ratelimit.TOKENS)}
 
 
 class Pool(NamedTuple):
@@ -106,7 +115,7 @@ class Lease:
     __slots__ = (
         "__weakref__", "asked_mono", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono",
         "free", "given_back", "granted", "interval_seconds", "is_current", "is_wanted_until", "limit", "low",
-        "need", "number", "others_held", "retry_mono", "returned", "seen_available", "spent", "starts",
+        "need", "number", "others_held", "policy", "retry_mono", "returned", "seen_available", "spent", "starts",
         "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
@@ -189,6 +198,10 @@ class Lease:
         else:
             limit, interval = getattr(plan, measure), 0.0
         self.limit, self.interval_seconds = limit, interval
+        seconds = _WINDOW_SECONDS.get(measure)
+        if measure == RATE:
+            seconds = max(1, math.ceil(limit * interval))
+        self.policy = LimitPolicy(self.window.policy, limit, seconds, _UNITS.get(measure, ratelimit.REQUESTS))
 
     def begin_anew(self) -> None:
         """All of it was used or returned. The next lease of this window begins at zero."""

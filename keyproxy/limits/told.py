@@ -6,10 +6,8 @@ import math
 from typing import Final
 
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease
-from keyproxy.reasons import LimitState, Reason, Refusal
-
-_WINDOW_SECONDS: Final = {"requests_per_day": 86_400, "tokens_per_day": 86_400, "requests_per_month": 2_592_000,
-                          "tokens_per_month": 2_592_000}  # fmt: skip
+from keyproxy.ratelimit import LimitState
+from keyproxy.reasons import Reason, Refusal
 
 _REASONS: Final = {RATE: Reason.RATE_LIMITED, CONCURRENCY: Reason.CONCURRENCY_LIMITED}
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
@@ -18,27 +16,20 @@ _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
 
 def state(lease: Lease, now_mono: float) -> LimitState:
     """How it stands with one limit."""
+    remaining = lease.remaining
     if lease.is_rate:
-        window = max(1, math.ceil(lease.limit * lease.interval_seconds))
-        reset = math.ceil(max(0.0, (lease.limit - lease.remaining) * lease.interval_seconds))
-        return LimitState(lease.window.policy, lease.limit, window, lease.remaining, reset)
-    window_seconds = _WINDOW_SECONDS.get(lease.window.measure)
-    ends = (
-        None
-        if window_seconds is None or lease.ends_mono <= now_mono
-        else math.ceil(max(0.0, lease.ends_mono - now_mono))
-    )
-    return LimitState(lease.window.policy, lease.limit, window_seconds, lease.remaining, ends)
+        # What comes back since the ledger answered is not counted: who waits for it does not come too early.
+        return LimitState(lease.policy, remaining, (lease.limit - remaining) * lease.interval_seconds)
+    is_known = lease.policy.window_seconds is not None and lease.ends_mono > now_mono
+    return LimitState(lease.policy, remaining, lease.ends_mono - now_mono if is_known else None)
 
 
 def refusal(lease: Lease, need: int, now_mono: float) -> Refusal:
     """The Refusal of a request that needs so much of a lease that cannot give it."""
     told = state(lease, now_mono)
     measure = lease.window.measure
-    retry: int | None = 1
     if measure == RATE:
-        retry = max(1, math.ceil(lease.retry_mono - now_mono))
-    elif measure != CONCURRENCY:
-        retry = told.reset_seconds
-    said = f"It may use {need}." if measure in TOKENS else ""
-    return Refusal(_REASONS[measure], told.policy, said=said, retry_after_seconds=retry, limit=told)
+        return Refusal(
+            Reason.RATE_LIMITED, limit=told, retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono))
+        )
+    return Refusal(_REASONS[measure], limit=told, said=f"It may use {need}." if measure in TOKENS else "")
