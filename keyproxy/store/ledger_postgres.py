@@ -1,4 +1,4 @@
-"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0003_ledger.sql."""
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0004_ledger.sql."""
 
 from __future__ import annotations
 
