@@ -10,6 +10,7 @@ CVE-2018-11759 (`;`), the overlong `%c0%af` of 2000, double decoding (`%252e`).
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -37,7 +38,8 @@ _BAD_SEGMENTS = re.compile(rb"\A//|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)")
 _BAD_DECODED = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])|[\x00-\x1f\x7f\\]", re.IGNORECASE)
 _DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
-_HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{1,5}))?")
+_PORT_MAX = 65_535
 
 
 def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
@@ -51,7 +53,9 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
             raise _refusal("the target * is for OPTIONS alone")
         return Target(target, target)
     if not target.startswith(b"/"):
-        target = _origin_form(target, host)
+        target = _origin_form(method, target, host)
+        if target == b"*":
+            return Target(target, target)
     path = target.partition(b"?")[0]
     _check_path(path)
     return Target(target, path)
@@ -59,8 +63,14 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
 
 def check_host(host: bytes) -> None:
     """Raise the Refusal for a Host that is no `name`, `name:port` or bracketed IPv6 address."""
-    if not _HOST.fullmatch(host):
+    match = _HOST.fullmatch(host)
+    if match is None or int(match[2] or 0) > _PORT_MAX:
         raise _refusal("the Host header is malformed")
+    if match[1] is not None:
+        try:
+            ipaddress.IPv6Address(match[1].decode("ascii"))
+        except ValueError as error:
+            raise _refusal("the Host header holds no IPv6 address") from error
 
 
 def _check_path(path: bytes) -> None:
@@ -78,7 +88,7 @@ def _check_path(path: bytes) -> None:
         raise _refusal("the path could be read in more than one way")
 
 
-def _origin_form(target: bytes, host: bytes | None) -> bytes:
+def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
     match = _ABSOLUTE.fullmatch(target)
     if match is None:
         raise _refusal("the target is neither a path nor an absolute http URI")
@@ -86,6 +96,8 @@ def _origin_form(target: bytes, host: bytes | None) -> bytes:
     check_host(authority)
     if host is None or host.lower() != authority.lower():
         raise _refusal("the Host header disagrees with the absolute target")
+    if method == b"OPTIONS" and not rest:
+        return b"*"  # RFC 9112 section 3.2.4
     return rest if rest.startswith(b"/") else b"/" + rest
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -99,16 +100,17 @@ class _Gate:
 class _Transport:
     """Keeps what is written, and notes how the connection ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.written = b""
         self.is_closed = False
         self.is_cut = False
+        self._sock = sock
 
     def write(self, data: bytes) -> None:
         self.written += data
 
     def get_extra_info(self, name: str) -> Any:
-        return ("127.0.0.1", 4) if name == "peername" else None
+        return {"peername": ("127.0.0.1", 4), "socket": self._sock}.get(name)
 
     def is_closing(self) -> bool:
         return self.is_closed
@@ -133,11 +135,18 @@ class _Transport:
         self.is_closed = self.is_cut = True
 
 
+class Stage(NamedTuple):
+    """What plays share: a proxy, and a socket that stays silent and stands for all of theirs."""
+
+    wire: Wire
+    sock: socket.socket
+
+
 class Play:
     """One client connection and one to the upstream, which answers whatever is whole."""
 
-    def __init__(self, wire: Wire) -> None:
-        self.near, self.far = _Transport(), _Transport()
+    def __init__(self, wire: Wire, sock: socket.socket) -> None:
+        self.near, self.far = _Transport(sock), _Transport(sock)
         self.upstream = UpstreamConnection(wire.pool, wire.server.loop)
         self.upstream.connection_made(cast("Any", self.far))
         wire.pool.release(self.upstream, wire.pool.clock())
@@ -184,14 +193,14 @@ class Play:
         return found
 
 
-def wrong_with(wire: Wire, stream: bytes, pieces: Sequence[bytes]) -> str:
+def wrong_with(stage: Stage, stream: bytes, pieces: Sequence[bytes]) -> str:
     """What is wrong with how the proxy handled a stream that came in these pieces; empty if nothing is."""
-    play = Play(wire)
+    play = Play(*stage)
     play.send(pieces)
     far = strict.read(play.far.written)
     statuses = play.statuses([one.method for one in far.requests])
     play.end()
-    wire.recorder.seen.clear()
+    stage.wire.recorder.seen.clear()
     reading = strict.read(stream)
     expected = [(one.method, _as_sent(one.target, one.method), one.body) for one in reading.requests]
     forwarded = [(one.method, one.target, one.body) for one in far.requests]
@@ -246,24 +255,26 @@ def mutants() -> Iterator[bytes]:
 
 
 @pytest.fixture
-async def open_wire(wire: Wire) -> Wire:
+async def stage(wire: Wire) -> AsyncIterator[Stage]:
     """A proxy that forwards whatever it can read."""
     wire.server.gate = _Gate()
-    return wire
+    sock, other = socket.socketpair()
+    with sock, other:
+        yield Stage(wire, sock)
 
 
 #: Which part of all mutants is played. `make soak` plays all of them, which takes minutes.
 SHARE = float(os.environ.get("KEYPROXY_TEST_SHARE", "0.04"))
 
 
-async def test_every_mutant_of_a_request_is_read_as_the_second_reader_does(open_wire: Wire) -> None:
+async def test_every_mutant_of_a_request_is_read_as_the_second_reader_does(stage: Stage) -> None:
     chance = random.Random(20261121)
     wrong = []
     for mutant in mutants():
         if chance.random() > SHARE:
             continue
         for stream in (mutant, mutant + LAST):
-            told = wrong_with(open_wire, stream, [stream])
+            told = wrong_with(stage, stream, [stream])
             if told:
                 wrong.append((stream, told))
     assert wrong[:5] == []
@@ -301,9 +312,9 @@ def _mutants_of(request: bytes) -> st.SearchStrategy[bytes]:
 @example(pieces=[SEEDS[2][:60], SEEDS[2][60:], SEEDS[0]])
 @settings(max_examples=int(1_500 * SHARE), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 async def test_a_stream_in_pieces_is_read_as_the_second_reader_reads_it_whole(
-    open_wire: Wire, pieces: list[bytes]
+    stage: Stage, pieces: list[bytes]
 ) -> None:
-    assert wrong_with(open_wire, b"".join(pieces), pieces) == ""
+    assert wrong_with(stage, b"".join(pieces), pieces) == ""
 
 
 # -- answers
@@ -337,18 +348,18 @@ def answer_mutants() -> Iterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body
 
 
-def wrong_with_answer(wire: Wire, method: bytes, stream: bytes, pieces: Sequence[bytes]) -> str:
+def wrong_with_answer(stage: Stage, method: bytes, stream: bytes, pieces: Sequence[bytes]) -> str:
     """What is wrong with how the proxy relayed an answer that came in these pieces, before the upstream closed."""
-    play = Play(wire)
+    play = Play(*stage)
     play.client.data_received(b"%b / HTTP/1.1\r\nHost: h\r\n\r\n" % method)
     for piece in pieces:
         if not play.far.is_closed:
             play.upstream.data_received(piece)
-    is_reused = not play.far.is_closed and wire.pool.counts()["idle"] > 0
+    is_reused = not play.far.is_closed and stage.wire.pool.counts()["idle"] > 0
     play.upstream.connection_lost(None)
     near, is_cut = play.near.written, play.near.is_cut
     play.end()
-    wire.recorder.seen.clear()
+    stage.wire.recorder.seen.clear()
     try:
         told = strict.read_response(near, method)
     except (strict.Malformed, strict.Incomplete) as error:
@@ -369,7 +380,7 @@ def wrong_with_answer(wire: Wire, method: bytes, stream: bytes, pieces: Sequence
 
 
 async def test_every_mutant_of_an_answer_is_relayed_as_the_second_reader_reads_it_or_not_at_all(
-    open_wire: Wire,
+    stage: Stage,
 ) -> None:
     chance = random.Random(20261121)
     wrong = []
@@ -379,7 +390,7 @@ async def test_every_mutant_of_an_answer_is_relayed_as_the_second_reader_reads_i
         cut = chance.randrange(len(mutant) + 1)
         for method in (b"GET", b"HEAD"):
             for pieces in ([mutant], [mutant[:cut], mutant[cut:]]):
-                told = wrong_with_answer(open_wire, method, mutant, pieces)
+                told = wrong_with_answer(stage, method, mutant, pieces)
                 if told:
                     wrong.append((method, mutant, pieces, told))
     assert wrong[:5] == []
