@@ -195,6 +195,18 @@ class Permit(NamedTuple):
     grant: Grant
 
 
+class TokenUse(NamedTuple):
+    """Tokens that a request used: of its prompt, and of what was produced for it."""
+
+    tokens_in: int
+    tokens_out: int
+
+    @property
+    def total(self) -> int:
+        """What is charged."""
+        return self.tokens_in + self.tokens_out
+
+
 class Ending(enum.Enum):
     """How an exchange ended."""
 

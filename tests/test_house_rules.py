@@ -28,6 +28,7 @@ RANKS = {
     "problems": 4,
     "routes": 4,
     "target": 4,
+    "tokens": 4,
     "credential": 5,
     "settings": 5,
     "config": 6,
@@ -70,7 +71,7 @@ HOMES = {
     "cachetools": {"store"},
     "click": {"cli", "demo"},
     "httptools": {"wire"},
-    "orjson": {"metrics", "ops", "cli", "demo", "supervisor"},
+    "orjson": {"metrics", "ops", "cli", "demo", "supervisor", "tokens"},
     "prometheus_client": {"metrics"},
     "uvloop": {"cli", "demo"},
 }

@@ -1,0 +1,1 @@
+"""LLM tokens: what a request may use (`ask`), and what its answer says was used (`meter`)."""

@@ -1,0 +1,52 @@
+"""Which meter an answer needs, by its route and its head."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from keyproxy.model import ResponseHead, TokenUse
+from keyproxy.tokens import report
+from keyproxy.tokens.document import JsonMeter
+from keyproxy.tokens.inflate import InflatingMeter
+from keyproxy.tokens.meter import Meter
+from keyproxy.tokens.stream import StreamMeter
+
+_FIELDS = re.compile(rb"(?im)^(content-type|content-encoding):[ \t]*([^\r\n]*?)[ \t]*\r?$")
+
+#: An answer with such a status was not worked on: without a report it used nothing. Vendors bill none either.
+_ERROR_STATUS: Final = 400
+
+
+def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Meter:
+    """The meter for one answer.
+
+    `kind`: where the route's answers say what was used, "openai", "anthropic" or "header". `hides_usage`: the client did
+    not ask for the usage chunk of its stream; it is left out unless the length of the answer is announced already, or
+    it is compressed.
+    """
+    meter = _meter_for(kind, head, hides_usage=hides_usage and not head.fields.has_content_length)
+    if head.line.status >= _ERROR_STATUS:
+        meter.unsaid = TokenUse(0, 0)
+    return meter
+
+
+def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
+    if kind == "header":
+        return Meter(report.header_use(head.block))
+    fields = {name.lower(): value.lower() for name, value in _FIELDS.findall(head.block)}
+    media_type = fields.get(b"content-type", b"").partition(b";")[0].strip()
+    encoding = fields.get(b"content-encoding", b"identity") or b"identity"
+    is_plain = encoding == b"identity"
+    meter: Meter
+    if media_type == b"text/event-stream":
+        meter = StreamMeter(kind, hides_usage=hides_usage and is_plain)
+    elif not media_type or media_type == b"application/json" or media_type.endswith(b"+json"):
+        meter = JsonMeter(report.anthropic_use if kind == "anthropic" else report.openai_use)
+    else:
+        return Meter()
+    if is_plain:
+        return meter
+    if encoding in (b"gzip", b"x-gzip", b"deflate"):
+        return InflatingMeter(meter, is_gzip=encoding != b"deflate")
+    return Meter()

@@ -1,0 +1,84 @@
+"""Read an answer in gzip or deflate: another meter is fed with what it holds, the client gets it as it came.
+
+What is inflated is looked at in pieces and dropped, so that the memory is zlib's window and one piece. The time is
+bounded as well: content that grows beyond `INFLATED_BYTES_MAX` and beyond `INFLATED_TIMES_MAX` times itself is no answer
+but a bomb, and is read no further. The same goes for what zlib cannot read. What was said until then was said.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+from keyproxy.model import TokenUse
+from keyproxy.tokens.meter import Meter
+
+INFLATED_BYTES_MAX: Final = 1_048_576
+INFLATED_TIMES_MAX: Final = 100
+
+_PIECE_BYTES: Final = 65_536
+#: Gzip members that may follow one another; a bomb may be of thousands of empty ones.
+_MEMBERS_MAX: Final = 100
+
+
+class InflatingMeter(Meter):
+    """For an answer in gzip or deflate: another meter is fed with what it holds; the client gets it as it came."""
+
+    def __init__(self, inner: Meter, *, is_gzip: bool) -> None:
+        super().__init__()
+        self._inner = inner
+        self._is_gzip = is_gzip
+        self._inflate: zlib._Decompress | None = None
+        self._members = 0
+        self._is_readable = True
+
+    @property
+    def use(self) -> TokenUse | None:
+        """See Meter."""
+        said = self._inner.use
+        return self.unsaid if said is None else said
+
+    @property
+    def produced(self) -> int:
+        """See Meter."""
+        return self._inner.produced
+
+    @property
+    def produced_bound(self) -> int:
+        """See Meter."""
+        return self._inner.produced_bound
+
+    def feed(self, content: bytes) -> bytes:
+        """See Meter."""
+        budget = max(INFLATED_BYTES_MAX, INFLATED_TIMES_MAX * len(content))
+        left = content
+        while left and self._is_readable:
+            if self._inflate is None:
+                self._inflate = self._begun(left)
+            try:
+                piece = self._inflate.decompress(left, _PIECE_BYTES)
+            except zlib.error:
+                self._is_readable = False
+                break
+            self._inner.feed(piece)
+            left = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                left, self._inflate = self._inflate.unused_data, None
+                self._members += 1
+            budget -= len(piece)
+            self._is_readable = budget > 0 and self._members < _MEMBERS_MAX
+        self.tokens_in = self._inner.tokens_in
+        return content
+
+    def finish(self) -> bytes:
+        """See Meter."""
+        self._inner.finish()
+        self.tokens_in = self._inner.tokens_in
+        return b""
+
+    def _begun(self, content: bytes) -> zlib._Decompress:
+        if self._is_gzip:
+            return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        # "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some servers send the bare one.
+        is_zlib = content[0] & 0x0F == zlib.DEFLATED and content[0] >> 4 <= 7
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
