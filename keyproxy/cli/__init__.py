@@ -9,11 +9,16 @@ from collections.abc import Sequence
 import click
 
 from keyproxy import __version__
+from keyproxy.cli.audit import audit_group
+from keyproxy.cli.completion import completion_command
 from keyproxy.cli.config import config_group
-from keyproxy.cli.directory import key_group, tenant_group, user_group
+from keyproxy.cli.key import key_group
 from keyproxy.cli.migrate import migrate_command
+from keyproxy.cli.plan import plan_group
 from keyproxy.cli.serve import demo_command, serve_command
 from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
+from keyproxy.cli.tenant import tenant_group
+from keyproxy.cli.user import user_group
 from keyproxy.config import ConfigError
 from keyproxy.store.database import StoreUnavailable
 
@@ -36,7 +41,8 @@ def root() -> None:
 
 
 for _command in (
-    demo_command, serve_command, migrate_command, config_group, tenant_group, user_group, key_group
+    demo_command, serve_command, migrate_command, config_group, tenant_group, user_group, key_group, plan_group,
+    audit_group, completion_command,
 ):  # fmt: skip
     root.add_command(_command)
 

@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -31,6 +31,7 @@ MISUSED: Final = 2
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d|w)")
+_AGO_MAX: Final = timedelta(days=365 * 100)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -105,11 +106,36 @@ def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bo
 
 def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | str | None:
     """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta; `never` as it is."""
-    if value is None or value == "never":
-        return value
+    return value if value is None or value == "never" else _timedelta(value, "or never", least=1)
+
+
+def span(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | None:
+    """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta."""
+    return None if value is None else _timedelta(value, "for example", least=1)
+
+
+def grace(_context: click.Context, _parameter: click.Parameter, value: str) -> timedelta:
+    """A click callback: as `span`, and `0s`."""
+    return _timedelta(value, "or 0s", least=0)
+
+
+def instant(_context: click.Context, _parameter: click.Parameter, value: str | None) -> datetime | None:
+    """A click callback: a date or time in ISO 8601, UTC if it does not say, or a duration: so long ago."""
+    if value is None:
+        return None
+    if _DURATION.fullmatch(value):
+        return datetime.now(UTC) - min(_timedelta(value, "", least=0), _AGO_MAX)
+    try:
+        when = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no time: write 2026-01-31, 2026-01-31T12:00Z or 7d") from error
+    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+
+
+def _timedelta(value: str, more: str, *, least: int) -> timedelta:
     match = _DURATION.fullmatch(value)
-    if match is None or int(match[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no duration: write 90d, 24h, 30m, 45s, 2w or never")
+    if match is None or int(match[1]) < least:
+        raise click.BadParameter(f"{value!r} is no duration: write 90d, 24h, 30m, 45s, 2w {more}")
     try:
         return timedelta(**{_UNITS[match[2]]: int(match[1])})
     except OverflowError as error:

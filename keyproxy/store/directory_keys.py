@@ -29,6 +29,8 @@ STATES: Final = ("active", "retiring", "disabled", "expired", "revoked")
 #: never expires as expiring after them.
 ORDERS: Final = ("created", "used", "expires")
 
+_NOBODYS: Final[Entity] = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
+
 _CURSOR = re.compile(r"(-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d[0-9.]*[+-][0-9:]+)/(.*)")
 
 
@@ -150,15 +152,22 @@ class Keys(Desk):
             raise Invalid("the digest of a key is 32 bytes: 64 hexadecimal digits")
         row = await self._one("key_of_digest", digest)
         if row is None:
-            return {"known": False, "revoked_now": False, "key": None}
+            return dict(_NOBODYS)
         try:
             async with self._acting() as transaction:
                 before = await self._held(transaction, "key", row["id"], None)
                 await transaction.fetch("revoke_key", row["id"], reason)
         except NotFound:
             # Deleted since, or another tenant's: to this desk there is no such key.
-            return {"known": False, "revoked_now": False, "key": None}
-        return {"known": True, "revoked_now": before["revoked_at"] is None, "key": await self.key(row["id"])}
+            return dict(_NOBODYS)
+        key = await self.key(row["id"])
+        return {
+            "known": True,
+            "revoked_now": before["revoked_at"] is None,
+            "user": key["user"],
+            "tenant": key["tenant"],
+            "key": key,
+        }
 
     async def delete_key(self, key_id: str, *, if_match: str | None = None) -> Entity:
         """Delete a key. Revoking leaves a trace in the table that deleting does not."""

@@ -184,7 +184,8 @@ async def test_a_leaked_key_is_revoked_by_its_digest_and_it_is_said_whose_it_was
     assert (told["key"]["state"], told["key"]["revoke_reason"]) == ("revoked", "on a public page")
     again = await directory.report_leaked(digest, "again")
     assert (again["known"], again["revoked_now"], again["key"]["revoke_reason"]) == (True, False, "on a public page")
-    assert await directory.report_leaked(bytes(32), "") == {"known": False, "revoked_now": False, "key": None}
+    nobodys = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
+    assert await directory.report_leaked(bytes(32), "") == nobodys
     with pytest.raises(Invalid, match="32 bytes"):
         await directory.report_leaked(b"short", "")
 

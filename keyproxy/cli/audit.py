@@ -1,0 +1,122 @@
+"""keyproxy audit list|export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import click
+import orjson
+
+from keyproxy.cli.desk import PAGE, Call, Progress, say, takes_call
+from keyproxy.cli.setting import Failure, instant
+from keyproxy.store.directory import AuditFilter, Directory, Entity
+
+_COLUMNS: Final = ("id", "at", "actor", "origin", "action", "entity", "entity_id", "tenant", "changed")
+_ENTITIES: Final = ("tenant", "user", "key", "plan")
+_TAIL_BYTES: Final = 1 << 20
+_ROW_START: Final = b'{"id":'
+
+
+def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--until", callback=instant, metavar="WHEN", help="Before that: a time, or 7d for so long ago."),
+        click.option("--since", callback=instant, metavar="WHEN", help="From then on: 2026-01-31, …T12:00Z, or 7d."),
+        click.option("--action", type=click.Choice(("insert", "update", "delete", "truncate")), help="What was done."),
+        click.option("--actor", metavar="WHO", help="By whom, as the log writes it: cli:ann, sql:app."),
+        click.option("--tenant", metavar="TENANT", help="About this tenant, its users and its keys."),
+        click.option("--id", "entity_id", metavar="ID", help="About the tenant, user, key or plan with this id."),
+        click.option("--entity", metavar="KIND", help=f"About {', '.join(_ENTITIES)}."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("audit")
+def audit_group() -> None:
+    """The audit log: every change, by whom, from where, before and after."""
+
+
+@audit_group.command("list")
+@_filters
+@click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many.")
+@takes_call
+def audit_list(call: Call, limit: int, **wanted: Any) -> None:
+    """List what was changed, the newest first.
+
+    \b
+    keyproxy audit list --tenant acme --since 7d
+    keyproxy audit list --entity key --id key_…
+    """
+
+    async def work(directory: Directory) -> list[Entity]:
+        found: list[Entity] = []
+        cursor: str | None = None
+        while True:
+            page = await directory.audit(cursor, min(PAGE, limit - len(found)), AuditFilter(**wanted))
+            found += page.items
+            cursor = page.next
+            if cursor is None or len(found) >= limit:
+                return found
+
+    call.tell(call.run(work), _COLUMNS)
+
+
+@audit_group.command("export")
+@_filters
+@click.option("--after", type=click.IntRange(min=0), metavar="N", help="Only rows with a greater id than this.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Add to this file, after the last row that is in it. Without it: stdout.")  # fmt: skip
+@takes_call
+def audit_export(call: Call, after: int | None, output: Path | None, **wanted: Any) -> None:
+    """Write what was changed as JSON lines, the oldest first, complete up to now.
+
+    Interrupted or run again with the same --output it goes on after the last row that was written.
+
+    \b
+    keyproxy audit export --output audit.jsonl
+    """
+    if output is None:
+        count = call.run(lambda directory: _export(directory, after, AuditFilter(**wanted), sys.stdout.buffer))
+    else:
+        with output.open("ab+") as file:
+            start = _resume_at(file, output) if after is None else after
+            count = call.run(lambda directory: _export(directory, start, AuditFilter(**wanted), file))
+    if output is not None:
+        say(f"{count} rows added to {output}")
+
+
+async def _export(directory: Directory, after: int | None, wanted: AuditFilter, file: BinaryIO) -> int:
+    horizon = await directory.audit_horizon()
+    progress, count = Progress("rows"), 0
+    cursor = str(after or 0)
+    try:
+        while (page := await directory.audit_export(cursor, PAGE, wanted, horizon=horizon)).items:
+            file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page.items))
+            file.flush()
+            count += len(page.items)
+            cursor = str(page.items[-1]["id"])
+            progress.at(count)
+    finally:
+        progress.end()
+    return count
+
+
+def _resume_at(file: BinaryIO, path: Path) -> int:
+    """The id of the last whole row of a file, which is cut off behind it: a row may have been written in part."""
+    size = file.seek(0, 2)
+    start = max(0, size - _TAIL_BYTES)
+    file.seek(start)
+    tail = file.read()
+    whole = tail[: tail.rfind(b"\n") + 1]
+    try:
+        last = int(orjson.loads(whole[:-1].rpartition(b"\n")[2])["id"]) if whole else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(f"{path}: its last line is no row of the audit log") from error
+    cut = tail[len(whole) :]
+    if cut and not (cut.startswith(_ROW_START[: len(cut)]) and start + len(whole) < size):
+        raise Failure(f"{path}: it ends with something that is no row of the audit log")
+    file.truncate(start + len(whole))
+    return last

@@ -1,0 +1,168 @@
+"""What commands on tenants, users, keys, plans and the audit log share: options, the directory, how results are told."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import uvloop
+
+from keyproxy.cli.setting import actor, config_option, json_option, load, store, tell
+from keyproxy.keyformat import KeyFormat
+from keyproxy.settings import Settings
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Directory, Entity, KeyWish
+
+_T = TypeVar("_T")
+
+PAGE: Final = 500
+_STATEMENT_SECONDS: Final = 60.0
+
+TENANT_COLUMNS: Final = ("id", "name", "plan", "disabled_at", "created_at", "users")
+USER_COLUMNS: Final = ("id", "tenant", "plan", "disabled_at", "created_at", "keys")
+KEY_COLUMNS: Final = (
+    "id",
+    "user",
+    "tenant",
+    "state",
+    "hint",
+    "name",
+    "scopes",
+    "is_test",
+    "expires_at",
+    "last_used_at",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a command: which configuration, and how to tell the result."""
+
+    config_path: Path | None
+    as_json: bool
+
+    def run(self, work: Callable[[Directory], Awaitable[_T]]) -> _T:
+        """Do something with the directory of the configured store."""
+        settings = self.settings()
+
+        async def worked(dsn: str) -> _T:
+            seconds = max(_STATEMENT_SECONDS, settings.store.statement_timeout_seconds)
+            database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds)
+            await database.open()
+            try:
+                return await work(Directory(database, KeyFormat(settings.keys.prefix), actor()))
+            finally:
+                await database.close()
+
+        with store(settings) as dsn:
+            return uvloop.run(worked(dsn))
+
+    def settings(self) -> Settings:
+        """The configuration. Raises ConfigError."""
+        return load(self.config_path).settings
+
+    def wish(
+        self, name: str, scopes: Sequence[str], expires_in: timedelta | str | None, *, is_test: bool = False,
+        plan: str | None = None,
+    ) -> KeyWish:  # fmt: skip
+        """What a key is to be. `expires_in` None: as long as the configuration says; `never`: for ever."""
+        self.warn_of_scopes(scopes)
+        return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
+
+    def life(self, expires_in: timedelta | str | None) -> timedelta | None:
+        """How long a key lives, None for ever."""
+        if isinstance(expires_in, timedelta):
+            return expires_in
+        days = self.settings().keys.age_days_max
+        return timedelta(days=days) if expires_in is None and days else None
+
+    def warn_of_scopes(self, scopes: Sequence[str]) -> None:
+        """Say so if no route asks for a scope: a slip of the pen, or a route that is still to come."""
+        routes = self.settings().routes
+        asked_for = {scope for route in routes for scope in route.scopes}
+        for scope in scopes:
+            if routes and scope not in asked_for:
+                say(f"warning: no route asks for the scope {scope!r}")
+
+    def tell(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        """Print a result: JSON for programs, a table or a list of fields for people."""
+        tell(result, as_json=self.as_json, columns=columns)
+
+    def tell_secret(self, key: Mapping[str, Any]) -> None:
+        """Print a key that was made just now."""
+        self.tell(key, KEY_COLUMNS)
+        if not self.as_json:
+            say("this is the only time the secret is shown")
+
+
+def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--config and --json. The command's first parameter is the Call."""
+
+    @functools.wraps(command)
+    def called(*arguments: Any, config_path: Path | None, as_json: bool, **options: Any) -> Any:
+        return command(Call(config_path, as_json), *arguments, **options)
+
+    return config_option(json_option(called))
+
+
+def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--yes."""
+    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask a person. A program, whose stdin is no terminal, has decided already."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True, err=True)
+
+
+async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Entity]:
+    """All of a list that comes in pages by id."""
+    found: list[Entity] = []
+    while rows := await page(found[-1]["id"] if found else ""):
+        found += rows
+    return found
+
+
+def chosen_plan(plan: str | None, named: str | None, *, none: bool) -> str | None:
+    """The plan out of PLAN, --plan PLAN and --none, of which there has to be one. None: no plan."""
+    if (plan is not None) + (named is not None) + none != 1:
+        raise click.UsageError("name one plan, or give --none")
+    return plan or named
+
+
+def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """PLAN, --plan PLAN and --none."""
+    command = click.option("--none", "none", is_flag=True, help="Take the plan away.")(command)
+    command = click.option("--plan", "named", metavar="PLAN", help="The same as the argument.")(command)
+    return click.argument("plan", metavar="[PLAN]", required=False)(command)
+
+
+def say(text: str) -> None:
+    """A message for people, on stderr."""
+    click.echo(f"keyproxy: {text}", err=True)
+
+
+class Progress:
+    """How far long work has come, on stderr, in one line that is written over. Nothing if that is no terminal."""
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self._what = what
+        self._total = f" of {total}" if total is not None else ""
+        self._is_shown = sys.stderr.isatty()
+
+    def at(self, count: int) -> None:
+        """It has come so far."""
+        if self._is_shown:
+            click.echo(f"\r{count}{self._total} {self._what}", err=True, nl=False)
+
+    def end(self) -> None:
+        """It is done, or has been interrupted."""
+        if self._is_shown:
+            click.echo(err=True)

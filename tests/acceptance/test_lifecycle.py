@@ -1,0 +1,313 @@
+"""The lifecycle by commands: plans, rotation, revocation, leaks, the audit log. In this process, so that it is quick."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyproxy import cli
+from tests.acceptance.conftest import Output, Site
+
+
+class Shell:
+    """Runs commands in this process, as `main` does for a program whose stdin is no terminal."""
+
+    def __init__(self, config: Path, capture: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._config = config
+        self._capture = capture
+        self._monkeypatch = monkeypatch
+
+    def run(self, *arguments: str, stdin: str = "") -> Output:
+        """Run one command."""
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        status = cli.main([*arguments, "--config", str(self._config)])
+        out, err = self._capture.readouterr()
+        return Output(status, out, err)
+
+    def told(self, *arguments: str, stdin: str = "") -> Any:
+        """Run one command that has to succeed and say nothing but its JSON."""
+        output = self.run(*arguments, "--json", stdin=stdin)
+        assert (output.status, output.err) == (0, "")
+        return output.json
+
+    def refused(self, *arguments: str, status: int = 1, stdin: str = "") -> str:
+        """Run one command that has to fail and say why in one line; the line."""
+        output = self.run(*arguments, stdin=stdin)
+        assert (output.status, output.out) == (status, "")
+        if status == 1:
+            (line,) = output.err.splitlines()
+            assert line.startswith("keyproxy: ")
+            return line.removeprefix("keyproxy: ")
+        return output.err
+
+
+@pytest.fixture
+def shell(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A shell over this test's database."""
+    for name in [name for name in site.environment if name.startswith("KEYPROXY_")]:
+        monkeypatch.delenv(name)
+    return Shell(site.config, capsys, monkeypatch)
+
+
+@pytest.fixture
+def key(shell: Shell) -> dict[str, Any]:
+    """A key of user u_42 of tenant acme."""
+    shell.told("tenant", "create", "acme")
+    shell.told("user", "create", "u_42", "--tenant", "acme", "--no-key")
+    key: dict[str, Any] = shell.told("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--name", "n")
+    return key
+
+
+def _seconds_until(text: str) -> float:
+    return (datetime.fromisoformat(text) - datetime.now(UTC)).total_seconds()
+
+
+# -- plans
+
+
+def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
+    made = shell.told(
+        "plan", "set", "basic", "--rate", "3000/min", "--burst", "100", "--concurrency", "8", "--requests-per-day", "10",
+        "--requests-per-month", "20", "--tokens-per-request", "30", "--tokens-per-day", "40", "--tokens-per-month", "50",
+    )  # fmt: skip
+    limits = {
+        "rate": 50.0, "burst": 100, "concurrency": 8, "requests_per_day": 10, "requests_per_month": 20,
+        "tokens_per_request": 30, "tokens_per_day": 40, "tokens_per_month": 50,
+    }  # fmt: skip
+    assert (made["id"], made["limits"]) == ("basic", limits)
+    assert shell.told("plan", "show", "basic")["limits"] == limits
+    assert shell.told("plan", "set", "basic", "--requests-per-day", "0")["limits"] == {"requests_per_day": 0}
+    assert [plan["id"] for plan in shell.told("plan", "list")] == ["basic"]
+    assert "requests_per_day  0" in shell.run("plan", "show", "basic").out
+    assert shell.told("plan", "delete", "basic") == {"id": "basic", "deleted": True}
+    assert shell.told("plan", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (("plan", "set", "p", "--rate", "fast"), 2, "is no rate"),
+        (("plan", "set", "p", "--burst", "5"), 1, "burst: means nothing without a rate"),
+        (("plan", "set", "p", "--requests-per-day", "-1"), 2, "requests-per-day"),
+        (("plan", "set", "two words"), 1, "an id begins with"),
+        (("plan", "show", "p"), 1, "there is no plan 'p'"),
+        (("plan", "delete", "p"), 1, "there is no plan 'p'"),
+        (("key", "issue", "--user", "u_42", "--plan", "p"), 1, "there is no plan 'p'"),
+        (("user", "create", "u_1", "--tenant", "acme", "--plan", "p"), 1, "there is no plan 'p'"),
+        (("tenant", "create", "other", "--plan", "p"), 1, "there is no plan 'p'"),
+        (("tenant", "set-plan", "acme", "p"), 1, "there is no plan 'p'"),
+        (("user", "set-plan", "u_42", "p", "--none"), 2, "name one plan"),
+        (("user", "set-plan", "u_42"), 2, "name one plan"),
+        (("user", "set-plan", "nobody", "--none"), 1, "there is no user 'nobody'"),
+        (("tenant", "disable", "nobody"), 1, "there is no tenant 'nobody'"),
+        (("key", "rotate", "key_x"), 1, "there is no key 'key_x'"),
+        (("key", "rotate", "key_x", "--grace", "soon"), 2, "no duration"),
+        (("key", "list", "--state", "lost"), 2, "lost"),
+        (("key", "stale"), 2, "--unused"),
+        (("key", "report-leaked", "--digest", "xyz"), 2, "hexadecimal"),
+        (("key", "report-leaked", "--digest", "00"), 1, "32 bytes"),
+        (("key", "report-leaked", "--digest", "00" * 32), 1, "there is no such key"),
+        (("key", "report-leaked"), 2, "stdin"),
+        (("audit", "list", "--since", "yesterday"), 2, "is no time"),
+    ],
+)
+@pytest.mark.usefixtures("key")
+def test_what_cannot_be_done_is_told_with_its_status(
+    shell: Shell, arguments: tuple[str, ...], status: int, sentence: str
+) -> None:
+    assert sentence in shell.refused(*arguments, status=status)
+
+
+@pytest.mark.usefixtures("key")
+def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, key: dict[str, Any]) -> None:
+    for name in ("basic", "sandbox"):
+        shell.told("plan", "set", name)
+    assert shell.told("tenant", "set-plan", "acme", "basic")["plan"] == "basic"
+    assert shell.told("tenant", "set-plan", "acme", "--plan", "sandbox", "--test")["test_plan"] == "sandbox"
+    user = shell.told("user", "set-plan", "u_42", "sandbox", "--test")
+    assert (user["plan"], user["test_plan"]) == (None, "sandbox")
+    assert shell.told("user", "set-plan", "u_42", "basic")["plan"] == "basic"
+    assert shell.told("key", "set-plan", key["id"], "basic")["plan"] == "basic"
+    assert "given to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic")
+    for arguments in (("tenant", "set-plan", "acme"), ("user", "set-plan", "u_42"), ("key", "set-plan", key["id"])):
+        assert shell.told(*arguments, "--none")["plan"] is None
+    shell.told("plan", "delete", "basic")
+
+
+@pytest.mark.usefixtures("key")
+def test_what_is_created_with_a_plan_has_it(shell: Shell) -> None:
+    shell.told("plan", "set", "basic", "--requests-per-day", "5")
+    assert shell.told("tenant", "create", "other", "--plan", "basic")["plan"] == "basic"
+    assert shell.told("user", "create", "u_1", "--tenant", "acme", "--plan", "basic")["plan"] == "basic"
+    assert shell.told("key", "issue", "--user", "u_42", "--plan", "basic")["plan"] == "basic"
+
+
+# -- disabled, rotated, revoked
+
+
+def test_who_is_disabled_is_enabled_again(shell: Shell, key: dict[str, Any]) -> None:
+    for kind, name in (("tenant", "acme"), ("user", "u_42")):
+        assert shell.told(kind, "disable", name)["disabled_at"] is not None
+        assert shell.told("key", "show", key["id"])["state"] == "disabled"
+        assert shell.told(kind, "enable", name)["disabled_at"] is None
+        assert shell.told("key", "show", key["id"])["state"] == "active"
+
+
+def test_a_key_is_rotated_with_grace(shell: Shell, key: dict[str, Any]) -> None:
+    new = shell.told("key", "rotate", key["id"], "--grace", "2h")
+    assert (new["replaces"], new["scopes"], new["name"]) == (key["id"], ["jobs:write"], "n")
+    assert new["secret"].startswith("kp_live_")
+    assert abs(_seconds_until(new["old_expires_at"]) - 7200) < 60
+    assert abs(_seconds_until(new["expires_at"]) - 90 * 86_400) < 60
+    assert [one["id"] for one in shell.told("key", "list", "--state", "retiring")] == [key["id"]]
+    assert f"was rotated already: '{new['id']}' replaces it" in shell.refused("key", "rotate", key["id"])
+    last = shell.told("key", "rotate", new["id"], "--grace", "0s", "--expires-in", "7d")
+    assert abs(_seconds_until(last["expires_at"]) - 7 * 86_400) < 60
+    assert "has expired" in shell.refused("key", "rotate", new["id"])
+    shell.told("key", "revoke", last["id"], "--reason", "done")
+    assert "was revoked" in shell.refused("key", "rotate", last["id"])
+
+
+def test_the_grace_is_a_day_if_nothing_is_said(shell: Shell, key: dict[str, Any]) -> None:
+    assert abs(_seconds_until(shell.told("key", "rotate", key["id"])["old_expires_at"]) - 86_400) < 60
+
+
+# -- a leak
+
+
+@pytest.mark.parametrize("by", ["key", "digest on stdin", "digest"])
+def test_a_leaked_key_is_revoked_and_it_is_said_whose_it_was(shell: Shell, key: dict[str, Any], by: str) -> None:
+    digest = hashlib.sha256(key["secret"].encode()).hexdigest()
+    stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
+    options = ("--digest", digest) if by == "digest" else ()
+    told = shell.told("key", "report-leaked", "--reason", "on a page", *options, stdin=stdin)
+    assert (told["known"], told["revoked_now"], told["user"], told["tenant"]) == (True, True, "u_42", "acme")
+    shown = shell.told("key", "show", key["id"])
+    assert (shown["state"], shown["revoke_reason"]) == ("revoked", "on a page")
+
+
+@pytest.mark.usefixtures("key")
+def test_a_key_that_nobody_has_is_said_to_be_unknown_and_is_not_repeated(shell: Shell) -> None:
+    unknown = "kp_live_" + "x" * 49
+    output = shell.run("key", "report-leaked", "--json", stdin=unknown)
+    assert (output.status, output.json["known"], output.err) == (1, False, "keyproxy: there is no such key\n")
+    assert unknown not in output.out
+
+
+# -- lists
+
+
+def test_keys_are_listed_by_use_age_and_expiry(shell: Shell, key: dict[str, Any]) -> None:
+    test = shell.told("key", "issue", "--user", "u_42", "--test", "--expires-in", "1d")
+    listings: tuple[tuple[tuple[str, ...], list[str]], ...] = (
+        (("--sort", "expires"), [test["id"], key["id"]]),
+        (("--sort", "created", "--live"), [key["id"]]),
+        (("--test",), [test["id"]]),
+        (("--expires-within", "7d"), [test["id"]]),
+        (("--older-than", "1d"), []),
+    )
+    for options, ids in listings:
+        assert [one["id"] for one in shell.told("key", "list", *options)] == ids
+    assert shell.told("key", "stale", "--unused", "30d") == []
+
+
+def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, key: dict[str, Any]) -> None:
+    with site.config.open("a", encoding="utf-8") as file:
+        file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
+    output = shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:wirte", "--json")
+    assert (output.status, output.json["scopes"]) == (0, ["jobs:write", "jobs:wirte"])
+    assert output.err == "keyproxy: warning: no route asks for the scope 'jobs:wirte'\n"
+    assert key["scopes"] == ["jobs:write"]
+
+
+# -- the audit log
+
+
+def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[str, Any]) -> None:
+    shell.told("plan", "set", "basic", "--requests-per-day", "5")
+    shell.told("user", "set-plan", "u_42", "basic")
+    shell.told("tenant", "disable", "acme")
+    shell.told("tenant", "enable", "acme")
+    new = shell.told("key", "rotate", key["id"])
+    shell.told("key", "revoke", new["id"], "--reason", "lost")
+    shell.told("key", "report-leaked", stdin=key["secret"])
+    shell.told("tenant", "delete", "acme")
+    rows = shell.told("audit", "list", "--limit", "50")
+    assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), reverse=True)
+    told = {(row["action"], row["entity"], row["entity_id"], *row["changed"]) for row in rows}
+    assert told >= {
+        ("insert", "plan", "basic"),
+        ("update", "user", "u_42", "plan_id"),
+        ("update", "tenant", "acme", "disabled_at"),
+        ("insert", "key", new["id"]),
+        ("update", "key", key["id"], "expires_at"),
+        ("update", "key", new["id"], "revoke_reason", "revoked_at"),
+        ("update", "key", key["id"], "revoke_reason", "revoked_at"),
+        ("delete", "tenant", "acme"),
+        ("delete", "user", "u_42"),
+        ("delete", "key", key["id"]),
+    }
+    assert all(row["actor"].startswith("cli:") and row["origin"] for row in rows)
+    text = json.dumps(rows)
+    assert key["secret"] not in text
+    assert new["secret"][12:-4] not in text
+    assert len(shell.told("audit", "list", "--limit", "3")) == 3
+    assert {row["entity_id"] for row in shell.told("audit", "list", "--entity", "key", "--id", new["id"])} == {
+        new["id"]
+    }
+    assert shell.told("audit", "list", "--until", "1d") == []
+    assert shell.told("audit", "list", "--tenant", "acme", "--since", "1h", "--action", "delete") != []
+
+
+def test_the_audit_log_is_exported_whole_and_goes_on_where_it_stopped(
+    shell: Shell, tmp_path: Path, key: dict[str, Any]
+) -> None:
+    printed = shell.run("audit", "export").out.splitlines()
+    assert [json.loads(line)["entity"] for line in printed] == ["tenant", "user", "key"]
+    file = tmp_path / "audit.jsonl"
+    assert shell.run("audit", "export", "--output", str(file)).err == f"keyproxy: 3 rows added to {file}\n"
+    assert file.read_text("utf-8").splitlines() == printed
+    shell.told("key", "revoke", key["id"])
+    # The last row was written in part when the run before was interrupted.
+    with file.open("a", encoding="utf-8") as cut_off:
+        cut_off.write('{"id":99,"at"')
+    assert shell.run("audit", "export", "--output", str(file)).status == 0
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [row["action"] for row in rows] == ["insert", "insert", "insert", "update"]
+    assert shell.run("audit", "export", "--after", str(rows[-1]["id"])).out == ""
+
+
+@pytest.mark.parametrize("content", ["notes\n", "no newline", '{"id":1}\nnotes'])
+def test_a_file_that_is_no_export_is_left_as_it_is(shell: Shell, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "notes"
+    file.write_text(content)
+    assert "no row of the audit log" in shell.refused("audit", "export", "--output", str(file))
+    assert file.read_text() == content
+
+
+# -- for people
+
+
+def test_shells_are_told_how_to_complete(shell: Shell) -> None:
+    for name in ("bash", "zsh", "fish"):
+        output = cli.main(["completion", name])
+        assert output == 0
+
+
+def test_people_see_secrets_once_and_on_stdout_alone(shell: Shell, key: dict[str, Any]) -> None:
+    output = shell.run("key", "rotate", key["id"])
+    secret = next(line.split()[-1] for line in output.out.splitlines() if line.startswith("secret "))
+    assert secret.startswith("kp_live_")
+    assert secret not in output.err
+    assert "only time" in output.err
+    for arguments in (("key", "list"), ("audit", "list"), ("plan", "list"), ("tenant", "list"), ("user", "list")):
+        listed = shell.run(*arguments)
+        assert (listed.status, listed.err) == (0, "")
+        assert secret not in listed.out
