@@ -48,7 +48,9 @@ def main(arguments: Sequence[str]) -> int:
 
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await _fill(dsn, keys)
-    store = Store(settings.Store(), settings.Cache(), dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now)
+    store = Store(
+        settings.Store(), settings.Cache(), settings.Ledger(), dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now
+    )
     await store.open()
     while not store.feed.is_current():
         await asyncio.sleep(0.01)

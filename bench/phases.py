@@ -17,6 +17,7 @@ from keyproxy import admission, clock, credential, headers
 from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import NEVER, Identity, KeyDigest, Moment, Permit
@@ -88,6 +89,16 @@ class _Transport:
     close = pause_reading = resume_reading = abort
 
 
+class _NoLedger:
+    """For identities without limits."""
+
+    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+        raise AssertionError("nobody is under limits here")
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+        raise AssertionError("nobody is under limits here")
+
+
 class Bench:
     """A proxy without sockets."""
 
@@ -99,7 +110,7 @@ class Bench:
         self.log = AccessLog(null, wall_offset=clock.wall_offset)
         self.recorder = Recorder(self.log)
         self.gateway = Gateway(
-            key_format=FORMAT, identities=_Identities(self.identity), routes=self.routes,
+            key_format=FORMAT, identities=_Identities(self.identity), ledger=_NoLedger(), routes=self.routes,
             now=clock.now, instance=b"bench",
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)

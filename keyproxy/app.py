@@ -122,6 +122,7 @@ class Proxy:
         gateway = Gateway(
             key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
             identities=store.identities,
+            ledger=store.ledger,
             routes=settings.route_table(),
             now=clock.now,
             instance=self._instance,
@@ -170,7 +171,8 @@ class Proxy:
 
     async def _store_for(self, settings: Settings, dsn: str) -> Store:
         was = self._settings
-        if (was.store, was.cache, was.identity, self._dsn) == (settings.store, settings.cache, settings.identity, dsn):
+        before = was.store, was.cache, was.identity, was.ledger, self._dsn
+        if before == (settings.store, settings.cache, settings.identity, settings.ledger, dsn):
             return self.store
         store = _store(settings, dsn)
         # What has been counted goes on being counted: metrics never go back.
@@ -185,8 +187,12 @@ class Proxy:
 
     def _let_go(self, store: Store) -> None:
         async def closing() -> None:
-            await asyncio.sleep(_OLD_STORE_SECONDS)
-            await store.close()
+            try:
+                await asyncio.sleep(_OLD_STORE_SECONDS)
+                # What is under way settles where it was let in.
+                await store.ledger.all_settled()
+            finally:
+                await store.close()
 
         task = self._loop.create_task(closing())
         self._leaving.add(task)
@@ -195,6 +201,7 @@ class Proxy:
     async def _close_store(self) -> None:
         for task in self._leaving:
             task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         await self.store.close()
 
     async def _close_pools(self) -> None:
@@ -263,7 +270,7 @@ def _bound(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket 
 
 def _store(settings: Settings, dsn: str) -> Store:
     prefix = settings.identity.header_prefix
-    return Store(settings.store, settings.cache, dsn=dsn, header_prefix=prefix, now=clock.now)
+    return Store(settings.store, settings.cache, settings.ledger, dsn=dsn, header_prefix=prefix, now=clock.now)
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

@@ -16,27 +16,29 @@ from typing import Final
 
 from keyproxy import admission, credential, headers
 from keyproxy.keyformat import KeyFormat
+from keyproxy.limits import told
 from keyproxy.model import Missing, Moment, Permit, RequestHead
-from keyproxy.ports import Exchange, Identities
+from keyproxy.ports import Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
 
 _log = logging.getLogger(__name__)
 
-#: A decision misses at most one value of each kind; more rounds than this are a defect, not bad luck.
-_ROUNDS_MAX: Final = 4
+#: A decision misses an identity, a body and a lease, and what was brought may be gone again when it is looked for.
+_ROUNDS_MAX: Final = 8
 
 
 class Gateway:
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, routes: RouteTable,
+        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, routes: RouteTable,
         now: Callable[[], Moment], instance: bytes,
     ) -> None:  # fmt: skip
         """`instance`: a few random characters that make this process's request ids its own."""
         self._key_format = key_format
         self._identities = identities
+        self._ledger = ledger
         self._routes = routes
         self._now = now
         self._instance = instance
@@ -76,7 +78,8 @@ class Gateway:
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)
-        return Permit(grant)
+        allowance = identity.allowance
+        return Permit(grant, None if allowance is None else self._ledger.take(allowance, now))
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
@@ -96,7 +99,7 @@ class Gateway:
                 else:
                     exchange.forward(permit)
                     return
-            raise AssertionError(f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
+            raise Refusal(Reason.OVERLOADED, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
@@ -132,6 +135,16 @@ class Gateway:
         # Missing again: the next review asks again.
         with contextlib.suppress(Missing):
             self._review(exchange)
+
+    def settle(self, exchange: Exchange) -> None:
+        """What an exchange held is charged if the upstream saw anything of it, else given back."""
+        permit = exchange.permit
+        if permit is not None and permit.hold is not None:
+            self._ledger.settle(permit.hold, was_sent=exchange.sent_mono > 0.0)
+
+    def limit_fields(self, permit: Permit) -> bytes:
+        """Header lines that tell how it stands with the limits a request is under."""
+        return b"" if permit.hold is None else told.lines(permit.hold, self._now().mono_seconds)
 
     def holds_key(self, target: bytes) -> bool:
         """Whether a request target has a key in it."""

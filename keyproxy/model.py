@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
+from keyproxy.limits.allowance import Allowance, Hold
 from keyproxy.reasons import Reason
 
 #: SHA-256 of the whole key, 32 bytes. What is cached, stored and compared; the key itself goes no further.
@@ -157,6 +158,7 @@ class Identity:
 
     `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
     it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
+    `allowance` is the limits its requests are under, None if there are none.
     """
 
     key_id: str
@@ -167,6 +169,7 @@ class Identity:
     expires_wall_seconds: float
     standing: Reason | None
     header_block: bytes = field(repr=False)
+    allowance: Allowance | None = field(default=None, repr=False)
     mode: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -190,9 +193,10 @@ class Grant(NamedTuple):
 
 
 class Permit(NamedTuple):
-    """A decision to forward. Nothing is written upstream without one."""
+    """A decision to forward. Nothing is written upstream without one. `hold`: what it has taken of limits."""
 
     grant: Grant
+    hold: Hold | None = None
 
 
 class TokenUse(NamedTuple):

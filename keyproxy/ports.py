@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import Ending, Identity, KeyDigest, Moment, Permit, RequestHead, Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -23,6 +24,21 @@ class Identities(Protocol):
         Raises Missing if the store has to be asked first, a Refusal (KEY_INVALID) if memory knows that there is no such
         key, a Refusal (STORE_UNAVAILABLE) if it cannot be known now.
         """
+        ...
+
+
+class Ledger(Protocol):
+    """What may still be spent under limits. Contract: what is admitted in a window is never more than its limit."""
+
+    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+        """Take what one request needs of every limit it is under, or nothing. Never waits.
+
+        Raises Missing if the ledger has to be asked first, a Refusal if a limit is used up or the ledger cannot be asked.
+        """
+        ...
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+        """What became of it, exactly once. Not `was_sent`: the upstream saw nothing, and nothing is charged."""
         ...
 
 
@@ -96,6 +112,14 @@ class Gate(Protocol):
 
     def review(self, exchange: Exchange) -> None:
         """Look again at an exchange that is under way: `refuse` it if its key would not be let in any more."""
+        ...
+
+    def settle(self, exchange: Exchange) -> None:
+        """An exchange that had a permit has ended: what it held is charged, or given back. Exactly once."""
+        ...
+
+    def limit_fields(self, permit: Permit) -> bytes:
+        """Header lines that tell how it stands with the limits a request is under; empty if there are none."""
         ...
 
     def error_shape(self, head: RequestHead | None) -> str:

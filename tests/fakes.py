@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from keyproxy import credential, headers
 from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.book import Book, Short
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
+from tests.reference_ledger import ReferenceLedger
 
 FORMAT = KeyFormat()
 
@@ -76,6 +80,40 @@ class FakeIdentities:
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeLedger:
+    """A book and the reference ledger, which answers at once. Not `answers`: it cannot be asked."""
+
+    def __init__(self) -> None:
+        self.reference = ReferenceLedger(time.time, lease_seconds=1000.0)
+        self.book = Book(lambda: None)
+        self.answers = True
+        self.settled: list[tuple[Hold, bool, int]] = []
+        self._serial = 0
+
+    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+        """See the port."""
+        try:
+            return self.book.take(allowance, now.mono_seconds, tokens)
+        except Short as short:
+            if not self.answers:
+                raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
+            self.book.ask(short)
+            self._sync(now.mono_seconds)
+            return self.book.take(allowance, now.mono_seconds, tokens)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+        """See the port."""
+        self.settled.append((hold, was_sent, tokens))
+        self.book.settle(hold, was_sent=was_sent, tokens=tokens)
+
+    def _sync(self, mono: float) -> None:
+        lines = self.book.lines(mono, all_of_them=True)
+        self._serial += 1
+        replies = self.reference.sync("fake", self._serial, lines)
+        assert replies is not None
+        self.book.apply(lines, replies, mono, valid_seconds=1000.0)
 
 
 @dataclass(frozen=True)

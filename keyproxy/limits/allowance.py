@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from keyproxy import ratelimit
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
@@ -30,12 +31,17 @@ class TokenNeed(NamedTuple):
 
 
 class Hold(NamedTuple):
-    """What one request has taken: a unit of each of `units`, and `tokens` of each of `budgets`."""
+    """What one request has taken: a unit of each of `units` and `slots`, and `tokens` of each of `budgets`.
+
+    `told`: every lease that its caller is told of; `policy_line`: the header line that names their limits.
+    """
 
     units: tuple[Lease, ...]
     slots: tuple[Lease, ...]
     budgets: tuple[Lease, ...]
     tokens: int
+    told: tuple[Lease, ...]
+    policy_line: bytes
 
 
 class Bundle:
@@ -51,7 +57,9 @@ class Bundle:
         #: One unit of each is taken by every request.
         self.units = slots + counted
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
-        self.hold = Hold(counted, slots, (), 0)
+        told = counted + slots + self.budgets
+        policy_line = ratelimit.policy_line([lease.policy for lease in told])
+        self.hold = Hold(counted, slots, (), 0, told, policy_line)
         self.tokens_per_request = min(
             (
                 LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)

@@ -113,7 +113,7 @@ class Book:
         is_valid = now_mono < self.valid_until_mono
         short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, now_mono, takes_all=False)
+            self._refuse_or_ask(short, hold.told, now_mono, takes_all=False)
 
     def _restore(self, lease: Lease, units: int) -> None:
         if lease.is_current:
@@ -153,7 +153,7 @@ class Book:
                 if lease.free < amount or not is_valid or (takes_all and not lease.has_all)
             ]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, now_mono, takes_all=takes_all)
+            self._refuse_or_ask(short, bundle.hold.told, now_mono, takes_all=takes_all)
         return bundle, amount
 
     def _take_units(self, lease: Lease, units: int) -> None:
@@ -161,13 +161,15 @@ class Book:
         if lease.free < lease.low:
             self._soon(lease)
 
-    def _refuse_or_ask(self, short: Sequence[tuple[Lease, int]], now_mono: float, *, takes_all: bool) -> None:
+    def _refuse_or_ask(
+        self, short: Sequence[tuple[Lease, int]], leases: Sequence[Lease], now_mono: float, *, takes_all: bool
+    ) -> None:
         """Raises a Refusal if the ledger has just said no to one of them, else Short."""
         refused = [(lease, need) for lease, need in short if lease.is_refused(need, now_mono)]
         if refused:
             # The one that takes longest: who waits for it is let in by the others too.
             lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
-            raise told.refusal(lease, need, now_mono)
+            raise told.refusal(lease, need, now_mono, leases)
         raise Short(short, takes_all=takes_all)
 
     def _bound(self, allowance: Allowance, now_mono: float) -> Bundle:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
+from keyproxy import ratelimit
+from keyproxy.limits.allowance import Hold
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease
 from keyproxy.ratelimit import LimitState
 from keyproxy.reasons import Reason, Refusal
@@ -24,12 +27,23 @@ def state(lease: Lease, now_mono: float) -> LimitState:
     return LimitState(lease.policy, remaining, lease.ends_mono - now_mono if is_known else None)
 
 
-def refusal(lease: Lease, need: int, now_mono: float) -> Refusal:
-    """The Refusal of a request that needs so much of a lease that cannot give it."""
+def lines(hold: Hold, now_mono: float) -> bytes:
+    """The header lines of an answer to a request that holds this."""
+    return hold.policy_line + ratelimit.state_line([state(lease, now_mono) for lease in hold.told])
+
+
+def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = ()) -> Refusal:
+    """The Refusal of a request that needs so much of a lease that cannot give it. `leases`: all it was held against."""
     told = state(lease, now_mono)
+    applied = [state(other, now_mono) for other in leases or (lease,)]
     measure = lease.window.measure
     if measure == RATE:
         return Refusal(
-            Reason.RATE_LIMITED, limit=told, retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono))
+            Reason.RATE_LIMITED,
+            limit=told,
+            applied=applied,
+            retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono)),
         )
-    return Refusal(_REASONS[measure], limit=told, said=f"It may use {need}." if measure in TOKENS else "")
+    return Refusal(
+        _REASONS[measure], limit=told, applied=applied, said=f"It may use {need}." if measure in TOKENS else ""
+    )

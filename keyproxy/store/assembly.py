@@ -10,17 +10,26 @@ from keyproxy.store.database import Database, Listener
 from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
+from keyproxy.store.ledger import Ledger
+from keyproxy.store.ledger_postgres import PostgresLedger
 
 
 class Store:
     """See the module."""
 
     def __init__(
-        self, store: settings.Store, cache: settings.Cache, *, dsn: str, header_prefix: str, now: Callable[[], Moment]
-    ) -> None:
+        self, store: settings.Store, cache: settings.Cache, ledger: settings.Ledger, *, dsn: str, header_prefix: str,
+        now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
         self.database = Database(
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
         )
+        # The ledger's conversation is not to wait for look-ups, nor they for it.
+        self._ledger_database = Database(
+            dsn, pool_size_max=2, statement_timeout_seconds=store.statement_timeout_seconds
+        )
+        backend = PostgresLedger(self._ledger_database, lease_seconds=ledger.lease_seconds)
+        self.ledger = Ledger(backend, ledger, now)
         state = FeedState()
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
@@ -33,11 +42,15 @@ class Store:
     async def open(self) -> None:
         """Begin to follow the database, whether or not it answers."""
         await self.database.open()
+        await self._ledger_database.open()
         self.feed.start()
+        self.ledger.start()
         self.last_used.start()
 
     async def close(self) -> None:
         """Write what there is, and let go of the database."""
+        await self.ledger.close()
+        await self._ledger_database.close()
         await self.last_used.close()
         await self.feed.close()
         await self.identities.close()

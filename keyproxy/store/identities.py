@@ -15,6 +15,7 @@ known key. How the store is asked is `look_ups`' to say.
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Callable, Mapping
 from typing import Final
 from weakref import WeakValueDictionary
@@ -22,6 +23,9 @@ from weakref import WeakValueDictionary
 import cachetools
 
 from keyproxy.headers import identity_block
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.leases import Pool
+from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Cache
@@ -231,4 +235,18 @@ def _identity(row: Row, header_prefix: str) -> Identity:
         expires_wall_seconds=NEVER if expires is None else expires,
         standing=standing,
         header_block=block,
+        allowance=_allowance(row),
     )
+
+
+def _allowance(row: Row) -> Allowance | None:
+    """The limits that requests with this key are under, None if there are none. Limits are the pool's, not the key's."""
+    pools = []
+    for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
+        limits = row[f"{kind}_limits"]
+        if limits is not None:
+            # Raises for what is no plan, which the table does not let in: nobody passes for want of readable limits.
+            plan = Plan.from_json(json.loads(limits))
+            if plan.has_limits:
+                pools.append((Pool(kind, owner, row["is_test"]), plan))
+    return Allowance(tuple(pools)) if pools else None

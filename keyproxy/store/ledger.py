@@ -86,6 +86,7 @@ class Ledger:
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._open_holds = 0
+        self._settled = asyncio.Event()
         self.unsettled_since_mono = now().mono_seconds
         self.down_because = ""
 
@@ -110,10 +111,11 @@ class Ledger:
             _log.warning("leases could not be given back, they will be charged when they lapse: %s", error)
         await self._backend.close()
 
-    @property
-    def open_holds(self) -> int:
-        """How many requests are under way that hold something."""
-        return self._open_holds
+    async def all_settled(self) -> None:
+        """Wait until no request is under way that holds something."""
+        while self._open_holds:
+            self._settled.clear()
+            await self._settled.wait()
 
     # -- the path of a request
 
@@ -144,6 +146,8 @@ class Ledger:
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
         """See the port."""
         self._open_holds -= 1
+        if not self._open_holds:
+            self._settled.set()
         self.book.settle(hold, was_sent=was_sent, tokens=tokens)
 
     # -- what is missing

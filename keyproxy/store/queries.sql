@@ -13,12 +13,16 @@ SELECT
     u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
     u.id AS user_id,
     t.id AS tenant_id,
-    coalesce(k.plan_id, '') AS key_plan_id,
-    coalesce(u.plan_id, '') AS user_plan_id,
-    coalesce(t.plan_id, '') AS tenant_plan_id
+    coalesce(k.lineage, k.id) AS key_pool,
+    kp.limits AS key_limits,
+    up.limits AS user_limits,
+    tp.limits AS tenant_limits
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
 JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN keyproxy.plans AS kp ON kp.id = k.plan_id
+LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
+LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since

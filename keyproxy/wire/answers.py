@@ -27,13 +27,16 @@ def own(answer: Answer, request_id: bytes, *, closes: bool, without_body: bool) 
     )
 
 
-def relayed(head: ResponseHead, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool) -> bytes:
-    """The head of a relayed answer, framed anew. `is_http_11`: the client is."""
+def relayed(
+    head: ResponseHead, limits: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
+) -> bytes:
+    """The head of a relayed answer, framed anew. `limits`: header lines of ours. `is_http_11`: the client is."""
     kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"".join(
         (
             head.line.start,
             head.block,
+            limits,
             b"X-Request-Id: ",
             request_id,
             b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n",

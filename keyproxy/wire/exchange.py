@@ -76,6 +76,8 @@ class Exchange:
         """`content`: what has arrived of the body already; `is_complete`: whether that is all of it."""
         self._client = client
         self._server = client.server
+        #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
+        self._gate = client.server.gate
         self.head = head
         self.request_id = request_id
         self.started_mono = started_mono
@@ -90,6 +92,7 @@ class Exchange:
         self.permit = permit
         head = self.head
         if head is None or self.is_over:
+            self._gate.settle(self)
             return
         if not self.is_complete and head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
@@ -105,7 +108,9 @@ class Exchange:
             self._end(Ending.CUT, self._server.clock(), closes=True)
             return
         head, server = self.head, self._server
-        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), server.gate.error_shape(head))
+        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
+        if self.permit is not None and not refusal.applied:
+            answer = answer._replace(fields=answer.fields + self._gate.limit_fields(self.permit))
         closes = (
             head is None
             or not self.is_complete
@@ -215,8 +220,15 @@ class Exchange:
             or self._server.is_draining
             or not (has_end or is_http_11)
         )
+        permit = self.permit
+        limits = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit)
         out = answers.relayed(
-            answer, self.request_id, is_chunked=self._is_answer_chunked, closes=self._closes, is_http_11=is_http_11
+            answer,
+            limits,
+            self.request_id,
+            is_chunked=self._is_answer_chunked,
+            closes=self._closes,
+            is_http_11=is_http_11,
         )
         self._out = out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out
 
@@ -317,6 +329,8 @@ class Exchange:
         self._pending = b""
         if self.head is not None:
             self.head.credentials = ()
+        if self.permit is not None:
+            self._gate.settle(self)
         server.recorder.record(self)
         self._client.exchange_over(now, closes=closes, is_cut=ending is Ending.CUT)
 

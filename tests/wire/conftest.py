@@ -68,6 +68,7 @@ async def start() -> AsyncIterator[Start]:
             gateway = Gateway(
                 key_format=fakes.FORMAT,
                 identities=identities,
+                ledger=fakes.FakeLedger(),
                 routes=routes or RouteTable([]),
                 now=clock.now,
                 instance=b"test",
