@@ -100,7 +100,9 @@ class Ledger:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._failed(StoreUnavailable("the ledger is closed"), self._waiting)
+        for answer in self._waiting:
+            if not answer.done():
+                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, "the ledger is closed"))
         try:
             for _ in range(3):
                 if self._serial and self.book.has_leases:
