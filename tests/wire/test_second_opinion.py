@@ -93,6 +93,11 @@ class _Gate:
 
     def review(self, exchange: Exchange) -> None: ...
 
+    def settle(self, exchange: Exchange) -> None: ...
+
+    def limit_fields(self, permit: Permit) -> bytes:
+        return b""
+
     def error_shape(self, head: RequestHead | None) -> str:
         return "problem"
 
