@@ -54,7 +54,7 @@ class InflatingMeter(Meter):
         left = content
         while left and self._is_readable:
             if self._inflate is None:
-                self._inflate = self._begun(left)
+                self._inflate = zlib.decompressobj(wbits=window_bits(left, is_gzip=self._is_gzip))
             try:
                 piece = self._inflate.decompress(left, _PIECE_BYTES)
             except zlib.error:
@@ -76,9 +76,13 @@ class InflatingMeter(Meter):
         self.tokens_in = self._inner.tokens_in
         return b""
 
-    def _begun(self, content: bytes) -> zlib._Decompress:
-        if self._is_gzip:
-            return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        # "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some servers send the bare one.
-        is_zlib = content[0] & 0x0F == zlib.DEFLATED and content[0] >> 4 <= 7
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+
+def window_bits(content: bytes, *, is_gzip: bool) -> int:
+    """zlib's name for the format that some compressed bytes, not empty, begin in.
+
+    "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some send the bare one.
+    """
+    if is_gzip:
+        return 16 + zlib.MAX_WBITS
+    is_zlib = content[0] & 0x0F == zlib.DEFLATED and content[0] >> 4 <= 7
+    return zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS

@@ -1,0 +1,219 @@
+"""What a request may use: an upper bound of its prompt's tokens, and the most that it lets the model put out.
+
+The prompt's bound is the length of the request. A token of a byte-level vocabulary is a byte of text or more; JSON only
+makes text longer; and what a chat template puts around a message is less than the JSON around it. What is not text has
+bounds of its own, below. What the upstream adds from elsewhere (an earlier response, a stored prompt, a file named by
+its id, what a tool of its own finds) cannot be seen here: it is known when the answer reports it.
+
+A request is only worth what its upstream reads in it. So a body that two parsers could read differently where it
+matters (a maximum given twice, or spelt with capitals, which some match) is refused, and so is a maximum that is no
+whole number. The prompt is looked at for its length and is kept nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+from keyproxy.model import RequestHead
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.tokens.inflate import window_bits
+from keyproxy.tokens.report import TOKENS_MAX, is_count
+from keyproxy.tokens.rewrite import with_usage
+
+#: An image, a sound or a document, over and above its bytes; an image that is sent along counts without its bytes.
+#: OpenAI's and Anthropic's current models see at most 1,445 and 4,784 tokens in an image (gpt-4o-mini: 48,169).
+MEDIA_TOKENS: Final = 5_000
+
+#: What Anthropic puts before a prompt with tools: 264 to 804 tokens by its documentation.
+TOOLS_TOKENS: Final = 1_000
+
+#: Larger products are told as this: no budget has so many.
+_MAXIMUM_MAX: Final = 10**15
+
+_MAXIMUMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_TIMES: Final = ("n", "best_of")
+#: Names that a request may have once, in this spelling only.
+_DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
+_DECISIVE_BYTES: Final = frozenset(name.encode() for name in _DECISIVE)
+_DECISIVE_KEY = re.compile(rb'(?i)"(%b)"[ \t\r\n]*:' % "|".join(sorted(_DECISIVE)).encode())
+#: Other ways to spell a name: escapes, and the two letters outside ASCII that fold to `s` and `k`.
+_ODD_SPELLING = re.compile(rb"\\u|\xc5\xbf|\xe2\x84\xaa")
+
+_FIELDS = re.compile(rb"(?im)^(content-type|content-encoding):[ \t]*([^\r\n]*?)[ \t]*\r?$")
+_IMAGES: Final = frozenset({"image", "image_url", "input_image"})
+_MEDIA: Final = _IMAGES | {
+    "audio", "document", "file", "input_audio", "input_file", "input_video", "video", "video_url",
+}  # fmt: skip
+_TOO_DEEP: Final = "The body is nested too deeply."
+_SPACE: Final = b" \t\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAsk:
+    """What one request may use.
+
+    `maximum`: the most tokens it lets the model put out; None if it does not say. `body`: what goes upstream instead of
+    the client's body, None if that goes as it came. `hides_usage`: the client did not ask for the usage that will come.
+    """
+
+    prompt_bound: int
+    maximum: int | None
+    streams: bool = False
+    hides_usage: bool = False
+    body: bytes | None = field(default=None, repr=False)
+
+
+def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> TokenAsk:
+    """What a request with this whole body asks for.
+
+    `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything. `bytes_max`: what a
+    compressed body may grow to. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
+    """
+    fields = [(name.lower(), value.lower()) for name, value in _FIELDS.findall(head.block)]
+    encodings = [value for name, value in fields if name == b"content-encoding" and value != b"identity"]
+    media_type = dict(fields).get(b"content-type", b"").partition(b";")[0].strip()
+    bits = _format(encodings, body)
+    content = body if bits is None else _inflated(body, bits, bytes_max)
+    if not content.strip(_SPACE):
+        return TokenAsk(0, None if kind == "header" else 0)
+    is_json = not media_type or media_type == b"application/json" or media_type.endswith(b"+json")
+    # Many a server reads JSON whatever it is called.
+    if not is_json and not content.lstrip(_SPACE).startswith(b"{"):
+        return TokenAsk(len(content), None)
+    try:
+        document = orjson.loads(content)
+    except ValueError as error:
+        if not is_json:
+            return TokenAsk(len(content), None)
+        raise _malformed("The body is not well-formed JSON in UTF-8.") from error
+    if not isinstance(document, dict):
+        return TokenAsk(len(content), None)
+    _check_names(content)
+    ask = TokenAsk(
+        _prompt_bound(kind, content, document), _maximum(document, head.line.path), document.get("stream") is True
+    )
+    if kind != "openai" or not ask.streams or not _lacks_usage(document):
+        return ask
+    try:
+        new = with_usage(content, has_options="stream_options" in document)
+    except RecursionError as error:
+        raise _malformed(_TOO_DEEP) from error
+    return TokenAsk(ask.prompt_bound, ask.maximum, True, True, new if bits is None else _deflated(new, bits))
+
+
+def _maximum(document: Mapping[str, Any], path: bytes) -> int | None:
+    for name in (*_MAXIMUMS, *_TIMES):
+        value = document.get(name)
+        if value is not None and not is_count(value):
+            raise _malformed(f"{name!r} is not a whole number from 0 to {TOKENS_MAX}.")
+    given = [document[name] for name in _MAXIMUMS if document.get(name) is not None]
+    if not given:
+        return 0 if path.endswith(b"/embeddings") else None
+    # Which of several counts is the upstream's to say: the largest is an upper bound.
+    times = max(1, *(document.get(name) or 1 for name in _TIMES))
+    prompts = document.get("prompt")
+    if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
+        times *= len(prompts)  # each is completed; a list of numbers is one prompt
+    return min(int(max(given)) * times, _MAXIMUM_MAX)
+
+
+def _prompt_bound(kind: str, content: bytes, document: Mapping[str, Any]) -> int:
+    bound = len(content)
+    if kind == "anthropic" and document.get("tools"):
+        bound += TOOLS_TOKENS
+    if b'"type"' not in content and not _ODD_SPELLING.search(content):
+        return bound
+    left: list[object] = [document]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            part = value.get("type")
+            if isinstance(part, str) and part in _MEDIA:
+                bound += MEDIA_TOKENS - (_image_bytes(value) if part in _IMAGES else 0)
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return bound
+
+
+def _image_bytes(part: Mapping[str, Any]) -> int:
+    """The length of an image that is sent along, where its API has it."""
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    if isinstance(url, str) and url.startswith("data:image/"):
+        return len(url)
+    source = part.get("source")
+    if isinstance(source, dict) and source.get("type") == "base64" and isinstance(source.get("data"), str):
+        return len(source["data"])
+    return 0
+
+
+def _lacks_usage(document: Mapping[str, Any]) -> bool:
+    """Whether this asks for a stream of chat completions or completions that will not end with its usage."""
+    is_prompt = isinstance(document.get("prompt"), str | list) and "input" not in document
+    if "messages" not in document and not is_prompt:
+        return False
+    options = document.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise _malformed("'stream_options' is not an object.")
+    return options is None or options.get("include_usage") is not True
+
+
+def _check_names(content: bytes) -> None:
+    """Refuse what two readers could read differently."""
+    names = _DECISIVE_KEY.findall(content)
+    is_plain = _DECISIVE_BYTES.issuperset(names) and not _ODD_SPELLING.search(content)
+    if is_plain and len(set(names)) == len(names):
+        return
+    # Perhaps in a place that does not matter: look where it does.
+    try:
+        document = json.loads(content, object_pairs_hook=_Members)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(_TOO_DEEP) from error
+    for members in (document, *(value for name, value in document if name == "stream_options")):
+        if not isinstance(members, _Members):
+            continue
+        found = [name for name, _ in members if name.casefold() in _DECISIVE]
+        if len(set(found)) != len(found) or not _DECISIVE.issuperset(found):
+            raise _malformed("A name that counts is there twice, or with capitals.")
+
+
+class _Members(list[tuple[str, Any]]):
+    """A JSON object as it stands, with what is there twice."""
+
+
+def _format(encodings: list[bytes], body: bytes) -> int | None:
+    if not encodings or not body:
+        return None
+    if len(encodings) > 1 or encodings[0] not in (b"gzip", b"x-gzip", b"deflate"):
+        raise _malformed("Content-Encoding must be identity, gzip or deflate on this route.")
+    return window_bits(body, is_gzip=encodings[0] != b"deflate")
+
+
+def _inflated(body: bytes, bits: int, bytes_max: int) -> bytes:
+    inflate = zlib.decompressobj(wbits=bits)
+    try:
+        content = inflate.decompress(body, bytes_max + 1)
+    except zlib.error as error:
+        raise _malformed("The body is not what its Content-Encoding says.") from error
+    if len(content) > bytes_max:
+        raise Refusal(Reason.BODY_TOO_LARGE, f"inflates to more than {bytes_max} bytes")
+    if not inflate.eof or inflate.unused_data:
+        raise _malformed("The body does not end where its Content-Encoding does.")
+    return content
+
+
+def _deflated(content: bytes, bits: int) -> bytes:
+    deflate = zlib.compressobj(level=1, wbits=bits)
+    return deflate.compress(content) + deflate.flush()
+
+
+def _malformed(said: str) -> Refusal:
+    return Refusal(Reason.REQUEST_MALFORMED, said, said=said)
