@@ -82,7 +82,7 @@ class Proxy:
             stack.push_async_callback(self._close_ops)
             await self._ops.start(ops)
             stack.push_async_callback(self._drain)
-            await self.server.start(proxy)
+            self.server.start(proxy)
             yield
 
     async def change(self, settings: Settings, dsn: str) -> None:
@@ -100,7 +100,7 @@ class Proxy:
             undo.pop_all()
         # From here on nothing fails.
         self._settings, self._dsn = settings, dsn
-        await self.server.change(self._terms(settings, store, upstreams, tls), proxy)
+        self.server.change(self._terms(settings, store, upstreams, tls), proxy)
         self._recorder.log_to(self._access_log if settings.log.access else None)
         if upstreams is not self.upstreams:
             self._retired += self.upstreams.distinct().values()
@@ -164,6 +164,7 @@ class Proxy:
             open_requests=self.server.open_requests,
             open_tunnels=self.server.open_tunnels,
             client_connections=self.server.open_connections,
+            failed_connections=self.server.failed_connections,
             access_log_dropped=lambda: self._access_log.dropped,
         )
 

@@ -42,6 +42,7 @@ class Sources:
     open_requests: Callable[[], int]
     open_tunnels: Callable[[], int]
     client_connections: Callable[[], int]
+    failed_connections: Callable[[], Mapping[str, int]]
     access_log_dropped: Callable[[], int]
 
 
@@ -96,6 +97,10 @@ class Catalogue(Collector):
         yield _value("keyproxy_open_requests", "Requests under way.", sources.open_requests())
         yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
         yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
+        yield _counter(
+            "keyproxy_failed_connections", "Connections from clients that could not be accepted.", "why",
+            sources.failed_connections(),
+        )  # fmt: skip
         dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
         dropped.add_metric([], sources.access_log_dropped())
         yield dropped

@@ -22,14 +22,13 @@ from keyproxy.problems import Problems
 from keyproxy.settings import Listen
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.listener import Listener
 from keyproxy.wire.pool import Upstreams
 from keyproxy.wire.readers import RequestReader
 
 _log = logging.getLogger(__name__)
 
-_BACKLOG: Final = 4096
-
-#: Connections over the bound that are told so; more of them than this are closed without a word.
+#: Connections over the bound that are taken to be told so; more of them than this wait in the kernel's queue.
 _TURNED_AWAY_MAX: Final = 128
 
 #: How often exchanges that take long are looked at again, and what counts as long.
@@ -67,8 +66,9 @@ class ProxyServer:
         self.is_draining = False
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
-        self._socket: socket.socket | None = None
-        self._listener: asyncio.Server | None = None
+        self._listener: Listener | None = None
+        self._unopened = 0
+        self._exhausted = 0
         self._review: asyncio.TimerHandle | None = None
         self._all_gone = asyncio.Event()
         self._all_gone.set()
@@ -84,35 +84,28 @@ class ProxyServer:
         self.requests = RequestReader(terms.names, terms.gate.holds_key)
         self._tls = terms.tls
 
-    async def start(self, sock: socket.socket) -> None:
-        """Serve a bound socket. It stays the caller's to close."""
-        self._socket = sock
-        self._listener = await self._listening(sock)
+    def start(self, sock: socket.socket) -> None:
+        """Serve a bound socket, which is closed when draining begins, or when another takes its place."""
+        self._listen(sock)
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
 
-    async def change(self, terms: Terms, sock: socket.socket | None) -> None:
+    def change(self, terms: Terms, sock: socket.socket | None) -> None:
         """Serve on other terms from the next request on, and accept on this socket; None: on the same as before."""
-        listener, before = self._listener, self._socket
+        before = self._listener
         if before is None:
             return
         self._take(terms)
-        # Two listeners on one socket share its queue: nobody who connects meanwhile is turned away.
-        self._listener = await self._listening(sock or before)
-        if listener is not None:
-            listener.close()
         if sock is not None:
-            self._socket = sock
-            before.close()
+            self._listen(sock)
+            self._exhausted += before.exhausted
+            before.stop()
 
     def admit(self, connection: ClientConnection) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
         self._connections.add(connection)
         self._deadlines.watch(connection)
         self._all_gone.clear()
-        over = len(self._connections) - self.listen.connections_max
-        if over > _TURNED_AWAY_MAX:
-            connection.abort()
-        return over <= 0
+        return len(self._connections) <= self.listen.connections_max
 
     def forget(self, connection: ClientConnection) -> None:
         """The connection is lost."""
@@ -124,6 +117,11 @@ class ProxyServer:
     def open_connections(self) -> int:
         """How many client connections there are."""
         return len(self._connections)
+
+    def failed_connections(self) -> dict[str, int]:
+        """How many connections did not come about, by reason; who waits for a file descriptor counts again and again."""
+        exhausted = self._exhausted + (self._listener.exhausted if self._listener is not None else 0)
+        return {"file_descriptors": exhausted, "handshake": self._unopened}
 
     def open_requests(self) -> int:
         """How many requests are under way."""
@@ -155,27 +153,33 @@ class ProxyServer:
                 await self._all_gone.wait()
         return self._all_gone.is_set()
 
-    async def _listening(self, sock: socket.socket) -> asyncio.Server:
-        # A duplicate: a listener closes its socket, and the address has to outlive it.
-        copy = sock.dup()
+    def _listen(self, sock: socket.socket) -> None:
+        self._listener = Listener(sock, self.loop, open_=self._open, has_room=self._has_room)
+        self._listener.start()
+
+    async def _open(self, sock: socket.socket) -> None:
+        """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
         tls = self._tls
         seconds = self.listen.header_timeout_seconds if tls is not None else None
-        if sock.family == socket.AF_UNIX:
-            return await self.loop.create_unix_server(
-                self._connection, sock=copy, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+        try:
+            await self.loop.connect_accepted_socket(
+                self._connection, sock, ssl=tls, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds
             )
-        return await self.loop.create_server(
-            self._connection, sock=copy, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
-        )
+        except OSError:
+            # Of TLS alone: a client that speaks something else, shows no certificate, takes too long, or has left.
+            self._unopened += 1
+
+    def _has_room(self) -> bool:
+        opening = self._listener.opening() if self._listener is not None else 0
+        return len(self._connections) + opening < self.listen.connections_max + _TURNED_AWAY_MAX
 
     def _stop_listening(self) -> None:
         if self._review is not None:
             self._review.cancel()
         if self._listener is not None:
-            self._listener.close()
+            self._exhausted += self._listener.exhausted
+            self._listener.stop()
             self._listener = None
-        if self._socket is not None:
-            self._socket.close()
 
     def _look_after_all(self) -> None:
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)

@@ -26,6 +26,13 @@ ROOT = Path(__file__).parents[2]
 
 Environment = dict[str, str]
 
+#: Becomes the program that is named after a number of files, which may open no more than so many.
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
 
 def free_port() -> int:
     """A port that was free a moment ago."""
@@ -130,10 +137,11 @@ class Site:
         return 0.0
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`keyproxy serve`, until the end of the context or its own."""
+    async def serving(self, *, files_max: int = 0) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`keyproxy serve`, until the end of the context or its own. `files_max`: it may open no more than so many."""
+        limited = [sys.executable, "-c", _LIMITED, str(files_max)] if files_max else []
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "serve", "--config", str(self.config), env=self.environment,
+            *limited, sys.executable, "-m", "keyproxy", "serve", "--config", str(self.config), env=self.environment,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout is not None

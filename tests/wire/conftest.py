@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -60,6 +61,7 @@ async def start() -> AsyncIterator[Start]:
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
+            tls: ssl.SSLContext | None = None,
         ) -> Wire:
             loop = asyncio.get_running_loop()
             far = await stack.enter_async_context((serving or Upstream()).serving())
@@ -83,7 +85,7 @@ async def start() -> AsyncIterator[Start]:
             )
             stack.push_async_callback(pool.close)
             settled = Listen(**({"address": "127.0.0.1:0"} | (listen or {})))
-            terms = Terms(settled, gateway, Upstreams(pool), names, Problems(), TrustRule(settled.trusted_proxies))
+            terms = Terms(settled, gateway, Upstreams(pool), names, Problems(), TrustRule(settled.trusted_proxies), tls)
             server = ProxyServer(
                 terms,
                 recorder=recorder,
@@ -94,7 +96,7 @@ async def start() -> AsyncIterator[Start]:
             sock = sockets.bind(server.listen.address)
             stack.callback(sock.close)
             stack.push_async_callback(server.drain, 0.2)
-            await server.start(sock)
+            server.start(sock)
             address = sock.getsockname()
             return Wire(address, far, identities, recorder, server, pool, gateway)
 
