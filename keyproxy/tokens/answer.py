@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from keyproxy.model import ResponseHead, TokenUse
 from keyproxy.tokens import report
 from keyproxy.tokens.document import JsonMeter
 from keyproxy.tokens.inflate import InflatingMeter
+from keyproxy.tokens.lines import lower_values
 from keyproxy.tokens.meter import Meter
 from keyproxy.tokens.stream import StreamMeter
-
-_FIELDS = re.compile(rb"(?im)^(content-type|content-encoding):[ \t]*([^\r\n]*?)[ \t]*\r?$")
 
 #: An answer with such a status was not worked on: without a report it used nothing. Vendors bill none either.
 _ERROR_STATUS: Final = 400
@@ -34,9 +32,9 @@ def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Me
 def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
     if kind == "header":
         return Meter(report.header_use(head.block))
-    fields = {name.lower(): value.lower() for name, value in _FIELDS.findall(head.block)}
-    media_type = fields.get(b"content-type", b"").partition(b";")[0].strip()
-    encoding = fields.get(b"content-encoding", b"identity") or b"identity"
+    types, encodings = lower_values(head.block, b"content-type", b"content-encoding")
+    media_type = types[-1].partition(b";")[0].strip() if types else b""
+    encoding = b", ".join(encodings) or b"identity"
     is_plain = encoding == b"identity"
     meter: Meter
     if media_type == b"text/event-stream":

@@ -13,7 +13,6 @@ whole number. The prompt is looked at for its length and is kept nowhere.
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import orjson
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.inflate import window_bits
+from keyproxy.tokens.lines import lower_values
 from keyproxy.tokens.report import TOKENS_MAX, is_count
 from keyproxy.tokens.rewrite import with_usage
 
@@ -41,12 +41,10 @@ _MAXIMUMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TIMES: Final = ("n", "best_of")
 #: Names that a request may have once, in this spelling only.
 _DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
-_DECISIVE_BYTES: Final = frozenset(name.encode() for name in _DECISIVE)
-_DECISIVE_KEY = re.compile(rb'(?i)"(%b)"[ \t\r\n]*:' % "|".join(sorted(_DECISIVE)).encode())
-#: Other ways to spell a name: escapes, and the two letters outside ASCII that fold to `s` and `k`.
-_ODD_SPELLING = re.compile(rb"\\u|\xc5\xbf|\xe2\x84\xaa")
+_SPELT: Final = {name: f'"{name}"'.encode() for name in _DECISIVE}
+#: With it a name may be spelt in another way.
+_ESCAPE: Final = b"\\u"
 
-_FIELDS = re.compile(rb"(?im)^(content-type|content-encoding):[ \t]*([^\r\n]*?)[ \t]*\r?$")
 _IMAGES: Final = frozenset({"image", "image_url", "input_image"})
 _MEDIA: Final = _IMAGES | {
     "audio", "document", "file", "input_audio", "input_file", "input_video", "video", "video_url",
@@ -76,10 +74,9 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything. `bytes_max`: what a
     compressed body may grow to. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
     """
-    fields = [(name.lower(), value.lower()) for name, value in _FIELDS.findall(head.block)]
-    encodings = [value for name, value in fields if name == b"content-encoding" and value != b"identity"]
-    media_type = dict(fields).get(b"content-type", b"").partition(b";")[0].strip()
-    bits = _format(encodings, body)
+    types, encodings = lower_values(head.block, b"content-type", b"content-encoding")
+    media_type = types[-1].partition(b";")[0].strip() if types else b""
+    bits = _format([encoding for encoding in encodings if encoding != b"identity"], body)
     content = body if bits is None else _inflated(body, bits, bytes_max)
     if not content.strip(_SPACE):
         return TokenAsk(0, None if kind == "header" else 0)
@@ -95,7 +92,7 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
         raise _malformed("The body is not well-formed JSON in UTF-8.") from error
     if not isinstance(document, dict):
         return TokenAsk(len(content), None)
-    _check_names(content)
+    _check_names(content, document)
     ask = TokenAsk(
         _prompt_bound(kind, content, document), _maximum(document, head.line.path), document.get("stream") is True
     )
@@ -128,7 +125,7 @@ def _prompt_bound(kind: str, content: bytes, document: Mapping[str, Any]) -> int
     bound = len(content)
     if kind == "anthropic" and document.get("tools"):
         bound += TOOLS_TOKENS
-    if b'"type"' not in content and not _ODD_SPELLING.search(content):
+    if b'"type"' not in content and _ESCAPE not in content:
         return bound
     left: list[object] = [document]
     while left:
@@ -166,23 +163,30 @@ def _lacks_usage(document: Mapping[str, Any]) -> bool:
     return options is None or options.get("include_usage") is not True
 
 
-def _check_names(content: bytes) -> None:
+def _check_names(content: bytes, document: Mapping[str, Any]) -> None:
     """Refuse what two readers could read differently."""
-    names = _DECISIVE_KEY.findall(content)
-    is_plain = _DECISIVE_BYTES.issuperset(names) and not _ODD_SPELLING.search(content)
-    if is_plain and len(set(names)) == len(names):
-        return
-    # Perhaps in a place that does not matter: look where it does.
+    options = document.get("stream_options")
+    may_be_twice = _ESCAPE in content
+    for name in (*document, *(options if isinstance(options, dict) else ())):
+        if name in _DECISIVE:
+            may_be_twice |= content.count(_SPELT[name]) > 1
+        elif name.casefold() in _DECISIVE:
+            raise _malformed("A name that counts is spelt with capitals.")
+    if may_be_twice:
+        _check_for_doubles(content)
+
+
+def _check_for_doubles(content: bytes) -> None:
+    """The same, looking at each member. Most that is there twice is so in a place that does not matter."""
     try:
         document = json.loads(content, object_pairs_hook=_Members)
     except (ValueError, RecursionError) as error:
         raise _malformed(_TOO_DEEP) from error
     for members in (document, *(value for name, value in document if name == "stream_options")):
-        if not isinstance(members, _Members):
-            continue
-        found = [name for name, _ in members if name.casefold() in _DECISIVE]
-        if len(set(found)) != len(found) or not _DECISIVE.issuperset(found):
-            raise _malformed("A name that counts is there twice, or with capitals.")
+        if isinstance(members, _Members):
+            found = [name for name, _ in members if name in _DECISIVE]
+            if len(set(found)) != len(found):
+                raise _malformed("A name that counts is there twice.")
 
 
 class _Members(list[tuple[str, Any]]):

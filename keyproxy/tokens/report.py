@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.model import TokenUse
+from keyproxy.tokens.lines import lower_values
 
 #: More than this is nobody's use; it would overflow what is added up.
 TOKENS_MAX: Final = 10**12
 
-_HEADER_LINES = re.compile(rb"(?im)^x-usage-tokens:[ \t]*([^\r\n]*?)[ \t]*\r?$")
 _DIGITS = re.compile(rb"[0-9]{1,13}")
 
 #: Anthropic counts what was read from or written to its cache apart from the other input.
@@ -55,7 +55,7 @@ def anthropic_use(usage: object) -> TokenUse | None:
 
 def header_use(block: bytes) -> TokenUse | None:
     """The use in the header lines of an answer: one `X-Usage-Tokens: <total>`. A total counts as put out."""
-    values = _HEADER_LINES.findall(block)
+    (values,) = lower_values(block, b"x-usage-tokens")
     if len(values) != 1 or not _DIGITS.fullmatch(values[0]) or int(values[0]) > TOKENS_MAX:
         return None
     return TokenUse(0, int(values[0]))
