@@ -20,7 +20,7 @@ from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import NEVER, Identity, KeyDigest, Moment, Permit
+from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Permit
 from keyproxy.problems import Problems
 from keyproxy.settings import Listen, RouteRow, Settings
 from keyproxy.settings import Upstream as UpstreamSettings
@@ -65,6 +65,9 @@ class _Identities:
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
         return self._table[digest]
+
+    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        raise AssertionError("the one key is known")
 
 
 class _Transport:

@@ -36,6 +36,11 @@ class Presented:
         self._format = key_format
         self.digest: KeyDigest = self._key.digest()
 
+    @property
+    def key(self) -> SecretKey:
+        """The key itself, for who has to hash it in another way."""
+        return self._key
+
     def check(self) -> None:
         """Raise the Refusal for a key that is malformed or has a wrong checksum."""
         if not self._format.may_exist(self._key.reveal()):

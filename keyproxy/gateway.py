@@ -71,10 +71,13 @@ class Gateway:
         exchange.digest = key.digest
         try:
             identity = self._identities.known(key.digest, now, is_first_look=is_first_look)
-        except (Missing, Refusal):
+        except Refusal:
             # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
             key.check()
             raise
+        except Missing as missing:
+            key.check()
+            raise self._identities.fetching(key.key, missing) from None
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)

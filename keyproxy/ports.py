@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import Ending, Identity, KeyDigest, Moment, Permit, RequestHead, Route
+from keyproxy.model import Ending, Identity, KeyDigest, Missing, Moment, Permit, RequestHead, Route
 from keyproxy.reasons import Reason, Refusal
 
 
@@ -24,6 +25,10 @@ class Identities(Protocol):
         Raises Missing if the store has to be asked first, a Refusal (KEY_INVALID) if memory knows that there is no such
         key, a Refusal (STORE_UNAVAILABLE) if it cannot be known now.
         """
+        ...
+
+    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        """What to fetch for a key that `known` misses: `missing`, or more than that if another program issued it."""
         ...
 
 

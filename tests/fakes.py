@@ -74,6 +74,11 @@ class FakeIdentities:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         raise Refusal(Reason.KEY_INVALID, "unknown")
 
+    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        """See the port."""
+        del key
+        return missing
+
     async def _bring(self, digest: KeyDigest) -> None:
         await self.may_bring.wait()
         self.brought += 1

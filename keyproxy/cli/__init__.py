@@ -13,6 +13,7 @@ from keyproxy.cli.audit import audit_group
 from keyproxy.cli.completion import completion_command
 from keyproxy.cli.config import config_group
 from keyproxy.cli.key import key_group
+from keyproxy.cli.key_bulk import BULK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.plan import plan_group
 from keyproxy.cli.serve import demo_command, serve_command
@@ -39,6 +40,9 @@ def root() -> None:
                      keyproxy serve
     """
 
+
+for _bulk_command in BULK_COMMANDS:
+    key_group.add_command(_bulk_command)
 
 for _command in (
     demo_command, serve_command, migrate_command, config_group, tenant_group, user_group, key_group, plan_group,

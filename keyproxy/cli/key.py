@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import timedelta
 from typing import Final
@@ -24,7 +25,7 @@ from keyproxy.keyformat import KEY_BYTES_MAX, SecretKey
 from keyproxy.store.directory import Directory, Entity, KeyFilter
 from keyproxy.store.directory_keys import ORDERS, STATES
 
-_HEX_DIGITS: Final = 64
+_DIGEST: Final = re.compile(rb"[0-9a-fA-F]{64}")
 
 _id_argument = click.argument("key_id", metavar="ID")
 
@@ -160,11 +161,7 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
     \b
     keyproxy key report-leaked --reason "public repository" < key.txt
     """
-    if digest is None:
-        text = _from_stdin()
-        told = call.run(lambda directory: directory.report_leaked(_digest(text), reason))
-    else:
-        told = call.run(lambda directory: directory.report_leaked(_hex_digest(digest), reason))
+    told = call.run(lambda directory: _reported(directory, digest, reason))
     if call.as_json:
         call.tell(told, ())
     elif told["known"]:
@@ -205,13 +202,13 @@ def _from_stdin() -> bytes:
     return text
 
 
-def _digest(text: bytes) -> bytes:
-    if len(text) == _HEX_DIGITS:
-        try:
-            return bytes.fromhex(text.decode("ascii"))
-        except ValueError:
-            pass
-    return SecretKey(text).digest()
+async def _reported(directory: Directory, digest: str | None, reason: str) -> Entity:
+    if digest is not None:
+        return await directory.report_leaked(_hex_digest(digest), reason)
+    text = _from_stdin()
+    if _DIGEST.fullmatch(text):
+        return await directory.report_leaked(_hex_digest(text.decode("ascii")), reason)
+    return await directory.report_leaked_key(SecretKey(text), reason)
 
 
 def _hex_digest(text: str) -> bytes:

@@ -32,12 +32,13 @@ from keyproxy.store.directory_desk import (
     new_key_id,
     reveal,
 )
+from keyproxy.store.directory_import import Import, ImportedKey, ImportReport
 from keyproxy.store.directory_keys import KeyFilter, Keys
 from keyproxy.store.directory_plans import Plans
 
 __all__ = [
-    "Actor", "AuditFilter", "Conflict", "Directory", "DirectoryError", "Entity", "Invalid", "KeyFilter", "KeyWish",
-    "NotFound", "Outdated", "Page", "Revocation", "etag",
+    "Actor", "AuditFilter", "Conflict", "Directory", "DirectoryError", "Entity", "ImportReport", "ImportedKey",
+    "Invalid", "KeyFilter", "KeyWish", "NotFound", "Outdated", "Page", "Revocation", "etag",
 ]  # fmt: skip
 
 
@@ -126,5 +127,5 @@ class Users(Desk):
         return await self._delete("user", user_id, if_match)
 
 
-class Directory(Tenants, Users, Keys, Plans, AuditTrail, Bulk):
+class Directory(Tenants, Users, Keys, Plans, AuditTrail, Bulk, Import):
     """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""

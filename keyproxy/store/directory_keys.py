@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
+from keyproxy.keyformat import SecretKey
+from keyproxy.store import foreign
+from keyproxy.store.database import Row
 from keyproxy.store.directory_desk import (
     ENTITIES,
     Conflict,
@@ -150,7 +154,19 @@ class Keys(Desk):
         """
         if len(digest) != 32:
             raise Invalid("the digest of a key is 32 bytes: 64 hexadecimal digits")
-        row = await self._one("key_of_digest", digest)
+        return await self._leaked(await self._one("key_of_digest", digest), reason)
+
+    async def report_leaked_key(self, key: SecretKey, reason: str) -> Entity:
+        """As `report_leaked`, of a key in plaintext: one that another program issued may not have its digest yet."""
+        row = await self._one("key_of_digest", key.digest())
+        prefix = foreign.prefix_of(key)
+        if row is None and prefix is not None:
+            recipe = await self._one("foreign_recipe", prefix)
+            shown = None if recipe is None else await asyncio.to_thread(foreign.hashed, key, recipe["recipe"])
+            row = None if shown is None else await self._one("key_of_foreign", prefix, shown)
+        return await self._leaked(row, reason)
+
+    async def _leaked(self, row: Row | None, reason: str) -> Entity:
         if row is None:
             return dict(_NOBODYS)
         try:

@@ -23,13 +23,16 @@ from weakref import WeakValueDictionary
 import cachetools
 
 from keyproxy.headers import identity_block
+from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.leases import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Cache
+from keyproxy.store import foreign
 from keyproxy.store.database import Database, Row
+from keyproxy.store.foreign import ForeignKeys
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.look_ups import LookUps
 
@@ -93,6 +96,7 @@ class IdentityCache:
         )
         self._users: WeakValueDictionary[str, _Group] = WeakValueDictionary()
         self._tenants: WeakValueDictionary[str, _Group] = WeakValueDictionary()
+        self._foreign = ForeignKeys(database)
         self._look_ups = LookUps(database, self._settle, look_ups_max=look_ups_max)
 
     # -- the hot path
@@ -117,6 +121,17 @@ class IdentityCache:
                 self.counts["refused"] += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
         raise Missing("identity", lambda: self._bring(digest))
+
+    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        """See the port. Off the hot path, and only for keys of a foreign form that have not been found before."""
+        if foreign.prefix_of(key) is None or key.digest() in self._entries:
+            return missing
+
+        async def bring() -> None:
+            await self._foreign.adopt(key)
+            await missing.bring()
+
+        return Missing("identity", bring)
 
     def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
         if mono >= entry.stale_until:

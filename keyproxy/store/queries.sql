@@ -436,15 +436,19 @@ ORDER BY w.id
 ON CONFLICT (id) DO NOTHING
 RETURNING id;
 
+-- name: plans_there
+SELECT id FROM keyproxy.plans WHERE id = ANY($1::text[]);
+
 -- name: imported_already
--- Those of the digests $1 and prefixes $2 that there are, with whose keys they are.
--- Needs: api_keys (digest), foreign_hashes (prefix).
-SELECT encode(k.digest, 'hex') AS known_by, k.user_id FROM keyproxy.api_keys AS k WHERE k.digest = ANY($1::bytea[])
+-- Those of the digests $1, prefixes $2 and ids $3 that there are, with whose keys they are.
+-- Needs: api_keys (digest), api_keys (id), foreign_hashes (prefix).
+SELECT 'digest' AS known_by, encode(k.digest, 'hex') AS value, k.user_id
+FROM keyproxy.api_keys AS k WHERE k.digest = ANY($1::bytea[])
 UNION ALL
-SELECT f.prefix, k.user_id
-FROM keyproxy.foreign_hashes AS f
-JOIN keyproxy.api_keys AS k ON k.id = f.key_id
-WHERE f.prefix = ANY($2::text[]);
+SELECT 'prefix', p.prefix, k.user_id
+FROM keyproxy.foreign_hashes AS p JOIN keyproxy.api_keys AS k ON k.id = p.key_id WHERE p.prefix = ANY($2::text[])
+UNION ALL
+SELECT 'id', k.id, k.user_id FROM keyproxy.api_keys AS k WHERE k.id = ANY($3::text[]);
 
 -- name: import_keys
 -- Keys that another program issued, described by the JSON array $1. One of a foreign format has no digest yet: until its
@@ -480,8 +484,6 @@ SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS 
 -- name: key_of_foreign
 -- The key with the prefix $1, if $2 is its hash.
 SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = $2;
-
-DELETE FROM keyproxy.api_keys WHERE id = $1 RETURNING id;
 
 -- name: sync_leases
 -- One message of a holder to the ledger: see the function. $1 holder, $2 serial, $3 lease seconds, then the lines by column.

@@ -16,6 +16,13 @@ from keyproxy import cli
 from tests.acceptance.conftest import Output, Site
 
 
+class _Terminal(io.TextIOWrapper):
+    """A stdin that a person types into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Shell:
     """Runs commands in this process, as `main` does for a program whose stdin is no terminal."""
 
@@ -23,10 +30,12 @@ class Shell:
         self._config = config
         self._capture = capture
         self._monkeypatch = monkeypatch
+        self.is_terminal = False
 
     def run(self, *arguments: str, stdin: str = "") -> Output:
         """Run one command."""
-        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        typed = _Terminal if self.is_terminal else io.TextIOWrapper
+        self._monkeypatch.setattr(sys, "stdin", typed(io.BytesIO(stdin.encode())))
         status = cli.main([*arguments, "--config", str(self._config)])
         out, err = self._capture.readouterr()
         return Output(status, out, err)
@@ -311,3 +320,94 @@ def test_people_see_secrets_once_and_on_stdout_alone(shell: Shell, key: dict[str
         listed = shell.run(*arguments)
         assert (listed.status, listed.err) == (0, "")
         assert secret not in listed.out
+
+
+# -- many keys
+
+
+@pytest.mark.usefixtures("key")
+def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell: Shell, tmp_path: Path) -> None:
+    shell.told("user", "create", "u_7", "--tenant", "acme", "--no-key")
+    table = tmp_path / "wanted.csv"
+    table.write_text("user,name,scopes,test\nu_42,nightly,,\nu_7,nightly,a b,true\n")
+    output = shell.run("key", "issue-many", str(table), "--scope", "jobs:write", "--expires-in", "7d", "--json")
+    assert (output.status, output.err) == (0, "")
+    keys = [json.loads(line) for line in output.out.splitlines()]
+    assert [(key["user"], key["scopes"], key["is_test"], key["secret"][:8]) for key in keys] == [
+        ("u_42", ["jobs:write"], False, "kp_live_"), ("u_7", ["a", "b"], True, "kp_test_"),
+    ]  # fmt: skip
+    again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
+    assert again.out.count("kp_live_") == 1
+    assert "1 keys issued, 2 were there" in again.err
+    assert "wanted.csv:2: it has no user" in _refused_table(shell, table, "user,name\n,x\n")
+    assert "there is no user 'nobody'" in _refused_table(shell, table, '{"user": "nobody"}\n')
+
+
+def _refused_table(shell: Shell, table: Path, content: str) -> str:
+    table.write_text(content)
+    return shell.refused("key", "issue-many", str(table))
+
+
+def test_keys_are_revoked_in_bulk_after_a_look_at_how_many(shell: Shell, key: dict[str, Any]) -> None:
+    shell.told("user", "create", "u_7", "--tenant", "acme")
+    assert shell.told("key", "revoke-all", "--tenant", "acme", "--dry-run")["would_revoke"] == 2
+    assert shell.told("key", "revoke-all", "--tenant", "acme", "--older-than", "1d") == {"revoked": 0}
+    assert shell.told("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen") == {"revoked": 1}
+    assert shell.told("key", "show", key["id"])["revoke_reason"] == "laptop stolen"
+    assert shell.told("key", "revoke-all", "--tenant", "acme") == {"revoked": 1}
+    assert "say which keys" in shell.refused("key", "revoke-all", status=2)
+    assert "there is no user 'nobody'" in shell.refused("key", "revoke-all", "--user", "nobody")
+
+
+@pytest.mark.usefixtures("key")
+def test_the_table_of_djangorestframework_api_key_is_taken_over_after_a_dry_run(shell: Shell, tmp_path: Path) -> None:
+    hashed = "sha512$$" + hashlib.sha512(b"Ab3dE6gH.secretsecret").hexdigest()
+    table, owners = tmp_path / "keys.csv", tmp_path / "owners.csv"
+    table.write_text(
+        "id,created,name,revoked,expiry_date,hashed_key,prefix\n"
+        f"Ab3dE6gH.{hashed},2024-01-02 03:04:05+00,worker,f,,{hashed},Ab3dE6gH\n"
+        f"Zz3dE6gH.{hashed},2024-01-02 03:04:05+00,nobody's,f,,{hashed},Zz3dE6gH\n"
+    )
+    owners.write_text("worker,u_new\n")
+    arguments = ("key", "import", str(table), "--map", str(owners), "--tenant", "acme", "--scope", "jobs:write")
+    dry = shell.run(*arguments, "--dry-run", "--json")
+    assert dry.status == 1
+    problem = {"place": f"{table}:3", "problem": "it has no user"}
+    assert dry.json == {"dry_run": True, "imported": 1, "present": 0, "users": 1, "problems": [problem]}
+    assert f"{table}:3: it has no user" in dry.err
+    assert len(shell.told("key", "list")) == 1
+    table.write_text("\n".join(table.read_text().splitlines()[:2]) + "\n")
+    assert shell.told(*arguments) == {"dry_run": False, "imported": 1, "present": 0, "users": 1, "problems": []}
+    assert shell.told(*arguments)["present"] == 1
+    (key,) = shell.told("key", "list", "--user", "u_new")
+    assert (key["name"], key["created_at"], key["scopes"]) == ("worker", "2024-01-02T03:04:05Z", ["jobs:write"])
+    leaked = shell.told("key", "report-leaked", stdin="Ab3dE6gH.secretsecret\n")
+    assert (leaked["user"], leaked["key"]["id"]) == ("u_new", key["id"])
+
+
+@pytest.mark.usefixtures("key")
+def test_digests_are_imported_from_json_lines_and_django_dumps(shell: Shell) -> None:
+    lines = "".join(json.dumps({"digest": f"{n:064x}", "user": "u_42", "scopes": ["a"]}) + "\n" for n in range(3))
+    assert shell.told("key", "import", "-", stdin=lines)["imported"] == 3
+    dump = json.dumps([{"model": "x.apikey", "pk": "a$b", "fields": {"digest": "ab" * 32, "owner": "u_42"}}])
+    assert shell.told("key", "import", "-", "--user-column", "owner", stdin=dump)["imported"] == 1
+    for wrong in ("{not json", "user\n\x00\n", ""):
+        output = shell.run("key", "import", "-", stdin=wrong)
+        assert "Traceback" not in output.err
+
+
+def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
+    shell: Shell, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("keyproxy.cli.desk.click.confirm", lambda question, **_: asked.append(question))
+    shell.is_terminal = True
+    shell.run("key", "revoke", key["id"])
+    assert asked == []
+    shell.run("user", "delete", "u_42", "--yes")
+    assert asked == []
+    shell.run("key", "revoke-all", "--tenant", "acme")
+    shell.run("tenant", "delete", "acme")
+    assert asked == [
+        "Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?",
+    ]  # fmt: skip

@@ -191,7 +191,10 @@ async def test_only_a_revoked_key_has_a_reason_for_it(directory: Sql) -> None:
     await directory.execute("UPDATE keyproxy.api_keys SET revoke_reason = 'lost', revoked_at = now()")
 
 
-@pytest.mark.parametrize(("limits", "is_good"), [("{}", True), ('{"a": 1}', True), ("[]", False), ("1", False)])
+@pytest.mark.parametrize(
+    ("limits", "is_good"),
+    [("{}", True), ('{"requests_per_day": 1}', True), ("[]", False), ("1", False), ('{"a": 1}', False)],
+)
 async def test_limits_of_a_plan_are_an_object(sql: Sql, limits: str, is_good: bool) -> None:
     insert = "INSERT INTO keyproxy.plans (id, limits) VALUES ('p', $1::text::jsonb)"
     if is_good:

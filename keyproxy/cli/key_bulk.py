@@ -1,0 +1,231 @@
+"""keyproxy key revoke-all|issue-many|import: many keys at once. Interrupted, each can be run again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import orjson
+
+from keyproxy.cli.desk import Call, Progress, confirm, say, takes_call, yes_option
+from keyproxy.cli.setting import Failure, duration, scopes, span
+from keyproxy.store.directory import Directory, ImportedKey, ImportReport, Invalid, KeyWish, Revocation
+from keyproxy.store.directory_bulk import BATCH_MAX
+from keyproxy.store.directory_import import read_key, read_wish
+
+_FILE_BYTES_MAX: Final = 1 << 30
+_PROBLEMS_SHOWN_MAX: Final = 20
+
+_file_argument = click.argument(
+    "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
+)  # fmt: skip
+
+Rows = list[tuple[str, Mapping[str, Any]]]
+
+
+@click.command("revoke-all")
+@click.option("--user", "user_id", metavar="USER", help="This user's keys.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="The keys of this tenant's users.")
+@click.option("--older-than", callback=span, metavar="TIME", help="Keys issued longer ago than that.")
+@click.option("--unused", callback=span, metavar="TIME", help="Keys not used for so long.")
+@click.option("--reason", default="", help="Why, for those who look at it later.")
+@click.option("--dry-run", is_flag=True, help="Only say how many there are.")
+@yes_option
+@takes_call
+def key_revoke_all(
+    call: Call, user_id: str | None, tenant_id: str | None, older_than: timedelta | None, unused: timedelta | None,
+    reason: str, *, dry_run: bool, yes: bool,
+) -> None:  # fmt: skip
+    """Revoke many keys for good: those for which all that is said holds.
+
+    \b
+    keyproxy key revoke-all --user u_42 --reason "laptop stolen"
+    keyproxy key revoke-all --tenant acme --older-than 365d --dry-run
+    """
+    try:
+        wanted = Revocation(user_id, tenant_id, older_than, unused)
+    except Invalid as error:
+        raise click.UsageError(str(error)) from error
+    total = call.run(lambda directory: directory.count_to_revoke(wanted))
+    if dry_run:
+        call.tell({"revoked": 0, "would_revoke": total}, ())
+        return
+    confirm(f"Revoke {total} keys? This cannot be undone.", yes=yes)
+    call.tell({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
+
+
+async def _revoke(directory: Directory, wanted: Revocation, reason: str, total: int) -> int:
+    progress, count = Progress("keys revoked", total), 0
+    try:
+        async for ids in directory.revoke_keys(wanted, reason):
+            count += len(ids)
+            progress.at(count)
+    finally:
+        progress.end()
+    return count
+
+
+@click.command("issue-many")
+@_file_argument
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
+@click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
+@click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
+@takes_call
+def key_issue_many(
+    call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None
+) -> None:
+    """Issue a key for each row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
+
+    Columns: user; name, scopes, test and plan if wanted. Each key is printed once it is there, with --json as JSON lines.
+    A user who has a working key of that name and mode gets no other, so that it can be run again.
+
+    \b
+    printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
+    """
+    call.warn_of_scopes(wanted)
+    life = call.life(expires_in)
+    defaults = {"scopes": list(wanted), "plan": plan}
+    wishes: list[tuple[str, KeyWish]] = []
+    for place, row in _rows(path):
+        try:
+            user, wish = read_wish(row, defaults)
+        except Invalid as error:
+            raise Failure(f"{place}: {error}") from error
+        wishes.append((user, replace(wish, expires_in=life)))
+    made = call.run(lambda directory: _issue(directory, wishes, as_json=call.as_json))
+    if not call.as_json:
+        say(f"{made} keys issued, {len(wishes) - made} were there; this is the only time the secrets are shown")
+
+
+async def _issue(directory: Directory, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool) -> int:
+    progress, made = Progress("keys", len(wishes)), 0
+    try:
+        for start in range(0, len(wishes), BATCH_MAX):
+            for key in await directory.issue_keys(wishes[start : start + BATCH_MAX]):
+                if as_json:
+                    click.echo(orjson.dumps(key).decode("utf-8"))
+                elif key["created"]:
+                    click.echo(f"{key['user']}  {key['name'] or '-'}  {key['id']}  {key['secret']}")
+                made += key["created"]
+            sys.stdout.flush()
+            progress.at(min(len(wishes), start + BATCH_MAX))
+    finally:
+        progress.end()
+    return made
+
+
+@click.command("import")
+@_file_argument
+@click.option("--dry-run", is_flag=True, help="Do it all, say what came of it, and undo it.")
+@click.option("--user", "user_id", metavar="USER", help="Whose keys they are, where a row does not say.")
+@click.option("--user-column", metavar="NAME", help="The column that says whose key it is. [user]")
+@click.option("--map", "map_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="CSV lines `prefix or name of the key,user`: whose key it is.")  # fmt: skip
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Users who are not there are made in this tenant.")
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
+@takes_call
+def key_import(
+    call: Call, path: Path, user_id: str | None, user_column: str | None, map_path: Path | None,
+    tenant_id: str | None, wanted: tuple[str, ...], *, dry_run: bool,
+) -> None:  # fmt: skip
+    """Take over keys that another program issued. FILE is CSV with a header line, JSON lines or Django's dumpdata; - is
+    stdin.
+
+    A row has the key's digest, the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
+    djangorestframework-api-key, and gets its digest when the key is first used. Other columns, all of them optional:
+    user, tenant, name, scopes, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
+
+    Rows that cannot be used are told, and status is 1; the others are imported. Keys that are there are passed over.
+
+    \b
+    keyproxy key import keys.csv --map owners.csv --tenant acme --dry-run
+    keyproxy key import keys.csv --map owners.csv --tenant acme
+    """
+    call.warn_of_scopes(wanted)
+    defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
+    owners = {} if map_path is None else _owners(map_path)
+    keys, report = _read(_rows(path), defaults, owners, user_column)
+    report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
+    for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
+        say(f"{place}: {problem}")
+    told = {
+        "dry_run": dry_run, "imported": report.imported, "present": report.present, "users": report.users,
+        "problems": [{"place": place, "problem": problem} for place, problem in report.problems],
+    }  # fmt: skip
+    call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
+    if report.problems:
+        raise Failure(f"{len(report.problems)} rows cannot be used")
+
+
+async def _import(directory: Directory, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+    progress, report = Progress("keys looked at", len(keys)), ImportReport()
+    try:
+        # A dry run leaves nothing behind, and so sees all of it at once or not what came before.
+        size = max(1, len(keys)) if dry_run else BATCH_MAX
+        for start in range(0, len(keys), size):
+            report.add(await directory.import_keys(keys[start : start + size], dry_run=dry_run))
+            progress.at(min(len(keys), start + size))
+    finally:
+        progress.end()
+    return report
+
+
+def _read(
+    rows: Rows, defaults: Mapping[str, Any], owners: Mapping[str, str], user_column: str | None
+) -> tuple[list[ImportedKey], ImportReport]:
+    keys, report = [], ImportReport()
+    for place, row in rows:
+        owner = row.get(user_column) if user_column is not None else None
+        for known_as in (row.get("prefix"), row.get("name")):
+            owner = owner or owners.get(str(known_as))
+        try:
+            keys.append(read_key(place, {**row, "user": owner} if owner else row, defaults))
+        except Invalid as error:
+            report.problems.append((place, str(error)))
+    return keys, report
+
+
+def _owners(path: Path) -> dict[str, str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {line[0].strip(): line[1].strip() for line in csv.reader(file) if len(line) >= 2}
+
+
+def _rows(path: Path) -> Rows:
+    """Every row of a file with its place in it."""
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        raw = sys.stdin.buffer.read(_FILE_BYTES_MAX) if name == "stdin" else path.read_bytes()
+        text = raw.decode("utf-8-sig")
+        return [(f"{name}:{number}", row) for number, row in _parsed(text)]
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, orjson.JSONDecodeError, csv.Error) as error:
+        raise Failure(f"{name} is neither CSV nor JSON: {error}") from error
+
+
+def _parsed(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    start = text.lstrip()[:1]
+    if start == "[":
+        for number, item in enumerate(orjson.loads(text), start=1):
+            # Django's dumpdata keeps the columns below `fields`; its key, `pk`, holds a hash and is no id of ours.
+            columns = item.get("fields", item) if isinstance(item, dict) else {}
+            yield number, columns
+    elif start == "{":
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                item = orjson.loads(line)
+                yield number, item if isinstance(item, dict) else {}
+    else:
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+        for row in reader:
+            yield reader.line_num, {name.strip(): value for name, value in row.items() if name}
+
+
+BULK_COMMANDS: Final = (key_revoke_all, key_issue_many, key_import)
