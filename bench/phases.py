@@ -98,6 +98,9 @@ class _NoLedger:
     def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
         raise AssertionError("nobody is under limits here")
 
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        raise AssertionError("nobody is under limits here")
+
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
         raise AssertionError("nobody is under limits here")
 

@@ -11,16 +11,18 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final
 
-from keyproxy import admission, credential, headers
+from keyproxy import admission, credential, headers, metering
 from keyproxy.keyformat import KeyFormat
 from keyproxy.limits import told
-from keyproxy.model import Missing, Moment, Permit, RequestHead
+from keyproxy.model import NO_TOKENS, Missing, Moment, Permit, RequestHead, ResponseHead
 from keyproxy.ports import Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
+from keyproxy.tokens.answer import meter_for
+from keyproxy.tokens.meter import Meter
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +52,7 @@ class Gateway:
         try:
             permit = self.decide(exchange)
         except Missing as missing:
-            task = asyncio.get_running_loop().create_task(self._fetch_and_decide(exchange, missing))
-            self._undecided.add(task)
-            task.add_done_callback(self._undecided.discard)
+            self._start(self._fetch_and_decide(exchange, missing))
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
@@ -81,8 +81,9 @@ class Gateway:
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)
+        need = None if grant.route.tokens is NO_TOKENS else metering.need(exchange, grant.route)
         allowance = identity.allowance
-        return Permit(grant, None if allowance is None else self._ledger.take(allowance, now))
+        return Permit(grant, None if allowance is None else self._ledger.take(allowance, now, need))
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
@@ -118,9 +119,12 @@ class Gateway:
         try:
             self._review(exchange)
         except Missing as missing:
-            task = asyncio.get_running_loop().create_task(self._fetch_and_review(exchange, missing))
-            self._undecided.add(task)
-            task.add_done_callback(self._undecided.discard)
+            self._start(self._fetch_and_review(exchange, missing))
+
+    def _start(self, fetching: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(fetching)
+        self._undecided.add(task)
+        task.add_done_callback(self._undecided.discard)
 
     def _review(self, exchange: Exchange) -> None:
         if exchange.digest is None or exchange.is_over:
@@ -142,8 +146,43 @@ class Gateway:
     def settle(self, exchange: Exchange) -> None:
         """What an exchange held is charged if the upstream saw anything of it, else given back."""
         permit = exchange.permit
-        if permit is not None and permit.hold is not None:
-            self._ledger.settle(permit.hold, was_sent=exchange.sent_mono > 0.0)
+        if permit is None:
+            return
+        tokens = 0 if exchange.ask is None else metering.charge(exchange, permit)
+        if permit.hold is not None:
+            self._ledger.settle(permit.hold, was_sent=exchange.sent_mono > 0.0, tokens=tokens)
+
+    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+        """What reads the answer to a request that asks for tokens."""
+        kind = NO_TOKENS if exchange.route is None else exchange.route.tokens
+        hides_usage = exchange.ask is not None and exchange.ask.hides_usage
+        return meter_for(kind, answer, hides_usage=hides_usage)
+
+    def watch(self, exchange: Exchange) -> None:
+        """A metered stream has gone on: extend what is held for it if it needs more, end it if there is no more."""
+        permit = exchange.permit
+        if permit is None or permit.hold is None or exchange.is_over:
+            return
+        tokens, is_used_up = metering.outlives(exchange, permit.hold)
+        if not tokens:
+            return
+        try:
+            exchange.extend(permit._replace(hold=self._ledger.extend(permit.hold, tokens)))
+        except Missing as missing:
+            exchange.hold_up()
+            self._start(self._fetch_and_watch(exchange, missing))
+        except Refusal as refusal:
+            if is_used_up:
+                exchange.end_stream(refusal)
+            else:
+                exchange.extend(permit)
+
+    async def _fetch_and_watch(self, exchange: Exchange, missing: Missing) -> None:
+        refusal = await _brought(missing)
+        if refusal is not None and not exchange.is_over:
+            exchange.end_stream(refusal)
+        else:
+            self.watch(exchange)
 
     def limit_fields(self, permit: Permit) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""

@@ -21,6 +21,8 @@ KeyDigest = NewType("KeyDigest", bytes)
 
 NEVER = math.inf
 
+NO_TOKENS = "none"
+
 
 class Moment(NamedTuple):
     """One instant on both clocks. `wall_seconds` is Unix time, for dates people set; `mono_seconds` never jumps."""
@@ -178,11 +180,15 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics."""
+    """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics.
+
+    `tokens`: where the answers say what was used, NO_TOKENS if they don't.
+    """
 
     name: str
     scopes: frozenset[str] = frozenset()
     error_shape: str = "problem"
+    tokens: str = NO_TOKENS
 
 
 class Grant(NamedTuple):

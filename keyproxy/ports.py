@@ -10,8 +10,12 @@ from typing import Protocol
 
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import Ending, Identity, KeyDigest, Missing, Moment, Permit, RequestHead, Route
+from keyproxy.model import (
+    Ending, Identity, KeyDigest, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TokenUse,
+)
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.tokens.ask import TokenAsk
+from keyproxy.tokens.meter import Meter
 
 
 class Identities(Protocol):
@@ -40,6 +44,10 @@ class Ledger(Protocol):
 
         Raises Missing if the ledger has to be asked first, a Refusal if a limit is used up or the ledger cannot be asked.
         """
+        ...
+
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        """The same hold with so many tokens more. Raises what `take` raises, and then changes nothing."""
         ...
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
@@ -91,12 +99,44 @@ class Exchange(Protocol):
     #: Which route it is on, once it is known whose request it is.
     route: Route | None
 
+    #: What it asks for in tokens, and what reads its answer; on routes with tokens.
+    ask: TokenAsk | None
+    meter: Meter | None
+
+    #: What it is charged in tokens, once it has ended, and whether nobody has said so.
+    token_use: TokenUse | None
+    is_estimated: bool
+
+    #: The request's body as far as it has arrived and is not sent yet.
+    body: bytes
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of the request has arrived."""
+        ...
+
+    async def whole_body(self) -> None:
+        """Wait until the body has arrived whole, or the exchange is over."""
+        ...
+
     def forward(self, permit: Permit) -> None:
         """Send the request upstream and relay the answer."""
         ...
 
+    def extend(self, permit: Permit) -> None:
+        """Go on with a permit that holds more."""
+        ...
+
+    def hold_up(self) -> None:
+        """Read no more of the answer, until `extend` or `end_stream`."""
+        ...
+
     def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal."""
+        ...
+
+    def end_stream(self, refusal: Refusal) -> None:
+        """End a stream of events that is under way: its client hears why, and can tell that it ended here."""
         ...
 
 
@@ -117,6 +157,14 @@ class Gate(Protocol):
 
     def review(self, exchange: Exchange) -> None:
         """Look again at an exchange that is under way: `refuse` it if its key would not be let in any more."""
+        ...
+
+    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+        """What reads the answer to a request that asks for tokens."""
+        ...
+
+    def watch(self, exchange: Exchange) -> None:
+        """A metered stream has gone on: see that what is held for it suffices."""
         ...
 
     def settle(self, exchange: Exchange) -> None:

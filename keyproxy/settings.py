@@ -235,7 +235,7 @@ class RouteRow:
     match: str = _setting("", _route_match)
     scopes: list[str] = _setting([], _route_scopes)
     error_shape: str = _setting("problem", _one_of(*problems.ERROR_SHAPES))
-    tokens: str = _setting("none", _not_yet("none"))
+    tokens: str = _setting("none", _one_of("none", "openai", "anthropic", "header"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class Settings:
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
-            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape)) for row in self.routes]
+            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape, row.tokens)) for row in self.routes]
         )
 
 

@@ -10,6 +10,8 @@ from keyproxy import credential, headers
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Book, Short
+from keyproxy.limits.leases import Pool
+from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
@@ -36,6 +38,7 @@ def identity(
     is_test: bool = False,
     expires_wall_seconds: float = NEVER,
     standing: Reason | None = None,
+    plan: Plan | None = None,
 ) -> Identity:
     """An identity with its header block."""
     values = (
@@ -46,7 +49,8 @@ def identity(
         ("Key-Id", f"key_of_{user}"),
     )
     block = headers.identity_block("X-Keyproxy-", values)
-    return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block)
+    allowance = None if plan is None else Allowance(((Pool("user", user, is_test), plan),))
+    return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
 
 
 class FakeIdentities:
@@ -107,6 +111,16 @@ class FakeLedger:
             self.book.ask(short)
             self._sync(now.mono_seconds)
             return self.book.take(allowance, now.mono_seconds, tokens)
+
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port."""
+        now = time.monotonic()
+        try:
+            return self.book.extend(hold, tokens, now)
+        except Short as short:
+            self.book.ask(short)
+            self._sync(now)
+            return self.book.extend(hold, tokens, now)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
         """See the port."""

@@ -32,6 +32,7 @@ RANKS = {
     "ports": 5,
     "settings": 5,
     "config": 6,
+    "metering": 6,
     "clock": 7,
     "sockets": 7,
     "systemd": 7,

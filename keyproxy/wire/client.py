@@ -139,6 +139,11 @@ class ClientConnection(ClientLine):
     # -- shutting down
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether the client does not read what was sent to it."""
+        return self._stalled_bytes is not None
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is under way or has begun to arrive."""
         return self.exchange is None and not self._buffer

@@ -15,11 +15,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers
-from keyproxy.model import Ending, Identity, KeyDigest, Permit, RequestHead, ResponseHead, Route
+from keyproxy.model import Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
+from keyproxy.wire.collector import Collector
 from keyproxy.wire.framing import LAST_CHUNK, chunk
 from keyproxy.wire.heads import has_no_body
+from keyproxy.wire.outcome import Outcome
 
 if TYPE_CHECKING:
     from keyproxy.wire.client import ClientConnection
@@ -35,24 +37,11 @@ _CLIENT_GONE_STATUS: Final = 499
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
-class Exchange:
+class Exchange(Outcome):
     """See the module. `head` is None if the request's head could not be read; then it can only be refused."""
 
-    # What every exchange has when it begins. On the class, so that making one writes only what is its own.
-    digest: KeyDigest | None = None
-    identity: Identity | None = None
-    route: Route | None = None
-    permit: Permit | None = None
-    reason: Reason | None = None
-    refusal_detail: str = ""
-    ending: Ending = Ending.ANSWERED
-    status: int = 0
-    sent_mono: float = 0.0
-    answered_mono: float = 0.0
-    ended_mono: float = 0.0
-    bytes_out: int = 0
-    is_over: bool = False
-    is_tunnel: bool = False
+    _collector: Collector | None = None
+    _is_held_up: bool = False
     _answer: ResponseHead | None = None
     _upstream: UpstreamConnection | None = None
     _pool: UpstreamPool | None = None
@@ -83,7 +72,8 @@ class Exchange:
         self.started_mono = started_mono
         self.bytes_in = len(content)
         self.is_complete = is_complete
-        self._pending = content
+        #: What has arrived of the body and is not sent yet.
+        self.body = content
 
     # -- what the gateway decides
 
@@ -125,6 +115,43 @@ class Exchange:
         self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
         self._end(Ending.REFUSED, server.clock(), closes=closes)
 
+    async def whole_body(self) -> None:
+        """Wait until the body has arrived whole, or the exchange is over."""
+        head = self.head
+        if self.is_complete or self.is_over or head is None:
+            return
+        if head.fields.expects_continue and not self.bytes_in:
+            self._client.send(answers.CONTINUE)
+        collector = self._collector = Collector(self.body)
+        self._client.resume()
+        await collector.wait()
+
+    def extend(self, permit: Permit) -> None:
+        """Go on with a permit that holds more."""
+        self.permit = permit
+        if self._is_held_up:
+            self._is_held_up = False
+            if not self._client.is_stalled:
+                self.resume_answer()
+
+    def hold_up(self) -> None:
+        """Read no more of the answer until more is held for it."""
+        self._is_held_up = True
+        self.pause_answer()
+
+    def end_stream(self, refusal: Refusal) -> None:
+        """End a stream of events here: its last event says why, and the answer ends as one that is whole does."""
+        if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_answer_chunked:
+            self.refuse(refusal)
+            return
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        shape = self._gate.error_shape(self.head)
+        told = self._server.problems.last_event(refusal, self.request_id.decode("ascii"), shape)
+        out, self._out = self._out + chunk(self.meter.cut(told)) + LAST_CHUNK, b""
+        self._client.send(out)
+        self._end(Ending.CUT, self._server.clock(), closes=self._closes, resets=False)
+
     # -- what the client connection tells
 
     def body_arrived(self, content: bytes, *, is_complete: bool) -> None:
@@ -133,12 +160,24 @@ class Exchange:
         self.is_complete = is_complete
         if self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
+        elif self._collector is not None:
+            self._collect(content, self._collector)
         else:
-            self._pending += content
-            if len(self._pending) > _PENDING_BYTES_MAX:
+            self.body += content
+            if len(self.body) > _PENDING_BYTES_MAX:
                 self._client.pause()
             if self.permit is not None:
                 self._go()
+
+    def _collect(self, content: bytes, collector: Collector) -> None:
+        try:
+            collector.take(content)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        else:
+            if self.is_complete:
+                self._collector = None
+                self.body = collector.end()
 
     def client_gone(self) -> None:
         """The client connection is lost: whatever is under way upstream is ended."""
@@ -169,7 +208,7 @@ class Exchange:
 
     def resume_answer(self) -> None:
         """The client reads again."""
-        if self._upstream is not None:
+        if self._upstream is not None and not self._is_held_up:
             self._upstream.resume()
 
     # -- what the upstream connection tells
@@ -194,9 +233,9 @@ class Exchange:
         data = headers.dress(
             head, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
-        if self._pending:
-            data += self._framed(self._pending)
-            self._pending = b""
+        if self.body:
+            data += self._framed(self.body)
+            self.body = b""
         elif head.fields.is_chunked:
             data += self._framed(b"")
         self.sent_mono = self._server.clock()
@@ -222,6 +261,8 @@ class Exchange:
         )
         permit = self.permit
         limits = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit)
+        if self.ask is not None:
+            self.meter = self._gate.meter(self, answer)
         out = answers.relayed(
             answer,
             limits,
@@ -245,6 +286,11 @@ class Exchange:
 
     def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the answer, and whether it was the last."""
+        meter = self.meter
+        if meter is not None:
+            content = meter.feed(content)
+            if is_last:
+                content += meter.finish()
         out = self._out
         self.bytes_out += len(content)
         if not self._is_answer_chunked:
@@ -256,6 +302,8 @@ class Exchange:
             self._client.send(out)
         if is_last:
             self._end(Ending.ANSWERED, now, closes=self._closes)
+        elif meter is not None and meter.is_stream:
+            self._gate.watch(self)
 
     def upstream_lost(self, refusal: Refusal) -> None:
         """The upstream failed this exchange, before or in the middle of its answer; or could not be had."""
@@ -283,7 +331,7 @@ class Exchange:
     def _go(self) -> None:
         """Take an upstream connection, once there is something to send on it."""
         permit = self.permit
-        if permit is None or self._is_waiting or not (self.is_complete or self._pending):
+        if permit is None or self._is_waiting or not (self.is_complete or self.body):
             return
         pool = self._server.upstreams.pool(is_test=permit.grant.identity.is_test)
         self._pool = pool
@@ -311,7 +359,7 @@ class Exchange:
             return content
         return (chunk(content) if content else b"") + (LAST_CHUNK if self.is_complete else b"")
 
-    def _end(self, ending: Ending, now: float, *, closes: bool) -> None:
+    def _end(self, ending: Ending, now: float, *, closes: bool, resets: bool = True) -> None:
         if self.is_over:
             return
         self.is_over = True
@@ -326,13 +374,15 @@ class Exchange:
                 upstream.finish(now)
             else:
                 upstream.exchange_over(now, is_clean=ending is Ending.ANSWERED and self.is_complete)
-        self._pending = b""
+        self.body = b""
+        if self._collector is not None:
+            self._collector.end()
         if self.head is not None:
             self.head.credentials = ()
         if self.permit is not None:
             self._gate.settle(self)
         server.recorder.record(self)
-        self._client.exchange_over(now, closes=closes, is_cut=ending is Ending.CUT)
+        self._client.exchange_over(now, closes=closes, is_cut=ending is Ending.CUT and resets)
 
     def __repr__(self) -> str:
         state = "over" if self.is_over else "relaying" if self._upstream else "waiting"

@@ -40,6 +40,7 @@ class Wire:
     server: ProxyServer
     pool: UpstreamPool
     gateway: Gateway
+    ledger: fakes.FakeLedger
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -65,12 +66,13 @@ async def start() -> AsyncIterator[Start]:
         ) -> Wire:
             loop = asyncio.get_running_loop()
             far = await stack.enter_async_context((serving or Upstream()).serving())
+            ledger = fakes.FakeLedger()
             identities, recorder = fakes.FakeIdentities(), fakes.FakeRecorder()
             identities.add(fakes.key(1), fakes.identity())
             gateway = Gateway(
                 key_format=fakes.FORMAT,
                 identities=identities,
-                ledger=fakes.FakeLedger(),
+                ledger=ledger,
                 routes=routes or RouteTable([]),
                 now=clock.now,
                 instance=b"test",
@@ -98,7 +100,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(server.drain, 0.2)
             server.start(sock)
             address = sock.getsockname()
-            return Wire(address, far, identities, recorder, server, pool, gateway)
+            return Wire(address, far, identities, recorder, server, pool, gateway, ledger)
 
         yield starting
 

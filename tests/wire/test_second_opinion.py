@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from keyproxy.model import Grant, Permit, RequestHead, Route
+from keyproxy.model import Grant, Permit, RequestHead, ResponseHead, Route
 from keyproxy.ports import Exchange
+from keyproxy.tokens.meter import Meter
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.upstream import UpstreamConnection
 from tests import fakes, strict
@@ -94,6 +95,11 @@ class _Gate:
     def review(self, exchange: Exchange) -> None: ...
 
     def settle(self, exchange: Exchange) -> None: ...
+
+    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+        return Meter()
+
+    def watch(self, exchange: Exchange) -> None: ...
 
     def limit_fields(self, permit: Permit) -> bytes:
         return b""

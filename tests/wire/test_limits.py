@@ -1,0 +1,276 @@
+"""Limits on the wire: what is refused, what is told, what is charged on every way out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from keyproxy.limits.plan import Plan
+from keyproxy.model import Ending, Route
+from keyproxy.reasons import Reason
+from keyproxy.routes import RouteTable
+from tests import fakes
+from tests.rawhttp import OK, Message, Upstream, answer_with
+from tests.wire.conftest import Start, Wire, request
+
+CHAT = "/v1/chat/completions"
+USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def delta(text: str) -> bytes:
+    return b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % text.encode()
+
+
+def usage_event() -> bytes:
+    return b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(USAGE).encode()
+
+
+def answer(document: dict[str, Any], status: bytes = b"200 OK") -> Upstream:
+    body = json.dumps(document).encode()
+    return Upstream(answer_with((JSON % (len(body), body)).replace(b"200 OK", status)))
+
+
+def chat(**more: Any) -> bytes:
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hi"}], **more}).encode()
+    return request("POST", CHAT, "Content-Type: application/json", "Accept-Encoding: br", body=body)
+
+
+def routes(shape: str = "openai", tokens: str = "openai") -> RouteTable:
+    return RouteTable(
+        [(f"POST {CHAT}", Route(f"POST {CHAT}", frozenset(), shape, tokens)), ("* /{rest...}", Route("any"))]
+    )
+
+
+async def limited(start: Start, plan: Plan, serving: Upstream | None = None) -> Wire:
+    wire = await start(serving=serving, routes=routes())
+    wire.identities.add(fakes.key(1), fakes.identity(plan=plan))
+    return wire
+
+
+def spent(wire: Wire, measure: str) -> tuple[int, int]:
+    """What of the user's window was spent, and what is held in the process: free or in use."""
+    wire.ledger._sync(asyncio.get_running_loop().time())
+    (row,) = [row for (window, _), row in wire.ledger.reference.rows.items() if window.measure == measure]
+    return row.spent, row.limit
+
+
+async def test_the_quota_is_spent_to_the_last_request_and_not_beyond(start: Start) -> None:
+    wire = await limited(start, Plan(requests_per_day=3))
+    async with wire.client() as client:
+        for left in (2, 1, 0):
+            await client.send(request())
+            told = await client.answer()
+            assert told.status == 200
+            assert told.one("RateLimit-Policy") == '"user.requests_per_day";q=3;w=86400'
+            assert (told.one("RateLimit") or "").startswith(f'"user.requests_per_day";r={left};t=')
+        await client.send(request())
+        refused = await client.answer()
+    assert refused.status == 429
+    problem = json.loads(refused.body)
+    assert problem["code"] == "quota_exhausted"
+    assert (problem["policy"], problem["limit"], problem["remaining"]) == ("user.requests_per_day", 3, 0)
+    assert problem["retryable"] is True
+    assert int(refused.one("Retry-After") or 0) == pytest.approx(problem["reset_seconds"], abs=1)
+    assert len(wire.upstream.requests) == 3
+    assert spent(wire, "requests_per_day") == (3, 3)
+
+
+async def test_what_never_reached_the_upstream_costs_nothing(start: Start) -> None:
+    wire = await limited(start, Plan(requests_per_day=3))
+    await wire.upstream.stop()
+    async with wire.client() as client:
+        for _ in range(5):
+            await client.send(request())
+            refused = await client.answer()
+            assert refused.status == 502
+            assert (refused.one("RateLimit") or "").startswith('"user.requests_per_day";r=')
+    assert spent(wire, "requests_per_day") == (0, 3)
+    assert [was_sent for _, was_sent, _ in wire.ledger.settled] == [False] * 5
+
+
+async def test_concurrency_counts_requests_under_way_and_no_others(start: Start) -> None:
+    release = asyncio.Event()
+
+    async def slow(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await release.wait()
+        writer.write(OK)
+        return True
+
+    wire = await limited(start, Plan(concurrency=1), Upstream(slow))
+    async with wire.client() as one, wire.client() as other:
+        await one.send(request())
+        while not wire.upstream.requests:
+            await asyncio.sleep(0.01)
+        await other.send(request())
+        refused = await other.answer()
+        assert refused.status == 429
+        assert json.loads(refused.body)["code"] == "concurrency_limited"
+        release.set()
+        assert (await one.answer()).status == 200
+        await other.send(request())
+        assert (await other.answer()).status == 200
+
+
+async def test_a_ledger_that_cannot_be_asked_is_503_and_never_429(start: Start) -> None:
+    wire = await limited(start, Plan(requests_per_day=3))
+    wire.ledger.answers = False
+    async with wire.client() as client:
+        await client.send(request())
+        refused = await client.answer()
+    assert refused.status == 503
+    assert json.loads(refused.body)["code"] == "ledger_unavailable"
+    assert refused.one("Retry-After")
+
+
+async def test_tokens_are_charged_as_the_answer_says(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": [], "usage": USAGE}))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=50))
+        assert (await client.answer()).status == 200
+    ((hold, was_sent, tokens),) = wire.ledger.settled
+    assert was_sent
+    assert tokens == 12
+    assert hold.tokens >= 50 + 10
+    assert spent(wire, "tokens_per_day") == (12, 10_000)
+    assert wire.upstream.requests[0].all("Accept-Encoding") == ["identity"]
+
+
+async def test_a_body_in_pieces_is_read_whole_and_forwarded_unchanged(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=10_000), answer({"usage": USAGE}))
+    raw = chat(max_tokens=5)
+    head, _, body = raw.partition(b"\r\n\r\n")
+    async with wire.client() as client:
+        for piece in (head + b"\r\n\r\n", body[:10], body[10:]):
+            await client.send(piece)
+            await asyncio.sleep(0.02)
+        assert (await client.answer()).status == 200
+    assert wire.upstream.requests[0].body == body
+
+
+async def test_expect_continue_is_answered_although_the_body_is_needed_for_the_decision(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=10_000), answer({"usage": USAGE}))
+    head, _, body = chat(max_tokens=5).partition(b"\r\n\r\n")
+    async with wire.client() as client:
+        await client.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert (await client.answer()).status == 100
+        await client.send(body)
+        assert (await client.answer()).status == 200
+
+
+async def test_a_request_that_may_use_more_than_is_left_is_refused_and_costs_nothing(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=100), answer({"usage": USAGE}))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=500))
+        refused = await client.answer()
+        assert refused.status == 429
+        error = json.loads(refused.body)["error"]
+        assert error["code"] == "token_budget_exhausted"
+        await client.send(chat(max_tokens=5))
+        assert (await client.answer()).status == 200
+    assert spent(wire, "tokens_per_day") == (12, 100)
+
+
+async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_request=100))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=500))
+        refused = await client.answer()
+    assert refused.status == 403
+    assert json.loads(refused.body)["error"]["code"] == "token_limit_per_request"
+    assert refused.one("Retry-After") is None
+    assert not wire.upstream.requests
+
+
+async def test_an_answer_that_does_not_say_is_charged_what_was_held(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": []}))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=50))
+        assert (await client.answer()).status == 200
+    ((hold, _, tokens),) = wire.ledger.settled
+    assert tokens == hold.tokens
+
+
+async def test_an_upstream_that_refuses_has_used_nothing(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=10_000), answer({"error": {}}, b"400 Bad Request"))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=50))
+        assert (await client.answer()).status == 400
+    assert spent(wire, "tokens_per_day") == (0, 10_000)
+
+
+async def test_usage_that_a_client_did_not_ask_for_is_asked_for_and_hidden(start: Start) -> None:
+    events = [delta("Hel"), delta("lo"), usage_event(), b"data: [DONE]\n\n"]
+    raw = STREAM + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
+    wire = await limited(start, Plan(tokens_per_day=10_000), Upstream(answer_with(raw)))
+    async with wire.client() as client:
+        await client.send(chat(stream=True, max_tokens=50))
+        told = await client.answer()
+    assert told.body == b"".join([delta("Hel"), delta("lo"), b"data: [DONE]\n\n"])
+    sent = wire.upstream.requests[0]
+    assert json.loads(sent.body)["stream_options"] == {"include_usage": True}
+    assert sent.all("Content-Length") == [str(len(sent.body))]
+    assert spent(wire, "tokens_per_day") == (12, 10_000)
+
+
+async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start: Start) -> None:
+    async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(STREAM + b"".join(chunk(delta("word ")) for _ in range(10)))
+        while not writer.is_closing():
+            writer.write(chunk(b": still there\n\n"))
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        return False
+
+    wire = await limited(start, Plan(tokens_per_day=10_000), Upstream(endless))
+    async with wire.client() as client:
+        await client.send(chat(stream=True, max_tokens=500))
+        while b"word" not in await client.reader.read(65_536):
+            pass
+    while not wire.ledger.settled:
+        await asyncio.sleep(0.01)
+    ((hold, _, tokens),) = wire.ledger.settled
+    assert 10 <= tokens < 100 < hold.tokens
+
+
+async def test_a_stream_whose_budget_ends_is_ended_with_an_event_that_says_so_and_charged(start: Start) -> None:
+    async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(STREAM)
+        while not writer.is_closing():
+            writer.write(chunk(delta("and so on ")))
+            await writer.drain()
+            await asyncio.sleep(0.0005)
+        return False
+
+    wire = await limited(start, Plan(tokens_per_day=1_000, tokens_per_request=300), Upstream(endless))
+    async with wire.client() as client:
+        await client.send(chat(stream=True))
+        told = await client.answer(seconds=20)
+    last = told.body.rstrip(b"\n").rpartition(b"\n\n")[2]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "token_budget_exhausted"
+    ((hold, _, tokens),) = wire.ledger.settled
+    assert tokens == hold.tokens == 1_000
+    assert spent(wire, "tokens_per_day") == (1_000, 1_000)
+    assert wire.recorder.seen[-1].ending is Ending.CUT
+    assert wire.recorder.seen[-1].reason is Reason.TOKEN_BUDGET_EXHAUSTED
+
+
+async def test_live_and_test_traffic_spend_from_pools_of_their_own(start: Start) -> None:
+    wire = await limited(start, Plan(requests_per_day=1))
+    test_key = fakes.key(2, is_test=True)
+    wire.identities.add(test_key, fakes.identity(is_test=True, plan=Plan(requests_per_day=1)))
+    async with wire.client() as client:
+        for key in (None, test_key.reveal()):
+            statuses = []
+            for _ in range(2):
+                await client.send(request() if key is None else request(key=key))
+                statuses.append((await client.answer()).status)
+            assert statuses == [200, 429]
