@@ -326,7 +326,7 @@ def test_text_of_the_environment_is_read_strictly(reader: Reader, variable: str,
     "route",
     [
         "", 'match = ""', 'match = "GET"', 'match = "GET /{"', "match = 1", 'match = "GET /a"\nscopes = ["a *"]',
-        'match = "GET /a"\nscopes = "a"', 'match = "GET /a"\nerror_shape = "xml"', 'match = "GET /a"\ntokens = "openai"',
+        'match = "GET /a"\nscopes = "a"', 'match = "GET /a"\nerror_shape = "xml"', 'match = "GET /a"\ntokens = "bytes"',
         'match = "GET /a"\n[[routes]]\nmatch = "GET /a"',
     ],
 )  # fmt: skip
