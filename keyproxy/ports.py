@@ -11,7 +11,16 @@ from typing import Protocol
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
-    Ending, Identity, KeyDigest, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TokenUse,
+    Ending,
+    Identity,
+    KeyDigest,
+    Missing,
+    Moment,
+    Permit,
+    RequestHead,
+    ResponseHead,
+    Route,
+    TokenUse,
 )
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.ask import TokenAsk
