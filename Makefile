@@ -7,7 +7,7 @@ BENCH_VENV := .venv-bench
 STAMP := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: demo test check fmt bench bench-setup setup clean help
+.PHONY: demo test check fmt bench bench-setup soak setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
@@ -15,6 +15,7 @@ help:
 	@echo "make check                lint, types, house rules"
 	@echo "make fmt                  format the code"
 	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
+	@echo "make soak                 memory before hostile and slow peers; every mutant of every request"
 
 demo: setup
 	@$(BIN)/keyproxy demo $(ARGS)
@@ -34,6 +35,10 @@ fmt: setup
 
 bench-setup: setup
 	bench/setup.sh $(BENCH_VENV)
+
+soak: setup
+	$(BIN)/python -m bench.soak $(ARGS)
+	KEYPROXY_TEST_SHARE=1 $(BIN)/python -m pytest -q tests/wire/test_second_opinion.py
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)

@@ -22,6 +22,8 @@ from keyproxy.reasons import Reason, Refusal
 #: Query parameters whose value is a credential wherever they are used. Compared lower-case, `-` for `_`.
 _KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"access-token"})
 
+_DECODINGS_MAX: Final = 8
+
 _AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
@@ -86,8 +88,14 @@ def holds_key(target: bytes, key_format: KeyFormat) -> bool:
     """Whether a request target has a key in it, or a parameter that is meant for one."""
     if b"?" not in target and b"%" not in target:
         return key_format.is_within(target)
-    # Decoded twice: a key that was encoded on its way through a template engine or a redirect is still a key.
-    decoded = unquote_to_bytes(unquote_to_bytes(target))
+    # Decoded to the end: a key that was encoded on its way through template engines and redirects is still a key.
+    decoded = target
+    for _ in range(_DECODINGS_MAX):
+        before, decoded = decoded, unquote_to_bytes(decoded)
+        if decoded == before:
+            break
+    else:
+        return True  # nobody encodes so often who has nothing to hide
     if key_format.is_within(decoded):
         return True
     for parameter in decoded.partition(b"?")[2].replace(b";", b"&").split(b"&"):

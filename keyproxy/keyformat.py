@@ -36,6 +36,9 @@ _HINT_SHOWS_TAIL_FROM: Final = 32
 _RECOGNISABLE_DIGITS: Final = 16
 
 
+_LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:live|test)_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
+
+
 class SecretKey:
     """A whole key in plaintext. No `repr`, `str`, format string, pickle or comparison shows or leaks it."""
 
@@ -109,6 +112,11 @@ class KeyFormat:
             return f"{plaintext[:2].decode('ascii')}…"
         shown = plaintext[: start.end() + _HINT_TAIL] if start else plaintext[:_HINT_TAIL]
         return f"{shown.decode('ascii')}…{plaintext[-_HINT_TAIL:].decode('ascii')}"
+
+
+def masked(text: str) -> str:
+    """A text for people, in which whatever looks like a key under any prefix is cut to its start."""
+    return _LIKE_A_KEY.sub(r"\1…", text)
 
 
 def _checksum(body: bytes) -> bytes:

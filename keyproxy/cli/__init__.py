@@ -21,6 +21,7 @@ from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
 from keyproxy.cli.tenant import tenant_group
 from keyproxy.cli.user import user_group
 from keyproxy.config import ConfigError
+from keyproxy.keyformat import masked
 from keyproxy.store.database import StoreUnavailable
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = root.main(None if argv is None else list(argv), prog_name="keyproxy", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
-        error.show()
+        click.UsageError(masked(error.format_message()), error.ctx).show()
         return MISUSED
     except ConfigError as error:
         for problem in error.problems:
@@ -83,4 +84,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    click.echo(f"keyproxy: {text}", err=True)
+    # Somebody may have given a key where its id belongs; terminals and the logs of jobs are read by others.
+    click.echo(f"keyproxy: {masked(text)}", err=True)

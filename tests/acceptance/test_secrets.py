@@ -1,72 +1,190 @@
-"""P3: a canary key, presented in every position and form, is found in no output, table, metric or command line."""
+"""P3: a key, presented in every position and form, is found in no output, table, metric, command line or environment."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import asyncpg
 
 from keyproxy.keyformat import KeyFormat
-from tests.acceptance.conftest import Site
+from tests.acceptance.conftest import Configure, Site, until
 
 CANARY = KeyFormat().make(b"canary canary canary canary 1234", is_test=False).reveal().decode()
-HALF = CANARY[:40]
+
+#: So many characters in a row of a key's random part are a leak: more than its hint shows.
+TELLING = 12
 
 
-def _requests(key: str, upstream_knows: str) -> list[bytes]:
-    """The key in every position of a request, well-formed and not."""
-    good = f"Authorization: Api-Key {upstream_knows}\r\n"
-    rows = [
-        f"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Api-Key {key}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nX-Api-Key: {key}x\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: {key}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Api-Key {key} {key}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n{good}X-Request-Id: {key}\r\n\r\n",
-        f"GET /{key} HTTP/1.1\r\nHost: a\r\n{good}\r\n",
-        f"GET /?api_key={key} HTTP/1.1\r\nHost: a\r\n{good}\r\n",
-        f"GET /%6b%70{key[2:]}?a=%6b%70{key[2:]} HTTP/1.1\r\nHost: a\r\n{good}\r\n",
-        f"GET / HTTP/1.1\r\nHost: {key}\r\n{good}\r\n",
-        f"{key} / HTTP/1.1\r\nHost: a\r\n{good}\r\n",
-        f"GET / {key}\r\nHost: a\r\n{good}\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n{good}{key}: x\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n{good}X-Forwarded-For: {key}\r\nForwarded: for={key}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n{good}Connection: {key}\r\nExpect: {key}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n{good}Content-Length: {key}\r\n\r\n",
-        f"POST / HTTP/1.1\r\nHost: a\r\n{good}Transfer-Encoding: chunked\r\n\r\n{key}\r\n\r\n",
-        f"POST / HTTP/1.1\r\nHost: a\r\n{good}Transfer-Encoding: chunked\r\n\r\n0\r\n{key}: x\r\nbad\r\n\r\n",
-        f"GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n\n",
-        f"{key}\r\n\r\n",
-    ]
-    return [row.encode() for row in rows]
+def _encoded(text: str, times: int) -> str:
+    """Every character percent-encoded, so often."""
+    text = "".join(f"%{ord(sign):02x}" for sign in text)
+    for _ in range(times - 1):
+        text = quote(text, safe="")
+    return text
 
 
-async def test_a_key_is_found_in_no_output_table_metric_or_command_line(site: Site, dsn: str) -> None:
-    other = await site.key()
-    secrets = [CANARY, HALF]
+def _start_encoded(text: str, times: int) -> str:
+    """Only what a key is recognised by is encoded: the rest of it stands there as it is."""
+    return _encoded(text[:3], times) + text[3:]
+
+
+FORMS = {
+    "whole": CANARY,
+    "truncated": CANARY[:40],
+    "wrong checksum": CANARY[:-1] + ("a" if CANARY[-1] != "a" else "b"),
+    "upper case": CANARY.upper(),
+    "test": CANARY.replace("_live_", "_test_"),
+    "too long": CANARY + "x" * 20,
+    "control byte within": CANARY[:30] + "\x01" + CANARY[30:],
+    "0x80 within": CANARY[:30] + "\x80" + CANARY[30:],
+    "NUL after": CANARY + "\0",
+    "space within": CANARY[:30] + " " + CANARY[30:],
+    "comma within": CANARY[:30] + "," + CANARY[30:],
+    "encoded": _encoded(CANARY, 1),
+    "encoded twice": _encoded(CANARY, 2),
+    "start encoded": _start_encoded(CANARY, 1),
+    "start encoded twice": _start_encoded(CANARY, 2),
+    "start encoded thrice": _start_encoded(CANARY, 3),
+    "start encoded six times": _start_encoded(CANARY, 6),
+}
+
+#: Where a key may stand. `{key}` is the canary in one of its forms, `{good}` a valid credential; lines end in LF here.
+POSITIONS = [
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: bearer   {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Basic {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Unknown key={key}, x={key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key} {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key\n {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization Api-Key {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization : Api-Key {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nX-Api-Key: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nX_Api_Key: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nX-Api-Key: {key}\nX-Api-Key: {key}y\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Bearer {key}\nX-Api-Key: {key}x\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Api-Key: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Request-Id: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\nX-Request-Id: a-{key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Proxy-Authorization: Api-Key {key}\nTE: {key}\nKeep-Alive: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Forwarded-For: {key}\nForwarded: for={key}\nX-Real-Ip: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Keyproxy-User: {key}\nX_Keyproxy_Key_Id: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Connection: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Expect: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Content-Length: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Content-Type: {key}\nContent-Type: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}Upgrade: {key}\nConnection: Upgrade\n\n",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\nUpgrade: websocket\nConnection: Upgrade\n\n{key}",
+    "GET / HTTP/1.1\nHost: a\n{good}{key}: x\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}{key}\n\n",
+    "GET / HTTP/1.1\nHost: {key}\n{good}\n",
+    "GET / HTTP/1.1\nHost: {key}:80\n{good}\n",
+    "GET /{key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET /a/{key}/b;{key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET /?api_key={key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET /?a=b&x={key}&c=d HTTP/1.1\nHost: a\n{good}\n",
+    "GET /?{key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET /a#{key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET http://{key}/ HTTP/1.1\nHost: {key}\n{good}\n",
+    "GET http://{key}@a/ HTTP/1.1\nHost: a\n{good}\n",
+    "GET http://a/{key} HTTP/1.1\nHost: a\n{good}\n",
+    "GET {key} HTTP/1.1\nHost: a\n{good}\n",
+    "CONNECT {key}:443 HTTP/1.1\nHost: a\n{good}\n",
+    "{key} / HTTP/1.1\nHost: a\n{good}\n",
+    "GET / {key}\nHost: a\n{good}\n",
+    "GET / HTTP/1.1 {key}\nHost: a\n{good}\n",
+    "{key}\n\n",
+    "\n\n{key}",
+    "POST / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\nContent-Length: 9\n\n{key}",
+    "POST / HTTP/1.1\nHost: a\nContent-Length: 500\n\n{key}",
+    "POST / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: chunked\n\n{key}\n\n",
+    "POST / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: chunked\n\n1;{key}={key}\nx\n0\n\n",
+    'POST / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: chunked\n\n1;a="{key}"\nx\n0\n\n',
+    "POST / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: chunked\n\n1\nx\n0\nX-Sum: {key}\nX-Api-Key: {key}\n\n",
+    "POST / HTTP/1.1\nHost: a\n{good}Transfer-Encoding: chunked\n\n0\n{key}: x\nbad\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}\nGET /{key} HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}\n{key}",
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\nX-Filler: {filler}\n\n",
+    "GET /{filler}{key} HTTP/1.1\nHost: a\n{good}\n",
+]
+
+#: Rows without an end: their client waits until it is told that it took too long.
+ENDLESS = [
+    "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n",
+    "GET /{key}",
+    "POST / HTTP/1.1\nHost: a\n{good}Content-Length: 500\n\n{key}",
+]
+
+
+def _rows(positions: list[str], good: str) -> Iterator[bytes]:
+    whole, *others = FORMS.values()
+    for number, position in enumerate(positions):
+        # Every form at some positions and every position with some forms: all with all would take its time.
+        for form in (whole, *(others[(number + step) % len(others)] for step in (0, 3, 7, 10))):
+            row = position.replace("\n", "\r\n")
+            row = row.replace("{good}", f"Authorization: Api-Key {good}\r\n").replace("{filler}", "f" * 40_000)
+            yield row.replace("{key}", form).encode("latin-1")
+    yield f"GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {CANARY}\n\n".encode()
+
+
+def _leaks(told: bytes, secret: str) -> list[str]:
+    """The pieces of a key's random part that stand in an output."""
+    digits = secret[8:]
+    pieces = {digits[at : at + TELLING] for at in range(len(digits) - TELLING + 1)}
+    text = told.decode("latin-1").lower()
+    return sorted(piece for piece in pieces if piece.lower() in text)
+
+
+async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, listen={"header_timeout_seconds": 1, "body_idle_timeout_seconds": 1}, log={"level": "debug"})
+    good = (await site.key())["secret"]
     answers: list[bytes] = []
-    command_lines: list[bytes] = []
+    rows = [*_rows(POSITIONS, good)]
     async with site.serving() as process:
-        for secret in secrets:
-            for raw in _requests(secret, other["secret"]):
-                async with site.client() as client:
-                    await client.send(raw)
+        places = asyncio.Semaphore(16)
+
+        async def send(raw: bytes, *, ends: bool) -> None:
+            async with places, site.client() as client:
+                await client.send(raw)
+                if ends:
                     client.half_close()
-                    answers.append(await client.ends(seconds=10))
-        _, metrics = await site.ops("/metrics")
-        _, ready = await site.ops("/readyz")
-        command_lines.append(Path(f"/proc/{process.pid}/cmdline").read_bytes())
-        # The access log is written in turns.
-        await asyncio.sleep(0.5)
+                answers.append(await client.ends(seconds=30))
+
+        await asyncio.gather(*(send(raw, ends=True) for raw in rows))
+        places = asyncio.Semaphore(64)
+        await asyncio.gather(*(send(raw, ends=False) for raw in _rows(ENDLESS, good)))
+
+        async def is_logged() -> bool:
+            return len(site.log()) >= len(answers)
+
+        await until(is_logged, seconds=10)
+        pages = [(await site.ops(path))[1].encode() for path in ("/metrics", "/readyz", "/livez")]
+        own = [Path(f"/proc/{process.pid}/{file}").read_bytes() for file in ("cmdline", "environ", "comm")]
+    assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
+    told = b"".join([*site.printed, *answers, *pages, *own, *await _tables(dsn)])
+    assert _leaks(told, CANARY) == []
+    assert _leaks(told, good) == []
+    for message in site.upstream.heads:
+        assert good not in str(message)
+        assert CANARY not in str([message.start, message.one("X-Request-Id"), message.all("Authorization")])
+
+
+async def _tables(dsn: str) -> list[bytes]:
+    """Every row of every table of ours."""
     connection = await asyncpg.connect(dsn)
     tables = await connection.fetch("SELECT table_name FROM information_schema.tables WHERE table_schema = 'keyproxy'")
-    rows = [str(await connection.fetch(f'SELECT * FROM keyproxy."{row[0]}"')) for row in tables]
+    rows = [str(await connection.fetch(f'SELECT * FROM keyproxy."{row[0]}"')).encode() for row in tables]
     await connection.close()
-    told = b"".join([*site.printed, *answers, *command_lines, metrics.encode(), ready.encode(), *map(str.encode, rows)])
-    assert len(site.log()) >= len(answers)
-    for secret in (*secrets, other["secret"]):
-        assert secret.encode() not in told
-    assert CANARY[8:30].encode() not in told
-    for message in site.upstream.heads:
-        assert other["secret"] not in str(message)
-        assert CANARY not in str([message.start, message.one("X-Request-Id"), message.all("Authorization")])
+    assert len(rows) > 4
+    return rows
+
+
+async def test_a_key_that_was_never_right_is_not_told_by_a_command_either(site: Site) -> None:
+    for arguments in (("key", "show", CANARY), ("key", "revoke", CANARY), ("user", "show", CANARY), ("bogus", CANARY)):
+        output = await site.run(*arguments)
+        assert output.status != 0
+        assert _leaks(output.out.encode() + output.err.encode(), CANARY) == [], arguments

@@ -159,3 +159,16 @@ def test_no_value_on_the_way_shows_the_key() -> None:
     request = head((X_KEY, KEY), target=b"/" + KEY)
     key = credential.presented(head((X_KEY, KEY)), fakes.FORMAT)
     assert TEXT[8:] not in f"{request!r} {request.credentials!r} {key!r}"
+
+
+@pytest.mark.parametrize("times", range(1, 12))
+def test_a_key_in_the_url_is_found_however_often_its_start_was_encoded(times: int) -> None:
+    start = "".join(f"%{sign:02x}" for sign in KEY[:3])
+    for _ in range(times - 1):
+        start = start.replace("%", "%25")
+    assert fakes.holds_key(b"/a/" + start.encode() + KEY[3:])
+
+
+@pytest.mark.parametrize("target", [b"/a%25252525", b"/?next=%252Fa%252Fb%25", b"/%E2%82%AC?%", b"/a?" + b"%25" * 4000])
+def test_a_url_that_was_encoded_now_and_then_holds_no_key(target: bytes) -> None:
+    assert not fakes.holds_key(target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from keyproxy.ports import Exchange, Gate
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.wire.conftest import Start, Wire, request
+from tests.wire.conftest import KEY, Start, Wire, request
 
 #: What a client may make this process hold for it beside the kernel's buffers.
 HELD_BYTES_MAX = 2_000_000
@@ -194,3 +195,34 @@ async def test_an_answer_s_head_that_trickles_is_504(start: Start) -> None:
     async with wire.client() as client:
         await client.send(request("POST", "/", body=b"x"))
         assert (await client.answer(seconds=3)).status == 504
+
+
+# -- defects of ours
+
+
+class _Defect:
+    """A gate with a defect."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._gate, name)
+
+    def begin(self, exchange: Exchange) -> None:
+        raise RuntimeError(f"a defect while handling {exchange!r} {exchange.head!r} {vars(exchange)!r}")
+
+
+async def test_a_defect_is_told_with_the_request_id_and_its_traceback_holds_no_key(
+    wire: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
+    wire.server.gate = cast("Gate", _Defect(wire.gateway))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        answer = await client.answer()
+    assert answer.status == 500
+    (record,) = caplog.records
+    assert (record.exc_info or (None,))[0] is RuntimeError
+    assert record.__dict__["request_id"] == answer.one("X-Request-Id")
+    assert KEY.decode()[8:] not in caplog.text
+    assert KEY.decode()[8:] not in answer.body.decode()

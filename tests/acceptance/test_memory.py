@@ -1,0 +1,83 @@
+"""What many or slow peers make the process hold. `make soak` shows the same with more of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from tests.acceptance.conftest import Configure, Site
+from tests.rawhttp import Answering, Message
+from tests.wire.conftest import request
+
+_CHUNK = bytes(65_536)
+_MIB = 1 << 20
+
+#: Beside what a process of Python needs anyhow: buffers of the loop, garbage that waits to be collected.
+_GROWTH_BYTES_MAX = 24 * _MIB
+_IDLE_BYTES_MAX = 40 * 1024
+
+
+def _peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+async def _used_once(site: Site, stack: contextlib.AsyncExitStack, secret: bytes) -> None:
+    client = await stack.enter_async_context(site.client())
+    await client.send(request("GET", "/", key=secret))
+    assert (await client.answer()).status == 200
+
+
+async def test_an_idle_connection_costs_little_memory(site: Site) -> None:
+    secret, number = (await site.key())["secret"].encode(), 500
+    async with site.serving() as process, contextlib.AsyncExitStack() as stack:
+        for _ in range(10):
+            await _used_once(site, stack, secret)
+        before = _peak_bytes(process.pid)
+        for _ in range(number // 50):
+            await asyncio.gather(*(_used_once(site, stack, secret) for _ in range(50)))
+        assert _peak_bytes(process.pid) - before < number * _IDLE_BYTES_MAX
+
+
+async def test_a_large_body_is_not_held_on_its_way_either_way(configure: Configure, dsn: str) -> None:
+    """64 MiB each way, to an upstream and to a client that pause again and again."""
+    count = 1024
+    site = configure(dsn)
+    site.upstream.reads_bodies = False
+    site.upstream.answering = _slow_both_ways(count)
+    secret = (await site.key())["secret"].encode()
+    async with site.serving() as process:
+        async with site.client() as client:
+            await client.send(request("GET", "/", key=secret))
+            await client.answer()
+        before = _peak_bytes(process.pid)
+        async with site.client() as client:
+            await client.send(request("POST", "/", "Transfer-Encoding: chunked", key=secret))
+            for _ in range(count):
+                await client.send(b"%x\r\n%b\r\n" % (len(_CHUNK), _CHUNK))
+            await client.send(b"0\r\n\r\n")
+            async with asyncio.timeout(30):
+                await client.reader.readuntil(b"\r\n\r\n")
+                for place in range(count):
+                    assert len(await client.reader.readexactly(len(_CHUNK))) == len(_CHUNK)
+                    await asyncio.sleep(0.01 if place % 32 == 0 else 0)
+        assert _peak_bytes(process.pid) - before < _GROWTH_BYTES_MAX
+
+
+def _slow_both_ways(count: int) -> Answering:
+    async def answer(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        taken = 0
+        if message.one("Transfer-Encoding"):
+            while size := int(await reader.readline(), 16):
+                await reader.readexactly(size + 2)
+                taken += 1
+                await asyncio.sleep(0.01 if taken % 32 == 0 else 0)
+            await reader.readline()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (count * len(_CHUNK) if taken else 0))
+        for _ in range(count if taken else 0):
+            writer.write(_CHUNK)
+            await writer.drain()
+        return True
+
+    return answer
