@@ -502,6 +502,10 @@ SELECT keyproxy.end_holders($1) AS ended;
 -- name: reap_holders
 SELECT keyproxy.reap_holders() AS ended;
 
+-- name: ledger_id
+-- The name of this ledger.
+SELECT id FROM keyproxy.ledger;
+
 -- name: windows_now
 -- How the present windows stand, by pool kind $1, id $2, mode $3 and measure $4; those that nobody ever drew on yield no row.
 -- Needs: windows (pool_kind, pool_id, is_test, measure, starts).

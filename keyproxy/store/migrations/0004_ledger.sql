@@ -65,6 +65,13 @@ CREATE TABLE keyproxy.leases (
 ) WITH (fillfactor = 60);
 CREATE INDEX leases_window_id ON keyproxy.leases (window_id);
 
+-- The name of this ledger, where another store accounts parts of it: two ledgers may share that store and stay apart.
+CREATE TABLE keyproxy.ledger (
+    id          text PRIMARY KEY DEFAULT gen_random_uuid()::text,
+    is_only     boolean NOT NULL DEFAULT true UNIQUE CHECK (is_only)
+);
+INSERT INTO keyproxy.ledger DEFAULT VALUES;
+
 -- The calendar window that an instant is in: when it starts and ends, Unix time.
 CREATE FUNCTION keyproxy.window_start(measure text, at float8) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE

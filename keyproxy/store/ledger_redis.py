@@ -1,0 +1,292 @@
+"""The ledger in Redis or Valkey, for fleets whose lease traffic one database cannot carry. See docs/ledger-redis.md.
+
+PostgreSQL stays where windows are accounted. Redis is a wholesaler: it holds *shares* of windows from PostgreSQL, as any
+holder of leases does, in large steps, and leases to proxies in small ones, out of its shares only. So
+
+    in PostgreSQL   spent + held <= limit, where held covers all that Redis may still grant or has granted
+    in Redis        spent + held <= share, as long as its memory is whole
+
+A *generation* is one life of that memory: it ends when the memory is lost, or may have lost a write: a restart, even from
+a file, a failover, FLUSHALL. Its shares then lapse in PostgreSQL and are charged in full; its leases are spent by who has
+them, for they are paid; the next generation begins with nothing. So what Redis forgets is never given twice. What is lost
+to callers is what was left of the shares, which ledger.lua keeps small.
+
+Rejected: to mirror Redis' counts into PostgreSQL now and then and to begin anew from there. What was granted between the
+last mirroring and the loss would be given twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from keyproxy.limits.leases import Line, Pool, Reply, Window
+from keyproxy.store.database import Database, StoreUnavailable
+from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
+
+_log = logging.getLogger(__name__)
+
+_SCRIPT: Final = Path(__file__).with_suffix("").with_name("ledger.lua").read_bytes()
+_SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest()
+
+#: Shares of a generation that nobody speaks for are charged after so long. It speaks at least every five minutes.
+_SHARE_SECONDS: Final = 3600.0
+
+#: Windows in one message to PostgreSQL.
+_WINDOWS_MAX: Final = 200
+
+#: How often a message is said anew that needs a larger share than there is; others may take what was fetched for it.
+_ATTEMPTS: Final = 4
+
+_BUSY_SECONDS: Final = 0.004
+_CONNECTIONS_MAX: Final = 8
+
+
+class _Lost(Exception):
+    """The generation that was spoken to is not there any more."""
+
+
+class RedisLedger:
+    """See the module. Implements the port LedgerBackend."""
+
+    def __init__(self, url: str, database: Database, *, lease_seconds: float, timeout_seconds: float = 2.0) -> None:
+        """`timeout_seconds` bounds one call of Redis. Nothing is connected to yet. Raises ValueError: no such URL."""
+        self._database = database
+        self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS)
+        self._lease_seconds = lease_seconds
+        self._timeout_seconds = timeout_seconds
+        # No retries: a message that is sent twice is told to be late. Whoever speaks says it anew.
+        self._client = Redis.from_url(
+            url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_CONNECTIONS_MAX,
+            socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds,
+        )  # fmt: skip
+        self._name = secrets.token_hex(8)
+        self._key = ""
+        self._generation = ""
+        #: The generation that each holder of this process has spoken to.
+        self._spoken: dict[str, str] = {}
+        self._stocking = asyncio.Lock()
+        self._stock_task: asyncio.Task[None] | None = None
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """See the port."""
+        generation = await self._present()
+        if self._spoken.setdefault(holder, generation) != generation:
+            # What it holds was paid for by a generation that is over.
+            del self._spoken[holder]
+            return None
+        try:
+            answer = await self._said(holder, serial, [_flat(line) for line in lines])
+        except _Lost:
+            del self._spoken[holder]
+            return None
+        if answer == "ended":
+            del self._spoken[holder]
+            return None
+        if answer["is_low"]:
+            self._stock_soon()
+        return [_reply(*row) for row in answer["replies"]]
+
+    async def reap(self) -> None:
+        """See the port. Also has PostgreSQL told what is due."""
+        with contextlib.suppress(_Lost):
+            await self._present()
+            for holder in await self._call("dead"):
+                await self._end(holder, only_dead=True)
+            await self._stock()
+        await self._shares.reap()
+
+    async def end(self, holder: str) -> None:
+        """See the port."""
+        generation = self._spoken.pop(holder, "")
+        if generation and generation == await self._present():
+            with contextlib.suppress(_Lost):
+                await self._end(holder, only_dead=False)
+
+    async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
+        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        in_database = await self._shares.windows(windows)
+        await self._present()
+        try:
+            rows = await self._call("stand", windows=[(*window.pool, window.measure) for window in windows])
+        except _Lost:
+            return in_database
+        return [_state(row, known) for row, known in zip(rows, in_database, strict=True)]
+
+    async def close(self) -> None:
+        """Let go of connections. The database is the store's."""
+        if self._stock_task is not None:
+            self._stock_task.cancel()
+            await asyncio.gather(self._stock_task, return_exceptions=True)
+        await self._client.aclose()
+
+    # -- leases, out of shares
+
+    async def _said(self, holder: str, serial: int, lines: list[tuple[object, ...]]) -> Any:
+        """Say a message until it has been heard, with shares large enough for it."""
+        failure: StoreUnavailable | None = None
+        for attempt in range(1, _ATTEMPTS + 1):
+            is_final = attempt == _ATTEMPTS or failure is not None
+            answer = await self._call(
+                "sync", holder=holder, serial=serial, lease_seconds=self._lease_seconds, is_final=is_final, lines=lines
+            )
+            if answer == "late":
+                raise StoreUnavailable("a later message of this holder was heard already")
+            if answer == "short":
+                try:
+                    await self._stock()
+                except StoreUnavailable as error:
+                    # What does not need PostgreSQL is heard nevertheless.
+                    failure = error
+                continue
+            if answer != "ended" and answer["short"]:
+                raise failure or StoreUnavailable("shares of windows could not be had in time")
+            return answer
+        raise AssertionError("the last attempt is final")
+
+    async def _end(self, holder: str, *, only_dead: bool) -> None:
+        cursor = 0
+        while True:
+            cursor = await self._call("end", holder=holder, cursor=str(cursor), only_dead=only_dead)
+            if not cursor:
+                return
+
+    # -- shares, out of windows
+
+    def _stock_soon(self) -> None:
+        if self._stock_task is None or self._stock_task.done():
+            self._stock_task = asyncio.get_running_loop().create_task(self._stock_ahead())
+
+    async def _stock_ahead(self) -> None:
+        try:
+            await self._stock()
+        except (StoreUnavailable, _Lost) as error:
+            # Whoever needs it finds out: nothing is granted that was not fetched.
+            _log.debug("shares were not fetched ahead of need: %s", error)
+
+    async def _stock(self) -> None:
+        """Tell PostgreSQL what is due, and fetch shares that are needed. Raises StoreUnavailable, _Lost."""
+        async with self._stocking:
+            give_up = asyncio.get_running_loop().time() + self._timeout_seconds
+            while True:
+                turn = await self._call("stock", by=self._name, most=_WINDOWS_MAX)
+                if turn == "done":
+                    return
+                if turn != "busy":
+                    await self._exchange(turn["serial"], turn["lines"])
+                    if len(turn["lines"]) < _WINDOWS_MAX:
+                        return
+                elif asyncio.get_running_loop().time() >= give_up:
+                    raise StoreUnavailable("another proxy speaks with PostgreSQL for too long")
+                else:
+                    await asyncio.sleep(_BUSY_SECONDS)
+
+    async def _exchange(self, serial: int, rows: Sequence[Sequence[Any]]) -> None:
+        """One message of this generation to PostgreSQL, and what it answers to Redis."""
+        generation = self._generation
+        lines = {row[1]: (row[0], _share_line(*row[1:])) for row in rows}
+        told: list[tuple[object, ...]] = []
+        is_heard = False
+        try:
+            replies = await self._shares.sync(f"redis:{generation}", serial, [line for _, line in lines.values()])
+            if replies is None:
+                _log.warning("PostgreSQL has ended the shares of Redis: nobody spoke for them; they are charged in full")
+                await self._call("void")
+                self._generation = ""
+                raise _Lost
+            told = [_told(*lines[reply.lease], reply) for reply in replies]
+            is_heard = True
+        finally:
+            # Also when PostgreSQL has not answered: it is somebody else's turn.
+            if generation == self._generation:
+                await self._call("stocked", by=self._name, rows=told, is_heard=is_heard)
+
+    # -- the server
+
+    async def _present(self) -> str:
+        """The present generation; where there is none, one begins."""
+        if not self._key:
+            (row,) = await self._database.fetch("ledger_id")
+            self._key = f"keyproxy:{{{row['id']}}}"
+        if not self._generation:
+            await self._refuse_eviction()
+            self._generation = await self._call("begin", generation=secrets.token_hex(8))
+        return self._generation
+
+    async def _refuse_eviction(self) -> None:
+        memory = await self._command("INFO", "memory")
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if int(memory.get("maxmemory", 0)) and policy != "noeviction":
+            raise StoreUnavailable(
+                f"Redis may forget keys (maxmemory-policy {policy}): a ledger needs noeviction, or no maxmemory"
+            )
+
+    async def _call(self, operation: str, *, generation: str = "", **ask: object) -> Any:
+        """One operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation is not there any more."""
+        arguments = (1, self._key, operation, generation or self._generation, orjson.dumps(ask))
+        try:
+            answer = orjson.loads(await self._command("EVALSHA", _SCRIPT_SHA, *arguments))
+        except NoScriptError:
+            answer = orjson.loads(await self._command("EVAL", _SCRIPT, *arguments))
+        if answer == "lost":
+            _log.warning("Redis has lost its memory, or may have: its leases end, and are paid for")
+            self._generation = ""
+            raise _Lost
+        return answer
+
+    async def _command(self, *words: object) -> Any:
+        try:
+            # Cancelled or too late: redis-py closes the connection, whose next reply would be this one's.
+            async with asyncio.timeout(self._timeout_seconds):
+                return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
+        except NoScriptError:
+            raise
+        except (RedisError, OSError, TimeoutError) as error:
+            raise StoreUnavailable(f"Redis: {type(error).__name__}: {error}") from error
+
+
+def _flat(line: Line) -> tuple[object, ...]:
+    pool, measure = line.window
+    return (line.lease, *pool, measure, *line[2:])
+
+
+def _share_line(
+    number: int, kind: str, owner: str, is_test: bool, measure: str, *amounts: Any
+) -> Line:  # fmt: skip
+    starts, limit, granted, used, returned, want, at_least, is_closing = amounts
+    window = Window(Pool(kind, owner, is_test), measure)
+    return Line(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, False, is_closing)
+
+
+def _told(name: str, line: Line, reply: Reply) -> tuple[object, ...]:
+    """A window's new share, and what of the window is others'."""
+    outstanding = 0 if line.is_closing else reply.granted - line.used - line.returned
+    is_all = reply.granted - line.granted >= line.want
+    return (name, reply.granted, reply.spent - line.used, reply.held - outstanding, is_all, line.is_closing)
+
+
+def _reply(*row: Any) -> Reply:
+    *amounts, ends_seconds, wait_seconds, is_wanted = row
+    return Reply(*amounts, math.inf if ends_seconds == -1 else ends_seconds, wait_seconds, bool(is_wanted))
+
+
+def _state(row: Sequence[Any] | None, in_database: WindowState | None) -> WindowState | None:
+    if row is None:
+        return in_database
+    spent, held, forfeited, ends_seconds, ahead_seconds = row
+    if in_database is not None:
+        forfeited += in_database.forfeited
+    return WindowState(spent, held, forfeited, math.inf if ends_seconds == -1 else ends_seconds, ahead_seconds)
