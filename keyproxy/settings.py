@@ -97,6 +97,29 @@ def _key_prefix(value: str) -> str | None:
     return None if re.fullmatch(r"[a-z][a-z0-9]{0,15}", value) else "must be 1 to 16 of a-z and 0-9"
 
 
+#: What may stand behind the ? of a Redis URL.
+_REDIS_OPTIONS: Final = frozenset(
+    {"db", "username", "password", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
+)
+
+
+def _ledger_backend(value: str) -> str | None:
+    if value == "postgres":
+        return None
+    wanted = "must be 'postgres', 'redis://host[:port][/db]', 'rediss://…' or 'unix:///path[?db=N]'"
+    try:
+        parts = urlsplit(value)
+        has_address = parts.path.startswith("/") if parts.scheme == "unix" else bool(parts.hostname and parts.port != 0)
+    except ValueError:
+        return wanted
+    if parts.scheme not in ("redis", "rediss", "unix") or not has_address or parts.fragment:
+        return wanted
+    if parts.scheme != "unix" and not re.fullmatch(r"/?[0-9]*", parts.path):
+        return "must have a database's number behind the host, or nothing"
+    unknown = {name.partition("=")[0] for name in parts.query.split("&")} - _REDIS_OPTIONS - {""}
+    return f"has options that are not known; those that are: {', '.join(sorted(_REDIS_OPTIONS))}" if unknown else None
+
+
 def _networks(value: list[str]) -> str | None:
     try:
         TrustRule(value)
@@ -193,7 +216,7 @@ class Keys:
 class Ledger:
     """Where windows are accounted."""
 
-    backend: str = _setting("postgres", _not_yet("postgres"), secret=True)
+    backend: str = _setting("postgres", _ledger_backend, secret=True)
     lease_seconds: float = _setting(10.0, _within(0.5))
     settle_seconds: float = _setting(0.5, _within(0.05))
     unreachable: str = _setting("refuse", _one_of("refuse", "allow"))

@@ -246,7 +246,9 @@ class LedgerContract:
         return ledger_stage.ledger
 
     @pytest.mark.parametrize("seed", range(12))
-    async def test_every_message_is_answered_as_the_reference_answers_it(self, ledger: InspectedBackend, seed: int) -> None:
+    async def test_every_message_is_answered_as_the_reference_answers_it(
+        self, ledger: InspectedBackend, seed: int
+    ) -> None:
         reference, holders = ReferenceLedger(time.time, lease_seconds=LEASE_SECONDS), Holders(seed)
         for _ in range(60):
             if holders.random.random() < 0.05:
@@ -291,7 +293,9 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held) == (3, 0)
 
-    async def test_a_holder_that_has_ended_is_told_so_and_what_it_held_is_charged(self, ledger: InspectedBackend) -> None:
+    async def test_a_holder_that_has_ended_is_told_so_and_what_it_held_is_charged(
+        self, ledger: InspectedBackend
+    ) -> None:
         await ledger.sync("a", 1, [line(want=4), line(2, window("concurrency"), want=2)])
         await ledger.end("a")
         assert await ledger.sync("a", 2, [line(granted=4, used=1)]) is None

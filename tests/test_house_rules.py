@@ -72,8 +72,9 @@ HOMES = {
     "cachetools": {"store"},
     "click": {"cli", "demo"},
     "httptools": {"wire"},
-    "orjson": {"metrics", "ops", "cli", "demo", "supervisor", "tokens"},
+    "orjson": {"metrics", "ops", "cli", "demo", "store", "supervisor", "tokens"},
     "prometheus_client": {"metrics"},
+    "redis": {"store"},
     "uvloop": {"cli", "demo"},
 }
 

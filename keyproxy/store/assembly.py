@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from keyproxy import settings
 from keyproxy.model import Moment
+from keyproxy.store.backends import ledger_backend
 from keyproxy.store.database import Database, Listener
 from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.ledger import Ledger
-from keyproxy.store.ledger_postgres import PostgresLedger
 
 
 class Store:
@@ -28,8 +28,7 @@ class Store:
         self._ledger_database = Database(
             dsn, pool_size_max=2, statement_timeout_seconds=store.statement_timeout_seconds
         )
-        backend = PostgresLedger(self._ledger_database, lease_seconds=ledger.lease_seconds)
-        self.ledger = Ledger(backend, ledger, now)
+        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
         state = FeedState()
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(

