@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
 from keyproxy import admission, credential, headers, metering
 from keyproxy.keyformat import KeyFormat
 from keyproxy.limits import told
-from keyproxy.model import NO_TOKENS, Missing, Moment, Permit, RequestHead, ResponseHead
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead
 from keyproxy.ports import Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
@@ -187,6 +188,13 @@ class Gateway:
     def limit_fields(self, permit: Permit) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""
         return b"" if permit.hold is None else told.lines(permit.hold, self._now().mono_seconds)
+
+    def retiring_line(self, identity: Identity) -> bytes:
+        """The header line that tells for how many seconds a key that was replaced still works."""
+        if identity.retiring_field is None:
+            return b""
+        left = max(0, math.floor(identity.expires_wall_seconds - self._now().wall_seconds))
+        return b"%b%d\r\n" % (identity.retiring_field, left)
 
     def holds_key(self, target: bytes) -> bool:
         """Whether a request target has a key in it."""

@@ -160,7 +160,8 @@ class Identity:
 
     `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
     it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
-    `allowance` is the limits its requests are under, None if there are none.
+    `allowance` is the limits its requests are under, None if there are none. `retiring_field` is the start of the header
+    line that tells for how long the key still works, None unless another key has replaced it.
     """
 
     key_id: str
@@ -172,6 +173,7 @@ class Identity:
     standing: Reason | None
     header_block: bytes = field(repr=False)
     allowance: Allowance | None = field(default=None, repr=False)
+    retiring_field: bytes | None = field(default=None, repr=False)
     mode: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -184,6 +184,10 @@ class Gate(Protocol):
         """Header lines that tell how it stands with the limits a request is under; empty if there are none."""
         ...
 
+    def retiring_line(self, identity: Identity) -> bytes:
+        """The header line that tells for how long a key that was replaced still works; empty for any other."""
+        ...
+
     def error_shape(self, head: RequestHead | None) -> str:
         """The shape in which a refusal of this request is told."""
         ...

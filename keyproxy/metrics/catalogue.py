@@ -64,6 +64,11 @@ class Catalogue(Collector):
         """Called by the registry for every scrape."""
         cells, sources = self._recorder.cells(), self._sources
         yield from _requests(cells)
+        retiring = CounterMetricFamily(
+            "keyproxy_retiring_key_requests", "Requests with a key that was rotated and will end with its grace."
+        )
+        retiring.add_metric([], self._recorder.retiring_count)
+        yield retiring
         yield _histogram(
             "keyproxy_request_seconds",
             "From a request's head to the end of its answer.",

@@ -78,6 +78,8 @@ class Recorder:
         """`access_log` None: nothing is logged per request."""
         #: From the request's head to its first byte upstream.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
+        #: Requests with a key that another one has replaced.
+        self.retiring_count = 0
         self._cells: dict[tuple[str, str, int, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._access_log = access_log
@@ -125,6 +127,8 @@ class Recorder:
                 exchange.status,
                 _CODES[exchange.ending] if reason is None else reason.code,
             )
+            if identity is not None and identity.retiring_field is not None:
+                self.retiring_count += 1
             cell = cells.get(labels)
             if cell is None:
                 cell = cells[labels] = Cell(*labels)

@@ -251,6 +251,7 @@ def _identity(row: Row, header_prefix: str) -> Identity:
         standing=standing,
         header_block=block,
         allowance=_allowance(row),
+        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if row["is_retiring"] else None,
     )
 
 

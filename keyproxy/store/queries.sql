@@ -2,7 +2,7 @@
 --
 -- name: identities_by_digest
 -- What keys resolve to; unknown digests yield no row. One look-up serves many keys at once.
--- Needs: api_keys (digest), users (id), tenants (id).
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id).
 SELECT
     k.digest,
     k.id AS key_id,
@@ -14,6 +14,7 @@ SELECT
     u.id AS user_id,
     t.id AS tenant_id,
     coalesce(k.lineage, k.id) AS key_pool,
+    k.expires_at IS NOT NULL AND EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = k.id) AS is_retiring,
     kp.limits AS key_limits,
     up.limits AS user_limits,
     tp.limits AS tenant_limits

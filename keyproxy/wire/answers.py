@@ -28,15 +28,15 @@ def own(answer: Answer, request_id: bytes, *, closes: bool, without_body: bool) 
 
 
 def relayed(
-    head: ResponseHead, limits: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
+    head: ResponseHead, own: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:
-    """The head of a relayed answer, framed anew. `limits`: header lines of ours. `is_http_11`: the client is."""
+    """The head of a relayed answer, framed anew. `own`: header lines of ours. `is_http_11`: the client is."""
     kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"".join(
         (
             head.line.start,
             head.block,
-            limits,
+            own,
             b"X-Request-Id: ",
             request_id,
             b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n",
@@ -46,10 +46,11 @@ def relayed(
     )
 
 
-def switching(head: ResponseHead, request_id: bytes) -> bytes:
-    """The head of a relayed answer that begins a tunnel."""
-    return b"%b%bX-Request-Id: %b\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % (
+def switching(head: ResponseHead, own: bytes, request_id: bytes) -> bytes:
+    """The head of a relayed answer that begins a tunnel. `own`: header lines of ours."""
+    return b"%b%b%bX-Request-Id: %b\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % (
         head.line.start,
         head.block,
+        own,
         request_id,
     )

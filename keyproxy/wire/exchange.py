@@ -260,12 +260,14 @@ class Exchange(Outcome):
             or not (has_end or is_http_11)
         )
         permit = self.permit
-        limits = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit)
+        own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit)
+        if self.identity is not None and self.identity.retiring_field is not None:
+            own += self._gate.retiring_line(self.identity)
         if self.ask is not None:
             self.meter = self._gate.meter(self, answer)
         out = answers.relayed(
             answer,
-            limits,
+            own,
             self.request_id,
             is_chunked=self._is_answer_chunked,
             closes=self._closes,
@@ -280,7 +282,8 @@ class Exchange(Outcome):
         self.status = answer.line.status
         self._closes = self.is_tunnel = True
         self.is_complete = False
-        out = answers.switching(answer, self.request_id)
+        own = b"" if self.identity is None else self._gate.retiring_line(self.identity)
+        out = answers.switching(answer, own, self.request_id)
         self._client.send(out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out)
         self._client.enter_tunnel()
 

@@ -51,6 +51,16 @@ async def tunnelled(start: Start) -> Wire:
     return await start(serving=Upstream(tunnel), upstream={"idle_timeout_seconds": 0.6})
 
 
+async def test_a_tunnel_tells_that_its_key_was_replaced(tunnelled: Wire) -> None:
+    identity = fakes.identity(expires_wall_seconds=time.time() + 60.0)
+    tunnelled.identities.add(fakes.key(1), dataclasses.replace(identity, retiring_field=b"X-Keyproxy-Key-Expires-In: "))
+    async with tunnelled.client() as client:
+        await client.send(request("GET", "/ws", *HANDSHAKE))
+        answer = await client.answer()
+    assert answer.status == 101
+    assert int(answer.one("X-Keyproxy-Key-Expires-In") or -1) in range(50, 60)
+
+
 async def test_bytes_travel_both_ways_through_a_tunnel_whose_handshake_has_the_identity(tunnelled: Wire) -> None:
     async with tunnelled.client() as client:
         await client.send(request("GET", "/ws", *HANDSHAKE))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import time
 
 import pytest
 
@@ -253,3 +255,19 @@ async def test_a_missing_identity_is_fetched_once_and_the_body_waits(wire: Wire)
         assert (await client.answer()).status == 200
     assert len(wire.upstream.requests[0].body) == 200_000
     assert wire.identities.brought == 1
+
+
+@pytest.mark.parametrize(("seconds_left", "told"), [(3600.4, "3600"), (0.9, "0")])
+async def test_the_holder_of_a_key_that_was_replaced_is_told_for_how_long_it_works(
+    wire: Wire, seconds_left: float, told: str
+) -> None:
+    # Made in advance: some of the time passes before it is told.
+    identity = fakes.identity(expires_wall_seconds=time.time() + seconds_left)
+    retiring = dataclasses.replace(identity, retiring_field=b"X-Keyproxy-Key-Expires-In: ")
+    for known, expected in ((identity, None), (retiring, told)):
+        wire.identities.add(fakes.key(1), known)
+        async with wire.client() as client:
+            await client.send(request("POST", "/v1/ai/jobs", body=b"x"))
+            answer = await client.answer()
+        assert answer.one("X-Keyproxy-Key-Expires-In") == expected
+        assert wire.upstream.requests[-1].one("X-Keyproxy-Key-Expires-In") is None

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from keyproxy.model import Grant, Permit, RequestHead, ResponseHead, Route
+from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
 from keyproxy.ports import Exchange
 from keyproxy.tokens.meter import Meter
 from keyproxy.wire.client import ClientConnection
@@ -100,6 +100,9 @@ class _Gate:
         return Meter()
 
     def watch(self, exchange: Exchange) -> None: ...
+
+    def retiring_line(self, identity: Identity) -> bytes:
+        return b""
 
     def limit_fields(self, permit: Permit) -> bytes:
         return b""
