@@ -79,26 +79,34 @@ class KeyFormat:
         self._ours = re.compile(
             rb"%b_(?:live|test)_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
         )
-        start = rb"%b_(?:live|test)_" % re.escape(self._prefix)
+        self._admin = re.compile(rb"%b_admin_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS))
+        start = rb"%b_(?:live|test|admin)_" % re.escape(self._prefix)
         self._start = re.compile(start, re.IGNORECASE)
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
 
     def make(self, entropy: bytes, *, is_test: bool) -> SecretKey:
         """A new key out of 32 random bytes."""
-        if len(entropy) != ENTROPY_BYTES:
-            raise ValueError(f"a key is made of {ENTROPY_BYTES} random bytes, not {len(entropy)}")
-        digits = _base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS)
-        body = b"%b_%b_%b" % (self._prefix, b"test" if is_test else b"live", digits)
-        return SecretKey(body + _checksum(body))
+        return self._made(b"test" if is_test else b"live", entropy)
+
+    def make_admin_token(self, entropy: bytes) -> SecretKey:
+        """A new token of the admin API out of 32 random bytes: in the format of a key, and none."""
+        return self._made(b"admin", entropy)
+
+    def may_be_admin_token(self, plaintext: bytes) -> bool:
+        """Whether it is worth asking the store for an admin token: not a key of ours, not one that was mistyped."""
+        return self._admin.fullmatch(plaintext) is not None and _is_whole(plaintext)
 
     def may_exist(self, plaintext: bytes) -> bool:
         """Whether it is worth asking the store: well-formed with a right checksum, or a foreign key where allowed."""
         if self._start.match(plaintext):
-            return (
-                self._ours.fullmatch(plaintext) is not None
-                and _checksum(plaintext[:-CHECKSUM_DIGITS]) == plaintext[-CHECKSUM_DIGITS:]
-            )
+            return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
         return self._accepts_foreign and _FOREIGN.fullmatch(plaintext) is not None
+
+    def _made(self, kind: bytes, entropy: bytes) -> SecretKey:
+        if len(entropy) != ENTROPY_BYTES:
+            raise ValueError(f"a key is made of {ENTROPY_BYTES} random bytes, not {len(entropy)}")
+        body = b"%b_%b_%b" % (self._prefix, kind, _base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS))
+        return SecretKey(body + _checksum(body))
 
     def is_within(self, text: bytes) -> bool:
         """Whether one of our keys, or enough of one to be worth hiding, stands anywhere in these bytes, in any case."""
@@ -117,6 +125,10 @@ class KeyFormat:
 def masked(text: str) -> str:
     """A text for people, in which whatever looks like a key under any prefix is cut to its start."""
     return _LIKE_A_KEY.sub(r"\1…", text)
+
+
+def _is_whole(key: bytes) -> bool:
+    return _checksum(key[:-CHECKSUM_DIGITS]) == key[-CHECKSUM_DIGITS:]
 
 
 def _checksum(body: bytes) -> bytes:

@@ -72,7 +72,16 @@ class AccessLog:
             self.dropped += len(rows)
             return
         offset = self._wall_offset()
-        lines = b"".join([self._line(row, offset) for row in rows])
+        self._put(b"".join([self._line(row, offset) for row in rows]))
+
+    def write_line(self, line: bytes) -> None:
+        """Log a line that is there already, with its end."""
+        if self._queued_bytes - self._written_bytes > _UNWRITTEN_BYTES_MAX:
+            self.dropped += 1
+            return
+        self._put(line)
+
+    def _put(self, lines: bytes) -> None:
         self._queued_bytes += len(lines)
         self._queue.put(lines)
 

@@ -15,8 +15,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any, Final, Protocol
 
 import asyncpg
 
@@ -90,6 +90,43 @@ class Transaction:
         rows = await self.fetch(name, *arguments)
         return rows[0] if rows else None
 
+    @contextlib.asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """What fails inside is undone, and the transaction can go on. Raises StoreUnavailable or StoreConflict."""
+        with _told_in_two_words():
+            async with self._connection.transaction():
+                yield
+
+
+class Door(Protocol):
+    """What takes statements: the database itself, or one transaction of it, see `Joined`."""
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
+        ...
+
+    def transaction(self) -> contextlib.AbstractAsyncContextManager[Transaction]:
+        """Statements that count together or not at all. Raises StoreUnavailable or StoreConflict."""
+        ...
+
+
+class Joined:
+    """A transaction in place of the database: whatever is done through this door counts together with the rest of it."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        self._transaction = transaction
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """As Database's."""
+        with _told_in_two_words():
+            return await self._transaction.fetch(name, *arguments)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """As Database's; it ends with the transaction that was joined."""
+        async with self._transaction.savepoint():
+            yield self._transaction
+
 
 class Database:
     """See the module. A connection is made when it is first needed, so that opening never fails."""
@@ -149,13 +186,9 @@ class Database:
     async def _connection(self) -> AsyncIterator[Any]:
         if self._pool is None:
             raise StoreUnavailable("the store is closed")
-        try:
+        with _told_in_two_words():
             async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
                 yield connection
-        except _CONFLICTS as error:
-            raise StoreConflict(_first_line(error), getattr(error, "constraint_name", None) or "") from error
-        except _NO_ANSWER as error:
-            raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
 
     async def _fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         if self._keeps_statements:
@@ -211,6 +244,16 @@ class Listener:
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed():
             connection.terminate()
+
+
+@contextlib.contextmanager
+def _told_in_two_words() -> Iterator[None]:
+    try:
+        yield
+    except _CONFLICTS as error:
+        raise StoreConflict(_first_line(error), getattr(error, "constraint_name", None) or "") from error
+    except _NO_ANSWER as error:
+        raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from keyproxy.keyformat import ALPHABET, ENTROPY_BYTES, KeyFormat, SecretKey
-from keyproxy.store.database import Database, Row, StoreConflict, Transaction
+from keyproxy.store.database import Door, Row, StoreConflict, Transaction
 
 Entity = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Desk:
     """See the module. All methods of the directory raise DirectoryError, StoreConflict or StoreUnavailable."""
 
     def __init__(
-        self, database: Database, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None
+        self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None
     ) -> None:
         """`tenant_id`: the one tenant this desk is bound to; None: it is bound to none."""
         self._database = database

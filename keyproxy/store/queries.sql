@@ -518,3 +518,70 @@ FROM unnest($1::text[], $2::text[], $3::bool[], $4::text[])
 JOIN keyproxy.windows AS w
   ON (w.pool_kind, w.pool_id, w.is_test, w.measure) = (a.pool_kind, a.pool_id, a.is_test, a.measure)
  AND w.starts = keyproxy.window_start(a.measure, extract(epoch FROM clock_timestamp())::float8);
+
+-- name: create_admin_token
+INSERT INTO keyproxy.admin_tokens (id, digest, hint, name, scopes, tenant_id, expires_at)
+VALUES ($1, $2, $3, $4, $5, $6, now() + $7::interval)
+RETURNING id;
+
+-- name: admin_tokens
+-- In the order of their ids, after $1, at most $2; only $3 if that is not null.
+SELECT a.id, a.hint, a.name, a.scopes, a.tenant_id, a.created_at, a.expires_at, a.revoked_at, a.last_used_at,
+       CASE WHEN a.revoked_at IS NOT NULL THEN 'revoked'
+            WHEN a.expires_at <= now() THEN 'expired'
+            WHEN t.disabled_at IS NOT NULL THEN 'disabled'
+            ELSE 'active' END AS state
+FROM keyproxy.admin_tokens AS a
+LEFT JOIN keyproxy.tenants AS t ON t.id = a.tenant_id
+WHERE a.id > $1 AND ($3::text IS NULL OR a.id = $3)
+ORDER BY a.id
+LIMIT $2;
+
+-- name: present_admin_token
+-- What a token with the digest $1 may do; no row if there is none. Notes to the minute when it was last used.
+WITH noted AS (
+    UPDATE keyproxy.admin_tokens AS a SET last_used_at = now()
+    WHERE a.digest = $1 AND a.revoked_at IS NULL AND (a.expires_at IS NULL OR a.expires_at > now())
+      AND (a.last_used_at IS NULL OR a.last_used_at < now() - interval '1 minute')
+)
+SELECT a.id, a.hint, a.name, a.scopes, a.tenant_id, a.created_at, a.expires_at, a.revoked_at, a.last_used_at,
+       CASE WHEN a.revoked_at IS NOT NULL THEN 'revoked'
+            WHEN a.expires_at <= now() THEN 'expired'
+            WHEN t.disabled_at IS NOT NULL THEN 'disabled'
+            ELSE 'active' END AS state
+FROM keyproxy.admin_tokens AS a
+LEFT JOIN keyproxy.tenants AS t ON t.id = a.tenant_id
+WHERE a.digest = $1;
+
+-- name: revoke_admin_token
+-- Once, for good. Judged by what it returns: no row, no such token.
+UPDATE keyproxy.admin_tokens SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1
+RETURNING id;
+
+-- name: is_there_a_working_admin_token
+SELECT EXISTS (
+    SELECT FROM keyproxy.admin_tokens
+    WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+) AS is_there;
+
+-- name: claim_request
+-- Whether this transaction is the only one that deals with the request $1 (64 bits of its key).
+SELECT pg_try_advisory_xact_lock($1::int8) AS is_claimed;
+
+-- name: answered_request
+-- The answer to the request with the key $2 of the token $1. Needs: answered_requests (token_id, request_key).
+SELECT fingerprint, answer::text AS answer FROM keyproxy.answered_requests WHERE token_id = $1 AND request_key = $2;
+
+-- name: keep_answer
+INSERT INTO keyproxy.answered_requests (token_id, request_key, fingerprint, answer)
+VALUES ($1, $2, $3, $4::text::jsonb);
+
+-- name: forget_answers
+-- A few of those that are older than $1: each request that is kept removes more than it adds.
+-- Needs: answered_requests (at).
+DELETE FROM keyproxy.answered_requests AS a
+USING (
+    SELECT token_id, request_key FROM keyproxy.answered_requests WHERE at < now() - $1::interval
+    ORDER BY at LIMIT 10 FOR UPDATE SKIP LOCKED
+) AS old
+WHERE (a.token_id, a.request_key) = (old.token_id, old.request_key);

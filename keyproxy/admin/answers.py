@@ -1,0 +1,250 @@
+"""What the admin API answers, as the models that its OpenAPI is made of. The store makes these values; tests hold them to
+this shape.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Time = Annotated[
+    str,
+    Field(
+        pattern=r"^(-?infinity|[0-9]{4,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z)$",
+        description="ISO 8601 in UTC; `infinity` if another SQL client wrote that.",
+    ),
+]
+
+
+class Answered(BaseModel):
+    """What all of them share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Tenant(Answered):
+    """A customer organisation."""
+
+    id: str
+    name: str
+    plan: str | None
+    test_plan: str | None
+    disabled_at: Time | None
+    created_at: Time
+    users: int
+
+
+class TenantMade(Tenant):
+    """A tenant; `created` says whether it is new."""
+
+    created: bool
+
+
+class User(Answered):
+    """An account on whose behalf work is done."""
+
+    id: str
+    tenant: str
+    plan: str | None
+    test_plan: str | None
+    disabled_at: Time | None
+    created_at: Time
+    keys: int
+
+
+class Key(Answered):
+    """A key, without its secret, which nobody has."""
+
+    id: str
+    user: str
+    tenant: str
+    state: Literal["active", "retiring", "disabled", "expired", "revoked"]
+    hint: str
+    name: str
+    scopes: list[str]
+    is_test: bool
+    plan: str | None
+    created_at: Time
+    expires_at: Time | None
+    revoked_at: Time | None
+    revoke_reason: str | None
+    replaces: str | None
+    replaced_by: str | None
+    last_used_at: Time | None
+
+
+_Secret = Annotated[
+    str | None,
+    Field(description="Told once. null in the answer to a request that was sent again: it is kept nowhere."),
+]
+_Warnings = Annotated[list[str], Field(description="What was done all the same, such as a scope that no route asks for.")]
+
+
+class KeyMade(Key):
+    """A new key, with its secret."""
+
+    secret: _Secret
+    warnings: _Warnings
+
+
+class FirstKeyMade(Key):
+    """The first key of a new user, with its secret."""
+
+    secret: _Secret
+
+
+class KeyRotated(Key):
+    """A new key in place of another, with its secret."""
+
+    secret: _Secret
+    old_expires_at: Annotated[Time | None, Field(description="Until when the key that it `replaces` works.")]
+
+
+class UserMade(User):
+    """A user; a new one with its first key."""
+
+    created: bool
+    key: FirstKeyMade | None
+    warnings: _Warnings
+
+
+class Limits(Answered):
+    """The limits that are set."""
+
+    rate: float | None = None
+    burst: int | None = None
+    concurrency: int | None = None
+    requests_per_day: int | None = None
+    requests_per_month: int | None = None
+    tokens_per_request: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+
+
+_Count = Annotated[int | None, Field(description="How many have it; null for a token that is bound to a tenant.")]
+
+
+class Plan(Answered):
+    """A named set of limits."""
+
+    id: str
+    limits: Limits
+    created_at: Time
+    tenants: _Count
+    users: _Count
+    keys: _Count
+
+
+class PlanMade(Plan):
+    """A plan; `created` says whether it is new."""
+
+    created: bool
+
+
+class Deleted(Answered):
+    """What is gone."""
+
+    id: str
+    deleted: Literal[True]
+
+
+class KeysRevoked(Answered):
+    """The keys that were revoked now, and how many are left that would be."""
+
+    revoked: list[str]
+    remaining: int
+
+
+class Leak(Answered):
+    """Whether there is such a key, whether it had been working until now, and whose it is."""
+
+    known: bool
+    revoked_now: bool
+    key: Key | None
+
+
+class AuditRow(Answered):
+    """One change. `before` and `after` hold no secret."""
+
+    id: int
+    at: Time
+    actor: str
+    origin: str
+    action: str
+    entity: str
+    entity_id: str
+    tenant: str | None
+    changed: list[str]
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class Token(Answered):
+    """The token that asks."""
+
+    id: str
+    name: str
+    state: str
+    hint: str
+    scopes: list[str]
+    tenant: str | None
+    created_at: Time | None
+    expires_at: Time | None
+    revoked_at: Time | None
+    last_used_at: Time | None
+
+
+class Page(Answered):
+    """A part of a list."""
+
+    next: Annotated[str | None, Field(description="The `cursor` of what follows; null: nothing does.")]
+
+
+class Tenants(Page):
+    """Tenants, in the order of their ids."""
+
+    items: list[Tenant]
+
+
+class Users(Page):
+    """Users, in the order of their ids."""
+
+    items: list[User]
+
+
+class Keys(Page):
+    """Keys."""
+
+    items: list[Key]
+
+
+class Plans(Page):
+    """Plans, in the order of their names."""
+
+    items: list[Plan]
+
+
+class AuditRows(Page):
+    """Changes, the newest first."""
+
+    items: list[AuditRow]
+
+
+class FieldError(Answered):
+    """One thing that is wrong."""
+
+    field: str
+    detail: str
+
+
+class ProblemDetails(Answered):
+    """RFC 9457. `code` is for programs."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[FieldError] = []

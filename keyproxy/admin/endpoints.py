@@ -1,0 +1,168 @@
+"""An endpoint as it is declared: once, for the router, the checks and the OpenAPI alike."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, NamedTuple
+
+from pydantic import BaseModel
+
+from keyproxy.admin.accepted import Accepted, NoQuery, Paged
+from keyproxy.admin.problems import FieldError, Problem, Refused
+from keyproxy.admin.scopes import Scope
+from keyproxy.store.directory import Directory, Entity
+
+
+class Terms(NamedTuple):
+    """What of the configuration the endpoints need. `routes_ask_for`: None if no route is configured."""
+
+    age_days_max: int
+    routes_ask_for: frozenset[str] | None
+
+    def life(self, said: Mapping[str, Any]) -> timedelta | None:
+        """How long a new key lives, None for ever."""
+        seconds = said.get("expires_in_seconds", self.age_days_max * 86_400 or None)
+        return None if seconds is None else timedelta(seconds=seconds)
+
+    def warnings(self, scopes: Sequence[str]) -> list[str]:
+        """Scopes that no route asks for: a slip of the pen, or a route that is still to come."""
+        if self.routes_ask_for is None:
+            return []
+        return [f"no route asks for the scope {scope!r}" for scope in scopes if scope not in self.routes_ask_for]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request that was let in and understood.
+
+    `path`: its parameters. `query` and `body`: what the endpoint's models made of them. `if_match`: the version that it
+    is about, None for any. `must_be_new`: If-None-Match was `*`.
+    """
+
+    directory: Directory
+    terms: Terms
+    token: Entity
+    path: Mapping[str, str]
+    query: Any
+    body: Any
+    if_match: str | None
+    must_be_new: bool = False
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the token sees one tenant alone."""
+        return self.token["tenant"] is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is answered. `is_version_of`: the thing whose ETag goes with it."""
+
+    content: Entity
+    status: int = 200
+    location: str | None = None
+    is_version_of: Entity | None = None
+
+
+class Stream(NamedTuple):
+    """An answer that goes on for as long as there is something: lines of JSON."""
+
+    lines: Any  # an asynchronous iterator of bytes
+
+
+Handler = Callable[[Call], Awaitable[Answer | Stream]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """See the module. `path` as `/v1/keys/{id}`; `answers` says which model goes with which status.
+
+    `refuses`: the problems beyond those that every endpoint has. `is_global`: nothing for who is bound to a tenant.
+    """
+
+    method: str
+    path: str
+    name: str
+    tells: str
+    scope: Scope | None
+    handler: Handler
+    answers: Mapping[int, type[BaseModel]]
+    query: type[Accepted] = NoQuery
+    body: type[Accepted] | None = None
+    may_be_empty: bool = False
+    is_global: bool = False
+    is_conditional: bool = False
+    may_be_new_only: bool = False
+    is_stream: bool = False
+    refuses: frozenset[Problem] = field(default_factory=frozenset)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it takes an Idempotency-Key."""
+        return self.method == "POST"
+
+    @property
+    def problems(self) -> frozenset[Problem]:
+        """Every way in which it refuses."""
+        every = {
+            Problem.REQUEST_MALFORMED, Problem.INVALID, Problem.TOKEN_MISSING, Problem.TOKEN_INVALID,
+            Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED, Problem.ACCOUNT_DISABLED, Problem.INSUFFICIENT_SCOPE,
+            Problem.TOO_MANY_FAILURES, Problem.INTERNAL_ERROR, Problem.STORE_UNAVAILABLE,
+        }  # fmt: skip
+        if self.is_global:
+            every.add(Problem.TENANT_BOUND)
+        if self.body is not None:
+            every |= {Problem.BODY_TOO_LARGE, Problem.MEDIA_TYPE, Problem.REQUEST_TIMEOUT, Problem.CONFLICT}
+        if self.is_conditional:
+            every.add(Problem.OUTDATED)
+        if self.is_kept:
+            every |= {Problem.IN_PROGRESS, Problem.KEY_REUSED}
+        return frozenset(every | self.refuses)
+
+
+_POSITION_BYTES_MAX: Final = 600
+
+
+def cursor(query: Paged, position: str | None) -> str | None:
+    """An opaque cursor for what follows this position of the list that `query` asks for."""
+    if position is None:
+        return None
+    return base64.urlsafe_b64encode(json.dumps([_list_of(query), position]).encode()).decode().rstrip("=")
+
+
+def position(query: Paged) -> str | None:
+    """The position that the query's cursor stands for, None for the beginning. Raises Refused."""
+    if not query.cursor:
+        return None
+    padded = query.cursor + "=" * (-len(query.cursor) % 4)
+    try:
+        content = json.loads(base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError, RecursionError):
+        content = None
+    is_one = isinstance(content, list) and len(content) == 2 and isinstance(content[1], str)
+    if not is_one or "\0" in content[1] or len(content[1].encode("utf-8", "replace")) > _POSITION_BYTES_MAX:
+        raise Refused(Problem.INVALID, "There is no such cursor.", errors=[FieldError("query.cursor", "is none")])
+    if content[0] != _list_of(query):
+        error = FieldError("query.cursor", "comes from a list with other filters")
+        raise Refused(Problem.INVALID, "The cursor belongs to another list.", errors=[error])
+    found: str = content[1]
+    return found
+
+
+def _list_of(query: Paged) -> int:
+    """Which list a query asks for, whatever part of it. It tells mistakes, and protects nothing: nothing needs that."""
+    filters = query.model_dump_json(exclude={"cursor", "limit"})
+    return zlib.crc32(f"{type(query).__name__} {filters}".encode())
+
+
+async def page(query: Paged, listed: Callable[[str, int], Awaitable[list[Entity]]]) -> Answer:
+    """A page of a list in the order of ids."""
+    rows = await listed(position(query) or "", query.limit + 1)
+    following = rows[query.limit - 1]["id"] if len(rows) > query.limit else None
+    return Answer({"items": rows[: query.limit], "next": cursor(query, following)})
