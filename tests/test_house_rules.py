@@ -41,6 +41,7 @@ RANKS = {
     "wire": 8,
     "gateway": 9,
     "ops": 10,
+    "admin": 11,
     "app": 11,
     "serving": 12,
     "supervisor": 12,
@@ -67,12 +68,13 @@ IMPURE = {
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"ops", "demo", "supervisor"},
+    "aiohttp": {"admin", "ops", "demo", "supervisor"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},
     "httptools": {"wire"},
-    "orjson": {"metrics", "ops", "cli", "demo", "store", "supervisor", "tokens"},
+    "orjson": {"admin", "metrics", "ops", "cli", "demo", "store", "supervisor", "tokens"},
+    "pydantic": {"admin"},
     "prometheus_client": {"metrics"},
     "redis": {"store"},
     "uvloop": {"cli", "demo"},
@@ -84,8 +86,9 @@ POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "bisect", "collections", "contextlib", "csv", "ctypes",
-    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass", "hashlib", "http",
-    "importlib", "io", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue",
+    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass", "hashlib", "hmac",
+    "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib",
+    "platform", "pwd", "queue",
     "random", "re", "resource", "secrets", "select", "shutil", "signal", "socket", "ssl", "stat", "struct",
     "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -42,7 +41,7 @@ class Call:
     """One request that was let in and understood.
 
     `path`: its parameters. `query` and `body`: what the endpoint's models made of them. `if_match`: the version that it
-    is about, None for any. `must_be_new`: If-None-Match was `*`.
+    is about, None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was.
     """
 
     directory: Directory
@@ -52,6 +51,7 @@ class Call:
     query: Any
     body: Any
     if_match: str | None
+    must_be_there: bool = False
     must_be_new: bool = False
 
     @property
@@ -143,7 +143,7 @@ def position(query: Paged) -> str | None:
     padded = query.cursor + "=" * (-len(query.cursor) % 4)
     try:
         content = json.loads(base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         content = None
     is_one = isinstance(content, list) and len(content) == 2 and isinstance(content[1], str)
     if not is_one or "\0" in content[1] or len(content[1].encode("utf-8", "replace")) > _POSITION_BYTES_MAX:

@@ -34,6 +34,8 @@ async def _plan(call: Call) -> Answer:
 async def _set_plan(call: Call) -> Answer:
     body: PlanSet = call.body
     name = call.path["id"]
+    if call.must_be_there:
+        await call.directory.plan(name)
     if call.must_be_new:
         try:
             await call.directory.plan(name)

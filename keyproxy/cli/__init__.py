@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from keyproxy import __version__
+from keyproxy.cli.admin import admin_group
 from keyproxy.cli.audit import audit_group
 from keyproxy.cli.completion import completion_command
 from keyproxy.cli.config import config_group
@@ -46,8 +47,8 @@ for _bulk_command in BULK_COMMANDS:
     key_group.add_command(_bulk_command)
 
 for _command in (
-    demo_command, serve_command, migrate_command, config_group, tenant_group, user_group, key_group, plan_group,
-    audit_group, completion_command,
+    demo_command, serve_command, admin_group, migrate_command, config_group, tenant_group, user_group, key_group,
+    plan_group, audit_group, completion_command,
 ):  # fmt: skip
     root.add_command(_command)
 

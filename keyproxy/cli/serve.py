@@ -13,11 +13,9 @@ from pathlib import Path
 import click
 import uvloop
 
-from keyproxy.cli.setting import Failure, config_option, load, store
+from keyproxy.cli.setting import Failure, check_schema, config_option, load, store
 from keyproxy.config import ConfigError
 from keyproxy.settings import Settings
-from keyproxy.store import migrations
-from keyproxy.store.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
 
     with store(settings) as dsn:
         try:
-            uvloop.run(_check_schema(dsn))
+            uvloop.run(check_schema(dsn))
             if supervisor.count(settings.listen.workers) == 1:
                 fd = sys.stdout.fileno()
                 uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, read_again=read_again))
@@ -66,20 +64,6 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
 
 def _started(proxy: str, ops: str) -> None:
     _log.info("proxy on %s, ops on %s", proxy, ops)
-
-
-async def _check_schema(dsn: str) -> None:
-    """A schema that is too old is a mistake to be told; a store that cannot be asked is a day like any other."""
-    try:
-        state = await migrations.state(dsn)
-    except StoreUnavailable as error:
-        _log.warning("%s: starting all the same; nobody is let in before it answers", error)
-        return
-    except migrations.MigrationError as error:
-        _log.warning("%s", error)
-        return
-    if state.pending:
-        raise Failure("the database has no schema, or an old one: run `keyproxy migrate` with this configuration first")
 
 
 @click.command("demo")

@@ -26,6 +26,8 @@ from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.directory import Actor, DirectoryError
 from keyproxy.store.embedded import EmbeddedError
 
+_log = logging.getLogger(__name__)
+
 FAILED: Final = 1
 MISUSED: Final = 2
 
@@ -80,6 +82,20 @@ def store(settings: Settings) -> Iterator[str]:
         yield server.dsn()
     finally:
         server.stop()
+
+
+async def check_schema(dsn: str) -> None:
+    """A schema that is too old is a mistake to be told; a store that cannot be asked is a day like any other."""
+    try:
+        state = await migrations.state(dsn)
+    except StoreUnavailable as error:
+        _log.warning("%s: starting all the same; nobody is let in before it answers", error)
+        return
+    except migrations.MigrationError as error:
+        _log.warning("%s", error)
+        return
+    if state.pending:
+        raise Failure("the database has no schema, or an old one: run `keyproxy migrate` with this configuration first")
 
 
 def actor() -> Actor:

@@ -1,0 +1,185 @@
+"""The listener of the admin API: routes, health, the outermost boundary, and one log line for each request."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from keyproxy.admin import openapi, reference
+from keyproxy.admin.endpoints import Endpoint
+from keyproxy.admin.problems import Problem, Refused, rendered
+from keyproxy.admin.reading import BODY_BYTES_MAX
+from keyproxy.admin.service import ENDPOINTS, Service
+from keyproxy.store.database import StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+_SHUTDOWN_SECONDS: Final = 10.0
+_KEEPALIVE_SECONDS: Final = 30.0
+_PATH_CHARACTERS_MAX: Final = 512
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class AdminListener:
+    """See the module. The service may be exchanged while requests are under way."""
+
+    def __init__(self, service: Service, *, log_line: Callable[[bytes], None] | None) -> None:
+        self.service = service
+        self._log_line = log_line
+        self._runner: web.AppRunner | None = None
+        self._openapi = orjson.dumps(openapi.document(ENDPOINTS), option=orjson.OPT_INDENT_2)
+        self._reference, self._reference_policy = reference.page(ENDPOINTS)
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._outermost])
+        app.on_response_prepare.append(_dress)
+        methods: dict[str, set[str]] = defaultdict(set)
+        for endpoint in ENDPOINTS:
+            app.router.add_route(endpoint.method, endpoint.path, self._handler(endpoint), name=endpoint.name)
+            methods[endpoint.path].add(endpoint.method)
+            if endpoint.method == "GET" and not endpoint.is_stream:
+                app.router.add_route("HEAD", endpoint.path, self._handler(endpoint))
+                methods[endpoint.path].add("HEAD")
+        for path, handler in self._open_pages().items():
+            app.router.add_get(path, handler)
+            methods[path] |= {"GET", "HEAD"}
+        for path, allowed in methods.items():
+            app.router.add_route("OPTIONS", path, _options({*allowed, "OPTIONS"}))
+        return app
+
+    async def start(self, sock: socket.socket) -> None:
+        """Serve a bound socket."""
+        self._runner = web.AppRunner(
+            self.application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS,
+            keepalive_timeout=_KEEPALIVE_SECONDS, max_line_size=8190, max_field_size=8190,
+        )  # fmt: skip
+        await self._runner.setup()
+        await web.SockSite(self._runner, sock).start()
+
+    async def close(self) -> None:
+        """Take nothing new; what is under way finishes, within bounds."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # -- the pages that need no token
+
+    def _open_pages(self) -> dict[str, Handler]:
+        return {
+            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
+            "/docs": self._told_reference,
+        }  # fmt: skip
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        return _json(200, {"status": "ok"})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        try:
+            await self.service.database.fetch("is_there_a_working_admin_token")
+        except StoreUnavailable:
+            return _json(503, {"status": "failed", "checks": {"store": {"status": "failed"}}})
+        return _json(200, {"status": "ok", "checks": {"store": {"status": "ok"}}})
+
+    async def _told_openapi(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._openapi, content_type="application/json")
+
+    async def _told_reference(self, _request: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": self._reference_policy}
+        return web.Response(text=self._reference, content_type="text/html", headers=headers)
+
+    # -- the rest
+
+    def _handler(self, endpoint: Endpoint) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await self.service.answer(endpoint, request)
+
+        return handle
+
+    @web.middleware
+    async def _outermost(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        request["request_id"] = secrets.token_hex(16)
+        started = self.service.now_mono()
+        code = ""
+        try:
+            response = await handler(request)
+        except Exception as error:  # the outermost boundary
+            refused = _refusal(error, request["request_id"])
+            code = refused.problem.code
+            response = rendered(refused, request["request_id"])
+        self._note(request, response.status, code, self.service.now_mono() - started)
+        return response
+
+    def _note(self, request: web.Request, status: int, code: str, seconds: float) -> None:
+        if self._log_line is None:
+            return
+        path = request.path[:_PATH_CHARACTERS_MAX]
+        if self.service.key_format.is_within(path.encode("utf-8", "replace")):
+            path = ""
+        resource = request.match_info.route.resource
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "request_id": request["request_id"],
+            "method": request.method if status != 405 else "",
+            "path": path,
+            "route": "" if resource is None else resource.canonical,
+            "status": status,
+            "code": code,
+            "token": request.get("token"),
+            "peer": request.remote or "unix",
+            "duration_seconds": round(seconds, 6),
+        }
+        self._log_line(orjson.dumps(line) + b"\n")
+
+
+def _refusal(error: Exception, request_id: str) -> Refused:
+    match error:
+        case Refused():
+            return error
+        case StoreUnavailable():
+            return Refused(Problem.STORE_UNAVAILABLE)
+        case web.HTTPMethodNotAllowed():
+            return Refused(Problem.METHOD_NOT_ALLOWED, headers={"Allow": error.headers["Allow"]})
+        case web.HTTPRequestEntityTooLarge():
+            return Refused(Problem.BODY_TOO_LARGE)
+        case web.HTTPNotFound():
+            return Refused(Problem.NOT_FOUND, "There is no such path.")
+        case web.HTTPException():
+            return Refused(Problem.REQUEST_MALFORMED)
+        case ConnectionResetError():
+            return Refused(Problem.REQUEST_MALFORMED, "The client left.")
+        case _:
+            _log.error("a defect, request_id=%s", request_id, exc_info=error)
+            return Refused(Problem.INTERNAL_ERROR)
+
+
+async def _dress(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.pop("Server", None)
+    response.headers["X-Request-Id"] = request.get("request_id", "")
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+
+
+def _options(allowed: set[str]) -> Handler:
+    told = ", ".join(sorted(allowed))
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=204, headers={"Allow": told})
+
+    return answer
+
+
+def _json(status: int, content: object) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(content), content_type="application/json")
+
+

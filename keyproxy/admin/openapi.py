@@ -1,0 +1,153 @@
+"""The OpenAPI 3.1 document, made of the declarations that requests are checked with."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from keyproxy import __version__
+from keyproxy.admin import scopes
+from keyproxy.admin.accepted import ID, PLAN_ID, Accepted, NoQuery
+from keyproxy.admin.answers import ProblemDetails
+from keyproxy.admin.endpoints import Endpoint
+from keyproxy.admin.problems import MEDIA_TYPE, Problem
+
+_REFERENCE: Final = "#/components/schemas/{model}"
+_PARAMETER = re.compile(r"\{(\w+)\}")
+
+_ETAG: Final = {"description": "The version, for If-Match.", "schema": {"type": "string"}}
+_IF_MATCH: Final = {
+    "name": "If-Match", "in": "header", "description": "Only if this is its version still, an ETag; or `*`.",
+    "schema": {"type": "string", "pattern": r'^(\*|"[!#-~]*")$'},
+}  # fmt: skip
+_IF_NONE_MATCH: Final = {
+    "name": "If-None-Match", "in": "header", "description": "`*`: only if there is none yet.",
+    "schema": {"type": "string", "pattern": r"^\*$"},
+}  # fmt: skip
+_IDEMPOTENCY_KEY: Final = {
+    "name": "Idempotency-Key", "in": "header",
+    "description": "Sent again with the same key within 24 hours, the request is not done again and has the same answer, "
+    "in which each `secret` is null.",
+    "schema": {"type": "string", "pattern": '^[!#-~]{1,255}$'},
+}  # fmt: skip
+
+
+def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """The document for these endpoints."""
+    references, definitions = _schemas(endpoints)
+    paths: dict[str, dict[str, Any]] = defaultdict(dict)
+    for endpoint in endpoints:
+        paths[endpoint.path][endpoint.method.lower()] = _operation(endpoint, references)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "keyproxy admin API",
+            "version": __version__,
+            "description": "Tenants, users, keys, plans, and what happened to them.",
+        },
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": definitions,
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "description": "`keyproxy admin token create` makes one."}
+            },
+        },
+    }
+
+
+def told_scopes() -> list[tuple[str, str]]:
+    """(scope, what it allows) of every scope."""
+    return [(scope.value, tells) for scope, tells in scopes.TELLS.items()]
+
+
+def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[type[BaseModel], Any], dict[str, Any]]:
+    accepted: set[type[BaseModel]] = {one.body for one in endpoints if one.body is not None}
+    answered: set[type[BaseModel]] = {model for one in endpoints for model in one.answers.values()} | {ProblemDetails}
+    both = sorted(
+        [(model, "validation") for model in accepted] + [(model, "serialization") for model in answered],
+        key=lambda pair: (pair[0].__name__, pair[1]),
+    )
+    references, schema = models_json_schema(both, ref_template=_REFERENCE)  # type: ignore[arg-type]
+    return {model: reference for (model, _), reference in references.items()}, schema["$defs"]
+
+
+def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:
+    needs = "" if endpoint.scope is None else f" Needs `{endpoint.scope}`."
+    operation: dict[str, Any] = {
+        "operationId": endpoint.name,
+        "summary": endpoint.tells.split(". ")[0].split(": ")[0].rstrip("."),
+        "description": endpoint.tells + needs,
+        "parameters": [*_path_parameters(endpoint), *_query_parameters(endpoint.query), *_header_parameters(endpoint)],
+        "responses": _responses(endpoint, references),
+    }
+    if endpoint.body is not None:
+        operation["requestBody"] = {
+            "required": not endpoint.may_be_empty,
+            "content": {"application/json": {"schema": references[endpoint.body]}},
+        }
+    return operation
+
+
+def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    pattern = PLAN_ID if endpoint.path.startswith("/v1/plans") else ID
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
+        for name in _PARAMETER.findall(endpoint.path)
+    ]
+
+
+def _query_parameters(model: type[Accepted]) -> list[dict[str, Any]]:
+    if model is NoQuery:
+        return []
+    schema = model.model_json_schema()
+    parameters = []
+    for name, described in schema["properties"].items():
+        # Not to give a parameter is what null would be: in a query there is none.
+        kinds = [one for one in described.pop("anyOf", []) if one.get("type") != "null"]
+        described = {**described, **(kinds[0] if kinds else {})}
+        described.pop("title", None)
+        if described.get("default") in (None, ""):
+            described.pop("default", None)
+        told = described.pop("description", None)
+        parameter = {"name": name, "in": "query", "schema": described}
+        parameters.append(parameter | ({"description": told} if told else {}))
+    return parameters
+
+
+def _header_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
+    return [
+        parameter
+        for parameter, is_there in (
+            (_IF_MATCH, endpoint.is_conditional),
+            (_IF_NONE_MATCH, endpoint.may_be_new_only),
+            (_IDEMPOTENCY_KEY, endpoint.is_kept),
+        )
+        if is_there
+    ]
+
+
+def _responses(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:
+    responses: dict[str, Any] = {}
+    for status, model in endpoint.answers.items():
+        media_type = "application/x-ndjson" if endpoint.is_stream else "application/json"
+        responses[str(status)] = {
+            "description": (model.__doc__ or "").strip(),
+            "content": {media_type: {"schema": references[model]}},
+        }
+        if endpoint.is_conditional and endpoint.method != "DELETE":
+            responses[str(status)]["headers"] = {"ETag": _ETAG}
+    by_status: dict[int, list[Problem]] = defaultdict(list)
+    for problem in sorted(endpoint.problems, key=lambda one: (one.status, one.code)):
+        by_status[problem.status].append(problem)
+    for status, problems in by_status.items():
+        responses[str(status)] = {
+            "description": " ".join(f"`{problem.code}`: {problem.value.sentence}" for problem in problems),
+            "content": {MEDIA_TYPE: {"schema": references[ProblemDetails]}},
+        }
+    return responses

@@ -1,0 +1,193 @@
+"""The life of a request to the admin API: let in, understood, done in one transaction, answered.
+
+A request that changes something is one transaction, with its audit rows and, if it came with an Idempotency-Key, with its
+answer: all of it counts or none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from keyproxy.admin import keys, plans, reading, tenants
+from keyproxy.admin.access import Access
+from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms
+from keyproxy.admin.problems import Problem, Refused
+from keyproxy.admin.scopes import allows
+from keyproxy.keyformat import KeyFormat
+from keyproxy.store.answered import Asked, InProgress, KeyReused, Kept, answer_once
+from keyproxy.store.database import Database, Door, Joined, StoreConflict, StoreUnavailable
+from keyproxy.store.directory import (
+    Actor,
+    Conflict,
+    Directory,
+    DirectoryError,
+    Entity,
+    Invalid,
+    NotFound,
+    Outdated,
+    etag,
+)
+
+_log = logging.getLogger(__name__)
+
+ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *plans.ENDPOINTS)
+
+_DIRECTORY_PROBLEMS: Final = {
+    NotFound: Problem.NOT_FOUND,
+    Invalid: Problem.INVALID,
+    Conflict: Problem.CONFLICT,
+    Outdated: Problem.OUTDATED,
+}
+_SECRETS: Final = ("secret",)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What requests are served with."""
+
+    database: Database
+    key_format: KeyFormat
+    access: Access
+    terms: Terms
+    now_mono: Callable[[], float]
+
+    async def answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        """The answer to a request. Raises Refused, StoreUnavailable."""
+        peer = request.remote or "unix"
+        token = await self.access.token(request.headers.getall("Authorization", []), peer, self.now_mono())
+        request["token"] = token["id"]
+        if endpoint.scope is not None and not allows(token["scopes"], endpoint.scope):
+            raise Refused(
+                Problem.INSUFFICIENT_SCOPE, f"It needs {endpoint.scope}.",
+                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{endpoint.scope}"'},
+            )  # fmt: skip
+        if endpoint.is_global and token["tenant"] is not None:
+            raise Refused(Problem.TENANT_BOUND)
+        raw, body = await reading.body_of(request, endpoint)
+        wanted = reading.if_match(request) if endpoint.is_conditional else None
+        call = _Prepared(
+            token=token, path=reading.path_of(request), query=reading.query_of(request, endpoint.query), body=body,
+            if_match=None if wanted == "*" else wanted, must_be_there=wanted == "*",
+            must_be_new=reading.must_be_new(request, endpoint), actor=Actor(f"token:{token['id']}", peer),
+        )  # fmt: skip
+        try:
+            if endpoint.method == "GET":
+                return await self._read(endpoint, request, call)
+            return await self._changed(endpoint, request, call, raw)
+        except DirectoryError as error:
+            problem = _DIRECTORY_PROBLEMS[type(error)]  # type: ignore[index]
+            if problem is Problem.NOT_FOUND and wanted is not None and endpoint.method == "PUT":
+                problem = Problem.OUTDATED
+            raise Refused(problem, _sentence(str(error))) from error
+        except StoreConflict as error:
+            _log.warning("the store refuses a change that no rule here does: %s", error.constraint or error)
+            raise Refused(Problem.CONFLICT, "The database refuses the change.") from error
+
+    async def _read(self, endpoint: Endpoint, request: web.Request, prepared: _Prepared) -> web.StreamResponse:
+        answer = await endpoint.handler(prepared.call(self, self.database))
+        if isinstance(answer, Stream):
+            return await _streamed(request, answer)
+        return _response(_kept(answer))
+
+    async def _changed(
+        self, endpoint: Endpoint, request: web.Request, prepared: _Prepared, raw: bytes
+    ) -> web.StreamResponse:
+        async def work(door: Door) -> Kept:
+            answer = await endpoint.handler(prepared.call(self, door))
+            assert isinstance(answer, Answer)
+            return _kept(answer)
+
+        key = reading.idempotency_key(request, endpoint)
+        if key is None:
+            async with self.database.transaction() as transaction:
+                kept = await work(Joined(transaction))
+            return _response(kept)
+        conditions = repr((request.method, request.raw_path, prepared.if_match)).encode()
+        asked = Asked(prepared.token["id"], key, conditions + b"\n" + raw)
+        try:
+            kept, is_replay = await answer_once(self.database, asked, work, without=_without_secrets)
+        except InProgress as error:
+            raise Refused(Problem.IN_PROGRESS, headers={"Retry-After": "1"}) from error
+        except KeyReused as error:
+            raise Refused(Problem.KEY_REUSED) from error
+        response = _response(kept)
+        if is_replay:
+            response.headers["Idempotency-Replayed"] = "true"
+        return response
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A call, before it is known through which door."""
+
+    token: Entity
+    path: dict[str, str]
+    query: Any
+    body: Any
+    if_match: str | None
+    must_be_there: bool
+    must_be_new: bool
+    actor: Actor
+
+    def call(self, service: Service, door: Door) -> Call:
+        directory = Directory(door, service.key_format, self.actor, tenant_id=self.token["tenant"])
+        return Call(
+            directory, service.terms, self.token, self.path, self.query, self.body, self.if_match,
+            must_be_there=self.must_be_there, must_be_new=self.must_be_new,
+        )  # fmt: skip
+
+
+def _kept(answer: Answer) -> Kept:
+    version = None if answer.is_version_of is None else etag(answer.is_version_of)
+    return {"status": answer.status, "content": answer.content, "etag": version, "location": answer.location}
+
+
+def _response(kept: Kept) -> web.Response:
+    headers = {}
+    if kept["etag"] is not None:
+        headers["ETag"] = f'"{kept["etag"]}"'
+    if kept["location"] is not None:
+        headers["Location" if kept["status"] == 201 else "Content-Location"] = kept["location"]
+    body = orjson.dumps(kept["content"])
+    return web.Response(status=kept["status"], body=body, content_type="application/json", headers=headers)
+
+
+def _without_secrets(kept: Kept) -> Kept:
+    """The same answer, each secret in it replaced by null."""
+    return {**kept, "content": _blanked(kept["content"])}
+
+
+def _blanked(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: None if name in _SECRETS else _blanked(value) for name, value in content.items()}
+    return content
+
+
+async def _streamed(request: web.Request, stream: Stream) -> web.StreamResponse:
+    # The first part is made before the status goes out: what fails at once is told.
+    first = await anext(stream.lines, b"")
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    await response.write(first)
+    try:
+        async for lines in stream.lines:
+            await response.write(lines)
+    except StoreUnavailable:
+        # Without its last chunk the answer is not complete, and the client can tell.
+        if request.transport is not None:
+            request.transport.abort()
+        raise
+    await response.write_eof()
+    return response
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+

@@ -1,0 +1,136 @@
+"""The admin process: a listener over a store, until SIGTERM; SIGHUP reads the configuration and the token again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+from collections.abc import Callable
+
+from keyproxy import clock, sockets, systemd
+from keyproxy.admin.access import Access, TokenFileError, file_digest
+from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.service import Service
+from keyproxy.admin.throttle import Throttle
+from keyproxy.keyformat import KeyFormat
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.settings import Settings
+from keyproxy.store.admin_tokens import AdminTokens
+from keyproxy.store.database import Database, StoreUnavailable
+from keyproxy.store.directory import Actor
+
+_log = logging.getLogger(__name__)
+
+
+class RefusedToStart(Exception):  # noqa: N818 - named for what it is
+    """The admin API does not start with this configuration. The text says why."""
+
+
+class Admin:
+    """A running admin API."""
+
+    def __init__(self, settings: Settings, dsn: str) -> None:
+        """Raises TokenFileError."""
+        self._settings = settings
+        self._database = Database(
+            dsn, pool_size_max=settings.store.pool_size_max,
+            statement_timeout_seconds=settings.store.statement_timeout_seconds,
+        )  # fmt: skip
+        self._throttle = Throttle()
+        self._service = self._made(settings)
+
+    def _made(self, settings: Settings) -> Service:
+        key_format = KeyFormat(settings.keys.prefix)
+        # Nobody changes anything through this one: it looks tokens up.
+        tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
+        access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
+        asked_for = frozenset(scope for route in settings.routes for scope in route.scopes)
+        terms = Terms(settings.keys.age_days_max, asked_for if settings.routes else None)
+        return Service(self._database, key_format, access, terms, clock.monotonic)
+
+    async def run(
+        self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
+    ) -> None:
+        """Serve until SIGTERM or SIGINT. `started` is told the address. Raises BindError, RefusedToStart."""
+        stop, again = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, again.set)
+        async with contextlib.AsyncExitStack() as stack:
+            await self._database.open()
+            stack.push_async_callback(self._database.close)
+            await self._check_tokens()
+            log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+            stack.callback(log.close)
+            log.start()
+            listener = AdminListener(self._service, log_line=log.write_line if self._settings.log.access else None)
+            sock = stack.enter_context(contextlib.closing(sockets.bind(self._settings.admin.address)))
+            stack.push_async_callback(listener.close)
+            await listener.start(sock)
+            started(sockets.told(sock))
+            systemd.notify("READY=1")
+            async with asyncio.TaskGroup() as group:
+                changing = group.create_task(self._change_on(again, listener, read_again))
+                await stop.wait()
+                changing.cancel()
+            systemd.notify("STOPPING=1")
+        _log.info("stopped")
+
+    async def _check_tokens(self) -> None:
+        if self._settings.admin.token_file or is_loopback(self._settings.admin.address):
+            return
+        tokens = AdminTokens(self._database, self._service.key_format, Actor("admin", "local"))
+        try:
+            is_there = await tokens.are_there_any()
+        except StoreUnavailable as error:
+            raise RefusedToStart(
+                f"admin.address: {self._settings.admin.address} is not loopback, admin.token_file is not set, and the store"
+                f" cannot be asked for tokens: {error}"
+            ) from error
+        if not is_there:
+            raise RefusedToStart(
+                f"admin.address: {self._settings.admin.address} is not loopback, and there is no token: set"
+                f" admin.token_file, or make one with `keyproxy admin token create`"
+            )
+
+    async def _change_on(
+        self, again: asyncio.Event, listener: AdminListener, read_again: Callable[[], Settings]
+    ) -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            systemd.notify(systemd.reloading())
+            try:
+                listener.service = self._changed(read_again())
+                _log.info("another configuration is in force")
+            except (TokenFileError, RefusedToStart) as error:
+                _log.error("the configuration stays as it was: %s", error)
+            systemd.notify("READY=1")
+
+    def _changed(self, settings: Settings) -> Service:
+        """The service under another configuration. Raises TokenFileError, RefusedToStart."""
+        was = self._settings
+        if (settings.store, settings.admin.address, settings.log) != (was.store, was.admin.address, was.log):
+            raise RefusedToStart("store, admin.address and log are read when the admin API starts: restart it")
+        if was.admin.token_file and not settings.admin.token_file and not is_loopback(settings.admin.address):
+            raise RefusedToStart("admin.token_file: cannot be taken away off loopback: restart the admin API")
+        self._service = self._made(settings)
+        self._settings = settings
+        return self._service
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches an address of the configuration."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
