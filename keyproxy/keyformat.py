@@ -79,7 +79,9 @@ class KeyFormat:
         self._ours = re.compile(
             rb"%b_(?:live|test)_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
         )
-        self._admin = re.compile(rb"%b_admin_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS))
+        self._admin = re.compile(
+            rb"%b_admin_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
+        )
         start = rb"%b_(?:live|test|admin)_" % re.escape(self._prefix)
         self._start = re.compile(start, re.IGNORECASE)
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
 
 from keyproxy.limits.plan import LIMIT_MAX
 
@@ -52,7 +61,9 @@ def _instant(value: object) -> object:
         raise ValueError("is no time of this calendar") from error
 
 
-QueryWhole = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=_SPAN_SECONDS_MAX)]
+QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
+QueryLimit = Annotated[int, Field(ge=1, le=PAGE_MAX), BeforeValidator(_whole_number)]
+QueryRow = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole_number)]
 QueryBoolean = Annotated[bool, BeforeValidator(_true_or_false)]
 Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
 
@@ -61,6 +72,16 @@ class Accepted(BaseModel):
     """What all of them share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    #: Fields of which not to be given means something else than what they are then: their default is not told.
+    untold: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name in cls.untold:
+            schema["properties"].get(name, {}).pop("default", None)
+        return schema
 
     def said(self) -> dict[str, Any]:
         """The fields that were given, whatever their value."""
@@ -71,9 +92,7 @@ class Paged(Accepted):
     """A part of a list."""
 
     cursor: Annotated[str, Field(max_length=1000, description="`next` of the page before.")] = ""
-    limit: Annotated[
-        int, BeforeValidator(_whole_number), Field(ge=1, le=PAGE_MAX, description="At most so many.")
-    ] = 100  # fmt: skip
+    limit: Annotated[QueryLimit, Field(description="At most so many.")] = 100
 
 
 class UsersQuery(Paged):
@@ -89,9 +108,11 @@ class KeysQuery(Paged):
     tenant: Id | None = None
     is_test: QueryBoolean | None = None
     state: Literal["active", "retiring", "disabled", "expired", "revoked"] | None = None
-    older_than_seconds: Annotated[QueryWhole | None, Field(description="Issued longer ago than that.")] = None
-    unused_seconds: Annotated[QueryWhole | None, Field(description="Not used, or issued, within that time.")] = None
-    expires_within_seconds: Annotated[QueryWhole | None, Field(description="Expired, or to expire within that.")] = None
+    older_than_seconds: Annotated[QuerySeconds | None, Field(description="Issued longer ago than that.")] = None
+    unused_seconds: Annotated[QuerySeconds | None, Field(description="Not used, or issued, within that time.")] = None
+    expires_within_seconds: Annotated[QuerySeconds | None, Field(description="Expired, or to expire within that.")] = (
+        None
+    )
     sort: Annotated[
         Literal["id", "created", "used", "expires"], Field(description="By id, or by a time, oldest first.")
     ] = "id"  # fmt: skip
@@ -116,9 +137,7 @@ class AuditPageQuery(AuditQuery, Paged):
 class AuditExportQuery(AuditQuery):
     """Which rows of the audit log, all of them."""
 
-    after: Annotated[
-        int, BeforeValidator(_whole_number), Field(ge=0, le=2**53, description="Only rows with a greater id.")
-    ] = 0  # fmt: skip
+    after: Annotated[QueryRow, Field(description="Only rows with a greater id.")] = 0
 
 
 class NoQuery(Accepted):
@@ -136,6 +155,8 @@ class TenantCreate(Accepted):
 class TenantChange(Accepted):
     """What to change; what is not named stays. A plan of null is none."""
 
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+
     name: Name = ""
     plan: PlanId | None = None
     test_plan: PlanId | None = None
@@ -144,6 +165,8 @@ class TenantChange(Accepted):
 
 class FirstKey(Accepted):
     """The first key of a new user."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
     name: Name = ""
     scopes: Annotated[list[KeyScope], Field(max_length=64)] = []
@@ -156,14 +179,18 @@ class FirstKey(Accepted):
 class UserCreate(Accepted):
     """A user with its first live key."""
 
+    untold: ClassVar[frozenset[str]] = frozenset({"key"})
+
     id: Id
     tenant: Id
     plan: PlanId | None = None
-    key: Annotated[FirstKey | None, Field(description="null: no key.")] = FirstKey()
+    key: Annotated[FirstKey | None, Field(description="Not given: as {}. null: no key.")] = FirstKey()
 
 
 class UserChange(Accepted):
     """What to change; what is not named stays. A plan of null is none."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
 
     plan: PlanId | None = None
     test_plan: PlanId | None = None
@@ -180,12 +207,16 @@ class KeyIssue(FirstKey):
 class KeyChange(Accepted):
     """What to change; what is not named stays. A plan of null is none."""
 
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+
     name: Name = ""
     plan: PlanId | None = None
 
 
 class KeyRotate(Accepted):
     """How a key is replaced."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
     grace_seconds: Annotated[
         int, Field(ge=0, le=3_153_600_000, description="How long the old key goes on working.")
@@ -216,6 +247,7 @@ class KeysRevoke(Accepted):
 class LeakReport(Accepted):
     """A key that was found where it should not be: the key itself, or its SHA-256. One of the two."""
 
+    untold: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
 
     key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""

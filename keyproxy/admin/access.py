@@ -1,4 +1,4 @@
-"""Who may in: a bearer token, looked up by its digest for each request, so that a revocation is in force with the next one.
+"""Who may in: a bearer token, looked up by its digest for each request. A revocation is in force with the next one.
 
 The token of `admin.token_file` is compared in constant time and may do everything; the others are looked up by a hash of
 what is shown, which tells nothing about the hashes that there are. Failures are counted by peer; a valid token is let in

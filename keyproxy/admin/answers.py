@@ -78,7 +78,9 @@ _Secret = Annotated[
     str | None,
     Field(description="Told once. null in the answer to a request that was sent again: it is kept nowhere."),
 ]
-_Warnings = Annotated[list[str], Field(description="What was done all the same, such as a scope that no route asks for.")]
+_Warnings = Annotated[
+    list[str], Field(description="What was done all the same, such as a scope that no route asks for.")
+]
 
 
 class KeyMade(Key):
@@ -109,7 +111,7 @@ class UserMade(User):
     warnings: _Warnings
 
 
-class Limits(Answered):
+class PlanLimits(Answered):
     """The limits that are set."""
 
     rate: float | None = None
@@ -129,7 +131,7 @@ class Plan(Answered):
     """A named set of limits."""
 
     id: str
-    limits: Limits
+    limits: PlanLimits
     created_at: Time
     tenants: _Count
     users: _Count

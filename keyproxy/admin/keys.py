@@ -117,8 +117,8 @@ ENDPOINTS: Final = (
     Endpoint("DELETE", "/v1/keys/{id}", "delete_key", "Delete a key. Revoking keeps a trace that deleting does not.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/{id}/rotate", "rotate_key",
-             "Issue a new key in place of one, which goes on working until the grace ends. Scopes, mode, plan and name go "
-             "on, and the two draw on the same limits.",
+             "Issue a new key in place of one, which goes on working until the grace ends. Scopes, mode, plan and name "
+             "go on, and the two draw on the same limits.",
              Scope.KEYS_WRITE, _rotate, {201: KeyRotated}, body=KeyRotate, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/{id}/revoke", "revoke_key", "Revoke a key for good. In force everywhere within a second.",

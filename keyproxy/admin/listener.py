@@ -112,7 +112,7 @@ class AdminListener:
         code = ""
         try:
             response = await handler(request)
-        except Exception as error:  # the outermost boundary
+        except Exception as error:  # noqa: BLE001 - the outermost boundary
             refused = _refusal(error, request["request_id"])
             code = refused.problem.code
             response = rendered(refused, request["request_id"])
@@ -181,5 +181,3 @@ def _options(allowed: set[str]) -> Handler:
 
 def _json(status: int, content: object) -> web.Response:
     return web.Response(status=status, body=orjson.dumps(content), content_type="application/json")
-
-

@@ -74,7 +74,12 @@ def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[type[BaseModel], Any],
         key=lambda pair: (pair[0].__name__, pair[1]),
     )
     references, schema = models_json_schema(both, ref_template=_REFERENCE)  # type: ignore[arg-type]
-    return {model: reference for (model, _), reference in references.items()}, schema["$defs"]
+    by_model: dict[Any, Any] = {model: reference for (model, _), reference in references.items()}
+    for definition in schema["$defs"].values():
+        definition.pop("title", None)
+        for field in definition.get("properties", {}).values():
+            field.pop("title", None)
+    return by_model, schema["$defs"]
 
 
 def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class FieldError(NamedTuple):
     detail: str
 
 
-class Refused(Exception):  # noqa: N818 - named for what it is
+class Refused(Exception):
     """A request is refused. `detail` is one more sentence for the caller."""
 
     def __init__(

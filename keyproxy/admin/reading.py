@@ -96,7 +96,9 @@ def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
     if len(key) > 1 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if len(fields) > 1 or not _IDEMPOTENCY_KEY.fullmatch(key):
-        raise Refused(Problem.REQUEST_MALFORMED, "Idempotency-Key is one word of visible ASCII, 255 characters at most.")
+        raise Refused(
+            Problem.REQUEST_MALFORMED, "Idempotency-Key is one word of visible ASCII, 255 characters at most."
+        )
     return key
 
 

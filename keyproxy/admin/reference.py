@@ -31,9 +31,11 @@ def page(endpoints: Sequence[Endpoint]) -> tuple[str, str]:
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>keyproxy admin API</title><style>{_STYLE}</style>",
         "<h1>keyproxy admin API</h1>",
-        "<p>Send <code>Authorization: Bearer TOKEN</code>; <code>keyproxy admin token create</code> makes a token. "
+        "<p>Send <code>Authorization: Bearer TOKEN</code>; <code>keyproxy admin token create</code> makes a token.",
         "The same for programs: <a href=/openapi.json>openapi.json</a>.</p>",
-        _table(("scope", "a token that has it"), [(_code(scope), _text(tells)) for scope, tells in openapi.told_scopes()]),
+        _table(
+            ("scope", "a token that has it"), [(_code(scope), _text(tells)) for scope, tells in openapi.told_scopes()]
+        ),
         "<nav><ul>",
     ]
     operations = [
@@ -52,7 +54,9 @@ def page(endpoints: Sequence[Endpoint]) -> tuple[str, str]:
     parts.append("<h2>Values</h2>")
     parts += [_schema(name, schema) for name, schema in schemas.items()]
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     return "\n".join(parts), policy
 
 
@@ -87,7 +91,12 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
 def _fields(schema: dict[str, Any], where: str) -> list[tuple[str, str, str, str]]:
     required = schema.get("required", [])
     return [
-        (_code(name), where or ("always" if name in required else ""), _kind(field), _prose(field.get("description", "")))
+        (
+            _code(name),
+            where or ("always" if name in required else ""),
+            _kind(field),
+            _prose(field.get("description", "")),
+        )
         for name, field in schema.get("properties", {}).items()
     ]
 

@@ -41,7 +41,7 @@ TELLS: Final = {
 _TENANT: Final = "tenant:"
 
 
-class InvalidScopes(ValueError):  # noqa: N818 - named for what it is
+class InvalidScopes(ValueError):
     """Scopes that no token can have. The text says why."""
 
 

@@ -7,7 +7,7 @@ answer: all of it counts or none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms
 from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.scopes import allows
 from keyproxy.keyformat import KeyFormat
-from keyproxy.store.answered import Asked, InProgress, KeyReused, Kept, answer_once
+from keyproxy.store.answered import Asked, InProgress, Kept, KeyReused, answer_once
 from keyproxy.store.database import Database, Door, Joined, StoreConflict, StoreUnavailable
 from keyproxy.store.directory import (
     Actor,
@@ -81,7 +81,7 @@ class Service:
                 return await self._read(endpoint, request, call)
             return await self._changed(endpoint, request, call, raw)
         except DirectoryError as error:
-            problem = _DIRECTORY_PROBLEMS[type(error)]  # type: ignore[index]
+            problem = _DIRECTORY_PROBLEMS[type(error)]
             if problem is Problem.NOT_FOUND and wanted is not None and endpoint.method == "PUT":
                 problem = Problem.OUTDATED
             raise Refused(problem, _sentence(str(error))) from error
@@ -100,7 +100,8 @@ class Service:
     ) -> web.StreamResponse:
         async def work(door: Door) -> Kept:
             answer = await endpoint.handler(prepared.call(self, door))
-            assert isinstance(answer, Answer)
+            if isinstance(answer, Stream):
+                raise TypeError(f"{endpoint.name} changes something and streams")
             return _kept(answer)
 
         key = reading.idempotency_key(request, endpoint)
@@ -189,5 +190,3 @@ async def _streamed(request: web.Request, stream: Stream) -> web.StreamResponse:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-

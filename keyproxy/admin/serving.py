@@ -25,7 +25,7 @@ from keyproxy.store.directory import Actor
 _log = logging.getLogger(__name__)
 
 
-class RefusedToStart(Exception):  # noqa: N818 - named for what it is
+class RefusedToStart(Exception):
     """The admin API does not start with this configuration. The text says why."""
 
 
@@ -88,8 +88,8 @@ class Admin:
             is_there = await tokens.are_there_any()
         except StoreUnavailable as error:
             raise RefusedToStart(
-                f"admin.address: {self._settings.admin.address} is not loopback, admin.token_file is not set, and the store"
-                f" cannot be asked for tokens: {error}"
+                f"admin.address: {self._settings.admin.address} is not loopback, admin.token_file is not set, and the"
+                f" store cannot be asked for tokens: {error}"
             ) from error
         if not is_there:
             raise RefusedToStart(

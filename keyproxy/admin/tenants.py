@@ -92,8 +92,8 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/v1/users", "list_users", "Users, in the order of their ids.",
              Scope.KEYS_READ, _users, {200: Users}, query=UsersQuery),
     Endpoint("POST", "/v1/users", "create_user",
-             "Create a user and issue its first live key. One that is there already is left as it is, gets no key, and is "
-             "answered with 200.",
+             "Create a user and issue its first live key. One that is there already is left as it is, gets no key, and "
+             "is answered with 200.",
              Scope.USERS_WRITE, _create_user, {201: UserMade, 200: UserMade}, body=UserCreate, refuses=_NOT_THERE),
     Endpoint("GET", "/v1/users/{id}", "show_user", "One user.",
              Scope.KEYS_READ, _user, {200: User}, refuses=_NOT_THERE),

@@ -19,7 +19,9 @@ _PEERS_MAX: Final = 10_000
 class Throttle:
     """See the module."""
 
-    def __init__(self, *, burst: int = _BURST, seconds_each: float = _SECONDS_EACH, peers_max: int = _PEERS_MAX) -> None:
+    def __init__(
+        self, *, burst: int = _BURST, seconds_each: float = _SECONDS_EACH, peers_max: int = _PEERS_MAX
+    ) -> None:
         """`burst` failures are let go at once, then one in `seconds_each`."""
         self._burst = burst
         self._seconds_each = seconds_each

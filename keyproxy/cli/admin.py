@@ -159,5 +159,3 @@ def _with_tokens(config_path: Path | None, work: Callable[[AdminTokens], Awaitab
 
     with store(settings) as dsn:
         return uvloop.run(worked(dsn))
-
-

@@ -1,4 +1,4 @@
-"""Tokens of the admin API: made, listed, revoked on the host; looked up for each request, so that a revocation is at once.
+"""Tokens of the admin API: made, listed, revoked on the host; looked up for each request.
 
 A token is made like a key and is none: the proxied port refuses it without asking anyone. What it may do are its scopes;
 which these are is the admin API's to say.

@@ -1,8 +1,8 @@
 """Requests that are answered once: whoever sends one again, with the same Idempotency-Key, gets the same answer.
 
-The answer is written in the transaction of what the request changes: there is no moment at which the change counts and the
-answer is not known, and a crash leaves both or neither. A request that is refused changes nothing and is not kept: sent
-again, it is judged again.
+The answer is written in the transaction of what the request changes: there is no moment at which the change counts and
+the answer is not known, and a crash leaves both or neither. A request that is refused changes nothing and is not kept:
+sent again, it is judged again.
 
 The key that a client chose and the request itself are kept as SHA-256 only.
 """

@@ -92,9 +92,7 @@ class Page(NamedTuple):
 class Desk:
     """See the module. All methods of the directory raise DirectoryError, StoreConflict or StoreUnavailable."""
 
-    def __init__(
-        self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None
-    ) -> None:
+    def __init__(self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None) -> None:
         """`tenant_id`: the one tenant this desk is bound to; None: it is bound to none."""
         self._database = database
         self._format = key_format
