@@ -163,6 +163,8 @@ class Leak(Answered):
 
     known: bool
     revoked_now: bool
+    tenant: str | None
+    user: str | None
     key: Key | None
 
 

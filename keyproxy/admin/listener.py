@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import socket
@@ -17,7 +18,7 @@ from keyproxy.admin import openapi, reference
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem, Refused, rendered
 from keyproxy.admin.reading import BODY_BYTES_MAX
-from keyproxy.admin.service import ENDPOINTS, Service
+from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
 from keyproxy.store.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS: Final = 10.0
 _KEEPALIVE_SECONDS: Final = 30.0
 _PATH_CHARACTERS_MAX: Final = 512
+_REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,8 +38,7 @@ class AdminListener:
         self.service = service
         self._log_line = log_line
         self._runner: web.AppRunner | None = None
-        self._openapi = orjson.dumps(openapi.document(ENDPOINTS), option=orjson.OPT_INDENT_2)
-        self._reference, self._reference_policy = reference.page(ENDPOINTS)
+        self._openapi, self._reference, self._reference_policy = _told()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -107,15 +108,15 @@ class AdminListener:
 
     @web.middleware
     async def _outermost(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        request["request_id"] = secrets.token_hex(16)
+        request[_REQUEST_ID] = secrets.token_hex(16)
         started = self.service.now_mono()
         code = ""
         try:
             response = await handler(request)
         except Exception as error:  # noqa: BLE001 - the outermost boundary
-            refused = _refusal(error, request["request_id"])
+            refused = _refusal(error, request[_REQUEST_ID])
             code = refused.problem.code
-            response = rendered(refused, request["request_id"])
+            response = rendered(refused, request[_REQUEST_ID])
         self._note(request, response.status, code, self.service.now_mono() - started)
         return response
 
@@ -128,17 +129,24 @@ class AdminListener:
         resource = request.match_info.route.resource
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "request_id": request["request_id"],
+            "request_id": request[_REQUEST_ID],
             "method": request.method if status != 405 else "",
             "path": path,
             "route": "" if resource is None else resource.canonical,
             "status": status,
             "code": code,
-            "token": request.get("token"),
+            "token": request.get(TOKEN_ID),
             "peer": request.remote or "unix",
             "duration_seconds": round(seconds, 6),
         }
         self._log_line(orjson.dumps(line) + b"\n")
+
+
+@functools.cache
+def _told() -> tuple[bytes, str, str]:
+    """(the OpenAPI document, the page of it, the page's policy)."""
+    document = openapi.document(ENDPOINTS)
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2), *reference.page(document)
 
 
 def _refusal(error: Exception, request_id: str) -> Refused:
@@ -164,7 +172,7 @@ def _refusal(error: Exception, request_id: str) -> Refused:
 
 async def _dress(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.pop("Server", None)
-    response.headers["X-Request-Id"] = request.get("request_id", "")
+    response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")

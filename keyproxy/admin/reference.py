@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from keyproxy.admin import openapi
-from keyproxy.admin.endpoints import Endpoint
 
 _STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -23,9 +22,8 @@ h2 code, td code { background: #2a2d33; } td, th { border-color: #333; } }
 """
 
 
-def page(endpoints: Sequence[Endpoint]) -> tuple[str, str]:
-    """(the page, its Content-Security-Policy)."""
-    document = openapi.document(endpoints)
+def page(document: Mapping[str, Any]) -> tuple[str, str]:
+    """(the page of an OpenAPI document, its Content-Security-Policy)."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",

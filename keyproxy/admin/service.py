@@ -46,6 +46,9 @@ _DIRECTORY_PROBLEMS: Final = {
 }
 _SECRETS: Final = ("secret",)
 
+#: Whose a request is, once that is known.
+TOKEN_ID: Final = web.RequestKey("token_id", str)
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -61,7 +64,7 @@ class Service:
         """The answer to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
         token = await self.access.token(request.headers.getall("Authorization", []), peer, self.now_mono())
-        request["token"] = token["id"]
+        request[TOKEN_ID] = token["id"]
         if endpoint.scope is not None and not allows(token["scopes"], endpoint.scope):
             raise Refused(
                 Problem.INSUFFICIENT_SCOPE, f"It needs {endpoint.scope}.",

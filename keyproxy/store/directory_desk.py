@@ -128,7 +128,10 @@ class Desk:
         return entity
 
     def _sees(self, kind: str, entity: Mapping[str, Any]) -> bool:
-        return self._bound_to is None or entity["id" if kind == "tenant" else "tenant"] == self._bound_to
+        # Plans are everybody's.
+        if self._bound_to is None or kind == "plan":
+            return True
+        return bool(entity["id" if kind == "tenant" else "tenant"] == self._bound_to)
 
     def _only_tenant(self, wanted: str | None) -> tuple[bool, str | None]:
         """(whether there can be anything, the tenant to ask for) when a list of this tenant's is wanted."""

@@ -1,0 +1,170 @@
+"""An admin API over a real PostgreSQL, reached through a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+
+from keyproxy import clock
+from keyproxy.admin.access import Access
+from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.service import Service
+from keyproxy.admin.throttle import Throttle
+from keyproxy.keyformat import KeyFormat
+from keyproxy.store import migrations, scratch
+from keyproxy.store.admin_tokens import AdminTokens
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Actor, Directory, Entity, KeyWish
+from keyproxy.store.embedded import EmbeddedServer
+
+FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Reply:
+    """An answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The code of a refusal, empty for an answer that is none."""
+        is_problem = self.headers.get("Content-Type", "").startswith("application/problem+json")
+        return str(self.json["code"]) if is_problem else ""
+
+
+@dataclass
+class Api:
+    """A running admin API, and the directory behind it."""
+
+    url: str
+    session: aiohttp.ClientSession
+    database: Database
+    directory: Directory
+    tokens: AdminTokens
+    now: list[float]
+    log: list[Json] = field(default_factory=list)
+
+    async def token(self, *scopes: str, tenant: str | None = None, **wanted: Any) -> str:
+        """The secret of a new token."""
+        made = await self.tokens.create(
+            "a test's", scopes, tenant_id=tenant, expires_in=wanted.get("expires_in")
+        )  # fmt: skip
+        return str(made["secret"])
+
+    async def call(
+        self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
+        headers: Mapping[str, str] | None = None, data: bytes | None = None,
+    ) -> Reply:  # fmt: skip
+        """Send one request. `content`: the body, as JSON; `data`: the body as it is."""
+        sent = {} if token is None else {"Authorization": f"Bearer {token}"}
+        if content is not None:
+            data = json.dumps(content).encode()
+        if data is not None:
+            sent["Content-Type"] = "application/json"
+        async with self.session.request(
+            method, self.url + path, data=data, headers=sent | dict(headers or {}), allow_redirects=False
+        ) as response:  # fmt: skip
+            return Reply(response.status, response.headers.copy(), await response.read())
+
+    async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
+        """The JSON of a request that has to succeed."""
+        reply = await self.call(method, path, content, **more)
+        assert reply.status < 300, reply.body
+        return reply.json
+
+    async def user(self, user: str = "u_1", tenant: str = "acme", *, scopes: Sequence[str] = ()) -> Entity:
+        """A user, whose tenant is made if need be, with its first key."""
+        await self.directory.create_tenant(tenant, "")
+        return await self.directory.create_user(user, tenant, KeyWish(scopes=scopes))
+
+    async def audit(self, **wanted: str) -> list[Json]:
+        """The audit log, the newest first."""
+        query = "&".join(f"{name}={value}" for name, value in wanted.items())
+        rows: list[Json] = (await self.done("GET", f"/v1/audit?{query}"))["items"]
+        return rows
+
+
+#: Every row of every table, as a replica, so that the audit log lets go. Emptying takes less than cloning.
+_EMPTY = """
+SET session_replication_role = replica;
+DO $$
+DECLARE
+    home regclass;
+BEGIN
+    FOR home IN SELECT oid::regclass FROM pg_class
+                WHERE relnamespace = 'keyproxy'::regnamespace AND relkind = 'r' AND relname <> 'migrations' LOOP
+        EXECUTE format('DELETE FROM %s', home);
+    END LOOP;
+END
+$$;
+"""
+
+
+@pytest.fixture(scope="session")
+def common_dsn(postgres: EmbeddedServer) -> str:
+    """A migrated database that the tests of the admin API share."""
+
+    async def made() -> None:
+        await scratch.create(postgres.dsn("postgres"), "admin")
+        await migrations.migrate(postgres.dsn("admin"))
+
+    asyncio.run(made())
+    return postgres.dsn("admin")
+
+
+@pytest.fixture
+async def dsn(common_dsn: str) -> str:
+    """A migrated, empty database."""
+    connection = await asyncpg.connect(common_dsn)
+    await connection.execute(_EMPTY)
+    await connection.close()
+    return common_dsn
+
+
+@contextlib.asynccontextmanager
+async def serving(database: Database, *, routes_ask_for: frozenset[str] | None = None) -> AsyncIterator[Api]:
+    """An admin API on a port of its own, over this database."""
+    key_format, now = KeyFormat(), [clock.monotonic()]
+    actor = Actor("cli:test", "host")
+    tokens = AdminTokens(database, key_format, actor)
+    access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
+    service = Service(database, key_format, access, Terms(90, routes_ask_for), lambda: now[0])
+    log: list[Json] = []
+    listener = AdminListener(service, log_line=lambda line: log.append(json.loads(line)))
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        await listener.start(sock)
+        try:
+            async with aiohttp.ClientSession() as session:
+                url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+                yield Api(url, session, database, Directory(database, key_format, actor), tokens, now, log)
+        finally:
+            await listener.close()
+
+
+@pytest.fixture
+async def api(database: Database) -> AsyncIterator[Api]:
+    """An admin API over this test's database."""
+    async with serving(database) as api:
+        yield api

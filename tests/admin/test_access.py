@@ -1,0 +1,271 @@
+"""Who may in, and what they may do: tokens, scopes, the bound to one tenant, and failures that are told to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import timedelta
+from typing import NamedTuple
+
+import pytest
+
+from keyproxy.admin.endpoints import Endpoint
+from keyproxy.admin.scopes import Scope, allows
+from keyproxy.admin.service import ENDPOINTS
+from keyproxy.admin.throttle import Throttle
+from keyproxy.keyformat import KeyFormat
+from tests.admin.conftest import FILE_TOKEN, Api
+
+UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
+
+
+def _path(endpoint: Endpoint, thing: str) -> str:
+    return endpoint.path.replace("{id}", thing)
+
+
+def _name(endpoint: Endpoint) -> str:
+    return endpoint.name
+
+
+#: A body that each endpoint takes, about the user, tenant and plan with these ids.
+def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
+    bodies: dict[str, object] = {
+        "create_tenant": {"id": tenant},
+        "change_tenant": {"name": "changed"},
+        "create_user": {"id": user, "tenant": tenant},
+        "change_user": {"disabled": True},
+        "issue_key": {"user": user},
+        "revoke_keys": {"user": user},
+        "change_key": {"name": "changed"},
+        "rotate_key": {},
+        "revoke_key": {},
+        "report_leaked_key": {"digest": "00" * 32},
+        "set_plan": {"limits": {"concurrency": 1}},
+    }
+    return bodies.get(endpoint.name)
+
+
+@pytest.mark.parametrize(
+    ("shown", "code"),
+    [
+        (None, "token_missing"),
+        ("Basic YTpi", "token_missing"),
+        ("Bearer", "token_invalid"),
+        ("Bearer nonsense", "token_invalid"),
+        (f"Bearer {FILE_TOKEN}x", "token_invalid"),
+        (f"Bearer {UNKNOWN}", "token_invalid"),
+        ("Bearer \xe9\xe9", "token_invalid"),
+    ],
+)
+async def test_nobody_gets_in_without_a_token_that_works(api: Api, shown: str | None, code: str) -> None:
+    reply = await api.call("GET", "/v1/tenants", token=None, headers={} if shown is None else {"Authorization": shown})
+    assert (reply.status, reply.code) == (401, code)
+    assert reply.headers["WWW-Authenticate"].startswith("Bearer ")
+
+
+async def test_every_endpoint_asks_for_a_token_before_anything_else(api: Api) -> None:
+    for endpoint in ENDPOINTS:
+        api.now[0] += 60
+        reply = await api.call(endpoint.method, _path(endpoint, "x"), data=b"{broken", token=None)
+        assert reply.code == "token_missing", endpoint.name
+
+
+async def test_a_token_works_until_it_expires_or_is_revoked_or_its_tenant_is_disabled(api: Api) -> None:
+    await api.directory.create_tenant("acme", "")
+    expired = await api.token("admin:read", expires_in=timedelta(microseconds=1))
+    bound = await api.token("admin:read", tenant="acme")
+    revoked = await api.token("admin:read")
+    assert (await api.call("GET", "/v1/token", token=expired)).code == "token_expired"
+    found = await api.done("GET", "/v1/token", token=revoked)
+    await api.tokens.revoke(found["id"])
+    assert (await api.call("GET", "/v1/token", token=revoked)).code == "token_revoked"
+    assert (await api.call("GET", "/v1/token", token=bound)).status == 200
+    await api.done("PATCH", "/v1/tenants/acme", {"disabled": True})
+    assert (await api.call("GET", "/v1/token", token=bound)).code == "account_disabled"
+
+
+async def test_a_token_is_kept_as_its_digest_and_its_life_is_audited(api: Api) -> None:
+    secret = await api.token("keys:read")
+    (token,) = await api.tokens.tokens("", 10)
+    assert token["last_used_at"] is None
+    await api.done("GET", "/v1/keys", token=secret)
+    assert (await api.tokens.tokens("", 10))[0]["last_used_at"] is not None
+    await api.tokens.revoke(token["id"])
+    rows = await api.audit(entity="token")
+    assert [(row["action"], row["actor"]) for row in rows] == [("update", "cli:test"), ("insert", "cli:test")]
+    assert rows[0]["changed"] == ["revoked_at"]
+    kept = await api.database.fetch("admin_tokens", "", 10, None)
+    assert secret[9:] not in str([kept, rows])
+
+
+async def test_a_token_is_no_key_and_a_key_is_no_token(api: Api) -> None:
+    token = await api.token("admin:read")
+    key = (await api.user())["key"]["secret"]
+    assert not KeyFormat().may_exist(token.encode())
+    assert (await api.call("GET", "/v1/token", token=key)).code == "token_invalid"
+
+
+async def test_every_endpoint_is_refused_to_a_token_without_its_scope(api: Api) -> None:
+    for endpoint in ENDPOINTS:
+        if endpoint.scope is None:
+            continue
+        others = [scope for scope in Scope if not allows([scope], endpoint.scope)]
+        token = await api.token(*others)
+        reply = await api.call(endpoint.method, _path(endpoint, "x"), _body(endpoint, "acme", "u_1"), token=token)
+        assert (reply.status, reply.code) == (403, "insufficient_scope"), endpoint.name
+        assert endpoint.scope in reply.headers["WWW-Authenticate"]
+
+
+@pytest.mark.parametrize(
+    ("held", "needed", "allowed"),
+    [
+        ("keys:write", Scope.KEYS_WRITE, True),
+        ("keys:write", Scope.KEYS_READ, False),
+        ("admin:read", Scope.AUDIT_READ, True),
+        ("admin:read", Scope.KEYS_WRITE, False),
+        ("admin:read", Scope.LEAKS_WRITE, False),
+        ("admin:write", Scope.AUDIT_READ, True),
+        ("admin:write", Scope.PLANS_WRITE, True),
+        ("users:write", Scope.ADMIN_WRITE, False),
+    ],
+)
+def test_a_scope_allows_itself_and_admin_allows_the_rest(held: str, needed: Scope, allowed: bool) -> None:
+    assert allows([held], needed) is allowed
+
+
+class _Two(NamedTuple):
+    """Another tenant's user and key, and what must be seen nowhere."""
+
+    key_id: str
+    secret: str
+
+    @property
+    def marks(self) -> list[str]:
+        return ["other", "o_1", self.key_id]
+
+
+async def _two_tenants(api: Api) -> _Two:
+    await api.user("u_1", "acme")
+    other = await api.user("o_1", "other")
+    await api.done("PUT", "/v1/plans/basic", {"limits": {}})
+    await api.done("PATCH", "/v1/tenants/other", {"plan": "basic"})
+    return _Two(other["key"]["id"], other["key"]["secret"])
+
+
+async def _all_of(api: Api, tenant: str) -> str:
+    """All that there is of a tenant."""
+    things = [await api.done("GET", path) for path in (f"/v1/tenants/{tenant}", f"/v1/users?tenant={tenant}")]
+    keys = (await api.done("GET", f"/v1/keys?tenant={tenant}"))["items"]
+    return json.dumps([things, [{**key, "last_used_at": None} for key in keys]], sort_keys=True)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=_name)
+async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint(api: Api, endpoint: Endpoint) -> None:
+    other = await _two_tenants(api)
+    bound = await api.token("admin:write", tenant="acme")
+    before = await _all_of(api, "other")
+    kind = endpoint.path.split("/")[2]
+    thing = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic"}.get(kind, "")
+    body = _body(endpoint, "other", "o_1")
+    paths = [_path(endpoint, thing)]
+    if endpoint.name == "report_leaked_key":
+        body = {"key": other.secret}
+    if endpoint.method == "GET" and "{id}" not in endpoint.path:
+        fields = endpoint.query.model_fields
+        named = {"tenant": "other", "user": "o_1", "entity_id": "o_1"}
+        paths += [f"{paths[0]}?{name}={value}" for name, value in named.items() if name in fields]
+    for path in paths:
+        reply = await api.call(endpoint.method, path, body, token=bound)
+        assert reply.status < 500
+        told = reply.body.decode()
+        # Of what it was asked about, a refusal may repeat the name.
+        marks = other.marks if reply.status < 300 else ["acme", other.secret]
+        assert not [mark for mark in marks if f'"{mark}"' in told], told
+        if endpoint.is_global:
+            assert reply.code == "tenant_bound"
+        elif "{id}" in endpoint.path and kind != "plans":
+            assert reply.code == "not_found"
+    assert await _all_of(api, "other") == before
+
+
+async def test_a_bound_token_takes_no_cursor_into_another_tenant(api: Api) -> None:
+    await _two_tenants(api)
+    await api.user("o_2", "other")
+    await api.user("u_2", "acme")
+    bound = await api.token("admin:read", tenant="acme")
+    for path in ("/v1/users", "/v1/keys", "/v1/keys?sort=created", "/v1/audit"):
+        sign = "&" if "?" in path else "?"
+        everybodys = (await api.done("GET", f"{path}{sign}limit=1"))["next"]
+        told = await api.done("GET", f"{path}{sign}cursor={everybodys}", token=bound)
+        assert {item["tenant"] for item in told["items"]} <= {"acme"}
+
+
+async def test_a_bound_token_does_what_it_may_within_its_tenant(api: Api) -> None:
+    await _two_tenants(api)
+    bound = await api.token("admin:write", tenant="acme")
+    user = await api.done("POST", "/v1/users", {"id": "u_9", "tenant": "acme"}, token=bound)
+    await api.done("POST", f"/v1/keys/{user['key']['id']}/rotate", token=bound)
+    assert [one["id"] for one in (await api.done("GET", "/v1/tenants", token=bound))["items"]] == ["acme"]
+    assert {one["id"] for one in (await api.done("GET", "/v1/users", token=bound))["items"]} == {"u_1", "u_9"}
+    rows = (await api.done("GET", "/v1/audit", token=bound))["items"]
+    assert {row["tenant"] for row in rows} == {"acme"}
+    exported = (await api.call("GET", "/v1/audit/export", token=bound)).body
+    assert b"other" not in exported
+    assert exported.count(b"\n") == len(rows)
+    plan = await api.done("GET", "/v1/plans/basic", token=bound)
+    assert (plan["tenants"], plan["users"], plan["keys"]) == (None, None, None)
+    revoked = await api.done("POST", "/v1/keys/revoke", {"older_than_seconds": 1, "dry_run": True}, token=bound)
+    assert revoked["remaining"] <= 3
+
+
+async def test_another_tenants_user_cannot_be_taken_over_by_creating_it_again(api: Api) -> None:
+    await _two_tenants(api)
+    bound = await api.token("users:write", tenant="acme")
+    reply = await api.call("POST", "/v1/users", {"id": "o_1", "tenant": "acme"}, token=bound)
+    assert reply.code == "conflict"
+    assert b'"other"' not in reply.body
+    assert b"'other'" not in reply.body
+
+
+async def test_failures_are_told_to_wait_and_a_good_token_never_is(api: Api) -> None:
+    codes = [(await api.call("GET", "/v1/token", token="wrong")).code for _ in range(12)]
+    assert codes == ["token_invalid"] * 10 + ["too_many_failures"] * 2
+    last = await api.call("GET", "/v1/token", token="wrong")
+    assert (last.status, last.headers["Retry-After"]) == (429, "6")
+    good = await api.token("admin:read")
+    for _ in range(20):
+        assert (await api.call("GET", "/v1/token", token=good)).status == 200
+    api.now[0] += 6.1
+    assert (await api.call("GET", "/v1/token", token="wrong")).code == "token_invalid"
+    assert (await api.call("GET", "/v1/token", token="wrong")).code == "too_many_failures"
+
+
+def test_peers_fail_apart_and_an_ipv6_network_as_one() -> None:
+    throttle = Throttle(burst=1, seconds_each=10)
+    assert [throttle.failed(peer, 0.0) for peer in ("192.0.2.1", "192.0.2.2", "::ffff:192.0.2.1")] == [0, 0, 10]
+    assert [throttle.failed(peer, 0.0) for peer in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [0, 10, 0]
+    assert throttle.failed("unix", 0.0) == 0
+
+
+@pytest.mark.parametrize(("after_seconds", "wait_seconds"), [(0.0, 10), (9.5, 1), (10.0, 0), (1000.0, 0)])
+def test_who_has_waited_may_fail_again(after_seconds: float, wait_seconds: int) -> None:
+    throttle = Throttle(burst=1, seconds_each=10)
+    assert throttle.failed("192.0.2.1", 50.0) == 0
+    assert throttle.failed("192.0.2.1", 50.0 + after_seconds) == wait_seconds
+
+
+def test_the_table_of_failures_is_bounded() -> None:
+    throttle = Throttle(burst=1, seconds_each=10, peers_max=3)
+    for number in range(10):
+        assert throttle.failed(f"192.0.2.{number}", 0.0) == 0
+    assert len(throttle) == 3
+    assert throttle.failed("192.0.2.9", 0.0) == 10
+
+
+async def test_a_revoked_token_is_refused_with_the_next_request_also_while_others_are_under_way(api: Api) -> None:
+    secret = await api.token("admin:read")
+    token_id = (await api.done("GET", "/v1/token", token=secret))["id"]
+    under_way = [asyncio.create_task(api.call("GET", "/v1/tenants", token=secret)) for _ in range(8)]
+    await api.tokens.revoke(token_id)
+    assert (await api.call("GET", "/v1/tenants", token=secret)).code == "token_revoked"
+    assert {(await one).code for one in under_way} <= {"", "token_revoked"}

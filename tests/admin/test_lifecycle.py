@@ -1,0 +1,197 @@
+"""Each act of the lifecycle through the API: what it answers, what it changes, and what the audit log says of it."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from keyproxy.store.database import Database
+from tests.admin.conftest import Api, serving
+
+
+def _seconds_until(text: str) -> float:
+    return (datetime.fromisoformat(text) - datetime.now(UTC)).total_seconds()
+
+
+async def test_a_user_is_created_with_its_first_key_once(api: Api) -> None:
+    tenant = await api.call("POST", "/v1/tenants", {"id": "acme", "name": "Acme Ltd"})
+    assert (tenant.status, tenant.headers["Location"]) == (201, "/v1/tenants/acme")
+    first = await api.call("POST", "/v1/users", {"id": "u_1", "tenant": "acme", "key": {"scopes": ["jobs:write"]}})
+    again = await api.call("POST", "/v1/users", {"id": "u_1", "tenant": "acme"})
+    assert (first.status, again.status) == (201, 200)
+    assert first.json["key"]["secret"].startswith("kp_live_")
+    assert first.json["key"]["scopes"] == ["jobs:write"]
+    assert again.json["key"] is None
+    assert again.json["created"] is False
+    assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 1
+
+
+async def test_no_first_key_is_issued_if_none_is_wanted(api: Api) -> None:
+    await api.done("POST", "/v1/tenants", {"id": "acme"})
+    assert (await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme", "key": None}))["key"] is None
+    assert (await api.done("GET", "/v1/keys"))["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "days"), [({}, 90), ({"expires_in_seconds": 86_400}, 1), ({"expires_in_seconds": None}, None)]
+)
+async def test_a_key_lives_as_long_as_was_said_or_as_configured(
+    api: Api, wanted: dict[str, int | None], days: int | None
+) -> None:
+    await api.user()
+    key = await api.done("POST", "/v1/keys", {"user": "u_1", "is_test": True, "name": "nightly", **wanted})
+    assert key["secret"].startswith("kp_test_")
+    assert (key["name"], key["is_test"]) == ("nightly", True)
+    if days is None:
+        assert key["expires_at"] is None
+    else:
+        assert _seconds_until(key["expires_at"]) == pytest.approx(days * 86_400, abs=60)
+
+
+async def test_a_secret_is_told_once_and_never_again(api: Api) -> None:
+    await api.user()
+    secret = (await api.done("POST", "/v1/keys", {"user": "u_1"}))["secret"]
+    rotated = (await api.done("GET", "/v1/keys"))["items"]
+    told = [await api.call("GET", path) for path in ("/v1/keys", "/v1/audit", "/v1/audit/export", "/v1/users")]
+    told += [await api.call("GET", f"/v1/keys/{key['id']}") for key in rotated]
+    assert all(reply.status == 200 for reply in told)
+    assert secret.encode() not in b"".join(reply.body for reply in told)
+    tables = await api.database.fetch("keys", "", 10, *[None] * 7)
+    assert secret not in str(tables)
+    assert secret not in str(api.log)
+
+
+async def test_a_scope_that_no_route_asks_for_is_warned_of(database: Database) -> None:
+    async with serving(database, routes_ask_for=frozenset({"jobs:write"})) as api:
+        await api.user()
+        key = await api.done("POST", "/v1/keys", {"user": "u_1", "scopes": ["jobs:write", "job:write"]})
+        assert key["warnings"] == ["no route asks for the scope 'job:write'"]
+
+
+async def test_a_rotated_key_is_replaced_and_retires(api: Api) -> None:
+    old = (await api.user(scopes=["jobs:write"]))["key"]
+    new = await api.call("POST", f"/v1/keys/{old['id']}/rotate", {"grace_seconds": 3600})
+    assert new.status == 201
+    assert new.json["secret"] != old["secret"]
+    assert (new.json["replaces"], new.json["scopes"]) == (old["id"], ["jobs:write"])
+    assert _seconds_until(new.json["old_expires_at"]) == pytest.approx(3600, abs=60)
+    assert (await api.done("GET", f"/v1/keys/{old['id']}"))["state"] == "retiring"
+    assert (await api.call("POST", f"/v1/keys/{old['id']}/rotate")).code == "conflict"
+
+
+async def test_a_revoked_key_stays_revoked_with_its_reason(api: Api) -> None:
+    key = (await api.user())["key"]
+    first = await api.done("POST", f"/v1/keys/{key['id']}/revoke", {"reason": "left the company"})
+    again = await api.done("POST", f"/v1/keys/{key['id']}/revoke")
+    assert (first["state"], first["revoke_reason"]) == ("revoked", "left the company")
+    assert (again["revoked_at"], again["revoke_reason"]) == (first["revoked_at"], "left the company")
+
+
+async def test_users_and_tenants_are_disabled_and_enabled_again(api: Api) -> None:
+    key = (await api.user())["key"]
+    for path in ("/v1/users/u_1", "/v1/tenants/acme"):
+        assert (await api.done("PATCH", path, {"disabled": True}))["disabled_at"] is not None
+        assert (await api.done("GET", f"/v1/keys/{key['id']}"))["state"] == "disabled"
+        assert (await api.done("PATCH", path, {"disabled": False}))["disabled_at"] is None
+        assert (await api.done("GET", f"/v1/keys/{key['id']}"))["state"] == "active"
+
+
+async def test_a_plan_is_given_taken_away_and_not_deleted_while_somebody_has_it(api: Api) -> None:
+    key = (await api.user())["key"]
+    made = await api.call("PUT", "/v1/plans/basic", {"limits": {"rate": 50, "requests_per_day": 1000}})
+    assert (made.status, made.json["created"]) == (201, True)
+    paths = ("/v1/tenants/acme", "/v1/users/u_1", f"/v1/keys/{key['id']}")
+    for path in paths:
+        assert (await api.done("PATCH", path, {"plan": "basic"}))["plan"] == "basic"
+    plan = await api.done("GET", "/v1/plans/basic")
+    assert [plan["tenants"], plan["users"], plan["keys"]] == [1, 1, 1]
+    assert (await api.call("DELETE", "/v1/plans/basic")).code == "conflict"
+    for path in paths:
+        assert (await api.done("PATCH", path, {"plan": None}))["plan"] is None
+    assert await api.done("DELETE", "/v1/plans/basic") == {"id": "basic", "deleted": True}
+    assert (await api.call("PATCH", "/v1/users/u_1", {"plan": "basic"})).code == "not_found"
+
+
+async def test_a_leaked_key_is_revoked_by_itself_or_by_its_digest(api: Api) -> None:
+    secret = (await api.user())["key"]["secret"]
+    other = (await api.user("u_2"))["key"]["secret"]
+    told = await api.done("POST", "/v1/leaked-keys", {"key": secret, "reason": "in a public repository"})
+    assert (told["known"], told["revoked_now"]) == (True, True)
+    assert (told["key"]["user"], told["key"]["revoke_reason"]) == ("u_1", "in a public repository")
+    assert (await api.done("POST", "/v1/leaked-keys", {"key": secret}))["revoked_now"] is False
+    digest = hashlib.sha256(other.encode()).hexdigest()
+    assert (await api.done("POST", "/v1/leaked-keys", {"digest": digest}))["key"]["user"] == "u_2"
+    nobody = await api.done("POST", "/v1/leaked-keys", {"digest": "00" * 32})
+    assert nobody == {"known": False, "revoked_now": False, "tenant": None, "user": None, "key": None}
+
+
+async def test_many_keys_are_revoked_in_parts_until_none_remain(api: Api) -> None:
+    await api.user()
+    for _ in range(4):
+        await api.done("POST", "/v1/keys", {"user": "u_1"})
+    await api.user("u_2")
+    wanted = {"user": "u_1", "limit": 3, "reason": "customer leaves"}
+    dry = await api.done("POST", "/v1/keys/revoke", wanted | {"dry_run": True})
+    assert dry == {"revoked": [], "remaining": 5}
+    remaining = []
+    while not remaining or remaining[-1]:
+        remaining.append((await api.done("POST", "/v1/keys/revoke", wanted))["remaining"])
+    assert remaining == [2, 0]
+    states = {(key["user"], key["state"]) for key in (await api.done("GET", "/v1/keys"))["items"]}
+    assert states == {("u_1", "revoked"), ("u_2", "active")}
+
+
+async def test_what_is_deleted_is_gone_and_the_audit_log_keeps_it(api: Api) -> None:
+    key = (await api.user())["key"]
+    await api.user("u_2")
+    assert (await api.done("DELETE", f"/v1/keys/{key['id']}"))["deleted"] is True
+    await api.done("DELETE", "/v1/users/u_1")
+    await api.done("DELETE", "/v1/tenants/acme")
+    for path in (f"/v1/keys/{key['id']}", "/v1/users/u_1", "/v1/users/u_2", "/v1/tenants/acme"):
+        assert (await api.call("GET", path)).code == "not_found"
+    assert [row["action"] for row in await api.audit(entity="key", entity_id=key["id"])] == ["delete", "insert"]
+
+
+async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> None:
+    secret = await api.token("admin:write")
+    token_id = (await api.done("GET", "/v1/token", token=secret))["id"]
+    await api.done("POST", "/v1/tenants", {"id": "acme"}, token=secret)
+    user = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, token=secret)
+    await api.done("PATCH", "/v1/tenants/acme", {"name": "Acme"}, token=secret)
+    await api.done("PUT", "/v1/plans/basic", {"limits": {}}, token=secret)
+    await api.done("POST", f"/v1/keys/{user['key']['id']}/rotate", token=secret)
+    await api.done("POST", "/v1/leaked-keys", {"key": user["key"]["secret"]}, token=secret)
+    rows = await api.audit(actor=f"token:{token_id}")
+    assert {row["origin"] for row in rows} == {"127.0.0.1"}
+    assert [(row["entity"], row["action"]) for row in reversed(rows)] == [
+        ("tenant", "insert"), ("user", "insert"), ("key", "insert"), ("tenant", "update"), ("plan", "insert"),
+        ("key", "insert"), ("key", "update"), ("key", "update"),
+    ]  # fmt: skip
+    renamed = next(row for row in rows if (row["entity"], row["action"]) == ("tenant", "update"))
+    assert (renamed["before"]["name"], renamed["after"]["name"], renamed["changed"]) == ("", "Acme", ["name"])
+
+
+async def test_the_audit_log_is_exported_whole_and_goes_on_where_it_ended(api: Api) -> None:
+    for number in range(30):
+        await api.directory.create_tenant(f"t_{number}", "")
+    first = (await api.call("GET", "/v1/audit/export?entity=tenant")).body.splitlines()
+    assert len(first) == 30
+    last = (await api.done("GET", "/v1/audit?limit=1"))["items"][0]["id"]
+    await api.directory.create_tenant("later", "")
+    second = await api.call("GET", f"/v1/audit/export?after={last}")
+    assert second.headers["Content-Type"] == "application/x-ndjson"
+    assert second.json["entity_id"] == "later"
+
+
+async def test_keys_are_listed_by_age_use_and_expiry(api: Api) -> None:
+    await api.user()
+    soon = await api.done("POST", "/v1/keys", {"user": "u_1", "expires_in_seconds": 3600})
+    found = await api.done("GET", f"/v1/keys?expires_within_seconds={int(timedelta(days=1).total_seconds())}")
+    assert [key["id"] for key in found["items"]] == [soon["id"]]
+    by_expiry = await api.done("GET", "/v1/keys?sort=expires&limit=1")
+    assert by_expiry["items"][0]["id"] == soon["id"]
+    rest = await api.done("GET", f"/v1/keys?sort=expires&limit=1&cursor={by_expiry['next']}")
+    assert rest["items"][0]["id"] != soon["id"]
+    assert (await api.done("GET", "/v1/keys?unused_seconds=60&older_than_seconds=60"))["items"] == []

@@ -1,0 +1,287 @@
+"""How requests are read and answered: bodies, queries, pages, versions, repetitions, methods, bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import asyncpg
+import pytest
+
+from tests.admin.conftest import Api
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "said"),
+    [
+        ({"user": "u_1", "scope": ["a"]}, "body.scope", "did you mean scopes?"),
+        ({}, "body.user", "field required"),
+        ({"user": "u 1"}, "body.user", "match pattern"),
+        ({"user": "u_1", "is_test": "yes"}, "body.is_test", "valid boolean"),
+        ({"user": "u_1", "scopes": ["jobs:*"]}, "body.scopes.0", "match pattern"),
+        ({"user": "u_1", "expires_in_seconds": 0}, "body.expires_in_seconds", "greater than or equal to 1"),
+        ({"user": "u_1", "expires_in_seconds": "90d"}, "body.expires_in_seconds", "valid integer"),
+        ({"user": "u_1", "name": "a\u0000b"}, "body.name", "match pattern"),
+        ({"user": "u_1", "name": "\ud800"}, "body.name", "valid string"),
+        ({"user": "u_1", "name": "x" * 201}, "body.name", "at most 200 characters"),
+        ([], "body", "valid dictionary"),
+    ],
+)
+async def test_a_body_that_means_nothing_is_refused_with_what_is_wrong(
+    api: Api, content: object, field: str, said: str
+) -> None:
+    await api.user()
+    reply = await api.call("POST", "/v1/keys", content)
+    assert (reply.status, reply.code) == (422, "invalid")
+    assert [error["field"] for error in reply.json["errors"]] == [field]
+    assert said in reply.json["errors"][0]["detail"]
+
+
+async def test_a_suggestion_is_made_inside_of_nested_values_too(api: Api) -> None:
+    reply = await api.call("PUT", "/v1/plans/basic", {"limits": {"request_per_day": 5, "rate": "fast"}})
+    told = {error["field"]: error["detail"] for error in reply.json["errors"]}
+    assert told["body.limits.request_per_day"] == "there is no such field; did you mean requests_per_day?"
+    assert "number" in told["body.limits.rate"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"{", "request_malformed"),
+        (b"", "request_malformed"),
+        (b"\xff", "request_malformed"),
+        (b'{"id": "a", "id": "b"}', "request_malformed"),
+        (b'{"id": NaN}', "request_malformed"),
+        (b"[" * 60_000, "request_malformed"),
+        (b"1" * 60_000, "request_malformed"),
+        (b'{"id": "' + b"a" * 70_000 + b'"}', "body_too_large"),
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_refused(api: Api, raw: bytes, code: str) -> None:
+    assert (await api.call("POST", "/v1/tenants", data=raw)).code == code
+
+
+async def test_a_body_is_json_and_says_so(api: Api) -> None:
+    reply = await api.call("POST", "/v1/tenants", data=b'{"id": "a"}', headers={"Content-Type": "text/plain"})
+    assert (reply.status, reply.code) == (415, "media_type_not_supported")
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("limit=0", "query.limit"),
+        ("limit=501", "query.limit"),
+        ("limit=ten", "query.limit"),
+        ("limit=1&limit=2", "query.limit"),
+        ("is_test=1", "query.is_test"),
+        ("state=lost", "query.state"),
+        ("tenat=acme", "query.tenat"),
+        ("cursor=nonsense", "query.cursor"),
+        ("cursor=W10", "query.cursor"),
+        ("sort=age", "query.sort"),
+    ],
+)
+async def test_a_query_that_means_nothing_is_refused(api: Api, query: str, field: str) -> None:
+    reply = await api.call("GET", f"/v1/keys?{query}")
+    assert (reply.status, reply.code) == (422, "invalid")
+    assert reply.json["errors"][0]["field"] == field
+
+
+async def test_what_nobody_can_be_called_is_not_found(api: Api) -> None:
+    for path in ("/v1/users/%00", "/v1/users/a%20b", "/v1/users/%C3%A9", "/v1/nothing", "/v1/users/a/b", "/"):
+        reply = await api.call("GET", path)
+        assert (reply.status, reply.code) == (404, "not_found"), path
+
+
+@pytest.mark.parametrize("path", ["/v1/tenants", "/v1/users", "/v1/keys", "/v1/plans", "/v1/keys?sort=created"])
+@pytest.mark.parametrize("limit", [1, 4, 5])
+async def test_the_pages_of_a_list_hold_everything_once(api: Api, path: str, limit: int) -> None:
+    for number in range(5):
+        await api.user(f"u_{number}", f"t_{number}")
+        await api.directory.set_plan(f"p_{number}", {})
+    found: list[str] = []
+    cursor = ""
+    pages = 0
+    while True:
+        sign = "&" if "?" in path else "?"
+        told = await api.done("GET", f"{path}{sign}limit={limit}" + (f"&cursor={cursor}" if cursor else ""))
+        assert len(told["items"]) <= limit
+        found += [item["id"] for item in told["items"]]
+        pages += 1
+        cursor = told["next"]
+        if cursor is None:
+            break
+    assert len(found) == len(set(found)) == 5
+    assert pages <= 6
+
+
+async def test_a_cursor_belongs_to_the_list_that_it_came_from(api: Api) -> None:
+    for number in range(3):
+        await api.user(f"u_{number}")
+    cursor = (await api.done("GET", "/v1/users?limit=1"))["next"]
+    assert (await api.call("GET", f"/v1/users?limit=2&cursor={cursor}")).status == 200
+    for path in (f"/v1/users?tenant=acme&cursor={cursor}", f"/v1/tenants?cursor={cursor}"):
+        assert (await api.call("GET", path)).json["errors"][0]["field"] == "query.cursor"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("tenants/acme", {"name": "x"}),
+        ("users/u_1", {"disabled": True}),
+        ("keys/{key}", {"name": "x"}),
+        ("plans/basic", {"limits": {"concurrency": 3}}),
+    ],
+)
+async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: str, change: object) -> None:
+    key = (await api.user())["key"]
+    await api.done("PUT", "/v1/plans/basic", {"limits": {}})
+    path, method = f"/v1/{kind.format(key=key['id'])}", "PUT" if kind.startswith("plans") else "PATCH"
+    version = (await api.call("GET", path)).headers["ETag"]
+    first = await api.call(method, path, change, headers={"If-Match": version})
+    assert first.status == 200
+    late = await api.call(method, path, change, headers={"If-Match": version})
+    assert (late.status, late.code) == (412, "outdated")
+    assert (await api.call("DELETE", path, headers={"If-Match": version})).code == "outdated"
+    assert (await api.call(method, path, change, headers={"If-Match": first.headers["ETag"]})).status == 200
+    assert (await api.call(method, path, change, headers={"If-Match": f"W/{first.headers['ETag']}"})).status == 412
+    assert (await api.call(method, path, change, headers={"If-Match": "*"})).status == 200
+    assert (await api.call(method, path, change, headers={"If-Match": "no tag"})).code == "request_malformed"
+
+
+async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> None:
+    body = {"limits": {}}
+    assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": "*"})).code == "outdated"
+    assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": '"x"'})).code == "outdated"
+    assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-None-Match": "*"})).status == 201
+    assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-None-Match": "*"})).code == "outdated"
+
+
+async def test_of_many_who_make_a_plan_that_has_to_be_new_one_does(api: Api) -> None:
+    wanted = [
+        api.call("PUT", "/v1/plans/a", {"limits": {"concurrency": number}}, headers={"If-None-Match": "*"})
+        for number in range(8)
+    ]
+    replies = await asyncio.gather(*wanted)
+    assert sorted(reply.status for reply in replies) == [201] + [412] * 7
+    (made,) = [reply for reply in replies if reply.status == 201]
+    assert (await api.done("GET", "/v1/plans/a"))["limits"] == made.json["limits"]
+
+
+async def test_a_request_that_is_sent_again_has_the_same_answer_and_is_done_once(api: Api) -> None:
+    await api.user()
+    headers = {"Idempotency-Key": '"7d5c"'}
+    first = await api.call("POST", "/v1/keys", {"user": "u_1"}, headers=headers)
+    again = await api.call("POST", "/v1/keys", {"user": "u_1"}, headers=headers)
+    assert (first.status, again.status) == (201, 201)
+    assert "Idempotency-Replayed" not in first.headers
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert again.headers["ETag"] == first.headers["ETag"]
+    assert again.json == {**first.json, "secret": None}
+    assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
+
+
+async def test_no_secret_is_kept_with_an_answer(api: Api, dsn: str) -> None:
+    await api.directory.create_tenant("acme", "")
+    made = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, headers={"Idempotency-Key": "a-secret"})
+    await api.done("POST", "/v1/leaked-keys", {"key": made["key"]["secret"]}, headers={"Idempotency-Key": "b"})
+    connection = await asyncpg.connect(dsn)
+    kept = str(await connection.fetch("SELECT * FROM keyproxy.answered_requests"))
+    await connection.close()
+    assert "u_1" in kept
+    assert made["key"]["secret"] not in kept
+    assert made["key"]["secret"][12:40] not in kept
+    assert "a-secret" not in kept
+
+
+async def test_a_key_that_came_with_another_request_is_refused(api: Api) -> None:
+    headers = {"Idempotency-Key": "k"}
+    await api.done("POST", "/v1/tenants", {"id": "a"}, headers=headers)
+    reply = await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers)
+    assert (reply.status, reply.code) == (422, "idempotency_key_reused")
+    assert (await api.call("POST", "/v1/users", {"id": "a", "tenant": "a"}, headers=headers)).status == 422
+    # Another token's keys are its own.
+    other = await api.token("admin:write")
+    assert (await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers, token=other)).status == 201
+
+
+async def test_a_refused_request_is_judged_again_when_it_is_sent_again(api: Api) -> None:
+    headers = {"Idempotency-Key": "k"}
+    body = {"id": "u_1", "tenant": "acme"}
+    assert (await api.call("POST", "/v1/users", body, headers=headers)).code == "not_found"
+    await api.directory.create_tenant("acme", "")
+    assert (await api.call("POST", "/v1/users", body, headers=headers)).status == 201
+
+
+async def test_of_the_same_request_sent_many_times_at_once_one_is_done(api: Api) -> None:
+    await api.user()
+    wanted = [api.call("POST", "/v1/keys", {"user": "u_1"}, headers={"Idempotency-Key": "k"}) for _ in range(10)]
+    replies = await asyncio.gather(*wanted)
+    assert {reply.code for reply in replies} <= {"", "idempotency_in_progress"}
+    assert sum(reply.status == 201 and reply.json["secret"] is not None for reply in replies) == 1
+    assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
+
+
+async def test_what_fails_after_its_change_changes_nothing(api: Api, dsn: str) -> None:
+    """The answer cannot be kept: neither the key nor its audit row counts."""
+    await api.user()
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("ALTER TABLE keyproxy.answered_requests ADD CONSTRAINT never CHECK (false)")
+        rows = len(await api.audit())
+        reply = await api.call("POST", "/v1/keys", {"user": "u_1"}, headers={"Idempotency-Key": "k"})
+        assert reply.code == "conflict"
+        assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 1
+        assert len(await api.audit()) == rows
+    finally:
+        await connection.execute("ALTER TABLE keyproxy.answered_requests DROP CONSTRAINT never")
+        await connection.close()
+
+
+@pytest.mark.parametrize("key", ["", "a b", "é", "x" * 256])
+async def test_an_idempotency_key_is_one_word(api: Api, key: str) -> None:
+    reply = await api.call("POST", "/v1/tenants", {"id": "a"}, headers={"Idempotency-Key": key})
+    assert reply.code == "request_malformed"
+
+
+async def test_head_says_what_get_would_and_options_what_there_is(api: Api) -> None:
+    await api.user()
+    got, headed = await api.call("GET", "/v1/users/u_1"), await api.call("HEAD", "/v1/users/u_1")
+    assert (headed.status, headed.body) == (200, b"")
+    assert headed.headers["ETag"] == got.headers["ETag"]
+    options = await api.call("OPTIONS", "/v1/users/u_1", token=None)
+    assert (options.status, options.headers["Allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PATCH")
+    wrong = await api.call("PUT", "/v1/users/u_1", {})
+    assert (wrong.status, wrong.code) == (405, "method_not_allowed")
+    assert "PATCH" in wrong.headers["Allow"]
+
+
+async def test_every_answer_has_an_id_and_is_kept_by_no_cache(api: Api) -> None:
+    for path in ("/v1/tenants", "/v1/nothing", "/docs", "/openapi.json", "/livez", "/v1/audit/export"):
+        reply = await api.call("GET", path)
+        assert len(reply.headers["X-Request-Id"]) == 32
+        assert reply.headers["Cache-Control"] == "no-store"
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert "Server" not in reply.headers
+        if reply.code:
+            assert reply.json["request_id"] == reply.headers["X-Request-Id"]
+
+
+async def test_each_request_leaves_a_log_line_without_a_secret(api: Api) -> None:
+    key = (await api.user())["key"]
+    await api.done("POST", f"/v1/keys/{key['id']}/revoke")
+    await api.call("GET", f"/v1/keys/{key['secret']}")
+    changed, looked = api.log
+    assert (changed["method"], changed["path"], changed["status"]) == ("POST", f"/v1/keys/{key['id']}/revoke", 200)
+    assert (changed["token"], changed["peer"], changed["route"]) == ("file", "127.0.0.1", "/v1/keys/{id}/revoke")
+    assert (looked["path"], looked["code"]) == ("", "not_found")
+    assert key["secret"] not in json.dumps(api.log)
+
+
+async def test_a_store_that_cannot_be_asked_is_no_answer(api: Api) -> None:
+    await api.database.close()
+    for method, path in (("GET", "/v1/tenants"), ("DELETE", "/v1/tenants/a")):
+        reply = await api.call(method, path)
+        assert (reply.status, reply.code, reply.headers["Retry-After"]) == (503, "store_unavailable", "2")
+    assert (await api.call("GET", "/readyz", token=None)).status == 503
+    assert (await api.call("GET", "/livez", token=None)).status == 200
