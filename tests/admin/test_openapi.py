@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: what it says is asked of the running API, and what is answered is held against it."""
+"""The OpenAPI document is true: what it says is sent to the running API, and what is answered is held against it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,106 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
 
 import pytest
-import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
-from schemathesis import checks
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
 
-from keyproxy.admin import openapi, reference
+from keyproxy.admin import openapi
 from keyproxy.admin.service import ENDPOINTS
 from tests.admin.conftest import FILE_TOKEN, Api
 
 DOCUMENT = openapi.document(ENDPOINTS)
+SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = [result.ok() for result in SCHEMA.get_all_operations()]
+
+#: What is held against the document for every answer. Whether all of it that may be accepted is, is for valid ones only.
+HELD = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    schemathesis.checks.not_a_server_error,
+]
+
+
+async def _things(api: Api) -> dict[str, str]:
+    """One of each, by the start of its path."""
+    key = (await api.user("u_1"))["key"]["id"]
+    await api.user("u_2", "other")
+    await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
+    return {"/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic"}
+
+
+def _ask(api: Api, operation: schemathesis.APIOperation, mode: GenerationMode, things: dict[str, str]) -> None:
+    headers = {"Authorization": f"Bearer {FILE_TOKEN}"}
+    there = things.get("/".join(operation.path.split("/")[:3]))
+
+    @settings(
+        max_examples=4, deadline=None, phases=[Phase.generate], database=None, derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: schemathesis.Case) -> None:
+        if mode is GenerationMode.POSITIVE and "id" in case.path_parameters:
+            # What the document says of things that are there.
+            case.path_parameters["id"] = there
+        response = case.call(base_url=api.url, headers=headers)
+        more = [checks.negative_data_rejection] if mode is GenerationMode.NEGATIVE else []
+        case.validate_response(response, checks=[*HELD, *more], headers=headers)
+
+    ask()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: str(mode.value))
+async def test_every_answer_is_as_the_document_says(api: Api, mode: GenerationMode) -> None:
+    things = await _things(api)
+
+    def ask_everything() -> None:
+        for operation in sorted(OPERATIONS, key=lambda one: one.method.lower() == "delete"):
+            _ask(api, operation, mode, things)
+
+    await asyncio.to_thread(ask_everything)
+    answered = {line["route"] for line in api.log if line["status"] in (200, 201)}
+    if mode is GenerationMode.POSITIVE:
+        assert answered >= {"/v1/tenants/{id}", "/v1/users/{id}", "/v1/keys/{id}", "/v1/plans/{id}"}
+    else:
+        assert {line["code"] for line in api.log} >= {"invalid", "not_found"}
+
+
+async def test_the_document_and_its_page_need_no_token(api: Api) -> None:
+    told = await api.call("GET", "/openapi.json", token=None)
+    assert told.json == DOCUMENT
+    assert (told.json["openapi"], told.headers["Content-Type"]) == ("3.1.0", "application/json")
+    page = await api.call("GET", "/docs", token=None)
+    assert page.headers["Content-Type"].startswith("text/html")
+    for endpoint in ENDPOINTS:
+        assert f"id='{endpoint.name}'" in page.body.decode()
+
+
+async def test_the_page_loads_nothing_and_its_policy_allows_nothing_but_its_style(api: Api) -> None:
+    page = await api.call("GET", "/docs", token=None)
+    text, policy = page.body.decode(), page.headers["Content-Security-Policy"]
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'")
+    assert not re.search(r"<(script|link|img|iframe|object)|\bsrc=|url\(|@import|\bon\w+=|style=", text)
+    assert set(re.findall(r"href=['\"]?([^'\"> ]+)", text)) >= {"/openapi.json"}
+    assert not [link for link in re.findall(r"href=['\"]?([^'\"> ]+)", text) if not link.startswith(("#", "/openapi"))]
+
+
+def test_every_operation_tells_its_scope_and_every_way_of_being_refused() -> None:
+    for endpoint in ENDPOINTS:
+        operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
+        assert endpoint.scope is None or f"`{endpoint.scope}`" in operation["description"]
+        told = "".join(response["description"] for response in operation["responses"].values())
+        assert {problem for problem in endpoint.problems if f"`{problem.code}`" not in told} == set()
+
+
+def test_every_value_of_the_document_is_described_where_it_is_used() -> None:
+    used = set(re.findall(r"#/components/schemas/([\w-]+)", str(DOCUMENT)))
+    assert used == set(DOCUMENT["components"]["schemas"])
+    assert not re.search(r"'(ge|le)': ", str(DOCUMENT["components"]["schemas"]))

@@ -1,0 +1,160 @@
+"""`keyproxy admin` as it is run: a process, a configuration file, tokens made on the host, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import Output, clean_environment, free_port
+
+TOKEN = "a-token-of-the-file-0123456789abcdefgh"
+
+
+@dataclass
+class Host:
+    """A configuration, and what is run with it."""
+
+    directory: Path
+    dsn: str
+    port: int
+
+    @property
+    def config(self) -> Path:
+        """The configuration file."""
+        return self.directory / "keyproxy.toml"
+
+    def configure(self, **admin: str) -> None:
+        """Write the configuration."""
+        values = {"address": f"127.0.0.1:{self.port}"} | admin
+        lines = ["[store]", f"dsn = {json.dumps(self.dsn)}", "[admin]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+        self.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        """Start a command."""
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config),
+            env=clean_environment(self.directory), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+
+    async def run(self, *arguments: str) -> Output:
+        """Run a command to its end."""
+        process = await self.start(*arguments)
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+        return Output(process.returncode or 0, out.decode(), err.decode())
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`keyproxy admin` until the end of the context."""
+        process = await self.start("admin")
+        try:
+            async with asyncio.timeout(60):
+                while (await self.get("/livez"))[0] != 200:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.05)
+            yield process
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                await process.wait()
+
+    async def get(self, path: str, token: str | None = None) -> tuple[int, Any]:
+        """(status, JSON) of a page; (0, None) while nobody listens."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"http://127.0.0.1:{self.port}{path}", headers=headers) as response,
+            ):
+                return response.status, await response.json(content_type=None)
+        except aiohttp.ClientConnectionError:
+            return 0, None
+
+
+@pytest.fixture
+def host(tmp_path: Path, dsn: str) -> Host:
+    """A host with a configuration that has no token."""
+    host = Host(tmp_path, dsn, free_port())
+    host.configure()
+    return host
+
+
+async def test_a_token_that_was_made_on_the_host_opens_the_api_until_it_is_revoked(host: Host) -> None:
+    made = await host.run("admin", "token", "create", "--name", "ann", "--scope", "admin:read", "--json")
+    assert made.status == 0, made.err
+    token = made.json
+    async with host.serving() as process:
+        assert (await host.get("/v1/token"))[0] == 401
+        status, told = await host.get("/v1/token", token["secret"])
+        assert (status, told["id"], told["name"]) == (200, token["id"], "ann")
+        listed = await host.run("admin", "token", "list", "--json")
+        assert [one["id"] for one in listed.json] == [token["id"]]
+        assert token["secret"] not in listed.out
+        assert (await host.run("admin", "token", "revoke", token["id"])).status == 0
+        assert (await host.get("/v1/token", token["secret"]))[1]["code"] == "token_revoked"
+        assert (await host.get("/readyz"))[0] == 200
+        process.send_signal(signal.SIGTERM)
+        out, err = await process.communicate()
+    assert process.returncode == 0
+    assert [json.loads(line)["status"] for line in out.splitlines() if b"/v1/token" in line] == [401, 200, 401]
+    assert token["secret"].encode() not in out + err
+
+
+@pytest.mark.parametrize(
+    ("scopes", "said"),
+    [
+        (["keys:*"], "no scope; there are admin:read"),
+        (["tenant:acme"], "may do nothing"),
+        (["keys:read", "tenant:a", "tenant:b"], "one tenant at most"),
+    ],
+)
+async def test_a_token_that_means_nothing_is_not_made(host: Host, scopes: list[str], said: str) -> None:
+    output = await host.run("admin", "token", "create", *(word for scope in scopes for word in ("--scope", scope)))
+    assert output.status == 2
+    assert said in output.err
+
+
+async def test_without_any_token_it_does_not_start_off_loopback(host: Host) -> None:
+    host.configure(address="0.0.0.0:0")
+    output = await host.run("admin")
+    assert (output.status, output.out) == (2, "")
+    assert "is not loopback, and there is no token" in output.err
+    assert len(output.err.splitlines()) == 1
+
+
+async def test_a_token_file_that_holds_none_is_told(host: Host) -> None:
+    host.configure(token_file=str(host.directory / "token"))
+    assert "cannot be read" in (await host.run("admin")).err
+    (host.directory / "token").write_text("short")
+    output = await host.run("admin")
+    assert output.status == 2
+    assert "32 to 512 characters" in output.err
+    assert "short" not in output.err
+
+
+async def test_another_token_in_the_file_is_in_force_after_sighup(host: Host) -> None:
+    file = host.directory / "token"
+    file.write_text(TOKEN + "\n")
+    host.configure(token_file=str(file))
+    async with host.serving() as process:
+        assert (await host.get("/v1/tenants", TOKEN))[0] == 200
+        file.write_text(TOKEN[::-1])
+        os.kill(process.pid, signal.SIGHUP)
+        async with asyncio.timeout(20):
+            while (await host.get("/v1/tenants", TOKEN[::-1]))[0] != 200:
+                await asyncio.sleep(0.05)
+        assert (await host.get("/v1/tenants", TOKEN))[0] == 401
