@@ -135,7 +135,7 @@ async def test_many_keys_are_revoked_in_parts_until_none_remain(api: Api) -> Non
     wanted = {"user": "u_1", "limit": 3, "reason": "customer leaves"}
     dry = await api.done("POST", "/v1/keys/revoke", wanted | {"dry_run": True})
     assert dry == {"revoked": [], "remaining": 5}
-    remaining = []
+    remaining: list[int] = []
     while not remaining or remaining[-1]:
         remaining.append((await api.done("POST", "/v1/keys/revoke", wanted))["remaining"])
     assert remaining == [2, 0]

@@ -150,7 +150,7 @@ async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: 
 
 
 async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> None:
-    body = {"limits": {}}
+    body: dict[str, object] = {"limits": {}}
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": "*"})).code == "outdated"
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": '"x"'})).code == "outdated"
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-None-Match": "*"})).status == 201

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from keyproxy.admin.problems import Problem
+from keyproxy.admin.scopes import TELLS
 from keyproxy.reasons import Reason
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +95,16 @@ def test_the_two_commands_of_the_readme_are_there() -> None:
     there = {name for line in targets for name in line.split()}
     wanted = set(re.findall(r"(?m)(?:^ +|`)make ([a-z][\w-]*)", _text(ROOT / "README.md")))
     assert {"demo", "test"} <= wanted <= there
+
+
+def test_the_page_of_the_admin_api_tells_every_problem_and_every_scope() -> None:
+    page = _text(ROOT / "docs" / "admin-api.md")
+    told = {
+        (code, int(status))
+        for codes, status in re.findall(r"(?m)^\| ((?:`[a-z_]+`(?:, )?)+) \| (\d{3}) \|", page)
+        for code in re.findall(r"`([a-z_]+)`", codes)
+    }
+    assert told == {(problem.code, problem.status) for problem in Problem}
+    assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
+        *TELLS.items(), ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
+    }  # fmt: skip
