@@ -36,7 +36,7 @@ _HINT_SHOWS_TAIL_FROM: Final = 32
 _RECOGNISABLE_DIGITS: Final = 16
 
 
-_LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:live|test)_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
+_LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:live|test|admin)_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
 
 class SecretKey:
