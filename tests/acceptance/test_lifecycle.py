@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import secrets
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -411,3 +412,13 @@ def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
     assert asked == [
         "Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?",
     ]  # fmt: skip
+
+
+def test_roles_are_made_once_and_named(shell: Shell) -> None:
+    prefix = f"kp_{secrets.token_hex(4)}"
+    names = [f"{prefix}_proxy", f"{prefix}_admin"]
+    assert shell.told("migrate", "--roles", prefix)["roles_made"] == names
+    again = shell.told("migrate", "--roles", prefix)
+    assert (again["roles"], again["roles_made"]) == (names, [])
+    assert "no prefix for roles" in shell.refused("migrate", "--roles", "Two Words")
+    assert "--status" in shell.refused("migrate", "--roles", prefix, "--status", status=2)
