@@ -31,6 +31,7 @@ STEPS = {
     "alice's test key": ["< 200", "User u_alice", "Test true"],
     "A worker claims to be somebody else": ["X-Keyproxy-User: u_root", "< 200", "User u_alice, Tenant acme"],
     "A key is revoked while calls run": ["'200'", "'api_key_revoked'"],
+    "carol may spend": ["200 from proxy 1", "200 from proxy 2", "token_budget_exhausted", "tokens"],
 }
 
 

@@ -13,18 +13,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 import click
-import orjson
 import uvloop
-from aiohttp import web
 
 from keyproxy import app, sockets
+from keyproxy.demo import budget
+from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
 from keyproxy.keyformat import ENTROPY_BYTES, KeyFormat
 from keyproxy.settings import Listen, Ops, RouteRow, Settings, Store, Upstream
 from keyproxy.store import embedded, migrations, scratch
@@ -33,8 +33,6 @@ from keyproxy.store.directory import Actor, Directory, KeyWish
 
 _DATABASE_PREFIX: Final = "demo_"
 _PORTS: Final = {"proxy": 8080, "ops": 9090}
-_JOBS: Final = "/v1/ai/jobs"
-_IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
 
 #: With X-Keyproxy-Key-Id.
 _IDENTITY_HEADERS: Final = 5
@@ -83,16 +81,17 @@ async def _demo(server: embedded.EmbeddedServer, home: Path, *, once: bool) -> i
 @contextlib.asynccontextmanager
 async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
     async with contextlib.AsyncExitStack() as stack:
-        compute = await stack.enter_async_context(_compute_server())
+        compute = await stack.enter_async_context(Compute().running())
         proxy_socket, ops_socket = _preferably(_PORTS["proxy"]), _preferably(_PORTS["ops"])
         settings = Settings(
             listen=Listen(address=sockets.told(proxy_socket), drain_seconds=1.0),
             ops=Ops(address=sockets.told(ops_socket)),
-            upstream=Upstream(url=f"http://{compute}"),
+            upstream=Upstream(url=f"http://{compute.address}"),
             store=Store(dsn=dsn),
             routes=(
-                RouteRow(f"POST {_JOBS}", ["jobs:write"]),
-                RouteRow(f"GET {_JOBS}/{{id}}", ["jobs:read"]),
+                RouteRow(f"POST {JOBS}", ["jobs:write"]),
+                RouteRow(f"GET {JOBS}/{{id}}", ["jobs:read"]),
+                RouteRow(f"POST {COMPLETIONS}", ["jobs:write"], tokens="header"),
             ),
         )
         config_path = home / "demo.toml"
@@ -100,26 +99,37 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
         log = stack.enter_context((home / "access.log").open("wb"))
         proxy = app.Proxy(settings, dsn, access_log_fd=log.fileno())
         await stack.enter_async_context(proxy.running(proxy_socket, ops_socket))
+        second_socket = sockets.bind("127.0.0.1:0")
+        second = app.Proxy(settings, dsn, access_log_fd=log.fileno())
+        await stack.enter_async_context(second.running(second_socket, sockets.bind("127.0.0.1:0")))
+        stage = Stage(settings, compute, (settings.listen.address, sockets.told(second_socket)), config_path)
         database = Database(dsn, pool_size_max=1, statement_timeout_seconds=10.0)
         await database.open()
         stack.push_async_callback(database.close)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         directory = Directory(database, KeyFormat(), Actor("demo", "local"))
-        yield Story(settings, directory, session, config_path)
+        yield Story(stage, directory, session)
+
+
+class Stage(NamedTuple):
+    """What the story is played on. `proxies`: the addresses of all that serve."""
+
+    settings: Settings
+    compute: Compute
+    proxies: Sequence[str]
+    config_path: Path
 
 
 class Story:
     """A worker's day. `failures` names the steps that did not do what they should."""
 
-    def __init__(
-        self, settings: Settings, directory: Directory, session: aiohttp.ClientSession, config_path: Path
-    ) -> None:
+    def __init__(self, stage: Stage, directory: Directory, session: aiohttp.ClientSession) -> None:
         self.failures: list[str] = []
-        self._settings = settings
+        self._stage = stage
+        self._settings = stage.settings
         self._directory = directory
         self._session = session
-        self._config_path = config_path
-        self._url = f"http://{settings.listen.address}"
+        self._url = f"http://{stage.settings.listen.address}"
         self._key = ""
         self._steps = 0
 
@@ -149,6 +159,7 @@ class Story:
             extra={"X-Keyproxy-User": "u_root", "x_keyproxy_tenant": "evil", "Connection": "X-Keyproxy-User"},
         )  # fmt: skip
         await self._revocation(keys["revoked"])
+        await self._budget(keys["carol"]["secret"])
 
     def sum_up(self) -> None:
         """Say how it went."""
@@ -163,25 +174,30 @@ class Story:
         ops = f"http://{self._settings.ops.address}"
         click.echo("\nTry it yourself:\n" if stays else "\nIt is over now. Without --once it stays up:\n")
         click.echo(
-            f"  curl -i {self._url}{_JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
+            f"  curl -i {self._url}{JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
         )
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        click.echo(f"  keyproxy key list --config {self._config_path}")
+        click.echo(f"  keyproxy key list --config {self._stage.config_path}")
         if stays:
             click.echo("\nCtrl-C ends it.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
-        click.echo("\nTenant acme, its users alice and bob, and their keys")
+        click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
         directory, week = self._directory, timedelta(days=7)
         await directory.create_tenant("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
         alice = await directory.create_user("u_alice", "acme", KeyWish("worker", both, expires_in=week))
         bob = await directory.create_user("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
+        await directory.set_plan("small", {"tokens_per_day": budget.BUDGET})
+        carol = await directory.create_user(
+            "u_carol", "acme", KeyWish("writer", ("jobs:write",), expires_in=week), plan="small"
+        )
         keys = {
             "alice": alice["key"],
             "test": await directory.issue_key("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
             "revoked": await directory.issue_key("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
+            "carol": carol["key"],
         }
         for key in keys.values():
             mode = "test" if key["is_test"] else "live"
@@ -199,7 +215,7 @@ class Story:
         if key is not None:
             headers["Authorization"] = f"Api-Key {key}"
             shown.insert(0, f"Authorization: Api-Key {key[:8]}…{key[-4:]}")
-        click.echo(f"\n{self._steps}. {title}\n   > POST {_JOBS}   {'   '.join(shown)}")
+        click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   {'   '.join(shown)}")
         answered, body = await self._call(headers)
         wrong = [] if answered == status else [f"status {answered} instead of {status}"]
         if code is not None:
@@ -219,7 +235,7 @@ class Story:
         """Calls run while their key is revoked: how long after the commit was the last one let through?"""
         self._steps += 1
         title = "A key is revoked while calls run"
-        click.echo(f"\n{self._steps}. {title}\n   > POST {_JOBS}   again and again")
+        click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   again and again")
         headers = {"Authorization": f"Api-Key {key['secret']}"}
         accepted: list[float] = []
         answers: dict[str, int] = {}
@@ -247,9 +263,22 @@ class Story:
         wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"answers were {answers}"]
         self._judge(title, wrong)
 
+    async def _budget(self, key: str) -> None:
+        """Two proxies, one budget."""
+        self._steps += 1
+        title = (
+            f"carol may spend {budget.BUDGET} tokens a day; two proxies let her, each call takes {budget.TOKENS_EACH}"
+        )
+        click.echo(f"\n{self._steps}. {title}\n   > POST {COMPLETIONS}   again and again, to both")
+        urls = [f"http://{address}" for address in self._stage.proxies]
+        answers, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
+        told = ", ".join(f"{count} x {what}" for what, count in sorted(answers.items()))
+        click.echo(f"   < {told}\n   < the compute server has worked for {self._stage.compute.tokens} tokens")
+        self._judge(title, wrong)
+
     async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
         job = {"job_id": "42", "payload": {"model": "small"}}
-        async with self._session.post(self._url + _JOBS, json=job, headers=headers) as response:
+        async with self._session.post(self._url + JOBS, json=job, headers=headers) as response:
             return response.status, await response.json(content_type=None)
 
     def _judge(self, title: str, wrong: list[str]) -> None:
@@ -262,34 +291,6 @@ class Story:
 
 def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
     return [(name.removeprefix("X-Keyproxy-"), "+".join(values) or "-") for name, values in saw.items()]
-
-
-@contextlib.asynccontextmanager
-async def _compute_server() -> AsyncIterator[str]:
-    """A compute server that answers jobs with the identity it saw. Yields its address."""
-
-    async def job(request: web.Request) -> web.Response:
-        content = await request.json()
-        identity = {name: request.headers.getall(name, []) for name in _IDENTITY}
-        spellings = [name for name in request.headers if name.lower().replace("_", "-").startswith("x-keyproxy-")]
-        answer = {
-            "job_id": content.get("job_id"),
-            "identity": identity,
-            "identity_headers": len(spellings),
-            "credential_seen": "Authorization" in request.headers or "X-Api-Key" in request.headers,
-        }
-        return web.Response(body=orjson.dumps(answer), content_type="application/json")
-
-    application = web.Application()
-    application.router.add_post(_JOBS, job)
-    runner = web.AppRunner(application, access_log=None)
-    await runner.setup()
-    sock = sockets.bind("127.0.0.1:0")
-    await web.SockSite(runner, sock).start()
-    try:
-        yield sockets.told(sock)
-    finally:
-        await runner.cleanup()
 
 
 def _preferably(port: int) -> socket.socket:

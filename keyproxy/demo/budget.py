@@ -1,0 +1,52 @@
+"""A scene of the demo: two proxies let a budget be spent to its last token, and not beyond."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import aiohttp
+import orjson
+
+from keyproxy.demo.compute import COMPLETIONS, Compute
+
+_MAX_TOKENS: Final = 40
+_CALLS: Final = 50
+_WORKERS: Final = 3
+_PAUSE_SECONDS: Final = 0.02
+
+BODY: Final = orjson.dumps({"prompt": "Once upon a time", "max_tokens": _MAX_TOKENS})
+#: What every call uses: each byte of its prompt, and as much as it allows.
+TOKENS_EACH: Final = len(BODY) + _MAX_TOKENS
+#: Enough for fifty calls, to the token.
+BUDGET: Final = _CALLS * TOKENS_EACH
+
+
+async def spend(
+    session: aiohttp.ClientSession, urls: Sequence[str], key: str, compute: Compute
+) -> tuple[Mapping[str, int], list[str]]:
+    """Call over all proxies at once until each refuses. What was answered by which, and what went wrong."""
+    answers: dict[str, int] = {}
+
+    async def worker(number: int, url: str) -> None:
+        headers = {"Authorization": f"Api-Key {key}", "Content-Type": "application/json"}
+        for _ in range(2 * _CALLS):
+            async with session.post(url + COMPLETIONS, data=BODY, headers=headers) as response:
+                code = "200" if response.status == 200 else (await response.json(content_type=None)).get("code", "?")
+            told = f"{code} from proxy {number}"
+            answers[told] = answers.get(told, 0) + 1
+            if code != "200":
+                return
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    await asyncio.gather(*(worker(number, url) for number, url in enumerate(urls, 1) for _ in range(_WORKERS)))
+    wrong = []
+    if compute.tokens != BUDGET:
+        wrong.append(f"{compute.tokens} tokens were spent of {BUDGET}")
+    if not all(f"200 from proxy {number}" in answers for number, _ in enumerate(urls, 1)):
+        wrong.append("one proxy had nothing of it")
+    refusals = {told.partition(" ")[0] for told in answers} - {"200"}
+    if refusals != {"token_budget_exhausted"}:
+        wrong.append(f"refused as {', '.join(sorted(refusals)) or 'nothing'}")
+    return answers, wrong

@@ -1,0 +1,61 @@
+"""The compute server of the demo: answers with the identity it saw, and counts what it was let to spend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+import orjson
+from aiohttp import web
+
+from keyproxy import sockets
+
+JOBS: Final = "/v1/ai/jobs"
+COMPLETIONS: Final = "/v1/ai/completions"
+IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
+
+
+class Compute:
+    """A running compute server."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        #: What it has worked on, by its own count.
+        self.completions = self.tokens = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Compute]:
+        """Listen on a free port."""
+        application = web.Application()
+        application.router.add_post(JOBS, self._job)
+        application.router.add_post(COMPLETIONS, self._completion)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        sock = sockets.bind("127.0.0.1:0")
+        self.address = sockets.told(sock)
+        await web.SockSite(runner, sock).start()
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _job(self, request: web.Request) -> web.Response:
+        content = await request.json()
+        identity = {name: request.headers.getall(name, []) for name in IDENTITY}
+        spellings = [name for name in request.headers if name.lower().replace("_", "-").startswith("x-keyproxy-")]
+        answer = {
+            "job_id": content.get("job_id"),
+            "identity": identity,
+            "identity_headers": len(spellings),
+            "credential_seen": "Authorization" in request.headers or "X-Api-Key" in request.headers,
+        }
+        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+
+    async def _completion(self, request: web.Request) -> web.Response:
+        """A model that is as wordy as it may be, and whose every byte is a token."""
+        body = await request.read()
+        used = len(body) + int(orjson.loads(body)["max_tokens"])
+        self.completions += 1
+        self.tokens += used
+        return web.Response(text="…", headers={"X-Usage-Tokens": str(used)})
