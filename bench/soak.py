@@ -221,7 +221,6 @@ async def show(ours: Site, upstream: Upstream, options: argparse.Namespace) -> N
         try:
             watch = Watch(pids, port, secret)
             shows: list[Callable[[], Awaitable[None]]] = [
-                lambda: idle(port, secret, number=options.connections, watch=watch),
                 lambda: upload(port, secret, bytes_=options.mib << 20, watch=watch),
                 lambda: download(port, secret, bytes_=options.mib << 20, pause_seconds=0.05, watch=watch),
             ]
@@ -232,6 +231,8 @@ async def show(ours: Site, upstream: Upstream, options: argparse.Namespace) -> N
                     await slow(port, secret, mode, seconds=options.seconds, watch=watch)
             else:
                 print("slowhttptest is left out: it is not installed")
+            # Last: what Python has taken once it keeps, and this takes the most.
+            await idle(port, secret, number=options.connections, watch=watch)
         finally:
             await asyncio.to_thread(stack.close)
 

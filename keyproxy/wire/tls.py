@@ -69,6 +69,21 @@ def certificate_subject(tls: ssl.SSLObject) -> str | None:
     )
 
 
+def was_closed(tls: ssl.SSLObject | None) -> bool:
+    """Whether the end of a connection was said by the peer, and not made by somebody on the way.
+
+    Without TLS there is no telling; with it the peer says so. RFC 9112 section 9.8.
+    """
+    if tls is None:
+        return True
+    try:
+        return not tls.read(1)
+    except ssl.SSLZeroReturnError:
+        return True
+    except ssl.SSLError:
+        return False
+
+
 def _escaped(value: str) -> str:
     text = "".join(
         one if _PLAIN.fullmatch(one) else "".join(f"\\{byte:02X}" for byte in one.encode("utf-8")) for one in value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import Kind
@@ -18,6 +19,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
 from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, ends_with_head, has_no_body
+from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
     from keyproxy.wire.exchange import Exchange
@@ -50,6 +52,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._request_is_written = False
         self._interim = 0
         self._is_suspect = False
+        self._tls: ssl.SSLObject | None = None
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
         self._idle_seconds = pool.settings.idle_timeout_seconds
@@ -58,6 +61,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._tls = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
@@ -80,7 +84,8 @@ class UpstreamConnection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
-        if self._body is not None and exc is None and self._body.ends_with_connection():
+        is_whole = self._body is not None and exc is None and self._body.ends_with_connection()
+        if is_whole and (exchange.is_tunnel or was_closed(self._tls)):
             self._keeps_alive = False
             exchange.answer_arrived(b"", self._clock(), is_last=True)
         else:

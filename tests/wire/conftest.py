@@ -63,6 +63,7 @@ async def start() -> AsyncIterator[Start]:
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
             tls: ssl.SSLContext | None = None,
+            upstream_tls: ssl.SSLContext | None = None,
         ) -> Wire:
             loop = asyncio.get_running_loop()
             far = await stack.enter_async_context((serving or Upstream()).serving())
@@ -83,8 +84,9 @@ async def start() -> AsyncIterator[Start]:
             names = FieldNames()
             settings = UpstreamSettings(**({"url": f"http://127.0.0.1:{far.port}"} | (upstream or {})))
             pool = UpstreamPool(
-                settings.url, settings, ResponseReader(names), deadlines, clock=clock.monotonic, loop=loop
-            )
+                settings.url, settings, ResponseReader(names), deadlines, clock=clock.monotonic, loop=loop,
+                tls=upstream_tls,
+            )  # fmt: skip
             stack.push_async_callback(pool.close)
             settled = Listen(**({"address": "127.0.0.1:0"} | (listen or {})))
             terms = Terms(settled, gateway, Upstreams(pool), names, Problems(), TrustRule(settled.trusted_proxies), tls)

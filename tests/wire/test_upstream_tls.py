@@ -1,0 +1,64 @@
+"""An upstream behind TLS: whether its answer ended, or somebody on the way has ended it, shows."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Iterator
+
+import pytest
+import trustme
+
+from keyproxy.model import Ending
+from tests.wire.conftest import Start, request
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    """A socket that the upstream listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+def _answer(listening: socket.socket, context: ssl.SSLContext, answer: bytes, *, says_so: bool) -> None:
+    """Answer one request and end the connection, with or without saying so in TLS."""
+    accepted, _ = listening.accept()
+    with context.wrap_socket(accepted, server_side=True) as tls:
+        tls.recv(65_536)
+        tls.sendall(answer)
+        if says_so:
+            tls.unwrap().close()
+
+
+@pytest.mark.parametrize(
+    ("head", "says_so", "is_whole"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", True, True),
+        (b"HTTP/1.1 200 OK\r\n\r\n", False, False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", False, True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n", True, False),
+    ],
+    ids=["ended", "ended by somebody else", "counted", "counted, and ended early"],
+)
+async def test_an_answer_is_whole_only_if_the_upstream_has_said_so(
+    start: Start, listening: socket.socket, head: bytes, *, says_so: bool, is_whole: bool
+) -> None:
+    """RFC 9112 section 9.8: an end of the connection that TLS does not vouch for is no end of an answer."""
+    authority, serving = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(serving)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    answering = asyncio.create_task(asyncio.to_thread(_answer, listening, serving, head + b"hello", says_so=says_so))
+    wire = await start(upstream={"url": f"https://127.0.0.1:{listening.getsockname()[1]}"}, upstream_tls=trusting)
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        try:
+            answer = await client.answer()
+        except ConnectionResetError:
+            assert not is_whole
+        else:
+            assert answer.is_whole is is_whole
+            assert answer.body == b"hello" or not is_whole
+    assert wire.recorder.seen[0].ending is (Ending.ANSWERED if is_whole else Ending.CUT)
+    await answering
