@@ -36,6 +36,9 @@ _TRUSTED_IDLE_SECONDS: Final = 0.1
 
 _WAITING_PER_CONNECTION: Final = 16
 
+#: How often all connections are looked through for one that can be had back.
+_LOOK_SECONDS: Final = 0.1
+
 #: Errors that say nothing about the upstream: no file descriptors, ports or memory left here.
 _OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
@@ -84,6 +87,7 @@ class UpstreamPool:
         self._waiting: collections.OrderedDict[Exchange, float] = collections.OrderedDict()
         self._expiry: asyncio.TimerHandle | None = None
         self._is_retired = False
+        self._next_look_mono = 0.0
         self.unreachable_because = ""
 
     def take(self, now: float) -> UpstreamConnection | None:
@@ -106,6 +110,8 @@ class UpstreamPool:
         self._waiting[exchange] = self.clock()
         if len(self._open) + len(self._connecting) < self.settings.connections_max:
             self._connect()
+        else:
+            self._make_room(self.clock())
         if self._expiry is None:
             self._expiry = self._loop.call_later(self.settings.connect_timeout_seconds, self._expire)
 
@@ -200,6 +206,14 @@ class UpstreamPool:
             del self._waiting[exchange]
             reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
+
+    def _make_room(self, now: float) -> None:
+        """Every connection is in use and somebody waits: whose client hardly sends its body has to give way."""
+        if now < self._next_look_mono:
+            return
+        self._next_look_mono = now + _LOOK_SECONDS
+        for connection in list(self._open):
+            connection.give_way(now, self.settings.connect_timeout_seconds)
 
     def _expire(self) -> None:
         self._expiry = None

@@ -29,6 +29,9 @@ HEAD_BYTES_MAX: Final = 65_536
 _INTERIM_MAX: Final = 16
 _FINAL: Final = 200
 
+#: A body that arrives more slowly than this does not keep others from a connection for long.
+_SLOW_BYTES_PER_SECOND: Final = 1024
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +55,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._request_is_written = False
         self._interim = 0
         self._is_suspect = False
+        self._is_full = False
         self._tls: ssl.SSLObject | None = None
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
@@ -94,11 +98,13 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"the upstream closed the connection {where}"))
 
     def pause_writing(self) -> None:
+        self._is_full = True
         if self._exchange is not None:
             self._exchange.pause_request()
             self.deadline = self._clock() + self._idle_seconds
 
     def resume_writing(self) -> None:
+        self._is_full = False
         if self._exchange is not None:
             self._exchange.resume_request()
             self._watch(self._clock())
@@ -137,6 +143,15 @@ class UpstreamConnection(asyncio.Protocol):
             self._pool.release(self, now)
         else:
             self.close()
+
+    def give_way(self, now: float, patience_seconds: float) -> None:
+        """Others wait for a connection: end this exchange if all that holds it up is a client that hardly sends."""
+        exchange = self._exchange
+        if exchange is None or self._request_is_written or self._body is not None or self._is_full:
+            return
+        seconds = now - exchange.sent_mono
+        if seconds > patience_seconds and exchange.bytes_in < seconds * _SLOW_BYTES_PER_SECOND:
+            exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body came too slowly while others waited"))
 
     def finish(self, now: float) -> None:
         """The tunnel is over: close once everything is sent, within the time that silence is given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -195,6 +196,30 @@ async def test_an_answer_s_head_that_trickles_is_504(start: Start) -> None:
     async with wire.client() as client:
         await client.send(request("POST", "/", body=b"x"))
         assert (await client.answer(seconds=3)).status == 504
+
+
+async def test_who_hardly_sends_its_body_gives_way_once_others_wait(start: Start) -> None:
+    """slowhttptest -B with a key: a few bytes now and then, on as many connections as the upstream has."""
+    wire = await start(upstream={"connections_max": 3, "connect_timeout_seconds": 0.3}, serving=Upstream())
+    body = b"x" * 4096
+    async with contextlib.AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(wire.client()) for _ in range(2)]
+        for client in slow:
+            await client.send(request("POST", "/slow", "Content-Length: 4096") + b"x")
+        quick = await stack.enter_async_context(wire.client())
+        await quick.send(request("POST", "/quick", "Content-Length: 8192") + body)
+        async with asyncio.timeout(5):
+            while len(wire.upstream.heads) < 3:
+                await asyncio.sleep(0.01)
+        # Nobody else wants their connection: they may take their time.
+        await asyncio.sleep(0.5)
+        assert wire.recorder.seen == []
+        async with wire.client() as other:
+            await other.send(request("GET", "/other"))
+            assert (await other.answer()).status == 200
+        assert [(await client.answer()).status for client in slow] == [408, 408]
+        await quick.send(body)
+        assert (await quick.answer()).status == 200
 
 
 # -- defects of ours
