@@ -99,8 +99,14 @@ async def _change_on(again: asyncio.Event, proxy: Proxy, read_again: Callable[[]
         again.clear()
         systemd.notify(systemd.reloading())
         try:
-            await proxy.change(*read_again())
-            _log.info("another configuration is in force")
+            settings, dsn = read_again()
+            await proxy.change(settings, dsn)
         except ChangeError as error:
             _log.error("the configuration stays as it was: %s", error)
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
+            _log.exception("the configuration could not be changed")
+        else:
+            _allow_files(settings)
+            logging.getLogger().setLevel(settings.log.level.upper())
+            _log.info("another configuration is in force")
         systemd.notify("READY=1")

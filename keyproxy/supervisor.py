@@ -231,6 +231,8 @@ class Supervisor:
                 await self._change(settings, dsn)
             except (ChangeError, sockets.BindError) as error:
                 _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task
+                _log.exception("the configuration could not be changed")
             systemd.notify("READY=1")
 
     async def _change(self, settings: Settings, dsn: str) -> None:

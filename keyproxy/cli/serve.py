@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import uvloop
 
+from keyproxy import config
 from keyproxy.cli.setting import Failure, check_schema, config_option, load, store
 from keyproxy.config import ConfigError
 from keyproxy.settings import Settings
@@ -38,9 +39,11 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
 
     def read_again() -> tuple[Settings, str]:
         try:
-            other = load(config_path, is_serving=True).settings
+            other = config.load(config_path, os.environ).settings
         except ConfigError as error:
             raise ChangeError("; ".join(error.problems)) from error
+        if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
+            raise ChangeError("listen.workers: one process does not become several: restart it")
         if other.store.dsn != "embedded":
             return other, other.store.dsn
         if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):

@@ -117,29 +117,47 @@ async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Conf
     assert load.wrong == []
 
 
-@pytest.mark.parametrize(
-    ("mistake", "told"),
-    [
-        ("[listen]\nworker = 2\n", "listen.worker: no such key"),
-        ('[listen]\ntls_certificate_file = "/nowhere.pem"\n', "/nowhere.pem"),
-        ('[store]\ndsn = "postgresql://nobody@127.0.0.1:1/none"\n', "Connect"),
-    ],
-)
-async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site, mistake: str, told: str) -> None:
+#: (what is changed, what is told of it)
+MISTAKES = [
+    (("listen", "worker = 2"), "listen.worker: no such key"),
+    (("listen", "workers = 2"), "listen.workers: one process does not become several"),
+    (("listen", 'tls_certificate_file = "/nowhere.pem"'), "/nowhere.pem"),
+    (("listen", 'trusted_proxies = ["nonsense"]'), "trusted_proxies"),
+    (("listen", 'address = "192.0.2.1:80"'), "cannot listen on 192.0.2.1:80"),
+    (("upstream", 'url = "gopher://a"'), "upstream.url"),
+    (("store", 'dsn = "postgresql://nobody@127.0.0.1:1/none"'), "Connect"),
+]
+
+
+async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site) -> None:
     secret = (await site.key())["secret"]
     before = site.config.read_text(encoding="utf-8")
     async with site.serving() as process:
-        table = mistake.partition("\n")[0]
-        content = before.replace(f"{table}\n", mistake) if "dsn" not in mistake else _without_dsn(before, mistake)
-        site.config.write_text(content + '[[routes]]\nmatch = "GET /only"\n', encoding="utf-8")
+        for mistake, told in MISTAKES:
+            content = _with(before, *mistake) + '[log]\nlevel = "error"\n[[routes]]\nmatch = "GET /only"\n'
+            site.config.write_text(content, encoding="utf-8")
+            site.printed.clear()
+            process.send_signal(signal.SIGHUP)
+            await said(site, "the configuration stays as it was")
+            assert told in b"".join(site.printed).decode()
+            assert (await site.call(secret, "GET", "/other"))[0] == 200
+        site.config.unlink()
         process.send_signal(signal.SIGHUP)
-        await said(site, "the configuration stays as it was")
-        assert told in b"".join(site.printed).decode()
-        assert (await site.call(secret, "GET", "/other"))[0] == 200
+        await said(site, str(site.config))
+        site.config.write_text(before, encoding="utf-8")
+        process.send_signal(signal.SIGHUP)
+        # Told at level info, which no mistake has changed.
+        await said(site, "another configuration is in force")
 
 
-def _without_dsn(content: str, table: str) -> str:
-    return "\n".join(line for line in content.splitlines() if not line.startswith(("dsn", "[store]"))) + "\n" + table
+def _with(content: str, table: str, line: str) -> str:
+    """A configuration with this line in this table, in place of the one that was there."""
+    lines, key, here = [], line.partition(" ")[0], ""
+    for one in content.splitlines():
+        here = one.strip("[]") if one.startswith("[") else here
+        if here != table or not one.startswith(f"{key} ="):
+            lines += [one, line] if one == f"[{table}]" else [one]
+    return "\n".join(lines) + "\n"
 
 
 async def said(site: Site, text: str) -> None:
