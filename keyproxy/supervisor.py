@@ -192,9 +192,16 @@ class Supervisor:
         self._failures += 1
         _log.error("worker %d ended with status %d; another one starts in %g s", worker.process.pid, status, pause)
         await asyncio.sleep(pause)
-        if not self._is_stopping and len(self._workers) < count(self._settings.listen.workers):
-            self._restarts += 1
-            await self._start()
+        while not self._is_stopping and len(self._workers) < count(self._settings.listen.workers):
+            try:
+                await self._start()
+            except OSError as error:
+                # No process, memory or file descriptor to be had now: there may be later.
+                _log.error("a worker cannot be started: %s; once more in %g s", error, _BACKOFF_SECONDS[-1])
+                await asyncio.sleep(_BACKOFF_SECONDS[-1])
+            else:
+                self._restarts += 1
+                return
 
     async def _end(self) -> None:
         self._is_stopping = True

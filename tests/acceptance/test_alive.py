@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -190,6 +191,17 @@ async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Confi
         for _ in range(10):
             assert (await site.call(secret))[0] == 200
         assert await site.metric("keyproxy_requests_total", status="200") == 30
+        # A moment in which no process can be started is not the end of it.
+        allowed = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, allowed[1]))
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        await said(site, "a worker cannot be started")
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, allowed)
+
+        async def is_replaced_again() -> bool:
+            return await site.metric("keyproxy_worker_restarts_total") == 2
+
+        await until(is_replaced_again, seconds=20)
 
 
 async def test_workers_end_with_a_supervisor_that_was_killed(configure: Configure, dsn: str) -> None:
