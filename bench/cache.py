@@ -49,8 +49,9 @@ def main(arguments: Sequence[str]) -> int:
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await _fill(dsn, keys)
     store = Store(
-        settings.Store(), settings.Cache(), settings.Ledger(), dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now
-    )
+        settings.Store(), settings.Cache(), settings.Ledger(), settings.Usage(),
+        dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
+    )  # fmt: skip
     await store.open()
     while not store.feed.is_current():
         await asyncio.sleep(0.01)

@@ -12,14 +12,14 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
 from keyproxy import clock, sockets
 from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat
-from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
@@ -55,7 +55,7 @@ class Proxy:
         self._instance = secrets.token_hex(8).encode("ascii")
         self.store = _store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
-        self._recorder = Recorder(self._access_log if settings.log.access else None)
+        self._recorder = Recorder(self._access_log if settings.log.access else None, self._note_usage)
         self.upstreams = self._upstreams(settings)
         terms = self._terms(settings, self.store, self.upstreams, _tls(settings))
         self.server = ProxyServer(
@@ -172,12 +172,13 @@ class Proxy:
 
     async def _store_for(self, settings: Settings, dsn: str) -> Store:
         was = self._settings
-        before = was.store, was.cache, was.identity, was.ledger, self._dsn
-        if before == (settings.store, settings.cache, settings.identity, settings.ledger, dsn):
+        before = was.store, was.cache, was.identity, was.ledger, was.usage, self._dsn
+        if before == (settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, dsn):
             return self.store
         store = _store(settings, dsn)
         # What has been counted goes on being counted: metrics never go back.
         store.identities.counts = self.store.identities.counts
+        store.usage.counts, store.usage.dropped = self.store.usage.counts, self.store.usage.dropped
         await store.open()
         try:
             await store.answers()
@@ -203,6 +204,8 @@ class Proxy:
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
+        # What has ended is to be in the usage that is written last.
+        self._recorder.count_pending()
         await self.store.close()
 
     async def _close_pools(self) -> None:
@@ -214,6 +217,9 @@ class Proxy:
 
     async def _drain(self) -> None:
         await self.server.drain(self._settings.listen.drain_seconds)
+
+    def _note_usage(self, rows: Sequence[Row]) -> None:
+        self.store.usage.take(rows)
 
     # -- what is told
 
@@ -271,7 +277,9 @@ def _bound(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket 
 
 def _store(settings: Settings, dsn: str) -> Store:
     prefix = settings.identity.header_prefix
-    return Store(settings.store, settings.cache, settings.ledger, dsn=dsn, header_prefix=prefix, now=clock.now)
+    return Store(
+        settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
+    )  # fmt: skip
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

@@ -223,6 +223,15 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """How long it is kept who used what."""
+
+    #: Events by the day they were written on; sums by the day they are about.
+    event_days: int = _setting(7, _within(0, 3_650))
+    days: int = _setting(400, _within(1, 36_500))
+
+
+@dataclass(frozen=True, slots=True)
 class Errors:
     """Statuses that the operator may choose."""
 
@@ -274,6 +283,7 @@ class Settings:
     identity: IdentityHeaders = field(default_factory=IdentityHeaders)
     keys: Keys = field(default_factory=Keys)
     ledger: Ledger = field(default_factory=Ledger)
+    usage: Usage = field(default_factory=Usage)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
     routes: tuple[RouteRow, ...] = ()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.model import Ending
 from keyproxy.ports import Exchange
 
@@ -74,15 +75,16 @@ class Cell:
 class Recorder:
     """See the module. Implements the port Recorder."""
 
-    def __init__(self, access_log: AccessLog | None) -> None:
-        """`access_log` None: nothing is logged per request."""
+    def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[Row]], None]) -> None:
+        """`access_log` None: nothing is logged per request. `sinks` are told all that has ended, in turns."""
         #: From the request's head to its first byte upstream.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
         #: Requests with a key that another one has replaced.
         self.retiring_count = 0
         self._cells: dict[tuple[str, str, int, str], Cell] = {}
         self._pending: list[Exchange] = []
-        self._access_log = access_log
+        self._others = sinks
+        self._sinks = self._all_sinks(access_log)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn: asyncio.TimerHandle | None = None
 
@@ -101,7 +103,7 @@ class Recorder:
     def log_to(self, access_log: AccessLog | None) -> None:
         """From now on requests are logged here; None: nowhere."""
         self.count_pending()
-        self._access_log = access_log
+        self._sinks = self._all_sinks(access_log)
 
     def record(self, exchange: Exchange) -> None:
         """See the port."""
@@ -118,7 +120,7 @@ class Recorder:
         """Count and log what has ended since the last time."""
         pending, self._pending = self._pending, []
         cells = self._cells
-        lines = []
+        rows = []
         for exchange in pending:
             identity, route, reason = exchange.identity, exchange.route, exchange.reason
             labels = (
@@ -133,9 +135,13 @@ class Recorder:
             if cell is None:
                 cell = cells[labels] = Cell(*labels)
             self._count(cell, exchange)
-            lines.append((exchange, cell))
-        if self._access_log is not None and lines:
-            self._access_log.write([(exchange, cell.route, cell.mode, cell.code) for exchange, cell in lines])
+            rows.append((exchange, cell.route, cell.mode, cell.code))
+        if rows:
+            for sink in self._sinks:
+                sink(rows)
+
+    def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[Row]], None], ...]:
+        return self._others if access_log is None else (access_log.write, *self._others)
 
     def _count(self, cell: Cell, exchange: Exchange) -> None:
         started, sent, answered = exchange.started_mono, exchange.sent_mono, exchange.answered_mono

@@ -12,14 +12,15 @@ from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.ledger import Ledger
+from keyproxy.store.usage import UsageJournal
 
 
 class Store:
     """See the module."""
 
     def __init__(
-        self, store: settings.Store, cache: settings.Cache, ledger: settings.Ledger, *, dsn: str, header_prefix: str,
-        now: Callable[[], Moment],
+        self, store: settings.Store, cache: settings.Cache, ledger: settings.Ledger, usage: settings.Usage, *,
+        dsn: str, header_prefix: str, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.database = Database(
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
@@ -29,6 +30,9 @@ class Store:
             dsn, pool_size_max=2, statement_timeout_seconds=store.statement_timeout_seconds
         )
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
+        # Nor is either to wait for a batch of usage.
+        self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds)
+        self.usage = UsageJournal(self._usage_database, usage, now, settle_seconds=ledger.settle_seconds)
         state = FeedState()
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
@@ -42,14 +46,18 @@ class Store:
         """Begin to follow the database, whether or not it answers."""
         await self.database.open()
         await self._ledger_database.open()
+        await self._usage_database.open()
         self.feed.start()
         self.ledger.start()
         self.last_used.start()
+        self.usage.start()
 
     async def close(self) -> None:
         """Write what there is, and let go of the database."""
         await self.ledger.close()
         await self._ledger_database.close()
+        await self.usage.close()
+        await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()
         await self.identities.close()

@@ -585,3 +585,14 @@ USING (
     ORDER BY at LIMIT 10 FOR UPDATE SKIP LOCKED
 ) AS old
 WHERE (a.token_id, a.request_key) = (old.token_id, old.request_key);
+
+-- name: record_usage
+-- A batch of usage, counted once: see the function. $1 process, $2 batch, then the sums by column, and events as JSON.
+SELECT keyproxy.record_usage(
+    $1, $2, $3::date[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::int8[], $10::int8[], $11::int8[],
+    $12::int8[], $13::int8[], $14::text::json
+) AS is_new;
+
+-- name: tend_usage
+-- Events are kept for $1 days, sums for $2; at most $3 rows at a time.
+SELECT keyproxy.tend_usage($1, $2, $3) AS is_more;

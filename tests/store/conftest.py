@@ -47,6 +47,9 @@ DELETE FROM keyproxy.changes;
 DELETE FROM keyproxy.leases;
 DELETE FROM keyproxy.lease_holders;
 DELETE FROM keyproxy.windows;
+DELETE FROM keyproxy.usage;
+DELETE FROM keyproxy.usage_writers;
+DELETE FROM keyproxy.usage_event_batches;
 """
 
 
