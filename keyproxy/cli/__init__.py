@@ -13,6 +13,7 @@ from keyproxy.cli.admin import admin_group
 from keyproxy.cli.audit import audit_group
 from keyproxy.cli.completion import completion_command
 from keyproxy.cli.config import config_group
+from keyproxy.cli.explain import key_explain
 from keyproxy.cli.key import key_group
 from keyproxy.cli.key_bulk import BULK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
@@ -20,6 +21,7 @@ from keyproxy.cli.plan import plan_group
 from keyproxy.cli.serve import demo_command, serve_command
 from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
 from keyproxy.cli.tenant import tenant_group
+from keyproxy.cli.usage import usage_group
 from keyproxy.cli.user import user_group
 from keyproxy.config import ConfigError
 from keyproxy.keyformat import masked
@@ -45,10 +47,11 @@ def root() -> None:
 
 for _bulk_command in BULK_COMMANDS:
     key_group.add_command(_bulk_command)
+key_group.add_command(key_explain)
 
 for _command in (
     demo_command, serve_command, admin_group, migrate_command, config_group, tenant_group, user_group, key_group,
-    plan_group, audit_group, completion_command,
+    plan_group, audit_group, usage_group, completion_command,
 ):  # fmt: skip
     root.add_command(_command)
 

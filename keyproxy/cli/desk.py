@@ -49,6 +49,11 @@ class Call:
 
     def run(self, work: Callable[[Directory], Awaitable[_T]]) -> _T:
         """Do something with the directory of the configured store."""
+        prefix = self.settings().keys.prefix
+        return self.run_in_store(lambda database: work(Directory(database, KeyFormat(prefix), actor())))
+
+    def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
+        """Do something in the configured store."""
         settings = self.settings()
 
         async def worked(dsn: str) -> _T:
@@ -56,7 +61,7 @@ class Call:
             database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds)
             await database.open()
             try:
-                return await work(Directory(database, KeyFormat(settings.keys.prefix), actor()))
+                return await work(database)
             finally:
                 await database.close()
 

@@ -195,7 +195,7 @@ class IdentityCache:
         now = self._now().mono_seconds
         user = self._users.setdefault(row["user_id"], _Group())
         tenant = self._tenants.setdefault(row["tenant_id"], _Group())
-        entry = _Entry(_identity(row, self._header_prefix), user, tenant)
+        entry = _Entry(identity_of(row, self._header_prefix), user, tenant)
         entry.fresh_until = now + self._cache.fresh_seconds
         entry.stale_until = now + self._cache.stale_seconds
         before = self._entries.pop(digest, None)
@@ -226,7 +226,7 @@ class IdentityCache:
         await self._look_ups.close()
 
 
-def _identity(row: Row, header_prefix: str) -> Identity:
+def identity_of(row: Row, header_prefix: str) -> Identity:
     """Everything that depends on the key alone, parsed and encoded once."""
     standing = None
     if row["is_revoked"]:

@@ -200,8 +200,10 @@ class Ledger:
         while True:
             now = self._mono()
             if self.book.has_leases:
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), max(0.0, min(settle_at, heartbeat_at) - now))
+                    async with asyncio.timeout(max(0.0, min(settle_at, heartbeat_at) - now)):
+                        await self._wake.wait()
             else:
                 await self._wake.wait()
             # Whoever arrives in this turn of the loop travels along.

@@ -596,3 +596,72 @@ SELECT keyproxy.record_usage(
 -- name: tend_usage
 -- Events are kept for $1 days, sums for $2; at most $3 rows at a time.
 SELECT keyproxy.tend_usage($1, $2, $3) AS is_more;
+
+-- name: usage_by
+-- Sums grouped by what $1 names, of one tenant $2, user $3, key $4, from the day $5 until before $6, where not null.
+-- Needs: usage (day …), (tenant_id, day), (user_id, day), (key_id, day).
+SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
+       CASE WHEN 'tenant' = ANY($1) THEN u.tenant_id END AS tenant,
+       CASE WHEN 'user' = ANY($1) THEN u.user_id END AS "user",
+       CASE WHEN 'key' = ANY($1) THEN u.key_id END AS key,
+       CASE WHEN 'mode' = ANY($1) THEN CASE WHEN u.is_test THEN 'test' ELSE 'live' END END AS mode,
+       CASE WHEN 'route' = ANY($1) THEN u.route END AS route,
+       sum(u.requests)::int8 AS requests, sum(u.refusals)::int8 AS refusals, sum(u.tokens_in)::int8 AS tokens_in,
+       sum(u.tokens_out)::int8 AS tokens_out, sum(u.tokens_estimated)::int8 AS tokens_estimated
+FROM keyproxy.usage AS u
+WHERE ($2::text IS NULL OR u.tenant_id = $2)
+  AND ($3::text IS NULL OR u.user_id = $3)
+  AND ($4::text IS NULL OR u.key_id = $4)
+  AND ($5::date IS NULL OR u.day >= $5)
+  AND ($6::date IS NULL OR u.day < $6)
+GROUP BY 1, 2, 3, 4, 5, 6
+ORDER BY 1, 2, 3, 4, 5, 6
+LIMIT $7;
+
+-- name: usage_after
+-- Rows after the one with the key $1 to $6, at most $12; filtered by $7 to $11 as usage_by is by $2 to $6.
+-- Needs: usage (day …).
+SELECT u.day, u.tenant_id AS tenant, u.user_id AS "user", u.key_id AS key,
+       CASE WHEN u.is_test THEN 'test' ELSE 'live' END AS mode, u.route,
+       u.requests, u.refusals, u.tokens_in, u.tokens_out, u.tokens_estimated
+FROM keyproxy.usage AS u
+WHERE (u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route)
+      > ($1::date, $2::text, $3::text, $4::text, $5::bool, $6::text)
+  AND ($7::text IS NULL OR u.tenant_id = $7)
+  AND ($8::text IS NULL OR u.user_id = $8)
+  AND ($9::text IS NULL OR u.key_id = $9)
+  AND ($10::date IS NULL OR u.day >= $10)
+  AND ($11::date IS NULL OR u.day < $11)
+ORDER BY u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route
+LIMIT $12;
+
+-- name: event_batches
+-- Batches of events after the serial $1 and up to $2, written on the day $3 or later, at most $4.
+-- Needs: usage_event_batches (serial, day), in each partition.
+SELECT b.serial, b.process, b.batch, b.events::text AS events
+FROM keyproxy.usage_event_batches AS b
+WHERE b.serial > $1 AND b.serial <= $2 AND b.day >= $3
+ORDER BY b.serial
+LIMIT $4;
+
+-- name: event_batch_serial
+-- Needs: usage_event_batches (process, batch), in each partition.
+SELECT b.serial FROM keyproxy.usage_event_batches AS b WHERE b.process = $1 AND b.batch = $2;
+
+-- name: event_horizon
+-- The newest serial, and the first transaction that has not begun: see audit_horizon.
+SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usage_event_serial) AS newest,
+       pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
+
+-- name: digest_of_key
+-- What identities_by_digest knows a key by.
+SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
+
+-- name: limits_of_user
+-- The limits of the user $1 and of its tenant, for test traffic if $2.
+SELECT u.id AS user_id, t.id AS tenant_id, up.limits AS user_limits, tp.limits AS tenant_limits
+FROM keyproxy.users AS u
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN $2 THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
+LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN $2 THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
+WHERE u.id = $1;

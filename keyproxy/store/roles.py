@@ -46,9 +46,13 @@ RIGHTS: Final = {
 }
 
 #: Functions that not everybody may call.
-_FUNCTIONS: Final = ("foreign_recipe(text)", "adopt_foreign(text, text, bytea)")
+_FUNCTIONS: Final = (
+    "foreign_recipe(text)",
+    "adopt_foreign(text, text, bytea)",
+    "tend_usage(integer, integer, integer)",
+)
 
-_SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "")}
+_SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "SELECT")}
 
 
 def names(prefix: str) -> tuple[str, str]:

@@ -134,8 +134,9 @@ $$;
 
 -- Make place for what comes, and let go of what is older than asked for: events, sums, and windows that nobody can draw on.
 -- A portion at a time; whether there is more. One at a time: who comes second finds nothing to do.
+-- As its owner, who alone may drop what it owns; and so not for everybody.
 CREATE FUNCTION keyproxy.tend_usage(event_days int, usage_days int, portion int) RETURNS boolean
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' AS $$
 DECLARE
     today date := (clock_timestamp() AT TIME ZONE 'UTC')::date;
     old_partition text;
@@ -177,3 +178,4 @@ BEGIN
     RETURN is_more;
 END
 $$;
+REVOKE EXECUTE ON FUNCTION keyproxy.tend_usage(int, int, int) FROM PUBLIC;
