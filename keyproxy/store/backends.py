@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from keyproxy import settings
 from keyproxy.store.database import Database
-from keyproxy.store.ledger import LedgerBackend
 from keyproxy.store.ledger_postgres import PostgresLedger
 from keyproxy.store.ledger_redis import RedisLedger
 
 
-def ledger_backend(database: Database, ledger: settings.Ledger) -> LedgerBackend:
+def ledger_backend(database: Database, ledger: settings.Ledger) -> PostgresLedger | RedisLedger:
     """Where windows are accounted, as `ledger.backend` says. Nothing is connected to yet.
 
     The database stays the caller's; it is asked for shares of windows also where leases are Redis'.

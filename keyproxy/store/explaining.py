@@ -101,9 +101,12 @@ async def explain_key(
         raise NotFound(f"there is no key {key_id!r}")
     identity = identity_of(rows[0], configured.identity.header_prefix)
     windows = ledger_backend(database, configured.ledger)
-    told = await explain(
-        identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
-    )  # fmt: skip
+    try:
+        told = await explain(
+            identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
+        )  # fmt: skip
+    finally:
+        await windows.close()
     return identity, told
 
 
@@ -124,8 +127,11 @@ async def windows_of_user(
         (Window(pool, measure), plan)
         for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
     ]  # fmt: skip
-    backend = _DryBackend(ledger_backend(database, configured.ledger), now)
-    states = await backend.states([window for window, _ in wanted])
+    windows = ledger_backend(database, configured.ledger)
+    try:
+        states = await _DryBackend(windows, now).states([window for window, _ in wanted])
+    finally:
+        await windows.close()
     return [
         {"owner": window.pool.owner, **window_told(window, plan, state)}
         for (window, plan), state in zip(wanted, states, strict=True)
