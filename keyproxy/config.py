@@ -23,7 +23,16 @@ from keyproxy.settings import TABLES, Check, RouteRow, Settings, cross_checks
 ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
 
 #: Names under the prefix that are not keys of the configuration.
-_OTHER_VARIABLES: Final = frozenset({"KEYPROXY_CONFIG", "KEYPROXY_PG_BIN", "KEYPROXY_ROUTES"})
+_OTHER_VARIABLES: Final = frozenset(
+    {
+        "KEYPROXY_CONFIG",
+        "KEYPROXY_PG_BIN",
+        "KEYPROXY_ROUTES",
+        "KEYPROXY_ADMIN_URL",
+        "KEYPROXY_ADMIN_TOKEN",
+        "KEYPROXY_ADMIN_TOKEN_FILE",
+    }
+)
 
 #: Far beyond every bound, and well within what a float holds.
 _NUMBER_MAX: Final = 10**15

@@ -198,6 +198,6 @@ def test_secrets_are_revealed_only_where_a_key_is_handed_to_its_owner_or_checked
         if isinstance(node, ast.Attribute) and node.attr == "reveal"
     }
     assert callers == {
-        "keyproxy/credential.py", "keyproxy/demo/__init__.py", "keyproxy/keyformat.py",
+        "keyproxy/admin/client.py", "keyproxy/credential.py", "keyproxy/demo/__init__.py", "keyproxy/keyformat.py",
         "keyproxy/store/directory_desk.py", "keyproxy/store/foreign.py",
     }  # fmt: skip

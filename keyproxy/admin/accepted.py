@@ -204,6 +204,12 @@ class KeyIssue(FirstKey):
     is_test: bool = False
 
 
+class KeysIssue(Accepted):
+    """Keys of users, all of them or none."""
+
+    keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
+
+
 class KeyChange(Accepted):
     """What to change; what is not named stays. A plan of null is none."""
 

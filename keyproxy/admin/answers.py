@@ -96,6 +96,28 @@ class FirstKeyMade(Key):
     secret: _Secret
 
 
+class KeyIssued(Answered):
+    """One of many keys. `created` is false, and the rest is not there, if the user had a working key of that name."""
+
+    user: str
+    name: str
+    created: bool
+    id: str = ""
+    hint: str = ""
+    scopes: list[str] = []
+    is_test: bool = False
+    plan: str | None = None
+    expires_at: Time | None = None
+    secret: _Secret = None
+
+
+class KeysIssued(Answered):
+    """Keys, in the order in which they were asked for."""
+
+    items: list[KeyIssued]
+    warnings: _Warnings
+
+
 class KeyRotated(Key):
     """A new key in place of another, with its secret."""
 

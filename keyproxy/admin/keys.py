@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
 from keyproxy.admin.accepted import (
     KeyChange,
     KeyIssue,
     KeyRevoke,
     KeyRotate,
+    KeysIssue,
     KeysQuery,
     KeysRevoke,
     LeakReport,
 )
-from keyproxy.admin.answers import Deleted, Key, KeyMade, KeyRotated, Keys, KeysRevoked, Leak
+from keyproxy.admin.answers import Deleted, Key, KeyMade, KeyRotated, Keys, KeysIssued, KeysRevoked, Leak
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.scopes import Scope
@@ -49,6 +50,19 @@ async def _issue(call: Call) -> Answer:
     key = await call.directory.issue_key(body.user, wish)
     content = {**key, "warnings": call.terms.warnings(scopes)}
     return Answer(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
+
+
+async def _issue_many(call: Call) -> Answer:
+    body: KeysIssue = call.body
+    wishes = [
+        (
+            one.user,
+            KeyWish(one.name, tuple(dict.fromkeys(one.scopes)), one.is_test, call.terms.life(one.said()), one.plan),
+        )
+        for one in body.keys
+    ]
+    scopes = dict.fromkeys(scope for _, wish in wishes for scope in wish.scopes)
+    return Answer({"items": await call.directory.issue_keys(wishes), "warnings": call.terms.warnings(tuple(scopes))})
 
 
 async def _change(call: Call) -> Answer:
@@ -90,11 +104,8 @@ async def _revoke_many(call: Call) -> Answer:
 async def _leaked(call: Call) -> Answer:
     body: LeakReport = call.body
     if "key" in body.model_fields_set:
-        digest: bytes = SecretKey(body.key.encode("ascii")).digest()
-    else:
-        digest = bytes.fromhex(body.digest)
-    told: dict[str, Any] = await call.directory.report_leaked(digest, body.reason)
-    return Answer(told)
+        return Answer(await call.directory.report_leaked_key(SecretKey(body.key.encode("ascii")), body.reason))
+    return Answer(await call.directory.report_leaked(bytes.fromhex(body.digest), body.reason))
 
 
 def _span(seconds: int | None) -> timedelta | None:
@@ -106,6 +117,10 @@ ENDPOINTS: Final = (
              Scope.KEYS_READ, _keys, {200: Keys}, query=KeysQuery),
     Endpoint("POST", "/v1/keys", "issue_key", "Issue a key. Its secret is in this answer and nowhere else.",
              Scope.KEYS_WRITE, _issue, {201: KeyMade}, body=KeyIssue, refuses=_NOT_THERE),
+    Endpoint("POST", "/v1/keys/issue", "issue_keys",
+             "Issue many keys, all or none. A user who has a working key of that name and mode gets no other, so that "
+             "the same can be sent again.",
+             Scope.KEYS_WRITE, _issue_many, {200: KeysIssued}, body=KeysIssue, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/revoke", "revoke_keys",
              "Revoke many keys for good: of a user, of a tenant, older than, unused for some time. Send it again while "
              "some remain.",

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from keyproxy.admin import openapi, reference
 from keyproxy.admin.endpoints import Endpoint
@@ -26,7 +27,20 @@ _log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS: Final = 10.0
 _KEEPALIVE_SECONDS: Final = 30.0
 _PATH_CHARACTERS_MAX: Final = 512
+_LINE_BYTES_MAX: Final = 65_536
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+
+class _Unreadable(logging.Filter):
+    """Keeps out of the log what aiohttp says of a request that is no HTTP: it repeats its bytes, which may hold a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_http_log = logging.getLogger("keyproxy.admin.http")
+_http_log.addFilter(_Unreadable())
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -62,7 +76,8 @@ class AdminListener:
         """Serve a bound socket."""
         self._runner = web.AppRunner(
             self.application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS,
-            keepalive_timeout=_KEEPALIVE_SECONDS, max_line_size=8190, max_field_size=8190,
+            keepalive_timeout=_KEEPALIVE_SECONDS, max_line_size=_LINE_BYTES_MAX, max_field_size=_LINE_BYTES_MAX,
+            logger=_http_log,
         )  # fmt: skip
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()

@@ -16,7 +16,7 @@ from keyproxy.admin.accepted import ID, Accepted
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
 
-BODY_BYTES_MAX: Final = 65_536
+BODY_BYTES_MAX: Final = 1 << 20
 _BODY_SECONDS: Final = 10.0
 _ERRORS_MAX: Final = 20
 

@@ -170,6 +170,8 @@ def _without_secrets(kept: Kept) -> Kept:
 def _blanked(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: None if name in _SECRETS else _blanked(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_blanked(one) for one in content]
     return content
 
 

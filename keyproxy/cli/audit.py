@@ -12,7 +12,8 @@ import orjson
 
 from keyproxy.cli.desk import PAGE, Call, Progress, say, takes_call
 from keyproxy.cli.setting import Failure, instant
-from keyproxy.store.directory import AuditFilter, Directory, Entity
+from keyproxy.store.directory import AuditFilter, Entity
+from keyproxy.store.operations import Operations
 
 _COLUMNS: Final = ("id", "at", "actor", "origin", "action", "entity", "entity_id", "tenant", "changed")
 _ENTITIES: Final = ("tenant", "user", "key", "plan")
@@ -51,7 +52,7 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
     keyproxy audit list --entity key --id key_…
     """
 
-    async def work(directory: Directory) -> list[Entity]:
+    async def work(directory: Operations) -> list[Entity]:
         found: list[Entity] = []
         cursor: str | None = None
         while True:
@@ -88,7 +89,7 @@ def audit_export(call: Call, after: int | None, output: Path | None, **wanted: A
         say(f"{count} rows added to {output}")
 
 
-async def _export(directory: Directory, after: int | None, wanted: AuditFilter, file: BinaryIO) -> int:
+async def _export(directory: Operations, after: int | None, wanted: AuditFilter, file: BinaryIO) -> int:
     horizon = await directory.audit_horizon()
     progress, count = Progress("rows"), 0
     cursor = str(after or 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -13,11 +13,12 @@ from typing import Any, Final, TypeVar
 import click
 import uvloop
 
-from keyproxy.cli.setting import actor, config_option, json_option, load, store, tell
+from keyproxy.cli.setting import actor, admin_options, admin_token, config_option, json_option, load, store, tell
 from keyproxy.keyformat import KeyFormat
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity, KeyWish
+from keyproxy.store.operations import AS_CONFIGURED_THERE, Operations
 
 _T = TypeVar("_T")
 
@@ -46,14 +47,32 @@ class Call:
 
     config_path: Path | None
     as_json: bool
+    admin_url: str | None = None
+    admin_token: str = field(default="", repr=False)
 
-    def run(self, work: Callable[[Directory], Awaitable[_T]]) -> _T:
-        """Do something with the directory of the configured store."""
+    def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+        """Do something, in the database or, with --admin-url, through the admin API."""
+        return self.run_in_database(work) if self.admin_url is None else uvloop.run(self._asked(self.admin_url, work))
+
+    async def _asked(self, url: str, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+        # What this needs takes longer to import than a command takes.
+        from keyproxy.admin.client import AdminClient
+
+        async with AdminClient(url, self.admin_token) as client:
+            done = await work(client)
+        for warning in client.warnings:
+            say(f"warning: {warning}")
+        return done
+
+    def run_in_database(self, work: Callable[[Directory], Awaitable[_T]]) -> _T:
+        """Do something with the directory of the configured store, which the admin API does for nobody."""
         prefix = self.settings().keys.prefix
         return self.run_in_store(lambda database: work(Directory(database, KeyFormat(prefix), actor())))
 
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
-        """Do something in the configured store."""
+        """Do something in the configured store itself."""
+        if self.admin_url is not None:
+            raise click.UsageError("this needs the database: leave --admin-url away")
         settings = self.settings()
 
         async def worked(dsn: str) -> _T:
@@ -84,11 +103,15 @@ class Call:
         """How long a key lives, None for ever."""
         if isinstance(expires_in, timedelta):
             return expires_in
+        if expires_in is None and self.admin_url is not None:
+            return AS_CONFIGURED_THERE
         days = self.settings().keys.age_days_max
         return timedelta(days=days) if expires_in is None and days else None
 
     def warn_of_scopes(self, scopes: Sequence[str]) -> None:
         """Say so if no route asks for a scope: a slip of the pen, or a route that is still to come."""
+        if self.admin_url is not None:
+            return  # its routes are another process's, which warns of them
         routes = self.settings().routes
         asked_for = {scope for route in routes for scope in route.scopes}
         for scope in scopes:
@@ -107,13 +130,17 @@ class Call:
 
 
 def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--config and --json. The command's first parameter is the Call."""
+    """--config, --json, --admin-url and --admin-token-file. The command's first parameter is the Call."""
 
     @functools.wraps(command)
-    def called(*arguments: Any, config_path: Path | None, as_json: bool, **options: Any) -> Any:
-        return command(Call(config_path, as_json), *arguments, **options)
+    def called(
+        *arguments: Any, config_path: Path | None, as_json: bool, admin_url: str | None, token_path: Path | None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        token = "" if admin_url is None else admin_token(token_path)
+        return command(Call(config_path, as_json, admin_url, token), *arguments, **options)
 
-    return config_option(json_option(called))
+    return config_option(json_option(admin_options(called)))
 
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:

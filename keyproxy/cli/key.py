@@ -22,8 +22,9 @@ from keyproxy.cli.desk import (
 )
 from keyproxy.cli.setting import Failure, duration, grace, scopes, span
 from keyproxy.keyformat import KEY_BYTES_MAX, SecretKey
-from keyproxy.store.directory import Directory, Entity, KeyFilter
+from keyproxy.store.directory import Entity, KeyFilter
 from keyproxy.store.directory_keys import ORDERS, STATES
+from keyproxy.store.operations import Operations
 
 _DIGEST: Final = re.compile(rb"[0-9a-fA-F]{64}")
 
@@ -93,7 +94,7 @@ def key_stale(call: Call, unused: timedelta, user_id: str | None, tenant_id: str
     keyproxy key stale --unused 30d
     """
 
-    async def work(directory: Directory) -> list[Entity]:
+    async def work(directory: Operations) -> list[Entity]:
         wanted = KeyFilter(user_id, tenant_id, unused_for=unused)
         return [key for key in await _listed(directory, wanted, "used") if key["state"] not in ("expired", "revoked")]
 
@@ -180,7 +181,7 @@ def key_delete(call: Call, key_id: str, *, yes: bool) -> None:
     call.tell(call.run(lambda directory: directory.delete_key(key_id)), KEY_COLUMNS)
 
 
-async def _listed(directory: Directory, wanted: KeyFilter, order: str | None) -> list[Entity]:
+async def _listed(directory: Operations, wanted: KeyFilter, order: str | None) -> list[Entity]:
     if order is None:
         return await all_pages(lambda after: directory.keys(after, PAGE, wanted))
     found: list[Entity] = []
@@ -202,7 +203,7 @@ def _from_stdin() -> bytes:
     return text
 
 
-async def _reported(directory: Directory, digest: str | None, reason: str) -> Entity:
+async def _reported(directory: Operations, digest: str | None, reason: str) -> Entity:
     if digest is not None:
         return await directory.report_leaked(_hex_digest(digest), reason)
     text = _from_stdin()

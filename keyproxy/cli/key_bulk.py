@@ -19,6 +19,7 @@ from keyproxy.cli.setting import Failure, duration, scopes, span
 from keyproxy.store.directory import Directory, ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory_bulk import BATCH_MAX
 from keyproxy.store.directory_import import read_key, read_wish
+from keyproxy.store.operations import Operations
 
 _FILE_BYTES_MAX: Final = 1 << 30
 _PROBLEMS_SHOWN_MAX: Final = 20
@@ -61,7 +62,7 @@ def key_revoke_all(
     call.tell({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
 
 
-async def _revoke(directory: Directory, wanted: Revocation, reason: str, total: int) -> int:
+async def _revoke(directory: Operations, wanted: Revocation, reason: str, total: int) -> int:
     progress, count = Progress("keys revoked", total), 0
     try:
         async for ids in directory.revoke_keys(wanted, reason):
@@ -104,7 +105,7 @@ def key_issue_many(
         say(f"{made} keys issued, {len(wishes) - made} were there; this is the only time the secrets are shown")
 
 
-async def _issue(directory: Directory, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool) -> int:
+async def _issue(directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool) -> int:
     progress, made = Progress("keys", len(wishes)), 0
     try:
         for start in range(0, len(wishes), BATCH_MAX):
@@ -152,7 +153,7 @@ def key_import(
     defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
     owners = {} if map_path is None else _owners(map_path)
     keys, report = _read(_rows(path), defaults, owners, user_column)
-    report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
+    report.add(call.run_in_database(lambda directory: _import(directory, keys, dry_run=dry_run)))
     for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
         say(f"{place}: {problem}")
     told = {

@@ -61,6 +61,37 @@ def json_option(command: _Decorated) -> _Decorated:
     return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(command)
 
 
+def admin_options(command: _Decorated) -> _Decorated:
+    """--admin-url and --admin-token-file."""
+    for option in (
+        click.option("--admin-token-file", "token_path", envvar="KEYPROXY_ADMIN_TOKEN_FILE", metavar="FILE",
+                     type=click.Path(dir_okay=False, path_type=Path),
+                     help="Its token. Without it: KEYPROXY_ADMIN_TOKEN."),
+        click.option("--admin-url", envvar="KEYPROXY_ADMIN_URL", metavar="URL", callback=_admin_url,
+                     help="Ask a running `keyproxy admin` instead of the database."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def admin_token(path: Path | None) -> str:
+    """The token for --admin-url. Raises UsageError."""
+    try:
+        token = os.environ.get("KEYPROXY_ADMIN_TOKEN", "") if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--admin-token-file cannot be read: {error}") from error
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]{1,512}", token):
+        raise click.UsageError("--admin-url needs a token: in KEYPROXY_ADMIN_TOKEN, or in --admin-token-file")
+    return token
+
+
+def _admin_url(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"https?://[!-~]+|unix:/[!-~]+", value):
+        raise click.BadParameter(f"{value!r} is no URL: http://host:port, https://host:port or unix:/path")
+    return value
+
+
 def load(path: Path | None, *, is_serving: bool = False) -> config.Config:
     """The configuration; logging is set up with it. A command that ends by itself says why it failed, once: no log."""
     loaded = config.load(path, os.environ)

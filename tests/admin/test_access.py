@@ -35,6 +35,7 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "create_user": {"id": user, "tenant": tenant},
         "change_user": {"disabled": True},
         "issue_key": {"user": user},
+        "issue_keys": {"keys": [{"user": user}]},
         "revoke_keys": {"user": user},
         "change_key": {"name": "changed"},
         "rotate_key": {},

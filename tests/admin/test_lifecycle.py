@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 import pytest
 
+from keyproxy.store import roles
 from keyproxy.store.database import Database
 from tests.admin.conftest import Api, serving
 
@@ -195,3 +198,37 @@ async def test_keys_are_listed_by_age_use_and_expiry(api: Api) -> None:
     rest = await api.done("GET", f"/v1/keys?sort=expires&limit=1&cursor={by_expiry['next']}")
     assert rest["items"][0]["id"] != soon["id"]
     assert (await api.done("GET", "/v1/keys?unused_seconds=60&older_than_seconds=60"))["items"] == []
+
+
+async def test_the_role_of_the_admin_side_is_enough_for_the_whole_lifecycle(dsn: str) -> None:
+    prefix = f"kp_{secrets.token_hex(4)}"
+    await roles.create(dsn, prefix)
+    database = Database(
+        dsn.replace("keyproxy@", f"{prefix}_admin@"), pool_size_max=2, statement_timeout_seconds=5.0
+    )  # fmt: skip
+    await database.open()
+    try:
+        async with serving(database) as api:
+            key = (await api.user())["key"]
+            token = await api.token("admin:write")
+            body = {"user": "u_1"}
+            again = {"headers": {"Idempotency-Key": "k"}, "token": token}
+            made = [await api.done("POST", "/v1/keys", body, **again) for _ in range(2)]
+            assert made[0]["id"] == made[1]["id"]
+            await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 5}}, token=token)
+            await api.done("PATCH", "/v1/users/u_1", {"plan": "basic"}, token=token)
+            await api.done("POST", f"/v1/keys/{key['id']}/rotate", token=token)
+            await api.done("POST", "/v1/leaked-keys", {"key": key["secret"]}, token=token)
+            await api.done("POST", "/v1/keys/revoke", {"tenant": "acme"}, token=token)
+            for path in ("/v1/tenants", "/v1/users", "/v1/keys?sort=used", "/v1/plans", "/v1/audit"):
+                assert (await api.done("GET", path, token=token))["items"]
+            assert (await api.call("GET", "/v1/audit/export", token=token)).status == 200
+            for path in (f"/v1/keys/{key['id']}", "/v1/users/u_1", "/v1/plans/basic", "/v1/tenants/acme"):
+                await api.done("DELETE", path, token=token)
+    finally:
+        await database.close()
+        connection = await asyncpg.connect(dsn)
+        for role in roles.names(prefix):
+            await connection.execute(f'DROP OWNED BY "{role}"')
+            await connection.execute(f'DROP ROLE "{role}"')
+        await connection.close()

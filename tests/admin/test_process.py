@@ -41,17 +41,17 @@ class Host:
         lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
         self.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
         """Start a command."""
         return await asyncio.create_subprocess_exec(
             sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config),
-            env=clean_environment(self.directory), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            env=clean_environment(self.directory) | environment, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
 
-    async def run(self, *arguments: str) -> Output:
+    async def run(self, *arguments: str, **environment: str) -> Output:
         """Run a command to its end."""
-        process = await self.start(*arguments)
+        process = await self.start(*arguments, **environment)
         async with asyncio.timeout(60):
             out, err = await process.communicate()
         return Output(process.returncode or 0, out.decode(), err.decode())
@@ -158,3 +158,47 @@ async def test_another_token_in_the_file_is_in_force_after_sighup(host: Host) ->
             while (await host.get("/v1/tenants", TOKEN[::-1]))[0] != 200:
                 await asyncio.sleep(0.05)
         assert (await host.get("/v1/tenants", TOKEN))[0] == 401
+
+
+async def test_commands_go_through_the_api_and_print_the_same(host: Host) -> None:
+    file = host.directory / "token"
+    file.write_text(TOKEN)
+    host.configure(token_file=str(file))
+    url = f"http://127.0.0.1:{host.port}"
+    async with host.serving():
+        # Nothing but the API is known to these.
+        host.config.write_text("")
+
+        async def told(*arguments: str) -> Any:
+            output = await host.run(*arguments, "--json", KEYPROXY_ADMIN_TOKEN=TOKEN, KEYPROXY_ADMIN_URL=url)
+            assert output.status == 0, output.err
+            return output.json
+
+        assert (await told("tenant", "create", "acme"))["id"] == "acme"
+        user = await told("user", "create", "u_1", "--tenant", "acme", "--scope", "jobs:write")
+        assert user["key"]["secret"].startswith("kp_live_")
+        new = await told("key", "rotate", user["key"]["id"], "--grace", "1h")
+        assert new["replaces"] == user["key"]["id"]
+        assert (await told("key", "revoke", new["id"], "--reason", "lost"))["revoke_reason"] == "lost"
+        assert {key["state"] for key in await told("key", "list", "--user", "u_1")} == {"retiring", "revoked"}
+        assert {row["actor"] for row in await told("audit", "list")} == {"token:file"}
+        refused = await host.run("tenant", "show", "nobody", "--admin-url", url, "--admin-token-file", str(file))
+        assert (refused.status, refused.err) == (1, "keyproxy: there is no tenant 'nobody'\n")
+        wrong = await host.run("tenant", "list", "--admin-url", url, KEYPROXY_ADMIN_TOKEN="x" * 40)
+        assert (wrong.status, len(wrong.err.splitlines())) == (1, 1)
+        assert "token_invalid" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "needs a token"),
+        (["tenant", "list", "--admin-url", "ftp://a"], "is no URL"),
+    ],
+)
+async def test_an_admin_url_without_a_token_or_that_is_none_is_misuse(
+    host: Host, arguments: list[str], said: str
+) -> None:
+    output = await host.run(*arguments)
+    assert output.status == 2
+    assert said in output.err

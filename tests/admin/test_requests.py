@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import asyncpg
@@ -52,9 +53,9 @@ async def test_a_suggestion_is_made_inside_of_nested_values_too(api: Api) -> Non
         (b"\xff", "request_malformed"),
         (b'{"id": "a", "id": "b"}', "request_malformed"),
         (b'{"id": NaN}', "request_malformed"),
-        (b"[" * 60_000, "request_malformed"),
+        (b"[" * 200_000, "request_malformed"),
         (b"1" * 60_000, "request_malformed"),
-        (b'{"id": "' + b"a" * 70_000 + b'"}', "body_too_large"),
+        (b'{"id": "' + b"a" * 1_100_000 + b'"}', "body_too_large"),
     ],
 )
 async def test_a_body_that_cannot_be_read_is_refused(api: Api, raw: bytes, code: str) -> None:
@@ -285,3 +286,28 @@ async def test_a_store_that_cannot_be_asked_is_no_answer(api: Api) -> None:
         assert (reply.status, reply.code, reply.headers["Retry-After"]) == (503, "store_unavailable", "2")
     assert (await api.call("GET", "/readyz", token=None)).status == 503
     assert (await api.call("GET", "/livez", token=None)).status == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET /v1/keys?a=%b%b HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /v1/keys/%b HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n",
+        b"GET /%b\x00 HTTP/1.1\r\nHost: a\r\nA%b\r\n\r\n",
+    ],
+)
+async def test_what_is_no_request_is_refused_and_not_logged(
+    api: Api, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = (await api.user())["key"]["secret"]
+    host, port = api.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(raw % (secret.encode(), b"a" * 70_000))
+        # What is not read any more may be reset.
+        with contextlib.suppress(ConnectionResetError):
+            assert (await reader.readline()).split()[1] == b"400"
+    finally:
+        writer.transport.abort()
+    assert secret not in caplog.text
+    assert secret not in str(api.log)

@@ -1,0 +1,161 @@
+"""One suite for the operations of the command line, done in the database and asked of the admin API: both do the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from keyproxy.admin.client import AdminClient, Denied
+from keyproxy.keyformat import SecretKey
+from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.directory import (
+    AuditFilter,
+    Conflict,
+    Entity,
+    Invalid,
+    KeyFilter,
+    KeyWish,
+    NotFound,
+    Revocation,
+)
+from keyproxy.store.operations import AS_CONFIGURED_THERE, Operations
+from tests.admin.conftest import FILE_TOKEN, Api
+
+
+@pytest.fixture(params=["database", "api"])
+async def operations(api: Api, request: pytest.FixtureRequest) -> AsyncIterator[Operations]:
+    """Each implementation of the port."""
+    if request.param == "database":
+        yield api.directory
+        return
+    async with AdminClient(api.url, FILE_TOKEN) as client:
+        yield client
+
+
+async def _ids(operations: Operations) -> list[str]:
+    found: list[Entity] = []
+    while rows := await operations.keys(found[-1]["id"] if found else "", 2):
+        found += rows
+    return [key["id"] for key in found]
+
+
+async def test_the_whole_life_of_a_key(operations: Operations, api: Api) -> None:
+    assert (await operations.create_tenant("acme", "Acme Ltd"))["created"] is True
+    assert (await operations.create_tenant("acme", "Other"))["name"] == "Acme Ltd"
+    user = await operations.create_user("u_1", "acme", KeyWish(scopes=("jobs:write",)))
+    assert (await operations.create_user("u_1", "acme", KeyWish()))["key"] is None
+    first = user["key"]
+    key = await operations.issue_key("u_1", KeyWish("nightly", ("a", "b"), is_test=True, expires_in=timedelta(days=1)))
+    assert set(first) - set(key) == set()
+    assert (key["name"], key["scopes"], key["is_test"]) == ("nightly", ["a", "b"], True)
+    assert {**await operations.key(key["id"]), "secret": key["secret"]} == key
+    assert (await operations.change_key(key["id"], {"name": "weekly"}))["name"] == "weekly"
+    new = await operations.rotate_key(first["id"], grace=timedelta(hours=1), expires_in=timedelta(days=2))
+    assert (new["replaces"], new["scopes"]) == (first["id"], ["jobs:write"])
+    assert new["old_expires_at"] is not None
+    assert (await operations.revoke_key(key["id"], "lost"))["revoke_reason"] == "lost"
+    told = await operations.report_leaked_key(SecretKey(new["secret"].encode()), "found")
+    assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_1", "revoked")
+    digest = hashlib.sha256(first["secret"].encode()).digest()
+    assert (await operations.report_leaked(digest, "found"))["revoked_now"] is True
+    assert (await operations.delete_key(new["id"])) == {"id": new["id"], "deleted": True}
+    assert (await operations.change_user("u_1", {"disabled": True}))["disabled_at"] is not None
+    assert (await operations.user("u_1"))["keys"] == 2
+    assert (await operations.delete_user("u_1"))["deleted"] is True
+    assert (await operations.delete_tenant("acme"))["deleted"] is True
+    actors = {row["actor"] for row in await api.audit()}
+    assert actors == ({"cli:test"} if operations is api.directory else {"token:file"})
+
+
+async def test_lists_come_whole_in_pages(operations: Operations, api: Api) -> None:
+    made = sorted([(await api.user(f"u_{number}"))["key"]["id"] for number in range(5)])
+    assert await _ids(operations) == made
+    assert [user["id"] for user in await operations.users("", 500, "acme")] == [f"u_{number}" for number in range(5)]
+    assert await operations.users("", 500, "nobody") == []
+    assert [key["user"] for key in await operations.keys("", 500, KeyFilter(user="u_3", is_test=False))] == ["u_3"]
+    assert [tenant["id"] for tenant in await operations.tenants("", 500)] == ["acme"]
+    found: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = await operations.keys_by_time("created", cursor, 2)
+        found += [key["id"] for key in page.items]
+        cursor = page.next
+        if cursor is None:
+            break
+    assert sorted(found) == made
+
+
+async def test_many_keys_are_issued_and_revoked(operations: Operations, api: Api) -> None:
+    for number in range(3):
+        await api.user(f"u_{number}")
+    wishes = [(f"u_{number}", KeyWish("bulk")) for number in range(3)]
+    made = await operations.issue_keys(wishes)
+    assert [(key["user"], key["created"]) for key in made] == [("u_0", True), ("u_1", True), ("u_2", True)]
+    assert len({key["secret"] for key in made}) == 3
+    assert [key["created"] for key in await operations.issue_keys(wishes)] == [False] * 3
+    wanted = Revocation(tenant="acme")
+    assert await operations.count_to_revoke(wanted) == 6
+    revoked = [key async for keys in operations.revoke_keys(wanted, "leaves") for key in keys]
+    assert len(revoked) == 6
+    assert [keys async for keys in operations.revoke_keys(wanted, "leaves")] == []
+
+
+async def test_plans_and_the_audit_log(operations: Operations) -> None:
+    made = await operations.set_plan("basic", {"rate": 5.0, "burst": 9})
+    assert (made["created"], made["limits"]) == (True, {"rate": 5.0, "burst": 9})
+    assert (await operations.set_plan("basic", {}))["limits"] == {}
+    await operations.create_tenant("acme", "", "basic")
+    assert (await operations.change_tenant("acme", {"plan": None}))["plan"] is None
+    assert [plan["id"] for plan in await operations.plans("", 500)] == ["basic"]
+    assert (await operations.delete_plan("basic"))["deleted"] is True
+    page = await operations.audit(None, 2, AuditFilter(entity="plan"))
+    assert [row["action"] for row in page.items] == ["delete", "update"]
+    rest = await operations.audit(page.next, 2, AuditFilter(entity="plan"))
+    assert [row["action"] for row in rest.items] == ["insert"]
+    horizon = await operations.audit_horizon()
+    exported: list[Entity] = []
+    cursor: str | None = "0"
+    while (part := await operations.audit_export(cursor, 2, None, horizon=horizon)).items:
+        exported += part.items
+        cursor = str(part.items[-1]["id"])
+    assert [row["entity"] for row in exported] == ["plan", "plan", "tenant", "tenant", "plan"]
+
+
+async def test_what_is_refused_is_refused_alike(operations: Operations, api: Api) -> None:
+    key = (await api.user())["key"]["id"]
+    await api.user("u_2", "other")
+    await operations.rotate_key(key, grace=timedelta(0), expires_in=None)
+    with pytest.raises(NotFound, match="there is no user 'nobody': create it first"):
+        await operations.issue_key("nobody", KeyWish())
+    with pytest.raises(NotFound, match="there is no tenant 'nobody'"):
+        await operations.tenant("nobody")
+    with pytest.raises(Conflict, match="exists and belongs to"):
+        await operations.create_user("u_2", "acme", None)
+    with pytest.raises(Conflict):
+        await operations.rotate_key(key, grace=timedelta(0), expires_in=None)
+    with pytest.raises(Invalid):
+        await operations.set_plan("basic", {"burst": 5})
+    with pytest.raises(Invalid):
+        await operations.create_tenant("no id", "")
+
+
+async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: Api) -> None:
+    await api.user()
+    async with AdminClient(api.url, FILE_TOKEN) as client:
+        key = await client.issue_key("u_1", KeyWish(expires_in=AS_CONFIGURED_THERE))
+        forever = await client.issue_key("u_1", KeyWish(expires_in=None))
+    assert key["expires_at"] is not None
+    assert forever["expires_at"] is None
+
+
+async def test_a_token_that_may_not_is_told_so_and_a_server_that_is_away_is_no_answer(api: Api) -> None:
+    async with AdminClient(api.url, await api.token("keys:read")) as client:
+        assert await client.tenants("", 10) == []
+        with pytest.raises(Denied, match=r"needs admin:write \(insufficient_scope\)"):
+            await client.create_tenant("acme", "")
+    async with AdminClient("http://127.0.0.1:1", "x") as client:
+        with pytest.raises(StoreUnavailable, match="the admin API does not answer"):
+            await client.tenants("", 10)
