@@ -24,6 +24,7 @@ from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
+from keyproxy.readings import carry_over, check_ledger, spending_of
 from keyproxy.settings import Settings
 from keyproxy.store.assembly import Store
 from keyproxy.store.database import StoreUnavailable
@@ -62,6 +63,7 @@ class Proxy:
             terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
         )
         self._catalogue = Catalogue(self._recorder, self._sources())
+        self.store.ledger.observe = self._catalogue.ledger_round_trips.observe
         self._ops = self._ops_listener()
         self._leaving: set[asyncio.Task[None]] = set()
         self._retired: list[UpstreamPool] = []
@@ -166,6 +168,7 @@ class Proxy:
             client_connections=self.server.open_connections,
             failed_connections=self.server.failed_connections,
             access_log_dropped=lambda: self._access_log.dropped,
+            spending=spending_of(lambda: self.store),
         )
 
     # -- changing and closing
@@ -176,9 +179,7 @@ class Proxy:
         if before == (settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, dsn):
             return self.store
         store = _store(settings, dsn)
-        # What has been counted goes on being counted: metrics never go back.
-        store.identities.counts = self.store.identities.counts
-        store.usage.counts, store.usage.dropped = self.store.usage.counts, self.store.usage.dropped
+        carry_over(self.store, store)
         await store.open()
         try:
             await store.answers()
@@ -238,6 +239,7 @@ class Proxy:
             {
                 "store": self._check_store,
                 "change_feed": self._check_feed,
+                "ledger": self._check_ledger,
                 "upstream": self._check_upstream,
                 "proxy": self._check_proxy,
             }
@@ -259,6 +261,9 @@ class Proxy:
         if feed.is_current():
             return Check(Verdict.OK, "" if feed.is_listening else "no notifications: polling alone")
         return Check(Verdict.DEGRADED, f"not current for {feed.lag_seconds():.1f} s")
+
+    async def _check_ledger(self) -> Check:
+        return check_ledger(self.store)
 
     async def _check_upstream(self) -> Check:
         for mode, pool in self.upstreams.distinct().items():

@@ -41,13 +41,14 @@ RANKS = {
     "wire": 8,
     "gateway": 9,
     "ops": 10,
+    "readings": 11,
     "admin": 11,
-    "app": 11,
-    "serving": 12,
-    "supervisor": 12,
-    "demo": 12,
-    "cli": 13,
-    "__main__": 14,
+    "app": 12,
+    "serving": 13,
+    "supervisor": 13,
+    "demo": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 
 #: Below this rank nothing waits, logs, reads a clock or touches the system, and nothing is a third-party library's.

@@ -259,6 +259,11 @@ class Book:
         return bool(self._active or self._closing)
 
     @property
+    def has_news(self) -> bool:
+        """Whether there is anything that the ledger has not confirmed. Looks at every lease: for metrics."""
+        return bool(self._closing) or any(lease.has_news for lease in self._active)
+
+    @property
     def outstanding(self) -> int:
         """How many leases are outstanding."""
         return len(self._active)

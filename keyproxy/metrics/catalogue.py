@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from keyproxy import __version__
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
+from keyproxy.metrics.spending import ROUND_TRIP_BOUNDS, Spending, families
 from keyproxy.reasons import Reason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -44,6 +45,7 @@ class Sources:
     client_connections: Callable[[], int]
     failed_connections: Callable[[], Mapping[str, int]]
     access_log_dropped: Callable[[], int]
+    spending: Spending
 
 
 class Catalogue(Collector):
@@ -52,6 +54,8 @@ class Catalogue(Collector):
     def __init__(self, recorder: Recorder, sources: Sources) -> None:
         self._recorder = recorder
         self._sources = sources
+        #: Messages to the ledger and their answers.
+        self.ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -109,6 +113,14 @@ class Catalogue(Collector):
         dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
         dropped.add_metric([], sources.access_log_dropped())
         yield dropped
+        yield from _tokens(cells)
+        yield from families(sources.spending)
+        yield _histogram(
+            "keyproxy_ledger_round_trip_seconds",
+            "From a message to the ledger to its answer.",
+            (),
+            [((), self.ledger_round_trips)],
+        )
         build = InfoMetricFamily("keyproxy_build", "What is running.")
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
@@ -125,6 +137,29 @@ def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
             refusals[cell.code] = refusals.get(cell.code, 0) + cell.count
     yield requests
     yield _counter("keyproxy_refusals", "Requests that were not answered by the upstream.", "code", refusals)
+
+
+def _tokens(cells: Sequence[Cell]) -> Iterator[Metric]:
+    """Of requests that have ended; by route and mode."""
+    labels = ("route", "mode")
+    held = CounterMetricFamily("keyproxy_tokens_held", "Tokens held for requests that have ended.", labels=labels)
+    settled = CounterMetricFamily("keyproxy_tokens_settled", "Tokens charged.", labels=(*labels, "direction"))
+    estimated = CounterMetricFamily(
+        "keyproxy_tokens_estimated", "The part of the tokens charged of which no answer said what was used.",
+        labels=labels,
+    )  # fmt: skip
+    sums: dict[tuple[str, str], list[int]] = {}
+    for cell in cells:
+        if cell.is_metered:
+            whole = sums.setdefault((cell.route, cell.mode), [0, 0, 0, 0])
+            for place, part in enumerate((cell.tokens_held, *cell.tokens, cell.tokens_estimated)):
+                whole[place] += part
+    for names, (was_held, tokens_in, tokens_out, was_estimated) in sums.items():
+        held.add_metric(names, was_held)
+        settled.add_metric((*names, "in"), tokens_in)
+        settled.add_metric((*names, "out"), tokens_out)
+        estimated.add_metric(names, was_estimated)
+    yield from (held, settled, estimated)
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:

@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 _NOT_SUMMED: Final[Mapping[str, Callable[[float, float], float]]] = {
     "keyproxy_store_up": min,
     "keyproxy_change_feed_lag_seconds": max,
+    "keyproxy_ledger_unsettled_seconds": max,
+    "keyproxy_usage_unwritten_seconds": max,
     "keyproxy_build_info": max,
     "process_start_time_seconds": min,
     "process_max_fds": min,

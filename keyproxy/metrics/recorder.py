@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.metrics.access_log import AccessLog, Row
-from keyproxy.model import Ending
+from keyproxy.model import Ending, TokenUse
 from keyproxy.ports import Exchange
 
 NO_ROUTE: Final = "none"
@@ -58,7 +58,10 @@ class Histogram:
 class Cell:
     """The exchanges that share all labels."""
 
-    __slots__ = ("code", "count", "mode", "request_seconds", "route", "status", "upstream_seconds")
+    __slots__ = (
+        "code", "count", "is_metered", "mode", "request_seconds", "route", "status", "tokens", "tokens_estimated",
+        "tokens_held", "upstream_seconds",
+    )  # fmt: skip
 
     def __init__(self, route: str, mode: str, status: int, code: str) -> None:
         self.route = route
@@ -70,6 +73,10 @@ class Cell:
         self.request_seconds = Histogram(REQUEST_BOUNDS)
         #: From the first byte sent upstream to the first byte of the answer.
         self.upstream_seconds = Histogram(REQUEST_BOUNDS)
+        #: Whether any of them was charged in tokens; what was held and charged, and how much of that was estimated.
+        self.is_metered = False
+        self.tokens = TokenUse(0, 0)
+        self.tokens_held = self.tokens_estimated = 0
 
 
 class Recorder:
@@ -151,8 +158,20 @@ class Recorder:
             self.overhead_seconds.observe(sent - started)
             if answered:
                 cell.upstream_seconds.observe(answered - sent)
+        if exchange.token_use is not None:
+            _count_tokens(cell, exchange, exchange.token_use)
 
     def _count_in_turns(self) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker
         self._turn = self._loop.call_later(_PENDING_SECONDS, self._count_in_turns)
         self.count_pending()
+
+
+def _count_tokens(cell: Cell, exchange: Exchange, use: TokenUse) -> None:
+    hold = None if exchange.permit is None else exchange.permit.hold
+    cell.is_metered = True
+    cell.tokens = TokenUse(cell.tokens.tokens_in + use.tokens_in, cell.tokens.tokens_out + use.tokens_out)
+    if hold is not None:
+        cell.tokens_held += hold.tokens
+    if exchange.is_estimated:
+        cell.tokens_estimated += use.total

@@ -75,6 +75,10 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.counts = dict.fromkeys(("taken", "waited", "round_trips", "failures"), 0)
         self.round_trip_seconds = 0.0
+        #: Requests that a limit refused, by its policy.
+        self.refusals: dict[str, int] = {}
+        #: Is told of every round-trip, in seconds.
+        self.observe: Callable[[float], None] = lambda _seconds: None
         self.book = Book(self._wake_up)
         self._backend = backend
         self._lease_seconds = ledger.lease_seconds
@@ -119,6 +123,10 @@ class Ledger:
             self._settled.clear()
             await self._settled.wait()
 
+    def unsettled_seconds(self) -> float:
+        """For how long at most something has been spent that the ledger has not confirmed; 0.0 if nothing has."""
+        return max(0.0, self._mono() - self.unsettled_since_mono) if self.book.has_news else 0.0
+
     # -- the path of a request
 
     def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
@@ -132,6 +140,11 @@ class Ledger:
                 self.book.ask(short)
                 raise Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because) from None
             raise Missing("lease", lambda: self._bring(allowance, tokens, need)) from None
+        except Refusal as refusal:
+            if refusal.limit is not None:
+                policy = refusal.limit.policy.name
+                self.refusals[policy] = self.refusals.get(policy, 0) + 1
+            raise
         self.counts["taken"] += 1
         self._open_holds += 1
         return hold
@@ -245,7 +258,9 @@ class Ledger:
                     self.counts["failures"] += 1
                     self.book.lost(lines[first:])
             self.counts["round_trips"] += 1
-            self.round_trip_seconds += self._mono() - asked
+            seconds = self._mono() - asked
+            self.round_trip_seconds += seconds
+            self.observe(seconds)
             if replies is None:
                 _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
                 self.book.ended()

@@ -1,0 +1,41 @@
+"""What the metrics read of a store, and what readiness says of it: where the two edges are introduced to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keyproxy.metrics.spending import Spending
+from keyproxy.ops import Check, Verdict
+from keyproxy.store.assembly import Store
+
+
+def spending_of(store: Callable[[], Store]) -> Spending:
+    """The numbers of limits, ledger and usage, of whichever store is in use when they are asked for."""
+    return Spending(
+        limit_refusals=lambda: store().ledger.refusals,
+        ledger_counts=lambda: store().ledger.counts,
+        leases=lambda: store().ledger.book.outstanding,
+        unsettled_seconds=lambda: store().ledger.unsettled_seconds(),  # noqa: PLW0108
+        events_pending=lambda: store().usage.pending_events,
+        usage_counts=lambda: store().usage.counts,
+        usage_dropped=lambda: store().usage.dropped,
+        unwritten_seconds=lambda: store().usage.unwritten_seconds(),  # noqa: PLW0108
+    )
+
+
+def carry_over(before: Store, after: Store) -> None:
+    """What has been counted goes on being counted by the store that takes over: metrics never go back."""
+    after.identities.counts = before.identities.counts
+    after.ledger.counts, after.ledger.refusals = before.ledger.counts, before.ledger.refusals
+    after.ledger.observe = before.ledger.observe
+    after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
+
+
+def check_ledger(store: Store) -> Check:
+    """Whether the ledger answers, and usage can be written. Leases last for a while: never a reason to be unready."""
+    if store.ledger.down_because:
+        why = "limits are spent from leases until they lapse"
+        return Check(Verdict.DEGRADED, f"{why}: {store.ledger.down_because}")
+    if store.usage.down_because:
+        return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
+    return Check(Verdict.OK)
