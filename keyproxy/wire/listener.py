@@ -61,6 +61,11 @@ class Listener:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
 
+    async def opened(self, seconds: float) -> None:
+        """Wait until who was accepted has a connection, or none comes about; for so long at most."""
+        if self._opening:
+            await asyncio.wait(self._opening, timeout=seconds)
+
     def opening(self) -> int:
         """How many accepted connections are not open yet."""
         return len(self._opening)

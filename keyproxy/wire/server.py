@@ -134,7 +134,11 @@ class ProxyServer:
     async def drain(self, seconds: float) -> None:
         """Accept no more; let what is under way finish, for so long; then cut what is left."""
         self.is_draining = True
+        listener = self._listener
         self._stop_listening()
+        if listener is not None:
+            # Who has connected before is served, also if the handshake is not over yet.
+            await listener.opened(min(seconds, _LAST_REQUEST_SECONDS))
         for connection in list(self._connections):
             if connection.exchange is not None:
                 connection.exchange.close_tunnel()

@@ -101,3 +101,21 @@ async def test_half_a_request_over_tls_is_refused_or_dropped_and_leaves_nothing(
         while wire.server.open_connections():
             await asyncio.sleep(0.01)
     assert caplog.records == []
+
+
+async def test_who_has_connected_before_a_drain_is_served_though_the_handshake_comes_after(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    wire = await start(tls=certificate[0])
+    assert not isinstance(wire.address, str)
+    reader, writer = await asyncio.open_connection(*wire.address)
+    draining = asyncio.create_task(wire.server.drain(5.0))
+    await asyncio.sleep(0.05)
+    await writer.start_tls(certificate[1], server_hostname="localhost")
+    client = Client(reader, writer)
+    await client.send(request("GET", "/"))
+    answer = await client.answer()
+    assert (answer.status, answer.one("Connection")) == (200, "close")
+    await client.close()
+    async with asyncio.timeout(5):
+        await draining
