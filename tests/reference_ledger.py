@@ -5,6 +5,7 @@ Also the fake of the port LedgerBackend, for tests and simulations that need no 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +30,28 @@ class Row:
 
 
 @dataclass
+class Account:
+    """One lease: cumulative since it began. Held for it: granted - used - returned."""
+
+    key: tuple[Window, int]
+    granted: int = 0
+    used: int = 0
+    returned: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        """What is held for it."""
+        return self.granted - self.used - self.returned
+
+
+@dataclass
 class Holder:
     """One process that holds leases."""
 
     serial: int
     expires_at: float
     has_ended: bool = False
-    leases: dict[int, tuple[tuple[Window, int], list[int]]] = field(default_factory=dict)
+    leases: dict[int, Account] = field(default_factory=dict)
 
 
 class ReferenceLedger:
@@ -47,6 +63,7 @@ class ReferenceLedger:
         self._lease_seconds = lease_seconds
         self.rows: dict[tuple[Window, int], Row] = {}
         self.holders: dict[str, Holder] = {}
+        self.settles_until = -math.inf
 
     def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
         """See the port. None: this holder has ended. A message older than one that was heard counts as lost."""
@@ -57,8 +74,13 @@ class ReferenceLedger:
         if serial <= known.serial:
             raise TimeoutError("too late")
         known.serial, known.expires_at = serial, now + self._lease_seconds
-        alive = sum(1 for other in self.holders.values() if not other.has_ended and other.expires_at > now)
-        return [self._line(holder, known, line, now, alive) for line in lines]
+        message = _Message(self, holder, now)
+        for line in lines:
+            message.settle(line)
+        grants = {line.lease: message.grant(line) for line in message.askers(lines)}
+        replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
+        settles_seconds = self.settles_until - now
+        return [Reply(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
 
     def reap(self) -> None:
         """End the holders whose time is over."""
@@ -73,66 +95,127 @@ class ReferenceLedger:
         if holder is None or holder.has_ended:
             return
         holder.has_ended = True
-        for key, (granted, used, returned) in holder.leases.values():
-            outstanding = granted - used - returned
-            row = self.rows[key]
-            row.held -= outstanding
-            if key[0].measure != CONCURRENCY:
-                row.spent += outstanding
-                row.forfeited += outstanding
+        for account in holder.leases.values():
+            row = self.rows[account.key]
+            row.held -= account.outstanding
+            if account.key[0].measure != CONCURRENCY:
+                row.spent += account.outstanding
+                row.forfeited += account.outstanding
         holder.leases.clear()
 
-    def _line(self, name: str, holder: Holder, line: Line, now: float, alive: int) -> Reply:
-        starts, ends = span(line.window.measure, line.starts or now)
-        row = self.rows.setdefault((line.window, starts), Row())
-        row.limit = line.limit
-        if line.interval_seconds:
-            return self._rate(row, line, now, alive)
-        is_wanted = now - row.wanted_at < _WANTED_SECONDS and row.wanted_by != name
-        before = holder.leases.get(line.lease)
-        if before is None and line.is_closing:
-            return Reply(line.lease, starts, line.granted, row.spent, row.held, ends - now, 0.0, is_wanted)
-        granted, used, returned = before[1] if before else (0, 0, 0)
-        # What the ledger has forgotten, it hears again from who holds it.
-        row.held += max(0, line.granted - granted)
-        granted = max(granted, line.granted)
-        more_used, more_returned = max(0, line.used - used), max(0, line.returned - returned)
-        used, returned = used + more_used, returned + more_returned
-        row.spent += more_used
-        row.held -= more_used + more_returned
-        over = max(0, used + returned - granted)
-        granted += over
-        row.held += over
-        grant = 0
-        if now < ends:
-            grant = _grant(line, line.limit - row.spent - row.held, alive)
-        granted += grant
-        row.held += grant
-        if line.is_closing:
-            # Also what was granted in an answer that got lost.
-            row.held -= granted - used - returned
-            holder.leases.pop(line.lease, None)
-        else:
-            holder.leases[line.lease] = ((line.window, starts), [granted, used, returned])
-        if line.want and not grant and row.held > granted - used - returned:
-            row.wanted_at, row.wanted_by = now, name
-        return Reply(line.lease, starts, granted, row.spent, row.held, ends - now, 0.0, is_wanted)
+    # -- losing history
 
-    def _rate(self, row: Row, line: Line, now: float, alive: int) -> Reply:
-        """GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back."""
+    def copy(self) -> tuple[dict[tuple[Window, int], Row], dict[str, Holder]]:
+        """What a replica has received."""
+        return copy.deepcopy((self.rows, self.holders))
+
+    def fail_over(self, replica: tuple[dict[tuple[Window, int], Row], dict[str, Holder]]) -> None:
+        """A replica takes its place, which has not received all: for as long as a lease lasts nothing is granted."""
+        self.rows, self.holders = copy.deepcopy(replica)
+        self.settles_until = self._clock() + self._lease_seconds
+
+
+class _Message:
+    """One message: all of it is settled first, then whatever is free is granted, then it is answered."""
+
+    def __init__(self, ledger: ReferenceLedger, name: str, now: float) -> None:
+        self._rows, self._name, self._now = ledger.rows, name, now
+        self._leases = ledger.holders[name].leases
+        self._settles = now < ledger.settles_until
+        self._alive = sum(1 for other in ledger.holders.values() if not other.has_ended and other.expires_at > now)
+        self._is_wanted: dict[int, bool] = {}
+        self._told: set[int] = set()
+
+    def settle(self, line: Line) -> None:
+        """What became of a lease."""
+        key = self._key(line)
+        row = self._rows.setdefault(key, Row())
+        row.limit = line.limit
+        self._is_wanted[line.lease] = self._now - row.wanted_at < _WANTED_SECONDS and row.wanted_by != self._name
+        is_known = line.lease in self._leases
+        # A lease that is closed already is closed.
+        if line.interval_seconds or (line.is_closing and not is_known and not self._settles):
+            return
+        account = self._leases.setdefault(line.lease, Account(key))
+        self._told.add(line.lease)
+        row.held -= account.outstanding
+        row.spent += max(0, line.used - account.used)
+        # What the ledger has forgotten, it hears again from who holds it. More used than was granted is granted by that.
+        account.used, account.returned = max(account.used, line.used), max(account.returned, line.returned)
+        account.granted = max(account.granted, line.granted, account.used + account.returned)
+        if line.is_closing:
+            # Also what was granted in an answer that got lost. While the ledger settles it remembers what is closed,
+            # so that it can be told twice.
+            account.granted = account.used + account.returned
+            if not self._settles:
+                del self._leases[line.lease]
+        row.held += account.outstanding
+
+    def askers(self, lines: Sequence[Line]) -> list[Line]:
+        """The lines that may be granted something: of those that ask of one window the last lease alone."""
+        latest: dict[Window, Line] = {}
+        for line in sorted(lines):
+            if line.want:
+                latest[line.window] = line
+        return list(latest.values())
+
+    def grant(self, line: Line) -> int:
+        """How much of what it asks for it gets."""
+        key = self._key(line)
+        row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
+        if line.interval_seconds:
+            return self._grant_rate(row, line)
+        if self._settles or self._now >= ends:
+            return 0
+        grant = _grant(line, line.limit - row.spent - row.held, self._alive)
+        self._leases[line.lease].granted += grant
+        row.held += grant
+        own = sum(self._leases[lease].outstanding for lease in self._told if lease in self._leases
+                  and self._leases[lease].key == key)  # fmt: skip
+        if not grant and row.held > own:
+            row.wanted_at, row.wanted_by = self._now, self._name
+        return grant
+
+    def reply(self, line: Line, grant: int) -> Reply:
+        """What is said of a lease."""
+        key = self._key(line)
+        row = self._rows[key]
+        if line.interval_seconds:
+            return self._reply_rate(row, line, grant)
+        account = self._leases.get(line.lease)
+        granted = line.used + line.returned if account is None else account.granted
+        _, ends = span(line.window.measure, key[1])
+        return Reply(
+            line.lease, key[1], granted, row.spent, row.held, ends - self._now, 0.0, self._is_wanted[line.lease]
+        )
+
+    def _key(self, line: Line) -> tuple[Window, int]:
+        return line.window, span(line.window.measure, line.starts or self._now)[0]
+
+    # GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
+
+    def _grant_rate(self, row: Row, line: Line) -> int:
+        ahead, available = self._rate(row, line)
+        grant = _grant(line, available, self._alive)
+        row.theoretical = self._now + ahead + grant * line.interval_seconds
+        return grant
+
+    def _reply_rate(self, row: Row, line: Line, grant: int) -> Reply:
+        ahead, available = self._rate(row, line)
+        short = ahead + (line.at_least - line.limit) * line.interval_seconds
+        wait_seconds = max(0.0, short) if line.want and not grant else 0.0
+        held = line.limit - max(0, available)
+        return Reply(line.lease, 0, grant, 0, held, math.inf, wait_seconds, False)
+
+    def _rate(self, row: Row, line: Line) -> tuple[float, int]:
         interval, tolerance = line.interval_seconds, line.limit * line.interval_seconds
-        ahead = max(row.theoretical - line.returned * interval, now) - now
-        available = math.floor((tolerance - ahead) / interval + 1e-6)
-        grant = _grant(line, available, alive)
-        ahead += grant * interval
-        row.theoretical = now + ahead
-        wait = max(0.0, ahead + line.at_least * interval - tolerance) if line.want and not grant else 0.0
-        held = line.limit - max(0, available - grant)
-        return Reply(line.lease, 0, grant, 0, held, math.inf, wait, False)
+        # Never further ahead than that: the clock may have been set back, or the burst lowered.
+        ahead = min(max(row.theoretical, self._now) - self._now, tolerance)
+        return ahead, math.floor((tolerance - ahead) / interval + 1e-6)
 
 
 def _grant(line: Line, available: int, alive: int) -> int:
-    if not line.want or available < line.at_least:
+    if available < line.at_least:
         return 0
     if line.takes_all:
         return available

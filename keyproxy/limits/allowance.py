@@ -34,6 +34,7 @@ class Hold(NamedTuple):
     """What one request has taken: a unit of each of `units` and `slots`, and `tokens` of each of `budgets`.
 
     `told`: every lease that its caller is told of; `policy_line`: the header line that names their limits.
+    `earlier`: what was held when a window ended in the middle of the request, of leases that are over.
     """
 
     units: tuple[Lease, ...]
@@ -42,6 +43,8 @@ class Hold(NamedTuple):
     tokens: int
     told: tuple[Lease, ...]
     policy_line: bytes
+    accounts: tuple[Account, ...] = ()
+    earlier: Hold | None = None
 
 
 class Bundle:
@@ -59,7 +62,7 @@ class Bundle:
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
         told = counted + slots + self.budgets
         policy_line = ratelimit.policy_line([lease.policy for lease in told])
-        self.hold = Hold(counted, slots, (), 0, told, policy_line)
+        self.hold = Hold(counted, slots, (), 0, told, policy_line, accounts)
         self.tokens_per_request = min(
             (
                 LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
@@ -94,8 +97,9 @@ def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
             said=f"It may use {most}; {bound.remaining} are allowed.",
             limit=bound,
         )
+    # At least one: what holds nothing would pass when nothing is left.
     if tokens.most is not None:
-        return tokens.most
+        return max(1, tokens.most)
     if bound is not None:
-        return bound.remaining
-    return max(tokens.least, min((lease.free for lease in bundle.budgets), default=0))
+        return max(1, bound.remaining)
+    return max(1, tokens.least, min((lease.free for lease in bundle.budgets), default=0))

@@ -2,7 +2,8 @@
 
     take       one synchronous step over all limits that apply: all of them give, or none
     settle     what was taken was used, or not
-    lines      what the ledger should be told and asked now; apply, lost, ended: what became of it
+
+What the ledger is told and asked, and what became of it, is the register's half of it.
 
 A request is admitted from leases alone. Where they do not suffice, `Short` says that the ledger has to be asked, and a
 Refusal that it has been asked a moment ago. The book lives by one clock, a monotonic one: which day it is, and when that
@@ -14,48 +15,24 @@ noticed: what lapses was charged in full, so that nothing is ever spent twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
-from weakref import WeakValueDictionary
 
 from keyproxy.limits import told
 from keyproxy.limits.allowance import Account, Allowance, Bundle, Hold, TokenNeed, amount_of
-from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Line, Pool, Reply, Window
+from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Window
 from keyproxy.limits.plan import Plan
+from keyproxy.limits.register import Register, Short
 
-#: What was not used for so long goes back.
-_IDLE_SECONDS: Final = 1.0
-
-#: For how long "there is no more" is believed; a rate says itself when there will be.
-_EMPTY_SECONDS: Final = 1.0
-_VAIN_SECONDS: Final = 0.5
+__all__ = ["Book", "Short"]
 
 
-class Short(Exception):
-    """The ledger has to be asked: leases with what this request needs of each."""
-
-    def __init__(self, needs: Sequence[tuple[Lease, int]], *, takes_all: bool = False) -> None:
-        super().__init__(", ".join(lease.window.policy for lease, _ in needs))
-        self.needs = needs
-        self.takes_all = takes_all
-
-
-class Book:
+class Book(Register):
     """See the module."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         """`wake` is called when the ledger should be asked soon, at most once until it is."""
-        self.valid_until_mono = 0.0
+        super().__init__(wake)
         #: Take although there is nothing left, and settle it later: the ledger cannot be asked, and that is the policy.
         self.is_lenient = False
-        self._wake = wake
-        self._is_woken = False
-        self._accounts: WeakValueDictionary[Pool, Account] = WeakValueDictionary()
-        #: The leases that the ledger has given something for, or is to give.
-        self._active: dict[Lease, None] = {}
-        self._urgent: dict[Lease, None] = {}
-        self._open: dict[int, Lease] = {}
-        self._closing: dict[int, Line] = {}
-        self._numbers = 0
 
     # -- the path of a request
 
@@ -97,28 +74,47 @@ class Book:
             for lease in hold.units:
                 if not lease.is_rate:
                     self._restore(lease, 1)
+        self._settle_tokens(hold, tokens)
+
+    def _settle_tokens(self, hold: Hold, tokens: int) -> None:
+        if hold.earlier is not None:
+            early = min(tokens, hold.earlier.tokens)
+            self._settle_tokens(hold.earlier, early)
+            tokens -= early
         for lease in hold.budgets:
             lease.used += tokens
             self._restore(lease, hold.tokens - tokens)
 
     def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
-        """Hold so many tokens more of every budget. Raises Short or a Refusal, as `take` does."""
-        self.check_extension(hold, tokens, now_mono)
+        """Hold so many tokens more of every budget that is in force now. Raises Short or a Refusal, as `take` does."""
+        hold = self.check_extension(hold, tokens, now_mono)
         for lease in hold.budgets:
             self._take_units(lease, tokens)
         return hold._replace(tokens=hold.tokens + tokens)
 
-    def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> None:
-        """Raises what `extend` would raise, and takes nothing."""
+    def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
+        """Raises what `extend` would raise, and takes nothing. The hold to be extended."""
+        hold = self._continued(hold, now_mono)
         is_valid = now_mono < self.valid_until_mono
         short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
         if short and not self.is_lenient:
             self._refuse_or_ask(short, hold.told, now_mono, takes_all=False)
+        return hold
+
+    def _continued(self, hold: Hold, now_mono: float) -> Hold:
+        """The same hold, or one after it if a lease of it has ended: nothing more is drawn from one that is over."""
+        budgets = []
+        for account in hold.accounts:
+            self._renew(account, now_mono)
+            budgets += [account.leases[measure] for measure in TOKENS if measure in account.leases]
+        if tuple(budgets) == hold.budgets:
+            return hold
+        return hold._replace(budgets=tuple(budgets), tokens=0, earlier=hold)
 
     def _restore(self, lease: Lease, units: int) -> None:
-        if lease.is_current:
+        if lease.is_current or units < 0:
             lease.free += units
-        elif units > 0:
+        else:
             # Its window is over, or its holder has ended: nobody can use it any more.
             lease.returned += units
 
@@ -126,15 +122,12 @@ class Book:
 
     def _take_carefully(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> Hold:
         bundle, amount = self._examined(allowance, now_mono, tokens)
-        if self.is_lenient:
-            for lease in (*bundle.units, *bundle.budgets):
-                if not lease.number:
-                    self._open_lease(lease)
         for lease in bundle.units:
             self._take_units(lease, 1)
         if not amount:
             return bundle.hold
         for lease in bundle.budgets:
+            lease.piece = amount
             self._take_units(lease, amount)
         return bundle.hold._replace(budgets=bundle.budgets, tokens=amount)
 
@@ -157,6 +150,9 @@ class Book:
         return bundle, amount
 
     def _take_units(self, lease: Lease, units: int) -> None:
+        if not lease.number:
+            # Taken before the ledger was ever asked for it: it may not be there, and that is the policy.
+            self._open_lease(lease)
         lease.free -= units
         if lease.free < lease.low:
             self._soon(lease)
@@ -199,8 +195,7 @@ class Book:
             else:
                 lease.replan(plan)
                 lease.empty_until_mono = 0.0
-                if lease.free > 0:
-                    lease.give_back(lease.free)
+                lease.give_back()
             account.leases[measure] = lease
 
     def _renewed(self, allowance: Allowance, now_mono: float) -> Bundle:
@@ -208,158 +203,13 @@ class Book:
         bundle = allowance.bundle
         assert bundle is not None  # noqa: S101 - who calls has bound it
         for account in bundle.accounts:
-            for measure, lease in account.leases.items():
-                self._lapse(lease, now_mono)
-                if not lease.is_current:
-                    account.leases[measure] = Lease(lease.window, account.plan, now_mono)
+            self._renew(account, now_mono)
         if not all(lease.is_current for lease in (*bundle.units, *bundle.budgets)):
             bundle = allowance.bundle = Bundle(bundle.accounts)
         return bundle
 
-    def _lapse(self, lease: Lease, now_mono: float) -> None:
-        """What is free of a lease whose time is over is free no more."""
-        if not lease.number or now_mono < lease.ends_mono:
-            return
-        if lease.is_rate:
-            lease.returned += max(0, lease.free)
-            lease.free = min(0, lease.free)
-        else:
-            self._retire(lease)
-
-    def _retire(self, lease: Lease) -> None:
-        if lease.is_current:
-            lease.is_current = False
-            if lease.free > 0:
-                lease.give_back(lease.free)
-
-    def _soon(self, lease: Lease) -> None:
-        self._urgent[lease] = None
-        if not self._is_woken:
-            self._is_woken = True
-            self._wake()
-
-    # -- what the ledger is told
-
-    def ask(self, short: Short) -> None:
-        """Ask the ledger soon for what a request was short of."""
-        for lease, need in short.needs:
-            lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
-            self._soon(lease)
-
-    def asked_in_vain(self, short: Short, now_mono: float) -> None:
-        """Others hold it and did not give it back in time: say no for a moment, instead of waiting with everyone."""
-        for lease, need in short.needs:
-            if lease.free < need:
-                lease.empty_need = need
-                lease.empty_until_mono = max(lease.empty_until_mono, now_mono + _VAIN_SECONDS)
-
-    @property
-    def has_leases(self) -> bool:
-        """Whether there is anything that would lapse."""
-        return bool(self._active or self._closing)
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is anything that the ledger has not confirmed. Looks at every lease: for metrics."""
-        return bool(self._closing) or any(lease.has_news for lease in self._active)
-
-    @property
-    def outstanding(self) -> int:
-        """How many leases are outstanding."""
-        return len(self._active)
-
-    def lines(self, now_mono: float, *, all_of_them: bool, is_last: bool = False) -> list[Line]:
-        """What to tell the ledger now: of the leases that are short, or of all that have changed.
-
-        `is_last`: everything goes back. The next lines may be asked for once these were answered, or are lost.
-        """
-        self._is_woken = False
-        urgent, self._urgent = self._urgent, {}
-        lines = list(self._closing.values())
-        for lease in {**self._active, **urgent} if all_of_them else urgent:
-            self._tidy(lease, now_mono, is_last=is_last)
-            line = self._line(lease, now_mono)
-            if line is not None:
-                lines.append(line)
-        return lines
-
-    def _line(self, lease: Lease, now_mono: float) -> Line | None:
-        if lease.number:
-            if not lease.need and lease.is_done:
-                return self._closed(lease, now_mono)
-            is_low = lease.is_current and lease.free < lease.low
-            if not (lease.need or is_low or lease.has_news):
-                return None
-        elif lease.need:
-            self._open_lease(lease)
-        else:
-            return None
-        line = lease.line(now_mono)
-        self._open[line.lease] = lease
-        return line
-
-    def _open_lease(self, lease: Lease) -> None:
-        self._numbers += 1
-        lease.number = self._numbers
-        self._active[lease] = None
-
-    def _closed(self, lease: Lease, now_mono: float) -> Line | None:
-        """All of it was used or returned: the ledger may forget it. The next one begins at zero."""
-        line = None
-        if not lease.is_rate:
-            line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
-        self._active.pop(lease, None)
-        lease.begin_anew()
-        return line
-
-    def _tidy(self, lease: Lease, now_mono: float, *, is_last: bool) -> None:
-        """Give back what nobody needs here."""
-        self._lapse(lease, now_mono)
-        taken = lease.taken
-        if taken != lease.touched_taken:
-            lease.touched_taken, lease.touched_mono = taken, now_mono
-        is_idle = now_mono - lease.touched_mono >= _IDLE_SECONDS
-        if is_idle or is_last or now_mono < lease.is_wanted_until:
-            lease.low = 0
-            if lease.free > 0 and not lease.need:
-                lease.give_back(lease.free)
-
-    def apply(
-        self, lines: Sequence[Line], replies: Sequence[Reply], asked_mono: float, *, valid_seconds: float
-    ) -> None:
-        """The ledger has answered. `valid_seconds`: for how long after it was asked the leases are ours."""
-        self.valid_until_mono = asked_mono + valid_seconds
-        asked = {line.lease: line for line in lines}
-        for reply in replies:
-            line = asked.pop(reply.lease)
-            lease = self._open.pop(reply.lease, None)
-            if line.is_closing:
-                self._closing.pop(line.lease, None)
-            elif lease is not None:
-                before = lease.granted
-                lease.apply(line, reply, asked_mono)
-                self._note_refusal(lease, line, lease.granted - before, asked_mono)
-        self.lost(list(asked.values()))
-
-    def _note_refusal(self, lease: Lease, line: Line, got: int, asked_mono: float) -> None:
-        if got or not line.want or (lease.others_held and not lease.is_rate):
-            return
-        reply_wait = max(0.0, lease.retry_mono - asked_mono) if lease.is_rate else _EMPTY_SECONDS
-        lease.empty_need = line.at_least + max(0, lease.free)
-        lease.empty_until_mono = asked_mono + reply_wait
-
-    def lost(self, lines: Sequence[Line]) -> None:
-        """Nobody knows what became of these lines. They are told again: everything in them is cumulative."""
-        for line in lines:
-            self._open.pop(line.lease, None)
-
-    def ended(self) -> None:
-        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already."""
-        for lease in self._active:
-            lease.is_current = False
-            lease.free = 0
-        self._active.clear()
-        self._urgent.clear()
-        self._open.clear()
-        self._closing.clear()
-        self.valid_until_mono = 0.0
+    def _renew(self, account: Account, now_mono: float) -> None:
+        for measure, lease in account.leases.items():
+            self._lapse(lease, now_mono)
+            if not lease.is_current:
+                account.leases[measure] = Lease(lease.window, account.plan, now_mono)

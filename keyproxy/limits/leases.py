@@ -5,7 +5,8 @@
 
 All that travels is cumulative: how much was granted, used and returned since the lease began. So a message may be lost,
 repeated or answered twice without anything being counted twice, and a ledger that has lost its latest commits learns them
-again from those who hold the leases. Only units of a rate travel as differences: what is lost comes back with time.
+again from those who hold the leases. Units of a rate are granted one by one and never go back: what is not used in time
+comes back with time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ TOKENS: Final = ("tokens_per_day", "tokens_per_month")
 #: at most burst + rate * (t + RATE_SECONDS).
 RATE_SECONDS: Final = 1.0
 
-#: A lease is meant to last so long, at the rate at which it is used; it is asked for more when half of it is gone.
+#: A lease is meant to last so long, at the pace at which it is used; it is asked for more when half of it is gone.
+#: Of a rate no more lies ahead than comes back in that time: what is not used of it is lost.
 _LASTS_SECONDS: Final = 2.0
 _RATE_LASTS_SECONDS: Final = 0.4
 
-#: What is asked for at first beyond what is needed, when it is not known yet how much will be used.
+#: The pace is not measured over less than this. A burst shorter than that does not tell how much will be used.
+_PACE_SECONDS_MIN: Final = 0.05
+
+#: What is asked for at first beyond what is needed, when it is not known yet how much will be used. From there on what
+#: lies ahead at most doubles from one message to the next.
 _FIRST_UNITS: Final = 4
+
+#: Units of a rate that were granted so shortly after others lapse with them.
+_RATE_STEP_SECONDS: Final = 0.0625
 
 
 _WINDOW_SECONDS: Final = {
@@ -68,7 +77,7 @@ class Line(NamedTuple):
 
     `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the present
     one. `limit` is the window's; for a rate its burst, and `interval_seconds` the time in which one unit comes back.
-    `granted`, `used`, `returned` are cumulative, except for a rate: there `returned` is what comes back now.
+    `granted`, `used`, `returned` are cumulative; of a rate the ledger asks nothing of them.
     At most `want` units are asked for, none rather than fewer than `at_least`; `takes_all`: whatever there is.
     `is_closing`: the lease ends, all of it was used or returned.
     """
@@ -93,6 +102,8 @@ class Reply(NamedTuple):
     `granted` is cumulative, for a rate what was granted now. `spent` and `held` are the whole window's, after this line;
     for a rate `held` is what is not to be had at present. `ends_seconds`: until the window's end, by the ledger's clock.
     `wait_seconds`: until `at_least` units of a rate can be had. `is_wanted`: another holder is short of what lies idle.
+    A reply whose `lease` is 0 is about the ledger itself: it has lost its latest history, wants to hear again all that
+    it was told lately, and grants nothing for `wait_seconds`.
     """
 
     lease: int
@@ -113,16 +124,18 @@ class Lease:
     """
 
     __slots__ = (
-        "__weakref__", "asked_mono", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono",
-        "free", "given_back", "granted", "interval_seconds", "is_current", "is_wanted_until", "limit", "low",
-        "need", "number", "others_held", "policy", "retry_mono", "returned", "seen_available", "spent", "starts",
-        "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
+        "__weakref__", "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
+        "granted", "interval_seconds", "is_current", "is_wanted_until", "lapses", "limit", "low", "need", "number",
+        "others_held", "pace", "paced_mono", "piece", "policy", "retry_mono", "returned", "seen_available", "spent",
+        "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, plan: Plan, now_mono: float) -> None:
         self.window = window
         self.limit = 0
         self.interval_seconds = 0.0
+        #: What the ledger could still have granted when it last answered.
+        self.seen_available = 0
         self.replan(plan)
         #: In this holder's life; 0: nothing was asked for yet.
         self.number = 0
@@ -130,11 +143,14 @@ class Lease:
         self.free = self.granted = self.used = self.returned = 0
         #: What of `used + returned` the ledger has confirmed.
         self.confirmed = 0
-        #: Units of a rate that go back with the next line.
-        self.given_back = 0
-        self.ends_mono = 0.0
-        #: Below this it is time to ask for more.
-        self.low = 0
+        #: When what is free here ends, or the first of it.
+        self.ends_mono = math.inf
+        #: Of a rate: until when the units may be used that make up the first so many granted.
+        self.lapses: list[tuple[float, int]] = []
+        #: How much is to lie ahead, and below what it is time to ask for more.
+        self.ahead = self.low = 0
+        #: The largest part of it that one request has lately taken.
+        self.piece = 1
         #: What those who wait need, all together, and the least that helps one of them.
         self.need = 0
         self.at_least = 0
@@ -145,9 +161,9 @@ class Lease:
         self.retry_mono = 0.0
         self.is_wanted_until = 0.0
         self.spent = self.others_held = 0
-        #: What the ledger could still have granted when it last answered.
-        self.seen_available = self.limit
-        self.asked_mono = now_mono
+        #: Units per second, and since when and from what it was measured.
+        self.pace = 0.0
+        self.paced_mono = now_mono
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
@@ -177,7 +193,7 @@ class Lease:
     @property
     def has_news(self) -> bool:
         """Whether the ledger has not confirmed all that it is to know."""
-        return self.given_back > 0 or (not self.is_rate and self.confirmed != self.used + self.returned)
+        return not self.is_rate and self.confirmed != self.used + self.returned
 
     @property
     def has_all(self) -> bool:
@@ -197,6 +213,7 @@ class Lease:
             limit, interval = plan.burst_requests, 1.0 / plan.rate
         else:
             limit, interval = getattr(plan, measure), 0.0
+        self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
         seconds = _WINDOW_SECONDS.get(measure)
         if measure == RATE:
@@ -207,14 +224,25 @@ class Lease:
         """All of it was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
         self.granted = self.used = self.returned = self.confirmed = self.free = 0
-        self.taken_before = self.touched_taken = self.low = self.given_back = 0
+        self.taken_before = self.touched_taken = self.low = 0
+        self.ends_mono = math.inf
+        self.lapses.clear()
 
-    def give_back(self, units: int) -> None:
-        """Free units go back to the ledger with the next line."""
-        self.free -= units
-        self.returned += units
-        if self.is_rate:
-            self.given_back += units
+    def give_back(self) -> None:
+        """What is free goes back to the ledger with the next line."""
+        if self.free > 0:
+            self.returned += self.free
+            self.free = 0
+
+    def lapse(self, now_mono: float) -> None:
+        """Units of a rate whose time is over are free no more. The oldest are used first."""
+        while self.lapses and now_mono >= self.lapses[0][0]:
+            _, granted = self.lapses.pop(0)
+            late = min(self.free, granted - (self.granted - self.free))
+            if late > 0:
+                self.free -= late
+                self.returned += late
+        self.ends_mono = self.lapses[0][0] if self.lapses else math.inf
 
     def is_refused(self, need: int, now_mono: float) -> bool:
         """Whether the ledger has said a moment ago that so much cannot be had."""
@@ -228,46 +256,66 @@ class Lease:
 
     def line(self, now_mono: float, *, is_closing: bool = False) -> Line:
         """What to tell the ledger now, and what to ask of it. Its reply belongs to `apply`."""
-        want, at_least = (0, 0) if is_closing else self._wanted(now_mono)
-        returned = self.given_back if self.is_rate else self.returned
+        want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
         line = Line(
             self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used,
-            returned, want, at_least, self.takes_all, is_closing,
+            self.returned, want, at_least, self.takes_all, is_closing,
         )  # fmt: skip
-        self.given_back = 0
         self.need = self.at_least = 0
         self.takes_all = False
         return line
 
     def _wanted(self, now_mono: float) -> tuple[int, int]:
-        taken = self.taken
-        elapsed = max(now_mono - self.asked_mono, 0.005)
-        lasts = _RATE_LASTS_SECONDS if self.is_rate else _LASTS_SECONDS
-        # As much as was used in that time lately; at most twice what there is, so that a spike takes not all at once.
-        pace = (taken - self.taken_before) / elapsed
-        target = math.ceil(pace * lasts)
-        if self.need and not self.granted:
-            target = max(target, self.need + _FIRST_UNITS)
-        if now_mono < self.is_wanted_until:
-            target = 0
-        self.taken_before, self.asked_mono = taken, now_mono
-        self.low = target // 2
-        want = max(max(target, self.need) - self.free, 0)
+        """How much to ask for, and the least that helps."""
+        elapsed = now_mono - self.paced_mono
+        if elapsed >= _PACE_SECONDS_MIN:
+            taken = self.taken
+            self.pace = (taken - self.taken_before) / elapsed
+            self.taken_before, self.paced_mono = taken, now_mono
+        self.ahead = 0 if now_mono < self.is_wanted_until else self._wanted_ahead()
+        self.low = self.ahead // 2
+        want = max(max(self.ahead, self.need) - self.free, 0)
         # A caller who waits needs so much in one piece; what lies free here is part of it.
         short = max(1, self.at_least - max(self.free, 0)) if self.need else 1
         return want, min(short, want)
 
-    def apply(self, line: Line, reply: Reply, asked_mono: float) -> None:
+    def _wanted_ahead(self) -> int:
+        """As much as will be used in a while at this pace, and no less than what two requests take."""
+        if self.is_rate:
+            lasts = min(self.pace, 1.0 / self.interval_seconds) * _RATE_LASTS_SECONDS
+            return math.ceil(lasts) if self.interval_seconds < _RATE_LASTS_SECONDS else 0
+        first = max(_FIRST_UNITS, 2 * self.piece)
+        if not self.granted:
+            return self.need + first if self.need else 0
+        ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
+        return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
+
+    def apply(self, line: Line, reply: Reply, *, asked_mono: float, heard_mono: float) -> None:
         """What the ledger answered. `asked_mono`: when it was asked."""
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
         self.confirmed = line.used + line.returned
-        self.starts = reply.starts
+        self.starts = 0 if self.is_rate else reply.starts
         self.spent = reply.spent
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
         self.seen_available = max(0, self.limit - reply.spent - reply.held)
-        self.ends_mono = asked_mono + (min(reply.ends_seconds, RATE_SECONDS) if self.is_rate else reply.ends_seconds)
         if reply.is_wanted:
             self.is_wanted_until = asked_mono + _LASTS_SECONDS
-        self.retry_mono = asked_mono + (reply.wait_seconds if self.is_rate else reply.ends_seconds)
+        if self.is_rate:
+            self._note_lapse(got, asked_mono)
+            self.retry_mono = heard_mono + reply.wait_seconds
+        else:
+            self.ends_mono = self.retry_mono = asked_mono + reply.ends_seconds
+        if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
+            # Granted under a plan that is not in force any more.
+            self.give_back()
+
+    def _note_lapse(self, got: int, asked_mono: float) -> None:
+        if not got:
+            return
+        ends = asked_mono + RATE_SECONDS
+        if self.lapses and ends - self.lapses[-1][0] < _RATE_STEP_SECONDS:
+            ends, _ = self.lapses.pop()
+        self.lapses.append((ends, self.granted))
+        self.ends_mono = self.lapses[0][0]

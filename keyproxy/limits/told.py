@@ -23,7 +23,7 @@ def state(lease: Lease, now_mono: float) -> LimitState:
     if lease.is_rate:
         # What comes back since the ledger answered is not counted: who waits for it does not come too early.
         return LimitState(lease.policy, remaining, (lease.limit - remaining) * lease.interval_seconds)
-    is_known = lease.policy.window_seconds is not None and lease.ends_mono > now_mono
+    is_known = lease.policy.window_seconds is not None and now_mono < lease.ends_mono < math.inf
     return LimitState(lease.policy, remaining, lease.ends_mono - now_mono if is_known else None)
 
 

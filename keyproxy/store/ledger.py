@@ -86,7 +86,8 @@ class Ledger:
         self._is_lenient = ledger.unreachable == "allow"
         self._now = now
         self._wake = asyncio.Event()
-        self._holder, self._serial = secrets.token_hex(12), 0
+        self._become_another()
+        self._settles = False
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._open_holds = 0
@@ -226,13 +227,19 @@ class Ledger:
             is_due = now >= settle_at
             if is_due:
                 settle_at = now + self._settle_seconds
+            if now >= self.book.valid_until_mono and not self.book.has_leases:
+                # Nothing is held, and the ledger may have ended this holder by now, or does while this is under way.
+                self._become_another()
             lines = self.book.lines(now, all_of_them=is_due)
             waiting, self._waiting = self._waiting, []
             if not (lines or waiting or now >= heartbeat_at):
                 continue
             heartbeat_at = now + self._lease_seconds / 3
             try:
-                await self._speak(lines)
+                settles_seconds = await self._speak(lines)
+            except asyncio.CancelledError:
+                self._waiting += waiting
+                raise
             except (StoreUnavailable, StoreConflict) as error:
                 self._failed(error, waiting)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -241,10 +248,17 @@ class Ledger:
                 self._failed(error, waiting)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                self._heard(waiting)
+                if settles_seconds:
+                    self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"), waiting)
+                else:
+                    self._heard(waiting)
 
-    async def _speak(self, lines: Sequence[Line]) -> None:
-        """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again."""
+    async def _speak(self, lines: Sequence[Line]) -> float:
+        """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again.
+
+        0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
+        """
+        settles_seconds = 0.0
         for first in range(0, max(1, len(lines)), _LINES_MAX):
             part = lines[first : first + _LINES_MAX]
             asked = self._mono()
@@ -264,10 +278,19 @@ class Ledger:
             if replies is None:
                 _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
                 self.book.ended()
-                self._holder, self._serial = secrets.token_hex(12), 0
-                return
-            self.book.apply(part, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE)
+                self._become_another()
+                return 0.0
+            settles_seconds = self.book.apply(
+                part, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE, heard_mono=self._mono()
+            )
+        if settles_seconds and not self._settles:
+            self.book.tell_again()
+        self._settles = settles_seconds > 0.0
         self.unsettled_since_mono = self._mono()
+        return settles_seconds
+
+    def _become_another(self) -> None:
+        self._holder, self._serial = secrets.token_hex(12), 0
 
     def _heard(self, waiting: Sequence[asyncio.Future[None]]) -> None:
         if self.down_because:

@@ -72,6 +72,42 @@ CREATE TABLE keyproxy.ledger (
 );
 INSERT INTO keyproxy.ledger DEFAULT VALUES;
 
+-- Which history this database is of. A server that was promoted from a replica, or restored from a backup, may lack the
+-- latest commits; it begins a new timeline. Then nothing is granted for as long as the longest lease lasts: by that time
+-- every process has told again what it holds, or holds nothing any more.
+CREATE TABLE keyproxy.ledger_history (
+    is_only       boolean PRIMARY KEY DEFAULT true CHECK (is_only),
+    timeline      text NOT NULL DEFAULT '',
+    lease_seconds float8 NOT NULL DEFAULT 0,
+    settles_until timestamptz NOT NULL DEFAULT '-infinity'
+);
+INSERT INTO keyproxy.ledger_history DEFAULT VALUES;
+COMMENT ON COLUMN keyproxy.ledger_history.timeline IS 'in which the last message was heard, as WAL files are named; empty: none yet';
+COMMENT ON COLUMN keyproxy.ledger_history.lease_seconds IS 'the longest that any process has asked for';
+
+-- Until when nothing is granted.
+CREATE FUNCTION keyproxy.ledger_settles_until(longest float8) RETURNS timestamptz
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    here text := left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    until timestamptz;
+BEGIN
+    SELECT g.settles_until INTO until FROM keyproxy.ledger_history AS g WHERE g.timeline = here AND g.lease_seconds >= longest;
+    IF FOUND THEN
+        RETURN until;
+    END IF;
+    UPDATE keyproxy.ledger_history AS g
+    SET timeline = here,
+        lease_seconds = greatest(g.lease_seconds, longest),
+        settles_until = CASE
+            WHEN g.timeline IN ('', here) THEN g.settles_until
+            ELSE clock_timestamp() + make_interval(secs => greatest(g.lease_seconds, longest))
+        END
+    RETURNING g.settles_until INTO until;
+    RETURN until;
+END
+$$;
+
 -- The calendar window that an instant is in: when it starts and ends, Unix time.
 CREATE FUNCTION keyproxy.window_start(measure text, at float8) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE
@@ -99,7 +135,9 @@ CREATE TYPE keyproxy.lease_line AS (
 );
 
 -- One message of a holder: what became of its leases, and what it asks for. Everything is counted or nothing is.
--- One row per line and one in front, whose granted is the number of living holders; no row at all: this holder has ended.
+-- One row per line and one in front, of lease 0, whose granted is the number of living holders, and whose wait_seconds
+-- says for how long nothing will be granted; no row at all: this holder has ended.
+-- All lines are settled first, then what is free is granted: of lines that ask of one window to the latest lease alone.
 -- A message that is older than one that was heard is an error. Windows are locked in the order of their ids, by everyone.
 CREATE FUNCTION keyproxy.sync_leases(
     sender text, message bigint, lease_seconds float8, lines keyproxy.lease_line[],
@@ -113,6 +151,8 @@ DECLARE
     here keyproxy.lease_holders;
     alive bigint;
     instant float8;
+    settles_until timestamptz := keyproxy.ledger_settles_until(lease_seconds);
+    settles boolean;
 BEGIN
     INSERT INTO keyproxy.lease_holders AS h (id, serial, expires_at)
     VALUES (sender, message, clock_timestamp() + make_interval(secs => lease_seconds))
@@ -126,7 +166,9 @@ BEGIN
         RAISE EXCEPTION 'a later message of this holder was heard already' USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     SELECT count(*) INTO alive FROM keyproxy.lease_holders WHERE ended_at IS NULL AND expires_at > clock_timestamp();
-    lease := 0; starts := 0; granted := alive; spent := 0; held := 0; ends_seconds := 0; wait_seconds := 0; is_wanted := false;
+    settles := settles_until > clock_timestamp();
+    lease := 0; starts := 0; granted := alive; spent := 0; held := 0; ends_seconds := 0; is_wanted := false;
+    wait_seconds := CASE WHEN settles THEN extract(epoch FROM settles_until - clock_timestamp()) ELSE 0 END;
     RETURN NEXT;
     IF cardinality(lines) = 0 THEN
         RETURN;
@@ -179,34 +221,43 @@ BEGIN
     ), settled AS (
         -- What the ledger has forgotten it hears again from who holds it; a lease that is closed already is closed.
         SELECT line.*,
-               NOT is_rate AND (is_known OR NOT is_closing) AS counts,
+               NOT is_rate AND (is_known OR NOT is_closing OR settles) AS counts,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_granted, line.granted) END AS now_granted,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_used, line.used) END AS now_used,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_returned, line.returned) END AS now_returned,
-               greatest(theoretical - line.returned * interval_seconds, instant) - instant AS ahead
+               -- Never further ahead than that: the clock may have been set back, or the burst lowered.
+               least(greatest(theoretical, instant) - instant, bound * interval_seconds) AS ahead
         FROM line
     ), summed AS (
         SELECT settled.*,
                CASE WHEN counts THEN now_used - was_used ELSE 0 END AS more_used,
-               -- More used than was granted is granted by that.
-               greatest(now_granted, now_used + now_returned) AS sure_granted
+               CASE
+                   -- Closing returns also what was granted in an answer that got lost.
+                   WHEN is_closing THEN now_used + now_returned
+                   -- More used than was granted is granted by that.
+                   ELSE greatest(now_granted, now_used + now_returned)
+               END AS sure_granted
         FROM settled
-    ), asked AS (
+    ), told AS (
         SELECT summed.*,
-               CASE WHEN counts AND NOT is_closing THEN sure_granted - now_used - now_returned ELSE 0 END AS outstanding,
+               CASE WHEN counts THEN sure_granted - now_used - now_returned ELSE 0 END AS outstanding,
+               CASE WHEN counts THEN sure_granted - now_used - now_returned - (was_granted - was_used - was_returned) ELSE 0
+               END AS more_held,
+               row_number() OVER (PARTITION BY window_id ORDER BY want > 0 DESC, lease DESC) = 1 AS is_asker
+        FROM summed
+    ), asked AS (
+        SELECT told.*,
                CASE
                    WHEN is_rate THEN floor((bound * interval_seconds - ahead) / interval_seconds + 1e-6)::bigint
-                   WHEN instant >= ends THEN 0
-                   ELSE bound - (was_spent + CASE WHEN counts THEN now_used - was_used ELSE 0 END)
-                        - (was_held - (was_granted - was_used - was_returned)
-                           + CASE WHEN counts AND NOT is_closing THEN sure_granted - now_used - now_returned
-                                  WHEN counts OR is_rate THEN 0 ELSE was_granted - was_used - was_returned END)
+                   WHEN settles OR instant >= ends THEN 0
+                   ELSE bound - was_spent - was_held
+                        - (sum(more_used + more_held) OVER (PARTITION BY window_id))::bigint
                END AS available
-        FROM summed
+        FROM told
     ), judged AS (
         SELECT asked.*,
                CASE
-                   WHEN want = 0 OR available < at_least THEN 0
+                   WHEN want = 0 OR available < at_least OR NOT is_asker THEN 0
                    WHEN takes_all THEN available
                    WHEN alive <= 1 THEN least(want, available)
                    -- Whoever asks leaves something for the others, the less there is the less they take.
@@ -216,21 +267,21 @@ BEGIN
     ), kept AS (
         INSERT INTO keyproxy.leases AS x (holder, lease, window_id, granted, used, returned)
         SELECT sender, j.lease, j.window_id, j.sure_granted + j.given, j.now_used, j.now_returned
-        FROM judged AS j WHERE j.counts AND NOT j.is_closing
+        FROM judged AS j WHERE j.counts AND (settles OR NOT j.is_closing)
         ON CONFLICT (holder, lease) DO UPDATE
         SET granted = excluded.granted, used = excluded.used, returned = excluded.returned
     ), closed AS (
+        -- While the ledger settles it remembers what is closed, so that it can be told twice.
         DELETE FROM keyproxy.leases AS x USING judged AS j
-        WHERE j.is_closing AND j.is_known AND x.holder = sender AND x.lease = j.lease
+        WHERE j.is_closing AND NOT settles AND j.is_known AND x.holder = sender AND x.lease = j.lease
     ), changed AS (
         SELECT j.window_id,
                sum(j.more_used) AS used,
-               -- Closing returns also what was granted in an answer that got lost.
-               sum(CASE WHEN j.counts THEN j.outstanding + j.given - (j.was_granted - j.was_used - j.was_returned) ELSE 0 END)
-                   AS held,
+               sum(j.more_held + CASE WHEN j.is_rate THEN 0 ELSE j.given END) AS held,
                bool_or(j.is_rate) AS is_rate,
                max(instant + j.ahead + j.given * j.interval_seconds) AS theoretical,
-               bool_or(j.want > 0 AND j.given = 0 AND NOT j.is_rate) AS is_short,
+               bool_or(j.want > 0 AND j.given = 0 AND j.is_asker AND NOT j.is_rate AND NOT settles AND instant < j.ends)
+                   AS is_short,
                sum(j.outstanding) AS own
         FROM judged AS j GROUP BY j.window_id
     ), written AS (
@@ -245,7 +296,7 @@ BEGIN
         RETURNING w.id, w.spent, w.held
     )
     SELECT j.lease, j.window_starts,
-           CASE WHEN j.is_rate THEN j.given WHEN j.counts THEN j.sure_granted + j.given ELSE j.granted END,
+           CASE WHEN j.is_rate THEN j.given WHEN j.counts THEN j.sure_granted + j.given ELSE j.used + j.returned END,
            CASE WHEN j.is_rate THEN 0 ELSE w.spent END,
            CASE WHEN j.is_rate THEN j.bound - greatest(0, j.available - j.given) ELSE w.held END,
            j.ends - instant,
@@ -294,7 +345,8 @@ BEGIN
         WHERE h.ended_at IS NULL AND h.expires_at <= clock_timestamp()
         ORDER BY h.id FOR UPDATE SKIP LOCKED
     ) AS found;
-    DELETE FROM keyproxy.lease_holders WHERE ended_at < clock_timestamp() - interval '2 days';
+    -- Longer than the longest window: whatever a holder still says then is of a window that is over.
+    DELETE FROM keyproxy.lease_holders WHERE ended_at < clock_timestamp() - interval '62 days';
     RETURN CASE WHEN dead IS NULL THEN 0 ELSE keyproxy.end_holders(dead) END;
 END
 $$;

@@ -1,0 +1,229 @@
+"""The register of this process: which leases the ledger knows of, what it is to be told of them, what it has answered.
+
+A lease is opened when something is first asked for it, told of whenever that is news, and closed when all of it was used
+or returned. Sans-IO, and one message at a time: the next lines may be made once the last ones were answered, or are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+from weakref import WeakValueDictionary
+
+from keyproxy.limits.allowance import Account
+from keyproxy.limits.leases import TOKENS, Lease, Line, Pool, Reply
+
+#: What was not used for so long goes back.
+_IDLE_SECONDS: Final = 1.0
+
+#: For how long "there is no more" is believed; a rate says itself when there will be.
+_EMPTY_SECONDS: Final = 1.0
+_VAIN_SECONDS: Final = 0.5
+
+#: For how long a closed lease is remembered: a ledger that fails over may have lost that it was closed.
+_REMEMBERED_SECONDS: Final = 30.0
+
+
+class Short(Exception):
+    """The ledger has to be asked: leases with what this request needs of each."""
+
+    def __init__(self, needs: Sequence[tuple[Lease, int]], *, takes_all: bool = False) -> None:
+        super().__init__(", ".join(lease.window.policy for lease, _ in needs))
+        self.needs = needs
+        self.takes_all = takes_all
+
+
+class Register:
+    """See the module."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when the ledger should be asked soon, at most once until it is."""
+        self.valid_until_mono = 0.0
+        self._wake = wake
+        self._is_woken = False
+        self._accounts: WeakValueDictionary[Pool, Account] = WeakValueDictionary()
+        #: The leases that the ledger has given something for, or is to give, each with the account it belongs to.
+        self._active: dict[Lease, Account | None] = {}
+        self._urgent: dict[Lease, None] = {}
+        self._open: dict[int, Lease] = {}
+        self._closing: dict[int, Line] = {}
+        self._closed: dict[int, tuple[float, Line]] = {}
+        self._numbers = 0
+
+    def ask(self, short: Short) -> None:
+        """Ask the ledger soon for what a request was short of."""
+        for lease, need in short.needs:
+            if lease.is_current:
+                lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
+                self._soon(lease)
+
+    def asked_in_vain(self, short: Short, now_mono: float) -> None:
+        """Others hold it and did not give it back in time: say no for a moment, instead of waiting with everyone."""
+        for lease, need in short.needs:
+            if lease.free < need:
+                lease.empty_need = need
+                lease.empty_until_mono = max(lease.empty_until_mono, now_mono + _VAIN_SECONDS)
+
+    @property
+    def has_leases(self) -> bool:
+        """Whether there is anything that would lapse."""
+        return bool(self._active or self._closing)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that the ledger has not confirmed. Looks at every lease: for metrics."""
+        return bool(self._closing) or any(lease.has_news for lease in self._active)
+
+    @property
+    def outstanding(self) -> int:
+        """How many leases are outstanding."""
+        return len(self._active)
+
+    def lines(self, now_mono: float, *, all_of_them: bool, is_last: bool = False) -> list[Line]:
+        """What to tell the ledger now: of the leases that are short, or of all that have changed.
+
+        `is_last`: everything goes back. The next lines may be asked for once these were answered, or are lost.
+        """
+        self._is_woken = False
+        urgent, self._urgent = self._urgent, {}
+        self._forget_closed(now_mono)
+        lines = list(self._closing.values())
+        for lease in {**self._active, **urgent} if all_of_them else urgent:
+            self._tidy(lease, now_mono, is_last=is_last)
+            line = self._line(lease, now_mono)
+            if line is not None:
+                lines.append(line)
+        return lines
+
+    def _line(self, lease: Lease, now_mono: float) -> Line | None:
+        if lease.number:
+            is_low = lease.is_current and lease.free < lease.low
+            if lease.is_done and not (lease.is_current and (lease.need or is_low)):
+                return self._close(lease, now_mono)
+            if not (lease.need or is_low or lease.has_news):
+                return None
+        elif lease.need and lease.is_current:
+            self._open_lease(lease)
+        else:
+            return None
+        line = lease.line(now_mono)
+        self._open[line.lease] = lease
+        return line
+
+    def _open_lease(self, lease: Lease) -> None:
+        self._numbers += 1
+        lease.number = self._numbers
+        # The account stays as long as it has leases: one lease of a window is enough.
+        self._active[lease] = self._accounts.get(lease.window.pool)
+
+    def _close(self, lease: Lease, now_mono: float) -> Line | None:
+        """All of it was used or returned: the ledger may forget it. The next one begins at zero."""
+        line = None
+        if not lease.is_rate:
+            line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
+        self._active.pop(lease, None)
+        lease.begin_anew()
+        return line
+
+    def _tidy(self, lease: Lease, now_mono: float, *, is_last: bool) -> None:
+        """Give back what nobody needs here."""
+        self._lapse(lease, now_mono)
+        taken = lease.taken
+        if taken != lease.touched_taken:
+            lease.touched_taken, lease.touched_mono = taken, now_mono
+        is_wanted = now_mono < lease.is_wanted_until
+        if is_wanted or is_last or now_mono - lease.touched_mono >= _IDLE_SECONDS:
+            lease.low = 0
+            # What is wanted goes back although it is needed here too: too little for one may be enough for another.
+            if is_wanted or not lease.need:
+                lease.give_back()
+
+    def apply(
+        self,
+        lines: Sequence[Line],
+        replies: Sequence[Reply],
+        asked_mono: float,
+        *,
+        valid_seconds: float,
+        heard_mono: float | None = None,
+    ) -> float:
+        """The ledger has answered. `valid_seconds`: for how long after it was asked the leases are ours.
+
+        0, or for how many seconds it grants nothing because it has lost history: then nobody is to be told no.
+        """
+        self.valid_until_mono = asked_mono + valid_seconds
+        heard = asked_mono if heard_mono is None else heard_mono
+        settles_seconds = max((reply.wait_seconds for reply in replies if not reply.lease), default=0.0)
+        asked = {line.lease: line for line in lines}
+        for reply in replies:
+            if not reply.lease:
+                continue
+            line = asked.pop(reply.lease)
+            lease = self._open.pop(reply.lease, None)
+            if line.is_closing:
+                self._closing.pop(line.lease, None)
+                self._closed[line.lease] = (heard, line)
+            elif lease is not None:
+                before = lease.granted
+                lease.apply(line, reply, asked_mono=asked_mono, heard_mono=heard)
+                if lease.granted == before and not settles_seconds:
+                    self._note_refusal(lease, line, heard)
+        self.lost(list(asked.values()))
+        return settles_seconds
+
+    def tell_again(self) -> None:
+        """The ledger has lost its latest history: tell it of every lease again, and of those that are closed."""
+        for lease in self._active:
+            lease.confirmed = -1
+        for number, (_, line) in self._closed.items():
+            self._closing[number] = line
+        self._closed.clear()
+
+    def _forget_closed(self, now_mono: float) -> None:
+        while self._closed:
+            number, (heard_mono, _) = next(iter(self._closed.items()))
+            if now_mono - heard_mono < _REMEMBERED_SECONDS:
+                break
+            del self._closed[number]
+
+    def _note_refusal(self, lease: Lease, line: Line, heard_mono: float) -> None:
+        if not line.want or (lease.others_held and not lease.is_rate):
+            return
+        lease.empty_need = line.at_least + max(0, lease.free)
+        lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
+
+    def lost(self, lines: Sequence[Line]) -> None:
+        """Nobody knows what became of these lines. They are told again: everything in them is cumulative."""
+        for line in lines:
+            self._open.pop(line.lease, None)
+
+    def ended(self) -> None:
+        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already."""
+        for lease in self._active:
+            lease.is_current = False
+            lease.free = 0
+        self._active.clear()
+        self._urgent.clear()
+        self._open.clear()
+        self._closing.clear()
+        self._closed.clear()
+        self.valid_until_mono = 0.0
+
+    def _lapse(self, lease: Lease, now_mono: float) -> None:
+        """What is free of a lease whose time is over is free no more."""
+        if now_mono < lease.ends_mono:
+            return
+        if lease.is_rate:
+            lease.lapse(now_mono)
+        else:
+            self._retire(lease)
+
+    def _retire(self, lease: Lease) -> None:
+        lease.is_current = False
+        lease.give_back()
+
+    def _soon(self, lease: Lease) -> None:
+        self._urgent[lease] = None
+        if not self._is_woken:
+            self._is_woken = True
+            self._wake()
