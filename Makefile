@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 STAMP := $(VENV)/.ready
 ARGS ?=
+SEEDS ?= 1000
 
-.PHONY: demo test check fmt bench bench-setup soak setup clean help
+.PHONY: demo test simulate check fmt bench bench-setup soak setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
 	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own"
+	@echo "make simulate [SEEDS=N]   the ledger against everything that goes wrong, N runs of it"
 	@echo "make check                lint, types, house rules"
 	@echo "make fmt                  format the code"
 	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
@@ -22,6 +24,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: setup
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -125,16 +125,17 @@ class _Message:
         self._alive = sum(1 for other in ledger.holders.values() if not other.has_ended and other.expires_at > now)
         self._is_wanted: dict[int, bool] = {}
         self._told: set[int] = set()
+        self._keys: dict[int, tuple[Window, int]] = {}
 
     def settle(self, line: Line) -> None:
         """What became of a lease."""
-        key = self._key(line)
+        key = self._keys[line.lease] = self._key(line)
         row = self._rows.setdefault(key, Row())
         row.limit = line.limit
         self._is_wanted[line.lease] = self._now - row.wanted_at < _WANTED_SECONDS and row.wanted_by != self._name
         is_known = line.lease in self._leases
         # A lease that is closed already is closed.
-        if line.interval_seconds or (line.is_closing and not is_known and not self._settles):
+        if line.interval_seconds or (line.is_closing and not is_known):
             return
         account = self._leases.setdefault(line.lease, Account(key))
         self._told.add(line.lease)
@@ -144,11 +145,9 @@ class _Message:
         account.used, account.returned = max(account.used, line.used), max(account.returned, line.returned)
         account.granted = max(account.granted, line.granted, account.used + account.returned)
         if line.is_closing:
-            # Also what was granted in an answer that got lost. While the ledger settles it remembers what is closed,
-            # so that it can be told twice.
+            # Also what was granted in an answer that got lost.
             account.granted = account.used + account.returned
-            if not self._settles:
-                del self._leases[line.lease]
+            del self._leases[line.lease]
         row.held += account.outstanding
 
     def askers(self, lines: Sequence[Line]) -> list[Line]:
@@ -161,7 +160,7 @@ class _Message:
 
     def grant(self, line: Line) -> int:
         """How much of what it asks for it gets."""
-        key = self._key(line)
+        key = self._keys[line.lease]
         row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
         if line.interval_seconds:
             return self._grant_rate(row, line)
@@ -178,7 +177,7 @@ class _Message:
 
     def reply(self, line: Line, grant: int) -> Reply:
         """What is said of a lease."""
-        key = self._key(line)
+        key = self._keys[line.lease]
         row = self._rows[key]
         if line.interval_seconds:
             return self._reply_rate(row, line, grant)
@@ -190,6 +189,9 @@ class _Message:
         )
 
     def _key(self, line: Line) -> tuple[Window, int]:
+        # A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
+        if line.lease in self._leases:
+            return self._leases[line.lease].key
         return line.window, span(line.window.measure, line.starts or self._now)[0]
 
     # GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.

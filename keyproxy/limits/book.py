@@ -83,6 +83,9 @@ class Book(Register):
             tokens -= early
         for lease in hold.budgets:
             lease.used += tokens
+            if tokens < hold.tokens:
+                # What has come back may suffice for who was refused a moment ago.
+                lease.empty_until_mono = 0.0
             self._restore(lease, hold.tokens - tokens)
 
     def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:

@@ -34,6 +34,9 @@ RATE_SECONDS: Final = 1.0
 _LASTS_SECONDS: Final = 2.0
 _RATE_LASTS_SECONDS: Final = 0.4
 
+#: What was not used for so long goes back. No lease ends sooner: a ledger that lost less than that hears of all of them.
+_IDLE_SECONDS: Final = 1.0
+
 #: The pace is not measured over less than this. A burst shorter than that does not tell how much will be used.
 _PACE_SECONDS_MIN: Final = 0.05
 
@@ -190,6 +193,10 @@ class Lease:
         """Whether nothing of it is free or in use any more."""
         return self.free <= 0 and (self.is_rate or self.free == self.outstanding)
 
+    def is_busy(self, now_mono: float) -> bool:
+        """Whether something was taken of it lately."""
+        return now_mono - self.touched_mono < _IDLE_SECONDS
+
     @property
     def has_news(self) -> bool:
         """Whether the ledger has not confirmed all that it is to know."""
@@ -270,7 +277,8 @@ class Lease:
         elapsed = now_mono - self.paced_mono
         if elapsed >= _PACE_SECONDS_MIN:
             taken = self.taken
-            self.pace = (taken - self.taken_before) / elapsed
+            # It rises at once and falls by half in a second: a gap between requests is not their end.
+            self.pace = max((taken - self.taken_before) / elapsed, self.pace * 0.5**elapsed)
             self.taken_before, self.paced_mono = taken, now_mono
         self.ahead = 0 if now_mono < self.is_wanted_until else self._wanted_ahead()
         self.low = self.ahead // 2

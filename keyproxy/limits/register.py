@@ -6,15 +6,13 @@ or returned. Sans-IO, and one message at a time: the next lines may be made once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.allowance import Account
 from keyproxy.limits.leases import TOKENS, Lease, Line, Pool, Reply
-
-#: What was not used for so long goes back.
-_IDLE_SECONDS: Final = 1.0
 
 #: For how long "there is no more" is believed; a rate says itself when there will be.
 _EMPTY_SECONDS: Final = 1.0
@@ -98,7 +96,7 @@ class Register:
     def _line(self, lease: Lease, now_mono: float) -> Line | None:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
-            if lease.is_done and not (lease.is_current and (lease.need or is_low)):
+            if lease.is_done and not (lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))):
                 return self._close(lease, now_mono)
             if not (lease.need or is_low or lease.has_news):
                 return None
@@ -132,7 +130,9 @@ class Register:
         if taken != lease.touched_taken:
             lease.touched_taken, lease.touched_mono = taken, now_mono
         is_wanted = now_mono < lease.is_wanted_until
-        if is_wanted or is_last or now_mono - lease.touched_mono >= _IDLE_SECONDS:
+        if is_last:
+            lease.touched_mono = -math.inf
+        if is_wanted or not lease.is_busy(now_mono):
             lease.low = 0
             # What is wanted goes back although it is needed here too: too little for one may be enough for another.
             if is_wanted or not lease.need:

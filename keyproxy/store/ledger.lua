@@ -108,7 +108,8 @@ end
 local function rate_line(window, line, alive)
     local limit, interval = line[7], line[8]
     local tolerance = limit * interval
-    local ahead = max(window.theoretical - line[11] * interval, now) - now
+    -- Never further ahead than that: the clock may have been set back, or the burst lowered.
+    local ahead = min(max(window.theoretical, now) - now, tolerance)
     local available = floor((tolerance - ahead) / interval + 1e-6)
     local grant = granted_of(line, available, alive)
     ahead = ahead + grant * interval
@@ -139,6 +140,11 @@ local function sync_line(sender, leases, line, alive, is_final)
     local measure = line[5]
     local starts, ends = span(measure, line[6] > 0 and line[6] or now)
     local name = table.concat({line[2], line[4] and 1 or 0, measure, text(starts), line[3]}, ':')
+    if line[6] == 0 and leases[line[1]] then
+        -- A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
+        name = leases[line[1]][4]
+        starts, ends = span(measure, tonumber(string.match(name, '^%a+:%d:[%a_]+:(%d+):')))
+    end
     local window = opened(name, measure, starts, ends)
     if line[8] > 0 then return rate_line(window, line, alive), false end
     window.limit = line[7]

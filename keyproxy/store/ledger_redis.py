@@ -208,6 +208,9 @@ class RedisLedger:
                 await self._call("void", generation)
                 self._forget(generation)
                 raise _Lost
+            if any(not reply.lease for reply in replies):
+                # It has heard what our shares are, and "we could not ask" is not "there is no more".
+                raise StoreUnavailable("PostgreSQL has failed over and hears first what is held")
             told = [_told(*lines[reply.lease], reply) for reply in replies]
         finally:
             # Also when PostgreSQL has not answered: it is somebody else's turn.

@@ -34,6 +34,7 @@ RIGHTS: Final = {
     "changes": ("SELECT, DELETE", "SELECT"),
     "audit_log": ("", "SELECT"),
     "ledger": ("SELECT", "SELECT"),
+    "ledger_history": ("SELECT, UPDATE", "SELECT"),
     "lease_holders": (_ALL, "SELECT"),
     "leases": (_ALL, "SELECT"),
     "windows": (_ALL, "SELECT"),

@@ -73,8 +73,8 @@ CREATE TABLE keyproxy.ledger (
 INSERT INTO keyproxy.ledger DEFAULT VALUES;
 
 -- Which history this database is of. A server that was promoted from a replica, or restored from a backup, may lack the
--- latest commits; it begins a new timeline. Then nothing is granted for as long as the longest lease lasts: by that time
--- every process has told again what it holds, or holds nothing any more.
+-- latest commits; it begins a new timeline. Then nothing is granted for as long as the longest lease lasts, a minute at
+-- most: by that time every process has told again what it holds, or holds nothing any more.
 CREATE TABLE keyproxy.ledger_history (
     is_only       boolean PRIMARY KEY DEFAULT true CHECK (is_only),
     timeline      text NOT NULL DEFAULT '',
@@ -101,7 +101,7 @@ BEGIN
         lease_seconds = greatest(g.lease_seconds, longest),
         settles_until = CASE
             WHEN g.timeline IN ('', here) THEN g.settles_until
-            ELSE clock_timestamp() + make_interval(secs => greatest(g.lease_seconds, longest))
+            ELSE clock_timestamp() + make_interval(secs => least(60, greatest(g.lease_seconds, longest)))
         END
     RETURNING g.settles_until INTO until;
     RETURN until;
@@ -175,8 +175,12 @@ BEGIN
     END IF;
     instant := extract(epoch FROM clock_timestamp());
     lines := ARRAY(
-        SELECT ROW(l.lease, l.pool_kind, l.pool_id, l.is_test, l.measure, keyproxy.window_start(l.measure, instant), l.bound,
-                   l.interval_seconds, l.granted, l.used, l.returned, l.want, l.at_least, l.takes_all, l.is_closing
+        -- A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
+        SELECT ROW(l.lease, l.pool_kind, l.pool_id, l.is_test, l.measure, coalesce(
+                       (SELECT w.starts FROM keyproxy.leases AS x JOIN keyproxy.windows AS w ON w.id = x.window_id
+                        WHERE x.holder = sender AND x.lease = l.lease),
+                       keyproxy.window_start(l.measure, instant)
+                   ), l.bound, l.interval_seconds, l.granted, l.used, l.returned, l.want, l.at_least, l.takes_all, l.is_closing
                )::keyproxy.lease_line
         FROM unnest(lines) AS l WHERE l.starts = 0
         UNION ALL
@@ -221,7 +225,7 @@ BEGIN
     ), settled AS (
         -- What the ledger has forgotten it hears again from who holds it; a lease that is closed already is closed.
         SELECT line.*,
-               NOT is_rate AND (is_known OR NOT is_closing OR settles) AS counts,
+               NOT is_rate AND (is_known OR NOT is_closing) AS counts,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_granted, line.granted) END AS now_granted,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_used, line.used) END AS now_used,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_returned, line.returned) END AS now_returned,
@@ -267,13 +271,12 @@ BEGIN
     ), kept AS (
         INSERT INTO keyproxy.leases AS x (holder, lease, window_id, granted, used, returned)
         SELECT sender, j.lease, j.window_id, j.sure_granted + j.given, j.now_used, j.now_returned
-        FROM judged AS j WHERE j.counts AND (settles OR NOT j.is_closing)
+        FROM judged AS j WHERE j.counts AND NOT j.is_closing
         ON CONFLICT (holder, lease) DO UPDATE
         SET granted = excluded.granted, used = excluded.used, returned = excluded.returned
     ), closed AS (
-        -- While the ledger settles it remembers what is closed, so that it can be told twice.
         DELETE FROM keyproxy.leases AS x USING judged AS j
-        WHERE j.is_closing AND NOT settles AND j.is_known AND x.holder = sender AND x.lease = j.lease
+        WHERE j.is_closing AND j.is_known AND x.holder = sender AND x.lease = j.lease
     ), changed AS (
         SELECT j.window_id,
                sum(j.more_used) AS used,

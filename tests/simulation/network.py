@@ -1,0 +1,110 @@
+"""The ledger, and the network between it and the processes: messages and answers get lost, late, doubled, mixed up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keyproxy.limits.leases import Line, Reply
+from keyproxy.store.database import StoreUnavailable
+from tests.reference_ledger import ReferenceLedger
+from tests.simulation.clockwork import Clock, VirtualLoop
+
+#: As of a proxy that waits for the database.
+_TIMEOUT_SECONDS = 2.0
+
+
+@dataclass
+class Weather:
+    """How bad the network is: probabilities per message, seconds."""
+
+    lost: float = 0.0
+    answer_lost: float = 0.0
+    doubled: float = 0.0
+    late: float = 0.0
+    late_seconds: float = 4.0
+    delay_seconds: float = 0.004
+
+
+class Network:
+    """Between the ledger and everyone."""
+
+    def __init__(self, clock: Clock, chance: random.Random, ledger: ReferenceLedger, weather: Weather) -> None:
+        self.clock, self.ledger, self.weather = clock, ledger, weather
+        self.is_down = False
+        self.after_message: Callable[[], None] = lambda: None
+        self._chance = chance
+
+    def send(self, call: Callable[[], Any], answer: Callable[[Any], None], *, is_cut: bool) -> None:
+        """Have the ledger called some time, and the answer brought back some time."""
+        chance, weather = self._chance, self.weather
+        for _ in range(2 if chance.random() < weather.doubled else 1):
+            if is_cut or chance.random() < weather.lost:
+                continue
+            self.clock.at(self.clock.now + self._delay(), lambda: self._deliver(call, answer))
+
+    def _deliver(self, call: Callable[[], Any], answer: Callable[[Any], None]) -> None:
+        if self.is_down:
+            return
+        try:
+            result = call()
+        except TimeoutError:
+            return
+        self.after_message()
+        if self._chance.random() >= self.weather.answer_lost:
+            self.clock.at(self.clock.now + self._delay(), lambda: answer(result))
+
+    def _delay(self) -> float:
+        delay = self._chance.expovariate(1 / self.weather.delay_seconds)
+        if self._chance.random() < self.weather.late:
+            delay += self._chance.uniform(0, self.weather.late_seconds)
+        return delay
+
+
+class RemoteLedger:
+    """The ledger as one process reaches it. Implements the port LedgerBackend."""
+
+    def __init__(self, network: Network, loop: VirtualLoop) -> None:
+        self._network, self._loop = network, loop
+        #: A partition: nothing of this process arrives, and nothing arrives here.
+        self.is_cut = False
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
+        """See the port."""
+        replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
+        return replies
+
+    async def reap(self) -> None:
+        """See the port."""
+        await self._call(self._network.ledger.reap)
+
+    async def end(self, holder: str) -> None:
+        """See the port."""
+        await self._call(lambda: self._network.ledger.end(holder))
+
+    async def close(self) -> None:
+        """See the port."""
+
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        answered = self._loop.create_future()
+
+        def answer(result: Any) -> None:
+            if not self.is_cut and not answered.done():
+                self._loop.call_soon(hear, result)
+
+        def hear(result: Any) -> None:
+            if not answered.done():
+                answered.set_result(result)
+
+        def give_up() -> None:
+            if not answered.done():
+                answered.set_exception(StoreUnavailable("no answer"))
+
+        timer = self._loop.call_later(_TIMEOUT_SECONDS, give_up)
+        self._network.send(call, answer, is_cut=self.is_cut)
+        try:
+            return await answered
+        finally:
+            timer.cancel()

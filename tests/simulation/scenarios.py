@@ -1,0 +1,87 @@
+"""From a seed to a run: whose limits, which plans, what goes wrong."""
+
+from __future__ import annotations
+
+import random
+
+from keyproxy.limits.leases import Pool
+from keyproxy.limits.plan import Plan
+from tests.simulation.network import Weather
+from tests.simulation.world import Fate, Scenario
+
+#: 20 seconds before midnight, in the middle of a month and at its end.
+_DAY_ENDS, _MONTH_ENDS = 1_705_363_180.0, 1_706_745_580.0
+
+
+def scenario(seed: int) -> Scenario:
+    """The run of this seed. Every eighth is one in which nothing goes wrong."""
+    chance = random.Random(f"scenario {seed}")
+    owners, plans = _owners(chance)
+    return Scenario(
+        seed,
+        plans,
+        owners,
+        Fate(evictions=chance.choice([0.0, 0.3])) if seed % 8 == 0 else _fate(chance),
+        proxies=chance.randint(1, 4),
+        seconds=chance.choice([12.0, 30.0]),
+        requests_per_second=chance.choice([3.0, 10.0, 25.0]),
+        starts_wall=chance.choice([_DAY_ENDS, _MONTH_ENDS, _DAY_ENDS - 40_000]),
+        hold_seconds=chance.choice([0.02, 0.3, 2.0]),
+        settle_seconds=chance.choice([0.1, 0.5, 1.0]),
+    )
+
+
+def _owners(chance: random.Random) -> tuple[list[tuple[Pool, ...]], dict[Pool, Plan]]:
+    tenant = Pool("tenant", "acme", False)
+    users = [Pool("user", f"u_{number}", chance.random() < 0.2) for number in range(chance.randint(1, 3))]
+    owners: list[tuple[Pool, ...]] = []
+    for user in users:
+        keys = [Pool("key", f"key_{number}_of_{user.owner}", user.is_test) for number in range(chance.randint(0, 2))]
+        owners += [(key, user, tenant._replace(is_test=user.is_test)) for key in keys] or [
+            (user, tenant._replace(is_test=user.is_test))
+        ]
+    plans = {pool: _plan(chance) for owner in owners for pool in owner}
+    return owners, plans
+
+
+def _plan(chance: random.Random) -> Plan:
+    def maybe(*values: int) -> int | None:
+        return chance.choice(values) if chance.random() < 0.35 else None
+
+    rate = chance.choice([0.2, 1.0, 5.0, 40.0]) if chance.random() < 0.3 else None
+    return Plan(
+        rate=rate,
+        burst=None if rate is None else chance.choice([1, 5, 50]),
+        concurrency=maybe(1, 3, 10),
+        requests_per_day=maybe(7, 40, 300, 10_000),
+        requests_per_month=maybe(30, 200, 10_000),
+        tokens_per_request=maybe(30, 100),
+        tokens_per_day=maybe(200, 2_000, 10_000, 100_000),
+        tokens_per_month=maybe(1_000, 10_000, 100_000),
+    )
+
+
+def _fate(chance: random.Random) -> Fate:
+    def maybe(*values: float) -> float:
+        return chance.choice(values) if chance.random() < 0.5 else 0.0
+
+    weather = Weather(
+        lost=maybe(0.02, 0.2),
+        answer_lost=maybe(0.02, 0.2),
+        doubled=maybe(0.05, 0.3),
+        late=maybe(0.02, 0.2),
+        delay_seconds=chance.choice([0.001, 0.02, 0.2]),
+    )
+    return Fate(
+        weather,
+        kills=maybe(0.05, 0.3),
+        pauses=maybe(0.05, 0.3),
+        cuts=maybe(0.05, 0.2),
+        restarts=maybe(0.05, 0.2),
+        outages=maybe(0.03, 0.1),
+        failovers=chance.choice([0, 0, 0, 1, 2]),
+        plan_changes=maybe(0.1, 0.5),
+        evictions=maybe(0.1, 1.0),
+        wall_jumps=maybe(0.2),
+        drift=maybe(0.005),
+    )

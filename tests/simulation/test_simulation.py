@@ -1,0 +1,108 @@
+"""The simulation holds for some seeds here; `make simulate` runs thousands. And it would notice if it did not hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from keyproxy.limits.leases import Pool, Window
+from keyproxy.limits.plan import Plan
+from tests.reference_ledger import ReferenceLedger
+from tests.simulation.scenarios import scenario
+from tests.simulation.upstream import BrokenError
+from tests.simulation.world import Fate, Scenario, World
+
+USER = Pool("user", "u_42", False)
+_AT_NOON = 1_705_320_000.0
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Thousands of warnings are what is to be expected here."""
+    logger = logging.getLogger("keyproxy")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
+
+
+def kind(plan: Plan, *, seed: int = 1, seconds: float = 20.0, requests_per_second: float = 10.0) -> Scenario:
+    """Three proxies and one user, and nothing goes wrong."""
+    return Scenario(
+        seed,
+        {USER: plan},
+        [(USER,)],
+        Fate(),
+        seconds=seconds,
+        requests_per_second=requests_per_second,
+        starts_wall=_AT_NOON,
+    )
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nothing_overspends_leaks_or_waits_for_ever_whatever_goes_wrong(seed: int) -> None:
+    World(scenario(seed)).run()
+
+
+def test_a_seed_decides_everything_that_happens() -> None:
+    worlds = [World(scenario(21)) for _ in range(2)]
+    for world in worlds:
+        world.run()
+    one, other = worlds
+    assert one.decided == other.decided
+    assert one.upstream.used == other.upstream.used
+    assert one.clock.now == other.clock.now
+
+
+@pytest.mark.parametrize("limit", [1, 2, 137])
+def test_with_no_faults_a_quota_is_spent_to_its_last_request(limit: int) -> None:
+    world = World(kind(Plan(requests_per_day=limit)))
+    world.run()
+    assert world.upstream.used[Window(USER, "requests_per_day")] == limit
+    assert world.decided["unavailable"] == world.decided["overloaded"] == 0
+
+
+def test_with_no_faults_a_token_budget_is_spent_until_the_smallest_request_does_not_fit() -> None:
+    world = World(kind(Plan(tokens_per_day=2_000, tokens_per_request=60)))
+    world.run()
+    assert 2_000 - 5 < world.upstream.used[Window(USER, "tokens_per_day")] <= 2_000
+
+
+def test_in_steady_state_of_a_hundred_requests_ninety_nine_wait_for_nothing() -> None:
+    plan = Plan(rate=1000.0, requests_per_day=10**9, requests_per_month=10**9, concurrency=1000)
+    world = World(kind(plan, seconds=40.0, requests_per_second=30.0))
+    world.run()
+    counts = [process.ledger.counts for process in world.fleet]
+    taken, waited = (sum(count[what] for count in counts) for what in ("taken", "waited"))
+    assert taken > 3_000
+    assert waited <= 0.01 * taken
+
+
+class Generous(ReferenceLedger):
+    """A ledger with a fault: it believes every limit to be one more than it is."""
+
+    def sync(self, holder, serial, lines):  # type: ignore[no-untyped-def]
+        """See ReferenceLedger."""
+        return super().sync(holder, serial, [line._replace(limit=line.limit + 1) for line in lines])
+
+
+class Forgiving(ReferenceLedger):
+    """A ledger with a fault: what a dead process held is free again, although it may have been used."""
+
+    def end(self, name: str) -> None:
+        """See ReferenceLedger."""
+        for account in self.holders[name].leases.values():
+            account.returned = account.granted - account.used
+            self.rows[account.key].held = 0
+        super().end(name)
+
+
+@pytest.mark.parametrize("faulty", [Generous, Forgiving])
+def test_a_ledger_with_a_fault_is_found_out(faulty: type[ReferenceLedger]) -> None:
+    world = World(replace(kind(Plan(requests_per_day=400)), fate=Fate(kills=0.3), seconds=30.0, hold_seconds=2.0))
+    world.reference.__class__ = faulty
+    with pytest.raises(BrokenError, match="seed 1"):
+        world.run()

@@ -1,0 +1,176 @@
+"""What the upstream sees, counted by itself: the truth that the ledger is compared with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from keyproxy.limits.allowance import Hold
+from keyproxy.limits.leases import CONCURRENCY, RATE, RATE_SECONDS, TOKENS, Pool, Window
+from keyproxy.limits.plan import Plan
+from tests.reference_ledger import ReferenceLedger, span
+
+if TYPE_CHECKING:
+    from tests.simulation.clockwork import Clock
+    from tests.simulation.world import Process, Scenario
+
+#: A lease of yesterday ends here a little later than there: clocks of different speed.
+_MIDNIGHT_SECONDS = 0.1
+
+
+class BrokenError(AssertionError):
+    """Something that must hold does not."""
+
+
+@dataclass(eq=False)
+class Work:
+    """One request under way."""
+
+    process: Process
+    hold: Hold
+
+
+class Upstream:
+    """See the module."""
+
+    def __init__(self, clock: Clock, ledger: ReferenceLedger, scenario: Scenario) -> None:
+        self._clock, self._ledger, self._scenario = clock, ledger, scenario
+        self._works: dict[Work, None] = {}
+        #: Requests sent and tokens used, by window, whichever day it was.
+        self.used: Counter[Window] = Counter()
+        self._by_day: Counter[tuple[Window, int]] = Counter()
+        self._sent_at: dict[Window, list[float]] = {}
+        self._limits: dict[Window, int] = {}
+        #: While the ledger has forgotten what it was told, and hears it again.
+        self._forgetful: list[tuple[float, float]] = []
+        for pool, plan in scenario.plans.items():
+            self.note_plan(pool, plan)
+
+    def note_plan(self, pool: Pool, plan: Plan) -> None:
+        """A plan is in force. What counts is the largest limit that ever was."""
+        for measure in (CONCURRENCY, "requests_per_day", "requests_per_month", *TOKENS):
+            limit = getattr(plan, measure)
+            if limit is not None:
+                window = Window(pool, measure)
+                self._limits[window] = max(limit, self._limits.get(window, 0))
+
+    def history_lost(self, since: float, until: float) -> None:
+        """The ledger forgets what it was told in a while."""
+        self._forgetful.append((since, until))
+
+    # -- requests
+
+    def admit(self, process: Process, hold: Hold) -> Work:
+        """A request arrives."""
+        work = Work(process, hold)
+        self._works[work] = None
+        for lease in hold.units:
+            self.used[lease.window] += 1
+            if lease.is_rate:
+                self._sent_at.setdefault(lease.window, []).append(self._clock.now)
+            else:
+                self._count(lease.window)
+        for lease in hold.slots:
+            self._check_slots(lease.window)
+        return work
+
+    def _count(self, window: Window) -> None:
+        wall = self._scenario.starts_wall + self._clock.now
+        starts, _ = span(window.measure, wall)
+        if wall - starts < _MIDNIGHT_SECONDS:
+            return
+        self._by_day[window, starts] += 1
+        if self._by_day[window, starts] > self._limits[window]:
+            raise BrokenError(f"{window}: {self._by_day[window, starts]} came, {self._limits[window]} are allowed")
+
+    def _check_slots(self, window: Window) -> None:
+        under_way = 0
+        for work in self._works:
+            holder = self._ledger.holders.get(work.process.holder)
+            if holder is None or holder.has_ended:
+                # What runs at a process that the ledger has given up is not counted by anybody.
+                continue
+            under_way += sum(1 for lease in work.hold.slots if lease.window == window and lease.is_current)
+        if under_way > self._limits[window]:
+            raise BrokenError(f"{window}: {under_way} at one time, {self._limits[window]} are allowed")
+
+    def finish(self, work: Work, tokens: int) -> None:
+        """A request has ended, having used so many tokens."""
+        del self._works[work]
+        for window in _budgets(work.hold):
+            self.used[window] += tokens
+
+    def lose(self, process: Process) -> None:
+        """A process is gone, with all that it was doing. Nobody knows what that has used: all that it was allowed."""
+        for work in [work for work in self._works if work.process is process]:
+            self.finish(work, total(work.hold))
+
+    def is_serving(self, process: Process) -> bool:
+        """Whether a request of this process is under way."""
+        return any(work.process is process for work in self._works)
+
+    # -- what must hold
+
+    def check(self) -> None:
+        """At every instant: nothing is beyond its limit, and all that was let through is spent or held."""
+        accounted: Counter[Window] = Counter()
+        is_forgetful = any(since <= self._clock.now <= until for since, until in self._forgetful)
+        for (window, starts), row in self._ledger.rows.items():
+            accounted[window] += row.spent + row.held
+            limit = self._limits.get(window)
+            # What one returned and another got may be held twice until the first has told again that it returned it.
+            if limit is not None and not is_forgetful and row.spent + row.held > limit:
+                raise BrokenError(f"{window} {starts}: {row.spent} spent + {row.held} held > {limit}")
+        if is_forgetful:
+            return
+        under_way: Counter[Window] = Counter()
+        for work in self._works:
+            for window in _budgets(work.hold):
+                under_way[window] += total(work.hold)
+        for window, used in (self.used + under_way).items():
+            if window.measure != RATE and used > accounted[window]:
+                raise BrokenError(f"{window}: {used} were let through, {accounted[window]} are accounted")
+
+    def check_end(self, *, is_kind: bool) -> None:
+        """When all is quiet: what is spent was used, or was charged because its holder died with it."""
+        for window, times in self._sent_at.items():
+            self._check_rate(window, times)
+        spent: Counter[Window] = Counter()
+        forfeited: Counter[Window] = Counter()
+        for (window, _), row in self._ledger.rows.items():
+            spent[window] += row.spent
+            forfeited[window] += row.forfeited
+        for window in spent:
+            if window.measure in (RATE, CONCURRENCY):
+                continue
+            used = self.used[window]
+            if not spent[window] - forfeited[window] <= used <= spent[window]:
+                raise BrokenError(f"{window}: {used} used, {spent[window]} spent, {forfeited[window]} forfeited")
+            if is_kind and forfeited[window]:
+                raise BrokenError(f"{window}: {forfeited[window]} forfeited, and nobody died")
+
+    def _check_rate(self, window: Window, times: list[float]) -> None:
+        """In any t seconds at most burst + rate * (t + RATE_SECONDS), and a burst more for each lost history."""
+        plan = self._scenario.plans[window.pool]
+        assert plan.rate is not None
+        slack = RATE_SECONDS * (1 + 2 * self._scenario.fate.drift)
+        bound = plan.burst_requests * (1 + len(self._forgetful)) + plan.rate * slack
+        fewest = float("inf")
+        for number, at in enumerate(times):
+            fewest = min(fewest, number - plan.rate * at)
+            most = number + 1 - plan.rate * at - fewest
+            if most > bound + 1e-6:
+                raise BrokenError(
+                    f"{window}: {most:.1f} more than rate * t within some seconds, {bound:.1f} are allowed"
+                )
+
+
+def total(hold: Hold) -> int:
+    """Everything that a request holds of each budget."""
+    return hold.tokens + (total(hold.earlier) if hold.earlier is not None else 0)
+
+
+def _budgets(hold: Hold) -> set[Window]:
+    windows = {lease.window for lease in hold.budgets}
+    return windows | _budgets(hold.earlier) if hold.earlier is not None else windows

@@ -1,0 +1,404 @@
+"""A fleet of proxies that draws on one ledger, everything that may go wrong, and what must hold after every step.
+
+The proxies run the real keyproxy.store.ledger.Ledger. The world plays the gateway, the upstream, which counts what it
+sees, the network, the ledger's server and fate. A seed decides all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from keyproxy import settings
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.model import Missing, Moment
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.ledger import Ledger
+from tests.reference_ledger import ReferenceLedger
+from tests.simulation.clockwork import Clock, VirtualLoop
+from tests.simulation.network import Network, RemoteLedger, Weather
+from tests.simulation.upstream import BrokenError, Upstream, total
+
+LEASE_SECONDS = 3.0
+#: No request may wait longer for its answer, whatever happens, unless its process is stopped.
+DECIDED_SECONDS = 12.0
+_ROUNDS_MAX = 8
+
+
+@dataclass
+class Fate:
+    """What may go wrong in one run: how often per second, over all processes."""
+
+    weather: Weather = field(default_factory=Weather)
+    kills: float = 0.0
+    pauses: float = 0.0
+    cuts: float = 0.0
+    restarts: float = 0.0
+    outages: float = 0.0
+    failovers: int = 0
+    plan_changes: float = 0.0
+    evictions: float = 0.0
+    wall_jumps: float = 0.0
+    drift: float = 0.0
+
+    @property
+    def is_kind(self) -> bool:
+        """Whether nothing goes wrong."""
+        return self == Fate(weather=self.weather, evictions=self.evictions) and self.weather == Weather()
+
+
+@dataclass
+class Scenario:
+    """One run."""
+
+    seed: int
+    plans: dict[Pool, Plan]
+    owners: list[tuple[Pool, ...]]
+    fate: Fate
+    proxies: int = 3
+    seconds: float = 30.0
+    requests_per_second: float = 12.0
+    starts_wall: float = 1_706_745_580.0  # 20 seconds before February 2024
+    hold_seconds: float = 0.3
+    settle_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class Process:
+    """One proxy process."""
+
+    loop: VirtualLoop
+    backend: RemoteLedger
+    ledger: Ledger
+    now: Callable[[], Moment]
+    allowances: dict[tuple[Pool, ...], Allowance]
+    deciding: dict[object, float] = field(default_factory=dict)
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    is_closing: bool = False
+    slept_until: float = 0.0
+
+    @property
+    def holder(self) -> str:
+        """As whom it speaks with the ledger."""
+        return self.ledger._holder
+
+
+class World:
+    """See the module."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.chance = random.Random(scenario.seed)
+        self.clock = Clock()
+        self.plans = dict(scenario.plans)
+        self.reference = ReferenceLedger(self.wall, lease_seconds=LEASE_SECONDS)
+        self.network = Network(self.clock, self.chance, self.reference, scenario.fate.weather)
+        self.network.after_message = self.check
+        self.upstream = Upstream(self.clock, self.reference, scenario)
+        self.fleet: list[Process] = []
+        self.graves: list[Process] = []
+        self.calm_until = self.calm_from = -1.0
+        self.decided = dict.fromkeys(("admitted", "refused", "unavailable", "overloaded"), 0)
+        self.refused_at = dict.fromkeys(scenario.owners, 0.0)
+        self.is_quiet = False
+        for _ in range(scenario.proxies):
+            self._start()
+
+    def wall(self) -> float:
+        """Unix time as the ledger's server has it, which is the true one here."""
+        return self.scenario.starts_wall + self.clock.now
+
+    # -- processes
+
+    def _start(self) -> None:
+        chance, fate = self.chance, self.scenario.fate
+        loop = VirtualLoop(self.clock)  # type: ignore[abstract]  # as much of a loop as is needed
+        speed = 1.0 + chance.uniform(-fate.drift, fate.drift)
+        offset, began = chance.uniform(0, 1e6), self.clock.now
+        jump = [0.0]
+        if fate.wall_jumps:
+            self.clock.at(self.clock.now + chance.expovariate(fate.wall_jumps),
+                          lambda: jump.__setitem__(0, chance.uniform(-1e6, 1e6)))  # fmt: skip
+
+        def now() -> Moment:
+            return Moment(self.wall() + jump[0], offset + (self.clock.now - began) * speed)
+
+        backend = RemoteLedger(self.network, loop)
+        config = settings.Ledger(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
+        asyncio._set_running_loop(loop)
+        try:
+            ledger = Ledger(backend, config, now)
+            ledger.start()
+        finally:
+            asyncio._set_running_loop(None)
+        process = Process(loop, backend, ledger, now, {})
+        self.fleet.append(process)
+        self._spawn(process, self._traffic(process))
+
+    def _spawn(self, process: Process, work: Coroutine[Any, Any, None]) -> None:
+        task = process.loop.create_task(work)
+        process.tasks.add(task)
+        task.add_done_callback(process.tasks.discard)
+
+    async def _traffic(self, process: Process) -> None:
+        while not self.is_quiet and not process.is_closing:
+            await asyncio.sleep(self.chance.expovariate(self.scenario.requests_per_second))
+            if not self.is_quiet and not process.is_closing:
+                self._spawn(process, self._request(process))
+
+    async def _request(self, process: Process) -> None:
+        chance = self.chance
+        owner = chance.choice(self.scenario.owners)
+        need = None
+        if any(getattr(self.plans[pool], measure) is not None for pool in owner for measure in TOKENS):
+            most = chance.choice([5, 20, 60, None])
+            need = TokenNeed(chance.randint(0, 5 if most is None else most), most)
+        mark = object()
+        process.deciding[mark] = self.clock.now
+        try:
+            hold = await self._decided(process, owner, need)
+        except Refusal as refusal:
+            self._note_refusal(owner, refusal)
+            return
+        finally:
+            del process.deciding[mark]
+        self.decided["admitted"] += 1
+        await self._serve(process, hold)
+
+    async def _decided(self, process: Process, owner: tuple[Pool, ...], need: TokenNeed | None) -> Hold:
+        """As the gateway does it."""
+        failure: Refusal | None = None
+        for _ in range(_ROUNDS_MAX + 1):
+            now = process.now()
+            allowance = process.allowances.get(owner)
+            if allowance is None:
+                allowance = Allowance(tuple((pool, self.plans[pool]) for pool in owner))
+                process.allowances[owner] = allowance
+            try:
+                return process.ledger.take(allowance, now, need)
+            except Missing as missing:
+                if failure is not None:
+                    raise failure from None
+                try:
+                    await missing.bring()
+                except Refusal as refusal:
+                    failure = refusal
+        raise Refusal(Reason.OVERLOADED)
+
+    def _note_refusal(self, owner: tuple[Pool, ...], refusal: Refusal) -> None:
+        if refusal.reason is Reason.LEDGER_UNAVAILABLE:
+            self.decided["unavailable"] += 1
+        elif refusal.reason is Reason.OVERLOADED:
+            self.decided["overloaded"] += 1
+        else:
+            self.decided["refused"] += 1
+            self.refused_at[owner] = self.clock.now
+
+    async def _serve(self, process: Process, hold: Hold) -> None:
+        chance = self.chance
+        if chance.random() < 0.05:
+            process.ledger.settle(hold, was_sent=False)
+            return
+        work = self.upstream.admit(process, hold)
+        await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
+        while hold.budgets and chance.random() < 0.2:
+            try:
+                hold = await self._extended(process, hold, chance.randint(1, 30))
+            except Refusal:
+                break
+            work.hold = hold
+            await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
+        used = chance.choice([0, total(hold), chance.randint(0, total(hold))])
+        process.ledger.settle(hold, was_sent=True, tokens=used)
+        self.upstream.finish(work, used)
+
+    async def _extended(self, process: Process, hold: Hold, tokens: int) -> Hold:
+        failure: Refusal | None = None
+        for _ in range(_ROUNDS_MAX + 1):
+            try:
+                return process.ledger.extend(hold, tokens)
+            except Missing as missing:
+                if failure is not None:
+                    raise failure from None
+                try:
+                    await missing.bring()
+                except Refusal as refusal:
+                    failure = refusal
+        raise Refusal(Reason.OVERLOADED)
+
+    # -- fate
+
+    @property
+    def is_calm(self) -> bool:
+        """No process is stopped or cut off around a failover: what it holds could not be told again in time."""
+        return self.calm_from <= self.clock.now <= self.calm_until
+
+    def _again(self, per_second: float, happens: Callable[[], None]) -> None:
+        if per_second <= 0:
+            return
+
+        def now() -> None:
+            if not self.is_quiet:
+                happens()
+                self.clock.at(self.clock.now + self.chance.expovariate(per_second), now)
+
+        self.clock.at(self.chance.expovariate(per_second), now)
+
+    def _unleash(self) -> None:
+        fate, chance = self.scenario.fate, self.chance
+        self._again(fate.kills, self._kill)
+        self._again(fate.pauses, self._pause)
+        self._again(fate.cuts, self._cut)
+        self._again(fate.restarts, self._restart)
+        self._again(fate.outages, self._outage)
+        self._again(fate.plan_changes, self._change_plan)
+        self._again(fate.evictions, self._evict)
+        for number in range(fate.failovers):
+            at = 4.0 + 12.0 * number + chance.uniform(0, 3)
+            lag = chance.uniform(0.01, 0.9)
+            self.clock.at(at, lambda lag=lag: self._fail_over(lag))  # type: ignore[misc]
+
+    def _victim(self) -> Process | None:
+        awake = [process for process in self.fleet if process.loop.runs and not process.is_closing]
+        return self.chance.choice(awake) if awake and not self.is_calm else None
+
+    def _kill(self) -> None:
+        process = self._victim()
+        if process is not None:
+            self._bury(process)
+            self._start()
+
+    def _bury(self, process: Process) -> None:
+        process.loop.runs = False
+        self.fleet.remove(process)
+        self.graves.append(process)
+        self.upstream.lose(process)
+
+    def _pause(self) -> None:
+        process = self._victim()
+        if process is not None:
+            process.loop.runs = False
+            seconds = self.chance.choice([0.2, 1.5, LEASE_SECONDS + 0.5, 3 * LEASE_SECONDS])
+            process.slept_until = self.clock.now + seconds
+            self.clock.at(process.slept_until, lambda: setattr(process.loop, "runs", process in self.fleet))
+
+    def _cut(self) -> None:
+        process = self._victim()
+        if process is not None:
+            process.backend.is_cut = True
+            seconds = self.chance.choice([0.2, 2.5, LEASE_SECONDS + 0.5, 3 * LEASE_SECONDS])
+            self.clock.at(self.clock.now + seconds, lambda: setattr(process.backend, "is_cut", False))
+
+    def _restart(self) -> None:
+        """A rolling restart: one drains while another takes its place."""
+        process = self._victim()
+        if process is not None:
+            process.is_closing = True
+            self._start()
+            self._spawn(process, self._drain(process))
+
+    async def _drain(self, process: Process) -> None:
+        while len(process.tasks) > 1 and self.upstream.is_serving(process):
+            await asyncio.sleep(0.1)
+        await process.ledger.close()
+        self.clock.at(self.clock.now, lambda: self._bury(process) if process in self.fleet else None)
+
+    def _outage(self) -> None:
+        if not self.is_calm:
+            self.network.is_down = True
+            seconds = self.chance.choice([0.1, 1.0, LEASE_SECONDS + 1.0])
+            self.clock.at(self.clock.now + seconds, lambda: setattr(self.network, "is_down", False))
+
+    def _change_plan(self) -> None:
+        if self.is_calm:
+            return
+        pool = self.chance.choice(list(self.plans))
+        plan = self.plans[pool]
+        changes = {
+            measure: max(1, int(limit * self.chance.choice([0.3, 0.8, 1.5])))
+            for measure in (CONCURRENCY, *REQUESTS, *TOKENS)
+            if (limit := getattr(plan, measure)) is not None
+        }
+        self.plans[pool] = replace(plan, **changes)
+        self.upstream.note_plan(pool, self.plans[pool])
+        for process in self.fleet:
+            self.clock.at(self.clock.now + self.chance.uniform(0, 1), process.allowances.clear)
+
+    def _evict(self) -> None:
+        self.chance.choice(self.fleet).allowances.clear()
+        gc.collect()
+
+    def _fail_over(self, lag: float) -> None:
+        """A replica is promoted that has not received the last of it. Nobody who knows it may die meanwhile."""
+        midnight = self.clock.now < 20.0 < self.clock.now + 3 * LEASE_SECONDS
+        if midnight or any(not one.loop.runs or one.backend.is_cut or one.is_closing for one in self.fleet):
+            self.clock.at(self.clock.now + 1.0, lambda: self._fail_over(lag))
+            return
+        self.calm_from, self.calm_until = self.clock.now, self.clock.now + lag + 3 * LEASE_SECONDS
+        replica = self.reference.copy()
+        self.upstream.history_lost(self.clock.now, self.calm_until)
+        self.clock.at(self.clock.now + lag, lambda: self.reference.fail_over(replica))
+
+    # -- the run
+
+    def run(self) -> None:
+        """All of it. Raises BrokenError, naming the seed."""
+        # What is forgotten goes at once or when it says so here: never as the collector pleases.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self._unleash()
+            while self.clock.now < self.scenario.seconds:
+                self.clock.run(self.clock.now + 0.25)
+                self._check_waiting()
+            self._settle_down()
+        except BrokenError as error:
+            raise BrokenError(f"seed {self.scenario.seed}, second {self.clock.now:.3f}: {error}") from None
+        finally:
+            for process in (*self.fleet, *self.graves):
+                process.loop.runs = False
+            gc.enable()
+            gc.unfreeze()
+
+    def _settle_down(self) -> None:
+        """No more requests, and nothing goes wrong any more: after a while nothing is held."""
+        self.is_quiet = True
+        self.network.weather = Weather()
+        self.clock.run(self.clock.now + 4 * LEASE_SECONDS + 12.0)
+        self.check()
+        for process in self.fleet:
+            for context in process.loop.errors:
+                raise BrokenError(f"{context['message']}: {context.get('exception')!r}")
+            if self.upstream.is_serving(process):
+                raise BrokenError("requests still run")
+        for key, row in self.reference.rows.items():
+            if row.held:
+                raise BrokenError(f"{row.held} of {key} is held by nobody")
+        for process in self.fleet:
+            if process.ledger.book.has_leases:
+                raise BrokenError(f"leases are left: {process.ledger.book.outstanding}")
+        self.upstream.check_end(is_kind=self.scenario.fate.is_kind)
+
+    def _check_waiting(self) -> None:
+        for process in self.fleet:
+            for since in process.deciding.values():
+                if process.loop.runs and self.clock.now - max(since, process.slept_until) > DECIDED_SECONDS:
+                    raise BrokenError(f"a request waits since {since:.3f}")
+
+    def check(self) -> None:
+        """What must hold at every instant."""
+        held = dict.fromkeys(self.reference.rows, 0)
+        for holder in self.reference.holders.values():
+            for account in holder.leases.values():
+                held[account.key] += account.outstanding
+        for key, row in self.reference.rows.items():
+            if row.held != held[key] or row.held < 0 or row.spent < 0:
+                raise BrokenError(f"{key}: {row.held} is held, the leases say {held[key]}")
+        self.upstream.check()
