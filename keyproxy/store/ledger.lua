@@ -151,7 +151,7 @@ local function sync_line(sender, leases, line, alive, is_final)
     local is_wanted = now - window.wanted_at < WANTED_SECONDS and window.wanted_by ~= sender
     local known = leases[line[1]]
     if not known and line[15] then
-        return answer(line, starts, line[9], window.spent + window.others_spent, window.held + window.others_held, ends, 0,
+        return answer(line, starts, line[10] + line[11], window.spent + window.others_spent, window.held + window.others_held, ends, 0,
             is_wanted), false
     end
     known = known or {0, 0, 0}
@@ -166,6 +166,7 @@ local function sync_line(sender, leases, line, alive, is_final)
     if line[15] then
         -- Also what was granted in an answer that got lost.
         window.held = window.held - (granted - used - returned)
+        granted = used + returned
         leases[line[1]] = {0, 0, 0, false}
     else
         leases[line[1]] = {granted, used, returned, name}
