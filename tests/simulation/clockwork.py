@@ -135,6 +135,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """See AbstractEventLoop."""
         return asyncio.Future(loop=self)
 
-    def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:
+    def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:  # type: ignore[override]
         """See AbstractEventLoop."""
         return asyncio.Task(coro, loop=self)
