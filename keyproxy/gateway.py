@@ -17,7 +17,6 @@ from typing import Final
 
 from keyproxy import admission, credential, headers, metering
 from keyproxy.keyformat import KeyFormat
-from keyproxy.limits import told
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead
 from keyproxy.ports import Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
@@ -187,7 +186,7 @@ class Gateway:
 
     def limit_fields(self, permit: Permit) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""
-        return b"" if permit.hold is None else told.lines(permit.hold, self._now().mono_seconds)
+        return b"" if permit.hold is None else permit.hold.statement.lines(self._now().mono_seconds)
 
     def retiring_line(self, identity: Identity) -> bytes:
         """The header line that tells for how many seconds a key that was replaced still works."""

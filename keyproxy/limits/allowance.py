@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from keyproxy import ratelimit
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
 from keyproxy.limits.plan import Plan
+from keyproxy.limits.statement import Statement
 from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
 from keyproxy.ratelimit import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
@@ -33,7 +34,7 @@ class TokenNeed(NamedTuple):
 class Hold(NamedTuple):
     """What one request has taken: a unit of each of `units` and `slots`, and `tokens` of each of `budgets`.
 
-    `told`: every lease that its caller is told of; `policy_line`: the header line that names their limits.
+    `told`: every lease that its caller is told of, and `statement` how.
     `earlier`: what was held when a window ended in the middle of the request, of leases that are over.
     """
 
@@ -42,7 +43,7 @@ class Hold(NamedTuple):
     budgets: tuple[Lease, ...]
     tokens: int
     told: tuple[Lease, ...]
-    policy_line: bytes
+    statement: Statement
     accounts: tuple[Account, ...] = ()
     earlier: Hold | None = None
 
@@ -50,7 +51,7 @@ class Hold(NamedTuple):
 class Bundle:
     """Everything that requests under one allowance draw on, looked up once."""
 
-    __slots__ = ("accounts", "budgets", "counts_tokens", "hold", "tokens_per_request", "units")
+    __slots__ = ("accounts", "budgets", "counts_tokens", "hold", "tokens_bound", "tokens_per_request", "units")
 
     def __init__(self, accounts: tuple[Account, ...]) -> None:
         self.accounts = accounts
@@ -61,8 +62,7 @@ class Bundle:
         self.units = slots + counted
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
         told = counted + slots + self.budgets
-        policy_line = ratelimit.policy_line([lease.policy for lease in told])
-        self.hold = Hold(counted, slots, (), 0, told, policy_line, accounts)
+        self.hold = Hold(counted, slots, (), 0, told, Statement(told), accounts)
         self.tokens_per_request = min(
             (
                 LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
@@ -70,6 +70,8 @@ class Bundle:
             ),
             key=lambda told: told.remaining, default=None,
         )  # fmt: skip
+        #: The most tokens that a request may hold without being looked at carefully.
+        self.tokens_bound = math.inf if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
 
 

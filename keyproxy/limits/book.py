@@ -42,16 +42,25 @@ class Book(Register):
         Raises Short if the ledger has to be asked, a Refusal if it may not go on.
         """
         bundle = allowance.bundle or self._bound(allowance, now_mono)
-        if (tokens is not None and bundle.counts_tokens) or now_mono >= self.valid_until_mono:
+        if now_mono >= self.valid_until_mono:
             return self._take_carefully(allowance, now_mono, tokens)
         for lease in bundle.units:
             if lease.free < 1 or now_mono >= lease.ends_mono:
                 return self._take_carefully(allowance, now_mono, tokens)
+        hold = bundle.hold
+        if tokens is not None and bundle.counts_tokens:
+            amount = tokens.most
+            if not amount or amount > bundle.tokens_bound:
+                return self._take_carefully(allowance, now_mono, tokens)
+            for lease in bundle.budgets:
+                if lease.free < amount or now_mono >= lease.ends_mono:
+                    return self._take_carefully(allowance, now_mono, tokens)
+            hold = self._holding(bundle, amount)
         for lease in bundle.units:
             free = lease.free = lease.free - 1
             if free < lease.low:
                 self._soon(lease)
-        return bundle.hold
+        return hold
 
     def check(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None) -> None:
         """Raises what `take` would raise, and takes nothing."""
@@ -127,12 +136,14 @@ class Book(Register):
         bundle, amount = self._examined(allowance, now_mono, tokens)
         for lease in bundle.units:
             self._take_units(lease, 1)
-        if not amount:
-            return bundle.hold
+        return self._holding(bundle, amount) if amount else bundle.hold
+
+    def _holding(self, bundle: Bundle, amount: int) -> Hold:
         for lease in bundle.budgets:
             lease.piece = amount
             self._take_units(lease, amount)
-        return bundle.hold._replace(budgets=bundle.budgets, tokens=amount)
+        units, slots, _, _, told, statement, accounts, _ = bundle.hold
+        return Hold(units, slots, bundle.budgets, amount, told, statement, accounts)
 
     def _examined(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> tuple[Bundle, int]:
         """What is to be taken, and how many tokens. Raises Short or a Refusal if it cannot be."""

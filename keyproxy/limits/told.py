@@ -1,4 +1,4 @@
-"""What callers are told of the limits they are under."""
+"""What callers are told of the limit that refused them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from keyproxy import ratelimit
-from keyproxy.limits.allowance import Hold
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease
-from keyproxy.ratelimit import LimitState
+from keyproxy.limits.statement import state
 from keyproxy.reasons import Reason, Refusal
 
 _REASONS: Final = {RATE: Reason.RATE_LIMITED, CONCURRENCY: Reason.CONCURRENCY_LIMITED}
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
 _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
-
-
-def state(lease: Lease, now_mono: float) -> LimitState:
-    """How it stands with one limit."""
-    remaining = lease.remaining
-    if lease.is_rate:
-        # What comes back since the ledger answered is not counted: who waits for it does not come too early.
-        return LimitState(lease.policy, remaining, (lease.limit - remaining) * lease.interval_seconds)
-    is_known = lease.policy.window_seconds is not None and now_mono < lease.ends_mono < math.inf
-    return LimitState(lease.policy, remaining, lease.ends_mono - now_mono if is_known else None)
-
-
-def lines(hold: Hold, now_mono: float) -> bytes:
-    """The header lines of an answer to a request that holds this."""
-    return hold.policy_line + ratelimit.state_line([state(lease, now_mono) for lease in hold.told])
 
 
 def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = ()) -> Refusal:
