@@ -63,6 +63,8 @@ def _instant(value: object) -> object:
 
 QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
 QueryLimit = Annotated[int, Field(ge=1, le=PAGE_MAX), BeforeValidator(_whole_number)]
+QuerySum = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
+QueryTokens = Annotated[int, Field(ge=0, le=LIMIT_MAX), BeforeValidator(_whole_number)]
 QueryRow = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole_number)]
 QueryBoolean = Annotated[bool, BeforeValidator(_true_or_false)]
 Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]

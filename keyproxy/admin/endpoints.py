@@ -15,6 +15,9 @@ from pydantic import BaseModel
 from keyproxy.admin.accepted import Accepted, NoQuery, Paged
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.scopes import Scope
+from keyproxy.problems import Problems
+from keyproxy.settings import Settings
+from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity
 
 
@@ -23,6 +26,12 @@ class Terms(NamedTuple):
 
     age_days_max: int
     routes_ask_for: frozenset[str] | None
+    settings: Settings
+
+    def problems(self) -> Problems:
+        """How the proxy tells refusals."""
+        errors = self.settings.errors
+        return Problems(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)
 
     def life(self, said: Mapping[str, Any]) -> timedelta | None:
         """How long a new key lives, None for ever."""
@@ -38,13 +47,14 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request that was let in and understood.
+    """One request that was let in and understood. `database` is for what `directory` does not tell: usage.
 
     `path`: its parameters. `query` and `body`: what the endpoint's models made of them. `if_match`: the version that it
     is about, None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was.
     """
 
     directory: Directory
+    database: Database
     terms: Terms
     token: Entity
     path: Mapping[str, str]

@@ -120,7 +120,7 @@ def _query_parameters(model: type[Accepted]) -> list[dict[str, Any]]:
         if described.get("default") in (None, ""):
             described.pop("default", None)
         told = described.pop("description", None)
-        parameter = {"name": name, "in": "query", "schema": described}
+        parameter = {"name": name, "in": "query", "schema": described, "required": name in schema.get("required", [])}
         parameters.append(parameter | ({"description": told} if told else {}))
     return parameters
 

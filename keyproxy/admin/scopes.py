@@ -34,7 +34,7 @@ TELLS: Final = {
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "makes, changes and deletes plans",
     Scope.AUDIT_READ: "reads the audit log",
-    Scope.USAGE_READ: "reads usage",
+    Scope.USAGE_READ: "reads usage, how limits stand, and what would become of a request",
     Scope.LEAKS_WRITE: "reports leaked keys",
 }
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from keyproxy.admin import keys, plans, reading, tenants
+from keyproxy.admin import keys, plans, reading, tenants, usage
 from keyproxy.admin.access import Access
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms
 from keyproxy.admin.problems import Problem, Refused
@@ -36,7 +36,7 @@ from keyproxy.store.directory import (
 
 _log = logging.getLogger(__name__)
 
-ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *plans.ENDPOINTS)
+ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *plans.ENDPOINTS, *usage.ENDPOINTS)
 
 _DIRECTORY_PROBLEMS: Final = {
     NotFound: Problem.NOT_FOUND,
@@ -142,7 +142,7 @@ class _Prepared:
     def call(self, service: Service, door: Door) -> Call:
         directory = Directory(door, service.key_format, self.actor, tenant_id=self.token["tenant"])
         return Call(
-            directory, service.terms, self.token, self.path, self.query, self.body, self.if_match,
+            directory, service.database, service.terms, self.token, self.path, self.query, self.body, self.if_match,
             must_be_there=self.must_be_there, must_be_new=self.must_be_new,
         )  # fmt: skip
 

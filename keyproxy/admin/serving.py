@@ -48,7 +48,7 @@ class Admin:
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
         asked_for = frozenset(scope for route in settings.routes for scope in route.scopes)
-        terms = Terms(settings.keys.age_days_max, asked_for if settings.routes else None)
+        terms = Terms(settings.keys.age_days_max, asked_for if settings.routes else None, settings)
         return Service(self._database, key_format, access, terms, clock.monotonic)
 
     async def run(

@@ -22,6 +22,7 @@ from keyproxy.admin.listener import AdminListener
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.keyformat import KeyFormat
+from keyproxy.settings import Settings
 from keyproxy.store import migrations, scratch
 from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database
@@ -149,7 +150,7 @@ async def serving(database: Database, *, routes_ask_for: frozenset[str] | None =
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, Terms(90, routes_ask_for), lambda: now[0])
+    service = Service(database, key_format, access, Terms(90, routes_ask_for, Settings()), lambda: now[0])
     log: list[Json] = []
     listener = AdminListener(service, log_line=lambda line: log.append(json.loads(line)))
     with contextlib.closing(socket.socket()) as sock:

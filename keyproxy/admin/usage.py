@@ -1,0 +1,238 @@
+"""Usage, how limits stand, and what would become of a request: the models and the endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, Literal
+
+import orjson
+from pydantic import Field, StringConstraints
+
+from keyproxy import clock
+from keyproxy.admin.accepted import Accepted, Id, Instant, QueryBoolean, QuerySum, QueryTokens
+from keyproxy.admin.answers import Answered
+from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream
+from keyproxy.admin.problems import FieldError, Problem, Refused
+from keyproxy.admin.scopes import Scope
+from keyproxy.store.explaining import Question, explain_key, windows_of_user
+from keyproxy.store.usage_reading import DIMENSIONS, NoSuchEventError, UsageFilter, UsageReader
+
+_USUAL_DAYS: Final = 30
+_LINES: Final = 500
+_NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
+_BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,5}}$"
+
+
+class UsageQuery(Accepted):
+    """Whose usage, and of which time."""
+
+    tenant: Id | None = None
+    user: Id | None = None
+    key: Id | None = None
+    since: Annotated[Instant | None, Field(description="From then on. Neither this nor `until`: the last 30 days.")] = (
+        None
+    )
+    until: Annotated[Instant | None, Field(description="Before that.")] = None
+
+
+class SumsQuery(UsageQuery):
+    """Whose usage, of which time, summed by what."""
+
+    by: Annotated[str, StringConstraints(pattern=_BY), Field(description="Separated by commas.")] = ",".join(DIMENSIONS)
+    limit: Annotated[QuerySum, Field(description="At most so many rows.")] = 1000
+
+
+class EventsQuery(UsageQuery):
+    """Whose requests, and of which time."""
+
+    after: Annotated[
+        str, StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"), Field(description="Only later ones.")
+    ] = ""  # fmt: skip
+
+
+class WindowsQuery(Accepted):
+    """Of which traffic."""
+
+    is_test: QueryBoolean = False
+
+
+class ExplainQuery(Accepted):
+    """The request that is asked about."""
+
+    method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
+    path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
+    tokens: Annotated[QueryTokens | None, Field(description="What it may use: prompt and answer.")] = None
+
+
+class Sum(Answered):
+    """What was used, summed by what was asked for."""
+
+    day: str | None = None
+    tenant: str | None = None
+    user: str | None = None
+    key: str | None = None
+    mode: str | None = None
+    route: str | None = None
+    requests: int
+    refusals: int
+    tokens_in: int
+    tokens_out: int
+    tokens_estimated: int
+
+
+class Sums(Answered):
+    """Sums. `is_complete` is false if there are more: ask for less time, or fewer dimensions."""
+
+    items: list[Sum]
+    is_complete: bool
+
+
+class Event(Answered):
+    """One request."""
+
+    id: str
+    time: str
+    request_id: str
+    tenant: str
+    user: str
+    key: str
+    mode: str
+    route: str
+    method: str
+    status: int
+    code: str
+    tokens_in: int
+    tokens_out: int
+    estimated: bool
+    request_bytes: int
+    response_bytes: int
+    duration_seconds: float
+
+
+class Limit(Answered):
+    """How a limit stands. What means nothing for it is not there."""
+
+    owner: str
+    policy: str
+    limit: int
+    per_second: float | None = None
+    spent: int | None = None
+    held: int | None = None
+    forfeited: int | None = None
+    remaining: int
+    reset_seconds: float | None = None
+    refuses: bool | None = None
+
+
+class Windows(Answered):
+    """How the limits of a user and of its tenant stand."""
+
+    items: list[Limit]
+
+
+class Explained(Answered):
+    """What would become of the request. Nothing was charged or sent."""
+
+    key: str
+    user: str
+    tenant: str
+    mode: Literal["live", "test"]
+    route: str | None
+    allowed: bool
+    code: str | None
+    status: int | None
+    policy: str | None
+    detail: str | None
+    retry_after_seconds: int | None
+    limits: list[Limit]
+
+
+async def _sums(call: Call) -> Answer:
+    query: SumsQuery = call.query
+    wanted, by = _wanted(call), [name for name in DIMENSIONS if name in query.by.split(",")]
+    rows = [] if wanted is None else await UsageReader(call.database).sums(wanted, by, query.limit + 1)
+    return Answer({"items": rows[: query.limit], "is_complete": len(rows) <= query.limit})
+
+
+async def _events(call: Call) -> Stream:
+    query: EventsQuery = call.query
+    wanted = _wanted(call)
+    found = None if wanted is None else UsageReader(call.database).events(wanted, query.after or None)
+
+    async def lines() -> AsyncIterator[bytes]:
+        if found is None:
+            return
+        part: list[bytes] = []
+        try:
+            async for event in found:
+                part.append(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
+                if len(part) == _LINES:
+                    yield b"".join(part)
+                    part.clear()
+        except NoSuchEventError as error:
+            raise Refused(Problem.INVALID, errors=[FieldError("query.after", str(error))]) from error
+        yield b"".join(part)
+
+    return Stream(lines())
+
+
+def _wanted(call: Call) -> UsageFilter | None:
+    """Which usage; None: another tenant's, of which there is none for this token."""
+    query: UsageQuery = call.query
+    wanted = UsageFilter(query.tenant, query.user, query.key, query.since, query.until)
+    if query.since is None and query.until is None and not getattr(query, "after", ""):
+        wanted = replace(wanted, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
+    if not call.is_bound:
+        return wanted
+    bound = call.token["tenant"]
+    return replace(wanted, tenant=bound) if query.tenant in (None, bound) else None
+
+
+async def _windows(call: Call) -> Answer:
+    user = call.path["id"]
+    await call.directory.user(user)  # not there for who may not see it
+    items = await windows_of_user(
+        call.database, user, call.terms.settings, is_test=call.query.is_test, now=clock.now
+    )  # fmt: skip
+    return Answer({"items": items})
+
+
+async def _explain(call: Call) -> Answer:
+    query: ExplainQuery = call.query
+    key = call.path["id"]
+    await call.directory.key(key)  # not there for who may not see it
+    question = Question(query.method, query.path, query.tokens)
+    identity, told = await explain_key(call.database, key, question, call.terms.settings, now=clock.now)
+    refusal = told.refusal
+    content: dict[str, Any] = {
+        "key": identity.key_id, "user": identity.user_id, "tenant": identity.tenant_id, "mode": identity.mode,
+        "route": told.route, "allowed": refusal is None, "code": None, "status": None, "policy": None, "detail": None,
+        "retry_after_seconds": None, "limits": list(told.limits),
+    }  # fmt: skip
+    if refusal is not None:
+        content |= {
+            "code": refusal.reason.code,
+            "status": call.terms.problems().status(refusal.reason),
+            "policy": None if refusal.limit is None else refusal.limit.policy.name,
+            "detail": f"{refusal.reason.value.sentence} {refusal.said or refusal.detail}".rstrip(),
+            "retry_after_seconds": refusal.retry_after_seconds,
+        }
+    return Answer(content)
+
+
+ENDPOINTS: Final = (
+    Endpoint("GET", "/v1/usage", "show_usage",
+             "Requests, refusals and tokens, summed. Days are UTC; the days that hold any of the time count.",
+             Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
+    Endpoint("GET", "/v1/usage/events", "export_usage",
+             "Every request as lines of JSON, in the order of writing, complete up to now. Go on with `after` set to the "
+             "last one's id. An answer that ends without its last chunk is not complete.",
+             Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery, is_stream=True),
+    Endpoint("GET", "/v1/users/{id}/limits", "show_limits", "How the limits of a user and of its tenant stand.",
+             Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
+    Endpoint("GET", "/v1/keys/{id}/explain", "explain_key",
+             "What would become of a request with this key, and how each limit stands. Nothing is charged or sent.",
+             Scope.USAGE_READ, _explain, {200: Explained}, query=ExplainQuery, refuses=_NOT_THERE),
+)  # fmt: skip
