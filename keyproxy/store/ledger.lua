@@ -5,9 +5,11 @@
 -- ARGV     operation, generation, its arguments as JSON. Numbers come back as JSON of our own making: cjson rounds.
 --
 --   <1>:<g>:holders   sorted set: holders by when their time is over
---   <1>:<g>:h:<id>    hash of one holder: serial, ended, and its leases: "granted used returned window"
---   <1>:<g>:w:<name>  hash of one window; name is kind:is_test:measure:starts:owner
+--   <1>:<g>:h:<id>    hash of one holder: serial, ended, and its leases
+--   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:owner
 --   <1>:<g>:due       sorted set: windows by when PostgreSQL is to be told of them
+--
+-- Leases and windows are packed: in a small hash Redis looks for each field from the front, for 18 of them 18 times.
 
 local call, floor, max, min = redis.call, math.floor, math.max, math.min
 local marker, operation, generation = KEYS[1], ARGV[1], ARGV[2]
@@ -67,21 +69,20 @@ end
 -- Windows that this call has looked at. They are written at the end, if at all.
 local windows, names = {}, {}
 
+-- share and given_back: what PostgreSQL has granted this generation of it, and has got back; others_*: what is others' of
+-- the window. Below low it is time to ask PostgreSQL, for need units, and no fewer than least; stocked_*: when it was last.
+local FIELDS = {
+    'spent', 'held', 'forfeited', 'limit', 'touched', 'wanted_at', 'wanted_by', 'theoretical', 'share', 'given_back',
+    'others_spent', 'others_held', 'low', 'need', 'least', 'number', 'stocked_at', 'stocked_used', 'due',
+}
+
 local function opened(name, measure, starts, ends)
     local window = windows[name]
     if window then return window end
-    local f = call('HMGET', base .. 'w:' .. name, 'spent', 'held', 'forfeited', 'theoretical', 'wanted_at', 'wanted_by',
-        'share', 'given_back', 'others_spent', 'others_held', 'low', 'limit', 'touched', 'number', 'need', 'least',
-        'stocked_at', 'stocked_used')
-    window = {
-        name = name, measure = measure, starts = starts, ends = ends, is_known = f[12] and true or false,
-        spent = number(f[1]), held = number(f[2]), forfeited = number(f[3]), theoretical = number(f[4]),
-        wanted_at = number(f[5]), wanted_by = f[6] or '',
-        -- What PostgreSQL has granted this generation of it, and has got back; what of the window is others'.
-        share = number(f[7]), given_back = number(f[8]), others_spent = number(f[9]), others_held = number(f[10]),
-        low = number(f[11]), limit = number(f[12]), touched = number(f[13]), number = number(f[14]),
-        need = number(f[15]), least = number(f[16]), stocked_at = number(f[17]), stocked_used = number(f[18]),
-    }
+    local packed = call('GET', base .. 'w:' .. name)
+    local values = packed and cmsgpack.unpack(packed) or {}
+    window = {name = name, measure = measure, starts = starts, ends = ends, is_known = packed and true or false}
+    for i, field in ipairs(FIELDS) do window[field] = values[i] or 0 end
     windows[name] = window
     names[#names + 1] = name
     return window
@@ -119,6 +120,9 @@ local function rate_line(window, line, alive)
     return answer(line, 0, grant, 0, limit - max(0, available - grant), nil, wait, false)
 end
 
+-- Windows whose share is too small for what is asked of them, by how much, and by how much for the least of it.
+local lacking = {}
+
 -- What may be granted: what the limit leaves, and no more than there is of the share. Whether the share was too small.
 local function judged(window, line, alive, is_final)
     if window.ends and now >= window.ends then return 0, false end
@@ -130,8 +134,7 @@ local function judged(window, line, alive, is_final)
         return less, less == 0
     end
     local missing = grant - room(window)
-    window.need = window.need + missing
-    window.least = max(1, missing - (grant - line[13]))
+    lacking[window.name] = {window = window, missing = missing, least = max(1, missing - (grant - line[13]))}
     return grant, true
 end
 
@@ -172,7 +175,7 @@ local function sync_line(sender, leases, line, alive, is_final)
         leases[line[1]] = {granted, used, returned, name}
     end
     if line[12] > 0 and grant == 0 and window.held > granted - used - returned then
-        window.wanted_at, window.wanted_by, window.is_short = now, sender, true
+        window.wanted_at, window.wanted_by = now, sender
     end
     window.is_refused = line[12] > 0 and grant == 0
     return answer(line, starts, granted, window.spent + window.others_spent, window.held + window.others_held, ends, 0,
@@ -180,31 +183,25 @@ local function sync_line(sender, leases, line, alive, is_final)
 end
 
 local function write(window)
-    local key = base .. 'w:' .. window.name
-    if window.kept then
-        call('HSET', key, 'theoretical', text(window.theoretical), 'limit', text(window.limit))
-        call('EXPIRE', key, floor(window.kept) + 60)
-        return
-    end
-    call('HSET', key, 'spent', text(window.spent), 'held', text(window.held), 'forfeited', text(window.forfeited),
-        'limit', text(window.limit), 'touched', text(window.touched))
-    if window.is_short then call('HSET', key, 'wanted_at', text(window.wanted_at), 'wanted_by', window.wanted_by) end
-    if window.is_stocked then
-        call('HSET', key, 'share', text(window.share), 'given_back', text(window.given_back), 'low', text(window.low),
-            'others_spent', text(window.others_spent), 'others_held', text(window.others_held),
-            'number', text(window.number), 'need', text(window.need), 'least', text(window.least),
-            'stocked_at', text(window.stocked_at), 'stocked_used', text(window.stocked_used))
-    end
-    call('EXPIRE', key, window.ends and max(1, floor(window.ends - now)) + OVER_SECONDS
-        or window.held > 0 and KEPT_SECONDS or OVER_SECONDS)
+    local values = {}
+    for i, field in ipairs(FIELDS) do values[i] = window[field] end
+    local seconds = window.ends and max(1, floor(window.ends - now)) + OVER_SECONDS
+        or window.kept and floor(window.kept) + 60 or window.held > 0 and KEPT_SECONDS or OVER_SECONDS
+    call('SET', base .. 'w:' .. window.name, cmsgpack.pack(values), 'EX', text(seconds))
+end
+
+-- When PostgreSQL is to be told of a window, 0: it is not.
+local function set_due(window, at)
+    window.due = at
+    call('ZADD', base .. 'due', text(at), window.name)
 end
 
 -- Have PostgreSQL told of a window: in a while, or now if its share runs low. Whether it is now.
 local function schedule(window)
     if not window.ends then return false end
     local is_now = (window.low > 0 and room(window) < window.low) or (window.is_refused and window.others_held > 0)
-    local is_soon = room(window) < 0
-    call('ZADD', base .. 'due', 'LT', text(now + (is_now and 0 or is_soon and SOON_SECONDS or TOLD_SECONDS)), window.name)
+    local at = now + (is_now and 0 or room(window) < 0 and SOON_SECONDS or TOLD_SECONDS)
+    if window.due == 0 or at < window.due then set_due(window, at) end
     return is_now
 end
 
@@ -216,11 +213,8 @@ local function sync()
     local fields, leases, replies = {}, {}, {}
     for i, line in ipairs(ask.lines) do fields[i] = text(line[1]) end
     if #fields > 0 then
-        for i, value in ipairs(call('HMGET', holder, unpack(fields))) do
-            if value then
-                local granted, used, returned, name = string.match(value, '^(%S+) (%S+) (%S+) (.*)$')
-                leases[ask.lines[i][1]] = {tonumber(granted), tonumber(used), tonumber(returned), name}
-            end
+        for i, packed in ipairs(call('HMGET', holder, unpack(fields))) do
+            leases[ask.lines[i][1]] = packed and cmsgpack.unpack(packed) or nil
         end
     end
     local expires = now + ask.lease_seconds
@@ -235,33 +229,33 @@ local function sync()
     end
     if short > 0 and not ask.is_final then
         -- Nothing has happened, but that PostgreSQL will be asked for so much.
-        for _, name in ipairs(names) do
-            local window = windows[name]
-            if window.least > 0 then
-                call('HSET', base .. 'w:' .. name, 'need', text(window.need), 'least', text(window.least), 'limit',
-                    text(window.limit), 'touched', text(now))
-                call('EXPIRE', base .. 'w:' .. name, max(1, floor(window.ends - now)) + OVER_SECONDS)
-                call('ZADD', base .. 'due', text(now), name)
-            end
+        windows = {}
+        for name, lack in pairs(lacking) do
+            local window = opened(name, lack.window.measure, lack.window.starts, lack.window.ends)
+            window.need, window.least = window.need + lack.missing, lack.least
+            window.limit, window.touched = lack.window.limit, now
+            set_due(window, now)
+            write(window)
         end
         return '"short"'
     end
-    call('HSET', holder, 'serial', text(ask.serial))
+    local kept, closed = {'serial', text(ask.serial)}, {}
+    for lease, state in pairs(leases) do
+        if state[4] then
+            kept[#kept + 1], kept[#kept + 2] = text(lease), cmsgpack.pack(state)
+        else
+            closed[#closed + 1] = text(lease)
+        end
+    end
+    call('HSET', holder, unpack(kept))
+    if #closed > 0 then call('HDEL', holder, unpack(closed)) end
     call('EXPIRE', holder, KEPT_SECONDS)
     call('ZADD', base .. 'holders', text(expires), sender)
     call('EXPIRE', base .. 'holders', KEPT_SECONDS)
-    for lease, state in pairs(leases) do
-        if state[4] then
-            call('HSET', holder, text(lease),
-                text(state[1]) .. ' ' .. text(state[2]) .. ' ' .. text(state[3]) .. ' ' .. state[4])
-        else
-            call('HDEL', holder, text(lease))
-        end
-    end
     local is_low = false
     for _, name in ipairs(names) do
-        write(windows[name])
         is_low = schedule(windows[name]) or is_low
+        write(windows[name])
     end
     call('EXPIRE', base .. 'due', KEPT_SECONDS)
     return '{"is_low":' .. tostring(is_low) .. ',"short":' .. short .. ',"replies":[' .. table.concat(replies, ',') .. ']}'
@@ -290,9 +284,9 @@ local function end_holder()
     local found = call('HSCAN', holder, ask.cursor, 'COUNT', '500')
     local gone = {}
     for i = 1, #found[2], 2 do
-        local granted, used, returned, name = string.match(found[2][i + 1], '^(%S+) (%S+) (%S+) (.*)$')
-        if name then
-            local window, outstanding = opened_by(name), tonumber(granted) - tonumber(used) - tonumber(returned)
+        if found[2][i] ~= 'serial' and found[2][i] ~= 'ended' then
+            local state = cmsgpack.unpack(found[2][i + 1])
+            local window, outstanding = opened_by(state[4]), state[1] - state[2] - state[3]
             window.held = window.held - outstanding
             if window.measure ~= 'concurrency' then
                 window.spent, window.forfeited = window.spent + outstanding, window.forfeited + outstanding
@@ -301,8 +295,8 @@ local function end_holder()
         end
     end
     for _, name in ipairs(names) do
-        write(windows[name])
         schedule(windows[name])
+        write(windows[name])
     end
     for _, lease in ipairs(gone) do call('HDEL', holder, lease) end
     if found[1] == '0' then
@@ -345,15 +339,14 @@ local function stock()
             end
             local want = wanted(window)
             if want == 0 then window.low = 0 end
-            window.is_stocked = true
             lines[#lines + 1] = string.format('[%s,%.0f,%s,%s,%s,"%s",%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
                 cjson.encode(name), window.number, cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure, starts,
                 window.limit, window.share, window.spent, window.given_back, want,
                 want > 0 and min(max(1, window.least), want) or 0, tostring(is_over))
             window.need, window.least, window.stocked_at, window.stocked_used = 0, 0, now, window.spent + window.held
-            write(window)
             -- If we say it to nobody, somebody else will.
-            call('ZADD', base .. 'due', text(now + TURN_SECONDS), name)
+            set_due(window, now + TURN_SECONDS)
+            write(window)
         else
             call('ZREM', base .. 'due', name)
         end
@@ -372,15 +365,13 @@ local function stocked()
             call('ZREM', base .. 'due', name)
         elseif window.is_known then
             local got = max(0, granted - window.share)
-            window.is_stocked = true
             window.share = window.share + got
             window.others_spent, window.others_held = row[3], row[4]
             -- Half of what came is left: it is time to ask. Where there was less than was asked for, there is no more.
             if got > 0 or not row[5] then window.low = row[5] and floor(got / 2) or 0 end
-            write(window)
             local is_settled = room(window) == 0 and window.held == 0 and window.need == 0
-            call('ZADD', base .. 'due', text(window.need > 0 and now or is_settled and window.ends + 60
-                or now + TOLD_SECONDS), name)
+            set_due(window, window.need > 0 and now or is_settled and window.ends + 60 or now + TOLD_SECONDS)
+            write(window)
         end
     end
     if ask.is_heard then call('HSET', marker, 'told_at', text(now)) end
