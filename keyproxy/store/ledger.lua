@@ -29,7 +29,8 @@ local HEARTBEAT_SECONDS = 300
 local TURN_SECONDS = 5
 
 local function number(value) return tonumber(value) or 0 end
-local function text(value) return string.format('%.17g', value) end
+local format = string.format
+local function text(value) return value % 1 == 0 and format('%d', value) or format('%.17g', value) end
 
 -- The history in this process' memory is whole, or it is not ours: a restart, a failover and a full copy of another
 -- server's data each give the server another replication id, and nothing else may be believed to have kept our last write.
@@ -101,8 +102,8 @@ local function granted_of(line, available, alive)
 end
 
 local function answer(line, starts, granted, spent, held, ends, wait, is_wanted)
-    return string.format('[%.0f,%.0f,%.0f,%.0f,%.0f,%.6f,%.6f,%d]', line[1], starts, granted, spent, held,
-        ends and ends - now or -1, wait, is_wanted and 1 or 0)
+    return format('[%d,%d,%d,%d,%d,%s,%s,%d]', line[1], starts, granted, spent, held,
+        ends and format('%.6f', ends - now) or '-1', wait > 0 and format('%.6f', wait) or '0', is_wanted and 1 or 0)
 end
 
 -- GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
@@ -339,7 +340,7 @@ local function stock()
             end
             local want = wanted(window)
             if want == 0 then window.low = 0 end
-            lines[#lines + 1] = string.format('[%s,%.0f,%s,%s,%s,"%s",%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
+            lines[#lines + 1] = format('[%s,%.0f,%s,%s,%s,"%s",%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
                 cjson.encode(name), window.number, cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure, starts,
                 window.limit, window.share, window.spent, window.given_back, want,
                 want > 0 and min(max(1, window.least), want) or 0, tostring(is_over))
@@ -386,7 +387,7 @@ local function stand()
         local starts, ends = span(asked[4], now)
         local window = opened(table.concat({asked[1], asked[3] and 1 or 0, asked[4], text(starts), asked[2]}, ':'), asked[4],
             starts, ends)
-        rows[i] = window.is_known and string.format('[%.0f,%.0f,%.0f,%.6f,%.6f]', window.spent + window.others_spent,
+        rows[i] = window.is_known and format('[%.0f,%.0f,%.0f,%.6f,%.6f]', window.spent + window.others_spent,
             window.held + window.others_held, window.forfeited, ends and ends - now or -1, max(0, window.theoretical - now))
             or 'null'
     end

@@ -108,13 +108,14 @@ BEGIN
 END
 $$;
 
--- The calendar window that an instant is in: when it starts and ends, Unix time.
+-- The calendar window that an instant is in: when it starts and ends, Unix time. On timestamps without a zone, where the
+-- epoch depends on no setting: so they are immutable in earnest, and inlined. Called, they would cost a millisecond.
 CREATE FUNCTION keyproxy.window_start(measure text, at float8) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE
         WHEN measure LIKE '%\_per\_day' THEN
-            extract(epoch FROM date_trunc('day', to_timestamp(at) AT TIME ZONE 'UTC') AT TIME ZONE 'UTC')::bigint
+            extract(epoch FROM date_trunc('day', to_timestamp(at) AT TIME ZONE 'UTC'))::bigint
         WHEN measure LIKE '%\_per\_month' THEN
-            extract(epoch FROM date_trunc('month', to_timestamp(at) AT TIME ZONE 'UTC') AT TIME ZONE 'UTC')::bigint
+            extract(epoch FROM date_trunc('month', to_timestamp(at) AT TIME ZONE 'UTC'))::bigint
         ELSE 0
     END
 $$;
@@ -123,7 +124,7 @@ CREATE FUNCTION keyproxy.window_end(measure text, starts bigint) RETURNS float8 
     SELECT CASE
         WHEN measure LIKE '%\_per\_day' THEN starts + 86400
         WHEN measure LIKE '%\_per\_month' THEN
-            extract(epoch FROM (to_timestamp(starts) AT TIME ZONE 'UTC' + interval '1 month') AT TIME ZONE 'UTC')::float8
+            extract(epoch FROM (to_timestamp(starts) AT TIME ZONE 'UTC' + interval '1 month'))::float8
         ELSE 'Infinity'::float8
     END
 $$;
@@ -144,8 +145,10 @@ CREATE FUNCTION keyproxy.sync_leases(
     OUT lease bigint, OUT starts bigint, OUT granted bigint, OUT spent bigint, OUT held bigint,
     OUT ends_seconds float8, OUT wait_seconds float8, OUT is_wanted boolean
 ) RETURNS SETOF record LANGUAGE plpgsql
--- Planning this anew for every message costs more than running it.
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+-- Planning this anew for every message costs more than running it; and a plan that was made when the tables were empty must
+-- do when they are not: every row is looked up by its index.
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 #variable_conflict use_column
 DECLARE
     here keyproxy.lease_holders;
@@ -268,45 +271,45 @@ BEGIN
                    ELSE least(want, available, greatest(at_least, available / (2 * alive)))
                END AS given
         FROM asked
+    ), totalled AS (
+        -- Each line with what all lines of its window come to. To join them to the windows' new rows instead would take
+        -- time with the square of their number.
+        SELECT judged.*,
+               sum(more_used) OVER of_window AS window_used,
+               sum(more_held + CASE WHEN is_rate THEN 0 ELSE given END) OVER of_window AS window_held,
+               max(instant + ahead + given * interval_seconds) OVER of_window AS window_theoretical,
+               bool_or(want > 0 AND given = 0 AND is_asker AND NOT is_rate AND NOT settles AND instant < ends)
+                   OVER of_window AS is_short,
+               sum(outstanding) OVER of_window AS window_own
+        FROM judged WINDOW of_window AS (PARTITION BY window_id)
     ), kept AS (
         INSERT INTO keyproxy.leases AS x (holder, lease, window_id, granted, used, returned)
         SELECT sender, j.lease, j.window_id, j.sure_granted + j.given, j.now_used, j.now_returned
-        FROM judged AS j WHERE j.counts AND NOT j.is_closing
+        FROM totalled AS j WHERE j.counts AND NOT j.is_closing
         ON CONFLICT (holder, lease) DO UPDATE
         SET granted = excluded.granted, used = excluded.used, returned = excluded.returned
     ), closed AS (
-        DELETE FROM keyproxy.leases AS x USING judged AS j
+        DELETE FROM keyproxy.leases AS x USING totalled AS j
         WHERE j.is_closing AND j.is_known AND x.holder = sender AND x.lease = j.lease
-    ), changed AS (
-        SELECT j.window_id,
-               sum(j.more_used) AS used,
-               sum(j.more_held + CASE WHEN j.is_rate THEN 0 ELSE j.given END) AS held,
-               bool_or(j.is_rate) AS is_rate,
-               max(instant + j.ahead + j.given * j.interval_seconds) AS theoretical,
-               bool_or(j.want > 0 AND j.given = 0 AND j.is_asker AND NOT j.is_rate AND NOT settles AND instant < j.ends)
-                   AS is_short,
-               sum(j.outstanding) AS own
-        FROM judged AS j GROUP BY j.window_id
     ), written AS (
         UPDATE keyproxy.windows AS w
-        SET spent = w.spent + c.used,
-            held = w.held + c.held,
-            theoretical = CASE WHEN c.is_rate THEN c.theoretical ELSE w.theoretical END,
-            wanted_at = CASE WHEN c.is_short AND w.held + c.held > c.own THEN instant ELSE w.wanted_at END,
-            wanted_by = CASE WHEN c.is_short AND w.held + c.held > c.own THEN sender ELSE w.wanted_by END
-        FROM changed AS c
-        WHERE w.id = c.window_id
-        RETURNING w.id, w.spent, w.held
+        SET spent = w.spent + j.window_used,
+            held = w.held + j.window_held,
+            theoretical = CASE WHEN j.is_rate THEN j.window_theoretical ELSE w.theoretical END,
+            wanted_at = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN instant ELSE w.wanted_at END,
+            wanted_by = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN sender ELSE w.wanted_by END
+        FROM totalled AS j
+        WHERE w.id = j.window_id
     )
     SELECT j.lease, j.window_starts,
            CASE WHEN j.is_rate THEN j.given WHEN j.counts THEN j.sure_granted + j.given ELSE j.used + j.returned END,
-           CASE WHEN j.is_rate THEN 0 ELSE w.spent END,
-           CASE WHEN j.is_rate THEN j.bound - greatest(0, j.available - j.given) ELSE w.held END,
+           CASE WHEN j.is_rate THEN 0 ELSE (j.was_spent + j.window_used)::bigint END,
+           CASE WHEN j.is_rate THEN j.bound - greatest(0, j.available - j.given) ELSE (j.was_held + j.window_held)::bigint END,
            j.ends - instant,
            CASE WHEN j.is_rate AND j.want > 0 AND j.given = 0
                 THEN greatest(0, j.ahead + j.at_least * j.interval_seconds - j.bound * j.interval_seconds) ELSE 0 END,
            instant - j.wanted_at < 2 AND j.wanted_by <> sender
-    FROM judged AS j JOIN written AS w ON w.id = j.window_id;
+    FROM totalled AS j;
 END
 $$;
 
