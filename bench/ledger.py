@@ -8,7 +8,6 @@ servers are real, PostgreSQL with fsync as it is installed. CPU is the servers' 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import datetime
 import multiprocessing
@@ -136,7 +135,7 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
         await say(range(first, first + lines))
         before, now = now, time.perf_counter()
         latencies.append(now - before)
-    await ledger.end(holder)
+    # Its leases lapse: a fleet goes on, and so do the shares it has found.
     await ledger.close()
     await database.close()
     return Run(now - began, latencies)

@@ -27,6 +27,7 @@ local IDLE_SECONDS = 30                   -- a window's share goes back when nob
 local STOCK_SECONDS = 60                  -- a share lasts so long, at the pace of late
 local HEARTBEAT_SECONDS = 300
 local TURN_SECONDS = 5
+local URGENT = 1                          -- due before all that is due at some time
 
 local function number(value) return tonumber(value) or 0 end
 local format = string.format
@@ -91,6 +92,9 @@ end
 
 local function room(window) return window.share - window.given_back - window.spent - window.held end
 
+-- As it is told to holders: what other shares hold is not what comes back in a moment, as what other leases hold is.
+local function spent_of(window) return window.spent + window.others_spent + window.others_held end
+
 local function granted_of(line, available, alive)
     local want, at_least = line[12], line[13]
     if want == 0 or available < at_least then return 0 end
@@ -127,7 +131,7 @@ local lacking = {}
 -- What may be granted: what the limit leaves, and no more than there is of the share. Whether the share was too small.
 local function judged(window, line, alive, is_final)
     if window.ends and now >= window.ends then return 0, false end
-    local available = line[7] - window.others_spent - window.others_held - window.spent - window.held
+    local available = line[7] - spent_of(window) - window.held
     local grant = granted_of(line, available, alive)
     if grant == 0 or not window.ends or grant <= room(window) then return grant, false end
     if is_final then
@@ -155,8 +159,7 @@ local function sync_line(sender, leases, line, alive, is_final)
     local is_wanted = now - window.wanted_at < WANTED_SECONDS and window.wanted_by ~= sender
     local known = leases[line[1]]
     if not known and line[15] then
-        return answer(line, starts, line[10] + line[11], window.spent + window.others_spent, window.held + window.others_held, ends, 0,
-            is_wanted), false
+        return answer(line, starts, line[10] + line[11], spent_of(window), window.held, ends, 0, is_wanted), false
     end
     known = known or {0, 0, 0}
     -- What was told is cumulative. More used than was granted is granted by that.
@@ -179,8 +182,7 @@ local function sync_line(sender, leases, line, alive, is_final)
         window.wanted_at, window.wanted_by = now, sender
     end
     window.is_refused = line[12] > 0 and grant == 0
-    return answer(line, starts, granted, window.spent + window.others_spent, window.held + window.others_held, ends, 0,
-        is_wanted), is_short
+    return answer(line, starts, granted, spent_of(window), window.held, ends, 0, is_wanted), is_short
 end
 
 local function write(window)
@@ -197,13 +199,15 @@ local function set_due(window, at)
     call('ZADD', base .. 'due', text(at), window.name)
 end
 
--- Have PostgreSQL told of a window: in a while, or now if its share runs low. Whether it is now.
+-- Have PostgreSQL told of a window: in a while, or next if its share runs low. Whether it is next.
 local function schedule(window)
     if not window.ends then return false end
-    local is_now = (window.low > 0 and room(window) < window.low) or (window.is_refused and window.others_held > 0)
-    local at = now + (is_now and 0 or room(window) < 0 and SOON_SECONDS or TOLD_SECONDS)
+    local is_urgent = window.low > 0 and room(window) < window.low
+    -- Drawn on beyond its share; or refused for what others may have given back by now.
+    local is_soon = room(window) < 0 or (window.is_refused and window.others_held > 0)
+    local at = is_urgent and URGENT or now + (is_soon and SOON_SECONDS or TOLD_SECONDS)
     if window.due == 0 or at < window.due then set_due(window, at) end
-    return is_now
+    return is_urgent
 end
 
 local function sync()
@@ -235,7 +239,7 @@ local function sync()
             local window = opened(name, lack.window.measure, lack.window.starts, lack.window.ends)
             window.need, window.least = window.need + lack.missing, lack.least
             window.limit, window.touched = lack.window.limit, now
-            set_due(window, now)
+            set_due(window, URGENT)
             write(window)
         end
         return '"short"'
@@ -321,9 +325,13 @@ end
 
 -- The turn to speak with PostgreSQL, and what there is to say: one process at a time, its messages in an order.
 local function stock()
+    -- When the last holder has ended, everything goes back.
+    local is_deserted = call('ZCARD', base .. 'holders') == 0
+    if ask.is_last and not is_deserted then return '"done"' end
     local turn = call('HMGET', marker, 'turn_by', 'turn_until', 'told_at')
     if turn[1] and turn[1] ~= ask.by and number(turn[2]) > now then return '"busy"' end
-    local due = call('ZRANGEBYSCORE', base .. 'due', '-inf', text(now), 'LIMIT', '0', ask.most)
+    local until_then = ask.is_urgent and URGENT or is_deserted and now + TOLD_SECONDS or now
+    local due = call('ZRANGEBYSCORE', base .. 'due', '-inf', text(until_then), 'LIMIT', '0', ask.most)
     if #due == 0 and now - number(turn[3]) < HEARTBEAT_SECONDS then return '"done"' end
     local serial = call('HINCRBY', marker, 'serial', 1)
     call('HSET', marker, 'turn_by', ask.by, 'turn_until', text(now + TURN_SECONDS))
@@ -334,7 +342,7 @@ local function stock()
         if window.is_known then
             if window.number == 0 then window.number = call('HINCRBY', marker, 'numbers', 1) end
             local is_over = now >= window.ends + 60 and window.held == 0
-            if is_over or (window.need == 0 and now - window.touched >= IDLE_SECONDS) then
+            if is_over or is_deserted or (window.need == 0 and now - window.touched >= IDLE_SECONDS) then
                 -- First it is not ours any more, then PostgreSQL hears of it.
                 window.given_back, window.low = window.given_back + max(0, room(window)), 0
             end
@@ -371,7 +379,7 @@ local function stocked()
             -- Half of what came is left: it is time to ask. Where there was less than was asked for, there is no more.
             if got > 0 or not row[5] then window.low = row[5] and floor(got / 2) or 0 end
             local is_settled = room(window) == 0 and window.held == 0 and window.need == 0
-            set_due(window, window.need > 0 and now or is_settled and window.ends + 60 or now + TOLD_SECONDS)
+            set_due(window, window.need > 0 and URGENT or is_settled and window.ends + 60 or now + TOLD_SECONDS)
             write(window)
         end
     end

@@ -104,7 +104,7 @@ class RedisLedger:
         with contextlib.suppress(_Lost):
             for holder in await self._call("dead", generation):
                 await self._end(generation, holder, only_dead=True)
-            await self._stock(generation)
+            await self._stock(generation, is_urgent=False)
         await self._shares.reap()
 
     async def end(self, holder: str) -> None:
@@ -113,6 +113,8 @@ class RedisLedger:
         if generation and generation == await self._present():
             with contextlib.suppress(_Lost):
                 await self._end(generation, holder, only_dead=False)
+                # The last one to leave gives the shares back.
+                await self._stock(generation, is_urgent=False, is_last=True)
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
         """How windows stand at present, in their order; None for one that nobody ever drew on."""
@@ -175,18 +177,22 @@ class RedisLedger:
             # Whoever needs it finds out: nothing is granted that was not fetched.
             _log.debug("shares were not fetched ahead of need: %s", error)
 
-    async def _stock(self, generation: str) -> None:
-        """Tell PostgreSQL what is due, and fetch shares that are needed. Raises StoreUnavailable, _Lost."""
+    async def _stock(self, generation: str, *, is_urgent: bool = True, is_last: bool = False) -> None:
+        """Fetch shares that are needed; unless that is all that is urgent, tell PostgreSQL what is due, too.
+
+        `is_last`: only if no holder is left. Raises StoreUnavailable, _Lost.
+        """
+        ask = {"by": self._name, "most": _WINDOWS_MAX, "is_urgent": is_urgent, "is_last": is_last}
         now = asyncio.get_running_loop().time
         async with self._stocking:
             give_up = now() + self._timeout_seconds
             while True:
-                turn = await self._call("stock", generation, by=self._name, most=_WINDOWS_MAX)
+                turn = await self._call("stock", generation, **ask)
                 if turn == "done":
                     return
                 if turn != "busy":
                     await self._exchange(generation, turn["serial"], turn["lines"])
-                    if len(turn["lines"]) < _WINDOWS_MAX:
+                    if len(turn["lines"]) < _WINDOWS_MAX or now() >= give_up:
                         return
                 elif now() >= give_up:
                     raise StoreUnavailable("another proxy speaks with PostgreSQL for too long")

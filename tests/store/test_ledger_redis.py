@@ -333,6 +333,19 @@ async def test_what_was_spent_is_told_to_postgresql_and_what_nobody_draws_on_goe
     assert (row["spent"], row["held"]) == (60, 10)
 
 
+async def test_the_last_proxy_to_leave_gives_all_shares_back(ledger: RedisLedger, sql: Sql) -> None:
+    lines = [line(number + 1, window(owner=f"u_{number}"), limit=1000, want=20) for number in range(250)]
+    for holder in ("a", "b"):
+        assert await ledger.sync(holder, 1, lines) is not None
+    await ledger.sync("b", 2, [one._replace(granted=20, used=1, returned=19, want=0, at_least=0) for one in lines])
+    await ledger.end("a")
+    assert await sql.fetchval("SELECT sum(held) FROM keyproxy.windows") > 0
+    await ledger.end("b")
+    row = await sql.fetchrow("SELECT sum(spent) AS spent, sum(held) AS held FROM keyproxy.windows")
+    assert row is not None
+    assert (row["spent"], row["held"]) == (250 * 21, 0)
+
+
 async def test_shares_that_nobody_spoke_for_are_charged_and_their_generation_is_over(
     ledger: RedisLedger, sql: Sql
 ) -> None:
