@@ -13,16 +13,20 @@ import pytest
 
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.model import Identity, Missing
-from keyproxy.settings import Cache
+from keyproxy.settings import Cache, Usage
 from keyproxy.store import roles
-from keyproxy.store.database import Database
+from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.directory import Actor, Directory, KeyWish, Revocation
 from keyproxy.store.directory_import import read_key
 from keyproxy.store.feed import ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.migrations import MigrationError
+from keyproxy.store.usage import UsageJournal
+from keyproxy.store.usage_reading import UsageFilter, UsageReader
+from tests import fakes
 from tests.store.stage import Clock, Sql, add_key, add_user
+from tests.store.test_usage import Ended, rows
 
 FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
 
@@ -214,3 +218,22 @@ async def test_a_prefix_that_is_no_name_is_refused(dsn: str, wrong: str) -> None
 async def test_roles_wait_for_a_schema(empty_dsn: str) -> None:
     with pytest.raises(MigrationError, match="has to be brought up"):
         await roles.create(empty_dsn, "kp_none")
+
+
+async def test_proxies_write_usage_and_clean_it_up_and_the_admin_side_reads_it(
+    as_proxy: Database, as_admin: Database, sql: Sql
+) -> None:
+    journal = UsageJournal(as_proxy, Usage(), Clock(), settle_seconds=0.5)
+    journal.take(rows(Ended(fakes.identity())))
+    await journal.flush()
+    await sql.execute(
+        "CREATE TABLE keyproxy.usage_event_batches_20200101 PARTITION OF keyproxy.usage_event_batches"
+        " FOR VALUES FROM ('2020-01-01') TO ('2020-01-02')"
+    )
+    await journal.tend()
+    assert not await sql.fetchval("SELECT to_regclass('keyproxy.usage_event_batches_20200101') IS NOT NULL")
+    reader = UsageReader(as_admin)
+    assert [row["requests"] for row in await reader.sums(UsageFilter(), ["user"], 10)] == [1]
+    assert [event["user"] async for event in reader.events(UsageFilter())] == ["u_42"]
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_admin.fetch("record_usage", "x", 1, *([[]] * 11), None)

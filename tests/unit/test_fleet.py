@@ -20,6 +20,10 @@ keyproxy_open_requests {open}
 keyproxy_store_up {up}
 # TYPE keyproxy_change_feed_lag_seconds gauge
 keyproxy_change_feed_lag_seconds {lag}
+# TYPE keyproxy_ledger_unsettled_seconds gauge
+keyproxy_ledger_unsettled_seconds {lag}
+# TYPE keyproxy_limit_refusals_total counter
+keyproxy_limit_refusals_total{{policy="user.rate"}} {requests}
 """
 
 
@@ -51,6 +55,8 @@ def test_what_is_counted_is_summed_and_what_is_a_state_is_the_worst() -> None:
     assert told["keyproxy_open_requests"] == 3
     assert told["keyproxy_store_up"] == 0
     assert told["keyproxy_change_feed_lag_seconds"] == 0.5
+    assert told["keyproxy_ledger_unsettled_seconds"] == 0.5
+    assert told["keyproxy_limit_refusals_total"] == 7
     assert told["keyproxy_worker_restarts_total"] == 1
 
 
