@@ -7,9 +7,15 @@ WORKDIR /src
 RUN python -m venv /opt/keyproxy
 COPY requirements/base.txt requirements/base.txt
 RUN /opt/keyproxy/bin/pip install --only-binary=:all: -r requirements/base.txt
-COPY pyproject.toml README.md ./
+# The compiled build: what it needs stays in this stage. `--build-arg COMPILE=0` gives the pure one, which behaves alike.
+ARG COMPILE=1
+COPY requirements/compile.txt requirements/compile.txt
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && python -m venv /opt/build && /opt/build/bin/pip install --only-binary=:all: -r requirements/compile.txt
+COPY setup.py pyproject.toml README.md ./
 COPY keyproxy keyproxy
-RUN /opt/keyproxy/bin/pip install --no-deps .
+RUN KEYPROXY_COMPILE=$COMPILE /opt/build/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /dist . \
+    && /opt/keyproxy/bin/pip install --no-deps /dist/*.whl
 
 FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="keyproxy" \

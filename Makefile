@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
+COMPILED_VENV := .venv-compiled
 STAMP := $(VENV)/.ready
 ARGS ?=
 SEEDS ?= 1000
 
-.PHONY: demo test simulate check fmt bench bench-setup soak setup clean help
+.PHONY: demo test simulate check fmt bench bench-setup soak compiled test-compiled setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
@@ -18,6 +19,8 @@ help:
 	@echo "make fmt                  format the code"
 	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
 	@echo "make soak                 memory before hostile and slow peers; every mutant of every request"
+	@echo "make compiled             the optional compiled build, in $(COMPILED_VENV) (needs a C compiler)"
+	@echo "make test-compiled        the tests of what was compiled, against that build"
 
 demo: setup
 	@$(BIN)/keyproxy demo $(ARGS)
@@ -48,6 +51,21 @@ soak: setup
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
 
+# Made anew whenever anything of the package has changed: extensions are compiled together or not at all.
+compiled: $(COMPILED_VENV)/.ready
+
+$(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell find keyproxy -name '*.py' -o -name '*.sql')
+	test -x $(COMPILED_VENV)/bin/python || $(PYTHON) -m venv $(COMPILED_VENV)
+	$(COMPILED_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	rm -rf build
+	KEYPROXY_COMPILE=1 $(COMPILED_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+# `bin/pytest`, not `python -m pytest`: the latter would find the sources here before what is installed.
+test-compiled: compiled
+	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(or $(ARGS),tests/unit tests/wire tests/store)
+
 setup: $(STAMP)
 
 # The stamp is newer than everything that says what the environment holds, or the environment is made anew.
@@ -61,4 +79,4 @@ $(STAMP): pyproject.toml requirements/base.txt requirements/demo.txt requirement
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(COMPILED_VENV) .bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

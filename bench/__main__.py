@@ -24,6 +24,7 @@ from bench.site import Site, machine, site
 from keyproxy.keyformat import KeyFormat
 
 _OURS = "keyproxy"
+_COMPILED = "keyproxy, compiled"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="names of peers, separated by commas")
     parser.add_argument("--envoy", default=".venv-bench", help="the environment that Envoy is installed in")
+    parser.add_argument("--compiled", default=".venv-compiled", help="the environment of the compiled build")
     parser.add_argument("--keys", type=int, default=20_000, help="for the table of misses")
     options = parser.parse_args(arguments)
     if not shutil.which("wrk") or not shutil.which("nginx"):
@@ -53,8 +55,13 @@ def compare(ours: Site, options: argparse.Namespace) -> None:
     secret = ours.keys(1)[0]
     envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
     wanted = {name.strip() for name in options.only.split(",") if name.strip()}
-    everyone = [*peers(ours.home, ours.upstream, secret, envoy), Peer(_OURS, "", ours.serving)]
-    chosen = [peer for peer in everyone if not peer.missing and (not wanted or peer.name in wanted | {_OURS})]
+    everyone = [
+        *peers(ours.home, ours.upstream, secret, envoy),
+        Peer(_OURS, "", ours.serving),
+        _compiled(ours, options),
+    ]
+    always = {_OURS, _COMPILED}
+    chosen = [peer for peer in everyone if not peer.missing and (not wanted or peer.name in wanted | always)]
     for peer in everyone:
         if peer.missing:
             print(f"{peer.name} is left out: {peer.missing} is not installed")
@@ -107,19 +114,32 @@ def misses(ours: Site, options: argparse.Namespace) -> None:
         )
 
 
+def _compiled(ours: Site, options: argparse.Namespace) -> Peer:
+    python = Path(options.compiled) / "bin" / "python"
+    missing = "" if python.exists() else f"{options.compiled} (make compiled)"
+    return Peer(_COMPILED, missing, lambda port: ours.serving(port, python=str(python.absolute())))
+
+
+def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:
+    """Our CPU over another's, round by round: the median, and how far the rounds lie apart."""
+    pairs = zip(mine, others, strict=True)
+    ratios = [one.cpu_microseconds / max(other.cpu_microseconds, 1e-9) for one, other in pairs]
+    return f"{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def _print(results: dict[str, list[Result]]) -> None:
-    print("\none known key                     µs CPU   user   req/s  p50 ms  p99 ms  peak MiB  keyproxy / it")
+    print(
+        "\none known key          µs CPU   user   req/s  p50 ms  p99 ms  peak MiB  keyproxy / it          compiled / it"
+    )
     for name, runs in results.items():
-        pairs = zip(results[_OURS], runs, strict=True)
-        ratios = [mine.cpu_microseconds / max(other.cpu_microseconds, 1e-9) for mine, other in pairs]
 
         def middle(attribute: str, of: Sequence[Result] = runs) -> float:
             return float(statistics.median(getattr(run, attribute) for run in of))
 
         print(
-            f"  {name:<30} {middle('cpu_microseconds'):7.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
+            f"  {name:<18} {middle('cpu_microseconds'):7.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
             f" {middle('p50_milliseconds'):7.2f} {middle('p99_milliseconds'):7.2f} {middle('peak_mib'):9.1f}"
-            f"  {statistics.median(ratios):8.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"  {_ratio(results[_OURS], runs)}  {_ratio(results[_COMPILED], runs) if _COMPILED in results else ''}"
         )
 
 

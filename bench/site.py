@@ -23,6 +23,7 @@ from keyproxy.store.directory import Actor, Directory, KeyWish
 _CONFIG = """
 [listen]
 address = "127.0.0.1:{port}"
+{listen}
 [ops]
 address = "127.0.0.1:{ops}"
 [upstream]
@@ -55,18 +56,24 @@ class Site:
         return uvloop.run(self._keys(number))
 
     @contextlib.contextmanager
-    def serving(self, port: int, *, cache: str = "", environment: dict[str, str] | None = None) -> Iterator[list[int]]:
-        """`keyproxy serve` on a port; yields its processes."""
+    def serving(
+        self, port: int, *, cache: str = "", listen: str = "", python: str = sys.executable,
+        environment: dict[str, str] | None = None,
+    ) -> Iterator[list[int]]:  # fmt: skip
+        """`keyproxy serve` on a port, as it is installed for this Python; yields its processes.
+
+        `cache`, `listen`: more lines of these tables of the configuration.
+        """
         self.ops_port = free_port()
         text = _CONFIG.format(
-            port=port, ops=self.ops_port, upstream=self.upstream, dsn=self.dsn, cache=cache, path=PATH
+            port=port, ops=self.ops_port, upstream=self.upstream, dsn=self.dsn, cache=cache, listen=listen, path=PATH
         )
-        config = self.home / "keyproxy.toml"
+        config = self.home / f"keyproxy-{port}.toml"
         config.write_text(text, encoding="utf-8")
         # stdout is the access log: written to a file, as it would be.
-        command = [sys.executable, "-m", "keyproxy", "serve", "--config", str(config)]
+        command = [python, "-P", "-m", "keyproxy", "serve", "--config", str(config)]
         os.environ.update(environment or {})
-        with running(command, port, self.home / "keyproxy.log") as pids:
+        with running(command, port, self.home / f"keyproxy-{port}.log") as pids:
             yield pids
 
     async def _keys(self, number: int) -> list[str]:

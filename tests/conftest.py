@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from keyproxy import gateway
 from keyproxy.store import embedded, migrations, scratch
 from keyproxy.store.database import Database
 from keyproxy.store.embedded import EmbeddedServer
@@ -20,6 +21,14 @@ _TEMPLATE = "template_keyproxy"
 
 #: Tests do not need their data to survive a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
+
+
+def pytest_report_header() -> str:
+    """Which build is tested. With EXPECT_COMPILED=1, none but the compiled one is."""
+    is_compiled = not gateway.__file__.endswith(".py")
+    if os.environ.get("EXPECT_COMPILED") == "1" and not is_compiled:
+        raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
+    return f"keyproxy: {'compiled' if is_compiled else 'pure Python'}, {Path(gateway.__file__).parent}"
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:

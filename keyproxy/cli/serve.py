@@ -57,7 +57,8 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
                 fd = sys.stdout.fileno()
                 uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, read_again=read_again))
             else:
-                command = [sys.executable, "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
+                # -P: a worker runs the code that is installed, whatever lies in the current directory.
+                command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
                 crew = supervisor.Supervisor(settings, dsn, command)
                 uvloop.run(crew.run(started=_started, read_again=read_again))

@@ -49,7 +49,7 @@ class AccessLog:
         self._queued_bytes = 0
         self._written_bytes = 0
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write_all, name="access-log", daemon=True)
+        self._writer = threading.Thread(target=self._write_all, name="access-log", daemon=True)
         self._alike: dict[tuple[object, ...], bytes] = {}
         # Of a pipe that several workers write to, only so much is kept together.
         self._is_shared = stat.S_ISFIFO(os.fstat(fd).st_mode)
@@ -58,13 +58,13 @@ class AccessLog:
 
     def start(self) -> None:
         """Begin to write."""
-        self._thread.start()
+        self._writer.start()
 
     def close(self) -> None:
         """Write what there is, within a moment, and stop."""
-        if self._thread.is_alive():
+        if self._writer.is_alive():
             self._queue.put(None)
-            self._thread.join(_CLOSE_SECONDS)
+            self._writer.join(_CLOSE_SECONDS)
 
     def write(self, rows: Sequence[Row]) -> None:
         """Log exchanges that have ended."""

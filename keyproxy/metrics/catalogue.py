@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from keyproxy import __version__
+from keyproxy.metrics import recorder as recorder_room
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.metrics.spending import ROUND_TRIP_BOUNDS, Spending, families
 from keyproxy.reasons import Reason
@@ -122,7 +123,8 @@ class Catalogue(Collector):
             [((), self.ledger_round_trips)],
         )
         build = InfoMetricFamily("keyproxy_build", "What is running.")
-        build.add_metric([], {"version": __version__, "python": platform.python_version()})
+        kind = "pure" if recorder_room.__file__.endswith(".py") else "compiled"
+        build.add_metric([], {"version": __version__, "python": platform.python_version(), "build": kind})
         yield build
 
 

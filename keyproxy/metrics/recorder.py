@@ -19,10 +19,10 @@ from keyproxy.ports import Exchange
 NO_ROUTE: Final = "none"
 NO_MODE: Final = "none"
 
-REQUEST_BOUNDS: Final = (
+REQUEST_BOUNDS: Final[tuple[float, ...]] = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
-OVERHEAD_BOUNDS: Final = (
+OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5,
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ from keyproxy.settings import Cache
 from keyproxy.store import foreign
 from keyproxy.store.database import Database, Row
 from keyproxy.store.foreign import ForeignKeys
+from keyproxy.store.groups import Group
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.look_ups import LookUps
 
@@ -42,21 +43,12 @@ _SECOND_CHANCES_MAX: Final = 16
 RESULTS: Final = ("hit", "stale", "miss", "unknown", "refused")
 
 
-class _Group:
-    """A user or a tenant. All entries of its keys refer to it: one write puts all of them out of date."""
-
-    __slots__ = ("__weakref__", "is_current")
-
-    def __init__(self) -> None:
-        self.is_current = True
-
-
 class _Entry:
     """One verified identity. Times are monotonic seconds."""
 
     __slots__ = ("fresh_until", "identity", "is_distrusted", "mark_due", "stale_until", "tenant", "user")
 
-    def __init__(self, identity: Identity, user: _Group, tenant: _Group) -> None:
+    def __init__(self, identity: Identity, user: Group, tenant: Group) -> None:
         self.identity = identity
         self.user = user
         self.tenant = tenant
@@ -94,9 +86,9 @@ class IdentityCache:
         self._strangers: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
             cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
         )
-        self._users: WeakValueDictionary[str, _Group] = WeakValueDictionary()
-        self._tenants: WeakValueDictionary[str, _Group] = WeakValueDictionary()
         self._foreign = ForeignKeys(database)
+        self._users: WeakValueDictionary[str, Group] = WeakValueDictionary()
+        self._tenants: WeakValueDictionary[str, Group] = WeakValueDictionary()
         self._look_ups = LookUps(database, self._settle, look_ups_max=look_ups_max)
 
     # -- the hot path
@@ -169,7 +161,7 @@ class IdentityCache:
         self._strangers.clear()
         self._look_ups.all_changed()
 
-    def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, _Group]) -> None:
+    def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
         group = groups.pop(name, None)
         if group is not None:
             group.is_current = False
@@ -193,8 +185,8 @@ class IdentityCache:
 
     def _keep(self, digest: KeyDigest, row: Row) -> None:
         now = self._now().mono_seconds
-        user = self._users.setdefault(row["user_id"], _Group())
-        tenant = self._tenants.setdefault(row["tenant_id"], _Group())
+        user = self._users.setdefault(row["user_id"], Group())
+        tenant = self._tenants.setdefault(row["tenant_id"], Group())
         entry = _Entry(identity_of(row, self._header_prefix), user, tenant)
         entry.fresh_until = now + self._cache.fresh_seconds
         entry.stale_until = now + self._cache.stale_seconds

@@ -17,7 +17,7 @@ import logging
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import NOT_IN_TRAILERS
-from keyproxy.model import RequestHead
+from keyproxy.model import RequestFields, RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
@@ -50,6 +50,7 @@ class ClientConnection(ClientLine):
         self._checked_bytes = 0
         self._has_skipped_line = False
         self._stalled_bytes: int | None = None
+        self._like: RequestFields | None = None
 
     # -- asyncio
 
@@ -250,7 +251,7 @@ class ClientConnection(ClientLine):
                     self._checked_bytes = len(buffer)
                     check_beginning(buffer)
                 return False
-            self._begin(self.server.requests.read(buffer, end), buffer[end + 4 :])
+            self._begin(self.server.requests.read(buffer, end, self._like), buffer[end + 4 :])
         except FramingError as error:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
         except Refusal as refusal:
@@ -260,6 +261,7 @@ class ClientConnection(ClientLine):
     def _begin(self, head: RequestHead, rest: bytes) -> None:
         server = self.server
         now = server.clock()
+        self._like = head.fields
         content, is_complete = b"", True
         if head.has_body:
             body = self._body = self._body_of(head)

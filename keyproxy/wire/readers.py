@@ -1,13 +1,16 @@
 """Read heads, remembering how heads like them were judged.
 
-Clients send nearly the same head again and again: what differs is the key, a length, a trace id. So a head is read line
-by line, each looked up among the lines seen before; the lines together are its *shape*, and a shape that was judged
-once need not be judged again. Everything that is judged is judged by `heads`: a shape is remembered only from there, and
-any line that is not recognised beyond doubt sends the whole head back there.
+Clients send nearly the same head again and again: what differs is the key, a length, a trace id. So lines are looked up
+among the lines seen before; the lines of a head together are its *shape*, and a shape that was judged once need not be
+judged again. Everything that is judged is judged by `heads`: a shape is remembered only from there, and any line that is
+not recognised beyond doubt sends the whole head back there.
 
 Within a remembered shape a line may differ only if its name was judged, its value holds nothing but field characters,
 and its meaning is one of those below, which all say "any value will do, and goes here". A Host, a Connection or a
 Transfer-Encoding never differs within a shape. No key is remembered: the line that holds it is cut out.
+
+Heads on one connection are mostly of one shape, so the last one's is tried first: that is a comparison of bytes. What is
+of another shape is taken apart into lines.
 
 Rejected: remembering whole heads, which a single trace header defeats and which keeps keys in memory.
 """
@@ -30,15 +33,8 @@ from keyproxy.model import (
     StatusLine,
 )
 from keyproxy.reasons import Refusal
-from keyproxy.wire.heads import (
-    CONTENT_LENGTH_DIGITS_MAX,
-    JudgedFields,
-    judge_request,
-    judge_response,
-    request_line,
-)
-
-_CRLF: Final = b"\r\n"
+from keyproxy.wire.heads import JudgedFields, judge_request, judge_response, request_line
+from keyproxy.wire.shapes import CRLF, Meaning, Shape
 
 #: Full: all is forgotten and learnt anew. Whoever sends ever new heads pays for their judgement, nobody else for long.
 _LINES_MAX: Final = 2048
@@ -70,50 +66,11 @@ _STABLE_NAMES: Final = frozenset(
 )
 _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT, Kind.UPGRADE})
 
-#: Deleting these from a value must leave nothing. RFC 9110 section 5.5: visible, space, tab, obs-text.
-_FIELD_CHARACTERS: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
-
 _PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
 
+_OWS: Final = b" \t"
+
 _Fields = TypeVar("_Fields")
-
-
-class _Meaning:
-    """What any line with this name means, or (`is_whole_line`) what this very line does. Compared by identity."""
-
-    __slots__ = ("is_whole_line", "kind")
-
-    def __init__(self, kind: Kind, *, is_whole_line: bool) -> None:
-        self.kind = kind
-        self.is_whole_line = is_whole_line
-
-
-class _Shape(Generic[_Fields]):
-    """A remembered judgement. `pieces` and, between them, the lines at `varying` make the block of forwarded lines."""
-
-    __slots__ = ("fields", "pieces", "varying")
-
-    def __init__(self, fields: _Fields, lines: list[bytes], judged: JudgedFields, meanings: list[_Meaning]) -> None:
-        self.fields = fields
-        pieces, varying = [b""], []
-        for place, (line, is_forwarded) in enumerate(zip(lines, judged.is_forwarded, strict=True)):
-            if not is_forwarded:
-                continue
-            if meanings[place].is_whole_line:
-                pieces[-1] += line + _CRLF
-            else:
-                varying.append(place)
-                pieces.append(_CRLF)
-        self.pieces = pieces
-        self.varying = varying
-
-    def block(self, lines: list[bytes]) -> bytes:
-        """The forwarded lines of a head of this shape."""
-        block = self.pieces[0]
-        if self.varying:
-            for place, piece in zip(self.varying, self.pieces[1:], strict=True):
-                block += lines[place] + piece
-        return block
 
 
 class _Reader(Generic[_Fields]):
@@ -124,39 +81,50 @@ class _Reader(Generic[_Fields]):
 
     def __init__(self, names: FieldNames) -> None:
         self._names = names
-        self._meanings: dict[bytes, _Meaning] = {}
-        self._lines: dict[bytes, _Meaning] = {}
-        self._shapes: dict[tuple[object, ...], _Shape[_Fields]] = {}
+        self._meanings: dict[bytes, Meaning] = {}
+        self._lines: dict[bytes, Meaning] = {}
+        self._shapes: dict[tuple[object, ...], Shape[_Fields]] = {}
+        self._by_fields: dict[_Fields, Shape[_Fields]] = {}
 
     def kind(self, name: bytes) -> Kind:
         """The Kind of a header name."""
         return self._names.kind(name)
 
-    def _remember(
-        self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields
-    ) -> _Shape[_Fields]:
-        """The shape of a head that was judged just now; remembered if all its lines can be recognised again."""
+    def _recognised(self, lines: list[bytes], minor_version: int) -> Shape[_Fields] | None:
+        """The shape of a head with these lines, the start line among them; None if it was not judged before."""
+        key: list[object] = [*map(self._lines.get, lines)]
+        key[0] = minor_version
+        while None in key:
+            place = key.index(None)
+            meaning = self._meanings.get(lines[place].partition(b":")[0])
+            if meaning is None:
+                return None
+            key[place] = meaning
+        return self._shapes.get(tuple(key))
+
+    def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields) -> None:
+        """Remember a head that was judged just now, if all its lines can be recognised again."""
         if any(len(line) > _LINE_BYTES_MAX for line in lines):
-            return _Shape(fields, lines, judged, [_Meaning(Kind.PLAIN, is_whole_line=True)] * len(lines))
+            return
         meanings = [self._meaning(line) for line in lines]
-        shape = _Shape(fields, lines, judged, meanings)
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
             self._shapes.clear()
+            self._by_fields.clear()
             self._lines.clear()
             self._meanings.clear()
-        else:
-            self._shapes[(minor_version, *meanings)] = shape
-        return shape
+        elif (minor_version, *meanings) not in self._shapes:
+            shape = Shape(minor_version, fields, lines, judged, meanings)
+            self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
 
-    def _meaning(self, line: bytes) -> _Meaning:
+    def _meaning(self, line: bytes) -> Meaning:
         name = line.partition(b":")[0]
         kind = self._names.kind(name)
         whole = kind in _STABLE_KINDS or (
             kind not in self._varies and kind is not Kind.HOP and kind is not Kind.RESERVED
         )
         if whole or name.lower() in _STABLE_NAMES:
-            return self._lines.setdefault(line, _Meaning(kind, is_whole_line=True))
-        return self._meanings.setdefault(name, _Meaning(kind, is_whole_line=False))
+            return self._lines.setdefault(line, Meaning(kind, is_whole_line=True))
+        return self._meanings.setdefault(name, Meaning(kind, is_whole_line=False))
 
 
 class RequestReader(_Reader[RequestFields]):
@@ -172,47 +140,28 @@ class RequestReader(_Reader[RequestFields]):
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
-    def read(self, buffer: bytes, end: int) -> RequestHead:
+    def read(self, buffer: bytes, end: int, like: RequestFields | None = None) -> RequestHead:
         """The request head that stands at the beginning of a buffer; its empty line begins at `end`.
+
+        `like`: the fields of a head that it is likely to resemble, the last one on this connection.
 
         Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
         """
-        lines = buffer[:end].split(_CRLF)
-        line = self._start_lines.get(lines[0]) or self._start_line(lines[0])
+        at = buffer.find(CRLF)
+        start = buffer[:at]
+        line = self._start_lines.get(start) or self._start_line(start)
         if line is None:
             return self._judge(buffer[: end + 4])
-        key: list[object] = [*map(self._lines.get, lines)]
-        key[0] = line.minor_version
-        credentials: tuple[CredentialField, ...] = ()
-        forwarded: tuple[tuple[bytes, bytes], ...] = ()
-        request_id = None
-        content_length = 0
-        while None in key:
-            place = key.index(None)
-            name, separator, value = lines[place].partition(b": ")
-            meaning = self._meanings.get(name)
-            if meaning is None or not separator or value.translate(None, _FIELD_CHARACTERS):
-                return self._judge(buffer[: end + 4])
-            key[place] = meaning
-            kind = meaning.kind
-            if kind is Kind.CONTENT_LENGTH:
-                if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
-                    return self._judge(buffer[: end + 4])
-                content_length = int(value)
-            elif kind is Kind.CREDENTIAL:
-                credentials = (*credentials, CredentialField(name.lower(), value.strip(b" \t")))
-            elif kind is Kind.REQUEST_ID:
-                request_id = value.strip(b" \t")
-            elif kind is Kind.FORWARDED:
-                forwarded = (*forwarded, (name.lower(), value.strip(b" \t")))
-        shape = self._shapes.get(tuple(key))
-        if shape is None:
+        shape = self._by_fields.get(like) if like is not None else None
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
+        if values is None:
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
+        if shape is None or values is None:
             return self._judge(buffer[: end + 4])
-        del lines[0]
-        head = RequestHead(line, shape.fields, shape.block(lines), credentials, content_length)
-        head.request_id = request_id
-        head.forwarded = forwarded
-        return head
+        return _filled(line, shape, values)
 
     def _start_line(self, text: bytes) -> RequestLine | None:
         """A request line that needs nothing else to be judged: any target in origin form."""
@@ -228,16 +177,15 @@ class RequestReader(_Reader[RequestFields]):
 
     def _judge(self, raw: bytes) -> RequestHead:
         line, fields, judged = judge_request(raw, self._names, self._holds_key)
-        start, *lines = raw[:-4].split(_CRLF)
+        start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         # A query seldom comes twice, and may hold what should not be kept.
         is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
         if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
             self._start_lines[start] = line
-        shape = self._remember(line.minor_version, fields, lines, judged)
-        block = shape.block(lines)
-        head = RequestHead(line, fields, block, tuple(judged.credentials), judged.content_length or 0)
+        self._remember(line.minor_version, fields, lines, judged)
+        head = RequestHead(line, fields, _block(lines, judged), tuple(judged.credentials), judged.content_length or 0)
         head.request_id = judged.request_id
         head.forwarded = tuple(judged.forwarded)
         return head
@@ -262,41 +210,50 @@ class ResponseReader(_Reader[ResponseFields]):
         super().__init__(names)
         self._start_lines: dict[bytes, StatusLine] = {}
 
-    def read(self, buffer: bytes, end: int) -> ResponseHead:
-        """The response head at the beginning of a buffer; its empty line begins at `end`.
+    def read(self, buffer: bytes, end: int, like: ResponseFields | None = None) -> ResponseHead:
+        """The response head at the beginning of a buffer; its empty line begins at `end`. `like`: as for requests.
 
         Raises a Refusal (UPSTREAM_INVALID).
         """
-        lines = buffer[:end].split(_CRLF)
-        line = self._start_lines.get(lines[0])
+        at = buffer.find(CRLF)
+        line = self._start_lines.get(buffer[:at])
         if line is None:
             return self._judge(buffer[: end + 4])
-        key: list[object] = [*map(self._lines.get, lines)]
-        key[0] = line.minor_version
-        content_length = 0
-        while None in key:
-            place = key.index(None)
-            name, separator, value = lines[place].partition(b": ")
-            meaning = self._meanings.get(name)
-            if meaning is None or not separator or value.translate(None, _FIELD_CHARACTERS):
-                return self._judge(buffer[: end + 4])
-            key[place] = meaning
-            if meaning.kind is Kind.CONTENT_LENGTH:
-                if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
-                    return self._judge(buffer[: end + 4])
-                content_length = int(value)
-        shape = self._shapes.get(tuple(key))
-        if shape is None:
+        shape = self._by_fields.get(like) if like is not None else None
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
+        if values is None:
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
+        if shape is None or values is None:
             return self._judge(buffer[: end + 4])
-        del lines[0]
-        return ResponseHead(line, shape.fields, shape.block(lines), content_length)
+        content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
+        return ResponseHead(line, shape.fields, shape.block(values), content_length)
 
     def _judge(self, raw: bytes) -> ResponseHead:
         line, fields, judged = judge_response(raw, self._names)
-        start, *lines = raw[:-4].split(_CRLF)
+        start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         if len(start) <= _LINE_BYTES_MAX:
             self._start_lines[start] = line
-        shape = self._remember(line.minor_version, fields, lines, judged)
-        return ResponseHead(line, fields, shape.block(lines), judged.content_length or 0)
+        self._remember(line.minor_version, fields, lines, judged)
+        return ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
+
+
+def _filled(line: RequestLine, shape: Shape[RequestFields], values: list[bytes]) -> RequestHead:
+    """A request head of a known shape."""
+    credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
+    content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
+    head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
+    if shape.request_id >= 0:
+        head.request_id = values[shape.request_id].strip(_OWS)
+    if shape.forwarded:
+        head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
+    return head
+
+
+def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
+    """The forwarded lines of a head that was judged just now."""
+    return b"".join([line + CRLF for line, goes_on in zip(lines, judged.is_forwarded, strict=True) if goes_on])

@@ -13,7 +13,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.headers import FieldNames
-from keyproxy.model import RequestHead, ResponseHead
+from keyproxy.model import RequestFields, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import readers
 from keyproxy.wire.readers import RequestReader, ResponseReader
@@ -38,9 +38,18 @@ def read(reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"")
 
 
 def outcome(reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"") -> Reason | tuple[Any, ...]:
-    """All that there is to a head, or why it was refused."""
+    """All that there is to a head, or why it was refused: whatever head it was said to be likely to resemble."""
+    found = [told(reader, raw + after, len(raw) - 4, like) for like in (None, *reader._by_fields, UNKNOWN)]
+    assert found == found[:1] * len(found)
+    return found[0]
+
+
+UNKNOWN: Any = RequestFields(None, b"")
+
+
+def told(reader: RequestReader | ResponseReader, buffer: bytes, end: int, like: Any) -> Reason | tuple[Any, ...]:
     try:
-        head = read(reader, raw, after)
+        head = reader.read(buffer, end, like)
     except Refusal as refusal:
         return refusal.reason
     shared = (dataclasses.astuple(head.line), dataclasses.astuple(head.fields), head.block, head.content_length)
@@ -167,6 +176,7 @@ def table_sizes(reader: RequestReader | ResponseReader) -> dict[str, int]:
 
 
 LIMITS = {
+    "_by_fields": readers._SHAPES_MAX,
     "_lines": readers._LINES_MAX,
     "_meanings": readers._LINES_MAX,
     "_shapes": readers._SHAPES_MAX,
@@ -191,6 +201,14 @@ def test_no_table_ever_exceeds_its_limit_and_all_stay_in_use(
         assert all(size <= LIMITS[name] for name, size in table_sizes(reader).items())
     known = head(b"X-Custom: v", start=start % 1)
     assert outcome(reader, known) == outcome(make(), known)
+
+
+@pytest.mark.parametrize("raw", [head(b"X-Custom:no-space"), head(b"X-Custom: v", b"Content-Length:5")])
+def test_a_head_that_has_to_be_judged_each_time_is_remembered_once(raw: bytes) -> None:
+    reader = requests()
+    for _ in range(10):
+        assert isinstance(read(reader, raw), RequestHead)
+    assert len(reader._by_fields) == len(reader._shapes) == 1
 
 
 def test_one_head_full_of_new_lines_does_not_exceed_a_limit_either() -> None:

@@ -1,0 +1,201 @@
+"""What keyproxy costs otherwise: at a fixed rate, with two workers, for long bodies, and in memory.
+
+Run as `python -m bench.regimes [latency] [workers] [streaming] [memory]`; without a name, all of them. Beside the peers
+that are installed; the compiled build too if it is there (`make compiled`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bench import load, paced
+from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers
+from bench.site import Site, machine, site
+
+_SHARES = (0.3, 0.7)
+_SIZES = {"16 KiB": 16_384, "1 MiB": 1_048_576}
+_IDLE_CONNECTIONS = 5_000
+_MIB = 1_048_576
+
+
+class Stage:
+    """What all regimes have: a site, its key, our builds and the peers that are there."""
+
+    def __init__(self, ours: Site, options: argparse.Namespace) -> None:
+        self.site = ours
+        self.options = options
+        self.secret = ours.keys(1)[0]
+        envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
+        self.peers = {one.name: one for one in peers(ours.home, ours.upstream, self.secret, envoy) if not one.missing}
+        self.builds = {"keyproxy": sys.executable}
+        compiled = (Path(options.compiled) / "bin" / "python").absolute()
+        if compiled.exists():
+            self.builds["keyproxy, compiled"] = str(compiled)
+
+    def ours(self) -> list[Peer]:
+        """Our builds as peers."""
+        return [Peer(name, "", self._serving(python)) for name, python in self.builds.items()]
+
+    def chosen(self, *names: str) -> list[Peer]:
+        """These peers, as far as they are installed, and our builds."""
+        return [*(self.peers[name] for name in names if name in self.peers), *self.ours()]
+
+    def script(self, peer: Peer, method: str = "POST", body_bytes: int = 90) -> Path:
+        """What wrk is to send."""
+        header = peer.header.format(key=self.secret)
+        return load.script(self.site.home / "one.lua", header=header, method=method, body_bytes=body_bytes)
+
+    def _serving(self, python: str) -> Callable[[int], contextlib.AbstractContextManager[list[int]]]:
+        return lambda port: self.site.serving(port, python=python)
+
+
+@contextlib.contextmanager
+def started(chosen: Sequence[Peer]) -> Iterator[list[tuple[Peer, int, list[int]]]]:
+    """Start all of them: (peer, port, processes)."""
+    with contextlib.ExitStack() as stack:
+        ports = [free_port() for _ in chosen]
+        yield [(peer, port, stack.enter_context(peer.start(port))) for peer, port in zip(chosen, ports, strict=True)]
+
+
+def latency(stage: Stage) -> None:
+    """p50 and p99 at shares of our own maximum, and what was added over the upstream asked directly."""
+    seconds = stage.options.seconds
+    direct = Peer("direct", "", lambda _: contextlib.nullcontext([]))
+    with started([direct, *stage.chosen("HAProxy", "Envoy")]) as running:
+        own_port, own_pids = next((port, pids) for peer, port, pids in running if peer.name == "keyproxy")
+        own = next(peer for peer, *_ in running if peer.name == "keyproxy")
+        most = load.run(f"http://127.0.0.1:{own_port}{PATH}", stage.script(own), own_pids, seconds=seconds).per_second
+        print(f"\nlatency at a fixed rate; our maximum (pure build) is {most:.0f} requests/s")
+        print("                            rate    p50 ms    p99 ms   p99 added")
+        for share in _SHARES:
+            found: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer, *_ in running}
+            for _ in range(stage.options.rounds):
+                for peer, port, _pids in running:
+                    request = _request(peer.header.format(key=stage.secret))
+                    to = stage.site.upstream if peer is direct else port
+                    taken = paced.latencies(to, request, per_second=most * share, seconds=seconds)
+                    found[peer.name].append((_at(taken, 0.5), _at(taken, 0.99)))
+            base = statistics.median(p99 for _, p99 in found["direct"])
+            for name, runs in found.items():
+                p50, p99 = (statistics.median(column) for column in zip(*runs, strict=True))
+                print(f"  {name:<22} {share:>6.0%}  {p50:8.2f}  {p99:8.2f}  {p99 - base:+8.2f}")
+
+
+def workers(stage: Stage) -> None:
+    """CPU per request with one worker and with two."""
+    print("\nworkers                        µs CPU   req/s   all processes")
+    for name, python in stage.builds.items():
+        runs: dict[int, list[load.Result]] = {1: [], 2: []}
+        with contextlib.ExitStack() as stack:
+            ports = {number: free_port() for number in runs}
+            first = {
+                number: stack.enter_context(stage.site.serving(port, python=python, listen=f"workers = {number}"))[0]
+                for number, port in ports.items()
+            }
+            for _ in range(stage.options.rounds):
+                for number, port in ports.items():
+                    url, script = f"http://127.0.0.1:{port}{PATH}", stage.script(stage.ours()[0])
+                    pids = family(first[number])  # asked now: all workers have been started by now
+                    runs[number].append(load.run(url, script, pids, seconds=stage.options.seconds))
+        cpu = {number: statistics.median(one.cpu_microseconds for one in those) for number, those in runs.items()}
+        for number, those in runs.items():
+            rate = statistics.median(one.per_second for one in those)
+            print(f"  {name:<20} {number}  {cpu[number]:8.1f} {rate:7.0f}  {cpu[number] / cpu[1]:5.2f} x")
+
+
+def streaming(stage: Stage) -> None:
+    """CPU per MiB relayed, both ways."""
+    files = stage.site.home / "files"
+    files.mkdir(exist_ok=True)
+    print("\nµs CPU per MiB relayed          down 16 KiB  down 1 MiB   up 16 KiB    up 1 MiB")
+    with started(stage.chosen("nginx bare")) as running:
+        found: dict[tuple[str, str, str], list[float]] = {}
+        for _ in range(stage.options.rounds):
+            for size, length in _SIZES.items():
+                (files / f"{length}.bin").write_bytes(b"x" * length)
+                for peer, port, pids in running:
+                    ways = (("down", "GET", f"/files/{length}.bin", 0), ("up", "POST", PATH, length))
+                    for way, method, path, body in ways:
+                        script = stage.script(peer, method, body)
+                        url = f"http://127.0.0.1:{port}{path}"
+                        run = load.run(url, script, pids, seconds=stage.options.seconds, connections=8)
+                        if run.refused:
+                            raise RuntimeError(f"{peer.name} refused {run.refused} requests")
+                        found.setdefault((peer.name, way, size), []).append(run.cpu_microseconds * _MIB / length)
+        for peer, *_ in running:
+            cells = [statistics.median(found[peer.name, way, size]) for way in ("down", "up") for size in _SIZES]
+            print(f"  {peer.name:<24}" + "".join(f"{cell:12.0f}" for cell in cells))
+
+
+def memory(stage: Stage) -> None:
+    """The process after its start, and what an idle connection takes. Per cached key: `python -m bench.cache`."""
+    print("\nmemory                      after start, MiB   per idle connection, bytes")
+    for peer in stage.chosen("nginx bare", "HAProxy", "Envoy"):
+        with started([peer]) as [(_, port, pids)]:
+            request = _request(peer.header.format(key=stage.secret))
+            _ask_once(port, request).close()
+            before = load.rss_mib(pids)
+            number = _IDLE_CONNECTIONS if peer.name != "HAProxy" else 2_000
+            connections = [_ask_once(port, request) for _ in range(number)]
+            after = load.rss_mib(pids)
+            for one in connections:
+                one.close()
+            print(f"  {peer.name:<24} {before:10.1f} {(after - before) * _MIB / number:24.0f}   ({number} of them)")
+
+
+def _ask_once(port: int, request: bytes) -> socket.socket:
+    """A connection that was used once and lies idle."""
+    sock = socket.create_connection(("127.0.0.1", port), 10)
+    sock.sendall(request)
+    answer = b""
+    while b'"queued"}' not in answer:
+        part = sock.recv(65_536)
+        if not part:
+            raise RuntimeError(f"the connection was closed after {answer[:200]!r}")
+        answer += part
+    return sock
+
+
+def _request(header: str) -> bytes:
+    return (
+        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: 90\r\n\r\n{'x' * 90}"
+    ).encode()
+
+
+def _at(ordered: Sequence[float], share: float) -> float:
+    return ordered[int(len(ordered) * share)] * 1e3
+
+
+REGIMES = {"latency": latency, "workers": workers, "streaming": streaming, "memory": memory}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.regimes", description=__doc__)
+    parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []], help="which of them")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--envoy", default=".venv-bench")
+    parser.add_argument("--compiled", default=".venv-compiled")
+    options = parser.parse_args(arguments)
+    print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}")
+    with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory, contextlib.ExitStack() as stack:
+        home, upstream = Path(directory), free_port()
+        stack.enter_context(nginx_upstream(home, upstream))
+        stage = Stage(stack.enter_context(site(home, upstream)), options)
+        for name in options.regimes or REGIMES:
+            REGIMES[name](stage)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""The optional compiled build. All else about the package is in pyproject.toml.
+
+With KEYPROXY_COMPILE=1 in the environment, mypyc makes C extensions of the rooms that a request passes through; without
+it the wheel is pure Python. Both hold the same sources and behave alike (docs/decisions/0015). mypyc and a C compiler
+have to be there: build without isolation, from requirements/compile.txt.
+"""
+
+import os
+
+from setuptools import Extension, setup
+
+#: What runs for every request. All else waits for the network or for people, and stays as it is.
+ROOMS = (
+    "reasons", "model", "admission", "headers", "keyformat", "ports", "problems", "routes", "target", "credential",
+    "clock", "gateway", "metering",
+    "metrics/access_log", "metrics/recorder",
+    "store/identities",
+    "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing", "wire/heads", "wire/line",
+    "wire/outcome", "wire/pool", "wire/readers", "wire/server", "wire/shapes", "wire/upstream",
+)  # fmt: skip
+
+
+def extensions() -> list[Extension]:
+    """None, unless the compiled build was asked for."""
+    if os.environ.get("KEYPROXY_COMPILE") != "1":
+        return []
+    from mypyc.build import mypycify
+
+    return mypycify([f"keyproxy/{room}.py" for room in ROOMS], opt_level="3", debug_level="0", group_name="keyproxy")
+
+
+setup(ext_modules=extensions())
