@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -209,7 +210,7 @@ class AdminClient:
     async def _ask(
         self, method: str, path: str, content: object = None, query: Mapping[str, str] | None = None
     ) -> Entity:
-        data = None if content is None else orjson.dumps(content)
+        data = None if content is None else io.BytesIO(orjson.dumps(content))
         headers = {} if data is None else {"Content-Type": "application/json"}
         with _told_in_the_words_of_the_store():
             async with self._session.request(method, path, data=data, headers=headers, params=query) as response:

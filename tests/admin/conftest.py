@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -83,8 +84,9 @@ class Api:
             data = json.dumps(content).encode()
         if data is not None:
             sent["Content-Type"] = "application/json"
+        body = None if data is None else io.BytesIO(data)
         async with self.session.request(
-            method, self.url + path, data=data, headers=sent | dict(headers or {}), allow_redirects=False
+            method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
         ) as response:  # fmt: skip
             return Reply(response.status, response.headers.copy(), await response.read())
 
