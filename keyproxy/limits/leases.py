@@ -129,8 +129,8 @@ class Lease:
     __slots__ = (
         "__weakref__", "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
         "granted", "interval_seconds", "is_current", "is_wanted_until", "lapses", "limit", "low", "need", "number",
-        "others_held", "pace", "paced_mono", "piece", "policy", "retry_mono", "returned", "seen_available", "spent",
-        "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
+        "others_held", "pace", "paced_mono", "piece", "plan", "policy", "retry_mono", "returned", "seen_available",
+        "spent", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, plan: Plan, now_mono: float) -> None:
@@ -193,6 +193,11 @@ class Lease:
         """Whether nothing of it is free or in use any more."""
         return self.free <= 0 and (self.is_rate or self.free == self.outstanding)
 
+    @property
+    def owes(self) -> bool:
+        """Whether more was used than was ever granted."""
+        return not self.is_rate and self.outstanding < 0
+
     def is_busy(self, now_mono: float) -> bool:
         """Whether something was taken of it lately."""
         return now_mono - self.touched_mono < _IDLE_SECONDS
@@ -220,12 +225,24 @@ class Lease:
             limit, interval = plan.burst_requests, 1.0 / plan.rate
         else:
             limit, interval = getattr(plan, measure), 0.0
+        self.plan = plan
         self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
         seconds = _WINDOW_SECONDS.get(measure)
         if measure == RATE:
             seconds = max(1, math.ceil(limit * interval))
         self.policy = LimitPolicy(self.window.policy, limit, seconds, _UNITS.get(measure, ratelimit.REQUESTS))
+
+    def owed(self) -> Lease | None:
+        """What was taken beyond all that was granted, as a lease of its own; None if nothing was.
+
+        The ledger charges a holder that ends for what it was granted. It has to be told of the rest.
+        """
+        if self.free >= 0 or self.window.measure in (RATE, CONCURRENCY):
+            return None
+        rest = Lease(self.window, self.plan, self.paced_mono)
+        rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
+        return rest
 
     def begin_anew(self) -> None:
         """All of it was used or returned. The next lease of this window begins at zero."""

@@ -96,7 +96,9 @@ class Register:
     def _line(self, lease: Lease, now_mono: float) -> Line | None:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
-            if lease.is_done and not (lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))):
+            # A debt is told before it is closed: of a lease that it does not know the ledger hears no last word.
+            is_wanted = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
+            if lease.is_done and not lease.owes and not is_wanted:
                 return self._close(lease, now_mono)
             if not (lease.need or is_low or lease.has_news):
                 return None
@@ -198,7 +200,11 @@ class Register:
             self._open.pop(line.lease, None)
 
     def ended(self) -> None:
-        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already."""
+        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already.
+
+        What was taken beyond them, because that is the policy while the ledger cannot be asked, is told by the next one.
+        """
+        owed = [rest for lease in self._active if (rest := lease.owed()) is not None]
         for lease in self._active:
             lease.is_current = False
             lease.free = 0
@@ -208,6 +214,8 @@ class Register:
         self._closing.clear()
         self._closed.clear()
         self.valid_until_mono = 0.0
+        for rest in owed:
+            self._open_lease(rest)
 
     def _lapse(self, lease: Lease, now_mono: float) -> None:
         """What is free of a lease whose time is over is free no more."""

@@ -523,6 +523,26 @@ def test_lenient_takes_although_nothing_is_left_and_settles_it_all_later(fleet: 
     assert process.refused(allowance, TokenNeed(1, 1)).reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
 
 
+def test_what_was_taken_beyond_its_leases_is_charged_although_the_holder_was_ended_meanwhile(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=100, tokens_per_day=1000, concurrency=2))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
+    process.sync()
+    process.book.is_lenient = True
+    for _ in range(50):
+        process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    fleet.ledger.end(process.name)
+    process.book.is_lenient = False
+    process.sync()
+    assert process.name.endswith("'"), "it was told that it has ended"
+    process.leave()
+    # All leases were charged in full, and nothing else that was used is missing or counted twice.
+    assert fleet.row("requests_per_day").spent == 51
+    assert 504 <= fleet.row("tokens_per_day").spent <= 504 + fleet.row("tokens_per_day").forfeited
+    assert [fleet.row(measure).held for measure in ("requests_per_day", "tokens_per_day", "concurrency")] == [0, 0, 0]
+
+
 def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fleet: Fleet, process: Process) -> None:
     quiet, busy = under(Plan(requests_per_day=100)), under(Plan(requests_per_month=100), pools=(TENANT,))
     process.used(process.take(busy))
