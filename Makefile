@@ -8,13 +8,15 @@ COMPILED_VENV := .venv-compiled
 STAMP := $(VENV)/.ready
 ARGS ?=
 SEEDS ?= 1000
+SECONDS ?= 120
 
-.PHONY: demo test simulate check fmt bench bench-setup soak compiled test-compiled setup clean help
+.PHONY: demo test simulate crash check fmt bench bench-setup soak compiled test-compiled setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
 	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own"
 	@echo "make simulate [SEEDS=N]   the ledger against everything that goes wrong, N runs of it"
+	@echo "make crash [SECONDS=N]    processes that are killed, stopped and cut off under load, for so long"
 	@echo "make check                lint, types, house rules"
 	@echo "make fmt                  format the code"
 	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
@@ -30,6 +32,9 @@ test: setup
 
 simulate: setup
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+crash: setup
+	KEYPROXY_TEST_CRASH_SECONDS=$(SECONDS) $(BIN)/python -m pytest -s tests/acceptance/test_crash.py
 
 check: setup
 	$(BIN)/ruff check .

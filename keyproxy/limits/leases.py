@@ -297,7 +297,8 @@ class Lease:
             # It rises at once and falls by half in a second: a gap between requests is not their end.
             self.pace = max((taken - self.taken_before) / elapsed, self.pace * 0.5**elapsed)
             self.taken_before, self.paced_mono = taken, now_mono
-        self.ahead = 0 if now_mono < self.is_wanted_until else self._wanted_ahead()
+        is_quiet = now_mono < self.is_wanted_until or not (self.need or self.is_busy(now_mono))
+        self.ahead = 0 if is_quiet else self._wanted_ahead()
         self.low = self.ahead // 2
         want = max(max(self.ahead, self.need) - self.free, 0)
         # A caller who waits needs so much in one piece; what lies free here is part of it.

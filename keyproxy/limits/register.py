@@ -96,9 +96,9 @@ class Register:
     def _line(self, lease: Lease, now_mono: float) -> Line | None:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
-            # A debt is told before it is closed: of a lease that it does not know the ledger hears no last word.
-            is_wanted = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
-            if lease.is_done and not lease.owes and not is_wanted:
+            # Told first, closed then: of a lease that it does not know, or has forgotten, the ledger hears no last word.
+            is_needed = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
+            if lease.is_done and not lease.owes and not lease.has_news and not is_needed:
                 return self._close(lease, now_mono)
             if not (lease.need or is_low or lease.has_news):
                 return None

@@ -337,10 +337,17 @@ class World:
     def _fail_over(self, lag: float) -> None:
         """A replica is promoted that has not received the last of it. Nobody who knows it may die meanwhile."""
         midnight = self.clock.now < 20.0 < self.clock.now + 3 * LEASE_SECONDS
-        if midnight or any(not one.loop.runs or one.backend.is_cut or one.is_closing for one in self.fleet):
+        if (
+            midnight
+            or self.network.is_down
+            or any(not one.loop.runs or one.backend.is_cut or one.is_closing for one in self.fleet)
+        ):
             self.clock.at(self.clock.now + 1.0, lambda: self._fail_over(lag))
             return
         self.calm_from, self.calm_until = self.clock.now, self.clock.now + lag + 3 * LEASE_SECONDS
+        # Who cannot be heard for as long as the ledger settles is as one who died: docs/ledger.md says what that costs.
+        self.network.weather = Weather()
+        self.clock.at(self.calm_until, lambda: setattr(self.network, "weather", self.scenario.fate.weather))
         replica = self.reference.copy()
         self.upstream.history_lost(self.clock.now, self.calm_until)
         self.clock.at(self.clock.now + lag, lambda: self.reference.fail_over(replica))
