@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 COMPILED_VENV := .venv-compiled
 STAMP := $(VENV)/.ready
+RUNS := $(VENV)/.runs
 ARGS ?=
 SEEDS ?= 1000
 SECONDS ?= 120
@@ -24,7 +25,7 @@ help:
 	@echo "make compiled             the optional compiled build, in $(COMPILED_VENV) (needs a C compiler)"
 	@echo "make test-compiled        the tests of what was compiled, against that build"
 
-demo: setup
+demo: $(RUNS)
 	@$(BIN)/keyproxy demo $(ARGS)
 
 test: setup
@@ -73,14 +74,19 @@ test-compiled: compiled
 
 setup: $(STAMP)
 
-# The stamp is newer than everything that says what the environment holds, or the environment is made anew.
-$(STAMP): pyproject.toml requirements/base.txt requirements/demo.txt requirements/dev.txt
+# A stamp is newer than everything that says what the environment holds, or the environment is made anew. The demo needs a
+# small part of what the tests need, and whoever tries it first is not to wait for the rest.
+$(RUNS): pyproject.toml requirements/base.txt requirements/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "keyproxy needs Python 3.11 or later; set PYTHON=/path/to/it" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	    || { echo "cannot make a virtual environment: install your system's venv package" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(STAMP): $(RUNS) requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
 
 clean:
