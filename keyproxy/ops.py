@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 _CHECK_SECONDS: Final = 3.0
 
@@ -35,6 +37,19 @@ class Check(NamedTuple):
 
     verdict: Verdict
     reason: str = ""
+
+
+class Unreadable(logging.Filter):
+    """Keeps out of the log what aiohttp says of a request that is no HTTP: it repeats its bytes, which may hold a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_http_log = logging.getLogger("keyproxy.ops.http")
+_http_log.addFilter(Unreadable())
 
 
 class OpsListener:
@@ -59,7 +74,9 @@ class OpsListener:
 
     async def start(self, sock: socket.socket) -> None:
         """Serve a bound socket."""
-        self._runner = web.AppRunner(self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0, logger=_http_log
+        )
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 

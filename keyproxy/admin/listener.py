@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from keyproxy.admin import openapi, reference
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem, Refused, rendered
 from keyproxy.admin.reading import BODY_BYTES_MAX
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
+from keyproxy.ops import Unreadable
 from keyproxy.store.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -31,16 +31,8 @@ _LINE_BYTES_MAX: Final = 65_536
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 
-class _Unreadable(logging.Filter):
-    """Keeps out of the log what aiohttp says of a request that is no HTTP: it repeats its bytes, which may hold a key."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, HttpProcessingError)
-
-
 _http_log = logging.getLogger("keyproxy.admin.http")
-_http_log.addFilter(_Unreadable())
+_http_log.addFilter(Unreadable())
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -11,6 +11,7 @@ import asyncpg
 
 from keyproxy.keyformat import KeyFormat
 from tests.acceptance.conftest import Configure, Site, until
+from tests.rawhttp import connect
 
 CANARY = KeyFormat().make(b"canary canary canary canary 1234", is_test=False).reveal().decode()
 
@@ -162,6 +163,12 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
             return len(site.log()) >= len(answers)
 
         await until(is_logged, seconds=10)
+        # Whoever takes the ops listener for the proxy: what is no HTTP is not repeated there either.
+        for raw in (b"GET /x?key=%b HTTP/9.9\r\n\r\n", b"%b\r\n\r\n", b"GET / HTTP/1.1\r\nX Y: %b\r\n\r\n"):
+            async with connect(("127.0.0.1", site.ops_port)) as client:
+                await client.send(raw % good)
+                client.half_close()
+                await client.ends(seconds=10)
         pages = [(await site.ops(path))[1].encode() for path in ("/metrics", "/readyz", "/livez")]
         own = [Path(f"/proc/{process.pid}/{file}").read_bytes() for file in ("cmdline", "environ", "comm")]
     assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
