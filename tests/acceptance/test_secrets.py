@@ -166,7 +166,7 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
         # Whoever takes the ops listener for the proxy: what is no HTTP is not repeated there either.
         for raw in (b"GET /x?key=%b HTTP/9.9\r\n\r\n", b"%b\r\n\r\n", b"GET / HTTP/1.1\r\nX Y: %b\r\n\r\n"):
             async with connect(("127.0.0.1", site.ops_port)) as client:
-                await client.send(raw % good)
+                await client.send(raw % good.encode())
                 client.half_close()
                 await client.ends(seconds=10)
         pages = [(await site.ops(path))[1].encode() for path in ("/metrics", "/readyz", "/livez")]
