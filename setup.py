@@ -1,7 +1,7 @@
 """The optional compiled build. All else about the package is in pyproject.toml.
 
 With KEYPROXY_COMPILE=1 in the environment, mypyc makes C extensions of the rooms that a request passes through; without
-it the wheel is pure Python. Both hold the same sources and behave alike (docs/decisions/0015). mypyc and a C compiler
+it the wheel is pure Python. Both hold the same sources and behave alike (docs/decisions/0012). mypyc and a C compiler
 have to be there: build without isolation, from requirements/compile.txt.
 """
 
