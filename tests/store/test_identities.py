@@ -602,7 +602,7 @@ LATE_CHANGES = [
     ("DELETE FROM keyproxy.api_keys", Reason.KEY_INVALID),
     ("DELETE FROM keyproxy.users", Reason.KEY_INVALID),
     ("DELETE FROM keyproxy.tenants", Reason.KEY_INVALID),
-    ("TRUNCATE keyproxy.api_keys", Reason.KEY_INVALID),
+    ("TRUNCATE keyproxy.api_keys CASCADE", Reason.KEY_INVALID),
     (_WITH_A_PLAN, Reason.KEY_REVOKED),
 ]
 
