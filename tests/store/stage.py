@@ -176,8 +176,12 @@ class Relay:
         if server is not None:
             server.close()
         (self._directory / _SOCKET_NAME).unlink(missing_ok=True)
+        await until(self._is_quiet, "the wire is quiet")
+
+    def _is_quiet(self) -> bool:
+        # Again and again: one that was being accepted as the server closed comes only now.
         self.cut_connections()
-        await until(lambda: not self._ends and not self._connecting, "the wire is quiet")
+        return not self._ends and not self._connecting
 
     def cut_connections(self) -> None:
         """End all connections; new ones may be made."""
