@@ -278,7 +278,7 @@ async def stage(wire: Wire) -> AsyncIterator[Stage]:
 
 
 #: Which part of all mutants is played. `make soak` plays all of them, which takes minutes.
-SHARE = float(os.environ.get("KEYPROXY_TEST_SHARE", "0.04"))
+SHARE = float(os.environ.get("KEYPROXY_TEST_SHARE", "0.02"))
 
 
 async def test_every_mutant_of_a_request_is_read_as_the_second_reader_does(stage: Stage) -> None:
