@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -216,8 +217,10 @@ def _release(cluster: Path, sockets: Path) -> None:
 
 def _initialise(binaries: Binaries, cluster: Path) -> None:
     # Made aside and renamed: a cluster is either whole or not there, whenever this is interrupted.
-    draft = cluster.with_name("pgdata.new")
-    shutil.rmtree(draft, ignore_errors=True)
+    # Under a name of its own: what is left of an interrupted attempt may still be at work for a moment.
+    for left in cluster.parent.glob("pgdata.new*"):
+        shutil.rmtree(left, ignore_errors=True)
+    draft = cluster.with_name(f"pgdata.new-{secrets.token_hex(4)}")
     command = [
         str(binaries.directory / "initdb"), "--pgdata", str(draft), "--username", _SUPERUSER, "--auth", "trust",
         "--encoding", "UTF8", "--no-locale", "--no-instructions",

@@ -245,7 +245,9 @@ options = st.none() | st.fixed_dictionaries({}, optional={"include_usage": st.no
 
 
 @given(
-    st.dictionaries(st.text(max_size=6).filter(lambda name: name != "n"), values, max_size=4),
+    st.dictionaries(
+        st.text(max_size=6).filter(lambda name: name.casefold() not in ("n", "prompt", "stream")), values, max_size=4
+    ),
     st.fixed_dictionaries({}, optional={"stream_options": options}),
     st.sampled_from([None, 1]),
     st.booleans(),
