@@ -153,7 +153,11 @@ def running(command: list[str], port: int, log: Path) -> Iterator[list[int]]:
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
-        wait_for(port, process)
+        try:
+            wait_for(port, process)
+        except RuntimeError as error:
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+            raise RuntimeError("\n".join([str(error), *last])) from error
         yield family(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
