@@ -7,6 +7,7 @@ themselves, beside the ledger.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import NamedTuple
 
@@ -16,13 +17,17 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Short
-from keyproxy.limits.leases import CONCURRENCY, Lease, Window
+from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Lease, Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Refusal
 from tests.unit.test_book import KEY, LEASE_SECONDS, TENANT, USER, Fleet, Process
 
-MEASURES = ("concurrency", "requests_per_day", "requests_per_month", "tokens_per_day", "tokens_per_month")
-PLANS = st.fixed_dictionaries({}, optional={measure: st.integers(0, 30) for measure in MEASURES})
+POOLS = (USER, TENANT, KEY)
+LIMITS = st.one_of(
+    st.tuples(st.sampled_from(POOLS), st.just(CONCURRENCY), st.integers(2, 12)),
+    st.tuples(st.sampled_from(POOLS), st.sampled_from(REQUESTS), st.integers(5, 60)),
+    st.tuples(st.sampled_from(POOLS), st.sampled_from(TOKENS), st.integers(30, 600)),
+)
 
 
 class Request(NamedTuple):
@@ -30,6 +35,11 @@ class Request(NamedTuple):
 
     process: Process
     hold: Hold
+
+
+def _need(least: int, more: int) -> TokenNeed:
+    # One that does not say how much it may use at most takes all there is; the others are to have a chance.
+    return TokenNeed(least, None if (least, more) == (9, 9) else least + more)
 
 
 class Spending(RuleBasedStateMachine):
@@ -43,11 +53,17 @@ class Spending(RuleBasedStateMachine):
         self.processes: list[Process] = []
         #: What requests have used, as the compute server would count it.
         self.used: Counter[tuple[Window, int]] = Counter()
+        self.under_way: list[Request] = []
+        #: Whether anything was charged without having been used.
+        self.has_lapsed = False
 
-    @initialize(plans=st.tuples(PLANS, PLANS, PLANS), number=st.integers(1, 3))
-    def begin(self, plans: tuple[dict[str, int], dict[str, int], dict[str, int]], number: int) -> None:
+    @initialize(limits=st.lists(LIMITS, min_size=1, max_size=6), number=st.integers(1, 3))
+    def begin(self, limits: list[tuple[Pool, str, int]], number: int) -> None:
         """Somebody's limits, and some processes."""
-        self.pools = tuple(zip((USER, TENANT, KEY), (Plan(**limits) for limits in plans), strict=True))
+        plans: dict[Pool, dict[str, int]] = {pool: {} for pool in POOLS}
+        for pool, measure, limit in limits:
+            plans[pool][measure] = limit
+        self.pools = tuple((pool, Plan(**plan)) for pool, plan in plans.items())
         self.processes = [self.fleet.process() for _ in range(number)]
         self.allowances = {process: Allowance(self.pools) for process in self.processes}
 
@@ -56,23 +72,30 @@ class Spending(RuleBasedStateMachine):
 
     # -- requests
 
-    @rule(target=requests, number=st.integers(0, 2), least=st.integers(0, 12), more=st.none() | st.integers(0, 12))
-    def request(self, number: int, least: int, more: int | None) -> object:
-        """One arrives; what it waits for is asked for."""
+    @rule(
+        target=requests, number=st.integers(0, 2),
+        needs=st.lists(st.builds(_need, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
+    )  # fmt: skip
+    def arrive(self, number: int, needs: list[TokenNeed]) -> object:
+        """Some arrive at once; what they wait for is asked for."""
         process = self._process(number)
-        need = TokenNeed(least, None if more is None else least + more)
-        try:
-            hold = process.take(self.allowances[process], need)
-        except (Short, Refusal):
-            return multiple()
-        return Request(process, hold)
+        let_in = []
+        for need in needs:
+            with contextlib.suppress(Short, Refusal):
+                let_in.append(Request(process, process.take(self.allowances[process], need)))
+        self.under_way += let_in
+        return multiple(*let_in)
 
-    @rule(request=consumes(requests), share=st.floats(0.0, 1.0))
-    def answered(self, request: Request, share: float) -> None:
-        """It was answered, and used at most what it held."""
+    @rule(answered=st.lists(consumes(requests), min_size=1, max_size=4), share=st.floats(0.0, 1.0))
+    def are_answered(self, answered: list[Request], share: float) -> None:
+        """Some were answered, and used at most what they held."""
+        for request in answered:
+            self._answer(request, share)
+
+    def _answer(self, request: Request, share: float) -> None:
+        self.under_way.remove(request)
         parts = _parts(request.hold)
-        tokens = int(sum(part.tokens for part in parts) * share)
-        left = tokens
+        tokens = left = int(sum(part.tokens for part in parts) * share)
         for part in parts:
             self._count(part.budgets, min(left, part.tokens))
             left -= min(left, part.tokens)
@@ -82,21 +105,21 @@ class Spending(RuleBasedStateMachine):
     @rule(request=consumes(requests))
     def never_sent(self, request: Request) -> None:
         """The upstream could not be had."""
+        self.under_way.remove(request)
         request.process.book.settle(request.hold, was_sent=False)
 
     @rule(target=requests, request=consumes(requests), tokens=st.integers(1, 12))
     def stream_goes_on(self, request: Request, tokens: int) -> Request:
         """A stream needs more than it holds."""
-        process = request.process
-        if not request.hold.budgets:
-            return request
+        process, longer = request.process, request
         try:
-            return request._replace(hold=process.book.extend(request.hold, tokens, process.now))
+            longer = request._replace(hold=process.book.extend(request.hold, tokens, process.now))
         except Short as short:
             process.book.ask(short)
-            return request
         except Refusal:
-            return request
+            pass
+        self.under_way[self.under_way.index(request)] = longer
+        return longer
 
     # -- messages, and what becomes of processes
 
@@ -105,15 +128,17 @@ class Spending(RuleBasedStateMachine):
         """A process and the ledger speak."""
         self._process(number).sync(everything=everything, answer_is_lost=answer_is_lost)
 
-    @rule(seconds=st.sampled_from([0.1, 0.6, 1.1, 2.5, LEASE_SECONDS * 0.96, LEASE_SECONDS + 1, 43_200.0]))
+    @rule(seconds=st.sampled_from([0.1, 0.1, 0.6, 1.1, 2.5, LEASE_SECONDS * 0.96, LEASE_SECONDS + 1, 43_200.0]))
     def time_passes(self, seconds: float) -> None:
         """For all of them; whoever has not spoken for as long as a lease lasts is dead to the ledger."""
         self.fleet.now += seconds
+        self.has_lapsed = self.has_lapsed or seconds >= LEASE_SECONDS * 0.9
         self.fleet.ledger.reap()
 
     @rule(number=st.integers(0, 2))
     def dies(self, number: int) -> None:
         """Without a word. Another one comes; what requests of the dead one do is not heard of any more."""
+        self.has_lapsed = True
         dead = self._process(number)
         successor = self.fleet.process()
         self.processes[self.processes.index(dead)] = successor
@@ -136,12 +161,13 @@ class Spending(RuleBasedStateMachine):
                 assert self.used[window, starts] <= row.spent + row.held, (window, row)
 
     def teardown(self) -> None:
-        """All leave, the dead are buried: nothing is held, and spent is what was used and what was forfeited."""
+        """All is answered, all leave, the dead are buried: spent is what was used and what was forfeited."""
         if not self.processes:
             return
+        for request in list(self.under_way):
+            self._answer(request, 1.0)
         for process in self.processes:
-            for _ in range(3):
-                process.sync(is_last=True)
+            process.leave()
             self.fleet.ledger.end(process.name)
         self.fleet.now += LEASE_SECONDS + 1
         self.fleet.ledger.reap()
@@ -150,6 +176,7 @@ class Spending(RuleBasedStateMachine):
                 used = self.used[window, starts]
                 assert row.held == 0
                 assert row.spent - row.forfeited <= used <= row.spent <= row.limit, (window, row, used)
+                assert self.has_lapsed or not row.forfeited, (window, row)
 
 
 def _parts(hold: Hold) -> list[Hold]:
@@ -159,5 +186,5 @@ def _parts(hold: Hold) -> list[Hold]:
 
 TestSpending = Spending.TestCase
 TestSpending.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
