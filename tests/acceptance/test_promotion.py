@@ -18,7 +18,7 @@ import pytest
 from keyproxy.store import migrations, pg_binaries, pg_launcher
 from tests.acceptance.conftest import Configure, until
 from tests.acceptance.fleet import Fleet, beside
-from tests.rawhttp import answer_with
+from tests.rawhttp import Message, answer_with
 from tests.store.stage import Relay
 
 LEASE_SECONDS = 1.5
@@ -170,7 +170,7 @@ async def _is_alone(sql: asyncpg.Connection) -> bool:
     return not await sql.fetchval("SELECT count(*) FROM pg_stat_wal_receiver")
 
 
-async def _has_seen(heads: list[bytes], number: int) -> bool:
+async def _has_seen(heads: list[Message], number: int) -> bool:
     return len(heads) >= number
 
 
