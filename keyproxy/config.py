@@ -34,6 +34,9 @@ _OTHER_VARIABLES: Final = frozenset(
     }
 )
 
+#: Values of secrets that are none.
+_TELLING_NOTHING: Final = ("", "embedded", "postgres")
+
 #: Far beyond every bound, and well within what a float holds.
 _NUMBER_MAX: Final = 10**15
 
@@ -160,6 +163,9 @@ def mask(value: object) -> object:
     """A secret as it may be shown: what it is, without the password in it."""
     if not isinstance(value, str):
         return value
+    if "://" not in value:
+        # What is no address has no part that may be shown; a word such as `embedded` tells nothing, and is.
+        return value if value in _TELLING_NOTHING else "***"
     address, question, query = value.partition("?")
     # Up to the last @: a password may hold anything, also what should have been encoded.
     address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)
@@ -249,7 +255,19 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 return value
             return _Wrong("must be a list of strings")
+        case "list[int]":
+            return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
     raise AssertionError(f"no reader for type {wanted}")
+
+
+def _whole_numbers(value: object, *, is_text: bool) -> list[int] | _Wrong:
+    found: list[int] = []
+    for item in value if isinstance(value, list) else [None]:
+        number = _typed(item.strip() if isinstance(item, str) else item, "int", is_text=is_text)
+        if not isinstance(number, int):
+            return _Wrong("must be a list of whole numbers")
+        found.append(number)
+    return found
 
 
 def _with_defaults(reading: _Reading) -> dict[str, Origin]:

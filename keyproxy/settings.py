@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from keyproxy import problems
+from keyproxy import problems, webhooks
 from keyproxy.headers import TrustRule
 from keyproxy.model import Route
 from keyproxy.routes import InvalidPatternError, RouteTable
@@ -118,6 +118,24 @@ def _ledger_backend(value: str) -> str | None:
         return "must have a database's number behind the host, or nothing"
     unknown = {name.partition("=")[0] for name in parts.query.split("&")} - _REDIS_OPTIONS - {""}
     return f"has options that are not known; those that are: {', '.join(sorted(_REDIS_OPTIONS))}" if unknown else None
+
+
+def _webhook_url(value: str) -> str | None:
+    return None if value == "" else webhooks.what_is_wrong_with(value)
+
+
+def _webhook_secret(value: str) -> str | None:
+    try:
+        webhooks.key_of(value) if value else None
+    except webhooks.InvalidSecretError as error:
+        return str(error)
+    return None
+
+
+def _thresholds(value: list[int]) -> str | None:
+    if not 1 <= len(value) <= 10 or len(set(value)) < len(value) or not all(1 <= days <= 365 for days in value):
+        return "must be 1 to 10 different numbers of days, each from 1 to 365"
+    return None
 
 
 def _networks(value: list[str]) -> str | None:
@@ -232,6 +250,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Reminders:
+    """Who is told of keys that expire soon, and when. Without a URL nobody is."""
+
+    webhook_url: str = _setting("", _webhook_url)
+    webhook_secret: str = _setting("", _webhook_secret, secret=True)
+    before_days: list[int] = _setting([14, 3, 1], _thresholds)
+
+
+@dataclass(frozen=True, slots=True)
 class Errors:
     """Statuses that the operator may choose."""
 
@@ -284,6 +311,7 @@ class Settings:
     keys: Keys = field(default_factory=Keys)
     ledger: Ledger = field(default_factory=Ledger)
     usage: Usage = field(default_factory=Usage)
+    reminders: Reminders = field(default_factory=Reminders)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
     routes: tuple[RouteRow, ...] = ()
@@ -321,6 +349,11 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
     if settings.listen.tls_client_ca_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
+    if settings.reminders.webhook_url and not settings.reminders.webhook_secret:
+        wrong.append(
+            "reminders.webhook_secret: is needed with reminders.webhook_url; make one with"
+            " `echo whsec_$(openssl rand -base64 32)`"
+        )
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is there twice; the first one wins always"

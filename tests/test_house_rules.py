@@ -28,6 +28,7 @@ RANKS = {
     "routes": 4,
     "target": 4,
     "tokens": 4,
+    "webhooks": 4,
     "credential": 5,
     "ports": 5,
     "settings": 5,
@@ -86,12 +87,12 @@ FUNCTION_LINES_MAX = 70
 POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
-    "__future__", "abc", "array", "ast", "asyncio", "base64", "bisect", "collections", "contextlib", "csv", "ctypes",
-    "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass", "hashlib", "hmac",
-    "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math", "os", "pathlib",
-    "platform", "pwd", "queue",
-    "random", "re", "resource", "secrets", "select", "shutil", "signal", "socket", "ssl", "stat", "struct",
-    "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
+    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "contextlib",
+    "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
+    "hashlib", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math", "os",
+    "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
+    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
+    "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -18,7 +18,9 @@ from keyproxy.admin import openapi, reference
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem, Refused, rendered
 from keyproxy.admin.reading import BODY_BYTES_MAX
+from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
+from keyproxy.metrics.control import CONTENT_TYPE
 from keyproxy.ops import Unreadable
 from keyproxy.store.database import StoreUnavailable
 
@@ -40,8 +42,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class AdminListener:
     """See the module. The service may be exchanged while requests are under way."""
 
-    def __init__(self, service: Service, *, log_line: Callable[[bytes], None] | None) -> None:
+    def __init__(
+        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes], None] | None
+    ) -> None:
         self.service = service
+        self._metrics = metrics
         self._log_line = log_line
         self._runner: web.AppRunner | None = None
         self._openapi, self._reference, self._reference_policy = _told()
@@ -57,7 +62,7 @@ class AdminListener:
             if endpoint.method == "GET" and not endpoint.is_stream:
                 app.router.add_route("HEAD", endpoint.path, self._handler(endpoint))
                 methods[endpoint.path].add("HEAD")
-        for path, handler in self._open_pages().items():
+        for path, handler in self._pages().items():
             app.router.add_get(path, handler)
             methods[path] |= {"GET", "HEAD"}
         for path, allowed in methods.items():
@@ -80,13 +85,18 @@ class AdminListener:
             await self._runner.cleanup()
             self._runner = None
 
-    # -- the pages that need no token
+    # -- the pages that are no endpoints; all but the metrics need no token
 
-    def _open_pages(self) -> dict[str, Handler]:
+    def _pages(self) -> dict[str, Handler]:
         return {
             "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
-            "/docs": self._told_reference,
+            "/docs": self._told_reference, "/metrics": self._scrape,
         }  # fmt: skip
+
+    async def _scrape(self, request: web.Request) -> web.Response:
+        # They are about all tenants.
+        await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
+        return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _live(self, _request: web.Request) -> web.Response:
         return _json(200, {"status": "ok"})

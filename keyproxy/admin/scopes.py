@@ -24,6 +24,7 @@ class Scope(enum.StrEnum):
     AUDIT_READ = "audit:read"
     USAGE_READ = "usage:read"
     LEAKS_WRITE = "leaks:write"
+    METRICS_READ = "metrics:read"
 
 
 TELLS: Final = {
@@ -36,6 +37,7 @@ TELLS: Final = {
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, how limits stand, and what would become of a request",
     Scope.LEAKS_WRITE: "reports leaked keys",
+    Scope.METRICS_READ: "reads the metrics of the admin process",
 }
 
 _TENANT: Final = "tenant:"

@@ -18,7 +18,7 @@ from keyproxy.admin import keys, plans, reading, tenants, usage
 from keyproxy.admin.access import Access
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.scopes import allows
+from keyproxy.admin.scopes import Scope, allows
 from keyproxy.keyformat import KeyFormat
 from keyproxy.store.answered import Asked, InProgress, Kept, KeyReused, answer_once
 from keyproxy.store.database import Database, Door, Joined, StoreConflict, StoreUnavailable
@@ -63,15 +63,7 @@ class Service:
     async def answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         """The answer to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
-        token = await self.access.token(request.headers.getall("Authorization", []), peer, self.now_mono())
-        request[TOKEN_ID] = token["id"]
-        if endpoint.scope is not None and not allows(token["scopes"], endpoint.scope):
-            raise Refused(
-                Problem.INSUFFICIENT_SCOPE, f"It needs {endpoint.scope}.",
-                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{endpoint.scope}"'},
-            )  # fmt: skip
-        if endpoint.is_global and token["tenant"] is not None:
-            raise Refused(Problem.TENANT_BOUND)
+        token = await self.let_in(request, endpoint.scope, is_global=endpoint.is_global)
         raw, body = await reading.body_of(request, endpoint)
         wanted = reading.if_match(request) if endpoint.is_conditional else None
         call = _Prepared(
@@ -91,6 +83,20 @@ class Service:
         except StoreConflict as error:
             _log.warning("the store refuses a change that no rule here does: %s", error.constraint or error)
             raise Refused(Problem.CONFLICT, "The database refuses the change.") from error
+
+    async def let_in(self, request: web.Request, scope: Scope | None, *, is_global: bool) -> Entity:
+        """The token of a request, which may do what needs this scope. Raises Refused, StoreUnavailable."""
+        authorization = request.headers.getall("Authorization", [])
+        token = await self.access.token(authorization, request.remote or "unix", self.now_mono())
+        request[TOKEN_ID] = token["id"]
+        if scope is not None and not allows(token["scopes"], scope):
+            raise Refused(
+                Problem.INSUFFICIENT_SCOPE, f"It needs {scope}.",
+                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
+            )  # fmt: skip
+        if is_global and token["tenant"] is not None:
+            raise Refused(Problem.TENANT_BOUND)
+        return token
 
     async def _read(self, endpoint: Endpoint, request: web.Request, prepared: _Prepared) -> web.StreamResponse:
         answer = await endpoint.handler(prepared.call(self, self.database))

@@ -13,6 +13,8 @@ from keyproxy import clock, sockets, systemd
 from keyproxy.admin.access import Access, TokenFileError, file_digest
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.readings import Readings
+from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.keyformat import KeyFormat
@@ -21,6 +23,7 @@ from keyproxy.settings import Settings
 from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.directory import Actor
+from keyproxy.store.reminders import Reminders
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Admin:
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )  # fmt: skip
         self._throttle = Throttle()
+        self._reminding = Reminding(Reminders(self._database))
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -67,7 +71,10 @@ class Admin:
             log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
             stack.callback(log.close)
             log.start()
-            listener = AdminListener(self._service, log_line=log.write_line if self._settings.log.access else None)
+            listener = AdminListener(
+                self._service, metrics=Readings(self._reminding, clock.monotonic).page,
+                log_line=log.write_line if self._settings.log.access else None,
+            )  # fmt: skip
             sock = stack.enter_context(contextlib.closing(sockets.bind(self._settings.admin.address)))
             stack.push_async_callback(listener.close)
             await listener.start(sock)
@@ -75,8 +82,10 @@ class Admin:
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))
+                reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
                 await stop.wait()
                 changing.cancel()
+                reminding.cancel()
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 

@@ -18,6 +18,7 @@ from keyproxy.cli.key import key_group
 from keyproxy.cli.key_bulk import BULK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.plan import plan_group
+from keyproxy.cli.remind import key_remind
 from keyproxy.cli.serve import demo_command, serve_command
 from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
 from keyproxy.cli.tenant import tenant_group
@@ -48,6 +49,7 @@ def root() -> None:
 for _bulk_command in BULK_COMMANDS:
     key_group.add_command(_bulk_command)
 key_group.add_command(key_explain)
+key_group.add_command(key_remind)
 
 for _command in (
     demo_command, serve_command, admin_group, migrate_command, config_group, tenant_group, user_group, key_group,

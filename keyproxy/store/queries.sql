@@ -665,3 +665,105 @@ JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
 LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN $2 THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
 LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN $2 THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE u.id = $1;
+
+-- name: count_expiring_keys
+-- How many keys end within each of the days $1, live and test apart. Needs: api_keys (expires_at), (replaces).
+SELECT d.days, m.is_test, count(k.id) AS keys
+FROM unnest($1::int[]) AS d (days)
+CROSS JOIN (VALUES (false), (true)) AS m (is_test)
+LEFT JOIN (
+    SELECT e.id, e.is_test, e.expires_at FROM keyproxy.expiring_keys AS e
+    WHERE e.expires_at <= now() + (SELECT max(days) FROM unnest($1::int[]) AS days) * interval '24 hours'
+) AS k ON k.is_test = m.is_test AND k.expires_at <= now() + d.days * interval '24 hours'
+GROUP BY d.days, m.is_test
+ORDER BY d.days, m.is_test;
+
+-- name: reminders_due
+-- Of which keys a reminder is due and not written, at most $2, for the thresholds $1. A threshold counts for keys that were
+-- issued for longer than that. Of several that have passed the nearest to the end counts: who was not reminded for a while
+-- is not told everything at once. Needs: api_keys (expires_at), (replaces); reminders (key_id, expires_at, before_days).
+SELECT e.id AS key_id, e.user_id, e.tenant_id, e.hint, e.name, e.is_test, e.expires_at, due.before_days
+FROM keyproxy.expiring_keys AS e
+CROSS JOIN LATERAL (
+    SELECT min(days) AS before_days FROM unnest($1::int[]) AS days
+    WHERE e.expires_at <= now() + days * interval '24 hours' AND e.created_at < e.expires_at - days * interval '24 hours'
+) AS due
+WHERE e.expires_at <= now() + (SELECT max(days) FROM unnest($1::int[]) AS days) * interval '24 hours'
+  AND due.before_days IS NOT NULL
+  AND NOT EXISTS (
+      SELECT FROM keyproxy.reminders AS r
+      WHERE r.key_id = e.id AND r.expires_at = e.expires_at AND r.before_days <= due.before_days
+  )
+ORDER BY e.expires_at, e.id
+LIMIT $2;
+
+-- name: write_reminders
+-- Reminders of the keys $1 that end at $2, for the thresholds $3. Those that somebody else has written meanwhile are his.
+INSERT INTO keyproxy.reminders (id, key_id, expires_at, before_days)
+SELECT 'rem_' || replace(gen_random_uuid()::text, '-', ''), w.key_id, w.expires_at, w.before_days
+FROM unnest($1::text[], $2::timestamptz[], $3::int[]) AS w (key_id, expires_at, before_days)
+JOIN keyproxy.api_keys AS k ON k.id = w.key_id
+ON CONFLICT (key_id, expires_at, before_days) DO NOTHING
+RETURNING id;
+
+-- name: claim_reminders
+-- At most $1 that are to be sent, each to one caller, who has $2 to send it and to say what came of it. One whose key was
+-- revoked, replaced or disabled, or ends at another time now, is left where it is. Needs: reminders (next_at).
+WITH free AS (
+    SELECT r.id, e.user_id, e.tenant_id, e.hint, e.name, e.is_test
+    FROM keyproxy.reminders AS r
+    JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+    WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.next_at <= now()
+    ORDER BY r.next_at, r.id
+    LIMIT $1
+    FOR NO KEY UPDATE OF r SKIP LOCKED
+)
+UPDATE keyproxy.reminders AS r SET next_at = now() + $2::interval, attempts = r.attempts + 1
+FROM free
+WHERE r.id = free.id
+RETURNING r.id, r.key_id, r.expires_at, r.before_days, r.created_at, r.attempts, r.last_error,
+          free.user_id, free.tenant_id, free.hint, free.name, free.is_test;
+
+-- name: reminder_sent
+UPDATE keyproxy.reminders SET sent_at = now(), given_up_at = NULL, last_error = NULL WHERE id = $1 AND sent_at IS NULL;
+
+-- name: reminder_failed
+-- The attempt $2 of $1 failed for the reason $3; it is tried again after $4, or never if that is null. Whoever was
+-- overtaken, so that its attempt is not the last one any more, changes nothing.
+UPDATE keyproxy.reminders
+SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
+    given_up_at = CASE WHEN $4::interval IS NULL THEN now() END
+WHERE id = $1 AND attempts = $2 AND sent_at IS NULL AND given_up_at IS NULL;
+
+-- name: give_up_late_reminders
+-- The key has ended before its holder could be reminded. None of those that nobody had to be reminded of.
+UPDATE keyproxy.reminders AS r SET given_up_at = now()
+FROM keyproxy.api_keys AS k
+WHERE k.id = r.key_id AND k.expires_at = r.expires_at AND k.revoked_at IS NULL
+  AND r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND r.attempts > 0
+RETURNING r.id, r.key_id, r.last_error;
+
+-- name: forget_reminders
+-- A few of those whose key ended longer ago than $1. Needs: reminders (expires_at).
+DELETE FROM keyproxy.reminders AS r
+USING (
+    SELECT id FROM keyproxy.reminders WHERE expires_at < now() - $1::interval ORDER BY expires_at LIMIT 1000
+    FOR UPDATE SKIP LOCKED
+) AS old
+WHERE r.id = old.id;
+
+-- name: reminders_waiting
+-- Those that are to be sent, now or later, at most $1. Needs: reminders (next_at).
+SELECT r.id, r.key_id, r.expires_at, r.before_days, r.attempts, r.last_error,
+       e.user_id, e.tenant_id, e.hint, e.name, e.is_test
+FROM keyproxy.reminders AS r
+JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+WHERE r.sent_at IS NULL AND r.given_up_at IS NULL
+ORDER BY r.next_at, r.id
+LIMIT $1;
+
+-- name: count_reminders_waiting
+SELECT count(*) AS waiting
+FROM keyproxy.reminders AS r
+JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+WHERE r.sent_at IS NULL AND r.given_up_at IS NULL;

@@ -44,6 +44,8 @@ RIGHTS: Final = {
     "usage_events": ("", "SELECT"),
     "admin_tokens": ("", _ALL),
     "answered_requests": ("", _ALL),
+    "reminders": ("", _ALL),
+    "expiring_keys": ("", "SELECT"),
 }
 
 #: Functions that not everybody may call.

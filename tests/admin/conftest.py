@@ -20,6 +20,8 @@ from keyproxy import clock
 from keyproxy.admin.access import Access
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.readings import Readings
+from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.keyformat import KeyFormat
@@ -29,6 +31,7 @@ from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.embedded import EmbeddedServer
+from keyproxy.store.reminders import Reminders
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -154,7 +157,10 @@ async def serving(database: Database, *, routes_ask_for: frozenset[str] | None =
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, Terms(90, routes_ask_for, Settings()), lambda: now[0])
     log: list[Json] = []
-    listener = AdminListener(service, log_line=lambda line: log.append(json.loads(line)))
+    reminding = Reminding(Reminders(database))
+    listener = AdminListener(
+        service, metrics=Readings(reminding, lambda: now[0]).page, log_line=lambda line: log.append(json.loads(line))
+    )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         await listener.start(sock)

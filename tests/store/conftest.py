@@ -38,6 +38,7 @@ SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid();
 SET session_replication_role = replica;
 DELETE FROM keyproxy.foreign_hashes;
+DELETE FROM keyproxy.reminders;
 DELETE FROM keyproxy.api_keys;
 DELETE FROM keyproxy.users;
 DELETE FROM keyproxy.tenants;

@@ -103,6 +103,7 @@ def test_the_example_loads_as_the_defaults(reader: Reader) -> None:
         ("listen.connections_max", "7", "8", 7, 8),
         ("listen.drain_seconds", "0", "1.5", 0.0, 1.5),
         ("listen.drain_seconds", "2.5", "3", 2.5, 3.0),
+        ("reminders.before_days", "[30]", " 7, 1 ", [30], [7, 1]),
         ("listen.trusted_proxies", '["10.0.0.0/8"]', " unix, ::1 ,", ["10.0.0.0/8"], ["unix", "::1"]),
         ("keys.accept_foreign", "false", "TRUE", False, True),
         ("keys.accept_foreign", "true", "0", True, False),
@@ -128,7 +129,7 @@ def test_environment_over_file_over_default(
 @pytest.mark.parametrize("key", DEFAULTS, ids=".".join)
 def test_every_key_is_an_environment_variable_with_an_origin(reader: Reader, key: tuple[str, str]) -> None:
     default = DEFAULTS[key]
-    text = ",".join(default) if isinstance(default, list) else str(default)
+    text = ",".join(map(str, default)) if isinstance(default, list) else str(default)
     variable = "KEYPROXY_{}__{}".format(*key).upper()
     loaded = reader.load(**{variable: text})
     assert loaded.settings == Settings()
@@ -160,7 +161,11 @@ def test_variables_that_others_set_are_ignored(reader: Reader, variable: str) ->
 @pytest.mark.parametrize("key", sorted(SECRETS), ids=".".join)
 def test_a_secret_has_a_twin_that_names_its_file(reader: Reader, key: tuple[str, str]) -> None:
     table, name = key
-    secret = "postgresql://in-file/d" if name == "dsn" else "postgres"
+    secret, other = {
+        "dsn": ("postgresql://in-file/d", "embedded"),
+        "backend": ("postgres", "redis://h"),
+        "webhook_secret": (f"whsec_{'YWJj' * 8}", f"whsec_{'ZGVm' * 8}"),
+    }[name]
     path = reader.file(f"\n {secret}\n")
     variable = f"KEYPROXY_{table}__{name}".upper()
     in_file = f'[{table}]\n{name}_file = "{path}"'
@@ -168,7 +173,6 @@ def test_a_secret_has_a_twin_that_names_its_file(reader: Reader, key: tuple[str,
         assert values(loaded.settings)[key] == secret
         assert loaded.origins[f"{table}.{name}"].secret
         assert f"{name}_file" in loaded.origins[f"{table}.{name}"].source
-    other = "embedded" if name == "dsn" else "postgres"
     assert values(reader.load(in_file, **{variable: other}).settings)[key] == other
     assert (
         values(reader.load(f'[{table}]\n{name} = "{other}"', **{f"{variable}_FILE": str(path)}).settings)[key] == secret
@@ -215,6 +219,8 @@ def test_what_is_wrong_with_a_secret_is_said_without_it(reader: Reader) -> None:
         ("rediss://u:hunter2@h:6379/0", "rediss://u:***@h:6379/0"),
         ("unix:///r.sock?db=1&password=hunter2", "unix:///r.sock?db=1&password=***"),
         ("postgresql://h/d?PassWord=hunter2", "postgresql://h/d?PassWord=***"),
+        ("whsec_hunter2", "***"),
+        ("", ""),
         (7, 7),
     ],
 )
@@ -288,6 +294,13 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
                       ['"postgres"', '"redis://h"', '"redis://u:p@h:1/2"', '"rediss://h?ssl_ca_certs=/a"',
                        '"unix:///a?db=1&password=p"']),
     "ledger.unreachable": (['"deny"'], ['"refuse"', '"allow"']),
+    "reminders.webhook_url": (['"http://h/p"', '"h"', '"https://"', '"https://u:p@h/"', '"https://h:0"', '"ftp://h"',
+                               '"https://h/a b"', '"http://127.0.0.1.example.com/"', '"http://[::2]/"'], ['""']),
+    "reminders.webhook_secret": (['"x"', '"whsec_"', f'"whsec_{"YWJj" * 7}YW=="', '"whsec_!!!!"',
+                                  f'"whsec_{"YWJj" * 21}YWI="', f'"whsec_{"YWJj" * 8}\\n"'],
+                                 ['""', f'"whsec_{"YWJj" * 8}"', f'"whsec_{"YWJj" * 21}YQ=="']),
+    "reminders.before_days": (["[]", "[0]", "[366]", "[1, 1]", "[1.0]", '["1"]', "[true]", "1", str([*range(1, 12)])],
+                              ["[1]", "[365, 30, 1]", str([*range(1, 11)])]),
     "errors.invalid_key_status": (["400", "402"], ["401", "403"]),
     "errors.spent_status": (["403"], ["402", "429"]),
     "log.level": (['"INFO"', '"trace"'], ['"debug"', '"error"']),
@@ -321,6 +334,9 @@ def test_any_other_value_is_refused_by_the_name_of_its_key(reader: Reader, key: 
         ("KEYPROXY_LISTEN__DRAIN_SECONDS", "1e3"),
         ("KEYPROXY_LISTEN__DRAIN_SECONDS", "nan"),
         ("KEYPROXY_LISTEN__DRAIN_SECONDS", "1."),
+        ("KEYPROXY_REMINDERS__BEFORE_DAYS", ""),
+        ("KEYPROXY_REMINDERS__BEFORE_DAYS", "3,,1"),
+        ("KEYPROXY_REMINDERS__BEFORE_DAYS", "3;1"),
     ],
 )
 def test_text_of_the_environment_is_read_strictly(reader: Reader, variable: str, value: str) -> None:
@@ -400,3 +416,11 @@ def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: R
     assert list(shown) == [*map(".".join, DEFAULTS), "routes[1]"]
     assert [shown[".".join(key)] for key in DEFAULTS] == list(DEFAULTS.values())
     assert shown["routes[1]"] == dataclasses.asdict(settings.routes[0])
+
+
+@pytest.mark.parametrize("url", ["https://h/hook?a=b", "http://localhost:1/", "http://127.0.0.9/", "http://[::1]:1/"])
+def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
+    text = f'[reminders]\nwebhook_url = "{url}"\n'
+    (problem,) = reader.wrong(text)
+    assert problem.startswith("reminders.webhook_secret: is needed with reminders.webhook_url")
+    assert reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings.reminders.webhook_url == url

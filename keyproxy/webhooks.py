@@ -1,0 +1,77 @@
+"""Webhooks as Standard Webhooks 1.0.0 has them: which addresses and secrets there may be, and how a message is signed.
+
+https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+
+What is signed is the id, the time of the attempt and the body, so that a receiver can refuse what was altered, what is
+replayed later, and what it has already.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import re
+from typing import Final
+from urllib.parse import urlsplit
+
+_PREFIX: Final = "whsec_"
+_KEY_BYTES_MIN: Final = 24
+_KEY_BYTES_MAX: Final = 64
+
+
+class InvalidSecretError(ValueError):
+    """No secret of a webhook. The text says why, without it."""
+
+
+def key_of(secret: str) -> bytes:
+    """The 24 to 64 bytes that messages are signed with, out of `whsec_` and their base64. Raises InvalidSecretError."""
+    if not secret.startswith(_PREFIX):
+        raise InvalidSecretError(f"must be {_PREFIX} and the base64 of {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes")
+    try:
+        key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidSecretError(f"has something behind {_PREFIX} that is not base64") from error
+    if not _KEY_BYTES_MIN <= len(key) <= _KEY_BYTES_MAX:
+        raise InvalidSecretError(f"must hold {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes, and holds {len(key)}")
+    return key
+
+
+def headers(key: bytes, message_id: str, wall_seconds: int, body: bytes) -> dict[str, str]:
+    """What goes with a message. `wall_seconds`: Unix time of this attempt."""
+    signed = f"{message_id}.{wall_seconds}.".encode() + body
+    signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
+    return {
+        "Webhook-Id": message_id,
+        "Webhook-Timestamp": str(wall_seconds),
+        "Webhook-Signature": f"v1,{signature}",
+    }
+
+
+def what_is_wrong_with(url: str) -> str | None:
+    """Why nothing is sent to this URL, None if it may be: https, or http to this host alone."""
+    if not re.fullmatch(r"[!-~]+", url):
+        return "holds a space or another character that no URL has"
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return "is no URL"
+    if parts.scheme not in ("http", "https") or not is_whole:
+        return "must be 'https://host[:port]/path'"
+    if parts.username is not None or parts.password is not None:
+        return "must not hold a name or password: receivers verify the signature"
+    if parts.scheme == "http" and not _is_here(parts.hostname or ""):
+        return "must be https:// unless it leads to this host: what is sent tells whose keys there are"
+    return None
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,456 @@
+"""Reminders of keys that expire soon: each once, however many send it and whoever dies; to a real receiver."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from aiohttp import web
+
+from keyproxy.admin.reminding import Outcome, Reminding
+from keyproxy.cli import main
+from keyproxy.settings import Reminders as Terms
+from keyproxy.store.database import Database
+from keyproxy.store.directory import Entity, KeyWish
+from keyproxy.store.reminders import Reminders
+from tests.acceptance.conftest import clean_environment, free_port
+from tests.admin.conftest import Api
+
+KEY = b"the-key-of-the-webhook-of-tests!"
+SECRET = "whsec_" + base64.b64encode(KEY).decode()
+DAYS = [14, 3, 1]
+
+Answer = Callable[[web.Request], Any]
+
+
+@dataclass
+class Receiver:
+    """Somebody who is reminded: keeps what comes, and answers as it is told to."""
+
+    url: str = ""
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+    #: Statuses to answer with, then 204.
+    statuses: list[int] = field(default_factory=list)
+    on_request: Callable[[], Any] | None = None
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Keep one."""
+        self.got.append((dict(request.headers), await request.read()))
+        if self.on_request is not None:
+            await self.on_request()
+        status = self.statuses.pop(0) if self.statuses else 204
+        return web.Response(status=status, headers={"Location": self.url + "/elsewhere"} if status == 307 else {})
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of what came."""
+        return [headers["Webhook-Id"] for headers, _ in self.got]
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """What the messages say."""
+        return [json.loads(body) for _, body in self.got]
+
+    @property
+    def terms(self) -> Terms:
+        """The configuration that leads here."""
+        return Terms(self.url, SECRET, DAYS)
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver on a port of its own."""
+    receiver, app = Receiver(), web.Application()
+    app.router.add_post("/{path:.*}", receiver.handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", port := free_port())
+    await site.start()
+    receiver.url = f"http://127.0.0.1:{port}/hook"
+    yield receiver
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def sql(dsn: str) -> AsyncIterator[Any]:
+    """Any SQL client."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def reminding(database: Database) -> Reminding:
+    """A sender."""
+    return Reminding(Reminders(database))
+
+
+MakeKey = Callable[..., Any]
+
+
+@pytest.fixture
+async def make_key(api: Api, sql: Any) -> MakeKey:
+    """`await make_key(expires_in_days, of=issued_for_days)`: a key that was issued a while ago."""
+    await api.user()
+
+    async def making(expires_in_days: float, *, of: float = 90, **wish: Any) -> Entity:
+        key = await api.directory.issue_key("u_1", KeyWish(expires_in=timedelta(days=of), **wish))
+        ago = timedelta(days=of - expires_in_days)
+        await sql.execute(
+            "UPDATE keyproxy.api_keys SET created_at = created_at - $2::interval,"
+            " expires_at = expires_at - $2 WHERE id = $1",
+            key["id"], ago,
+        )  # fmt: skip
+        return {**await api.directory.key(key["id"]), "secret": key["secret"]}
+
+    return making
+
+
+async def _later(sql: Any) -> None:
+    """The time has come for what waits to be tried again."""
+    await sql.execute("UPDATE keyproxy.reminders SET next_at = now()")
+
+
+async def test_a_reminder_is_signed_and_says_whose_key_ends_and_no_secret(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver
+) -> None:
+    key = await make_key(2.5, name="nightly", is_test=True)
+    before = int(time.time())
+    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    ((headers, body),) = receiver.got
+    signed = f"{headers['Webhook-Id']}.{headers['Webhook-Timestamp']}.".encode() + body
+    right = base64.b64encode(hmac.new(KEY, signed, hashlib.sha256).digest()).decode()
+    assert headers["Webhook-Signature"] == f"v1,{right}"
+    assert before <= int(headers["Webhook-Timestamp"]) <= time.time()
+    assert headers["Content-Type"] == "application/json"
+    told = json.loads(body)
+    assert told["type"] == "key.expiring"
+    assert told["data"] == {
+        "key": key["id"], "user": "u_1", "tenant": "acme", "mode": "test", "hint": key["hint"], "name": "nightly",
+        "expires_at": key["expires_at"], "before_days": 3,
+    }  # fmt: skip
+    assert key["secret"].encode() not in body
+    assert hashlib.sha256(key["secret"].encode()).hexdigest().encode() not in body
+
+
+async def test_each_threshold_is_told_once_and_several_that_have_passed_are_one(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    key = await make_key(13.9)
+    await make_key(14.1)
+    await make_key(0.5, of=0.9)  # issued for less than the nearest threshold: nobody is surprised
+    for _ in range(2):
+        await reminding.turn(receiver.terms)
+    assert [(told["data"]["key"], told["data"]["before_days"]) for told in receiver.told] == [(key["id"], 14)]
+    # Nobody looked for 13 days: the nearest threshold is told, not all of them.
+    await sql.execute(
+        "UPDATE keyproxy.api_keys SET expires_at = expires_at - interval '13 days' WHERE id = $1", key["id"]
+    )
+    for _ in range(2):
+        await reminding.turn(receiver.terms)
+    assert [told["data"]["before_days"] for told in receiver.told] == [14, 1]
+    assert len(set(receiver.ids)) == 2
+
+
+async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    await make_key(2)
+    receiver.statuses = [500, 404, 307, 301]
+    for number in range(1, 5):
+        assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+        assert len(receiver.got) == number, "a redirect is not followed"
+        assert await reminding.turn(receiver.terms) == Outcome(), "not at once"
+        await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome()
+    assert len(receiver.got) == 5
+    assert len(set(receiver.ids)) == 1
+    assert len({body for _, body in receiver.got}) == 1
+
+
+async def test_waits_between_attempts_grow_within_a_bound_and_end(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = await make_key(2)
+    receiver.statuses = [503] * 20
+    waits = []
+    for _ in range(9):
+        await reminding.turn(receiver.terms)
+        waits.append(await sql.fetchval("SELECT extract(epoch FROM next_at - now())::float8 FROM keyproxy.reminders"))
+        await _later(sql)
+    for wait, wanted in zip(waits[:8], [10, 60, 360, 2160, 12960, 21600, 21600, 21600], strict=True):
+        assert 0.79 * wanted - 2 < wait <= 1.21 * wanted
+    assert await sql.fetchval("SELECT given_up_at IS NOT NULL FROM keyproxy.reminders") is True
+    assert await reminding.turn(receiver.terms) == Outcome()
+    assert len(receiver.got) == 9
+    assert reminding.total == Outcome(sent=0, failed=9, given_up=1)
+    assert f"the reminder of key {key['id']} is given up: the receiver answers 503" in caplog.text
+
+
+async def test_a_receiver_that_is_gone_is_asked_no_more(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver
+) -> None:
+    await make_key(2)
+    receiver.statuses = [410]
+    assert await reminding.turn(receiver.terms) == Outcome(failed=1, given_up=1)
+
+
+async def test_silence_and_a_refused_connection_are_failures_that_are_told(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    await make_key(2)
+    silence = asyncio.Event()
+    receiver.on_request = silence.wait
+    reminding.attempt_seconds = 0.1
+    assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+    assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "no answer within 0.1 s"
+    await _later(sql)
+    nobody = Terms(f"http://127.0.0.1:{free_port()}/", SECRET, DAYS)
+    assert await reminding.turn(nobody) == Outcome(failed=1)
+    assert "ClientConnectorError" in await sql.fetchval("SELECT last_error FROM keyproxy.reminders")
+    receiver.on_request = None
+    await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert len(set(receiver.ids)) == 1
+    silence.set()
+
+
+async def test_a_receiver_that_takes_nothing_is_not_asked_for_all_of_many(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    key = await make_key(2)
+    await sql.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest, created_at, expires_at)"
+        " SELECT 'k_' || n, user_id, sha256(int4send(n)), created_at, expires_at"
+        " FROM keyproxy.api_keys, generate_series(1, 50) AS n WHERE id = $1",
+        key["id"],
+    )
+    receiver.statuses = [500] * 20
+    assert await reminding.turn(receiver.terms) == Outcome(failed=20)
+    assert await reminding.turn(receiver.terms) == Outcome(sent=31)
+
+
+async def test_of_several_senders_at_once_one_sends_each(
+    make_key: MakeKey, database: Database, receiver: Receiver
+) -> None:
+    keys = [(await make_key(2))["id"] for _ in range(8)]
+    senders = [Reminding(Reminders(database)) for _ in range(4)]
+    told = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
+    assert sum(outcome.sent for outcome in told) == 8
+    assert sorted(told["data"]["key"] for told in receiver.told) == sorted(keys)
+
+
+@pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
+async def test_nobody_is_reminded_of_a_key_that_ended_or_was_replaced_meanwhile(
+    act: str, make_key: MakeKey, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+) -> None:
+    key = (await make_key(2))["id"]
+    receiver.statuses = [500]
+    await reminding.turn(receiver.terms)
+    match act:
+        case "revoke":
+            await api.directory.revoke_key(key, "")
+        case "rotate":
+            await api.directory.rotate_key(key, grace=timedelta(hours=1), expires_in=timedelta(days=90))
+        case "delete":
+            await api.directory.delete_key(key)
+        case "expire":
+            await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() WHERE id = $1", key)
+        case "extend":
+            await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() + interval '80 days' WHERE id = $1", key)
+        case "disable user":
+            await api.directory.change_user("u_1", {"disabled": True})
+        case "disable tenant":
+            await api.directory.change_tenant("acme", {"disabled": True})
+    await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome()
+    assert len(receiver.got) == 1
+    assert await reminding.reminders.count_waiting() == 0
+
+
+async def test_a_user_who_is_enabled_again_is_reminded_under_the_same_id(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+) -> None:
+    await make_key(2)
+    receiver.statuses = [500]
+    await reminding.turn(receiver.terms)
+    for disabled in (True, False):
+        await api.directory.change_user("u_1", {"disabled": disabled})
+        await _later(sql)
+        await reminding.turn(receiver.terms)
+    assert len(receiver.got) == 2
+    assert len(set(receiver.ids)) == 1
+
+
+async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = (await make_key(0.5))["id"]
+    receiver.statuses = [500]
+    await reminding.turn(receiver.terms)
+    await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now()")
+    await sql.execute(
+        "UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.api_keys WHERE id = $1)", key
+    )
+    assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
+    assert f"the reminder of key {key} is given up: it has expired; the receiver answers 500" in caplog.text
+    assert await reminding.turn(receiver.terms) == Outcome()
+
+
+async def test_what_is_long_over_is_forgotten(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    await make_key(2)
+    await reminding.turn(receiver.terms)
+    for age, left in (("29 days", 1), ("31 days", 0)):
+        await sql.execute(f"UPDATE keyproxy.reminders SET expires_at = now() - interval '{age}'")
+        await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now()")
+        await reminding.turn(receiver.terms)
+        assert await sql.fetchval("SELECT count(*) FROM keyproxy.reminders") == left
+
+
+# -- the command, and processes that die
+
+
+def _configured(directory: Path, dsn: str, receiver: Receiver) -> Path:
+    path = directory / "keyproxy.toml"
+    path.write_text(
+        f"[store]\ndsn = {json.dumps(dsn)}\n[reminders]\nwebhook_url = {json.dumps(receiver.url)}\n"
+        f"webhook_secret = {json.dumps(SECRET)}\n"
+    )
+    return path
+
+
+async def test_a_sender_that_is_killed_between_sending_and_marking_is_followed_by_the_same_id(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
+) -> None:
+    await make_key(2)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "keyproxy", "key", "remind", "--config", str(_configured(tmp_path, dsn, receiver)),
+        env=clean_environment(tmp_path), stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+
+    async def kill() -> None:
+        os.kill(process.pid, signal.SIGKILL)
+        await process.wait()
+
+    receiver.on_request = kill
+    async with asyncio.timeout(60):
+        assert await process.wait() == -signal.SIGKILL
+    receiver.on_request = None
+    assert await reminding.turn(receiver.terms) == Outcome(), "its claim lasts"
+    await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert len(receiver.got) == 2
+    assert len(set(receiver.ids)) == 1
+
+
+async def test_a_running_admin_process_reminds_by_itself(
+    make_key: MakeKey, receiver: Receiver, tmp_path: Path, dsn: str
+) -> None:
+    await make_key(2)
+    environment = clean_environment(tmp_path) | {"KEYPROXY_ADMIN__ADDRESS": f"127.0.0.1:{free_port()}"}
+    received = asyncio.Event()
+
+    async def note() -> None:
+        received.set()
+
+    receiver.on_request = note
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "keyproxy", "admin", "--config", str(_configured(tmp_path, dsn, receiver)),
+        env=environment, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(60):
+            await received.wait()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+    assert len(receiver.got) == 1
+
+
+async def test_the_command_lists_what_is_due_sends_it_and_says_what_was_not_received(
+    make_key: MakeKey, receiver: Receiver, tmp_path: Path, dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = (await make_key(2))["id"]
+    config = str(_configured(tmp_path, dsn, receiver))
+
+    async def run(*arguments: str) -> tuple[int, Any, str]:
+        status = await asyncio.to_thread(main, ["key", "remind", "--json", "--config", config, *arguments])
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    status, listed, _ = await run("--dry-run")
+    assert (status, [(row["key"], row["attempts"]) for row in listed]) == (0, [(key, 0)])
+    assert receiver.got == []
+    receiver.statuses = [500]
+    status, told, err = await run()
+    assert (status, told) == (1, {"sent": 0, "failed": 1, "given_up": 0})
+    assert err.splitlines()[-1].startswith("keyproxy: not all reminders were received")
+    _, listed, _ = await run("--dry-run")
+    assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver answers 500")]
+    Path(config).write_text(f"[store]\ndsn = {json.dumps(dsn)}")
+    assert (await run())[0] == 2
+
+
+# -- metrics
+
+
+async def test_the_metrics_count_keys_that_end_soon_by_when_and_mode(make_key: MakeKey, api: Api) -> None:
+    for days, is_test in ((0.5, False), (6, False), (6, True), (29, False), (31, False)):
+        await make_key(days, is_test=is_test)
+    await api.directory.revoke_key((await make_key(3))["id"], "")
+    await api.directory.rotate_key((await make_key(3))["id"], grace=timedelta(days=1), expires_in=timedelta(days=90))
+    page = (await api.call("GET", "/metrics", token=await api.token("metrics:read"))).body.decode()
+    for within, live, test in (("1d", 1, 0), ("7d", 2, 1), ("30d", 3, 1)):
+        assert f'keyproxy_keys_expiring{{mode="live",within="{within}"}} {live}.0' in page
+        assert f'keyproxy_keys_expiring{{mode="test",within="{within}"}} {test}.0' in page
+    assert "keyproxy_reminders_waiting 0.0" in page
+    assert 'keyproxy_reminders_total{result="sent"} 0.0' in page
+    assert "keyproxy_store_up 1.0" in page
+
+
+async def test_the_store_is_asked_once_however_often_metrics_are_scraped(make_key: MakeKey, api: Api) -> None:
+    def live(page: bytes) -> bool:
+        return b'keyproxy_keys_expiring{mode="live",within="1d"} 1.0' in page
+
+    async def scraped() -> bytes:
+        return (await api.call("GET", "/metrics")).body
+
+    assert not live(await scraped())
+    await make_key(0.5)
+    assert not live(await scraped())
+    api.now[0] += 15
+    assert live(await scraped())
+
+
+async def test_metrics_are_for_tokens_that_may_read_them_and_see_all_tenants(api: Api) -> None:
+    await api.user()
+    assert (await api.call("GET", "/metrics", token=None)).code == "token_missing"
+    assert (await api.call("GET", "/metrics", token=await api.token("keys:read"))).code == "insufficient_scope"
+    bound = await api.token("admin:read", tenant="acme")
+    assert (await api.call("GET", "/metrics", token=bound)).code == "tenant_bound"
+    assert (await api.call("GET", "/metrics", token=await api.token("admin:read"))).status == 200
+
+
+async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> None:
+    await api.database.close()
+    page = (await api.call("GET", "/metrics")).body.decode()
+    assert "keyproxy_store_up 0.0" in page
+    assert "keyproxy_keys_expiring{" not in page
