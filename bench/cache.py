@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
-    await _fill(dsn, keys)
+    await fill(dsn, keys)
     store = Store(
         settings.Store(), settings.Cache(), settings.Ledger(), settings.Usage(),
         dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
@@ -72,14 +72,15 @@ async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await store.close()
 
 
-async def _fill(dsn: str, keys: int) -> None:
+async def fill(dsn: str, keys: int) -> None:
+    """Users with a key each, and 1,000 tenants for them."""
     connection = await asyncpg.connect(dsn)
     await connection.execute(
         "INSERT INTO keyproxy.tenants (id) SELECT 'tenant_' || n FROM generate_series(0, 999) AS n"
     )
     rows = [(f"user_{number}", f"tenant_{number % 1000}") for number in range(keys)]
     await connection.copy_records_to_table("users", schema_name="keyproxy", columns=["id", "tenant_id"], records=rows)
-    made = [(f"key_{number:020}", f"user_{number}", _digest("key", number), ["jobs:write"]) for number in range(keys)]
+    made = [(f"key_{number:020}", f"user_{number}", digest("key", number), ["jobs:write"]) for number in range(keys)]
     await connection.copy_records_to_table(
         "api_keys", schema_name="keyproxy", columns=["id", "user_id", "digest", "scopes"], records=made
     )
@@ -89,30 +90,31 @@ async def _fill(dsn: str, keys: int) -> None:
 async def _ask(store: Store, kind: str, start: int, end: int) -> None:
     """Have these keys brought into the cache, side by side."""
 
-    async def one(digest: KeyDigest) -> None:
+    async def one(presented: KeyDigest) -> None:
         try:
-            store.identities.known(digest, clock.now())
+            store.identities.known(presented, clock.now())
         except Missing as missing:
             await missing.bring()
         except Refusal:
             return
 
-    await asyncio.gather(*(one(_digest(kind, number)) for number in range(start, end)))
+    await asyncio.gather(*(one(digest(kind, number)) for number in range(start, end)))
 
 
 def _looks(store: Store, keys: int, times: int) -> list[float]:
     """How long looking up a known key takes, in seconds, so often."""
-    digests = [_digest("key", number * 7919 % keys) for number in range(times)]
+    digests = [digest("key", number * 7919 % keys) for number in range(times)]
     taken = []
-    for digest in digests:
+    for one in digests:
         now = clock.now()
         began = time.perf_counter()
-        store.identities.known(digest, now)
+        store.identities.known(one, now)
         taken.append(time.perf_counter() - began)
     return taken
 
 
-def _digest(kind: str, number: int) -> KeyDigest:
+def digest(kind: str, number: int) -> KeyDigest:
+    """What a key of this kind is looked up by."""
     return KeyDigest(hashlib.sha256(f"{kind}{number}".encode()).digest())
 
 
