@@ -92,9 +92,8 @@ class _Worker:
 class Supervisor:
     """See the module. `command` starts a worker, which is configured by `environment` over it."""
 
-    def __init__(self, settings: Settings, dsn: str, command: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, command: Sequence[str]) -> None:
         self._settings = settings
-        self._dsn = dsn
         self._command = command
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -160,8 +159,6 @@ class Supervisor:
             "KEYPROXY_OPS__ADDRESS": f"unix:{path}",
         }
         environment.pop("NOTIFY_SOCKET", None)
-        if self._settings.store.dsn == "embedded":
-            environment["KEYPROXY_STORE__DSN"] = self._dsn
         process = await asyncio.create_subprocess_exec(
             *self._command, env=environment, stdin=asyncio.subprocess.DEVNULL
         )
@@ -233,19 +230,19 @@ class Supervisor:
             again.clear()
             systemd.notify(systemd.reloading())
             try:
-                settings, dsn = read_again()
+                settings, _ = read_again()
                 check_files(settings)
-                await self._change(settings, dsn)
+                await self._change(settings)
             except (ChangeError, sockets.BindError) as error:
                 _log.error("the configuration stays as it was: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
                 _log.exception("the configuration could not be changed")
             systemd.notify("READY=1")
 
-    async def _change(self, settings: Settings, dsn: str) -> None:
+    async def _change(self, settings: Settings) -> None:
         was = self._settings
         if _frame(settings) == _frame(was):
-            self._settings, self._dsn = settings, dsn
+            self._settings = settings
             for worker in self._workers:
                 worker.tell(signal.SIGHUP)
             return

@@ -47,7 +47,7 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
         if other.store.dsn != "embedded":
             return other, other.store.dsn
         if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):
-            raise ChangeError("store: the embedded server is started and stopped with this process: restart it")
+            raise ChangeError("store: the embedded server is chosen when the process starts: restart it")
         return other, dsn
 
     with store(settings) as dsn:
@@ -60,7 +60,7 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
                 # -P: a worker runs the code that is installed, whatever lies in the current directory.
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
-                crew = supervisor.Supervisor(settings, dsn, command)
+                crew = supervisor.Supervisor(settings, command)
                 uvloop.run(crew.run(started=_started, read_again=read_again))
         except ChangeError as error:
             raise Failure(str(error)) from error

@@ -102,7 +102,7 @@ def load(path: Path | None, *, is_serving: bool = False) -> config.Config:
 
 @contextlib.contextmanager
 def store(settings: Settings) -> Iterator[str]:
-    """The DSN of the store while the context lasts. The embedded one is started, or attached to, and migrated."""
+    """The DSN of the store while the context lasts. The embedded one is started or attached to, migrated, watched."""
     if settings.store.dsn != "embedded":
         yield settings.store.dsn
         return
@@ -110,7 +110,8 @@ def store(settings: Settings) -> Iterator[str]:
     server = embedded.start(Path(chosen) if chosen else embedded.default_directory(os.environ))
     try:
         uvloop.run(migrations.migrate(server.dsn()))
-        yield server.dsn()
+        with server.watched():
+            yield server.dsn()
     finally:
         server.stop()
 

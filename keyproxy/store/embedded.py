@@ -1,8 +1,9 @@
 """A real PostgreSQL of our own, for trying things out, tests, and single machines: `store.dsn = "embedded"`.
 
-One directory holds one cluster. Whoever comes first starts its server and owns it; who comes while it runs attaches. The
-server listens on a unix socket in a directory that only its user can enter, and is stopped when its owner ends, also by
-`kill -9`, and whoever is attached.
+One directory holds one cluster. Whoever comes first has its server started, who comes while it runs attaches, and all
+are alike: the server is kept by a process of its own (see pg_keeper) as long as anybody uses it, and ends when the last
+of them has stopped or ended, also by `kill -9`. Should it end under them, those who have it `watched` start it again.
+It listens on a unix socket in a directory that only its user can enter.
 
 Rejected: the wheel's own `get_server()`. As root it adds a system user and loosens permissions up to `/`.
 """
@@ -12,40 +13,36 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import pwd
-import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from keyproxy.store import pg_binaries, pg_launcher
-from keyproxy.store.pg_binaries import Binaries, EmbeddedError
+from keyproxy.store import pg_binaries, pg_cluster, pg_launcher
+from keyproxy.store.pg_binaries import EmbeddedError
+from keyproxy.store.pg_cluster import DATABASE, PORT, SUPERUSER, Place, opened, postmaster
 
 __all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "start"]
 
-DATABASE: Final = "keyproxy"
-_SUPERUSER: Final = "keyproxy"
-_PORT: Final = 5432
+_log = logging.getLogger(__name__)
 
 #: sun_path holds 108 bytes with its final NUL.
 _SOCKET_PATH_BYTES_MAX: Final = 107
-_START_SECONDS: Final = 60.0
-_STOP_SECONDS: Final = 20.0
-_POLL_SECONDS: Final = 0.02
 
-#: Of postmaster.pid: the pid is on the first line, the state on the eighth.
-_STATE_LINE: Final = 7
+#: How often a server that is watched is looked at, and when it is tried again if it cannot be started.
+_LOOK_SECONDS: Final = 1.0
+_BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+_GIVE_UP_SECONDS: Final = 5.0
 
 _SETTINGS: Final = {
     "listen_addresses": "",
-    "port": str(_PORT),
+    "port": str(PORT),
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "64MB",
@@ -54,32 +51,60 @@ _SETTINGS: Final = {
 
 
 class EmbeddedServer:
-    """A running server. `stop` ends it if it was started here, and is called by its owner's end at the latest."""
+    """A running server. It is used by this process until `stop` is called, or the process ends."""
 
-    def __init__(self, socket_directory: Path, process: subprocess.Popen[bytes] | None) -> None:
-        self.socket_directory = socket_directory
-        self._process = process
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether the server ends with this process."""
-        return self._process is not None
+    def __init__(self, place: Place, settings: Mapping[str, str], users: int) -> None:
+        """`users`: a file descriptor with the shared lock, which is closed in the end."""
+        self.socket_directory = place.sockets
+        self._place = place
+        self._settings = settings
+        self._users: int | None = users
 
     def dsn(self, database: str = DATABASE) -> str:
         """How to connect."""
-        return f"postgresql://{_SUPERUSER}@/{database}?host={quote(str(self.socket_directory))}&port={_PORT}"
+        return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(self.socket_directory))}&port={PORT}"
 
     def stop(self) -> None:
-        """End the server if this process owns it: connections are closed, everything is on disk."""
-        process, self._process = self._process, None
-        if process is None:
+        """Use the server no more. If nobody else does, it has ended when this returns: everything is on disk."""
+        users, self._users = self._users, None
+        if users is None:
             return
-        process.send_signal(signal.SIGINT)
+        running = postmaster(self._place.cluster)
         try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGQUIT)
-            process.wait(_STOP_SECONDS)
+            # Nobody else uses it; or its keeper has found so in the moment between our two locks.
+            is_last = _is_locked(users, fcntl.LOCK_EX) or not _is_locked(users, fcntl.LOCK_SH)
+        finally:
+            os.close(users)
+        if is_last and running is not None:
+            pg_cluster.wait_until_gone(running.pid, self._place.cluster)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the context lasts, have the server started again whenever it ends although it is used."""
+        over = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(over,), name="embedded-postgresql", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            # Bounded: a server that is just being started for us alone ends again when we have stopped using it.
+            watching.join(_GIVE_UP_SECONDS)
+
+    def _watch(self, over: threading.Event) -> None:
+        pause, failures = _LOOK_SECONDS, 0
+        while not over.wait(pause):
+            pause = _LOOK_SECONDS
+            if postmaster(self._place.cluster) is not None:
+                continue
+            try:
+                if _bring_up(self._place, self._settings, is_made=True):
+                    _log.warning("the embedded PostgreSQL had ended and is started again")
+                failures = 0
+            except EmbeddedError as error:
+                pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
+                failures += 1
+                _log.error("%s; once more in %g s", error, pause)
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
@@ -90,27 +115,44 @@ def default_directory(environment: Mapping[str, str]) -> Path:
 
 
 def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-    """Start the server of this directory, or attach to it. Must be called from the main thread.
+    """Start the server of this directory, or attach to it. Raises EmbeddedError.
 
-    (The kernel ends the server with the thread that started it.) Raises EmbeddedError.
+    Who comes second has the server with the settings of whoever came first.
     """
+    wanted = {**_SETTINGS, **(settings or {})}
     launch = _launch_kind()
-    try:
+    with contextlib.ExitStack() as undo, _told(directory):
         directory = _prepared(directory, launch)
-        sockets = _socket_directory(directory, launch)
-        with _only_one(directory):
-            cluster = directory / "pgdata"
-            if _wait_until_settled(cluster):
-                return EmbeddedServer(sockets, None)
-            binaries = pg_binaries.matching(cluster)
-            if not (cluster / "PG_VERSION").exists():
-                _initialise(binaries, cluster)
-            process = _launch(binaries, cluster, sockets, {**_SETTINGS, **(settings or {})})
-            server = EmbeddedServer(sockets, process)
-            _wait_until_ready(cluster, process, directory / "server.log")
-            return server
+        place = Place(directory, _socket_directory(directory, launch))
+        users = opened(directory / "users")
+        undo.callback(os.close, users)
+        # Waits for the end of a server that is just ending because nobody used it.
+        fcntl.flock(users, fcntl.LOCK_SH)
+        _bring_up(place, wanted, is_made=False)
+        undo.pop_all()
+        return EmbeddedServer(place, wanted, users)
+
+
+@contextlib.contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(f"the embedded PostgreSQL in {directory} cannot be used: {error}") from error
+
+
+def _bring_up(place: Place, settings: Mapping[str, str], *, is_made: bool) -> bool:
+    """Have the server run; whether it had to be started. `is_made`: its data have to be there. Raises EmbeddedError."""
+    with _told(place.directory), _only_one(place.directory):
+        if pg_cluster.wait_until_settled(place.cluster):
+            return False
+        if is_made and not (place.cluster / "PG_VERSION").exists():
+            raise EmbeddedError(f"the embedded PostgreSQL has ended, and {place.cluster} is gone")
+        binaries = pg_binaries.matching(place.cluster)
+        if not (place.cluster / "PG_VERSION").exists():
+            pg_cluster.initialise(binaries, place.cluster)
+        pg_cluster.launch(binaries, place, settings)
+        return True
 
 
 def _launch_kind() -> int:
@@ -144,7 +186,7 @@ def _prepared(directory: Path, launch: int) -> Path:
 def _socket_directory(directory: Path, launch: int) -> Path:
     sockets = directory / "run"
     # A comma ends a path, to PostgreSQL and to its clients.
-    if len(os.fsencode(sockets / f".s.PGSQL.{_PORT}")) > _SOCKET_PATH_BYTES_MAX or "," in str(sockets):
+    if len(os.fsencode(sockets / f".s.PGSQL.{PORT}")) > _SOCKET_PATH_BYTES_MAX or "," in str(sockets):
         name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
         sockets = Path("/tmp") / f"keyproxy-{os.geteuid()}-{name}"  # noqa: S108 - checked to be ours alone, below
     if not sockets.exists():
@@ -161,114 +203,18 @@ def _socket_directory(directory: Path, launch: int) -> Path:
 @contextlib.contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
     """Of several processes that start at once, one starts the server while the others wait to attach."""
-    with (directory / "lock").open("w") as lock:
+    lock = opened(directory / "lock")
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
-def _wait_until_settled(cluster: Path) -> bool:
-    """Whether a server runs on this cluster already; one that is just stopping is waited for."""
-    deadline = time.monotonic() + _STOP_SECONDS
-    while (state := _state(cluster)) is not None:
-        if state == "ready":
-            return True
-        if time.monotonic() > deadline:
-            raise EmbeddedError(f"the server of {cluster} has been {state!r} for {_STOP_SECONDS:g} s")
-        time.sleep(_POLL_SECONDS)
-    return False
-
-
-def _state(cluster: Path) -> str | None:
-    """`ready`, `starting`, `stopping`; None if no server runs on this cluster."""
+def _is_locked(file: int, kind: int) -> bool:
+    """Whether this lock is ours now. One of another kind that we had is gone, either way."""
     try:
-        lines = (cluster / "postmaster.pid").read_bytes().splitlines()
-        pid = int(lines[0])
-    except (FileNotFoundError, IndexError, ValueError):
-        return None
-    if not _is_postmaster(pid, cluster):
-        return None
-    return lines[_STATE_LINE].decode().strip() if len(lines) > _STATE_LINE else "starting"
-
-
-def _is_postmaster(pid: int, cluster: Path) -> bool:
-    """Whether this process is the server of this cluster, and not somebody else who has the pid by now."""
-    try:
-        if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return False
-        return Path(f"/proc/{pid}/cwd").samefile(cluster)
-    except (FileNotFoundError, ProcessLookupError):
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True  # a PostgreSQL of another user: rather wait for it in vain than start a second one
-
-
-def _release(cluster: Path, sockets: Path) -> None:
-    """Make what a server that was killed has left behind acceptable to the next one.
-
-    PostgreSQL refuses to start if the pid in the file is anybody's, except its parent's, which we are. The rest of the
-    file has to stay: by it PostgreSQL sees whether children of the old server are still at work.
-    """
-    (sockets / f".s.PGSQL.{_PORT}.lock").unlink(missing_ok=True)
-    left = cluster / "postmaster.pid"
-    if left.exists():
-        lines = left.read_bytes().splitlines(keepends=True)
-        left.write_bytes(b"".join([b"%d\n" % os.getpid(), *lines[1:]]))
-
-
-def _initialise(binaries: Binaries, cluster: Path) -> None:
-    # Made aside and renamed: a cluster is either whole or not there, whenever this is interrupted.
-    # Under a name of its own: what is left of an interrupted attempt may still be at work for a moment.
-    for left in cluster.parent.glob("pgdata.new*"):
-        shutil.rmtree(left, ignore_errors=True)
-    draft = cluster.with_name(f"pgdata.new-{secrets.token_hex(4)}")
-    command = [
-        str(binaries.directory / "initdb"), "--pgdata", str(draft), "--username", _SUPERUSER, "--auth", "trust",
-        "--encoding", "UTF8", "--no-locale", "--no-instructions",
-    ]  # fmt: skip
-    done = subprocess.run(_launcher(command), capture_output=True, text=True, timeout=300, check=False, cwd="/")
-    if done.returncode != 0:
-        raise EmbeddedError(f"initdb failed: {(done.stderr or done.stdout).strip()[-2000:]}")
-    _create_database(binaries, draft)
-    draft.rename(cluster)
-
-
-def _create_database(binaries: Binaries, cluster: Path) -> None:
-    command = [str(binaries.directory / "postgres"), "--single", "-D", str(cluster), "postgres"]
-    done = subprocess.run(
-        _launcher(command), input=f"CREATE DATABASE {DATABASE};\n", capture_output=True, text=True, timeout=300,
-        check=False, cwd="/",
-    )  # fmt: skip
-    if done.returncode != 0 or "ERROR" in done.stderr:
-        raise EmbeddedError(f"the database could not be created: {done.stderr.strip()[-2000:]}")
-
-
-def _launch(binaries: Binaries, cluster: Path, sockets: Path, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    _release(cluster, sockets)
-    command = [str(binaries.directory / "postgres"), "-D", str(cluster), "-k", str(sockets)]
-    for name, value in settings.items():
-        command += ["-c", f"{name}={value}"]
-    with (cluster.parent / "server.log").open("wb") as log:
-        # A session of its own: Ctrl-C in a terminal must reach the owner, who still needs the server to finish.
-        return subprocess.Popen(
-            _launcher(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
-        )
-
-
-def _launcher(command: list[str]) -> list[str]:
-    return [sys.executable, "-I", "-S", pg_launcher.__file__, str(os.getpid()), *command]
-
-
-def _wait_until_ready(cluster: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while _state(cluster) != "ready":
-        if process.poll() is not None:
-            raise EmbeddedError(f"PostgreSQL did not start: {_tail(log)}")
-        if time.monotonic() > deadline:
-            process.kill()
-            raise EmbeddedError(f"PostgreSQL was not ready after {_START_SECONDS:g} s: {_tail(log)}")
-        time.sleep(_POLL_SECONDS)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return " / ".join(lines[-5:])
+    return True

@@ -1,4 +1,4 @@
-"""Become a PostgreSQL program that may run here and that does not outlive its owner.
+"""Become a PostgreSQL program that may run here and that does not outlive its owner: its keeper, or who initialises it.
 
 Run as a script, `pg_launcher.py OWNER_PID PROGRAM [ARG ...]`, so that none of this happens in the owner's process.
 PostgreSQL refuses to run as root, and as a user that has no name, which is what a container with an arbitrary uid has. As

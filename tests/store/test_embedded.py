@@ -1,8 +1,9 @@
-"""The embedded PostgreSQL: whose it is, when it ends, what it is made of, and what is said when it cannot be had."""
+"""The embedded PostgreSQL: who uses it, when it ends, what it is made of, and what is said when it cannot be had."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -29,19 +30,28 @@ NOBODY = 65_534
 _CLONE_NEWUSER = 0x10000000
 _DEADLINE_SECONDS = 20.0
 
-#: Starts the server of argv[1], says so in JSON, and ends as argv[2] says: `stop`, `wait` for stdin's end, or `exit`.
-OWNER = """
+#: Uses the server of argv[1], says so in JSON, and ends with stdin: as argv[2] says, by `stop` or by `exit`.
+USER = """
 import json, sys
 from pathlib import Path
 from keyproxy.store import embedded
 server = embedded.start(Path(sys.argv[1]), {"fsync": "off", "autovacuum": "off"})
 cluster = Path(server.socket_directory.parent, "pgdata")
 pid = int((cluster / "postmaster.pid").read_text().split()[0])
-print(json.dumps({"dsn": server.dsn("postgres"), "is_owner": server.is_owner, "pid": pid, "run": str(server.socket_directory)}), flush=True)
+print(json.dumps({"dsn": server.dsn("postgres"), "pid": pid, "run": str(server.socket_directory)}), flush=True)
 sys.stdin.read()
 if sys.argv[2] == "stop":
     server.stop()
-"""  # noqa: E501
+"""
+
+#: (how a user ends, the signal that ends it, whether it is sent to its whole process group)
+ENDS = {
+    "stop": ("stop", None, False),
+    "exit": ("exit", None, False),
+    "SIGTERM": ("exit", signal.SIGTERM, False),
+    "SIGKILL": ("exit", signal.SIGKILL, False),
+    "SIGKILL to its process group": ("exit", signal.SIGKILL, True),
+}
 
 #: Runs argv as root of a user namespace that has every user, and in which no further one can be made.
 DENIED = f"""
@@ -107,16 +117,26 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-class Owner:
-    """A process that starts, or attaches to, the server of a directory, and ends as `end` says when it is let go."""
+def keeper_of(server: int) -> int:
+    """The pid of the process that keeps a server."""
+    return int(Path(f"/proc/{server}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+
+
+class User:
+    """A process that uses the server of a directory, and ends as ENDS says when it is let go.
+
+    Then it is waited for until nobody holds its stdout and stderr any more.
+    """
 
     def __init__(
         self, directory: Path, end: str = "stop", *, python: Sequence[str] = (sys.executable,), **options: Any
     ) -> None:
         environment = options.pop("env", os.environ) | {"PYTHONPATH": str(ROOT)}
+        how, self._signal, self._is_to_group = ENDS[end]
         self.process = subprocess.Popen(
-            [*python, "-c", OWNER, str(directory), end],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/", **options,
+            [*python, "-c", USER, str(directory), how],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/",
+            start_new_session=True, **options,
         )  # fmt: skip
         self._told: dict[str, Any] = {}
 
@@ -135,64 +155,143 @@ class Owner:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        if self._signal is not None:
+            assert self.told
+            (os.killpg if self._is_to_group else os.kill)(self.process.pid, self._signal)
         self.process.communicate(timeout=_DEADLINE_SECONDS)
 
 
-# -- whose it is, and when it ends
+# -- who uses it, and when it ends
 
 
 def test_data_survives_a_restart_and_the_directory_is_made_once(start_server: StartServer) -> None:
     first = start_server()
-    made = (cluster_of(first) / "PG_VERSION").stat().st_ino
+    pid, made = postmaster(first), (cluster_of(first) / "PG_VERSION").stat().st_ino
     ask(first, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
     first.stop()
     assert not (cluster_of(first) / "postmaster.pid").exists()
+    assert is_gone(pid)
     second = start_server()
-    assert second.is_owner
     assert ask(second, "SELECT n FROM kept") == [7]
     ask(second, "DROP TABLE kept")
     assert (cluster_of(second) / "PG_VERSION").stat().st_ino == made
 
 
 def test_stopping_twice_is_stopping_once(start_server: StartServer) -> None:
-    server = start_server()
-    server.stop()
-    server.stop()
-    assert not server.is_owner
+    first, second = start_server(), start_server()
+    first.stop()
+    first.stop()
+    assert ask(second, "SELECT 1") == [1]
 
 
-def test_who_comes_second_attaches_and_leaves_the_server_running_to_its_owner(start_server: StartServer) -> None:
-    server = start_server()
-    with Owner(server.socket_directory.parent) as second:
-        assert (second.told["is_owner"], second.told["dsn"]) == (False, server.dsn("postgres"))
-        assert second.told["pid"] == postmaster(server)
+@pytest.mark.parametrize("end", ENDS)
+def test_the_server_outlives_whoever_started_it_and_who_waits_for_its_output_waits_no_longer(
+    home: Path, start_server: StartServer, end: str
+) -> None:
+    with User(home, end) as starter:
+        pid = starter.told["pid"]
+        server = start_server()
+    assert postmaster(server) == pid
     assert ask(server, "SELECT 1") == [1]
+    server.stop()
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_server_ends_with_its_last_user_however_it_ends(home: Path, end: str) -> None:
+    with User(home, end) as user:
+        pid = user.told["pid"]
+        keeper = keeper_of(pid)
+    wait_until(lambda: is_gone(pid), "the server has ended")
+    wait_until(lambda: is_gone(keeper), "its keeper has ended")
+    assert not (home / "pgdata" / "postmaster.pid").exists(), "it has ended in order"
+    assert not list((home / "run").iterdir())
 
 
 @pytest.mark.parametrize("contenders", [2, 5])
-def test_of_several_that_start_at_once_one_owns_the_server_and_all_reach_it(home: Path, contenders: int) -> None:
+def test_of_several_that_start_at_once_one_starts_the_server_and_all_reach_it(home: Path, contenders: int) -> None:
     with contextlib.ExitStack() as stack:
-        all_of_them = [stack.enter_context(Owner(home)) for _ in range(contenders)]
+        all_of_them = [stack.enter_context(User(home)) for _ in range(contenders)]
         told = [one.told for one in all_of_them]
-        assert sum(one["is_owner"] for one in told) == 1
         assert len({one["pid"] for one in told}) == 1
-    wait_until(lambda: is_gone(told[0]["pid"]), "the server has ended with its owner")
+    assert is_gone(told[0]["pid"])
 
 
-@pytest.mark.parametrize(
-    ("end", "signal_sent"),
-    [("stop", None), ("exit", None), ("exit", signal.SIGTERM), ("exit", signal.SIGKILL)],
-    ids=["stop", "exit", "SIGTERM", "SIGKILL"],
-)
-def test_the_server_ends_with_its_owner_however_it_ends(home: Path, end: str, signal_sent: int | None) -> None:
-    with Owner(home, end) as owner:
-        assert owner.told["is_owner"]
-        assert not is_gone(owner.told["pid"])
-        if signal_sent is not None:
-            owner.process.send_signal(signal_sent)
-    wait_until(lambda: is_gone(owner.told["pid"]), "the server has ended")
-    wait_until(lambda: not (home / "pgdata" / "postmaster.pid").exists(), "it has ended in order")
-    assert not list((home / "run").iterdir())
+def test_who_comes_while_the_last_one_goes_has_a_server(home: Path) -> None:
+    def come_and_go(times: int) -> None:
+        for _ in range(times):
+            server = embedded.start(home)
+            assert ask(server, "SELECT 1") == [1]
+            server.stop()
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for coming in [threads.submit(come_and_go, 3) for _ in range(3)]:
+            coming.result()
+    assert not (home / "pgdata" / "postmaster.pid").exists()
+
+
+# -- its keeper
+
+
+def test_the_keeper_has_nothing_of_whoever_started_it(home: Path) -> None:
+    secret = f"secret-{os.getpid()}"
+    with User(home, env={**os.environ, "KEYPROXY_ADMIN_TOKEN": secret, "PGPASSWORD": secret}) as user:
+        server = user.told["pid"]
+        keeper = keeper_of(server)
+        starters_files = {str(file.readlink()) for file in Path(f"/proc/{user.process.pid}/fd").iterdir()}
+        for pid in (keeper, server):
+            process = Path(f"/proc/{pid}")
+            assert secret.encode() not in (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            files = {str(file.readlink()) for file in (process / "fd").iterdir()}
+            assert not files & starters_files - {"/dev/null", str(home / "users")}
+            assert os.getsid(pid) not in (os.getsid(0), user.process.pid)
+        assert Path(f"/proc/{keeper}/cwd").readlink() == Path("/")
+        assert os.getpgid(keeper) != os.getpgid(server)
+
+
+def test_signals_that_are_meant_for_its_users_do_not_end_the_keeper(start_server: StartServer) -> None:
+    server = start_server()
+    keeper = keeper_of(postmaster(server))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(keeper, number)
+    assert ask(server, "SELECT 1") == [1]
+    assert not is_gone(keeper)
+
+
+def test_a_server_whose_keeper_is_killed_ends_in_order(start_server: StartServer) -> None:
+    server = start_server()
+    pid = postmaster(server)
+    os.kill(keeper_of(pid), signal.SIGKILL)
+    wait_until(lambda: is_gone(pid), "the server has ended")
+    assert not (cluster_of(server) / "postmaster.pid").exists()
+
+
+@pytest.mark.parametrize("killed", ["keeper", "server"])
+def test_a_watched_server_that_ends_is_started_again_and_keeps_its_users(
+    home: Path, start_server: StartServer, killed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server()
+    pid = postmaster(server)
+    with server.watched():
+        os.kill(pid if killed == "server" else keeper_of(pid), signal.SIGKILL)
+        wait_until(lambda: "is started again" in caplog.text, "it is started again")
+        assert ask(server, "SELECT 1") == [1]
+    with User(home) as other:
+        assert other.told["pid"] == postmaster(server) != pid
+    assert ask(server, "SELECT 1") == [1]
+
+
+def test_a_watched_server_whose_data_are_gone_is_no_empty_one_the_next_moment(
+    short_directory: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(home / "pgdata", short_directory / "pgdata")
+    server = embedded.start(short_directory)
+    with server.watched():
+        os.kill(postmaster(server), signal.SIGKILL)
+        shutil.rmtree(short_directory / "pgdata")
+        wait_until(lambda: f"{short_directory / 'pgdata'} is gone; once more in 1 s" in caplog.text, "it is told")
+    server.stop()
+    assert not (short_directory / "pgdata").exists()
 
 
 # -- after a crash
@@ -205,8 +304,8 @@ def test_a_server_that_was_killed_is_recovered_from(start_server: StartServer) -
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: is_gone(pid), "the server is gone")
     assert (cluster_of(server) / "postmaster.pid").exists()
+    server.stop()
     again = start_server()
-    assert again.is_owner
     assert ask(again, "SELECT n FROM kept") == [7]
     ask(again, "DROP TABLE kept")
 
@@ -222,9 +321,7 @@ def test_a_pid_that_is_somebody_else_s_by_now_is_no_server(
     with subprocess.Popen([tmp_path / name, "60"]) as other:
         try:
             stale.write_text(f"{other.pid}\n{home / 'pgdata'}\n1\n5432\n{home / 'run'}\n\n  1 2\nready   \n")
-            server = start_server()
-            assert server.is_owner
-            assert ask(server, "SELECT 1") == [1]
+            assert ask(start_server(), "SELECT 1") == [1]
         finally:
             other.kill()
 
@@ -242,9 +339,9 @@ def test_a_first_start_that_was_interrupted_is_begun_anew(short_directory: Path)
     (draft / "base").mkdir(parents=True)
     (draft / "PG_VERSION").write_text("18\n")
     # Interrupted once more, in the middle of it.
-    with Owner(short_directory) as owner:
+    with User(short_directory) as user:
         wait_until(lambda: any(short_directory.glob("pgdata.new-*/global")), "initdb is at work")
-        owner.process.kill()
+        user.process.kill()
     assert not (short_directory / "pgdata").exists()
     server = embedded.start(short_directory)
     try:
@@ -424,9 +521,9 @@ def test_it_runs_as_an_ordinary_user() -> None:
         directory = Path(name) / "pg"
         best, *_ = pg_binaries.find_binaries(os.environ)
         environment = {**os.environ, "HOME": name, "KEYPROXY_PG_BIN": str(best.directory)}
-        with Owner(directory, python=(python,), env=environment, user=NOBODY, group=NOBODY, extra_groups=[]) as owner:
-            assert owner.told["is_owner"]
-            assert Path(f"/proc/{owner.told['pid']}").stat().st_uid == NOBODY
+        with User(directory, python=(python,), env=environment, user=NOBODY, group=NOBODY, extra_groups=[]) as user:
+            for pid in (user.told["pid"], keeper_of(user.told["pid"])):
+                assert Path(f"/proc/{pid}").stat().st_uid == NOBODY
         assert {path.stat().st_uid for path in directory.iterdir()} == {NOBODY}
         assert not (directory / "pgdata" / "postmaster.pid").exists()
 
@@ -453,11 +550,10 @@ def test_root_to_whom_user_namespaces_are_denied_runs_it_as_nobody(tmp_path: Pat
     if probe.returncode != pg_launcher.NOBODY:
         pytest.skip("no user namespace can be had in which to deny them")
     directory = tmp_path / "pg"
-    with Owner(directory, python=python) as owner:
-        private = Path(owner.told["run"]).parent
-        assert owner.told["is_owner"]
-        assert Path(f"/proc/{owner.told['pid']}").stat().st_uid == NOBODY
+    with User(directory, python=python) as user:
+        private = Path(user.told["run"]).parent
+        assert Path(f"/proc/{user.told['pid']}").stat().st_uid == NOBODY
         assert (private.stat().st_uid, private.stat().st_mode & 0o777) == (NOBODY, 0o700)
         assert directory.stat().st_uid == 0
-    assert is_gone(owner.told["pid"])
+    assert is_gone(user.told["pid"])
     shutil.rmtree(private)
