@@ -230,6 +230,20 @@ def test_who_comes_while_the_last_one_goes_has_a_server(home: Path) -> None:
     assert not (home / "pgdata" / "postmaster.pid").exists()
 
 
+def test_a_server_that_runs_in_another_container_is_left_alone_and_told(home: Path, start_server: StartServer) -> None:
+    # Which sees the same files and locks, and other processes.
+    started = start_server()
+    pid_file = home / "pgdata" / "postmaster.pid"
+    content = pid_file.read_bytes()
+    pid_file.write_bytes(content.replace(str(postmaster(started)).encode(), b"4194304", 1))
+    try:
+        with pytest.raises(EmbeddedError, match=r"PostgreSQL did not start: .* in another container\?"):
+            start_server()
+    finally:
+        pid_file.write_bytes(content)
+    assert ask(started, "SELECT 1") == [1]
+
+
 # -- its keeper
 
 
