@@ -1,29 +1,39 @@
 """What each phase of a request costs, without sockets: so that a regression shows which phase it came from.
 
-Prints microseconds of CPU per request, best of several rounds. The numbers of one run compare with each other only.
+Prints microseconds of CPU per request, best of several rounds. The numbers of one run compare with each other only. What
+limits add is told apart: a proxy without, one whose requests are under windows of their key, their user and their tenant,
+and one where these have token budgets too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import socket
 import time
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final, cast
 
 import uvloop
 
-from keyproxy import admission, clock, credential, headers
+from keyproxy import admission, clock, credential, headers, settings
 from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat, SecretKey
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits.book import Book, Short
+from keyproxy.limits.leases import Pool, Reply
+from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Permit
+from keyproxy.ports import Exchange
 from keyproxy.problems import Problems
-from keyproxy.settings import Listen, RouteRow, Settings
-from keyproxy.settings import Upstream as UpstreamSettings
+from keyproxy.store.database import Database
+from keyproxy.store.ledger import Ledger, LedgerBackend
+from keyproxy.store.usage import UsageJournal
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
@@ -38,22 +48,24 @@ FORMAT = KeyFormat()
 SECRET = FORMAT.make(bytes(32), is_test=False)
 
 
-def requests(secret: SecretKey) -> dict[str, bytes]:
-    """Two requests: a plain one, and one with the headers that an instrumented worker sends."""
+def requests(secret: SecretKey) -> dict[str, list[bytes]]:
+    """Two kinds: the same plain request always, and requests as an instrumented worker sends them, no two alike."""
+    body = b'{"max_tokens": 16, "input": "%b"}' % (b"x" * 59)
     plain = (
         b"POST /v1/ai/jobs HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nAuthorization: Api-Key %b\r\n"
-        b"Content-Type: application/json\r\nContent-Length: 90\r\n" % secret.reveal()
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n" % (secret.reveal(), len(body))
     )
     rich = plain + (
         b"User-Agent: python-requests/2.32\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
-        b"traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nX-Request-Id: 8f14e45f\r\n"
+        b"traceparent: 00-4bf92f3577b34da6a3ce929d%08x-00f067aa%08x-01\r\nX-Request-Id: 8f14%08x\r\n"
     )
-    return {"plain": plain + b"\r\n" + b"x" * 90, "rich": rich + b"\r\n" + b"x" * 90}
+    varied = [rich % (number, number, number) for number in range(0, 1_000_000_007, 1_000_003)]
+    return {"plain": [plain + b"\r\n" + body], "rich": [one + b"\r\n" + body for one in varied]}
 
 
 RESPONSE = (
     b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Sat, 21 Nov 2026 10:06:43 GMT\r\n"
-    b"Content-Type: application/json\r\nContent-Length: 39\r\n\r\n" + b"x" * 39
+    b"Content-Type: application/json\r\nContent-Length: 39\r\nX-Usage-Tokens: 17\r\n\r\n" + b"x" * 39
 )
 
 
@@ -92,43 +104,74 @@ class _Transport:
     close = pause_reading = resume_reading = abort
 
 
-class _NoLedger:
-    """For identities without limits."""
+#: Whose limits: the plan that the key, its user and its tenant have, each. No unit of these runs out here.
+_MANY: Final = 10**12
+PLANS: Final = {
+    "no limits": None,
+    "windows": Plan(requests_per_day=_MANY, requests_per_month=_MANY),
+    "windows, tokens": Plan(
+        requests_per_day=_MANY, requests_per_month=_MANY,
+        tokens_per_request=10_000, tokens_per_day=_MANY, tokens_per_month=_MANY,
+    ),
+}  # fmt: skip
+NEED: Final = TokenNeed(90, 106)
 
-    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
-        raise AssertionError("nobody is under limits here")
 
-    def extend(self, hold: Hold, tokens: int) -> Hold:
-        raise AssertionError("nobody is under limits here")
+def allowance(plan: Plan | None) -> Allowance | None:
+    """The same plan for the tenant, the user and the key."""
+    if plan is None:
+        return None
+    return Allowance(tuple((Pool(kind, "bench", False), plan) for kind in ("tenant", "user", "key")))
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
-        raise AssertionError("nobody is under limits here")
+
+def grant(book: Book, limits: Allowance) -> None:
+    """Lease everything to this book, for longer than this takes."""
+    for _ in range(2):
+        now = clock.monotonic()
+        try:
+            book.check(limits, now, NEED)
+        except Short as short:
+            book.ask(short)
+            lines = book.lines(now, all_of_them=True)
+            replies = [Reply(line.lease, 0, _MANY, 0, _MANY, 86_400.0, 0.0, False) for line in lines]
+            book.apply(lines, replies, now, valid_seconds=86_400.0)
 
 
 class Bench:
-    """A proxy without sockets."""
+    """A proxy without sockets, whose requests are under one of PLANS."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, null: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, null: int, plan: Plan | None = None) -> None:
         self.names = FieldNames()
         block = headers.identity_block("X-Keyproxy-", (("User", "u_42"), ("Tenant", "acme"), ("Scope", "jobs:write")))
-        self.identity = Identity("k", "u_42", "acme", frozenset({"jobs:write"}), False, NEVER, None, block)
-        self.routes = Settings(routes=(RouteRow("POST /v1/ai/jobs", ["jobs:write"]),)).route_table()
+        self.limits = allowance(plan)
+        self.identity = Identity(
+            "k", "u_42", "acme", frozenset({"jobs:write"}), False, NEVER, None, block, self.limits
+        )  # fmt: skip
+        tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
+        rows = (settings.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
+        self.routes = settings.Settings(routes=rows).route_table()
+        # Neither is started, so that nothing is said to a database or a ledger.
+        self.ledger = Ledger(cast("LedgerBackend", None), settings.Ledger(), clock.now)
+        self.usage = UsageJournal(cast("Database", None), settings.Usage(), clock.now, settle_seconds=1.0)
+        if self.limits is not None:
+            grant(self.ledger.book, self.limits)
         self.log = AccessLog(null, wall_offset=clock.wall_offset)
-        self.recorder = Recorder(self.log)
+        self.log.start()
+        self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = Gateway(
-            key_format=FORMAT, identities=_Identities(self.identity), ledger=_NoLedger(), routes=self.routes,
+            key_format=FORMAT, identities=_Identities(self.identity), ledger=self.ledger, routes=self.routes,
             now=clock.now, instance=b"bench",
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
-        settings = UpstreamSettings()
         pool = UpstreamPool(
-            "http://127.0.0.1:9", settings, ResponseReader(self.names), deadlines, clock=clock.monotonic, loop=loop
-        )
+            "http://127.0.0.1:9", settings.Upstream(), ResponseReader(self.names), deadlines,
+            clock=clock.monotonic, loop=loop,
+        )  # fmt: skip
         self.upstream = UpstreamConnection(pool, loop)
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Terms(Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
+            Terms(settings.Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
             recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
         )  # fmt: skip
         self.client = ClientConnection(self.server)
@@ -139,22 +182,25 @@ class Bench:
         self.client.data_received(request)
         self.upstream.data_received(RESPONSE)
 
+    def take_and_settle(self) -> None:
+        """What one request takes of its limits, and what becomes of it."""
+        if self.limits is not None:
+            self.ledger.settle(self.ledger.take(self.limits, clock.now(), NEED), was_sent=True, tokens=NEED.least)
 
-def timed(call: Callable[[], object]) -> float:
-    """Microseconds of CPU for one call."""
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        started = time.process_time()
-        for _ in range(_CALLS):
-            call()
-        best = min(best, time.process_time() - started)
-    return best / _CALLS * 1e6
+    def close(self) -> None:
+        """End the thread that writes the log."""
+        self.log.close()
+
+    def forget(self) -> None:
+        """Let go of the usage that was gathered, as if it had been written."""
+        self.recorder.count_pending()
+        self.usage = UsageJournal(cast("Database", None), settings.Usage(), clock.now, settle_seconds=1.0)
 
 
-def phases(bench: Bench, raw: bytes) -> dict[str, Callable[[], object]]:
+def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object]]:
     """Each phase as a call of its own, on values as the phase before leaves them."""
     reader, responses = RequestReader(bench.names, bench.gateway.holds_key), ResponseReader(bench.names)
-    head_bytes = raw[: raw.index(b"\r\n\r\n") + 4]
+    head_bytes = raws[0][: raws[0].index(b"\r\n\r\n") + 4]
     response_bytes = RESPONSE[: RESPONSE.index(b"\r\n\r\n") + 4]
     reader.read(head_bytes, len(head_bytes) - 4)
     head = reader.read(head_bytes, len(head_bytes) - 4)
@@ -162,6 +208,7 @@ def phases(bench: Bench, raw: bytes) -> dict[str, Callable[[], object]]:
     route = bench.routes.match(head.line.method, head.line.path)
     permit = Permit(admission.admit(bench.identity, route, now))
     forwarding = bench.server.trust.forwarding("127.0.0.1", is_tls=False)
+    next_raw = itertools.cycle(raws).__next__
     return {
         "(an empty call)": lambda: None,
         "1 read": lambda: reader.read(head_bytes, len(head_bytes) - 4),
@@ -169,33 +216,63 @@ def phases(bench: Bench, raw: bytes) -> dict[str, Callable[[], object]]:
         "4 admit": lambda: admission.admit(bench.identity, bench.routes.match(head.line.method, head.line.path), now),
         "6 dress": lambda: headers.dress(head, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"),
         "7 read the answer": lambda: responses.read(response_bytes, len(response_bytes) - 4),
-        "the whole, without counting": lambda: bench.whole(raw),
+        "the whole": lambda: bench.whole(next_raw()),
     }
 
 
-def main() -> None:
-    """Print the table."""
-    loop = uvloop.new_event_loop()
-    with open("/dev/null", "wb") as null:  # noqa: PTH123
-        bench = Bench(loop, null.fileno())
-        for kind, raw in requests(SECRET).items():
-            print(f"\n{kind} request, {len(raw)} bytes                µs")
-            for name, call in phases(bench, raw).items():
-                print(f"  {name:<32} {timed(call):8.2f}")
+def timed(calls: Mapping[str, Callable[[], object]], *benches: Bench) -> dict[str, float]:
+    """Microseconds of CPU for one call of each: the best of rounds in which all take turns."""
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(_ROUNDS):
+        for name, call in calls.items():
+            started = time.process_time()
+            for _ in range(_CALLS):
+                call()
+            best[name] = min(best[name], (time.process_time() - started) / _CALLS * 1e6)
+        for bench in benches:
+            bench.forget()
+    return best
+
+
+def recording(bench: Bench, raw: bytes) -> float:
+    """Microseconds of CPU to count, log and note the usage of one request that has ended."""
+    pending: list[Exchange] = bench.recorder._pending  # noqa: SLF001
+    bench.whole(raw)
+    many = [pending[-1]] * 200
+
+    def count() -> None:
+        bench.recorder._pending = list(many)  # noqa: SLF001
         bench.recorder.count_pending()
-        pending = bench.recorder._pending  # noqa: SLF001
-        bench.whole(raw)
-        exchange = pending[0] if pending else bench.recorder._pending[0]  # noqa: SLF001
-        many = [exchange] * 1000
 
-        def count() -> None:
-            bench.recorder._pending = list(many)  # noqa: SLF001
-            bench.recorder.count_pending()
-
+    best = math.inf
+    for _ in range(_ROUNDS):
         started = time.process_time()
         for _ in range(20):
             count()
-        print(f"\n  10 record and log                {(time.process_time() - started) / 20_000 * 1e6:8.2f}")
+        best = min(best, (time.process_time() - started) / 20 / len(many) * 1e6)
+        bench.forget()
+    return best
+
+
+def main() -> None:
+    """Print the tables."""
+    loop = uvloop.new_event_loop()
+    with open("/dev/null", "wb") as null:  # noqa: PTH123
+        benches = {name: Bench(loop, null.fileno(), plan) for name, plan in PLANS.items()}
+        bench = benches["no limits"]
+        for kind, raws in requests(SECRET).items():
+            print(f"\n{kind} request, {len(raws[0])} bytes                µs")
+            for name, taken in timed(phases(bench, raws), bench).items():
+                print(f"  {name:<32} {taken:8.2f}")
+            print(f"  {'of it: 10 record':<32} {recording(bench, raws[0]):8.2f}")
+        raw = requests(SECRET)["plain"][0]
+        wholes = timed({name: partial(one.whole, raw) for name, one in benches.items()}, *benches.values())
+        takes = timed({name: one.take_and_settle for name, one in benches.items()})
+        print("\nlimits of key, user and tenant      µs    added   of it: 5, 9 take and settle")
+        for name, taken in wholes.items():
+            print(f"  {name:<28} {taken:8.2f} {taken - wholes['no limits']:8.2f} {takes[name]:8.2f}")
+        for one in benches.values():
+            one.close()
 
 
 if __name__ == "__main__":
