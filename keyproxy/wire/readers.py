@@ -18,7 +18,7 @@ Rejected: remembering whole heads, which a single trace header defeats and which
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from keyproxy import target
@@ -100,7 +100,10 @@ class _Reader(Generic[_Fields]):
             if meaning is None:
                 return None
             key[place] = meaning
-        return self._shapes.get(tuple(key))
+        shape = self._shapes.get(tuple(key))
+        if shape is not None:
+            shape.sighted()
+        return shape
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields) -> None:
         """Remember a head that was judged just now, if all its lines can be recognised again."""
@@ -242,7 +245,7 @@ class ResponseReader(_Reader[ResponseFields]):
         return ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
 
 
-def _filled(line: RequestLine, shape: Shape[RequestFields], values: list[bytes]) -> RequestHead:
+def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[bytes]) -> RequestHead:
     """A request head of a known shape."""
     credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
     content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0

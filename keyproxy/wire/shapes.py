@@ -1,12 +1,17 @@
 """Shapes of heads: which lines are always the same, and where between them values stand that differ.
 
-A shape is made from a head that was judged. Whether another head is of that shape is told by comparing bytes: all between
-the values must be the same, byte for byte, and a value must hold nothing but field characters (a Content-Length: nothing
-but digits). What is told of such a head is then what was judged, with its own values in their places.
+A shape is made from a head that was judged. Whether another head is of that shape is told by one regular expression: all
+between the values must be the same, byte for byte, and a value must hold nothing but field characters (a Content-Length:
+nothing but digits). What is told of such a head is then what was judged, with its own values in their places.
+
+Compiling an expression costs as much as ten judgements, so a shape is learnt when it has been seen a few times: who sends
+ever new heads pays for their judgement and seldom for more.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from keyproxy.headers import Kind
@@ -14,9 +19,14 @@ from keyproxy.wire.heads import CONTENT_LENGTH_DIGITS_MAX, JudgedFields
 
 CRLF: Final = b"\r\n"
 
-#: Deleting these from a value must leave nothing. RFC 9110 section 5.5: visible, space, tab, obs-text.
-_FIELD_CHARACTERS: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
+#: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. It never gives back what it has matched.
+_VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
+_NUMBER: Final = b"([0-9]{1,%d})" % CONTENT_LENGTH_DIGITS_MAX
 
+LEARNT_AFTER: Final = 8
+
+#: An expression takes ten times as much memory as its text. What is longer is judged each time.
+_PATTERN_BYTES_MAX: Final = 2048
 
 _Fields = TypeVar("_Fields")
 
@@ -31,27 +41,16 @@ class Meaning:
         self.is_whole_line = is_whole_line
 
 
-class Hole:
-    """Where a line of a shape differs from head to head. `before`: what stands between the last hole and this value."""
-
-    __slots__ = ("before", "is_number", "length")
-
-    def __init__(self, before: bytes, kind: Kind) -> None:
-        self.before = before
-        self.length = len(before)
-        self.is_number = kind is Kind.CONTENT_LENGTH
-
-
 class Shape(Generic[_Fields]):
     """A remembered judgement: the lines that are always the same, and between them the holes for values.
 
     The places of holes that mean something are counted from 0, -1 for none; of fields that may come several times the
-    place and the name, in lower case.
+    place and the name, in lower case. A shape is of use once it was seen often enough: `values` is None until then.
     """
 
     __slots__ = (
-        "_after", "_first", "_going", "_holes", "content_length", "credentials", "fields", "forwarded", "minor_version",
-        "request_id",
+        "_first", "_going", "_match", "_pattern", "_sightings", "content_length", "credentials", "fields", "forwarded",
+        "minor_version", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -62,23 +61,25 @@ class Shape(Generic[_Fields]):
         self.content_length = self.request_id = -1
         self.credentials: list[tuple[int, bytes]] = []
         self.forwarded: list[tuple[int, bytes]] = []
-        self._holes: list[Hole] = []
-        before, going = b"", [b""]
+        self._sightings = 0
+        self._match: Callable[[bytes, int, int], re.Match[bytes] | None] | None = None
+        pattern, going = b"", [b""]
         places = []
+        holes = 0
         for line, is_forwarded, meaning in zip(lines, judged.is_forwarded, meanings, strict=True):
             if meaning.is_whole_line:
-                before += CRLF + line
+                pattern += re.escape(CRLF + line)
                 going[-1] += line + CRLF if is_forwarded else b""
                 continue
             name = line.partition(b":")[0]
-            self._say(meaning.kind, name.lower(), len(self._holes))
+            self._say(meaning.kind, name.lower(), holes)
             if is_forwarded:
-                places.append(len(self._holes))
+                places.append(holes)
                 going[-1] += name + b": "
                 going.append(CRLF)
-            self._holes.append(Hole(before + CRLF + name + b": ", meaning.kind))
-            before = b""
-        self._after = before
+            pattern += re.escape(CRLF + name + b": ") + (_NUMBER if meaning.kind is Kind.CONTENT_LENGTH else _VALUE)
+            holes += 1
+        self._pattern = pattern
         #: The lines that go on: what comes first, then the places of values and what follows each.
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
@@ -93,24 +94,20 @@ class Shape(Generic[_Fields]):
         elif kind is Kind.FORWARDED:
             self.forwarded.append((place, name))
 
-    def values(self, buffer: bytes, at: int, end: int) -> list[bytes] | None:
-        """What stands in the holes, for a head whose lines are from `at` to `end`; None if it is of another shape."""
-        values = []
-        for hole in self._holes:
-            start = at + hole.length
-            if buffer[at:start] != hole.before:
-                return None
-            at = buffer.find(CRLF, start)
-            value = buffer[start:at]
-            if hole.is_number:
-                if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
-                    return None
-            elif value.translate(None, _FIELD_CHARACTERS):
-                return None
-            values.append(value)
-        return values if buffer[at:end] == self._after else None
+    def sighted(self) -> None:
+        """A head of this shape has come. That often, it is worth learning how to recognise it."""
+        self._sightings += 1
+        if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
+            self._match = re.compile(self._pattern).fullmatch
 
-    def block(self, values: list[bytes]) -> bytes:
+    def values(self, buffer: bytes, at: int, end: int) -> Sequence[bytes] | None:
+        """What stands in the holes, for a head whose lines are from `at` to `end`; None if it is of another shape."""
+        if self._match is None:
+            return None
+        match = self._match(buffer, at, end)
+        return None if match is None else match.groups()
+
+    def block(self, values: Sequence[bytes]) -> bytes:
         """The forwarded lines of a head with these values."""
         block = self._first
         for place, after in self._going:
