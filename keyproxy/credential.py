@@ -5,8 +5,9 @@ same key said twice is one credential; two different ones are refused, because w
 would read differently. A key in the URL is refused even if another one is in a header: the URL has been logged already
 by whatever the request passed through.
 
-Not decided here: whether the key exists. `Presented.check` tells a key that cannot exist, without asking anyone; it is
-called only for a digest that memory does not know, so that a known key costs one hash.
+Not decided here: whether the key exists. `checked` tells a key that cannot exist, without asking anyone; it is called
+only for a digest that memory does not know, so that a known key costs one hash. The digest stays with the head, so that a
+client that presents the same bytes again on its connection costs none.
 """
 
 from __future__ import annotations
@@ -28,37 +29,31 @@ _AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
-class Presented:
-    """The key of one request: its digest, and the means to tell that it cannot exist."""
-
-    __slots__ = ("_format", "_key", "digest")
-
-    def __init__(self, plaintext: bytes, key_format: KeyFormat) -> None:
-        self._key = SecretKey(plaintext)
-        self._format = key_format
-        self.digest: KeyDigest = self._key.digest()
-
-    @property
-    def key(self) -> SecretKey:
-        """The key itself, for who has to hash it in another way."""
-        return self._key
-
-    def check(self) -> None:
-        """Raise the Refusal for a key that is malformed or has a wrong checksum."""
-        if not self._format.may_exist(self._key.reveal()):
-            raise Refusal(Reason.KEY_INVALID, "malformed, or its checksum is wrong")
-
-
-def presented(head: RequestHead, key_format: KeyFormat) -> Presented:
-    """The one key this request presents. Raises the Refusal for none, several, or one in the URL."""
+def digest(head: RequestHead) -> KeyDigest:
+    """What the one key of this request is known by. Raises the Refusal for none, several, or one in the URL."""
     if head.line.holds_key:
         raise Refusal(Reason.KEY_IN_URL)
+    found = head.digest
+    if found is None:
+        found = head.digest = _presented(head).digest()
+    return found
+
+
+def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
+    """The one key of a request whose digest nobody knows. Raises the Refusal for one that cannot exist."""
+    key = _presented(head)
+    if not key_format.may_exist(key.reveal()):
+        raise Refusal(Reason.KEY_INVALID, "malformed, or its checksum is wrong")
+    return key
+
+
+def _presented(head: RequestHead) -> SecretKey:
     credentials = head.credentials
     if len(credentials) == 1:
-        return Presented(_plaintext(*credentials[0]), key_format)
+        return SecretKey(_plaintext(*credentials[0]))
     if not credentials:
         raise Refusal(Reason.KEY_MISSING)
-    return Presented(_the_same(credentials), key_format)
+    return SecretKey(_the_same(credentials))
 
 
 def _plaintext(name: bytes, value: bytes) -> bytes:

@@ -67,17 +67,15 @@ class Gateway:
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be decided")
         now = self._now()
-        key = credential.presented(head, self._key_format)
-        exchange.digest = key.digest
+        digest = exchange.digest = credential.digest(head)
         try:
-            identity = self._identities.known(key.digest, now, is_first_look=is_first_look)
+            identity = self._identities.known(digest, now, is_first_look=is_first_look)
         except Refusal:
             # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
-            key.check()
+            credential.checked(head, self._key_format)
             raise
         except Missing as missing:
-            key.check()
-            raise self._identities.fetching(key.key, missing) from None
+            raise self._identities.fetching(credential.checked(head, self._key_format), missing) from None
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)

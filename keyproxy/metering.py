@@ -50,7 +50,7 @@ def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
     if ask.body is not None:
         exchange.body = ask.body
         length = None if head.fields.is_chunked else len(ask.body)
-    head.block = for_metering(head.block, length)
+    exchange.head = head.with_block(for_metering(head.block, length))
     return ask
 
 

@@ -85,12 +85,17 @@ class RequestFields:
 class RequestHead:
     """A request line and fields that are well-formed HTTP/1.1, judged and taken apart.
 
-    `line` and `fields` are shared between requests that are alike. `block` holds the end-to-end header lines as they
-    came and in the order they came, without anything that ends at this proxy. `forwarded` holds X-Forwarded-* and
-    related fields, lower-case names, believed only from a trusted peer.
+    `line` and `fields` are shared between requests that are alike; the whole of it between requests on one connection
+    that are the same, byte for byte. So nothing of it changes once it is made. `block` holds the end-to-end header lines
+    as they came and in the order they came, without anything that ends at this proxy. `forwarded` holds X-Forwarded-* and
+    related fields, lower-case names, believed only from a trusted peer. `raw` is the head as it came, empty if it is not
+    to be compared with. `digest` is kept here once `credential` has found it.
     """
 
-    __slots__ = ("block", "content_length", "credentials", "fields", "forwarded", "line", "request_id")
+    __slots__ = (
+        "block", "content_length", "credentials", "digest", "fields", "forwarded", "has_body", "line", "raw",
+        "request_id",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -105,13 +110,18 @@ class RequestHead:
         self.block = block
         self.credentials = credentials
         self.content_length = content_length
+        #: Whether body bytes follow the head.
+        self.has_body = content_length > 0 or fields.is_chunked
         self.forwarded: tuple[tuple[bytes, bytes], ...] = ()
         self.request_id: bytes | None = None
+        self.raw = b""
+        self.digest: KeyDigest | None = None
 
-    @property
-    def has_body(self) -> bool:
-        """Whether body bytes follow the head."""
-        return self.content_length > 0 or self.fields.is_chunked
+    def with_block(self, block: bytes) -> RequestHead:
+        """The same head, of which other lines go upstream."""
+        head = RequestHead(self.line, self.fields, block, self.credentials, self.content_length)
+        head.forwarded, head.request_id, head.digest = self.forwarded, self.request_id, self.digest
+        return head
 
     def __repr__(self) -> str:
         return f"RequestHead({self.line.method!r}, <{len(self.line.target)} bytes>)"
@@ -137,18 +147,19 @@ class ResponseFields:
 
 
 class ResponseHead:
-    """An upstream's status line and fields, judged. `block` as in `RequestHead`.
+    """An upstream's status line and fields, judged. `block` and `raw` as in `RequestHead`.
 
     Neither a length nor chunked: the body, if the status allows one, ends with the connection.
     """
 
-    __slots__ = ("block", "content_length", "fields", "line")
+    __slots__ = ("block", "content_length", "fields", "line", "raw")
 
     def __init__(self, line: StatusLine, fields: ResponseFields, block: bytes, content_length: int) -> None:
         self.line = line
         self.fields = fields
         self.block = block
         self.content_length = content_length
+        self.raw = b""
 
     def __repr__(self) -> str:
         return f"ResponseHead({self.line.status})"

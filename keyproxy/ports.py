@@ -67,10 +67,8 @@ class Ledger(Protocol):
 class Exchange(Protocol):
     """One request and its answer, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never."""
 
-    @property
-    def head(self) -> RequestHead | None:
-        """The request; None if its head could not be read."""
-        ...
+    #: The request; None if its head could not be read.
+    head: RequestHead | None
 
     @property
     def request_id(self) -> bytes: ...

@@ -17,7 +17,7 @@ import logging
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import NOT_IN_TRAILERS
-from keyproxy.model import RequestFields, RequestHead
+from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
@@ -50,7 +50,8 @@ class ClientConnection(ClientLine):
         self._checked_bytes = 0
         self._has_skipped_line = False
         self._stalled_bytes: int | None = None
-        self._like: RequestFields | None = None
+        #: What the next head is compared with. It holds a key: when nothing is under way it is soon forgotten.
+        self.last_head: RequestHead | None = None
 
     # -- asyncio
 
@@ -88,6 +89,7 @@ class ClientConnection(ClientLine):
         self._transport = None
         self._state = State.CLOSING
         self._buffer = b""
+        self.last_head = None
         self.server.forget(self)
         if self.exchange is not None:
             self.exchange.client_gone()
@@ -157,10 +159,13 @@ class ClientConnection(ClientLine):
     def look_after(self, *, long_since: float) -> None:
         """What takes long is looked at again now and then: by whom it was asked for, and whether anybody still waits.
 
-        `long_since`: what began before this instant takes long.
+        `long_since`: what began before this instant takes long. Where nothing is under way the last key is forgotten.
         """
         exchange = self.exchange
-        if exchange is None or exchange.started_mono > long_since:
+        if exchange is None:
+            self.last_head = None
+            return
+        if exchange.started_mono > long_since:
             return
         if self._has_ended and self.is_gone():
             self.abort()
@@ -251,7 +256,7 @@ class ClientConnection(ClientLine):
                     self._checked_bytes = len(buffer)
                     check_beginning(buffer)
                 return False
-            self._begin(self.server.requests.read(buffer, end, self._like), buffer[end + 4 :])
+            self._begin(self.server.requests.read(buffer, end, self.last_head), buffer[end + 4 :])
         except FramingError as error:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
         except Refusal as refusal:
@@ -261,7 +266,7 @@ class ClientConnection(ClientLine):
     def _begin(self, head: RequestHead, rest: bytes) -> None:
         server = self.server
         now = server.clock()
-        self._like = head.fields
+        self.last_head = head
         content, is_complete = b"", True
         if head.has_body:
             body = self._body = self._body_of(head)

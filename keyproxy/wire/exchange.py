@@ -380,8 +380,6 @@ class Exchange(Outcome):
         self.body = b""
         if self._collector is not None:
             self._collector.end()
-        if self.head is not None:
-            self.head.credentials = ()
         if self.permit is not None:
             self._gate.settle(self)
         server.recorder.record(self)

@@ -9,10 +9,11 @@ Within a remembered shape a line may differ only if its name was judged, its val
 and its meaning is one of those below, which all say "any value will do, and goes here". A Host, a Connection or a
 Transfer-Encoding never differs within a shape. No key is remembered: the line that holds it is cut out.
 
-Heads on one connection are mostly of one shape, so the last one's is tried first: that is a comparison of bytes. What is
-of another shape is taken apart into lines.
+Heads on one connection resemble each other, so the last one's is tried first: the same bytes are the same head, and what
+differs in values alone is mostly of the same shape. What is of another shape is taken apart into lines. It is the
+connection that keeps its last head, for as long as it is in use: a key is in there.
 
-Rejected: remembering whole heads, which a single trace header defeats and which keeps keys in memory.
+Rejected: a table of whole heads, which a single trace header defeats and which keeps keys in memory.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ _LINES_MAX: Final = 2048
 _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
+
+#: A longer head is not kept to be compared with.
+_RAW_BYTES_MAX: Final = 2048
 
 #: Lines with these names tend to be the same from one request to the next, and are remembered whole. The kinds other
 #: than PLAIN have to be: what they say is part of the shape.
@@ -89,6 +93,10 @@ class _Reader(Generic[_Fields]):
     def kind(self, name: bytes) -> Kind:
         """The Kind of a header name."""
         return self._names.kind(name)
+
+    def _is_again(self, raw: bytes, fields: _Fields, buffer: bytes) -> bool:
+        """Whether a buffer begins with a head that this reader has read. It ends there too: its last line is empty."""
+        return raw != b"" and buffer.startswith(raw) and fields in self._by_fields
 
     def _recognised(self, lines: list[bytes], minor_version: int) -> Shape[_Fields] | None:
         """The shape of a head with these lines, the start line among them; None if it was not judged before."""
@@ -143,19 +151,21 @@ class RequestReader(_Reader[RequestFields]):
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
-    def read(self, buffer: bytes, end: int, like: RequestFields | None = None) -> RequestHead:
+    def read(self, buffer: bytes, end: int, like: RequestHead | None = None) -> RequestHead:
         """The request head that stands at the beginning of a buffer; its empty line begins at `end`.
 
-        `like`: the fields of a head that it is likely to resemble, the last one on this connection.
+        `like`: the head that it is likely to resemble, the last one on this connection. The same bytes are the same head.
 
         Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
         """
+        if like is not None and self._is_again(like.raw, like.fields, buffer):
+            return like
         at = buffer.find(CRLF)
         start = buffer[:at]
         line = self._start_lines.get(start) or self._start_line(start)
         if line is None:
             return self._judge(buffer[: end + 4])
-        shape = self._by_fields.get(like) if like is not None else None
+        shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
         )
@@ -164,7 +174,12 @@ class RequestReader(_Reader[RequestFields]):
             values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
             return self._judge(buffer[: end + 4])
-        return _filled(line, shape, values)
+        head = _filled(line, shape, values)
+        if like is not None and head.credentials == like.credentials:
+            head.digest = like.digest
+        if end <= _RAW_BYTES_MAX:
+            head.raw = buffer[: end + 4]
+        return head
 
     def _start_line(self, text: bytes) -> RequestLine | None:
         """A request line that needs nothing else to be judged: any target in origin form."""
@@ -213,16 +228,18 @@ class ResponseReader(_Reader[ResponseFields]):
         super().__init__(names)
         self._start_lines: dict[bytes, StatusLine] = {}
 
-    def read(self, buffer: bytes, end: int, like: ResponseFields | None = None) -> ResponseHead:
+    def read(self, buffer: bytes, end: int, like: ResponseHead | None = None) -> ResponseHead:
         """The response head at the beginning of a buffer; its empty line begins at `end`. `like`: as for requests.
 
         Raises a Refusal (UPSTREAM_INVALID).
         """
+        if like is not None and self._is_again(like.raw, like.fields, buffer):
+            return like
         at = buffer.find(CRLF)
         line = self._start_lines.get(buffer[:at])
         if line is None:
             return self._judge(buffer[: end + 4])
-        shape = self._by_fields.get(like) if like is not None else None
+        shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
         )
@@ -232,7 +249,10 @@ class ResponseReader(_Reader[ResponseFields]):
         if shape is None or values is None:
             return self._judge(buffer[: end + 4])
         content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
-        return ResponseHead(line, shape.fields, shape.block(values), content_length)
+        head = ResponseHead(line, shape.fields, shape.block(values), content_length)
+        if end <= _RAW_BYTES_MAX:
+            head.raw = buffer[: end + 4]
+        return head
 
     def _judge(self, raw: bytes) -> ResponseHead:
         line, fields, judged = judge_response(raw, self._names)

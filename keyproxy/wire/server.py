@@ -31,7 +31,8 @@ _log = logging.getLogger(__name__)
 #: Connections over the bound that are taken to be told so; more of them than this wait in the kernel's queue.
 _TURNED_AWAY_MAX: Final = 128
 
-#: How often exchanges that take long are looked at again, and what counts as long.
+#: How often exchanges that take long are looked at again, and what counts as long; and for how long at most a connection
+#: on which nothing is under way keeps its last head, with the key in it.
 _REVIEW_SECONDS: Final = 0.5
 _LONG_SECONDS: Final = 0.5
 
@@ -188,7 +189,7 @@ class ProxyServer:
     def _look_after_all(self) -> None:
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
         now = self.clock()
-        for connection in [one for one in self._connections if one.exchange is not None]:
+        for connection in [one for one in self._connections if one.exchange is not None or one.last_head is not None]:
             connection.look_after(long_since=now - _LONG_SECONDS)
 
     def _connection(self) -> ClientConnection:

@@ -14,7 +14,7 @@ import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import Kind
-from keyproxy.model import ResponseFields, ResponseHead
+from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
@@ -49,7 +49,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._method = b""
         self._buffer = b""
-        self._like: ResponseFields | None = None
+        self._like: ResponseHead | None = None
         self._body: Body | None = None
         self._keeps_alive = False
         self._is_paused = False
@@ -210,7 +210,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self._buffer = buffer
                 return
             head = self._pool.responses.read(buffer, end, self._like)
-            self._like = head.fields
+            self._like = head
             buffer = buffer[end + 4 :]
             status = head.line.status
             if ends_with_head(status) and (head.fields.has_content_length or head.fields.is_chunked):

@@ -28,7 +28,7 @@ def head(*credentials: tuple[bytes, bytes], target: bytes = b"/v1/jobs") -> Requ
 
 def refused(request: RequestHead) -> Refusal:
     with pytest.raises(Refusal) as error:
-        credential.presented(request, fakes.FORMAT)
+        credential.digest(request)
     return error.value
 
 
@@ -47,7 +47,7 @@ def refused(request: RequestHead) -> Refusal:
     ],
 )
 def test_one_key_is_presented_however_often_it_is_said(credentials: list[tuple[bytes, bytes]], key: bytes) -> None:
-    assert credential.presented(head(*credentials), fakes.FORMAT).digest == hashlib.sha256(key).digest()
+    assert credential.digest(head(*credentials)) == hashlib.sha256(key).digest()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_key_in_the_url_is_refused_even_beside_one_in_a_header(
     ],
 )
 def test_what_only_resembles_a_key_may_stand_in_the_url(target: str) -> None:
-    credential.presented(head((X_KEY, KEY), target=target.encode()), fakes.FORMAT)
+    credential.digest(head((X_KEY, KEY), target=target.encode()))
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,24 @@ def test_what_only_resembles_a_key_may_stand_in_the_url(target: str) -> None:
 def test_a_key_that_cannot_exist_is_told_without_asking(
     plaintext: bytes, accepts_foreign: bool, may_exist: bool
 ) -> None:
-    key = credential.presented(head((X_KEY, plaintext)), KeyFormat(accepts_foreign=accepts_foreign))
+    request, key_format = head((X_KEY, plaintext)), KeyFormat(accepts_foreign=accepts_foreign)
     if may_exist:
-        key.check()
+        assert credential.checked(request, key_format).digest() == credential.digest(request)
         return
     with pytest.raises(Refusal) as error:
-        key.check()
+        credential.checked(request, key_format)
     assert error.value.reason is Reason.KEY_INVALID
+
+
+def test_a_key_in_the_url_is_refused_whatever_was_found_out_about_a_head_like_it() -> None:
+    request = head((X_KEY, KEY), target=b"/" + KEY)
+    request.digest = credential.digest(head((X_KEY, KEY)))
+    assert refused(request).reason is Reason.KEY_IN_URL
 
 
 def test_no_value_on_the_way_shows_the_key() -> None:
     request = head((X_KEY, KEY), target=b"/" + KEY)
-    key = credential.presented(head((X_KEY, KEY)), fakes.FORMAT)
+    key = credential.checked(head((X_KEY, KEY)), fakes.FORMAT)
     assert TEXT[8:] not in f"{request!r} {request.credentials!r} {key!r}"
 
 
