@@ -29,14 +29,14 @@ PAGE_MAX = 500
 #: As the tables have it.
 ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
 PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
-_PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 Id = Annotated[str, StringConstraints(pattern=ID)]
 PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
-Name = Annotated[str, StringConstraints(pattern=_PRINTABLE, max_length=200)]
-Reason = Annotated[str, StringConstraints(pattern=_PRINTABLE, max_length=500)]
+Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
+Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
 KeyScope = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$")]
-Text = Annotated[str, StringConstraints(pattern=_PRINTABLE, max_length=200)]
+Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
 Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
 

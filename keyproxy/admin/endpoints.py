@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from keyproxy.admin.accepted import Accepted, NoQuery, Paged
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.scopes import Scope
-from keyproxy.problems import Problems
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity
@@ -27,11 +26,6 @@ class Terms(NamedTuple):
     age_days_max: int
     routes_ask_for: frozenset[str] | None
     settings: Settings
-
-    def problems(self) -> Problems:
-        """How the proxy tells refusals."""
-        errors = self.settings.errors
-        return Problems(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)
 
     def life(self, said: Mapping[str, Any]) -> timedelta | None:
         """How long a new key lives, None for ever."""
@@ -134,6 +128,14 @@ class Endpoint:
         if self.is_kept:
             every |= {Problem.IN_PROGRESS, Problem.KEY_REUSED}
         return frozenset(every | self.refuses)
+
+
+def needs(scope: Scope) -> Refused:
+    """The refusal of who does not have this scope."""
+    return Refused(
+        Problem.INSUFFICIENT_SCOPE, f"It needs {scope}.",
+        headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
+    )  # fmt: skip
 
 
 _POSITION_BYTES_MAX: Final = 600

@@ -31,7 +31,7 @@ TELLS: Final = {
     Scope.ADMIN_READ: "reads everything",
     Scope.ADMIN_WRITE: "may do everything",
     Scope.KEYS_READ: "reads tenants, users, keys and plans",
-    Scope.KEYS_WRITE: "issues, changes, rotates, revokes and deletes keys",
+    Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys",
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "makes, changes and deletes plans",
     Scope.AUDIT_READ: "reads the audit log",

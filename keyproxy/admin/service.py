@@ -14,9 +14,9 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from keyproxy.admin import keys, plans, reading, tenants, usage
+from keyproxy.admin import importing, keys, plans, reading, tenants, usage
 from keyproxy.admin.access import Access
-from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms
+from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms, needs
 from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.keyformat import KeyFormat
@@ -36,7 +36,7 @@ from keyproxy.store.directory import (
 
 _log = logging.getLogger(__name__)
 
-ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *plans.ENDPOINTS, *usage.ENDPOINTS)
+ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *importing.ENDPOINTS, *plans.ENDPOINTS, *usage.ENDPOINTS)
 
 _DIRECTORY_PROBLEMS: Final = {
     NotFound: Problem.NOT_FOUND,
@@ -90,10 +90,7 @@ class Service:
         token = await self.access.token(authorization, request.remote or "unix", self.now_mono())
         request[TOKEN_ID] = token["id"]
         if scope is not None and not allows(token["scopes"], scope):
-            raise Refused(
-                Problem.INSUFFICIENT_SCOPE, f"It needs {scope}.",
-                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
-            )  # fmt: skip
+            raise needs(scope)
         if is_global and token["tenant"] is not None:
             raise Refused(Problem.TENANT_BOUND)
         return token

@@ -16,8 +16,9 @@ from keyproxy.admin.answers import Answered
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.scopes import Scope
-from keyproxy.store.explaining import Question, explain_key, windows_of_user
-from keyproxy.store.usage_reading import DIMENSIONS, NoSuchEventError, UsageFilter, UsageReader
+from keyproxy.store.explaining import Question
+from keyproxy.store.usage_desk import UsageDesk
+from keyproxy.store.usage_reading import DIMENSIONS, NoSuchEventError, UsageFilter
 
 _USUAL_DAYS: Final = 30
 _LINES: Final = 500
@@ -152,30 +153,39 @@ class Explained(Answered):
 async def _sums(call: Call) -> Answer:
     query: SumsQuery = call.query
     wanted, by = _wanted(call), [name for name in DIMENSIONS if name in query.by.split(",")]
-    rows = [] if wanted is None else await UsageReader(call.database).sums(wanted, by, query.limit + 1)
+    rows = [] if wanted is None else await _desk(call).sums(wanted, by, query.limit + 1)
     return Answer({"items": rows[: query.limit], "is_complete": len(rows) <= query.limit})
+
+
+async def _all_sums(call: Call) -> Stream:
+    wanted = _wanted(call)
+    return Stream(_lines(None if wanted is None else _desk(call).all_sums(wanted)))
 
 
 async def _events(call: Call) -> Stream:
     query: EventsQuery = call.query
     wanted = _wanted(call)
-    found = None if wanted is None else UsageReader(call.database).events(wanted, query.after or None)
+    return Stream(_lines(None if wanted is None else _desk(call).events(wanted, query.after or None)))
 
-    async def lines() -> AsyncIterator[bytes]:
-        if found is None:
-            return
-        part: list[bytes] = []
-        try:
-            async for event in found:
-                part.append(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
-                if len(part) == _LINES:
-                    yield b"".join(part)
-                    part.clear()
-        except NoSuchEventError as error:
-            raise Refused(Problem.INVALID, errors=[FieldError("query.after", str(error))]) from error
-        yield b"".join(part)
 
-    return Stream(lines())
+async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[bytes]:
+    """Lines of JSON, many at a time; none if nothing may be found."""
+    if found is None:
+        return
+    part: list[bytes] = []
+    try:
+        async for row in found:
+            part.append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            if len(part) == _LINES:
+                yield b"".join(part)
+                part.clear()
+    except NoSuchEventError as error:
+        raise Refused(Problem.INVALID, errors=[FieldError("query.after", str(error))]) from error
+    yield b"".join(part)
+
+
+def _desk(call: Call) -> UsageDesk:
+    return UsageDesk(call.database, call.terms.settings, clock.now)
 
 
 def _wanted(call: Call) -> UsageFilter | None:
@@ -193,39 +203,24 @@ def _wanted(call: Call) -> UsageFilter | None:
 async def _windows(call: Call) -> Answer:
     user = call.path["id"]
     await call.directory.user(user)  # not there for who may not see it
-    items = await windows_of_user(
-        call.database, user, call.terms.settings, is_test=call.query.is_test, now=clock.now
-    )  # fmt: skip
-    return Answer({"items": items})
+    return Answer({"items": await _desk(call).windows(user, is_test=call.query.is_test)})
 
 
 async def _explain(call: Call) -> Answer:
     query: ExplainQuery = call.query
     key = call.path["id"]
     await call.directory.key(key)  # not there for who may not see it
-    question = Question(query.method, query.path, query.tokens)
-    identity, told = await explain_key(call.database, key, question, call.terms.settings, now=clock.now)
-    refusal = told.refusal
-    content: dict[str, Any] = {
-        "key": identity.key_id, "user": identity.user_id, "tenant": identity.tenant_id, "mode": identity.mode,
-        "route": told.route, "allowed": refusal is None, "code": None, "status": None, "policy": None, "detail": None,
-        "retry_after_seconds": None, "limits": list(told.limits),
-    }  # fmt: skip
-    if refusal is not None:
-        content |= {
-            "code": refusal.reason.code,
-            "status": call.terms.problems().status(refusal.reason),
-            "policy": None if refusal.limit is None else refusal.limit.policy.name,
-            "detail": f"{refusal.reason.value.sentence} {refusal.said or refusal.detail}".rstrip(),
-            "retry_after_seconds": refusal.retry_after_seconds,
-        }
-    return Answer(content)
+    return Answer(await _desk(call).explained(key, Question(query.method, query.path, query.tokens)))
 
 
 ENDPOINTS: Final = (
     Endpoint("GET", "/v1/usage", "show_usage",
              "Requests, refusals and tokens, summed. Days are UTC; the days that hold any of the time count.",
              Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
+    Endpoint("GET", "/v1/usage/export", "export_usage_sums",
+             "The sums by day, tenant, user, key, mode and route as lines of JSON, all of them. An answer that ends "
+             "without its last chunk is not complete.",
+             Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery, is_stream=True),
     Endpoint("GET", "/v1/usage/events", "export_usage",
              "Every request as lines of JSON, in the order of writing, complete up to now. Go on with `after` set to the "
              "last one's id. An answer that ends without its last chunk is not complete.",

@@ -13,10 +13,10 @@ import orjson
 from keyproxy.cli.desk import PAGE, Call, Progress, say, takes_call
 from keyproxy.cli.setting import Failure, instant
 from keyproxy.store.directory import AuditFilter, Entity
+from keyproxy.store.directory_audit import ACTIONS, ENTITIES
 from keyproxy.store.operations import Operations
 
 _COLUMNS: Final = ("id", "at", "actor", "origin", "action", "entity", "entity_id", "tenant", "changed")
-_ENTITIES: Final = ("tenant", "user", "key", "plan")
 _TAIL_BYTES: Final = 1 << 20
 _ROW_START: Final = b'{"id":'
 
@@ -25,11 +25,13 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--until", callback=instant, metavar="WHEN", help="Before that: a time, or 7d for so long ago."),
         click.option("--since", callback=instant, metavar="WHEN", help="From then on: 2026-01-31, …T12:00Z, or 7d."),
-        click.option("--action", type=click.Choice(("insert", "update", "delete", "truncate")), help="What was done."),
+        click.option("--action", type=click.Choice(ACTIONS), help="What was done."),
         click.option("--actor", metavar="WHO", help="By whom, as the log writes it: cli:ann, sql:app."),
         click.option("--tenant", metavar="TENANT", help="About this tenant, its users and its keys."),
-        click.option("--id", "entity_id", metavar="ID", help="About the tenant, user, key or plan with this id."),
-        click.option("--entity", metavar="KIND", help=f"About {', '.join(_ENTITIES)}."),
+        click.option("--id", "entity_id", metavar="ID", help="About the thing with this id."),
+        click.option(
+            "--entity", type=click.Choice(ENTITIES), help="About this kind of thing; token: of the admin API."
+        ),
     ):
         command = option(command)
     return command

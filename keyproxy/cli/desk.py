@@ -8,19 +8,25 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 import uvloop
 
+from keyproxy import clock
 from keyproxy.cli.setting import actor, admin_options, admin_token, config_option, json_option, load, store, tell
 from keyproxy.keyformat import KeyFormat
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity, KeyWish
 from keyproxy.store.operations import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.usage_desk import UsageDesk, UsageOperations
+
+if TYPE_CHECKING:
+    from keyproxy.admin.asking import Asking
 
 _T = TypeVar("_T")
+_Client = TypeVar("_Client", bound="Asking")
 
 PAGE: Final = 500
 _STATEMENT_SECONDS: Final = 60.0
@@ -52,27 +58,37 @@ class Call:
 
     def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
         """Do something, in the database or, with --admin-url, through the admin API."""
-        return self.run_in_database(work) if self.admin_url is None else uvloop.run(self._asked(self.admin_url, work))
+        url, token = self.admin_url, self.admin_token
+        if url is not None:
+            # What this needs takes longer to import than a command takes.
+            from keyproxy.admin.client import AdminClient
 
-    async def _asked(self, url: str, work: Callable[[Operations], Awaitable[_T]]) -> _T:
-        # What this needs takes longer to import than a command takes.
-        from keyproxy.admin.client import AdminClient
-
-        async with AdminClient(url, self.admin_token) as client:
-            done = await work(client)
-        for warning in client.warnings:
-            say(f"warning: {warning}")
-        return done
-
-    def run_in_database(self, work: Callable[[Directory], Awaitable[_T]]) -> _T:
-        """Do something with the directory of the configured store, which the admin API does for nobody."""
+            return self._asked(lambda: AdminClient(url, token), work)
         prefix = self.settings().keys.prefix
         return self.run_in_store(lambda database: work(Directory(database, KeyFormat(prefix), actor())))
 
+    def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
+        """Look something up of usage and limits, as `run`."""
+        url, token = self.admin_url, self.admin_token
+        if url is not None:
+            from keyproxy.admin.client_usage import UsageClient
+
+            return self._asked(lambda: UsageClient(url, token), work)
+        settings = self.settings()
+        return self.run_in_store(lambda database: work(UsageDesk(database, settings, clock.now)))
+
+    def _asked(self, client: Callable[[], _Client], work: Callable[[_Client], Awaitable[_T]]) -> _T:
+        async def asked() -> _T:
+            async with client() as asking:
+                done = await work(asking)
+            for warning in asking.warnings:
+                say(f"warning: {warning}")
+            return done
+
+        return uvloop.run(asked())
+
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
         """Do something in the configured store itself."""
-        if self.admin_url is not None:
-            raise click.UsageError("this needs the database: leave --admin-url away")
         settings = self.settings()
 
         async def worked(dsn: str) -> _T:

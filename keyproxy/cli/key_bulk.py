@@ -16,7 +16,7 @@ import orjson
 
 from keyproxy.cli.desk import Call, Progress, confirm, say, takes_call, yes_option
 from keyproxy.cli.setting import Failure, duration, scopes, span
-from keyproxy.store.directory import Directory, ImportedKey, ImportReport, Invalid, KeyWish, Revocation
+from keyproxy.store.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory_bulk import BATCH_MAX
 from keyproxy.store.directory_import import read_key, read_wish
 from keyproxy.store.operations import Operations
@@ -153,7 +153,7 @@ def key_import(
     defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
     owners = {} if map_path is None else _owners(map_path)
     keys, report = _read(_rows(path), defaults, owners, user_column)
-    report.add(call.run_in_database(lambda directory: _import(directory, keys, dry_run=dry_run)))
+    report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
     for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
         say(f"{place}: {problem}")
     told = {
@@ -165,7 +165,7 @@ def key_import(
         raise Failure(f"{len(report.problems)} rows cannot be used")
 
 
-async def _import(directory: Directory, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
     progress, report = Progress("keys looked at", len(keys)), ImportReport()
     try:
         # A dry run leaves nothing behind, and so sees all of it at once or not what came before.

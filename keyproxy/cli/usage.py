@@ -13,13 +13,11 @@ from typing import Any, Final
 import click
 import orjson
 
-from keyproxy import clock
 from keyproxy.cli.desk import Call, Progress, say, takes_call
 from keyproxy.cli.explain import LIMIT_COLUMNS
-from keyproxy.cli.setting import Failure, instant
-from keyproxy.store.database import Database
-from keyproxy.store.explaining import windows_of_user
-from keyproxy.store.usage_reading import DIMENSIONS, MEASURES, NoSuchEventError, UsageFilter, UsageReader
+from keyproxy.cli.setting import instant
+from keyproxy.store.usage_desk import UsageOperations
+from keyproxy.store.usage_reading import DIMENSIONS, MEASURES, UsageFilter
 
 _ROWS_MAX: Final = 10_000
 _USUAL_DAYS: Final = 30
@@ -71,7 +69,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
     elif not (which.since or which.until):
         which = replace(which, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
-    rows = call.run_in_store(lambda database: UsageReader(database).sums(which, chosen, _ROWS_MAX))
+    rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
     call.tell(rows, (*chosen, *MEASURES))
     if len(rows) == _ROWS_MAX:
         say(f"these are the first {_ROWS_MAX} rows: ask for less, or use `keyproxy usage export`")
@@ -89,11 +87,7 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     \b
     keyproxy usage windows --user u_42
     """
-    settings = call.settings()
-    rows = call.run_in_store(
-        lambda database: windows_of_user(database, user, settings, is_test=is_test, now=clock.now)
-    )  # fmt: skip
-    call.tell(rows, LIMIT_COLUMNS)
+    call.tell(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
 
 
 @usage_group.command("export")
@@ -117,16 +111,12 @@ def usage_export(call: Call, form: str, after: str | None, *, is_of_events: bool
     if after is not None and not is_of_events:
         raise click.UsageError("--after is for --events")
 
-    async def work(database: Database) -> int:
-        reader = UsageReader(database)
+    async def work(usage: UsageOperations) -> int:
         if is_of_events:
-            return await _write(reader.events(which, after), form, _EVENT_COLUMNS)
-        return await _write(reader.all_sums(which), form, (*DIMENSIONS, *MEASURES))
+            return await _write(usage.events(which, after), form, _EVENT_COLUMNS)
+        return await _write(usage.all_sums(which), form, (*DIMENSIONS, *MEASURES))
 
-    try:
-        call.run_in_store(work)
-    except NoSuchEventError as error:
-        raise Failure(str(error)) from error
+    call.run_usage(work)
 
 
 async def _write(rows: AsyncIterator[Mapping[str, Any]], form: str, columns: Iterable[str]) -> int:

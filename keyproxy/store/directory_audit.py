@@ -11,6 +11,10 @@ from typing import Any, Final
 from keyproxy.store.database import Row
 from keyproxy.store.directory_desk import Conflict, Desk, Entity, Invalid, Page
 
+#: What changes are about, as the triggers of the tables write it.
+ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
+ACTIONS: Final = ("insert", "update", "delete", "truncate")
+
 _ID_MAX: Final = 2**63 - 1
 _LOOK_SECONDS: Final = 0.05
 
@@ -19,7 +23,7 @@ _LOOK_SECONDS: Final = 0.05
 class AuditFilter:
     """Which rows to read: all that is given has to hold.
 
-    `entity`: tenant, user, key or plan. `action`: insert, update, delete or truncate. `since` and `until`: aware times;
+    `entity`: one of ENTITIES. `action`: one of ACTIONS. `since` and `until`: aware times;
     the first is included, the second is not.
     """
 

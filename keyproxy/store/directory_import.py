@@ -22,6 +22,7 @@ from keyproxy.store.directory_desk import Desk, Invalid, KeyWish, new_key_id
 
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@|+-]{0,127}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _BOOLS: Final = {
     **dict.fromkeys(("true", "t", "1", "yes", "y"), True), **dict.fromkeys(("false", "f", "0", "no", "n", ""), False),
 }  # fmt: skip
@@ -109,9 +110,10 @@ class Import(Desk):
         chosen: list[dict[str, Any]] = []
         for key in keys:
             by = ("digest", key.digest.lower()) if key.digest else ("prefix", key.prefix or "")
-            problem = _problem(key, tenants, plans)
+            problem = self._problem(key, tenants, plans)
             if problem is None and owners.get(by, key.user) != key.user:
-                problem = f"the key is there and belongs to user {owners[by]!r}"
+                whose = f"user {owners[by]!r}" if self._bound_to is None else "somebody else"
+                problem = f"the key is there and belongs to {whose}"
             elif problem is None and by not in owners and ("id", key.id) in owners:
                 problem = f"another key has the id {key.id!r}"
             if problem is not None:
@@ -126,15 +128,17 @@ class Import(Desk):
         report.imported = len(await transaction.fetch("import_keys", json.dumps(chosen)))
         return report
 
-
-def _problem(key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
-    if key.user not in tenants:
-        return f"there is no user {key.user!r}" + ("" if key.tenant is None else f" and no tenant {key.tenant!r}")
-    if key.tenant is not None and tenants[key.user] != key.tenant:
-        return f"user {key.user!r} belongs to another tenant than {key.tenant!r}"
-    if key.plan is not None and key.plan not in plans:
-        return f"there is no plan {key.plan!r}"
-    return None
+    def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
+        if key.digest is None and self._bound_to is not None:
+            # Prefixes are everybody's, and a hash may be made to cost the proxies a second for each attempt.
+            return "who is bound to a tenant imports keys by their digests alone"
+        if key.user not in tenants:
+            return f"there is no user {key.user!r}" + ("" if key.tenant is None else f" and no tenant {key.tenant!r}")
+        if key.tenant is not None and tenants[key.user] != key.tenant:
+            return f"user {key.user!r} belongs to another tenant than {key.tenant!r}"
+        if key.plan is not None and key.plan not in plans:
+            return f"there is no plan {key.plan!r}"
+        return None
 
 
 def _row(key: ImportedKey) -> dict[str, Any]:
@@ -179,8 +183,9 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     if key_id is not None and not _ID.fullmatch(key_id):
         raise Invalid(f"{key_id!r} is no id of a key")
     return ImportedKey(
-        place, user, _text(told, "tenant", "tenant_id"), digest, prefix, stored, key_id, name,
-        _name(told, "hint", 40), _scopes(told.get("scopes")), _bool(told, "is_test", "test"), _text(told, "plan"),
+        place, user, _tenant(told), digest, prefix, stored, key_id, name,
+        _name(told, "hint", 40), _scopes(told.get("scopes")), _bool(told, "is_test", "test"),
+        _name(told, "plan", 128) or None,
         _time(told, "created_at", "created"), _time(told, "expires_at", "expiry_date"),
         _bool(told, "revoked", "revoked_at"),
     )  # fmt: skip
@@ -209,10 +214,17 @@ def _user(told: Mapping[str, Any]) -> str:
     return user
 
 
+def _tenant(told: Mapping[str, Any]) -> str | None:
+    tenant = _text(told, "tenant", "tenant_id")
+    if tenant is not None and not _ID.fullmatch(tenant):
+        raise Invalid(f"{tenant!r} is no id of a tenant")
+    return tenant
+
+
 def _name(told: Mapping[str, Any], column: str, length_max: int) -> str:
     name = _text(told, column) or ""
-    if len(name) > length_max or "\0" in name:
-        raise Invalid(f"its {column} has more than {length_max} characters, or a NUL")
+    if len(name) > length_max or _UNPRINTABLE.search(name):
+        raise Invalid(f"its {column} has more than {length_max} characters, or one that cannot be printed")
     return name
 
 

@@ -11,7 +11,16 @@ from datetime import timedelta
 from typing import Any, Final, Protocol
 
 from keyproxy.keyformat import SecretKey
-from keyproxy.store.directory import AuditFilter, Entity, KeyFilter, KeyWish, Page, Revocation
+from keyproxy.store.directory import (
+    AuditFilter,
+    Entity,
+    ImportedKey,
+    ImportReport,
+    KeyFilter,
+    KeyWish,
+    Page,
+    Revocation,
+)
 
 #: The lifetime of a key that says: as long as it is configured where it is issued. For the admin API alone.
 AS_CONFIGURED_THERE: Final = timedelta(days=-1)
@@ -49,6 +58,8 @@ class Operations(Protocol):
     async def delete_key(self, key_id: str) -> Entity: ...
     async def count_to_revoke(self, wanted: Revocation) -> int: ...
     def revoke_keys(self, wanted: Revocation, reason: str) -> AsyncGenerator[list[str], None]: ...
+
+    async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport: ...
 
     async def set_plan(self, name: str, limits: object) -> Entity: ...
     async def plan(self, name: str) -> Entity: ...

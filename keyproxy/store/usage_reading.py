@@ -11,10 +11,11 @@ import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final
 
 from keyproxy.store.database import Database, Row, StoreUnavailable
+from keyproxy.store.directory_desk import Invalid
 
 #: What sums can be grouped by, in the order in which they are told.
 DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route")
@@ -30,7 +31,7 @@ _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 _ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code")
 
 
-class NoSuchEventError(Exception):
+class NoSuchEventError(Invalid):
     """The event to go on after is not there: never was, or is kept no more."""
 
 
@@ -58,7 +59,10 @@ class UsageFilter:
         """The first day that does not count any more."""
         if self.until is None:
             return None
-        return (self.until.astimezone(UTC) - timedelta(microseconds=1)).date() + timedelta(days=1)
+        until = self.until.astimezone(UTC)
+        is_whole = until.time() == time.min
+        # The first and the last day of the calendar have none before and none after them.
+        return until.date() if is_whole or until.date() == date.max else until.date() + timedelta(days=1)
 
 
 class UsageReader:
@@ -90,7 +94,8 @@ class UsageReader:
         serial, skipped = (0, 0) if after is None else await self._place(after)
         horizon = await self._horizon()
         # Written on the day it ended or later; a day for clocks that do not agree.
-        first = date.min if wanted.first_day is None else wanted.first_day - timedelta(days=1)
+        first = wanted.first_day or date.min
+        first -= timedelta(days=first > date.min)
         start = serial - 1 if skipped else serial
         while rows := await self._database.fetch("event_batches", start, horizon, first, _EVENT_BATCHES):
             for row in rows:

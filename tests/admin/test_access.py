@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from datetime import timedelta
 from typing import NamedTuple
@@ -36,6 +37,7 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "change_user": {"disabled": True},
         "issue_key": {"user": user},
         "issue_keys": {"keys": [{"user": user}]},
+        "import_keys": {"keys": [{"user": user, "digest": "00" * 32}]},
         "revoke_keys": {"user": user},
         "change_key": {"name": "changed"},
         "rotate_key": {},
@@ -189,6 +191,42 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
         elif "{id}" in endpoint.path and kind != "plans":
             assert reply.code == "not_found"
     assert await _all_of(api, "other") == before
+
+
+async def test_a_bound_token_imports_digests_for_users_of_its_tenant_and_learns_nothing_of_others(api: Api) -> None:
+    other = await _two_tenants(api)
+    bound = await api.token("keys:write", "users:write", tenant="acme")
+    digest = hashlib.sha256(other.secret.encode()).hexdigest()
+    foreign = {"prefix": "Ab3dE6gH", "hashed_key": "sha512$$" + "0" * 128}
+    rows = [
+        {"user": "u_1", "digest": "01" * 32},
+        {"user": "u_2", "tenant": "acme", "digest": "02" * 32},
+        {"user": "u_3", "tenant": "other", "digest": "03" * 32},
+        {"user": "o_1", "digest": "04" * 32},
+        {"user": "u_1", "digest": digest},
+        {"user": "u_1", **foreign},
+    ]
+    before = await _all_of(api, "other")
+    told = await api.done("POST", "/v1/keys/import", {"keys": rows}, token=bound)
+    assert {name: told[name] for name in ("imported", "present", "users")} == {"imported": 2, "present": 0, "users": 1}
+    assert told["problems"] == [
+        {"index": 2, "problem": "there is no user 'u_3' and no tenant 'other'"},
+        {"index": 3, "problem": "there is no user 'o_1'"},
+        {"index": 4, "problem": "the key is there and belongs to somebody else"},
+        {"index": 5, "problem": "who is bound to a tenant imports keys by their digests alone"},
+    ]
+    assert await _all_of(api, "other") == before
+
+
+async def test_an_import_makes_users_only_for_who_may(api: Api) -> None:
+    await api.user("u_1", "acme")
+    token = await api.token("keys:write")
+    row = {"user": "u_2", "digest": "01" * 32}
+    refused = await api.call("POST", "/v1/keys/import", {"keys": [{**row, "tenant": "acme"}]}, token=token)
+    assert (refused.status, refused.code) == (403, "insufficient_scope")
+    assert "users:write" in refused.headers["WWW-Authenticate"]
+    told = await api.done("POST", "/v1/keys/import", {"keys": [row, {**row, "user": "u_1"}]}, token=token)
+    assert (told["imported"], told["problems"]) == (1, [{"index": 0, "problem": "there is no user 'u_2'"}])
 
 
 async def test_a_bound_token_takes_no_cursor_into_another_tenant(api: Api) -> None:

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from keyproxy.admin.client import AdminClient, Denied
+from keyproxy import clock
+from keyproxy.admin.asking import Denied
+from keyproxy.admin.client import AdminClient
+from keyproxy.admin.client_usage import UsageClient
 from keyproxy.keyformat import SecretKey
+from keyproxy.model import TokenUse
+from keyproxy.settings import Settings, Usage
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.directory import (
     AuditFilter,
     Conflict,
     Entity,
+    ImportReport,
     Invalid,
     KeyFilter,
     KeyWish,
     NotFound,
     Revocation,
 )
+from keyproxy.store.directory_import import read_key
+from keyproxy.store.explaining import Question
 from keyproxy.store.operations import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.usage import UsageJournal
+from keyproxy.store.usage_desk import UsageDesk, UsageOperations
+from keyproxy.store.usage_reading import UsageFilter
+from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
+from tests.store.test_usage import Ended, rows
 
 
 @pytest.fixture(params=["database", "api"])
@@ -122,6 +136,82 @@ async def test_plans_and_the_audit_log(operations: Operations) -> None:
         exported += part.items
         cursor = str(part.items[-1]["id"])
     assert [row["entity"] for row in exported] == ["plan", "plan", "tenant", "tenant", "plan"]
+
+
+async def test_keys_of_other_programs_are_imported_in_parts_and_what_cannot_be_is_told(
+    operations: Operations, api: Api
+) -> None:
+    await api.user()
+    digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(1200)]
+    table = [{"digest": digest, "user": f"n_{place % 3}", "tenant": "acme"} for place, digest in enumerate(digests)]
+    table[7] = {"digest": digests[7], "user": "nobody"}
+    table[1100] = {"digest": digests[1100], "user": "u_1", "plan": "none"}
+    table[9] |= {"name": "nightly", "scopes": "a,b", "test": "true", "expires_at": "2030-01-31T12:00", "revoked": "t"}
+    keys = [read_key(f"f:{place}", row, {}) for place, row in enumerate(table, start=1)]
+    tried = await operations.import_keys(keys[:900], dry_run=True)
+    assert (tried.imported, tried.present, tried.users) == (899, 0, 3)
+    assert await api.directory.users("", 10, "acme") == [await api.directory.user("u_1")]
+    for imported, present, users in ((1198, 0, 3), (0, 1198, 0)):
+        report = ImportReport()
+        for start in (0, 1000):
+            part = keys if operations is not api.directory else keys[start : start + 1000]
+            report.add(await operations.import_keys(part, dry_run=False))
+            if part is keys:
+                break
+        assert (report.imported, report.present, report.users) == (imported, present, users)
+        assert report.problems == [("f:8", "there is no user 'nobody'"), ("f:1101", "there is no plan 'none'")]
+    (key,) = await api.directory.keys("", 10, KeyFilter(user="n_0", state="revoked"))
+    assert (key["name"], key["scopes"], key["is_test"]) == ("nightly", ["a", "b"], True)
+    assert key["expires_at"] == "2030-01-31T12:00:00Z"
+
+
+async def test_a_dry_run_in_parts_says_that_it_is_one(api: Api) -> None:
+    await api.user()
+    keys = [read_key("f", {"digest": f"{number:064x}", "user": "u_1"}, {}) for number in range(1001)]
+    async with AdminClient(api.url, FILE_TOKEN) as client:
+        await client.import_keys(keys[:1000], dry_run=True)
+        assert list(client.warnings) == []
+        assert (await client.import_keys(keys, dry_run=True)).imported == 1001
+        assert list(client.warnings) == ["a dry run through the admin API judges each 1,000 keys by themselves"]
+
+
+@pytest.mark.parametrize("by", ["database", "api"])
+async def test_usage_limits_and_decisions_are_told_alike(api: Api, by: str) -> None:
+    journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
+    who = fakes.identity("u_1", "acme")
+    journal.take(rows(*(Ended(who, use=TokenUse(10, 1)) for _ in range(3))))
+    await journal.flush()
+    key = (await api.user())["key"]["id"]
+    await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5}})
+    await api.done("PATCH", "/v1/users/u_1", {"plan": "five"})
+    desk = UsageDesk(api.database, Settings(), clock.now)
+    async with contextlib.AsyncExitStack() as stack:
+        usage: UsageOperations = desk
+        if by == "api":
+            usage = await stack.enter_async_context(UsageClient(api.url, FILE_TOKEN))
+        assert await usage.sums(UsageFilter(user="u_1"), ["user"], 10) == [
+            {"user": "u_1", "requests": 3, "refusals": 0, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0}
+        ]
+        assert await usage.sums(UsageFilter(until=datetime(2020, 1, 1, tzinfo=UTC)), ["user"], 10) == []
+        (row,) = [row async for row in usage.all_sums(UsageFilter(tenant="acme"))]
+        assert (row["tenant"], row["mode"], row["requests"]) == ("acme", "live", 3)
+        events = [event async for event in usage.events(UsageFilter())]
+        assert [event["user"] for event in events] == ["u_1"] * 3
+        assert [event async for event in usage.events(UsageFilter(), events[1]["id"])] == events[2:]
+        with pytest.raises(Invalid, match="there is no event '0123456789abcdef:1:1'"):
+            _ = [event async for event in usage.events(UsageFilter(), "0123456789abcdef:1:1")]
+        (limit,) = await usage.windows("u_1", is_test=False)
+        assert (limit["policy"], limit["remaining"]) == ("user.requests_per_day", 5)
+        assert await usage.windows("u_1", is_test=True) != []
+        told = await usage.explained(key, Question("POST", "/v1/ai/jobs", 7))
+        assert (told["allowed"], told["user"], told["code"]) == (True, "u_1", None)
+        assert set(told) == set(await desk.explained(key, Question("POST", "/v1/ai/jobs", 7)))
+        await api.directory.revoke_key(key, "")
+        assert (await usage.explained(key, Question("POST", "/", None)))["code"] == "api_key_revoked"
+        with pytest.raises(NotFound, match="there is no key 'key_x'"):
+            await usage.explained("key_x", Question("POST", "/", None))
+        with pytest.raises(NotFound, match="there is no user 'nobody'"):
+            await usage.windows("nobody", is_test=False)
 
 
 async def test_what_is_refused_is_refused_alike(operations: Operations, api: Api) -> None:

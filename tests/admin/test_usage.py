@@ -40,6 +40,22 @@ async def test_usage_is_summed_by_what_is_asked_for(used: Api) -> None:
     assert (await used.call("GET", "/v1/usage?by=weather")).json["errors"][0]["field"] == "query.by"
 
 
+async def test_sums_are_exported_whole(used: Api) -> None:
+    lines = (await used.call("GET", "/v1/usage/export")).body.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(row["tenant"], row["user"], row["requests"]) for row in told] == [("acme", "ann", 1), ("other", "bob", 1)]
+    assert set(told[0]) >= {"day", "key", "mode", "route"}
+    assert (await used.call("GET", "/v1/usage/export?until=2020-01-01T00:00:00Z")).body == b""
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/v1/usage/export", "/v1/usage/events"])
+@pytest.mark.parametrize("query", ["since=0001-01-01T00:00:00Z", "until=9999-12-31T23:59:59Z"])
+async def test_the_first_and_the_last_day_of_the_calendar_are_days(used: Api, path: str, query: str) -> None:
+    reply = await used.call("GET", f"{path}?{query}")
+    assert reply.status == 200
+    assert b"ann" in reply.body
+
+
 async def test_events_are_exported_and_go_on_after_the_last(used: Api) -> None:
     lines = (await used.call("GET", "/v1/usage/events")).body.splitlines()
     events = [json.loads(line) for line in lines]
@@ -56,8 +72,12 @@ async def test_a_bound_token_reads_its_tenants_usage_alone(used: Api) -> None:
     assert {row["user"] for row in (await used.done("GET", "/v1/usage", token=bound))["items"]} == {"ann"}
     for query in ("tenant=other", "user=bob"):
         assert (await used.done("GET", f"/v1/usage?{query}", token=bound))["items"] == []
-        assert (await used.call("GET", f"/v1/usage/events?{query}", token=bound)).body == b""
-    assert b"bob" not in (await used.call("GET", "/v1/usage/events", token=bound)).body
+        for path in ("events", "export"):
+            assert (await used.call("GET", f"/v1/usage/{path}?{query}", token=bound)).body == b""
+    for path in ("events", "export"):
+        told = (await used.call("GET", f"/v1/usage/{path}", token=bound)).body
+        assert b"ann" in told
+        assert b"bob" not in told
     for path in ("/v1/users/bob/limits", f"/v1/keys/{other['key']['id']}/explain?path=/"):
         assert (await used.call("GET", path, token=bound)).code == "not_found"
 

@@ -1,0 +1,117 @@
+"""Commands print the same whether they ask the database or, with --admin-url, the admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from keyproxy import clock
+from keyproxy.cli import main
+from keyproxy.model import TokenUse
+from keyproxy.settings import Usage
+from keyproxy.store.usage import UsageJournal
+from tests import fakes
+from tests.admin.conftest import FILE_TOKEN, Api
+from tests.store.test_usage import Ended, rows
+
+
+class Printed(NamedTuple):
+    """What a command printed, and its status."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(api: Api, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`await run(*arguments, by="database" or "api")`: a command, in this process."""
+    config, nothing = tmp_path / "keyproxy.toml", tmp_path / "nothing.toml"
+    config.write_text(f"[store]\ndsn = {json.dumps(dsn)}\n")
+    nothing.write_text('[store]\ndsn = "postgresql://nowhere.invalid/x"\n')
+    monkeypatch.setenv("KEYPROXY_ADMIN_TOKEN", FILE_TOKEN)
+
+    async def running(*arguments: str, by: str = "database") -> Printed:
+        where = ["--config", str(config)]
+        if by == "api":
+            where = ["--config", str(nothing), "--admin-url", api.url]
+        status = await asyncio.to_thread(main, [*arguments, *where])
+        return Printed(status, *capsys.readouterr())
+
+    return running
+
+
+@pytest.fixture
+async def key(api: Api) -> str:
+    """A key of a user under limits, with usage."""
+    journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
+    journal.take(rows(*(Ended(fakes.identity("u_1", "acme"), use=TokenUse(10, 1)) for _ in range(2))))
+    await journal.flush()
+    key: str = (await api.user())["key"]["id"]
+    await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5, "tokens_per_month": 0}})
+    await api.done("PATCH", "/v1/users/u_1", {"plan": "five"})
+    await api.token("keys:read")
+    return key
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tenant list", "tenant show acme", "user list", "user show u_1", "key list", "key show KEY", "plan list",
+        "key list --sort created", "key stale --unused 365d", "key revoke-all --user u_1 --dry-run", "plan show five",
+        "audit list", "audit list --entity token", "audit export",
+        "usage show", "usage show --by user --by mode", "usage show --tenant nobody", "usage windows --user u_1 --test",
+        "usage export", "usage export --format csv", "usage export --events", "usage export --format cloudevents",
+        "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
+        "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",
+        "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",
+    ],
+)  # fmt: skip
+async def test_what_is_looked_up_is_printed_alike(run: Run, key: str, command: str) -> None:
+    arguments = [key if word == "KEY" else word for word in command.split()]
+    for form in ([], ["--json"]):
+        direct, asked = await run(*arguments, *form), await run(*arguments, *form, by="api")
+        assert direct.status == asked.status
+        assert _timeless(direct.out) == _timeless(asked.out)
+        assert len(asked.err.splitlines()) == asked.status
+        assert bool(asked.out) is not bool(asked.status)
+
+
+def _timeless(text: str) -> str:
+    """Without how long something takes from now."""
+    return re.sub(r" *\b\d+\.\d+\b *|(?<=after_seconds)[\": ]+\d+", "#", text)
+
+
+@pytest.mark.parametrize("by", ["database", "api"])
+async def test_keys_are_imported_and_what_cannot_be_is_told_with_its_place(
+    run: Run, api: Api, tmp_path: Path, by: str
+) -> None:
+    await api.directory.create_tenant("acme", "")
+    good, file = hashlib.sha256(b"a key").hexdigest(), tmp_path / "keys.csv"
+    file.write_text(f"user,digest,name\nu_1,{good},old\nu_2,beef,short\nu_3,{good},twice\n")
+    for arguments in (["--dry-run"], []):
+        printed = await run("key", "import", str(file), "--tenant", "acme", "--json", *arguments, by=by)
+        told = json.loads(printed.out)
+        assert (printed.status, told["imported"], told["users"]) == (1, 1, 2)
+        assert [problem["place"] for problem in told["problems"]] == [f"{file}:3", f"{file}:4"]
+    again = await run("key", "import", str(file), "--tenant", "acme", "--json", by=by)
+    assert (json.loads(again.out)["imported"], json.loads(again.out)["present"]) == (0, 1)
+    (found,) = await api.directory.keys("", 10)
+    assert (found["user"], found["name"]) == ("u_1", "old")
+
+
+async def test_a_kind_of_thing_that_is_not_audited_is_misuse_that_names_those_that_are(run: Run) -> None:
+    printed = await run("audit", "list", "--entity", "tokn")
+    assert printed.status == 2
+    for kind in ("tenant", "user", "key", "plan", "token"):
+        assert f"'{kind}'" in printed.err
