@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.acceptance.conftest import Configure, Site, until
+from tests.acceptance.conftest import STUCK_SECONDS, Configure, Site, until
 from tests.rawhttp import Client
 from tests.wire.conftest import request
 
@@ -53,7 +53,7 @@ class Load:
 
     async def _once(self, client: Client) -> bool:
         await client.send(self._request)
-        answer = await client.answer()
+        answer = await client.answer(seconds=STUCK_SECONDS)
         if answer.status == 200:
             self.answered += 1
         else:
@@ -68,7 +68,7 @@ async def more(load: Load, number: int = 200) -> None:
     async def is_reached() -> bool:
         return load.answered >= goal or bool(load.wrong)
 
-    await until(is_reached, seconds=20)
+    await until(is_reached)
 
 
 def workers_of(supervisor: int) -> list[int]:
@@ -87,21 +87,21 @@ async def test_a_rolling_restart_fails_no_request(configure: Configure, dsn: str
             await more(load)
             for number in (2, 3):
                 new = await stack.enter_async_context(site.serving())
-                await have_started(site, number)
+                await have_started(site, number, new)
                 old.send_signal(signal.SIGTERM)
-                assert await asyncio.wait_for(old.wait(), 20) == 0
+                assert await asyncio.wait_for(old.wait(), STUCK_SECONDS) == 0
                 old = new
                 await more(load)
     assert load.wrong == []
 
 
-async def have_started(site: Site, number: int) -> None:
-    """Wait until so many processes have said that they serve; of workers, their supervisor says it."""
+async def have_started(site: Site, number: int, latest: asyncio.subprocess.Process) -> None:
+    """Wait until so many processes, with the latest, have said that they serve; of workers, their supervisor says it."""
 
     async def is_so() -> bool:
         return b"".join(site.printed).count(b"ops on 127.0.0.1:") == number
 
-    await until(is_so, seconds=20)
+    await until(is_so, while_running=latest)
 
 
 async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Configure, dsn: str) -> None:
@@ -167,7 +167,7 @@ async def said(site: Site, text: str) -> None:
     async def is_said() -> bool:
         return text.encode() in b"".join(site.printed)
 
-    await until(is_said, seconds=10)
+    await until(is_said)
 
 
 async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Configure, dsn: str) -> None:
@@ -184,7 +184,7 @@ async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Confi
                 await site.metric("keyproxy_workers", state="ready") == 2
             )
 
-        await until(is_replaced, seconds=20)
+        await until(is_replaced)
         assert await site.metric("keyproxy_requests_total", status="200") == 20
         status, page = await site.ops("/readyz")
         assert (status, '"workers":{"status":"ok"}' in page) == (200, True)
@@ -201,7 +201,7 @@ async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Confi
         async def is_replaced_again() -> bool:
             return await site.metric("keyproxy_worker_restarts_total") == 2
 
-        await until(is_replaced_again, seconds=20)
+        await until(is_replaced_again)
 
 
 async def test_workers_end_with_a_supervisor_that_was_killed(configure: Configure, dsn: str) -> None:
@@ -214,7 +214,7 @@ async def test_workers_end_with_a_supervisor_that_was_killed(configure: Configur
         async def are_gone() -> bool:
             return not any(_is_alive(worker) for worker in workers)
 
-        await until(are_gone, seconds=20)
+        await until(are_gone)
 
 
 def _is_alive(pid: int) -> bool:
@@ -231,7 +231,7 @@ async def test_systemd_is_told_when_it_serves_reloads_and_stops(site: Site) -> N
     ):
         path = f"{directory}/notify"
         sock.bind(path)
-        sock.settimeout(10)
+        sock.settimeout(STUCK_SECONDS)
         site.environment["NOTIFY_SOCKET"] = path
         async with site.serving() as process:
             assert await asyncio.to_thread(sock.recv, 256) == b"READY=1"

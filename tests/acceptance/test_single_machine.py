@@ -49,7 +49,7 @@ async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_l
             async def is_let_in() -> bool:
                 return (await site.call(secret))[0] == 200
 
-            await until(is_let_in, seconds=20)
+            await until(is_let_in)
             assert _server(home) != server
         assert not Path(home, "pgdata", "postmaster.pid").exists()
 
@@ -60,4 +60,4 @@ async def said(site: Site, text: str, *, times: int = 1) -> None:
     async def is_said() -> bool:
         return b"".join(site.printed).count(text.encode()) >= times
 
-    await until(is_said, seconds=20)
+    await until(is_said)
