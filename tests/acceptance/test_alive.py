@@ -21,6 +21,11 @@ from tests.rawhttp import Client
 from tests.wire.conftest import request
 
 
+#: Between two requests on a connection. Without a pause they would take from the processes that start what they need to
+#: start, and no connection would ever lie idle.
+_PAUSE_SECONDS = 0.005
+
+
 class Load:
     """Requests one after the other on connections that are used again; what went wrong is kept."""
 
@@ -46,7 +51,7 @@ class Load:
             try:
                 async with self._site.client() as client:
                     while not over.is_set() and await self._once(client):
-                        pass
+                        await asyncio.sleep(_PAUSE_SECONDS)
             except (OSError, AssertionError, TimeoutError) as error:
                 self.wrong.append(repr(error))
                 await asyncio.sleep(0.05)
