@@ -20,7 +20,6 @@ from tests.acceptance.conftest import STUCK_SECONDS, Configure, Site, until
 from tests.rawhttp import Client
 from tests.wire.conftest import request
 
-
 #: Between two requests on a connection. Without a pause they would take from the processes that start what they need to
 #: start, and no connection would ever lie idle.
 _PAUSE_SECONDS = 0.005
