@@ -165,7 +165,7 @@ class Gateway:
         if not tokens:
             return
         try:
-            exchange.extend(permit._replace(hold=self._ledger.extend(permit.hold, tokens)))
+            exchange.extend(Permit(permit.grant, self._ledger.extend(permit.hold, tokens)))
         except Missing as missing:
             exchange.hold_up()
             self._start(self._fetch_and_watch(exchange, missing))

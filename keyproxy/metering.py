@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.limits.allowance import Hold, TokenNeed
-from keyproxy.model import Ending, Missing, Permit, RequestHead, Route, TokenUse
+from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.ask import TokenAsk, ask_of
@@ -66,7 +66,7 @@ def charge(exchange: Exchange, permit: Permit) -> int:
 def _use(exchange: Exchange, ask: TokenAsk, hold: Hold | None) -> tuple[TokenUse, bool]:
     meter = exchange.meter
     said = None if meter is None else meter.use
-    is_whole = exchange.ending is Ending.ANSWERED
+    is_whole = exchange.ending is ANSWERED
     if said is not None and is_whole:
         return said, False
     prompt = -(-ask.prompt_bound // _BYTES_A_TOKEN)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.metrics.access_log import AccessLog, Row
-from keyproxy.model import Ending, TokenUse
+from keyproxy.model import ANSWERED, Ending, TokenUse
 from keyproxy.ports import Exchange
 
 NO_ROUTE: Final = "none"
@@ -26,8 +26,9 @@ OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5,
 )  # fmt: skip
 
+_OK: Final = "ok"
 _CODES: Final = {
-    Ending.ANSWERED: "ok",
+    ANSWERED: _OK,
     Ending.REFUSED: "refused",
     Ending.CUT: "cut",
     Ending.CLIENT_GONE: "client_gone",
@@ -49,18 +50,20 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one observation."""
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.total += seconds
+    def observe(self, *seconds: float) -> None:
+        """Count observations."""
+        bounds, counts = self.bounds, self.counts
+        for one in seconds:
+            counts[bisect_left(bounds, one)] += 1
+        self.total += sum(seconds)
 
 
 class Cell:
     """The exchanges that share all labels."""
 
     __slots__ = (
-        "code", "count", "is_metered", "mode", "request_seconds", "route", "status", "tokens", "tokens_estimated",
-        "tokens_held", "upstream_seconds",
+        "code", "count", "ended", "is_metered", "mode", "request_seconds", "route", "status", "tokens",
+        "tokens_estimated", "tokens_held", "upstream_seconds",
     )  # fmt: skip
 
     def __init__(self, route: str, mode: str, status: int, code: str) -> None:
@@ -69,6 +72,8 @@ class Cell:
         self.status = status
         self.code = code
         self.count = 0
+        #: Those that are to be counted in this turn.
+        self.ended: list[Exchange] = []
         #: From the request's head to the end of its answer.
         self.request_seconds = Histogram(REQUEST_BOUNDS)
         #: From the first byte sent upstream to the first byte of the answer.
@@ -130,19 +135,25 @@ class Recorder:
         rows = []
         for exchange in pending:
             identity, route, reason = exchange.identity, exchange.route, exchange.reason
+            code = _OK if exchange.ending is ANSWERED else _CODES[exchange.ending]
+            if reason is not None:
+                code = reason.code
             labels = (
                 NO_ROUTE if route is None else route.name,
                 NO_MODE if identity is None else identity.mode,
                 exchange.status,
-                _CODES[exchange.ending] if reason is None else reason.code,
+                code,
             )
             if identity is not None and identity.retiring_field is not None:
                 self.retiring_count += 1
             cell = cells.get(labels)
             if cell is None:
                 cell = cells[labels] = Cell(*labels)
-            self._count(cell, exchange)
-            rows.append((exchange, cell.route, cell.mode, cell.code))
+            cell.ended.append(exchange)
+            rows.append((exchange, cell.route, cell.mode, code))
+        for cell in cells.values():
+            if cell.ended:
+                self._count(cell)
         if rows:
             for sink in self._sinks:
                 sink(rows)
@@ -150,16 +161,17 @@ class Recorder:
     def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[Row]], None], ...]:
         return self._others if access_log is None else (access_log.write, *self._others)
 
-    def _count(self, cell: Cell, exchange: Exchange) -> None:
-        started, sent, answered = exchange.started_mono, exchange.sent_mono, exchange.answered_mono
-        cell.count += 1
-        cell.request_seconds.observe(exchange.ended_mono - started)
-        if sent:
-            self.overhead_seconds.observe(sent - started)
-            if answered:
-                cell.upstream_seconds.observe(answered - sent)
-        if exchange.token_use is not None:
-            _count_tokens(cell, exchange, exchange.token_use)
+    def _count(self, cell: Cell) -> None:
+        ended, cell.ended = cell.ended, []
+        cell.count += len(ended)
+        cell.request_seconds.observe(*[one.ended_mono - one.started_mono for one in ended])
+        cell.upstream_seconds.observe(
+            *[one.answered_mono - one.sent_mono for one in ended if one.answered_mono and one.sent_mono]
+        )
+        self.overhead_seconds.observe(*[one.sent_mono - one.started_mono for one in ended if one.sent_mono])
+        for exchange in ended:
+            if exchange.token_use is not None:
+                _count_tokens(cell, exchange, exchange.token_use)
 
     def _count_in_turns(self) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker

@@ -23,7 +23,7 @@ from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
 from keyproxy.wire.heads import HEAD_END, check_beginning
-from keyproxy.wire.line import ClientLine, State
+from keyproxy.wire.line import OPEN, ClientLine, State
 from keyproxy.wire.tls import certificate_subject
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ClientConnection(ClientLine):
 
     def data_received(self, data: bytes) -> None:
         try:
-            if self._state is State.OPEN:
+            if self._state is OPEN:
                 self._buffer = self._buffer + data if self._buffer else data
                 self._pump()
             elif self._state is State.LINGERING:
@@ -80,7 +80,7 @@ class ClientConnection(ClientLine):
 
     def eof_received(self) -> bool:
         self._has_ended = True
-        if self._state is State.OPEN:
+        if self._state is OPEN:
             self._pump()
         # TLS has no half-closed connections: its transport closes whatever is answered here.
         return self._transport is not None and self._transport.can_write_eof()
@@ -181,7 +181,7 @@ class ClientConnection(ClientLine):
                 self.deadline = now + self.server.listen.body_idle_timeout_seconds
             else:
                 self.abort()
-        elif self._state is not State.OPEN:
+        elif self._state is not OPEN:
             self.abort()
         elif self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body stopped arriving"))
@@ -198,7 +198,7 @@ class ClientConnection(ClientLine):
             return  # a request was answered at once, further up: that loop goes on
         self._is_pumping = True
         try:
-            while self._buffer and self._state is State.OPEN:
+            while self._buffer and self._state is OPEN:
                 exchange = self.exchange
                 if exchange is None:
                     if self._stalled_bytes is not None:
@@ -213,7 +213,7 @@ class ClientConnection(ClientLine):
                     break
                 else:
                     self._read_body(exchange)
-            if self._has_ended and self._state is State.OPEN:
+            if self._has_ended and self._state is OPEN:
                 self._no_more_comes()
         finally:
             self._is_pumping = False
@@ -330,12 +330,12 @@ class ClientConnection(ClientLine):
         _log.exception("handling a request failed", extra={"request_id": request_id})
         if exchange is not None:
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
-        if self._state is State.OPEN:
+        if self._state is OPEN:
             self.close()
 
     def _watch(self) -> None:
         listen, now = self.server.listen, self._clock()
-        if self._state is not State.OPEN:
+        if self._state is not OPEN:
             return
         exchange = self.exchange
         if self._stalled_bytes is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers
-from keyproxy.model import Ending, Permit, RequestHead, ResponseHead
+from keyproxy.model import ANSWERED, Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
 from keyproxy.wire.collector import Collector
@@ -199,7 +199,7 @@ class Exchange(Outcome):
     def close_tunnel(self) -> None:
         """One side of the tunnel has ended, or it has to end now. What is under way still arrives."""
         if self.is_tunnel and not self.is_over:
-            self._end(Ending.ANSWERED, self._server.clock(), closes=True)
+            self._end(ANSWERED, self._server.clock(), closes=True)
 
     def pause_answer(self) -> None:
         """The client does not read fast enough."""
@@ -249,9 +249,9 @@ class Exchange(Outcome):
         assert head is not None  # noqa: S101
         self.answered_mono = now
         self._answer = answer
-        status = self.status = answer.line.status
+        self.status = answer.line.status
         is_http_11 = head.line.minor_version == 1
-        has_end = answer.fields.has_content_length or has_no_body(head.line.method, status)
+        has_end = answer.fields.has_content_length or has_no_body(head.line.method, answer.line)
         self._is_answer_chunked = is_http_11 and not has_end
         self._closes = (
             not head.fields.keeps_alive
@@ -304,7 +304,7 @@ class Exchange(Outcome):
             self._out = b""
             self._client.send(out)
         if is_last:
-            self._end(Ending.ANSWERED, now, closes=self._closes)
+            self._end(ANSWERED, now, closes=self._closes)
         elif meter is not None and meter.is_stream:
             self._gate.watch(self)
 
@@ -367,6 +367,7 @@ class Exchange(Outcome):
             return
         self.is_over = True
         self.ending = ending
+        was_answered = ending is ANSWERED
         self.ended_mono = now
         server, upstream = self._server, self._upstream
         if self._is_waiting and self._pool is not None:
@@ -376,14 +377,14 @@ class Exchange(Outcome):
             if self.is_tunnel:
                 upstream.finish(now)
             else:
-                upstream.exchange_over(now, is_clean=ending is Ending.ANSWERED and self.is_complete)
+                upstream.exchange_over(now, is_clean=was_answered and self.is_complete)
         self.body = b""
         if self._collector is not None:
             self._collector.end()
         if self.permit is not None:
             self._gate.settle(self)
         server.recorder.record(self)
-        self._client.exchange_over(now, closes=closes, is_cut=ending is Ending.CUT and resets)
+        self._client.exchange_over(now, closes=closes, is_cut=not was_answered and resets and ending is Ending.CUT)
 
     def __repr__(self) -> str:
         state = "over" if self.is_over else "relaying" if self._upstream else "waiting"

@@ -29,8 +29,6 @@ FIELDS_MAX: Final = 256
 CONTENT_LENGTH_DIGITS_MAX: Final = 18
 
 _OPTIONS_WITHOUT_FIELD: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
-_FINAL: Final = 200
-_NO_CONTENT: Final = 204
 _NOT_MODIFIED: Final = 304
 _OWS: Final = b" \t"
 _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -170,14 +168,9 @@ def check_beginning(buffer: bytes) -> None:
         raise _malformed(f"llhttp: {error}") from error
 
 
-def has_no_body(method: bytes, status: int) -> bool:
-    """Whether a response to this method with this status ends with its head. RFC 9112 section 6.3."""
-    return method == b"HEAD" or status == _NOT_MODIFIED or ends_with_head(status)
-
-
-def ends_with_head(status: int) -> bool:
-    """Whether a response with this status has no body and must not announce one. RFC 9110 section 8.6."""
-    return status == _NO_CONTENT or status < _FINAL
+def has_no_body(method: bytes, line: StatusLine) -> bool:
+    """Whether a response to this method with this status line ends with its head. RFC 9112 section 6.3."""
+    return method == b"HEAD" or line.ends_with_head or line.status == _NOT_MODIFIED
 
 
 class _Parts:

@@ -36,6 +36,10 @@ class State(enum.Enum):
     CLOSING = enum.auto()
 
 
+#: A member looked up on its class costs more than the comparison it is for.
+OPEN: Final = State.OPEN
+
+
 class ClientLine(asyncio.Protocol):
     """See the module. `close_seconds`: how long a client that reads nothing may hold up the close."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keyproxy.model import Ending, Identity, KeyDigest, Permit, Route, TokenUse
+from keyproxy.model import ANSWERED, Ending, Identity, KeyDigest, Permit, Route, TokenUse
 from keyproxy.reasons import Reason
 from keyproxy.tokens.ask import TokenAsk
 from keyproxy.tokens.meter import Meter
@@ -17,7 +17,7 @@ class Outcome:
     permit: Permit | None = None
     reason: Reason | None = None
     refusal_detail: str = ""
-    ending: Ending = Ending.ANSWERED
+    ending: Ending = ANSWERED
     status: int = 0
     sent_mono: float = 0.0
     answered_mono: float = 0.0

@@ -18,7 +18,7 @@ from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, ends_with_head, has_no_body
+from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, has_no_body
 from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._like = head
             buffer = buffer[end + 4 :]
             status = head.line.status
-            if ends_with_head(status) and (head.fields.has_content_length or head.fields.is_chunked):
+            if head.line.ends_with_head and (head.fields.has_content_length or head.fields.is_chunked):
                 # What it announces does not belong to it, and may come all the same: nobody else is to get that.
                 self._is_suspect = self._is_suspect or head.content_length > 0 or head.fields.is_chunked
                 head = _without_length(head)
@@ -238,7 +238,7 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.answer_arrived(content, now, is_last=False)
 
     def _body_of(self, head: ResponseHead) -> Body:
-        if has_no_body(self._method, head.line.status):
+        if has_no_body(self._method, head.line):
             return NoBody()
         if head.fields.is_chunked:
             return ChunkedBody(self._is_forbidden_trailer)

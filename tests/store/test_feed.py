@@ -484,7 +484,8 @@ def served_now(rig: Rig, secret: SecretKey) -> bool:
 
 async def resolved_now(rig: Rig, secret: SecretKey) -> None:
     """Have this key in memory."""
-    rig.clock.wall_seconds, rig.clock.mono_seconds = clock.now()
+    now = clock.now()
+    rig.clock.wall_seconds, rig.clock.mono_seconds = now.wall_seconds, now.mono_seconds
     assert isinstance(await rig.resolve(secret), Identity)
     assert served_now(rig, secret)
 

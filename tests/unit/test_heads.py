@@ -316,7 +316,7 @@ def test_only_an_http_1_1_client_waits_for_100(minor: int, expects: bool) -> Non
     ],
 )  # fmt: skip
 def test_an_answer_without_a_body_is_known_by_method_and_status(method: bytes, status: int, is_bodiless: bool) -> None:
-    assert has_no_body(method, status) is is_bodiless
+    assert has_no_body(method, StatusLine(status, 1, b"")) is is_bodiless
 
 
 # -- answers
