@@ -178,6 +178,9 @@ class Admin:
 
     address: str = _setting("127.0.0.1:8081", _address)
     token_file: str = _setting("")
+    tls_certificate_file: str = _setting("")
+    tls_key_file: str = _setting("")
+    connections_max: int = _setting(256, _within(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +350,8 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("ops.address: must not be the proxied port: health and metrics are not for callers")
     if settings.listen.tls_key_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
+    if settings.admin.tls_key_file and not settings.admin.tls_certificate_file:
+        wrong.append("admin.tls_key_file: is set without admin.tls_certificate_file")
     if settings.listen.tls_client_ca_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
     if settings.reminders.webhook_url and not settings.reminders.webhook_secret:

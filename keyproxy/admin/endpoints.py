@@ -117,7 +117,7 @@ class Endpoint:
         every = {
             Problem.REQUEST_MALFORMED, Problem.INVALID, Problem.TOKEN_MISSING, Problem.TOKEN_INVALID,
             Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED, Problem.ACCOUNT_DISABLED, Problem.INSUFFICIENT_SCOPE,
-            Problem.TOO_MANY_FAILURES, Problem.INTERNAL_ERROR, Problem.STORE_UNAVAILABLE,
+            Problem.TOO_MANY_FAILURES, Problem.INTERNAL_ERROR, Problem.OVERLOADED, Problem.STORE_UNAVAILABLE,
         }  # fmt: skip
         if self.is_global:
             every.add(Problem.TENANT_BOUND)

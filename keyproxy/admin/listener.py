@@ -6,6 +6,7 @@ import functools
 import logging
 import secrets
 import socket
+import ssl
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -15,26 +16,20 @@ import orjson
 from aiohttp import web
 
 from keyproxy.admin import openapi, reference
+from keyproxy.admin.connections import BOUNDS, Bounds, Connections
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem, Refused, rendered
 from keyproxy.admin.reading import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
 from keyproxy.metrics.control import CONTENT_TYPE
-from keyproxy.ops import Unreadable
 from keyproxy.store.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS: Final = 10.0
-_KEEPALIVE_SECONDS: Final = 30.0
 _PATH_CHARACTERS_MAX: Final = 512
-_LINE_BYTES_MAX: Final = 65_536
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
-
-
-_http_log = logging.getLogger("keyproxy.admin.http")
-_http_log.addFilter(Unreadable())
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -43,12 +38,15 @@ class AdminListener:
     """See the module. The service may be exchanged while requests are under way."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes], None] | None
-    ) -> None:
+        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes], None] | None,
+        bounds: Bounds = BOUNDS,
+    ) -> None:  # fmt: skip
         self.service = service
         self._metrics = metrics
         self._log_line = log_line
+        self._bounds = bounds
         self._runner: web.AppRunner | None = None
+        self._connections: Connections | None = None
         self._openapi, self._reference, self._reference_policy = _told()
 
     def application(self) -> web.Application:
@@ -69,21 +67,29 @@ class AdminListener:
             app.router.add_route("OPTIONS", path, _options({*allowed, "OPTIONS"}))
         return app
 
-    async def start(self, sock: socket.socket) -> None:
+    async def start(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Serve a bound socket."""
         self._runner = web.AppRunner(
-            self.application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS,
-            keepalive_timeout=_KEEPALIVE_SECONDS, max_line_size=_LINE_BYTES_MAX, max_field_size=_LINE_BYTES_MAX,
-            logger=_http_log,
-        )  # fmt: skip
+            self.application(), access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS
+        )
         await self._runner.setup()
-        await web.SockSite(self._runner, sock).start()
+        if self._runner.server is None:
+            raise RuntimeError("the runner was set up and has no server")
+        self._connections = Connections(self._runner.server, self._bounds)
+        await self._connections.start(sock, tls)
 
     async def close(self) -> None:
         """Take nothing new; what is under way finishes, within bounds."""
+        if self._connections is not None:
+            self._connections.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    @property
+    def open_connections(self) -> int:
+        """How many clients are connected."""
+        return 0 if self._connections is None else len(self._connections.open)
 
     # -- the pages that are no endpoints; all but the metrics need no token
 

@@ -44,6 +44,7 @@ class Problem(enum.Enum):
     KEY_REUSED = Row("idempotency_key_reused", 422, "This Idempotency-Key came with another request before.")
     TOO_MANY_FAILURES = Row("too_many_failures", 429, "Too many requests without a valid token.")
     INTERNAL_ERROR = Row("internal_error", 500, "A defect; the log has it under this request's id.")
+    OVERLOADED = Row("overloaded", 503, "There are too many connections; retry shortly.")
     STORE_UNAVAILABLE = Row("store_unavailable", 503, "The database cannot be asked right now; retry shortly.")
 
     @property
@@ -78,8 +79,8 @@ class Refused(Exception):
         self.headers = dict(headers or {})
 
 
-def rendered(refused: Refused, request_id: str) -> web.Response:
-    """The answer to a refused request."""
+def body(refused: Refused, request_id: str) -> bytes:
+    """The body of the answer to a refused request."""
     row = refused.problem.value
     content: dict[str, Any] = {
         "type": f"urn:keyproxy:problem:{row.code}",
@@ -91,10 +92,16 @@ def rendered(refused: Refused, request_id: str) -> web.Response:
     }
     if refused.errors:
         content["errors"] = [error._asdict() for error in refused.errors]
+    return orjson.dumps(content)
+
+
+def rendered(refused: Refused, request_id: str) -> web.Response:
+    """The answer to a refused request."""
+    row = refused.problem.value
     headers = dict(refused.headers)
     if row.status == 401:
         error = "" if refused.problem is Problem.TOKEN_MISSING else ', error="invalid_token"'
         headers["WWW-Authenticate"] = _CHALLENGE + error
     if row.status == 503:
         headers.setdefault("Retry-After", "2")
-    return web.Response(status=row.status, body=orjson.dumps(content), content_type=MEDIA_TYPE, headers=headers)
+    return web.Response(status=row.status, body=body(refused, request_id), content_type=MEDIA_TYPE, headers=headers)

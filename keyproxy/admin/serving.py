@@ -7,10 +7,12 @@ import contextlib
 import ipaddress
 import logging
 import signal
+import ssl
 from collections.abc import Callable
 
 from keyproxy import clock, sockets, systemd
 from keyproxy.admin.access import Access, TokenFileError, file_digest
+from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener
 from keyproxy.admin.readings import Readings
@@ -24,6 +26,7 @@ from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.directory import Actor
 from keyproxy.store.reminders import Reminders
+from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +39,9 @@ class Admin:
     """A running admin API."""
 
     def __init__(self, settings: Settings, dsn: str) -> None:
-        """Raises TokenFileError."""
+        """Raises TokenFileError, TlsError."""
         self._settings = settings
+        self._tls = _tls(settings)
         self._database = Database(
             dsn, pool_size_max=settings.store.pool_size_max,
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
@@ -74,11 +78,13 @@ class Admin:
             listener = AdminListener(
                 self._service, metrics=Readings(self._reminding, clock.monotonic).page,
                 log_line=log.write_line if self._settings.log.access else None,
+                bounds=Bounds(self._settings.admin.connections_max),
             )  # fmt: skip
             sock = stack.enter_context(contextlib.closing(sockets.bind(self._settings.admin.address)))
             stack.push_async_callback(listener.close)
-            await listener.start(sock)
-            started(sockets.told(sock))
+            await listener.start(sock, self._tls)
+            self._warn_of_what_is_read_by_others()
+            started(f"{sockets.told(sock)}{'' if self._tls is None else ', TLS'}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))
@@ -88,6 +94,14 @@ class Admin:
                 reminding.cancel()
             systemd.notify("STOPPING=1")
         _log.info("stopped")
+
+    def _warn_of_what_is_read_by_others(self) -> None:
+        # Not refused: behind something that speaks TLS, and in a pod or a container, this is how it has to be.
+        if self._tls is None and not is_loopback(self._settings.admin.address):
+            _log.warning(
+                "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys can be"
+                " read on their way, unless something that speaks TLS stands in front", self._settings.admin.address,
+            )  # fmt: skip
 
     async def _check_tokens(self) -> None:
         if self._settings.admin.token_file or is_loopback(self._settings.admin.address):
@@ -116,20 +130,43 @@ class Admin:
             try:
                 listener.service = self._changed(read_again())
                 _log.info("another configuration is in force")
-            except (TokenFileError, RefusedToStart) as error:
+            except (TokenFileError, TlsError, RefusedToStart) as error:
                 _log.error("the configuration stays as it was: %s", error)
             systemd.notify("READY=1")
 
     def _changed(self, settings: Settings) -> Service:
-        """The service under another configuration. Raises TokenFileError, RefusedToStart."""
+        """The service under another configuration. Raises TokenFileError, TlsError, RefusedToStart."""
         was = self._settings
-        if (settings.store, settings.admin.address, settings.log) != (was.store, was.admin.address, was.log):
-            raise RefusedToStart("store, admin.address and log are read when the admin API starts: restart it")
+        if _fixed(settings) != _fixed(was):
+            raise RefusedToStart(
+                "store, log, admin.address, admin.connections_max and whether there is a certificate are read when the"
+                " admin API starts: restart it"
+            )
         if was.admin.token_file and not settings.admin.token_file and not is_loopback(settings.admin.address):
             raise RefusedToStart("admin.token_file: cannot be taken away off loopback: restart the admin API")
-        self._service = self._made(settings)
-        self._settings = settings
+        _tls(settings)  # is tried before anything is changed
+        service = self._made(settings)
+        if self._tls is not None:
+            show(self._tls, settings.admin.tls_certificate_file, settings.admin.tls_key_file)
+        self._service, self._settings = service, settings
         return self._service
+
+
+def _fixed(settings: Settings) -> tuple[object, ...]:
+    """What is read once."""
+    admin = settings.admin
+    return settings.store, settings.log, admin.address, admin.connections_max, bool(admin.tls_certificate_file)
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """Raises TlsError."""
+    admin = settings.admin
+    if not admin.tls_certificate_file:
+        return None
+    try:
+        return server_context(admin.tls_certificate_file, admin.tls_key_file)
+    except TlsError as error:
+        raise TlsError(f"admin.tls_certificate_file: {error}") from error
 
 
 def is_loopback(address: str) -> bool:

@@ -44,8 +44,9 @@ _COLUMNS: Final = ("id", "name", "state", "hint", "scopes", "tenant", "expires_a
 def admin_group(context: click.Context, config_path: Path | None) -> None:
     """Run the control plane: the admin API.
 
-    Without a command it serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reads routes, keys
-    and the token again. Its tokens are made with `keyproxy admin token create`, or are in admin.token_file.
+    Without a command it serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reads routes, keys,
+    reminders, the certificate and the token again. Its tokens are made with `keyproxy admin token create`, or are in
+    admin.token_file.
     """
     if context.invoked_subcommand is not None:
         context.obj = config_path
@@ -57,6 +58,7 @@ def _serve(config_path: Path | None) -> None:
     # What this needs takes longer to import than any other command takes.
     from keyproxy.admin.access import TokenFileError
     from keyproxy.admin.serving import Admin, RefusedToStart
+    from keyproxy.wire.tls import TlsError
 
     settings = load(config_path, is_serving=True).settings
 
@@ -74,7 +76,7 @@ def _serve(config_path: Path | None) -> None:
     with store(settings) as dsn:
         try:
             uvloop.run(run(dsn))
-        except (TokenFileError, RefusedToStart) as error:
+        except (TokenFileError, TlsError, RefusedToStart) as error:
             raise ConfigError([str(error)]) from error
 
 

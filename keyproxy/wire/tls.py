@@ -33,11 +33,7 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Offered and chosen: HTTP/1.1. A client that insists on HTTP/2 is told in the handshake, not by a 400.
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(certificate_file, key_file or None, password=_no_password)
-    except (OSError, ssl.SSLError, ValueError) as error:
-        files = f"{certificate_file} with {key_file}" if key_file else certificate_file
-        raise TlsError(f"{files}: {_why(error)}") from error
+    show(context, certificate_file, key_file)
     if client_ca_file:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
@@ -45,6 +41,15 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
         except (OSError, ssl.SSLError) as error:
             raise TlsError(f"{client_ca_file}: {_why(error)}") from error
     return context
+
+
+def show(context: ssl.SSLContext, certificate_file: str, key_file: str) -> None:
+    """From the next handshake on the context shows this certificate. Raises TlsError."""
+    try:
+        context.load_cert_chain(certificate_file, key_file or None, password=_no_password)
+    except (OSError, ssl.SSLError, ValueError) as error:
+        files = f"{certificate_file} with {key_file}" if key_file else certificate_file
+        raise TlsError(f"{files}: {_why(error)}") from error
 
 
 def client_context(ca_file: str = "") -> ssl.SSLContext:

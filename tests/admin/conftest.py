@@ -18,6 +18,7 @@ import pytest
 
 from keyproxy import clock
 from keyproxy.admin.access import Access
+from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener
 from keyproxy.admin.readings import Readings
@@ -68,6 +69,7 @@ class Api:
     directory: Directory
     tokens: AdminTokens
     now: list[float]
+    listener: AdminListener
     log: list[Json] = field(default_factory=list)
 
     async def token(self, *scopes: str, tenant: str | None = None, **wanted: Any) -> str:
@@ -149,7 +151,9 @@ async def dsn(common_dsn: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def serving(database: Database, *, routes_ask_for: frozenset[str] | None = None) -> AsyncIterator[Api]:
+async def serving(
+    database: Database, *, routes_ask_for: frozenset[str] | None = None, bounds: Bounds = BOUNDS
+) -> AsyncIterator[Api]:  # fmt: skip
     """An admin API on a port of its own, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
@@ -159,7 +163,8 @@ async def serving(database: Database, *, routes_ask_for: frozenset[str] | None =
     log: list[Json] = []
     reminding = Reminding(Reminders(database))
     listener = AdminListener(
-        service, metrics=Readings(reminding, lambda: now[0]).page, log_line=lambda line: log.append(json.loads(line))
+        service, metrics=Readings(reminding, lambda: now[0]).page, log_line=lambda line: log.append(json.loads(line)),
+        bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
@@ -167,7 +172,7 @@ async def serving(database: Database, *, routes_ask_for: frozenset[str] | None =
         try:
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-                yield Api(url, session, database, Directory(database, key_format, actor), tokens, now, log)
+                yield Api(url, session, database, Directory(database, key_format, actor), tokens, now, listener, log)
         finally:
             await listener.close()
 

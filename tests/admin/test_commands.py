@@ -93,6 +93,54 @@ def _timeless(text: str) -> str:
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
+async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoever_did_it(
+    run: Run, api: Api, by: str
+) -> None:
+    async def told(*arguments: str) -> Any:
+        printed = await run(*arguments, "--json", by=by)
+        assert (printed.status, printed.err) == (0, "")
+        return json.loads(printed.out)
+
+    await told("plan", "set", "five", "--requests-per-day", "5")
+    await told("tenant", "create", "acme", "--plan", "five")
+    first = (await told("user", "create", "u_1", "--tenant", "acme", "--scope", "jobs:write"))["key"]
+    other = await told("key", "issue", "--user", "u_1", "--test", "--name", "nightly", "--expires-in", "7d")
+    assert first["secret"].startswith("kp_live_")
+    assert other["secret"].startswith("kp_test_")
+    new = await told("key", "rotate", first["id"], "--grace", "1h")
+    await told("key", "set-plan", other["id"], "five")
+    await told("key", "revoke", other["id"], "--reason", "lost")
+    digest = hashlib.sha256(new["secret"].encode()).hexdigest()
+    assert (await told("key", "report-leaked", "--digest", digest))["user"] == "u_1"
+    await told("user", "disable", "u_1")
+    await told("user", "enable", "u_1")
+    await told("tenant", "set-plan", "acme", "--none")
+    assert (await told("key", "revoke-all", "--user", "u_1", "--yes"))["revoked"] == 1
+    await told("key", "delete", other["id"], "--yes")
+    await told("tenant", "delete", "acme", "--yes")
+    await told("plan", "delete", "five", "--yes")
+    log = await told("audit", "list")
+    assert {row["actor"].partition(":")[0] for row in log} == {"cli" if by == "database" else "token"}
+    acts = [(row["entity"], row["action"]) for row in reversed(log)]
+    assert acts[:15] == [
+        ("plan", "insert"), ("tenant", "insert"), ("user", "insert"), ("key", "insert"), ("key", "insert"),
+        ("key", "insert"), ("key", "update"), ("key", "update"), ("key", "update"), ("key", "update"),
+        ("user", "update"), ("user", "update"), ("tenant", "update"), ("key", "update"), ("key", "delete"),
+    ]  # fmt: skip
+    # Whatever goes with a tenant goes in an order of the database's.
+    assert sorted(acts[15:-1]) == [("key", "delete"), ("key", "delete"), ("tenant", "delete"), ("user", "delete")]
+    assert acts[-1] == ("plan", "delete")
+    assert new["secret"] not in json.dumps(log)
+
+
+async def test_a_token_that_is_none_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYPROXY_ADMIN_TOKEN", "x" * 40)
+    printed = await run("tenant", "list", by="api")
+    assert (printed.status, printed.out, len(printed.err.splitlines())) == (1, "", 1)
+    assert "token_invalid" in printed.err
+
+
+@pytest.mark.parametrize("by", ["database", "api"])
 async def test_keys_are_imported_and_what_cannot_be_is_told_with_its_place(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:

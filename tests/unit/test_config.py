@@ -275,6 +275,8 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
     "listen.trusted_proxies": (['"10.0.0.0/8"', '["x"]', '["10.0.0.1/8"]', "[1]"], ["[]", '["unix", "::1"]']),
     "listen.workers": (["-1", "257"], ["0", "1", "256"]),
     "listen.tls_key_file": (['"/a.pem"'], ['""']),
+    "admin.tls_key_file": (['"/a.pem"'], ['""']),
+    "admin.connections_max": (["0"], ["1"]),
     "listen.tls_client_ca_file": (['"/a.pem"'], ['""']),
     "upstream.url": (['""', '"h:1"', '"ftp://h"', '"http://"', '"http://h/p"', '"http://h?q"',
                       '"http://u:p@h"', '"http://h:x"', '"http://h:0"', '"http://h:65536"', '"unix:x"',

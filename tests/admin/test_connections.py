@@ -1,0 +1,96 @@
+"""What a client of the admin API may hold, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from keyproxy.admin.connections import Bounds
+from keyproxy.store.database import Database
+from keyproxy.store.directory import KeyWish
+from tests.admin.conftest import FILE_TOKEN, Api, serving
+
+LIVE = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def _connected(api: Api) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A raw connection that reads no more than it has to."""
+    host, port = api.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def _answer(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: "))
+    return head + await reader.readexactly(length)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+async def test_a_head_that_comes_byte_by_byte_is_cut_off_in_bounded_time(database: Database, answers: int) -> None:
+    async with (
+        serving(database, bounds=Bounds(idle_seconds=0.3)) as api,
+        _connected(api) as (reader, writer),
+        asyncio.timeout(10),
+    ):
+        for _ in range(answers):
+            writer.write(LIVE)
+            assert b" 200 " in await _answer(reader)
+        started = time.monotonic()
+        gone = asyncio.create_task(reader.read())
+        while not gone.done():
+            writer.write(b"G")
+            await asyncio.wait([gone], timeout=0.02)
+        with contextlib.suppress(ConnectionResetError):
+            assert b" 200 " not in gone.result()
+        assert time.monotonic() - started < 2
+
+
+async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(database: Database) -> None:
+    async with serving(database, bounds=Bounds(connections_max=2)) as api, contextlib.AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
+        for reader, writer in held:
+            writer.write(LIVE)
+            assert b" 200 " in await _answer(reader)
+        async with asyncio.timeout(10):
+            async with _connected(api) as (reader, writer):
+                writer.write(LIVE)
+                told = await reader.read()
+            assert told.startswith(b"HTTP/1.1 503 ")
+            assert b'"code":"overloaded"' in told
+            async with _connected(api) as (reader, _):
+                assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
+            held[0][1].write(LIVE)
+            assert b" 200 " in await _answer(held[0][0])
+            held[1][1].close()
+            while (await _tried(api)) != 200:
+                await asyncio.sleep(0.01)
+
+
+async def _tried(api: Api) -> int:
+    return (await api.call("GET", "/livez", headers={"Connection": "close"})).status
+
+
+async def test_who_asks_and_does_not_read_the_answer_is_cut_off_in_bounded_time(database: Database) -> None:
+    async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
+        await api.user()
+        wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
+        await api.directory.issue_keys(wishes)
+        ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
+        async with _connected(api) as (reader, writer), asyncio.timeout(20):
+            writer.write(ask * 60)  # 18 MB of answers, of which sockets hold a part
+            assert await reader.readexactly(12) == b"HTTP/1.1 200"
+            while api.listener.open_connections:
+                await asyncio.sleep(0.02)
+        assert 0 < len(api.log) < 60
+        assert (await api.call("GET", "/livez")).status == 200
