@@ -85,6 +85,11 @@ async def _measure(dsn: str, users: int) -> None:
 
 
 async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
+    # Until what was asked for ahead has gone back, and nothing is left but what the requests hold.
+    told = -1
+    while told != store.ledger.counts["round_trips"]:
+        told = store.ledger.counts["round_trips"]
+        await asyncio.sleep(2.0)
     worked = time.process_time()
     await asyncio.sleep(_IDLE_SECONDS)
     held = time.process_time() - worked

@@ -128,7 +128,8 @@ class FakeLedger:
         self.book.settle(hold, was_sent=was_sent, tokens=tokens)
 
     def _sync(self, mono: float) -> None:
-        lines = self.book.lines(mono, all_of_them=True)
+        self.book.gather(mono)
+        lines = self.book.lines(mono, 1_000)
         self._serial += 1
         replies = self.reference.sync("fake", self._serial, lines)
         assert replies is not None

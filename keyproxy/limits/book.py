@@ -58,6 +58,8 @@ class Book(Register):
             hold = self._holding(bundle, amount)
         for lease in bundle.units:
             free = lease.free = lease.free - 1
+            if not lease.is_noted:
+                self._note(lease)
             if free < lease.low:
                 self._soon(lease)
         return hold
@@ -78,6 +80,8 @@ class Book(Register):
         if was_sent:
             for lease in hold.units:
                 lease.used += 1
+                if not lease.is_noted:
+                    self._note(lease)
         else:
             tokens = 0
             for lease in hold.units:
@@ -92,6 +96,7 @@ class Book(Register):
             tokens -= early
         for lease in hold.budgets:
             lease.used += tokens
+            self._note(lease)
             if tokens < hold.tokens:
                 # What has come back may suffice for who was refused a moment ago.
                 lease.empty_until_mono = 0.0
@@ -124,6 +129,7 @@ class Book(Register):
         return hold._replace(budgets=tuple(budgets), tokens=0, earlier=hold)
 
     def _restore(self, lease: Lease, units: int) -> None:
+        self._note(lease)
         if lease.is_current or units < 0:
             lease.free += units
         else:
@@ -168,6 +174,7 @@ class Book(Register):
             # Taken before the ledger was ever asked for it: it may not be there, and that is the policy.
             self._open_lease(lease)
         lease.free -= units
+        self._note(lease)
         if lease.free < lease.low:
             self._soon(lease)
 
@@ -210,6 +217,7 @@ class Book(Register):
                 lease.replan(plan)
                 lease.empty_until_mono = 0.0
                 lease.give_back()
+                self._note(lease)
             account.leases[measure] = lease
 
     def _renewed(self, allowance: Allowance, now_mono: float) -> Bundle:

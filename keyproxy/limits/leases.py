@@ -35,7 +35,7 @@ _LASTS_SECONDS: Final = 2.0
 _RATE_LASTS_SECONDS: Final = 0.4
 
 #: What was not used for so long goes back. No lease ends sooner: a ledger that lost less than that hears of all of them.
-_IDLE_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 1.0
 
 #: The pace is not measured over less than this. A burst shorter than that does not tell how much will be used.
 _PACE_SECONDS_MIN: Final = 0.05
@@ -128,7 +128,8 @@ class Lease:
 
     __slots__ = (
         "__weakref__", "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
-        "granted", "interval_seconds", "is_current", "is_wanted_until", "lapses", "limit", "low", "need", "number",
+        "granted", "interval_seconds", "is_aging", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
+        "need", "number",
         "others_held", "pace", "paced_mono", "piece", "plan", "policy", "retry_mono", "returned", "seen_available",
         "spent", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
@@ -170,6 +171,8 @@ class Lease:
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
+        #: Whether it is to be looked at, because something has happened to it, or will be when it has been left alone.
+        self.is_noted = self.is_aging = False
         #: False: its window is over, or its holder has ended. What is in use still ends here.
         self.is_current = True
 
@@ -200,7 +203,7 @@ class Lease:
 
     def is_busy(self, now_mono: float) -> bool:
         """Whether something was taken of it lately."""
-        return now_mono - self.touched_mono < _IDLE_SECONDS
+        return now_mono - self.touched_mono < IDLE_SECONDS
 
     @property
     def has_news(self) -> bool:
@@ -321,6 +324,9 @@ class Lease:
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
+        if got > 0:
+            # However long that took: what has only now come has not lain idle.
+            self.touched_mono = heard_mono
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
         self.spent = reply.spent

@@ -2,17 +2,24 @@
 
 A lease is opened when something is first asked for it, told of whenever that is news, and closed when all of it was used
 or returned. Sans-IO, and one message at a time: the next lines may be made once the last ones were answered, or are lost.
+
+Nothing here walks over all leases. A lease is looked at when somebody is short of it, when something has happened to it
+since the last time (`_note`), and when it has been left alone for a while. So the work grows with what happens, not with
+how many users have requests under way.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import islice
 from typing import Final
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.allowance import Account
-from keyproxy.limits.leases import TOKENS, Lease, Line, Pool, Reply
+from keyproxy.limits.leases import IDLE_SECONDS, TOKENS, Lease, Line, Pool, Reply
 
 #: For how long "there is no more" is believed; a rate says itself when there will be.
 _EMPTY_SECONDS: Final = 1.0
@@ -43,6 +50,11 @@ class Register:
         #: The leases that the ledger has given something for, or is to give, each with the account it belongs to.
         self._active: dict[Lease, Account | None] = {}
         self._urgent: dict[Lease, None] = {}
+        #: Something has happened to these; they are looked at when it is next time to settle, and then in this order.
+        self._changed: list[Lease] = []
+        self._due: deque[Lease] = deque()
+        #: When those are to be looked at again that were busy when they were looked at last: a heap.
+        self._aging: list[tuple[float, int, Lease]] = []
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, Line] = {}
         self._closed: dict[int, tuple[float, Line]] = {}
@@ -77,21 +89,66 @@ class Register:
         """How many leases are outstanding."""
         return len(self._active)
 
-    def lines(self, now_mono: float, *, all_of_them: bool, is_last: bool = False) -> list[Line]:
-        """What to tell the ledger now: of the leases that are short, or of all that have changed.
+    def gather(self, now_mono: float, *, is_last: bool = False) -> None:
+        """It is time to settle: the next lines tell of all that has happened. `is_last`: everything goes back."""
+        self._due.extend(self._changed)
+        self._changed.clear()
+        while self._aging and self._aging[0][0] <= now_mono:
+            lease = heappop(self._aging)[-1]
+            lease.is_aging = False
+            if not lease.is_noted:
+                lease.is_noted = True
+                self._due.append(lease)
+        if is_last:
+            for lease in self._active:
+                self._tidy(lease, now_mono)
+                lease.touched_mono = -math.inf
+                if not lease.is_noted:
+                    lease.is_noted = True
+                    self._due.append(lease)
 
-        `is_last`: everything goes back. The next lines may be asked for once these were answered, or are lost.
+    def lines(self, now_mono: float, at_most: int) -> list[Line]:
+        """What to tell the ledger now: of the leases that are short, then of what was gathered. So many, or that is all.
+
+        The next lines may be asked for once these were answered, or are lost.
         """
         self._is_woken = False
-        urgent, self._urgent = self._urgent, {}
         self._forget_closed(now_mono)
-        lines = list(self._closing.values())
-        for lease in {**self._active, **urgent} if all_of_them else urgent:
-            self._tidy(lease, now_mono, is_last=is_last)
-            line = self._line(lease, now_mono)
-            if line is not None:
-                lines.append(line)
+        lines = list(islice(self._closing.values(), at_most))
+        # Who waits comes first; but who has spent is heard too, however many wait.
+        first = at_most - min(len(self._due), at_most // 4)
+        while self._urgent and len(lines) < first:
+            lease = next(iter(self._urgent))
+            del self._urgent[lease]
+            self._look_at(lease, now_mono, lines)
+        while self._due and len(lines) < at_most:
+            lease = self._due.popleft()
+            lease.is_noted = False
+            if lease in self._active:
+                self._look_at(lease, now_mono, lines)
         return lines
+
+    def is_to_be_asked(self, short: Short) -> bool:
+        """Whether there are leases that a request is short of, and that no line was made of yet."""
+        return any(lease in self._urgent for lease, _ in short.needs)
+
+    def _look_at(self, lease: Lease, now_mono: float, lines: list[Line]) -> None:
+        """Make a line of a lease if there is anything to be said of it, and see that it is looked at again."""
+        if lease.number and lease.number in self._open:
+            return  # of which there is a line in this message: its answer has it looked at again
+        self._tidy(lease, now_mono)
+        line = self._line(lease, now_mono)
+        if line is not None:
+            lines.append(line)
+        if lease.number and not lease.is_aging and lease.is_busy(now_mono):
+            lease.is_aging = True
+            heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
+
+    def _note(self, lease: Lease) -> None:
+        """Something has happened to a lease."""
+        if not lease.is_noted:
+            lease.is_noted = True
+            self._changed.append(lease)
 
     def _line(self, lease: Lease, now_mono: float) -> Line | None:
         if lease.number:
@@ -125,15 +182,13 @@ class Register:
         lease.begin_anew()
         return line
 
-    def _tidy(self, lease: Lease, now_mono: float, *, is_last: bool) -> None:
+    def _tidy(self, lease: Lease, now_mono: float) -> None:
         """Give back what nobody needs here."""
         self._lapse(lease, now_mono)
         taken = lease.taken
         if taken != lease.touched_taken:
             lease.touched_taken, lease.touched_mono = taken, now_mono
         is_wanted = now_mono < lease.is_wanted_until
-        if is_last:
-            lease.touched_mono = -math.inf
         if is_wanted or not lease.is_busy(now_mono):
             lease.low = 0
             # What is wanted goes back although it is needed here too: too little for one may be enough for another.
@@ -168,6 +223,7 @@ class Register:
             elif lease is not None:
                 before = lease.granted
                 lease.apply(line, reply, asked_mono=asked_mono, heard_mono=heard)
+                self._note(lease)
                 if lease.granted == before and not settles_seconds:
                     self._note_refusal(lease, line, heard)
         self.lost(list(asked.values()))
@@ -177,6 +233,7 @@ class Register:
         """The ledger has lost its latest history: tell it of every lease again, and of those that are closed."""
         for lease in self._active:
             lease.confirmed = -1
+            self._note(lease)
         for number, (_, line) in self._closed.items():
             self._closing[number] = line
         self._closed.clear()
@@ -197,7 +254,9 @@ class Register:
     def lost(self, lines: Sequence[Line]) -> None:
         """Nobody knows what became of these lines. They are told again: everything in them is cumulative."""
         for line in lines:
-            self._open.pop(line.lease, None)
+            lease = self._open.pop(line.lease, None)
+            if lease is not None:
+                self._note(lease)
 
     def ended(self) -> None:
         """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already.
@@ -229,6 +288,7 @@ class Register:
     def _retire(self, lease: Lease) -> None:
         lease.is_current = False
         lease.give_back()
+        self._note(lease)
 
     def _soon(self, lease: Lease) -> None:
         self._urgent[lease] = None

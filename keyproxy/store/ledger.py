@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
@@ -27,7 +28,7 @@ from keyproxy.store.database import StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
-#: Lines in one message. More travel in several.
+#: Lines in one message. More travel in several, and whoever is short meanwhile in the next.
 _LINES_MAX: Final = 200
 
 #: How long a request waits for units that lie idle with other proxies; they come back within a second.
@@ -42,6 +43,10 @@ _VALID_SHARE: Final = 0.95
 
 #: Dead holders are looked for by every proxy, so often per `lease_seconds`.
 _REAPS_PER_LEASE: Final = 4.0
+
+
+#: A request that waits: for the answer to what it is short of.
+_Waiting = tuple[asyncio.Future[None], Short]
 
 
 class LedgerBackend(Protocol):
@@ -89,7 +94,7 @@ class Ledger:
         self._become_another()
         self._settles = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[_Waiting] = []
         self._open_holds = 0
         self._settled = asyncio.Event()
         self.unsettled_since_mono = now().mono_seconds
@@ -105,13 +110,16 @@ class Ledger:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for answer in self._waiting:
+        for answer, _ in self._waiting:
             if not answer.done():
                 answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, "the ledger is closed"))
         try:
+            # Told, closed; and once more for what was granted meanwhile.
             for _ in range(3):
                 if self._serial and self.book.has_leases:
-                    await self._speak(self.book.lines(self._mono(), all_of_them=True, is_last=True))
+                    self.book.gather(self._mono(), is_last=True)
+                    while (lines := self.book.lines(self._mono(), _LINES_MAX)) and self._serial:
+                        await self._speak(lines)
             if self._serial:
                 await self._backend.end(self._holder)
         except (StoreUnavailable, StoreConflict) as error:
@@ -178,11 +186,12 @@ class Ledger:
         await self._wait_for(short, lambda: self.book.check_extension(hold, tokens, self._mono()))
 
     async def _wait_for(self, short: Short, check: Callable[[], object]) -> None:
-        give_up = self._mono() + _PATIENCE_SECONDS
-        pause = _FIRST_PAUSE_SECONDS
+        give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
         while True:
             self.book.ask(short)
-            await self._answered()
+            await self._answered(short)
+            # From the first answer on: a ledger that is slow to say anything has not said no.
+            give_up = min(give_up, self._mono() + _PATIENCE_SECONDS)
             try:
                 check()
             except Short as still:
@@ -197,10 +206,10 @@ class Ledger:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)
 
-    async def _answered(self) -> None:
-        """Wait for the answer to the next message. Raises a Refusal if there is none."""
+    async def _answered(self, short: Short) -> None:
+        """Wait for the answer to the message that asks for it. Raises a Refusal if there is none."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(answer)
+        self._waiting.append((answer, short))
         self._wake_up()
         await answer
 
@@ -224,14 +233,20 @@ class Ledger:
             await asyncio.sleep(0)
             self._wake.clear()
             now = self._mono()
-            is_due = now >= settle_at
-            if is_due:
+            if now >= settle_at:
                 settle_at = now + self._settle_seconds
+                self.book.gather(now)
             if now >= self.book.valid_until_mono and not self.book.has_leases:
                 # Nothing is held, and the ledger may have ended this holder by now, or does while this is under way.
                 self._become_another()
-            lines = self.book.lines(now, all_of_them=is_due)
+            lines = self.book.lines(now, _LINES_MAX)
             waiting, self._waiting = self._waiting, []
+            if len(lines) == _LINES_MAX:
+                # Those whose lines are in a later message wait for that.
+                everyone, waiting = waiting, []
+                for one in everyone:
+                    (self._waiting if self.book.is_to_be_asked(one[1]) else waiting).append(one)
+                self._wake.set()
             if not (lines or waiting or now >= heartbeat_at):
                 continue
             heartbeat_at = now + self._lease_seconds / 3
@@ -258,56 +273,53 @@ class Ledger:
 
         0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
         """
-        settles_seconds = 0.0
-        for first in range(0, max(1, len(lines)), _LINES_MAX):
-            part = lines[first : first + _LINES_MAX]
-            asked = self._mono()
-            self._serial += 1
-            is_answered = False
-            try:
-                replies = await self._backend.sync(self._holder, self._serial, part)
-                is_answered = True
-            finally:
-                if not is_answered:
-                    self.counts["failures"] += 1
-                    self.book.lost(lines[first:])
-            self.counts["round_trips"] += 1
-            seconds = self._mono() - asked
-            self.round_trip_seconds += seconds
-            self.observe(seconds)
-            if replies is None:
-                _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
-                self.book.ended()
-                self._become_another()
-                return 0.0
-            settles_seconds = self.book.apply(
-                part, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE, heard_mono=self._mono()
-            )
+        asked = self._mono()
+        self._serial += 1
+        is_answered = False
+        try:
+            replies = await self._backend.sync(self._holder, self._serial, lines)
+            is_answered = True
+        finally:
+            if not is_answered:
+                self.counts["failures"] += 1
+                self.book.lost(lines)
+        self.counts["round_trips"] += 1
+        heard = self._mono()
+        self.round_trip_seconds += heard - asked
+        self.observe(heard - asked)
+        if replies is None:
+            _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
+            self.book.ended()
+            self._become_another()
+            return 0.0
+        settles_seconds = self.book.apply(
+            lines, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE, heard_mono=heard
+        )
         if settles_seconds and not self._settles:
             self.book.tell_again()
         self._settles = settles_seconds > 0.0
-        self.unsettled_since_mono = self._mono()
+        self.unsettled_since_mono = heard
         return settles_seconds
 
     def _become_another(self) -> None:
         self._holder, self._serial = secrets.token_hex(12), 0
 
-    def _heard(self, waiting: Sequence[asyncio.Future[None]]) -> None:
+    def _heard(self, waiting: Sequence[_Waiting]) -> None:
         if self.down_because:
             _log.warning("the ledger answers again")
             self.down_because = ""
         self.book.is_lenient = False
-        for answer in waiting:
+        for answer, _ in waiting:
             if not answer.done():
                 answer.set_result(None)
 
-    def _failed(self, error: Exception, waiting: Sequence[asyncio.Future[None]]) -> None:
+    def _failed(self, error: Exception, waiting: Sequence[_Waiting]) -> None:
         if not self.down_because:
             _log.warning("the ledger cannot be asked: %s", error)
         self.down_because = str(error) or type(error).__name__
         # Leases that are still ours are spent first; a request waits for this answer only when there are none.
         self.book.is_lenient = self._is_lenient
-        for answer in waiting:
+        for answer, _ in waiting:
             if answer.done():
                 continue
             if self._is_lenient:

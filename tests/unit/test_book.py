@@ -12,6 +12,7 @@ from keyproxy.reasons import Reason, Refusal
 from tests.reference_ledger import ReferenceLedger, Row
 
 LEASE_SECONDS = 10.0
+LINES_MAX = 1_000
 NOON = 1_706_700_000.0 - 1_706_700_000.0 % 86_400 + 43_200
 USER, TENANT, KEY = Pool("user", "u_42", False), Pool("tenant", "acme", False), Pool("key", "key_1", False)
 
@@ -51,7 +52,9 @@ class Process:
 
     def sync(self, *, everything: bool = True, is_last: bool = False, answer_is_lost: bool = False) -> int:
         """One message and its answer. How many lines it had."""
-        lines = self.book.lines(self.now, all_of_them=everything, is_last=is_last)
+        if everything or is_last:
+            self.book.gather(self.now, is_last=is_last)
+        lines = self.book.lines(self.now, LINES_MAX)
         self.serial += 1
         replies = self.fleet.ledger.sync(self.name, self.serial, lines)
         if answer_is_lost:
@@ -245,7 +248,7 @@ def test_what_is_granted_under_a_plan_that_was_lowered_meanwhile_goes_back(fleet
     with pytest.raises(Short) as short:
         process.book.take(before, process.now)
     process.book.ask(short.value)
-    lines = process.book.lines(process.now, all_of_them=False)
+    lines = process.book.lines(process.now, LINES_MAX)
     lowered = under(Plan(requests_per_day=1))
     with pytest.raises(Short):
         process.book.take(lowered, process.now)
@@ -425,6 +428,34 @@ def test_what_lies_idle_for_a_second_goes_back_and_the_lease_is_closed(fleet: Fl
     assert process.sync() == 0
 
 
+def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fleet, process: Process) -> None:
+    plan, pools = Plan(tokens_per_day=1_000), [Pool("user", f"u_{number}", False) for number in range(50)]
+    holds = [process.take(under(plan, pools=(pool,)), TokenNeed(10, 90)) for pool in pools]
+    for _ in range(4):
+        fleet.now += 1.1
+        process.sync()
+    looked_at = []
+    process.book._look_at = lambda lease, *_: looked_at.append(lease)  # type: ignore[assignment]
+    process.sync()
+    assert not looked_at
+    process.used(holds[7], tokens=30)
+    process.sync()
+    assert looked_at == list(holds[7].budgets)
+
+
+def test_of_many_leases_those_that_somebody_waits_for_are_told_first_and_the_rest_later(process: Process) -> None:
+    pools = [Pool("user", f"u_{number}", False) for number in range(20)]
+    for pool in pools[:10]:
+        process.used(process.take(under(Plan(requests_per_day=5), pools=(pool,))))
+    process.book.gather(process.now)
+    for pool in pools[10:]:
+        with pytest.raises(Short) as caught:
+            process.book.take(under(Plan(requests_per_day=5), pools=(pool,)), process.now)
+        process.book.ask(caught.value)
+    told = [line.window.pool for line in process.book.lines(process.now, 8)]
+    assert told == [*pools[10:16], *pools[:2]]
+
+
 def test_what_another_process_is_short_of_goes_back_at_the_next_message(fleet: Fleet) -> None:
     rich, poor = fleet.process(), fleet.process()
     allowance = under(Plan(requests_per_day=5))
@@ -456,7 +487,7 @@ def test_requests_that_arrive_while_the_first_answer_is_under_way_wait_for_the_s
     with pytest.raises(Short) as first:
         process.book.take(allowance, process.now)
     process.book.ask(first.value)
-    lines = process.book.lines(process.now, all_of_them=False)
+    lines = process.book.lines(process.now, LINES_MAX)
     with pytest.raises(Short) as second:
         process.book.take(allowance, process.now)
     assert second.value.needs[0][0] is first.value.needs[0][0]
@@ -476,7 +507,8 @@ def test_a_forgotten_identity_draws_on_the_same_lease_when_it_comes_back(process
 def test_two_leases_of_one_window_in_one_message_are_not_both_granted_what_is_there_once(fleet: Fleet) -> None:
     process = fleet.process()
     process.used(process.take(under(Plan(requests_per_day=5))))
-    lines = process.book.lines(process.now, all_of_them=True)
+    process.book.gather(process.now)
+    lines = process.book.lines(process.now, LINES_MAX)
     (line,) = lines
     both = [line._replace(want=5, at_least=1), line._replace(lease=99, granted=0, used=0, want=5, at_least=1)]
     fleet.ledger.sync(process.name, 9, both)
@@ -554,7 +586,8 @@ def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fle
     process.sync()
     fleet.ledger.fail_over(replica)
     assert not fleet.ledger.rows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
-    lines = process.book.lines(process.now, all_of_them=True)
+    process.book.gather(process.now)
+    lines = process.book.lines(process.now, LINES_MAX)
     process.serial += 1
     replies = fleet.ledger.sync(process.name, process.serial, lines)
     assert replies is not None
