@@ -435,7 +435,7 @@ def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fle
         fleet.now += 1.1
         process.sync()
     looked_at = []
-    process.book._look_at = lambda lease, *_: looked_at.append(lease)  # type: ignore[assignment]
+    process.book._look_at = lambda lease, *_: looked_at.append(lease)  # type: ignore[method-assign]
     process.sync()
     assert not looked_at
     process.used(holds[7], tokens=30)
