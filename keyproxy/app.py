@@ -1,7 +1,7 @@
 """The composition root: builds everything in order, introduces the edges to each other, closes in reverse.
 
-Another configuration is applied by building what it changes beside what there is, and exchanging the two once nothing can
-fail any more: so all of it is applied, or none. Nothing here decides anything about a request.
+Another configuration is prepared by building what it changes beside what there is, and applied by exchanging the two, in
+which nothing can fail: so all of it is applied, or none. Nothing here decides anything about a request.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
 from keyproxy import clock, sockets
+from keyproxy.change import Change, ChangeError, new_socket, new_store, new_tls
 from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat
@@ -32,16 +33,12 @@ from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.server import ProxyServer, Terms
-from keyproxy.wire.tls import TlsError, client_context, server_context
+from keyproxy.wire.tls import TlsError, client_context
 
 _log = logging.getLogger(__name__)
 
 #: How long what was replaced by another configuration is kept for what is under way.
 _OLD_STORE_SECONDS: Final = 10.0
-
-
-class ChangeError(Exception):
-    """Another configuration cannot be applied. The text says why."""
 
 
 class Proxy:
@@ -54,11 +51,11 @@ class Proxy:
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self._instance = secrets.token_hex(8).encode("ascii")
-        self.store = _store(settings, dsn)
+        self.store = new_store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(self._access_log if settings.log.access else None, self._note_usage)
         self.upstreams = self._upstreams(settings)
-        terms = self._terms(settings, self.store, self.upstreams, _tls(settings))
+        terms = self._terms(settings, self.store, self.upstreams, new_tls(settings))
         self.server = ProxyServer(
             terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
         )
@@ -87,22 +84,34 @@ class Proxy:
             self.server.start(proxy)
             yield
 
-    async def change(self, settings: Settings, dsn: str) -> None:
-        """Apply another configuration: all of it, or, raising ChangeError, none of it. No request is dropped."""
+    async def prepare(self, settings: Settings, dsn: str) -> Change:
+        """Make another configuration ready, to be applied or abandoned. Raises ChangeError: it cannot be."""
         was = self._settings
         with contextlib.ExitStack() as undo:
             try:
-                proxy = _bound(undo, was.listen.address, settings.listen.address)
-                ops = _bound(undo, was.ops.address, settings.ops.address)
-                tls = _tls(settings)
+                proxy = new_socket(undo, was.listen.address, settings.listen.address)
+                ops = new_socket(undo, was.ops.address, settings.ops.address)
+                tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 store = await self._store_for(settings, dsn)
             except (sockets.BindError, TlsError, StoreUnavailable) as error:
                 raise ChangeError(str(error)) from error
             undo.pop_all()
-        # From here on nothing fails.
-        self._settings, self._dsn = settings, dsn
-        self.server.change(self._terms(settings, store, upstreams, tls), proxy)
+        return Change(settings, dsn, proxy, ops, tls, upstreams, store)
+
+    async def abandon(self, change: Change) -> None:
+        """Let go of what was prepared."""
+        for sock in (change.proxy, change.ops):
+            if sock is not None:
+                sock.close()
+        if change.store is not self.store:
+            await change.store.close()
+
+    async def apply(self, change: Change) -> None:
+        """Put what was prepared in force. Nothing fails, and no request is dropped."""
+        settings, upstreams, store = change.settings, change.upstreams, change.store
+        self._settings, self._dsn = settings, change.dsn
+        self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
         self._recorder.log_to(self._access_log if settings.log.access else None)
         if upstreams is not self.upstreams:
             self._retired += self.upstreams.distinct().values()
@@ -110,11 +119,12 @@ class Proxy:
                 pool.retire()
             self.upstreams = upstreams
         if store is not self.store:
+            carry_over(self.store, store)
             self._let_go(self.store)
             self.store = store
-        if ops is not None:
+        if change.ops is not None:
             before, self._ops = self._ops, self._ops_listener()
-            await self._ops.start(ops)
+            await self._ops.start(change.ops)
             await before.close()
 
     # -- building
@@ -178,14 +188,12 @@ class Proxy:
         before = was.store, was.cache, was.identity, was.ledger, was.usage, self._dsn
         if before == (settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, dsn):
             return self.store
-        store = _store(settings, dsn)
-        carry_over(self.store, store)
-        await store.open()
-        try:
+        store = new_store(settings, dsn)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(store.close)
+            await store.open()
             await store.answers()
-        except StoreUnavailable:
-            await store.close()
-            raise
+            undo.pop_all()
         return store
 
     def _let_go(self, store: Store) -> None:
@@ -273,31 +281,3 @@ class Proxy:
 
     async def _check_proxy(self) -> Check:
         return Check(Verdict.FAILED, "draining") if self.server.is_draining else Check(Verdict.OK)
-
-
-def _bound(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket | None:
-    """A socket for a new address; None if it is the old one."""
-    return None if address == was else undo.enter_context(contextlib.closing(sockets.bind(address)))
-
-
-def _store(settings: Settings, dsn: str) -> Store:
-    prefix = settings.identity.header_prefix
-    return Store(
-        settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
-    )  # fmt: skip
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    listen = settings.listen
-    if not listen.tls_certificate_file:
-        return None
-    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
-
-
-def check_files(settings: Settings) -> None:
-    """Read what the configuration names, without using it. Raises ChangeError."""
-    try:
-        _tls(settings)
-        client_context(settings.upstream.tls_ca_file)
-    except TlsError as error:
-        raise ChangeError(str(error)) from error

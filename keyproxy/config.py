@@ -117,12 +117,25 @@ class _Wrong(NamedTuple):
     sentence: str
 
 
-def load(path: Path | None, environment: Mapping[str, str]) -> Config:
-    """Settings out of a TOML file (None: no file) and the environment. Raises ConfigError with all that is wrong."""
+def text(path: Path | None) -> str:
+    """What the file holds; nothing without one. Raises ConfigError."""
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not TOML: {error}"]) from error
+
+
+def load(path: Path | None, environment: Mapping[str, str], *, read: str | None = None) -> Config:
+    """Settings out of a TOML file (None: no file) and the environment. Raises ConfigError with all that is wrong.
+
+    `read`: what the file held when it was read; without it, it is read now.
+    """
     reading = _Reading()
     route_rows: object = []
     if path is not None:
-        document = _parse(path)
+        document = _parse(path, text(path) if read is None else read)
         route_rows = document.pop("routes", [])
         for table, content in document.items():
             if table not in TABLES:
@@ -172,12 +185,10 @@ def mask(value: object) -> object:
     return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path, content: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{path}: is not TOML: {error}"]) from error
 
 

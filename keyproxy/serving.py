@@ -10,12 +10,14 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeAlias
 
-from keyproxy import sockets, systemd
-from keyproxy.app import ChangeError, Proxy, check_files
+from keyproxy import orders, sockets, systemd
+from keyproxy.app import Proxy
+from keyproxy.change import Change, ChangeError, check_files
 from keyproxy.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,12 @@ _log = logging.getLogger(__name__)
 _OTHER_FILES: Final = 64
 
 _PR_SET_PDEATHSIG: Final = 1
+
+#: Within which a worker has to be ready for another configuration, or says that it cannot be.
+_PREPARE_SECONDS: Final = 20.0
+
+#: Applies other configurations to the proxy as they come, whose event is set by SIGHUP; runs until it is cancelled.
+Changing: TypeAlias = Callable[[Proxy, asyncio.Event], Coroutine[Any, Any, None]]
 
 #: So many more objects that may be part of a cycle are made than go, before the youngest are looked through.
 _YOUNG_OBJECTS: Final = 20_000
@@ -60,13 +68,11 @@ def _allow_files(settings: Settings) -> None:
 
 
 async def serve(
-    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None],
-    read_again: Callable[[], tuple[Settings, str]],
+    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing
 ) -> None:  # fmt: skip
     """Run the data plane until SIGTERM or SIGINT.
 
-    `started` is told both addresses. `read_again` gives settings and DSN when SIGHUP asks for them, or raises
-    ChangeError. Raises BindError, ChangeError.
+    `started` is told both addresses. `changing` applies other configurations. Raises BindError, ChangeError.
     """
     stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -85,28 +91,77 @@ async def serve(
             _settle_memory()
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
-                changing = group.create_task(_change_on(again, proxy, read_again))
+                change = group.create_task(changing(proxy, again))
                 await stop.wait()
-                changing.cancel()
+                change.cancel()
             systemd.notify("STOPPING=1")
             _log.info("draining: no new work, up to %g s for what is under way", settings.listen.drain_seconds)
     _log.info("stopped")
 
 
-async def _change_on(again: asyncio.Event, proxy: Proxy, read_again: Callable[[], tuple[Settings, str]]) -> None:
-    while True:
-        await again.wait()
-        again.clear()
-        systemd.notify(systemd.reloading())
+def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
+    """Change at SIGHUP, to the settings and the DSN that `read_again` gives, if it does not raise ChangeError."""
+
+    async def changing(proxy: Proxy, again: asyncio.Event) -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            systemd.notify(systemd.reloading())
+            try:
+                await _apply(proxy, await proxy.prepare(*read_again()))
+            except ChangeError as error:
+                _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
+                _log.exception("the configuration could not be changed")
+            systemd.notify("READY=1")
+
+    return changing
+
+
+def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) -> Changing:
+    """Change as the supervisor says. `read` gives settings and DSN out of a configuration, or raises ChangeError.
+
+    SIGHUP, which a terminal or a service manager may send to all processes at once, is the supervisor's to hear.
+    """
+
+    async def changing(proxy: Proxy, _again: asyncio.Event) -> None:
+        prepared: Change | None = None
+        subordinate = await orders.subordinate(sock)
         try:
-            settings, dsn = read_again()
-            await proxy.change(settings, dsn)
-        except ChangeError as error:
-            _log.error("the configuration stays as it was: %s", error)
-        except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
-            _log.exception("the configuration could not be changed")
-        else:
-            _allow_files(settings)
-            logging.getLogger().setLevel(settings.log.level.upper())
-            _log.info("another configuration is in force")
-        systemd.notify("READY=1")
+            async for order in subordinate.orders():
+                refused = ""
+                if order.kind == orders.OFFER:
+                    try:
+                        prepared = await _prepare(proxy, read, order.text)
+                    except ChangeError as error:
+                        refused = str(error)
+                elif prepared is not None:
+                    change, prepared = prepared, None
+                    await (_apply if order.kind == orders.APPLY else Proxy.abandon)(proxy, change)
+                subordinate.answer(refused)
+        finally:
+            if prepared is not None:
+                await proxy.abandon(prepared)
+            subordinate.close()
+
+    return changing
+
+
+async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], text: str) -> Change:
+    try:
+        async with asyncio.timeout(_PREPARE_SECONDS):
+            return await proxy.prepare(*read(text))
+    except TimeoutError:
+        raise ChangeError(f"it could not be made ready within {_PREPARE_SECONDS:g} s") from None
+    except ChangeError:
+        raise
+    except Exception as error:  # the outermost boundary of an order: nobody is dropped for a defect in here
+        _log.exception("the configuration could not be changed")
+        raise ChangeError("a defect of keyproxy: it is told above") from error
+
+
+async def _apply(proxy: Proxy, change: Change) -> None:
+    await proxy.apply(change)
+    _allow_files(change.settings)
+    logging.getLogger().setLevel(change.settings.log.level.upper())
+    _log.info("another configuration is in force")

@@ -5,8 +5,8 @@ socket. The supervisor holds the port without listening on it, so that a port th
 request: when it is killed the workers drain and end, and a worker that crashes takes down only what it was serving.
 
 Another configuration is read here first. Where it changes what all share (addresses, the number of workers), a whole new
-crew is started and the old one is let go once the new one serves; else the workers are told to read it themselves, which
-keeps what they have cached.
+crew is started and the old one is let go once the new one serves; else it is offered to the workers, which keep what they
+have cached, and applied if all of them can. A worker that is started later begins with the one that was applied last.
 """
 
 from __future__ import annotations
@@ -23,21 +23,16 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
-import orjson
-
 from keyproxy import clock, sockets, systemd
-from keyproxy.app import ChangeError, check_files
+from keyproxy.change import ChangeError, check_files, new_socket
+from keyproxy.crew import Crew, Worker
 from keyproxy.metrics.catalogue import CONTENT_TYPE
-from keyproxy.metrics.fleet import Fleet
-from keyproxy.ops import Check, OpsListener, Verdict, worst
+from keyproxy.ops import Check, OpsListener, Verdict
 from keyproxy.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_START_SECONDS: Final = 30.0
 _STOP_SECONDS: Final = 5.0  # beyond listen.drain_seconds
-_ASK_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 1.0
 
 #: A worker that ended unasked is started again after the first of these, the next time after the second, and so on.
@@ -52,63 +47,34 @@ def count(workers: int) -> int:
     return workers or len(os.sched_getaffinity(0))
 
 
-class _Worker:
-    """One process, and what it last told of itself."""
-
-    def __init__(self, process: asyncio.subprocess.Process, path: Path) -> None:
-        self.process = process
-        self.started_mono = clock.monotonic()
-        self.is_ready = False
-        self.is_leaving = False
-        self.page = ""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(path)), timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS)
-        )
-
-    async def ask(self, path: str) -> bytes | None:
-        """A page of its ops listener, whatever its status; None if it does not answer."""
-        try:
-            async with self._session.get(f"http://worker{path}") as response:
-                return await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return None
-
-    async def look(self) -> None:
-        """Take note of how it is."""
-        page = await self.ask("/metrics")
-        if page is not None:
-            self.is_ready, self.page = True, page.decode("utf-8")
-
-    def tell(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-
-    async def closed(self) -> None:
-        """Nothing will be asked of it any more."""
-        await self._session.close()
-
-
 class Supervisor:
     """See the module. `command` starts a worker, which is configured by `environment` over it."""
 
-    def __init__(self, settings: Settings, command: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, text: str, command: Sequence[str]) -> None:
+        """`text`: what the settings were read from."""
         self._settings = settings
+        self._text = text
         self._command = command
-        self._workers: set[_Worker] = set()
+        self._crew = Crew(lambda: self._restarts)
         self._tasks: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._failures = 0
         self._serial = 0
         self._is_stopping = False
         self._is_manned = False
+        self._changing = asyncio.Lock()
         self._reserved: socket.socket | None = None
         self._directory = Path(tempfile.mkdtemp(prefix="keyproxy-"))
-        self._fleet = Fleet(self._states, lambda: self._restarts)
         self._ops = self._ops_listener()
 
-    async def run(self, *, started: Callable[[str, str], None], read_again: Callable[[], tuple[Settings, str]]) -> None:
-        """Run until SIGTERM or SIGINT. Raises BindError, ChangeError."""
+    async def run(
+        self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
+    ) -> None:  # fmt: skip
+        """Run until SIGTERM or SIGINT. Raises BindError, ChangeError.
+
+        `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
+        may raise ChangeError.
+        """
         stop, again = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,7 +91,7 @@ class Supervisor:
             started(*told)
             systemd.notify("READY=1")
             self._spawn(self._look_on())
-            self._spawn(self._change_on(again, read_again))
+            self._spawn(self._change_on(again, text_again, read))
             await stop.wait()
             systemd.notify("STOPPING=1")
         finally:
@@ -136,19 +102,19 @@ class Supervisor:
     async def _start_crew(self) -> None:
         """As many workers as are configured; all serve when this returns, or, raising ChangeError, none is left."""
         number = count(self._settings.listen.workers)
-        crew = await asyncio.gather(*(self._start() for _ in range(number)))
+        crew: list[Worker] = []
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await asyncio.gather(*(self._until_ready(worker) for worker in crew))
-            if not self._workers.issuperset(crew):
-                raise ChangeError("a worker ended")
-        except (TimeoutError, ChangeError):
+            while len(crew) < number:
+                crew.append(await self._start())
+            if len(await self._crew.until_ready(crew)) < number:
+                raise ChangeError("a worker could not be started: it says above why")
+        except (ChangeError, OSError) as error:
             for worker in crew:
                 worker.is_leaving = True
                 worker.tell(signal.SIGTERM)
-            raise ChangeError("a worker could not be started: it says above why") from None
+            raise ChangeError(str(error)) from error
 
-    async def _start(self) -> _Worker:
+    async def _start(self) -> Worker:
         self._serial += 1
         path = self._directory / f"{self._serial}.sock"
         assert self._reserved is not None  # noqa: S101 - for the type checker: run() has bound it
@@ -159,28 +125,16 @@ class Supervisor:
             "KEYPROXY_OPS__ADDRESS": f"unix:{path}",
         }
         environment.pop("NOTIFY_SOCKET", None)
-        process = await asyncio.create_subprocess_exec(
-            *self._command, env=environment, stdin=asyncio.subprocess.DEVNULL
-        )
-        worker = _Worker(process, path)
-        self._workers.add(worker)
+        worker = await Worker.start(self._command, environment, path, self._text)
+        self._crew.members.add(worker)
         self._spawn(self._mind(worker))
         return worker
 
-    async def _until_ready(self, worker: _Worker) -> None:
-        while not worker.is_ready:
-            if worker not in self._workers:
-                raise ChangeError("a worker ended")
-            await asyncio.sleep(0.05)
-            await worker.look()
-
-    async def _mind(self, worker: _Worker) -> None:
+    async def _mind(self, worker: Worker) -> None:
         """Wait for the end of a worker; start another one in its place if nobody asked for that."""
         status = await worker.process.wait()
-        self._workers.discard(worker)
+        self._crew.ended(worker)
         await worker.closed()
-        if worker.page:
-            self._fleet.ended(worker.page)
         if self._is_stopping or worker.is_leaving or not self._is_manned:
             return
         if clock.monotonic() - worker.started_mono > _STEADY_SECONDS:
@@ -189,32 +143,40 @@ class Supervisor:
         self._failures += 1
         _log.error("worker %d ended with status %d; another one starts in %g s", worker.process.pid, status, pause)
         await asyncio.sleep(pause)
-        while not self._is_stopping and len(self._workers) < count(self._settings.listen.workers):
+        while not await self._is_replaced():  # noqa: ASYNC110 - it is tried again, not asked
+            await asyncio.sleep(_BACKOFF_SECONDS[-1])
+
+    async def _is_replaced(self) -> bool:
+        """Whether there is a worker in the place of one that ended, or none is wanted."""
+        # Not with a configuration that is just being changed.
+        async with self._changing:
+            staying = sum(not worker.is_leaving for worker in self._crew.members)
+            if self._is_stopping or staying >= count(self._settings.listen.workers):
+                return True
             try:
                 await self._start()
             except OSError as error:
                 # No process, memory or file descriptor to be had now: there may be later.
                 _log.error("a worker cannot be started: %s; once more in %g s", error, _BACKOFF_SECONDS[-1])
-                await asyncio.sleep(_BACKOFF_SECONDS[-1])
-            else:
-                self._restarts += 1
-                return
+                return False
+            self._restarts += 1
+            return True
 
     async def _end(self) -> None:
         self._is_stopping = True
-        for worker in self._workers:
+        for worker in self._crew.members:
             worker.tell(signal.SIGTERM)
-        waiting = [worker.process.wait() for worker in self._workers]
+        waiting = [worker.process.wait() for worker in self._crew.members]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.listen.drain_seconds + _STOP_SECONDS):
                 await asyncio.gather(*waiting)
-        for worker in list(self._workers):
+        for worker in list(self._crew.members):
             _log.error("worker %d did not end and is killed", worker.process.pid)
             worker.tell(signal.SIGKILL)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in list(self._workers):
+        for worker in list(self._crew.members):
             await worker.closed()
         await self._ops.close()
         if self._reserved is not None:
@@ -224,38 +186,50 @@ class Supervisor:
 
     # -- another configuration
 
-    async def _change_on(self, again: asyncio.Event, read_again: Callable[[], tuple[Settings, str]]) -> None:
+    async def _change_on(
+        self, again: asyncio.Event, text_again: Callable[[], str], read: Callable[[str], Settings]
+    ) -> None:
         while True:
             await again.wait()
             again.clear()
             systemd.notify(systemd.reloading())
             try:
-                settings, _ = read_again()
+                text = text_again()
+                settings = read(text)
                 check_files(settings)
-                await self._change(settings)
+                async with self._changing:
+                    await self._change(settings, text)
             except (ChangeError, sockets.BindError) as error:
                 _log.error("the configuration stays as it was: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
                 _log.exception("the configuration could not be changed")
+            else:
+                logging.getLogger().setLevel(settings.log.level.upper())
+                _log.info("another configuration is in force")
             systemd.notify("READY=1")
 
-    async def _change(self, settings: Settings) -> None:
-        was = self._settings
-        if _frame(settings) == _frame(was):
-            self._settings = settings
-            for worker in self._workers:
-                worker.tell(signal.SIGHUP)
-            return
-        old_crew, old_socket, old_ops = set(self._workers), self._reserved, self._ops
-        ops = None if settings.ops.address == was.ops.address else sockets.bind(settings.ops.address)
-        if settings.listen.address != was.listen.address:
-            self._reserved = sockets.bind(settings.listen.address)
-        self._settings = settings
-        try:
-            await self._start_crew()
-        except ChangeError:
-            self._settings, self._reserved = was, old_socket
-            raise
+    async def _change(self, settings: Settings, text: str) -> None:
+        """All workers change, or, raising ChangeError or BindError, none does."""
+        ready = await self._crew.offer(text)
+        if _frame(settings) == _frame(self._settings):
+            self._settings, self._text = settings, text
+            await self._crew.apply(ready)
+        else:
+            await self._crew.withdraw(ready)
+            await self._change_crew(settings, text)
+
+    async def _change_crew(self, settings: Settings, text: str) -> None:
+        was, old_crew, old_ops = (self._settings, self._text, self._reserved), set(self._crew.members), self._ops
+        with contextlib.ExitStack() as undo:
+            ops = new_socket(undo, self._settings.ops.address, settings.ops.address)
+            listened = new_socket(undo, self._settings.listen.address, settings.listen.address)
+            self._settings, self._text, self._reserved = settings, text, listened or self._reserved
+            try:
+                await self._start_crew()
+            except ChangeError:
+                self._settings, self._text, self._reserved = was
+                raise
+            undo.pop_all()
         if ops is not None:
             self._ops = self._ops_listener()
             await self._ops.start(ops)
@@ -263,45 +237,22 @@ class Supervisor:
         for worker in old_crew:
             worker.is_leaving = True
             worker.tell(signal.SIGTERM)
-        if old_socket is not None and old_socket is not self._reserved:
-            old_socket.close()
-        _log.info("another configuration is in force")
+        if listened is not None and was[2] is not None:
+            was[2].close()
 
     # -- what is told of all
 
     async def _look_on(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            await asyncio.gather(*(worker.look() for worker in self._workers))
-
-    def _states(self) -> Mapping[str, int]:
-        ready = sum(worker.is_ready and not worker.is_leaving for worker in self._workers)
-        leaving = sum(worker.is_leaving for worker in self._workers)
-        return {"ready": ready, "starting": len(self._workers) - ready - leaving, "leaving": leaving}
+            await self._crew.look()
 
     def _ops_listener(self) -> OpsListener:
-        return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
-
-    async def _metrics(self) -> bytes:
-        await asyncio.gather(*(worker.look() for worker in self._workers))
-        return self._fleet.render(worker.page for worker in self._workers if worker.page)
+        return OpsListener(checks=self._checks, metrics=self._crew.metrics, metrics_content_type=CONTENT_TYPE)
 
     async def _checks(self) -> Mapping[str, Check]:
-        pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self._workers if not worker.is_leaving))
-        told: dict[str, list[Check]] = {}
-        for page in pages:
-            for name, check in (orjson.loads(page)["checks"] if page else {}).items():
-                told.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
-        checks = {name: _worst(some) for name, some in told.items()}
-        return checks | {"workers": self._check_workers(sum(page is not None for page in pages))}
-
-    def _check_workers(self, answering: int) -> Check:
-        wanted = count(self._settings.listen.workers)
-        if self._is_stopping:
-            return Check(Verdict.FAILED, "stopping")
-        if answering >= wanted:
-            return Check(Verdict.OK)
-        return Check(Verdict.DEGRADED if answering else Verdict.FAILED, f"{answering} of {wanted} serve")
+        checks = await self._crew.checks(count(self._settings.listen.workers))
+        return checks | {"workers": Check(Verdict.FAILED, "stopping")} if self._is_stopping else checks
 
     def _spawn(self, doing: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(doing)
@@ -312,8 +263,3 @@ class Supervisor:
 def _frame(settings: Settings) -> tuple[str, str, int]:
     """What the workers share and cannot change one by one."""
     return settings.listen.address, settings.ops.address, count(settings.listen.workers)
-
-
-def _worst(checks: Sequence[Check]) -> Check:
-    verdict = worst(check.verdict for check in checks)
-    return next(check for check in checks if check.verdict is verdict)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -30,16 +31,19 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
     Access log on stdout, everything else on stderr. SIGTERM drains and ends it. SIGHUP reads the configuration again:
     all of it is applied, or none.
     """
-    from keyproxy import serving, supervisor
-    from keyproxy.app import ChangeError
+    from keyproxy import orders, serving, supervisor
+    from keyproxy.change import ChangeError
 
-    settings = load(config_path, is_serving=True).settings
+    superior: socket.socket | None = None
     if owner is not None:
         serving.end_with(owner)
+        superior = socket.socket(fileno=sys.stdin.fileno())
+    text = config.text(config_path) if superior is None else orders.begun_with(superior)
+    settings = load(config_path, is_serving=True, read=text).settings
 
-    def read_again() -> tuple[Settings, str]:
+    def read(text: str) -> tuple[Settings, str]:
         try:
-            other = config.load(config_path, os.environ).settings
+            other = config.load(config_path, os.environ, read=text).settings
         except ConfigError as error:
             raise ChangeError("; ".join(error.problems)) from error
         if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
@@ -50,18 +54,27 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
             raise ChangeError("store: the embedded server is chosen when the process starts: restart it")
         return other, dsn
 
+    def text_again() -> str:
+        try:
+            return config.text(config_path)
+        except ConfigError as error:
+            raise ChangeError("; ".join(error.problems)) from error
+
     with store(settings) as dsn:
         try:
             uvloop.run(check_schema(dsn))
             if supervisor.count(settings.listen.workers) == 1:
+                changing = serving.on_hangup(lambda: read(text_again()))
+                if superior is not None:
+                    changing = serving.on_orders(superior, read)
                 fd = sys.stdout.fileno()
-                uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, read_again=read_again))
+                uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, changing=changing))
             else:
                 # -P: a worker runs the code that is installed, whatever lies in the current directory.
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
-                crew = supervisor.Supervisor(settings, command)
-                uvloop.run(crew.run(started=_started, read_again=read_again))
+                crew = supervisor.Supervisor(settings, text, command)
+                uvloop.run(crew.run(started=_started, text_again=text_again, read=lambda text: read(text)[0]))
         except ChangeError as error:
             raise Failure(str(error)) from error
 

@@ -92,9 +92,9 @@ def _admin_url(_context: click.Context, _parameter: click.Parameter, value: str 
     return value
 
 
-def load(path: Path | None, *, is_serving: bool = False) -> config.Config:
+def load(path: Path | None, *, is_serving: bool = False, read: str | None = None) -> config.Config:
     """The configuration; logging is set up with it. A command that ends by itself says why it failed, once: no log."""
-    loaded = config.load(path, os.environ)
+    loaded = config.load(path, os.environ, read=read)
     level = loaded.settings.log.level
     _set_up_logging(level if is_serving or level == "debug" else "error")
     return loaded

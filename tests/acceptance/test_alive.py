@@ -155,6 +155,57 @@ async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site) 
         await said(site, "another configuration is in force")
 
 
+async def test_workers_change_all_or_none_and_those_that_start_later_are_like_the_others(
+    configure: Configure, dsn: str, tmp_path: Path
+) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    site = configure(dsn, listen={"workers": 2})
+    secret = (await site.key())["secret"]
+    before, only = site.config.read_text(encoding="utf-8"), '[[routes]]\nmatch = "GET /only"\n'
+    async with site.serving() as process:
+
+        async def change(content: str, told: str) -> None:
+            site.config.write_text(content, encoding="utf-8")
+            site.printed.clear()
+            process.send_signal(signal.SIGHUP)
+            await said(site, told)
+
+        async def replace_one(times: int) -> None:
+            os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+
+            async def is_replaced() -> bool:
+                ready = await site.metric("keyproxy_workers", state="ready")
+                return await site.metric("keyproxy_worker_restarts_total") == times and ready == 2
+
+            await until(is_replaced)
+
+        # A worker that cannot have a file any more cannot read the new one; the other one could.
+        limited = workers_of(process.pid)[1]
+        allowed = resource.prlimit(limited, resource.RLIMIT_NOFILE)
+        resource.prlimit(limited, resource.RLIMIT_NOFILE, (3, allowed[1]))
+        await change(_with(before, "upstream", f'tls_ca_file = "{tmp_path / "ca.pem"}"') + only, "ca.pem")
+        await said(site, "keyproxy.supervisor: the configuration stays as it was")
+        resource.prlimit(limited, resource.RLIMIT_NOFILE, allowed)
+        assert await answers(site, secret) == {(200, "")}
+        # What all refuse, only they can find.
+        unreachable = _with(before, "store", 'dsn = "postgresql://nobody@127.0.0.1:1/none"') + only
+        await change(unreachable, "keyproxy.supervisor: the configuration stays as it was: Connect")
+        await replace_one(1)
+        assert await answers(site, secret) == {(200, "")}
+        await change(unreachable.replace("workers = 2", "workers = 3"), "the configuration stays as it was: Connect")
+        assert len(workers_of(process.pid)) == 2
+        await change(before + only, "keyproxy.supervisor: another configuration is in force")
+        assert await answers(site, secret) == {(403, "route_not_allowed")}
+        site.config.write_text("no configuration", encoding="utf-8")
+        await replace_one(2)
+        assert await answers(site, secret) == {(403, "route_not_allowed")}
+
+
+async def answers(site: Site, secret: str) -> set[tuple[int, str]]:
+    """What so many calls are answered, each on a connection of its own, that all workers have had some."""
+    return set(await asyncio.gather(*(site.call(secret, "GET", "/other") for _ in range(24))))
+
+
 def _with(content: str, table: str, line: str) -> str:
     """A configuration with this line in this table, in place of the one that was there."""
     lines, key, here = [], line.partition(" ")[0], ""

@@ -1,0 +1,60 @@
+"""Another configuration, made ready beside the one that is in force: what it takes, and how it can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from typing import NamedTuple
+
+from keyproxy import clock, sockets
+from keyproxy.settings import Settings
+from keyproxy.store.assembly import Store
+from keyproxy.wire.pool import Upstreams
+from keyproxy.wire.tls import TlsError, client_context, server_context
+
+
+class ChangeError(Exception):
+    """Another configuration cannot be applied. The text says why."""
+
+
+class Change(NamedTuple):
+    """All that another configuration takes, ready for use. `proxy`, `ops`: sockets, None where the address stays."""
+
+    settings: Settings
+    dsn: str
+    proxy: socket.socket | None
+    ops: socket.socket | None
+    tls: ssl.SSLContext | None
+    upstreams: Upstreams
+    store: Store
+
+
+def new_socket(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket | None:
+    """A socket for a new address; None if it is the old one. Raises BindError."""
+    return None if address == was else undo.enter_context(contextlib.closing(sockets.bind(address)))
+
+
+def new_store(settings: Settings, dsn: str) -> Store:
+    """A store, not yet open."""
+    prefix = settings.identity.header_prefix
+    return Store(
+        settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
+    )  # fmt: skip
+
+
+def new_tls(settings: Settings) -> ssl.SSLContext | None:
+    """What clients are greeted with, None without TLS. Raises TlsError."""
+    listen = settings.listen
+    if not listen.tls_certificate_file:
+        return None
+    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
+
+
+def check_files(settings: Settings) -> None:
+    """Read what the configuration names, without using it. Raises ChangeError."""
+    try:
+        new_tls(settings)
+        client_context(settings.upstream.tls_ca_file)
+    except TlsError as error:
+        raise ChangeError(str(error)) from error

@@ -1,0 +1,103 @@
+"""What a supervisor and a worker say to each other about the configuration, on a socket that only the two have.
+
+All workers change or none does, so a change has two steps. The supervisor *offers* a configuration; the worker makes
+ready all that it needs, beside what it has, and says so, or why it cannot. When all are ready they are told to *apply*
+it, in which nothing fails any more; else to *withdraw* it. The first order on a socket is to *begin*, with what was
+applied last: whatever the file holds by then, a worker that is started later is like the others.
+
+A message is a line of JSON. The supervisor waits for one answer before it gives the next order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from typing import Final, NamedTuple
+
+BEGIN: Final = "begin"
+OFFER: Final = "offer"
+APPLY: Final = "apply"
+WITHDRAW: Final = "withdraw"
+
+#: Of a message. Far more than a configuration has.
+_BYTES_MAX: Final = 16 * 1024 * 1024
+
+
+class Order(NamedTuple):
+    """What a worker is to do; `text`: the configuration that it is about."""
+
+    kind: str
+    text: str = ""
+
+
+class Superior:
+    """The supervisor's end."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def begin(self, text: str) -> None:
+        """Give the first order, which is answered by serving."""
+        self._writer.write(_line(Order(BEGIN, text)._asdict()))
+
+    async def ask(self, order: Order) -> str:
+        """Why the worker does not follow; empty if it does. Raises ConnectionError if it has ended."""
+        self._writer.write(_line(order._asdict()))
+        await self._writer.drain()
+        answer = await self._reader.readline()
+        if not answer:
+            raise ConnectionError("the worker has ended")
+        return str(json.loads(answer)["refused"])
+
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+        self._writer.close()
+
+
+class Subordinate:
+    """The worker's end."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def orders(self) -> AsyncIterator[Order]:
+        """The orders as they come, until the supervisor is gone. Each has to be answered."""
+        while line := await self._reader.readline():
+            yield Order(**json.loads(line))
+
+    def answer(self, refused: str = "") -> None:
+        """Say that the order was followed, or why not."""
+        self._writer.write(_line({"refused": refused}))
+
+    def close(self) -> None:
+        """No order will be followed any more."""
+        self._writer.close()
+
+
+async def superior(sock: socket.socket) -> Superior:
+    """The supervisor's end of a connected socket, which it takes over."""
+    return Superior(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
+
+
+async def subordinate(sock: socket.socket) -> Subordinate:
+    """The worker's end of a connected socket, which it takes over."""
+    return Subordinate(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
+
+
+def begun_with(sock: socket.socket) -> str:
+    """The configuration to begin with; waits for it. Raises ConnectionError if the supervisor is gone."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        chunk = sock.recv(65_536)
+        if not chunk:
+            raise ConnectionError("the supervisor is gone")
+        line += chunk
+    return Order(**json.loads(line)).text
+
+
+def _line(message: dict[str, str]) -> bytes:
+    return json.dumps(message).encode("ascii") + b"\n"

@@ -1,0 +1,59 @@
+"""What a supervisor and a worker say to each other arrives whole, in order, and their ends are noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from keyproxy import orders
+from keyproxy.orders import Order
+
+#: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
+TEXTS = ["", '[listen]\nname = "hü \u2028 \\ \x00"\r\n', "# long\n" * 200_000]
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """The supervisor's end, the worker's end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["empty", "odd", "long"])
+async def test_a_worker_begins_with_the_text_and_is_offered_it_as_it_is(pair: Pair, text: str) -> None:
+    superior = await orders.superior(pair[0])
+    superior.begin(text)
+    assert await asyncio.to_thread(orders.begun_with, pair[1]) == text
+    subordinate = await orders.subordinate(pair[1])
+    heard: list[Order] = []
+
+    async def following() -> None:
+        async for order in subordinate.orders():
+            heard.append(order)
+            subordinate.answer("" if order.kind != orders.OFFER else "no\nway")
+
+    task = asyncio.create_task(following())
+    assert await superior.ask(Order(orders.OFFER, text)) == "no\nway"
+    assert await superior.ask(Order(orders.WITHDRAW)) == ""
+    superior.close()
+    await asyncio.wait_for(task, 5)
+    assert heard == [Order(orders.OFFER, text), Order(orders.WITHDRAW)]
+    subordinate.close()
+
+
+async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
+    superior = await orders.superior(pair[0])
+    pair[1].close()
+    with pytest.raises(ConnectionError):
+        await superior.ask(Order(orders.APPLY))
+    superior.close()
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs, pytest.raises(ConnectionError, match="the supervisor is gone"):
+        orders.begun_with(theirs)
