@@ -182,9 +182,9 @@ class Gateway:
         else:
             self.watch(exchange)
 
-    def limit_fields(self, permit: Permit) -> bytes:
+    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""
-        return b"" if permit.hold is None else permit.hold.statement.lines(self._now().mono_seconds)
+        return b"" if permit.hold is None else permit.hold.bundle.statement.lines(now_mono)
 
     def retiring_line(self, identity: Identity) -> bytes:
         """The header line that tells for how many seconds a key that was replaced still works."""

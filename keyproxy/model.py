@@ -72,6 +72,7 @@ class RequestFields:
 
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
     head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
+    `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case.
     """
 
     host: bytes | None
@@ -81,6 +82,8 @@ class RequestFields:
     keeps_alive: bool = True
     expects_continue: bool = False
     opens_tunnel: bool = False
+    media_type: bytes = b""
+    codings: tuple[bytes, ...] = ()
     head_end: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,12 +158,14 @@ class StatusLine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
-    """What a response's header fields say about its framing."""
+    """What a response's header fields say about its framing. `media_type` and `codings` as in `RequestFields`."""
 
     has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
     opens_tunnel: bool = False
+    media_type: bytes = b""
+    codings: tuple[bytes, ...] = ()
 
 
 class ResponseHead:

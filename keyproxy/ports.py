@@ -178,8 +178,8 @@ class Gate(Protocol):
         """An exchange that had a permit has ended: what it held is charged, or given back. Exactly once."""
         ...
 
-    def limit_fields(self, permit: Permit) -> bytes:
-        """Header lines that tell how it stands with the limits a request is under; empty if there are none."""
+    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
+        """Header lines that tell how it stands now with the limits a request is under; empty if there are none."""
         ...
 
     def retiring_line(self, identity: Identity) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
 from keyproxy.limits.plan import Plan
@@ -31,38 +31,43 @@ class TokenNeed(NamedTuple):
     most: int | None
 
 
-class Hold(NamedTuple):
-    """What one request has taken: a unit of each of `units` and `slots`, and `tokens` of each of `budgets`.
+class Hold:
+    """What one request has taken: a unit of each of the bundle's `units`, and `tokens` of each of `budgets`.
 
-    `told`: every lease that its caller is told of, and `statement` how.
     `earlier`: what was held when a window ended in the middle of the request, of leases that are over.
     """
 
-    units: tuple[Lease, ...]
-    slots: tuple[Lease, ...]
-    budgets: tuple[Lease, ...]
-    tokens: int
-    told: tuple[Lease, ...]
-    statement: Statement
-    accounts: tuple[Account, ...] = ()
-    earlier: Hold | None = None
+    __slots__ = ("budgets", "bundle", "earlier", "tokens")
+
+    def __init__(self, bundle: Bundle, budgets: tuple[Lease, ...], tokens: int, earlier: Hold | None = None) -> None:
+        self.bundle: Final = bundle
+        self.budgets: Final = budgets
+        self.tokens: Final = tokens
+        self.earlier: Final = earlier
 
 
 class Bundle:
-    """Everything that requests under one allowance draw on, looked up once."""
+    """Everything that requests under one allowance draw on, looked up once.
 
-    __slots__ = ("accounts", "budgets", "counts_tokens", "hold", "tokens_bound", "tokens_per_request", "units")
+    `units`: one of each is taken by every request; those `counted` are used then, the `slots` come back. `hold` is what
+    all requests hold that count no tokens. `told`: every lease that callers are told of, `statement`: how.
+    """
+
+    __slots__ = (
+        "accounts", "budgets", "counted", "counts_tokens", "hold", "slots", "statement", "tokens_bound",
+        "tokens_per_request", "told", "units",
+    )  # fmt: skip
 
     def __init__(self, accounts: tuple[Account, ...]) -> None:
         self.accounts = accounts
         leases = [lease for account in accounts for lease in account.leases.values()]
-        slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
-        counted = tuple(lease for lease in leases if lease.window.measure in (RATE, *REQUESTS))
-        #: One unit of each is taken by every request.
-        self.units = slots + counted
+        self.slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
+        self.counted = tuple(lease for lease in leases if lease.window.measure in (RATE, *REQUESTS))
+        self.units = self.slots + self.counted
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
-        told = counted + slots + self.budgets
-        self.hold = Hold(counted, slots, (), 0, told, Statement(told), accounts)
+        self.told = self.counted + self.slots + self.budgets
+        self.statement = Statement(self.told)
+        self.hold = Hold(self, (), 0)
         self.tokens_per_request = min(
             (
                 LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)

@@ -55,7 +55,14 @@ class Book(Register):
             for lease in bundle.budgets:
                 if lease.free < amount or now_mono >= lease.ends_mono:
                     return self._take_carefully(allowance, now_mono, tokens)
-            hold = self._holding(bundle, amount)
+            for lease in bundle.budgets:
+                lease.piece = amount
+                free = lease.free = lease.free - amount
+                if not lease.is_noted:
+                    self._note(lease)
+                if free < lease.low:
+                    self._soon(lease)
+            hold = Hold(bundle, bundle.budgets, amount)
         for lease in bundle.units:
             free = lease.free = lease.free - 1
             if not lease.is_noted:
@@ -75,39 +82,46 @@ class Book(Register):
 
         `tokens` is what it used. More than was held is charged too, and drawn from what comes next.
         """
-        for lease in hold.slots:
+        bundle = hold.bundle
+        for lease in bundle.slots:
             self._restore(lease, 1)
         if was_sent:
-            for lease in hold.units:
+            for lease in bundle.counted:
                 lease.used += 1
                 if not lease.is_noted:
                     self._note(lease)
         else:
             tokens = 0
-            for lease in hold.units:
+            for lease in bundle.counted:
                 if not lease.is_rate:
                     self._restore(lease, 1)
-        self._settle_tokens(hold, tokens)
+        if hold.budgets or hold.earlier is not None:
+            self._settle_tokens(hold, tokens)
 
     def _settle_tokens(self, hold: Hold, tokens: int) -> None:
         if hold.earlier is not None:
             early = min(tokens, hold.earlier.tokens)
             self._settle_tokens(hold.earlier, early)
             tokens -= early
+        back = hold.tokens - tokens
         for lease in hold.budgets:
             lease.used += tokens
-            self._note(lease)
-            if tokens < hold.tokens:
+            if not lease.is_noted:
+                self._note(lease)
+            if back > 0:
                 # What has come back may suffice for who was refused a moment ago.
                 lease.empty_until_mono = 0.0
-            self._restore(lease, hold.tokens - tokens)
+            if lease.is_current:
+                lease.free += back
+            else:
+                self._restore(lease, back)
 
     def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
         """Hold so many tokens more of every budget that is in force now. Raises Short or a Refusal, as `take` does."""
         hold = self.check_extension(hold, tokens, now_mono)
         for lease in hold.budgets:
             self._take_units(lease, tokens)
-        return hold._replace(tokens=hold.tokens + tokens)
+        return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier)
 
     def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
         """Raises what `extend` would raise, and takes nothing. The hold to be extended."""
@@ -115,18 +129,18 @@ class Book(Register):
         is_valid = now_mono < self.valid_until_mono
         short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, hold.told, now_mono, takes_all=False)
+            self._refuse_or_ask(short, hold.bundle.told, now_mono, takes_all=False)
         return hold
 
     def _continued(self, hold: Hold, now_mono: float) -> Hold:
         """The same hold, or one after it if a lease of it has ended: nothing more is drawn from one that is over."""
         budgets = []
-        for account in hold.accounts:
+        for account in hold.bundle.accounts:
             self._renew(account, now_mono)
             budgets += [account.leases[measure] for measure in TOKENS if measure in account.leases]
         if tuple(budgets) == hold.budgets:
             return hold
-        return hold._replace(budgets=tuple(budgets), tokens=0, earlier=hold)
+        return Hold(hold.bundle, tuple(budgets), 0, hold)
 
     def _restore(self, lease: Lease, units: int) -> None:
         self._note(lease)
@@ -142,14 +156,12 @@ class Book(Register):
         bundle, amount = self._examined(allowance, now_mono, tokens)
         for lease in bundle.units:
             self._take_units(lease, 1)
-        return self._holding(bundle, amount) if amount else bundle.hold
-
-    def _holding(self, bundle: Bundle, amount: int) -> Hold:
+        if not amount:
+            return bundle.hold
         for lease in bundle.budgets:
             lease.piece = amount
             self._take_units(lease, amount)
-        units, slots, _, _, told, statement, accounts, _ = bundle.hold
-        return Hold(units, slots, bundle.budgets, amount, told, statement, accounts)
+        return Hold(bundle, bundle.budgets, amount)
 
     def _examined(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> tuple[Bundle, int]:
         """What is to be taken, and how many tokens. Raises Short or a Refusal if it cannot be."""
@@ -166,7 +178,7 @@ class Book(Register):
                 if lease.free < amount or not is_valid or (takes_all and not lease.has_all)
             ]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, bundle.hold.told, now_mono, takes_all=takes_all)
+            self._refuse_or_ask(short, bundle.told, now_mono, takes_all=takes_all)
         return bundle, amount
 
     def _take_units(self, lease: Lease, units: int) -> None:

@@ -23,12 +23,14 @@ _KEPT_SECONDS: Final = 1.0
 class Statement:
     """See the module. Belongs to one set of leases."""
 
-    __slots__ = ("_head", "_items", "_leases", "_until_mono")
+    __slots__ = ("_format", "_head", "_leases", "_told", "_until_mono")
 
     def __init__(self, leases: Sequence[Lease]) -> None:
         self._leases = tuple(leases)
         self._head = ratelimit.policy_line([lease.policy for lease in leases]) + b"RateLimit: "
-        self._items: list[tuple[Lease, bytes, bytes]] = []
+        #: Which leases are told, and both lines with a place for what remains of each.
+        self._told: list[Lease] = []
+        self._format = b""
         self._until_mono = -math.inf
 
     def lines(self, now_mono: float) -> bytes:
@@ -36,13 +38,14 @@ class Statement:
         if now_mono >= self._until_mono:
             if not self._leases:
                 return b""
-            self._items = [_item(lease, now_mono) for lease in sorted(self._leases, key=_nearness)[:TOLD_MAX]]
+            self._told = sorted(self._leases, key=_nearness)[:TOLD_MAX]
+            items = b", ".join([_item(lease, now_mono) for lease in self._told])
+            self._format = self._head.replace(b"%", b"%%") + items + b"\r\n"
             self._until_mono = now_mono + _KEPT_SECONDS
-        told = []
-        for lease, before, after in self._items:
-            remaining = lease.seen_available + lease.free
-            told.append(b"%b%d%b" % (before, max(0, remaining), after))
-        return b"%b%b\r\n" % (self._head, b", ".join(told))
+        remaining = [lease.seen_available + lease.free for lease in self._told]
+        if min(remaining) < 0:
+            remaining = [max(0, one) for one in remaining]
+        return self._format % (*remaining,)
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:
@@ -59,6 +62,9 @@ def _nearness(lease: Lease) -> float:
     return lease.remaining / lease.limit if lease.limit else 0.0
 
 
-def _item(lease: Lease, now_mono: float) -> tuple[Lease, bytes, bytes]:
+def _item(lease: Lease, now_mono: float) -> bytes:
+    """One limit as it is told, with a place for what remains of it."""
     reset_seconds = state(lease, now_mono).told_reset_seconds
-    return lease, lease.policy.key + b";r=", b"" if reset_seconds is None else b";t=%d" % reset_seconds
+    return (
+        lease.policy.key.replace(b"%", b"%%") + b";r=%d" + (b"" if reset_seconds is None else b";t=%d" % reset_seconds)
+    )

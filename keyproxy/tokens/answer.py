@@ -8,7 +8,6 @@ from keyproxy.model import ResponseHead, TokenUse
 from keyproxy.tokens import report
 from keyproxy.tokens.document import JsonMeter
 from keyproxy.tokens.inflate import InflatingMeter
-from keyproxy.tokens.lines import lower_values
 from keyproxy.tokens.meter import Meter
 from keyproxy.tokens.stream import StreamMeter
 
@@ -32,9 +31,8 @@ def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Me
 def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
     if kind == "header":
         return Meter(report.header_use(head.block))
-    types, encodings = lower_values(head.block, b"content-type", b"content-encoding")
-    media_type = types[-1].partition(b";")[0].strip() if types else b""
-    encoding = b", ".join(encodings) or b"identity"
+    media_type = head.fields.media_type
+    encoding = b", ".join(head.fields.codings) or b"identity"
     is_plain = encoding == b"identity"
     meter: Meter
     if media_type == b"text/event-stream":

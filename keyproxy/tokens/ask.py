@@ -23,7 +23,6 @@ import orjson
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.inflate import window_bits
-from keyproxy.tokens.lines import lower_values
 from keyproxy.tokens.report import TOKENS_MAX, is_count
 from keyproxy.tokens.rewrite import with_usage
 
@@ -39,6 +38,7 @@ _MAXIMUM_MAX: Final = 10**15
 
 _MAXIMUMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TIMES: Final = ("n", "best_of")
+_COUNTS: Final = (*_MAXIMUMS, *_TIMES)
 #: Names that a request may have once, in this spelling only.
 _DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
 _SPELT: Final = {name: f'"{name}"'.encode() for name in _DECISIVE}
@@ -53,9 +53,9 @@ _TOO_DEEP: Final = "The body is nested too deeply."
 _SPACE: Final = b" \t\r\n"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenAsk:
-    """What one request may use.
+    """What one request may use. Never changed; not frozen, which would double what making one costs.
 
     `maximum`: the most tokens it lets the model put out; None if it does not say. `body`: what goes upstream instead of
     the client's body, None if that goes as it came. `hides_usage`: the client did not ask for the usage that will come.
@@ -74,9 +74,8 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything. `bytes_max`: what a
     compressed body may grow to. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
     """
-    types, encodings = lower_values(head.block, b"content-type", b"content-encoding")
-    media_type = types[-1].partition(b";")[0].strip() if types else b""
-    bits = _format([encoding for encoding in encodings if encoding != b"identity"], body)
+    media_type, codings = head.fields.media_type, head.fields.codings
+    bits = _format([coding for coding in codings if coding != b"identity"], body) if codings else None
     content = body if bits is None else _inflated(body, bits, bytes_max)
     if not content.strip(_SPACE):
         return TokenAsk(0, None if kind == "header" else 0)
@@ -106,15 +105,19 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
 
 
 def _maximum(document: Mapping[str, Any], path: bytes) -> int | None:
-    for name in (*_MAXIMUMS, *_TIMES):
-        value = document.get(name)
+    there = [name for name in _COUNTS if name in document]
+    for name in there:
+        value = document[name]
         if value is not None and not is_count(value):
             raise _malformed(f"{name!r} is not a whole number from 0 to {TOKENS_MAX}.")
-    given = [document[name] for name in _MAXIMUMS if document.get(name) is not None]
+    given = [document[name] for name in there if name in _MAXIMUMS and document[name] is not None]
     if not given:
         return 0 if path.endswith(b"/embeddings") else None
     # Which of several counts is the upstream's to say: the largest is an upper bound.
-    times = max(1, *(document.get(name) or 1 for name in _TIMES))
+    times = 1
+    for name in there:
+        if name in _TIMES:
+            times = max(times, document[name] or 1)
     prompts = document.get("prompt")
     if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
         times *= len(prompts)  # each is completed; a list of numbers is one prompt

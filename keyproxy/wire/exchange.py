@@ -100,7 +100,7 @@ class Exchange(Outcome):
         head, server = self.head, self._server
         answer = server.problems.answer(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
         if self.permit is not None and not refusal.applied:
-            answer = answer._replace(fields=answer.fields + self._gate.limit_fields(self.permit))
+            answer = answer._replace(fields=answer.fields + self._gate.limit_fields(self.permit, server.clock()))
         closes = (
             head is None
             or not self.is_complete
@@ -260,7 +260,7 @@ class Exchange(Outcome):
             or not (has_end or is_http_11)
         )
         permit = self.permit
-        own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit)
+        own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit, now)
         if self.identity is not None and self.identity.retiring_field is not None:
             own += self._gate.retiring_line(self.identity)
         if self.ask is not None:

@@ -105,6 +105,7 @@ def judge_request(
         raise _malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     going = target.judge(method, parts.start, judged.host)
     line = request_line(method, going, minor, holds_key=holds_key(going.target))
+    media_type, codings = _content(parts.fields, judged)
     fields = RequestFields(
         host=judged.host,
         host_block=b"X-Forwarded-Host: %b\r\n" % judged.host if judged.host is not None else b"",
@@ -113,6 +114,8 @@ def judge_request(
         keeps_alive=judged.keeps_alive(minor),
         expects_continue=judged.expects_continue and minor == 1,
         opens_tunnel=judged.opens_tunnel and method == b"GET" and minor == 1 and judged.content_length is None,
+        media_type=media_type,
+        codings=codings,
     )
     return line, fields, judged
 
@@ -140,12 +143,15 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
         raise Refusal(Reason.UPSTREAM_INVALID, refusal.detail) from refusal
     if judged.is_chunked and (judged.content_length is not None or minor == 0):
         raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+    media_type, codings = _content(parts.fields, judged)
     line = StatusLine(status, minor, b"HTTP/1.1 %d %b\r\n" % (status, parts.start.strip(_OWS)))
     fields = ResponseFields(
         has_content_length=judged.content_length is not None,
         is_chunked=judged.is_chunked,
         keeps_alive=judged.keeps_alive(minor),
         opens_tunnel=judged.opens_tunnel and status == SWITCHING_PROTOCOLS,
+        media_type=media_type,
+        codings=codings,
     )
     return line, fields, judged
 
@@ -255,6 +261,15 @@ def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request
             raise _malformed("more than one Content-Type")
         judged.content_type = True
     return True
+
+
+def _content(fields: Fields, judged: JudgedFields) -> tuple[bytes, tuple[bytes, ...]]:
+    """The media type, without parameters, and the codings of the content, by the lines that go on."""
+    lines = zip(fields, judged.is_forwarded, strict=True)
+    going = [(name.lower(), value.lower()) for (name, value), goes_on in lines if goes_on]
+    types = [value for name, value in going if name == b"content-type"]
+    codings = tuple([value for name, value in going if name == b"content-encoding"])
+    return types[-1].partition(b";")[0].strip() if types else b"", codings
 
 
 def _parse(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, parts: _Parts, raw: bytes) -> None:

@@ -65,13 +65,13 @@ class Upstream:
         """A request arrives."""
         work = Work(process, hold)
         self._works[work] = None
-        for lease in hold.units:
+        for lease in hold.bundle.counted:
             self.used[lease.window] += 1
             if lease.is_rate:
                 self._sent_at.setdefault(lease.window, []).append(self._clock.now)
             else:
                 self._count(lease.window)
-        for lease in hold.slots:
+        for lease in hold.bundle.slots:
             self._check_slots(lease.window)
         return work
 
@@ -91,7 +91,7 @@ class Upstream:
             if holder is None or holder.has_ended:
                 # What runs at a process that the ledger has given up is not counted by anybody.
                 continue
-            under_way += sum(1 for lease in work.hold.slots if lease.window == window and lease.is_current)
+            under_way += sum(1 for lease in work.hold.bundle.slots if lease.window == window and lease.is_current)
         if under_way > self._limits[window]:
             raise BrokenError(f"{window}: {under_way} at one time, {self._limits[window]} are allowed")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from keyproxy.model import RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
+from keyproxy.tokens.lines import lower_values
 from keyproxy.tokens.report import TOKENS_MAX
 
 JSON = b"Content-Type: application/json\r\n"
@@ -22,7 +23,9 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 
 def head(block: bytes = JSON, path: bytes = b"/v1/chat/completions") -> RequestHead:
     line = RequestLine(b"POST", path, path, 1, b"POST %b HTTP/1.1\r\n" % path)
-    return RequestHead(line, RequestFields(b"h", b""), block, (), 0)
+    types, codings = lower_values(block, b"content-type", b"content-encoding")
+    media_type = types[-1].partition(b";")[0].strip() if types else b""
+    return RequestHead(line, RequestFields(b"h", b"", media_type=media_type, codings=tuple(codings)), block, (), 0)
 
 
 def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenAsk:

@@ -595,7 +595,7 @@ def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fle
     process.book.tell_again()
     process.sync()
     assert fleet.row("requests_per_month", TENANT).spent == 2
-    assert fleet.row("requests_per_day").held == hold.units[0].outstanding > 0
+    assert fleet.row("requests_per_day").held == hold.bundle.counted[0].outstanding > 0
 
 
 # -- rates

@@ -99,7 +99,7 @@ class Spending(RuleBasedStateMachine):
         for part in parts:
             self._count(part.budgets, min(left, part.tokens))
             left -= min(left, part.tokens)
-        self._count(request.hold.units, 1)
+        self._count(request.hold.bundle.counted, 1)
         request.process.book.settle(request.hold, was_sent=True, tokens=tokens)
 
     @rule(request=consumes(requests))

@@ -104,7 +104,7 @@ class _Gate:
     def retiring_line(self, identity: Identity) -> bytes:
         return b""
 
-    def limit_fields(self, permit: Permit) -> bytes:
+    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
         return b""
 
     def error_shape(self, head: RequestHead | None) -> str:
