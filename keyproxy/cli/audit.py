@@ -76,46 +76,71 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
 def audit_export(call: Call, after: int | None, output: Path | None, **wanted: Any) -> None:
     """Write what was changed as JSON lines, the oldest first, complete up to now.
 
-    Interrupted or run again with the same --output it goes on after the last row that was written.
+    Interrupted or run again with the same --output it goes on after the last row that was written. If the log does not
+    have that row, as when the database was restored from a backup, it says so: begin another file then.
 
     \b
     keyproxy audit export --output audit.jsonl
     """
+    wish = AuditFilter(**wanted)
     if output is None:
-        count = call.run(lambda directory: _export(directory, after, AuditFilter(**wanted), sys.stdout.buffer))
-    else:
-        with output.open("ab+") as file:
-            start = _resume_at(file, output) if after is None else after
-            count = call.run(lambda directory: _export(directory, start, AuditFilter(**wanted), file))
-    if output is not None:
-        say(f"{count} rows added to {output}")
+        call.run(lambda directory: _export(directory, after or 0, wish, sys.stdout.buffer))
+        return
+    with output.open("ab+") as file:
+        last = _last_row(file, output) if after is None else None
+        try:
+            count = call.run(
+                lambda directory: _export(directory, after or 0, wish, file, last=last)
+            )  # fmt: skip
+        except _OtherHistoryError as error:
+            raise Failure(
+                f"{output}: its last row is not in this log, which is another database's, was restored from a backup, or"
+                " is asked for other rows: begin another file"
+            ) from error
+    say(f"{count} rows added to {output}")
 
 
-async def _export(directory: Operations, after: int | None, wanted: AuditFilter, file: BinaryIO) -> int:
+class _OtherHistoryError(Exception):
+    """The row to go on after is not there."""
+
+
+async def _export(
+    directory: Operations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
+) -> int:
+    """`last`: the row to go on after, in place of `after`."""
     horizon = await directory.audit_horizon()
     progress, count = Progress("rows"), 0
-    cursor = str(after or 0)
+    cursor = str(after) if last is None else str(last["id"] - 1)
     try:
         while (page := await directory.audit_export(cursor, PAGE, wanted, horizon=horizon)).items:
-            file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in page.items))
-            file.flush()
-            count += len(page.items)
             cursor = str(page.items[-1]["id"])
+            rows = page.items
+            if last is not None:
+                if rows[0] != last:
+                    raise _OtherHistoryError
+                rows, last = rows[1:], None
+            file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+            file.flush()
+            count += len(rows)
             progress.at(count)
     finally:
         progress.end()
+    if last is not None:
+        raise _OtherHistoryError
     return count
 
 
-def _resume_at(file: BinaryIO, path: Path) -> int:
-    """The id of the last whole row of a file, which is cut off behind it: a row may have been written in part."""
+def _last_row(file: BinaryIO, path: Path) -> Entity | None:
+    """The last whole row of a file, which is cut off behind it: a row may have been written in part."""
     size = file.seek(0, 2)
     start = max(0, size - _TAIL_BYTES)
     file.seek(start)
     tail = file.read()
     whole = tail[: tail.rfind(b"\n") + 1]
     try:
-        last = int(orjson.loads(whole[:-1].rpartition(b"\n")[2])["id"]) if whole else 0
+        last: Entity | None = orjson.loads(whole[:-1].rpartition(b"\n")[2]) if whole else None
+        if last is not None and not isinstance(last["id"], int):
+            raise TypeError("an id is a number")
     except (ValueError, KeyError, TypeError) as error:
         raise Failure(f"{path}: its last line is no row of the audit log") from error
     cut = tail[len(whole) :]

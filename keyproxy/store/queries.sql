@@ -699,8 +699,11 @@ LIMIT $2;
 
 -- name: write_reminders
 -- Reminders of the keys $1 that end at $2, for the thresholds $3. Those that somebody else has written meanwhile are his.
+-- An id is made of these three, so that it is the same again in a database that was restored from a backup.
 INSERT INTO keyproxy.reminders (id, key_id, expires_at, before_days)
-SELECT 'rem_' || replace(gen_random_uuid()::text, '-', ''), w.key_id, w.expires_at, w.before_days
+SELECT 'rem_' || left(encode(sha256(convert_to(
+           w.key_id || ' ' || extract(epoch FROM w.expires_at)::text || ' ' || w.before_days, 'UTF8'
+       )), 'hex'), 32), w.key_id, w.expires_at, w.before_days
 FROM unnest($1::text[], $2::timestamptz[], $3::int[]) AS w (key_id, expires_at, before_days)
 JOIN keyproxy.api_keys AS k ON k.id = w.key_id
 ON CONFLICT (key_id, expires_at, before_days) DO NOTHING

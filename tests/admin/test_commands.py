@@ -133,6 +133,35 @@ async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoeve
     assert new["secret"] not in json.dumps(log)
 
 
+@pytest.mark.parametrize("by", ["database", "api"])
+async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history(
+    run: Run, api: Api, tmp_path: Path, by: str
+) -> None:
+    file = tmp_path / "audit.jsonl"
+
+    async def export() -> Printed:
+        printed: Printed = await run("audit", "export", "--output", str(file), by=by)
+        return printed
+
+    await api.user()
+    for added in (3, 0):
+        printed = await export()
+        assert (printed.status, printed.err) == (0, f"keyproxy: {added} rows added to {file}\n")
+    await api.user("u_2")
+    assert (await export()).status == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
+    assert [row["entity_id"] for row in rows if row["entity"] == "user"] == ["u_1", "u_2"]
+    # Restored from a backup, the log has other rows under these ids; or none yet.
+    for other in ({**rows[-1], "at": "2020-01-01T00:00:00.000Z"}, {**rows[-1], "id": rows[-1]["id"] + 9}):
+        text = "".join(json.dumps(row) + "\n" for row in [*rows[:-1], other])
+        file.write_text(text)
+        printed = await export()
+        assert printed.status == 1
+        assert "its last row is not in this log" in printed.err
+        assert file.read_text() == text
+
+
 async def test_a_token_that_is_none_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYPROXY_ADMIN_TOKEN", "x" * 40)
     printed = await run("tenant", "list", by="api")

@@ -313,6 +313,17 @@ async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_
     assert await reminding.turn(receiver.terms) == Outcome()
 
 
+async def test_a_reminder_has_its_id_again_in_a_database_that_was_restored(
+    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+) -> None:
+    await make_key(2)
+    await reminding.turn(receiver.terms)
+    await sql.execute("DELETE FROM keyproxy.reminders")  # written after the backup
+    await reminding.turn(receiver.terms)
+    assert len(receiver.got) == 2
+    assert len(set(receiver.ids)) == 1
+
+
 async def test_what_is_long_over_is_forgotten(
     make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
 ) -> None:
