@@ -328,6 +328,9 @@ class Lease:
             # However long that took: what has only now come has not lain idle.
             self.touched_mono = heard_mono
         self.confirmed = line.used + line.returned
+        if got > 0:
+            # Not idle yet: who asked may still wait for another lease. Given back meanwhile, the two would never meet.
+            self.touched_mono = heard_mono
         self.starts = 0 if self.is_rate else reply.starts
         self.spent = reply.spent
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
