@@ -31,8 +31,10 @@ from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Permit, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.problems import Problems
+from keyproxy.store.claims import Claims, ClaimStore
 from keyproxy.store.database import Database
-from keyproxy.store.ledger import Ledger, LedgerBackend
+from keyproxy.store.ledger import Ledger
+from keyproxy.store.ledger_backend import LedgerBackend
 from keyproxy.store.usage import UsageJournal
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
@@ -151,8 +153,9 @@ class Bench:
         tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
         rows = (settings.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
         self.routes = settings.Settings(routes=rows).route_table()
-        # Neither is started, so that nothing is said to a database or a ledger.
+        # None of them is started, so that nothing is said to a database or a ledger.
         self.ledger = Ledger(cast("LedgerBackend", None), settings.Ledger(), clock.now)
+        claims = Claims(cast("ClaimStore", None), self.ledger, settings.Ledger(), clock.now)
         self.usage = UsageJournal(cast("Database", None), settings.Usage(), clock.now, settle_seconds=1.0)
         if self.limits is not None:
             grant(self.ledger.book, self.limits)
@@ -160,8 +163,8 @@ class Bench:
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = Gateway(
-            key_format=FORMAT, identities=_Identities(self.identity), ledger=self.ledger, routes=self.routes,
-            now=clock.now, instance=b"bench",
+            key_format=FORMAT, identities=_Identities(self.identity), ledger=self.ledger, claims=claims,
+            routes=self.routes, now=clock.now, instance=b"bench",
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(

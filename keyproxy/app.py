@@ -135,6 +135,7 @@ class Proxy:
             key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
             identities=store.identities,
             ledger=store.ledger,
+            claims=store.claims,
             routes=settings.route_table(),
             now=clock.now,
             instance=self._instance,

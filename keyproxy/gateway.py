@@ -15,10 +15,12 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
-from keyproxy import admission, credential, headers, metering
+from keyproxy import admission, credential, headers, idempotency, metering
+from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import KeyFormat
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead
-from keyproxy.ports import Exchange, Identities, Ledger
+from keyproxy.ports import Claims, Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
 from keyproxy.tokens.answer import meter_for
@@ -26,7 +28,7 @@ from keyproxy.tokens.meter import Meter
 
 _log = logging.getLogger(__name__)
 
-#: A decision misses an identity, a body and a lease, and what was brought may be gone again when it is looked for.
+#: A decision misses an identity, a body, a payment, a lease, and what was brought may be gone when it is looked for.
 _ROUNDS_MAX: Final = 8
 
 
@@ -34,13 +36,14 @@ class Gateway:
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, routes: RouteTable,
-        now: Callable[[], Moment], instance: bytes,
+        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, claims: Claims,
+        routes: RouteTable, now: Callable[[], Moment], instance: bytes,
     ) -> None:  # fmt: skip
         """`instance`: a few random characters that make this process's request ids its own."""
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger
+        self._claims = claims
         self._routes = routes
         self._now = now
         self._instance = instance
@@ -79,9 +82,38 @@ class Gateway:
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = admission.admit(identity, exchange.route, now)
-        need = None if grant.route.tokens is NO_TOKENS else metering.need(exchange, grant.route)
         allowance = identity.allowance
-        return Permit(grant, None if allowance is None else self._ledger.take(allowance, now, need))
+        if head.fields.has_idempotency_key and allowance is not None and exchange.fingerprint is None:
+            # Of the body as it came: before anything is read or changed of it.
+            exchange.fingerprint = idempotency.fingerprint(identity, head, exchange.body)
+        need = None if grant.route.tokens is NO_TOKENS else metering.need(exchange, grant.route)
+        if allowance is None:
+            return Permit(grant)
+        if exchange.fingerprint is not None:
+            return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
+        return Permit(grant, self._ledger.take(allowance, now, need))
+
+    def _take_once(
+        self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: TokenNeed | None
+    ) -> Hold:
+        """As the ledger's `take`, but a request that was charged before is not refused for what it has paid already."""
+        now = self._now()
+        if fingerprint.paid is not None:
+            return self._ledger.take_again(allowance, now, need, fingerprint.paid)
+        try:
+            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_asked)
+        except Refusal as refusal:
+            if not fingerprint.may_be_paid(refusal.reason):
+                raise
+            spent = refusal
+        raise Missing("payment", lambda: self._ask_whether_paid(exchange, fingerprint, spent))
+
+    async def _ask_whether_paid(self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal) -> None:
+        """Have the store asked, once all of the request is there to be recognised. Too much to hold: it is refused."""
+        await exchange.whole_body(spent)
+        if not exchange.is_over:
+            fingerprint.paid = await self._claims.paid(fingerprint.digest())
+            fingerprint.is_asked = True
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
@@ -147,8 +179,13 @@ class Gateway:
         if permit is None:
             return
         tokens = 0 if exchange.ask is None else metering.charge(exchange, permit)
-        if permit.hold is not None:
-            self._ledger.settle(permit.hold, was_sent=exchange.sent_mono > 0.0, tokens=tokens)
+        if permit.hold is None:
+            return
+        fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
+        if fingerprint is not None and was_sent and exchange.is_complete:
+            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid)
+        else:
+            self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens)
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
         """What reads the answer to a request that asks for tokens."""

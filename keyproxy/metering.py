@@ -74,17 +74,17 @@ def _use(exchange: Exchange, ask: TokenAsk, hold: Hold | None) -> tuple[TokenUse
         tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
         so_far = TokenUse(0, 0) if said is None else said
         use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
-        if hold is not None and hold.budgets and use.total > hold.tokens:
+        if hold is not None and hold.budgets and use.total > hold.covers:
             # It is ended when its budget is; that an event has more than one token is no reason to overspend.
-            tokens_in = min(use.tokens_in, hold.tokens)
-            use = TokenUse(tokens_in, hold.tokens - tokens_in)
+            tokens_in = min(use.tokens_in, hold.covers)
+            use = TokenUse(tokens_in, hold.covers - tokens_in)
         return use, True
     if said is not None:
         return said, False
     if hold is None or not hold.budgets:
         return TokenUse(prompt, 0 if meter is None else meter.produced), True
-    tokens_in = min(prompt, hold.tokens)
-    return TokenUse(tokens_in, hold.tokens - tokens_in), True
+    tokens_in = min(prompt, hold.covers)
+    return TokenUse(tokens_in, hold.covers - tokens_in), True
 
 
 def outlives(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
@@ -97,7 +97,7 @@ def outlives(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
         return 0, False
     tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
     used = tokens_in + meter.produced
-    if used + _RESERVE_TOKENS < hold.tokens:
+    if used + _RESERVE_TOKENS < hold.covers:
         return 0, False
     left = min(lease.remaining for lease in hold.budgets)
-    return max(1, min(max(_EXTENSION_TOKENS, hold.tokens // 4), left)), used >= hold.tokens
+    return max(1, min(max(_EXTENSION_TOKENS, hold.covers // 4), left)), used >= hold.covers

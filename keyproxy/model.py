@@ -73,6 +73,7 @@ class RequestFields:
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
     head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case.
+    `has_idempotency_key`: exactly one Idempotency-Key, whatever its value.
     """
 
     host: bytes | None
@@ -84,6 +85,7 @@ class RequestFields:
     opens_tunnel: bool = False
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
+    has_idempotency_key: bool = False
     head_end: bytes = field(init=False)
 
     def __post_init__(self) -> None:

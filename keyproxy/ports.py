@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
@@ -48,19 +49,51 @@ class Identities(Protocol):
 class Ledger(Protocol):
     """What may still be spent under limits. Contract: what is admitted in a window is never more than its limit."""
 
-    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
         """Take what one request needs of every limit it is under, or nothing. Never waits.
 
         Raises Missing if the ledger has to be asked first, a Refusal if a limit is used up or the ledger cannot be asked.
+        `may_be_paid`: that a window is used up is not the last word, and not counted as a refusal.
         """
+        ...
+
+    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """As `take`, for a request that was charged before, `paid` tokens: no request of any window, nor those tokens."""
         ...
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """The same hold with so many tokens more. Raises what `take` raises, and then changes nothing."""
         ...
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
-        """What became of it, exactly once. Not `was_sent`: the upstream saw nothing, and nothing is charged."""
+    def release(self, hold: Hold) -> Hold:
+        """Its request is not under way any more. What is left of it, to be settled later."""
+        ...
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """What became of it, exactly once. Not `was_sent`: the upstream saw nothing, and nothing is charged.
+
+        `is_repeat`: the request was charged before; of this attempt `tokens` alone are.
+        """
+        ...
+
+
+class Claims(Protocol):
+    """Which requests with an Idempotency-Key were charged. All attempts at one are charged as the largest is."""
+
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None) -> None:
+        """An attempt has ended that used so many tokens: have its hold settled, in place of `Ledger.settle`. Never waits.
+
+        `paid`: what it was taken again for, None if it was taken like any other.
+        """
+        ...
+
+    async def paid(self, fingerprint: bytes) -> int | None:
+        """What the request was charged in tokens in the last 24 hours; None if it was not charged.
+
+        Raises a Refusal if that cannot be known now.
+        """
         ...
 
 
@@ -114,6 +147,9 @@ class Exchange(Protocol):
     token_use: TokenUse | None
     is_estimated: bool
 
+    #: What it is recognised by if it comes again; of requests under limits with an Idempotency-Key.
+    fingerprint: Fingerprint | None
+
     #: The request's body as far as it has arrived and is not sent yet.
     body: bytes
 
@@ -122,8 +158,8 @@ class Exchange(Protocol):
         """Whether all of the request has arrived."""
         ...
 
-    async def whole_body(self) -> None:
-        """Wait until the body has arrived whole, or the exchange is over."""
+    async def whole_body(self, otherwise: Refusal | None = None) -> None:
+        """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
         ...
 
     def forward(self, permit: Permit) -> None:

@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from keyproxy import ratelimit
-from keyproxy.reasons import Reason, Refusal, Row
+from keyproxy.reasons import SPENT, Reason, Refusal, Row
 
 #: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
-
-#: Reasons whose status the operator may set with `errors.spent_status`: a window is used up.
-SPENT_REFUSALS: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
 
@@ -49,7 +46,7 @@ class Problems:
     def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
         self._statuses: Mapping[Reason, int] = {
             **dict.fromkeys(KEY_REFUSALS, invalid_key_status),
-            **dict.fromkeys(SPENT_REFUSALS, spent_status),
+            **dict.fromkeys(SPENT, spent_status),
         }
 
     def status(self, reason: Reason) -> int:

@@ -14,6 +14,8 @@ def spending_of(store: Callable[[], Store]) -> Spending:
     return Spending(
         limit_refusals=lambda: store().ledger.refusals,
         ledger_counts=lambda: store().ledger.counts,
+        claim_counts=lambda: store().claims.counts,
+        claims=lambda: store().claims.pending,
         leases=lambda: store().ledger.book.outstanding,
         unsettled_seconds=lambda: store().ledger.unsettled_seconds(),  # noqa: PLW0108
         events_pending=lambda: store().usage.pending_events,
@@ -28,6 +30,7 @@ def carry_over(before: Store, after: Store) -> None:
     after.identities.counts = before.identities.counts
     after.ledger.counts, after.ledger.refusals = before.ledger.counts, before.ledger.refusals
     after.ledger.observe = before.ledger.observe
+    after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from keyproxy.ratelimit import LimitState
 
@@ -235,6 +235,10 @@ class Reason(enum.Enum):
     def code(self) -> str:
         """The public, stable name."""
         return self.value.code
+
+
+#: A window is used up. The operator may set their status with `errors.spent_status`.
+SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 
 class Refusal(Exception):

@@ -17,7 +17,7 @@ from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.ledger import LedgerBackend
+from keyproxy.store.ledger_backend import LedgerBackend
 from keyproxy.store.ledger_postgres import WindowState
 from tests import fakes
 from tests.reference_ledger import ReferenceLedger

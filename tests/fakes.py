@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from keyproxy import credential, headers
@@ -101,16 +102,26 @@ class FakeLedger:
         self.settled: list[tuple[Hold, bool, int]] = []
         self._serial = 0
 
-    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
         """See the port."""
+        del may_be_paid
+        return self._taken(lambda: self.book.take(allowance, now.mono_seconds, tokens), now)
+
+    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port."""
+        return self._taken(lambda: self.book.take_again(allowance, now.mono_seconds, tokens, paid), now)
+
+    def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
         try:
-            return self.book.take(allowance, now.mono_seconds, tokens)
+            return take()
         except Short as short:
             if not self.answers:
                 raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
             self.book.ask(short)
             self._sync(now.mono_seconds)
-            return self.book.take(allowance, now.mono_seconds, tokens)
+            return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """See the port."""
@@ -122,10 +133,14 @@ class FakeLedger:
             self._sync(now)
             return self.book.extend(hold, tokens, now)
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+    def release(self, hold: Hold) -> Hold:
+        """See the port."""
+        return self.book.release(hold)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self.settled.append((hold, was_sent, tokens))
-        self.book.settle(hold, was_sent=was_sent, tokens=tokens)
+        self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
     def _sync(self, mono: float) -> None:
         self.book.gather(mono)

@@ -23,6 +23,7 @@ RANKS = {
     "model": 3,
     "admission": 4,
     "headers": 4,
+    "idempotency": 4,
     "keyformat": 4,
     "problems": 4,
     "routes": 4,

@@ -35,26 +35,39 @@ class Hold:
     """What one request has taken: a unit of each of the bundle's `units`, and `tokens` of each of `budgets`.
 
     `earlier`: what was held when a window ended in the middle of the request, of leases that are over.
+    `paid`: of a request that was charged before, what that was in tokens: it has taken units of `paced` alone, and those
+    tokens are not held again. Not `has_slots`: the request has ended, and they have gone back.
     """
 
-    __slots__ = ("budgets", "bundle", "earlier", "tokens")
+    __slots__ = ("budgets", "bundle", "earlier", "has_slots", "paid", "tokens")
 
-    def __init__(self, bundle: Bundle, budgets: tuple[Lease, ...], tokens: int, earlier: Hold | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, budgets: tuple[Lease, ...], tokens: int, earlier: Hold | None = None, *,
+        paid: int | None = None, has_slots: bool = True,
+    ) -> None:  # fmt: skip
         self.bundle: Final = bundle
         self.budgets: Final = budgets
         self.tokens: Final = tokens
         self.earlier: Final = earlier
+        self.paid: Final = paid
+        self.has_slots: Final = has_slots
+
+    @property
+    def covers(self) -> int:
+        """How many tokens it may use."""
+        return self.tokens + (self.paid or 0)
 
 
 class Bundle:
     """Everything that requests under one allowance draw on, looked up once.
 
-    `units`: one of each is taken by every request; those `counted` are used then, the `slots` come back. `hold` is what
-    all requests hold that count no tokens. `told`: every lease that callers are told of, `statement`: how.
+    `units`: one of each is taken by every request; those `counted` are used then, the `slots` come back. `paced`: of
+    them, those that also a request takes which was charged before. `hold` is what all requests hold that count no tokens.
+    `told`: every lease that callers are told of, `statement`: how.
     """
 
     __slots__ = (
-        "accounts", "budgets", "counted", "counts_tokens", "hold", "slots", "statement", "tokens_bound",
+        "accounts", "budgets", "counted", "counts_tokens", "hold", "paced", "slots", "statement", "tokens_bound",
         "tokens_per_request", "told", "units",
     )  # fmt: skip
 
@@ -64,6 +77,7 @@ class Bundle:
         self.slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
         self.counted = tuple(lease for lease in leases if lease.window.measure in (RATE, *REQUESTS))
         self.units = self.slots + self.counted
+        self.paced = tuple(lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY))
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
         self.told = self.counted + self.slots + self.budgets
         self.statement = Statement(self.told)

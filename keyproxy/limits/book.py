@@ -1,7 +1,8 @@
 """The book of this process: every lease it holds, and who may take what of them. Sans-IO: it never waits or asks.
 
-    take       one synchronous step over all limits that apply: all of them give, or none
-    settle     what was taken was used, or not
+    take         one synchronous step over all limits that apply: all of them give, or none
+    take_again   the same for a request that was charged before
+    settle       what was taken was used, or not
 
 What the ledger is told and asked, and what became of it, is the register's half of it.
 
@@ -71,28 +72,50 @@ class Book(Register):
                 self._soon(lease)
         return hold
 
-    def check(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None) -> None:
-        """Raises what `take` would raise, and takes nothing."""
-        if allowance.bundle is None:
-            self._bound(allowance, now_mono)
-        self._examined(allowance, now_mono, tokens)
+    def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
+        """Take what a request needs that was charged before: its pace, and tokens beyond the `paid` ones.
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+        Raises what `take` raises.
+        """
+        self._check_bound(allowance, now_mono)
+        bundle, amount = self._examined(allowance, now_mono, tokens, paid)
+        for lease in bundle.paced:
+            self._take_units(lease, 1)
+        if tokens is None or not bundle.counts_tokens:
+            return Hold(bundle, (), 0, paid=paid)
+        return self._holding(bundle, amount, paid)
+
+    def check(
+        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None, paid: int | None = None
+    ) -> None:
+        """Raises what `take` would raise (`paid`: what `take_again` would), and takes nothing."""
+        self._check_bound(allowance, now_mono)
+        self._examined(allowance, now_mono, tokens, paid)
+
+    def release(self, hold: Hold) -> Hold:
+        """The request is not under way any more, but what it is charged is not known yet. What is left to settle."""
+        for lease in hold.bundle.slots:
+            self._restore(lease, 1)
+        return Hold(hold.bundle, hold.budgets, hold.tokens, hold.earlier, paid=hold.paid, has_slots=False)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """A request has ended. Not `was_sent`: the upstream saw nothing of it, and nothing is charged.
 
         `tokens` is what it used. More than was held is charged too, and drawn from what comes next.
+        `is_repeat`: the request was charged before; of this attempt the tokens alone are.
         """
         bundle = hold.bundle
-        for lease in bundle.slots:
-            self._restore(lease, 1)
-        if was_sent:
+        if hold.has_slots:
+            for lease in bundle.slots:
+                self._restore(lease, 1)
+        if was_sent and not is_repeat:
             for lease in bundle.counted:
                 lease.used += 1
                 if not lease.is_noted:
                     self._note(lease)
         else:
-            tokens = 0
-            for lease in bundle.counted:
+            tokens = tokens if was_sent else 0
+            for lease in () if hold.paid is not None else bundle.counted:
                 if not lease.is_rate:
                     self._restore(lease, 1)
         if hold.budgets or hold.earlier is not None:
@@ -121,7 +144,7 @@ class Book(Register):
         hold = self.check_extension(hold, tokens, now_mono)
         for lease in hold.budgets:
             self._take_units(lease, tokens)
-        return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier)
+        return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier, paid=hold.paid)
 
     def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
         """Raises what `extend` would raise, and takes nothing. The hold to be extended."""
@@ -140,7 +163,7 @@ class Book(Register):
             budgets += [account.leases[measure] for measure in TOKENS if measure in account.leases]
         if tuple(budgets) == hold.budgets:
             return hold
-        return Hold(hold.bundle, tuple(budgets), 0, hold)
+        return Hold(hold.bundle, tuple(budgets), 0, hold, paid=hold.paid)
 
     def _restore(self, lease: Lease, units: int) -> None:
         self._note(lease)
@@ -156,26 +179,30 @@ class Book(Register):
         bundle, amount = self._examined(allowance, now_mono, tokens)
         for lease in bundle.units:
             self._take_units(lease, 1)
-        if not amount:
-            return bundle.hold
+        return self._holding(bundle, amount, None) if amount else bundle.hold
+
+    def _holding(self, bundle: Bundle, amount: int, paid: int | None) -> Hold:
         for lease in bundle.budgets:
             lease.piece = amount
             self._take_units(lease, amount)
-        return Hold(bundle, bundle.budgets, amount)
+        return Hold(bundle, bundle.budgets, amount, paid=paid)
 
-    def _examined(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> tuple[Bundle, int]:
+    def _examined(
+        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int | None = None
+    ) -> tuple[Bundle, int]:
         """What is to be taken, and how many tokens. Raises Short or a Refusal if it cannot be."""
         bundle = self._renewed(allowance, now_mono)
         is_valid = now_mono < self.valid_until_mono
-        short = [(lease, 1) for lease in bundle.units if lease.free < 1 or not is_valid]
+        units = bundle.units if paid is None else bundle.paced
+        short = [(lease, 1) for lease in units if lease.free < 1 or not is_valid]
         amount, takes_all = 0, False
         if tokens is not None and bundle.counts_tokens:
-            amount = amount_of(bundle, tokens)
+            amount = max(0, amount_of(bundle, tokens) - (paid or 0))
             takes_all = tokens.most is None and bundle.tokens_per_request is None
             short += [
                 (lease, amount)
                 for lease in bundle.budgets
-                if lease.free < amount or not is_valid or (takes_all and not lease.has_all)
+                if amount and (lease.free < amount or not is_valid or (takes_all and not lease.has_all))
             ]
         if short and not self.is_lenient:
             self._refuse_or_ask(short, bundle.told, now_mono, takes_all=takes_all)
@@ -183,8 +210,10 @@ class Book(Register):
 
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
-            # Taken before the ledger was ever asked for it: it may not be there, and that is the policy.
+            # Taken before the ledger was ever asked for it: it may not be there, and that is the policy; or nothing is
+            # held, and more may be used all the same.
             self._open_lease(lease)
+            self._soon(lease)
         lease.free -= units
         self._note(lease)
         if lease.free < lease.low:
@@ -200,6 +229,10 @@ class Book(Register):
             lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
             raise told.refusal(lease, need, now_mono, leases)
         raise Short(short, takes_all=takes_all)
+
+    def _check_bound(self, allowance: Allowance, now_mono: float) -> None:
+        if allowance.bundle is None:
+            self._bound(allowance, now_mono)
 
     def _bound(self, allowance: Allowance, now_mono: float) -> Bundle:
         accounts = []

@@ -19,6 +19,9 @@ class Spending:
     limit_refusals: Callable[[], Mapping[str, int]]
     #: `taken` and `waited`: admissions under limits, and how often one waited for the ledger; `failures` of round-trips.
     ledger_counts: Callable[[], Mapping[str, int]]
+    #: `repeats` that were not charged, and claims that were charged `unasked`; how many wait for an answer.
+    claim_counts: Callable[[], Mapping[str, int]]
+    claims: Callable[[], int]
     leases: Callable[[], int]
     unsettled_seconds: Callable[[], float]
     #: `events` that wait to be written; `requests` and `events` that were dropped; how old what waits may be.
@@ -40,6 +43,16 @@ def families(spending: Spending) -> Iterator[Metric]:
     yield _counter("keyproxy_ledger_admissions", "Requests that took of limits.", counts["taken"])
     yield _counter("keyproxy_ledger_waits", "Times that a request waited for the ledger.", counts["waited"])
     yield _counter("keyproxy_ledger_failures", "Messages to the ledger without an answer.", counts["failures"])
+    claimed = spending.claim_counts()
+    yield _counter(
+        "keyproxy_repeats_not_charged", "Requests with an Idempotency-Key that were charged before, and not again.",
+        claimed["repeats"],
+    )  # fmt: skip
+    yield _counter(
+        "keyproxy_claims_unasked", "Requests with an Idempotency-Key charged in full, since nobody could be asked.",
+        claimed["unasked"],
+    )  # fmt: skip
+    yield _gauge("keyproxy_claims_pending", "Requests with an Idempotency-Key to be charged.", spending.claims())
     yield _gauge("keyproxy_ledger_leases", "Leases that this process has.", spending.leases())
     yield _gauge(
         "keyproxy_ledger_unsettled_seconds",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from keyproxy import settings
 from keyproxy.model import Moment
 from keyproxy.store.backends import ledger_backend
+from keyproxy.store.claims import Claims
+from keyproxy.store.claims_postgres import PostgresClaims
 from keyproxy.store.database import Database, Listener
 from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
@@ -27,9 +29,10 @@ class Store:
         )
         # The ledger's conversation is not to wait for look-ups, nor they for it.
         self._ledger_database = Database(
-            dsn, pool_size_max=2, statement_timeout_seconds=store.statement_timeout_seconds
+            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds
         )
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
+        self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
         # Nor is either to wait for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds)
         self.usage = UsageJournal(self._usage_database, usage, now, settle_seconds=ledger.settle_seconds)
@@ -49,11 +52,14 @@ class Store:
         await self._usage_database.open()
         self.feed.start()
         self.ledger.start()
+        self.claims.start()
         self.last_used.start()
         self.usage.start()
 
     async def close(self) -> None:
         """Write what there is, and let go of the database."""
+        # Before the ledger's: it settles what they are about.
+        await self.claims.close()
         await self.ledger.close()
         await self._ledger_database.close()
         await self.usage.close()

@@ -16,15 +16,16 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from keyproxy import settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Book, Short
-from keyproxy.limits.leases import Line, Reply
+from keyproxy.limits.leases import Line
 from keyproxy.model import Missing, Moment
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.ledger_backend import LedgerBackend
 
 _log = logging.getLogger(__name__)
 
@@ -47,29 +48,6 @@ _REAPS_PER_LEASE: Final = 4.0
 
 #: A request that waits: for the answer to what it is short of.
 _Waiting = tuple[asyncio.Future[None], Short]
-
-
-class LedgerBackend(Protocol):
-    """Where windows are accounted. Contract: tests/reference_ledger.py says the rules, tests/contracts.py holds to them.
-
-    All methods raise StoreUnavailable (or StoreConflict) if nobody knows what became of the call.
-    """
-
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
-        """One message of a holder. All of it counts or nothing. None: this holder has ended."""
-        ...
-
-    async def reap(self) -> None:
-        """End the holders whose time is over: what they have not returned is charged."""
-        ...
-
-    async def end(self, holder: str) -> None:
-        """End this holder."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of connections."""
-        ...
 
 
 class Ledger:
@@ -138,21 +116,30 @@ class Ledger:
 
     # -- the path of a request
 
-    def take(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None) -> Hold:
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
         """See the port."""
         try:
             hold = self.book.take(allowance, now.mono_seconds, tokens)
         except Short as short:
-            need = short
-            if self.down_because:
-                # Whoever needs it has it asked for again; nobody waits for that.
-                self.book.ask(short)
-                raise Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because) from None
-            raise Missing("lease", lambda: self._bring(allowance, tokens, need)) from None
+            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens)) from None
         except Refusal as refusal:
-            if refusal.limit is not None:
-                policy = refusal.limit.policy.name
-                self.refusals[policy] = self.refusals.get(policy, 0) + 1
+            if not (may_be_paid and refusal.reason in SPENT):
+                self._count(refusal)
+            raise
+        self.counts["taken"] += 1
+        self._open_holds += 1
+        return hold
+
+    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port."""
+        try:
+            hold = self.book.take_again(allowance, now.mono_seconds, tokens, paid)
+        except Short as short:
+            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens, paid)) from None
+        except Refusal as refusal:
+            self._count(refusal)
             raise
         self.counts["taken"] += 1
         self._open_holds += 1
@@ -165,27 +152,38 @@ class Ledger:
             return self.book.extend(hold, tokens, now)
         except Short as short:
             need = short
-            raise Missing("lease", lambda: self._extended(hold, tokens, need)) from None
+            raise Missing(
+                "lease", lambda: self._bring(need, lambda: self.book.check_extension(hold, tokens, self._mono()))
+            ) from None
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0) -> None:
+    def release(self, hold: Hold) -> Hold:
+        """See the port."""
+        return self.book.release(hold)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self._open_holds -= 1
         if not self._open_holds:
             self._settled.set()
-        self.book.settle(hold, was_sent=was_sent, tokens=tokens)
+        self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
     # -- what is missing
 
-    async def _bring(self, allowance: Allowance, tokens: TokenNeed | None, short: Short) -> None:
+    def _missing(self, short: Short, check: Callable[[], object]) -> Missing:
+        if self.down_because:
+            # Whoever needs it has it asked for again; nobody waits for that.
+            self.book.ask(short)
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because)
+        return Missing("lease", lambda: self._bring(short, check))
+
+    def _count(self, refusal: Refusal) -> None:
+        if refusal.limit is not None:
+            policy = refusal.limit.policy.name
+            self.refusals[policy] = self.refusals.get(policy, 0) + 1
+
+    async def _bring(self, short: Short, check: Callable[[], object]) -> None:
         """Have the ledger asked until the request can be decided."""
         self.counts["waited"] += 1
-        await self._wait_for(short, lambda: self.book.check(allowance, self._mono(), tokens))
-
-    async def _extended(self, hold: Hold, tokens: int, short: Short) -> None:
-        self.counts["waited"] += 1
-        await self._wait_for(short, lambda: self.book.check_extension(hold, tokens, self._mono()))
-
-    async def _wait_for(self, short: Short, check: Callable[[], object]) -> None:
         give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
         while True:
             self.book.ask(short)

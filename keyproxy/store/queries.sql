@@ -586,6 +586,29 @@ USING (
 ) AS old
 WHERE (a.token_id, a.request_key) = (old.token_id, old.request_key);
 
+-- name: claim_charges
+-- A batch of claims, counted once: see the function. $1 process, $2 batch, then the claims by column.
+SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::int8[], $5::int8[]);
+
+-- name: charges_of
+-- Those of the fingerprints $1 that were charged in the last 24 hours, and how many tokens.
+-- Needs: idempotent_charges (fingerprint).
+SELECT k.fingerprint, k.tokens FROM keyproxy.idempotent_charges AS k
+WHERE k.fingerprint = ANY($1::bytea[]) AND k.charged_at > clock_timestamp() - interval '24 hours';
+
+-- name: forget_charges
+-- Let go of $1 charges at most that are too old to matter. Whoever waits for one makes it anew.
+-- Needs: idempotent_charges (charged_at).
+DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
+    SELECT k.ctid FROM keyproxy.idempotent_charges AS k
+    WHERE k.charged_at <= clock_timestamp() - interval '24 hours'
+    LIMIT $1 FOR UPDATE SKIP LOCKED
+)) RETURNING 1;
+
+-- name: forget_claim_batches
+-- Let go of what processes were answered that have not spoken for a day.
+DELETE FROM keyproxy.claim_batches WHERE told_at < clock_timestamp() - interval '1 day';
+
 -- name: record_usage
 -- A batch of usage, counted once: see the function. $1 process, $2 batch, then the sums by column, and events as JSON.
 SELECT keyproxy.record_usage(

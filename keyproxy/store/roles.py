@@ -38,6 +38,8 @@ RIGHTS: Final = {
     "lease_holders": (_ALL, "SELECT"),
     "leases": (_ALL, "SELECT"),
     "windows": (_ALL, "SELECT"),
+    "idempotent_charges": (_ALL, ""),
+    "claim_batches": (_ALL, ""),
     "usage": ("SELECT, INSERT, UPDATE", "SELECT"),
     "usage_writers": (_ALL, "SELECT"),
     "usage_event_batches": ("SELECT, INSERT", "SELECT"),

@@ -115,14 +115,14 @@ class Exchange(Outcome):
         self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
         self._end(Ending.REFUSED, server.clock(), closes=closes)
 
-    async def whole_body(self) -> None:
-        """Wait until the body has arrived whole, or the exchange is over."""
+    async def whole_body(self, otherwise: Refusal | None = None) -> None:
+        """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
         head = self.head
         if self.is_complete or self.is_over or head is None:
             return
+        collector = self._collector = Collector(self.body, head.content_length, otherwise)
         if head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
-        collector = self._collector = Collector(self.body)
         self._client.resume()
         await collector.wait()
 
@@ -156,8 +156,7 @@ class Exchange(Outcome):
 
     def body_arrived(self, content: bytes, *, is_complete: bool) -> None:
         """The next content of the request body, and whether it was the last."""
-        self.bytes_in += len(content)
-        self.is_complete = is_complete
+        self.note_arrived(content, is_complete=is_complete)
         if self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
         elif self._collector is not None:

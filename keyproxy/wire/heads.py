@@ -18,7 +18,7 @@ from typing import Final
 
 import httptools
 
-from keyproxy import target
+from keyproxy import idempotency, target
 from keyproxy.headers import NOT_HOP_BY_HOP, FieldNames, Kind
 from keyproxy.model import CredentialField, RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
@@ -116,6 +116,7 @@ def judge_request(
         opens_tunnel=judged.opens_tunnel and method == b"GET" and minor == 1 and judged.content_length is None,
         media_type=media_type,
         codings=codings,
+        has_idempotency_key=[name.lower() for name, _ in parts.fields].count(idempotency.NAME) == 1,
     )
     return line, fields, judged
 

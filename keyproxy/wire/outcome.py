@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from keyproxy.idempotency import Fingerprint
 from keyproxy.model import ANSWERED, Ending, Identity, KeyDigest, Permit, Route, TokenUse
 from keyproxy.reasons import Reason
 from keyproxy.tokens.ask import TokenAsk
@@ -29,3 +30,13 @@ class Outcome:
     meter: Meter | None = None
     token_use: TokenUse | None = None
     is_estimated: bool = False
+    fingerprint: Fingerprint | None = None
+    bytes_in: int = 0
+    is_complete: bool = True
+
+    def note_arrived(self, content: bytes, *, is_complete: bool) -> None:
+        """So much more of the request's body has arrived, and whether that was the last."""
+        self.bytes_in += len(content)
+        self.is_complete = is_complete
+        if self.fingerprint is not None:
+            self.fingerprint.feed(content)

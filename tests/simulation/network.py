@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from keyproxy.limits.leases import Line, Reply
+from keyproxy.store.claims import Answer, Claim
 from keyproxy.store.database import StoreUnavailable
+from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 
@@ -33,6 +35,7 @@ class Network:
 
     def __init__(self, clock: Clock, chance: random.Random, ledger: ReferenceLedger, weather: Weather) -> None:
         self.clock, self.ledger, self.weather = clock, ledger, weather
+        self.claims = ReferenceClaims(lambda: 1e9 + clock.now)
         self.is_down = False
         self.after_message: Callable[[], None] = lambda: None
         self._chance = chance
@@ -63,29 +66,13 @@ class Network:
         return delay
 
 
-class RemoteLedger:
-    """The ledger as one process reaches it. Implements the port LedgerBackend."""
+class _Remote:
+    """What one process reaches over the network."""
 
     def __init__(self, network: Network, loop: VirtualLoop) -> None:
         self._network, self._loop = network, loop
         #: A partition: nothing of this process arrives, and nothing arrives here.
         self.is_cut = False
-
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
-        """See the port."""
-        replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
-        return replies
-
-    async def reap(self) -> None:
-        """See the port."""
-        await self._call(self._network.ledger.reap)
-
-    async def end(self, holder: str) -> None:
-        """See the port."""
-        await self._call(lambda: self._network.ledger.end(holder))
-
-    async def close(self) -> None:
-        """See the port."""
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         answered = self._loop.create_future()
@@ -108,3 +95,43 @@ class RemoteLedger:
             return await answered
         finally:
             timer.cancel()
+
+
+class RemoteClaims(_Remote):
+    """What was charged, as one process reaches it. Implements ClaimStore."""
+
+    async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+        """See ClaimStore."""
+        answers: Sequence[Answer] | None
+        answers = await self._call(lambda: self._network.claims.hear(process, number, claims))
+        return answers
+
+    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+        """See ClaimStore."""
+        found: Mapping[bytes, int] = await self._call(lambda: self._network.claims.look(fingerprints))
+        return found
+
+    async def forget(self, portion: int) -> bool:
+        """See ClaimStore. Nothing grows old here."""
+        del portion
+        return False
+
+
+class RemoteLedger(_Remote):
+    """The ledger as one process reaches it. Implements the port LedgerBackend."""
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
+        """See the port."""
+        replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
+        return replies
+
+    async def reap(self) -> None:
+        """See the port."""
+        await self._call(self._network.ledger.reap)
+
+    async def end(self, holder: str) -> None:
+        """See the port."""
+        await self._call(lambda: self._network.ledger.end(holder))
+
+    async def close(self) -> None:
+        """See the port."""

@@ -28,6 +28,7 @@ def scenario(seed: int) -> Scenario:
         starts_wall=chance.choice([_DAY_ENDS, _MONTH_ENDS, _DAY_ENDS - 40_000]),
         hold_seconds=chance.choice([0.02, 0.3, 2.0]),
         settle_seconds=chance.choice([0.1, 0.5, 1.0]),
+        repeats=chance.choice([0.0, 0.2, 0.6]),
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 
 from keyproxy.limits.leases import Pool, Window
 from keyproxy.limits.plan import Plan
+from keyproxy.store.claims import Answer, Claim
+from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
+from tests.simulation.network import Weather
 from tests.simulation.scenarios import scenario
 from tests.simulation.upstream import BrokenError
 from tests.simulation.world import Fate, Scenario, World
@@ -79,6 +82,32 @@ def test_in_steady_state_of_a_hundred_requests_ninety_nine_wait_for_nothing() ->
     taken, waited = (sum(count[what] for count in counts) for what in ("taken", "waited"))
     assert taken > 3_000
     assert waited <= 0.01 * taken
+
+
+def test_with_no_faults_all_attempts_at_a_request_are_charged_as_one() -> None:
+    plan = Plan(requests_per_day=300, tokens_per_day=5_000, tokens_per_request=60)
+    world = World(replace(kind(plan, seconds=30.0), repeats=0.7))
+    world.run()
+    assert sum(process.claims.counts["repeats"] for process in world.fleet) > 100
+    assert {requests for requests, _ in world.upstream.charged.values()} == {1}
+
+
+class Forgetful(ReferenceClaims):
+    """A store with a fault: a batch that is told twice counts twice."""
+
+    def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+        """See ReferenceClaims."""
+        self.batches.clear()
+        return super().hear(process, number, claims)
+
+
+def test_a_store_with_a_fault_is_found_out() -> None:
+    plan = Plan(requests_per_day=400)
+    fate = Fate(weather=Weather(doubled=0.5, delay_seconds=0.02))
+    world = World(replace(kind(plan), fate=fate, repeats=0.7))
+    world.network.claims.__class__ = Forgetful
+    with pytest.raises(BrokenError, match="charged 0 requests"):
+        world.run()
 
 
 class Generous(ReferenceLedger):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from keyproxy.limits.allowance import Hold
-from keyproxy.limits.leases import CONCURRENCY, RATE, RATE_SECONDS, TOKENS, Pool, Window
+from keyproxy.limits.leases import CONCURRENCY, RATE, RATE_SECONDS, TOKENS, Lease, Pool, Window
 from keyproxy.limits.plan import Plan
 from tests.reference_ledger import ReferenceLedger, span
 
@@ -29,6 +29,9 @@ class Work:
 
     process: Process
     hold: Hold
+    fingerprint: bytes | None = None
+    is_answered: bool = False
+    counted: list[tuple[Window, int]] = field(default_factory=list)
 
 
 class Upstream:
@@ -39,6 +42,10 @@ class Upstream:
         self._works: dict[Work, None] = {}
         #: Requests sent and tokens used, by window, whichever day it was.
         self.used: Counter[Window] = Counter()
+        #: Of requests with a fingerprint: the tokens of the largest attempt that was answered; how many of all attempts
+        #: were charged as requests, and the tokens that they were charged.
+        self.most: dict[bytes, int] = {}
+        self.charged: dict[bytes, tuple[int, int]] = {}
         self._by_day: Counter[tuple[Window, int]] = Counter()
         self._sent_at: dict[Window, list[float]] = {}
         self._limits: dict[Window, int] = {}
@@ -61,26 +68,27 @@ class Upstream:
 
     # -- requests
 
-    def admit(self, process: Process, hold: Hold) -> Work:
+    def admit(self, process: Process, hold: Hold, fingerprint: bytes | None = None) -> Work:
         """A request arrives."""
-        work = Work(process, hold)
+        work = Work(process, hold, fingerprint)
         self._works[work] = None
-        for lease in hold.bundle.counted:
+        for lease in _counted(hold):
             self.used[lease.window] += 1
             if lease.is_rate:
                 self._sent_at.setdefault(lease.window, []).append(self._clock.now)
             else:
-                self._count(lease.window)
+                self._count(work, lease.window)
         for lease in hold.bundle.slots:
             self._check_slots(lease.window)
         return work
 
-    def _count(self, window: Window) -> None:
+    def _count(self, work: Work, window: Window) -> None:
         wall = self._scenario.starts_wall + self._clock.now
         starts, _ = span(window.measure, wall)
         if wall - starts < _MIDNIGHT_SECONDS:
             return
         self._by_day[window, starts] += 1
+        work.counted.append((window, starts))
         if self._by_day[window, starts] > self._limits[window]:
             raise BrokenError(f"{window}: {self._by_day[window, starts]} came, {self._limits[window]} are allowed")
 
@@ -88,6 +96,8 @@ class Upstream:
         under_way = 0
         for work in self._works:
             holder = self._ledger.holders.get(work.process.holder)
+            if work.is_answered:
+                continue
             if holder is None or holder.has_ended:
                 # What runs at a process that the ledger has given up is not counted by anybody.
                 continue
@@ -95,11 +105,25 @@ class Upstream:
         if under_way > self._limits[window]:
             raise BrokenError(f"{window}: {under_way} at one time, {self._limits[window]} are allowed")
 
-    def finish(self, work: Work, tokens: int) -> None:
-        """A request has ended, having used so many tokens."""
+    def finish(self, work: Work, tokens: int, *, is_repeat: bool = False) -> None:
+        """A request has ended and is charged so many tokens. `is_repeat`: and for no request."""
         del self._works[work]
         for window in _budgets(work.hold):
             self.used[window] += tokens
+        if is_repeat:
+            for lease in _counted(work.hold):
+                self.used[lease.window] -= not lease.is_rate
+            for counted in work.counted:
+                self._by_day[counted] -= 1
+        if work.fingerprint is not None:
+            requests, charged = self.charged.get(work.fingerprint, (0, 0))
+            self.charged[work.fingerprint] = (requests + (not is_repeat), charged + tokens)
+
+    def answer(self, work: Work, used: int) -> None:
+        """It has used so many tokens; what it is charged is known later, and it holds no slot until then."""
+        assert work.fingerprint is not None
+        work.is_answered = True
+        self.most[work.fingerprint] = max(used, self.most.get(work.fingerprint, 0))
 
     def lose(self, process: Process) -> None:
         """A process is gone, with all that it was doing. Nobody knows what that has used: all that it was allowed."""
@@ -136,6 +160,7 @@ class Upstream:
         """When all is quiet: what is spent was used, or was charged because its holder died with it."""
         for window, times in self._sent_at.items():
             self._check_rate(window, times)
+        self._check_repeats(is_kind=is_kind)
         spent: Counter[Window] = Counter()
         forfeited: Counter[Window] = Counter()
         for (window, _), row in self._ledger.rows.items():
@@ -149,6 +174,13 @@ class Upstream:
                 raise BrokenError(f"{window}: {used} used, {spent[window]} spent, {forfeited[window]} forfeited")
             if is_kind and forfeited[window]:
                 raise BrokenError(f"{window}: {forfeited[window]} forfeited, and nobody died")
+
+    def _check_repeats(self, *, is_kind: bool) -> None:
+        """All attempts at a request are charged as the largest of them; where nothing goes wrong, exactly so."""
+        for fingerprint, most in self.most.items():
+            requests, tokens = self.charged[fingerprint]
+            if requests < 1 or tokens < most or (is_kind and (requests, tokens) != (1, most)):
+                raise BrokenError(f"{fingerprint!r}: charged {requests} requests, {tokens} tokens; {most} were used")
 
     def _check_rate(self, window: Window, times: list[float]) -> None:
         """In any t seconds at most burst + rate * (t + RATE_SECONDS), and a burst more for each lost history."""
@@ -164,6 +196,11 @@ class Upstream:
                 raise BrokenError(
                     f"{window}: {most:.1f} more than rate * t within some seconds, {bound:.1f} are allowed"
                 )
+
+
+def _counted(hold: Hold) -> list[Lease]:
+    """Of what this request has taken a unit that does not come back."""
+    return [lease for lease in hold.bundle.counted if lease.is_rate or hold.paid is None]
 
 
 def total(hold: Hold) -> int:

@@ -18,12 +18,13 @@ from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import SPENT, Reason, Refusal
+from keyproxy.store.claims import Claims
 from keyproxy.store.ledger import Ledger
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
-from tests.simulation.network import Network, RemoteLedger, Weather
-from tests.simulation.upstream import BrokenError, Upstream, total
+from tests.simulation.network import Network, RemoteClaims, RemoteLedger, Weather
+from tests.simulation.upstream import BrokenError, Upstream, Work, total
 
 LEASE_SECONDS = 3.0
 #: No request may wait longer for its answer, whatever happens, unless its process is stopped.
@@ -67,6 +68,31 @@ class Scenario:
     starts_wall: float = 1_706_745_580.0  # 20 seconds before February 2024
     hold_seconds: float = 0.3
     settle_seconds: float = 0.5
+    #: The share of requests that come with an Idempotency-Key, of which there are few.
+    repeats: float = 0.0
+
+
+class Told:
+    """A ledger as claims settle with it. What they settle, the upstream hears too."""
+
+    def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
+        self.work: Work | None = None
+        self.take, self.take_again, self.extend = ledger.take, ledger.take_again, ledger.extend
+        self._ledger, self._upstream = ledger, upstream
+        self._works: dict[int, tuple[Hold, Work]] = {}
+
+    def release(self, hold: Hold) -> Hold:
+        """See the port Ledger."""
+        assert self.work is not None
+        rest = self._ledger.release(hold)
+        self._works[id(rest)] = (rest, self.work)
+        return rest
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """See the port Ledger."""
+        _, work = self._works.pop(id(hold))
+        self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self._upstream.finish(work, tokens, is_repeat=is_repeat)
 
 
 @dataclass(eq=False)
@@ -76,6 +102,9 @@ class Process:
     loop: VirtualLoop
     backend: RemoteLedger
     ledger: Ledger
+    claims: Claims
+    told: Told
+    store: RemoteClaims
     now: Callable[[], Moment]
     allowances: dict[tuple[Pool, ...], Allowance]
     deciding: dict[object, float] = field(default_factory=dict)
@@ -135,9 +164,13 @@ class World:
         try:
             ledger = Ledger(backend, config, now)
             ledger.start()
+            store = RemoteClaims(self.network, loop)
+            told = Told(ledger, self.upstream)
+            claims = Claims(store, told, config, now)
+            claims.start()
         finally:
             asyncio._set_running_loop(None)
-        process = Process(loop, backend, ledger, now, {})
+        process = Process(loop, backend, ledger, claims, told, store, now, {})
         self.fleet.append(process)
         self._spawn(process, self._traffic(process))
 
@@ -159,21 +192,29 @@ class World:
         if any(getattr(self.plans[pool], measure) is not None for pool in owner for measure in TOKENS):
             most = chance.choice([5, 20, 60, None])
             need = TokenNeed(chance.randint(0, 5 if most is None else most), most)
+        fingerprint = None
+        if self.scenario.repeats and chance.random() < self.scenario.repeats:
+            number = chance.randrange(8)
+            need = need and TokenNeed(1, (5, 20, 60, None)[number % 4])
+            fingerprint = f"{owner[0].owner} {number}".encode()
         mark = object()
         process.deciding[mark] = self.clock.now
         try:
-            hold = await self._decided(process, owner, need)
+            hold, paid = await self._decided(process, owner, need, fingerprint)
         except Refusal as refusal:
             self._note_refusal(owner, refusal)
             return
         finally:
             del process.deciding[mark]
         self.decided["admitted"] += 1
-        await self._serve(process, hold)
+        await self._serve(process, hold, fingerprint, paid)
 
-    async def _decided(self, process: Process, owner: tuple[Pool, ...], need: TokenNeed | None) -> Hold:
+    async def _decided(
+        self, process: Process, owner: tuple[Pool, ...], need: TokenNeed | None, fingerprint: bytes | None
+    ) -> tuple[Hold, int | None]:
         """As the gateway does it."""
         failure: Refusal | None = None
+        paid, is_asked = None, fingerprint is None
         for _ in range(_ROUNDS_MAX + 1):
             now = process.now()
             allowance = process.allowances.get(owner)
@@ -181,7 +222,9 @@ class World:
                 allowance = Allowance(tuple((pool, self.plans[pool]) for pool in owner))
                 process.allowances[owner] = allowance
             try:
-                return process.ledger.take(allowance, now, need)
+                if paid is not None:
+                    return process.ledger.take_again(allowance, now, need, paid), paid
+                return process.ledger.take(allowance, now, need, may_be_paid=not is_asked), None
             except Missing as missing:
                 if failure is not None:
                     raise failure from None
@@ -189,6 +232,10 @@ class World:
                     await missing.bring()
                 except Refusal as refusal:
                     failure = refusal
+            except Refusal as refusal:
+                if is_asked or refusal.reason not in SPENT or fingerprint is None:
+                    raise
+                paid, is_asked = await process.claims.paid(fingerprint), True
         raise Refusal(Reason.OVERLOADED)
 
     def _note_refusal(self, owner: tuple[Pool, ...], refusal: Refusal) -> None:
@@ -200,12 +247,12 @@ class World:
             self.decided["refused"] += 1
             self.refused_at[owner] = self.clock.now
 
-    async def _serve(self, process: Process, hold: Hold) -> None:
+    async def _serve(self, process: Process, hold: Hold, fingerprint: bytes | None, paid: int | None) -> None:
         chance = self.chance
         if chance.random() < 0.05:
             process.ledger.settle(hold, was_sent=False)
             return
-        work = self.upstream.admit(process, hold)
+        work = self.upstream.admit(process, hold, fingerprint)
         await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
         while hold.budgets and chance.random() < 0.2:
             try:
@@ -215,6 +262,12 @@ class World:
             work.hold = hold
             await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
         used = chance.choice([0, total(hold), chance.randint(0, total(hold))])
+        if fingerprint is not None:
+            used += paid or 0
+            self.upstream.answer(work, used)
+            process.told.work = work
+            process.claims.add(hold, fingerprint, used, paid)
+            return
         process.ledger.settle(hold, was_sent=True, tokens=used)
         self.upstream.finish(work, used)
 
@@ -291,9 +344,10 @@ class World:
     def _cut(self) -> None:
         process = self._victim()
         if process is not None:
-            process.backend.is_cut = True
+            process.backend.is_cut = process.store.is_cut = True
             seconds = self.chance.choice([0.2, 2.5, LEASE_SECONDS + 0.5, 3 * LEASE_SECONDS])
-            self.clock.at(self.clock.now + seconds, lambda: setattr(process.backend, "is_cut", False))
+            for remote in (process.backend, process.store):
+                self.clock.at(self.clock.now + seconds, lambda remote=remote: setattr(remote, "is_cut", False))  # type: ignore[misc]
 
     def _restart(self) -> None:
         """A rolling restart: one drains while another takes its place."""
@@ -306,6 +360,7 @@ class World:
     async def _drain(self, process: Process) -> None:
         while len(process.tasks) > 1 and self.upstream.is_serving(process):
             await asyncio.sleep(0.1)
+        await process.claims.close()
         await process.ledger.close()
         self.clock.at(self.clock.now, lambda: self._bury(process) if process in self.fleet else None)
 
@@ -349,8 +404,15 @@ class World:
         self.network.weather = Weather()
         self.clock.at(self.calm_until, lambda: setattr(self.network, "weather", self.scenario.fate.weather))
         replica = self.reference.copy()
+        claims = self.network.claims
+        charges, batches = dict(claims.charges), dict(claims.batches)
         self.upstream.history_lost(self.clock.now, self.calm_until)
-        self.clock.at(self.clock.now + lag, lambda: self.reference.fail_over(replica))
+
+        def promoted() -> None:
+            self.reference.fail_over(replica)
+            claims.charges, claims.batches = charges, batches
+
+        self.clock.at(self.clock.now + lag, promoted)
 
     # -- the run
 

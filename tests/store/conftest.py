@@ -48,6 +48,8 @@ DELETE FROM keyproxy.changes;
 DELETE FROM keyproxy.leases;
 DELETE FROM keyproxy.lease_holders;
 DELETE FROM keyproxy.windows;
+DELETE FROM keyproxy.idempotent_charges;
+DELETE FROM keyproxy.claim_batches;
 DELETE FROM keyproxy.usage;
 DELETE FROM keyproxy.usage_writers;
 DELETE FROM keyproxy.usage_event_batches;

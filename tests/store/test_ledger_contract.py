@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy.limits.leases import Line, Reply, Window
 from keyproxy.store.database import Database, StoreUnavailable
-from keyproxy.store.ledger import LedgerBackend
+from keyproxy.store.ledger_backend import LedgerBackend
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
 from keyproxy.store.ledger_redis import RedisLedger
 from tests import contracts

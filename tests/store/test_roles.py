@@ -15,6 +15,8 @@ from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.model import Identity, Missing
 from keyproxy.settings import Cache, Usage
 from keyproxy.store import roles
+from keyproxy.store.claims import Answer
+from keyproxy.store.claims_postgres import PostgresClaims
 from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.directory import Actor, Directory, KeyWish, Revocation
 from keyproxy.store.directory_import import read_key
@@ -26,6 +28,7 @@ from keyproxy.store.usage import UsageJournal
 from keyproxy.store.usage_reading import UsageFilter, UsageReader
 from tests import fakes
 from tests.store.stage import Clock, Sql, add_key, add_user
+from tests.store.test_claims import claim
 from tests.store.test_usage import Ended, rows
 
 FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
@@ -218,6 +221,19 @@ async def test_a_prefix_that_is_no_name_is_refused(dsn: str, wrong: str) -> None
 async def test_roles_wait_for_a_schema(empty_dsn: str) -> None:
     with pytest.raises(MigrationError, match="has to be brought up"):
         await roles.create(empty_dsn, "kp_none")
+
+
+async def test_proxies_claim_charges_and_clean_them_up_and_the_admin_side_sees_none(
+    as_proxy: Database, as_admin: Database
+) -> None:
+    claims = PostgresClaims(as_proxy)
+    assert await claims.claim("p", 1, [claim(1, 12)]) == [Answer(True, 12)]
+    assert await claims.charged([claim(1).fingerprint]) == {claim(1).fingerprint: 12}
+    assert await claims.forget(10) is False
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await PostgresClaims(as_admin).charged([claim(1).fingerprint])
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await PostgresClaims(as_admin).claim("p", 2, [claim(1)])
 
 
 async def test_proxies_write_usage_and_clean_it_up_and_the_admin_side_reads_it(

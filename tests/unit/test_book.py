@@ -78,6 +78,16 @@ class Process:
         self.book.asked_in_vain(last, self.now)
         return self.book.take(allowance, self.now, tokens)
 
+    def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
+        """As a request does it that was charged before."""
+        for _ in range(4):
+            try:
+                return self.book.take_again(allowance, self.now, tokens, paid)
+            except Short as short:
+                self.book.ask(short)
+                self.sync(everything=False)
+        raise AssertionError("not decided")
+
     def refused(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Refusal:
         """The Refusal of one more request."""
         with pytest.raises(Refusal) as caught:
@@ -219,6 +229,98 @@ def test_slots_are_free_again_when_requests_end_however_they_end(process: Proces
     process.used(holds[0])
     process.book.settle(holds[1], was_sent=False)
     assert len([process.take(allowance) for _ in range(2)]) == 2
+
+
+def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Process) -> None:
+    # Who asked for it may still wait for another lease: were it given back meanwhile, the two would never meet.
+    allowance = under(Plan(requests_per_day=9))
+    with pytest.raises(Short) as short:
+        process.book.take(allowance, process.now)
+    fleet.now += 2.0
+    process.book.ask(short.value)
+    process.sync(everything=False)
+    fleet.now += 0.9
+    process.sync()
+    assert fleet.row("requests_per_day").held > 0
+    fleet.now += 0.2
+    process.sync()
+    assert fleet.row("requests_per_day").held == 0
+
+
+# -- requests that are sent again
+
+
+def test_a_repeat_gives_its_request_back_and_is_charged_the_tokens_that_are_said(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
+    # Pace is pace: what came was served.
+    assert process.refused(allowance).reason is Reason.RATE_LIMITED
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 13)
+
+
+def test_what_waits_to_be_settled_holds_no_slot_and_everything_else(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(concurrency=1, requests_per_day=2))
+    rest = [process.book.release(process.take(allowance)) for _ in range(2)]
+    assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
+    process.sync()
+    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (0, 2)
+    process.used(rest[0])
+    process.book.settle(rest[1], was_sent=True, is_repeat=True)
+    process.used(process.take(allowance))
+    process.leave()
+    assert fleet.row("requests_per_day").spent == 2
+    assert (fleet.row("concurrency").spent, fleet.row("concurrency").held) == (0, 0)
+
+
+@pytest.mark.parametrize("spent", [0, 1])
+def test_what_was_charged_before_passes_a_quota_that_is_spent(fleet: Fleet, process: Process, spent: int) -> None:
+    allowance = under(Plan(requests_per_day=spent, concurrency=1))
+    for _ in range(spent):
+        process.used(process.take(allowance))
+    process.refused(allowance)
+    hold = process.again(allowance, None, 0)
+    with pytest.raises(Refusal) as caught:
+        process.again(allowance, None, 0)
+    assert caught.value.reason is Reason.CONCURRENCY_LIMITED
+    process.book.settle(hold, was_sent=True, is_repeat=True)
+    process.leave()
+    assert spent == 0 or fleet.row("requests_per_day").spent == 1
+
+
+@pytest.mark.parametrize(("paid", "held"), [(0, 50), (1, 49), (49, 1), (50, 0), (70, 0)])
+def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
+    fleet: Fleet, process: Process, paid: int, held: int
+) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 100 - held)), tokens=100 - held)
+    hold = process.again(allowance, TokenNeed(1, 50), paid)
+    assert (hold.tokens, hold.covers) == (held, held + paid)
+    process.book.settle(hold, was_sent=True, tokens=held, is_repeat=True)
+    process.leave()
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (100, 0)
+
+
+@pytest.mark.parametrize("paid", [0, 1, 49])
+def test_a_repeat_is_refused_if_what_it_may_use_beyond_them_is_not_there(process: Process, paid: int) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 51 + paid)), tokens=51 + paid)
+    with pytest.raises(Refusal) as caught:
+        process.again(allowance, TokenNeed(1, 50), paid)
+    assert caught.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
+
+
+def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.again(allowance, TokenNeed(1, 50), 50)
+    # A lease that holds nothing: whoever speaks with the ledger has to know of it all the same.
+    assert process.wakes == 1
+    process.book.settle(hold, was_sent=True, tokens=7, is_repeat=True)
+    process.leave()
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (7, 0)
 
 
 # -- plans that change

@@ -16,14 +16,17 @@ from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.problems import Problems
 from keyproxy.routes import RouteTable
+from keyproxy.settings import Ledger as LedgerSettings
 from keyproxy.settings import Listen
 from keyproxy.settings import Upstream as UpstreamSettings
+from keyproxy.store.claims import Claims
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.server import ProxyServer, Terms
 from tests import fakes
 from tests.rawhttp import Client, Upstream, connect
+from tests.reference_claims import ReferenceClaims
 
 KEY = fakes.key(1).reveal()
 AUTHORIZATION = b"Authorization: Api-Key " + KEY + b"\r\n"
@@ -41,6 +44,8 @@ class Wire:
     pool: UpstreamPool
     gateway: Gateway
     ledger: fakes.FakeLedger
+    charges: ReferenceClaims
+    claims: Claims
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -70,10 +75,15 @@ async def start() -> AsyncIterator[Start]:
             ledger = fakes.FakeLedger()
             identities, recorder = fakes.FakeIdentities(), fakes.FakeRecorder()
             identities.add(fakes.key(1), fakes.identity())
+            charges = ReferenceClaims()
+            claims = Claims(charges, ledger, LedgerSettings(settle_seconds=0.05), clock.now)
+            claims.start()
+            stack.push_async_callback(claims.close)
             gateway = Gateway(
                 key_format=fakes.FORMAT,
                 identities=identities,
                 ledger=ledger,
+                claims=claims,
                 routes=routes or RouteTable([]),
                 now=clock.now,
                 instance=b"test",
@@ -102,7 +112,7 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(server.drain, 0.2)
             server.start(sock)
             address = sock.getsockname()
-            return Wire(address, far, identities, recorder, server, pool, gateway, ledger)
+            return Wire(address, far, identities, recorder, server, pool, gateway, ledger, charges, claims)
 
         yield starting
 

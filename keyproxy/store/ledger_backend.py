@@ -1,0 +1,31 @@
+"""What the ledger's conversation needs of where windows are accounted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from keyproxy.limits.leases import Line, Reply
+
+
+class LedgerBackend(Protocol):
+    """Where windows are accounted. Contract: tests/reference_ledger.py says the rules, tests/contracts.py holds to them.
+
+    All methods raise StoreUnavailable (or StoreConflict) if nobody knows what became of the call.
+    """
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """One message of a holder. All of it counts or nothing. None: this holder has ended."""
+        ...
+
+    async def reap(self) -> None:
+        """End the holders whose time is over: what they have not returned is charged."""
+        ...
+
+    async def end(self, holder: str) -> None:
+        """End this holder."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
