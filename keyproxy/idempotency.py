@@ -20,9 +20,6 @@ from keyproxy.reasons import SPENT, Reason
 #: The header's name, in lower case.
 NAME: Final = b"idempotency-key"
 
-#: For how long a request that was charged is not charged again. The store's clock counts it.
-KEPT_HOURS: Final = 24
-
 #: Visible characters, so many at most; quoted, as the draft of the header has it, or bare, as most clients send it.
 _SANE = re.compile(rb"(?:^|\n)" + NAME + rb":[ \t]*([!-~]{1,255})[ \t]*\r\n", re.IGNORECASE)
 
