@@ -39,7 +39,9 @@ class Worker:
         self.is_ready = False
         self.is_leaving = False
         self.page = ""
+        self.patience_seconds = _ORDER_SECONDS
         self._superior = superior
+        self._is_lost = False
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(str(path)), timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS)
         )
@@ -48,12 +50,10 @@ class Worker:
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], path: Path, text: str) -> Self:
         """Start one with its ops listener on this path and this configuration. Raises OSError."""
         ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(*command, env=environment, stdin=theirs.fileno())
-        except OSError:
-            ours.close()
-            raise
+        with contextlib.ExitStack() as undo, theirs:
+            undo.enter_context(ours)
+            process = await asyncio.create_subprocess_exec(*command, env=dict(environment), stdin=theirs.fileno())
+            undo.pop_all()
         superior = await orders.superior(ours)
         superior.begin(text)
         return cls(process, path, superior)
@@ -73,14 +73,23 @@ class Worker:
             self.is_ready, self.page = True, page.decode("utf-8")
 
     async def follows(self, order: Order) -> str:
-        """Give an order. Why it is not followed; empty if it is."""
+        """Give an order. Why it is not followed; empty if it is.
+
+        Who does not answer is killed: nobody knows what it has, and the one that takes its place has what all have.
+        """
+        if self._is_lost:
+            return "it is killed"
         try:
-            async with asyncio.timeout(_ORDER_SECONDS):
+            async with asyncio.timeout(self.patience_seconds):
                 return await self._superior.ask(order)
         except TimeoutError:
-            return f"worker {self.process.pid} has not answered for {_ORDER_SECONDS:g} s"
+            why = f"worker {self.process.pid} has not answered for {self.patience_seconds:g} s"
         except (OSError, ValueError) as error:
-            return f"worker {self.process.pid} does not answer: {error}"
+            why = f"worker {self.process.pid} does not answer: {error}"
+        _log.error("%s: it is killed", why)
+        self._is_lost = True
+        self.tell(signal.SIGKILL)
+        return why
 
     def tell(self, number: signal.Signals) -> None:
         """Send a signal."""
@@ -89,7 +98,7 @@ class Worker:
 
     async def closed(self) -> None:
         """Nothing will be asked of it any more."""
-        self._superior.close()
+        await self._superior.close()
         await self._session.close()
 
 
@@ -125,22 +134,13 @@ class Crew:
             raise ChangeError(next(filter(None, refusals)))
         return serving
 
-    async def apply(self, workers: Sequence[Worker]) -> None:
+    async def apply(self, workers: Iterable[Worker]) -> None:
         """Have these workers apply what they are ready for."""
-        await self._order(workers, Order(orders.APPLY))
+        await asyncio.gather(*(worker.follows(Order(orders.APPLY)) for worker in workers))
 
-    async def withdraw(self, workers: Sequence[Worker]) -> None:
+    async def withdraw(self, workers: Iterable[Worker]) -> None:
         """Have these workers forget what was offered."""
-        await self._order(workers, Order(orders.WITHDRAW))
-
-    async def _order(self, workers: Sequence[Worker], order: Order) -> None:
-        for worker, refused in zip(
-            workers, await asyncio.gather(*(one.follows(order) for one in workers)), strict=True
-        ):
-            if refused:
-                # Nobody knows what it has now. The one that takes its place has what all have.
-                _log.error("%s: it is killed", refused)
-                worker.tell(signal.SIGKILL)
+        await asyncio.gather(*(worker.follows(Order(orders.WITHDRAW)) for worker in workers))
 
     async def look(self) -> None:
         """Take note of how all are."""

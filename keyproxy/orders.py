@@ -11,6 +11,7 @@ A message is a line of JSON. The supervisor waits for one answer before it gives
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -40,21 +41,20 @@ class Superior:
         self._writer = writer
 
     def begin(self, text: str) -> None:
-        """Give the first order, which is answered by serving."""
-        self._writer.write(_line(Order(BEGIN, text)._asdict()))
+        """Give the first order, which is answered by serving, or by ending."""
+        _send(self._writer, Order(BEGIN, text)._asdict())
 
     async def ask(self, order: Order) -> str:
         """Why the worker does not follow; empty if it does. Raises ConnectionError if it has ended."""
-        self._writer.write(_line(order._asdict()))
-        await self._writer.drain()
+        _send(self._writer, order._asdict())
         answer = await self._reader.readline()
         if not answer:
             raise ConnectionError("the worker has ended")
         return str(json.loads(answer)["refused"])
 
-    def close(self) -> None:
-        """Nothing will be asked any more."""
-        self._writer.close()
+    async def close(self) -> None:
+        """Ask nothing any more."""
+        await _close(self._writer)
 
 
 class Subordinate:
@@ -71,11 +71,11 @@ class Subordinate:
 
     def answer(self, refused: str = "") -> None:
         """Say that the order was followed, or why not."""
-        self._writer.write(_line({"refused": refused}))
+        _send(self._writer, {"refused": refused})
 
-    def close(self) -> None:
-        """No order will be followed any more."""
-        self._writer.close()
+    async def close(self) -> None:
+        """Follow no order any more."""
+        await _close(self._writer)
 
 
 async def superior(sock: socket.socket) -> Superior:
@@ -99,5 +99,13 @@ def begun_with(sock: socket.socket) -> str:
     return Order(**json.loads(line)).text
 
 
-def _line(message: dict[str, str]) -> bytes:
-    return json.dumps(message).encode("ascii") + b"\n"
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):  # as which it ended, if the other end was gone before
+        await writer.wait_closed()
+
+
+def _send(writer: asyncio.StreamWriter, message: dict[str, str]) -> None:
+    # Who is gone is noticed by reading. Writing to him is an error of the program's, to uvloop.
+    if not writer.is_closing():
+        writer.write(json.dumps(message).encode("ascii") + b"\n")

@@ -142,7 +142,7 @@ def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) 
         finally:
             if prepared is not None:
                 await proxy.abandon(prepared)
-            subordinate.close()
+            await subordinate.close()
 
     return changing
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from keyproxy import orders
+from keyproxy.change import ChangeError
+from keyproxy.crew import Crew, Worker
 from keyproxy.orders import Order
 
 #: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
@@ -41,10 +47,10 @@ async def test_a_worker_begins_with_the_text_and_is_offered_it_as_it_is(pair: Pa
     task = asyncio.create_task(following())
     assert await superior.ask(Order(orders.OFFER, text)) == "no\nway"
     assert await superior.ask(Order(orders.WITHDRAW)) == ""
-    superior.close()
+    await superior.close()
     await asyncio.wait_for(task, 5)
     assert heard == [Order(orders.OFFER, text), Order(orders.WITHDRAW)]
-    subordinate.close()
+    await subordinate.close()
 
 
 async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
@@ -52,8 +58,25 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
     pair[1].close()
     with pytest.raises(ConnectionError):
         await superior.ask(Order(orders.APPLY))
-    superior.close()
+    await superior.close()
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs, pytest.raises(ConnectionError, match="the supervisor is gone"):
         orders.begun_with(theirs)
+
+
+@pytest.mark.parametrize(("program", "told"), [("sleep", "has not answered for 0.1 s"), ("true", "does not answer")])
+async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from_changing(
+    tmp_path: Path, program: str, told: str
+) -> None:
+    crew = Crew(lambda: 0)
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await Worker.start([program, "60"], os.environ, tmp_path / "ops.sock", "")
+        stack.push_async_callback(worker.closed)
+        stack.callback(worker.tell, signal.SIGKILL)
+        worker.is_ready, worker.patience_seconds = True, 0.1
+        crew.members.add(worker)
+        with pytest.raises(ChangeError, match=told):
+            await crew.offer("")
+        assert await asyncio.wait_for(worker.process.wait(), 5) == (-signal.SIGKILL if program == "sleep" else 0)
+        assert await worker.follows(Order(orders.APPLY)), "it is not waited for once more"
