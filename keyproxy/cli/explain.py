@@ -31,7 +31,8 @@ def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | N
     question = Question(method, path, tokens)
     told = call.run_usage(lambda usage: usage.explained(key_id, question))
     limits = told.pop("limits")
-    answer = {**told, "method": method, "path": path}
+    who = {name: told.pop(name) for name in ("key", "user", "tenant", "mode")}
+    answer = {**who, "method": method, "path": path, **told}
     if call.as_json:
         call.tell({**answer, "limits": limits}, ())
         return

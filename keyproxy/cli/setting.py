@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import orjson
 import uvloop
 
 from keyproxy import config
+from keyproxy.cli import table
 from keyproxy.settings import Settings, is_scope
 from keyproxy.sockets import BindError
 from keyproxy.store import embedded, migrations
@@ -149,7 +151,9 @@ def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bo
         for name, value in shown.items():
             click.echo(f"{name:<{width}}  {_cell(value)}")
     else:
-        _table([[_cell(row.get(name)) for name in columns] for row in result], columns)
+        terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        for line in table.lines([[_cell(row.get(name)) for name in columns] for row in result], columns, terminal):
+            click.echo(line)
 
 
 def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | str | None:
@@ -200,19 +204,12 @@ def scopes(_context: click.Context, _parameter: click.Parameter, values: tuple[s
 
 def _cell(value: object) -> str:
     if value is None or value == "":
-        return "-"
+        return table.NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " ".join(map(str, value)) or "-"
+        return " ".join(map(str, value)) or table.NOTHING
     return str(value)
-
-
-def _table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
-    lines = [[column.upper().replace("_", " ") for column in columns], *rows]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 class _Formatter(logging.Formatter):

@@ -12,6 +12,7 @@ from keyproxy.cli.desk import (
     chosen_plan,
     confirm,
     plan_arguments,
+    say,
     takes_call,
     yes_option,
 )
@@ -35,7 +36,10 @@ def tenant_create(call: Call, tenant_id: str, name: str, plan: str | None) -> No
     \b
     keyproxy tenant create acme --name "Acme Ltd"
     """
-    call.tell(call.run(lambda directory: directory.create_tenant(tenant_id, name, plan)), TENANT_COLUMNS)
+    tenant = call.run(lambda directory: directory.create_tenant(tenant_id, name, plan))
+    call.tell(tenant, TENANT_COLUMNS)
+    if not call.as_json and not tenant["created"]:
+        say(f"tenant {tenant_id!r} was there, and is left as it was")
 
 
 @tenant_group.command("list")

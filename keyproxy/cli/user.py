@@ -12,6 +12,7 @@ from keyproxy.cli.desk import (
     chosen_plan,
     confirm,
     plan_arguments,
+    say,
     takes_call,
     yes_option,
 )
@@ -43,6 +44,8 @@ def user_create(
     wish = None if no_key else call.wish("", wanted, None)
     user = call.run(lambda directory: directory.create_user(user_id, tenant_id, wish, plan=plan))
     call.tell(user, USER_COLUMNS)
+    if not call.as_json and not user["created"]:
+        say(f"user {user_id!r} was there, is left as it was, and gets no key: `keyproxy key issue` makes one")
     if not call.as_json and user["key"] is not None:
         click.echo()
         call.tell_secret(user["key"])

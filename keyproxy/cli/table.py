@@ -1,0 +1,46 @@
+"""Tables for people: as wide as they need to be, or as narrow as a terminal wants them.
+
+What does not fit is narrowed where that loses least: columns that say nothing in any row go, then what people wrote
+(names, scopes, errors) is cut short. Ids, times and numbers are never cut: half of one is worse than a line that wraps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+NOTHING: Final = "-"
+
+_GAP: Final = "  "
+_CUT: Final = "…"
+_PROSE: Final = frozenset({"name", "scopes", "detail", "last_error", "changed", "revoke_reason", "route"})
+_PROSE_CHARACTERS_MIN: Final = 8
+
+
+def lines(rows: Sequence[Sequence[str]], columns: Sequence[str], width: int | None) -> list[str]:
+    """The lines of a table with its heading. `width`: characters of the terminal; None: it is no terminal."""
+    chosen = list(range(len(columns)))
+    if width is not None and _width(rows, columns, chosen) > width:
+        chosen = [place for place in chosen if not rows or any(row[place] != NOTHING for row in rows)]
+    widths = {place: _column_width(rows, columns, place) for place in chosen}
+    for place in sorted((one for one in chosen if columns[one] in _PROSE), key=lambda one: -widths[one]):
+        over = 0 if width is None else sum(widths.values()) + len(_GAP) * (len(widths) - 1) - width
+        if over > 0:
+            widths[place] = max(min(widths[place], _PROSE_CHARACTERS_MIN), widths[place] - over)
+    heading = [column.upper().replace("_", " ") for column in columns]
+    return [
+        _GAP.join(_cut(line[place], widths[place]).ljust(widths[place]) for place in chosen).rstrip()
+        for line in (heading, *rows)
+    ]
+
+
+def _width(rows: Sequence[Sequence[str]], columns: Sequence[str], chosen: Sequence[int]) -> int:
+    return sum(_column_width(rows, columns, place) for place in chosen) + len(_GAP) * (len(chosen) - 1)
+
+
+def _column_width(rows: Sequence[Sequence[str]], columns: Sequence[str], place: int) -> int:
+    return max(len(columns[place]), *(len(row[place]) for row in rows), 0)
+
+
+def _cut(cell: str, width: int) -> str:
+    return cell if len(cell) <= width else cell[: width - len(_CUT)].rstrip() + _CUT
