@@ -13,8 +13,12 @@ from setuptools import Extension, setup
 ROOMS = (
     "reasons", "model", "admission", "headers", "keyformat", "ports", "problems", "routes", "target", "credential",
     "clock", "gateway", "metering",
+    "limits/allowance", "limits/book", "limits/leases", "limits/plan", "limits/register", "limits/statement",
+    "limits/told", "ratelimit",
     "metrics/access_log", "metrics/recorder",
-    "store/identities",
+    "store/identities", "store/ledger", "store/usage",
+    "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/lines", "tokens/meter",
+    "tokens/report", "tokens/scan", "tokens/stream",
     "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing", "wire/heads", "wire/line",
     "wire/outcome", "wire/pool", "wire/readers", "wire/server", "wire/shapes", "wire/upstream",
 )  # fmt: skip

@@ -15,11 +15,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench import load
 from bench.load import Result
-from bench.peers import PATH, Peer, free_port, nginx_upstream, peers
+from bench.peers import METERED_BODY, METERED_PATH, PATH, Peer, family, free_port, nginx_upstream, peers
 from bench.site import Site, machine, site
 from keyproxy.keyformat import KeyFormat
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="names of peers, separated by commas")
     parser.add_argument("--envoy", default=".venv-bench", help="the environment that Envoy is installed in")
     parser.add_argument("--compiled", default=".venv-compiled", help="the environment of the compiled build")
+    parser.add_argument("--limits", action="store_true", help="also with requests under limits")
     parser.add_argument("--keys", type=int, default=20_000, help="for the table of misses")
     options = parser.parse_args(arguments)
     if not shutil.which("wrk") or not shutil.which("nginx"):
@@ -57,10 +59,9 @@ def compare(ours: Site, options: argparse.Namespace) -> None:
     wanted = {name.strip() for name in options.only.split(",") if name.strip()}
     everyone = [
         *peers(ours.home, ours.upstream, secret, envoy),
-        Peer(_OURS, "", ours.serving),
-        _compiled(ours, options),
+        *_builds(ours, options),
     ]
-    always = {_OURS, _COMPILED}
+    always = {peer.name for peer in everyone if peer.name.startswith(_OURS)}
     chosen = [peer for peer in everyone if not peer.missing and (not wanted or peer.name in wanted | always)]
     for peer in everyone:
         if peer.missing:
@@ -70,14 +71,16 @@ def compare(ours: Site, options: argparse.Namespace) -> None:
         ports = {peer.name: free_port() for peer in chosen}
         pids = {peer.name: stack.enter_context(peer.start(ports[peer.name])) for peer in chosen}
         scripts = {
-            peer.name: load.script(ours.home / f"{number}.lua", header=peer.header.format(key=secret))
+            peer.name: load.script(ours.home / f"{number}.lua", header=peer.header.format(key=secret), body=peer.body)
             for number, peer in enumerate(chosen)
         }
         for number in load.rounds(options.rounds):
             for peer in chosen:
-                url = f"http://127.0.0.1:{ports[peer.name]}{PATH}"
+                url = f"http://127.0.0.1:{ports[peer.name]}{peer.path}"
                 warm = 1.0 if number == 1 else 0.0
-                result = load.run(url, scripts[peer.name], pids[peer.name], seconds=options.seconds, warm_seconds=warm)
+                # Asked for now: a worker may have been started after its parent had begun to listen.
+                measured = family(pids[peer.name][0])
+                result = load.run(url, scripts[peer.name], measured, seconds=options.seconds, warm_seconds=warm)
                 if result.refused:
                     print(f"{peer.name} refused {result.refused} requests", file=sys.stderr)
                 results[peer.name].append(result)
@@ -114,10 +117,23 @@ def misses(ours: Site, options: argparse.Namespace) -> None:
         )
 
 
-def _compiled(ours: Site, options: argparse.Namespace) -> Peer:
+def _builds(ours: Site, options: argparse.Namespace) -> list[Peer]:
+    """Both builds; with --limits each once more, its requests under windows of their key, their user and their tenant."""
     python = Path(options.compiled) / "bin" / "python"
     missing = "" if python.exists() else f"{options.compiled} (make compiled)"
-    return Peer(_COMPILED, missing, lambda port: ours.serving(port, python=str(python.absolute())))
+    builds = [
+        Peer(_OURS, "", ours.serving),
+        Peer(_COMPILED, missing, lambda port: ours.serving(port, python=str(python.absolute()))),
+    ]
+    if not options.limits:
+        return builds
+    header = f"Authorization: Api-Key {ours.limited_key()}"
+    windows = [replace(build, name=f"{build.name}, windows", header=header) for build in builds]
+    return [
+        *builds,
+        *windows,
+        *(replace(one, name=f"{one.name}, tokens", path=METERED_PATH, body=METERED_BODY) for one in windows),
+    ]
 
 
 def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:
@@ -129,7 +145,8 @@ def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:
 
 def _print(results: dict[str, list[Result]]) -> None:
     print(
-        "\none known key          µs CPU   user   req/s  p50 ms  p99 ms  peak MiB  keyproxy / it          compiled / it"
+        "\none known key                          µs CPU   user   req/s  p50 ms  p99 ms  peak MiB"
+        "  keyproxy / it          compiled / it"
     )
     for name, runs in results.items():
 
@@ -137,7 +154,7 @@ def _print(results: dict[str, list[Result]]) -> None:
             return float(statistics.median(getattr(run, attribute) for run in of))
 
         print(
-            f"  {name:<18} {middle('cpu_microseconds'):7.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
+            f"  {name:<34} {middle('cpu_microseconds'):7.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
             f" {middle('p50_milliseconds'):7.2f} {middle('p99_milliseconds'):7.2f} {middle('peak_mib'):9.1f}"
             f"  {_ratio(results[_OURS], runs)}  {_ratio(results[_COMPILED], runs) if _COMPILED in results else ''}"
         )

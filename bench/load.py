@@ -17,7 +17,7 @@ _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 _SCRIPT = """
 wrk.method = "{method}"
-wrk.body = string.rep("x", {body_bytes})
+wrk.body = [[{body}]]
 wrk.headers["Content-Type"] = "application/json"
 {header}
 """
@@ -74,12 +74,10 @@ def _status(pid: int, name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def script(path: Path, *, header: str, method: str = "POST", body_bytes: int = 90, keys: Path | None = None) -> Path:
+def script(path: Path, *, header: str, method: str = "POST", body: str = "x" * 90, keys: Path | None = None) -> Path:
     """A wrk script: one header for all requests, or a key of its own for each."""
     name, _, value = header.partition(": ")
-    text = _SCRIPT.format(
-        method=method, body_bytes=body_bytes, header="" if keys else f'wrk.headers["{name}"] = "{value}"'
-    )
+    text = _SCRIPT.format(method=method, body=body, header="" if keys else f'wrk.headers["{name}"] = "{value}"')
     path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")
     return path
 

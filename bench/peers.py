@@ -28,6 +28,10 @@ from pathlib import Path
 ANSWER = '{"ok":true,"job":"42","state":"queued"}'
 PATH = "/v1/ai/jobs"
 
+#: A path whose answers say how many tokens were used, and a request to it, as long as the others.
+METERED_PATH = "/v1/ai/metered"
+METERED_BODY = '{"max_tokens": 16, "input": "%s"}' % ("x" * 59)
+
 _LUA_MODULES = Path("/usr/lib/nginx/modules")
 _NGINX = """
 {user}worker_processes 1; daemon off; pid {home}/{name}.pid; error_log {home}/{name}.log error;
@@ -44,6 +48,7 @@ _NGINX_UPSTREAM = """
   server {{
     listen 127.0.0.1:{port} backlog=4096;
     location / {{ default_type application/json; return 200 '{answer}'; }}
+    location = {metered} {{ default_type application/json; add_header X-Usage-Tokens 17; return 200 '{answer}'; }}
     location /files/ {{ alias {home}/files/; }}
   }}
 """
@@ -117,6 +122,8 @@ class Peer:
     missing: str
     start: Callable[[int], contextlib.AbstractContextManager[list[int]]]
     header: str = "Authorization: Api-Key {key}"
+    path: str = PATH
+    body: str = "x" * 90
 
 
 def free_port() -> int:
@@ -170,7 +177,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[list[int]]:
 
 def nginx_upstream(home: Path, port: int) -> contextlib.AbstractContextManager[list[int]]:
     """The compute server of all peers."""
-    http = _NGINX_UPSTREAM.format(port=port, answer=ANSWER, home=home)
+    http = _NGINX_UPSTREAM.format(port=port, answer=ANSWER, home=home, metered=METERED_PATH)
     return _nginx(home, "upstream", port, http, modules="")
 
 

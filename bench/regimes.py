@@ -51,7 +51,7 @@ class Stage:
     def script(self, peer: Peer, method: str = "POST", body_bytes: int = 90) -> Path:
         """What wrk is to send."""
         header = peer.header.format(key=self.secret)
-        return load.script(self.site.home / "one.lua", header=header, method=method, body_bytes=body_bytes)
+        return load.script(self.site.home / "one.lua", header=header, method=method, body="x" * body_bytes)
 
     def _serving(self, python: str) -> Callable[[int], contextlib.AbstractContextManager[list[int]]]:
         return lambda port: self.site.serving(port, python=python)

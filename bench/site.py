@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench.peers import PATH, free_port, running
+from bench.peers import METERED_PATH, PATH, free_port, running
 from keyproxy.keyformat import KeyFormat
 from keyproxy.store import embedded, migrations
 from keyproxy.store.database import Database
@@ -36,10 +36,21 @@ dsn = "{dsn}"
 match = "POST {path}"
 scopes = ["jobs:write"]
 [[routes]]
+match = "POST {metered}"
+scopes = ["jobs:write"]
+tokens = "header"
+[[routes]]
 match = "GET /files/{{rest...}}"
 [[routes]]
 match = "POST /files/{{rest...}}"
 """
+
+
+#: None of these is ever used up; a rate and concurrency would have wrk refused.
+_LIMITS = {
+    "requests_per_day": 10**12, "requests_per_month": 10**12,
+    "tokens_per_request": 10_000, "tokens_per_day": 10**14, "tokens_per_month": 10**14,
+}  # fmt: skip
 
 
 class Site:
@@ -55,6 +66,10 @@ class Site:
         """Secrets of so many keys, each of a user of its own."""
         return uvloop.run(self._keys(number))
 
+    def limited_key(self) -> str:
+        """The secret of a key that, like its user and its tenant, is under windows of requests and of tokens."""
+        return uvloop.run(self._limited_key())
+
     @contextlib.contextmanager
     def serving(
         self, port: int, *, cache: str = "", listen: str = "", python: str = sys.executable,
@@ -66,7 +81,14 @@ class Site:
         """
         self.ops_port = free_port()
         text = _CONFIG.format(
-            port=port, ops=self.ops_port, upstream=self.upstream, dsn=self.dsn, cache=cache, listen=listen, path=PATH
+            port=port,
+            ops=self.ops_port,
+            upstream=self.upstream,
+            dsn=self.dsn,
+            cache=cache,
+            listen=listen,
+            path=PATH,
+            metered=METERED_PATH,
         )
         config = self.home / f"keyproxy-{port}.toml"
         config.write_text(text, encoding="utf-8")
@@ -75,6 +97,18 @@ class Site:
         os.environ.update(environment or {})
         with running(command, port, self.home / f"keyproxy-{port}.log") as pids:
             yield pids
+
+    async def _limited_key(self) -> str:
+        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
+        await database.open()
+        directory = Directory(database, KeyFormat(), Actor("bench", "local"))
+        await directory.set_plan("windows", _LIMITS)
+        await directory.create_tenant("limited", "", "windows")
+        wish = KeyWish(scopes=("jobs:write",), plan="windows")
+        user = await directory.create_user("u_limited", "limited", wish, plan="windows")
+        await database.close()
+        secret: str = user["key"]["secret"]
+        return secret
 
     async def _keys(self, number: int) -> list[str]:
         database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)

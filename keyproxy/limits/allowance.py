@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+from keyproxy.limits.account import Account
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.statement import Statement
 from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
 from keyproxy.ratelimit import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
+
+_COUNTED: Final = (RATE, *REQUESTS)
 
 
 class Allowance:
@@ -75,7 +78,7 @@ class Bundle:
         self.accounts = accounts
         leases = [lease for account in accounts for lease in account.leases.values()]
         self.slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
-        self.counted = tuple(lease for lease in leases if lease.window.measure in (RATE, *REQUESTS))
+        self.counted = tuple(lease for lease in leases if lease.window.measure in _COUNTED)
         self.units = self.slots + self.counted
         self.paced = tuple(lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY))
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
@@ -92,17 +95,6 @@ class Bundle:
         #: The most tokens that a request may hold without being looked at carefully.
         self.tokens_bound = math.inf if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
-
-
-class Account:
-    """The leases of one pool."""
-
-    __slots__ = ("__weakref__", "leases", "plan", "pool")
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.plan = Plan()
-        self.leases: dict[str, Lease] = {}
 
 
 def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:

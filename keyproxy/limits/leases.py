@@ -127,7 +127,7 @@ class Lease:
     """
 
     __slots__ = (
-        "__weakref__", "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
+        "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
         "granted", "interval_seconds", "is_aging", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
         "need", "number",
         "others_held", "pace", "paced_mono", "piece", "plan", "policy", "retry_mono", "returned", "seen_available",

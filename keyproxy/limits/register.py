@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Final
 from weakref import WeakValueDictionary
 
-from keyproxy.limits.allowance import Account
+from keyproxy.limits.account import Account
 from keyproxy.limits.leases import IDLE_SECONDS, TOKENS, Lease, Line, Pool, Reply
 
 #: For how long "there is no more" is believed; a rate says itself when there will be.

@@ -185,15 +185,18 @@ def _check_for_doubles(content: bytes) -> None:
         document = json.loads(content, object_pairs_hook=_Members)
     except (ValueError, RecursionError) as error:
         raise _malformed(_TOO_DEEP) from error
-    for members in (document, *(value for name, value in document if name == "stream_options")):
+    for members in (document, *(value for name, value in document.pairs if name == "stream_options")):
         if isinstance(members, _Members):
-            found = [name for name, _ in members if name in _DECISIVE]
+            found = [name for name, _ in members.pairs if name in _DECISIVE]
             if len(set(found)) != len(found):
                 raise _malformed("A name that counts is there twice.")
 
 
-class _Members(list[tuple[str, Any]]):
+class _Members:
     """A JSON object as it stands, with what is there twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        self.pairs = pairs
 
 
 def _format(encodings: list[bytes], body: bytes) -> int | None:
