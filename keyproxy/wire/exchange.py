@@ -120,7 +120,8 @@ class Exchange(Outcome):
         head = self.head
         if self.is_complete or self.is_over or head is None:
             return
-        collector = self._collector = Collector(self.body, head.content_length, otherwise)
+        collector = self._collector = Collector(self._server.room, head.content_length, otherwise)
+        collector.take(self.body)
         if head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._client.resume()
@@ -175,8 +176,7 @@ class Exchange(Outcome):
             self.refuse(refusal)
         else:
             if self.is_complete:
-                self._collector = None
-                self.body = collector.end()
+                self.body = collector.whole()
 
     def client_gone(self) -> None:
         """The client connection is lost: whatever is under way upstream is ended."""
@@ -379,7 +379,7 @@ class Exchange(Outcome):
                 upstream.exchange_over(now, is_clean=was_answered and self.is_complete)
         self.body = b""
         if self._collector is not None:
-            self._collector.end()
+            self._collector.leave()
         if self.permit is not None:
             self._gate.settle(self)
         server.recorder.record(self)

@@ -21,6 +21,7 @@ from keyproxy.ports import Gate, Recorder
 from keyproxy.problems import Problems
 from keyproxy.settings import Listen
 from keyproxy.wire.client import ClientConnection
+from keyproxy.wire.collector import Room
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.listener import Listener
 from keyproxy.wire.pool import Upstreams
@@ -65,6 +66,8 @@ class ProxyServer:
         self.clock = clock
         self.loop = loop
         self.is_draining = False
+        #: For bodies that are read whole.
+        self.room = Room()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
         self._listener: Listener | None = None

@@ -11,6 +11,7 @@ from keyproxy.store.claims import Claims
 from keyproxy.wire.collector import WHOLE_BYTES_MAX
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
+from tests.store.stage import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_limits import CHAT, JSON, STREAM, answer, chunk, delta, limited, spent
 
@@ -235,6 +236,30 @@ async def test_a_body_too_large_to_be_held_is_refused_as_it_would_be_without_a_k
             refused = await client.answer()
         assert json.loads(refused.body)["code"] == "quota_exhausted"
         assert refused.one("Retry-After")
+
+
+async def test_bodies_that_are_read_whole_have_so_much_room_together_and_leave_it_when_over(
+    start: Start,
+) -> None:
+    wire = await limited(start, Plan(requests_per_day=1))
+    assert await sent(wire, job()) == [200]
+    room = wire.server.room
+    room.bytes_max = 300_000
+    head = request("POST", "/v1/ai/jobs", KEY, "Content-Length: 200000")
+    async with wire.client() as first, wire.client() as second:
+        await first.send(head + b"x" * 150_000)
+        await until(lambda: room.held_bytes == 150_000, "there is room for the first alone")
+        await second.send(head + b"x" * 160_000)
+        refused = await second.answer()
+        assert (refused.status, json.loads(refused.body)["code"]) == (503, "overloaded")
+        await until(lambda: room.held_bytes == 150_000, "there is room for the first alone")
+        await first.send(b"x" * 50_000)
+        assert json.loads((await first.answer()).body)["code"] == "quota_exhausted"
+        assert room.held_bytes == 0
+        await first.send(head + b"x" * 150_000)
+        await until(lambda: room.held_bytes == 150_000, "there is room for the first alone")
+    # The client has left.
+    await until(lambda: room.held_bytes == 0, "all have left")
 
 
 async def test_what_cannot_be_asked_is_503_and_never_that_it_is_used_up(start: Start) -> None:
