@@ -10,12 +10,16 @@ RUNS := $(VENV)/.runs
 ARGS ?=
 SEEDS ?= 1000
 SECONDS ?= 120
+JOBS ?= 2
+
+# Tests run in several processes, each with a PostgreSQL of its own.
+IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 
 .PHONY: demo test simulate crash check fmt bench bench-setup soak compiled test-compiled setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
-	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own"
+	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own; JOBS=N processes at a time"
 	@echo "make simulate [SEEDS=N]   the ledger against everything that goes wrong, N runs of it"
 	@echo "make crash [SECONDS=N]    processes that are killed, stopped and cut off under load, for so long"
 	@echo "make check                lint, types, house rules"
@@ -29,7 +33,7 @@ demo: $(RUNS)
 	@$(BIN)/keyproxy demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(IN_JOBS) $(ARGS)
 
 simulate: setup
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
@@ -70,7 +74,7 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell fi
 
 # `bin/pytest`, not `python -m pytest`: the latter would find the sources here before what is installed.
 test-compiled: compiled
-	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(or $(ARGS),tests/unit tests/wire tests/store)
+	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(IN_JOBS) $(or $(ARGS),tests/unit tests/wire tests/store)
 
 setup: $(STAMP)
 
