@@ -1,7 +1,7 @@
-"""What keyproxy costs otherwise: at a fixed rate, with two workers, for long bodies, and in memory.
+"""What keyproxy costs otherwise: at a fixed rate, with two workers, for long bodies, for metered streams, and in memory.
 
-Run as `python -m bench.regimes [latency] [workers] [streaming] [memory]`; without a name, all of them. Beside the peers
-that are installed; the compiled build too if it is there (`make compiled`).
+Run as `python -m bench.regimes [latency] [workers] [streaming] [metered] [memory]`; without a name, all of them. Beside
+the peers that are installed; the compiled build too if it is there (`make compiled`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench import load, paced
-from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers
+from bench.events import EVENTS
+from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers, running
 from bench.site import Site, machine, site
 
 _SHARES = (0.3, 0.7)
@@ -135,6 +136,36 @@ def streaming(stage: Stage) -> None:
             print(f"  {peer.name:<24}" + "".join(f"{cell:12.0f}" for cell in cells))
 
 
+def metered(stage: Stage) -> None:
+    """CPU of a stream whose usage is read, beside the same stream that is only relayed."""
+    print(f"\nstreams of {EVENTS} events          µs CPU per stream    streams/s   metered / plain")
+    body = '{"model":"m","stream":true,"max_tokens":400,"messages":[{"role":"user","content":"What does it cost?"}]}'
+    keys = {"plain": stage.secret, "metered": stage.secret, "metered, limits": stage.site.limited_key()}
+    upstream, home = free_port(), stage.site.home
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            running([sys.executable, "-m", "bench.events", str(upstream)], upstream, home / "events.log")
+        )
+        for name, python in stage.builds.items():
+            port = free_port()
+            pids = stack.enter_context(stage.site.serving(port, python=python, upstream=upstream))
+            runs: dict[str, list[load.Result]] = {kind: [] for kind in keys}
+            for _ in range(stage.options.rounds):
+                for kind, secret in keys.items():
+                    header = f"Authorization: Api-Key {secret}"
+                    script = load.script(home / "stream.lua", header=header, method="POST", body=body)
+                    url = f"http://127.0.0.1:{port}/v1/ai/streams/{kind.partition(',')[0]}"
+                    runs[kind].append(load.run(url, script, pids, seconds=stage.options.seconds, connections=16))
+            for kind, those in runs.items():
+                if any(run.refused for run in those):
+                    raise RuntimeError(f"{name} refused {kind} streams")
+                pairs = zip(those, runs["plain"], strict=True)
+                ratio = statistics.median(one.cpu_microseconds / other.cpu_microseconds for one, other in pairs)
+                cpu = statistics.median(run.cpu_microseconds for run in those)
+                rate = statistics.median(run.per_second for run in those)
+                print(f"  {name + ', ' + kind:<36} {cpu:11.0f} {rate:12.0f} {ratio:12.2f} x")
+
+
 def memory(stage: Stage) -> None:
     """The process after its start, and what an idle connection takes. Per cached key: `python -m bench.cache`."""
     print("\nmemory                      after start, MiB   per idle connection, bytes")
@@ -175,7 +206,7 @@ def _at(ordered: Sequence[float], share: float) -> float:
     return ordered[int(len(ordered) * share)] * 1e3
 
 
-REGIMES = {"latency": latency, "workers": workers, "streaming": streaming, "memory": memory}
+REGIMES = {"latency": latency, "workers": workers, "streaming": streaming, "metered": metered, "memory": memory}
 
 
 def main(arguments: Sequence[str]) -> int:

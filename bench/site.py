@@ -40,6 +40,11 @@ match = "POST {metered}"
 scopes = ["jobs:write"]
 tokens = "header"
 [[routes]]
+match = "POST /v1/ai/streams/metered"
+tokens = "openai"
+[[routes]]
+match = "POST /v1/ai/streams/plain"
+[[routes]]
 match = "GET /files/{{rest...}}"
 [[routes]]
 match = "POST /files/{{rest...}}"
@@ -73,17 +78,17 @@ class Site:
     @contextlib.contextmanager
     def serving(
         self, port: int, *, cache: str = "", listen: str = "", python: str = sys.executable,
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, upstream: int = 0,
     ) -> Iterator[list[int]]:  # fmt: skip
         """`keyproxy serve` on a port, as it is installed for this Python; yields its processes.
 
-        `cache`, `listen`: more lines of these tables of the configuration.
+        `cache`, `listen`: more lines of these tables of the configuration. `upstream`: another compute server's port.
         """
         self.ops_port = free_port()
         text = _CONFIG.format(
             port=port,
             ops=self.ops_port,
-            upstream=self.upstream,
+            upstream=upstream or self.upstream,
             dsn=self.dsn,
             cache=cache,
             listen=listen,
