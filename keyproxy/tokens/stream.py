@@ -76,18 +76,12 @@ class StreamMeter(Meter):
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
-        if (
-            self._text is not None
-            and not self._event
-            and not self._awaits_lf
-            and content.endswith(b"\n\n")
-            and (b'"usage"' not in content or not _USAGE.search(content))
-        ):
-            found = self._text.findall(content)
-            self._pieces += len(found)
-            self._text_bytes += len(b"".join(found))
+        if self._event or self._awaits_lf or self._text is None:
+            return self._feed_apart(content)
+        plain = self._count_plain(content)
+        if plain == len(content):
             return content
-        return self._feed_apart(content)
+        return content[:plain] + self._feed_apart(content[plain:])
 
     def finish(self) -> bytes:
         """See Meter. Some upstreams do not end their last event."""
@@ -104,8 +98,21 @@ class StreamMeter(Meter):
         self._event.clear()
         return b"\n\n" + event if begun else event
 
+    def _count_plain(self, content: bytes | bytearray) -> int:
+        """Count the text of the whole events at the beginning, up to one with a usage; how many bytes they are."""
+        if self._text is None:
+            return 0
+        match = _USAGE.search(content) if b'"usage"' in content else None
+        end = content.rfind(b"\n\n", 0, len(content) if match is None else match.start()) + 2
+        if end < 2:
+            return 0
+        found = self._text.findall(content, 0, end)
+        self._pieces += len(found)
+        self._text_bytes += len(b"".join(found))
+        return end
+
     def _feed_apart(self, content: bytes) -> bytes:
-        """The same, event by event."""
+        """The same, where an event is unfinished, or has a usage, or is the first: event by event."""
         out = []
         if self._awaits_lf and content:
             self._awaits_lf = False
@@ -124,6 +131,9 @@ class StreamMeter(Meter):
             self._passed = start = 0
             self._is_oversize = False
             self._awaits_lf = not event and block.endswith(b"\r")
+            if plain := 0 if self._awaits_lf else self._count_plain(event):
+                out.append(bytes(event[:plain]))
+                del event[:plain]
         if len(event) > HELD_BYTES_MAX:
             out.append(bytes(event[self._passed :]))
             self._passed = len(event)
