@@ -33,7 +33,7 @@ from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.pool import UpstreamPool, Upstreams
 from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.server import ProxyServer, Terms
-from keyproxy.wire.tls import TlsError, client_context
+from keyproxy.wire.tls import TlsError, upstream_context
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Proxy:
     def _upstreams(self, settings: Settings) -> Upstreams:
         upstream = settings.upstream
         responses = ResponseReader(FieldNames(settings.identity.header_prefix))
-        tls = client_context(upstream.tls_ca_file)
+        tls = upstream_context(upstream)
         live, *test = (
             UpstreamPool(
                 url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls

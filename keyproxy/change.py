@@ -11,7 +11,7 @@ from keyproxy import clock, sockets
 from keyproxy.settings import Settings
 from keyproxy.store.assembly import Store
 from keyproxy.wire.pool import Upstreams
-from keyproxy.wire.tls import TlsError, client_context, server_context
+from keyproxy.wire.tls import TlsError, server_context, upstream_context
 
 
 class ChangeError(Exception):
@@ -55,6 +55,6 @@ def check_files(settings: Settings) -> None:
     """Read what the configuration names, without using it. Raises ChangeError."""
     try:
         new_tls(settings)
-        client_context(settings.upstream.tls_ca_file)
+        upstream_context(settings.upstream)
     except TlsError as error:
         raise ChangeError(str(error)) from error

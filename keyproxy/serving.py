@@ -86,9 +86,10 @@ async def serve(
         contextlib.closing(sockets.bind(settings.listen.address)) as proxy_socket,
         contextlib.closing(sockets.bind(settings.ops.address)) as ops_socket,
     ):
+        # Before anybody can connect: it holds the loop for as long as some hundred requests take.
+        _settle_memory()
         async with proxy.running(proxy_socket, ops_socket):
             started(sockets.told(proxy_socket), sockets.told(ops_socket))
-            _settle_memory()
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 change = group.create_task(changing(proxy, again))

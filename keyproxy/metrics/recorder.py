@@ -34,7 +34,7 @@ _CODES: Final = {
     Ending.CLIENT_GONE: "client_gone",
 }
 
-_PENDING_SECONDS: Final = 0.02
+_PENDING_SECONDS: Final = 0.01
 
 #: More than this pending is counted at once, so that memory stays bounded between two turns.
 _PENDING_MAX: Final = 250
