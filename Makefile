@@ -74,7 +74,7 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell fi
 
 # `bin/pytest`, not `python -m pytest`: the latter would find the sources here before what is installed.
 test-compiled: compiled
-	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(IN_JOBS) $(or $(ARGS),tests/unit tests/wire tests/store)
+	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(or $(ARGS),tests/unit tests/wire tests/store)
 
 setup: $(STAMP)
 
