@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from pydantic import ValidationError
 
-from keyproxy.admin.accepted import ID, Accepted
+from keyproxy.admin.accepted import ID, MEANINGS, Accepted
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
 
@@ -146,7 +146,8 @@ def _told(error: Any, model: type[Accepted], where: str) -> FieldError:
         # An unknown name may be anything, a secret even: the closest known one is told, the unknown one is cut.
         hint = f"; did you mean {close[0]}?" if close else ""
         return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"there is no such field{hint}")
-    message = error["msg"].removeprefix("Value error, ")
+    meaning = MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
+    message: str = meaning or error["msg"].removeprefix("Value error, ")
     return FieldError(location[:200], message[:1].lower() + message[1:])
 
 
