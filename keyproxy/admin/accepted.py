@@ -32,14 +32,6 @@ PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
 
-#: What the patterns say, to people.
-MEANINGS = {
-    ID: "an id is letters, digits and . _ : @ | + -, begins with one of the first two, and has 128 of them at most",
-    PLAN_ID: "a plan's name is letters, digits and . _ : @ -, begins with one of the first two, and has 128 at most",
-    PRINTABLE: "control characters are not allowed",
-    SCOPE: "a scope is one word such as jobs:write, without wildcards, of 64 characters at most",
-}
-
 Id = Annotated[str, StringConstraints(pattern=ID)]
 PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
 Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from pydantic import ValidationError
 
-from keyproxy.admin.accepted import ID, MEANINGS, Accepted
+from keyproxy.admin.accepted import ID, PLAN_ID, PRINTABLE, SCOPE, Accepted
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
 
@@ -25,6 +25,14 @@ _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
 
 _Model = TypeVar("_Model", bound=Accepted)
+
+#: What a pattern says, to people.
+_MEANINGS = {
+    ID: "an id is letters, digits and . _ : @ | + -, begins with one of the first two, and has 128 of them at most",
+    PLAN_ID: "a plan's name is letters, digits and . _ : @ -, begins with one of the first two, and has 128 at most",
+    PRINTABLE: "control characters are not allowed",
+    SCOPE: "a scope is one word such as jobs:write, without wildcards, of 64 characters at most",
+}
 
 
 def path_of(request: web.Request) -> dict[str, str]:
@@ -146,7 +154,7 @@ def _told(error: Any, model: type[Accepted], where: str) -> FieldError:
         # An unknown name may be anything, a secret even: the closest known one is told, the unknown one is cut.
         hint = f"; did you mean {close[0]}?" if close else ""
         return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"there is no such field{hint}")
-    meaning = MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
+    meaning = _MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
     message: str = meaning or error["msg"].removeprefix("Value error, ")
     return FieldError(location[:200], message[:1].lower() + message[1:])
 
