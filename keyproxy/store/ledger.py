@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -34,6 +33,8 @@ _LINES_MAX: Final = 200
 
 #: How long a request waits for units that lie idle with other proxies; they come back within a second.
 _PATIENCE_SECONDS: Final = 1.6
+#: And for how long in all, however slowly the ledger answers.
+_PATIENCE_SECONDS_MAX: Final = 4.0
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
 
@@ -184,7 +185,7 @@ class Ledger:
     async def _bring(self, short: Short, check: Callable[[], object]) -> None:
         """Have the ledger asked until the request can be decided."""
         self.counts["waited"] += 1
-        give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
+        give_up, pause = self._mono() + _PATIENCE_SECONDS_MAX, _FIRST_PAUSE_SECONDS
         while True:
             self.book.ask(short)
             await self._answered(short)

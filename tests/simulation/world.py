@@ -391,6 +391,10 @@ class World:
         self.chance.choice(self.fleet).allowances.clear()
         gc.collect()
 
+    def _break_the_calm(self) -> None:
+        if not self.is_quiet:
+            self.network.weather = self.scenario.fate.weather
+
     def _fail_over(self, lag: float) -> None:
         """A replica is promoted that has not received the last of it. Nobody who knows it may die meanwhile."""
         midnight = self.clock.now < 20.0 < self.clock.now + 3 * LEASE_SECONDS
@@ -404,7 +408,7 @@ class World:
         self.calm_from, self.calm_until = self.clock.now, self.clock.now + lag + 3 * LEASE_SECONDS
         # Who cannot be heard for as long as the ledger settles is as one who died: docs/ledger.md says what that costs.
         self.network.weather = Weather()
-        self.clock.at(self.calm_until, lambda: setattr(self.network, "weather", self.scenario.fate.weather))
+        self.clock.at(self.calm_until, self._break_the_calm)
         replica = self.reference.copy()
         claims = self.network.claims
         charges, batches = dict(claims.charges), dict(claims.batches)
