@@ -149,6 +149,7 @@ class IdentitiesContract:
 
 LEASE_SECONDS = 1000.0
 LIMITS = {"concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500}
+BURST, INTERVAL_SECONDS = 400, 1e6
 
 
 def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
@@ -162,6 +163,13 @@ def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int
     """What a holder says of a lease; by default of a day's requests."""
     return Line(lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
                 takes_all, is_closing)  # fmt: skip
+
+
+async def granted_to(ledger: LedgerBackend, serial: int, *lines: Line) -> dict[int, int]:
+    """What each lease of one holder has been granted in all, after one message."""
+    replies = await ledger.sync("a", serial, lines)
+    assert replies is not None
+    return {reply.lease: reply.granted for reply in replies}
 
 
 class InspectedBackend(LedgerBackend, Protocol):
@@ -187,7 +195,7 @@ class LedgerStage(Protocol):
 
 
 class Holders:
-    """Processes that hold leases and say at random what holders may say."""
+    """Processes that hold leases and say at random what holders may say: also of two leases of one window at once."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -200,8 +208,11 @@ class Holders:
         """Who speaks next, and what."""
         name = self.random.choice(self.names)
         self.serials[name] = self.serials.get(name, 0) + 1
-        measures = [measure for measure in LIMITS if self.random.random() < 0.6]
-        return name, self.serials[name], [self._line(name, measure) for measure in measures]
+        keys = [f"{measure} {place}" for measure in LIMITS for place in range(2) if self.random.random() < 0.45]
+        lines = [self._line(name, key) for key in keys]
+        lines += [self._rate_line(name, place) for place in range(2) if self.random.random() < 0.3]
+        self.random.shuffle(lines)
+        return name, self.serials[name], lines
 
     def replace(self) -> str:
         """One of them ends, and another one takes its place."""
@@ -216,11 +227,12 @@ class Holders:
             if key[0] == name and known[0] == lease:
                 known[1], known[4] = granted, starts
 
-    def _line(self, name: str, measure: str) -> Line:
-        if (name, measure) not in self.leases:
+    def _line(self, name: str, key: str) -> Line:
+        measure = key.split()[0]
+        if (name, key) not in self.leases:
             self.numbers += 1
-            self.leases[name, measure] = [self.numbers, 0, 0, 0, 0]
-        lease = self.leases[name, measure]
+            self.leases[name, key] = [self.numbers, 0, 0, 0, 0]
+        lease = self.leases[name, key]
         number, granted, used, returned, starts = lease
         if measure != "concurrency":
             used += self.random.randint(0, granted - used - returned) if granted > used + returned else 0
@@ -230,11 +242,20 @@ class Holders:
         lease[2:4] = used, returned
         is_closing = self.random.random() < 0.1
         if is_closing:
-            del self.leases[name, measure]
+            del self.leases[name, key]
         want = 0 if is_closing else self.random.choice([0, 1, 5, 30])
         at_least = self.random.randint(1, want) if want else 0
-        return Line(number, window(measure), starts, LIMITS[measure], 0.0, granted, used, returned, want, at_least,
+        # Two leases of one window may be of two plans.
+        limit = LIMITS[measure] - (self.random.random() < 0.1)
+        return Line(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
                     want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
+
+    def _rate_line(self, name: str, place: int) -> Line:
+        want = self.random.choice([0, 1, 20, 90])
+        burst = BURST - 100 * (self.random.random() < 0.1)
+        # A rate has no lease that is remembered: any number will do that is not another's in this message.
+        return Line(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
+                    self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
 
 
 class LedgerContract:
@@ -261,16 +282,19 @@ class LedgerContract:
             assert expected is not None
             assert answered is not None
             for one, other in zip(sorted(expected), sorted(answered), strict=True):
-                assert one._replace(ends_seconds=0) == other._replace(ends_seconds=0)
+                assert one._replace(ends_seconds=0, wait_seconds=0) == other._replace(ends_seconds=0, wait_seconds=0)
                 assert one.ends_seconds == pytest.approx(other.ends_seconds, abs=5)
+                assert one.wait_seconds == pytest.approx(other.wait_seconds, abs=5)
                 holders.hear(name, other.lease, other.granted, other.starts)
         for name in holders.names:
             reference.end(name)
             await ledger.end(name)
         states = await ledger.windows([window(measure) for measure in LIMITS])
-        for (key, row), state in zip(sorted(reference.rows.items()), states, strict=True):
+        rows = {of.measure: row for (of, _), row in reference.rows.items()}
+        for measure, state in zip(LIMITS, states, strict=True):
+            row = rows[measure]
             assert state is not None
-            assert (row.spent, row.held, row.forfeited) == (state.spent, state.held, state.forfeited), key
+            assert (row.spent, row.held, row.forfeited) == (state.spent, state.held, state.forfeited), measure
             assert state.held == 0
 
     async def test_a_message_that_comes_after_a_later_one_changes_nothing(self, ledger: InspectedBackend) -> None:
@@ -315,6 +339,46 @@ class LedgerContract:
         assert (state.spent, state.held, state.forfeited) == (4, 4, 4)
         assert await ledger_stage.brief.sync("dead", 2, [line(granted=4, used=1)]) is None
         assert await ledger.sync("alive", 2, [line(granted=4, used=1)]) is not None
+
+    async def test_of_leases_that_ask_of_one_window_in_one_message_the_latest_alone_is_granted_anything(
+        self, ledger: InspectedBackend
+    ) -> None:
+        assert await granted_to(ledger, 1, line(2, want=8), line(1, want=8)) == {1: 0, 2: 8}
+        # What the one gives back in a message the other may have in the same one, in whichever order they stand.
+        told = line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=9, at_least=5)
+        assert await granted_to(ledger, 2, *told) == {1: 0, 2: 8, 3: 5}
+        told = line(4, want=1), line(3, granted=5, used=2, returned=3), line(2, granted=8, returned=3)
+        assert await granted_to(ledger, 3, *told) == {2: 8, 3: 5, 4: 1}
+        # Enough for both makes no difference, and another window is another matter.
+        told = (
+            line(5, want=1),
+            line(6, window(owner="u_43"), want=1),
+            line(7, window("rate"), interval_seconds=9, want=1),
+        )
+        assert await granted_to(ledger, 4, line(4, granted=1, want=1), *told) == {4: 1, 5: 1, 6: 1, 7: 1}
+        (state,) = await ledger.windows([window()])
+        assert state is not None
+        assert (state.spent, state.held) == (2, 5 + 1 + 1)
+
+    async def test_every_line_of_a_window_is_told_how_it_stands_after_the_message(
+        self, ledger: InspectedBackend
+    ) -> None:
+        replies = await ledger.sync("a", 1, [line(1, want=4), line(2, limit=9, want=5)])
+        assert replies is not None
+        assert [(reply.spent, reply.held) for reply in replies] == [(0, 5), (0, 5)]
+        replies = await ledger.sync("a", 2, [line(2, granted=5, used=2), line(1, want=3)])
+        assert replies is not None
+        assert [(reply.spent, reply.held) for reply in replies] == [(2, 6), (2, 6)]
+
+    async def test_two_that_ask_of_one_rate_in_one_message_share_its_burst(self, ledger: InspectedBackend) -> None:
+        rate = window("rate")
+        told = [line(number, rate, limit=5, want=4, interval_seconds=60.0) for number in (2, 1)]
+        replies = await ledger.sync("a", 1, told)
+        assert replies is not None
+        assert {one.lease: (one.granted, one.held, one.wait_seconds) for one in replies} == {1: (0, 0, 0), 2: (4, 4, 0)}
+        replies = await ledger.sync("a", 2, told)
+        assert replies is not None
+        assert {one.lease: (one.granted, one.held) for one in replies} == {1: (0, 4), 2: (1, 5)}
 
     async def test_a_rate_gives_its_burst_and_then_says_how_long_the_next_takes(self, ledger: InspectedBackend) -> None:
         rate = window("rate")

@@ -129,6 +129,9 @@ class _Message:
         self._is_wanted: dict[int, bool] = {}
         self._told: set[int] = set()
         self._keys: dict[int, tuple[Window, int]] = {}
+        #: Of a rate's lines: how far ahead it is, and how much there is of it. And where this message leaves it.
+        self._rates: dict[int, tuple[float, int]] = {}
+        self._moved: dict[tuple[Window, int], float] = {}
 
     def settle(self, line: Line) -> None:
         """What became of a lease."""
@@ -137,8 +140,11 @@ class _Message:
         row.limit = line.limit
         self._is_wanted[line.lease] = self._now - row.wanted_at < _WANTED_SECONDS and row.wanted_by != self._name
         is_known = line.lease in self._leases
+        if line.interval_seconds:
+            self._rates[line.lease] = self._rate(row, line)
+            return
         # A lease that is closed already is closed.
-        if line.interval_seconds or (line.is_closing and not is_known):
+        if line.is_closing and not is_known:
             return
         account = self._leases.setdefault(line.lease, Account(key))
         self._told.add(line.lease)
@@ -155,10 +161,10 @@ class _Message:
 
     def askers(self, lines: Sequence[Line]) -> list[Line]:
         """The lines that may be granted something: of those that ask of one window the last lease alone."""
-        latest: dict[Window, Line] = {}
+        latest: dict[tuple[Window, int], Line] = {}
         for line in sorted(lines):
             if line.want:
-                latest[line.window] = line
+                latest[self._keys[line.lease]] = line
         return list(latest.values())
 
     def grant(self, line: Line) -> int:
@@ -166,7 +172,7 @@ class _Message:
         key = self._keys[line.lease]
         row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
         if line.interval_seconds:
-            return self._grant_rate(row, line)
+            return _grant(line, self._rates[line.lease][1], self._alive)
         if self._settles or self._now >= ends:
             return 0
         grant = _grant(line, line.limit - row.spent - row.held, self._alive)
@@ -199,17 +205,15 @@ class _Message:
 
     # GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
 
-    def _grant_rate(self, row: Row, line: Line) -> int:
-        ahead, available = self._rate(row, line)
-        grant = _grant(line, available, self._alive)
-        row.theoretical = self._now + ahead + grant * line.interval_seconds
-        return grant
-
     def _reply_rate(self, row: Row, line: Line, grant: int) -> Reply:
-        ahead, available = self._rate(row, line)
+        ahead, available = self._rates[line.lease]
+        ahead += grant * line.interval_seconds
+        # As the furthest of its lines leaves it.
+        key = self._keys[line.lease]
+        row.theoretical = self._moved[key] = max(self._now + ahead, self._moved.get(key, -math.inf))
         short = ahead + (line.at_least - line.limit) * line.interval_seconds
         wait_seconds = max(0.0, short) if line.want and not grant else 0.0
-        held = line.limit - max(0, available)
+        held = line.limit - max(0, available - grant)
         return Reply(line.lease, 0, grant, 0, held, math.inf, wait_seconds, False)
 
     def _rate(self, row: Row, line: Line) -> tuple[float, int]:

@@ -21,9 +21,8 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +32,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from keyproxy.limits.leases import Line, Pool, Reply, Window
+from keyproxy.limits.leases import Line, Reply, Window
+from keyproxy.store import ledger_redis_format as wire
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
 
@@ -88,15 +88,16 @@ class RedisLedger:
             if self._spoken.setdefault(holder, generation) != generation:
                 # What it holds was paid for by a generation that is over.
                 raise _Lost
-            answer = await self._said(generation, holder, serial, [_flat(line) for line in lines])
+            answer = await self._said(generation, holder, serial, wire.packed_lines(lines))
         except _Lost:
-            answer = "ended"
-        if answer == "ended":
+            answer = None
+        if answer is None:
             del self._spoken[holder]
             return None
-        if answer["is_low"]:
+        is_low, replies = answer
+        if is_low:
             self._stock_soon(generation)
-        return [_reply(row) for row in answer["replies"]]
+        return wire.replies(replies)
 
     async def reap(self) -> None:
         """See the port. Also has PostgreSQL told what is due."""
@@ -126,7 +127,7 @@ class RedisLedger:
             )  # fmt: skip
         except _Lost:
             return in_database
-        return [_state(row, known) for row, known in zip(rows, in_database, strict=True)]
+        return [wire.window_state(row, known) for row, known in zip(rows, in_database, strict=True)]
 
     async def close(self) -> None:
         """Let go of connections. The database is the store's."""
@@ -137,13 +138,16 @@ class RedisLedger:
 
     # -- leases, out of shares
 
-    async def _said(self, generation: str, holder: str, serial: int, lines: Sequence[object]) -> Any:
-        """Say a message until it has been heard, with shares large enough for it."""
-        message = {"holder": holder, "serial": serial, "lease_seconds": self._lease_seconds, "lines": lines}
+    async def _said(self, generation: str, holder: str, serial: int, lines: bytes) -> tuple[bool, bytes] | None:
+        """Say a message until it has been heard, with shares large enough for it.
+
+        Whether a share has run low, and the replies; None: this holder has ended.
+        """
+        message = {"holder": holder, "serial": serial, "lease_seconds": self._lease_seconds}
         failure: StoreUnavailable | None = None
         for attempt in range(1, _ATTEMPTS + 1):
             is_final = attempt == _ATTEMPTS or failure is not None
-            answer = await self._call("sync", generation, is_final=is_final, **message)
+            answer, replies = await self._run("sync", generation, lines, {**message, "is_final": is_final})
             if answer == "late":
                 raise StoreUnavailable("a later message of this holder was heard already")
             if answer == "short":
@@ -152,11 +156,13 @@ class RedisLedger:
                 except StoreUnavailable as error:
                     # What does not need PostgreSQL is heard nevertheless.
                     failure = error
-            elif answer != "ended" and answer["short"]:
+            elif answer == "ended":
+                return None
+            elif answer["short"]:
                 # "We could not ask" is not "no": whoever waits for these hears that. It is all said again.
                 raise failure or StoreUnavailable("shares of windows could not be had in time")
             else:
-                return answer
+                return answer["is_low"], replies
         raise AssertionError("the last attempt is final")
 
     async def _end(self, generation: str, holder: str, *, only_dead: bool) -> None:
@@ -201,7 +207,7 @@ class RedisLedger:
 
     async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> None:
         """One message of this generation to PostgreSQL, and what it answers to Redis."""
-        lines = {row[1]: (row[0], _share_line(*row[1:])) for row in rows}
+        lines = {row[1]: (row[0], wire.share_line(row[1:])) for row in rows}
         told: list[tuple[object, ...]] = []
         is_heard = False
         try:
@@ -217,7 +223,7 @@ class RedisLedger:
             if any(not reply.lease for reply in replies):
                 # It has heard what our shares are, and "we could not ask" is not "there is no more".
                 raise StoreUnavailable("PostgreSQL has failed over and hears first what is held")
-            told = [_told(*lines[reply.lease], reply) for reply in replies]
+            told = [wire.told(*lines[reply.lease], reply) for reply in replies]
         finally:
             # Also when PostgreSQL has not answered: it is somebody else's turn.
             if told or not is_heard or not rows:
@@ -229,7 +235,7 @@ class RedisLedger:
         """The present generation; where there is none, one begins."""
         if not self._key:
             (row,) = await self._database.fetch("ledger_id")
-            self._key = f"keyproxy:{{{row['id']}}}"
+            self._key = f"keyproxy:{{{row['id']}}}:{wire.VERSION}"
         if not self._generation:
             await self._refuse_eviction()
             self._generation = await self._call("begin", secrets.token_hex(8))
@@ -249,16 +255,23 @@ class RedisLedger:
 
     async def _call(self, operation: str, generation: str, /, **ask: object) -> Any:
         """One operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation is not there any more."""
-        arguments = (1, self._key, operation, generation, orjson.dumps(ask))
+        answer, _ = await self._run(operation, generation, b"", ask)
+        return answer
+
+    async def _run(self, operation: str, generation: str, lines: bytes, ask: Mapping[str, object]) -> tuple[Any, bytes]:
+        """As `_call`, with the lines of a message; the answer, and the replies behind it."""
+        arguments = (1, self._key, operation, generation, orjson.dumps(ask), lines)
         try:
-            answer = orjson.loads(await self._command("EVALSHA", _SCRIPT_SHA, *arguments))
+            answered = await self._command("EVALSHA", _SCRIPT_SHA, *arguments)
         except NoScriptError:
-            answer = orjson.loads(await self._command("EVAL", _SCRIPT, *arguments))
+            answered = await self._command("EVAL", _SCRIPT, *arguments)
+        head, _, replies = answered.partition(b"\n")
+        answer = orjson.loads(head)
         if answer == "lost":
             _log.warning("Redis has lost its memory, or may have: its leases end, and are paid for")
             self._forget(generation)
             raise _Lost
-        return answer
+        return answer, replies
 
     async def _command(self, *words: object) -> Any:
         try:
@@ -269,38 +282,3 @@ class RedisLedger:
             raise
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreUnavailable(f"Redis: {type(error).__name__}: {error}") from error
-
-
-def _flat(line: Line) -> tuple[object, ...]:
-    pool, measure = line.window
-    return (line.lease, *pool, measure, *line[2:])
-
-
-def _share_line(
-    number: int, kind: str, owner: str, is_test: bool, measure: str, *amounts: Any
-) -> Line:  # fmt: skip
-    starts, limit, granted, used, returned, want, at_least, is_closing = amounts
-    window = Window(Pool(kind, owner, is_test), measure)
-    return Line(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, False, is_closing)
-
-
-def _told(name: str, line: Line, reply: Reply) -> tuple[object, ...]:
-    """A window's new share, and what of the window is others'."""
-    outstanding = 0 if line.is_closing else reply.granted - line.used - line.returned
-    is_all = reply.granted - line.granted >= line.want
-    return (name, reply.granted, reply.spent - line.used, reply.held - outstanding, is_all, line.is_closing)
-
-
-def _reply(row: Sequence[Any]) -> Reply:
-    lease, starts, granted, spent, held, ends_seconds, wait_seconds, is_wanted = row
-    ends = math.inf if ends_seconds == -1 else ends_seconds
-    return Reply(lease, starts, granted, spent, held, ends, wait_seconds, bool(is_wanted))
-
-
-def _state(row: Sequence[Any] | None, in_database: WindowState | None) -> WindowState | None:
-    if row is None:
-        return in_database
-    spent, held, forfeited, ends_seconds, ahead_seconds = row
-    if in_database is not None:
-        forfeited += in_database.forfeited
-    return WindowState(spent, held, forfeited, math.inf if ends_seconds == -1 else ends_seconds, ahead_seconds)

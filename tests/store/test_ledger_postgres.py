@@ -23,27 +23,6 @@ async def ledger(dsn: str) -> AsyncIterator[PostgresLedger]:
     await database.close()
 
 
-async def test_two_leases_of_one_window_in_one_message_share_what_is_there(ledger: PostgresLedger) -> None:
-    replies = await ledger.sync("a", 1, [line(1, want=8), line(2, want=8)])
-    assert replies is not None
-    assert {reply.lease: reply.granted for reply in replies} == {1: 0, 2: 8}
-    replies = await ledger.sync("a", 2, [line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=1)])
-    assert replies is not None
-    assert {reply.lease: reply.granted for reply in replies} == {1: 0, 2: 8, 3: 1}
-    (state,) = await ledger.windows([window()])
-    assert state is not None
-    assert (state.spent, state.held) == (0, 6)
-
-
-async def test_two_lines_of_one_rate_in_one_message_share_its_burst(ledger: PostgresLedger) -> None:
-    rate = window("rate")
-    replies = await ledger.sync(
-        "a", 1, [line(number, rate, limit=5, want=5, interval_seconds=60.0) for number in (1, 2)]
-    )
-    assert replies is not None
-    assert sum(reply.granted for reply in replies) == 5
-
-
 async def test_a_lease_whose_first_answer_was_lost_stays_in_its_window(ledger: PostgresLedger, sql: Sql) -> None:
     await ledger.sync("a", 1, [line(want=4)])
     await sql.execute("UPDATE keyproxy.windows SET starts = starts - 86400")
