@@ -1,8 +1,9 @@
-"""How many leases a second the ledger's backends carry, and from that how many proxies with how many active users.
+"""How many leases a second the ledger's backends carry, and what each costs whom.
 
 Run as `python -m bench.ledger`. Each holder is a process, as a proxy is; it tells what it used of some users' windows and
 asks for more of each, one message after another, as fast as they are answered. All holders draw on the same users. The
-servers are real, PostgreSQL with fsync as it is installed. CPU is the servers' alone: with Redis, PostgreSQL's too.
+servers are real, PostgreSQL with fsync as it is installed. Holders and servers share this machine's cores, so that it is
+the CPU per lease, each process' own, that says how far a server scales.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import asyncpg
 import uvloop
 
 from bench.site import machine
@@ -37,67 +39,147 @@ _USERS = 2_000
 _UNITS = 20
 _LEASE_LASTS_SECONDS = 2.0
 _WARM_SECONDS = 5.0
+#: What PostgreSQL calls those of its processes that write behind the backends.
+_WRITERS = (b"walwriter", b"checkpointer", b"background writer", b"autovacuum", b"io worker")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Run(NamedTuple):
-    """What one holder did: messages, and how long each took."""
+    """What one holder did: messages, how long each took, and its own CPU for them."""
 
     seconds: float
+    cpu_seconds: float
     latencies: list[float]
+
+
+class Cpu(NamedTuple):
+    """CPU seconds of the servers so far: what serves PostgreSQL's clients, what writes behind them, Redis."""
+
+    postgres: float
+    writers: float
+    redis: float
+
+
+class Row(NamedTuple):
+    """One backend under one load. The CPU is per lease, in microseconds; the holders' is theirs alone."""
+
+    messages_per_second: float
+    p50_ms: float
+    p99_ms: float
+    postgres: float
+    writers: float
+    redis: float
+    holders: float
+    wal_bytes: float
+
+
+class Servers(NamedTuple):
+    """What is measured: where they listen, and the processes."""
+
+    dsn: str
+    postgres: int
+    backends: dict[str, str]
+    redis: int | None
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.ledger", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of load for each row")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of load for each row of each round")
+    parser.add_argument("--rounds", type=int, default=1, help="all rows in turn, so often; medians are printed")
     parser.add_argument("--lines", default="1,10,100,200", help="leases in a message")
     parser.add_argument("--holders", default="1,4")
-    parser.add_argument("--backends", default="postgres,redis")
-    parser.add_argument("--redis-server", default=shutil.which("valkey-server") or shutil.which("redis-server") or "")
+    parser.add_argument("--backends", default="postgres,redis", help="or one of them")
+    parser.add_argument("--redis-server", default=shutil.which("redis-server") or shutil.which("valkey-server") or "")
     options = parser.parse_args(arguments)
+    names = options.backends.split(",")
+    if unknown := set(names) - {"postgres", "redis"}:
+        parser.error(f"there is no backend {', '.join(sorted(unknown))}: there are postgres and redis")
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}")
     with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory, contextlib.ExitStack() as stack:
-        server = embedded.start(Path(directory) / "pg", {})
-        stack.callback(server.stop)
-        uvloop.run(migrations.migrate(server.dsn()))
-        postgres = int(next(Path(directory).rglob("postmaster.pid")).read_text().split()[0])
-        backends = {"postgres": ("postgres", [postgres])}
-        if options.redis_server and "redis" in options.backends:
-            url, pid = stack.enter_context(_redis(options.redis_server, Path(directory)))
-            backends["redis"] = (url, [postgres, pid])
-        print(
-            "backend   holders  lines  messages/s  leases/s  p50 ms  p99 ms  server CPU µs/lease  active users at 2 s"
-        )
-        for name in options.backends.split(","):
-            if name not in backends:
-                print(f"{name} is left out: no server")
-                continue
-            backend, pids = backends[name]
-            for holders in map(int, options.holders.split(",")):
-                for lines in map(int, options.lines.split(",")):
-                    _measure(name, backend, server.dsn(), holders, lines, options.seconds, pids)
+        servers = _servers(stack, Path(directory), options.redis_server if "redis" in names else "")
+        loads = [
+            (name, holders, lines)
+            for holders in map(int, options.holders.split(","))
+            for lines in map(int, options.lines.split(","))
+            for name in names
+            if name in servers.backends
+        ]
+        if len({name for name, _, _ in loads}) < len(names):
+            print("redis is left out: there is no redis-server or valkey-server")
+        rows: dict[tuple[str, int, int], list[Row]] = {load: [] for load in loads}
+        for _ in range(options.rounds):
+            for load in loads:
+                rows[load].append(_measure(servers, load, options.seconds))
+        _print(rows)
     return 0
 
 
-def _measure(name: str, backend: str, dsn: str, holders: int, lines: int, seconds: float, pids: list[int]) -> None:
+def _print(rows: dict[tuple[str, int, int], list[Row]]) -> None:
+    print(
+        "                                                    | CPU, µs per lease             | WAL     |"
+        " leases/s of one core\n"
+        "backend   holders  lines  leases/s  p50 ms   p99 ms | PostgreSQL WAL&c. Redis holder | B/lease |"
+        " of the busiest server"
+    )
+    for (name, holders, lines), measured in rows.items():
+        row = Row(*(statistics.median(column) for column in zip(*measured, strict=True)))
+        # PostgreSQL's work is shared by its backends, Redis' is one thread's.
+        busiest = row.redis if name == "redis" else row.postgres + row.writers
+        print(
+            f"{name:<9} {holders:>7} {lines:>6} {row.messages_per_second * lines:>9,.0f}"
+            f" {row.p50_ms:>7.2f} {row.p99_ms:>8.2f} | {row.postgres:>10.1f} {row.writers:>6.1f} {row.redis:>5.1f}"
+            f" {row.holders:>6.1f} | {row.wal_bytes:>7.0f} | {1e6 / busiest:>21,.0f}"
+        )
+
+
+def _servers(stack: contextlib.ExitStack, home: Path, redis_server: str) -> Servers:
+    server = embedded.start(home / "pg", {})
+    stack.callback(server.stop)
+    uvloop.run(migrations.migrate(server.dsn()))
+    postgres = int(next(home.rglob("postmaster.pid")).read_text().split()[0])
+    backends, redis = {"postgres": "postgres"}, None
+    if redis_server:
+        backends["redis"], redis = stack.enter_context(_redis(redis_server, home))
+    return Servers(server.dsn(), postgres, backends, redis)
+
+
+def _measure(servers: Servers, load: tuple[str, int, int], seconds: float) -> Row:
+    name, holders, lines = load
     with ProcessPoolExecutor(holders, multiprocessing.get_context("spawn")) as processes:
         # They take a while to come up; whoever is up waits for the same moment.
         list(processes.map(abs, range(holders)))
         start = time.time() + _WARM_SECONDS
-        futures = [processes.submit(_process, backend, dsn, lines, seconds, start, seed) for seed in range(holders)]
+        futures = [
+            processes.submit(_process, servers.backends[name], servers.dsn, lines, seconds, start, seed)
+            for seed in range(holders)
+        ]
         time.sleep(max(0.0, start - time.time()))
-        before = _cpu_seconds(pids)
+        before, wal = _cpu(servers), uvloop.run(_wal_bytes(servers.dsn))
         runs = [future.result() for future in futures]
-        cpu = _cpu_seconds(pids) - before
+        cpu = [after - was for after, was in zip(_cpu(servers), before, strict=True)]
+        wal = uvloop.run(_wal_bytes(servers.dsn)) - wal
     latencies = sorted(latency for run in runs for latency in run.latencies)
-    per_second = sum(len(run.latencies) / run.seconds for run in runs)
-    print(
-        f"{name:<9} {holders:>7} {lines:>6} {per_second:>11,.0f} {per_second * lines:>9,.0f}"
-        f" {statistics.median(latencies) * 1e3:>7.2f} {latencies[int(len(latencies) * 0.99)] * 1e3:>7.2f}"
-        f" {cpu / (len(latencies) * lines) * 1e6:>20.1f} {per_second * lines * _LEASE_LASTS_SECONDS:>20,.0f}",
-        flush=True,
+    leases = len(latencies) * lines
+    postgres, writers, redis = (spent / leases * 1e6 for spent in cpu)
+    return Row(
+        messages_per_second=sum(len(run.latencies) / run.seconds for run in runs),
+        p50_ms=statistics.median(latencies) * 1e3,
+        p99_ms=latencies[int(len(latencies) * 0.99)] * 1e3,
+        postgres=postgres,
+        writers=writers,
+        redis=redis,
+        holders=sum(run.cpu_seconds for run in runs) / leases * 1e6,
+        wal_bytes=wal / leases,
     )
+
+
+async def _wal_bytes(dsn: str) -> int:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return int(await connection.fetchval("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
+    finally:
+        await connection.close()
 
 
 def _process(backend: str, dsn: str, lines: int, seconds: float, start: float, seed: int) -> Run:
@@ -130,15 +212,17 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
         await say(range(first, first + 200))
     latencies: list[float] = []
     began = now = time.perf_counter()
+    cpu = time.process_time()
     while now < began + seconds:
         first = chance.randrange(_USERS - lines)
         await say(range(first, first + lines))
         before, now = now, time.perf_counter()
         latencies.append(now - before)
+    cpu = time.process_time() - cpu
     # Its leases lapse: a fleet goes on, and so do the shares it has found.
     await ledger.close()
     await database.close()
-    return Run(now - began, latencies)
+    return Run(now - began, cpu, latencies)
 
 
 @contextlib.contextmanager
@@ -154,19 +238,28 @@ def _redis(program: str, home: Path) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-def _cpu_seconds(pids: Sequence[int]) -> float:
-    """Of processes and all their descendants, the dead ones included."""
-    of: dict[int, float] = {}
+def _cpu(servers: Servers) -> Cpu:
+    """A backend that has ended counts with its parent. What is not known as a writer serves clients."""
+    family = {servers.postgres: 0}
+    cpu: dict[int, float] = {}
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
             pid = int(stat.parent.name)
-            parents[pid], of[pid] = int(fields[1]), sum(map(int, fields[11:15])) / _TICKS
-    wanted = set(pids)
-    while more := {pid for pid, parent in parents.items() if parent in wanted} - wanted:
-        wanted |= more
-    return sum(of.get(pid, 0.0) for pid in wanted)
+            parents[pid], cpu[pid] = int(fields[1]), sum(map(int, fields[11:15])) / _TICKS
+    while more := {pid: 0 for pid, parent in parents.items() if parent in family and pid not in family}:
+        family |= more
+    writers = sum(cpu[pid] for pid in family if _is_writer(pid))
+    everybody = sum(cpu.get(pid, 0.0) for pid in family)
+    return Cpu(everybody - writers, writers, cpu.get(servers.redis or 0, 0.0))
+
+
+def _is_writer(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return any(role in title for role in _WRITERS)
+    return False
 
 
 if __name__ == "__main__":

@@ -36,13 +36,17 @@ local URGENT = 1                          -- due before all that is due at some 
 
 local function number(value) return tonumber(value) or 0 end
 local format = string.format
+-- For how long something has been so. What is so since a time to come was written before the clock was set back.
+local function since(at) return at > now and math.huge or now - at end
 local function text(value) return value % 1 == 0 and format('%d', value) or format('%.17g', value) end
 
 -- The history in this process' memory is whole, or it is not ours: a restart, a failover and a full copy of another
 -- server's data each give the server another replication id, and nothing else may be believed to have kept our last write.
+-- A replica has the id of its primary, and may be one that can be written to: two servers of one history.
 local function history()
-    return string.match(call('INFO', 'replication'), 'master_replid:(%x+)')
-        or error('this server does not tell its replication id')
+    local said = call('INFO', 'replication')
+    if not string.find(said, 'role:master', 1, true) then error('this server is a replica') end
+    return string.match(said, 'master_replid:(%x+)') or error('this server does not tell its replication id')
 end
 
 local function is_present()
@@ -188,7 +192,7 @@ end
 
 -- Give each line its window and what is kept of its lease. False: what holds something is gone, the memory has gaps.
 local function find(lines, kept)
-    local ones, keys, firsts = {}, {}, {}
+    local seen, keys, firsts, all_starts, all_ends = {}, {}, {}, {}, {}
     for i, line in ipairs(lines) do
         local name, starts, ends = window_of(line)
         local packed = kept[i + 2]
@@ -204,13 +208,13 @@ local function find(lines, kept)
             end
         end
         line[OF] = name
-        if not ones[name] then
+        if not seen[name] then
             local n = #keys + 1
-            ones[name], keys[n], firsts[n] = true, at_window .. name, {name, line[OF_MEASURE], starts, ends}
+            seen[name], keys[n], firsts[n], all_starts[n], all_ends[n] = true, at_window .. name, line, starts, ends or false
         end
     end
     local found = #keys > 0 and call('MGET', unpack(keys)) or {}
-    for i, first in ipairs(firsts) do looked_at(found[i], unpack(first, 1, 4)) end
+    for i, line in ipairs(firsts) do looked_at(found[i], line[OF], line[OF_MEASURE], all_starts[i], all_ends[i]) end
     for _, line in ipairs(lines) do
         line[OF] = windows[line[OF]]
         if line[HAD] > line[CONSUMED] + line[BACK] and not line[OF][IS_KNOWN] then return false end
@@ -233,7 +237,7 @@ local function settle(line)
     if line[WANT] > 0 and not (window[ASKER] and window[ASKER][LEASE] > line[LEASE]) then window[ASKER] = line end
     window[LIMIT] = line[BOUND]
     if line[INTERVAL] > 0 then return settle_rate(line, window) end
-    line[IS_WANTED] = now - window[WANTED_AT] < WANTED_SECONDS and window[WANTED_BY] ~= ask.holder and 1 or 0
+    line[IS_WANTED] = since(window[WANTED_AT]) < WANTED_SECONDS and window[WANTED_BY] ~= ask.holder and 1 or 0
     -- A lease that is closed already is closed.
     if not line[COUNTS] and line[IS_CLOSING] == 1 then return end
     local consumed, back = max(line[CONSUMED], line[USED]), max(line[BACK], line[RETURNED])
@@ -443,7 +447,7 @@ local function wanted(window)
     window[NEED] = max(window[NEED], -room(window))
     if now >= window[ENDS] or not (window[NEED] > 0 or is_low) then return 0 end
     local used = window[SPENT] + window[HELD]
-    local pace = (used - window[STOCKED_USED]) / max(1, now - window[STOCKED_AT])
+    local pace = (used - window[STOCKED_USED]) / max(1, since(window[STOCKED_AT]))
     local left = window[LIMIT] - window[OTHERS_SPENT] - window[OTHERS_HELD] - (window[SHARE] - window[GIVEN_BACK])
     local ahead = min(max(math.ceil(pace * STOCK_SECONDS), 4 * window[NEED]), floor(left / 8))
     return max(window[NEED], ahead)
@@ -454,13 +458,13 @@ local function stock()
     -- When the last holder has ended, everything goes back.
     local is_deserted = call('ZCARD', base .. 'holders') == 0
     if ask.is_last and not is_deserted then return '"done"' end
-    local turn = call('HMGET', marker, 'turn_by', 'turn_until', 'told_at')
-    if turn[1] and turn[1] ~= ask.by and number(turn[2]) > now then return '"busy"' end
+    local turn = call('HMGET', marker, 'turn_by', 'turn_since', 'told_at')
+    if turn[1] and turn[1] ~= ask.by and since(number(turn[2])) < TURN_SECONDS then return '"busy"' end
     local until_then = ask.is_urgent and URGENT or is_deserted and now + TOLD_SECONDS or now
     local due = call('ZRANGEBYSCORE', base .. 'due', '-inf', text(until_then), 'LIMIT', '0', ask.most)
-    if #due == 0 and now - number(turn[3]) < HEARTBEAT_SECONDS then return '"done"' end
+    if #due == 0 and since(number(turn[3])) < HEARTBEAT_SECONDS then return '"done"' end
     local serial = call('HINCRBY', marker, 'serial', 1)
-    call('HSET', marker, 'turn_by', ask.by, 'turn_until', text(now + TURN_SECONDS))
+    call('HSET', marker, 'turn_by', ask.by, 'turn_since', text(now))
     local lines = {}
     for _, name in ipairs(due) do
         local kind, is_test, measure, starts, owner = parts(name)
@@ -468,7 +472,7 @@ local function stock()
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
             local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
-            if is_over or is_deserted or (window[NEED] == 0 and now - window[TOUCHED] >= IDLE_SECONDS) then
+            if is_over or is_deserted or (window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS) then
                 -- First it is not ours any more, then PostgreSQL hears of it.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
@@ -510,7 +514,7 @@ local function stocked()
         end
     end
     if ask.is_heard then call('HSET', marker, 'told_at', text(now)) end
-    if call('HGET', marker, 'turn_by') == ask.by then call('HDEL', marker, 'turn_by', 'turn_until') end
+    if call('HGET', marker, 'turn_by') == ask.by then call('HDEL', marker, 'turn_by', 'turn_since') end
     return '"done"'
 end
 

@@ -35,8 +35,12 @@ def program(flavour: str) -> Path:
 class RedisServer:
     """A server on a socket of its own, which keeps nothing on disk unless told to."""
 
-    def __init__(self, program: Path, directory: Path, name: str = "r") -> None:
+    def __init__(
+        self, program: Path, directory: Path, name: str = "r", environment: dict[str, str] | None = None
+    ) -> None:
+        """`environment`: more of it than there is."""
         self._program = program
+        self._environment = {**os.environ, **(environment or {})}
         self._directory = directory
         self._socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
@@ -49,16 +53,22 @@ class RedisServer:
         """Where it listens."""
         return f"unix://{self._socket}"
 
-    def start(self, *options: str) -> None:
-        """Start it, and wait until it answers."""
+    def start(self, *options: str, until: bytes = b"+PONG") -> None:
+        """Start it, and wait until it answers a PING so."""
         command = [
             str(self._program), "--unixsocket", str(self._socket), "--port", "0", "--dir", str(self._directory),
             "--dbfilename", self.file.name, "--save", "", *options,
         ]  # fmt: skip
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
+            )
+        self.wait(until)
+
+    def wait(self, until: bytes = b"+PONG") -> None:
+        """Wait until it answers a PING so."""
         give_up = time.monotonic() + _READY_SECONDS
-        while self._said("PING") != b"+PONG":
+        while not self._said("PING").startswith(until):
             assert time.monotonic() < give_up, self._log.read_text()
             time.sleep(0.01)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -21,53 +19,32 @@ from keyproxy.limits.leases import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.database import Database, StoreUnavailable
+from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.ledger import Ledger
 from keyproxy.store.ledger_redis import RedisLedger
-from tests.contracts import LEASE_SECONDS, line, window
-from tests.store.redis_server import RedisServer, program
+from tests.contracts import line, window
+from tests.store.redis_server import RedisServer
+from tests.store.redis_stage import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, servers
 from tests.store.stage import Relay, Sql
-
-MakeLedger = Callable[..., RedisLedger]
-
-_PAST_LIMIT = "SELECT pool_id, measure, spent, held FROM keyproxy.windows WHERE spent + held > $1"
 
 
 @pytest.fixture
-def make_server(short_directory: Path) -> Iterator[Callable[..., RedisServer]]:
-    """Start a Valkey of one's own, by name: `make_server("a", "--port", "1234")`."""
-    with contextlib.ExitStack() as stack:
-
-        def making(name: str = "r", *options: str) -> RedisServer:
-            server = RedisServer(program("valkey"), short_directory, name)
-            stack.callback(server.stop)
-            server.start(*options)
-            return server
-
+def make_server(short_directory: Path) -> Iterator[MakeServer]:
+    """Start a Valkey of one's own."""
+    with servers(short_directory) as making:
         yield making
 
 
 @pytest.fixture
-def server(make_server: Callable[..., RedisServer]) -> RedisServer:
+def server(make_server: MakeServer) -> RedisServer:
     """A Valkey that this test may break."""
     return make_server()
 
 
 @pytest.fixture
 async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
-    """A proxy's backend: `make_ledger(server)`. The wire to PostgreSQL is `relay`."""
-    async with contextlib.AsyncExitStack() as stack:
-        database = Database(relay.dsn, pool_size_max=4, statement_timeout_seconds=5.0)
-        await database.open()
-        stack.push_async_callback(database.close)
-
-        def making(
-            server: RedisServer, *, lease_seconds: float = LEASE_SECONDS, timeout_seconds: float = 2.0
-        ) -> RedisLedger:
-            ledger = RedisLedger(server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds)
-            stack.push_async_callback(ledger.close)
-            return ledger
-
+    """A proxy's backend. The wire to PostgreSQL is `relay`."""
+    async with ledgers(relay.dsn) as making:
         yield making
 
 
@@ -75,12 +52,6 @@ async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
 def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
     """One proxy's backend."""
     return make_ledger(server)
-
-
-async def granted(ledger: RedisLedger, holder: str, serial: int, **told: Any) -> int:
-    """How much a holder has been granted of a day of 1000, after one message; -1: it has ended."""
-    replies = await ledger.sync(holder, serial, [line(limit=1000, **told)])
-    return -1 if replies is None else replies[0].granted
 
 
 async def make_due(server: RedisServer) -> None:
@@ -161,132 +132,11 @@ async def test_whatever_is_lost_and_whenever_no_unit_is_given_twice_and_few_are_
         used += replies[0].granted - held[number]
         misses = 0 if replies[0].granted > held[number] else misses + 1
         held[number] = replies[0].granted
-        assert not await sql.fetch(_PAST_LIMIT, limit)
+        assert not await sql.fetch(PAST_LIMIT, limit)
     assert losses > 0
     assert used <= limit
     # A loss costs at most an eighth of what was left, and what went with answers that were not heard.
     assert used >= limit * (7 / 8) ** losses - 20 * losses - 100
-
-
-async def test_a_replica_that_takes_over_begins_a_generation_of_its_own(
-    make_server: Callable[..., RedisServer], make_ledger: MakeLedger
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    first = make_server("a", "--port", str(port), "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
-    second = make_server("b", "--replicaof", f"127.0.0.1 {port}")
-    old, new = make_ledger(first), make_ledger(second)
-    # The first replica gives the primary another history: the generation begins after it.
-    async with Redis.from_url(second.url) as client:
-        give_up = time.monotonic() + 20
-        while (await client.info("replication"))["master_link_status"] != "up":
-            assert time.monotonic() < give_up
-            await asyncio.sleep(0.02)
-    assert await granted(old, "a", 1, want=10) == 10
-    with pytest.raises(StoreUnavailable, match="ReadOnly"):
-        await granted(new, "b", 1, want=1)
-    # Whether or not it has heard of the ten, it does not grant them; both of them go on, each out of its own share.
-    second.command("REPLICAOF", "NO", "ONE")
-    taken = 10 + await granted(new, "b", 2, want=1000, at_least=1)
-    taken += max(0, await granted(old, "a", 2, granted=10, want=1000, at_least=1) - 10)
-    assert taken <= 1000
-
-
-# -- a server that does not answer, or not well
-
-
-async def test_a_paused_server_is_unavailable_in_bounded_time_and_right_when_it_wakes(
-    server: RedisServer, make_ledger: MakeLedger
-) -> None:
-    ledger = make_ledger(server, timeout_seconds=0.3)
-    assert await granted(ledger, "a", 1, want=10) == 10
-    server.pause()
-    before = time.monotonic()
-    for serial in (2, 3):
-        with pytest.raises(StoreUnavailable):
-            await granted(ledger, "a", serial, granted=10, used=serial, want=5)
-    assert time.monotonic() - before < 2.0
-    server.resume()
-    await answers(ledger, "a", first_serial=4, expected=25)
-    (state,) = await ledger.windows([window()])
-    assert state is not None
-    assert (state.spent, state.held) == (3, 22)
-
-
-async def answers(ledger: RedisLedger, holder: str, *, first_serial: int, expected: int) -> None:
-    """What was said to a server that slept may be heard late, and counts once: 10 were granted, then 5 thrice."""
-    for serial in range(first_serial, first_serial + 20):
-        try:
-            assert (
-                await granted(ledger, holder, serial, granted=10, used=3, want=5 if serial == first_serial else 0)
-                <= expected
-            )
-        except StoreUnavailable:
-            await asyncio.sleep(0.05)
-    total = await granted(ledger, holder, first_serial + 20, granted=10, used=3)
-    want = expected - total
-    assert want % 5 == 0
-    assert await granted(ledger, holder, first_serial + 21, granted=10, used=3, want=want, at_least=want) == expected
-
-
-async def test_the_reply_to_a_call_that_was_given_up_is_nobody_elses(ledger: RedisLedger, server: RedisServer) -> None:
-    assert await granted(ledger, "a", 1, want=1) == 1
-    server.pause()
-    calls = [asyncio.create_task(granted(ledger, f"h{number}", 1, want=7)) for number in range(4)]
-    await asyncio.sleep(0.1)
-    for call in calls:
-        call.cancel()
-    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*calls, return_exceptions=True))
-    server.resume()
-    for number in range(20):
-        replies = await ledger.sync(
-            "a", 2 + number, [line(100 + number, window(owner=f"u_{number}"), limit=9, want=number % 3)]
-        )
-        assert replies is not None
-        assert (replies[0].lease, replies[0].granted) == (100 + number, number % 3)
-
-
-async def test_a_slow_server_is_waited_for(ledger: RedisLedger, server: RedisServer) -> None:
-    assert await granted(ledger, "a", 1, want=10) == 10
-    server.command("CLIENT", "PAUSE", "400", "ALL")
-    before = time.monotonic()
-    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
-    assert time.monotonic() - before > 0.2
-
-
-async def test_a_server_that_has_forgotten_the_script_is_told_it_again(
-    ledger: RedisLedger, server: RedisServer
-) -> None:
-    assert await granted(ledger, "a", 1, want=10) == 10
-    server.command("SCRIPT", "FLUSH")
-    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
-
-
-async def test_a_server_that_is_full_counts_nothing_and_says_so(ledger: RedisLedger, server: RedisServer) -> None:
-    assert await granted(ledger, "a", 1, want=10) == 10
-    server.command("CONFIG", "SET", "maxmemory", "1")
-    with pytest.raises(StoreUnavailable, match=r"OOM|OutOfMemory"):
-        await granted(ledger, "a", 2, granted=10, want=5)
-    server.command("CONFIG", "SET", "maxmemory", "0")
-    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
-
-
-async def test_a_server_that_may_forget_keys_is_no_ledger(ledger: RedisLedger, server: RedisServer) -> None:
-    server.command("CONFIG", "SET", "maxmemory", "100mb")
-    server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
-    with pytest.raises(StoreUnavailable, match="noeviction"):
-        await granted(ledger, "a", 1, want=10)
-    server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    assert await granted(ledger, "a", 1, want=10) == 10
-
-
-async def test_no_server_is_unavailable(ledger: RedisLedger, server: RedisServer) -> None:
-    server.stop()
-    with pytest.raises(StoreUnavailable):
-        await granted(ledger, "a", 1, want=10)
-    with pytest.raises(StoreUnavailable):
-        await ledger.reap()
 
 
 # -- shares, and PostgreSQL behind them
@@ -362,7 +212,7 @@ async def test_shares_that_nobody_spoke_for_are_charged_and_their_generation_is_
 
 
 async def test_two_servers_and_postgresql_itself_share_a_window_and_never_exceed_it(
-    make_server: Callable[..., RedisServer], make_ledger: MakeLedger, sql: Sql
+    make_server: MakeServer, make_ledger: MakeLedger, sql: Sql
 ) -> None:
     ledgers = [make_ledger(make_server(name)) for name in ("a", "b")]
     held, serial = [0, 0], 0
@@ -370,7 +220,7 @@ async def test_two_servers_and_postgresql_itself_share_a_window_and_never_exceed
         for number, ledger in enumerate(ledgers):
             serial += 1
             held[number] = await granted(ledger, f"h{number}", serial, granted=held[number], used=held[number], want=20)
-    assert not await sql.fetch(_PAST_LIMIT, 1000)
+    assert not await sql.fetch(PAST_LIMIT, 1000)
     assert 950 <= sum(held) <= 1000
 
 
@@ -431,6 +281,6 @@ async def test_proxies_admit_no_more_than_the_limit_while_redis_loses_its_memory
     await asyncio.wait_for(asyncio.gather(*workers), 40.0)
     # What leases held when the memory was lost is lost with it; at this pace that is much.
     assert 300 <= admitted <= limit
-    assert not await sql.fetch(_PAST_LIMIT, limit)
+    assert not await sql.fetch(PAST_LIMIT, limit)
     for proxy in proxies:
         await proxy.close()
