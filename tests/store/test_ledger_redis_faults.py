@@ -200,7 +200,7 @@ async def test_a_server_that_is_busy_with_anothers_script_is_unavailable_until_t
     assert await granted(ledger, "a", 1, want=10) == 10
     server.command("CONFIG", "SET", "lua-time-limit", "10")
     async with Redis.from_url(server.url) as another:
-        busy = asyncio.create_task(another.eval("while true do end", 0))
+        busy = asyncio.ensure_future(another.eval("while true do end", 0))
         await is_busy(another)
         with pytest.raises(StoreUnavailable, match="BUSY"):
             await granted(ledger, "a", 2, granted=10, want=5)
