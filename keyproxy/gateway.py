@@ -19,7 +19,7 @@ from keyproxy import admission, credential, headers, idempotency, metering
 from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import KeyFormat
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience, Permit, RequestHead, ResponseHead
 from keyproxy.ports import Claims, Exchange, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
@@ -106,20 +106,23 @@ class Gateway:
             if not fingerprint.may_be_paid(refusal.reason):
                 raise
             spent = refusal
-        raise Missing("payment", lambda: self._ask_whether_paid(exchange, fingerprint, spent))
+        raise Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, spent, patience))
 
-    async def _ask_whether_paid(self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal) -> None:
+    async def _ask_whether_paid(
+        self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: Patience
+    ) -> None:
         """Have the store asked, once all of the request is there to be recognised. Too much to hold: it is refused."""
         await exchange.whole_body(spent)
         if not exchange.is_over:
-            fingerprint.paid = await self._claims.paid(fingerprint.digest())
+            fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
             fingerprint.is_asked = True
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
+        patience = Patience()
         try:
             for _ in range(_ROUNDS_MAX):
-                failure = await _brought(missing)
+                failure = await _brought(missing, patience)
                 if exchange.is_over:
                     return
                 try:
@@ -168,7 +171,7 @@ class Gateway:
                 exchange.refuse(refusal)
 
     async def _fetch_and_review(self, exchange: Exchange, missing: Missing) -> None:
-        await _brought(missing)
+        await _brought(missing, Patience())
         # Missing again: the next review asks again.
         with contextlib.suppress(Missing):
             self._review(exchange)
@@ -195,6 +198,9 @@ class Gateway:
 
     def watch(self, exchange: Exchange) -> None:
         """A metered stream has gone on: extend what is held for it if it needs more, end it if there is no more."""
+        self._watch(exchange)
+
+    def _watch(self, exchange: Exchange, patience: Patience | None = None) -> None:
         permit = exchange.permit
         if permit is None or permit.hold is None or exchange.is_over:
             return
@@ -205,19 +211,19 @@ class Gateway:
             exchange.extend(Permit(permit.grant, self._ledger.extend(permit.hold, tokens)))
         except Missing as missing:
             exchange.hold_up()
-            self._start(self._fetch_and_watch(exchange, missing))
+            self._start(self._fetch_and_watch(exchange, missing, patience or Patience()))
         except Refusal as refusal:
             if is_used_up:
                 exchange.end_stream(refusal)
             else:
                 exchange.extend(permit)
 
-    async def _fetch_and_watch(self, exchange: Exchange, missing: Missing) -> None:
-        refusal = await _brought(missing)
+    async def _fetch_and_watch(self, exchange: Exchange, missing: Missing, patience: Patience) -> None:
+        refusal = await _brought(missing, patience)
         if refusal is not None and not exchange.is_over:
             exchange.end_stream(refusal)
         else:
-            self.watch(exchange)
+            self._watch(exchange, patience)
 
     def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""
@@ -256,10 +262,10 @@ class Gateway:
         return "problem"
 
 
-async def _brought(missing: Missing) -> Refusal | None:
+async def _brought(missing: Missing, patience: Patience) -> Refusal | None:
     """Fetch what is missing; the Refusal that says why not, if it could not be had."""
     try:
-        await missing.bring()
+        await missing.bring(patience)
     except Refusal as refusal:
         return refusal
     return None

@@ -37,7 +37,7 @@ def need(exchange: Exchange, route: Route) -> TokenNeed:
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be metered")
         if not exchange.is_complete:
-            raise Missing("body", exchange.whole_body)
+            raise Missing("body", lambda _patience: exchange.whole_body())
         ask = _read(exchange, head, route)
     if ask.maximum is None:
         return TokenNeed(ask.prompt_bound + 1, None)

@@ -273,9 +273,26 @@ class Ending(enum.Enum):
 ANSWERED: Final = Ending.ANSWERED
 
 
+#: How long one request waits to hear how it stands with its limits, in all rounds of its decision together.
+PATIENCE_SECONDS: Final = 4.0
+
+
+class Patience:
+    """How long one request still waits to hear how it stands with its limits: each wait takes from it what it took."""
+
+    __slots__ = ("seconds_left",)
+
+    def __init__(self) -> None:
+        self.seconds_left = PATIENCE_SECONDS
+
+
 class Missing(Exception):
     """A decision needs a value that is not in memory. `bring` fetches it, or raises the Refusal that says why not."""
 
-    def __init__(self, what: str, bring: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, what: str, bring: Callable[[Patience], Awaitable[None]]) -> None:
         super().__init__(what)
-        self.bring = bring
+        self._bring = bring
+
+    async def bring(self, patience: Patience | None = None) -> None:
+        """Fetch it. `patience` is the request's, of which earlier rounds of its decision may have taken; None: all."""
+        await self._bring(Patience() if patience is None else patience)

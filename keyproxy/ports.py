@@ -17,6 +17,7 @@ from keyproxy.model import (
     KeyDigest,
     Missing,
     Moment,
+    Patience,
     Permit,
     RequestHead,
     ResponseHead,
@@ -89,10 +90,10 @@ class Claims(Protocol):
         """
         ...
 
-    async def paid(self, fingerprint: bytes) -> int | None:
+    async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
         """What the request was charged in tokens in the last 24 hours; None if it was not charged.
 
-        Raises a Refusal if that cannot be known now.
+        Raises a Refusal if that cannot be known now, or not before the request's patience has ended.
         """
         ...
 

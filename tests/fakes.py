@@ -72,7 +72,7 @@ class FakeIdentities:
     def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
         """See the port."""
         if digest in self.slow:
-            raise Missing("identity", lambda: self._bring(digest))
+            raise Missing("identity", lambda _patience: self._bring(digest))
         if digest in self.table:
             return self.table[digest]
         if self.is_down:

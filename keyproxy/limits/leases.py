@@ -304,6 +304,9 @@ class Lease:
         self.ahead = 0 if is_quiet else self._wanted_ahead()
         self.low = self.ahead // 2
         want = max(max(self.ahead, self.need) - self.free, 0)
+        if self.takes_all:
+            # Who takes all there is waits until the ledger has said that it has no more.
+            want = max(want, 1)
         # A caller who waits needs so much in one piece; what lies free here is part of it.
         short = max(1, self.at_least - max(self.free, 0)) if self.need else 1
         return want, min(short, want)

@@ -28,10 +28,11 @@ from typing import Final, NamedTuple, Protocol
 
 from keyproxy import settings
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import Moment
+from keyproxy.model import Moment, Patience
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -144,14 +145,15 @@ class Claims:
         else:
             self._waiting.append(claim)
 
-    async def paid(self, fingerprint: bytes) -> int | None:
+    async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
         """See the port."""
         if self._is_closed or len(self._asked) >= _ASKED_MAX:
             raise Refusal(Reason.OVERLOADED, f"{len(self._asked)} requests wait to hear whether they were charged")
         answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(fingerprint, []).append(answer)
         self._wake.set()
-        return await answer
+        async with within(patience, self._now):
+            return await answer
 
     # -- the conversation
 
@@ -160,10 +162,14 @@ class Claims:
 
         Raises StoreUnavailable; what was told is then told again.
         """
-        while self._begun or self._waiting:
+        # What ends meanwhile is told the next time: else who asks waits for as long as requests go on ending.
+        self._asking, self._asked = self._asked, {}
+        untold = len(self._waiting)
+        while self._begun or untold:
             if not self._begun:
                 self._number += 1
-                self._begun = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, len(self._waiting)))]
+                self._begun = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, untold))]
+                untold -= len(self._begun)
             try:
                 answers = await self._store.claim(self._process, self._number, self._begun)
             except StoreConflict as error:
@@ -177,8 +183,7 @@ class Claims:
             for claim, (is_first, charged) in zip(begun, answers, strict=True):
                 self.counts["repeats"] += not is_first
                 self._ledger.settle(claim.hold, was_sent=True, tokens=charged, is_repeat=not is_first)
-        if self._asked:
-            self._asking, self._asked = self._asked, {}
+        if self._asking:
             found = await self._store.charged(list(self._asking))
             for fingerprint, waiting in self._asking.items():
                 for answer in waiting:

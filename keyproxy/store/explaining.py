@@ -17,7 +17,7 @@ from keyproxy import admission, settings, target
 from keyproxy.limits.allowance import Allowance, TokenNeed
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Line, Pool, Reply, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.routes import RouteTable
 from keyproxy.store.backends import ledger_backend
@@ -167,11 +167,12 @@ async def _taken(
     taking = Ledger(backend, ledger, now)
     taking.start()
     try:
+        patience = Patience()
         for _ in range(_ROUNDS_MAX):
             try:
                 hold = taking.take(allowance, now(), need)
             except Missing as missing:
-                await missing.bring()
+                await missing.bring(patience)
             else:
                 taking.settle(hold, was_sent=False)
                 return

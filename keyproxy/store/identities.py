@@ -27,7 +27,7 @@ from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.leases import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment
+from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Cache
 from keyproxy.store import foreign
@@ -112,16 +112,16 @@ class IdentityCache:
             if is_first_look:
                 self.counts["refused"] += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
-        raise Missing("identity", lambda: self._bring(digest))
+        raise Missing("identity", lambda _patience: self._bring(digest))
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """See the port. Off the hot path, and only for keys of a foreign form that have not been found before."""
         if foreign.prefix_of(key) is None or key.digest() in self._entries:
             return missing
 
-        async def bring() -> None:
+        async def bring(patience: Patience) -> None:
             await self._foreign.adopt(key)
-            await missing.bring()
+            await missing.bring(patience)
 
         return Missing("identity", bring)
 

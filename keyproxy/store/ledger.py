@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -21,10 +22,11 @@ from keyproxy import settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Book, Short
 from keyproxy.limits.leases import Line
-from keyproxy.model import Missing, Moment
+from keyproxy.model import Missing, Moment, Patience
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.ledger_backend import LedgerBackend
+from keyproxy.store.waiting import within
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +34,13 @@ _log = logging.getLogger(__name__)
 _LINES_MAX: Final = 200
 
 #: How long a request waits for units that lie idle with other proxies; they come back within a second.
-_PATIENCE_SECONDS: Final = 1.6
-#: And for how long in all, however slowly the ledger answers.
-_PATIENCE_SECONDS_MAX: Final = 4.0
+_OTHERS_SECONDS: Final = 1.6
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
 
 _RETRY_SECONDS: Final = 0.2
+
+_CLOSED: Final = "the ledger is closed"
 
 #: A holder's time is over a little earlier here than there: clocks run at slightly different speeds.
 _VALID_SHARE: Final = 0.95
@@ -74,6 +76,7 @@ class Ledger:
         self._settles = False
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: list[_Waiting] = []
+        self._is_closed = False
         self._open_holds = 0
         self._settled = asyncio.Event()
         self.unsettled_since_mono = now().mono_seconds
@@ -86,12 +89,13 @@ class Ledger:
 
     async def close(self) -> None:
         """Settle what there is, give everything back, and end."""
+        self._is_closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for answer, _ in self._waiting:
             if not answer.done():
-                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, "the ledger is closed"))
+                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED))
         try:
             # Told, closed; and once more for what was granted meanwhile.
             for _ in range(3):
@@ -154,7 +158,10 @@ class Ledger:
         except Short as short:
             need = short
             raise Missing(
-                "lease", lambda: self._bring(need, lambda: self.book.check_extension(hold, tokens, self._mono()))
+                "lease",
+                lambda patience: self._bring(
+                    need, lambda: self.book.check_extension(hold, tokens, self._mono()), patience
+                ),
             ) from None
 
     def release(self, hold: Hold) -> Hold:
@@ -175,22 +182,27 @@ class Ledger:
             # Whoever needs it has it asked for again; nobody waits for that.
             self.book.ask(short)
             raise Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because)
-        return Missing("lease", lambda: self._bring(short, check))
+        return Missing("lease", lambda patience: self._bring(short, check, patience))
 
     def _count(self, refusal: Refusal) -> None:
         if refusal.limit is not None:
             policy = refusal.limit.policy.name
             self.refusals[policy] = self.refusals.get(policy, 0) + 1
 
-    async def _bring(self, short: Short, check: Callable[[], object]) -> None:
-        """Have the ledger asked until the request can be decided."""
+    async def _bring(self, short: Short, check: Callable[[], object], patience: Patience) -> None:
+        """Have the ledger asked until the request can be decided. Raises a Refusal if it does not answer in time."""
         self.counts["waited"] += 1
-        give_up, pause = self._mono() + _PATIENCE_SECONDS_MAX, _FIRST_PAUSE_SECONDS
+        async with within(patience, self._now):
+            await self._ask(short, check, self._mono() + patience.seconds_left)
+
+    async def _ask(self, short: Short, check: Callable[[], object], ends_mono: float) -> None:
+        """Ask until the request can be decided, or others have been waited for long enough. Ends before `ends_mono`."""
+        give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
         while True:
             self.book.ask(short)
             await self._answered(short)
             # From the first answer on: a ledger that is slow to say anything has not said no.
-            give_up = min(give_up, self._mono() + _PATIENCE_SECONDS)
+            give_up = min(give_up, self._mono() + _OTHERS_SECONDS)
             try:
                 check()
             except Short as still:
@@ -199,14 +211,17 @@ class Ledger:
                 return
             else:
                 return
-            if self._mono() >= give_up:
-                self.book.asked_in_vain(short, self._mono())
+            now = self._mono()
+            if now >= give_up or now + pause >= ends_mono:
+                self.book.asked_in_vain(short, now)
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)
 
     async def _answered(self, short: Short) -> None:
         """Wait for the answer to the message that asks for it. Raises a Refusal if there is none."""
+        if self._is_closed:
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((answer, short))
         self._wake_up()
@@ -274,16 +289,19 @@ class Ledger:
         """
         asked = self._mono()
         self._serial += 1
-        is_answered = False
+        settles_seconds, is_heard = 0.0, False
         try:
             replies = await self._backend.sync(self._holder, self._serial, lines)
-            is_answered = True
+            heard = self._mono()
+            if replies is not None:
+                valid_seconds = self._lease_seconds * _VALID_SHARE
+                settles_seconds = self.book.apply(lines, replies, asked, valid_seconds=valid_seconds, heard_mono=heard)
+            is_heard = True
         finally:
-            if not is_answered:
+            if not is_heard:
                 self.counts["failures"] += 1
                 self.book.lost(lines)
         self.counts["round_trips"] += 1
-        heard = self._mono()
         self.round_trip_seconds += heard - asked
         self.observe(heard - asked)
         if replies is None:
@@ -291,9 +309,6 @@ class Ledger:
             self.book.ended()
             self._become_another()
             return 0.0
-        settles_seconds = self.book.apply(
-            lines, replies, asked, valid_seconds=self._lease_seconds * _VALID_SHARE, heard_mono=heard
-        )
         if settles_seconds and not self._settles:
             self.book.tell_again()
         self._settles = settles_seconds > 0.0

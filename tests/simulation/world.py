@@ -17,7 +17,7 @@ from keyproxy import settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Missing, Moment
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.claims import Claims
 from keyproxy.store.ledger import Ledger
@@ -27,8 +27,8 @@ from tests.simulation.network import Network, RemoteClaims, RemoteLedger, Weathe
 from tests.simulation.upstream import BrokenError, Upstream, Work, total
 
 LEASE_SECONDS = 3.0
-#: No request may wait longer for its answer, whatever happens, unless its process is stopped.
-DECIDED_SECONDS = 12.0
+#: No request may wait longer for its answer, whatever happens, unless its process is stopped. Clocks drift a little.
+DECIDED_SECONDS = PATIENCE_SECONDS + 0.05
 #: By when the last of those that were let in has ended.
 LONGEST_SECONDS = 120.0
 _ROUNDS_MAX = 8
@@ -216,7 +216,7 @@ class World:
     ) -> tuple[Hold, int | None]:
         """As the gateway does it."""
         failure: Refusal | None = None
-        paid, is_asked = None, fingerprint is None
+        paid, is_asked, patience = None, fingerprint is None, Patience()
         for _ in range(_ROUNDS_MAX + 1):
             now = process.now()
             allowance = process.allowances.get(owner)
@@ -231,13 +231,13 @@ class World:
                 if failure is not None:
                     raise failure from None
                 try:
-                    await missing.bring()
+                    await missing.bring(patience)
                 except Refusal as refusal:
                     failure = refusal
             except Refusal as refusal:
                 if is_asked or refusal.reason not in SPENT or fingerprint is None:
                     raise
-                paid, is_asked = await process.claims.paid(fingerprint), True
+                paid, is_asked = await process.claims.paid(fingerprint, patience), True
         raise Refusal(Reason.OVERLOADED)
 
     def _note_refusal(self, owner: tuple[Pool, ...], refusal: Refusal) -> None:
@@ -274,18 +274,17 @@ class World:
         self.upstream.finish(work, used)
 
     async def _extended(self, process: Process, hold: Hold, tokens: int) -> Hold:
-        failure: Refusal | None = None
-        for _ in range(_ROUNDS_MAX + 1):
-            try:
-                return process.ledger.extend(hold, tokens)
-            except Missing as missing:
-                if failure is not None:
-                    raise failure from None
+        """As the gateway does it."""
+        mark, patience = object(), Patience()
+        process.deciding[mark] = self.clock.now
+        try:
+            while True:
                 try:
-                    await missing.bring()
-                except Refusal as refusal:
-                    failure = refusal
-        raise Refusal(Reason.OVERLOADED)
+                    return process.ledger.extend(hold, tokens)
+                except Missing as missing:
+                    await missing.bring(patience)
+        finally:
+            del process.deciding[mark]
 
     # -- fate
 

@@ -15,7 +15,7 @@ from keyproxy import clock, settings
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed
 from keyproxy.limits.leases import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Missing, Moment
+from keyproxy.model import Missing, Moment, Patience
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.claims import Answer, Claim, Claims, ClaimStore
@@ -295,15 +295,18 @@ async def test_what_ends_before_a_request_asks_is_known_when_it_does(store: Post
     claims = claims_over(store, Book(), clock.now, settle_seconds=60.0)
     claims.start()
     claims.add(_NOTHING, claim(1).fingerprint, 12, None)
-    assert await claims.paid(claim(1).fingerprint) == 12
-    assert await claims.paid(claim(2).fingerprint) is None
+    assert await claims.paid(claim(1).fingerprint, Patience()) == 12
+    assert await claims.paid(claim(2).fingerprint, Patience()) is None
     await claims.close()
 
 
 async def test_many_who_ask_at_one_time_are_one_question(door: Door) -> None:
     claims = claims_over(PostgresClaims(door), Book(), clock.now)
     claims.start()
-    assert await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint) for number in range(100))) == [None] * 100
+    assert (
+        await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint, Patience()) for number in range(100)))
+        == [None] * 100
+    )
     assert door.asked["charges_of"] == 1
     await claims.close()
 
@@ -356,10 +359,10 @@ async def test_as_many_claims_wait_as_there_is_room_for_and_what_comes_then_is_c
 
 async def test_as_many_ask_at_one_time_as_fit_in_a_question(reference: ReferenceClaims) -> None:
     claims = claims_over(reference, Book(), clock.now)
-    asking = [asyncio.create_task(claims.paid(claim(number).fingerprint)) for number in range(1_000)]
+    asking = [asyncio.create_task(claims.paid(claim(number).fingerprint, Patience())) for number in range(1_000)]
     await asyncio.sleep(0)
     with pytest.raises(Refusal) as caught:
-        await claims.paid(claim(1_000).fingerprint)
+        await claims.paid(claim(1_000).fingerprint, Patience())
     assert caught.value.reason is Reason.OVERLOADED
     await claims.close()
     assert set(await asyncio.gather(*asking)) == {None}

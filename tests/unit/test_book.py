@@ -407,6 +407,17 @@ def test_without_any_maximum_all_that_is_left_is_held_by_one_request_at_a_time(p
     assert process.take(allowance, TokenNeed(0, None)).tokens == 990
 
 
+def test_who_takes_all_that_is_left_asks_for_it_although_enough_for_others_lies_here(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(tokens_per_day=2000))
+    for _ in range(12):
+        process.used(process.take(allowance, TokenNeed(1, 20)), tokens=5)
+        process.sync()
+        fleet.now += 0.3
+    assert process.take(allowance, TokenNeed(1, None)).tokens == 2000 - 12 * 5
+
+
 @pytest.mark.parametrize("need", [TokenNeed(0, None), TokenNeed(0, 0), TokenNeed(1, 1)])
 def test_a_budget_that_is_gone_lets_nothing_through_however_little_it_asks(process: Process, need: TokenNeed) -> None:
     allowance = under(Plan(tokens_per_day=10))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.plan import Plan
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.upstream import UpstreamConnection
 from tests import fakes
@@ -85,6 +88,37 @@ async def test_a_missing_identity_makes_one_task_and_then_decides_the_same_way(w
                 await asyncio.sleep(0)
         wire.identities.may_bring.set()
         assert (await client.answer()).status == 200
+
+
+class Hesitant(fakes.FakeLedger):
+    """It misses something three times before it gives a request anything, and each time a second of patience goes."""
+
+    seen: ClassVar[list[float]] = []
+
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
+        """See the port."""
+
+        async def bring(patience: Patience) -> None:
+            self.seen.append(patience.seconds_left)
+            patience.seconds_left -= 1.0
+
+        if len(self.seen) % 4 < 3:
+            raise Missing("lease", bring)
+        self.seen.append(0.0)
+        return super().take(allowance, now, tokens, may_be_paid=may_be_paid)
+
+
+async def test_all_rounds_of_one_decision_draw_on_one_patience_and_each_request_has_its_own(wire: Wire) -> None:
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=9)))
+    wire.ledger.__class__ = Hesitant
+    Hesitant.seen.clear()
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("GET", "/"))
+            assert (await client.answer()).status == 200
+    assert Hesitant.seen == [PATIENCE_SECONDS, PATIENCE_SECONDS - 1.0, PATIENCE_SECONDS - 2.0, 0.0] * 2
 
 
 async def test_a_client_that_does_not_read_holds_the_upstream_back(start: Start) -> None:

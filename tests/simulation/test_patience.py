@@ -1,0 +1,257 @@
+"""How long a request waits for its limits: so long and no longer, however slow the ledger and the store are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
+
+import pytest
+
+from keyproxy import settings
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.leases import Line, Pool, Reply, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.claims import Answer, Claim, Claims
+from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.ledger import Ledger
+from tests.reference_claims import ReferenceClaims
+from tests.reference_ledger import ReferenceLedger
+from tests.simulation.clockwork import Clock, VirtualLoop
+from tests.simulation.scenarios import scenario
+from tests.simulation.world import World
+
+T = TypeVar("T")
+USER = Pool("user", "u_42", False)
+_NOON = 1_705_320_000.0
+_CONFIG = settings.Ledger(lease_seconds=10.0, settle_seconds=0.5)
+#: What a turn of the virtual loop takes, many times over.
+_TURNS_SECONDS = 0.01
+
+
+class SlowLedger:
+    """A ledger that answers after so many seconds. `is_deaf`: never, noticed after 2. Implements LedgerBackend."""
+
+    def __init__(self, clock: Clock, seconds: float, *, is_deaf: bool = False) -> None:
+        self.reference = ReferenceLedger(lambda: _NOON + clock.now, lease_seconds=_CONFIG.lease_seconds)
+        self.seconds, self.is_deaf = seconds, is_deaf
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """See the port."""
+        if self.is_deaf:
+            await asyncio.sleep(2.0)
+            raise StoreUnavailable("no answer")
+        await asyncio.sleep(self.seconds)
+        return self.reference.sync(holder, serial, lines)
+
+    async def reap(self) -> None:
+        """See the port. Nobody dies here."""
+
+    async def end(self, holder: str) -> None:
+        """See the port."""
+        self.reference.end(holder)
+
+    async def close(self) -> None:
+        """See the port."""
+
+
+class SlowClaims(ReferenceClaims):
+    """What was charged, as a store knows it that answers after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+        """See ClaimStore."""
+        await asyncio.sleep(self.seconds)
+        return await super().claim(process, number, claims)
+
+    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+        """See ClaimStore."""
+        await asyncio.sleep(self.seconds)
+        return await super().charged(fingerprints)
+
+
+class Stage:
+    """One process on a clock of its own."""
+
+    def __init__(self, seconds: float, *, is_deaf: bool = False, store_seconds: float = 0.01) -> None:
+        self.clock = Clock()
+        self.loop = VirtualLoop(self.clock)  # type: ignore[abstract]  # as much of a loop as is needed
+        self.backend = SlowLedger(self.clock, seconds, is_deaf=is_deaf)
+        asyncio._set_running_loop(self.loop)
+        try:
+            self.ledger = Ledger(self.backend, _CONFIG, self.now)
+            self.claims = Claims(SlowClaims(store_seconds), self.ledger, _CONFIG, self.now)
+            self.ledger.start()
+            self.claims.start()
+        finally:
+            asyncio._set_running_loop(None)
+
+    def now(self) -> Moment:
+        return Moment(_NOON + self.clock.now, 5_000.0 + self.clock.now)
+
+    def waited(self, work: Callable[[], Awaitable[T]]) -> tuple[T | Reason, float]:
+        """What comes of it, a Refusal by its reason, and after how many seconds."""
+        began = self.clock.now
+        ended: list[float] = []
+
+        async def working() -> T | Reason:
+            try:
+                return await work()
+            except Refusal as refusal:
+                return refusal.reason
+            finally:
+                ended.append(self.clock.now)
+
+        task = self.loop.create_task(working())
+        self.clock.run(began + 60.0)
+        return task.result(), ended[0] - began
+
+    async def take(self, plan: Plan, patience: Patience, need: TokenNeed | None = None) -> Hold:
+        """As the gateway does it."""
+        allowance = Allowance(((USER, plan),))
+        while True:
+            try:
+                return self.ledger.take(allowance, self.now(), need)
+            except Missing as missing:
+                await missing.bring(patience)
+
+    def others_hold(self, plan: Plan) -> None:
+        """Another process holds all of a day's requests, and does not give them back."""
+        assert plan.requests_per_day is not None
+        window = Window(USER, "requests_per_day")
+        most = plan.requests_per_day
+        self.backend.reference.sync("other", 1, [Line(1, window, 0, most, 0.0, 0, 0, 0, most, most, False, False)])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [
+        (0.001, Reason.QUOTA_EXHAUSTED),
+        (0.5, Reason.QUOTA_EXHAUSTED),
+        (1.9, Reason.LEDGER_UNAVAILABLE),
+        (3.98, Reason.QUOTA_EXHAUSTED),
+        (4.1, Reason.LEDGER_UNAVAILABLE),
+        (50.0, Reason.LEDGER_UNAVAILABLE),
+    ],
+)
+def test_a_request_is_decided_in_its_time_however_slowly_the_ledger_answers(seconds: float, reason: Reason) -> None:
+    stage, plan = Stage(seconds), Plan(requests_per_day=1)
+    stage.others_hold(plan)
+    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    assert told is reason
+    assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
+
+
+def test_units_that_others_hold_are_waited_for_less_long_if_the_ledger_says_so_at_once() -> None:
+    stage, plan = Stage(0.001), Plan(requests_per_day=1)
+    stage.others_hold(plan)
+    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    assert told is Reason.QUOTA_EXHAUSTED
+    assert 1.6 <= waited <= 1.6 + 0.3 + _TURNS_SECONDS
+
+
+def test_who_comes_while_a_message_is_under_way_waits_no_longer_for_that() -> None:
+    stage, plan = Stage(3.0), Plan(requests_per_day=1)
+    stage.others_hold(plan)
+    stage.loop.create_task(stage.take(plan, Patience()))
+    stage.clock.run(0.1)
+    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
+
+
+def test_a_request_that_is_answered_in_the_last_moment_is_let_in() -> None:
+    stage = Stage(3.95)
+    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), Patience()))
+    assert isinstance(told, Hold)
+    assert waited == pytest.approx(3.95, abs=_TURNS_SECONDS)
+
+
+def test_what_one_round_of_a_decision_has_waited_the_next_has_no_more() -> None:
+    stage, patience = Stage(1.5), Patience()
+    _, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
+    assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 1.5, abs=_TURNS_SECONDS)
+    stage.backend.seconds = 50.0
+    told, more = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited + more == pytest.approx(PATIENCE_SECONDS, abs=2 * _TURNS_SECONDS)
+    # And then none at all.
+    stage.backend.seconds = 0.001
+    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited <= _TURNS_SECONDS
+
+
+def test_to_hear_whether_it_was_charged_before_takes_of_the_same_time() -> None:
+    stage, patience = Stage(1.5, store_seconds=1.0), Patience()
+    stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
+    told, waited = stage.waited(lambda: stage.claims.paid(b"f", patience))
+    assert told is None
+    assert waited == pytest.approx(1.0, abs=_TURNS_SECONDS)
+    assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 2.5, abs=2 * _TURNS_SECONDS)
+    patience.seconds_left = 0.4
+    told, waited = stage.waited(lambda: stage.claims.paid(b"g", patience))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited == pytest.approx(0.4, abs=_TURNS_SECONDS)
+
+
+def test_who_asks_whether_it_was_charged_is_told_although_requests_go_on_ending_without_a_pause() -> None:
+    stage = Stage(0.01, store_seconds=0.05)
+
+    async def ending() -> None:
+        while stage.clock.now < 20.0:
+            hold = await stage.take(Plan(requests_per_day=10**6), Patience())
+            stage.claims.add(hold, b"%d" % round(stage.clock.now * 1e6), 0, None)
+            await asyncio.sleep(0.01)
+
+    stage.loop.create_task(ending())
+    stage.clock.run(2.0)
+    told, waited = stage.waited(lambda: stage.claims.paid(b"f", Patience()))
+    assert told is None
+    # A batch that is under way, its own, and the question.
+    assert waited <= 4 * 0.05 + _TURNS_SECONDS
+
+
+def test_a_ledger_that_is_not_there_is_waited_for_once_and_then_by_nobody() -> None:
+    stage, plan = Stage(0.0, is_deaf=True), Plan(requests_per_day=1)
+    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited == pytest.approx(2.0, abs=_TURNS_SECONDS)
+    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
+
+
+def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
+    stage = Stage(0.01)
+    stage.waited(stage.ledger.close)
+    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), Patience()))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
+
+
+def test_who_waits_when_the_ledger_is_closed_is_told_so() -> None:
+    stage = Stage(3.0)
+    waiting = stage.loop.create_task(stage.take(Plan(requests_per_day=1), Patience()))
+    stage.clock.run(0.1)
+    stage.waited(stage.ledger.close)
+    assert isinstance(waiting.exception(), Refusal)
+
+
+def test_lost_answers_evictions_and_repeats_together_keep_nobody_waiting_for_longer() -> None:
+    # Here a request was refused, asked whether it was charged before, was not, and found the refusal forgotten: three
+    # waits, each with a time of its own.
+    World(scenario(202_013)).run()
+
+
+def test_a_simulation_in_which_somebody_waits_for_longer_is_found_out() -> None:
+    world = World(scenario(202_013))
+    for process in world.fleet:
+        process.deciding[object()] = 0.0
+    with pytest.raises(AssertionError, match="a request waits since"):
+        world.run()
