@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import cast
 
 import pytest
 
-from keyproxy.store.database import Database
+from keyproxy.store import queries
+from keyproxy.store.database import Database, Row
 from keyproxy.store.ledger_postgres import PostgresLedger
 from tests.contracts import LEASE_SECONDS, line, window
 from tests.store.stage import Sql
@@ -21,6 +24,27 @@ async def ledger(dsn: str) -> AsyncIterator[PostgresLedger]:
     await database.open()
     yield PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await database.close()
+
+
+async def test_two_leases_of_one_window_in_one_message_share_what_is_there(ledger: PostgresLedger) -> None:
+    replies = await ledger.sync("a", 1, [line(1, want=8), line(2, want=8)])
+    assert replies is not None
+    assert {reply.lease: reply.granted for reply in replies} == {1: 0, 2: 8}
+    replies = await ledger.sync("a", 2, [line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=1)])
+    assert replies is not None
+    assert {reply.lease: reply.granted for reply in replies} == {1: 0, 2: 8, 3: 1}
+    (state,) = await ledger.windows([window()])
+    assert state is not None
+    assert (state.spent, state.held) == (0, 6)
+
+
+async def test_two_lines_of_one_rate_in_one_message_share_its_burst(ledger: PostgresLedger) -> None:
+    rate = window("rate")
+    replies = await ledger.sync(
+        "a", 1, [line(number, rate, limit=5, want=5, interval_seconds=60.0) for number in (1, 2)]
+    )
+    assert replies is not None
+    assert sum(reply.granted for reply in replies) == 5
 
 
 async def test_a_lease_whose_first_answer_was_lost_stays_in_its_window(ledger: PostgresLedger, sql: Sql) -> None:
@@ -80,6 +104,52 @@ async def test_a_clock_that_is_set_back_does_not_close_a_rate(ledger: PostgresLe
     replies = await ledger.sync("a", 2, [line(1, rate, limit=5, want=5, interval_seconds=60.0)])
     assert replies is not None
     assert replies[0].wait_seconds == pytest.approx(60.0, abs=1)
+
+
+@pytest.mark.parametrize("analyzed", ["leases", "windows"])
+@pytest.mark.parametrize("is_closing", [False, True])
+async def test_a_message_reads_what_it_is_about_and_nothing_else_although_tables_were_empty_when_they_were_analyzed(
+    sql: Sql, is_closing: bool, analyzed: str
+) -> None:
+    ledger = PostgresLedger(cast("Database", _Plain(sql)), lease_seconds=LEASE_SECONDS)
+    # As autovacuum does it in a quiet hour.
+    await sql.execute(f"ANALYZE keyproxy.{analyzed}")
+    held, told = 1_000, 20
+    lines = [line(number, window(owner=f"u_{number}"), want=1) for number in range(1, held + 1)]
+    replies = await ledger.sync("a", 1, lines)
+    assert replies is not None
+    ends = [
+        one._replace(starts=reply.starts, granted=1, used=1, want=0, at_least=0, is_closing=is_closing)
+        for one, reply in zip(lines[-told:], sorted(replies)[-told:], strict=True)
+    ]
+    before = await _rows_read(sql)
+    await ledger.sync("a", 2, ends)
+    read = await _rows_read(sql) - before
+    assert read["leases"] <= 2 * told
+    assert read["windows"] <= 5 * told
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.leases") == held - (told if is_closing else 0)
+
+
+async def _rows_read(sql: Sql) -> Counter[str]:
+    """Of leases and of windows, so far."""
+    await sql.execute("SELECT pg_stat_force_next_flush()")
+    rows = await sql.fetch(
+        "SELECT relname, coalesce(idx_tup_fetch, 0) + seq_tup_read AS rows FROM pg_stat_user_tables"
+        " WHERE schemaname = 'keyproxy' AND relname IN ('leases', 'windows')"
+    )
+    return Counter({row["relname"]: row["rows"] for row in rows})
+
+
+class _Plain:
+    """One connection in place of the database."""
+
+    def __init__(self, sql: Sql) -> None:
+        self._sql, self._statements = sql, queries.load()
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """As Database's."""
+        rows: Sequence[Row] = await self._sql.fetch(self._statements[name], *arguments)
+        return rows
 
 
 async def test_windows_are_locked_in_one_order_so_that_messages_do_not_deadlock(dsn: str) -> None:
