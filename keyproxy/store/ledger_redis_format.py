@@ -30,8 +30,8 @@ def packed_lines(lines: Sequence[Line]) -> bytes:
 
 
 def _packed(line: Line) -> bytes:
-    lease, ((kind, owner, is_test), measure), *amounts, takes_all, is_closing = line
-    return _LINE.pack(lease, *amounts, takes_all, is_closing, is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
+    (kind, owner, is_test), measure = line.window
+    return _LINE.pack(line.lease, *line[2:], is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
 
 
 def replies(packed: bytes) -> list[Reply]:
