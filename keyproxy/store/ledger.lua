@@ -146,7 +146,12 @@ local function schedule(window)
     -- Drawn on beyond its share; or refused for what others may have given back by now.
     local is_soon = left < 0 or (window[IS_REFUSED] and window[OTHERS_HELD] > 0)
     local at = is_urgent and URGENT or now + (is_soon and SOON_SECONDS or TOLD_SECONDS)
-    if window[DUE] == 0 or at < window[DUE] then set_due(window, at) end
+    if window[DUE] == 0 or at < window[DUE] then
+        set_due(window, at)
+    elseif window[DUE] < now - TOLD_SECONDS then
+        -- PostgreSQL cannot be asked, or the list of what is due is gone.
+        set_due(window, window[DUE])
+    end
     return is_urgent
 end
 
