@@ -147,7 +147,9 @@ class Claims:
 
     async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
         """See the port."""
-        if self._is_closed or len(self._asked) >= _ASKED_MAX:
+        if self._is_closed:
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, "nobody is asked any more whether a request was charged before")
+        if len(self._asked) >= _ASKED_MAX:
             raise Refusal(Reason.OVERLOADED, f"{len(self._asked)} requests wait to hear whether they were charged")
         answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(fingerprint, []).append(answer)

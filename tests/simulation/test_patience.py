@@ -235,6 +235,14 @@ def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
+def test_who_asks_whether_it_was_charged_when_nobody_is_asked_any_more_is_told_so_at_once() -> None:
+    stage = Stage(0.01)
+    stage.waited(stage.claims.close)
+    told, waited = stage.waited(lambda: stage.claims.paid(b"f", Patience()))
+    assert told is Reason.LEDGER_UNAVAILABLE
+    assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
+
+
 def test_who_waits_when_the_ledger_is_closed_is_told_so() -> None:
     stage = Stage(3.0)
     waiting = stage.loop.create_task(stage.take(Plan(requests_per_day=1), Patience()))
