@@ -37,6 +37,8 @@ class Network:
         self.clock, self.ledger, self.weather = clock, ledger, weather
         self.claims = ReferenceClaims(lambda: 1e9 + clock.now)
         self.is_down = False
+        #: What is heard now will be forgotten: there is a replica that does not receive it, and is about to be promoted.
+        self.is_lagging = False
         self.after_message: Callable[[], None] = lambda: None
         self._chance = chance
 
@@ -73,9 +75,16 @@ class _Remote:
         self._network, self._loop = network, loop
         #: A partition: nothing of this process arrives, and nothing arrives here.
         self.is_cut = False
+        self.is_dead = False
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         answered = self._loop.create_future()
+
+        def heard() -> Any:
+            if self.is_dead and self._network.is_lagging:
+                # It would be forgotten, and nobody says it again: docs/ledger.md says what that costs.
+                raise TimeoutError
+            return call()
 
         def answer(result: Any) -> None:
             if not self.is_cut and not answered.done():
@@ -90,7 +99,7 @@ class _Remote:
                 answered.set_exception(StoreUnavailable("no answer"))
 
         timer = self._loop.call_later(_TIMEOUT_SECONDS, give_up)
-        self._network.send(call, answer, is_cut=self.is_cut)
+        self._network.send(heard, answer, is_cut=self.is_cut)
         try:
             return await answered
         finally:

@@ -330,6 +330,7 @@ class World:
 
     def _bury(self, process: Process) -> None:
         process.loop.runs = False
+        process.backend.is_dead = process.store.is_dead = True
         self.fleet.remove(process)
         self.graves.append(process)
         self.upstream.lose(process)
@@ -407,6 +408,7 @@ class World:
         self.calm_from, self.calm_until = self.clock.now, self.clock.now + lag + 3 * LEASE_SECONDS
         # Who cannot be heard for as long as the ledger settles is as one who died: docs/ledger.md says what that costs.
         self.network.weather = Weather()
+        self.network.is_lagging = True
         self.clock.at(self.calm_until, self._break_the_calm)
         replica = self.reference.copy()
         claims = self.network.claims
@@ -415,6 +417,7 @@ class World:
 
         def promoted() -> None:
             self.reference.fail_over(replica)
+            self.network.is_lagging = False
             claims.charges, claims.batches = charges, batches
 
         self.clock.at(self.clock.now + lag, promoted)
