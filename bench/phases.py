@@ -221,7 +221,9 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "1 read, the same bytes again": lambda: reader.read(head_bytes, end, head),
         "2 present": lambda: present(head),
         "4 admit": lambda: admission.admit(bench.identity, bench.routes.match(head.line.method, head.line.path), now),
-        "6 dress": lambda: headers.dress(head, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"),
+        "6 dress": lambda: headers.dress(
+            head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
+        ),
         "7 read the answer": lambda: responses.read(other_response, response_end + 1, answer),
         "7 the same bytes again": lambda: responses.read(response_bytes, response_end, answer),
         "the whole": lambda: bench.whole(next_raw()),

@@ -198,14 +198,16 @@ class TrustRule:
         return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate)
 
 
-def dress(head: RequestHead, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes) -> bytes:
-    """The head that goes upstream. `host` is sent if the client, an HTTP/1.0 one, sent none."""
+def dress(
+    head: RequestHead, block: bytes, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes
+) -> bytes:
+    """The head that goes upstream, with these of its lines. `host` is sent if the client, an HTTP/1.0 one, sent none."""
     fields = head.fields
     return b"".join(
         (
             head.line.start,
             b"" if fields.host is not None else b"Host: %b\r\n" % host,
-            head.block,
+            block,
             permit.grant.identity.header_block,
             forwarding.block(head),
             b"X-Request-Id: ",

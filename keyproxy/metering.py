@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.limits.allowance import Hold, TokenNeed
+from keyproxy.limits.allowance import Hold
 from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
@@ -29,7 +29,7 @@ _RESERVE_TOKENS: Final = 32
 _EXTENSION_TOKENS: Final = 256
 
 
-def need(exchange: Exchange, route: Route) -> TokenNeed:
+def need(exchange: Exchange, route: Route) -> TokenAsk:
     """What a request on a route with tokens needs. Raises Missing as long as its body has not arrived whole."""
     ask = exchange.ask
     if ask is None:
@@ -39,18 +39,16 @@ def need(exchange: Exchange, route: Route) -> TokenNeed:
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
         ask = _read(exchange, head, route)
-    if ask.maximum is None:
-        return TokenNeed(ask.prompt_bound + 1, None)
-    return TokenNeed(ask.prompt_bound, ask.prompt_bound + ask.maximum)
+    return ask
 
 
 def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
     ask = exchange.ask = ask_of(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
-    length = None
+    fields, length = head.fields, None
     if ask.body is not None:
         exchange.body = ask.body
-        length = None if head.fields.is_chunked else len(ask.body)
-    exchange.head = head.with_block(for_metering(head.block, length))
+        length = None if fields.is_chunked else len(ask.body)
+    exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
     return ask
 
 

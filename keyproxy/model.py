@@ -72,7 +72,8 @@ class RequestFields:
 
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
     head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
-    `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case.
+    `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
+    `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
     `has_idempotency_key`: exactly one Idempotency-Key, whatever its value.
     """
 
@@ -86,15 +87,23 @@ class RequestFields:
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
     has_idempotency_key: bool = False
+    accepts_codings: bool = True
+    is_json: bool = field(init=False)
     head_end: bytes = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "is_json", _is_json(self.media_type))
         end = b"\r\n\r\n"
         if self.is_chunked:
             end = b"\r\nTransfer-Encoding: chunked\r\n\r\n"
         elif self.opens_tunnel:
             end = b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
         object.__setattr__(self, "head_end", end)
+
+
+def _is_json(media_type: bytes) -> bool:
+    """Whether content of this type is to be read as JSON; without a type it is."""
+    return not media_type or media_type == b"application/json" or media_type.endswith(b"+json")
 
 
 class RequestHead:
@@ -132,12 +141,6 @@ class RequestHead:
         self.raw = b""
         self.digest: KeyDigest | None = None
 
-    def with_block(self, block: bytes) -> RequestHead:
-        """The same head, of which other lines go upstream."""
-        head = RequestHead(self.line, self.fields, block, self.credentials, self.content_length)
-        head.forwarded, head.request_id, head.digest = self.forwarded, self.request_id, self.digest
-        return head
-
     def __repr__(self) -> str:
         return f"RequestHead({self.line.method!r}, <{len(self.line.target)} bytes>)"
 
@@ -160,7 +163,8 @@ class StatusLine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
-    """What a response's header fields say about its framing. `media_type` and `codings` as in `RequestFields`."""
+    """What a response's header fields say about its framing. `media_type`, `codings` and `is_json` as in
+    `RequestFields`."""
 
     has_content_length: bool = False
     is_chunked: bool = False
@@ -168,6 +172,10 @@ class ResponseFields:
     opens_tunnel: bool = False
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
+    is_json: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_json", _is_json(self.media_type))
 
 
 class ResponseHead:

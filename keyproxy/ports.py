@@ -154,6 +154,9 @@ class Exchange(Protocol):
     #: The request's body as far as it has arrived and is not sent yet.
     body: bytes
 
+    #: The header lines that go upstream instead of the client's, None if those go.
+    block: bytes | None
+
     @property
     def is_complete(self) -> bool:
         """Whether all of the request has arrived."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from keyproxy.limits.account import Account
 from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
@@ -27,11 +27,17 @@ class Allowance:
         self.bundle: Bundle | None = None
 
 
-class TokenNeed(NamedTuple):
+class TokenNeed:
     """What a request may use in tokens: `least` in any case, `most` at worst; None: it does not say."""
 
-    least: int
-    most: int | None
+    __slots__ = ("least", "most")
+
+    def __init__(self, least: int, most: int | None) -> None:
+        self.least: Final = least
+        self.most: Final = most
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.least}, {self.most})"
 
 
 class Hold:

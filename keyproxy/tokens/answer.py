@@ -31,13 +31,12 @@ def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Me
 def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
     if kind == "header":
         return Meter(report.header_use(head.block))
-    media_type = head.fields.media_type
     encoding = b", ".join(head.fields.codings) or b"identity"
     is_plain = encoding == b"identity"
     meter: Meter
-    if media_type == b"text/event-stream":
+    if head.fields.media_type == b"text/event-stream":
         meter = StreamMeter(kind, hides_usage=hides_usage and is_plain)
-    elif not media_type or media_type == b"application/json" or media_type.endswith(b"+json"):
+    elif head.fields.is_json:
         meter = JsonMeter(report.anthropic_use if kind == "anthropic" else report.openai_use)
     else:
         return Meter()

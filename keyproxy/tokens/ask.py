@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import orjson
 
+from keyproxy.limits.allowance import TokenNeed
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.inflate import window_bits
@@ -38,10 +38,8 @@ _MAXIMUM_MAX: Final = 10**15
 
 _MAXIMUMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TIMES: Final = ("n", "best_of")
-_COUNTS: Final = (*_MAXIMUMS, *_TIMES)
 #: Names that a request may have once, in this spelling only.
 _DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
-_SPELT: Final = {name: f'"{name}"'.encode() for name in _DECISIVE}
 #: With it a name may be spelt in another way.
 _ESCAPE: Final = b"\\u"
 
@@ -53,19 +51,29 @@ _TOO_DEEP: Final = "The body is nested too deeply."
 _SPACE: Final = b" \t\r\n"
 
 
-@dataclass(slots=True)
-class TokenAsk:
-    """What one request may use. Never changed; not frozen, which would double what making one costs.
+class TokenAsk(TokenNeed):
+    """What one request may use.
 
-    `maximum`: the most tokens it lets the model put out; None if it does not say. `body`: what goes upstream instead of
-    the client's body, None if that goes as it came. `hides_usage`: the client did not ask for the usage that will come.
+    `prompt_bound`: of its prompt. `maximum`: the most tokens it lets the model put out; None if it does not say.
+    `body`: what goes upstream instead of the client's body, None if that goes as it came. `hides_usage`: the client did
+    not ask for the usage that will come.
     """
 
-    prompt_bound: int
-    maximum: int | None
-    streams: bool = False
-    hides_usage: bool = False
-    body: bytes | None = field(default=None, repr=False)
+    __slots__ = ("body", "hides_usage", "maximum", "prompt_bound", "streams")
+
+    def __init__(
+        self, prompt_bound: int, maximum: int | None, *,
+        streams: bool = False, hides_usage: bool = False, body: bytes | None = None,
+    ) -> None:  # fmt: skip
+        if maximum is None:
+            super().__init__(prompt_bound + 1, None)
+        else:
+            super().__init__(prompt_bound, prompt_bound + maximum)
+        self.prompt_bound: Final = prompt_bound
+        self.maximum: Final = maximum
+        self.streams: Final = streams
+        self.hides_usage: Final = hides_usage
+        self.body: Final = body
 
 
 def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> TokenAsk:
@@ -74,61 +82,110 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything. `bytes_max`: what a
     compressed body may grow to. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
     """
-    media_type, codings = head.fields.media_type, head.fields.codings
-    bits = _format([coding for coding in codings if coding != b"identity"], body) if codings else None
+    fields = head.fields
+    bits = _format([coding for coding in fields.codings if coding != b"identity"], body) if fields.codings else None
     content = body if bits is None else _inflated(body, bits, bytes_max)
     if not content.strip(_SPACE):
         return TokenAsk(0, None if kind == "header" else 0)
-    is_json = not media_type or media_type == b"application/json" or media_type.endswith(b"+json")
     # Many a server reads JSON whatever it is called.
-    if not is_json and not content.lstrip(_SPACE).startswith(b"{"):
+    if not fields.is_json and not content.lstrip(_SPACE).startswith(b"{"):
         return TokenAsk(len(content), None)
     try:
         document = orjson.loads(content)
     except ValueError as error:
-        if not is_json:
+        if not fields.is_json:
             return TokenAsk(len(content), None)
         raise _malformed("The body is not well-formed JSON in UTF-8.") from error
     if not isinstance(document, dict):
         return TokenAsk(len(content), None)
-    _check_names(content, document)
-    ask = TokenAsk(
-        _prompt_bound(kind, content, document), _maximum(document, head.line.path), document.get("stream") is True
-    )
-    if kind != "openai" or not ask.streams or not _lacks_usage(document):
-        return ask
+    has_escapes = _ESCAPE in content
+    names = _names(tuple(document))
+    _check_names(content, names, document, has_escapes=has_escapes)
+    maximum = _maximum(document, names, head.line.path)
+    prompt_bound = _prompt_bound(kind, content, document, has_escapes=has_escapes)
+    streams = names.has_stream and document["stream"] is True
+    if kind != "openai" or not streams or not _lacks_usage(document):
+        return TokenAsk(prompt_bound, maximum, streams=streams)
     try:
         new = with_usage(content, has_options="stream_options" in document)
     except RecursionError as error:
         raise _malformed(_TOO_DEEP) from error
-    return TokenAsk(ask.prompt_bound, ask.maximum, True, True, new if bits is None else _deflated(new, bits))
+    body = new if bits is None else _deflated(new, bits)
+    return TokenAsk(prompt_bound, maximum, streams=True, hides_usage=True, body=body)
 
 
-def _maximum(document: Mapping[str, Any], path: bytes) -> int | None:
-    there = [name for name in _COUNTS if name in document]
-    for name in there:
-        value = document[name]
-        if value is not None and not is_count(value):
-            raise _malformed(f"{name!r} is not a whole number from 0 to {TOKENS_MAX}.")
-    given = [document[name] for name in there if name in _MAXIMUMS and document[name] is not None]
-    if not given:
-        return 0 if path.endswith(b"/embeddings") else None
-    # Which of several counts is the upstream's to say: the largest is an upper bound.
+class _Names:
+    """What there is to know of the names of a request's members, whatever their values."""
+
+    __slots__ = ("has_stream", "is_ambiguous", "maximums", "spelt", "times")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        there = [name for name in names if name in _DECISIVE]
+        self.maximums: Final = tuple([name for name in _MAXIMUMS if name in there])
+        self.times: Final = tuple([name for name in _TIMES if name in there])
+        self.has_stream: Final = "stream" in there
+        #: How those that matter stand in the body, if no other spelling does.
+        self.spelt: Final = tuple([f'"{name}"'.encode() for name in there])
+        self.is_ambiguous: Final = any(_is_ambiguous(name) for name in names)
+
+
+#: Requests of one API have the same few sets of names. Full: all are forgotten.
+_known: dict[tuple[str, ...], _Names] = {}
+_KNOWN_MAX: Final = 1_024
+_KNOWN_NAMES_MAX: Final = 32
+_KNOWN_CHARACTERS_MAX: Final = 512
+
+
+def _names(there: tuple[str, ...]) -> _Names:
+    known = _known.get(there)
+    if known is None:
+        known = _Names(there)
+        if len(there) <= _KNOWN_NAMES_MAX and sum(map(len, there)) <= _KNOWN_CHARACTERS_MAX:
+            if len(_known) >= _KNOWN_MAX:
+                _known.clear()
+            _known[there] = known
+    return known
+
+
+_NO_NAMES: Final = _Names(())
+
+
+def _is_ambiguous(name: str) -> bool:
+    """Whether some readers take it for a name that counts, and others do not."""
+    return name not in _DECISIVE and name.casefold() in _DECISIVE
+
+
+def _maximum(document: Mapping[str, Any], names: _Names, path: bytes) -> int | None:
+    most = -1
+    for name in names.maximums:
+        # Which of several counts is the upstream's to say: the largest is an upper bound.
+        most = max(most, _count(document, name, otherwise=-1))
     times = 1
-    for name in there:
-        if name in _TIMES:
-            times = max(times, document[name] or 1)
+    for multiplier in names.times:
+        times = max(times, _count(document, multiplier, otherwise=1))
+    if most < 0:
+        return 0 if path.endswith(b"/embeddings") else None
     prompts = document.get("prompt")
     if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
         times *= len(prompts)  # each is completed; a list of numbers is one prompt
-    return min(int(max(given)) * times, _MAXIMUM_MAX)
+    return min(most * times, _MAXIMUM_MAX)
 
 
-def _prompt_bound(kind: str, content: bytes, document: Mapping[str, Any]) -> int:
+def _count(document: Mapping[str, Any], name: str, *, otherwise: int) -> int:
+    """A whole number; `otherwise` if it is null."""
+    value = document[name]
+    if value is None:
+        return otherwise
+    if not is_count(value):
+        raise _malformed(f"{name!r} is not a whole number from 0 to {TOKENS_MAX}.")
+    return int(value)
+
+
+def _prompt_bound(kind: str, content: bytes, document: Mapping[str, Any], *, has_escapes: bool) -> int:
     bound = len(content)
     if kind == "anthropic" and document.get("tools"):
         bound += TOOLS_TOKENS
-    if b'"type"' not in content and _ESCAPE not in content:
+    if not has_escapes and b'"type"' not in content:
         return bound
     left: list[object] = [document]
     while left:
@@ -166,15 +223,15 @@ def _lacks_usage(document: Mapping[str, Any]) -> bool:
     return options is None or options.get("include_usage") is not True
 
 
-def _check_names(content: bytes, document: Mapping[str, Any]) -> None:
+def _check_names(content: bytes, names: _Names, document: Mapping[str, Any], *, has_escapes: bool) -> None:
     """Refuse what two readers could read differently."""
     options = document.get("stream_options")
-    may_be_twice = _ESCAPE in content
-    for name in (*document, *(options if isinstance(options, dict) else ())):
-        if name in _DECISIVE:
-            may_be_twice |= content.count(_SPELT[name]) > 1
-        elif name.casefold() in _DECISIVE:
-            raise _malformed("A name that counts is spelt with capitals.")
+    inner = _names(tuple(options)) if isinstance(options, dict) else _NO_NAMES
+    if names.is_ambiguous or inner.is_ambiguous:
+        raise _malformed("A name that counts is spelt with capitals.")
+    may_be_twice = has_escapes
+    for spelt in names.spelt + inner.spelt:
+        may_be_twice = may_be_twice or content.count(spelt) > 1
     if may_be_twice:
         _check_for_doubles(content)
 

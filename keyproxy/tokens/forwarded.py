@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from typing import Final
-
-_LENGTH: Final = re.compile(rb"(?im)^content-length:[^\r\n]*\r\n")
-_ENCODINGS: Final = re.compile(rb"(?im)^accept-encoding:[^\r\n]*\r\n")
+from keyproxy.tokens.lines import without_field
 
 
-def for_metering(block: bytes, content_length: int | None) -> bytes:
+def for_metering(block: bytes, *, accepts_codings: bool, content_length: int | None) -> bytes:
     """Header lines, each ended by CR LF, that ask for an answer that can be read.
 
-    `content_length`: the length of another body than the one that they came with; None: the body is as it was.
+    `accepts_codings`: an Accept-Encoding may be among them. `content_length`: the length of another body than the one
+    that they came with; None: the body is as it was.
     """
-    block = _ENCODINGS.sub(b"", block)
+    if accepts_codings:
+        block = without_field(block, b"\naccept-encoding:")
     if content_length is not None:
-        block = _LENGTH.sub(b"", block) + b"Content-Length: %d\r\n" % content_length
+        block = without_field(block, b"\ncontent-length:") + b"Content-Length: %d\r\n" % content_length
     return block + b"Accept-Encoding: identity\r\n"

@@ -7,17 +7,16 @@ which errs on the safe side. 0 is a report like any other.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.model import TokenUse
-from keyproxy.tokens.lines import lower_values
+from keyproxy.tokens.lines import field_values
 
 #: More than this is nobody's use; it would overflow what is added up.
 TOKENS_MAX: Final = 10**12
 
-_DIGITS = re.compile(rb"[0-9]{1,13}")
+_DIGITS_MAX: Final = 13
 
 #: Anthropic counts what was read from or written to its cache apart from the other input.
 _ANTHROPIC_INPUT: Final = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
@@ -55,10 +54,11 @@ def anthropic_use(usage: object) -> TokenUse | None:
 
 def header_use(block: bytes) -> TokenUse | None:
     """The use in the header lines of an answer: one `X-Usage-Tokens: <total>`. A total counts as put out."""
-    (values,) = lower_values(block, b"x-usage-tokens")
-    if len(values) != 1 or not _DIGITS.fullmatch(values[0]) or int(values[0]) > TOKENS_MAX:
+    said = field_values(block, b"\nx-usage-tokens:")
+    if len(said) != 1 or not said[0].isdigit() or len(said[0]) > _DIGITS_MAX:
         return None
-    return TokenUse(0, int(values[0]))
+    total = int(said[0])
+    return None if total > TOKENS_MAX else TokenUse(0, total)
 
 
 def is_count(value: object) -> bool:

@@ -229,8 +229,9 @@ class Exchange(Outcome):
         assert permit is not None  # noqa: S101
         self._is_waiting = False
         self._upstream = upstream
+        block = head.block if self.block is None else self.block
         data = headers.dress(
-            head, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
+            head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
         if self.body:
             data += self._framed(self.body)

@@ -106,6 +106,7 @@ def judge_request(
     going = target.judge(method, parts.start, judged.host)
     line = request_line(method, going, minor, holds_key=holds_key(going.target))
     media_type, codings = _content(parts.fields, judged)
+    sent = [name.lower() for name, _ in parts.fields]
     fields = RequestFields(
         host=judged.host,
         host_block=b"X-Forwarded-Host: %b\r\n" % judged.host if judged.host is not None else b"",
@@ -116,7 +117,8 @@ def judge_request(
         opens_tunnel=judged.opens_tunnel and method == b"GET" and minor == 1 and judged.content_length is None,
         media_type=media_type,
         codings=codings,
-        has_idempotency_key=[name.lower() for name, _ in parts.fields].count(idempotency.NAME) == 1,
+        has_idempotency_key=sent.count(idempotency.NAME) == 1,
+        accepts_codings=b"accept-encoding" in sent,
     )
     return line, fields, judged
 

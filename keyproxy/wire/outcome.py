@@ -31,6 +31,7 @@ class Outcome:
     token_use: TokenUse | None = None
     is_estimated: bool = False
     fingerprint: Fingerprint | None = None
+    block: bytes | None = None
     bytes_in: int = 0
     is_complete: bool = True
 

@@ -39,7 +39,9 @@ def dressed(reader: RequestReader, raw: bytes) -> bytes | None:
         head = reader.read(raw, len(raw) - 4)
     except Refusal:
         return None
-    return headers.dress(head, PERMIT, request_id=b"r-ours", forwarding=FORWARDING, host=b"upstream.example")
+    return headers.dress(
+        head, head.block, PERMIT, request_id=b"r-ours", forwarding=FORWARDING, host=b"upstream.example"
+    )
 
 
 def lines_of(head: bytes) -> list[bytes]:

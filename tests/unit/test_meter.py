@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from keyproxy.model import ResponseFields, ResponseHead, StatusLine, TokenUse
 from keyproxy.tokens import document, inflate, scan, stream
 from keyproxy.tokens.answer import meter_for
-from keyproxy.tokens.lines import lower_values
+from keyproxy.tokens.lines import field_values
 from keyproxy.tokens.meter import Meter
 from keyproxy.tokens.report import TOKENS_MAX, header_use
 from keyproxy.tokens.scan import UsageScanner
@@ -37,7 +37,7 @@ MESSAGE = (
 
 def head(block: bytes = JSON, *, status: int = 200, has_content_length: bool = False) -> ResponseHead:
     line = StatusLine(status, 1, b"HTTP/1.1 %d\r\n" % status)
-    types, codings = lower_values(block, b"content-type", b"content-encoding")
+    types, codings = field_values(block, b"\ncontent-type:"), field_values(block, b"\ncontent-encoding:")
     media_type = types[-1].partition(b";")[0].strip() if types else b""
     fields = ResponseFields(has_content_length=has_content_length, media_type=media_type, codings=tuple(codings))
     return ResponseHead(line, fields, block, 0)
