@@ -256,16 +256,26 @@ class Permit:
         self.hold: Final = hold
 
 
-class TokenUse(NamedTuple):
-    """Tokens that a request used: of its prompt, and of what was produced for it."""
+class TokenUse:
+    """Tokens that a request used: of its prompt, and of what was produced for it; `total` is charged."""
 
-    tokens_in: int
-    tokens_out: int
+    __slots__ = ("tokens_in", "tokens_out", "total")
 
-    @property
-    def total(self) -> int:
-        """What is charged."""
-        return self.tokens_in + self.tokens_out
+    def __init__(self, tokens_in: int, tokens_out: int) -> None:
+        self.tokens_in: Final = tokens_in
+        self.tokens_out: Final = tokens_out
+        self.total: Final = tokens_in + tokens_out
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenUse):
+            return NotImplemented
+        return (self.tokens_in, self.tokens_out) == (other.tokens_in, other.tokens_out)
+
+    def __hash__(self) -> int:
+        return hash((self.tokens_in, self.tokens_out))
+
+    def __repr__(self) -> str:
+        return f"TokenUse({self.tokens_in}, {self.tokens_out})"
 
 
 class Ending(enum.Enum):

@@ -154,7 +154,7 @@ def _tokens(cells: Sequence[Cell]) -> Iterator[Metric]:
     for cell in cells:
         if cell.is_metered:
             whole = sums.setdefault((cell.route, cell.mode), [0, 0, 0, 0])
-            for place, part in enumerate((cell.tokens_held, *cell.tokens, cell.tokens_estimated)):
+            for place, part in enumerate((cell.tokens_held, cell.tokens_in, cell.tokens_out, cell.tokens_estimated)):
                 whole[place] += part
     for names, (was_held, tokens_in, tokens_out, was_estimated) in sums.items():
         held.add_metric(names, was_held)

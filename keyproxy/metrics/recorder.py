@@ -62,8 +62,8 @@ class Cell:
     """The exchanges that share all labels."""
 
     __slots__ = (
-        "code", "count", "ended", "is_metered", "mode", "request_seconds", "route", "status", "tokens",
-        "tokens_estimated", "tokens_held", "upstream_seconds",
+        "code", "count", "ended", "is_metered", "mode", "request_seconds", "route", "status",
+        "tokens_estimated", "tokens_held", "tokens_in", "tokens_out", "upstream_seconds",
     )  # fmt: skip
 
     def __init__(self, route: str, mode: str, status: int, code: str) -> None:
@@ -80,8 +80,7 @@ class Cell:
         self.upstream_seconds = Histogram(REQUEST_BOUNDS)
         #: Whether any of them was charged in tokens; what was held and charged, and how much of that was estimated.
         self.is_metered = False
-        self.tokens = TokenUse(0, 0)
-        self.tokens_held = self.tokens_estimated = 0
+        self.tokens_held = self.tokens_in = self.tokens_out = self.tokens_estimated = 0
 
 
 class Recorder:
@@ -182,7 +181,8 @@ class Recorder:
 def _count_tokens(cell: Cell, exchange: Exchange, use: TokenUse) -> None:
     hold = None if exchange.permit is None else exchange.permit.hold
     cell.is_metered = True
-    cell.tokens = TokenUse(cell.tokens.tokens_in + use.tokens_in, cell.tokens.tokens_out + use.tokens_out)
+    cell.tokens_in += use.tokens_in
+    cell.tokens_out += use.tokens_out
     if hold is not None:
         cell.tokens_held += hold.tokens
     if exchange.is_estimated:
