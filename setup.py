@@ -17,7 +17,7 @@ ROOMS = (
     "limits/told", "ratelimit",
     "metrics/access_log", "metrics/recorder",
     "store/identities", "store/ledger", "store/usage",
-    "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/lines", "tokens/meter",
+    "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/meter",
     "tokens/report", "tokens/scan", "tokens/stream",
     "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing", "wire/heads", "wire/line",
     "wire/outcome", "wire/pool", "wire/readers", "wire/server", "wire/shapes", "wire/upstream",

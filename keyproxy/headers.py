@@ -37,6 +37,7 @@ class Kind(enum.Enum):
     UPGRADE = enum.auto()  # ends here; a WebSocket handshake is made anew
     REQUEST_ID = enum.auto()
     FORWARDED = enum.auto()  # believed only from a trusted peer
+    USAGE = enum.auto()  # forwarded; in an answer it says what was used
     UNREADABLE = enum.auto()  # a name that two servers could read differently
 
 
@@ -53,6 +54,7 @@ _KINDS: Final[dict[bytes, Kind]] = {
     b"x-request-id": Kind.REQUEST_ID,
     b"forwarded": Kind.FORWARDED,
     b"x-real-ip": Kind.FORWARDED,
+    b"x-usage-tokens": Kind.USAGE,
     **dict.fromkeys(
         (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
          b"te", b"trailer", b"http2-settings"),

@@ -181,16 +181,18 @@ class ResponseFields:
 class ResponseHead:
     """An upstream's status line and fields, judged. `block` and `raw` as in `RequestHead`.
 
+    `usage_tokens`: the value of X-Usage-Tokens, None if there is not one, or more than one.
     Neither a length nor chunked: the body, if the status allows one, ends with the connection.
     """
 
-    __slots__ = ("block", "content_length", "fields", "line", "raw")
+    __slots__ = ("block", "content_length", "fields", "line", "raw", "usage_tokens")
 
     def __init__(self, line: StatusLine, fields: ResponseFields, block: bytes, content_length: int) -> None:
         self.line = line
         self.fields = fields
         self.block = block
         self.content_length = content_length
+        self.usage_tokens: bytes | None = None
         self.raw = b""
 
     def __repr__(self) -> str:

@@ -42,10 +42,11 @@ class Statement:
             items = b", ".join([_item(lease, now_mono) for lease in self._told])
             self._format = self._head.replace(b"%", b"%%") + items + b"\r\n"
             self._until_mono = now_mono + _KEPT_SECONDS
-        remaining = [lease.seen_available + lease.free for lease in self._told]
-        if min(remaining) < 0:
-            remaining = [max(0, one) for one in remaining]
-        return self._format % (*remaining,)
+        remaining = []
+        for lease in self._told:
+            left = lease.seen_available + lease.free
+            remaining.append(max(left, 0))
+        return self._format % tuple(remaining)
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:

@@ -30,7 +30,7 @@ def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Me
 
 def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
     if kind == "header":
-        return Meter(report.header_use(head.block))
+        return Meter(report.header_use(head.usage_tokens))
     encoding = b", ".join(head.fields.codings) or b"identity"
     is_plain = encoding == b"identity"
     meter: Meter

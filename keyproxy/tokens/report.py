@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.model import TokenUse
-from keyproxy.tokens.lines import field_values
 
 #: More than this is nobody's use; it would overflow what is added up.
 TOKENS_MAX: Final = 10**12
@@ -52,12 +51,11 @@ def anthropic_use(usage: object) -> TokenUse | None:
     return None if tokens_out is None else TokenUse(sum(value or 0 for value in inputs), tokens_out)
 
 
-def header_use(block: bytes) -> TokenUse | None:
-    """The use in the header lines of an answer: one `X-Usage-Tokens: <total>`. A total counts as put out."""
-    said = field_values(block, b"\nx-usage-tokens:")
-    if len(said) != 1 or not said[0].isdigit() or len(said[0]) > _DIGITS_MAX:
+def header_use(said: bytes | None) -> TokenUse | None:
+    """The use in an answer's one `X-Usage-Tokens: <total>`; None: it has none, or several. A total counts as put out."""
+    if said is None or not said.isdigit() or len(said) > _DIGITS_MAX:
         return None
-    total = int(said[0])
+    total = int(said)
     return None if total > TOKENS_MAX else TokenUse(0, total)
 
 

@@ -102,7 +102,7 @@ class StreamMeter(Meter):
         """Count the text of the whole events at the beginning, up to one with a usage; how many bytes they are."""
         if self._text is None:
             return 0
-        match = _USAGE.search(content) if b'"usage"' in content else None
+        match = _USAGE.search(content) if content.find(b'"usage"') >= 0 else None
         end = content.rfind(b"\n\n", 0, len(content) if match is None else match.start()) + 2
         if end < 2:
             return 0

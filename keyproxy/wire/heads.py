@@ -51,6 +51,7 @@ class JudgedFields:
         "options",
         "request_id",
         "upgrades",
+        "usages",
     )
 
     def __init__(self) -> None:
@@ -65,6 +66,12 @@ class JudgedFields:
         self.expects_continue = False
         self.options: list[bytes] = []
         self.upgrades: list[bytes] = []
+        self.usages: list[bytes] = []
+
+    @property
+    def usage_tokens(self) -> bytes | None:
+        """The value of an X-Usage-Tokens; None if there is not exactly one."""
+        return self.usages[0] if len(self.usages) == 1 else None
 
     @property
     def opens_tunnel(self) -> bool:
@@ -213,6 +220,9 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
         if kind is Kind.PLAIN or (kind is Kind.UNREADABLE and not is_request):
             # An upstream may name its own fields as it likes: they go to the client, whom they do not mislead.
             is_forwarded = name.lower() not in hops
+        elif kind is Kind.USAGE:
+            is_forwarded = name.lower() not in hops
+            judged.usages += [value] if is_forwarded else []
         elif kind is Kind.UNREADABLE:
             raise _malformed("a header name has characters other than letters, digits and '-'")
         elif kind is Kind.CREDENTIAL and is_request:

@@ -142,7 +142,15 @@ class RequestReader(_Reader[RequestFields]):
     """Reads request heads."""
 
     _varies = frozenset(
-        {Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID}
+        {
+            Kind.PLAIN,
+            Kind.CONTENT_TYPE,
+            Kind.CONTENT_LENGTH,
+            Kind.CREDENTIAL,
+            Kind.FORWARDED,
+            Kind.REQUEST_ID,
+            Kind.USAGE,
+        }
     )
 
     def __init__(self, names: FieldNames, holds_key: Callable[[bytes], bool]) -> None:
@@ -221,6 +229,7 @@ class ResponseReader(_Reader[ResponseFields]):
             Kind.CREDENTIAL,
             Kind.FORWARDED,
             Kind.REQUEST_ID,
+            Kind.USAGE,
         }
     )
 
@@ -250,6 +259,8 @@ class ResponseReader(_Reader[ResponseFields]):
             return self._judge(buffer[: end + 4])
         content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
         head = ResponseHead(line, shape.fields, shape.block(values), content_length)
+        if shape.usage_tokens >= 0:
+            head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
         return head
@@ -262,7 +273,9 @@ class ResponseReader(_Reader[ResponseFields]):
         if len(start) <= _LINE_BYTES_MAX:
             self._start_lines[start] = line
         self._remember(line.minor_version, fields, lines, judged)
-        return ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
+        head = ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
+        head.usage_tokens = judged.usage_tokens
+        return head
 
 
 def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[bytes]) -> RequestHead:

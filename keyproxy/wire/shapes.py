@@ -50,7 +50,7 @@ class Shape(Generic[_Fields]):
 
     __slots__ = (
         "_first", "_going", "_match", "_pattern", "_sightings", "content_length", "credentials", "fields", "forwarded",
-        "minor_version", "request_id",
+        "minor_version", "request_id", "usage_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,7 @@ class Shape(Generic[_Fields]):
     ) -> None:
         self.minor_version = minor_version
         self.fields = fields
-        self.content_length = self.request_id = -1
+        self.content_length = self.request_id = self.usage_tokens = -1
         self.credentials: list[tuple[int, bytes]] = []
         self.forwarded: list[tuple[int, bytes]] = []
         self._sightings = 0
@@ -73,6 +73,8 @@ class Shape(Generic[_Fields]):
                 continue
             name = line.partition(b":")[0]
             self._say(meaning.kind, name.lower(), holes)
+            if meaning.kind is Kind.USAGE and judged.usage_tokens is not None and is_forwarded:
+                self.usage_tokens = holes
             if is_forwarded:
                 places.append(holes)
                 going[-1] += name + b": "

@@ -11,21 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyproxy.model import RequestFields, RequestHead, RequestLine
+from keyproxy.headers import FieldNames
+from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
-from keyproxy.tokens.lines import field_values
+from keyproxy.tokens.forwarded import for_metering
 from keyproxy.tokens.report import TOKENS_MAX
+from keyproxy.wire.readers import RequestReader
 
 JSON = b"Content-Type: application/json\r\n"
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 def head(block: bytes = JSON, path: bytes = b"/v1/chat/completions") -> RequestHead:
-    line = RequestLine(b"POST", path, path, 1, b"POST %b HTTP/1.1\r\n" % path)
-    types, codings = field_values(block, b"\ncontent-type:"), field_values(block, b"\ncontent-encoding:")
-    media_type = types[-1].partition(b";")[0].strip() if types else b""
-    return RequestHead(line, RequestFields(b"h", b"", media_type=media_type, codings=tuple(codings)), block, (), 0)
+    raw = b"POST %b HTTP/1.1\r\nHost: h\r\n%b\r\n" % (path, block)
+    return RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
 
 
 def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenAsk:
@@ -316,3 +316,25 @@ def test_no_body_whatever_raises_anything_but_a_refusal(body: bytes) -> None:
             assert refusal.reason in (Reason.REQUEST_MALFORMED, Reason.BODY_TOO_LARGE)  # noqa: PT017
         else:
             assert found.prompt_bound >= 0
+
+
+@pytest.mark.parametrize(
+    ("block", "going"),
+    [
+        (b"", b""),
+        (b"Accept-Encoding: gzip\r\n", b""),
+        (b"ACCEPT-encoding: gzip\r\nA: accept-encoding: br\r\naccept-encoding:br\r\n", b"A: accept-encoding: br\r\n"),
+        (
+            b"B: c\r\nAccept-Encoding:\r\nAccept-Encoding: x\r\nAccept-Encodings: y\r\n",
+            b"B: c\r\nAccept-Encodings: y\r\n",
+        ),
+    ],
+)
+def test_a_metered_request_asks_for_an_answer_that_can_be_read(block: bytes, going: bytes) -> None:
+    asks = going + b"Accept-Encoding: identity\r\n"
+    assert for_metering(block, accepts_codings=True, content_length=None) == asks
+    longer = b"content-length: 5\r\n" + block
+    assert (
+        for_metering(longer, accepts_codings=True, content_length=7)
+        == going + b"Content-Length: 7\r\n" + asks[len(going) :]
+    )

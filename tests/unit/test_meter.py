@@ -13,13 +13,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keyproxy.model import ResponseFields, ResponseHead, StatusLine, TokenUse
+from keyproxy.headers import FieldNames
+from keyproxy.model import ResponseHead, TokenUse
 from keyproxy.tokens import document, inflate, scan, stream
 from keyproxy.tokens.answer import meter_for
-from keyproxy.tokens.lines import field_values
 from keyproxy.tokens.meter import Meter
 from keyproxy.tokens.report import TOKENS_MAX, header_use
 from keyproxy.tokens.scan import UsageScanner
+from keyproxy.wire.readers import ResponseReader
+from keyproxy.wire.shapes import LEARNT_AFTER
 
 JSON = b"Content-Type: application/json\r\n"
 EVENTS = b"Content-Type: text/event-stream; charset=utf-8\r\n"
@@ -36,11 +38,8 @@ MESSAGE = (
 
 
 def head(block: bytes = JSON, *, status: int = 200, has_content_length: bool = False) -> ResponseHead:
-    line = StatusLine(status, 1, b"HTTP/1.1 %d\r\n" % status)
-    types, codings = field_values(block, b"\ncontent-type:"), field_values(block, b"\ncontent-encoding:")
-    media_type = types[-1].partition(b";")[0].strip() if types else b""
-    fields = ResponseFields(has_content_length=has_content_length, media_type=media_type, codings=tuple(codings))
-    return ResponseHead(line, fields, block, 0)
+    raw = b"HTTP/1.1 %d So\r\n%b%b\r\n" % (status, block, b"Content-Length: 9\r\n" if has_content_length else b"")
+    return ResponseReader(FieldNames()).read(raw, len(raw) - 4)
 
 
 def fed(meter: Meter, pieces: Iterable[bytes]) -> bytes:
@@ -240,12 +239,18 @@ def test_an_error_used_nothing_unless_it_says_so(status: int, body: bytes, use: 
         (b"X-Usage-Tokens: 1, 2\r\n", None),
         (b"X-Usage-Tokens: \xc2\xb2\r\n", None),
         (b"Y: X-Usage-Tokens: 12\r\n", None),
+        (b"X_Usage_Tokens: 12\r\n", None),
+        (b"Connection: x-usage-tokens\r\nX-Usage-Tokens: 12\r\n", None),
         (b"X-Usage-Tokens: " + b"9" * 5000 + b"\r\n", None),
     ],
 )
 def test_a_header_says_a_whole_number_once_or_nothing(block: bytes, use: TokenUse | None) -> None:
-    assert header_use(block) == use
-    meter = meter_for("header", head(block))
+    raw, reader = b"HTTP/1.1 200 OK\r\n%b\r\n" % block, ResponseReader(FieldNames())
+    judged = reader.read(raw, len(raw) - 4)
+    for _ in range(LEARNT_AFTER + 1):
+        recognised = reader.read(raw, len(raw) - 4)
+    assert header_use(judged.usage_tokens) == header_use(recognised.usage_tokens) == use
+    meter = meter_for("header", judged)
     assert meter.use == use
     assert fed(meter, [b"any", b"thing"]) == b"anything"
     assert meter.use == use
