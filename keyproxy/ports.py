@@ -12,6 +12,7 @@ from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
+    ANSWERED,
     Ending,
     Identity,
     KeyDigest,
@@ -98,93 +99,81 @@ class Claims(Protocol):
         ...
 
 
-class Exchange(Protocol):
-    """One request and its answer, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never."""
+class Exchange:
+    """One request and its answer, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never.
+
+    A class and no Protocol: everything about a request is read here again and again, and the attributes of a class are
+    where the compiled build looks for them. What every exchange begins with is on the class, so that making one writes
+    only what is its own.
+    """
 
     #: The request; None if its head could not be read.
-    head: RequestHead | None
-
-    @property
-    def request_id(self) -> bytes: ...
-    @property
-    def permit(self) -> Permit | None: ...
-    @property
-    def is_over(self) -> bool: ...
-    @property
-    def started_mono(self) -> float: ...
-    @property
-    def sent_mono(self) -> float: ...
-    @property
-    def answered_mono(self) -> float: ...
-    @property
-    def ended_mono(self) -> float: ...
-    @property
-    def status(self) -> int: ...
-    @property
-    def reason(self) -> Reason | None: ...
-    @property
-    def refusal_detail(self) -> str: ...
-    @property
-    def ending(self) -> Ending: ...
-    @property
-    def bytes_in(self) -> int: ...
-    @property
-    def bytes_out(self) -> int: ...
+    head: RequestHead | None = None
+    request_id: bytes = b""
 
     #: What it is to be looked up by, once a key was found in it.
-    digest: KeyDigest | None
+    digest: KeyDigest | None = None
 
     #: Whose key it is, once that is known; also for a request that is then refused.
-    identity: Identity | None
+    identity: Identity | None = None
 
     #: Which route it is on, once it is known whose request it is.
-    route: Route | None
+    route: Route | None = None
+
+    permit: Permit | None = None
+    reason: Reason | None = None
+    refusal_detail: str = ""
+    ending: Ending = ANSWERED
+    status: int = 0
+    started_mono: float = 0.0
+    sent_mono: float = 0.0
+    answered_mono: float = 0.0
+    ended_mono: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    is_over: bool = False
 
     #: What it asks for in tokens, and what reads its answer; on routes with tokens.
-    ask: TokenAsk | None
-    meter: Meter | None
+    ask: TokenAsk | None = None
+    meter: Meter | None = None
 
     #: What it is charged in tokens, once it has ended, and whether nobody has said so.
-    token_use: TokenUse | None
-    is_estimated: bool
+    token_use: TokenUse | None = None
+    is_estimated: bool = False
 
     #: What it is recognised by if it comes again; of requests under limits with an Idempotency-Key.
-    fingerprint: Fingerprint | None
+    fingerprint: Fingerprint | None = None
 
-    #: The request's body as far as it has arrived and is not sent yet.
-    body: bytes
+    #: The request's body as far as it has arrived and is not sent yet, and whether all of it has arrived.
+    body: bytes = b""
+    is_complete: bool = True
 
     #: The header lines that go upstream instead of the client's, None if those go.
-    block: bytes | None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all of the request has arrived."""
-        ...
+    block: bytes | None = None
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
-        ...
+        raise NotImplementedError
 
     def forward(self, permit: Permit) -> None:
         """Send the request upstream and relay the answer."""
-        ...
+        raise NotImplementedError
 
     def extend(self, permit: Permit) -> None:
         """Go on with a permit that holds more."""
-        ...
+        raise NotImplementedError
 
     def hold_up(self) -> None:
         """Read no more of the answer, until `extend` or `end_stream`."""
-        ...
+        raise NotImplementedError
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal."""
-        ...
+        """Answer with a refusal. If an answer has begun already, it is cut off so that the client can tell."""
+        raise NotImplementedError
 
     def end_stream(self, refusal: Refusal) -> None:
         """End a stream of events that is under way: its client hears why, and can tell that it ended here."""
-        ...
+        raise NotImplementedError
 
 
 class Gate(Protocol):

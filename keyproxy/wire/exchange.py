@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from keyproxy import headers
+from keyproxy import headers, ports
 from keyproxy.model import ANSWERED, Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
 from keyproxy.wire.collector import Collector
 from keyproxy.wire.framing import LAST_CHUNK, chunk
 from keyproxy.wire.heads import has_no_body
-from keyproxy.wire.outcome import Outcome
 
 if TYPE_CHECKING:
     from keyproxy.wire.client import ClientConnection
@@ -37,9 +36,10 @@ _CLIENT_GONE_STATUS: Final = 499
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
-class Exchange(Outcome):
+class Exchange(ports.Exchange):
     """See the module. `head` is None if the request's head could not be read; then it can only be refused."""
 
+    is_tunnel: bool = False
     _collector: Collector | None = None
     _is_held_up: bool = False
     _answer: ResponseHead | None = None
@@ -157,7 +157,10 @@ class Exchange(Outcome):
 
     def body_arrived(self, content: bytes, *, is_complete: bool) -> None:
         """The next content of the request body, and whether it was the last."""
-        self.note_arrived(content, is_complete=is_complete)
+        self.bytes_in += len(content)
+        self.is_complete = is_complete
+        if self.fingerprint is not None:
+            self.fingerprint.feed(content)
         if self._upstream is not None:
             self._upstream.send(self._framed(content), is_last=is_complete)
         elif self._collector is not None:

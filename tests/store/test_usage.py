@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -23,7 +23,7 @@ ROUTE = "POST /v1/ai/jobs"
 _numbers = itertools.count()
 
 
-class Ended:
+class Ended(Exchange):
     """An exchange that has ended, as far as usage is concerned."""
 
     def __init__(
@@ -46,7 +46,7 @@ def rows(*ended: Ended) -> list[tuple[Exchange, str, str, str]]:
     """What the recorder tells of them."""
     return [
         (
-            cast("Exchange", one),
+            one,
             ROUTE,
             "none" if one.identity is None else one.identity.mode,
             "ok" if one.reason is None else one.reason.code,

@@ -132,6 +132,7 @@ def test_what_does_not_count_may_be_there_as_it_likes(body: bytes) -> None:
         (JSON, b"", (0, 0)),
         (b"", b" \n", (0, 0)),
         (b"Content-Type: text/plain\r\n", b"", (0, 0)),
+        (b"Content-Type: text/plain\r\n", b"{", (1, None)),
         (b"Content-Type: multipart/form-data; boundary=x\r\n", b"--x\r\n", (5, None)),
         (b"Content-Type: text/plain\r\n", b'{"max_tokens":5}', (16, 5)),
         (b"Content-Type: text/plain\r\n", b' {"max_tokens":', (15, None)),
