@@ -108,7 +108,7 @@ class _Transport:
 
 
 #: Whose limits: the plan that the key, its user and its tenant have, each. No unit of these runs out here.
-_MANY: Final = 10**12
+_MANY: Final = 10**9
 PLANS: Final = {
     "no limits": None,
     "windows": Plan(requests_per_day=_MANY, requests_per_month=_MANY),

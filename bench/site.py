@@ -53,8 +53,8 @@ match = "POST /files/{{rest...}}"
 
 #: None of these is ever used up; a rate and concurrency would have wrk refused.
 _LIMITS = {
-    "requests_per_day": 10**12, "requests_per_month": 10**12,
-    "tokens_per_request": 10_000, "tokens_per_day": 10**14, "tokens_per_month": 10**14,
+    "requests_per_day": 10**9, "requests_per_month": 10**9,
+    "tokens_per_request": 10_000, "tokens_per_day": 10**10, "tokens_per_month": 10**10,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from bench.load import rss_mib
 from bench.site import machine
 from keyproxy import clock, settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import Missing
+from keyproxy.model import Missing, Patience
 from keyproxy.store import embedded, migrations
 from keyproxy.store.assembly import Store
 
@@ -31,6 +31,9 @@ _SELF = [int(Path("/proc/self").resolve().name)]
 _PLAN = '{"concurrency": 100, "requests_per_day": 1000000, "tokens_per_day": 1000000000}'
 _NEED = TokenNeed(100, 1_100)
 _IDLE_SECONDS = 5.0
+
+#: All come at once here, and each is waited for.
+_PATIENCE_SECONDS = 120.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,7 +129,9 @@ async def _take(store: Store, allowance: Allowance) -> Hold:
         try:
             return store.ledger.take(allowance, clock.now(), _NEED)
         except Missing as missing:
-            await missing.bring()
+            patience = Patience()
+            patience.seconds_left = _PATIENCE_SECONDS
+            await missing.bring(patience)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from keyproxy.store.usage_desk import UsageDesk, UsageOperations
 from keyproxy.store.usage_reading import UsageFilter
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
-from tests.store.test_usage import Ended, rows
+from tests.store.test_usage import ended, rows
 
 
 @pytest.fixture(params=["database", "api"])
@@ -179,7 +179,7 @@ async def test_a_dry_run_in_parts_says_that_it_is_one(api: Api) -> None:
 async def test_usage_limits_and_decisions_are_told_alike(api: Api, by: str) -> None:
     journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
     who = fakes.identity("u_1", "acme")
-    journal.take(rows(*(Ended(who, use=TokenUse(10, 1)) for _ in range(3))))
+    journal.take(rows(*(ended(who, use=TokenUse(10, 1)) for _ in range(3))))
     await journal.flush()
     key = (await api.user())["key"]["id"]
     await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5}})

@@ -19,7 +19,7 @@ from keyproxy.settings import Usage
 from keyproxy.store.usage import UsageJournal
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
-from tests.store.test_usage import Ended, rows
+from tests.store.test_usage import ended, rows
 
 
 class Printed(NamedTuple):
@@ -55,7 +55,7 @@ def run(api: Api, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 async def key(api: Api) -> str:
     """A key of a user under limits, with usage."""
     journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
-    journal.take(rows(*(Ended(fakes.identity("u_1", "acme"), use=TokenUse(10, 1)) for _ in range(2))))
+    journal.take(rows(*(ended(fakes.identity("u_1", "acme"), use=TokenUse(10, 1)) for _ in range(2))))
     await journal.flush()
     key: str = (await api.user())["key"]["id"]
     await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5, "tokens_per_month": 0}})

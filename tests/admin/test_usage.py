@@ -12,7 +12,7 @@ from keyproxy.settings import Usage
 from keyproxy.store.usage import UsageJournal
 from tests import fakes
 from tests.admin.conftest import Api
-from tests.store.test_usage import Ended, rows
+from tests.store.test_usage import ended, rows
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ async def used(api: Api) -> Api:
     """An API over what two users of two tenants have used today: one request each, of 11 tokens."""
     journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
     people = [fakes.identity("ann", "acme"), fakes.identity("bob", "other")]
-    journal.take(rows(*(Ended(who, use=TokenUse(10, 1)) for who in people)))
+    journal.take(rows(*(ended(who, use=TokenUse(10, 1)) for who in people)))
     await journal.flush()
     return api
 

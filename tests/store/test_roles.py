@@ -29,7 +29,7 @@ from keyproxy.store.usage_reading import UsageFilter, UsageReader
 from tests import fakes
 from tests.store.stage import Clock, Sql, add_key, add_user
 from tests.store.test_claims import claim
-from tests.store.test_usage import Ended, rows
+from tests.store.test_usage import ended, rows
 
 FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
 
@@ -240,7 +240,7 @@ async def test_proxies_write_usage_and_clean_it_up_and_the_admin_side_reads_it(
     as_proxy: Database, as_admin: Database, sql: Sql
 ) -> None:
     journal = UsageJournal(as_proxy, Usage(), Clock(), settle_seconds=0.5)
-    journal.take(rows(Ended(fakes.identity())))
+    journal.take(rows(ended(fakes.identity())))
     await journal.flush()
     await sql.execute(
         "CREATE TABLE keyproxy.usage_event_batches_20200101 PARTITION OF keyproxy.usage_event_batches"

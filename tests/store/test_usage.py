@@ -23,26 +23,26 @@ ROUTE = "POST /v1/ai/jobs"
 _numbers = itertools.count()
 
 
-class Ended(Exchange):
+def ended(
+    identity: Identity | None, *, was_sent: bool = True, reason: Reason | None = None,
+    use: TokenUse | None = None, is_estimated: bool = False,
+) -> Exchange:  # fmt: skip
     """An exchange that has ended, as far as usage is concerned."""
-
-    def __init__(
-        self, identity: Identity | None, *, was_sent: bool = True, reason: Reason | None = None,
-        use: TokenUse | None = None, is_estimated: bool = False,
-    ) -> None:  # fmt: skip
-        self.identity = identity
-        line = RequestLine(b"POST", b"/v1/ai/jobs", b"/v1/ai/jobs", 1, b"POST /v1/ai/jobs HTTP/1.1\r\n")
-        self.head = RequestHead(line, RequestFields(b"compute", b""), b"", (), 10)
-        self.request_id = b"%d" % next(_numbers)
-        self.started_mono, self.ended_mono = 5_000.0, 5_000.25
-        self.sent_mono = 5_000.1 if was_sent else 0.0
-        self.reason = reason
-        self.status = 200 if reason is None else reason.value.status
-        self.token_use, self.is_estimated = use, is_estimated
-        self.bytes_in, self.bytes_out = 10, 20
+    one = Exchange()
+    one.identity = identity
+    line = RequestLine(b"POST", b"/v1/ai/jobs", b"/v1/ai/jobs", 1, b"POST /v1/ai/jobs HTTP/1.1\r\n")
+    one.head = RequestHead(line, RequestFields(b"compute", b""), b"", (), 10)
+    one.request_id = b"%d" % next(_numbers)
+    one.started_mono, one.ended_mono = 5_000.0, 5_000.25
+    one.sent_mono = 5_000.1 if was_sent else 0.0
+    one.reason = reason
+    one.status = 200 if reason is None else reason.value.status
+    one.token_use, one.is_estimated = use, is_estimated
+    one.bytes_in, one.bytes_out = 10, 20
+    return one
 
 
-def rows(*ended: Ended) -> list[tuple[Exchange, str, str, str]]:
+def rows(*exchanges: Exchange) -> list[tuple[Exchange, str, str, str]]:
     """What the recorder tells of them."""
     return [
         (
@@ -51,7 +51,7 @@ def rows(*ended: Ended) -> list[tuple[Exchange, str, str, str]]:
             "none" if one.identity is None else one.identity.mode,
             "ok" if one.reason is None else one.reason.code,
         )
-        for one in ended
+        for one in exchanges
     ]
 
 
@@ -85,10 +85,10 @@ async def test_requests_refusals_and_tokens_are_summed_by_day_key_mode_and_route
     who, test = fakes.identity(), fakes.identity(is_test=True)
     journal.take(
         rows(
-            Ended(who, use=TokenUse(10, 5)),
-            Ended(who, use=TokenUse(3, 4), is_estimated=True),
-            Ended(who, was_sent=False, reason=Reason.QUOTA_EXHAUSTED),
-            Ended(test),
+            ended(who, use=TokenUse(10, 5)),
+            ended(who, use=TokenUse(3, 4), is_estimated=True),
+            ended(who, was_sent=False, reason=Reason.QUOTA_EXHAUSTED),
+            ended(test),
         )
     )
     await journal.flush()
@@ -110,7 +110,7 @@ async def test_batches_of_one_day_add_up_also_those_of_an_identity_that_was_read
     journal: UsageJournal, sql: Sql
 ) -> None:
     for _ in range(3):
-        journal.take(rows(Ended(fakes.identity()), Ended(fakes.identity())))
+        journal.take(rows(ended(fakes.identity()), ended(fakes.identity())))
         await journal.flush()
     assert [row["requests"] for row in await usage(sql)] == [6]
 
@@ -118,9 +118,9 @@ async def test_batches_of_one_day_add_up_also_those_of_an_identity_that_was_read
 async def test_a_day_begins_at_midnight_utc(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
     who = fakes.identity()
     clock.wall_seconds = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC).timestamp()
-    journal.take(rows(Ended(who)))
+    journal.take(rows(ended(who)))
     clock.advance(1.0)
-    journal.take(rows(Ended(who), Ended(who)))
+    journal.take(rows(ended(who), ended(who)))
     await journal.flush()
     assert [(row["day"], row["requests"]) for row in await usage(sql)] == [
         (date(2026, 1, 31), 1),
@@ -129,7 +129,7 @@ async def test_a_day_begins_at_midnight_utc(journal: UsageJournal, sql: Sql, clo
 
 
 async def test_requests_of_unknown_keys_are_attributed_to_nobody(journal: UsageJournal, sql: Sql) -> None:
-    journal.take(rows(Ended(None, was_sent=False, reason=Reason.KEY_INVALID)))
+    journal.take(rows(ended(None, was_sent=False, reason=Reason.KEY_INVALID)))
     await journal.flush()
     assert await usage(sql) == []
     assert journal.pending_events == 0
@@ -146,7 +146,7 @@ async def test_a_batch_whose_answer_is_lost_counts_once(dsn: str, sql: Sql, cloc
 
     door.edit["record_usage"] = lose
     for _ in range(losses):
-        journal.take(rows(Ended(fakes.identity())))
+        journal.take(rows(ended(fakes.identity())))
         await journal.flush()
     assert journal.down_because
     del door.edit["record_usage"]
@@ -168,7 +168,7 @@ async def test_what_is_used_while_the_store_is_away_is_written_when_it_is_back(
     who = fakes.identity()
     await relay.cut()
     for _ in range(5):
-        journal.take(rows(Ended(who)))
+        journal.take(rows(ended(who)))
         await journal.flush()
     clock.advance(30.0)
     assert journal.unwritten_seconds() == 30.0
@@ -181,7 +181,7 @@ async def test_what_is_used_while_the_store_is_away_is_written_when_it_is_back(
 
 async def test_closing_writes_what_there_is(journal: UsageJournal, sql: Sql) -> None:
     journal.start()
-    journal.take(rows(Ended(fakes.identity())))
+    journal.take(rows(ended(fakes.identity())))
     await journal.close()
     assert await total(sql) == 1
 
@@ -189,7 +189,7 @@ async def test_closing_writes_what_there_is(journal: UsageJournal, sql: Sql) -> 
 async def test_it_is_written_every_settle_seconds(database: Database, sql: Sql, clock: Clock) -> None:
     journal = UsageJournal(database, Usage(), clock, settle_seconds=0.01)
     journal.start()
-    journal.take(rows(Ended(fakes.identity())))
+    journal.take(rows(ended(fakes.identity())))
     await until_row(sql, "SELECT 1 FROM keyproxy.usage WHERE requests = 1")
     await journal.close()
 
@@ -202,7 +202,7 @@ async def test_processes_that_write_the_same_rows_in_any_order_do_not_hold_each_
     for turn in range(10):
         for number, journal in enumerate(journals):
             order = people if (turn + number) % 2 else people[::-1]
-            journal.take(rows(*(Ended(who) for who in order)))
+            journal.take(rows(*(ended(who) for who in order)))
         await asyncio.gather(*(journal.flush() for journal in journals))
     assert await total(sql) == 10 * len(journals) * len(people)
     assert [journal.counts["failures"] for journal in journals] == [0, 0, 0, 0]
@@ -216,9 +216,9 @@ async def test_what_waits_for_the_store_is_bounded_and_what_does_not_fit_is_coun
     await relay.cut()
     journal = UsageJournal(database, Usage(event_days=0), clock, settle_seconds=0.5)
     first = fakes.identity("first")
-    journal.take(rows(Ended(first)))
+    journal.take(rows(ended(first)))
     for start in range(0, 100_200, 200):
-        journal.take(rows(*(Ended(fakes.identity(f"u_{number}")) for number in range(start, start + 200))))
+        journal.take(rows(*(ended(fakes.identity(f"u_{number}")) for number in range(start, start + 200))))
     assert journal.dropped["requests"] == 201
     await relay.mend()
     await journal.flush()
@@ -228,7 +228,7 @@ async def test_what_waits_for_the_store_is_bounded_and_what_does_not_fit_is_coun
 
 async def test_events_that_wait_are_bounded_and_sums_are_not_touched_by_it(journal: UsageJournal, sql: Sql) -> None:
     who = fakes.identity()
-    same = rows(*(Ended(who) for _ in range(500)))
+    same = rows(*(ended(who) for _ in range(500)))
     told = 0
     while not journal.dropped["events"]:
         journal.take(same)
@@ -242,8 +242,8 @@ async def test_events_that_wait_are_bounded_and_sums_are_not_touched_by_it(journ
 async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
     clock.mono_seconds = 5_000.0
     began = datetime.fromtimestamp(clock.wall_seconds, UTC)
-    one = Ended(fakes.identity(), use=TokenUse(7, 0), is_estimated=True)
-    other = Ended(fakes.identity("u_43", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)
+    one = ended(fakes.identity(), use=TokenUse(7, 0), is_estimated=True)
+    other = ended(fakes.identity("u_43", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)
     journal.take(rows(one, other))
     await journal.flush()
     found = [dict(row) for row in await sql.fetch("SELECT * FROM keyproxy.usage_events ORDER BY id")]
@@ -261,7 +261,7 @@ async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock
 
 async def test_without_event_days_there_are_sums_and_no_events(database: Database, sql: Sql, clock: Clock) -> None:
     journal = UsageJournal(database, Usage(event_days=0), clock, settle_seconds=0.5)
-    journal.take(rows(Ended(fakes.identity())))
+    journal.take(rows(ended(fakes.identity())))
     await journal.flush()
     assert await total(sql) == 1
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.usage_event_batches") == 0
@@ -303,7 +303,7 @@ async def test_a_day_that_is_being_read_is_dropped_the_next_time(
     async with sql.transaction():
         await sql.execute("SELECT count(*) FROM keyproxy.usage_event_batches")
         await journal.tend()
-        journal.take(rows(Ended(fakes.identity())))
+        journal.take(rows(ended(fakes.identity())))
         await journal.flush()
     assert f"{old:%Y%m%d}" in await partitions(sql)
     await journal.tend()

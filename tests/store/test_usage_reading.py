@@ -18,7 +18,7 @@ from keyproxy.store.usage import UsageJournal
 from keyproxy.store.usage_reading import DIMENSIONS, NoSuchEventError, UsageFilter, UsageReader
 from tests import fakes
 from tests.store.stage import Clock, Sql
-from tests.store.test_usage import Ended, rows
+from tests.store.test_usage import ended, rows
 
 NOBODY = UsageFilter()
 
@@ -41,11 +41,11 @@ async def three_days(database: Database, clock: Clock) -> UsageJournal:
     journal = UsageJournal(database, Usage(), clock, settle_seconds=0.5)
     people = [fakes.identity("ann"), fakes.identity("bob", "other")]
     for _ in range(3):
-        journal.take(rows(*(Ended(who, use=TokenUse(10, 1)) for who in people)))
+        journal.take(rows(*(ended(who, use=TokenUse(10, 1)) for who in people)))
         await journal.flush()
         clock.wall_seconds += 86_400
     clock.wall_seconds -= 86_400
-    journal.take(rows(Ended(fakes.identity("ann", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)))
+    journal.take(rows(ended(fakes.identity("ann", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)))
     await journal.flush()
     return journal
 
@@ -114,7 +114,7 @@ async def test_an_export_goes_on_after_any_event_and_misses_none(reader: UsageRe
     found = await listed(reader.events(NOBODY))
     for place, event in enumerate(found):
         assert await listed(reader.events(NOBODY, event["id"])) == found[place + 1 :]
-    three_days.take(rows(Ended(fakes.identity("later"))))
+    three_days.take(rows(ended(fakes.identity("later"))))
     await three_days.flush()
     (more,) = await listed(reader.events(NOBODY, found[-1]["id"]))
     assert more["user"] == "later"
@@ -139,7 +139,7 @@ async def test_what_is_being_written_is_waited_for_so_that_nobody_goes_on_past_i
         """ SELECT (now() AT TIME ZONE 'UTC')::date, '00000000000000aa', 1,
             '[[1000, "slow", ["t","slow","k","live","r","POST",200,"ok"], 1, 1, 1, null, null, false]]'"""
     )
-    three_days.take(rows(Ended(fakes.identity("later"))))
+    three_days.take(rows(ended(fakes.identity("later"))))
     await three_days.flush()
     reading = asyncio.create_task(listed(reader.events(NOBODY)))
     done, _ = await asyncio.wait([reading], timeout=0.2)
