@@ -44,6 +44,8 @@ _DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "
 #: as with `find`, since they are tried as a number first.
 _ESCAPE: Final = b"\\u"
 _BACKSLASH: Final = 0x5C
+#: Java's equalsIgnoreCase takes the Turkish i, with a dot or without, in capitals or not, for the Latin one.
+_DOT_ABOVE: Final = "\u0307"
 
 _IMAGES: Final = frozenset({"image", "image_url", "input_image"})
 _MEDIA: Final = _IMAGES | {
@@ -89,15 +91,15 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     content = body if bits is None else _inflated(body, bits, bytes_max)
     # Many a server reads JSON whatever it is called.
     if not fields.is_json and not content.lstrip(_SPACE).startswith(b"{"):
-        return _unread(kind, content)
+        return _unread(kind, content, opens_tunnel=fields.opens_tunnel)
     try:
         document = orjson.loads(content)
     except ValueError as error:
         if fields.is_json and content.strip(_SPACE):
             raise _malformed("The body is not well-formed JSON in UTF-8.") from error
-        return _unread(kind, content)
+        return _unread(kind, content, opens_tunnel=fields.opens_tunnel)
     if not isinstance(document, dict):
-        return _unread(kind, content)
+        return _unread(kind, content, opens_tunnel=fields.opens_tunnel)
     has_escapes = _BACKSLASH in content and content.find(_ESCAPE) >= 0
     names = _names(tuple(document))
     _check_names(content, names, document, has_escapes=has_escapes)
@@ -114,11 +116,11 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     return TokenAsk(prompt_bound, maximum, streams=True, hides_usage=True, body=body)
 
 
-def _unread(kind: str, content: bytes) -> TokenAsk:
-    """For content that says nothing of what may be put out."""
+def _unread(kind: str, content: bytes, *, opens_tunnel: bool) -> TokenAsk:
+    """For content that says nothing of what may be put out. Nobody reads what is asked for, and used, in a tunnel."""
     if content.strip(_SPACE):
         return TokenAsk(len(content), None)
-    return TokenAsk(0, None if kind == "header" else 0)
+    return TokenAsk(0, None if kind == "header" or opens_tunnel else 0)
 
 
 class _Names:
@@ -158,7 +160,7 @@ def _names(there: tuple[str, ...]) -> _Names:
 
 def _is_ambiguous(name: str) -> bool:
     """Whether some readers take it for a name that counts, and others do not."""
-    return name not in _DECISIVE and name.casefold() in _DECISIVE
+    return name not in _DECISIVE and name.upper().casefold().replace(_DOT_ABOVE, "") in _DECISIVE
 
 
 def _maximum(document: Mapping[str, Any], names: _Names, path: bytes) -> int | None:

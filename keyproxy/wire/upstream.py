@@ -272,4 +272,6 @@ def _without_length(head: ResponseHead) -> ResponseHead:
     """The head without its Content-Length, which a client might wait for. RFC 9110 section 8.6."""
     lines = head.block.splitlines(keepends=True)
     block = b"".join(line for line in lines if not line.lower().startswith(b"content-length:"))
-    return ResponseHead(head.line, dataclasses.replace(head.fields, has_content_length=False), block, 0)
+    without = ResponseHead(head.line, dataclasses.replace(head.fields, has_content_length=False), block, 0)
+    without.usage_tokens = head.usage_tokens
+    return without

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
+from keyproxy.tokens.ask import _KNOWN_MAX, MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, _known, ask_of
 from keyproxy.tokens.forwarded import for_metering
 from keyproxy.tokens.report import TOKENS_MAX
 from keyproxy.wire.readers import RequestReader
@@ -91,6 +91,11 @@ def test_a_maximum_that_is_no_whole_number_is_refused(name: str, value: str) -> 
         b'{"Max_Tokens":9}',
         b'{"max_tokens":1,"MAX_TOKENS":9}',
         b'{"max_token\xc5\xbf":9}',
+        b'{"max_to\xe2\x84\xaaens":9}',
+        b'{"be\xef\xac\x86_of":9}',
+        b'{"max_complet\xc4\xb1on_tokens":9}',
+        b'{"MAX_COMPLET\xc4\xb0ON_TOKENS":9}',
+        b'{"stream":true,"messages":[],"stream_options":{"include_usage":true,"INCLUDE_USAGE":false}}',
         b'{"n":1,"n":2}',
         b'{"stream":true,"stream":false,"messages":[]}',
         b'{"stream_options":{},"stream_options":null}',
@@ -152,6 +157,24 @@ def test_embeddings_put_nothing_out_and_a_route_of_any_kind_may_put_out_without_
     assert ask(body, path=b"/v1/embeddings").maximum == 0
     assert ask(body, path=b"/v1/responses").maximum is None
     assert ask(b"", kind="header").maximum is None
+
+
+@pytest.mark.parametrize("kind", ["openai", "anthropic", "header"])
+def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
+    raw = b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    handshake = RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
+    assert ask_of(kind, handshake, b"", bytes_max=1).maximum is None
+
+
+def test_who_sends_ever_new_names_is_read_alike_and_fills_no_memory() -> None:
+    for number in range(_KNOWN_MAX + 10):
+        assert ask(b'{"name_%d":1,"n":3,"max_tokens":%d}' % (number, number)).maximum == 3 * number
+        assert len(_known) <= _KNOWN_MAX
+    many = b'{%b"max_tokens":7}' % b"".join(b'"%d":1,' % number for number in range(100))
+    for body in (many, b'{"%b":1,"max_tokens":7}' % (b"x" * 1_000)):
+        before = len(_known)
+        assert ask(body).maximum == 7
+        assert len(_known) == before
 
 
 DATA_URL = "data:image/png;base64," + "A" * 9000

@@ -12,9 +12,12 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import Ending, Route
 from keyproxy.reasons import Reason
 from keyproxy.routes import RouteTable
+from keyproxy.wire.shapes import LEARNT_AFTER
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream, answer_with
+from tests.store.stage import until
 from tests.wire.conftest import Start, Wire, request
+from tests.wire.test_long import HANDSHAKE, tunnel
 
 CHAT = "/v1/chat/completions"
 USAGE = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
@@ -274,3 +277,119 @@ async def test_live_and_test_traffic_spend_from_pools_of_their_own(start: Start)
                 await client.send(request() if key is None else request(key=key))
                 statuses.append((await client.answer()).status)
             assert statuses == [200, 429]
+
+
+async def test_a_tunnel_on_a_metered_route_is_charged_what_a_request_may_use_at_most(start: Start) -> None:
+    routed = RouteTable([("GET /v1/realtime", Route("GET /v1/realtime", frozenset(), "openai", "openai"))])
+    wire = await start(serving=Upstream(tunnel), routes=routed)
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, tokens_per_request=4_000)))
+    for taken in (4_000, 8_000):
+        async with wire.client() as client:
+            await client.send(request("GET", "/v1/realtime", *HANDSHAKE))
+            assert (await client.answer()).status == 101
+        await until(lambda: wire.server.open_tunnels() == 0, "the tunnel is over")
+        assert spent(wire, "tokens_per_day") == (taken, 10_000)
+    async with wire.client() as client:
+        await client.send(request("GET", "/v1/realtime", *HANDSHAKE))
+        assert (await client.answer()).status == 429
+    assert len(wire.upstream.requests) == 2
+
+
+HEADED = b"HTTP/1.1 %b\r\nX-Usage-Tokens: 12\r\n%b\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "charged"),
+    [
+        (HEADED % (b"204 No Content", b""), 12),
+        (HEADED % (b"204 No Content", b"Content-Length: 0\r\n"), 12),
+        (HEADED % (b"304 Not Modified", b"Content-Length: 5\r\n"), 12),
+        (HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
+        (HEADED % (b"500 Sorry", b"Content-Length: 0\r\n"), 12),
+        (HEADED % (b"103 Early Hints", b"") + HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
+        # Said in an answer that was not the last word, or twice, or for the next hop alone: not said.
+        (HEADED % (b"103 Early Hints", b"") + OK, None),
+        (HEADED % (b"200 OK", b"X-Usage-Tokens: 12\r\nContent-Length: 0\r\n"), None),
+        (HEADED % (b"200 OK", b"x-usage-tokens: 13\r\nContent-Length: 0\r\n"), None),
+        (HEADED % (b"200 OK", b"Connection: X-Usage-Tokens\r\nContent-Length: 0\r\n"), None),
+    ],
+)
+async def test_what_the_head_of_an_answer_says_was_used_is_charged_and_nothing_else_is_believed(
+    start: Start, raw: bytes, charged: int | None
+) -> None:
+    routed = RouteTable([("* /{rest...}", Route("any", frozenset(), "problem", "header"))])
+    wire = await start(serving=Upstream(answer_with(raw)), routes=routed)
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10**6, tokens_per_request=4_000)))
+    async with wire.client() as client:
+        # Often enough for the answer to be recognised by its shape, and by its bytes.
+        for _ in range(LEARNT_AFTER + 2):
+            await client.send(request("POST", "/v1/ai/jobs"))
+            while (await client.answer()).status == 103:
+                pass
+    assert [tokens for _, _, tokens in wire.ledger.settled] == [4_000 if charged is None else charged] * 10
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("key", [(), ("Idempotency-Key: 7",)])
+async def test_a_body_that_is_changed_goes_upstream_framed_anew_with_all_else_as_it_came(
+    start: Start, is_chunked: bool, key: tuple[str, ...]
+) -> None:
+    wire = await start(
+        serving=answer({"usage": USAGE}), routes=routes(), listen={"trusted_proxies": ["127.0.0.0/8"]}
+    )  # fmt: skip
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, requests_per_day=9)))
+    body = json.dumps({"messages": [], "stream": True, "max_tokens": 5}).encode()
+    lines = (
+        "Accept-Encoding: br", "A: Accept-Encoding: x", "accept-ENCODING:gzip", "X-Forwarded-For: 192.0.2.7",
+        "X-Request-Id: mine", "X-Usage-Tokens: 1", "Connection: accept-encoding", *key,
+    )  # fmt: skip
+    if is_chunked:
+        pieces = b"".join(chunk(body[at : at + 7]) for at in range(0, len(body), 7)) + b"0\r\n\r\n"
+        raw = request("POST", CHAT, *lines, "Transfer-Encoding: chunked") + pieces
+    else:
+        raw = request("POST", CHAT, *lines, body=body)
+    async with wire.client() as client:
+        for _ in range(3):
+            await client.send(raw[:-9])
+            await asyncio.sleep(0.01)
+            await client.send(raw[-9:])
+            assert (await client.answer()).status == 200
+    new = b'{"stream_options":{"include_usage":true},' + body[1:]
+    assert len(wire.upstream.requests) == 3
+    for sent in wire.upstream.requests:
+        assert sent.body == new
+        assert sent.all("Content-Length") == ([] if is_chunked else [str(len(new))])
+        assert sent.all("Transfer-Encoding") == (["chunked"] if is_chunked else [])
+        assert sent.all("Accept-Encoding") == ["identity"]
+        assert sent.all("X-Forwarded-For") == ["192.0.2.7, 127.0.0.1"]
+        assert [sent.one(name) for name in ("A", "X-Request-Id", "X-Usage-Tokens", "X-Keyproxy-User")] == [
+            "Accept-Encoding: x", "mine", "1", "u_42",
+        ]  # fmt: skip
+    await wire.claims.tell()
+    assert spent(wire, "requests_per_day")[0] == (1 if key else 3)
+    assert spent(wire, "tokens_per_day")[0] == (12 if key else 36)
+
+
+async def test_a_metered_request_that_is_sent_again_for_a_lost_connection_is_the_same_and_charged_once(
+    start: Start,
+) -> None:
+    async def once(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        if len(wire.upstream.requests) == 2:
+            return False  # the connection that lay in the pool is lost as it is used
+        body = json.dumps({"usage": USAGE}).encode()
+        writer.write(JSON % (len(body), body))
+        return True
+
+    routed = RouteTable([("* /{rest...}", Route("any", frozenset(), "problem", "openai"))])
+    wire = await start(serving=Upstream(once), routes=routed)
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, requests_per_day=9)))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("GET", "/v1/models", "Accept-Encoding: br", "B: c"))
+            assert (await client.answer()).status == 200
+    _, lost, again = wire.upstream.requests
+    assert (lost.start, lost.headers) == (again.start, again.headers)
+    assert again.all("Accept-Encoding") == ["identity"]
+    assert again.one("B") == "c"
+    assert spent(wire, "requests_per_day")[0] == 2
+    assert spent(wire, "tokens_per_day")[0] == 24
