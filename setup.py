@@ -13,8 +13,8 @@ from setuptools import Extension, setup
 ROOMS = (
     "reasons", "model", "admission", "headers", "keyformat", "ports", "problems", "routes", "target", "credential",
     "clock", "gateway", "metering",
-    "limits/allowance", "limits/book", "limits/leases", "limits/plan", "limits/register", "limits/statement",
-    "limits/told", "ratelimit",
+    "limits/allowance", "limits/book", "limits/leases", "limits/messages", "limits/plan", "limits/register",
+    "limits/statement", "limits/told", "ratelimit",
     "metrics/access_log", "metrics/recorder",
     "store/identities", "store/ledger", "store/usage",
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/meter",

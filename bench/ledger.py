@@ -30,7 +30,7 @@ import uvloop
 
 from bench.site import machine
 from keyproxy import settings
-from keyproxy.limits.leases import Line, Pool, Window
+from keyproxy.limits.messages import Line, Pool, Window
 from keyproxy.store import embedded, migrations
 from keyproxy.store.backends import ledger_backend
 from keyproxy.store.database import Database

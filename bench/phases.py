@@ -24,7 +24,7 @@ from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.limits.allowance import Allowance, TokenNeed
 from keyproxy.limits.book import Book, Short
-from keyproxy.limits.leases import Pool, Reply
+from keyproxy.limits.messages import Pool, Reply
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder

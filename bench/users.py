@@ -90,8 +90,8 @@ async def _measure(dsn: str, users: int) -> None:
 async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
     # Until what was asked for ahead has gone back, and nothing is left but what the requests hold.
     told = -1
-    while told != store.ledger.counts["round_trips"]:
-        told = store.ledger.counts["round_trips"]
+    while told != store.ledger.conversation.counts["round_trips"]:
+        told = store.ledger.conversation.counts["round_trips"]
         await asyncio.sleep(2.0)
     worked = time.process_time()
     await asyncio.sleep(_IDLE_SECONDS)

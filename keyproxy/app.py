@@ -60,7 +60,7 @@ class Proxy:
             terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
         )
         self._catalogue = Catalogue(self._recorder, self._sources())
-        self.store.ledger.observe = self._catalogue.ledger_round_trips.observe
+        self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
         self._ops = self._ops_listener()
         self._leaving: set[asyncio.Task[None]] = set()
         self._retired: list[UpstreamPool] = []

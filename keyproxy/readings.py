@@ -13,11 +13,11 @@ def spending_of(store: Callable[[], Store]) -> Spending:
     """The numbers of limits, ledger and usage, of whichever store is in use when they are asked for."""
     return Spending(
         limit_refusals=lambda: store().ledger.refusals,
-        ledger_counts=lambda: store().ledger.counts,
+        ledger_counts=lambda: {**store().ledger.counts, **store().ledger.conversation.counts},
         claim_counts=lambda: store().claims.counts,
         claims=lambda: store().claims.pending,
         leases=lambda: store().ledger.book.outstanding,
-        unsettled_seconds=lambda: store().ledger.unsettled_seconds(),  # noqa: PLW0108
+        unsettled_seconds=lambda: store().ledger.conversation.unsettled_seconds(),  # noqa: PLW0108
         events_pending=lambda: store().usage.pending_events,
         usage_counts=lambda: store().usage.counts,
         usage_dropped=lambda: store().usage.dropped,
@@ -29,16 +29,17 @@ def carry_over(before: Store, after: Store) -> None:
     """What has been counted goes on being counted by the store that takes over: metrics never go back."""
     after.identities.counts = before.identities.counts
     after.ledger.counts, after.ledger.refusals = before.ledger.counts, before.ledger.refusals
-    after.ledger.observe = before.ledger.observe
+    was, now = before.ledger.conversation, after.ledger.conversation
+    now.counts, now.observe = was.counts, was.observe
     after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
 
 
 def check_ledger(store: Store) -> Check:
     """Whether the ledger answers, and usage can be written. Leases last for a while: never a reason to be unready."""
-    if store.ledger.down_because:
+    if store.ledger.conversation.down_because:
         why = "limits are spent from leases until they lapse"
-        return Check(Verdict.DEGRADED, f"{why}: {store.ledger.down_because}")
+        return Check(Verdict.DEGRADED, f"{why}: {store.ledger.conversation.down_because}")
     if store.usage.down_because:
         return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
     return Check(Verdict.OK)

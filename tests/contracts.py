@@ -12,7 +12,7 @@ import pytest
 
 from keyproxy import headers
 from keyproxy.keyformat import SecretKey
-from keyproxy.limits.leases import Line, Pool, Window
+from keyproxy.limits.messages import Line, Pool, Window
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal

@@ -11,7 +11,7 @@ from keyproxy import credential, headers
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Book, Short
-from keyproxy.limits.leases import Pool
+from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange

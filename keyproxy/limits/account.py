@@ -6,7 +6,8 @@ compiled: objects of compiled classes cannot be referred to weakly.
 
 from __future__ import annotations
 
-from keyproxy.limits.leases import Lease, Pool
+from keyproxy.limits.leases import Lease
+from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 
 

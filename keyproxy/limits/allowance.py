@@ -6,7 +6,8 @@ import math
 from typing import Final
 
 from keyproxy.limits.account import Account
-from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Pool
+from keyproxy.limits.leases import Lease
+from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.statement import Statement
 from keyproxy.ratelimit import TOKENS as TOKEN_UNIT

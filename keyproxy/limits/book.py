@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from keyproxy.limits import told
 from keyproxy.limits.account import Account
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed, amount_of
-from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease, Window
+from keyproxy.limits.leases import Lease
+from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.register import Register, Short
 

@@ -1,29 +1,20 @@
-"""A lease: the slice of one window that this process may spend without asking, and what it says to the ledger about it.
+"""A lease: the slice of one window that this process may spend without asking, and how much of it is to lie ahead.
 
     window:   limit >= spent + held, always, in the ledger
     lease:    granted = free + in use + used + returned; held for it in the ledger: granted - used - returned
 
-All that travels is cumulative: how much was granted, used and returned since the lease began. So a message may be lost,
-repeated or answered twice without anything being counted twice, and a ledger that has lost its latest commits learns them
-again from those who hold the leases. Units of a rate are granted one by one and never go back: what is not used in time
-comes back with time.
+Units of a rate are granted one by one and never go back: what is not used in time comes back with time.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from keyproxy import ratelimit
+from keyproxy.limits.messages import CONCURRENCY, RATE, TOKENS, Line, Reply, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.ratelimit import LimitPolicy
-
-RATE: Final = "rate"
-CONCURRENCY: Final = "concurrency"
-
-#: The windows that count requests, and those that count tokens, as in `Plan`.
-REQUESTS: Final = ("requests_per_day", "requests_per_month")
-TOKENS: Final = ("tokens_per_day", "tokens_per_month")
 
 #: How long units of a rate may be used after they were asked for. What is admitted in any t seconds, over all proxies, is
 #: at most burst + rate * (t + RATE_SECONDS).
@@ -53,70 +44,6 @@ _WINDOW_SECONDS: Final = {
     "requests_per_month": 2_592_000, "tokens_per_month": 2_592_000,
 }  # fmt: skip
 _UNITS: Final = {CONCURRENCY: ratelimit.CONCURRENT_REQUESTS, **dict.fromkeys(TOKENS, ratelimit.TOKENS)}
-
-
-class Pool(NamedTuple):
-    """Whose limits: a tenant's, a user's or a key's, in live or test mode. All keys of a user draw on one pool."""
-
-    kind: str
-    owner: str
-    is_test: bool
-
-
-class Window(NamedTuple):
-    """What is accounted: one measure of one pool. Which day or month it is, is the ledger's to say."""
-
-    pool: Pool
-    measure: str
-
-    @property
-    def policy(self) -> str:
-        """The name that callers are told."""
-        return f"{self.pool.kind}.{self.measure}"
-
-
-class Line(NamedTuple):
-    """What a process tells the ledger of one lease, and asks of it.
-
-    `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the present
-    one. `limit` is the window's; for a rate its burst, and `interval_seconds` the time in which one unit comes back.
-    `granted`, `used`, `returned` are cumulative; of a rate the ledger asks nothing of them.
-    At most `want` units are asked for, none rather than fewer than `at_least`; `takes_all`: whatever there is.
-    `is_closing`: the lease ends, all of it was used or returned.
-    """
-
-    lease: int
-    window: Window
-    starts: int
-    limit: int
-    interval_seconds: float
-    granted: int
-    used: int
-    returned: int
-    want: int
-    at_least: int
-    takes_all: bool
-    is_closing: bool
-
-
-class Reply(NamedTuple):
-    """What the ledger says of one lease.
-
-    `granted` is cumulative, for a rate what was granted now. `spent` and `held` are the whole window's, after this line;
-    for a rate `held` is what is not to be had at present. `ends_seconds`: until the window's end, by the ledger's clock.
-    `wait_seconds`: until `at_least` units of a rate can be had. `is_wanted`: another holder is short of what lies idle.
-    A reply whose `lease` is 0 is about the ledger itself: it has lost its latest history, wants to hear again all that
-    it was told lately, and grants nothing for `wait_seconds`.
-    """
-
-    lease: int
-    starts: int
-    granted: int
-    spent: int
-    held: int
-    ends_seconds: float
-    wait_seconds: float
-    is_wanted: bool
 
 
 class Lease:
@@ -328,12 +255,10 @@ class Lease:
         self.granted += got
         self.free += got
         if got > 0:
-            # However long that took: what has only now come has not lain idle.
+            # Not idle, however long that took: who asked may still wait for another lease. Given back meanwhile, the two
+            # would never meet.
             self.touched_mono = heard_mono
         self.confirmed = line.used + line.returned
-        if got > 0:
-            # Not idle yet: who asked may still wait for another lease. Given back meanwhile, the two would never meet.
-            self.touched_mono = heard_mono
         self.starts = 0 if self.is_rate else reply.starts
         self.spent = reply.spent
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))

@@ -19,7 +19,8 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.account import Account
-from keyproxy.limits.leases import IDLE_SECONDS, TOKENS, Lease, Line, Pool, Reply
+from keyproxy.limits.leases import IDLE_SECONDS, Lease
+from keyproxy.limits.messages import TOKENS, Line, Pool, Reply
 
 #: For how long "there is no more" is believed; a rate says itself when there will be.
 _EMPTY_SECONDS: Final = 1.0

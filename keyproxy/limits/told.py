@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Lease
+from keyproxy.limits.leases import Lease
+from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS
 from keyproxy.limits.statement import state
 from keyproxy.reasons import Reason, Refusal
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from keyproxy import admission, settings, target
 from keyproxy.limits.allowance import Allowance, TokenNeed
-from keyproxy.limits.leases import CONCURRENCY, RATE, REQUESTS, TOKENS, Line, Pool, Reply, Window
+from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Line, Pool, Reply, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal

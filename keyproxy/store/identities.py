@@ -25,7 +25,7 @@ import cachetools
 from keyproxy.headers import identity_block
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.leases import Pool
+from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal

@@ -157,7 +157,7 @@ end
 
 -- A line, by place. Of this call: its window, what it is given; of a rate how far AHEAD it is and what is AVAILABLE; of a
 -- lease whether another holder IS_WANTED to give, and whether it COUNTS. What is kept of the lease, raised by what is told:
--- HAD granted, CONSUMED, BACK. The rest is as Line in limits/leases.py says.
+-- HAD granted, CONSUMED, BACK. The rest is as Line in limits/messages.py says.
 local OF, GIVEN, AHEAD, AVAILABLE, IS_WANTED, COUNTS, FIELD, HAD, CONSUMED, BACK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, TAKES_ALL, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
     OWNER, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26

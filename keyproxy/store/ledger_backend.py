@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from keyproxy.limits.leases import Line, Reply
+from keyproxy.limits.messages import Line, Reply
 
 
 class LedgerBackend(Protocol):

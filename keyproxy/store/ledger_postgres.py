@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keyproxy.limits.leases import Line, Reply, Window
+from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store.database import Database
 
 

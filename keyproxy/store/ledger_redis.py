@@ -32,7 +32,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from keyproxy.limits.leases import Line, Reply, Window
+from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store import ledger_redis_format as wire
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState

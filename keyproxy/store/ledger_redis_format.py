@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-from keyproxy.limits.leases import Line, Pool, Reply, Window
+from keyproxy.limits.messages import Line, Pool, Reply, Window
 from keyproxy.store.ledger_postgres import WindowState
 
 #: Another one than before whenever ledger.lua keeps its values otherwise, or speaks otherwise: it is part of all keys, so

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keyproxy.limits.leases import Line, Reply
+from keyproxy.limits.messages import Line, Reply
 from keyproxy.store.claims import Answer, Claim
 from keyproxy.store.database import StoreUnavailable
 from tests.reference_claims import ReferenceClaims

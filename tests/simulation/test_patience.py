@@ -10,7 +10,7 @@ import pytest
 
 from keyproxy import settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.leases import Line, Pool, Reply, Window
+from keyproxy.limits.messages import Line, Pool, Reply, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal

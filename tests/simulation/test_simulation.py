@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from keyproxy.limits.leases import Pool, Window
+from keyproxy.limits.messages import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.store.claims import Answer, Claim
 from tests.reference_claims import ReferenceClaims

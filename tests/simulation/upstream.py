@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from keyproxy.limits.allowance import Hold
-from keyproxy.limits.leases import CONCURRENCY, RATE, RATE_SECONDS, TOKENS, Lease, Pool, Window
+from keyproxy.limits.leases import RATE_SECONDS, Lease
+from keyproxy.limits.messages import CONCURRENCY, RATE, TOKENS, Pool, Window
 from keyproxy.limits.plan import Plan
 from tests.reference_ledger import ReferenceLedger, span
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from keyproxy import settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Pool
+from keyproxy.limits.messages import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.reasons import SPENT, Reason, Refusal
@@ -117,7 +117,7 @@ class Process:
     @property
     def holder(self) -> str:
         """As whom it speaks with the ledger."""
-        return self.ledger._holder
+        return self.ledger.conversation._holder
 
 
 class World:

@@ -13,7 +13,7 @@ import pytest
 
 from keyproxy import clock, settings
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed
-from keyproxy.limits.leases import Pool
+from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment, Patience
 from keyproxy.ports import Ledger
@@ -281,10 +281,10 @@ async def test_a_process_that_dies_with_claims_is_charged_all_that_they_held(doo
     dead, alive = Proxy(door), Proxy(door)
     dead.ledger.start()
     await dead.attempt(1, 12)
-    for task in dead.ledger._tasks:
+    for task in dead.ledger.conversation._tasks:
         task.cancel()
     await sql.execute("UPDATE keyproxy.lease_holders SET expires_at = clock_timestamp()")
-    await alive.ledger._backend.reap()
+    await alive.ledger.conversation._backend.reap()
     spent = await charged(sql)
     assert spent["requests_per_day"][0] >= 1
     assert spent["tokens_per_day"][0] >= 50

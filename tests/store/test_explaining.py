@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keyproxy import clock, settings
-from keyproxy.limits.leases import Line, Pool, Window
+from keyproxy.limits.messages import Line, Pool, Window
 from keyproxy.settings import RouteRow, Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import NotFound

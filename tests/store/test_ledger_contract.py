@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keyproxy.limits.leases import Line, Reply, Window
+from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.ledger_backend import LedgerBackend
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from keyproxy import settings
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.leases import Pool
+from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal

@@ -6,7 +6,7 @@ import pytest
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Book, Short
-from keyproxy.limits.leases import Pool, Window
+from keyproxy.limits.messages import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason, Refusal
 from tests.reference_ledger import ReferenceLedger, Row

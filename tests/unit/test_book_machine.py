@@ -17,7 +17,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Short
-from keyproxy.limits.leases import CONCURRENCY, REQUESTS, TOKENS, Lease, Pool, Window
+from keyproxy.limits.leases import Lease
+from keyproxy.limits.messages import CONCURRENCY, REQUESTS, TOKENS, Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Refusal
 from tests.unit.test_book import KEY, LEASE_SECONDS, TENANT, USER, Fleet, Process
