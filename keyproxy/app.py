@@ -179,6 +179,7 @@ class Proxy:
             client_connections=self.server.open_connections,
             failed_connections=self.server.failed_connections,
             access_log_dropped=lambda: self._access_log.dropped,
+            defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
             spending=spending_of(lambda: self.store),
         )
 

@@ -219,11 +219,15 @@ class Gateway:
                 exchange.extend(permit)
 
     async def _fetch_and_watch(self, exchange: Exchange, missing: Missing, patience: Patience) -> None:
-        refusal = await _brought(missing, patience)
-        if refusal is not None and not exchange.is_over:
-            exchange.end_stream(refusal)
-        else:
-            self._watch(exchange, patience)
+        try:
+            refusal = await _brought(missing, patience)
+            if refusal is not None and not exchange.is_over:
+                exchange.end_stream(refusal)
+            else:
+                self._watch(exchange, patience)
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task: the stream is held up until it says so
+            _log.exception("extending failed", extra={"request_id": exchange.request_id.decode("ascii")})
+            exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
 
     def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""

@@ -33,6 +33,8 @@ def carry_over(before: Store, after: Store) -> None:
     now.counts, now.observe = was.counts, was.observe
     after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
+    for old, new in zip(before.lasting, after.lasting, strict=True):
+        new.defects += old.defects
 
 
 def check_ledger(store: Store) -> Check:

@@ -132,6 +132,8 @@ class Admin:
                 _log.info("another configuration is in force")
             except (TokenFileError, TlsError, RefusedToStart) as error:
                 _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the admin API goes on
+                _log.exception("the configuration could not be changed")
             systemd.notify("READY=1")
 
     def _changed(self, settings: Settings) -> Service:

@@ -46,6 +46,7 @@ class Sources:
     client_connections: Callable[[], int]
     failed_connections: Callable[[], Mapping[str, int]]
     access_log_dropped: Callable[[], int]
+    defects: Callable[[], Mapping[str, int]]
     spending: Spending
 
 
@@ -114,6 +115,10 @@ class Catalogue(Collector):
         dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
         dropped.add_metric([], sources.access_log_dropped())
         yield dropped
+        yield _counter(
+            "keyproxy_task_defects", "Work in the background that a defect ended, and that began again.", "task",
+            sources.defects(),
+        )  # fmt: skip
         yield from _tokens(cells)
         yield from families(sources.spending)
         yield _histogram(

@@ -44,6 +44,8 @@ class Store:
             look_ups_max=max(1, store.pool_size_max - 1), now=now,
         )  # fmt: skip
         self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL), self.identities, state, now)
+        #: All that goes on in here as long as the store is open.
+        self.lasting = (self.claims.lasting, self.usage.lasting, self.last_used.lasting, self.feed.lasting)
 
     async def open(self) -> None:
         """Begin to follow the database, whether or not it answers."""

@@ -32,6 +32,7 @@ from keyproxy.model import Moment, Patience
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.lasting import Lasting
 from keyproxy.store.waiting import within
 
 _log = logging.getLogger(__name__)
@@ -102,23 +103,22 @@ class Claims:
         self._number = 0
         self._begun: list[Claim] = []
         self._waiting: deque[Claim] = deque()
+        self._answered: deque[tuple[Claim, Answer]] = deque()
         self._asked: dict[bytes, list[asyncio.Future[int | None]]] = {}
         self._asking: dict[bytes, list[asyncio.Future[int | None]]] = {}
         self._wake = asyncio.Event()
         self._is_closed = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self.lasting = Lasting("claims")
 
     def start(self) -> None:
         """Begin to tell and to ask."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._converse()), loop.create_task(self._tend_forever())]
+        self.lasting.start(self._converse, self._note_failure)
+        self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
 
     async def close(self) -> None:
         """Settle everything. What the store cannot be asked about now is charged in full."""
         self._is_closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.lasting.end()
         for fingerprint, waiting in self._asking.items():
             self._asked.setdefault(fingerprint, []).extend(waiting)
         try:
@@ -166,6 +166,7 @@ class Claims:
         """
         # What ends meanwhile is told the next time: else who asks waits for as long as requests go on ending.
         self._asking, self._asked = self._asked, {}
+        self._settle_answered()
         untold = len(self._waiting)
         while self._begun or untold:
             if not self._begun:
@@ -182,9 +183,8 @@ class Claims:
             if answers is None:
                 self._give_up(begun)
                 continue
-            for claim, (is_first, charged) in zip(begun, answers, strict=True):
-                self.counts["repeats"] += not is_first
-                self._ledger.settle(claim.hold, was_sent=True, tokens=charged, is_repeat=not is_first)
+            self._answered.extend(zip(begun, answers, strict=True))
+            self._settle_answered()
         if self._asking:
             found = await self._store.charged(list(self._asking))
             for fingerprint, waiting in self._asking.items():
@@ -192,6 +192,13 @@ class Claims:
                     if not answer.done():
                         answer.set_result(found.get(fingerprint))
             self._asking = {}
+
+    def _settle_answered(self) -> None:
+        # One at a time: what one of them may fail of is nothing to the others.
+        while self._answered:
+            claim, (is_first, charged) = self._answered.popleft()
+            self.counts["repeats"] += not is_first
+            self._ledger.settle(claim.hold, was_sent=True, tokens=charged, is_repeat=not is_first)
 
     async def _converse(self) -> None:
         while True:
@@ -201,15 +208,11 @@ class Claims:
             # Whoever arrives in this turn of the loop travels along.
             await asyncio.sleep(0)
             self._wake.clear()
-            if not (self._begun or self._waiting or self._asked):
+            if not (self._begun or self._waiting or self._asked or self._answered):
                 continue
             try:
                 await self.tell()
             except (StoreUnavailable, StoreConflict) as error:
-                self._note_failure(error)
-                await asyncio.sleep(_RETRY_SECONDS)
-            except Exception as error:  # noqa: BLE001 - the outermost boundary of this task: the next turn tries again
-                _log.exception("telling of claims failed")
                 self._note_failure(error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
@@ -249,6 +252,4 @@ class Claims:
                     pass
             except (StoreUnavailable, StoreConflict) as error:
                 _log.warning("old charges were not cleaned up: %s", error)
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the next turn tries again
-                _log.exception("cleaning up old charges failed")
             await asyncio.sleep(_TEND_SECONDS)

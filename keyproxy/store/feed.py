@@ -22,6 +22,7 @@ from typing import Final
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.database import Database, Listener, Row, StoreConflict, StoreUnavailable
 from keyproxy.store.identities import FeedState, IdentityCache
+from keyproxy.store.lasting import Lasting
 
 _log = logging.getLogger(__name__)
 
@@ -60,23 +61,20 @@ class ChangeFeed:
         self._snapshot: str | None = None
         self._history = 0
         self._looked_at = now().mono_seconds
-        self._tasks: list[asyncio.Task[None]] = []
+        self.lasting = Lasting("change_feed")
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
         self.is_listening = False
 
     def start(self) -> None:
         """Begin to follow."""
-        loop = asyncio.get_running_loop()
-        self._tasks.append(loop.create_task(self._follow()))
+        self.lasting.start(self._follow)
         if self._listener is not None:
-            self._tasks.append(loop.create_task(self._listen(self._listener)))
+            listener = self._listener
+            self.lasting.start(lambda: self._listen(listener), pause_seconds=_LISTEN_RETRY_SECONDS)
 
     async def close(self) -> None:
         """Follow no more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
+        await self.lasting.end()
         if self._listener is not None:
             await self._listener.close()
 
@@ -136,10 +134,6 @@ class ChangeFeed:
                 _log.debug("the change feed cannot be read: %s", error)
                 pause = _retry_seconds(failures)
                 failures += 1
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task, which must not end
-                _log.exception("the change feed failed")
-                pause = _retry_seconds(failures)
-                failures += 1
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()
@@ -155,7 +149,8 @@ class ChangeFeed:
                 await ended.wait()
             except StoreUnavailable as error:
                 _log.debug("notifications cannot be had: %s", error)
-            self.is_listening = False
+            finally:
+                self.is_listening = False
             await asyncio.sleep(_LISTEN_RETRY_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries
 
     async def _forget_old(self) -> None:

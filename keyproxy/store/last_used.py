@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from keyproxy.model import Identity, Moment
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.lasting import Lasting
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class LastUsed:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: dict[str, float] = {}
-        self._task: asyncio.Task[None] | None = None
+        self.lasting = Lasting("last_used")
 
     def mark(self, entry: Markable, now: Moment) -> None:
         """This key is being used. Called only when a note is due."""
@@ -46,14 +47,11 @@ class LastUsed:
 
     def start(self) -> None:
         """Begin to write."""
-        self._task = asyncio.get_running_loop().create_task(self._write_forever())
+        self.lasting.start(self._write_forever)
 
     async def close(self) -> None:
         """Write what there is, if the store is up."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self.lasting.end()
         if not self._database.is_down:
             await self.flush()
 

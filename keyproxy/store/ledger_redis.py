@@ -182,6 +182,8 @@ class RedisLedger:
         except (StoreUnavailable, StoreConflict, _Lost) as error:
             # Whoever needs it finds out: nothing is granted that was not fetched.
             _log.debug("shares were not fetched ahead of need: %s", error)
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task, for which nobody waits
+            _log.exception("shares were not fetched ahead of need")
 
     async def _stock(self, generation: str, *, is_urgent: bool = True, is_last: bool = False) -> None:
         """Fetch shares that are needed; unless that is all that is urgent, tell PostgreSQL what is due, too.

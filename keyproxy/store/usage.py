@@ -28,6 +28,7 @@ from keyproxy import settings
 from keyproxy.model import Identity, Moment
 from keyproxy.ports import Exchange
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.lasting import Lasting
 
 _log = logging.getLogger(__name__)
 
@@ -125,18 +126,16 @@ class UsageJournal:
         self._sealed_groups = self._sealed_event_bytes = 0
         self._day = -1
         self._written_mono = now().mono_seconds
-        self._tasks: list[asyncio.Task[None]] = []
+        self.lasting = Lasting("usage")
 
     def start(self) -> None:
         """Begin to write."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._write_forever()), loop.create_task(self._tend_forever())]
+        self.lasting.start(self._write_forever, self._note_failure)
+        self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
 
     async def close(self) -> None:
         """Write what there is. What cannot be written now is lost, and said so."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.lasting.end()
         await self.flush()
         if self._sealed:
             requests = sum(group.requests for batch in self._sealed for group in batch.groups)
@@ -252,7 +251,7 @@ class UsageJournal:
         while self._sealed:
             yield self._sealed[0]
 
-    def _note_failure(self, error: StoreUnavailable) -> None:
+    def _note_failure(self, error: Exception) -> None:
         self.counts["failures"] += 1
         if not self.down_because:
             _log.warning("usage cannot be written yet: %s", error)
@@ -270,10 +269,7 @@ class UsageJournal:
             if not (self._sealed or self._batch.groups):
                 self._written_mono = self._now().mono_seconds
                 continue
-            try:
-                await self.flush()
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the next turn tries again
-                _log.exception("writing usage failed")
+            await self.flush()
 
     async def _tend_forever(self) -> None:
         """Make place for days to come, and let go of days that are over."""
@@ -283,8 +279,6 @@ class UsageJournal:
                     pass
             except (StoreUnavailable, StoreConflict) as error:
                 _log.warning("old usage was not cleaned up: %s", error)
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the next turn tries again
-                _log.exception("cleaning up old usage failed")
             await asyncio.sleep(_TEND_SECONDS)
 
     async def tend(self) -> bool:
