@@ -57,5 +57,5 @@ class Lasting:
             return
         try:
             failed(error)
-        except Exception:  # noqa: BLE001 - telling of it must not end what telling of it is to keep alive
+        except Exception:  # noqa: BLE001 - the outermost boundary of a task, again: this must not end it
             _log.exception("a defect while dealing with a defect of %s", self.what)
