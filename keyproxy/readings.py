@@ -39,9 +39,10 @@ def carry_over(before: Store, after: Store) -> None:
 
 def check_ledger(store: Store) -> Check:
     """Whether the ledger answers, and usage can be written. Leases last for a while: never a reason to be unready."""
-    if store.ledger.conversation.down_because:
-        why = "limits are spent from leases until they lapse"
-        return Check(Verdict.DEGRADED, f"{why}: {store.ledger.conversation.down_because}")
+    conversation = store.ledger.conversation
+    if conversation.down_because or conversation.has_lapsed:
+        why = "leases have lapsed" if conversation.has_lapsed else "limits are spent from leases until they lapse"
+        return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'the ledger has not been heard of'}")
     if store.usage.down_because:
         return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
     return Check(Verdict.OK)

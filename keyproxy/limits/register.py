@@ -252,10 +252,10 @@ class Register:
         lease.empty_need = line.at_least + max(0, lease.free)
         lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
 
-    def lost(self, lines: Sequence[Line]) -> None:
-        """Nobody knows what became of these lines. They are told again: everything in them is cumulative."""
-        for line in lines:
-            lease = self._open.pop(line.lease, None)
+    def lost(self, lines: Sequence[Line] | None = None) -> None:
+        """Nobody knows what became of these lines, None: of any. They are told again: all in them is cumulative."""
+        for number in list(self._open) if lines is None else [line.lease for line in lines]:
+            lease = self._open.pop(number, None)
             if lease is not None:
                 self._note(lease)
 

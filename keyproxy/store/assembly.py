@@ -45,7 +45,10 @@ class Store:
         )  # fmt: skip
         self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL), self.identities, state, now)
         #: All that goes on in here as long as the store is open.
-        self.lasting = (self.claims.lasting, self.usage.lasting, self.last_used.lasting, self.feed.lasting)
+        self.lasting = (
+            self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,
+            self.feed.lasting,
+        )  # fmt: skip
 
     async def open(self) -> None:
         """Begin to follow the database, whether or not it answers."""

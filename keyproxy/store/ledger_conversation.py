@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -24,6 +25,7 @@ from keyproxy.limits.messages import Line
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.lasting import Lasting
 from keyproxy.store.ledger_backend import LedgerBackend
 
 _log = logging.getLogger(__name__)
@@ -65,23 +67,25 @@ class Conversation:
         self._wake = asyncio.Event()
         self._become_another()
         self._settles = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self.lasting = Lasting("ledger")
         self._waiting: list[_Waiting] = []
+        #: Those whom the message under way is to answer.
+        self._listening: list[_Waiting] = []
         self._is_closed = False
         self._unsettled_since_mono = now().mono_seconds
+        #: Since when something is to be said and no answer was heard.
+        self._unheard_since_mono = math.inf
 
     def start(self) -> None:
         """Begin to speak."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._converse()), loop.create_task(self._reap())]
+        self.lasting.start(self._converse, self._broken_off)
+        self.lasting.start(self._reap)
 
     async def close(self) -> None:
         """Settle what there is, give everything back, and end."""
         self._is_closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for answer, _ in self._waiting:
+        await self.lasting.end()
+        for answer, _ in (*self._listening, *self._waiting):
             if not answer.done():
                 answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED))
         try:
@@ -114,6 +118,11 @@ class Conversation:
         """For how long at most something has been spent that the ledger has not confirmed; 0.0 if nothing has."""
         return max(0.0, self._mono() - self._unsettled_since_mono) if self.book.has_news else 0.0
 
+    @property
+    def has_lapsed(self) -> bool:
+        """Whether leases are over: something was to be said, and for longer than they last no answer was heard."""
+        return self._mono() - self._unheard_since_mono >= self._lease_seconds
+
     # -- speaking
 
     def _wake_up(self) -> None:
@@ -141,33 +150,27 @@ class Conversation:
                 # Nothing is held, and the ledger may have ended this holder by now, or does while this is under way.
                 self._become_another()
             lines = self.book.lines(now, _LINES_MAX)
-            waiting, self._waiting = self._waiting, []
+            self._listening, self._waiting = self._waiting, []
             if len(lines) == _LINES_MAX:
                 # Those whose lines are in a later message wait for that.
-                everyone, waiting = waiting, []
+                everyone, self._listening = self._listening, []
                 for one in everyone:
-                    (self._waiting if self.book.is_to_be_asked(one[1]) else waiting).append(one)
+                    (self._waiting if self.book.is_to_be_asked(one[1]) else self._listening).append(one)
                 self._wake.set()
-            if not (lines or waiting or now >= heartbeat_at):
+            if not (lines or self._listening or now >= heartbeat_at):
                 continue
             heartbeat_at = now + self._lease_seconds / 3
+            self._unheard_since_mono = min(now, self._unheard_since_mono)
             try:
                 settles_seconds = await self._speak(lines)
-            except asyncio.CancelledError:
-                self._waiting += waiting
-                raise
             except (StoreUnavailable, StoreConflict) as error:
-                self._failed(error, waiting)
-                await asyncio.sleep(_RETRY_SECONDS)
-            except Exception as error:  # noqa: BLE001 - the outermost boundary of this task
-                _log.exception("speaking with the ledger failed")
-                self._failed(error, waiting)
+                self._failed(error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 if settles_seconds:
-                    self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"), waiting)
+                    self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"))
                 else:
-                    self._heard(waiting)
+                    self._heard()
 
     async def _speak(self, lines: Sequence[Line]) -> float:
         """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again.
@@ -188,6 +191,7 @@ class Conversation:
             if not is_heard:
                 self.counts["failures"] += 1
                 self.book.lost(lines)
+        self._unheard_since_mono = math.inf
         self.counts["round_trips"] += 1
         self.observe(heard - asked)
         if replies is None:
@@ -204,22 +208,34 @@ class Conversation:
     def _become_another(self) -> None:
         self._holder, self._serial = secrets.token_hex(12), 0
 
-    def _heard(self, waiting: Sequence[_Waiting]) -> None:
+    def _heard(self) -> None:
         if self.down_because:
             _log.warning("the ledger answers again")
             self.down_because = ""
         self.book.is_lenient = False
-        for answer, _ in waiting:
+        listening, self._listening = self._listening, []
+        for answer, _ in listening:
             if not answer.done():
                 answer.set_result(None)
 
-    def _failed(self, error: Exception, waiting: Sequence[_Waiting]) -> None:
+    def _broken_off(self, error: Exception) -> None:
+        """A defect has ended the conversation, wherever it was: nobody who waits hears of it in any other way."""
+        self._unheard_since_mono = min(self._mono(), self._unheard_since_mono)
+        self._listening += self._waiting
+        self._waiting = []
+        self._failed(error)
+        self.book.lost()
+        # The book may have woken us already, and would not do so again.
+        self._wake_up()
+
+    def _failed(self, error: Exception) -> None:
         if not self.down_because:
             _log.warning("the ledger cannot be asked: %s", error)
         self.down_because = str(error) or type(error).__name__
         # Leases that are still ours are spent first; a request waits for this answer only when there are none.
         self.book.is_lenient = self._is_lenient
-        for answer, _ in waiting:
+        listening, self._listening = self._listening, []
+        for answer, _ in listening:
             if answer.done():
                 continue
             if self._is_lenient:

@@ -11,9 +11,13 @@ from typing import Any, cast
 import pytest
 
 from keyproxy import settings
-from keyproxy.limits.allowance import Bundle, Hold
-from keyproxy.model import NEVER, Identity, Moment, Patience
+from keyproxy.limits.allowance import Allowance, Bundle, Hold
+from keyproxy.limits.messages import Line, Pool, Reply
+from keyproxy.limits.plan import Plan
+from keyproxy.model import NEVER, Identity, Missing, Moment, Patience
+from keyproxy.ops import Check, Verdict
 from keyproxy.ports import Exchange, Ledger
+from keyproxy.readings import check_ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.claims import Claims
 from keyproxy.store.database import Database, Listener, Row
@@ -21,8 +25,10 @@ from keyproxy.store.feed import ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.lasting import Lasting
+from keyproxy.store.ledger import Ledger as StoreLedger
 from keyproxy.store.usage import UsageJournal
 from tests.reference_claims import ReferenceClaims
+from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 
 _HOLD = Hold(Bundle(()), (), 0)
@@ -53,12 +59,13 @@ class Site:
 
 
 class Flaw:
-    """What answers, and what fails `times` times of something that is no outage."""
+    """What answers, and what fails `times` times of something that is no outage, having gone well `skips` times."""
 
     is_down = False
 
     def __init__(self, times: int) -> None:
         self.left = times
+        self.skips = 0
         self.asked: Counter[str] = Counter()
 
     async def fetch(self, name: str, *_arguments: object) -> Sequence[Row]:
@@ -67,7 +74,9 @@ class Flaw:
 
     def strike(self, name: str) -> None:
         self.asked[name] += 1
-        if self.left:
+        if self.skips:
+            self.skips -= 1
+        elif self.left:
             self.left -= 1
             raise RuntimeError("a defect")
 
@@ -240,3 +249,153 @@ def test_a_defect_is_logged_with_its_traceback_told_to_the_work_and_ends_nothing
     site.wait(2_000.0)
     assert not told
     assert flaw.asked["work"] == 3
+
+
+class FlawedBackend:
+    """A ledger that is never away. Implements LedgerBackend."""
+
+    def __init__(self, site: Site, flaw: Flaw) -> None:
+        self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=settings.Ledger().lease_seconds)
+        self.flaw = flaw
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        self.flaw.strike("sync")
+        return self.reference.sync(holder, serial, lines)
+
+    async def reap(self) -> None:
+        self.flaw.strike("reap")
+
+    async def end(self, holder: str) -> None:
+        self.reference.end(holder)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Customers:
+    """Those who want something of a ledger, under a limit of 100 a day each."""
+
+    def __init__(self, site: Site, flaw: Flaw) -> None:
+        self.site = site
+        self.backend = FlawedBackend(site, flaw)
+        self.ledger = StoreLedger(self.backend, settings.Ledger(), site.now)
+        self.holds: list[Hold] = []
+        self._allowances: dict[str, Allowance] = {}
+        site.do(self.ledger.start)
+
+    async def _take(self, user: str, told: list[Reason | None]) -> None:
+        plan = Plan(requests_per_day=100)
+        allowance = self._allowances.setdefault(user, Allowance(((Pool("user", user, False), plan),)))
+        patience = Patience()
+        try:
+            while True:
+                try:
+                    self.holds.append(self.ledger.take(allowance, self.site.now()))
+                    break
+                except Missing as missing:
+                    await missing.bring(patience)
+        except Refusal as refusal:
+            told.append(refusal.reason)
+        else:
+            told.append(None)
+
+    def ask(self, *users: str, seconds: float = 0.1) -> list[Reason | None]:
+        """What requests of theirs, at one time, have heard after so many seconds."""
+        told: list[Reason | None] = []
+        for user in users:
+            self.site.do(lambda user=user: self.site.loop.create_task(self._take(user, told)))  # type: ignore[misc]
+        self.site.wait(seconds)
+        return told
+
+    def end(self) -> int:
+        """They all go; what is spent of their windows when it is all settled."""
+        for hold in self.holds:
+            self.ledger.settle(hold, was_sent=True)
+        self.site.wait(5.0)
+        self.site.do(lambda: self.site.loop.create_task(self.ledger.close()))
+        self.site.wait(5.0)
+        rows = self.backend.reference.rows.values()
+        assert {row.held for row in rows} == {0}
+        return sum(row.spent for row in rows)
+
+
+class Flawed:
+    """In place of a method of the book: strikes first, then does what it did."""
+
+    def __init__(self, flaw: Flaw, method: Callable[..., Any]) -> None:
+        self.flaw, self.method = flaw, method
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        self.flaw.strike(self.method.__name__)
+        return self.method(*args, **how)
+
+
+#: Where a conversation can be broken off: before a message, while it is said, when its answer is there.
+PLACES = ["gather", "lines", "_look_at", "apply", "sync"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("has_leases", [True, False])
+def test_a_defect_anywhere_in_the_ledger_s_conversation_is_heard_by_who_waits_and_by_nobody_after_it(
+    site: Site, place: str, has_leases: bool
+) -> None:
+    flaw = Flaw(0)
+    customers = Customers(site, flaw)
+    if has_leases:
+        assert customers.ask("u_1") == [None]
+    site.wait(3.0)
+    conversation = customers.ledger.conversation
+    if place != "sync":
+        setattr(conversation.book, place, Flawed(flaw, getattr(conversation.book, place)))
+    # Of two that travel together, one line is made already.
+    flaw.left, flaw.skips = 1, int(place == "_look_at")
+    assert customers.ask("u_2", "u_3", seconds=0.9) == [Reason.LEDGER_UNAVAILABLE] * 2
+    assert flaw.left == 0
+    assert conversation.down_because == "a defect"
+    site.wait(1.0)
+    assert conversation.down_because == ""
+    assert customers.ask("u_1", "u_2", "u_3") == [None] * 3
+    assert conversation.lasting.defects == 1
+    assert customers.end() == 3 + has_leases
+
+
+def test_a_defect_in_looking_for_dead_holders_does_not_end_it(site: Site) -> None:
+    flaw = Flaw(0)
+    customers = Customers(site, flaw)
+    flaw.left = 1
+    site.wait(20.0)
+    assert (flaw.left, flaw.asked["reap"] > 3) == (0, True)
+    assert customers.ask("u_1") == [None]
+    assert customers.end() == 1
+
+
+def test_readiness_says_when_leases_have_lapsed_for_nothing_is_heard_and_not_because_nothing_was_said(
+    site: Site,
+) -> None:
+    flaw = Flaw(0)
+    customers = Customers(site, flaw)
+    conversation = customers.ledger.conversation
+    usage = UsageJournal(cast("Database", flaw), settings.Usage(), site.now, settle_seconds=0.5)
+
+    class Parts:
+        ledger = customers.ledger
+
+    parts: Any = Parts()
+    parts.usage = usage
+    site.wait(100.0)
+    assert check_ledger(parts) == Check(Verdict.OK)
+    assert customers.ask("u_1") == [None]
+    flaw.left = 10**6
+    told = []
+    for seconds in (4.0, 10.0, 100.0):
+        site.wait(seconds)
+        told.append(check_ledger(parts))
+    assert {check.verdict for check in told} == {Verdict.DEGRADED}
+    assert [check.reason.partition(":")[0] for check in told] == [
+        "limits are spent from leases until they lapse", "leases have lapsed", "leases have lapsed",
+    ]  # fmt: skip
+    assert conversation.lasting.defects > 50
+    flaw.left = 0
+    site.wait(3.0)
+    assert check_ledger(parts) == Check(Verdict.OK)
+    assert customers.ask("u_1") == [None]

@@ -281,8 +281,7 @@ async def test_a_process_that_dies_with_claims_is_charged_all_that_they_held(doo
     dead, alive = Proxy(door), Proxy(door)
     dead.ledger.start()
     await dead.attempt(1, 12)
-    for task in dead.ledger.conversation._tasks:
-        task.cancel()
+    await dead.ledger.conversation.lasting.end()
     await sql.execute("UPDATE keyproxy.lease_holders SET expires_at = clock_timestamp()")
     await alive.ledger.conversation._backend.reap()
     spent = await charged(sql)
