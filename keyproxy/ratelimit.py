@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 #: Units of the draft's registry, and ours for token budgets; a policy in requests does not name its unit.
@@ -23,6 +24,9 @@ TOKENS: Final = "tokens"
 
 #: The largest Integer of RFC 9651 section 3.3.1. What is larger is told as this: it is as good as unlimited.
 _INTEGER_MAX: Final = 999_999_999_999_999
+
+#: So many policies and lines of them are kept to be shared.
+_KEPT_MAX: Final = 1_024
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
 
@@ -53,6 +57,12 @@ class LimitPolicy:
         object.__setattr__(self, "item", f"{key};q={_integer(self.quota)}{window}{unit}".encode("ascii"))
 
 
+@lru_cache(maxsize=_KEPT_MAX)
+def policy(name: str, quota: int, window_seconds: int | None = None, unit: str = REQUESTS) -> LimitPolicy:
+    """A LimitPolicy, one for all who are under the same: plans are few, users many. Raises what LimitPolicy raises."""
+    return LimitPolicy(name, quota, window_seconds, unit)
+
+
 class LimitState(NamedTuple):
     """A limit at one moment. `remaining` may be below zero after a plan has shrunk: that is told as 0.
 
@@ -74,8 +84,9 @@ class LimitState(NamedTuple):
         return None if self.reset_seconds is None else max(0, math.ceil(self.reset_seconds))
 
 
-def policy_line(policies: Sequence[LimitPolicy]) -> bytes:
-    """The RateLimit-Policy line of these limits; nothing for none. To be made once for each set of limits."""
+@lru_cache(maxsize=_KEPT_MAX)
+def policy_line(policies: tuple[LimitPolicy, ...]) -> bytes:
+    """The RateLimit-Policy line of these limits; nothing for none. One for all who are under the same."""
     if not policies:
         return b""
     return b"RateLimit-Policy: %b\r\n" % b", ".join([policy.item for policy in policies])
@@ -90,7 +101,7 @@ def state_line(states: Sequence[LimitState]) -> bytes:
 
 def lines(states: Sequence[LimitState]) -> bytes:
     """Both lines."""
-    return policy_line([state.policy for state in states]) + state_line(states)
+    return policy_line(tuple([state.policy for state in states])) + state_line(states)
 
 
 def _state_item(policy: LimitPolicy, remaining: int, reset_seconds: float | None) -> bytes:

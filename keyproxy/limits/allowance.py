@@ -11,7 +11,7 @@ from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.statement import Statement
 from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
-from keyproxy.ratelimit import LimitPolicy, LimitState
+from keyproxy.ratelimit import LimitState, policy
 from keyproxy.reasons import Reason, Refusal
 
 _COUNTED: Final = (RATE, *REQUESTS)
@@ -94,7 +94,7 @@ class Bundle:
         self.hold = Hold(self, (), 0)
         self.tokens_per_request = min(
             (
-                LimitState(LimitPolicy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
+                LimitState(policy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
                 for account in accounts if (bound := account.plan.tokens_per_request) is not None
             ),
             key=lambda told: told.remaining, default=None,

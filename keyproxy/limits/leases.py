@@ -14,7 +14,6 @@ from typing import Final
 from keyproxy import ratelimit
 from keyproxy.limits.messages import CONCURRENCY, RATE, TOKENS, Line, Reply, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.ratelimit import LimitPolicy
 
 #: How long units of a rate may be used after they were asked for. What is admitted in any t seconds, over all proxies, is
 #: at most burst + rate * (t + RATE_SECONDS).
@@ -161,7 +160,7 @@ class Lease:
         seconds = _WINDOW_SECONDS.get(measure)
         if measure == RATE:
             seconds = max(1, math.ceil(limit * interval))
-        self.policy = LimitPolicy(self.window.policy, limit, seconds, _UNITS.get(measure, ratelimit.REQUESTS))
+        self.policy = ratelimit.policy(self.window.policy, limit, seconds, _UNITS.get(measure, ratelimit.REQUESTS))
 
     def owed(self) -> Lease | None:
         """What was taken beyond all that was granted, as a lease of its own; None if nothing was.

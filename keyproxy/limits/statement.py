@@ -23,12 +23,12 @@ _KEPT_SECONDS: Final = 1.0
 class Statement:
     """See the module. Belongs to one set of leases."""
 
-    __slots__ = ("_format", "_head", "_leases", "_told", "_until_mono")
+    __slots__ = ("_format", "_leases", "_policies", "_told", "_until_mono")
 
     def __init__(self, leases: Sequence[Lease]) -> None:
         self._leases = tuple(leases)
-        self._head = ratelimit.policy_line([lease.policy for lease in leases]) + b"RateLimit: "
-        #: Which leases are told, and both lines with a place for what remains of each.
+        self._policies = ratelimit.policy_line(tuple([lease.policy for lease in leases]))
+        #: Which leases are told, and the line with a place for what remains of each.
         self._told: list[Lease] = []
         self._format = b""
         self._until_mono = -math.inf
@@ -39,14 +39,13 @@ class Statement:
             if not self._leases:
                 return b""
             self._told = sorted(self._leases, key=_nearness)[:TOLD_MAX]
-            items = b", ".join([_item(lease, now_mono) for lease in self._told])
-            self._format = self._head.replace(b"%", b"%%") + items + b"\r\n"
+            self._format = b"RateLimit: %b\r\n" % b", ".join([_item(lease, now_mono) for lease in self._told])
             self._until_mono = now_mono + _KEPT_SECONDS
         remaining = []
         for lease in self._told:
             left = lease.seen_available + lease.free
             remaining.append(max(left, 0))
-        return self._format % tuple(remaining)
+        return self._policies + self._format % tuple(remaining)
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:

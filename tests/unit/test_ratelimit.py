@@ -28,7 +28,7 @@ def test_both_lines_name_the_limits_in_order() -> None:
 
 
 def test_no_limit_no_line() -> None:
-    assert ratelimit.lines([]) == ratelimit.policy_line([]) == ratelimit.state_line([]) == b""
+    assert ratelimit.lines([]) == ratelimit.policy_line(()) == ratelimit.state_line([]) == b""
 
 
 @pytest.mark.parametrize(
