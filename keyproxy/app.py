@@ -37,8 +37,8 @@ from keyproxy.wire.tls import TlsError, upstream_context
 
 _log = logging.getLogger(__name__)
 
-#: How long what was replaced by another configuration is kept for what is under way.
-_OLD_STORE_SECONDS: Final = 10.0
+#: What has begun before another configuration was applied gets as long as draining gets to be decided, or this.
+_UNDECIDED_SECONDS: Final = 10.0
 
 
 class Proxy:
@@ -55,6 +55,8 @@ class Proxy:
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(self._access_log if settings.log.access else None, self._note_usage)
         self.upstreams = self._upstreams(settings)
+        #: Those that decide over the store, and those before them that have not decided on everything yet.
+        self._gateways: list[Gateway] = []
         terms = self._terms(settings, self.store, self.upstreams, new_tls(settings))
         self.server = ProxyServer(
             terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
@@ -111,6 +113,7 @@ class Proxy:
         """Put what was prepared in force. Nothing fails, and no request is dropped."""
         settings, upstreams, store = change.settings, change.upstreams, change.store
         self._settings, self._dsn = settings, change.dsn
+        before, self._gateways = self._gateways, []
         self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
         self._recorder.log_to(self._access_log if settings.log.access else None)
         if upstreams is not self.upstreams:
@@ -120,12 +123,14 @@ class Proxy:
             self.upstreams = upstreams
         if store is not self.store:
             carry_over(self.store, store)
-            self._let_go(self.store)
+            self._let_go(self.store, before)
             self.store = store
+        else:
+            self._gateways += [gateway for gateway in before if gateway.is_deciding]
         if change.ops is not None:
-            before, self._ops = self._ops, self._ops_listener()
+            ops, self._ops = self._ops, self._ops_listener()
             await self._ops.start(change.ops)
-            await before.close()
+            await ops.close()
 
     # -- building
 
@@ -140,6 +145,7 @@ class Proxy:
             now=clock.now,
             instance=self._instance,
         )
+        self._gateways.append(gateway)
         return Terms(
             listen=settings.listen,
             gate=gateway,
@@ -198,10 +204,18 @@ class Proxy:
             undo.pop_all()
         return store
 
-    def _let_go(self, store: Store) -> None:
+    def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
+        """Close a store that another one has replaced, once nothing that has begun needs it any more.
+
+        Who takes longer to send what a decision needs than draining may take is told that the store cannot be asked.
+        """
+        seconds = max(_UNDECIDED_SECONDS, self._settings.listen.drain_seconds)
+
         async def closing() -> None:
             try:
-                await asyncio.sleep(_OLD_STORE_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await asyncio.gather(*(gateway.all_decided() for gateway in gateways))
                 # What is under way settles where it was let in.
                 await store.ledger.all_settled()
             finally:

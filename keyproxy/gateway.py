@@ -117,6 +117,16 @@ class Gateway:
             fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
             fingerprint.is_asked = True
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether a request waits in here for what its decision is missing."""
+        return bool(self._undecided)
+
+    async def all_decided(self) -> None:
+        """Wait until none does."""
+        while waiting := [task for task in self._undecided if not task.done()]:
+            await asyncio.wait(waiting)
+
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
         patience = Patience()

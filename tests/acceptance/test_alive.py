@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 import trustme
 
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Site, until
 from tests.rawhttp import Client
+from tests.store.stage import Sql
 from tests.wire.conftest import request
 
 #: Between two requests on a connection. Without a pause they would take from the processes that start what they need to
@@ -120,6 +122,46 @@ async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Conf
         assert (await site.call((await site.key())["secret"], "GET", "/other"))[1] == "route_not_allowed"
         await more(load)
     assert load.wrong == []
+
+
+#: One for each store that is open.
+_LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+
+
+async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it_began_with_which_then_closes(
+    configure: Configure, dsn: str
+) -> None:
+    site = configure(dsn, routes=[{"match": "* /{rest...}", "tokens": "openai"}])
+    secret = (await site.key())["secret"]
+    sql: Sql = await asyncpg.connect(dsn)
+    await sql.execute("""INSERT INTO keyproxy.plans VALUES ('p', '{"requests_per_day": 9, "tokens_per_day": 900}')""")
+    await sql.execute("UPDATE keyproxy.users SET plan_id = 'p'")
+    body = b'{"max_tokens": 5}'
+    head = request("POST", "/v1/ai/jobs", f"Content-Length: {len(body)}", key=secret.encode())
+
+    async def stores_are(number: int) -> bool:
+        return bool(await sql.fetchval(_LISTENERS) == number)
+
+    async with site.serving() as process, site.client() as client:
+        await until(lambda: stores_are(1))
+        await client.send(head + body[:5])
+
+        async def has_begun() -> bool:
+            return await site.metric("keyproxy_open_requests") == 1
+
+        await until(has_begun)
+        # First with other routes, then with another ledger: what is under way is two configurations old.
+        for changed in ('[[routes]]\nmatch = "GET /other"\n', "[ledger]\nsettle_seconds = 0.3\n"):
+            with site.config.open("a", encoding="utf-8") as config:
+                config.write(changed)
+            site.printed.clear()
+            process.send_signal(signal.SIGHUP)
+            await said(site, "another configuration is in force")
+        await until(lambda: stores_are(2))
+        await client.send(body[5:])
+        assert (await client.answer()).status == 200
+        await until(lambda: stores_are(1))
+    await sql.close()
 
 
 #: (what is changed, what is told of it)

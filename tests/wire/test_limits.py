@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
 import pytest
 
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Ending, Route
+from keyproxy.model import Ending, Missing, Route
 from keyproxy.reasons import Reason
 from keyproxy.routes import RouteTable
 from keyproxy.wire.shapes import LEARNT_AFTER
@@ -393,3 +394,25 @@ async def test_a_metered_request_that_is_sent_again_for_a_lost_connection_is_the
     assert again.one("B") == "c"
     assert spent(wire, "requests_per_day")[0] == 2
     assert spent(wire, "tokens_per_day")[0] == 24
+
+
+async def test_a_stream_that_cannot_be_extended_for_a_defect_is_cut_and_not_held_up_for_ever(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(_patience: object) -> None:
+        raise RuntimeError("a defect")
+
+    def missing(_hold: object, _tokens: int) -> None:
+        raise Missing("lease", broken)
+
+    raw = STREAM + b"".join(chunk(delta("and so on ")) for _ in range(400))
+    plan = Plan(tokens_per_day=1_000, tokens_per_request=300)
+    wire = await limited(start, plan, Upstream(answer_with(raw)))
+    monkeypatch.setattr(wire.ledger, "extend", missing)
+    async with wire.client() as client:
+        await client.send(chat(stream=True))
+        with contextlib.suppress(ConnectionResetError):
+            assert not (await client.answer()).is_whole
+    assert wire.recorder.seen[-1].reason is Reason.INTERNAL_ERROR
+    assert [was_sent for _, was_sent, _ in wire.ledger.settled] == [True]
+    assert "a defect" in caplog.text
