@@ -9,8 +9,11 @@ late by at most the period, and never early.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final, Protocol
+
+_log = logging.getLogger(__name__)
 
 _SLOTS: Final = 10
 
@@ -24,6 +27,10 @@ class Timed(Protocol):
 
     def deadline_passed(self, now: float) -> None:
         """Called once the deadline has passed, and again on every sweep until it is moved or forgotten."""
+        ...
+
+    def abort(self) -> None:
+        """Called if the above met a defect: end it at once. Never raises."""
         ...
 
 
@@ -64,6 +71,10 @@ class Deadlines:
     def _tick(self) -> None:
         self._handle = self._loop.call_later(self._tick_seconds, self._tick)
         now = self._clock()
-        for item in [item for item in self._slots[self._next] if item.deadline <= now]:
-            item.deadline_passed(now)
-        self._next = (self._next + 1) % _SLOTS
+        slot, self._next = self._slots[self._next], (self._next + 1) % _SLOTS
+        for item in [item for item in slot if item.deadline <= now]:
+            try:
+                item.deadline_passed(now)
+            except Exception:  # noqa: BLE001 - the outermost boundary of one timeout: the others count too
+                _log.exception("a timeout met a defect; its connection is cut")
+                item.abort()

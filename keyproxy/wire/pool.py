@@ -99,7 +99,7 @@ class UpstreamPool:
             is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
             if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
                 return connection
-            connection.close()
+            connection.abort()
         return None
 
     def wait(self, exchange: Exchange) -> None:
@@ -126,7 +126,7 @@ class UpstreamPool:
             exchange.connected(connection)
             return
         if self._is_retired:
-            connection.close()
+            connection.abort()
             return
         connection.idle_since = now
         self._idle.append(connection)
@@ -160,7 +160,7 @@ class UpstreamPool:
         """Another pool takes over: what is under way or waits is served, and no connection is kept after that."""
         self._is_retired = True
         while self._idle:
-            self._idle.popleft().close()
+            self._idle.popleft().abort()
 
     async def close(self) -> None:
         """Close everything. Exchanges under way lose their upstream."""
@@ -171,7 +171,7 @@ class UpstreamPool:
             task.cancel()
         await asyncio.gather(*self._connecting, return_exceptions=True)
         for connection in list(self._open):
-            connection.close()
+            connection.abort()
 
     def _connect(self) -> None:
         task = self._loop.create_task(self._open_one())
@@ -220,7 +220,7 @@ class UpstreamPool:
         now = self.clock()
         # Oldest first on both; what is left at the front is young enough.
         while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
-            self._idle.popleft().close()
+            self._idle.popleft().abort()
         patience = self.settings.connect_timeout_seconds
         while self._waiting and now - next(iter(self._waiting.values())) >= patience:
             exchange, _ = self._waiting.popitem(last=False)

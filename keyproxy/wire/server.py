@@ -193,7 +193,11 @@ class ProxyServer:
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
         now = self.clock()
         for connection in [one for one in self._connections if one.exchange is not None or one.last_head is not None]:
-            connection.look_after(long_since=now - _LONG_SECONDS)
+            try:
+                connection.look_after(long_since=now - _LONG_SECONDS)
+            except Exception:  # noqa: BLE001 - the outermost boundary of one look: it is not verified any more
+                _log.exception("looking after a connection met a defect; it is cut")
+                connection.abort()
 
     def _connection(self) -> ClientConnection:
         return ClientConnection(self)

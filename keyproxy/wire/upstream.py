@@ -71,7 +71,7 @@ class UpstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
         if exchange is None:
-            self.close()
+            self.abort()
             return
         try:
             self._read(exchange, self._buffer + data if self._buffer else data, self._clock())
@@ -143,7 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.is_reused = True
             self._pool.release(self, now)
         else:
-            self.close()
+            self.abort()
 
     def give_way(self, now: float, patience_seconds: float) -> None:
         """Others wait for a connection: end this exchange if all that holds it up is a client that hardly sends."""
@@ -175,7 +175,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.resume_reading()
             self._watch(self._clock())
 
-    def close(self) -> None:
+    def abort(self) -> None:
         """Close at once. What is unsent is not worth sending."""
         if self._transport is not None:
             self._transport.abort()
@@ -259,7 +259,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _fail(self, refusal: Refusal) -> None:
         exchange, self._exchange = self._exchange, None
-        self.close()
+        self.abort()
         if exchange is not None:
             exchange.upstream_lost(refusal)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from typing import cast
 
 import pytest
 
-from keyproxy.model import Ending
+from keyproxy.model import Ending, Identity
 from keyproxy.reasons import Reason
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
-from tests.wire.conftest import Start, Wire, request
+from tests.wire.conftest import KEY, Start, Wire, request
 
 HANDSHAKE = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: a", "Sec-WebSocket-Version: 13")
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: WebSocket\r\nX-Far: 1\r\n\r\n"
@@ -181,6 +182,23 @@ async def test_what_is_open_ends_when_its_key_would_not_be_let_in_any_more(start
     assert wire.recorder.seen[0].ending is Ending.CUT
     async with asyncio.timeout(2):
         await wire.upstream.gone.wait()
+
+
+async def test_what_meets_a_defect_when_it_is_looked_at_again_is_cut_and_nothing_else(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    wire = await start(serving=Upstream(stream))
+    wire.identities.add(fakes.key(2), fakes.identity("u_other"))
+    async with wire.client() as client, wire.client() as other:
+        for one, key in ((client, fakes.key(1)), (other, fakes.key(2))):
+            await one.send(request("GET", "/").replace(KEY, key.reveal()))
+            await one.reader.readuntil(b"data: 1")
+        wire.identities.table[fakes.key(1).digest()] = cast("Identity", "a defect")
+        async with asyncio.timeout(5):
+            await client.ends()
+        assert "looking after a connection met a defect" in caplog.text
+        for _ in range(3):
+            await asyncio.wait_for(other.reader.readuntil(b"data: 1"), 2)
 
 
 async def test_what_is_open_goes_on_while_the_store_cannot_be_asked(start: Start) -> None:
