@@ -20,7 +20,7 @@ ROOMS = (
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/meter",
     "tokens/report", "tokens/scan", "tokens/stream",
     "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing", "wire/heads", "wire/line",
-    "wire/pool", "wire/readers", "wire/server", "wire/shapes", "wire/upstream",
+    "wire/pool", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes", "wire/upstream",
 )  # fmt: skip
 
 

@@ -2,12 +2,10 @@
 
     idle -> head -> (exchange) -> idle …  -> tunnel, lingering or closed
 
-The connection knows where a message begins and ends, and what a client may take its time for. What a request is worth is
-the gateway's to say, what happens to it the exchange's. While an exchange is under way, bytes of the next request stay in
-the buffer, and past a bound the socket is read no further: at most one request per connection is ever decided upon.
-
-All bytes that have arrived are judged before any of them is acted upon. So a request whose body turns out malformed, or
-that is followed by something that begins no request, has not been forwarded when that is found out.
+The connection knows what a client may take its time for. Where a message begins and ends is the stream's to say, what a
+request is worth the gateway's, what happens to it the exchange's. While an exchange is under way, bytes of the next
+request stay in the stream, and past a bound the socket is read no further: at most one request per connection is ever
+decided upon.
 """
 
 from __future__ import annotations
@@ -16,14 +14,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final, cast
 
-from keyproxy.headers import NOT_IN_TRAILERS
-from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
-from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, check_beginning
+from keyproxy.wire.framing import FramingError
 from keyproxy.wire.line import OPEN, ClientLine, State
+from keyproxy.wire.request_stream import RequestStream
 from keyproxy.wire.tls import certificate_subject
 
 if TYPE_CHECKING:
@@ -31,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Bytes of later requests that are held while an answer is under way.
 _PIPELINED_BYTES_MAX: Final = 65_536
-
-_SURPLUS_CHECKED_BYTES: Final = 2_048
 
 _log = logging.getLogger(__name__)
 
@@ -44,14 +38,9 @@ class ClientConnection(ClientLine):
         super().__init__(server.clock, server.listen.body_idle_timeout_seconds)
         self.server = server
         self.exchange: Exchange | None = None
-        self._buffer = b""
-        self._body: Body = NoBody()
+        self.stream = RequestStream()
         self._is_pumping = False
-        self._checked_bytes = 0
-        self._has_skipped_line = False
         self._stalled_bytes: int | None = None
-        #: What the next head is compared with. It holds a key: when nothing is under way it is soon forgotten.
-        self.last_head: RequestHead | None = None
 
     # -- asyncio
 
@@ -71,7 +60,8 @@ class ClientConnection(ClientLine):
     def data_received(self, data: bytes) -> None:
         try:
             if self._state is OPEN:
-                self._buffer = self._buffer + data if self._buffer else data
+                stream = self.stream
+                stream.buffer = stream.buffer + data if stream.buffer else data
                 self._pump()
             elif self._state is State.LINGERING:
                 self._throw_away(data)
@@ -88,8 +78,7 @@ class ClientConnection(ClientLine):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._state = State.CLOSING
-        self._buffer = b""
-        self.last_head = None
+        self.stream.forget()
         self.server.forget(self)
         if self.exchange is not None:
             self.exchange.client_gone()
@@ -113,10 +102,10 @@ class ClientConnection(ClientLine):
 
     def enter_tunnel(self) -> None:
         """From now on bytes travel as they are, until either side ends the connection."""
-        self._body = EndlessBody()
+        self.stream.enter_tunnel()
         self.deadline = NO_DEADLINE
         self.resume()
-        if self._buffer:
+        if self.stream.buffer:
             self._pump()
 
     def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
@@ -127,16 +116,14 @@ class ClientConnection(ClientLine):
         if is_cut:
             self.abort()
         elif closes:
-            has_unread = exchange is None or exchange.head is None or not exchange.is_complete or bool(self._buffer)
-            self._finish(lingers=has_unread)
+            is_read = exchange is not None and exchange.head is not None and exchange.is_complete
+            self._finish(lingers=not is_read or bool(self.stream.buffer))
         else:
-            self._checked_bytes = 0
-            self._has_skipped_line = False
             if self._stalled_bytes is None:
                 self.deadline = now + self.server.listen.keepalive_timeout_seconds
             if self._is_paused:
                 self.resume()
-            if self._buffer or self._has_ended:
+            if self.stream.buffer or self._has_ended:
                 self._pump()
 
     # -- shutting down
@@ -149,7 +136,7 @@ class ClientConnection(ClientLine):
     @property
     def is_idle(self) -> bool:
         """Whether no request is under way or has begun to arrive."""
-        return self.exchange is None and not self._buffer
+        return self.exchange is None and not self.stream.buffer
 
     def close_if_idle(self) -> None:
         """Used while draining."""
@@ -163,7 +150,7 @@ class ClientConnection(ClientLine):
         """
         exchange = self.exchange
         if exchange is None:
-            self.last_head = None
+            self.stream.last_head = None
             return
         if exchange.started_mono > long_since:
             return
@@ -185,7 +172,7 @@ class ClientConnection(ClientLine):
             self.abort()
         elif self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body stopped arriving"))
-        elif self._buffer:
+        elif self.stream.buffer:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive in time"))
         else:
             self.close()
@@ -197,8 +184,9 @@ class ClientConnection(ClientLine):
         if self._is_pumping:
             return  # a request was answered at once, further up: that loop goes on
         self._is_pumping = True
+        stream = self.stream
         try:
-            while self._buffer and self._state is OPEN:
+            while stream.buffer and self._state is OPEN:
                 exchange = self.exchange
                 if exchange is None:
                     if self._stalled_bytes is not None:
@@ -208,7 +196,7 @@ class ClientConnection(ClientLine):
                     if not self._read_head():
                         break
                 elif exchange.is_complete:
-                    if len(self._buffer) > _PIPELINED_BYTES_MAX:
+                    if len(stream.buffer) > _PIPELINED_BYTES_MAX:
                         self.pause()
                     break
                 else:
@@ -224,7 +212,7 @@ class ClientConnection(ClientLine):
         if exchange is None:
             if self._stalled_bytes is not None:
                 return
-            if not self._buffer:
+            if not self.stream.buffer:
                 self.close()
             else:
                 self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its head"))
@@ -238,82 +226,53 @@ class ClientConnection(ClientLine):
 
     def _read_head(self) -> bool:
         """Begin the next exchange. False if its head has not arrived whole."""
-        buffer = self._buffer
-        if buffer.startswith(b"\r\n") and not self._has_skipped_line:
-            # One empty line before a request is forgiven, RFC 9112 section 2.2; a second one is not.
-            self._has_skipped_line = True
-            buffer = self._buffer = buffer[2:]
-        bytes_max = self.server.listen.header_bytes_max
-        end = buffer.find(HEAD_END)
+        stream, server = self.stream, self.server
+        is_new = not stream.checked_bytes
         try:
-            if end < 0 or end > bytes_max:
-                if len(buffer) > bytes_max:
-                    raise Refusal(Reason.HEADERS_TOO_LARGE)
-                if buffer and not self._checked_bytes:
-                    self.deadline = self._clock() + self.server.listen.header_timeout_seconds
-                if len(buffer) >= 2 * self._checked_bytes:
-                    # Only once it has doubled: single bytes must not make us judge all that has come, for each.
-                    self._checked_bytes = len(buffer)
-                    check_beginning(buffer)
-                return False
-            self._begin(self.server.requests.read(buffer, end, self.last_head), buffer[end + 4 :])
+            begun = stream.begin(server.requests, server.listen.header_bytes_max)
         except FramingError as error:
             self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
+            return True
         except Refusal as refusal:
             self._refuse_without_exchange(refusal)
-        return True
-
-    def _begin(self, head: RequestHead, rest: bytes) -> None:
-        server = self.server
+            return True
         now = server.clock()
-        self.last_head = head
-        content, is_complete = b"", True
-        if head.has_body:
-            body = self._body = self._body_of(head)
-            content, rest = body.feed(rest)
-            is_complete = body.is_complete
-        if rest == b"\r\n" and not head.fields.opens_tunnel:
-            rest = b""  # some clients have always sent an empty line after a body: it belongs to no request
-        elif rest:
-            _check_surplus(head, rest)
-        self._buffer = rest
+        if begun is None:
+            if is_new and stream.checked_bytes:
+                self.deadline = now + server.listen.header_timeout_seconds
+            return False
+        head, content = begun
+        is_complete = stream.body.is_complete
         request_id = server.gate.request_id(head)
         exchange = self.exchange = Exchange(self, head, request_id, now, content=content, is_complete=is_complete)
-        if head.has_body and self._is_too_large(exchange):
-            return
-        self.deadline = NO_DEADLINE if is_complete else now + server.listen.body_idle_timeout_seconds
-        server.gate.begin(exchange)
+        if not (head.has_body and self._is_too_large(exchange)):
+            self.deadline = NO_DEADLINE if is_complete else now + server.listen.body_idle_timeout_seconds
+            server.gate.begin(exchange)
+        return True
 
     def _read_body(self, exchange: Exchange) -> None:
-        data, self._buffer = self._buffer, b""
+        stream = self.stream
         try:
-            content, rest = self._body.feed(data)
+            content = stream.more()
         except FramingError as error:
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, str(error)))
             return
-        self._buffer = rest
         if self._is_too_large(exchange, len(content)):
             return
-        if content or self._body.is_complete:
-            exchange.body_arrived(content, is_complete=self._body.is_complete)
+        is_complete = stream.body.is_complete
+        if content or is_complete:
+            exchange.body_arrived(content, is_complete=is_complete)
         if self.exchange is exchange:
             self._watch()
 
     def _is_too_large(self, exchange: Exchange, more_bytes: int = 0) -> bool:
         """Refuse a body that is, or says that it will be, larger than it may be."""
         limit = self.server.listen.body_bytes_max
-        if not limit or exchange.bytes_in + more_bytes + self._body.remaining_bytes <= limit or exchange.is_tunnel:
+        body_bytes = exchange.bytes_in + more_bytes + self.stream.body.remaining_bytes
+        if not limit or body_bytes <= limit or exchange.is_tunnel:
             return False
         exchange.refuse(Refusal(Reason.BODY_TOO_LARGE))
         return True
-
-    def _body_of(self, head: RequestHead) -> Body:
-        if head.fields.is_chunked:
-            return ChunkedBody(self._is_forbidden_trailer)
-        return CountedBody(head.content_length)
-
-    def _is_forbidden_trailer(self, name: bytes) -> bool:
-        return self.server.names.kind(name) in NOT_IN_TRAILERS
 
     # -- ending
 
@@ -343,16 +302,8 @@ class ClientConnection(ClientLine):
         elif exchange is not None:
             waits_for_client = not (exchange.is_complete or exchange.is_tunnel or self._is_paused)
             self.deadline = now + listen.body_idle_timeout_seconds if waits_for_client else NO_DEADLINE
-        elif not self._buffer:
+        elif not self.stream.buffer:
             self.deadline = now + listen.keepalive_timeout_seconds
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self._state.name.lower()} {self.exchange or 'idle'}>"
-
-
-def _check_surplus(head: RequestHead, rest: bytes) -> None:
-    """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends."""
-    if not head.fields.keeps_alive or head.fields.opens_tunnel:
-        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after a request that closes the connection, or changes protocol")
-    # The beginning of it: a client that sends thousands of requests at once must not make us parse all for each.
-    check_beginning(rest[:_SURPLUS_CHECKED_BYTES].removeprefix(b"\r\n"))

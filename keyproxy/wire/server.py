@@ -192,7 +192,8 @@ class ProxyServer:
     def _look_after_all(self) -> None:
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
         now = self.clock()
-        for connection in [one for one in self._connections if one.exchange is not None or one.last_head is not None]:
+        known = [one for one in self._connections if one.exchange is not None or one.stream.last_head is not None]
+        for connection in known:
             try:
                 connection.look_after(long_since=now - _LONG_SECONDS)
             except Exception:  # noqa: BLE001 - the outermost boundary of one look: it is not verified any more

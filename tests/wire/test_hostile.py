@@ -71,7 +71,7 @@ async def test_a_client_that_asks_and_asks_and_never_reads_is_held_back(
                 await asyncio.sleep(0.3)
         (connection,) = wire.server._connections
         assert connection._unsent() < HELD_BYTES_MAX
-        assert len(connection._buffer) < HELD_BYTES_MAX
+        assert len(connection.stream.buffer) < HELD_BYTES_MAX
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         client.writer.transport.abort()
