@@ -19,8 +19,9 @@ ROOMS = (
     "store/identities", "store/ledger", "store/usage",
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/meter",
     "tokens/report", "tokens/scan", "tokens/stream",
-    "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing", "wire/heads", "wire/line",
-    "wire/pool", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes", "wire/upstream",
+    "wire/answering", "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
+    "wire/heads", "wire/line", "wire/pool", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes",
+    "wire/upstream",
 )  # fmt: skip
 
 

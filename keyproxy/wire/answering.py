@@ -1,0 +1,190 @@
+"""How a client is answered: with a refusal of ours, or with what the upstream says, framed anew.
+
+    nothing -> head held back -> begun -> whole, or cut off
+
+A client gets one answer. Its head is held back until the bytes that came with it are judged, so that both go out in one
+piece; for so long a refusal may still take its place. What has begun goes on as it began, or is cut off such that the
+client can tell: by a reset of the connection, or a stream of events by a last event that says why.
+
+Where an answer comes from, and what becomes of the request meanwhile, is the exchange's half of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from keyproxy import ports
+from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire import answers
+from keyproxy.wire.framing import LAST_CHUNK, chunk
+from keyproxy.wire.heads import has_no_body
+
+if TYPE_CHECKING:
+    from keyproxy.wire.client import ClientConnection
+
+
+class Answering(ports.Exchange):
+    """See the module. An exchange is one, and says what it is to have ended."""
+
+    is_tunnel: bool = False
+    _answer: ResponseHead | None = None
+    _has_begun_status_line: bool = False
+    _is_chunked: bool = False
+    _closes: bool = False
+    #: The head of the upstream's answer, until what came with it is judged.
+    _held_back: bytes = b""
+
+    def __init__(
+        self,
+        client: ClientConnection,
+        head: RequestHead | None,
+        request_id: bytes,
+        started_mono: float,
+        *,
+        content: bytes = b"",
+        is_complete: bool = True,
+    ) -> None:
+        """`head` is None if it could not be read; then the request can only be refused.
+
+        `content`: what has arrived of the body already; `is_complete`: whether that is all of it.
+        """
+        self._client = client
+        self._server = client.server
+        #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
+        self._gate = client.server.gate
+        self.head = head
+        self.request_id = request_id
+        self.started_mono = started_mono
+        self.bytes_in = len(content)
+        self.is_complete = is_complete
+        #: What has arrived of the body and is not sent yet.
+        self.body = content
+
+    # -- by us
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal. If an answer has begun already, it is cut off so that the client can tell."""
+        if self.is_over:
+            return
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        if self._answer is not None and not self._held_back:
+            self._end(Ending.CUT, self._server.clock(), closes=True)
+            return
+        head, server = self.head, self._server
+        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
+        if self.permit is not None and not refusal.applied:
+            answer = answer._replace(fields=answer.fields + self._gate.limit_fields(self.permit, server.clock()))
+        closes = (
+            head is None
+            or not self.is_complete
+            or not head.fields.keeps_alive
+            or refusal.reason is Reason.REQUEST_MALFORMED
+            or server.is_draining
+        )
+        is_head = head is not None and head.line.method == b"HEAD"
+        self.status = answer.status
+        self.bytes_out = 0 if is_head else len(answer.body)
+        own = answers.own(answer, self.request_id, closes=closes, without_body=is_head)
+        self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
+        self._end(Ending.REFUSED, server.clock(), closes=closes)
+
+    def end_stream(self, refusal: Refusal) -> None:
+        """End a stream of events here: its last event says why, and the answer ends as one that is whole does."""
+        if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_chunked:
+            self.refuse(refusal)
+            return
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        shape = self._gate.error_shape(self.head)
+        told = self._server.problems.last_event(refusal, self.request_id.decode("ascii"), shape)
+        out, self._held_back = self._held_back + chunk(self.meter.cut(told)) + LAST_CHUNK, b""
+        self._client.send(out)
+        self._end(Ending.CUT, self._server.clock(), closes=self._closes, resets=False)
+
+    def begin_status_line(self) -> None:
+        """Send what every answer begins with, if nothing of one was sent yet.
+
+        For a client that has closed its side: if it has left altogether, this makes its kernel say so, and what nobody
+        waits for is ended. One that listens on gets the same answer, in two pieces.
+        """
+        if not self._has_begun_status_line and self._answer is None and not self.is_over:
+            self._has_begun_status_line = True
+            self._client.send(answers.BEGINNING)
+
+    # -- by the upstream
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the upstream has begun to answer."""
+        return self._answer is not None
+
+    def answer_begins(self, answer: ResponseHead, now: float) -> None:
+        """The head of the answer. It is written by `answer_arrived`, with what came with it."""
+        head = self.head
+        assert head is not None  # noqa: S101 - for the type checker: it was forwarded
+        self.answered_mono = now
+        self._answer = answer
+        self.status = answer.line.status
+        is_http_11 = head.line.minor_version == 1
+        has_end = answer.fields.has_content_length or has_no_body(head.line.method, answer.line)
+        self._is_chunked = is_http_11 and not has_end
+        self._closes = (
+            not head.fields.keeps_alive
+            or not self.is_complete
+            or self._server.is_draining
+            or not (has_end or is_http_11)
+        )
+        permit = self.permit
+        own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit, now)
+        if self.identity is not None and self.identity.retiring_field is not None:
+            own += self._gate.retiring_line(self.identity)
+        if self.ask is not None:
+            self.meter = self._gate.meter(self, answer)
+        out = answers.relayed(
+            answer,
+            own,
+            self.request_id,
+            is_chunked=self._is_chunked,
+            closes=self._closes,
+            is_http_11=is_http_11,
+        )
+        self._held_back = out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out
+
+    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+        """The upstream has taken up the WebSocket handshake: from now on bytes travel as they are, both ways."""
+        self.answered_mono = now
+        self._answer = answer
+        self.status = answer.line.status
+        self._closes = self.is_tunnel = True
+        self.is_complete = False
+        own = b"" if self.identity is None else self._gate.retiring_line(self.identity)
+        out = answers.switching(answer, own, self.request_id)
+        self._client.send(out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out)
+        self._client.enter_tunnel()
+
+    def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
+        """The next content of the answer, and whether it was the last."""
+        meter = self.meter
+        if meter is not None:
+            content = meter.feed(content)
+            if is_last:
+                content += meter.finish()
+        out = self._held_back
+        self.bytes_out += len(content)
+        if not self._is_chunked:
+            out += content
+        elif content or is_last:
+            out += (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")
+        if out:
+            self._held_back = b""
+            self._client.send(out)
+        if is_last:
+            self._end(ANSWERED, now, closes=self._closes)
+        elif meter is not None and meter.is_stream:
+            self._gate.watch(self)
+
+    def _end(self, ending: Ending, now: float, *, closes: bool, resets: bool = True) -> None:
+        """The exchange is over. `closes`: so is the client's connection. Not `resets`: a cut that ends it cleanly."""
+        raise NotImplementedError
