@@ -70,6 +70,13 @@ _STABLE_NAMES: Final = frozenset(
 )
 _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT, Kind.UPGRADE})
 
+#: Kinds of which a line may differ within a shape of requests; of answers those with other names besides.
+_VARYING_KINDS: Final = frozenset(
+    {
+        Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID, Kind.USAGE,
+    }
+)  # fmt: skip
+
 _PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
 
 _OWS: Final = b" \t"
@@ -141,17 +148,7 @@ class _Reader(Generic[_Fields]):
 class RequestReader(_Reader[RequestFields]):
     """Reads request heads."""
 
-    _varies = frozenset(
-        {
-            Kind.PLAIN,
-            Kind.CONTENT_TYPE,
-            Kind.CONTENT_LENGTH,
-            Kind.CREDENTIAL,
-            Kind.FORWARDED,
-            Kind.REQUEST_ID,
-            Kind.USAGE,
-        }
-    )
+    _varies = _VARYING_KINDS
 
     def __init__(self, names: FieldNames, holds_key: Callable[[bytes], bool]) -> None:
         """`holds_key`: whether a target has a key in it; such a line is not remembered."""
@@ -220,18 +217,7 @@ class RequestReader(_Reader[RequestFields]):
 class ResponseReader(_Reader[ResponseFields]):
     """Reads response heads."""
 
-    _varies = frozenset(
-        {
-            Kind.PLAIN,
-            Kind.UNREADABLE,
-            Kind.CONTENT_TYPE,
-            Kind.CONTENT_LENGTH,
-            Kind.CREDENTIAL,
-            Kind.FORWARDED,
-            Kind.REQUEST_ID,
-            Kind.USAGE,
-        }
-    )
+    _varies = _VARYING_KINDS | {Kind.UNREADABLE}
 
     def __init__(self, names: FieldNames) -> None:
         super().__init__(names)
