@@ -72,9 +72,10 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell fi
 	    --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-# `bin/pytest`, not `python -m pytest`: the latter would find the sources here before what is installed.
+# `bin/pytest`, not `python -m pytest`, and the package imported before pytest puts this directory on the path: otherwise
+# the sources here would be found before what is installed.
 test-compiled: compiled
-	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest $(or $(ARGS),tests/unit tests/wire tests/store)
+	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest -p keyproxy.gateway $(or $(ARGS),tests/unit tests/wire tests/store)
 
 setup: $(STAMP)
 

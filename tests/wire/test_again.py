@@ -85,7 +85,8 @@ def _keys_in(server: object) -> int:
         thing = reachable.pop()
         if id(thing) in seen or isinstance(thing, type | types.FunctionType | types.ModuleType | types.FrameType):
             continue
-        if type(thing).__module__.split(".")[0] not in ("keyproxy", "builtins"):
+        # A str: of functions of the compiled build it is a descriptor.
+        if str(type(thing).__module__).split(".")[0] not in ("keyproxy", "builtins"):
             continue
         seen.add(id(thing))
         found += isinstance(thing, bytes) and KEY in thing

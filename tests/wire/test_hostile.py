@@ -235,7 +235,8 @@ class _Defect:
         return getattr(self._gate, name)
 
     def begin(self, exchange: Exchange) -> None:
-        raise RuntimeError(f"a defect while handling {exchange!r} {exchange.head!r} {vars(exchange)!r}")
+        told = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
+        raise RuntimeError(f"a defect while handling {exchange!r} {told!r}")
 
 
 async def test_a_defect_is_told_with_the_request_id_and_its_traceback_holds_no_key(
