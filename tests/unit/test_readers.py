@@ -194,7 +194,8 @@ def remembered(reader: RequestReader | ResponseReader) -> list[bytes]:
 
 
 def table_sizes(reader: RequestReader | ResponseReader) -> dict[str, int]:
-    return {name: len(value) for name, value in vars(reader).items() if isinstance(value, dict)}
+    attributes = {name: getattr(reader, name) for name in dir(reader) if not name.startswith("__")}
+    return {name: len(value) for name, value in attributes.items() if isinstance(value, dict)}
 
 
 LIMITS = {
