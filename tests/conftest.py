@@ -23,12 +23,18 @@ _TEMPLATE = "template_keyproxy"
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
 
 
-def pytest_report_header() -> str:
-    """Which build is tested. With EXPECT_COMPILED=1, none but the compiled one is."""
-    is_compiled = not gateway.__file__.endswith(".py")
-    if os.environ.get("EXPECT_COMPILED") == "1" and not is_compiled:
+_IS_COMPILED = not gateway.__file__.endswith(".py")
+
+
+def pytest_configure() -> None:
+    """With EXPECT_COMPILED=1, no build but the compiled one is tested."""
+    if os.environ.get("EXPECT_COMPILED") == "1" and not _IS_COMPILED:
         raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
-    return f"keyproxy: {'compiled' if is_compiled else 'pure Python'}, {Path(gateway.__file__).parent}"
+
+
+def pytest_report_header() -> str:
+    """Which build is tested."""
+    return f"keyproxy: {'compiled' if _IS_COMPILED else 'pure Python'}, {Path(gateway.__file__).parent}"
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
