@@ -24,6 +24,8 @@ from keyproxy.store.embedded import EmbeddedServer
 from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
+from tests.store.redis_server import RedisServer
+from tests.store.redis_stage import MakeServer, servers
 from tests.store.stage import Clock, Door, Relay, Rig, Sql, until
 
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -235,3 +237,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.send_signal(signal.SIGTERM)
     await process.wait()
+
+
+@pytest.fixture
+def make_server(short_directory: Path) -> Iterator[MakeServer]:
+    """Start a Valkey of one's own."""
+    with servers(short_directory) as making:
+        yield making
+
+
+@pytest.fixture
+def server(make_server: MakeServer) -> RedisServer:
+    """A Valkey that this test may break."""
+    return make_server()

@@ -7,8 +7,7 @@ import contextlib
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -24,21 +23,8 @@ from keyproxy.store.ledger import Ledger
 from keyproxy.store.ledger_redis import RedisLedger
 from tests.contracts import line, window
 from tests.store.redis_server import RedisServer
-from tests.store.redis_stage import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, servers
+from tests.store.redis_stage import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
 from tests.store.stage import Relay, Sql
-
-
-@pytest.fixture
-def make_server(short_directory: Path) -> Iterator[MakeServer]:
-    """Start a Valkey of one's own."""
-    with servers(short_directory) as making:
-        yield making
-
-
-@pytest.fixture
-def server(make_server: MakeServer) -> RedisServer:
-    """A Valkey that this test may break."""
-    return make_server()
 
 
 @pytest.fixture
