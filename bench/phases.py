@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import socket
 import time
@@ -24,15 +25,17 @@ from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat, SecretKey
 from keyproxy.limits.allowance import Allowance, TokenNeed
 from keyproxy.limits.book import Book, Short
-from keyproxy.limits.messages import Pool, Reply
+from keyproxy.limits.messages import Reply
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Permit, RequestHead
+from keyproxy.model import Missing, Patience, Permit, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.problems import Problems
 from keyproxy.store.claims import Claims, ClaimStore
 from keyproxy.store.database import Database
+from keyproxy.store.identities import FeedState, IdentityCache
+from keyproxy.store.last_used import LastUsed
 from keyproxy.store.ledger import Ledger
 from keyproxy.store.ledger_backend import LedgerBackend
 from keyproxy.store.usage import UsageJournal
@@ -72,17 +75,40 @@ RESPONSE = (
 )
 
 
-class _Identities:
-    """One known key."""
+class _OneKey:
+    """A database of one key, whose plan its user and its tenant have too."""
 
-    def __init__(self, identity: Identity) -> None:
-        self._table = {SECRET.digest(): identity}
+    is_down = False
 
-    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
-        return self._table[digest]
+    def __init__(self, plan: Plan | None) -> None:
+        limits = None if plan is None else json.dumps(plan.to_json())
+        self._row = {
+            "digest": SECRET.digest(), "key_id": "k", "scopes": ["jobs:write"], "is_test": False,
+            "expires_wall_seconds": None, "is_revoked": False, "is_disabled": False, "user_id": "u_42",
+            "tenant_id": "acme", "key_pool": "k", "is_retiring": False,
+            "key_limits": limits, "user_limits": limits, "tenant_limits": limits,
+        }  # fmt: skip
 
-    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        raise AssertionError("the one key is known")
+    async def fetch(self, _name: str, *_arguments: object) -> list[dict[str, object]]:
+        return [self._row]
+
+
+def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCache:
+    """The cache that a proxy has, with one key in it, fresh for as long as this takes."""
+    database = cast("Database", _OneKey(plan))
+    cache = IdentityCache(
+        database, settings.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
+        last_used=LastUsed(database), header_prefix="X-Keyproxy-", look_ups_max=1, now=clock.now,
+    )  # fmt: skip
+    try:
+        cache.known(SECRET.digest(), clock.now())
+    except Missing as missing:
+        loop.run_until_complete(_brought(missing))
+    return cache
+
+
+async def _brought(missing: Missing) -> None:
+    await missing.bring(Patience())
 
 
 class _Transport:
@@ -107,7 +133,7 @@ class _Transport:
     close = pause_reading = resume_reading = abort
 
 
-#: Whose limits: the plan that the key, its user and its tenant have, each. No unit of these runs out here.
+#: The plan that the key, its user and its tenant have, each. No unit of these runs out here.
 _MANY: Final = 10**9
 PLANS: Final = {
     "no limits": None,
@@ -118,13 +144,6 @@ PLANS: Final = {
     ),
 }  # fmt: skip
 NEED: Final = TokenNeed(90, 106)
-
-
-def allowance(plan: Plan | None) -> Allowance | None:
-    """The same plan for the tenant, the user and the key."""
-    if plan is None:
-        return None
-    return Allowance(tuple((Pool(kind, "bench", False), plan) for kind in ("tenant", "user", "key")))
 
 
 def grant(book: Book, limits: Allowance) -> None:
@@ -145,11 +164,9 @@ class Bench:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, null: int, plan: Plan | None = None) -> None:
         self.names = FieldNames()
-        block = headers.identity_block("X-Keyproxy-", (("User", "u_42"), ("Tenant", "acme"), ("Scope", "jobs:write")))
-        self.limits = allowance(plan)
-        self.identity = Identity(
-            "k", "u_42", "acme", frozenset({"jobs:write"}), False, NEVER, None, block, self.limits
-        )  # fmt: skip
+        identities = known_key(loop, plan)
+        self.identity = identities.known(SECRET.digest(), clock.now())
+        self.limits = self.identity.allowance
         tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
         rows = (settings.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
         self.routes = settings.Settings(routes=rows).route_table()
@@ -163,7 +180,7 @@ class Bench:
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = Gateway(
-            key_format=FORMAT, identities=_Identities(self.identity), ledger=self.ledger, claims=claims,
+            key_format=FORMAT, identities=identities, ledger=self.ledger, claims=claims,
             routes=self.routes, now=clock.now, instance=b"bench",
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)

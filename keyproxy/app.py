@@ -175,7 +175,7 @@ class Proxy:
 
     def _sources(self) -> Sources:
         return Sources(
-            identity_lookups=lambda: self.store.identities.counts,
+            identity_lookups=lambda: self.store.identities.counts.by_name(),  # noqa: PLW0108
             identities=lambda: self.store.identities.sizes(),  # noqa: PLW0108
             store_is_up=lambda: self.store.database.is_up,
             change_feed_lag_seconds=lambda: self.store.feed.lag_seconds(),  # noqa: PLW0108

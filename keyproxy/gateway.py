@@ -20,7 +20,7 @@ from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import KeyFormat
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience, Permit, RequestHead, ResponseHead
-from keyproxy.ports import Claims, Exchange, Identities, Ledger
+from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 from keyproxy.routes import RouteTable
 from keyproxy.tokens.answer import meter_for
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _ROUNDS_MAX: Final = 8
 
 
-class Gateway:
+class Gateway(Gate):
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(

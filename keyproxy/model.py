@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, NewType
 
+from keyproxy.compiling import mypyc_attr
 from keyproxy.limits.allowance import Allowance, Hold
 from keyproxy.reasons import Reason
 
@@ -27,6 +28,7 @@ _FINAL: Final = 200
 _NO_CONTENT: Final = 204
 
 
+@mypyc_attr(acyclic=True, free_list_len=1)
 class Moment:
     """One instant on both clocks. `wall_seconds` is Unix time, for dates people set; `mono_seconds` never jumps."""
 
@@ -238,6 +240,7 @@ class Route:
     tokens: str = NO_TOKENS
 
 
+@mypyc_attr(acyclic=True)
 class Grant:
     """This identity may use this route at this moment."""
 
@@ -248,6 +251,7 @@ class Grant:
         self.route: Final = route
 
 
+@mypyc_attr(acyclic=True)
 class Permit:
     """A decision to forward. Nothing is written upstream without one. `hold`: what it has taken of limits."""
 
@@ -258,6 +262,7 @@ class Permit:
         self.hold: Final = hold
 
 
+@mypyc_attr(acyclic=True)
 class TokenUse:
     """Tokens that a request used: of its prompt, and of what was produced for it; `total` is charged."""
 

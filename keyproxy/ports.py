@@ -2,12 +2,16 @@
 
 Implementations live in the rooms of layer 2 and are introduced by `app`. Each port has one contract suite in
 tests/contracts.py, run on the fake and on the real thing.
+
+Those that a request passes several times are classes, which implementations extend: in the compiled build a method of a
+class is an address, one of a Protocol is looked up by its name, and its arguments by theirs.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from keyproxy.compiling import mypyc_attr
 from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
@@ -30,7 +34,8 @@ from keyproxy.tokens.ask import TokenAsk
 from keyproxy.tokens.meter import Meter
 
 
-class Identities(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Identities:
     """What keys resolve to."""
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
@@ -41,14 +46,15 @@ class Identities(Protocol):
         Raises Missing if the store has to be asked first, a Refusal (KEY_INVALID) if memory knows that there is no such
         key, a Refusal (STORE_UNAVAILABLE) if it cannot be known now.
         """
-        ...
+        raise NotImplementedError
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch for a key that `known` misses: `missing`, or more than that if another program issued it."""
-        ...
+        raise NotImplementedError
 
 
-class Ledger(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Ledger:
     """What may still be spent under limits. Contract: what is admitted in a window is never more than its limit."""
 
     def take(
@@ -59,26 +65,26 @@ class Ledger(Protocol):
         Raises Missing if the ledger has to be asked first, a Refusal if a limit is used up or the ledger cannot be asked.
         `may_be_paid`: that a window is used up is not the last word, and not counted as a refusal.
         """
-        ...
+        raise NotImplementedError
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
         """As `take`, for a request that was charged before, `paid` tokens: no request of any window, nor those tokens."""
-        ...
+        raise NotImplementedError
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """The same hold with so many tokens more. Raises what `take` raises, and then changes nothing."""
-        ...
+        raise NotImplementedError
 
     def release(self, hold: Hold) -> Hold:
         """Its request is not under way any more. What is left of it, to be settled later."""
-        ...
+        raise NotImplementedError
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """What became of it, exactly once. Not `was_sent`: the upstream saw nothing, and nothing is charged.
 
         `is_repeat`: the request was charged before; of this attempt `tokens` alone are.
         """
-        ...
+        raise NotImplementedError
 
 
 class Claims(Protocol):
@@ -102,9 +108,7 @@ class Claims(Protocol):
 class Exchange:
     """One request and its answer, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never.
 
-    A class and no Protocol: everything about a request is read here again and again, and the attributes of a class are
-    where the compiled build looks for them. What every exchange begins with is on the class, so that making one writes
-    only what is its own.
+    What every exchange begins with is on the class, so that making one writes only what is its own.
     """
 
     #: The request; None if its head could not be read.
@@ -176,53 +180,55 @@ class Exchange:
         raise NotImplementedError
 
 
-class Gate(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Gate:
     """What the wire asks of the gateway."""
 
     def request_id(self, head: RequestHead | None) -> bytes:
         """The client's own request id if it is sane, else a new one."""
-        ...
+        raise NotImplementedError
 
     def holds_key(self, target: bytes) -> bool:
         """Whether a request target has a key in it."""
-        ...
+        raise NotImplementedError
 
     def begin(self, exchange: Exchange) -> None:
         """Decide. Calls `forward` or `refuse` on the exchange, before it returns or later. Never raises a Refusal."""
-        ...
+        raise NotImplementedError
 
     def review(self, exchange: Exchange) -> None:
         """Look again at an exchange that is under way: `refuse` it if its key would not be let in any more."""
-        ...
+        raise NotImplementedError
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
         """What reads the answer to a request that asks for tokens."""
-        ...
+        raise NotImplementedError
 
     def watch(self, exchange: Exchange) -> None:
         """A metered stream has gone on: see that what is held for it suffices."""
-        ...
+        raise NotImplementedError
 
     def settle(self, exchange: Exchange) -> None:
         """An exchange that had a permit has ended: what it held is charged, or given back. Exactly once."""
-        ...
+        raise NotImplementedError
 
     def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands now with the limits a request is under; empty if there are none."""
-        ...
+        raise NotImplementedError
 
     def retiring_line(self, identity: Identity) -> bytes:
         """The header line that tells for how long a key that was replaced still works; empty for any other."""
-        ...
+        raise NotImplementedError
 
     def error_shape(self, head: RequestHead | None) -> str:
         """The shape in which a refusal of this request is told."""
-        ...
+        raise NotImplementedError
 
 
-class Recorder(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Recorder:
     """Counts and logs what has happened."""
 
     def record(self, exchange: Exchange) -> None:
         """One exchange that has ended. Never waits. Called exactly once for every exchange, refused ones too."""
-        ...
+        raise NotImplementedError

@@ -13,7 +13,7 @@ def spending_of(store: Callable[[], Store]) -> Spending:
     """The numbers of limits, ledger and usage, of whichever store is in use when they are asked for."""
     return Spending(
         limit_refusals=lambda: store().ledger.refusals,
-        ledger_counts=lambda: {**store().ledger.counts, **store().ledger.conversation.counts},
+        ledger_counts=lambda: {**store().ledger.counts.by_name(), **store().ledger.conversation.counts},
         claim_counts=lambda: store().claims.counts,
         claims=lambda: store().claims.pending,
         leases=lambda: store().ledger.book.outstanding,

@@ -14,7 +14,7 @@ from keyproxy.limits.book import Book, Short
 from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Exchange
+from keyproxy.ports import Exchange, Identities, Ledger, Recorder
 from keyproxy.reasons import Reason, Refusal
 from tests.reference_ledger import ReferenceLedger
 
@@ -54,7 +54,7 @@ def identity(
     return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
 
 
-class FakeIdentities:
+class FakeIdentities(Identities):
     """Identities in memory. A `slow` digest is missing until it has been brought; `is_down` refuses strangers."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class FakeIdentities:
         self.slow.discard(digest)
 
 
-class FakeLedger:
+class FakeLedger(Ledger):
     """A book and the reference ledger, which answers at once. Not `answers`: it cannot be asked."""
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Recorded:
 
 
 @dataclass
-class FakeRecorder:
+class FakeRecorder(Recorder):
     """Keeps what it is told."""
 
     seen: list[Recorded] = field(default_factory=list)

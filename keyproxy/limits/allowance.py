@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
+from keyproxy.compiling import mypyc_attr
 from keyproxy.limits.account import Account
 from keyproxy.limits.leases import Lease
 from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
@@ -15,6 +15,9 @@ from keyproxy.ratelimit import LimitState, policy
 from keyproxy.reasons import Reason, Refusal
 
 _COUNTED: Final = (RATE, *REQUESTS)
+
+#: No request holds so many tokens.
+_UNBOUNDED: Final = 10**18
 
 
 class Allowance:
@@ -28,6 +31,7 @@ class Allowance:
         self.bundle: Bundle | None = None
 
 
+@mypyc_attr(acyclic=True)
 class TokenNeed:
     """What a request may use in tokens: `least` in any case, `most` at worst; None: it does not say."""
 
@@ -100,7 +104,7 @@ class Bundle:
             key=lambda told: told.remaining, default=None,
         )  # fmt: skip
         #: The most tokens that a request may hold without being looked at carefully.
-        self.tokens_bound = math.inf if self.tokens_per_request is None else self.tokens_per_request.remaining
+        self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
 
 

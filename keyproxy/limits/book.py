@@ -47,32 +47,33 @@ class Book(Register):
         bundle = allowance.bundle or self._bound(allowance, now_mono)
         if now_mono >= self.valid_until_mono:
             return self._take_carefully(allowance, now_mono, tokens)
-        for lease in bundle.units:
-            if lease.free < 1 or now_mono >= lease.ends_mono:
-                return self._take_carefully(allowance, now_mono, tokens)
         hold = bundle.hold
         if tokens is not None and bundle.counts_tokens:
-            amount = tokens.most
-            if not amount or amount > bundle.tokens_bound:
+            amount = 0 if tokens.most is None else tokens.most
+            if amount == 0 or amount > bundle.tokens_bound or not self._take_each(bundle.budgets, amount, now_mono):
                 return self._take_carefully(allowance, now_mono, tokens)
-            for lease in bundle.budgets:
-                if lease.free < amount or now_mono >= lease.ends_mono:
-                    return self._take_carefully(allowance, now_mono, tokens)
-            for lease in bundle.budgets:
-                lease.piece = amount
-                free = lease.free = lease.free - amount
-                if not lease.is_noted:
-                    self._note(lease)
-                if free < lease.low:
-                    self._soon(lease)
             hold = Hold(bundle, bundle.budgets, amount)
-        for lease in bundle.units:
-            free = lease.free = lease.free - 1
+        if not self._take_each(bundle.units, 1, now_mono):
+            for lease in hold.budgets:
+                lease.free += hold.tokens
+            return self._take_carefully(allowance, now_mono, tokens)
+        return hold
+
+    def _take_each(self, leases: tuple[Lease, ...], amount: int, now_mono: float) -> bool:
+        """Take so much of each. False: one has less, and nothing was taken."""
+        for number, lease in enumerate(leases):
+            free = lease.free - amount
+            if free < 0 or now_mono >= lease.ends_mono:
+                for before in leases[:number]:
+                    before.free += amount
+                return False
+            lease.free = free
+            lease.piece = amount
             if not lease.is_noted:
                 self._note(lease)
             if free < lease.low:
                 self._soon(lease)
-        return hold
+        return True
 
     def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
         """Take what a request needs that was charged before: its pace, and tokens beyond the `paid` ones.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from keyproxy import ratelimit
 from keyproxy.limits.leases import Lease
-from keyproxy.ratelimit import LimitState
+from keyproxy.ratelimit import LimitPolicy, LimitState
 
 #: Formatting costs more than deciding: with limits of key, user and tenant there may be fifteen.
 TOLD_MAX: Final = 3
@@ -20,17 +21,24 @@ TOLD_MAX: Final = 3
 _KEPT_SECONDS: Final = 1.0
 
 
+#: The last three digits of a number, and whole numbers of no more: put together a number is told without being formatted.
+_DIGITS: Final[tuple[bytes, ...]] = tuple([b"%03d" % number for number in range(1000)])
+_NUMBERS: Final[tuple[bytes, ...]] = tuple([b"%d" % number for number in range(1000)])
+
+
 class Statement:
     """See the module. Belongs to one set of leases."""
 
-    __slots__ = ("_format", "_leases", "_policies", "_told", "_until_mono")
+    __slots__ = ("_beginning", "_leases", "_pieces", "_thousands", "_told", "_until_mono")
 
     def __init__(self, leases: Sequence[Lease]) -> None:
         self._leases = tuple(leases)
-        self._policies = ratelimit.policy_line(tuple([lease.policy for lease in leases]))
-        #: Which leases are told, and the line with a place for what remains of each.
+        self._beginning = _beginning(tuple([lease.policy for lease in leases]))
+        #: Which leases are told; of each how much remained when its first piece was made, in whole thousands.
         self._told: list[Lease] = []
-        self._format = b""
+        self._thousands: list[int] = []
+        #: The lines: a beginning, then of each limit all but three digits, those, and what follows.
+        self._pieces: list[bytes] = []
         self._until_mono = -math.inf
 
     def lines(self, now_mono: float) -> bytes:
@@ -38,14 +46,28 @@ class Statement:
         if now_mono >= self._until_mono:
             if not self._leases:
                 return b""
-            self._told = sorted(self._leases, key=_nearness)[:TOLD_MAX]
-            self._format = b"RateLimit: %b\r\n" % b", ".join([_item(lease, now_mono) for lease in self._told])
-            self._until_mono = now_mono + _KEPT_SECONDS
-        remaining = []
-        for lease in self._told:
+            self._look(now_mono)
+        pieces, thousands, at = self._pieces, self._thousands, 1
+        for number, lease in enumerate(self._told):
             left = lease.seen_available + lease.free
-            remaining.append(max(left, 0))
-        return self._policies + self._format % tuple(remaining)
+            rest = left - thousands[number]
+            if not 0 <= rest < 1000:
+                left = max(left, 0)
+                rest = left % 1000
+                thousands[number] = left - rest
+                pieces[at] = _lead(lease, left)
+            pieces[at + 1] = _NUMBERS[rest] if left < 1000 else _DIGITS[rest]
+            at += 3
+        return b"".join(pieces)
+
+    def _look(self, now_mono: float) -> None:
+        self._told = sorted(self._leases, key=_nearness)[:TOLD_MAX]
+        self._thousands = [lease.remaining // 1000 * 1000 for lease in self._told]
+        self._pieces = [self._beginning]
+        for lease in self._told:
+            self._pieces += _lead(lease, lease.remaining), b"", _tail(lease, now_mono) + b", "
+        self._pieces[-1] = self._pieces[-1][:-2] + b"\r\n"
+        self._until_mono = now_mono + _KEPT_SECONDS
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:
@@ -62,9 +84,18 @@ def _nearness(lease: Lease) -> float:
     return lease.remaining / lease.limit if lease.limit else 0.0
 
 
-def _item(lease: Lease, now_mono: float) -> bytes:
-    """One limit as it is told, with a place for what remains of it."""
+@lru_cache(maxsize=1_024)
+def _beginning(policies: tuple[LimitPolicy, ...]) -> bytes:
+    """What comes before the first limit's state. One for all who are under the same."""
+    return ratelimit.policy_line(policies) + b"RateLimit: "
+
+
+def _lead(lease: Lease, remaining: int) -> bytes:
+    """How a limit is told, up to the last three digits of what remains of it."""
+    return lease.policy.key + (b";r=" if remaining < 1000 else b";r=%d" % (remaining // 1000))
+
+
+def _tail(lease: Lease, now_mono: float) -> bytes:
+    """What is told of a limit after what remains of it."""
     reset_seconds = state(lease, now_mono).told_reset_seconds
-    return (
-        lease.policy.key.replace(b"%", b"%%") + b";r=%d" + (b"" if reset_seconds is None else b";t=%d" % reset_seconds)
-    )
+    return b"" if reset_seconds is None else b";t=%d" % reset_seconds

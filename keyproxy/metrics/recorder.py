@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from keyproxy import ports
 from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.model import ANSWERED, Ending, TokenUse
 from keyproxy.ports import Exchange
@@ -83,7 +84,7 @@ class Cell:
         self.tokens_held = self.tokens_in = self.tokens_out = self.tokens_estimated = 0
 
 
-class Recorder:
+class Recorder(ports.Recorder):
     """See the module. Implements the port Recorder."""
 
     def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[Row]], None]) -> None:

@@ -28,6 +28,7 @@ from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.messages import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Patience
+from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Cache
 from keyproxy.store import foreign
@@ -39,8 +40,6 @@ from keyproxy.store.look_ups import LookUps
 
 #: An entry that was used lately is passed over this often when room is made, then the oldest goes all the same.
 _SECOND_CHANCES_MAX: Final = 16
-
-RESULTS: Final = ("hit", "stale", "miss", "unknown", "refused")
 
 
 class _Entry:
@@ -58,6 +57,21 @@ class _Entry:
         self.is_distrusted = False
 
 
+class Counts:
+    """Look-ups by what they met. Attributes, for what is known is counted with every request."""
+
+    __slots__ = ("hit", "miss", "refused", "stale", "unknown")
+
+    def __init__(self) -> None:
+        self.hit = self.stale = self.miss = self.unknown = self.refused = 0
+
+    def by_name(self) -> dict[str, int]:
+        """As they are now, by name."""
+        return {
+            "hit": self.hit, "stale": self.stale, "miss": self.miss, "unknown": self.unknown, "refused": self.refused,
+        }  # fmt: skip
+
+
 class FeedState:
     """Until when the change feed is known to be current, in monotonic seconds. The feed writes it."""
 
@@ -67,7 +81,7 @@ class FeedState:
         self.current_until = 0.0
 
 
-class IdentityCache:
+class IdentityCache(Identities):
     """See the module. Implements the port Identities."""
 
     def __init__(
@@ -75,7 +89,7 @@ class IdentityCache:
         look_ups_max: int, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         """`look_ups_max`: how many queries may run at once. `now`: the clock."""
-        self.counts = dict.fromkeys(RESULTS, 0)
+        self.counts = Counts()
         self._database = database
         self._cache = cache
         self._feed = feed
@@ -100,17 +114,20 @@ class IdentityCache:
             mono = now.mono_seconds
             if mono < entry.fresh_until or self._may_serve_stale(entry, digest, mono):
                 if is_first_look:
-                    self.counts["hit" if mono < entry.fresh_until else "stale"] += 1
+                    if mono < entry.fresh_until:
+                        self.counts.hit += 1
+                    else:
+                        self.counts.stale += 1
                 if mono >= entry.mark_due:
                     self._last_used.mark(entry, now)
                 return entry.identity
         elif entry is None and digest in self._strangers:
             if is_first_look:
-                self.counts["unknown"] += 1
+                self.counts.unknown += 1
             raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
         if self._database.is_down:
             if is_first_look:
-                self.counts["refused"] += 1
+                self.counts.refused += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
         raise Missing("identity", lambda _patience: self._bring(digest))
 
@@ -170,7 +187,7 @@ class IdentityCache:
     # -- the cold path
 
     async def _bring(self, digest: KeyDigest) -> None:
-        self.counts["miss"] += 1
+        self.counts.miss += 1
         await self._look_ups.bring(digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest))
 
     def _is_kept(self, digest: KeyDigest) -> bool:

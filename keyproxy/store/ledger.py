@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy import settings
+from keyproxy import ports, settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Short
 from keyproxy.model import Missing, Moment, Patience
@@ -26,7 +26,20 @@ _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
 
 
-class Ledger:
+class Counts:
+    """Requests that took of limits, and how often one waited for the ledger. Attributes: each request is counted."""
+
+    __slots__ = ("taken", "waited")
+
+    def __init__(self) -> None:
+        self.taken = self.waited = 0
+
+    def by_name(self) -> dict[str, int]:
+        """As they are now."""
+        return {"taken": self.taken, "waited": self.waited}
+
+
+class Ledger(ports.Ledger):
     """See the module. Implements the port Ledger."""
 
     def __init__(
@@ -34,13 +47,13 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.conversation = Conversation(backend, ledger, now)
         self.book = self.conversation.book
-        #: Requests that took of limits, and how often one waited for the ledger.
-        self.counts = dict.fromkeys(("taken", "waited"), 0)
+        self.counts = Counts()
         #: Requests that a limit refused, by its policy.
         self.refusals: dict[str, int] = {}
         self._now = now
         self._open_holds = 0
-        self._settled = asyncio.Event()
+        #: What is set when no request is under way any more; None if nobody waits for that.
+        self._settled: asyncio.Event | None = None
 
     def start(self) -> None:
         """Begin the conversation."""
@@ -53,7 +66,7 @@ class Ledger:
     async def all_settled(self) -> None:
         """Wait until no request is under way that holds something."""
         while self._open_holds:
-            self._settled.clear()
+            self._settled = self._settled or asyncio.Event()
             await self._settled.wait()
 
     # -- the path of a request
@@ -70,7 +83,7 @@ class Ledger:
             if not (may_be_paid and refusal.reason in SPENT):
                 self._count(refusal)
             raise
-        self.counts["taken"] += 1
+        self.counts.taken += 1
         self._open_holds += 1
         return hold
 
@@ -83,7 +96,7 @@ class Ledger:
         except Refusal as refusal:
             self._count(refusal)
             raise
-        self.counts["taken"] += 1
+        self.counts.taken += 1
         self._open_holds += 1
         return hold
 
@@ -108,8 +121,9 @@ class Ledger:
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self._open_holds -= 1
-        if not self._open_holds:
+        if not self._open_holds and self._settled is not None:
             self._settled.set()
+            self._settled = None
         self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
     # -- what is missing
@@ -128,7 +142,7 @@ class Ledger:
 
     async def _bring(self, short: Short, check: Callable[[], object], patience: Patience) -> None:
         """Have the ledger asked until the request can be decided. Raises a Refusal if it does not answer in time."""
-        self.counts["waited"] += 1
+        self.counts.waited += 1
         async with within(patience, self._now):
             await self._ask(short, check, self._mono() + patience.seconds_left)
 

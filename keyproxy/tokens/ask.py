@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
 
+from keyproxy.compiling import mypyc_attr
 from keyproxy.limits.allowance import TokenNeed
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
@@ -32,6 +33,9 @@ MEDIA_TOKENS: Final = 5_000
 
 #: What Anthropic puts before a prompt with tools: 264 to 804 tokens by its documentation.
 TOOLS_TOKENS: Final = 1_000
+
+#: Said here the compiled build need not look for it.
+_loads: Final = orjson.loads
 
 #: Larger products are told as this: no budget has so many.
 _MAXIMUM_MAX: Final = 10**15
@@ -55,6 +59,7 @@ _TOO_DEEP: Final = "The body is nested too deeply."
 _SPACE: Final = b" \t\r\n"
 
 
+@mypyc_attr(acyclic=True)
 class TokenAsk(TokenNeed):
     """What one request may use.
 
@@ -93,7 +98,7 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     if not fields.is_json and not content.lstrip(_SPACE).startswith(b"{"):
         return _unread(kind, content, opens_tunnel=fields.opens_tunnel)
     try:
-        document = orjson.loads(content)
+        document = _loads(content)
     except ValueError as error:
         if fields.is_json and content.strip(_SPACE):
             raise _malformed("The body is not well-formed JSON in UTF-8.") from error
@@ -101,11 +106,11 @@ def ask_of(kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> Toke
     if not isinstance(document, dict):
         return _unread(kind, content, opens_tunnel=fields.opens_tunnel)
     has_escapes = _BACKSLASH in content and content.find(_ESCAPE) >= 0
-    names = _names(tuple(document))
-    _check_names(content, names, document, has_escapes=has_escapes)
-    maximum = _maximum(document, names, head.line.path)
-    prompt_bound = _prompt_bound(kind, content, document, has_escapes=has_escapes)
-    streams = names.has_stream and document["stream"] is True
+    outline = _outline(document)
+    _check_names(content, outline, document, has_escapes=has_escapes)
+    maximum = _maximum(document, outline, head.line.path)
+    prompt_bound = _prompt_bound(kind, content, document, outline, has_escapes=has_escapes)
+    streams = outline.has_stream and document["stream"] is True
     if kind != "openai" or not streams or not _lacks_usage(document):
         return TokenAsk(prompt_bound, maximum, streams=streams)
     try:
@@ -123,39 +128,63 @@ def _unread(kind: str, content: bytes, *, opens_tunnel: bool) -> TokenAsk:
     return TokenAsk(0, None if kind == "header" or opens_tunnel else 0)
 
 
-class _Names:
-    """What there is to know of the names of a request's members, whatever their values."""
+class _Outline:
+    """What there is to know of a request's members, whatever their values."""
 
-    __slots__ = ("has_options", "has_prompt", "has_stream", "is_ambiguous", "maximums", "spelt", "times")
+    __slots__ = (
+        "has_options", "has_prompt", "has_stream", "has_type", "is_ambiguous", "is_flat", "maximums", "spelt", "times",
+    )  # fmt: skip
 
-    def __init__(self, names: Sequence[str]) -> None:
-        there = [name for name in names if name in _DECISIVE]
+    def __init__(self, found: int) -> None:
+        """`found`: bits of _BITS, _AMBIGUOUS and _NESTED."""
+        there = [name for name, bit in _BITS.items() if found & bit]
         self.maximums: Final = tuple([name for name in _MAXIMUMS if name in there])
         self.times: Final = tuple([name for name in _TIMES if name in there])
         self.has_stream: Final = "stream" in there
         self.has_options: Final = "stream_options" in there
         self.has_prompt: Final = "prompt" in there
+        self.has_type: Final = "type" in there
         #: How those that matter stand in the body, if no other spelling does.
-        self.spelt: Final = tuple([f'"{name}"'.encode() for name in there])
-        self.is_ambiguous: Final = any(_is_ambiguous(name) for name in names)
+        self.spelt: Final = tuple([f'"{name}"'.encode() for name in there if name in _DECISIVE])
+        self.is_ambiguous: Final = bool(found & _AMBIGUOUS)
+        self.is_flat: Final = not found & _NESTED
 
 
-#: Requests of one API have the same few sets of names. Full: all are forgotten.
-_known: dict[tuple[str, ...], _Names] = {}
-_KNOWN_MAX: Final = 1_024
-_KNOWN_NAMES_MAX: Final = 32
-_KNOWN_CHARACTERS_MAX: Final = 512
+#: A bit for each name that means something here, one for all that some readers take for one that counts, and one for
+#: values that have members of their own.
+_BITS: Final[dict[str, int]] = {name: 1 << place for place, name in enumerate(sorted({*_DECISIVE, "type"}))}
+_AMBIGUOUS: Final = 1 << len(_BITS)
+_NESTED: Final = 2 << len(_BITS)
+
+#: What each name means of those that were met: requests of one API have the same few. Full: all are forgotten.
+_met: Final[dict[str, int]] = {}
+_MET_MAX: Final = 4_096
+_MET_CHARACTERS_MAX: Final = 64
+#: By the bits of all members together.
+_outlines: Final[dict[int, _Outline]] = {}
 
 
-def _names(there: tuple[str, ...]) -> _Names:
-    known = _known.get(there)
-    if known is None:
-        known = _Names(there)
-        if len(there) <= _KNOWN_NAMES_MAX and sum(map(len, there)) <= _KNOWN_CHARACTERS_MAX:
-            if len(_known) >= _KNOWN_MAX:
-                _known.clear()
-            _known[there] = known
-    return known
+def _outline(document: dict[str, Any]) -> _Outline:
+    found = 0
+    for name, value in document.items():
+        bits = _met.get(name)
+        found |= _meet(name) if bits is None else bits
+        # One by one: the compiled build sees at once whether it is one, but makes a union anew each time.
+        if isinstance(value, dict) or isinstance(value, list):  # noqa: SIM101
+            found |= _NESTED
+    outline = _outlines.get(found)
+    if outline is None:
+        outline = _outlines[found] = _Outline(found)
+    return outline
+
+
+def _meet(name: str) -> int:
+    bits = _BITS.get(name, _AMBIGUOUS if _is_ambiguous(name) else 0)
+    if len(name) <= _MET_CHARACTERS_MAX:
+        if len(_met) >= _MET_MAX:
+            _met.clear()
+        _met[name] = bits
+    return bits
 
 
 def _is_ambiguous(name: str) -> bool:
@@ -163,38 +192,42 @@ def _is_ambiguous(name: str) -> bool:
     return name not in _DECISIVE and name.upper().casefold().replace(_DOT_ABOVE, "") in _DECISIVE
 
 
-def _maximum(document: Mapping[str, Any], names: _Names, path: bytes) -> int | None:
+def _maximum(document: dict[str, Any], outline: _Outline, path: bytes) -> int | None:
     most = -1
-    for name in names.maximums:
+    for name in outline.maximums:
         # Which of several counts is the upstream's to say: the largest is an upper bound.
         most = max(most, _count(document, name, otherwise=-1))
     times = 1
-    for multiplier in names.times:
+    for multiplier in outline.times:
         times = max(times, _count(document, multiplier, otherwise=1))
     if most < 0:
         return 0 if path.endswith(b"/embeddings") else None
-    if names.has_prompt:
+    if outline.has_prompt:
         prompts = document["prompt"]
         if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
             times *= len(prompts)  # each is completed; a list of numbers is one prompt
     return min(most * times, _MAXIMUM_MAX)
 
 
-def _count(document: Mapping[str, Any], name: str, *, otherwise: int) -> int:
+def _count(document: dict[str, Any], name: str, *, otherwise: int) -> int:
     """A whole number; `otherwise` if it is null."""
     value = document[name]
     if value is None:
         return otherwise
     if not is_count(value):
         raise _malformed(f"{name!r} is not a whole number from 0 to {TOKENS_MAX}.")
-    return int(value)
+    count: int = value
+    return count
 
 
-def _prompt_bound(kind: str, content: bytes, document: Mapping[str, Any], *, has_escapes: bool) -> int:
+def _prompt_bound(
+    kind: str, content: bytes, document: dict[str, Any], outline: _Outline, *, has_escapes: bool
+) -> int:  # fmt: skip
     bound = len(content)
     if kind == "anthropic" and document.get("tools"):
         bound += TOOLS_TOKENS
-    if not has_escapes and content.find(b'"type"') < 0:
+    may_have_parts = has_escapes or outline.has_type or (not outline.is_flat and content.find(b'"type"') >= 0)
+    if not may_have_parts:
         return bound
     left: list[object] = [document]
     while left:
@@ -232,11 +265,11 @@ def _lacks_usage(document: Mapping[str, Any]) -> bool:
     return options is None or options.get("include_usage") is not True
 
 
-def _check_names(content: bytes, names: _Names, document: Mapping[str, Any], *, has_escapes: bool) -> None:
+def _check_names(content: bytes, outline: _Outline, document: Mapping[str, Any], *, has_escapes: bool) -> None:
     """Refuse what two readers could read differently."""
-    spelt, is_ambiguous = names.spelt, names.is_ambiguous
-    if names.has_options and isinstance(options := document["stream_options"], dict):
-        inner = _names(tuple(options))
+    spelt, is_ambiguous = outline.spelt, outline.is_ambiguous
+    if outline.has_options and isinstance(options := document["stream_options"], dict):
+        inner = _outline(options)
         spelt, is_ambiguous = spelt + inner.spelt, is_ambiguous or inner.is_ambiguous
     if is_ambiguous:
         raise _malformed("A name that counts is spelt with capitals.")

@@ -53,12 +53,21 @@ def anthropic_use(usage: object) -> TokenUse | None:
 
 def header_use(said: bytes | None) -> TokenUse | None:
     """The use in an answer's one `X-Usage-Tokens: <total>`; None: it has none, or several. A total counts as put out."""
-    if said is None or not said.isdigit() or len(said) > _DIGITS_MAX:
+    if said is None or not said or len(said) > _DIGITS_MAX:
         return None
-    total = int(said)
+    total = 0
+    for at in range(len(said)):
+        digit = said[at] - 48
+        if not 0 <= digit <= 9:
+            return None
+        total = 10 * total + digit
     return None if total > TOKENS_MAX else TokenUse(0, total)
 
 
 def is_count(value: object) -> bool:
     """Whether this is a number of tokens. `True` is an `int` to Python, and no number to anybody else."""
-    return type(value) is int and 0 <= value <= TOKENS_MAX
+    # Asked first: what the compiled build has taken for an int is a number to it, True is 1.
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    count: int = value
+    return 0 <= count <= TOKENS_MAX

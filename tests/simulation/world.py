@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keyproxy import settings
+from keyproxy import ports, settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.messages import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
@@ -74,14 +74,27 @@ class Scenario:
     repeats: float = 0.0
 
 
-class Told:
+class Told(ports.Ledger):
     """A ledger as claims settle with it. What they settle, the upstream hears too."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
         self.work: Work | None = None
-        self.take, self.take_again, self.extend = ledger.take, ledger.take_again, ledger.extend
         self._ledger, self._upstream = ledger, upstream
         self._works: dict[int, tuple[Hold, Work]] = {}
+
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
+        """See the port Ledger."""
+        return self._ledger.take(allowance, now, tokens, may_be_paid=may_be_paid)
+
+    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port Ledger."""
+        return self._ledger.take_again(allowance, now, tokens, paid)
+
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port Ledger."""
+        return self._ledger.extend(hold, tokens)
 
     def release(self, hold: Hold) -> Hold:
         """See the port Ledger."""

@@ -16,6 +16,7 @@ from keyproxy.model import Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Cache
 from keyproxy.store.database import Row
+from keyproxy.store.identities import Counts
 from keyproxy.store.look_ups import LookUps
 from tests import fakes
 from tests.store.conftest import MakeRig
@@ -136,9 +137,9 @@ async def _bring_about(rig: Rig, *, is_current: bool, is_down: bool) -> None:
 
 def _what(rig: Rig, secret: SecretKey) -> object:
     """What a request with this key meets, by what it is counted as."""
-    before = dict(rig.cache.counts)
+    before = rig.cache.counts.by_name()
     found = rig.hot(secret)
-    counted = [name for name, count in rig.cache.counts.items() if count != before[name]]
+    counted = [name for name, count in rig.cache.counts.by_name().items() if count != before[name]]
     if isinstance(found, Identity):
         return counted[0]
     return ASKS if found is None else found
@@ -708,12 +709,12 @@ async def test_a_change_heard_of_while_a_key_waits_to_be_asked_for_costs_no_seco
 
 
 async def test_each_request_is_counted_once_by_what_it_met(rig: Rig, known: SecretKey) -> None:
-    counts = dict.fromkeys(rig.cache.counts, 0)
-    rig.cache.counts.update(counts)
+    rig.cache.counts = Counts()
+    counts = rig.cache.counts.by_name()
 
     def counted(**now: int) -> None:
         counts.update(now)
-        assert rig.cache.counts == counts
+        assert rig.cache.counts.by_name() == counts
 
     rig.hot(known)
     counted(hit=1)
@@ -745,7 +746,7 @@ async def test_each_request_is_counted_once_by_what_it_met(rig: Rig, known: Secr
 
 async def test_many_requests_for_one_missing_key_are_each_counted(rig: Rig) -> None:
     await asyncio.gather(*(rig.resolve(fakes.key(9)) for _ in range(50)))
-    assert sum(rig.cache.counts.values()) == rig.cache.counts["miss"] == 50
+    assert sum(rig.cache.counts.by_name().values()) == rig.cache.counts.miss == 50
 
 
 # -- one bad row

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
+from keyproxy.model import RequestHead
 from keyproxy.ports import Exchange, Gate
 from tests.rawhttp import OK, Message, Upstream, answer_with
 from tests.wire.conftest import KEY, Start, Wire, request
@@ -225,14 +226,17 @@ async def test_who_hardly_sends_its_body_gives_way_once_others_wait(start: Start
 # -- defects of ours
 
 
-class _Defect:
+class _Defect(Gate):
     """A gate with a defect."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._gate, name)
+    def request_id(self, head: RequestHead | None) -> bytes:
+        return self._gate.request_id(head)
+
+    def error_shape(self, head: RequestHead | None) -> str:
+        return self._gate.error_shape(head)
 
     def begin(self, exchange: Exchange) -> None:
         told = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
@@ -242,7 +246,7 @@ class _Defect:
 async def test_a_defect_is_told_with_the_request_id_and_its_traceback_holds_no_key(
     wire: Wire, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wire.server.gate = cast("Gate", _Defect(wire.gateway))
+    wire.server.gate = _Defect(wire.gateway)
     async with wire.client() as client:
         await client.send(request("GET", "/"))
         answer = await client.answer()

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
-from keyproxy.ports import Exchange
+from keyproxy.ports import Exchange, Gate
 from keyproxy.tokens.meter import Meter
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.upstream import UpstreamConnection
@@ -80,7 +80,7 @@ CHUNKS = [
 ]  # fmt: skip
 
 
-class _Gate:
+class _Gate(Gate):
     """Forwards everything: what is judged here is what the wire reads."""
 
     def request_id(self, head: RequestHead | None) -> bytes:
