@@ -20,7 +20,6 @@ TOLD_MAX: Final = 3
 
 _KEPT_SECONDS: Final = 1.0
 
-
 #: The last three digits of a number, and whole numbers of no more: put together a number is told without being formatted.
 _DIGITS: Final[tuple[bytes, ...]] = tuple([b"%03d" % number for number in range(1000)])
 _NUMBERS: Final[tuple[bytes, ...]] = tuple([b"%d" % number for number in range(1000)])
@@ -29,24 +28,41 @@ _NUMBERS: Final[tuple[bytes, ...]] = tuple([b"%d" % number for number in range(1
 class Statement:
     """See the module. Belongs to one set of leases."""
 
-    __slots__ = ("_beginning", "_leases", "_pieces", "_thousands", "_told", "_until_mono")
+    __slots__ = ("_beginning", "_leases", "_telling")
 
     def __init__(self, leases: Sequence[Lease]) -> None:
         self._leases = tuple(leases)
         self._beginning = _beginning(tuple([lease.policy for lease in leases]))
-        #: Which leases are told; of each how much remained when its first piece was made, in whole thousands.
-        self._told: list[Lease] = []
-        self._thousands: list[int] = []
-        #: The lines: a beginning, then of each limit all but three digits, those, and what follows.
-        self._pieces: list[bytes] = []
-        self._until_mono = -math.inf
+        self._telling: _Telling | None = None
 
     def lines(self, now_mono: float) -> bytes:
         """The lines at this moment; empty if there are no limits to tell of."""
-        if now_mono >= self._until_mono:
+        telling = self._telling
+        if telling is None or now_mono >= telling.until_mono:
             if not self._leases:
                 return b""
-            self._look(now_mono)
+            telling = self._telling = _Telling(self._leases, self._beginning, now_mono)
+        return telling.lines()
+
+
+class _Telling:
+    """Which limits are told for a second, and the lines as they were told last."""
+
+    __slots__ = ("_pieces", "_thousands", "_told", "until_mono")
+
+    def __init__(self, leases: Sequence[Lease], beginning: bytes, now_mono: float) -> None:
+        self._told = sorted(leases, key=_nearness)[:TOLD_MAX]
+        #: How much of each remained when its first piece was made, in whole thousands.
+        self._thousands = [lease.remaining // 1000 * 1000 for lease in self._told]
+        #: A beginning, then of each limit all but three digits, those, and what follows.
+        self._pieces = [beginning]
+        for lease in self._told:
+            self._pieces += _lead(lease, lease.remaining), b"", _tail(lease, now_mono) + b", "
+        self._pieces[-1] = self._pieces[-1][:-2] + b"\r\n"
+        self.until_mono = now_mono + _KEPT_SECONDS
+
+    def lines(self) -> bytes:
+        """The lines with what remains at this moment."""
         pieces, thousands, at = self._pieces, self._thousands, 1
         for number, lease in enumerate(self._told):
             left = lease.seen_available + lease.free
@@ -59,15 +75,6 @@ class Statement:
             pieces[at + 1] = _NUMBERS[rest] if left < 1000 else _DIGITS[rest]
             at += 3
         return b"".join(pieces)
-
-    def _look(self, now_mono: float) -> None:
-        self._told = sorted(self._leases, key=_nearness)[:TOLD_MAX]
-        self._thousands = [lease.remaining // 1000 * 1000 for lease in self._told]
-        self._pieces = [self._beginning]
-        for lease in self._told:
-            self._pieces += _lead(lease, lease.remaining), b"", _tail(lease, now_mono) + b", "
-        self._pieces[-1] = self._pieces[-1][:-2] + b"\r\n"
-        self._until_mono = now_mono + _KEPT_SECONDS
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:
