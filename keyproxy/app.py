@@ -25,7 +25,7 @@ from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
-from keyproxy.readings import carry_over, check_ledger, spending_of
+from keyproxy.readings import carry_over, check_housekeeping, check_ledger, spending_of
 from keyproxy.settings import Settings
 from keyproxy.store.assembly import Store
 from keyproxy.store.database import StoreUnavailable
@@ -186,6 +186,7 @@ class Proxy:
             failed_connections=self.server.failed_connections,
             access_log_dropped=lambda: self._access_log.dropped,
             defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
+            housekeeping_failures=lambda: {chore.name: chore.failures for chore in self.store.chores},
             spending=spending_of(lambda: self.store),
         )
 
@@ -264,6 +265,7 @@ class Proxy:
                 "store": self._check_store,
                 "change_feed": self._check_feed,
                 "ledger": self._check_ledger,
+                "housekeeping": self._check_housekeeping,
                 "upstream": self._check_upstream,
                 "proxy": self._check_proxy,
             }
@@ -288,6 +290,9 @@ class Proxy:
 
     async def _check_ledger(self) -> Check:
         return check_ledger(self.store)
+
+    async def _check_housekeeping(self) -> Check:
+        return check_housekeeping(self.store)
 
     async def _check_upstream(self) -> Check:
         for mode, pool in self.upstreams.distinct().items():

@@ -35,6 +35,8 @@ def carry_over(before: Store, after: Store) -> None:
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
     for old, new in zip(before.lasting, after.lasting, strict=True):
         new.defects += old.defects
+    for done, to_do in zip(before.chores, after.chores, strict=True):
+        to_do.failures += done.failures
 
 
 def check_ledger(store: Store) -> Check:
@@ -43,6 +45,14 @@ def check_ledger(store: Store) -> Check:
     if conversation.down_because or conversation.has_lapsed:
         why = "leases have lapsed" if conversation.has_lapsed else "limits are spent from leases until they lapse"
         return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'the ledger has not been heard of'}")
+    if conversation.reaping.failing_because:
+        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}: {conversation.reaping.failing_because}")
     if store.usage.down_because:
         return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
     return Check(Verdict.OK)
+
+
+def check_housekeeping(store: Store) -> Check:
+    """Whether old rows are deleted. Tables that grow stop no request yet: never a reason to be unready."""
+    failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in store.chores if chore.failing_because]
+    return Check(Verdict.DEGRADED, "; ".join(failing)) if failing else Check(Verdict.OK)

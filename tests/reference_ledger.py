@@ -15,6 +15,9 @@ from keyproxy.limits.messages import CONCURRENCY, Line, Reply, Window
 
 _WANTED_SECONDS = 2.0
 
+#: For so long a ledger that lost history hears of leases from holders that it does not know.
+_HEARD_SECONDS = 86_400.0
+
 
 @dataclass
 class Row:
@@ -46,11 +49,12 @@ class Account:
 
 @dataclass
 class Holder:
-    """One process that holds leases."""
+    """One process that holds leases. It `rests` when its time was over and it held nothing, until its next message."""
 
     serial: int
     expires_at: float
     has_ended: bool = False
+    rests: bool = False
     leases: dict[int, Account] = field(default_factory=dict)
 
 
@@ -63,17 +67,23 @@ class ReferenceLedger:
         self._lease_seconds = lease_seconds
         self.rows: dict[tuple[Window, int], Row] = {}
         self.holders: dict[str, Holder] = {}
-        self.settles_until = -math.inf
+        self.settles_until = self.lost_at = -math.inf
 
     def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
         """See the port. None: this holder has ended. A message older than one that was heard counts as lost."""
         now = self._clock()
+        known = self.holders.get(holder)
+        if known is None or known.rests:
+            # What it was granted is not there any more: it was charged when the holder ended. Or it is in lost history.
+            claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
+            if claims and not (known is None and now < self.lost_at + _HEARD_SECONDS):
+                return None
         known = self.holders.setdefault(holder, Holder(0, 0.0))
         if known.has_ended:
             return None
         if serial <= known.serial:
             raise TimeoutError("too late")
-        known.serial, known.expires_at = serial, now + self._lease_seconds
+        known.serial, known.expires_at, known.rests = serial, now + self._lease_seconds, False
         message = _Message(self, holder, now)
         for line in lines:
             message.settle(line)
@@ -89,8 +99,11 @@ class ReferenceLedger:
             # Who seems dead may have been heard in the history that was lost.
             return
         for name, holder in self.holders.items():
-            if not holder.has_ended and holder.expires_at <= now:
-                self.end(name)
+            if not (holder.has_ended or holder.rests) and holder.expires_at <= now:
+                if holder.leases:
+                    self.end(name)
+                else:
+                    holder.rests = True
 
     def end(self, name: str) -> None:
         """End a holder: what it has not returned is charged. Slots are free again."""
@@ -115,7 +128,8 @@ class ReferenceLedger:
     def fail_over(self, replica: tuple[dict[tuple[Window, int], Row], dict[str, Holder]]) -> None:
         """A replica takes its place, which has not received all: for as long as a lease lasts nothing is granted."""
         self.rows, self.holders = copy.deepcopy(replica)
-        self.settles_until = self._clock() + self._lease_seconds
+        self.lost_at = self._clock()
+        self.settles_until = self.lost_at + self._lease_seconds
 
 
 class _Message:
@@ -125,7 +139,9 @@ class _Message:
         self._rows, self._name, self._now = ledger.rows, name, now
         self._leases = ledger.holders[name].leases
         self._settles = now < ledger.settles_until
-        self._alive = sum(1 for other in ledger.holders.values() if not other.has_ended and other.expires_at > now)
+        self._alive = sum(
+            1 for other in ledger.holders.values() if not (other.has_ended or other.rests) and other.expires_at > now
+        )
         self._is_wanted: dict[int, bool] = {}
         self._told: set[int] = set()
         self._keys: dict[int, tuple[Window, int]] = {}

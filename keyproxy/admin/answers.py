@@ -197,6 +197,7 @@ class AuditRow(Answered):
     at: Time
     actor: str
     origin: str
+    db_role: str | None
     action: str
     entity: str
     entity_id: str

@@ -47,6 +47,7 @@ class Sources:
     failed_connections: Callable[[], Mapping[str, int]]
     access_log_dropped: Callable[[], int]
     defects: Callable[[], Mapping[str, int]]
+    housekeeping_failures: Callable[[], Mapping[str, int]]
     spending: Spending
 
 
@@ -118,6 +119,10 @@ class Catalogue(Collector):
         yield _counter(
             "keyproxy_task_defects", "Work in the background that a defect ended, and that began again.", "task",
             sources.defects(),
+        )  # fmt: skip
+        yield _counter(
+            "keyproxy_housekeeping_failures", "Statements that end dead holders or delete old rows, and failed.", "work",
+            sources.housekeeping_failures(),
         )  # fmt: skip
         yield from _tokens(cells)
         yield from families(sources.spending)

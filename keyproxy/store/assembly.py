@@ -50,6 +50,12 @@ class Store:
             self.feed.lasting,
         )  # fmt: skip
 
+        #: Its work on what is over in the tables.
+        self.chores = (
+            self.ledger.conversation.reaping, self.ledger.conversation.forgetting, self.claims.forgetting,
+            self.usage.tending, self.usage.sweeping, self.feed.forgetting,
+        )  # fmt: skip
+
     async def open(self) -> None:
         """Begin to follow the database, whether or not it answers."""
         await self.database.open()

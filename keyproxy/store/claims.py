@@ -32,6 +32,7 @@ from keyproxy.model import Moment, Patience
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
 from keyproxy.store.waiting import within
 
@@ -47,7 +48,8 @@ _ASKED_MAX: Final = 1_000
 
 _RETRY_SECONDS: Final = 0.2
 _TEND_SECONDS: Final = 1_800.0
-_TEND_PORTION: Final = 10_000
+_TEND_RETRY_SECONDS: Final = 60.0
+_TEND_PORTION: Final = 2_000
 
 
 class Claim(NamedTuple):
@@ -109,6 +111,7 @@ class Claims:
         self._wake = asyncio.Event()
         self._is_closed = False
         self.lasting = Lasting("claims")
+        self.forgetting = Chore("claims", "delete charges older than a day", portion=_TEND_PORTION)
 
     def start(self) -> None:
         """Begin to tell and to ask."""
@@ -247,9 +250,5 @@ class Claims:
 
     async def _tend_forever(self) -> None:
         while True:
-            try:
-                while await self._store.forget(_TEND_PORTION):
-                    pass
-            except (StoreUnavailable, StoreConflict) as error:
-                _log.warning("old charges were not cleaned up: %s", error)
-            await asyncio.sleep(_TEND_SECONDS)
+            is_done = await self.forgetting.finish(self._store.forget)
+            await asyncio.sleep(_TEND_SECONDS if is_done else _TEND_RETRY_SECONDS)

@@ -33,6 +33,6 @@ class PostgresClaims:
 
     async def forget(self, portion: int) -> bool:
         """See ClaimStore."""
-        gone = await self._database.fetch("forget_charges", portion)
-        await self._database.fetch("forget_claim_batches")
-        return len(gone) >= portion
+        charges = await self._database.fetch("forget_charges", portion)
+        batches = await self._database.fetch("forget_claim_batches", portion)
+        return max(len(charges), len(batches)) >= portion

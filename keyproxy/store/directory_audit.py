@@ -100,6 +100,7 @@ def _entry(row: Row) -> Entity:
         "at": row["at"].astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "actor": row["actor"],
         "origin": row["origin"],
+        "db_role": row["db_role"],
         "action": row["action"],
         "entity": row["entity"],
         "entity_id": row["entity_id"],

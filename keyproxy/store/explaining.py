@@ -81,8 +81,14 @@ class _DryBackend:
         self.seen.update(zip(windows, states, strict=True))
         return states
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         """Nobody is ended."""
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        """Nothing is deleted."""
+        del portion
+        return False
 
     async def end(self, holder: str) -> None:
         """Nobody was there."""

@@ -21,6 +21,7 @@ from typing import Final
 
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.lasting import Lasting
 
@@ -43,6 +44,9 @@ _GAP_SECONDS: Final = 600.0
 _KEPT_SECONDS: Final = 1200.0
 _SAMPLE_SECONDS: Final = 60.0
 
+#: Changes deleted in one statement, one between two looks: a bulk change may have left millions.
+_FORGET_PORTION: Final = 2_000
+
 
 class ChangeFeed:
     """See the module."""
@@ -62,7 +66,10 @@ class ChangeFeed:
         self._history = 0
         self._looked_at = now().mono_seconds
         self.lasting = Lasting("change_feed")
+        self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
+        #: Changes before this snapshot are to be deleted; empty: none are.
+        self._forget_before = ""
         self.is_listening = False
 
     def start(self) -> None:
@@ -95,6 +102,7 @@ class ChangeFeed:
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
             # What was kept of another history says nothing about this one.
             self._samples.clear()
+            self._forget_before = ""
             self._cache.distrust_all()
         elif asked_at - self._looked_at > _GAP_SECONDS:
             self._cache.distrust_all()
@@ -160,7 +168,12 @@ class ChangeFeed:
         if not self._samples or self._looked_at - self._samples[-1][0] >= _SAMPLE_SECONDS:
             self._samples.append((self._looked_at, self._snapshot))
             if self._looked_at - self._samples[0][0] >= _KEPT_SECONDS:
-                await self._database.fetch("forget_changes", self._samples.popleft()[1])
+                self._forget_before = self._samples.popleft()[1]
+        if self._forget_before and not await self.forgetting.advance(self._forget):
+            self._forget_before = ""
+
+    async def _forget(self, portion: int) -> bool:
+        return len(await self._database.fetch("forget_changes", self._forget_before, portion)) >= portion
 
 
 def _retry_seconds(failures: int) -> float:

@@ -6,7 +6,7 @@
 --          cjson rounds.
 --
 --   <1>:<g>:holders   sorted set: holders by when their time is over
---   <1>:<g>:h:<id>    hash of one holder: serial, ended, and its leases
+--   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, and its leases
 --   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:owner
 --   <1>:<g>:due       sorted set: windows by when PostgreSQL is to be told of them
 --
@@ -200,7 +200,7 @@ local function find(lines, kept)
     local seen, keys, firsts, all_starts, all_ends = {}, {}, {}, {}, {}
     for i, line in ipairs(lines) do
         local name, starts, ends = window_of(line)
-        local packed = kept[i + 2]
+        local packed = kept[i + 3]
         if packed then
             local began_in
             line[HAD], line[CONSUMED], line[BACK], began_in = unpacked(LEASE_KEPT, packed)
@@ -356,7 +356,7 @@ local function living()
     return (mine and tonumber(mine) > now or ask.lease_seconds <= 0) and alive or alive + 1
 end
 
--- Whoever has leases has been heard. If nothing is known of it, it ended long ago, or was forgotten.
+-- Whether a holder has been granted units. If it is not stored, or rests, they were charged when it ended, or it was forgotten.
 local function has_leases(lines)
     for _, line in ipairs(lines) do
         if line[GRANTED] > 0 and line[INTERVAL] == 0 and line[IS_CLOSING] == 0 then return true end
@@ -366,10 +366,10 @@ end
 
 -- All lines are settled first, then what is free is granted. A head as JSON, and behind a line feed the replies.
 local function sync()
-    local holder, lines, fields = base .. 'h:' .. ask.holder, read_lines(ARGV[4]), {'serial', 'ended'}
-    for i, line in ipairs(lines) do fields[i + 2] = line[FIELD] end
+    local holder, lines, fields = base .. 'h:' .. ask.holder, read_lines(ARGV[4]), {'serial', 'ended', 'rests'}
+    for i, line in ipairs(lines) do fields[i + 3] = line[FIELD] end
     local kept = call('HMGET', holder, unpack(fields))
-    if kept[2] or (not kept[1] and has_leases(lines)) then return '"ended"' end
+    if kept[2] or ((not kept[1] or kept[3]) and has_leases(lines)) then return '"ended"' end
     if ask.serial <= number(kept[1]) then return '"late"' end
     if not find(lines, kept) then return lose() end
     for _, line in ipairs(lines) do settle(line) end
@@ -381,6 +381,7 @@ local function sync()
         note_lacking()
         return '"short"'
     end
+    if kept[3] then call('HDEL', holder, 'rests') end
     write_leases(holder, lines)
     for i, line in ipairs(lines) do replies[i] = reply(line) end
     for _, name in ipairs(names) do
@@ -417,13 +418,20 @@ local function end_holder()
     local expires = call('ZSCORE', base .. 'holders', ask.holder)
     if ask.only_dead and (not expires or tonumber(expires) > now) then return '0' end
     if not ask.only_dead and not expires then return '0' end
+    if ask.only_dead and call('HLEN', holder) <= 1 then
+        -- It has its serial alone, and holds nothing: it rests, and its next message makes it speak again.
+        call('HSET', holder, 'rests', '1')
+        call('EXPIRE', holder, OVER_SECONDS)
+        call('ZREM', base .. 'holders', ask.holder)
+        return '0'
+    end
     -- Dead at once for everyone; whoever looks for the dead goes on if we do not.
     call('HSET', holder, 'ended', '1')
     call('ZADD', base .. 'holders', '0', ask.holder)
     local found = call('HSCAN', holder, ask.cursor, 'COUNT', '500')
     local gone = {}
     for i = 1, #found[2], 2 do
-        if found[2][i] ~= 'serial' and found[2][i] ~= 'ended' then
+        if found[2][i] ~= 'serial' and found[2][i] ~= 'ended' and found[2][i] ~= 'rests' then
             local had, consumed, back, name = unpacked(LEASE_KEPT, found[2][i + 1])
             local window, outstanding = opened_by(name), had - consumed - back
             if outstanding > 0 and not window[IS_KNOWN] then return lose() end

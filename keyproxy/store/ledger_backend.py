@@ -18,8 +18,12 @@ class LedgerBackend(Protocol):
         """One message of a holder. All of it counts or nothing. None: this holder has ended."""
         ...
 
-    async def reap(self) -> None:
-        """End the holders whose time is over: what they have not returned is charged."""
+    async def reap(self) -> bool:
+        """End holders whose time is over: what they have not returned is charged. Whether there may be more to do."""
+        ...
+
+    async def forget(self, portion: int) -> bool:
+        """Delete holders that ended long ago, at most `portion`. Whether there may be more."""
         ...
 
     async def end(self, holder: str) -> None:

@@ -25,6 +25,7 @@ from keyproxy.limits.messages import Line
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
 from keyproxy.store.ledger_backend import LedgerBackend
 
@@ -42,6 +43,9 @@ _VALID_SHARE: Final = 0.95
 
 #: Dead holders are looked for by every proxy, so often per `lease_seconds`.
 _REAPS_PER_LEASE: Final = 4.0
+
+#: Holders deleted in one statement.
+_FORGET_PORTION: Final = 1_000
 
 #: A request that waits: for the answer to what it is short of.
 _Waiting = tuple[asyncio.Future[None], Short]
@@ -68,6 +72,8 @@ class Conversation:
         self._become_another()
         self._settles = False
         self.lasting = Lasting("ledger")
+        self.reaping = Chore("reap", "end holders that have died: what they hold stays taken", portion=1)
+        self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
         #: Those whom the message under way is to answer.
         self._listening: list[_Waiting] = []
@@ -80,6 +86,7 @@ class Conversation:
         """Begin to speak."""
         self.lasting.start(self._converse, self._broken_off)
         self.lasting.start(self._reap)
+        self.lasting.start(self._forget)
 
     async def close(self) -> None:
         """Settle what there is, give everything back, and end."""
@@ -146,9 +153,6 @@ class Conversation:
             if now >= settle_at:
                 settle_at = now + self._settle_seconds
                 self.book.gather(now)
-            if now >= self.book.valid_until_mono and not self.book.has_leases:
-                # Nothing is held, and the ledger may have ended this holder by now, or does while this is under way.
-                self._become_another()
             lines = self.book.lines(now, _LINES_MAX)
             self._listening, self._waiting = self._waiting, []
             if len(lines) == _LINES_MAX:
@@ -195,7 +199,8 @@ class Conversation:
         self.counts["round_trips"] += 1
         self.observe(heard - asked)
         if replies is None:
-            _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
+            if self.book.has_leases:
+                _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
             self.book.ended()
             self._become_another()
             return 0.0
@@ -246,10 +251,14 @@ class Conversation:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
-            try:
-                await self._backend.reap()
-            except (StoreUnavailable, StoreConflict) as error:
-                _log.debug("dead holders were not looked for: %s", error)
+            await self.reaping.finish(lambda _portion: self._backend.reap())
+
+    async def _forget(self) -> None:
+        """Delete old holders. Apart from ending those that died, so that neither waits for the other."""
+        while True:
+            await asyncio.sleep(self._lease_seconds)
+            if not self.reaping.failing_because:
+                await self.forgetting.finish(self._backend.forget)
 
     def _mono(self) -> float:
         return self._now().mono_seconds

@@ -1,4 +1,4 @@
-"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0004_ledger.sql."""
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0011_bounds.sql."""
 
 from __future__ import annotations
 
@@ -37,9 +37,15 @@ class PostgresLedger:
         # The row in front is told only when it says something: that the ledger settles.
         return [Reply(*row) for row in rows if row["lease"] or row["wait_seconds"]]
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         """See the port."""
-        await self._database.fetch("reap_holders")
+        rows = await self._database.fetch("reap_holders")
+        return bool(rows[0]["done"])
+
+    async def forget(self, portion: int) -> bool:
+        """See the port."""
+        rows = await self._database.fetch("forget_holders", portion)
+        return bool(rows[0]["gone"] >= portion)
 
     async def end(self, holder: str) -> None:
         """See the port."""

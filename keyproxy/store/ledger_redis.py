@@ -99,14 +99,20 @@ class RedisLedger:
             self._stock_soon(generation)
         return wire.replies(replies)
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         """See the port. Also has PostgreSQL told what is due."""
         generation = await self._present()
+        dead: list[str] = []
         with contextlib.suppress(_Lost):
-            for holder in await self._call("dead", generation):
+            dead = await self._call("dead", generation)
+            for holder in dead:
                 await self._end(generation, holder, only_dead=True)
             await self._stock(generation, is_urgent=False)
-        await self._shares.reap()
+        return await self._shares.reap() or bool(dead)
+
+    async def forget(self, portion: int) -> bool:
+        """See the port. In Redis keys expire by themselves."""
+        return await self._shares.forget(portion)
 
     async def end(self, holder: str) -> None:
         """See the port."""

@@ -44,9 +44,12 @@ LEFT JOIN LATERAL (
 ) AS found ON true;
 
 -- name: forget_changes
--- Removes changes that every living proxy has seen: their transactions had ended by the snapshot $1.
--- Needs: changes (xid).
-DELETE FROM keyproxy.changes WHERE xid < pg_snapshot_xmin($1::text::pg_snapshot);
+-- Removes changes that every living proxy has seen: their transactions had ended by the snapshot $1. At most $2 of them; one
+-- row for each. Needs: changes (xid).
+DELETE FROM keyproxy.changes WHERE ctid = ANY (ARRAY(
+    SELECT c.ctid FROM keyproxy.changes AS c WHERE c.xid < pg_snapshot_xmin($1::text::pg_snapshot)
+    ORDER BY c.xid LIMIT $2
+)) RETURNING 1;
 
 -- name: mark_used
 -- Notes when keys were last used, ids $1 at times $2, to the minute: rows noted within the last minute are left alone, and
@@ -389,7 +392,7 @@ DELETE FROM keyproxy.plans WHERE id = $1;
 -- Rows after $1, at most $2, in the order in which they were written; about one kind of thing $3, one thing $4, one
 -- tenant $5; by one actor $6; one action $7; from $8 until before $9, where not null. None after $10.
 -- Needs: audit_log (id), (entity, entity_id, id), (tenant_id, id).
-SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, before::text AS before, after::text AS after
+SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, db_role, before::text AS before, after::text AS after
 FROM keyproxy.audit_log
 WHERE id > $1 AND id <= $10
   AND ($3::text IS NULL OR entity = $3)
@@ -404,7 +407,7 @@ LIMIT $2;
 
 -- name: audit_newest
 -- As audit, backwards: rows before $1.
-SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, before::text AS before, after::text AS after
+SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, db_role, before::text AS before, after::text AS after
 FROM keyproxy.audit_log
 WHERE id < $1
   AND ($3::text IS NULL OR entity = $3)
@@ -501,7 +504,16 @@ SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
 SELECT keyproxy.end_holders($1) AS ended;
 
 -- name: reap_holders
-SELECT keyproxy.reap_holders() AS ended;
+-- Ends holders whose time is over, a portion at a time: 0 when nothing is left to do.
+SELECT keyproxy.reap_holders() AS done;
+
+-- name: forget_holders
+-- Deletes holders that ended long ago, at most $1. Needs: lease_holders (ended_at).
+SELECT keyproxy.forget_holders($1) AS gone;
+
+-- name: forget_windows
+-- Deletes unused rates and slots among the next $2 windows after $1: see the function. Needs: windows (id).
+SELECT next, gone FROM keyproxy.forget_windows($1, $2);
 
 -- name: ledger_id
 -- The name of this ledger.
@@ -606,8 +618,12 @@ DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
 )) RETURNING 1;
 
 -- name: forget_claim_batches
--- Let go of what processes were answered that have not spoken for a day.
-DELETE FROM keyproxy.claim_batches WHERE told_at < clock_timestamp() - interval '1 day';
+-- Delete the last answers of at most $1 processes that have not sent a batch for a day; one row for each. No index: there is
+-- a row per process of the last day, and every batch changes told_at.
+DELETE FROM keyproxy.claim_batches WHERE ctid = ANY (ARRAY(
+    SELECT b.ctid FROM keyproxy.claim_batches AS b WHERE b.told_at < clock_timestamp() - interval '1 day'
+    LIMIT $1 FOR UPDATE SKIP LOCKED
+)) RETURNING 1;
 
 -- name: record_usage
 -- A batch of usage, counted once: see the function. $1 process, $2 batch, then the sums by column, and events as JSON.

@@ -28,6 +28,7 @@ from keyproxy import settings
 from keyproxy.model import Identity, Moment
 from keyproxy.ports import Exchange
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ _WAITING_EVENT_BYTES_MAX: Final = 16 << 20
 _ALIKE_MAX: Final = 64
 
 _TEND_SECONDS: Final = 1_800.0
-_TEND_PORTION: Final = 10_000
+_TEND_RETRY_SECONDS: Final = 60.0
+_TEND_PORTION: Final = 2_000
+_WINDOWS_PORTION: Final = 5_000
 _RETRY_SECONDS: Final = 1.0
 _DAY_SECONDS: Final = 86_400
 _EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
@@ -127,6 +130,10 @@ class UsageJournal:
         self._day = -1
         self._written_mono = now().mono_seconds
         self.lasting = Lasting("usage")
+        self.tending = Chore("usage", "delete old usage and windows", portion=_TEND_PORTION)
+        self.sweeping = Chore("windows", "delete unused rates and slots", portion=_WINDOWS_PORTION)
+        #: Up to which window the sweep has come.
+        self._swept = 0
 
     def start(self) -> None:
         """Begin to write."""
@@ -274,18 +281,22 @@ class UsageJournal:
     async def _tend_forever(self) -> None:
         """Make place for days to come, and let go of days that are over."""
         while True:
-            try:
-                while await self.tend():
-                    pass
-            except (StoreUnavailable, StoreConflict) as error:
-                _log.warning("old usage was not cleaned up: %s", error)
-            await asyncio.sleep(_TEND_SECONDS)
+            is_done = await self.tending.finish(self.tend)
+            is_done = await self.sweeping.finish(self.sweep) and is_done
+            await asyncio.sleep(_TEND_SECONDS if is_done else _TEND_RETRY_SECONDS)
 
-    async def tend(self) -> bool:
+    async def tend(self, portion: int = _TEND_PORTION) -> bool:
         """Clean up once, a portion; whether there is more."""
         usage = self._usage
-        rows = await self._database.fetch("tend_usage", usage.event_days, usage.days, _TEND_PORTION)
+        rows = await self._database.fetch("tend_usage", usage.event_days, usage.days, portion)
         return bool(rows[0]["is_more"])
+
+    async def sweep(self, portion: int = _WINDOWS_PORTION) -> bool:
+        """Delete the unused of the next windows that never end; whether the ones behind are worth a look at once."""
+        rows = await self._database.fetch("forget_windows", self._swept, portion)
+        following: int | None = rows[0]["next"]
+        self._swept = following or 0
+        return following is not None and bool(rows[0]["gone"])
 
 
 def _columns(batch: _Batch) -> tuple[object, ...]:

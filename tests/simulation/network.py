@@ -134,9 +134,15 @@ class RemoteLedger(_Remote):
         replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
         return replies
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         """See the port."""
         await self._call(self._network.ledger.reap)
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        """See the port. Nothing grows old here."""
+        del portion
+        return False
 
     async def end(self, holder: str) -> None:
         """See the port."""

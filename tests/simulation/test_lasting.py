@@ -262,8 +262,13 @@ class FlawedBackend:
         self.flaw.strike("sync")
         return self.reference.sync(holder, serial, lines)
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         self.flaw.strike("reap")
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        del portion
+        return False
 
     async def end(self, holder: str) -> None:
         self.reference.end(holder)

@@ -46,8 +46,14 @@ class SlowLedger:
         await asyncio.sleep(self.seconds)
         return self.reference.sync(holder, serial, lines)
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         """See the port. Nobody dies here."""
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        """See the port. Nothing grows old here."""
+        del portion
+        return False
 
     async def end(self, holder: str) -> None:
         """See the port."""

@@ -38,8 +38,13 @@ class _InMemory:
         except TimeoutError as error:
             raise StoreUnavailable(str(error)) from error
 
-    async def reap(self) -> None:
+    async def reap(self) -> bool:
         self.rules.reap()
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        del portion
+        return False
 
     async def end(self, holder: str) -> None:
         self.rules.end(holder)

@@ -1,0 +1,64 @@
+"""Work on the store's tables that no request waits for: rows that are over are ended or deleted, a portion at a time.
+
+One statement never does all that is overdue: once that takes longer than the statement timeout, it fails each time, and the
+table grows for ever. A portion that fails is tried again at half its size. Failures show in three places: a log line at
+warning when they begin and one when they end, `/readyz`, and the metric keyproxy_housekeeping_failures_total.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from keyproxy.store.database import StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+_PORTION_MIN: Final = 10
+
+#: Between two portions, so that a backlog leaves the database to the requests.
+_PAUSE_SECONDS: Final = 0.2
+
+
+class Chore:
+    """One kind of such work. `failures`: how many portions failed; `failing_because`: why the latest did, or empty."""
+
+    def __init__(self, name: str, what: str, *, portion: int) -> None:
+        """`name` is the metric's label, `what` completes "cannot …" in the log."""
+        self.name = name
+        self.what = what
+        self.failures = 0
+        self.failing_because = ""
+        self._portion_max = self._portion = portion
+
+    def __repr__(self) -> str:
+        return f"<Chore {self.name}: portion {self._portion}, {self.failures} failures>"
+
+    async def finish(self, work: Callable[[int], Awaitable[bool]]) -> bool:
+        """Call `work` with a size, again as long as it returns that there is more. Whether none of the calls failed."""
+        while (is_more := await self.advance(work)) and not self.failing_because:
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return not is_more
+
+    async def advance(self, work: Callable[[int], Awaitable[bool]]) -> bool:
+        """Call `work` once. Whether there is more to do, which there is if it failed."""
+        try:
+            is_more = await work(self._portion)
+        except (StoreUnavailable, StoreConflict) as error:
+            self._note_failure(error)
+            return True
+        if self.failing_because:
+            _log.warning("recovered: no longer unable to %s", self.what)
+            self.failing_because = ""
+        if not is_more:
+            self._portion = self._portion_max
+        return is_more
+
+    def _note_failure(self, error: Exception) -> None:
+        self.failures += 1
+        self._portion = max(min(_PORTION_MIN, self._portion_max), self._portion // 2)
+        if not self.failing_because:
+            _log.warning("cannot %s, retrying: %s", self.what, error)
+        self.failing_because = str(error) or type(error).__name__
