@@ -8,6 +8,7 @@ COMPILED_VENV := .venv-compiled
 STAMP := $(VENV)/.ready
 RUNS := $(VENV)/.runs
 ARGS ?=
+DSN ?=
 SEEDS ?= 1000
 SECONDS ?= 120
 JOBS ?= 2
@@ -15,11 +16,12 @@ JOBS ?= 2
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test simulate crash check fmt bench bench-setup soak compiled test-compiled setup clean help
+.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup soak compiled test-compiled setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
 	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own; JOBS=N processes at a time"
+	@echo "make test-postgres [DSN=...]  the store and acceptance tests on a given PostgreSQL, or on the distribution's, with JIT"
 	@echo "make simulate [SEEDS=N]   the ledger against everything that goes wrong, N runs of it"
 	@echo "make crash [SECONDS=N]    processes that are killed, stopped and cut off under load, for so long"
 	@echo "make check                lint, types, house rules"
@@ -34,6 +36,11 @@ demo: $(RUNS)
 
 test: setup
 	$(BIN)/python -m pytest $(IN_JOBS) $(ARGS)
+
+# With DSN: on that server, as its superuser `keyproxy`. Without: on the distribution's, which is started for the run.
+test-postgres: export KEYPROXY_TEST_POSTGRES = $(DSN)
+test-postgres: setup
+	$(BIN)/python -m $(if $(DSN),pytest,tests.distribution) $(or $(ARGS),tests/store tests/acceptance)
 
 simulate: setup
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)

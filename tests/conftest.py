@@ -15,9 +15,10 @@ import uvloop
 from keyproxy import gateway
 from keyproxy.store import embedded, migrations, scratch
 from keyproxy.store.database import Database
-from keyproxy.store.embedded import EmbeddedServer
+from tests import server as servers
+from tests.server import Server
 
-_TEMPLATE = "template_keyproxy"
+_TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
 
 #: Tests do not need their data to survive a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
@@ -33,8 +34,10 @@ def pytest_configure() -> None:
 
 
 def pytest_report_header() -> str:
-    """Which build is tested."""
-    return f"keyproxy: {'compiled' if _IS_COMPILED else 'pure Python'}, {Path(gateway.__file__).parent}"
+    """Which build is tested, on which PostgreSQL."""
+    place = "a given server" if os.environ.get(servers.VARIABLE) else "embedded"
+    build = "compiled" if _IS_COMPILED else "pure Python"
+    return f"keyproxy: {build}, {Path(gateway.__file__).parent}; PostgreSQL: {place}"
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -43,8 +46,14 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[EmbeddedServer]:
-    """A PostgreSQL server for the whole run, in a short path: the socket's is bounded."""
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server for the whole run: a given one, or one in a short path, since the socket's is bounded."""
+    given = servers.given()
+    if given is not None:
+        asyncio.run(_make_template(given))
+        yield given
+        asyncio.run(scratch.drop(given.dsn("postgres"), _TEMPLATE))
+        return
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         server = embedded.start(Path(directory), _FAST)
         try:
@@ -55,7 +64,7 @@ def postgres() -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture
-async def dsn(postgres: EmbeddedServer) -> AsyncIterator[str]:
+async def dsn(postgres: Server) -> AsyncIterator[str]:
     """A migrated, empty database of this test's own."""
     name = f"test_{secrets.token_hex(6)}"
     await scratch.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
@@ -64,7 +73,7 @@ async def dsn(postgres: EmbeddedServer) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def empty_dsn(postgres: EmbeddedServer) -> AsyncIterator[str]:
+async def empty_dsn(postgres: Server) -> AsyncIterator[str]:
     """A database of this test's own, without any schema."""
     name = f"test_{secrets.token_hex(6)}"
     await scratch.create(postgres.dsn("postgres"), name)
@@ -91,6 +100,6 @@ def corpora() -> Path:
     return directory
 
 
-async def _make_template(server: EmbeddedServer) -> None:
+async def _make_template(server: Server) -> None:
     await scratch.create(server.dsn("postgres"), _TEMPLATE)
     await migrations.migrate(server.dsn(_TEMPLATE))

@@ -1,8 +1,8 @@
 """Work on the store's tables that no request waits for: rows that are over are ended or deleted, a portion at a time.
 
-One statement never does all that is overdue: once that takes longer than the statement timeout, it fails each time, and the
-table grows for ever. A portion that fails is tried again at half its size. Failures show in three places: a log line at
-warning when they begin and one when they end, `/readyz`, and the metric keyproxy_housekeeping_failures_total.
+One statement never does all that is overdue: once that takes longer than the statement timeout, it fails each time, and
+the table grows for ever. A portion that fails is tried again at half its size. Failures show in three places: a log line
+at warning when they begin and one when they end, `/readyz`, and the metric keyproxy_housekeeping_failures_total.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ class Chore:
 
     async def finish(self, work: Callable[[int], Awaitable[bool]]) -> bool:
         """Call `work` with a size, again as long as it returns that there is more. Whether none of the calls failed."""
-        while (is_more := await self.advance(work)) and not self.failing_because:
+        while await self.advance(work):
+            if self.failing_because:
+                return False
             await asyncio.sleep(_PAUSE_SECONDS)
-        return not is_more
+        return True
 
     async def advance(self, work: Callable[[int], Awaitable[bool]]) -> bool:
         """Call `work` once. Whether there is more to do, which there is if it failed."""

@@ -7,8 +7,9 @@ import contextlib
 import hashlib
 import io
 import json
+import secrets
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,8 @@ from keyproxy.store import migrations, scratch
 from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.embedded import EmbeddedServer
 from keyproxy.store.reminders import Reminders
+from tests.server import Server
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -130,15 +131,18 @@ $$;
 
 
 @pytest.fixture(scope="session")
-def common_dsn(postgres: EmbeddedServer) -> str:
+def common_dsn(postgres: Server) -> Iterator[str]:
     """A migrated database that the tests of the admin API share."""
 
+    name = f"kp_test_admin_{secrets.token_hex(4)}"
+
     async def made() -> None:
-        await scratch.create(postgres.dsn("postgres"), "admin")
-        await migrations.migrate(postgres.dsn("admin"))
+        await scratch.create(postgres.dsn("postgres"), name)
+        await migrations.migrate(postgres.dsn(name))
 
     asyncio.run(made())
-    return postgres.dsn("admin")
+    yield postgres.dsn(name)
+    asyncio.run(scratch.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from keyproxy.store import roles
 from keyproxy.store.database import Database
 from tests.admin.conftest import Api, serving
+from tests.server import as_role, may_log_in
 
 
 def _seconds_until(text: str) -> float:
@@ -203,8 +204,11 @@ async def test_keys_are_listed_by_age_use_and_expiry(api: Api) -> None:
 async def test_the_role_of_the_admin_side_is_enough_for_the_whole_lifecycle(dsn: str) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
+    owner = await asyncpg.connect(dsn)
+    await owner.execute(may_log_in(dsn, f"{prefix}_admin"))
+    await owner.close()
     database = Database(
-        dsn.replace("keyproxy@", f"{prefix}_admin@"), pool_size_max=2, statement_timeout_seconds=5.0
+        as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0
     )  # fmt: skip
     await database.open()
     try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import tempfile
@@ -24,6 +25,7 @@ from keyproxy.store.embedded import EmbeddedServer
 from keyproxy.store.feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
+from tests.server import Server, password_of
 from tests.store.redis_server import RedisServer
 from tests.store.redis_stage import MakeServer, servers
 from tests.store.stage import Clock, Door, Relay, Rig, Sql, until
@@ -59,15 +61,18 @@ DELETE FROM keyproxy.usage_event_batches;
 
 
 @pytest.fixture(scope="session")
-def common_dsn(postgres: EmbeddedServer) -> str:
+def common_dsn(postgres: Server) -> Iterator[str]:
     """A migrated database that the store tests share."""
 
+    name = f"kp_test_common_{secrets.token_hex(4)}"
+
     async def made() -> None:
-        await scratch.create(postgres.dsn("postgres"), "common")
-        await migrations.migrate(postgres.dsn("common"))
+        await scratch.create(postgres.dsn("postgres"), name)
+        await migrations.migrate(postgres.dsn(name))
 
     asyncio.run(made())
-    return postgres.dsn("common")
+    yield postgres.dsn(name)
+    asyncio.run(scratch.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture
@@ -209,8 +214,9 @@ async def make_pooler(relay: Relay, short_directory: Path) -> AsyncIterator[Make
             directory = short_directory / "pool"
             directory.mkdir()
             file = directory / "pgbouncer.ini"
+            password = f"password={password_of(relay.dsn)}" if password_of(relay.dsn) else ""
             file.write_text(
-                f"[databases]\n* = host={short_directory} port=5432 user=keyproxy\n"
+                f"[databases]\n* = host={short_directory} port=5432 user=keyproxy {password}\n"
                 f"[pgbouncer]\nunix_socket_dir = {directory}\nlisten_port = 6432\nauth_type = any\n"
                 f"pool_mode = transaction\ndefault_pool_size = {server_connections}\nmax_client_conn = 200\n"
                 f"logfile = {directory}/log\n"

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -21,6 +21,7 @@ from keyproxy.store.feed import ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from tests import fakes
+from tests.server import address_of, password_of
 
 #: A raw connection: any SQL client.
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -157,7 +158,9 @@ class Relay:
     @property
     def dsn(self) -> str:
         """How to connect through the wire."""
-        return f"postgresql://keyproxy@/{urlsplit(self._target).path[1:]}?host={self._directory}&port=5432"
+        password = password_of(self._target)
+        who = f"keyproxy:{password}" if password else "keyproxy"
+        return f"postgresql://{who}@/{urlsplit(self._target).path[1:]}?host={self._directory}&port=5432"
 
     def lead_to(self, dsn: str) -> None:
         """Connections made from now on lead to another server."""
@@ -216,10 +219,12 @@ class Relay:
         self._ends.discard(end)
 
     async def _connect(self, near: _End) -> None:
-        parameters = parse_qs(urlsplit(self._target).query)
-        path = f"{parameters['host'][0]}/.s.PGSQL.{parameters['port'][0]}"
+        address, loop = address_of(self._target), asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: _End(self, near), path)
+            if isinstance(address, str):
+                await loop.create_unix_connection(lambda: _End(self, near), address)
+            else:
+                await loop.create_connection(lambda: _End(self, near), *address)
         except OSError:
             near.cut()
 

@@ -20,6 +20,7 @@ from keyproxy.store import migrations
 from keyproxy.store.database import Database, Listener, StoreConflict, StoreUnavailable
 from keyproxy.store.directory import Actor, Directory, KeyWish
 from keyproxy.store.feed import CHANNEL
+from tests.server import Server
 from tests.store.conftest import MakePooler, MakeRig, StartServer
 from tests.store.stage import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until, until_blocked
 
@@ -125,14 +126,10 @@ async def test_closing_does_not_wait_for_a_statement_that_does_not_end(dsn: str,
     await other.close()
 
 
-@pytest.mark.parametrize(
-    "dsn_suffix", ["nowhere?host=/tmp/kp-nobody&port=5432", "db_that_is_not_there?host={home}&port=5432"]
-)
-async def test_a_server_or_database_that_is_not_there_is_unavailable(
-    postgres: object, common_dsn: str, dsn_suffix: str
-) -> None:
-    home = common_dsn.split("host=")[1].split("&", maxsplit=1)[0]
-    async with opened("postgresql://keyproxy@/" + dsn_suffix.format(home=home)) as door:
+@pytest.mark.parametrize("is_server_there", [False, True])
+async def test_a_server_or_database_that_is_not_there_is_unavailable(postgres: Server, is_server_there: bool) -> None:
+    nowhere = "postgresql://keyproxy@/nowhere?host=/tmp/kp-nobody&port=5432"
+    async with opened(postgres.dsn("db_that_is_not_there") if is_server_there else nowhere) as door:
         with pytest.raises(StoreUnavailable):
             await door.fetch("tenants", "", 1)
         assert door.is_down

@@ -17,8 +17,8 @@ from keyproxy.reasons import Reason
 from keyproxy.settings import Cache
 from keyproxy.store import migrations, scratch
 from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.embedded import EmbeddedServer
 from tests import fakes
+from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
 from tests.store.stage import (
     Bell,
@@ -385,7 +385,7 @@ async def test_a_history_that_has_not_come_as_far_as_ours_makes_the_cache_distru
 
 
 async def test_a_database_that_was_restored_in_place_makes_the_cache_distrust_all(
-    postgres: EmbeddedServer, own_dsn: str, relay: Relay, make_rig: MakeRig
+    postgres: Server, own_dsn: str, relay: Relay, make_rig: MakeRig
 ) -> None:
     """`dropdb`, `createdb`, `pg_restore`: another history, although the server's transaction numbers went on."""
     seeded: Sql = await asyncpg.connect(own_dsn)

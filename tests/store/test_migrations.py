@@ -10,6 +10,7 @@ import pytest
 from keyproxy.store import migrations
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.migrations import MigrationError
+from tests.server import as_role, may_log_in
 from tests.store.stage import Relay, Sql, until_row
 
 ALL = [one.number for one in migrations.available()]
@@ -113,10 +114,12 @@ async def test_a_run_that_is_cut_off_leaves_nothing_behind_and_does_not_block_th
 
 
 async def test_a_role_without_the_right_to_make_a_schema_is_told_so(empty_dsn: str) -> None:
-    await run(empty_dsn, "DROP ROLE IF EXISTS kp_powerless", "CREATE ROLE kp_powerless LOGIN")
+    await run(
+        empty_dsn, "DROP ROLE IF EXISTS kp_powerless", "CREATE ROLE kp_powerless", may_log_in(empty_dsn, "kp_powerless")
+    )
     try:
         with pytest.raises(MigrationError, match="permission denied"):
-            await migrations.migrate(empty_dsn.replace("keyproxy@", "kp_powerless@"))
+            await migrations.migrate(as_role(empty_dsn, "kp_powerless"))
     finally:
         await run(empty_dsn, "DROP ROLE kp_powerless")
 

@@ -27,6 +27,7 @@ from keyproxy.store.migrations import MigrationError
 from keyproxy.store.usage import UsageJournal
 from keyproxy.store.usage_reading import UsageFilter, UsageReader
 from tests import fakes
+from tests.server import as_role, may_log_in
 from tests.store.stage import Clock, Sql, add_key, add_user
 from tests.store.test_claims import claim
 from tests.store.test_usage import ended, rows
@@ -39,6 +40,8 @@ async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
     """Roles are the server's, not the database's: a prefix that is nobody else's, and no role is left behind."""
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
+    for role in roles.names(prefix):
+        await sql.execute(may_log_in(dsn, role))
     yield prefix
     for role in roles.names(prefix):
         await sql.execute(f'DROP OWNED BY "{role}"')
@@ -48,7 +51,7 @@ async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
 @pytest.fixture
 async def as_proxy(dsn: str, prefix: str) -> AsyncIterator[Database]:
     """The store as the proxies' role has it."""
-    database = Database(dsn.replace("keyproxy@", f"{prefix}_proxy@"), pool_size_max=2, statement_timeout_seconds=5.0)
+    database = Database(as_role(dsn, f"{prefix}_proxy"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     yield database
     await database.close()
@@ -57,7 +60,7 @@ async def as_proxy(dsn: str, prefix: str) -> AsyncIterator[Database]:
 @pytest.fixture
 async def as_admin(dsn: str, prefix: str) -> AsyncIterator[Database]:
     """The store as the admin side's role has it."""
-    database = Database(dsn.replace("keyproxy@", f"{prefix}_admin@"), pool_size_max=2, statement_timeout_seconds=5.0)
+    database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     yield database
     await database.close()
@@ -85,7 +88,7 @@ async def test_proxies_resolve_keys_follow_changes_and_note_use(as_proxy: Databa
     assert who.user_id == "u_42"
     await last_used.flush()
     assert await sql.fetchval("SELECT last_used_at IS NOT NULL FROM keyproxy.api_keys") is True
-    await as_proxy.fetch("forget_changes", await sql.fetchval("SELECT pg_current_snapshot()::text"))
+    await as_proxy.fetch("forget_changes", await sql.fetchval("SELECT pg_current_snapshot()::text"), 100)
     await cache.close()
     await feed.close()
 
@@ -147,7 +150,7 @@ async def test_proxies_can_change_neither_keys_nor_audit_rows_nor_the_schema(
 ) -> None:
     await add_user(sql)
     await add_key(sql)
-    client: Sql = await asyncpg.connect(dsn.replace("keyproxy@", f"{prefix}_proxy@"))
+    client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_proxy"))
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await client.execute(statement)
     await client.close()
@@ -171,7 +174,7 @@ async def test_proxies_can_change_neither_keys_nor_audit_rows_nor_the_schema(
 async def test_the_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_the_schema(
     dsn: str, prefix: str, statement: str
 ) -> None:
-    client: Sql = await asyncpg.connect(dsn.replace("keyproxy@", f"{prefix}_admin@"))
+    client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_admin"))
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await client.execute(statement)
     await client.close()

@@ -8,6 +8,7 @@ import secrets
 import asyncpg
 import pytest
 
+from tests.server import as_role, may_log_in
 from tests.store.stage import Sql, add_key, add_keys, add_tenant, add_user, audit_rows, change_rows
 
 DIGEST = bytes(range(32))
@@ -448,12 +449,13 @@ async def test_a_change_that_was_rolled_back_leaves_neither_a_change_nor_an_audi
 
 async def test_a_client_needs_no_rights_on_the_feed_and_the_log_to_be_heard_by_them(dsn: str, directory: Sql) -> None:
     role = f"kp_client_{secrets.token_hex(4)}"
-    await directory.execute(f'CREATE ROLE "{role}" LOGIN')
+    await directory.execute(f'CREATE ROLE "{role}"')
+    await directory.execute(may_log_in(dsn, role))
     await directory.execute(f'GRANT USAGE ON SCHEMA keyproxy TO "{role}"')
     await directory.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON keyproxy.api_keys TO "{role}"')
     await directory.execute(f'GRANT SELECT ON keyproxy.users TO "{role}"')
     before = await change_rows(directory)
-    client = await asyncpg.connect(dsn.replace("keyproxy@", f"{role}@"))
+    client = await asyncpg.connect(as_role(dsn, role))
     try:
         await add_key(client)
         await client.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")

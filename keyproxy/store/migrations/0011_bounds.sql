@@ -60,7 +60,8 @@ BEGIN
 END
 $$;
 
--- As 0004_ledger.sql and 0010_ledger_lookups.sql have made it, but for the holder and for jit.
+-- As 0004_ledger.sql and 0010_ledger_lookups.sql have made it, but for holders, jit, windows that are deleted meanwhile, and
+-- two look-ups of leases, for which PostgreSQL 15 read all leases of a holder, or of all of them.
 CREATE OR REPLACE FUNCTION keyproxy.sync_leases(
     sender text, message bigint, lease_seconds float8, lines keyproxy.lease_line[],
     OUT lease bigint, OUT starts bigint, OUT granted bigint, OUT spent bigint, OUT held bigint,
@@ -127,8 +128,8 @@ BEGIN
     lines := ARRAY(
         -- A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
         SELECT ROW(l.lease, l.pool_kind, l.pool_id, l.is_test, l.measure, coalesce(
-                       (SELECT w.starts FROM keyproxy.leases AS x JOIN keyproxy.windows AS w ON w.id = x.window_id
-                        WHERE x.holder = sender AND x.lease = l.lease),
+                       (SELECT (SELECT w.starts FROM keyproxy.windows AS w WHERE w.id = x.window_id)
+                        FROM keyproxy.leases AS x WHERE x.holder = sender AND x.lease = l.lease),
                        keyproxy.window_start(l.measure, instant)
                    ), l.bound, l.interval_seconds, l.granted, l.used, l.returned, l.want, l.at_least, l.takes_all, l.is_closing
                )::keyproxy.lease_line
@@ -245,8 +246,11 @@ BEGIN
         SET granted = excluded.granted, used = excluded.used, returned = excluded.returned
     ), closed AS (
         DELETE FROM keyproxy.leases AS x
-        WHERE x.holder = sender
-          AND x.lease = ANY (ARRAY(SELECT j.lease FROM totalled AS j WHERE j.is_closing AND j.is_known))
+        -- Not holder and = ANY (leases): PostgreSQL may take the holder for the index and look through all of its leases.
+        WHERE x.ctid = ANY (ARRAY(
+            SELECT (SELECT y.ctid FROM keyproxy.leases AS y WHERE y.holder = sender AND y.lease = j.lease)
+            FROM totalled AS j WHERE j.is_closing AND j.is_known
+        ))
     ), written AS (
         UPDATE keyproxy.windows AS w
         SET spent = w.spent + j.window_used,

@@ -1,0 +1,71 @@
+"""The PostgreSQL that tests run on: an embedded one of their own, or a given one, `make test-postgres DSN=…`."""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Protocol
+from urllib.parse import parse_qs, quote, urlsplit
+
+#: The DSN of a given server.
+VARIABLE: Final = "KEYPROXY_TEST_POSTGRES"
+
+#: Tests compare what the database writes of the role that is logged in.
+ROLE: Final = "keyproxy"
+
+
+class Server(Protocol):
+    """A server that tests make databases on."""
+
+    def dsn(self, database: str) -> str:
+        """How to connect to one of its databases, as a superuser."""
+        ...
+
+
+class GivenServer:
+    """A server that is started and stopped by somebody else."""
+
+    def __init__(self, dsn: str) -> None:
+        """Raises ValueError if this is no DSN that tests can use."""
+        self._parts = urlsplit(dsn)
+        if self._parts.scheme not in ("postgresql", "postgres") or self._parts.username != ROLE:
+            raise ValueError(
+                f"{VARIABLE} (or DSN=…) has to be postgresql://{ROLE}:…@host:port/, with {ROLE} a superuser of a server"
+                " that holds nothing else"
+            )
+
+    def dsn(self, database: str) -> str:
+        """See Server."""
+        return self._parts._replace(path=f"/{database}").geturl()
+
+
+def given() -> GivenServer | None:
+    """The server that the environment gives. Raises ValueError."""
+    dsn = os.environ.get(VARIABLE)
+    return GivenServer(dsn) if dsn else None
+
+
+def password_of(dsn: str) -> str:
+    """Empty if there is none."""
+    return urlsplit(dsn).password or ""
+
+
+def address_of(dsn: str) -> str | tuple[str, int]:
+    """Where the server listens: the path of a socket, or host and port."""
+    parts, parameters = urlsplit(dsn), parse_qs(urlsplit(dsn).query)
+    host = parameters.get("host", [parts.hostname or "localhost"])[0]
+    port = int(parameters.get("port", [str(parts.port or 5432)])[0])
+    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
+
+
+def as_role(dsn: str, role: str) -> str:
+    """How another role connects. On a server that asks for passwords the role needs the same one: see `may_log_in`."""
+    parts = urlsplit(dsn)
+    password = f":{parts.password}" if parts.password else ""
+    place = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{quote(role, safe='')}{password}@{place}").geturl()
+
+
+def may_log_in(dsn: str, role: str) -> str:
+    """The statement that gives a role the password of this DSN; harmless on a server that asks for none."""
+    password = password_of(dsn).replace("'", "''")
+    return f"ALTER ROLE \"{role}\" LOGIN PASSWORD '{password}'" if password else f'ALTER ROLE "{role}" LOGIN'
