@@ -46,7 +46,8 @@ def check_ledger(store: Store) -> Check:
         why = "leases have lapsed" if conversation.has_lapsed else "limits are spent from leases until they lapse"
         return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'the ledger has not been heard of'}")
     if conversation.reaping.failing_because:
-        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}: {conversation.reaping.failing_because}")
+        why = conversation.reaping.failing_because
+        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}, what they hold stays taken: {why}")
     if store.usage.down_because:
         return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
     return Check(Verdict.OK)
@@ -54,5 +55,7 @@ def check_ledger(store: Store) -> Check:
 
 def check_housekeeping(store: Store) -> Check:
     """Whether old rows are deleted. Tables that grow stop no request yet: never a reason to be unready."""
-    failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in store.chores if chore.failing_because]
+    # What the ledger's check says already is not said twice.
+    chores = [chore for chore in store.chores if chore is not store.ledger.conversation.reaping]
+    failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in chores if chore.failing_because]
     return Check(Verdict.DEGRADED, "; ".join(failing)) if failing else Check(Verdict.OK)

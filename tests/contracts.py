@@ -340,6 +340,35 @@ class LedgerContract:
         assert await ledger_stage.brief.sync("dead", 2, [line(granted=4, used=1)]) is None
         assert await ledger.sync("alive", 2, [line(granted=4, used=1)]) is not None
 
+    async def test_a_holder_that_held_nothing_when_its_time_was_over_goes_on(self, ledger_stage: LedgerStage) -> None:
+        ledger, brief, rate = ledger_stage.ledger, ledger_stage.brief, window("rate")
+        await brief.sync("a", 1, [line(want=4), line(2, rate, interval_seconds=60.0, want=1)])
+        await brief.sync("a", 2, [line(granted=4, used=1, returned=3, is_closing=True)])
+        for serial in (3, 5):
+            await ledger.reap()
+            replies = await brief.sync("a", serial, [line(serial, want=2)])
+            assert replies is not None
+            assert replies[0].granted == 2
+            with pytest.raises(StoreUnavailable):
+                await brief.sync("a", serial - 1, [])
+            await brief.sync("a", serial + 1, [line(serial, granted=2, returned=2, is_closing=True)])
+        (state,) = await ledger.windows([window()])
+        assert state is not None
+        assert (state.spent, state.held, state.forfeited) == (1, 0, 0)
+
+    async def test_a_holder_that_rests_or_is_not_stored_and_was_granted_units_is_told_that_it_has_ended(
+        self, ledger_stage: LedgerStage
+    ) -> None:
+        ledger = ledger_stage.ledger
+        await ledger_stage.brief.sync("resting", 1, [])
+        await ledger.reap()
+        for holder in ("resting", "deleted"):
+            assert await ledger.sync(holder, 7, [line(granted=4, used=1)]) is None, holder
+        (state,) = await ledger.windows([window()])
+        assert state is None
+        # Its successor, or one whose first answers were lost, has been granted nothing.
+        assert await ledger.sync("new", 7, [line(want=1)]) is not None
+
     async def test_of_leases_that_ask_of_one_window_in_one_message_the_latest_alone_is_granted_anything(
         self, ledger: InspectedBackend
     ) -> None:

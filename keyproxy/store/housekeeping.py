@@ -52,7 +52,7 @@ class Chore:
             self._note_failure(error)
             return True
         if self.failing_because:
-            _log.warning("recovered: no longer unable to %s", self.what)
+            _log.warning("recovered, and continues to %s", self.what)
             self.failing_because = ""
         if not is_more:
             self._portion = self._portion_max

@@ -72,7 +72,7 @@ class Conversation:
         self._become_another()
         self._settles = False
         self.lasting = Lasting("ledger")
-        self.reaping = Chore("reap", "end holders that have died: what they hold stays taken", portion=1)
+        self.reaping = Chore("reap", "end holders that have died", portion=1)
         self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
         #: Those whom the message under way is to answer.

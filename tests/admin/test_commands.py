@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import asyncpg
+import orjson
 import pytest
 
 from keyproxy import clock
@@ -152,6 +154,7 @@ async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
     assert [row["entity_id"] for row in rows if row["entity"] == "user"] == ["u_1", "u_2"]
+    assert {row["db_role"] for row in rows} == {"keyproxy"}
     # Restored from a backup, the log has other rows under these ids; or none yet.
     for other in ({**rows[-1], "at": "2020-01-01T00:00:00.000Z"}, {**rows[-1], "id": rows[-1]["id"] + 9}):
         text = "".join(json.dumps(row) + "\n" for row in [*rows[:-1], other])
@@ -160,6 +163,23 @@ async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history
         assert printed.status == 1
         assert "its last row is not in this log" in printed.err
         assert file.read_text() == text
+
+
+async def test_an_export_that_was_begun_before_rows_had_a_role_goes_on(
+    run: Run, api: Api, dsn: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "audit.jsonl"
+    await api.user()
+    client = await asyncpg.connect(dsn)
+    await client.execute("SET session_replication_role = replica; UPDATE keyproxy.audit_log SET db_role = NULL")
+    await client.close()
+    assert (await run("audit", "export", "--output", str(file), by="database")).status == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row.pop("db_role") for row in rows} == {None}
+    file.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    await api.user("u_2")
+    printed = await run("audit", "export", "--output", str(file), by="database")
+    assert (printed.status, printed.err) == (0, f"keyproxy: 2 rows added to {file}\n")
 
 
 async def test_a_token_that_is_none_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

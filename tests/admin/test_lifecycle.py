@@ -169,6 +169,7 @@ async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> 
     await api.done("POST", "/v1/leaked-keys", {"key": user["key"]["secret"]}, token=secret)
     rows = await api.audit(actor=f"token:{token_id}")
     assert {row["origin"] for row in rows} == {"127.0.0.1"}
+    assert {row["db_role"] for row in rows} == {"keyproxy"}
     assert [(row["entity"], row["action"]) for row in reversed(rows)] == [
         ("tenant", "insert"), ("user", "insert"), ("key", "insert"), ("tenant", "update"), ("plan", "insert"),
         ("key", "insert"), ("key", "update"), ("key", "update"),

@@ -264,6 +264,7 @@ class FlawedBackend:
 
     async def reap(self) -> bool:
         self.flaw.strike("reap")
+        self.reference.reap()
         return False
 
     async def forget(self, portion: int) -> bool:
@@ -362,6 +363,21 @@ def test_a_defect_anywhere_in_the_ledger_s_conversation_is_heard_by_who_waits_an
     assert customers.ask("u_1", "u_2", "u_3") == [None] * 3
     assert conversation.lasting.defects == 1
     assert customers.end() == 3 + has_leases
+
+
+def test_a_process_that_is_idle_now_and_then_stays_one_holder_and_waits_for_one_answer(site: Site) -> None:
+    customers = Customers(site, Flaw(0))
+    counts = customers.ledger.conversation.counts
+    for gaps in range(1, 6):
+        before = counts["round_trips"]
+        assert customers.ask("u_1") == [None]
+        assert counts["round_trips"] == before + 1
+        site.do(lambda: customers.ledger.settle(customers.holds.pop(), was_sent=True))
+        site.wait(settings.Ledger().lease_seconds * 5)
+        assert customers.ledger.book.outstanding == 0
+        (holder,) = customers.backend.reference.holders.values()
+        assert holder.rests, gaps
+    assert customers.end() == 5
 
 
 def test_a_defect_in_looking_for_dead_holders_does_not_end_it(site: Site) -> None:

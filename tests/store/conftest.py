@@ -57,6 +57,7 @@ DELETE FROM keyproxy.claim_batches;
 DELETE FROM keyproxy.usage;
 DELETE FROM keyproxy.usage_writers;
 DELETE FROM keyproxy.usage_event_batches;
+UPDATE keyproxy.ledger_history SET changed_at = '-infinity', settles_until = '-infinity';
 """
 
 

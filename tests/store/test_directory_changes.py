@@ -255,6 +255,7 @@ async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
     assert [(row["actor"], row["origin"], row["action"], row["entity"]) for row in page.items] == [
         ("ben", "phone", "update", "tenant"), ("ann", "desk", "insert", "plan"), ("ann", "desk", "insert", "user"),
     ]  # fmt: skip
+    assert {row["db_role"] for row in page.items} == {"keyproxy"}
     assert page.items[0]["changed"] == ["name"]
     assert (page.items[0]["before"]["name"], page.items[0]["after"]["name"]) == ("Acme Inc.", "x")
     rest = await directory.audit(page.next, 3)

@@ -66,6 +66,13 @@ async def as_admin(dsn: str, prefix: str) -> AsyncIterator[Database]:
     await database.close()
 
 
+async def test_what_the_roles_run_is_not_compiled(dsn: str, prefix: str) -> None:
+    for role in roles.names(prefix):
+        client: Sql = await asyncpg.connect(as_role(dsn, role))
+        assert await client.fetchval("SELECT current_setting('jit')") == "off"
+        await client.close()
+
+
 async def test_every_table_is_in_the_list_of_rights(sql: Sql) -> None:
     rows = await sql.fetch(
         "SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = 'keyproxy'::regnamespace"

@@ -8,6 +8,7 @@ import secrets
 import asyncpg
 import pytest
 
+from keyproxy.store import migrations
 from tests.server import as_role, may_log_in
 from tests.store.stage import Sql, add_key, add_keys, add_tenant, add_user, audit_rows, change_rows
 
@@ -362,7 +363,7 @@ async def test_an_audit_row_tells_who_what_and_how_it_was_before(directory: Sql)
         " FROM keyproxy.audit_log ORDER BY id DESC LIMIT 1"
     )
     assert row is not None
-    assert (row["actor"], row["origin"], row["was"]) == ("sql:keyproxy", "local", None)
+    assert (row["actor"], row["origin"], row["was"]) == ("sql:keyproxy", await _here(directory), None)
     assert row["becomes"].startswith("2030-01-01")
 
 
@@ -374,7 +375,52 @@ async def test_who_acts_may_be_said_for_one_transaction(directory: Sql) -> None:
         await directory.execute("UPDATE keyproxy.users SET disabled_at = now()")
     await directory.execute("UPDATE keyproxy.users SET disabled_at = NULL")
     rows = await directory.fetch("SELECT actor, origin FROM keyproxy.audit_log ORDER BY id DESC LIMIT 2")
-    assert [tuple(row) for row in rows] == [("sql:keyproxy", "local"), ("ann", "x")]
+    assert [tuple(row) for row in rows] == [("sql:keyproxy", await _here(directory)), ("ann", "x")]
+
+
+async def _here(client: Sql) -> str:
+    """Where this client comes from, as the log writes it: over a socket, or from an address."""
+    return str(await client.fetchval("SELECT coalesce(host(inet_client_addr()), 'local')"))
+
+
+async def test_an_audit_row_has_the_role_that_is_logged_in_whatever_the_client_claims(dsn: str, directory: Sql) -> None:
+    role = f"kp_client_{secrets.token_hex(4)}"
+    await directory.execute(f'CREATE ROLE "{role}"')
+    await directory.execute(may_log_in(dsn, role))
+    await directory.execute(f'GRANT USAGE ON SCHEMA keyproxy TO "{role}"')
+    await directory.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON keyproxy.plans TO "{role}"')
+    await directory.execute(f'CREATE ROLE "{role}_other"')
+    await directory.execute(f'GRANT "{role}" TO "{role}_other"')
+    client = await asyncpg.connect(as_role(dsn, role))
+    try:
+        await client.execute("SET keyproxy.actor = 'cli:root'")
+        await client.execute("INSERT INTO keyproxy.plans (id) VALUES ('p')")
+        await client.execute("SET keyproxy.db_role = 'keyproxy'")
+        await client.execute("DELETE FROM keyproxy.plans WHERE id = 'p'")
+        await directory.execute(f'SET ROLE "{role}_other"')
+        await directory.execute("INSERT INTO keyproxy.plans (id) VALUES ('q')")
+        await directory.execute("RESET ROLE")
+    finally:
+        await client.close()
+        rows = await directory.fetch("SELECT actor, db_role FROM keyproxy.audit_log ORDER BY id DESC LIMIT 3")
+        for one in (f"{role}_other", role):
+            await directory.execute(f'DROP OWNED BY "{one}"')
+            await directory.execute(f'DROP ROLE "{one}"')
+    assert [tuple(row) for row in rows] == [("sql:keyproxy", "keyproxy"), ("cli:root", role), ("cli:root", role)]
+
+
+async def test_audit_rows_of_before_have_no_role(own_dsn: str) -> None:
+    client = await asyncpg.connect(own_dsn)
+    try:
+        await client.execute("ALTER TABLE keyproxy.audit_log DROP COLUMN db_role")
+        await client.execute("DELETE FROM keyproxy.migrations WHERE name = 'audit_db_role'")
+        await add_tenant(client, "before")
+        await migrations.migrate(own_dsn)
+        await add_tenant(client, "after")
+        rows = await client.fetch("SELECT entity_id, db_role FROM keyproxy.audit_log ORDER BY id")
+    finally:
+        await client.close()
+    assert [tuple(row) for row in rows] == [("before", None), ("after", "keyproxy")]
 
 
 async def test_no_audit_row_holds_a_digest(directory: Sql) -> None:
