@@ -15,7 +15,7 @@ from keyproxy.store.ledger_postgres import WindowState
 
 #: Another one than before whenever ledger.lua keeps its values otherwise, or speaks otherwise: it is part of all keys, so
 #: that proxies of two releases have a generation each.
-VERSION: Final = 2
+VERSION: Final = 3
 
 #: lease, starts, limit, interval_seconds, granted, used, returned, want, at_least, takes_all, is_closing, is_test; behind
 #: it the pool's kind, the measure and the owner, each with a NUL at its end.

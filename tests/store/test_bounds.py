@@ -106,20 +106,22 @@ async def test_a_portion_that_takes_too_long_is_tried_smaller_until_it_fits(
     assert lines[1] == "recovered, and continues to delete old holders"
 
 
-async def test_holders_that_ended_more_than_a_day_ago_are_deleted_a_portion_at_a_time(door: Database, sql: Sql) -> None:
+async def test_holders_that_ended_more_than_a_day_ago_are_deleted_a_portion_at_a_time(
+    database: Database, sql: Sql
+) -> None:
     await _add_ended(sql, 25, "25 hours")
     await _add_ended(sql, 5, "23 hours")
-    ledger = PostgresLedger(door, lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("alive", 1, [])
     assert [await ledger.forget(10) for _ in range(3)] == [True, True, False]
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.lease_holders") == 6
 
 
 async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_at_a_time(
-    door: Database, sql: Sql
+    database: Database, sql: Sql
 ) -> None:
-    ledger = PostgresLedger(door, lease_seconds=0.0)
-    patient = PostgresLedger(door, lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(database, lease_seconds=0.0)
+    patient = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     count = 2_500
     for first in range(1, count, 500):
         await ledger.sync("dead", first, [line(n, window(owner=f"u_{n}"), want=2) for n in range(first, first + 500)])
@@ -138,9 +140,9 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
 
 @pytest.mark.parametrize("column", ["table_oid = 1", "timeline = '0000000A'"])
 async def test_a_database_that_was_restored_hears_for_a_day_of_leases_that_it_does_not_know(
-    door: Database, sql: Sql, column: str
+    database: Database, sql: Sql, column: str
 ) -> None:
-    ledger = PostgresLedger(door, lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("a", 1, [])
     assert await ledger.sync("b", 7, [line(granted=4, used=1)]) is None
     await sql.execute(f"UPDATE keyproxy.ledger_history SET {column}")
@@ -155,8 +157,10 @@ async def test_a_database_that_was_restored_hears_for_a_day_of_leases_that_it_do
 # -- windows
 
 
-async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_stay(door: Database, sql: Sql) -> None:
-    ledger = PostgresLedger(door, lease_seconds=LEASE_SECONDS)
+async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_stay(
+    database: Database, sql: Sql
+) -> None:
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     rate, slots = window("rate"), window("concurrency")
     await ledger.sync("a", 1, [line(1, rate, interval_seconds=60.0, want=1), line(2, slots, want=1), line(3, want=1)])
     await sql.execute(
@@ -164,7 +168,7 @@ async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_
         " SELECT 'user', 'gone_' || n, false, measure, 0"
         " FROM generate_series(1, 20) AS n, unnest(ARRAY['rate', 'concurrency']) AS measure"
     )
-    journal = UsageJournal(door, Usage(), now, settle_seconds=0.5)
+    journal = UsageJournal(database, Usage(), now, settle_seconds=0.5)
     assert [await journal.sweep(16) for _ in range(3)] == [True, True, False]
     rows = await sql.fetch("SELECT measure FROM keyproxy.windows ORDER BY measure")
     assert [row["measure"] for row in rows] == ["concurrency", "rate", "requests_per_day"]
@@ -175,8 +179,10 @@ async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_
     assert await sql.fetchval("SELECT array_agg(measure) FROM keyproxy.windows") == ["requests_per_day"]
 
 
-async def test_a_window_that_is_deleted_while_a_message_waits_for_it_is_made_again(door: Database, sql: Sql) -> None:
-    ledger, slots = PostgresLedger(door, lease_seconds=LEASE_SECONDS), window("concurrency")
+async def test_a_window_that_is_deleted_while_a_message_waits_for_it_is_made_again(
+    database: Database, sql: Sql
+) -> None:
+    ledger, slots = PostgresLedger(database, lease_seconds=LEASE_SECONDS), window("concurrency")
     await ledger.sync("a", 1, [line(1, slots, want=1)])
     await ledger.sync("a", 2, [line(1, slots, granted=1, returned=1, is_closing=True)])
     async with sql.transaction():
@@ -202,7 +208,7 @@ async def test_old_changes_are_deleted_a_portion_between_two_looks(make_rig: Mak
     assert await rig.door.fetch("forget_changes", snapshot, 30) == []
 
 
-async def test_what_processes_left_behind_is_deleted_a_portion_at_a_time(door: Database, sql: Sql) -> None:
+async def test_what_processes_left_behind_is_deleted_a_portion_at_a_time(database: Database, sql: Sql) -> None:
     await sql.execute(
         "INSERT INTO keyproxy.claim_batches (process, batch, told_at)"
         " SELECT n, 1, now() - interval '2 days' FROM generate_series(1, 25) AS n;"
@@ -211,9 +217,9 @@ async def test_what_processes_left_behind_is_deleted_a_portion_at_a_time(door: D
         " SELECT n, 1, now() - interval '31 days' FROM generate_series(1, 25) AS n;"
         "INSERT INTO keyproxy.usage_writers (process, batch, written_at) VALUES ('alive', 1, now())"
     )
-    assert [len(await door.fetch("forget_claim_batches", 10)) for _ in range(4)] == [10, 10, 5, 0]
+    assert [len(await database.fetch("forget_claim_batches", 10)) for _ in range(4)] == [10, 10, 5, 0]
     assert [row["process"] for row in await sql.fetch("SELECT process FROM keyproxy.claim_batches")] == ["alive"]
-    journal = UsageJournal(door, Usage(event_days=0), now, settle_seconds=0.5)
+    journal = UsageJournal(database, Usage(event_days=0), now, settle_seconds=0.5)
     assert [await journal.tend(10) for _ in range(3)] == [True, True, False]
     assert [row["process"] for row in await sql.fetch("SELECT process FROM keyproxy.usage_writers")] == ["alive"]
 
