@@ -15,7 +15,7 @@ from keyproxy.limits.messages import CONCURRENCY, Line, Reply, Window
 
 _WANTED_SECONDS = 2.0
 
-#: For so long a ledger that lost history hears of leases from holders that it does not know.
+#: For so long a ledger that lost history hears of leases from holders that rest, or that it does not know.
 _HEARD_SECONDS = 86_400.0
 
 
@@ -76,7 +76,7 @@ class ReferenceLedger:
         if known is None or known.rests:
             # What it was granted is not there any more: it was charged when the holder ended. Or it is in lost history.
             claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
-            if claims and not (known is None and now < self.lost_at + _HEARD_SECONDS):
+            if claims and now >= self.lost_at + _HEARD_SECONDS:
                 return None
         known = self.holders.setdefault(holder, Holder(0, 0.0))
         if known.has_ended:
@@ -104,6 +104,13 @@ class ReferenceLedger:
                     self.end(name)
                 else:
                     holder.rests = True
+
+    def forget(self, after_seconds: float) -> None:
+        """Delete the holders that rest or have ended, so long after their time was over."""
+        before = self._clock() - after_seconds
+        for name, holder in list(self.holders.items()):
+            if (holder.rests or holder.has_ended) and holder.expires_at < before:
+                del self.holders[name]
 
     def end(self, name: str) -> None:
         """End a holder: what it has not returned is charged. Slots are free again."""

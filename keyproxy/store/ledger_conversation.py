@@ -102,7 +102,8 @@ class Conversation:
                     self.book.gather(self._mono(), is_last=True)
                     while (lines := self.book.lines(self._mono(), _LINES_MAX)) and self._serial:
                         await self._speak(lines)
-            if self._serial:
+            # One that holds nothing and whose time is over rests: there is nothing to end.
+            if self._serial and (self.book.has_leases or self._mono() < self.book.valid_until_mono):
                 await self._backend.end(self._holder)
         except (StoreUnavailable, StoreConflict) as error:
             _log.warning("leases could not be given back, they will be charged when they lapse: %s", error)

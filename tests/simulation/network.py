@@ -16,6 +16,7 @@ from tests.simulation.clockwork import Clock, VirtualLoop
 
 #: As of a proxy that waits for the database.
 _TIMEOUT_SECONDS = 2.0
+_FORGOTTEN_SECONDS = 10.0
 
 
 @dataclass
@@ -140,8 +141,9 @@ class RemoteLedger(_Remote):
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. Nothing grows old here."""
+        """See the port. Sooner than in earnest, and later than any message arrives."""
         del portion
+        await self._call(lambda: self._network.ledger.forget(_FORGOTTEN_SECONDS))
         return False
 
     async def end(self, holder: str) -> None:

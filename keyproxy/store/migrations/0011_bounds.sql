@@ -25,7 +25,7 @@ ALTER TABLE keyproxy.ledger_history
     ADD COLUMN changed_at timestamptz NOT NULL DEFAULT '-infinity';
 COMMENT ON COLUMN keyproxy.ledger_history.table_oid IS 'of lease_holders when the last message was processed; null: none yet';
 COMMENT ON COLUMN keyproxy.ledger_history.changed_at IS
-    'when history was last found to be another: for a day, holders that are not stored may tell of leases they were granted';
+    'when history was last found to be another: for a day, holders that rest or are not stored may tell of leases they were granted';
 -- A dump that is restored and migrated is one whose rows may be missing.
 UPDATE keyproxy.ledger_history SET changed_at = clock_timestamp() WHERE timeline <> '';
 
@@ -92,13 +92,13 @@ BEGIN
             RETURN;
         END IF;
         -- Nothing is held by a holder that rests or is not stored. If this one has been granted units, they were charged when
-        -- it ended, and its row was deleted since; or the row is in the history that was lost.
+        -- it ended, and its row was deleted since; or that is in the history that was lost.
         IF (NOT is_stored OR here.is_resting)
             AND EXISTS (SELECT FROM unnest(lines) AS l WHERE l.granted > 0 AND l.interval_seconds = 0 AND NOT l.is_closing)
-            AND (is_stored OR NOT EXISTS (
+            AND NOT EXISTS (
                 SELECT FROM keyproxy.ledger_history AS g
                 WHERE g.is_only AND g.changed_at > clock_timestamp() - interval '24 hours'
-            ))
+            )
         THEN
             RETURN;
         END IF;
