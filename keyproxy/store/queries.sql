@@ -28,12 +28,17 @@ WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; null asks for the present snapshot alone.
--- One row at least, so that the snapshot is always told, and the history it belongs to: a table that was dropped and
--- restored is another one, although transaction numbers went on. Needs: changes (xid).
+-- One row at least, so that the snapshot is always there, and the history that it belongs to. A table that was dropped and
+-- restored, a server that was promoted and may lack the latest commits, and another cluster have another history, although
+-- transaction numbers go on. Needs: changes (xid).
 WITH here AS (
-    SELECT pg_current_snapshot() AS snapshot
+    SELECT pg_current_snapshot() AS snapshot,
+           concat_ws(
+               '/', 'keyproxy.changes'::regclass::oid, (SELECT system_identifier FROM pg_control_system()),
+               CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+           ) AS history
 )
-SELECT here.snapshot::text AS snapshot, 'keyproxy.changes'::regclass::oid::int8 AS history, found.kind, found.subject
+SELECT here.snapshot::text AS snapshot, here.history, found.kind, found.subject
 FROM here
 LEFT JOIN LATERAL (
     SELECT DISTINCT c.kind, c.subject
