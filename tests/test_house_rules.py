@@ -94,12 +94,12 @@ FUNCTION_LINES_MAX = 70
 POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
-    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "configparser", "contextlib",
-    "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
-    "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
-    "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
-    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
-    "typing", "urllib", "weakref", "zlib",
+    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "configparser",
+    "contextlib", "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools",
+    "gc", "getpass", "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools",
+    "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets",
+    "select", "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading",
+    "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -45,7 +45,9 @@ class Store:
             # One connection is left for the change feed, which tells of revocations.
             look_ups_max=max(1, store.pool_size_max - 1), now=now,
         )  # fmt: skip
-        self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now)
+        self.feed = ChangeFeed(
+            self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now
+        )
         #: All that goes on in here as long as the store is open.
         self.lasting = (
             self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,

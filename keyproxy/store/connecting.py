@@ -27,7 +27,7 @@ from asyncpg.connect_utils import SessionAttribute
 
 from keyproxy import dsn as dsns
 from keyproxy.dsn import Dsn
-from keyproxy.store import connection_tls
+from keyproxy.store import connection_tls, times
 from keyproxy.store.connection_tls import TlsParameterError
 from keyproxy.store.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
@@ -236,6 +236,14 @@ class Target:
         )  # fmt: skip
         if not host[0].startswith("/"):
             _keep_alive(connection.wire, parameters)
+        # Without a round-trip: the types are PostgreSQL's own.
+        for name, encoder, decoder in (
+            ("timestamptz", times.encoded_instant, times.decoded_instant),
+            ("date", times.encoded_day, times.decoded_day),
+        ):
+            await connection.set_type_codec(
+                name, schema="pg_catalog", encoder=encoder, decoder=decoder, format="tuple"
+            )  # fmt: skip
         return connection
 
     def _host_seconds(self, dsn: Dsn) -> float:

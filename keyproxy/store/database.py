@@ -51,7 +51,7 @@ SELECT pg_catalog.pg_is_in_recovery() AS is_standby, pg_catalog.current_setting(
 
 def _settling(timeout_seconds: float) -> str:
     """The statement that makes a transaction ours, whatever the role, the database or a pooler has set."""
-    settings = {**NEEDED, **limits(timeout_seconds)}
+    settings = {**NEEDED, **limits(timeout_seconds), "client_encoding": "UTF8"}
     # What only counts outside a transaction has no place in one.
     for name in ("default_transaction_isolation", "idle_session_timeout"):
         settings.pop(name)

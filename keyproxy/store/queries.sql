@@ -634,8 +634,8 @@ SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
        CASE WHEN 'key' = ANY($1) THEN u.key_id END AS key,
        CASE WHEN 'mode' = ANY($1) THEN CASE WHEN u.is_test THEN 'test' ELSE 'live' END END AS mode,
        CASE WHEN 'route' = ANY($1) THEN u.route END AS route,
-       sum(u.requests)::int8 AS requests, sum(u.refusals)::int8 AS refusals, sum(u.tokens_in)::int8 AS tokens_in,
-       sum(u.tokens_out)::int8 AS tokens_out, sum(u.tokens_estimated)::int8 AS tokens_estimated
+       sum(u.requests) AS requests, sum(u.refusals) AS refusals, sum(u.tokens_in) AS tokens_in,
+       sum(u.tokens_out) AS tokens_out, sum(u.tokens_estimated) AS tokens_estimated
 FROM keyproxy.usage AS u
 WHERE ($2::text IS NULL OR u.tenant_id = $2)
   AND ($3::text IS NULL OR u.user_id = $3)
