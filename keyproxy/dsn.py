@@ -169,16 +169,20 @@ def _check_together(parameters: Mapping[str, str]) -> None:
 
 def _hosts(parameters: dict[str, str]) -> tuple[tuple[str, int | None], ...]:
     names, ports = parameters.pop("host", ""), parameters.pop("port", "")
-    names = parameters.pop("hostaddr", "") or names
-    if not names:
+    addresses = parameters.pop("hostaddr", "")
+    if not (names or addresses):
         return (("", _port(ports)),) if ports else ()
-    hosts = [_host(name) for name in names.split(",")]
+    hosts = [_host(name) for name in (names or addresses).split(",")]
     if ports:
         given = ports.split(",")
         if len(given) not in (1, len(hosts)):
             raise InvalidDsnError(f"has {len(given)} ports for {len(hosts)} hosts")
         numbers = [_port(one) for one in given] * (len(hosts) if len(given) == 1 else 1)
         hosts = [(name, number if own is None else own) for (name, own), number in zip(hosts, numbers, strict=True)]
+    if addresses:
+        if addresses.count(",") + 1 != len(hosts):
+            raise InvalidDsnError("has another number of hostaddr than of hosts")
+        hosts = [(address, port) for address, (_, port) in zip(addresses.split(","), hosts, strict=True)]
     return tuple(hosts)
 
 

@@ -87,6 +87,8 @@ def means_move(error: BaseException | None) -> bool:
         | asyncpg.ReadOnlySQLTransactionError
         | asyncpg.OperatorInterventionError
         | asyncpg.PostgresConnectionError
+        # asyncpg's word for a connection that has ended between two statements.
+        | asyncpg.InterfaceError
         | asyncpg.InternalClientError
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ class Shortage:
         """The server has refused a connection."""
         if not self.because:
             _log.warning("the server grants fewer connections than configured, working with those there are: %s", error)
-        self.because = f"{type(error).__name__}: {first_line(error)}"
+        self.because = f"{first_line(error)} (SQLSTATE 53300)"
         self._until = asyncio.get_running_loop().time() + _SHORT_SECONDS
         for let_go in self.relief:
             let_go()
