@@ -29,7 +29,7 @@ from keyproxy import dsn as dsns
 from keyproxy.dsn import Dsn
 from keyproxy.store import connection_tls, times
 from keyproxy.store.connection_tls import TlsParameterError
-from keyproxy.store.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
+from keyproxy.store.failures import NO_ANSWER, POOLER_SIGNS, NotPrimaryError, StoreUnavailable, first_line
 
 #: How long a connection may take, in all, unless `connect_timeout` allows each host more.
 CONNECT_SECONDS: Final = 2.0
@@ -161,10 +161,14 @@ class Target:
             # A cancellation, too, makes the next attempt begin with another host.
             self._first = (place + 1) % count
             host = self._hosts[place]
+            connection: Connection | None = None
             try:
                 async with asyncio.timeout(self._host_seconds(dsn)):
                     connection = await self._connect_to(host, dsn, arguments)
             except NO_ANSWER as error:
+                if connection is not None:
+                    # The time was over in the moment in which it was there.
+                    connection.terminate()
                 failure = error
                 if isinstance(error, asyncpg.TooManyConnectionsError):
                     self._first = place
@@ -201,9 +205,12 @@ class Target:
             return
         try:
             connection.is_pinned = await connection.fetchval(_PINNED) is True
-        except asyncpg.PostgresError:
+        except POOLER_SIGNS:
             # A pooler that has taken them and splits statements from their preparation.
             connection.is_pinned = False
+        except BaseException:
+            connection.terminate()
+            raise
 
     async def _encrypted(self, host: tuple[str, int], dsn: Dsn, arguments: Mapping[str, Any]) -> Connection:
         """Connect as `sslmode` asks for; with `prefer` and `allow`, the other way if the server wants that."""

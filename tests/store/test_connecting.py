@@ -18,7 +18,7 @@ import pytest
 import trustme
 
 from keyproxy.store import migrations, pg_binaries
-from keyproxy.store.connecting import Target, standing
+from keyproxy.store.connecting import Connection, Target, standing
 from keyproxy.store.database import Listener, StoreConflict, StoreUnavailable
 from keyproxy.store.feed import CHANNEL
 from keyproxy.store.look_ups import LookUps
@@ -136,7 +136,7 @@ async def _wait(server: TcpServer) -> None:
     await (await server.connect()).close()
 
 
-async def connected(dsn: str) -> asyncpg.Connection:
+async def connected(dsn: str) -> Connection:
     """A connection, as the store makes one."""
     return await Target(dsn).connect(command_seconds=5.0)
 
