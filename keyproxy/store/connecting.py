@@ -203,14 +203,16 @@ class Target:
         reported = connection.get_settings()
         if not hasattr(reported, "in_hot_standby") or not hasattr(reported, "default_transaction_read_only"):
             return
+        has_answered = False
         try:
             connection.is_pinned = await connection.fetchval(_PINNED) is True
+            has_answered = True
         except POOLER_SIGNS:
             # A pooler that has taken them and splits statements from their preparation.
-            connection.is_pinned = False
-        except BaseException:
-            connection.terminate()
-            raise
+            has_answered = True
+        finally:
+            if not has_answered:
+                connection.terminate()
 
     async def _encrypted(self, host: tuple[str, int], dsn: Dsn, arguments: Mapping[str, Any]) -> Connection:
         """Connect as `sslmode` asks for; with `prefer` and `allow`, the other way if the server wants that."""

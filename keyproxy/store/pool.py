@@ -169,14 +169,17 @@ class Pool:
         if not self._shortage.is_felt:
             self._turns.limit = self._size_max
         await self._turns.enter()
+        is_taken = False
         try:
             connections = self._connections
             if connections is None:
                 raise StoreUnavailable("the store is closed")
-            return connections, await connections.acquire()
-        except BaseException:
-            self._turns.leave()
-            raise
+            connection = await connections.acquire()
+            is_taken = True
+            return connections, connection
+        finally:
+            if not is_taken:
+                self._turns.leave()
 
     async def _make_do(self, error: asyncpg.TooManyConnectionsError) -> None:
         """Work with the connections that there are, or wait a little for one. Raises the error if that is in vain."""
