@@ -274,7 +274,8 @@ class Proxy:
     async def _check_store(self) -> Check:
         database = self.store.database
         if database.is_up:
-            return Check(Verdict.OK)
+            shortage = database.shortage.because
+            return Check(Verdict.DEGRADED if shortage else Verdict.OK, shortage and f"too few connections: {shortage}")
         why = database.down_because or "not asked yet"
         # Nothing verified to go on with, or too old by now: nobody can be served.
         too_old = self.store.feed.lag_seconds() > self._settings.cache.stale_seconds

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from keyproxy import problems, webhooks
+from keyproxy import dsn, problems, webhooks
 from keyproxy.headers import TrustRule
 from keyproxy.model import Route
 from keyproxy.routes import InvalidPatternError, RouteTable
@@ -77,9 +77,15 @@ def _optional_upstream_url(value: str) -> str | None:
 
 
 def _dsn(value: str) -> str | None:
-    if value == "embedded" or value.startswith(("postgresql://", "postgres://")):
+    if value == "embedded":
         return None
-    return "must be 'embedded' or 'postgresql://…'"
+    if not value.startswith(("postgresql://", "postgres://")):
+        return "must be 'embedded' or 'postgresql://…'"
+    try:
+        dsn.parse(value)
+    except dsn.InvalidDsnError as error:
+        return str(error)
+    return None
 
 
 #: Header names that mean something else to this proxy: no prefix of ours may cover them.

@@ -23,6 +23,7 @@ RANKS = {
     "limits": 2,
     "model": 3,
     "admission": 4,
+    "dsn": 4,
     "headers": 4,
     "idempotency": 4,
     "keyformat": 4,
@@ -93,12 +94,12 @@ FUNCTION_LINES_MAX = 70
 POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
-    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "contextlib",
-    "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
-    "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
-    "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
-    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
-    "typing", "urllib", "weakref", "zlib",
+    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "configparser",
+    "contextlib", "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools",
+    "gc", "getpass", "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools",
+    "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets",
+    "select", "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading",
+    "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

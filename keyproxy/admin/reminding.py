@@ -19,8 +19,8 @@ import orjson
 
 from keyproxy import clock, settings, webhooks
 from keyproxy.store.database import StoreConflict, StoreUnavailable
-from keyproxy.store.directory_desk import time_text
 from keyproxy.store.reminders import Reminder, Reminders
+from keyproxy.store.times import time_text
 
 _log = logging.getLogger(__name__)
 

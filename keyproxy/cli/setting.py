@@ -208,8 +208,13 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " ".join(map(str, value)) or table.NOTHING
-    return str(value)
+        return _visible(" ".join(map(str, value))) or table.NOTHING
+    return _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """Text that some SQL client wrote, without what a terminal would obey: line breaks, escape sequences."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 class _Formatter(logging.Formatter):

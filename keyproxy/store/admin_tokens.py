@@ -13,7 +13,8 @@ from typing import Final
 
 from keyproxy.keyformat import ALPHABET, ENTROPY_BYTES
 from keyproxy.store.database import Row, StoreConflict
-from keyproxy.store.directory_desk import Desk, Entity, NotFound, lifetime, reveal, time_text
+from keyproxy.store.directory_desk import Desk, Entity, NotFound, lifetime, reveal
+from keyproxy.store.times import time_text
 
 _ID_DIGITS: Final = 20
 

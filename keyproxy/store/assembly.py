@@ -29,12 +29,14 @@ class Store:
         )
         # The ledger's conversation is not to wait for look-ups, nor they for it.
         self._ledger_database = Database(
-            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds
+            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
         self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
         # Nor is either to wait for a batch of usage.
-        self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds)
+        self._usage_database = Database(
+            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
+        )
         self.usage = UsageJournal(self._usage_database, usage, now, settle_seconds=ledger.settle_seconds)
         state = FeedState()
         self.last_used = LastUsed(self.database)
@@ -43,7 +45,9 @@ class Store:
             # One connection is left for the change feed, which tells of revocations.
             look_ups_max=max(1, store.pool_size_max - 1), now=now,
         )  # fmt: skip
-        self.feed = ChangeFeed(self.database, Listener(dsn, CHANNEL), self.identities, state, now)
+        self.feed = ChangeFeed(
+            self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now
+        )
         #: All that goes on in here as long as the store is open.
         self.lasting = (
             self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,

@@ -1,10 +1,11 @@
-"""The one door to PostgreSQL: named statements out, rows in, and every way of failing told in two words.
+"""The one way to PostgreSQL: named statements out, rows in, and every way of failing in two words, see `failures`.
 
-`StoreUnavailable` is "we could not ask": no connection, a timeout, a server that is starting or has failed over, a schema
-that is not there. It is never an answer. `StoreConflict` is the server's "no" to a change: a constraint.
+A server that may not be written to is not asked, whatever it would answer: see `connecting`. A server that becomes one, a
+connection that is lost and a server that shuts down have every connection replaced, so that the name of the database is
+resolved again; what was read meanwhile counts as not read.
 
 Behind a pooler in transaction mode a prepared statement may meet another server connection than the one it was prepared
-on. The first time that happens the door changes its ways: no statement is kept, and each runs in a transaction, which
+on. The first time that happens the way of asking changes: no statement is kept, and each runs in a transaction, which
 such a pooler does not split. Nobody has to configure that. Until then a statement that is not there must be noticed, and
 never be another client's of the same name: names are unique.
 """
@@ -14,75 +15,67 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, Protocol
 
 import asyncpg
 
 from keyproxy.store import queries
+from keyproxy.store.connecting import CONNECT_SECONDS, NEEDED, Target, limits, standing
+from keyproxy.store.failures import (
+    NO_ANSWER,
+    POOLER_SIGNS,
+    TRY_AGAIN,
+    NotPrimaryError,
+    StoreConflict,
+    StoreUnavailable,
+    means_move,
+    translated,
+)
+from keyproxy.store.pool import Pool, Shortage
+
+__all__ = ["Database", "Door", "Joined", "Listener", "Row", "StoreConflict", "StoreUnavailable", "Transaction"]
 
 _log = logging.getLogger(__name__)
 
-_ACQUIRE_SECONDS: Final = 2.0
-_IDLE_CONNECTION_SECONDS: Final = 300.0
+#: A statement that met a deadlock, or another transaction in its way, is sent again so often.
+_ATTEMPTS_MAX: Final = 4
+_RETRY_SECONDS: Final = 0.01
 
-#: No answer. asyncpg says InternalClientError when a connection is lost in the middle of its own housekeeping.
-_NO_ANSWER: Final = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-)
+#: For a connection whose settings are not ours: what each transaction begins with. Its settings end with it.
+_SETTLED: Final = """
+SELECT pg_catalog.pg_is_in_recovery() AS is_standby, pg_catalog.current_setting('transaction_read_only') AS read_only,
+    """
 
-#: A prepared statement that is not there, or there already: signs of a pooler in transaction mode.
-_POOLER_SIGNS: Final = (
-    asyncpg.InvalidSQLStatementNameError,
-    asyncpg.DuplicatePreparedStatementError,
-    asyncpg.ProtocolViolationError,
-)
 
-#: The server has heard the question and says no.
-_CONFLICTS: Final = (
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.DataError,
-    asyncpg.RaiseError,
-)
+def _settling(timeout_seconds: float) -> str:
+    """The statement that makes a transaction ours, whatever the role, the database or a pooler has set."""
+    settings = {**NEEDED, **limits(timeout_seconds), "client_encoding": "UTF8"}
+    # What only counts outside a transaction has no place in one.
+    for name in ("default_transaction_isolation", "idle_session_timeout"):
+        settings.pop(name)
+    return _SETTLED + ", ".join(
+        f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in settings.items()
+    )  # fmt: skip
+
 
 Row = asyncpg.Record
-
-
-class StoreUnavailable(Exception):
-    """The store could not be asked. Says nothing about the answer."""
-
-
-class StoreConflict(Exception):
-    """The store refused a change. `constraint` is the name of the constraint, if it was one."""
-
-    def __init__(self, message: str, constraint: str) -> None:
-        super().__init__(message)
-        self.constraint = constraint
-
-
-class _Connection(asyncpg.Connection):
-    """Gives prepared statements names that no other client gives, as asyncpg's FAQ advises for poolers."""
-
-    def _get_unique_id(self, prefix: str) -> str:
-        return f"keyproxy_{prefix}_{secrets.token_hex(8)}"
 
 
 class Transaction:
     """Statements inside one transaction. None of them is kept by the server: see the module."""
 
-    def __init__(self, connection: Any, statements: dict[str, str]) -> None:
+    def __init__(self, connection: Any, statements: dict[str, str], where: str) -> None:
         self._connection = connection
         self._statements = statements
+        self.where = where
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of a named statement."""
         statement = await self._connection.prepare(self._statements[name], name="")
         rows: Sequence[Row] = await statement.fetch(*arguments)
+        _check_standing(self._connection)
         return rows
 
     async def fetch_row(self, name: str, *arguments: object) -> Row | None:
@@ -93,9 +86,18 @@ class Transaction:
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
         """What fails inside is undone, and the transaction can go on. Raises StoreUnavailable or StoreConflict."""
-        with _told_in_two_words():
+        with translated(self.where):
             async with self._connection.transaction():
                 yield
+
+    async def settle(self, statement: str) -> None:
+        """Make the settings of this transaction ours. Raises NotPrimaryError."""
+        prepared = await self._connection.prepare(statement, name="")
+        row = await prepared.fetchrow()
+        if row is not None and row["is_standby"]:
+            raise NotPrimaryError("this server is a standby, not the primary")
+        if row is not None and row["read_only"] == "on":
+            raise NotPrimaryError("this server is read-only (default_transaction_read_only = on)")
 
 
 class Door(Protocol):
@@ -118,7 +120,7 @@ class Joined:
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """As Database's."""
-        with _told_in_two_words():
+        with translated(self._transaction.where):
             return await self._transaction.fetch(name, *arguments)
 
     @contextlib.asynccontextmanager
@@ -131,46 +133,48 @@ class Joined:
 class Database:
     """See the module. A connection is made when it is first needed, so that opening never fails."""
 
-    def __init__(self, dsn: str, *, pool_size_max: int, statement_timeout_seconds: float) -> None:
-        self._dsn = dsn
-        self._pool_size_max = pool_size_max
-        self._timeout_seconds = statement_timeout_seconds
+    def __init__(
+        self, dsn: str, *, pool_size_max: int, statement_timeout_seconds: float, main: Database | None = None
+    ) -> None:
+        """`main`: the main part of the same store, whose connections this part uses while the server grants no more."""
+        self._target = Target(dsn)
+        #: Whether the server grants all connections that the store asks for.
+        self.shortage: Shortage = Shortage() if main is None else main.shortage
+        self.pool: Pool = Pool(
+            self._target, pool_size_max, statement_timeout_seconds, shortage=self.shortage,
+            lender=None if main is None else main.pool,
+        )  # fmt: skip
         self._statements = queries.load()
-        self._pool: asyncpg.Pool[Row] | None = None
+        self._settling = _settling(statement_timeout_seconds)
         self._keeps_statements = True
+        #: How often every connection was given up because the database may have moved.
+        self.moves = 0
         #: Whether the last statement was answered; neither, as long as none was sent.
         self.is_up = False
         self.is_down = False
         self.down_because = ""
 
+    @property
+    def where(self) -> str:
+        """The servers and the database, for messages."""
+        return self._target.where
+
     async def open(self) -> None:
         """Make the pool, without connecting."""
-        self._pool = await asyncpg.create_pool(
-            self._dsn,
-            min_size=0,
-            max_size=self._pool_size_max,
-            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
-            connection_class=_Connection,
-            timeout=_ACQUIRE_SECONDS,
-            command_timeout=self._timeout_seconds,
-        )
+        await self.pool.open()
 
     async def close(self) -> None:
         """Close all connections; those in use are cut after a moment."""
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        try:
-            async with asyncio.timeout(_ACQUIRE_SECONDS):
-                await pool.close()
-        except _NO_ANSWER:
-            pool.terminate()
+        await self.pool.close()
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
         try:
             rows = await self._fetch(name, *arguments)
         except StoreUnavailable as error:
+            if self.is_down and isinstance(error.__cause__, TimeoutError):
+                # Again: a connection to an address that leads nowhere any more looks like this.
+                await self._move()
             self._note_down(str(error))
             raise
         self._note_up()
@@ -179,37 +183,60 @@ class Database:
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
         """Statements that count together or not at all. Raises StoreUnavailable or StoreConflict."""
-        async with self._connection() as connection, connection.transaction():
-            yield Transaction(connection, self._statements)
+        async with self._connection() as connection, self._begun(connection) as transaction:
+            yield transaction
+
+    @contextlib.asynccontextmanager
+    async def _begun(self, connection: Any) -> AsyncIterator[Transaction]:
+        # Named each time: what the role or the database has as its default must not count.
+        async with connection.transaction(isolation="read_committed"):
+            transaction = Transaction(connection, self._statements, self._target.where)
+            if not connection.is_pinned:
+                await transaction.settle(self._settling)
+            yield transaction
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
-        if self._pool is None:
-            raise StoreUnavailable("the store is closed")
-        with _told_in_two_words():
-            async with self._pool.acquire(timeout=_ACQUIRE_SECONDS) as connection:
-                yield connection
+        try:
+            with translated(self._target.where):
+                async with self.pool.connection() as connection:
+                    yield connection
+        except StoreUnavailable as error:
+            if means_move(error.__cause__):
+                await self._move()
+            raise
+
+    async def _move(self) -> None:
+        self.moves += 1
+        await self.pool.drop()
 
     async def _fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        if self._keeps_statements:
+        for attempt in range(_ATTEMPTS_MAX):
             try:
-                async with self._connection() as connection:
-                    rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
-                    return rows
+                return await self._fetch_once(name, *arguments, splits=attempt == 0)
             except StoreUnavailable as error:
-                if not isinstance(error.__cause__, _POOLER_SIGNS):
+                is_pooler = isinstance(error.__cause__, POOLER_SIGNS)
+                if is_pooler and self._keeps_statements:
+                    _log.info("the store is reached through a pooler that shares connections: statements are not kept")
+                    self._keeps_statements = False
+                elif not (isinstance(error.__cause__, TRY_AGAIN) or is_pooler) or attempt == _ATTEMPTS_MAX - 1:
                     raise
-            if self._keeps_statements:
-                _log.info(
-                    "the store is reached through a pooler that shares connections: no statement is kept any more"
-                )
-                self._keeps_statements = False
-        async with self.transaction() as transaction:
-            return await transaction.fetch(name, *arguments)
+            await asyncio.sleep(_RETRY_SECONDS * random.uniform(0, 2**attempt))  # noqa: S311 - spreads retries
+        raise AssertionError("the last attempt is final")
+
+    async def _fetch_once(self, name: str, *arguments: object, splits: bool) -> Sequence[Row]:
+        """`splits`: the statement may stand outside a transaction, where the connection is known to be ours."""
+        async with self._connection() as connection:
+            if self._keeps_statements and splits and connection.is_pinned:
+                rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
+                _check_standing(connection)
+                return rows
+            async with self._begun(connection) as transaction:
+                return await transaction.fetch(name, *arguments)
 
     def _note_up(self) -> None:
         if self.is_down:
-            _log.warning("the store answers again")
+            _log.warning("the store answers again: %s", self._target.where)
         self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
@@ -221,41 +248,41 @@ class Database:
 class Listener:
     """A connection of its own that hears notifications. `lost` is called once, when it ends."""
 
-    def __init__(self, dsn: str, channel: str) -> None:
-        self._dsn = dsn
+    def __init__(self, dsn: str, channel: str, *, shortage: Shortage | None = None) -> None:
+        """`shortage`: of connections, in which this one is let go."""
+        self._target = Target(dsn)
         self._channel = channel
+        self._shortage = shortage
         self._connection: asyncpg.Connection[Row] | None = None
+        if shortage is not None:
+            shortage.relief.append(self._end)
 
     async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
         """Listen. Raises StoreUnavailable."""
-        try:
-            connection = await asyncpg.connect(
-                self._dsn, timeout=_ACQUIRE_SECONDS, command_timeout=_ACQUIRE_SECONDS, statement_cache_size=0
-            )
-            self._connection = connection
-            connection.add_termination_listener(lambda _connection: lost())
-            await connection.add_listener(self._channel, lambda *_: heard())
-        except _NO_ANSWER as error:
-            await self.close()
-            raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
+        if self._shortage is not None and self._shortage.is_felt:
+            raise StoreUnavailable(f"{self._target.where}: {self._shortage.because}")
+        with translated(self._target.where):
+            try:
+                connection = await self._target.connect(command_seconds=CONNECT_SECONDS, caches_statements=False)
+                self._connection = connection
+                connection.add_termination_listener(lambda _connection: lost())
+                await connection.add_listener(self._channel, lambda *_: heard())
+            except NO_ANSWER:
+                await self.close()
+                raise
 
     async def close(self) -> None:
         """Listen no more."""
+        self._end()
+
+    def _end(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed():
             connection.terminate()
 
 
-@contextlib.contextmanager
-def _told_in_two_words() -> Iterator[None]:
-    try:
-        yield
-    except _CONFLICTS as error:
-        raise StoreConflict(_first_line(error), getattr(error, "constraint_name", None) or "") from error
-    except _NO_ANSWER as error:
-        raise StoreUnavailable(f"{type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+def _check_standing(connection: Any) -> None:
+    """Raises NotPrimaryError if the server has become one that may not be written to: its answer does not count."""
+    why = standing(connection) if connection.is_pinned else ""
+    if why:
+        raise NotPrimaryError(why)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from keyproxy.store.database import Row
 from keyproxy.store.directory_desk import Conflict, Desk, Entity, Invalid, Page
+from keyproxy.store.json_values import read_json
+from keyproxy.store.times import time_text
 
 #: What changes are about, as the triggers of the tables write it.
 ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
@@ -97,7 +98,7 @@ def _entry(row: Row) -> Entity:
     before, after = _object(row["before"]), _object(row["after"])
     return {
         "id": row["id"],
-        "at": row["at"].astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "at": time_text(row["at"], "milliseconds"),
         "actor": row["actor"],
         "origin": row["origin"],
         "db_role": row["db_role"],
@@ -105,11 +106,18 @@ def _entry(row: Row) -> Entity:
         "entity": row["entity"],
         "entity_id": row["entity_id"],
         "tenant": row["tenant_id"],
-        "changed": sorted(name for name in after if before.get(name) != after[name]) if before and after else [],
+        "changed": _changed(before, after),
         "before": before or None,
         "after": after or None,
     }
 
 
-def _object(text: str | None) -> dict[str, Any]:
-    return {} if text is None else json.loads(text)
+def _object(text: str | None) -> Any:
+    return None if text is None else read_json(text)
+
+
+def _changed(before: Any, after: Any) -> list[str]:
+    """What an update has changed. Our triggers write objects; the columns take any JSON."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return []
+    return sorted(name for name in after if before.get(name) != after[name])

@@ -22,8 +22,8 @@ from keyproxy.store.directory_desk import (
     lifetime,
     new_key_id,
     reveal,
-    time_text,
 )
+from keyproxy.store.times import time_text
 
 BATCH_MAX: Final = 1000
 

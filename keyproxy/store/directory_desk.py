@@ -13,11 +13,13 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
 from keyproxy.keyformat import ALPHABET, ENTROPY_BYTES, KeyFormat, SecretKey
 from keyproxy.store.database import Door, Row, StoreConflict, Transaction
+from keyproxy.store.json_values import read_json
+from keyproxy.store.times import time_text
 
 Entity = dict[str, Any]
 
@@ -200,16 +202,6 @@ def reveal(secret: SecretKey) -> str:
     return secret.reveal().decode("ascii")
 
 
-def time_text(moment: datetime | None) -> str | None:
-    """A time as programs are told it: ISO 8601 in UTC, whole seconds."""
-    if moment is None:
-        return None
-    if moment.year in (MINYEAR, MAXYEAR):
-        # How asyncpg shows the timestamps that are infinite.
-        return "infinity" if moment.year == MAXYEAR else "-infinity"
-    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
 def _told(error: StoreConflict, plan: str | None) -> DirectoryError | None:
     if _PLAN_REFERENCE.fullmatch(error.constraint) and plan is not None:
         return NotFound(f"there is no plan {plan!r}")
@@ -267,7 +259,7 @@ def _key(row: Row) -> Entity:
 def _plan(row: Row) -> Entity:
     return {
         "id": row["id"],
-        "limits": json.loads(row["limits"]),
+        "limits": read_json(row["limits"]),
         "created_at": time_text(row["created_at"]),
         "tenants": row["tenants"],
         "users": row["users"],

@@ -24,8 +24,8 @@ from keyproxy.store.directory_desk import (
     lifetime,
     new_key_id,
     reveal,
-    time_text,
 )
+from keyproxy.store.times import time_text
 
 STATES: Final = ("active", "retiring", "disabled", "expired", "revoked")
 
@@ -35,7 +35,7 @@ ORDERS: Final = ("created", "used", "expires")
 
 _NOBODYS: Final[Entity] = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
 
-_CURSOR = re.compile(r"(-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d[0-9.]*[+-][0-9:]+)/(.*)")
+_CURSOR = re.compile(r"(-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d[0-9.]*[+-][0-9:]+(?: BC)?)/(.*)")
 
 
 @dataclass(frozen=True, slots=True)

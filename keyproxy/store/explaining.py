@@ -22,10 +22,11 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.routes import RouteTable
 from keyproxy.store.backends import ledger_backend
 from keyproxy.store.database import Database
-from keyproxy.store.directory_desk import NotFound
+from keyproxy.store.directory_desk import Invalid, NotFound
 from keyproxy.store.identities import identity_of
 from keyproxy.store.ledger import Ledger
 from keyproxy.store.ledger_postgres import WindowState
+from keyproxy.store.look_ups import UNUSABLE
 
 _MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
 _ROUNDS_MAX: Final = 8
@@ -105,7 +106,10 @@ async def explain_key(
     rows = await database.fetch("identities_by_digest", [row["digest"] for row in digests])
     if not rows:
         raise NotFound(f"there is no key {key_id!r}")
-    identity = identity_of(rows[0], configured.identity.header_prefix)
+    try:
+        identity = identity_of(rows[0], configured.identity.header_prefix)
+    except UNUSABLE as error:
+        raise Invalid(f"key {key_id!r} is refused, because its row cannot be used: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
         told = await explain(
@@ -125,10 +129,13 @@ async def windows_of_user(
         raise NotFound(f"there is no user {user_id!r}")
     (row,) = rows
     owners = (("tenant", row["tenant_id"]), ("user", row["user_id"]))
-    pools = [
-        (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
-        for kind, owner in owners if row[f"{kind}_limits"] is not None
-    ]  # fmt: skip
+    try:
+        pools = [
+            (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
+            for kind, owner in owners if row[f"{kind}_limits"] is not None
+        ]  # fmt: skip
+    except UNUSABLE as error:
+        raise Invalid(f"the plan of user {user_id!r} or of its tenant cannot be used: {error}") from error
     wanted = [
         (Window(pool, measure), plan)
         for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None

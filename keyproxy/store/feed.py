@@ -8,6 +8,9 @@ snapshots are compared rather than serial numbers, a transaction that began earl
 After an outage the same question tells what happened meanwhile, as long as the rows are still there. Where they may not
 be, or the server's history is not the one we knew (a restored backup, a failover that lost something), the cache is told
 to distrust all it has.
+
+Only the primary is asked. A server that has become read-only while it stays up is one that others may be ahead of: see
+`database`. When the database moves, notifications are asked for again too, from the server that its name leads to now.
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ class ChangeFeed:
         self._now = now
         self._wake = asyncio.Event()
         self._snapshot: str | None = None
-        self._history = 0
+        self._history = ""
+        self._moves = 0
         self._looked_at = now().mono_seconds
         self.lasting = Lasting("change_feed")
         self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
@@ -98,7 +102,7 @@ class ChangeFeed:
         asked_at = self._now().mono_seconds
         rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
         snapshot: str = rows[0]["snapshot"]
-        history: int = rows[0]["history"]
+        history: str = rows[0]["history"]
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
             # What was kept of another history says nothing about this one.
             self._samples.clear()
@@ -142,6 +146,11 @@ class ChangeFeed:
                 _log.debug("the change feed cannot be read: %s", error)
                 pause = _retry_seconds(failures)
                 failures += 1
+            if self._database.moves != self._moves:
+                self._moves = self._database.moves
+                if self._listener is not None:
+                    # It may be a server's that nothing is written to any more.
+                    await self._listener.close()
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()

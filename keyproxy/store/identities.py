@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Final
 from weakref import WeakValueDictionary
@@ -243,6 +244,8 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
     elif row["is_disabled"]:
         standing = Reason.ACCOUNT_DISABLED
     expires = row["expires_wall_seconds"]
+    # An expiry that is infinite is none that could be counted down to.
+    is_retiring = row["is_retiring"] and math.isfinite(expires)
     block = identity_block(header_prefix, (
         ("User", row["user_id"]),
         ("Tenant", row["tenant_id"]),
@@ -260,7 +263,7 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
         standing=standing,
         header_block=block,
         allowance=_allowance(row),
-        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if row["is_retiring"] else None,
+        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if is_retiring else None,
     )
 
 

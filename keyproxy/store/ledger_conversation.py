@@ -36,6 +36,10 @@ _LINES_MAX: Final = 200
 
 _RETRY_SECONDS: Final = 0.2
 
+#: A ledger that could not be asked is asked again so often also when nothing is to be said: else nobody would find out
+#: that it answers.
+_LOOK_SECONDS: Final = 1.0
+
 _CLOSED: Final = "the ledger is closed"
 
 #: A holder's time is over a little earlier here than there: clocks run at slightly different speeds.
@@ -140,7 +144,7 @@ class Conversation:
         settle_at = heartbeat_at = self._mono()
         while True:
             now = self._mono()
-            if self.book.has_leases:
+            if self.book.has_leases or self.down_because:
                 # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(0.0, min(settle_at, heartbeat_at) - now)):
@@ -170,10 +174,12 @@ class Conversation:
                 settles_seconds = await self._speak(lines)
             except (StoreUnavailable, StoreConflict) as error:
                 self._failed(error)
+                heartbeat_at = min(heartbeat_at, now + _LOOK_SECONDS)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 if settles_seconds:
                     self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"))
+                    heartbeat_at = min(heartbeat_at, now + _LOOK_SECONDS)
                 else:
                     self._heard()
 

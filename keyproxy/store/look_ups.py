@@ -30,6 +30,10 @@ _WAITING_MAX: Final = 10_000
 _ATTEMPTS_MAX: Final = 5
 
 
+#: What reading a row fails of that holds what no row of ours does.
+UNUSABLE: Final = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
+
+
 class _Flight:
     """One key being asked for. `answer` is set to None, or to the Refusal that says why there is no answer.
 
@@ -175,8 +179,9 @@ class LookUps:
             if not self._is_outdated(flight, row):
                 try:
                     self._settle(digest, row)
-                except ValueError as error:
-                    _log.error("the row of a key cannot be used: %s", error)
+                except UNUSABLE as error:
+                    key_id = None if row is None else row["key_id"]
+                    _log.error("the row of key %s cannot be used, requests with it are refused: %s", key_id, error)
                     unusable.append(digest)
                     continue
                 flight.row, flight.settled_at_change = row, self._changes

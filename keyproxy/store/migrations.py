@@ -12,13 +12,11 @@ import re
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
-import asyncpg
-
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.connecting import Connection, Target
+from keyproxy.store.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _LOCK: Final = 0x6B657970726F7879  # "keyproxy"
-_CONNECT_SECONDS: Final = 10.0
 
 _BOOK: Final = """
 CREATE SCHEMA IF NOT EXISTS keyproxy;
@@ -64,12 +62,12 @@ def available() -> list[Migration]:
 
 async def state(dsn: str) -> State:
     """What is applied and what is pending; changes nothing. Raises MigrationError or StoreUnavailable."""
-    connection = await _connect(dsn)
+    connection = await connect(dsn)
     try:
         if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
             return State([], available())
         return await _compare(connection)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except NO_ANSWER as error:
         raise MigrationError(f"the schema cannot be read: {error}") from error
     finally:
         await connection.close()
@@ -77,11 +75,11 @@ async def state(dsn: str) -> State:
 
 async def migrate(dsn: str) -> list[Migration]:
     """Apply what is pending; what was applied. Raises MigrationError or StoreUnavailable."""
-    connection = await _connect(dsn)
+    connection = await connect(dsn, writes=True)
     done: list[Migration] = []
     try:
         while True:
-            async with connection.transaction():
+            async with connection.transaction(isolation="read_committed"):
                 await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
                 # Read under the lock: somebody else may have been faster.
                 if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
@@ -95,7 +93,7 @@ async def migrate(dsn: str) -> list[Migration]:
                     pending[0].number, pending[0].name, pending[0].checksum,
                 )  # fmt: skip
             done.append(pending[0])
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except NO_ANSWER as error:
         raise MigrationError(f"migrating failed, nothing of the failed step was kept: {error}") from error
     finally:
         await connection.close()
@@ -118,8 +116,13 @@ async def _compare(connection: Any) -> State:
     return State(sorted(applied), [one for one in migrations if one.number not in applied])
 
 
-async def _connect(dsn: str) -> Any:
+async def connect(dsn: str, *, writes: bool = False) -> Connection:
+    """Raises StoreUnavailable. `writes`: only the primary will do."""
+    target = Target(dsn)
     try:
-        return await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, statement_cache_size=0)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {error or type(error).__name__}") from error
+        # A migration may take long, and is bounded by nobody.
+        return await target.connect(command_seconds=0, caches_statements=False, is_read_only_enough=not writes)
+    except StoreUnavailable:
+        raise
+    except (NotPrimaryError, *NO_ANSWER) as error:
+        raise StoreUnavailable(f"the store cannot be reached: {target.where}: {first_line(error)}") from error

@@ -28,12 +28,17 @@ WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; null asks for the present snapshot alone.
--- One row at least, so that the snapshot is always told, and the history it belongs to: a table that was dropped and
--- restored is another one, although transaction numbers went on. Needs: changes (xid).
+-- One row at least, so that the snapshot is always there, and the history that it belongs to. A table that was dropped and
+-- restored, a server that was promoted and may lack the latest commits, and another cluster have another history, although
+-- transaction numbers go on. Needs: changes (xid).
 WITH here AS (
-    SELECT pg_current_snapshot() AS snapshot
+    SELECT pg_current_snapshot() AS snapshot,
+           concat_ws(
+               '/', 'keyproxy.changes'::regclass::oid, (SELECT system_identifier FROM pg_control_system()),
+               CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+           ) AS history
 )
-SELECT here.snapshot::text AS snapshot, 'keyproxy.changes'::regclass::oid::int8 AS history, found.kind, found.subject
+SELECT here.snapshot::text AS snapshot, here.history, found.kind, found.subject
 FROM here
 LEFT JOIN LATERAL (
     SELECT DISTINCT c.kind, c.subject
@@ -645,8 +650,8 @@ SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
        CASE WHEN 'key' = ANY($1) THEN u.key_id END AS key,
        CASE WHEN 'mode' = ANY($1) THEN CASE WHEN u.is_test THEN 'test' ELSE 'live' END END AS mode,
        CASE WHEN 'route' = ANY($1) THEN u.route END AS route,
-       sum(u.requests)::int8 AS requests, sum(u.refusals)::int8 AS refusals, sum(u.tokens_in)::int8 AS tokens_in,
-       sum(u.tokens_out)::int8 AS tokens_out, sum(u.tokens_estimated)::int8 AS tokens_estimated
+       sum(u.requests) AS requests, sum(u.refusals) AS refusals, sum(u.tokens_in) AS tokens_in,
+       sum(u.tokens_out) AS tokens_out, sum(u.tokens_estimated) AS tokens_estimated
 FROM keyproxy.usage AS u
 WHERE ($2::text IS NULL OR u.tenant_id = $2)
   AND ($3::text IS NULL OR u.user_id = $3)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from keyproxy.store.database import Door, Row
-from keyproxy.store.directory_desk import time_text
+from keyproxy.store.times import Instant, time_text
 
 _WRITTEN_MAX: Final = 500
 _REASON_CHARACTERS_MAX: Final = 500
@@ -33,9 +33,9 @@ class Reminder:
     hint: str
     name: str
     is_test: bool
-    expires_at: datetime
+    expires_at: Instant
     before_days: int
-    created_at: datetime
+    created_at: Instant
     attempts: int
 
 
@@ -99,7 +99,7 @@ class Reminders:
 def _reminder(row: Row) -> Reminder:
     return Reminder(
         row["id"], row["key_id"], row["user_id"], row["tenant_id"], row["hint"], row["name"], row["is_test"],
-        row["expires_at"].astimezone(UTC), row["before_days"], row["created_at"].astimezone(UTC), row["attempts"],
+        row["expires_at"], row["before_days"], row["created_at"], row["attempts"],
     )  # fmt: skip
 
 

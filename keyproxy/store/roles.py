@@ -13,10 +13,8 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-import asyncpg
-
 from keyproxy.store import migrations
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.failures import NO_ANSWER
 from keyproxy.store.migrations import MigrationError
 
 _PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,40}")
@@ -75,19 +73,16 @@ async def create(dsn: str, prefix: str) -> list[str]:
     roles = names(prefix)
     if (await migrations.state(dsn)).pending:
         raise MigrationError("the schema has to be brought up to this program before roles are given rights on it")
+    connection = await migrations.connect(dsn, writes=True)
     try:
-        connection = await asyncpg.connect(dsn, timeout=10.0, statement_cache_size=0)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {error or type(error).__name__}") from error
-    try:
-        async with connection.transaction():
+        async with connection.transaction(isolation="read_committed"):
             # One at a time: two who set the same rights would meet in the system's own tables.
             await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('keyproxy.roles', 0))")
             made = [role for role in roles if await _make(connection, role)]
             for place, role in enumerate(roles):
                 await _grant(connection, role, place)
         return made
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except NO_ANSWER as error:
         raise MigrationError(f"the roles were not made, nothing was changed: {error}") from error
     finally:
         await connection.close()

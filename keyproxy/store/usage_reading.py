@@ -7,15 +7,21 @@ was. Events are told at least once, each under an id that never changes; whoever
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final
 
+import orjson
+
 from keyproxy.store.database import Database, Row, StoreUnavailable
 from keyproxy.store.directory_desk import Invalid
+from keyproxy.store.json_values import read_json
+from keyproxy.store.times import FIRST_DAY, day_text
+
+_log = logging.getLogger(__name__)
 
 #: What sums can be grouped by, in the order in which they are told.
 DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route")
@@ -79,7 +85,7 @@ class UsageReader:
 
     async def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]:
         """Every row, day by day."""
-        after: tuple[object, ...] = (date.min, "", "", "", False, "")
+        after: tuple[object, ...] = (FIRST_DAY, "", "", "", False, "")
         while rows := await self._database.fetch("usage_after", *after, *_filters(wanted), _ROWS):
             for row in rows:
                 yield _sum(row, DIMENSIONS)
@@ -99,10 +105,9 @@ class UsageReader:
         start = serial - 1 if skipped else serial
         while rows := await self._database.fetch("event_batches", start, horizon, first, _EVENT_BATCHES):
             for row in rows:
-                for place, told in enumerate(json.loads(row["events"]), start=1):
+                for place, event in _readable_events(row):
                     if row["serial"] == serial and place <= skipped:
                         continue
-                    event = _event(f"{row['process']}:{row['batch']}:{place}", told)
                     if _is_wanted(event, wanted):
                         yield event
             start = rows[-1]["serial"]
@@ -134,8 +139,22 @@ def _filters(wanted: UsageFilter) -> tuple[object, ...]:
 def _sum(row: Row, dimensions: Sequence[str]) -> dict[str, Any]:
     told: dict[str, Any] = {name: row[name] for name in dimensions}
     if "day" in told:
-        told["day"] = told["day"].isoformat()
-    return told | {name: row[name] for name in MEASURES}
+        told["day"] = day_text(told["day"])
+    return told | {name: int(row[name]) for name in MEASURES}
+
+
+def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The events of a batch with their places. What another program wrote there and is none is passed over."""
+    batch = f"{row['process']}:{row['batch']}"
+    events = read_json(row["events"])
+    for place, told in enumerate(events if isinstance(events, list) else [], start=1):
+        try:
+            event = _event(f"{batch}:{place}", told)
+            orjson.dumps(event)  # what cannot be told to anybody: half of a surrogate pair
+        except (ValueError, TypeError, ArithmeticError, OSError) as error:
+            _log.warning("the usage event %s:%d cannot be read and is left out: %s", batch, place, error)
+        else:
+            yield place, event
 
 
 def _event(event_id: str, told: Sequence[Any]) -> dict[str, Any]:

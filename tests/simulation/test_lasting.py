@@ -33,7 +33,7 @@ from tests.simulation.clockwork import Clock, VirtualLoop
 
 _HOLD = Hold(Bundle(()), (), 0)
 _IDENTITY = Identity("key_1", "u_42", "acme", frozenset(), False, NEVER, None, b"")
-_LOOK = {"snapshot": "1:1:", "history": 1, "kind": None, "subject": None}
+_LOOK = {"snapshot": "1:1:", "history": "1", "kind": None, "subject": None}
 
 
 class Site:
@@ -62,6 +62,7 @@ class Flaw:
     """What answers, and what fails `times` times of something that is no outage, having gone well `skips` times."""
 
     is_down = False
+    moves = 0
 
     def __init__(self, times: int) -> None:
         self.left = times
