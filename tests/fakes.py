@@ -114,14 +114,17 @@ class FakeLedger(Ledger):
         return self._taken(lambda: self.book.take_again(allowance, now.mono_seconds, tokens, paid), now)
 
     def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
-        try:
-            return take()
-        except Short as short:
-            if not self.answers:
-                raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
-            self.book.ask(short)
-            self._sync(now.mono_seconds)
-            return take()
+        for _ in range(4):
+            try:
+                return take()
+            except Short as short:
+                if not self.answers:
+                    raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
+                last = short
+                self.book.ask(short)
+                self._sync(now.mono_seconds)
+        self.book.asked_in_vain(last, now.mono_seconds)
+        return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """See the port."""

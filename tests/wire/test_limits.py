@@ -198,7 +198,7 @@ async def test_a_window_that_requests_in_flight_reserve_is_a_matter_of_pace(star
     wire = await limited(start, Plan(tokens_per_day=1_000), Upstream(answering))
     async with wire.client() as one, wire.client() as other:
         await one.send(chat(max_tokens=500))
-        await until(lambda: bool(wire.upstream.requests))
+        await until(lambda: bool(wire.upstream.requests), "the first request is in flight")
         await other.send(chat(max_tokens=500))
         refused = await other.answer()
         may_answer.set()
