@@ -71,6 +71,14 @@ NOT_IN_TRAILERS: Final = frozenset(
      Kind.EXPECT, Kind.UNREADABLE}
 )  # fmt: skip
 
+#: The older names of the same fields, which clients read as the server's own limits.
+_LIMIT_NAMES: Final = frozenset(
+    {
+        b"x-ratelimit", b"x-ratelimit-policy", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset",
+        b"x-ratelimit-used", b"x-rate-limit-limit", b"x-rate-limit-remaining", b"x-rate-limit-reset",
+    }
+)  # fmt: skip
+
 _NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
 _REMEMBERED_BYTES_MAX: Final = 48
@@ -114,6 +122,22 @@ class FieldNames:
 def canonical(name: bytes) -> bytes:
     """A header name as CGI-like servers compare it: lower-case, `-` for `_`."""
     return name.lower().replace(b"_", b"-")
+
+
+def states_limits(name: bytes) -> bool:
+    """Whether a response field with this name, in any spelling, states limits as ours do.
+
+    A provider's fields that name what they limit (`x-ratelimit-remaining-tokens`, `anthropic-ratelimit-…`) do not: they
+    are about the provider's own account, and programs read them as that.
+    """
+    plain = canonical(name).replace(b".", b"-")
+    return plain == b"ratelimit" or plain.startswith(b"ratelimit-") or plain in _LIMIT_NAMES
+
+
+def without_limits(block: bytes) -> bytes:
+    """Header lines without those that state limits."""
+    lines = block.split(b"\r\n")[:-1]
+    return b"".join([line + b"\r\n" for line in lines if not states_limits(line.partition(b":")[0])])
 
 
 def sane_request_id(value: bytes) -> bool:

@@ -166,7 +166,7 @@ class StatusLine:
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
     """What a response's header fields say about its framing. `media_type`, `codings` and `is_json` as in
-    `RequestFields`."""
+    `RequestFields`. `states_limits`: a RateLimit field or one like it is there."""
 
     has_content_length: bool = False
     is_chunked: bool = False
@@ -174,6 +174,8 @@ class ResponseFields:
     opens_tunnel: bool = False
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
+    has_date: bool = True
+    states_limits: bool = False
     is_json: bool = field(init=False)
 
     def __post_init__(self) -> None:
