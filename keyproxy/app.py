@@ -53,7 +53,8 @@ class Proxy:
         self._instance = secrets.token_hex(8).encode("ascii")
         self.store = new_store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
-        self._recorder = Recorder(self._access_log if settings.log.access else None, self._note_usage)
+        self._recorder = Recorder(None, self._note_usage)
+        self._log_as(settings)
         self.upstreams = self._upstreams(settings)
         #: Those that decide over the store, and those before them that have not decided on everything yet.
         self._gateways: list[Gateway] = []
@@ -115,7 +116,7 @@ class Proxy:
         self._settings, self._dsn = settings, change.dsn
         before, self._gateways = self._gateways, []
         self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
-        self._recorder.log_to(self._access_log if settings.log.access else None)
+        self._log_as(settings)
         if upstreams is not self.upstreams:
             self._retired += self.upstreams.distinct().values()
             for pool in self._retired:
@@ -242,6 +243,12 @@ class Proxy:
 
     async def _drain(self) -> None:
         await self.server.drain(self._settings.listen.drain_seconds)
+
+    def _log_as(self, settings: Settings) -> None:
+        """Log requests as configured, those that have ended by now as it was before."""
+        self._recorder.count_pending()
+        self._access_log.success_share = settings.log.success_share
+        self._recorder.log_to(self._access_log if settings.log.access else None)
 
     def _note_usage(self, rows: Sequence[Row]) -> None:
         self.store.usage.take(rows)

@@ -76,7 +76,7 @@ class RequestFields:
     head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
     `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
-    `has_idempotency_key`: exactly one Idempotency-Key, whatever its value.
+    `has_idempotency_key`, `has_traceparent`: exactly one field of that name, whatever its value.
     """
 
     host: bytes | None
@@ -89,6 +89,7 @@ class RequestFields:
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
     has_idempotency_key: bool = False
+    has_traceparent: bool = False
     accepts_codings: bool = True
     is_json: bool = field(init=False)
     head_end: bytes = field(init=False)

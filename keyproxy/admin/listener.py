@@ -38,7 +38,7 @@ class AdminListener:
     """See the module. The service may be exchanged while requests are under way."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes], None] | None,
+        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
         bounds: Bounds = BOUNDS,
     ) -> None:  # fmt: skip
         self.service = service
@@ -162,7 +162,7 @@ class AdminListener:
             "peer": request.remote or "unix",
             "duration_seconds": round(seconds, 6),
         }
-        self._log_line(orjson.dumps(line) + b"\n")
+        self._log_line(orjson.dumps(line) + b"\n", status)
 
 
 @functools.cache

@@ -73,6 +73,7 @@ class Admin:
             stack.push_async_callback(self._database.close)
             await self._check_tokens()
             log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+            log.success_share = self._settings.log.success_share
             stack.callback(log.close)
             log.start()
             listener = AdminListener(

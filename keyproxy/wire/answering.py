@@ -54,6 +54,7 @@ class Answering(ports.Exchange):
         #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
         self._gate = client.server.gate
         self.head = head
+        self.peer = client.forwarding
         self.request_id = request_id
         self.started_mono = started_mono
         self.bytes_in = len(content)
@@ -67,8 +68,7 @@ class Answering(ports.Exchange):
         """Answer with a refusal. If an answer has begun already, it is cut off so that the client can tell."""
         if self.is_over:
             return
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
+        self._note(refusal)
         if self._answer is not None and not self._held_back:
             self._end(Ending.CUT, self._server.clock(), closes=True)
             return
@@ -90,13 +90,18 @@ class Answering(ports.Exchange):
         self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
         self._end(Ending.REFUSED, server.clock(), closes=closes)
 
+    def _note(self, refusal: Refusal) -> None:
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        if refusal.limit is not None:
+            self.policy = refusal.limit.policy.name
+
     def end_stream(self, refusal: Refusal) -> None:
         """End a stream of events here: its last event says why, and the answer ends as one that is whole does."""
         if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_chunked:
             self.refuse(refusal)
             return
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
+        self._note(refusal)
         shape = self._gate.error_shape(self.head)
         told = self._server.problems.last_event(refusal, self.request_id.decode("ascii"), shape)
         out, self._held_back = self._held_back + chunk(self.meter.cut(told)) + LAST_CHUNK, b""

@@ -125,6 +125,7 @@ def judge_request(
         media_type=media_type,
         codings=codings,
         has_idempotency_key=sent.count(idempotency.NAME) == 1,
+        has_traceparent=sent.count(b"traceparent") == 1,
         accepts_codings=b"accept-encoding" in sent,
     )
     return line, fields, judged

@@ -163,8 +163,8 @@ async def serving(
     log: list[Json] = []
     reminding = Reminding(Reminders(database))
     listener = AdminListener(
-        service, metrics=Readings(reminding, lambda: now[0]).page, log_line=lambda line: log.append(json.loads(line)),
-        bounds=bounds,
+        service, metrics=Readings(reminding, lambda: now[0]).page,
+        log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
