@@ -23,6 +23,7 @@ from keyproxy.keyformat import KeyFormat
 from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
+from keyproxy.model import NO_TOKENS
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
 from keyproxy.readings import carry_over, check_ledger, spending_of
@@ -187,6 +188,7 @@ class Proxy:
             failed_connections=self.server.failed_connections,
             access_log_dropped=lambda: self._access_log.dropped,
             defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
+            token_routes=lambda: [row.match for row in self._settings.routes if row.tokens != NO_TOKENS],
             spending=spending_of(lambda: self.store),
         )
 

@@ -138,6 +138,10 @@ class Exchange:
     status: int = 0
     started_mono: float = 0.0
     sent_mono: float = 0.0
+
+    #: How long it waited before it was sent: for its client to send the body, and for a connection to the upstream.
+    body_wait_seconds: float = 0.0
+    connection_wait_seconds: float = 0.0
     answered_mono: float = 0.0
     ended_mono: float = 0.0
     bytes_in: int = 0

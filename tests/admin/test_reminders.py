@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -551,3 +552,44 @@ async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> N
     page = (await api.call("GET", "/metrics")).body.decode()
     assert "keyproxy_store_up 0.0" in page
     assert "keyproxy_keys_expiring{" not in page
+
+
+async def test_the_metrics_say_when_tokens_of_the_admin_api_expire(make_token: MakeToken, api: Api, sql: Any) -> None:
+    tokens = [(await make_token(days))["id"] for days in (6, 0.5, 29, 31)]
+    revoked = (await make_token(3))["id"]
+    await sql.execute("UPDATE keyproxy.admin_tokens SET revoked_at = now() WHERE id = $1", revoked)
+    await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = 'infinity' WHERE id = $1", tokens[3])
+    page = (await api.call("GET", "/metrics")).body.decode()
+    for within, count in (("1d", 1), ("7d", 2), ("30d", 3)):
+        assert f'keyproxy_admin_tokens_expiring{{within="{within}"}} {count}.0' in page
+    told = dict(re.findall(r'keyproxy_admin_token_expires_timestamp_seconds\{token="(\w+)"\} (\S+)', page))
+    assert list(told) == [tokens[1], tokens[0], tokens[2]]
+    for token, days in zip(told, (0.5, 6, 29), strict=True):
+        assert abs(float(told[token]) - time.time() - days * 86_400) < 60
+
+
+async def test_the_metrics_count_requests_to_the_admin_api_and_failed_logins(api: Api) -> None:
+    await api.user()
+
+    async def counted() -> dict[str, float]:
+        page = (await api.call("GET", "/metrics")).body.decode()
+        found = re.findall(r"(?m)^(keyproxy_admin_(?:requests|failed_logins)_total\{.*?\}) (\S+)$", page)
+        return {name: float(value) for name, value in found}
+
+    before = await counted()
+    await api.call("GET", "/v1/tenants/acme")
+    await api.call("HEAD", "/v1/tenants/acme")
+    await api.call("GET", "/v1/tenants/nobody")
+    await api.call("GET", "/nowhere")
+    await api.call("PATCH", "/v1/tenants")
+    await api.call("GET", "/v1/tenants/acme", token=None)
+    await api.call("GET", "/v1/tenants/acme", token="x" * 40)
+    after = await counted()
+    requests = 'keyproxy_admin_requests_total{class="%s",method="GET",route="%s"}'
+    assert {name: value - before[name] for name, value in after.items() if value != before[name]} == {
+        requests % ("2xx", "/v1/tenants/{id}"): 2, requests % ("4xx", "/v1/tenants/{id}"): 3,
+        requests % ("2xx", "/metrics"): 1,
+        'keyproxy_admin_requests_total{class="4xx",method="none",route="none"}': 2,
+        'keyproxy_admin_failed_logins_total{code="token_missing"}': 1,
+        'keyproxy_admin_failed_logins_total{code="token_invalid"}': 1,
+    }  # fmt: skip
