@@ -122,7 +122,9 @@ class AccessLog:
                 for portion in _portions(lines) if self._is_shared else (lines,):
                     view = memoryview(portion)
                     while view:
-                        view = view[os.write(self._fd, view) :]
+                        # A name for it: mypyc evaluates the bound of a slice twice, and would write twice.
+                        written_bytes = os.write(self._fd, view)
+                        view = view[written_bytes:]
             except OSError as error:
                 self.dropped += lines.count(b"\n")
                 _log.warning("the access log cannot be written: %s", error)
