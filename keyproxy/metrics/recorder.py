@@ -177,10 +177,15 @@ class Recorder(ports.Recorder):
         cell.upstream_seconds.observe(
             *[one.answered_mono - one.sent_mono for one in ended if one.answered_mono and one.sent_mono]
         )
-        self.overhead_seconds.observe(*[_overhead_seconds(one) for one in ended if one.sent_mono])
-        self.connection_wait_seconds.observe(
-            *[one.connection_wait_seconds for one in ended if one.connection_wait_seconds]
+        self.overhead_seconds.observe(
+            *[
+                one.sent_mono - one.started_mono - one.body_wait_seconds - one.connection_wait_seconds
+                for one in ended
+                if one.sent_mono
+            ]
         )
+        if waits := [one.connection_wait_seconds for one in ended if one.connection_wait_seconds]:
+            self.connection_wait_seconds.observe(*waits)
         for exchange in ended:
             if exchange.token_use is not None:
                 _count_tokens(cell, exchange, exchange.token_use)
@@ -189,11 +194,6 @@ class Recorder(ports.Recorder):
         assert self._loop is not None  # noqa: S101 - for the type checker
         self._turn = self._loop.call_later(_PENDING_SECONDS, self._count_in_turns)
         self.count_pending()
-
-
-def _overhead_seconds(exchange: Exchange) -> float:
-    waited = exchange.body_wait_seconds + exchange.connection_wait_seconds
-    return exchange.sent_mono - exchange.started_mono - waited
 
 
 def _count_tokens(cell: Cell, exchange: Exchange, use: TokenUse) -> None:
