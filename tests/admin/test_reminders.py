@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import signal
@@ -412,6 +413,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
 async def test_a_token_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
     make_token: MakeToken, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminding")
     token = (await make_token(0.5))["id"]
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
