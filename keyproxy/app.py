@@ -23,6 +23,7 @@ from keyproxy.keyformat import KeyFormat
 from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
 from keyproxy.metrics.recorder import Recorder
+from keyproxy.model import NO_TOKENS
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
 from keyproxy.readings import carry_over, check_housekeeping, check_ledger, spending_of
@@ -53,7 +54,8 @@ class Proxy:
         self._instance = secrets.token_hex(8).encode("ascii")
         self.store = new_store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
-        self._recorder = Recorder(self._access_log if settings.log.access else None, self._note_usage)
+        self._recorder = Recorder(None, self._note_usage)
+        self._log_as(settings)
         self.upstreams = self._upstreams(settings)
         #: Those that decide over the store, and those before them that have not decided on everything yet.
         self._gateways: list[Gateway] = []
@@ -115,7 +117,7 @@ class Proxy:
         self._settings, self._dsn = settings, change.dsn
         before, self._gateways = self._gateways, []
         self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
-        self._recorder.log_to(self._access_log if settings.log.access else None)
+        self._log_as(settings)
         if upstreams is not self.upstreams:
             self._retired += self.upstreams.distinct().values()
             for pool in self._retired:
@@ -187,6 +189,7 @@ class Proxy:
             access_log_dropped=lambda: self._access_log.dropped,
             defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
             housekeeping_failures=lambda: {chore.name: chore.failures for chore in self.store.chores},
+            token_routes=lambda: [row.match for row in self._settings.routes if row.tokens != NO_TOKENS],
             spending=spending_of(lambda: self.store),
         )
 
@@ -243,6 +246,12 @@ class Proxy:
 
     async def _drain(self) -> None:
         await self.server.drain(self._settings.listen.drain_seconds)
+
+    def _log_as(self, settings: Settings) -> None:
+        """Log requests as configured, those that have ended by now as it was before."""
+        self._recorder.count_pending()
+        self._access_log.success_share = settings.log.success_share
+        self._recorder.log_to(self._access_log if settings.log.access else None)
 
     def _note_usage(self, rows: Sequence[Row]) -> None:
         self.store.usage.take(rows)

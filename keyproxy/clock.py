@@ -18,3 +18,4 @@ def wall_offset() -> float:
 
 
 monotonic = time.monotonic
+wall = time.time

@@ -260,6 +260,8 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
             if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBER_MAX:
                 return float(value)
             return _Wrong("must be a number")
+        case "bool | str | float":
+            return _switch(value, text)
         case "list[str]":
             if text is not None:
                 value = [item.strip() for item in text.split(",") if item.strip()]
@@ -269,6 +271,17 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
         case "list[int]":
             return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
     raise AssertionError(f"no reader for type {wanted}")
+
+
+def _switch(value: object, text: str | None) -> object:
+    """True, false, a number or a word. `text`: what stands for it in the environment."""
+    if text is None:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    for wanted in ("bool", "float"):
+        typed = _typed(text, wanted, is_text=True)
+        if not isinstance(typed, _Wrong):
+            return typed
+    return text
 
 
 def _whole_numbers(value: object, *, is_text: bool) -> list[int] | _Wrong:

@@ -71,9 +71,30 @@ NOT_IN_TRAILERS: Final = frozenset(
      Kind.EXPECT, Kind.UNREADABLE}
 )  # fmt: skip
 
+#: The older names of the same fields, which clients read as the server's own limits.
+_LIMIT_NAMES: Final = frozenset(
+    {
+        b"x-ratelimit", b"x-ratelimit-policy", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset",
+        b"x-ratelimit-used", b"x-rate-limit-limit", b"x-rate-limit-remaining", b"x-rate-limit-reset",
+    }
+)  # fmt: skip
+
 _NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
 _REMEMBERED_BYTES_MAX: Final = 48
+
+#: A hop of X-Forwarded-For that may be an address, with or without a port.
+_HOP = re.compile(
+    rb"\[?([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:\](?::[0-9]{1,5})?)?|([0-9]{1,3}(?:\.[0-9]{1,3}){3})(?::[0-9]{1,5})?"
+)
+
+#: https://www.w3.org/TR/trace-context/ section 3.2.2. Hexadecimal digits are in lower case.
+_TRACEPARENT: Final = b"traceparent:"
+_LF: Final = 0x0A
+_TRACE_IDS: Final = rb"(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACE = re.compile(rb"[ \t]*00-" + _TRACE_IDS + rb"[ \t]*\r")
+#: Of a version that does not exist yet: it begins alike, and more may follow.
+_LATER_TRACE = re.compile(rb"[ \t]*(?!00|ff)[0-9a-f]{2}-" + _TRACE_IDS + rb"(?:-[!-~]*)?[ \t]*\r")
 
 #: A client's request id is kept if it is one: no spaces, no controls, nothing that a log or a header could trip over.
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -116,9 +137,39 @@ def canonical(name: bytes) -> bytes:
     return name.lower().replace(b"_", b"-")
 
 
+def states_limits(name: bytes) -> bool:
+    """Whether a response field with this name, in any spelling, states limits as ours do.
+
+    A provider's fields that name what they limit (`x-ratelimit-remaining-tokens`, `anthropic-ratelimit-…`) do not: they
+    are about the provider's own account, and programs read them as that.
+    """
+    plain = canonical(name).replace(b".", b"-")
+    return plain == b"ratelimit" or plain.startswith(b"ratelimit-") or plain in _LIMIT_NAMES
+
+
+def without_limits(block: bytes) -> bytes:
+    """Header lines without those that state limits."""
+    lines = block.split(b"\r\n")[:-1]
+    return b"".join([line + b"\r\n" for line in lines if not states_limits(line.partition(b":")[0])])
+
+
 def sane_request_id(value: bytes) -> bool:
     """Whether a client's X-Request-Id may be kept."""
     return _SANE_REQUEST_ID.fullmatch(value) is not None
+
+
+def trace_id(block: bytes) -> bytes:
+    """The trace id of the traceparent among these header lines; empty if it is not as W3C Trace Context has it."""
+    start = block.find(_TRACEPARENT)
+    if start < 0 or (start and block[start - 1] != _LF):
+        # In other letters, or behind a name that ends like it.
+        lines = block.lower()
+        start = 0 if lines.startswith(_TRACEPARENT) else lines.find(b"\n" + _TRACEPARENT) + 1
+        if not lines.startswith(_TRACEPARENT, start):
+            return b""
+    at = start + len(_TRACEPARENT)
+    found = _TRACE.match(block, at) or _LATER_TRACE.match(block, at)
+    return b"" if found is None else found[1]
 
 
 def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
@@ -137,13 +188,16 @@ class Forwarding:
     A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped.
     """
 
-    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_scheme")
+    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_rule", "_scheme")
 
-    def __init__(self, address: bytes, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"") -> None:
+    def __init__(
+        self, address: bytes, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
+    ) -> None:
         """`address`: the peer's IP address, empty for a unix socket. `certificate`: a header line that names its
-        verified certificate, or empty."""
+        verified certificate, or empty. `rule`: which addresses in the X-Forwarded-For of a trusted peer are trusted."""
         self._address = address
         self._is_trusted = is_trusted
+        self._rule = rule
         self._scheme = b"https" if is_tls else b"http"
         self._certificate = certificate
         first = b"X-Forwarded-For: %b\r\n" % address if address else b""
@@ -154,6 +208,15 @@ class Forwarding:
         if self._is_trusted and head.forwarded:
             return self._extended(head)
         return self._block + head.fields.host_block
+
+    def client_address(self, head: RequestHead | None) -> bytes:
+        """The client's IP address; empty for a unix socket's.
+
+        That is the peer's address; behind trusted proxies the right-most one of X-Forwarded-For that is not theirs.
+        """
+        if self._is_trusted and self._rule is not None and head is not None and head.forwarded:
+            return self._rule.client_address(head.forwarded, self._address)
+        return self._address
 
     def _extended(self, head: RequestHead) -> bytes:
         told = {b"x-forwarded-proto": self._scheme}
@@ -181,6 +244,46 @@ class TrustRule:
         self._header_prefix = header_prefix
         self._trusts_unix = "unix" in trusted_proxies
         self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
+        #: Hops of X-Forwarded-For: the address, empty if it is none, and whether it is a trusted proxy's.
+        self._hops: dict[bytes, tuple[bytes, bool]] = {}
+
+    def client_address(self, forwarded: Sequence[tuple[bytes, bytes]], peer: bytes) -> bytes:
+        """The client's address by the X-Forwarded-For of a trusted `peer`.
+
+        Read from the right: each hop was written by the one after it. At the first hop that is not trusted, or that is
+        no address, what stands further left may be anybody's invention.
+        """
+        found = peer
+        fields = [value for name, value in forwarded if name == b"x-forwarded-for"]
+        for hop in reversed(b",".join(fields).split(b",")):
+            address, is_trusted = self._hop(hop.strip(b" \t"))
+            if not address:
+                break
+            found = address
+            if not is_trusted:
+                break
+        return found
+
+    def _hop(self, text: bytes) -> tuple[bytes, bool]:
+        known = self._hops.get(text)
+        if known is None:
+            if len(self._hops) >= _REMEMBERED_MAX:
+                self._hops.clear()
+            known = self._judged_hop(text)
+            if len(text) <= _REMEMBERED_BYTES_MAX:
+                self._hops[text] = known
+        return known
+
+    def _judged_hop(self, text: bytes) -> tuple[bytes, bool]:
+        # Some proxies write the port too: 192.0.2.1:8080, [2001:db8::1]:8080.
+        match = _HOP.fullmatch(text)
+        try:
+            peer = _unmapped((match[1] or match[2]).decode("ascii")) if match is not None else None
+        except ValueError:
+            peer = None
+        if peer is None:
+            return b"", False
+        return str(peer).encode("ascii"), any(peer in network for network in self._networks)
 
     def forwarding(self, address: str, *, is_tls: bool, subject: str | None = None) -> Forwarding:
         """The Forwarding for a connection from this IP address; empty: from a unix socket.
@@ -191,13 +294,18 @@ class TrustRule:
         if subject is not None:
             certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
         if not address:
-            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls, certificate=certificate)
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(parsed, "ipv4_mapped", None)
-        peer = mapped if mapped is not None else parsed
+            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls, certificate=certificate, rule=self)
+        peer = _unmapped(address)
         is_trusted = any(peer in network for network in self._networks)
         where = str(peer).encode("ascii")
-        return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate)
+        return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate, rule=self)
+
+
+def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An IP address without its zone; of one that maps an IPv4 address, that. Raises ValueError."""
+    parsed = ipaddress.ip_address(text.partition("%")[0])
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return mapped if mapped is not None else parsed
 
 
 def dress(

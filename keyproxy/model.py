@@ -76,7 +76,7 @@ class RequestFields:
     head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
     `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
-    `has_idempotency_key`: exactly one Idempotency-Key, whatever its value.
+    `has_idempotency_key`, `has_traceparent`: exactly one field of that name, whatever its value.
     """
 
     host: bytes | None
@@ -89,6 +89,7 @@ class RequestFields:
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
     has_idempotency_key: bool = False
+    has_traceparent: bool = False
     accepts_codings: bool = True
     is_json: bool = field(init=False)
     head_end: bytes = field(init=False)
@@ -166,7 +167,7 @@ class StatusLine:
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
     """What a response's header fields say about its framing. `media_type`, `codings` and `is_json` as in
-    `RequestFields`."""
+    `RequestFields`. `states_limits`: a RateLimit field or one like it is there."""
 
     has_content_length: bool = False
     is_chunked: bool = False
@@ -174,6 +175,8 @@ class ResponseFields:
     opens_tunnel: bool = False
     media_type: bytes = b""
     codings: tuple[bytes, ...] = ()
+    has_date: bool = True
+    states_limits: bool = False
     is_json: bool = field(init=False)
 
     def __post_init__(self) -> None:

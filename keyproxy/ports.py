@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from keyproxy.compiling import mypyc_attr
+from keyproxy.headers import Forwarding
 from keyproxy.idempotency import Fingerprint
 from keyproxy.keyformat import SecretKey
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
@@ -125,12 +126,22 @@ class Exchange:
     route: Route | None = None
 
     permit: Permit | None = None
+
+    #: Why it was refused, more of that for our log, and by which policy if a limit refused it.
     reason: Reason | None = None
     refusal_detail: str = ""
+    policy: str = ""
+
+    #: Knows the address of the client.
+    peer: Forwarding | None = None
     ending: Ending = ANSWERED
     status: int = 0
     started_mono: float = 0.0
     sent_mono: float = 0.0
+
+    #: How long it waited before it was sent: for its client to send the body, and for a connection to the upstream.
+    body_wait_seconds: float = 0.0
+    connection_wait_seconds: float = 0.0
     answered_mono: float = 0.0
     ended_mono: float = 0.0
     bytes_in: int = 0

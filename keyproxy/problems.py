@@ -53,9 +53,13 @@ class Problems:
         """The HTTP status that this reason is answered with."""
         return self._statuses.get(reason, reason.value.status)
 
+    def status_of(self, refusal: Refusal) -> int:
+        """The HTTP status of one refusal. A window that requests in flight reserve is a matter of pace: always 429."""
+        return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
+
     def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:
         """The answer for one refusal in the route's error shape."""
-        status = self.status(refusal.reason)
+        status = self.status_of(refusal)
         media_type = "application/problem+json" if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
         if status == http.HTTPStatus.UNAUTHORIZED:
@@ -66,6 +70,9 @@ class Problems:
             )
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
+        if refusal.is_futile:
+            # The SDKs of OpenAI and Anthropic obey it: they raise at once, instead of sleeping and asking again.
+            fields.append("x-should-retry: false")
         block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
         return Answer(
             status,
@@ -85,7 +92,7 @@ class Problems:
 
     def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
         row = refusal.reason.value
-        status = self.status(refusal.reason)
+        status = self.status_of(refusal)
         sentence = f"{row.sentence} {refusal.said}".rstrip()
         told = _limit_members(refusal)
         content: dict[str, object]

@@ -241,12 +241,17 @@ class Reason(enum.Enum):
 SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 
+#: Reasons of a request that cannot be admitted under its plan, however long it waits.
+NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
+
+
 class Refusal(Exception):
     """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
 
     `missing_scope` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
     `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
-    the wait is until the limit's reset. Neither text may hold anything that came with the request unless it was
+    the wait is until the limit's reset. `is_held`: a window is not spent; requests in flight reserve what is left of it,
+    and may give it back at any moment. Neither text may hold anything that came with the request unless it was
     checked for secrets: see docs/threat-model.md.
     """
 
@@ -260,6 +265,7 @@ class Refusal(Exception):
         retry_after_seconds: int | None = None,
         limit: LimitState | None = None,
         applied: Sequence[LimitState] = (),
+        is_held: bool = False,
     ) -> None:
         super().__init__(reason.code, detail)
         self.reason = reason
@@ -268,7 +274,13 @@ class Refusal(Exception):
         self.missing_scope = missing_scope
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
+        self.is_held = is_held
         self.retry_after_seconds = _wait(reason, limit) if retry_after_seconds is None else retry_after_seconds
+
+    @property
+    def is_futile(self) -> bool:
+        """Whether a client should not retry on its own: its window is spent, or the request can never fit."""
+        return self.reason in NEVER_FITS or (self.reason in SPENT and not self.is_held)
 
 
 def _wait(reason: Reason, limit: LimitState | None) -> int | None:

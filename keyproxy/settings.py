@@ -144,6 +144,16 @@ def _thresholds(value: list[int]) -> str | None:
     return None
 
 
+#: The access log without successes.
+REFUSALS: Final = "refusals"
+
+
+def _access(value: bool | str | float) -> str | None:
+    if isinstance(value, bool) or value == REFUSALS or (isinstance(value, float) and 0.0 < value <= 1.0):
+        return None
+    return f"must be true, false, {REFUSALS!r}, or the share of successes to log, above 0 and at most 1"
+
+
 def _networks(value: list[str]) -> str | None:
     try:
         TrustRule(value)
@@ -280,7 +290,13 @@ class Log:
     """What is logged."""
 
     level: str = _setting("info", _one_of("debug", "info", "warning", "error"))
-    access: bool = _setting(True)
+    #: Which requests have a line: all, none, those that are refused or fail, or with them a share of the others.
+    access: bool | str | float = _setting(True, _access)
+
+    @property
+    def success_share(self) -> float:
+        """Which part of the successes has a line in the access log, if there is one."""
+        return float(self.access) if isinstance(self.access, float) else float(self.access != REFUSALS)
 
 
 def _route_match(value: str) -> str | None:

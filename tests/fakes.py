@@ -114,14 +114,17 @@ class FakeLedger(Ledger):
         return self._taken(lambda: self.book.take_again(allowance, now.mono_seconds, tokens, paid), now)
 
     def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
-        try:
-            return take()
-        except Short as short:
-            if not self.answers:
-                raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
-            self.book.ask(short)
-            self._sync(now.mono_seconds)
-            return take()
+        for _ in range(4):
+            try:
+                return take()
+            except Short as short:
+                if not self.answers:
+                    raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
+                last = short
+                self.book.ask(short)
+                self._sync(now.mono_seconds)
+        self.book.asked_in_vain(last, now.mono_seconds)
+        return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """See the port."""
@@ -165,6 +168,17 @@ class Recorded:
     user: str | None
     bytes_in: int
     bytes_out: int
+    policy: str
+    client: bytes
+    #: From its head to its first byte upstream, and how much of that it waited for its body and for a connection.
+    before_sent_seconds: float
+    body_wait_seconds: float
+    connection_wait_seconds: float
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Our own time before it was sent."""
+        return self.before_sent_seconds - self.body_wait_seconds - self.connection_wait_seconds
 
 
 @dataclass
@@ -188,5 +202,10 @@ class FakeRecorder(Recorder):
                 None if exchange.identity is None else exchange.identity.user_id,
                 exchange.bytes_in,
                 exchange.bytes_out,
+                exchange.policy,
+                b"" if exchange.peer is None else exchange.peer.client_address(head),
+                exchange.sent_mono - exchange.started_mono if exchange.sent_mono else 0.0,
+                exchange.body_wait_seconds,
+                exchange.connection_wait_seconds,
             )
         )

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 import ssl
 from typing import Any, Final, NamedTuple, cast
 
 from aiohttp import web
 
+from keyproxy import clock
 from keyproxy.admin.problems import Problem, Refused, body
 from keyproxy.ops import Unreadable
+from keyproxy.wire.answers import DateField
 
 _http_log = logging.getLogger("keyproxy.admin.http")
 _http_log.addFilter(Unreadable())
@@ -119,7 +122,7 @@ class _TurnedAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(_FULL)
+        self._transport.write(_full())
         self._loop.call_later(_TURNED_AWAY_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -129,11 +132,13 @@ class _TurnedAway(asyncio.Protocol):
 
 
 def _full() -> bytes:
-    content = body(Refused(Problem.OVERLOADED), "")
+    request_id = secrets.token_hex(16)
+    content = body(Refused(Problem.OVERLOADED), request_id)
     return (
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 2\r\n"
-        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+        b"%bX-Request-Id: %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+        % (_DATE.line(clock.wall()), request_id.encode("ascii"), len(content), content)
     )
 
 
-_FULL: Final = _full()
+_DATE: Final = DateField()

@@ -22,7 +22,7 @@ from keyproxy.admin.problems import Problem, Refused, rendered
 from keyproxy.admin.reading import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
-from keyproxy.metrics.control import CONTENT_TYPE
+from keyproxy.metrics.control import CONTENT_TYPE, Traffic
 from keyproxy.store.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -34,14 +34,30 @@ _REQUEST_ID: Final = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+#: What is served beside the endpoints.
+_PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
+
+_FAILED_LOGINS: Final = (
+    Problem.TOKEN_MISSING, Problem.TOKEN_INVALID, Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED,
+    Problem.ACCOUNT_DISABLED, Problem.TOO_MANY_FAILURES,
+)  # fmt: skip
+
+
+def traffic() -> Traffic:
+    """Counters of requests to the admin API."""
+    endpoints = [(endpoint.method, endpoint.path) for endpoint in ENDPOINTS]
+    return Traffic([*endpoints, *(("GET", path) for path in _PAGES)], [one.code for one in _FAILED_LOGINS])
+
+
 class AdminListener:
     """See the module. The service may be exchanged while requests are under way."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes], None] | None,
-        bounds: Bounds = BOUNDS,
+        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
+        traffic: Traffic, bounds: Bounds = BOUNDS,
     ) -> None:  # fmt: skip
         self.service = service
+        self._traffic = traffic
         self._metrics = metrics
         self._log_line = log_line
         self._bounds = bounds
@@ -144,25 +160,27 @@ class AdminListener:
         return response
 
     def _note(self, request: web.Request, status: int, code: str, seconds: float) -> None:
+        resource = request.match_info.route.resource
+        route = "" if resource is None else resource.canonical
+        self._traffic.note("GET" if request.method == "HEAD" else request.method, route, status, code)
         if self._log_line is None:
             return
         path = request.path[:_PATH_CHARACTERS_MAX]
         if self.service.key_format.is_within(path.encode("utf-8", "replace")):
             path = ""
-        resource = request.match_info.route.resource
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "request_id": request[_REQUEST_ID],
             "method": request.method if status != 405 else "",
             "path": path,
-            "route": "" if resource is None else resource.canonical,
+            "route": route,
             "status": status,
             "code": code,
             "token": request.get(TOKEN_ID),
             "peer": request.remote or "unix",
             "duration_seconds": round(seconds, 6),
         }
-        self._log_line(orjson.dumps(line) + b"\n")
+        self._log_line(orjson.dumps(line) + b"\n", status)
 
 
 @functools.cache

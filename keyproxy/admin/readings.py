@@ -8,20 +8,23 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.admin.reminding import Reminding
-from keyproxy.metrics.control import ControlCatalogue, Standing
+from keyproxy.metrics.control import ControlCatalogue, Standing, Traffic
 from keyproxy.store.database import StoreUnavailable
 
 _WITHIN_DAYS: Final = (1, 7, 30)
 _REMEMBERED_SECONDS: Final = 15.0
 
+#: A series for each token: those that end soonest.
+_TOKENS_MAX: Final = 100
+
 
 class Readings:
     """The page of metrics. However often it is asked for, the store is asked once in a quarter of a minute."""
 
-    def __init__(self, reminding: Reminding, now_mono: Callable[[], float]) -> None:
+    def __init__(self, reminding: Reminding, now_mono: Callable[[], float], traffic: Traffic) -> None:
         self._reminding = reminding
         self._now_mono = now_mono
-        self._catalogue = ControlCatalogue()
+        self._catalogue = ControlCatalogue(traffic)
         self._asking = asyncio.Lock()
         self._standing: Standing | None = None
         self._good_until_mono = 0.0
@@ -37,6 +40,11 @@ class Readings:
     async def _asked(self) -> Standing | None:
         reminders = self._reminding.reminders
         try:
-            return Standing(await reminders.expiring(_WITHIN_DAYS), await reminders.count_waiting())
+            return Standing(
+                keys=await reminders.expiring(_WITHIN_DAYS),
+                tokens=await reminders.expiring_tokens(_WITHIN_DAYS),
+                token_expiries=await reminders.token_expiries(_TOKENS_MAX),
+                reminders_waiting=await reminders.count_waiting(),
+            )
         except StoreUnavailable:
             return None

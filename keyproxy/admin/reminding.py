@@ -1,4 +1,5 @@
-"""Sends reminders of keys that expire soon to the webhook: signed, retried for most of a day, given up after that.
+"""Sends reminders of keys and admin tokens that expire soon to the webhook: signed, retried for most of a day, then given
+up.
 
 A reminder is claimed, sent and marked. Whoever dies in between, or cannot mark it, leaves it to be sent again under the
 same id; see `store.reminders`. So there may be as many senders as there are admin processes, and a cron job beside them.
@@ -19,7 +20,7 @@ import orjson
 
 from keyproxy import clock, settings, webhooks
 from keyproxy.store.database import StoreConflict, StoreUnavailable
-from keyproxy.store.reminders import Reminder, Reminders
+from keyproxy.store.reminders import Reminder, Reminders, subject
 from keyproxy.store.times import time_text
 
 _log = logging.getLogger(__name__)
@@ -74,18 +75,18 @@ class Reminding:
                 was_down = False
             except (StoreUnavailable, StoreConflict) as error:
                 if not was_down:
-                    _log.warning("nobody can be reminded of keys that expire: %s", error)
+                    _log.warning("reminders of what expires cannot be sent: %s", error)
                 was_down = True
             except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
-                _log.exception("a defect while reminding of keys that expire")
+                _log.exception("a defect while sending reminders")
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def turn(self, terms: settings.Reminders) -> Outcome:
         """Write what is due and send what is to be sent by now. Raises StoreUnavailable, StoreConflict."""
         turn = Outcome()
         await self.reminders.write(terms.before_days)
-        for _, key, why in await self.reminders.given_up_late():
-            self._note_given_up(key, f"it has expired; {why}", turn)
+        for _, what, why in await self.reminders.given_up_late():
+            self._note_given_up(what, f"it has expired; {why}", turn)
         timeout = aiohttp.ClientTimeout(total=self.attempt_seconds)
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
             while claimed := await self.reminders.claim(_BATCH, self.lease):
@@ -112,31 +113,33 @@ class Reminding:
         turn.failed += 1
         if failed.is_final or reminder.attempts >= _ATTEMPTS_MAX:
             await self.reminders.failed(reminder, failed.why, None)
-            self._note_given_up(reminder.key, failed.why, turn)
+            self._note_given_up(subject(reminder.key, reminder.token), failed.why, turn)
             return
         again_in = _delay(reminder.attempts)
         await self.reminders.failed(reminder, failed.why, again_in)
         _log.warning(
-            "the reminder of key %s was not received, attempt %d: %s; again in %d s", reminder.key, reminder.attempts,
-            failed.why, again_in.total_seconds(),
+            "the reminder of %s was not received, attempt %d: %s; again in %d s",
+            subject(reminder.key, reminder.token), reminder.attempts, failed.why, again_in.total_seconds(),
         )  # fmt: skip
 
-    def _note_given_up(self, key: str, why: str, turn: Outcome) -> None:
+    def _note_given_up(self, what: str, why: str, turn: Outcome) -> None:
         self.total.given_up += 1
         turn.given_up += 1
-        _log.error("the reminder of key %s is given up: %s", key, why)
+        _log.error("the reminder of %s is given up: %s", what, why)
 
 
 def body(reminder: Reminder) -> bytes:
     """What is sent: no secret, and the same for each attempt as long as the key is the same."""
+    if reminder.token is not None:
+        what: dict[str, object] = {"token": reminder.token, "tenant": reminder.tenant}
+    else:
+        mode = "test" if reminder.is_test else "live"
+        what = {"key": reminder.key, "user": reminder.user, "tenant": reminder.tenant, "mode": mode}
     return orjson.dumps({
-        "type": "key.expiring",
+        "type": "key.expiring" if reminder.token is None else "admin_token.expiring",
         "timestamp": time_text(reminder.created_at),
         "data": {
-            "key": reminder.key,
-            "user": reminder.user,
-            "tenant": reminder.tenant,
-            "mode": "test" if reminder.is_test else "live",
+            **what,
             "hint": reminder.hint,
             "name": reminder.name,
             "expires_at": time_text(reminder.expires_at),

@@ -14,7 +14,7 @@ from keyproxy import clock, sockets, systemd
 from keyproxy.admin.access import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import Terms
-from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.readings import Readings
 from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
@@ -73,10 +73,12 @@ class Admin:
             stack.push_async_callback(self._database.close)
             await self._check_tokens()
             log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+            log.success_share = self._settings.log.success_share
             stack.callback(log.close)
             log.start()
+            counted = traffic()
             listener = AdminListener(
-                self._service, metrics=Readings(self._reminding, clock.monotonic).page,
+                self._service, metrics=Readings(self._reminding, clock.monotonic, counted).page, traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
             )  # fmt: skip

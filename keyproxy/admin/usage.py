@@ -104,8 +104,9 @@ class Event(Answered):
     method: str
     status: int
     code: str
-    tokens_in: int
-    tokens_out: int
+    policy: str | None
+    tokens_in: int | None
+    tokens_out: int | None
     estimated: bool
     request_bytes: int
     response_bytes: int

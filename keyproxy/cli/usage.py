@@ -24,7 +24,7 @@ _USUAL_DAYS: Final = 30
 _FLUSHED_ROWS: Final = 500
 _EVENT_COLUMNS: Final = (
     "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
-    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds",
+    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy",
 )  # fmt: skip
 
 

@@ -201,6 +201,9 @@ class Book(Register):
         amount, takes_all = 0, False
         if tokens is not None and bundle.counts_tokens:
             amount = max(0, amount_of(bundle, tokens) - (paid or 0))
+            for lease in bundle.budgets:
+                if amount > lease.limit:
+                    raise told.never_fits(lease, amount, now_mono, bundle.told)
             takes_all = tokens.most is None and bundle.tokens_per_request is None
             short += [
                 (lease, amount)

@@ -15,6 +15,15 @@ CONCURRENCY: Final = "concurrency"
 REQUESTS: Final = ("requests_per_day", "requests_per_month")
 TOKENS: Final = ("tokens_per_day", "tokens_per_month")
 
+#: Every policy that may refuse a request, as callers are told it: `user.requests_per_day`.
+POLICIES: Final = tuple(
+    [
+        f"{kind}.{measure}"
+        for kind in ("tenant", "user", "key")
+        for measure in (RATE, CONCURRENCY, *REQUESTS, *TOKENS, "tokens_per_request")
+    ]
+)
+
 
 class Pool(NamedTuple):
     """Whose limits: a tenant's, a user's or a key's, in live or test mode. All keys of a user draw on one pool."""

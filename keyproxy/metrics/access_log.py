@@ -4,7 +4,10 @@ Lines are made a few times a second from what has ended meanwhile, and handed to
 one to write: a reader of stdout that stands still holds up nobody. What the thread has yet to write is bounded; what does
 not fit is dropped and counted.
 
-Written: what happened, to whose request. Never: a header, a query, a body, a key, or a path that had one in it.
+Written: what happened, to whose request, and why it was refused. Never: a header's value other than a sane request id, a
+trace id or an address, a query, a body, a key, or a path that had one in it.
+
+Of successes only a share may be written; a request that is refused or fails is always there.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import random
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +25,8 @@ from typing import Final
 
 import orjson
 
-from keyproxy.model import Identity, RequestLine
+from keyproxy.headers import trace_id
+from keyproxy.model import Identity, RequestHead, RequestLine
 from keyproxy.ports import Exchange
 
 _log = logging.getLogger(__name__)
@@ -29,6 +35,19 @@ _UNWRITTEN_BYTES_MAX: Final = 16 << 20
 _PATH_CHARACTERS_MAX: Final = 512
 _CLOSE_SECONDS: Final = 2.0
 _PIPE_BYTES: Final = 4096
+
+_DETAIL_CHARACTERS_MAX: Final = 256
+
+#: What may be a key, or a part of one: no detail of ours has a word as long as that.
+_MAYBE_KEY = re.compile(r"[A-Za-z0-9_-]{24,}")
+_HIDDEN: Final = "***"
+
+#: A shorter credential is nobody's, and may be part of a word.
+_CREDENTIAL_BYTES_MIN: Final = 6
+
+_OK: Final = "ok"
+_CLIENT_ERROR: Final = 400
+_SERVER_ERROR: Final = 500
 
 #: The parts of lines that are alike are remembered up to here; then all are forgotten.
 _REMEMBERED_MAX: Final = 4096
@@ -43,6 +62,8 @@ class AccessLog:
     def __init__(self, fd: int, *, wall_offset: Callable[[], float]) -> None:
         """`fd`: where lines go. `wall_offset`: what to add to the exchanges' clock to get Unix time."""
         self.dropped = 0
+        #: Which part of the successes is written.
+        self.success_share = 1.0
         self._fd = fd
         self._wall_offset = wall_offset
         # Each has one writer, the loop and the thread; their difference is what the thread has yet to write.
@@ -68,18 +89,28 @@ class AccessLog:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Log exchanges that have ended."""
+        if self.success_share < 1.0:
+            rows = [row for row in rows if row[3] != _OK or self._takes(row[0].status)]
+            if not rows:
+                return
         if self._queued_bytes - self._written_bytes > _UNWRITTEN_BYTES_MAX:
             self.dropped += len(rows)
             return
         offset = self._wall_offset()
         self._put(b"".join([self._line(row, offset) for row in rows]))
 
-    def write_line(self, line: bytes) -> None:
-        """Log a line that is there already, with its end."""
+    def write_line(self, line: bytes, status: int) -> None:
+        """Log a line that is there already, with its end, about a response with this status."""
+        if status < _CLIENT_ERROR and not self._takes(status):
+            return
         if self._queued_bytes - self._written_bytes > _UNWRITTEN_BYTES_MAX:
             self.dropped += 1
             return
         self._put(line)
+
+    def _takes(self, status: int) -> bool:
+        """Whether a response that was relayed whole is written. A server error is no success."""
+        return status >= _SERVER_ERROR or random.random() < self.success_share  # noqa: S311 - no secret
 
     def _put(self, lines: bytes) -> None:
         self._queued_bytes += len(lines)
@@ -91,7 +122,9 @@ class AccessLog:
                 for portion in _portions(lines) if self._is_shared else (lines,):
                     view = memoryview(portion)
                     while view:
-                        view = view[os.write(self._fd, view) :]
+                        # A name for it: mypyc evaluates the bound of a slice twice, and would write twice.
+                        written_bytes = os.write(self._fd, view)
+                        view = view[written_bytes:]
             except OSError as error:
                 self.dropped += lines.count(b"\n")
                 _log.warning("the access log cannot be written: %s", error)
@@ -111,18 +144,23 @@ class AccessLog:
         alike = self._alike.get(key)
         if alike is None:
             alike = self._remember(key, _alike(line, exchange.identity, exchange.status, labels=row[1:]))
+        client = b"" if exchange.peer is None else exchange.peer.client_address(head)
+        trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
         return (
-            b'{"time":"%b.%03dZ","request_id":"%b",%b"duration_seconds":%.6f,"upstream_seconds":%b,'
-            b'"request_bytes":%d,"response_bytes":%d}\n'
+            b'{"time":"%b.%03dZ","request_id":"%b","trace_id":%b,"client":%b,%b"duration_seconds":%.6f,'
+            b'"upstream_seconds":%b,"request_bytes":%d,"response_bytes":%d%b}\n'
         ) % (
             self._second_text,
             int((wall - second) * 1000),
             exchange.request_id,
+            b'"%b"' % trace if trace else b"null",
+            b'"%b"' % client if client else b"null",
             alike,
             exchange.ended_mono - exchange.started_mono,
             upstream_seconds,
             exchange.bytes_in,
             exchange.bytes_out,
+            b"" if exchange.reason is None else _why(exchange, head),
         )
 
     def _remember(self, key: tuple[object, ...], alike: bytes) -> bytes:
@@ -140,6 +178,23 @@ def _portions(lines: bytes) -> Iterator[bytes]:
         yield lines[start:end]
         start = end
     yield lines[start:]
+
+
+def _why(exchange: Exchange, head: RequestHead | None) -> bytes:
+    """The part of a log line that says why a request was refused."""
+    detail = _scrubbed(exchange.refusal_detail, head) if exchange.refusal_detail else None
+    return b"," + orjson.dumps({"policy": exchange.policy or None, "detail": detail})[1:-1]
+
+
+def _scrubbed(detail: str, head: RequestHead | None) -> str:
+    """A detail without anything that could be a key, whatever it was made of."""
+    detail = detail.encode("ascii", "backslashreplace").decode("ascii")
+    for field in () if head is None else head.credentials:
+        for token in field.value.split():
+            if len(token) >= _CREDENTIAL_BYTES_MIN:
+                detail = detail.replace(token.decode("latin-1"), _HIDDEN)
+    detail = _MAYBE_KEY.sub(_HIDDEN, detail)
+    return detail if len(detail) <= _DETAIL_CHARACTERS_MAX else detail[:_DETAIL_CHARACTERS_MAX] + "…"
 
 
 def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:

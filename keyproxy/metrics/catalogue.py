@@ -5,31 +5,34 @@ The numbers live where they arise: in the recorder, and behind the callables of 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from keyproxy import __version__
-from keyproxy.metrics import recorder as recorder_room
+from keyproxy.metrics.build import build_info
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.metrics.spending import ROUND_TRIP_BOUNDS, Spending, families
 from keyproxy.reasons import Reason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-_CODES = frozenset(reason.code for reason in Reason)
+_BLAMES: Final[Mapping[str, str]] = {reason.code: reason.value.blame.value for reason in Reason}
+
+#: Statuses by their first digit.
+CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
+
+_MODES: Final = ("live", "test")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Sources:
     access_log_dropped: Callable[[], int]
     defects: Callable[[], Mapping[str, int]]
     housekeeping_failures: Callable[[], Mapping[str, int]]
+    #: The labels of the routes whose tokens are counted.
+    token_routes: Callable[[], Sequence[str]]
     spending: Spending
 
 
@@ -78,9 +83,9 @@ class Catalogue(Collector):
         yield retiring
         yield _histogram(
             "keyproxy_request_seconds",
-            "From a request's head to the end of its answer.",
-            ("route", "mode"),
-            [((cell.route, cell.mode), cell.request_seconds) for cell in cells],
+            "From a request's head to the end of its response, by how it ended.",
+            ("route", "mode", "outcome"),
+            [((cell.route, cell.mode, cell.outcome), cell.request_seconds) for cell in cells],
         )
         yield _histogram(
             "keyproxy_upstream_seconds",
@@ -90,9 +95,16 @@ class Catalogue(Collector):
         )
         yield _histogram(
             "keyproxy_overhead_seconds",
-            "Our own time before forwarding: from a request's head to its first byte upstream.",
+            "Our own time before forwarding: from a request's head to its first byte upstream, without the time in"
+            " which it waited for its client to send the body, or for a connection to the upstream.",
             (),
             [((), self._recorder.overhead_seconds)],
+        )
+        yield _histogram(
+            "keyproxy_connection_wait_seconds",
+            "Of requests for which no connection to the upstream was idle: until they had one.",
+            (),
+            [((), self._recorder.connection_wait_seconds)],
         )
         yield _counter(
             "keyproxy_identity_lookups", "Look-ups of a key's identity.", "result", sources.identity_lookups()
@@ -103,28 +115,8 @@ class Catalogue(Collector):
             "keyproxy_change_feed_lag_seconds", "For how long the change feed has not been known to be current.",
             sources.change_feed_lag_seconds(),
         )  # fmt: skip
-        yield _gauge(
-            "keyproxy_upstream_connections", "Connections to the upstream.", "state", sources.upstream_connections()
-        )
-        yield _value("keyproxy_open_requests", "Requests under way.", sources.open_requests())
-        yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
-        yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
-        yield _counter(
-            "keyproxy_failed_connections", "Connections from clients that could not be accepted.", "why",
-            sources.failed_connections(),
-        )  # fmt: skip
-        dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
-        dropped.add_metric([], sources.access_log_dropped())
-        yield dropped
-        yield _counter(
-            "keyproxy_task_defects", "Work in the background that a defect ended, and that began again.", "task",
-            sources.defects(),
-        )  # fmt: skip
-        yield _counter(
-            "keyproxy_housekeeping_failures", "Statements that end dead holders or delete old rows, and failed.", "work",
-            sources.housekeeping_failures(),
-        )  # fmt: skip
-        yield from _tokens(cells)
+        yield from _process(sources)
+        yield from _tokens(cells, sources.token_routes())
         yield from families(sources.spending)
         yield _histogram(
             "keyproxy_ledger_round_trip_seconds",
@@ -132,27 +124,58 @@ class Catalogue(Collector):
             (),
             [((), self.ledger_round_trips)],
         )
-        build = InfoMetricFamily("keyproxy_build", "What is running.")
-        kind = "pure" if recorder_room.__file__.endswith(".py") else "compiled"
-        build.add_metric([], {"version": __version__, "python": platform.python_version(), "build": kind})
-        yield build
+        yield build_info()
+
+
+def _process(sources: Sources) -> Iterator[Metric]:
+    """Connections of this process, requests under way, and its background work."""
+    yield _gauge(
+        "keyproxy_upstream_connections", "Connections to the upstream.", "state", sources.upstream_connections()
+    )
+    yield _value("keyproxy_open_requests", "Requests under way.", sources.open_requests())
+    yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
+    yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
+    yield _counter(
+        "keyproxy_failed_connections", "Connections from clients that could not be accepted.", "why",
+        sources.failed_connections(),
+    )  # fmt: skip
+    dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
+    dropped.add_metric([], sources.access_log_dropped())
+    yield dropped
+    yield _counter(
+        "keyproxy_task_defects", "Work in the background that a defect ended, and that began again.", "task",
+        sources.defects(),
+    )  # fmt: skip
+    yield _counter(
+        "keyproxy_housekeeping_failures", "Statements that end dead holders or delete old rows, and failed.", "work",
+        sources.housekeeping_failures(),
+    )  # fmt: skip
 
 
 def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
-    requests = CounterMetricFamily(
-        "keyproxy_requests", "Requests that have ended.", labels=("route", "status", "mode", "code")
-    )
-    refusals: dict[str, int] = {}
+    """Requests that have ended. Where all label values are known there is every one of them, from 0 on."""
+    counts: dict[tuple[str, str, str, str], int] = {}
+    refusals = dict.fromkeys(_BLAMES.items(), 0)
+    responses = dict.fromkeys(CLASSES, 0)
     for cell in cells:
-        requests.add_metric((cell.route, str(cell.status), cell.mode, cell.code), cell.count)
-        if cell.code in _CODES:
-            refusals[cell.code] = refusals.get(cell.code, 0) + cell.count
-    yield requests
-    yield _counter("keyproxy_refusals", "Requests that were not answered by the upstream.", "code", refusals)
+        labels = (cell.route, str(cell.status), cell.mode, cell.code)
+        counts[labels] = counts.get(labels, 0) + cell.count
+        if cell.code in _BLAMES:
+            refusals[cell.code, _BLAMES[cell.code]] += cell.count
+        if cell.status:
+            responses[CLASSES[cell.status // 100 - 1]] += cell.count
+    yield _labelled(
+        "keyproxy_requests", "Requests that have ended.", ("route", "status", "mode", "code"), counts.items()
+    )
+    yield _labelled(
+        "keyproxy_refusals", "Requests that were not answered by the upstream, by who has to act.", ("code", "blame"),
+        refusals.items(),
+    )  # fmt: skip
+    yield _counter("keyproxy_responses", "Requests that have ended, by the class of their status.", "class", responses)
 
 
-def _tokens(cells: Sequence[Cell]) -> Iterator[Metric]:
-    """Of requests that have ended; by route and mode."""
+def _tokens(cells: Sequence[Cell], routes: Sequence[str]) -> Iterator[Metric]:
+    """Of requests that have ended; by route and mode, those of `routes` from 0 on."""
     labels = ("route", "mode")
     held = CounterMetricFamily("keyproxy_tokens_held", "Tokens held for requests that have ended.", labels=labels)
     settled = CounterMetricFamily("keyproxy_tokens_settled", "Tokens charged.", labels=(*labels, "direction"))
@@ -160,7 +183,7 @@ def _tokens(cells: Sequence[Cell]) -> Iterator[Metric]:
         "keyproxy_tokens_estimated", "The part of the tokens charged of which no answer said what was used.",
         labels=labels,
     )  # fmt: skip
-    sums: dict[tuple[str, str], list[int]] = {}
+    sums: dict[tuple[str, str], list[int]] = {(route, mode): [0, 0, 0, 0] for route in routes for mode in _MODES}
     for cell in cells:
         if cell.is_metered:
             whole = sums.setdefault((cell.route, cell.mode), [0, 0, 0, 0])
@@ -175,9 +198,13 @@ def _tokens(cells: Sequence[Cell]) -> Iterator[Metric]:
 
 
 def _counter(name: str, text: str, label: str, counts: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=(label,))
-    for value, count in counts.items():
-        family.add_metric((value,), count)
+    return _labelled(name, text, (label,), [((value,), count) for value, count in counts.items()])
+
+
+def _labelled(name: str, text: str, labels: tuple[str, ...], counts: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in counts:
+        family.add_metric(values, count)
     return family
 
 

@@ -1,37 +1,69 @@
 """The metrics of an admin process: what the store says of keys and reminders, and what this process has sent.
 
 Gauges are the store's, and so the same in every admin process; counters are this process's own. Only an admin process
-tells them: counted by proxies they would be there as many times as there are proxies.
+has them: counted by proxies they would be there as many times as there are proxies.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from keyproxy import __version__
+from keyproxy.metrics.build import build_info
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
+#: Statuses of responses by their first digit.
+CLASSES: Final = ("2xx", "3xx", "4xx", "5xx")
+
+#: The label of a request that is on no route.
+NO_ROUTE: Final = "none"
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the store says: working keys that end within so many days, by (days, whether test keys); reminders to send."""
+    """What the store says: what works and ends within so many days, and what waits to be sent.
 
-    expiring: Mapping[tuple[int, bool], int]
+    `keys` by (days, whether test keys), `tokens` of the admin API by days; `token_expiries` in Unix time, by id.
+    """
+
+    keys: Mapping[tuple[int, bool], int]
+    tokens: Mapping[int, int]
+    token_expiries: Mapping[str, float]
     reminders_waiting: int
+
+
+class Traffic:
+    """Requests to the admin API. Every route and every way of failing to log in is there from 0 on."""
+
+    def __init__(self, routes: Iterable[tuple[str, str]], failures: Iterable[str]) -> None:
+        """`routes`: (method, path). `failures`: codes of requests without a valid token."""
+        self.failed_logins = dict.fromkeys(failures, 0)
+        known = [*routes, (NO_ROUTE, NO_ROUTE)]
+        self.requests = {(*route, number): 0 for route in known for number in CLASSES}
+
+    def note(self, method: str, path: str, status: int, code: str) -> None:
+        """Count one request that has ended. What is on no known route is counted as that."""
+        key = (method, path, f"{status // 100}xx")
+        if key not in self.requests:
+            key = (NO_ROUTE, NO_ROUTE, key[2])
+        self.requests[key] = self.requests.get(key, 0) + 1
+        if code in self.failed_logins:
+            self.failed_logins[code] += 1
 
 
 class ControlCatalogue(Collector):
     """See the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
         self._standing: Standing | None = None
         self._reminders: Mapping[str, int] = {}
         self._registry = CollectorRegistry()
@@ -50,18 +82,7 @@ class ControlCatalogue(Collector):
             "keyproxy_store_up", "Whether the store answered last time.", value=float(standing is not None)
         )
         if standing is not None:
-            keys = GaugeMetricFamily(
-                "keyproxy_keys_expiring",
-                "Keys that work, have no working successor, and expire within that time.",
-                labels=("within", "mode"),
-            )
-            for (days, is_test), count in standing.expiring.items():
-                keys.add_metric((f"{days}d", "test" if is_test else "live"), count)
-            yield keys
-            yield GaugeMetricFamily(
-                "keyproxy_reminders_waiting", "Reminders that are to be sent, now or again.",
-                value=standing.reminders_waiting,
-            )  # fmt: skip
+            yield from _expiring(standing)
         reminders = CounterMetricFamily(
             "keyproxy_reminders", "Reminders by what came of sending: sent, failed (an attempt), given_up.",
             labels=("result",),
@@ -69,6 +90,44 @@ class ControlCatalogue(Collector):
         for result, count in self._reminders.items():
             reminders.add_metric((result,), count)
         yield reminders
-        build = InfoMetricFamily("keyproxy_build", "What is running.")
-        build.add_metric([], {"version": __version__, "python": platform.python_version()})
-        yield build
+        requests = CounterMetricFamily(
+            "keyproxy_admin_requests", "Requests to the admin API that have ended.", labels=("method", "route", "class")
+        )
+        for labels, count in self._traffic.requests.items():
+            requests.add_metric(labels, count)
+        yield requests
+        failed = CounterMetricFamily(
+            "keyproxy_admin_failed_logins", "Requests to the admin API without a valid token.", labels=("code",)
+        )
+        for code, count in self._traffic.failed_logins.items():
+            failed.add_metric((code,), count)
+        yield failed
+        yield build_info()
+
+
+def _expiring(standing: Standing) -> Iterator[Metric]:
+    keys = GaugeMetricFamily(
+        "keyproxy_keys_expiring", "Keys that work, have no working successor, and expire within that time.",
+        labels=("within", "mode"),
+    )  # fmt: skip
+    for (days, is_test), count in standing.keys.items():
+        keys.add_metric((f"{days}d", "test" if is_test else "live"), count)
+    yield keys
+    tokens = GaugeMetricFamily(
+        "keyproxy_admin_tokens_expiring", "Tokens of the admin API that work and expire within that time.",
+        labels=("within",),
+    )  # fmt: skip
+    for days, count in standing.tokens.items():
+        tokens.add_metric((f"{days}d",), count)
+    yield tokens
+    expiries = GaugeMetricFamily(
+        "keyproxy_admin_token_expires_timestamp_seconds",
+        "When a working token of the admin API expires, in Unix time; of those that expire soonest.",
+        labels=("token",),
+    )
+    for token, seconds in standing.token_expiries.items():
+        expiries.add_metric((token,), seconds)
+    yield expiries
+    yield GaugeMetricFamily(
+        "keyproxy_reminders_waiting", "Reminders that are to be sent, now or again.", value=standing.reminders_waiting
+    )

@@ -35,6 +35,9 @@ _CODES: Final = {
     Ending.CLIENT_GONE: "client_gone",
 }
 
+#: How a request may end: relayed whole, refused, cut off in the middle of the response, or left by its client.
+OUTCOMES: Final = tuple(_CODES.values())
+
 _PENDING_SECONDS: Final = 0.01
 
 #: More than this pending is counted at once, so that memory stays bounded between two turns.
@@ -63,15 +66,18 @@ class Cell:
     """The exchanges that share all labels."""
 
     __slots__ = (
-        "code", "count", "ended", "is_metered", "mode", "request_seconds", "route", "status",
+        "code", "count", "ended", "is_metered", "mode", "outcome", "request_seconds", "route", "status",
         "tokens_estimated", "tokens_held", "tokens_in", "tokens_out", "upstream_seconds",
     )  # fmt: skip
 
-    def __init__(self, route: str, mode: str, status: int, code: str) -> None:
+    def __init__(self, route: str, mode: str, status: int, code: str, outcome: str) -> None:
         self.route = route
         self.mode = mode
         self.status = status
+        #: `ok`, a Reason's, or else the outcome.
         self.code = code
+        #: How it ended, one of OUTCOMES.
+        self.outcome = outcome
         self.count = 0
         #: Those that are to be counted in this turn.
         self.ended: list[Exchange] = []
@@ -89,11 +95,13 @@ class Recorder(ports.Recorder):
 
     def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[Row]], None]) -> None:
         """`access_log` None: nothing is logged per request. `sinks` are told all that has ended, in turns."""
-        #: From the request's head to its first byte upstream.
+        #: From the request's head to its first byte upstream, without waiting for its body or for a connection.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
+        #: Of requests that had to wait for a connection to the upstream.
+        self.connection_wait_seconds = Histogram(REQUEST_BOUNDS)
         #: Requests with a key that another one has replaced.
         self.retiring_count = 0
-        self._cells: dict[tuple[str, str, int, str], Cell] = {}
+        self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._others = sinks
         self._sinks = self._all_sinks(access_log)
@@ -135,7 +143,7 @@ class Recorder(ports.Recorder):
         rows = []
         for exchange in pending:
             identity, route, reason = exchange.identity, exchange.route, exchange.reason
-            code = _OK if exchange.ending is ANSWERED else _CODES[exchange.ending]
+            code = outcome = _OK if exchange.ending is ANSWERED else _CODES[exchange.ending]
             if reason is not None:
                 code = reason.code
             labels = (
@@ -143,6 +151,7 @@ class Recorder(ports.Recorder):
                 NO_MODE if identity is None else identity.mode,
                 exchange.status,
                 code,
+                outcome,
             )
             if identity is not None and identity.retiring_field is not None:
                 self.retiring_count += 1
@@ -168,7 +177,15 @@ class Recorder(ports.Recorder):
         cell.upstream_seconds.observe(
             *[one.answered_mono - one.sent_mono for one in ended if one.answered_mono and one.sent_mono]
         )
-        self.overhead_seconds.observe(*[one.sent_mono - one.started_mono for one in ended if one.sent_mono])
+        self.overhead_seconds.observe(
+            *[
+                one.sent_mono - one.started_mono - one.body_wait_seconds - one.connection_wait_seconds
+                for one in ended
+                if one.sent_mono
+            ]
+        )
+        if waits := [one.connection_wait_seconds for one in ended if one.connection_wait_seconds]:
+            self.connection_wait_seconds.observe(*waits)
         for exchange in ended:
             if exchange.token_use is not None:
                 _count_tokens(cell, exchange, exchange.token_use)

@@ -14,6 +14,7 @@ from typing import Final
 from keyproxy import ports, settings
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.book import Short
+from keyproxy.limits.messages import POLICIES
 from keyproxy.model import Missing, Moment, Patience
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger_backend import LedgerBackend
@@ -49,7 +50,7 @@ class Ledger(ports.Ledger):
         self.book = self.conversation.book
         self.counts = Counts()
         #: Requests that a limit refused, by its policy.
-        self.refusals: dict[str, int] = {}
+        self.refusals: dict[str, int] = dict.fromkeys(POLICIES, 0)
         self._now = now
         self._open_holds = 0
         #: What is set when no request is under way any more; None if nobody waits for that.

@@ -753,14 +753,60 @@ JOIN keyproxy.api_keys AS k ON k.id = w.key_id
 ON CONFLICT (key_id, expires_at, before_days) DO NOTHING
 RETURNING id;
 
+-- name: token_reminders_due
+-- As reminders_due, of tokens of the admin API, which are few. Needs: reminders (token_id, expires_at, before_days).
+SELECT e.id AS token_id, e.tenant_id, e.hint, e.name, e.expires_at, due.before_days
+FROM keyproxy.expiring_admin_tokens AS e
+CROSS JOIN LATERAL (
+    SELECT min(days) AS before_days FROM unnest($1::int[]) AS days
+    WHERE e.expires_at <= now() + days * interval '24 hours' AND e.created_at < e.expires_at - days * interval '24 hours'
+) AS due
+WHERE due.before_days IS NOT NULL
+  AND NOT EXISTS (
+      SELECT FROM keyproxy.reminders AS r
+      WHERE r.token_id = e.id AND r.expires_at = e.expires_at AND r.before_days <= due.before_days
+  )
+ORDER BY e.expires_at, e.id
+LIMIT $2;
+
+-- name: write_token_reminders
+-- As write_reminders, of tokens of the admin API.
+INSERT INTO keyproxy.reminders (id, token_id, expires_at, before_days)
+SELECT 'rem_' || left(encode(sha256(convert_to(
+           w.token_id || ' ' || extract(epoch FROM w.expires_at)::text || ' ' || w.before_days, 'UTF8'
+       )), 'hex'), 32), w.token_id, w.expires_at, w.before_days
+FROM unnest($1::text[], $2::timestamptz[], $3::int[]) AS w (token_id, expires_at, before_days)
+JOIN keyproxy.admin_tokens AS a ON a.id = w.token_id
+ON CONFLICT (token_id, expires_at, before_days) DO NOTHING
+RETURNING id;
+
+-- name: count_expiring_tokens
+-- How many tokens of the admin API end within each of the days $1.
+SELECT d.days, count(e.id) AS tokens
+FROM unnest($1::int[]) AS d (days)
+LEFT JOIN keyproxy.expiring_admin_tokens AS e ON e.expires_at <= now() + d.days * interval '24 hours'
+GROUP BY d.days
+ORDER BY d.days;
+
+-- name: next_tokens_to_expire
+-- At most $1 tokens of the admin API, those that end soonest, in Unix time.
+SELECT e.id, extract(epoch FROM e.expires_at)::float8 AS expires_at
+FROM keyproxy.expiring_admin_tokens AS e
+WHERE isfinite(e.expires_at)
+ORDER BY e.expires_at, e.id
+LIMIT $1;
+
 -- name: claim_reminders
 -- At most $1 that are to be sent, each to one caller, who has $2 to send it and to say what came of it. One whose key was
--- revoked, replaced or disabled, or ends at another time now, is left where it is. Needs: reminders (next_at).
+-- revoked, replaced or disabled, or ends at another time now, is left where it is, as is one of such a token.
+-- Needs: reminders (next_at).
 WITH free AS (
-    SELECT r.id, e.user_id, e.tenant_id, e.hint, e.name, e.is_test
+    SELECT r.id, e.user_id, coalesce(e.tenant_id, t.tenant_id) AS tenant_id, coalesce(e.hint, t.hint) AS hint,
+           coalesce(e.name, t.name) AS name, e.is_test
     FROM keyproxy.reminders AS r
-    JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
-    WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.next_at <= now()
+    LEFT JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+    LEFT JOIN keyproxy.expiring_admin_tokens AS t ON t.id = r.token_id AND t.expires_at = r.expires_at
+    WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.next_at <= now() AND num_nonnulls(e.id, t.id) = 1
     ORDER BY r.next_at, r.id
     LIMIT $1
     FOR NO KEY UPDATE OF r SKIP LOCKED
@@ -768,7 +814,7 @@ WITH free AS (
 UPDATE keyproxy.reminders AS r SET next_at = now() + $2::interval, attempts = r.attempts + 1
 FROM free
 WHERE r.id = free.id
-RETURNING r.id, r.key_id, r.expires_at, r.before_days, r.created_at, r.attempts, r.last_error,
+RETURNING r.id, r.key_id, r.token_id, r.expires_at, r.before_days, r.created_at, r.attempts, r.last_error,
           free.user_id, free.tenant_id, free.hint, free.name, free.is_test;
 
 -- name: reminder_sent
@@ -783,12 +829,20 @@ SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
 WHERE id = $1 AND attempts = $2 AND sent_at IS NULL AND given_up_at IS NULL;
 
 -- name: give_up_late_reminders
--- The key has ended before its holder could be reminded. None of those that nobody had to be reminded of.
+-- The key or token has ended before its holder could be reminded. None of those that nobody had to be reminded of.
 UPDATE keyproxy.reminders AS r SET given_up_at = now()
-FROM keyproxy.api_keys AS k
-WHERE k.id = r.key_id AND k.expires_at = r.expires_at AND k.revoked_at IS NULL
-  AND r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND r.attempts > 0
-RETURNING r.id, r.key_id, r.last_error;
+WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND r.attempts > 0
+  AND (
+      EXISTS (
+          SELECT FROM keyproxy.api_keys AS k
+          WHERE k.id = r.key_id AND k.expires_at = r.expires_at AND k.revoked_at IS NULL
+      )
+      OR EXISTS (
+          SELECT FROM keyproxy.admin_tokens AS a
+          WHERE a.id = r.token_id AND a.expires_at = r.expires_at AND a.revoked_at IS NULL
+      )
+  )
+RETURNING r.id, r.key_id, r.token_id, r.last_error;
 
 -- name: forget_reminders
 -- A few of those whose key ended longer ago than $1. Needs: reminders (expires_at).
@@ -801,16 +855,19 @@ WHERE r.id = old.id;
 
 -- name: reminders_waiting
 -- Those that are to be sent, now or later, at most $1. Needs: reminders (next_at).
-SELECT r.id, r.key_id, r.expires_at, r.before_days, r.attempts, r.last_error,
-       e.user_id, e.tenant_id, e.hint, e.name, e.is_test
+SELECT r.id, r.key_id, r.token_id, r.expires_at, r.before_days, r.attempts, r.last_error, e.user_id,
+       coalesce(e.tenant_id, t.tenant_id) AS tenant_id, coalesce(e.hint, t.hint) AS hint, coalesce(e.name, t.name) AS name,
+       e.is_test
 FROM keyproxy.reminders AS r
-JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
-WHERE r.sent_at IS NULL AND r.given_up_at IS NULL
+LEFT JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+LEFT JOIN keyproxy.expiring_admin_tokens AS t ON t.id = r.token_id AND t.expires_at = r.expires_at
+WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND num_nonnulls(e.id, t.id) = 1
 ORDER BY r.next_at, r.id
 LIMIT $1;
 
 -- name: count_reminders_waiting
 SELECT count(*) AS waiting
 FROM keyproxy.reminders AS r
-JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
-WHERE r.sent_at IS NULL AND r.given_up_at IS NULL;
+LEFT JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
+LEFT JOIN keyproxy.expiring_admin_tokens AS t ON t.id = r.token_id AND t.expires_at = r.expires_at
+WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND num_nonnulls(e.id, t.id) = 1;

@@ -1,9 +1,10 @@
-"""Reminders of keys that expire soon: written before they are sent, claimed by one sender, marked once received.
+"""Reminders of keys and admin tokens that expire soon: written before they are sent, claimed by one sender, marked once
+received.
 
-One reminder for each key, expiry and threshold, with one id for as long as it lives. A sender claims it for a while. If
-it dies on its way, another one sends the same id again when that has passed: a reminder is sent at least once, and who
-receives it can tell that it has it already. Of which keys nobody needs to be reminded is judged when one is claimed:
-revoked, replaced by a key that works, expired, of a disabled user or tenant.
+One reminder for each key or token, expiry and threshold, with one id for as long as it lives. A sender claims it for a
+while. If it dies on its way, another one sends the same id again when that has passed: a reminder is sent at least once,
+and who receives it can tell that it has it already. Which are needed no more is judged when one is claimed: their key is
+revoked, replaced by a key that works, expired, or of a disabled user or tenant.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ _KEPT: Final = timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class Reminder:
-    """One that was claimed: to be sent now, for the `attempts`-th time. `created_at`: when it became due."""
+    """One that was claimed: to be sent now, for the `attempts`-th time. `created_at`: when it became due.
+
+    It is of a key, which belongs to a `user`, or of a token of the admin API, which may be bound to a tenant.
+    """
 
     id: str
-    key: str
-    user: str
-    tenant: str
+    key: str | None
+    token: str | None
+    user: str | None
+    tenant: str | None
     hint: str
     name: str
-    is_test: bool
+    is_test: bool | None
     expires_at: Instant
     before_days: int
     created_at: Instant
@@ -51,6 +56,12 @@ class Reminders:
         while rows := await self._database.fetch("reminders_due", list(before_days), _WRITTEN_MAX):
             made = await self._database.fetch(
                 "write_reminders", [row["key_id"] for row in rows], [row["expires_at"] for row in rows],
+                [row["before_days"] for row in rows],
+            )  # fmt: skip
+            written += len(made)
+        while rows := await self._database.fetch("token_reminders_due", list(before_days), _WRITTEN_MAX):
+            made = await self._database.fetch(
+                "write_token_reminders", [row["token_id"] for row in rows], [row["expires_at"] for row in rows],
                 [row["before_days"] for row in rows],
             )  # fmt: skip
             written += len(made)
@@ -73,9 +84,9 @@ class Reminders:
         )
 
     async def given_up_late(self) -> list[tuple[str, str, str]]:
-        """(id, key, why the last attempt failed) of those whose key has expired meanwhile; they are given up."""
+        """(id, key or token, why the last attempt failed) of those that have expired meanwhile; they are given up."""
         rows = await self._database.fetch("give_up_late_reminders")
-        return [(row["id"], row["key_id"], row["last_error"] or "") for row in rows]
+        return [(row["id"], subject(row["key_id"], row["token_id"]), row["last_error"] or "") for row in rows]
 
     async def waiting(self, limit: int) -> list[dict[str, Any]]:
         """What is written and still to be sent."""
@@ -83,7 +94,9 @@ class Reminders:
 
     async def due(self, before_days: Sequence[int], limit: int) -> list[dict[str, Any]]:
         """What would be written now."""
-        return [_told(row) for row in await self._database.fetch("reminders_due", list(before_days), limit)]
+        keys = await self._database.fetch("reminders_due", list(before_days), limit)
+        tokens = await self._database.fetch("token_reminders_due", list(before_days), limit)
+        return [_told(row) for row in (*keys, *tokens)]
 
     async def count_waiting(self) -> int:
         """How many are written and still to be sent."""
@@ -95,11 +108,26 @@ class Reminders:
         rows = await self._database.fetch("count_expiring_keys", list(days))
         return {(row["days"], row["is_test"]): row["keys"] for row in rows}
 
+    async def expiring_tokens(self, days: Sequence[int]) -> dict[int, int]:
+        """How many working tokens of the admin API end within so many days."""
+        rows = await self._database.fetch("count_expiring_tokens", list(days))
+        return {row["days"]: row["tokens"] for row in rows}
+
+    async def token_expiries(self, limit: int) -> dict[str, float]:
+        """When the working tokens of the admin API end, in Unix time; those that end soonest."""
+        rows = await self._database.fetch("next_tokens_to_expire", limit)
+        return {row["id"]: row["expires_at"] for row in rows}
+
+
+def subject(key_id: str | None, token_id: str | None) -> str:
+    """What a reminder is of, for a log line."""
+    return f"key {key_id}" if token_id is None else f"admin token {token_id}"
+
 
 def _reminder(row: Row) -> Reminder:
     return Reminder(
-        row["id"], row["key_id"], row["user_id"], row["tenant_id"], row["hint"], row["name"], row["is_test"],
-        row["expires_at"], row["before_days"], row["created_at"], row["attempts"],
+        row["id"], row["key_id"], row["token_id"], row["user_id"], row["tenant_id"], row["hint"], row["name"],
+        row["is_test"], row["expires_at"], row["before_days"], row["created_at"], row["attempts"],
     )  # fmt: skip
 
 
@@ -107,12 +135,13 @@ def _told(row: Row) -> dict[str, Any]:
     is_written = "id" in row.keys()  # noqa: SIM118 - a record's keys are not what it contains
     return {
         "id": row["id"] if is_written else None,
-        "key": row["key_id"],
-        "user": row["user_id"],
+        "key": row.get("key_id"),
+        "token": row.get("token_id"),
+        "user": row.get("user_id"),
         "tenant": row["tenant_id"],
         "hint": row["hint"],
         "name": row["name"],
-        "is_test": row["is_test"],
+        "is_test": row.get("is_test"),
         "expires_at": time_text(row["expires_at"]),
         "before_days": row["before_days"],
         "attempts": row["attempts"] if is_written else 0,

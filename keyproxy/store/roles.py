@@ -46,6 +46,7 @@ RIGHTS: Final = {
     "answered_requests": ("", _ALL),
     "reminders": ("", _ALL),
     "expiring_keys": ("", "SELECT"),
+    "expiring_admin_tokens": ("", "SELECT"),
 }
 
 #: Functions that not everybody may call.

@@ -67,13 +67,13 @@ class _Group:
         self.identity = identity
         self.route = route
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
-        #: The part of an event that is the same for requests that are alike, by method, status and code.
-        self.alike: dict[tuple[bytes, int, str], orjson.Fragment] = {}
+        #: The part of an event that is the same for requests that are alike, by method, status, code and policy.
+        self.alike: dict[tuple[bytes, int, str, str], orjson.Fragment] = {}
 
     def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
         """One event, in the order in which the view keyproxy.usage_events reads it."""
         head, use, started = exchange.head, exchange.token_use, exchange.started_mono
-        key = (b"" if head is None else head.line.method, exchange.status, code)
+        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy)
         return (
             int((started + wall_offset) * 1_000),
             exchange.request_id.decode("ascii"),
@@ -86,12 +86,13 @@ class _Group:
             exchange.is_estimated,
         )
 
-    def _alike(self, key: tuple[bytes, int, str]) -> orjson.Fragment:
+    def _alike(self, key: tuple[bytes, int, str, str]) -> orjson.Fragment:
         # Methods are the callers' to choose.
         if len(self.alike) >= _ALIKE_MAX:
             self.alike.clear()
-        who, (method, status, code) = self.identity, key
-        told = (who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii"), status, code)
+        who, (method, status, code, policy) = self.identity, key
+        told: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
+        told += [status, code, policy] if policy else [status, code]
         fragment = self.alike[key] = orjson.Fragment(orjson.dumps(told))
         return fragment
 

@@ -52,7 +52,7 @@ class UsageDesk(UsageReader):
         problems = Problems(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)
         return content | {
             "code": refusal.reason.code,
-            "status": problems.status(refusal.reason),
+            "status": problems.status_of(refusal),
             "policy": None if refusal.limit is None else refusal.limit.policy.name,
             "detail": f"{refusal.reason.value.sentence} {refusal.said or refusal.detail}".rstrip(),
             "retry_after_seconds": refusal.retry_after_seconds,

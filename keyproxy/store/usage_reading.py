@@ -33,8 +33,9 @@ _HORIZON_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 
-#: An event as keyproxy.usage_event_batches holds it: what is alike in many of them stands in the third place.
-_ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code")
+#: An event as keyproxy.usage_event_batches holds it: what is alike in many of them stands in the third place. The policy
+#: is there only if a limit refused the request.
+_ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code", "policy")
 
 
 class NoSuchEventError(Invalid):
@@ -164,7 +165,8 @@ def _event(event_id: str, told: Sequence[Any]) -> dict[str, Any]:
         "id": event_id,
         "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "request_id": request_id,
-        **dict(zip(_ALIKE, alike, strict=True)),
+        **dict.fromkeys(_ALIKE),
+        **dict(zip(_ALIKE, alike, strict=False)),
         "tokens_in": tokens_in,
         "tokens_out": tokens_out,
         "estimated": estimated,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from keyproxy import ports
+from keyproxy import headers, ports
 from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
@@ -54,6 +54,7 @@ class Answering(ports.Exchange):
         #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
         self._gate = client.server.gate
         self.head = head
+        self.peer = client.forwarding
         self.request_id = request_id
         self.started_mono = started_mono
         self.bytes_in = len(content)
@@ -67,8 +68,7 @@ class Answering(ports.Exchange):
         """Answer with a refusal. If an answer has begun already, it is cut off so that the client can tell."""
         if self.is_over:
             return
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
+        self._note(refusal)
         if self._answer is not None and not self._held_back:
             self._end(Ending.CUT, self._server.clock(), closes=True)
             return
@@ -86,17 +86,22 @@ class Answering(ports.Exchange):
         is_head = head is not None and head.line.method == b"HEAD"
         self.status = answer.status
         self.bytes_out = 0 if is_head else len(answer.body)
-        own = answers.own(answer, self.request_id, closes=closes, without_body=is_head)
+        own = answers.own(answer, self.request_id, server.date_line(), closes=closes, without_body=is_head)
         self._client.send(own.removeprefix(answers.BEGINNING) if self._has_begun_status_line else own)
         self._end(Ending.REFUSED, server.clock(), closes=closes)
+
+    def _note(self, refusal: Refusal) -> None:
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        if refusal.limit is not None:
+            self.policy = refusal.limit.policy.name
 
     def end_stream(self, refusal: Refusal) -> None:
         """End a stream of events here: its last event says why, and the answer ends as one that is whole does."""
         if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_chunked:
             self.refuse(refusal)
             return
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
+        self._note(refusal)
         shape = self._gate.error_shape(self.head)
         told = self._server.problems.last_event(refusal, self.request_id.decode("ascii"), shape)
         out, self._held_back = self._held_back + chunk(self.meter.cut(told)) + LAST_CHUNK, b""
@@ -136,15 +141,15 @@ class Answering(ports.Exchange):
             or self._server.is_draining
             or not (has_end or is_http_11)
         )
-        permit = self.permit
-        own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit, now)
-        if self.identity is not None and self.identity.retiring_field is not None:
-            own += self._gate.retiring_line(self.identity)
+        lines = self._lines(answer, now)
+        if not answer.fields.has_date:
+            # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
+            lines += self._server.date_line()
         if self.ask is not None:
             self.meter = self._gate.meter(self, answer)
         out = answers.relayed(
             answer,
-            own,
+            lines,
             self.request_id,
             is_chunked=self._is_chunked,
             closes=self._closes,
@@ -159,10 +164,21 @@ class Answering(ports.Exchange):
         self.status = answer.line.status
         self._closes = self.is_tunnel = True
         self.is_complete = False
-        own = b"" if self.identity is None else self._gate.retiring_line(self.identity)
-        out = answers.switching(answer, own, self.request_id)
+        out = answers.switching(answer, self._lines(answer, now), self.request_id)
         self._client.send(out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out)
         self._client.enter_tunnel()
+
+    def _lines(self, answer: ResponseHead, now: float) -> bytes:
+        """The header lines that the client gets: the upstream's, and ours. Of limits ours alone, where ours apply."""
+        block, permit = answer.block, self.permit
+        if permit is not None and permit.hold is not None:
+            limits = self._gate.limit_fields(permit, now)
+            if limits and answer.fields.states_limits:
+                block = headers.without_limits(block)
+            block += limits
+        if self.identity is not None and self.identity.retiring_field is not None:
+            block += self._gate.retiring_line(self.identity)
+        return block
 
     def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the answer, and whether it was the last."""

@@ -45,6 +45,9 @@ class Exchange(Answering):
     _pool: UpstreamPool | None = None
     _is_waiting: bool = False
     _is_retry: bool = False
+    #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
+    _body_since_mono: float = 0.0
+    _connection_since_mono: float = 0.0
 
     # -- what the gateway decides
 
@@ -69,7 +72,9 @@ class Exchange(Answering):
         if head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._client.resume()
+        since = self._server.clock()
         await collector.wait()
+        self.body_wait_seconds += self._server.clock() - since
 
     def extend(self, permit: Permit) -> None:
         """Go on with a permit that holds more."""
@@ -162,7 +167,10 @@ class Exchange(Answering):
             self.body = b""
         elif head.fields.is_chunked:
             data += self._framed(b"")
-        self.sent_mono = self._server.clock()
+        now = self.sent_mono = self._server.clock()
+        if self._connection_since_mono:
+            self.connection_wait_seconds += now - self._connection_since_mono
+            self._connection_since_mono = 0.0
         upstream.begin(self, data, head.line.method, self.sent_mono, is_last=self.is_complete)
         if not self.is_complete:
             self._client.resume()
@@ -174,6 +182,7 @@ class Exchange(Answering):
         if upstream is not None and upstream.is_reused and self._may_repeat(refusal):
             # A connection that lay in the pool was closed by the other side as we took it.
             self._is_retry = True
+            self._connection_since_mono = self.sent_mono
             self._go()
         else:
             self.refuse(refusal)
@@ -188,8 +197,14 @@ class Exchange(Answering):
     def _go(self) -> None:
         """Take an upstream connection, once there is something to send on it."""
         permit = self.permit
-        if permit is None or self._is_waiting or not (self.is_complete or self.body):
+        if permit is None or self._is_waiting:
             return
+        if not (self.is_complete or self.body):
+            self._body_since_mono = self._server.clock()
+            return
+        if self._body_since_mono:
+            self.body_wait_seconds += self._server.clock() - self._body_since_mono
+            self._body_since_mono = 0.0
         pool = self._server.upstreams.pool(is_test=permit.grant.identity.is_test)
         self._pool = pool
         upstream = None if self._is_retry else pool.take(self.started_mono)
@@ -197,6 +212,7 @@ class Exchange(Answering):
             self.connected(upstream)
         else:
             self._is_waiting = True
+            self._connection_since_mono = self._connection_since_mono or self._server.clock()
             pool.wait(self)
 
     def _may_repeat(self, refusal: Refusal) -> bool:

@@ -19,7 +19,7 @@ from typing import Final
 import httptools
 
 from keyproxy import idempotency, target
-from keyproxy.headers import NOT_HOP_BY_HOP, FieldNames, Kind
+from keyproxy.headers import NOT_HOP_BY_HOP, FieldNames, Kind, states_limits
 from keyproxy.model import CredentialField, RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
 
@@ -125,6 +125,7 @@ def judge_request(
         media_type=media_type,
         codings=codings,
         has_idempotency_key=sent.count(idempotency.NAME) == 1,
+        has_traceparent=sent.count(b"traceparent") == 1,
         accepts_codings=b"accept-encoding" in sent,
     )
     return line, fields, judged
@@ -155,6 +156,7 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
         raise Refusal(Reason.UPSTREAM_INVALID, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
     media_type, codings = _content(parts.fields, judged)
     line = StatusLine(status, minor, b"HTTP/1.1 %d %b\r\n" % (status, parts.start.strip(_OWS)))
+    going = [name for (name, _), goes_on in zip(parts.fields, judged.is_forwarded, strict=True) if goes_on]
     fields = ResponseFields(
         has_content_length=judged.content_length is not None,
         is_chunked=judged.is_chunked,
@@ -162,6 +164,8 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
         opens_tunnel=judged.opens_tunnel and status == SWITCHING_PROTOCOLS,
         media_type=media_type,
         codings=codings,
+        has_date=any(name.lower() == b"date" for name in going),
+        states_limits=any(states_limits(name) for name in going),
     )
     return line, fields, judged
 

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from keyproxy import clock as clock_room
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.ports import Gate, Recorder
 from keyproxy.problems import Problems
 from keyproxy.settings import Listen
+from keyproxy.wire.answers import DateField
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.collector import Room
 from keyproxy.wire.deadlines import Deadlines
@@ -60,10 +62,12 @@ class ProxyServer:
 
     def __init__(
         self, terms: Terms, *, recorder: Recorder, deadlines: Deadlines, clock: Callable[[], float],
-        loop: asyncio.AbstractEventLoop,
+        loop: asyncio.AbstractEventLoop, wall: Callable[[], float] = clock_room.wall,
     ) -> None:  # fmt: skip
         self.recorder = recorder
         self.clock = clock
+        self._wall = wall
+        self._date = DateField()
         self.loop = loop
         self.is_draining = False
         #: For bodies that are read whole.
@@ -117,6 +121,10 @@ class ProxyServer:
         self._connections.discard(connection)
         if not self._connections:
             self._all_gone.set()
+
+    def date_line(self) -> bytes:
+        """The Date line of a response that is sent now."""
+        return self._date.line(self._wall())
 
     def open_connections(self) -> int:
         """How many client connections there are."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
 import json
 import signal
 import socket
@@ -179,6 +181,49 @@ async def test_every_request_has_one_line_in_the_access_log_and_one_count_in_the
     assert (good["method"], good["path"], good["mode"]) == ("POST", "/v1/ai/jobs", "live")
     assert (refused["status"], refused["code"], refused["user"]) == (401, "api_key_invalid", None)
     assert (malformed["status"], malformed["code"]) == (400, "request_malformed")
+    assert [line["client"] for line in (good, refused, malformed)] == ["127.0.0.1"] * 3
+    assert refused["detail"] == "malformed, or its checksum is wrong"
+    assert malformed["detail"].startswith("llhttp: ")
+
+
+async def test_a_limit_that_refused_is_named_in_the_log_and_in_the_usage_events(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, log={"access": "refusals"})
+    key = await site.key()
+    await site.told("plan", "set", "one", "--requests-per-day", "1")
+    await site.told("user", "set-plan", "u_42", "one")
+    async with site.serving():
+        assert [(await site.call(key["secret"]))[1] for _ in range(2)] == ["", "quota_exhausted"]
+        assert await site.metric("keyproxy_refusals_total", code="quota_exhausted", blame="caller") == 1
+        assert await site.metric("keyproxy_responses_total", **{"class": "2xx"}) == 1
+    (refused,) = site.log()
+    assert (refused["code"], refused["policy"]) == ("quota_exhausted", "user.requests_per_day")
+    wanted = [("ok", None), ("quota_exhausted", "user.requests_per_day")]
+    exported = (await site.run("usage", "export", "--events")).out
+    events = [json.loads(line) for line in exported.splitlines()]
+    assert [(event["code"], event["policy"]) for event in events] == wanted
+    exported = (await site.run("usage", "export", "--format", "cloudevents")).out
+    events = [json.loads(line)["data"] for line in exported.splitlines()]
+    assert [(event["code"], event["policy"]) for event in events] == wanted
+    exported = (await site.run("usage", "export", "--events", "--format", "csv")).out
+    assert [(row["code"], row["policy"] or None) for row in csv.DictReader(io.StringIO(exported))] == wanted
+
+
+async def test_which_requests_are_logged_changes_with_the_configuration(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, log={"access": False})
+    key = await site.key()
+    async with site.serving() as process:
+        await site.call(key["secret"])
+        await site.call("kp_live_nonsense")
+        site.config.write_text(site.config.read_text().replace("access = false", 'access = "refusals"'))
+        process.send_signal(signal.SIGHUP)
+
+        async def is_logged() -> bool:
+            await site.call(key["secret"])
+            await site.call("kp_live_nonsense")
+            return bool(site.log())
+
+        await until(is_logged)
+    assert {line["code"] for line in site.log()} == {"api_key_invalid"}
 
 
 async def test_last_use_is_written_within_seconds_and_changes_nothing_else(site: Site, dsn: str) -> None:

@@ -21,7 +21,7 @@ from keyproxy import clock
 from keyproxy.admin.access import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import Terms
-from keyproxy.admin.listener import AdminListener
+from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.readings import Readings
 from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
@@ -166,9 +166,10 @@ async def serving(
     service = Service(database, key_format, access, Terms(90, routes_ask_for, Settings()), lambda: now[0])
     log: list[Json] = []
     reminding = Reminding(Reminders(database))
+    counted = traffic()
     listener = AdminListener(
-        service, metrics=Readings(reminding, lambda: now[0]).page, log_line=lambda line: log.append(json.loads(line)),
-        bounds=bounds,
+        service, metrics=Readings(reminding, lambda: now[0], counted).page, traffic=counted,
+        log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))

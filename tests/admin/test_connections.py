@@ -68,6 +68,7 @@ async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(databa
                 told = await reader.read()
             assert told.startswith(b"HTTP/1.1 503 ")
             assert b'"code":"overloaded"' in told
+            assert (b"\r\nDate: " in told, b"\r\nX-Request-Id: " in told) == (True, True)
             async with _connected(api) as (reader, _):
                 assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
             held[0][1].write(LIVE)

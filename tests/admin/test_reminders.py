@@ -7,7 +7,9 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -23,9 +25,11 @@ from aiohttp import web
 
 from keyproxy.admin.reminding import Outcome, Reminding
 from keyproxy.cli import main
+from keyproxy.keyformat import KeyFormat
 from keyproxy.settings import Reminders as Terms
+from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database
-from keyproxy.store.directory import Entity, KeyWish
+from keyproxy.store.directory import Actor, Entity, KeyWish
 from keyproxy.store.reminders import Reminders
 from tests.acceptance.conftest import clean_environment, free_port
 from tests.admin.conftest import Api
@@ -336,6 +340,91 @@ async def test_what_is_long_over_is_forgotten(
         assert await sql.fetchval("SELECT count(*) FROM keyproxy.reminders") == left
 
 
+# -- tokens of the admin API
+
+
+MakeToken = Callable[..., Any]
+
+
+@pytest.fixture
+async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
+    """`await make_token(expires_in_days)`: a token that was made 90 days before its end."""
+    await api.user()
+
+    async def making(expires_in_days: float, **wish: Any) -> Entity:
+        tokens = AdminTokens(database, KeyFormat("kp"), Actor("test", "tests"))
+        wish = {"tenant_id": None, "expires_in": timedelta(days=90)} | wish
+        token = await tokens.create("nightly export", ["keys:read"], **wish)
+        await sql.execute(
+            "UPDATE keyproxy.admin_tokens SET created_at = created_at - $2::interval,"
+            " expires_at = expires_at - $2 WHERE id = $1",
+            token["id"], timedelta(days=90 - expires_in_days),
+        )  # fmt: skip
+        (now,) = [one for one in await tokens.tokens("", 100) if one["id"] == token["id"]]
+        return {**now, "secret": token["secret"]}
+
+    return making
+
+
+async def test_a_token_of_the_admin_api_that_expires_is_a_reminder_too_and_says_no_secret(
+    make_token: MakeToken, make_key: MakeKey, reminding: Reminding, receiver: Receiver
+) -> None:
+    token, bound = await make_token(2.5), await make_token(13, tenant_id="acme")
+    key = await make_key(2.5)
+    await make_token(14.1)
+    assert await reminding.turn(receiver.terms) == Outcome(sent=3)
+    told = {one["data"].get("token") or one["data"]["key"]: one for one in receiver.told}
+    assert told[token["id"]]["type"] == "admin_token.expiring"
+    assert told[token["id"]]["data"] == {
+        "token": token["id"], "tenant": None, "hint": token["hint"], "name": "nightly export",
+        "expires_at": token["expires_at"], "before_days": 3,
+    }  # fmt: skip
+    assert told[bound["id"]]["data"]["tenant"] == "acme"
+    assert told[key["id"]]["type"] == "key.expiring"
+    assert token["secret"].encode() not in b"".join(body for _, body in receiver.got)
+    assert await reminding.turn(receiver.terms) == Outcome()
+    assert len(set(receiver.ids)) == 3
+
+
+@pytest.mark.parametrize("act", ["revoke", "delete tenant", "disable tenant", "expire", "extend"])
+async def test_a_token_that_ended_meanwhile_is_no_reminder(
+    act: str, make_token: MakeToken, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+) -> None:
+    token = (await make_token(2, tenant_id="acme"))["id"]
+    receiver.statuses = [500]
+    assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+    match act:
+        case "revoke":
+            await sql.execute("UPDATE keyproxy.admin_tokens SET revoked_at = now() WHERE id = $1", token)
+        case "delete tenant":
+            await sql.execute("DELETE FROM keyproxy.tenants WHERE id = 'acme'")
+        case "disable tenant":
+            await api.directory.change_tenant("acme", {"disabled": True})
+        case "expire":
+            await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now() WHERE id = $1", token)
+        case "extend":
+            await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now() + interval '80 days'")
+    await _later(sql)
+    assert await reminding.turn(receiver.terms) == Outcome()
+    assert len(receiver.got) == 1
+    assert await reminding.reminders.count_waiting() == 0
+
+
+async def test_a_token_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
+    make_token: MakeToken, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminding")
+    token = (await make_token(0.5))["id"]
+    receiver.statuses = [500]
+    await reminding.turn(receiver.terms)
+    assert [(row["token"], row["key"]) for row in await reminding.reminders.waiting(9)] == [(token, None)]
+    assert f"the reminder of admin token {token} was not received, attempt 1" in caplog.text
+    await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now()")
+    await sql.execute("UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.admin_tokens)")
+    assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
+    assert f"the reminder of admin token {token} is given up: it has expired" in caplog.text
+
+
 # -- the command, and processes that die
 
 
@@ -465,3 +554,44 @@ async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> N
     page = (await api.call("GET", "/metrics")).body.decode()
     assert "keyproxy_store_up 0.0" in page
     assert "keyproxy_keys_expiring{" not in page
+
+
+async def test_the_metrics_say_when_tokens_of_the_admin_api_expire(make_token: MakeToken, api: Api, sql: Any) -> None:
+    tokens = [(await make_token(days))["id"] for days in (6, 0.5, 29, 31)]
+    revoked = (await make_token(3))["id"]
+    await sql.execute("UPDATE keyproxy.admin_tokens SET revoked_at = now() WHERE id = $1", revoked)
+    await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = 'infinity' WHERE id = $1", tokens[3])
+    page = (await api.call("GET", "/metrics")).body.decode()
+    for within, count in (("1d", 1), ("7d", 2), ("30d", 3)):
+        assert f'keyproxy_admin_tokens_expiring{{within="{within}"}} {count}.0' in page
+    told = dict(re.findall(r'keyproxy_admin_token_expires_timestamp_seconds\{token="(\w+)"\} (\S+)', page))
+    assert list(told) == [tokens[1], tokens[0], tokens[2]]
+    for token, days in zip(told, (0.5, 6, 29), strict=True):
+        assert abs(float(told[token]) - time.time() - days * 86_400) < 60
+
+
+async def test_the_metrics_count_requests_to_the_admin_api_and_failed_logins(api: Api) -> None:
+    await api.user()
+
+    async def counted() -> dict[str, float]:
+        page = (await api.call("GET", "/metrics")).body.decode()
+        found = re.findall(r"(?m)^(keyproxy_admin_(?:requests|failed_logins)_total\{.*?\}) (\S+)$", page)
+        return {name: float(value) for name, value in found}
+
+    before = await counted()
+    await api.call("GET", "/v1/tenants/acme")
+    await api.call("HEAD", "/v1/tenants/acme")
+    await api.call("GET", "/v1/tenants/nobody")
+    await api.call("GET", "/nowhere")
+    await api.call("PATCH", "/v1/tenants")
+    await api.call("GET", "/v1/tenants/acme", token=None)
+    await api.call("GET", "/v1/tenants/acme", token="x" * 40)
+    after = await counted()
+    requests = 'keyproxy_admin_requests_total{class="%s",method="GET",route="%s"}'
+    assert {name: value - before[name] for name, value in after.items() if value != before[name]} == {
+        requests % ("2xx", "/v1/tenants/{id}"): 2, requests % ("4xx", "/v1/tenants/{id}"): 3,
+        requests % ("2xx", "/metrics"): 1,
+        'keyproxy_admin_requests_total{class="4xx",method="none",route="none"}': 2,
+        'keyproxy_admin_failed_logins_total{code="token_missing"}': 1,
+        'keyproxy_admin_failed_logins_total{code="token_invalid"}': 1,
+    }  # fmt: skip

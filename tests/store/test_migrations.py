@@ -66,7 +66,7 @@ async def test_a_migration_that_was_changed_after_it_was_applied_is_refused(own_
             await ask(own_dsn)
 
 
-@pytest.mark.parametrize("number", [len(ALL) + 1, 9999])
+@pytest.mark.parametrize("number", [ALL[-1] + 1, 9999])
 async def test_a_database_newer_than_this_program_is_left_alone(own_dsn: str, number: int) -> None:
     await run(own_dsn, f"INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ({number}, 'later', 'x')")
     for ask in (migrations.migrate, migrations.state):

@@ -244,6 +244,7 @@ async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock
     began = datetime.fromtimestamp(clock.wall_seconds, UTC)
     one = ended(fakes.identity(), use=TokenUse(7, 0), is_estimated=True)
     other = ended(fakes.identity("u_43", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)
+    other.policy = "user.rate"
     journal.take(rows(one, other))
     await journal.flush()
     found = [dict(row) for row in await sql.fetch("SELECT * FROM keyproxy.usage_events ORDER BY id")]
@@ -254,9 +255,22 @@ async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock
         "recorded_on": datetime.now(UTC).date(), "request_id": one.request_id.decode(), "tenant_id": "acme",
         "user_id": "u_42", "key_id": "key_of_u_42", "mode": "live", "route": ROUTE, "method": "POST", "status": 200,
         "code": "ok", "tokens_in": 7, "tokens_out": 0, "estimated": True, "request_bytes": 10, "response_bytes": 20,
-        "duration_seconds": 0.25,
+        "duration_seconds": 0.25, "policy": None,
     }  # fmt: skip
     assert (found[1]["mode"], found[1]["code"], found[1]["tokens_in"]) == ("test", "rate_limited", None)
+    assert found[1]["policy"] == "user.rate"
+
+
+async def test_refusals_by_different_limits_are_told_apart(journal: UsageJournal, sql: Sql) -> None:
+    who = fakes.identity()
+    policies = ["user.requests_per_day", "tenant.requests_per_month", "user.requests_per_day", ""]
+    for policy in policies:
+        one = ended(who, was_sent=False, reason=Reason.QUOTA_EXHAUSTED)
+        one.policy = policy
+        journal.take(rows(one))
+    await journal.flush()
+    found = await sql.fetch("SELECT policy FROM keyproxy.usage_events ORDER BY request_id::int")
+    assert [row["policy"] for row in found] == [policy or None for policy in policies]
 
 
 async def test_without_event_days_there_are_sums_and_no_events(database: Database, sql: Sql, clock: Clock) -> None:

@@ -137,6 +137,54 @@ def test_as_many_requests_pass_as_the_window_allows_and_not_one_more(
     assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (limit, 0)
 
 
+@pytest.mark.parametrize(("used", "in_flight", "is_held"), [(3, 0, False), (2, 1, True), (0, 3, True)])
+def test_a_window_is_held_while_requests_in_flight_may_give_it_back_and_spent_when_none_can(
+    fleet: Fleet, used: int, in_flight: int, is_held: bool
+) -> None:
+    one, other = fleet.process(), fleet.process()
+    plan = Plan(requests_per_day=3)
+    allowances = {process: under(plan) for process in (one, other)}
+    holds = [one.take(allowances[one]) for _ in range(used + in_flight)]
+    for hold in holds[:used]:
+        one.used(hold)
+    one.sync()
+    for process in (one, other):
+        refusal = process.refused(allowances[process])
+        assert (refusal.reason, refusal.is_held, refusal.is_futile) == (Reason.QUOTA_EXHAUSTED, is_held, not is_held)
+        assert refusal.retry_after_seconds is not None
+        assert (1 <= refusal.retry_after_seconds <= 5) is is_held
+        assert is_held or refusal.retry_after_seconds == 43_200
+
+
+@pytest.mark.parametrize(("need", "is_spent"), [(41, True), (40, False)])
+def test_tokens_that_would_fit_if_all_in_flight_came_back_are_held(
+    fleet: Fleet, process: Process, need: int, is_spent: bool
+) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 60)), tokens=60)
+    process.sync()
+    process.take(allowance, TokenNeed(1, 10))
+    refusal = process.refused(allowance, TokenNeed(1, need))
+    assert (refusal.reason, refusal.is_futile) == (Reason.TOKEN_BUDGET_EXHAUSTED, is_spent)
+
+
+@pytest.mark.parametrize(("need", "reason"), [(100, None), (101, Reason.TOKEN_LIMIT_PER_REQUEST)])
+def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_asking_the_ledger(
+    process: Process, need: int, reason: Reason | None
+) -> None:
+    allowance = under(Plan(tokens_per_day=1_000, tokens_per_month=100))
+    if reason is None:
+        process.take(allowance, TokenNeed(1, need))
+        return
+    with pytest.raises(Refusal) as caught:
+        process.book.take(allowance, process.now, TokenNeed(1, need))
+    refusal = caught.value
+    assert (refusal.reason, refusal.is_futile, refusal.retry_after_seconds) == (reason, True, None)
+    assert refusal.limit is not None
+    assert refusal.limit.policy.name == "user.tokens_per_month"
+    assert process.serial == 0
+
+
 def test_the_last_unit_is_spent_by_whichever_process_asks(fleet: Fleet) -> None:
     fleet_of_three = [fleet.process() for _ in range(3)]
     allowances = [under(Plan(requests_per_day=50)) for _ in range(3)]

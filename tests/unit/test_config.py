@@ -126,6 +126,22 @@ def test_environment_over_file_over_default(
         assert loaded.origins[key].source == source
 
 
+@pytest.mark.parametrize(
+    ("in_file", "in_environment", "value"),
+    [
+        ("true", "TRUE", True), ("true", "1", True), ("false", "false", False), ("false", "0", False),
+        ('"refusals"', "refusals", "refusals"), ("0.01", "0.01", 0.01), ("1", "1.0", 1.0),
+    ],
+)  # fmt: skip
+def test_the_access_log_is_a_switch_a_word_or_a_share(
+    reader: Reader, in_file: str, in_environment: str, value: object
+) -> None:
+    from_file = reader.load(f"[log]\naccess = {in_file}").settings.log.access
+    from_environment = reader.load(KEYPROXY_LOG__ACCESS=in_environment).settings.log.access
+    assert (from_file, type(from_file)) == (value, type(value))
+    assert (from_environment, type(from_environment)) == (value, type(value))
+
+
 @pytest.mark.parametrize("key", DEFAULTS, ids=".".join)
 def test_every_key_is_an_environment_variable_with_an_origin(reader: Reader, key: tuple[str, str]) -> None:
     default = DEFAULTS[key]
@@ -308,6 +324,8 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
     "errors.invalid_key_status": (["400", "402"], ["401", "403"]),
     "errors.spent_status": (["403"], ["402", "429"]),
     "log.level": (['"INFO"', '"trace"'], ['"debug"', '"error"']),
+    "log.access": (['"true"', '"refusal"', '""', "0", "0.0", "-0.1", "1.1", "nan", "[0.1]"],
+                   ["true", "false", '"refusals"', "0.01", "1.0", "1"]),
 }  # fmt: skip
 
 

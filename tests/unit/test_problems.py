@@ -146,6 +146,24 @@ def test_a_request_that_can_never_fit_is_not_told_to_come_back(shape: str) -> No
     assert fields(answer)["RateLimit"] == '"key.tokens-per-request";r=1000'
 
 
+@each_reason
+@each_shape
+def test_clients_are_asked_not_to_retry_what_is_spent_or_can_never_fit(reason: Reason, shape: str) -> None:
+    futile = {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST}
+    told = fields(Problems().answer(Refusal(reason), "r-1", shape))
+    assert told.get("x-should-retry") == ("false" if reason in futile else None)
+
+
+@each_shape
+def test_a_window_that_is_only_reserved_is_429_whatever_the_operator_s_status_for_spent_ones(shape: str) -> None:
+    daily = LimitState(DAILY, 0, 40_000)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
+    answer = Problems(spent_status=402).answer(refusal, "r-1", shape)
+    error = told_error(answer, shape)
+    assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
+    assert (fields(answer)["Retry-After"], fields(answer).get("x-should-retry")) == ("3", None)
+
+
 @pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
 def test_who_waits_as_long_as_told_does_not_come_too_early(reset: float | None, told: str) -> None:
     answer = Problems().answer(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")

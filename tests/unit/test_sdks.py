@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import anthropic
@@ -53,6 +54,67 @@ def ask_anthropic(server: Server) -> anthropic.Anthropic:
 
 def refused(reason: Reason, shape: str) -> Answer:
     return Problems().answer(Refusal(reason, limit=LIMIT), "r-1", shape)
+
+
+class Counting:
+    """A server that counts the requests it gets."""
+
+    def __init__(self, server: Server) -> None:
+        self.requests = 0
+        self._server = server
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests += 1
+        return self._server(request)
+
+
+def with_default_retries(server: Server, shape: str) -> tuple[type[Exception], Callable[[], object]]:
+    """The exception of a status, and a call that raises it, of a client that retries as its vendor has it."""
+    http = httpx2.Client(transport=httpx2.MockTransport(server))
+    if shape == "openai":
+        client = openai.OpenAI(api_key="k", base_url="http://proxy/v1", http_client=http)
+        assert client.max_retries == openai.DEFAULT_MAX_RETRIES > 0
+        return openai.APIStatusError, lambda: client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Hi"}]
+        )
+    other = anthropic.Anthropic(api_key="k", base_url="http://proxy", http_client=http)
+    assert other.max_retries == anthropic.DEFAULT_MAX_RETRIES > 0
+    return anthropic.APIStatusError, lambda: other.messages.create(
+        model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}]
+    )
+
+
+@pytest.mark.parametrize("shape", ["openai", "anthropic"])
+@pytest.mark.parametrize("status", [429, 402])
+@pytest.mark.parametrize(
+    "reason", [Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST],
+    ids=lambda reason: reason.code,
+)  # fmt: skip
+def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
+    reason: Reason, status: int, shape: str
+) -> None:
+    answer = Problems(spent_status=status).answer(Refusal(reason, limit=LIMIT), "r-1", shape)
+    server = Counting(answering(answer))
+    error, call = with_default_retries(server, shape)
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        call()
+    assert (server.requests, time.monotonic() - started < 0.4) == (1, True)
+    assert reason.code.encode() in answer.body
+    assert isinstance(caught.value, openai.APIStatusError | anthropic.APIStatusError)
+    assert caught.value.response.content == answer.body
+
+
+@pytest.mark.parametrize("shape", ["openai", "anthropic"])
+def test_an_sdk_with_default_retries_comes_back_when_requests_in_flight_reserve_the_window(shape: str) -> None:
+    refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT, retry_after_seconds=1, is_held=True)
+    server = Counting(answering(Problems(spent_status=402).answer(refusal, "r-1", shape)))
+    error, call = with_default_retries(server, shape)
+    started = time.monotonic()
+    with pytest.raises(error):
+        call()
+    assert server.requests == 3
+    assert 2.0 <= time.monotonic() - started < 4.0
 
 
 @pytest.mark.parametrize("reason", OVER_LIMIT, ids=lambda reason: reason.code)

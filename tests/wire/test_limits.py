@@ -171,16 +171,54 @@ async def test_expect_continue_is_answered_although_the_body_is_needed_for_the_d
 
 
 async def test_a_request_that_may_use_more_than_is_left_is_refused_and_costs_nothing(start: Start) -> None:
-    wire = await limited(start, Plan(tokens_per_day=100), answer({"usage": USAGE}))
+    used = {"prompt_tokens": 100, "completion_tokens": 400, "total_tokens": 500}
+    wire = await limited(start, Plan(tokens_per_day=1_500), answer({"usage": used}))
     async with wire.client() as client:
-        await client.send(chat(max_tokens=500))
+        await client.send(chat(max_tokens=400))
+        assert (await client.answer()).status == 200
+        await client.send(chat(max_tokens=1_200))
         refused = await client.answer()
         assert refused.status == 429
         error = json.loads(refused.body)["error"]
-        assert error["code"] == "token_budget_exhausted"
-        await client.send(chat(max_tokens=5))
+        assert (error["code"], error["retryable"]) == ("token_budget_exhausted", True)
+        assert refused.one("x-should-retry") == "false"
+        await client.send(chat(max_tokens=400))
         assert (await client.answer()).status == 200
-    assert spent(wire, "tokens_per_day") == (12, 100)
+    assert spent(wire, "tokens_per_day") == (1_000, 1_500)
+
+
+async def test_a_window_that_requests_in_flight_reserve_is_a_matter_of_pace(start: Start) -> None:
+    may_answer = asyncio.Event()
+
+    async def answering(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await may_answer.wait()
+        writer.write(JSON % (2, b"{}"))
+        return True
+
+    wire = await limited(start, Plan(tokens_per_day=1_000), Upstream(answering))
+    async with wire.client() as one, wire.client() as other:
+        await one.send(chat(max_tokens=500))
+        await until(lambda: bool(wire.upstream.requests), "the first request is in flight")
+        await other.send(chat(max_tokens=500))
+        refused = await other.answer()
+        may_answer.set()
+        assert (await one.answer()).status == 200
+    error = json.loads(refused.body)["error"]
+    assert (refused.status, error["code"], error["retryable"]) == (429, "token_budget_exhausted", True)
+    assert 1 <= int(refused.one("Retry-After") or "0") <= 5
+    assert refused.one("x-should-retry") is None
+
+
+async def test_a_request_that_needs_more_than_the_whole_window_is_403(start: Start) -> None:
+    wire = await limited(start, Plan(tokens_per_day=100))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=500))
+        refused = await client.answer()
+    error = json.loads(refused.body)["error"]
+    assert (refused.status, error["code"], error["retryable"]) == (403, "token_limit_per_request", False)
+    assert (error["policy"], error["limit"]) == ("user.tokens_per_day", 100)
+    assert (refused.one("x-should-retry"), refused.one("Retry-After")) == ("false", None)
+    assert not wire.upstream.requests
 
 
 async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:

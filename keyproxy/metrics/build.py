@@ -1,0 +1,18 @@
+"""Which build of keyproxy runs, as a metric."""
+
+from __future__ import annotations
+
+import platform
+
+from prometheus_client.core import InfoMetricFamily, Metric
+
+from keyproxy import __version__
+from keyproxy.metrics import recorder
+
+
+def build_info() -> Metric:
+    """The version, the Python that runs it, and whether it is compiled."""
+    kind = "pure" if recorder.__file__.endswith(".py") else "compiled"
+    build = InfoMetricFamily("keyproxy_build", "What is running.")
+    build.add_metric([], {"version": __version__, "python": platform.python_version(), "build": kind})
+    return build
