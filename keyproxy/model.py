@@ -73,7 +73,8 @@ class RequestFields:
     """What a request's header fields say about it, apart from the values that differ from request to request.
 
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
-    head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
+    head that goes upstream ends: what frames the body, and the empty line. `says_close`: `close` is among the options of
+    Connection, so that nothing that follows is a request. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
     `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
     `has_idempotency_key`: exactly one Idempotency-Key, whatever its value.
@@ -84,6 +85,7 @@ class RequestFields:
     has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
+    says_close: bool = False
     expects_continue: bool = False
     opens_tunnel: bool = False
     media_type: bytes = b""

@@ -85,7 +85,7 @@ class ProxyServer:
         self.names = terms.names
         self.problems = terms.problems
         self.trust = terms.trust
-        self.requests = RequestReader(terms.names, terms.gate.holds_key)
+        self.requests = RequestReader(terms.names, terms.gate.holds_key, terms.gate.methods)
         self._tls = terms.tls
 
     def start(self, sock: socket.socket) -> None:
