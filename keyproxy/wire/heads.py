@@ -172,8 +172,8 @@ def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> Non
         elif version != [_WEBSOCKET_VERSION]:
             lacks = "has one Sec-WebSocket-Version, which is 13"
     if lacks:
-        said = f"A WebSocket handshake {lacks}."
-        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete WebSocket handshake: one {lacks}", said=said)
+        sentence = f"A WebSocket handshake {lacks}."
+        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", said=sentence)
 
 
 def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:

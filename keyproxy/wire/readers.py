@@ -185,7 +185,7 @@ class RequestReader(_Reader[RequestFields]):
             return self._judge(buffer[: end + 4])
         head = _filled(line, shape, values)
         if like is not None and head.credentials == like.credentials:
-            head.digest = like.digest
+            head.digest, head.key_part = like.digest, like.key_part
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
         return head

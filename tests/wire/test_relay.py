@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import time
 
 import pytest
 
+from keyproxy.keyformat import SecretKey
 from keyproxy.model import Ending
 from keyproxy.reasons import Reason
 from tests import fakes
@@ -271,3 +273,71 @@ async def test_the_holder_of_a_key_that_was_replaced_is_told_for_how_long_it_wor
             answer = await client.answer()
         assert answer.one("X-Keyproxy-Key-Expires-In") == expected
         assert wire.upstream.requests[-1].one("X-Keyproxy-Key-Expires-In") is None
+
+
+BASIC = base64.b64encode(b"user:" + KEY).decode()
+ELSEWHERE = [
+    f"X-My-Key: {KEY.decode()}",
+    f"Api-Key: {KEY.decode()}",
+    f"Cookie: a=b; session={KEY.decode()}; c=d",
+    f"Referer: https://a.example/?key={KEY.decode()}",
+    f"Referer: https://a.example/?key={KEY.decode().replace('_', '%5F')}",
+    f"Sec-WebSocket-Protocol: chat, key.{KEY.decode()}",
+    f"X-Original-Authorization: Bearer {KEY.decode()}",
+    f"X-Original-Authorization: Basic {BASIC}",
+    f"X-Original-Authorization: basic {BASIC.rstrip('=')}",
+    f"Proxy-Authorization: Basic {BASIC}",
+    f"X-Keyproxy-User: {KEY.decode()}",
+    f"X-Forwarded-For: {KEY.decode()}",
+    f"X-Forwarded-Anything: {KEY.decode()}",
+    f"X-Request-Id: {KEY.decode()}",
+]
+
+
+@pytest.mark.parametrize("line", ELSEWHERE)
+@pytest.mark.parametrize("presented", ["Authorization: Bearer", "X-Api-Key:"])
+async def test_the_presented_key_goes_upstream_in_no_field_whatever_its_name(
+    start: Start, line: str, presented: str
+) -> None:
+    wire = await start(listen={"trusted_proxies": ["127.0.0.1"]})
+    own = f"{presented} {KEY.decode()}"
+    async with wire.client() as client:
+        for lines in ([own, "X: y", line, "Z: basic truth"], [line, own, "X: y"], [own, "X: y"]) * 10:
+            await client.send(request("POST", "/", *lines, key=None, body=b"x"))
+            assert (await client.answer()).status == 200
+    for seen in wire.upstream.requests:
+        told = json.dumps(seen.headers)
+        assert KEY.decode().rpartition("_")[2] not in told
+        assert BASIC.rstrip("=") not in told
+        assert seen.one("X") == "y"
+    assert wire.upstream.requests[0].one("Z") == "basic truth"
+
+
+@pytest.mark.parametrize("name", ["Content-Type", "Content-Encoding", "Accept-Encoding", "Idempotency-Key"])
+async def test_a_key_in_a_field_that_the_request_is_judged_by_refuses_it(wire: Wire, name: str) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", f"{name}: {KEY.decode()}", body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "request_malformed"
+        await client.ends()
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x").replace(b"proxy.test", KEY))
+        assert (await client.answer()).status == 400
+    assert wire.upstream.heads == []
+
+
+FOREIGN = b"pk-1234.abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("key", [FOREIGN, b"a-b-c-d-e-f"])
+async def test_a_foreign_key_is_found_in_other_fields_and_in_the_url(wire: Wire, key: bytes) -> None:
+    wire.identities.add(SecretKey(key), fakes.identity())
+    async with wire.client() as client:
+        raw = request("POST", "/", f"Cookie: k={key.decode()}", f"X: a{key.decode()}b", key=key, body=b"x")
+        await client.send(raw)
+        assert (await client.answer()).status == 200
+        await client.send(request("POST", f"/?k={key.decode()}", key=key, body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "key_in_url"
+    (seen,) = wire.upstream.requests
+    assert seen.one("Cookie") is None
+    # A short key inside a longer word may be anything.
+    assert (seen.one("X") is None) is (key == FOREIGN)
