@@ -34,6 +34,11 @@ _NOT_MODIFIED: Final = 304
 _OWS: Final = b" \t"
 _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
+_RESPONSE_BEGINNING: Final = b"HTTP/1."
+
+#: An LF without a CR before it, or a CR that no LF follows; one at the very end may still be followed.
+_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+
 #: A method by RFC 9110 section 9.1, of a length that a request can be expected to have.
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _UNIFORM_METHOD: Final = b"POST"
@@ -246,6 +251,17 @@ def check_beginning(buffer: bytes, methods: Collection[bytes] = KNOWN_METHODS, *
         pass
     except httptools.HttpParserError as error:
         raise _malformed(f"llhttp: {error}") from error
+
+
+def check_response_beginning(buffer: bytes, checked_bytes: int) -> None:
+    """Raise the Refusal for bytes that cannot begin a response head, so that they need not be waited upon.
+
+    `checked_bytes`: so many of them were checked before.
+    """
+    if not buffer.startswith(_RESPONSE_BEGINNING[: len(buffer)]):
+        raise Refusal(Reason.UPSTREAM_INVALID, "the answer does not begin as HTTP/1.x does")
+    if _BARE_LINE_END.search(buffer, max(0, checked_bytes - 1)):
+        raise Refusal(Reason.UPSTREAM_INVALID, "a line of the answer's head ends in something other than CRLF")
 
 
 def _begins_known(method: bytes, methods: Collection[bytes], *, is_whole: bool) -> bool:

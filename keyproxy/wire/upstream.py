@@ -18,7 +18,7 @@ from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, has_no_body
+from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, check_response_beginning, has_no_body
 from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
@@ -201,17 +201,19 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _read(self, exchange: Exchange, buffer: bytes, now: float) -> None:
         body = self._body
+        checked_bytes = len(self._buffer)
         while body is None:
             end = buffer.find(HEAD_END)
             if not 0 <= end <= HEAD_BYTES_MAX:
                 if len(buffer) > HEAD_BYTES_MAX:
                     raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head has more than {HEAD_BYTES_MAX} bytes")
+                check_response_beginning(buffer, checked_bytes)
                 # Its deadline stays: a head may not trickle for as long as it likes.
                 self._buffer = buffer
                 return
             head = self._pool.responses.read(buffer, end, self._like)
             self._like = head
-            buffer = buffer[end + 4 :]
+            buffer, checked_bytes = buffer[end + 4 :], 0
             status = head.line.status
             if head.line.ends_with_head and (head.fields.has_content_length or head.fields.is_chunked):
                 # What it announces does not belong to it, and may come all the same: nobody else is to get that.
