@@ -232,6 +232,7 @@ class UpstreamConnection(asyncio.Protocol):
             else:
                 self._interim += 1
                 self._watch(now)
+                exchange.interim_arrived(head)
         content, self._buffer = body.feed(buffer)
         if body.is_complete:
             exchange.answer_arrived(content, now, is_last=True)

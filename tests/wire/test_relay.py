@@ -138,7 +138,7 @@ async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes
     wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
-        answer = await client.answer()
+        answer = (await client.answers())[-1]
         assert (answer.body, answer.is_whole) == (body, True)
         await client.send(request("GET", "/"))
         assert (await client.answer()).body == body
@@ -341,3 +341,114 @@ async def test_a_foreign_key_is_found_in_other_fields_and_in_the_url(wire: Wire,
     assert seen.one("Cookie") is None
     # A short key inside a longer word may be anything.
     assert (seen.one("X") is None) is (key == FOREIGN)
+
+
+HINTS = (
+    b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\nX-Request-Id: far\r\n"
+)
+HINTS += b"X-Keyproxy-User: evil\r\nKeep-Alive: 5\r\n\r\n"
+PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+FINAL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+async def test_interim_answers_are_relayed_as_they_come(start: Start, cut: int | None) -> None:
+    go_on = asyncio.Event()
+
+    async def hints(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        raw = PROCESSING + HINTS
+        for at in range(0, len(raw), cut or len(raw)):
+            writer.write(raw[at : at + (cut or len(raw))])
+            await asyncio.sleep(0)
+        await go_on.wait()
+        go_on.clear()
+        writer.write(FINAL)
+        return True
+
+    wire = await start(serving=Upstream(hints))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("POST", "/", body=b"x"))
+            assert (await client.answer()).status == 102
+            hinted = await client.answer()
+            assert hinted.start == "HTTP/1.1 103 Early Hints"
+            request_id = hinted.one("X-Request-Id")
+            assert hinted.headers == [("Link", "</a.css>; rel=preload"), ("X-Request-Id", request_id)]
+            go_on.set()
+            answer = await client.answer()
+            assert (answer.status, answer.body, answer.one("X-Request-Id")) == (200, b"ok", request_id)
+    assert wire.upstream.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "relayed"),
+    [
+        (request("GET", "/"), [103, 100, 200]),
+        (request("HEAD", "/"), [103, 100, 200]),
+        (request("POST", "/", "Expect: 100-continue", body=b"x"), [103, 200]),
+        (request("GET", "/", "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
+        (request("GET", "/").replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
+    ],
+)
+async def test_an_interim_answer_goes_to_a_client_that_knows_it_and_has_not_got_it(
+    start: Start, raw: bytes, relayed: list[int]
+) -> None:
+    continued = b"HTTP/1.1 100 Continue\r\n\r\n"
+    final = FINAL.removesuffix(b"ok") if raw.startswith(b"HEAD") else FINAL
+    wire = await start(serving=Upstream(answer_with(HINTS + continued + final)))
+    async with wire.client() as client:
+        await client.send(raw)
+        answers = await client.answers(method=raw.partition(b" ")[0].decode())
+        assert [answer.status for answer in answers] == relayed
+
+
+async def test_a_client_that_waits_for_100_gets_it_once(start: Start) -> None:
+    continued = b"HTTP/1.1 100 Continue\r\n\r\n"
+    wire = await start(serving=Upstream(answer_with(continued + FINAL)))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3"))
+        assert (await client.answer()).status == 100
+        await client.send(b"abc")
+        assert (await client.answer()).status == 200
+    assert wire.upstream.requests[0].one("Expect") is None
+
+
+async def test_an_interim_answer_reaches_a_client_that_closed_its_side(start: Start) -> None:
+    async def slowly(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(1.2)
+        writer.write(HINTS)
+        await asyncio.sleep(0.1)
+        writer.write(FINAL)
+        return True
+
+    wire = await start(serving=Upstream(slowly))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        client.half_close()
+        assert [message.status for message in await client.answers()] == [103, 200]
+
+
+@pytest.mark.parametrize(("number", "status"), [(16, 200), (17, 502)])
+async def test_interim_answers_are_bounded_in_number(start: Start, number: int, status: int) -> None:
+    wire = await start(serving=Upstream(answer_with(HINTS * number + FINAL)))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        assert [message.status for message in await client.answers()] == [103] * 16 + [status]
+
+
+async def test_a_request_with_an_interim_answer_is_not_sent_again(start: Start) -> None:
+    served = 0
+
+    async def hints_and_goes(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        nonlocal served
+        served += 1
+        writer.write(FINAL if served == 1 else HINTS)
+        return served == 1
+
+    wire = await start(serving=Upstream(hints_and_goes))
+    async with wire.client() as client:
+        await client.send(request("GET", "/1"))
+        assert (await client.answer()).status == 200
+        await client.send(request("GET", "/2"))
+        assert [message.status for message in await client.answers()] == [103, 502]
+    assert served == 2
