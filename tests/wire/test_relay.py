@@ -141,7 +141,7 @@ async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes
         answer = (await client.answers())[-1]
         assert (answer.body, answer.is_whole) == (body, True)
         await client.send(request("GET", "/"))
-        assert (await client.answer()).body == body
+        assert (await client.answers())[-1].body == body
 
 
 async def test_the_answer_to_head_has_a_length_and_no_body(start: Start) -> None:
