@@ -114,11 +114,12 @@ class RequestHead:
     """A request line and fields that are well-formed HTTP/1.1, judged and taken apart.
 
     `line` and `fields` are shared between requests that are alike; the whole of it between requests on one connection
-    that are the same, byte for byte. So nothing of it changes once `credential` has found the key. `block` holds the end-to-end header lines
-    as they came and in the order they came, without anything that ends at this proxy. `forwarded` holds X-Forwarded-* and
-    related fields, lower-case names, believed only from a trusted peer. `raw` is the head as it came, empty if it is not
-    to be compared with. `credential` keeps three things here: `digest`; `key_part`, the bytes by which the key is found
-    wherever else it stands; `is_free_of_key` once no other field holds them any more.
+    that are the same, byte for byte. So nothing of it changes once `credential` has found the key. `block` holds the
+    end-to-end header lines as they came and in the order they came, without anything that ends at this proxy.
+    `forwarded` holds X-Forwarded-* and related fields, lower-case names, believed only from a trusted peer. `raw` is
+    the head as it came, empty if it is not to be compared with. `credential` keeps three things here: `digest`;
+    `key_part`, the bytes by which the key is found wherever else it stands; `is_free_of_key` once no other field holds
+    them any more.
     """
 
     __slots__ = (

@@ -199,7 +199,7 @@ def _judge_target(request: Request, *, is_http_11: bool) -> None:
 
 
 def _is_plain_host(host: bytes) -> bool:
-    name, colon, port = host.partition(b":")
+    name, _, port = host.partition(b":")
     return bool(name) and not set(name) - PLAIN - {0x2E} and (not port or (port.isdigit() and len(port) < 6))
 
 

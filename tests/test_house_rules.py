@@ -94,6 +94,7 @@ POSITIONAL_MAX = 5  # with self
 
 STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "contextlib",
+    "contextvars",
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
     "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",

@@ -32,6 +32,8 @@ class Answering(ports.Exchange):
     is_tunnel: bool = False
     _answer: ResponseHead | None = None
     _has_begun_status_line: bool = False
+    #: Whether the client can tell by the end of the connection alone where the answer ends.
+    ends_with_close: bool = False
     _has_interim: bool = False
     _is_chunked: bool = False
     _closes: bool = False
@@ -154,6 +156,7 @@ class Answering(ports.Exchange):
             or self._server.is_draining
             or not (has_end or is_http_11)
         )
+        self.ends_with_close = not (has_end or is_http_11)
         permit = self.permit
         own = b"" if permit is None or permit.hold is None else self._gate.limit_fields(permit, now)
         if self.identity is not None and self.identity.retiring_field is not None:

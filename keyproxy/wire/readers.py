@@ -287,5 +287,5 @@ def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
     place = judged.content_length_place
     if place >= 0:
         lines = [*lines]
-        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], judged.content_length)
+        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], judged.content_length or 0)
     return b"".join([line + CRLF for line, goes_on in zip(lines, judged.is_forwarded, strict=True) if goes_on])

@@ -15,8 +15,8 @@ from typing import Final
 from keyproxy.headers import NOT_IN_TRAILERS
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.beginnings import HEAD_END, check_beginning
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
-from keyproxy.wire.heads import HEAD_END, check_beginning
 from keyproxy.wire.readers import RequestReader
 
 _SURPLUS_CHECKED_BYTES: Final = 2_048

@@ -11,7 +11,8 @@ from keyproxy.headers import FieldNames
 from keyproxy.model import RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.routes import KNOWN_METHODS
-from keyproxy.wire.heads import JudgedFields, check_beginning, has_no_body, judge_request, judge_response
+from keyproxy.wire.beginnings import check_beginning
+from keyproxy.wire.heads import JudgedFields, has_no_body, judge_request, judge_response
 from keyproxy.wire.readers import RequestReader, ResponseReader
 from keyproxy.wire.shapes import LEARNT_AFTER
 from tests import fakes

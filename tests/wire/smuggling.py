@@ -2,8 +2,8 @@
 
 `reject`: refused with a 4xx, and nothing of it reaches the upstream. `accept`: answered with a 200. `first`: the first
 request is answered, what follows it is refused. `alone`: the first request is answered, what follows it is ignored. A
-number is the status that a well-formed request is refused with. The names say where such a thing has been seen, or which rule it breaks.
-Every row is sent by a client that then closes its side.
+number is the status that a well-formed request is refused with. The names say where such a thing has been seen, or
+which rule it breaks. Every row is sent by a client that then closes its side.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ ROWS: Final[list[tuple[str, bytes, str | int]]] = [
     ("half a handshake", _get(b"/", _HOST + b"Upgrade: websocket\r\nConnection: upgrade\r\n"), "reject"),
     ("after Connection: close", _get(b"/", _HOST + b"Connection: close\r\n") + _GET, "alone"),
     ("nonsense after Connection: close", _get(b"/", _HOST + b"Connection: close\r\n") + b"\x00\n", "alone"),
-    ("malformed chunks with Connection: close", _post(b"Connection: close\r\nTransfer-Encoding: chunked", b"x"), "reject"),
+    ("malformed chunks with Connection: close", _post(b"Connection: close\r\nTransfer-Encoding: chunked", b"x"),
+     "reject"),
     ("after HTTP/1.0", _get(b"/", version=b"HTTP/1.0") + _GET, "reject"),
     ("the second one malformed", _get(b"/") + _get(b"/", b""), "first"),
     ("the second one has a bad target", _get(b"/") + _get(b"/a/../b"), "first"),
