@@ -31,6 +31,15 @@ _PLAIN_HTTP: Final = ("HTTP_REQUEST", "HTTPS_PROXY_REQUEST")
 _IN_A_REQUEST_LINE: Final = b" HTTP/1."
 
 
+#: What is spoken over TLS here, and the alert for a client that does not offer it.
+PROTOCOL: Final = b"http/1.1"
+_NO_APPLICATION_PROTOCOL: Final = 120
+
+_HANDSHAKE_RECORD: Final = b"\x16"
+_RECORD_HEADER_BYTES: Final = 5
+_ALPN: Final = b"\x00\x10"
+
+
 class Accepted:
     """An accepted socket whose handshake is under way. `plain_response`: makes the response to HTTP without TLS."""
 
@@ -72,9 +81,22 @@ class TlsObject(ssl.SSLObject):
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
     accepted: Accepted | None = None
+    offered: list[bytes] | None = None
+
+    def _has_hello(self) -> bool:
+        """Whether the first record of a client has arrived, or something that is none. Notes what it offers."""
+        if self.offered is None:
+            begun = self.incoming.read()
+            self.incoming.write(begun)
+            if begun[:1] == _HANDSHAKE_RECORD and len(begun) < _RECORD_HEADER_BYTES + int.from_bytes(begun[3:5], "big"):
+                return False
+            self.offered = offered_protocols(begun)
+        return True
 
     def do_handshake(self) -> None:
         """Go on with the handshake. If it fails, the peer is sent the reason."""
+        if self.server_side and self.incoming.pending and not self._has_hello():
+            raise ssl.SSLWantReadError("the first record has not arrived whole")
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLSyscallError):
@@ -95,6 +117,42 @@ class TlsObject(ssl.SSLObject):
             while more := self.read(_READ_BYTES):
                 content += more
         return content
+
+
+def refuse_other_protocols(tls: ssl.SSLObject, _server_name: str | None, _context: ssl.SSLContext) -> int | None:
+    """For `sni_callback`: the alert for a client that speaks nothing but other protocols. RFC 7301 section 3.2."""
+    offered = tls.offered if isinstance(tls, TlsObject) else []
+    return _NO_APPLICATION_PROTOCOL if offered and PROTOCOL not in offered else None
+
+
+def offered_protocols(record: bytes) -> list[bytes]:
+    """What a TLS record with a ClientHello offers by ALPN; empty if it offers nothing, or is no such record."""
+    try:
+        # Record and handshake headers, version, random; then the session id, cipher suites and compression methods.
+        hello = record[43:]
+        for length_bytes in (1, 2, 1):
+            hello = _split(hello, length_bytes)[1]
+        extensions = _split(hello, 2)[0]
+        while extensions:
+            kind, extensions = extensions[:2], extensions[2:]
+            content, extensions = _split(extensions, 2)
+            if kind == _ALPN:
+                names, found = _split(content, 2)[0], []
+                while names:
+                    name, names = _split(names, 1)
+                    found.append(name)
+                return found
+    except ValueError:
+        pass  # OpenSSL will say what is wrong with it
+    return []
+
+
+def _split(data: bytes, length_bytes: int) -> tuple[bytes, bytes]:
+    """A vector of TLS, which begins with its length, and what follows it."""
+    end = length_bytes + int.from_bytes(data[:length_bytes], "big")
+    if len(data) < max(end, length_bytes):
+        raise ValueError("the vector is cut off")
+    return data[length_bytes:end], data[end:]
 
 
 class TlsContext(ssl.SSLContext):

@@ -241,8 +241,11 @@ class UpstreamPool:
 
 def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
     """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
+    fileno = connection.fileno()
+    if fileno < 0:
+        return True  # below TLS, whose transport does not know yet
     poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
+    poll.register(fileno, select.POLLIN)
     return bool(poll.poll(0))
 
 

@@ -8,7 +8,7 @@ import sys
 from typing import Final
 
 from keyproxy import settings
-from keyproxy.wire.handshake import TlsContext
+from keyproxy.wire.handshake import PROTOCOL, TlsContext, refuse_other_protocols
 
 #: Attribute types of a distinguished name, by OpenSSL's long names. RFC 4514 section 3.
 _SHORT_NAMES: Final = {
@@ -35,8 +35,10 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
     """For the proxied port. `client_ca_file`: clients have to show a certificate of one of these. Raises TlsError."""
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Offered and chosen: HTTP/1.1. A client that insists on HTTP/2 is told in the handshake, not by a 400.
-    context.set_alpn_protocols(["http/1.1"])
+    # A client that offers nothing but HTTP/2 learns that in the handshake and not by a 400. OpenSSL's own callback for
+    # ALPN, as Python sets it, goes on without a protocol.
+    context.set_alpn_protocols([PROTOCOL.decode("ascii")])
+    context.sni_callback = refuse_other_protocols
     show(context, certificate_file, key_file)
     if client_ca_file:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -75,7 +77,7 @@ def client_context(ca_file: str = "") -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise TlsError(f"{ca_file}: {_why(error)}") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([PROTOCOL.decode("ascii")])
     return context
 
 

@@ -159,7 +159,7 @@ class UpstreamConnection(asyncio.Protocol):
         """
         self._request_is_written = is_last
         self._watch(self._clock())
-        if not data or self._transport is None:
+        if not data or self._transport is None or not self.is_open:
             return
         if self._kept or (self._body is None and self._has_arrived()):
             is_first, self._kept = not self._kept, self._kept + data
@@ -239,8 +239,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _has_arrived(self) -> bool:
         """Whether there is something to read: bytes, or the end of the connection."""
+        fileno = self.fileno()
+        if fileno < 0:
+            return True
         poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
+        poll.register(fileno, select.POLLIN)
         return bool(poll.poll(0))
 
     def _read_what_is_left(self) -> None:

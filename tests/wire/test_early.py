@@ -176,7 +176,7 @@ def send_then_read(address: tuple[str, int], raw: list[bytes], context: ssl.SSLC
             for piece in raw:
                 sock.sendall(piece)
             got = b""
-            while not got.endswith(b"no") and (data := sock.recv(65_536)):
+            while not got.endswith((b"no", b"}")) and (data := sock.recv(65_536)):
                 got += data
             return got
 

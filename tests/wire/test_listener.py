@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from keyproxy.wire.handshake import offered_protocols
 from keyproxy.wire.tls import server_context
 from tests.rawhttp import Client
 from tests.wire.conftest import Start, Wire, request
@@ -130,7 +133,7 @@ async def _told(wire: Wire, context: ssl.SSLContext) -> str:
         writer.write(request("GET", "/"))
         await asyncio.wait_for(reader.read(1), 5)
     except ssl.SSLError as error:
-        return error.reason or ""
+        return error.reason or str(error)
     writer.close()
     return ""
 
@@ -168,6 +171,67 @@ async def test_a_client_without_a_version_in_common_gets_an_alert(
     certificate[0].minimum_version = ssl.TLSVersion.TLSv1_3
     certificate[1].maximum_version = ssl.TLSVersion.TLSv1_2
     assert await _told(wire, certificate[1]) == "TLSV1_ALERT_PROTOCOL_VERSION"
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [([], None), (["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], ""), (["h2", "http/1.0"], "")],
+)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_client_that_offers_other_protocols_alone_gets_an_alert(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], version: ssl.TLSVersion, offered: list[str],
+    chosen: str | None,
+) -> None:  # fmt: skip
+    wire = await start(tls=certificate[0])
+    assert not isinstance(wire.address, str)
+    context = certificate[1]
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(offered)
+    told = await _told(wire, context)
+    assert ("no application protocol" in told) if chosen == "" else (told == "")
+    if chosen != "":
+        _, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == chosen
+        writer.close()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3, 100])
+async def test_a_handshake_may_come_in_small_pieces(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], piece_bytes: int
+) -> None:
+    wire = await start(tls=certificate[0])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = certificate[1].wrap_bio(incoming, outgoing, server_hostname="localhost")
+    async with wire.client() as client, asyncio.timeout(10):
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                is_over = False
+            else:
+                is_over = True
+            flight = outgoing.read()
+            for at in range(0, len(flight), piece_bytes):
+                await client.send(flight[at : at + piece_bytes])
+                await asyncio.sleep(0)
+            if is_over:
+                break
+            incoming.write(await client.reader.read(65_536))
+        tls.write(request("GET", "/"))
+        await client.send(outgoing.read())
+        got = b""
+        while not got:
+            incoming.write(await client.reader.read(65_536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                got = tls.read(65_536)
+        assert got.startswith(b"HTTP/1.1 200 OK")
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=200)
+def test_no_bytes_are_too_odd_to_be_looked_at_for_protocols(data: bytes) -> None:
+    assert isinstance(offered_protocols(data), list)
+    assert isinstance(offered_protocols(bytes(43) + data), list)
 
 
 async def test_half_a_request_over_tls_is_refused_or_dropped_and_leaves_nothing(
