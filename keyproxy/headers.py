@@ -163,7 +163,7 @@ class Forwarding:
         hops: list[bytes] = []
         for name, value in head.forwarded:
             if name == b"x-forwarded-for":
-                hops += [hop for one in value.split(b",") if (hop := one.strip(b" \t"))]
+                hops += [one.strip(b" \t") for one in value.split(b",") if one.strip(b" \t")]
             elif value:
                 told[name] = value
         if self._address:

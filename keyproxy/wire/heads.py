@@ -34,7 +34,6 @@ _NOT_MODIFIED: Final = 304
 _OWS: Final = b" \t"
 _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
-_WEBSOCKET_FIELDS: Final = (b"sec-websocket-key", b"sec-websocket-version")
 _WEBSOCKET_VERSION: Final = b"13"
 
 Fields = Sequence[tuple[bytes, bytes]]
@@ -159,7 +158,8 @@ def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> Non
     elif b"upgrade" not in judged.options:
         lacks = "has the Connection option Upgrade"
     else:
-        key, version = ([value for name, value in fields if name.lower() == wanted] for wanted in _WEBSOCKET_FIELDS)
+        key = [value for name, value in fields if name.lower() == b"sec-websocket-key"]
+        version = [value for name, value in fields if name.lower() == b"sec-websocket-version"]
         if len(key) != 1 or not key[0]:
             lacks = "has one Sec-WebSocket-Key"
         elif version != [_WEBSOCKET_VERSION]:
