@@ -145,7 +145,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._request_is_written = is_last
         # While the request is still being sent, how long that may take is the client side's to say.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
-        if not is_last and self._tls is not None:
+        if self._tls is not None and (not is_last or len(data) > _KEPT_BYTES_MAX):
             with contextlib.suppress(OSError):
                 self._duplicate = os.dup(self.fileno())
         if self._transport is not None:
@@ -161,7 +161,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._watch(self._clock())
         if not data or self._transport is None or not self.is_open:
             return
-        if self._kept or (self._body is None and self._has_arrived()):
+        if self._kept or self._must_read_first():
             is_first, self._kept = not self._kept, self._kept + data
             if is_first:
                 self._loop.call_soon(self._send_kept)
@@ -175,7 +175,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._exchange = None
         self._forget_duplicate()
         body, self._body = self._body, None
-        if is_clean and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
+        is_written, self._kept = not self._kept, b""
+        if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
                 self.resume()
@@ -228,7 +229,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Write what was kept back; once more later if there is still something to read."""
         if self._transport is None or self._exchange is None:
             self._kept = b""
-        elif self._body is None and self._has_arrived():
+        elif self._must_read_first():
             self._loop.call_soon(self._send_kept)
         else:
             kept, self._kept = self._kept, b""
@@ -237,8 +238,10 @@ class UpstreamConnection(asyncio.Protocol):
             if not self._is_full:
                 self._exchange.resume_request()
 
-    def _has_arrived(self) -> bool:
-        """Whether there is something to read: bytes, or the end of the connection."""
+    def _must_read_first(self) -> bool:
+        """Whether there is something to read that may be an answer: bytes, or the end of the connection."""
+        if self._body is not None or self._is_paused:
+            return False
         fileno = self.fileno()
         if fileno < 0:
             return True

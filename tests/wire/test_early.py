@@ -16,8 +16,10 @@ import trustme
 
 from keyproxy.model import Ending
 from keyproxy.wire.tls import client_context, server_context
-from tests.rawhttp import Message, Upstream
+from tests.rawhttp import OK, Message, Upstream
 from tests.wire.conftest import KEY, Start, Wire, request
+from tests.wire.test_second_opinion import Play
+from tests.wire.test_second_opinion import _Gate as ForwardingGate
 
 #: More than all buffers on the way hold together.
 BODY: Final = bytes(8_000_000)
@@ -209,3 +211,25 @@ async def test_an_answer_that_ends_with_the_connection_ends_over_tls_too(
         raw = [request("POST", "/", "Content-Length: 1").replace(b"HTTP/1.1", b"HTTP/1.0") + b"x"]
         got = await asyncio.to_thread(send_then_read, wire.address, raw, certificate[1])
         assert got.endswith(b"\r\n\r\nthe end")
+
+
+async def test_a_connection_is_not_used_again_while_a_part_of_its_request_is_unsent(wire: Wire) -> None:
+    """The next request on it would be taken for that part."""
+    wire.server.gate = ForwardingGate()
+    sock, far = socket.socketpair()
+    with sock, far:
+        play = Play(wire, sock)
+        play.client.data_received(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nab")
+        before = play.far.written
+        assert before.endswith(b"\r\n\r\nab")
+        far.send(b"an answer that has arrived and is not read yet")
+        play.client.data_received(b"cd")
+        assert play.far.written == before
+        play.upstream.data_received(OK)
+        assert play.near.written.endswith(b"\r\n\r\n{}")
+        assert play.far.is_cut
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert play.far.written == before
+        assert wire.pool.counts()["idle"] == 0
+        play.end()
