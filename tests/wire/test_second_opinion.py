@@ -321,7 +321,7 @@ def _mutants_of(request: bytes) -> st.SearchStrategy[bytes]:
         ),
         st.builds(
             lambda place, line: b"\r\n".join([*lines[:place], line, *lines[place:]]),
-            st.integers(1, len(lines) - 1), st.sampled_from(LINES),
+            st.integers(1, max(1, len(lines) - 1)), st.sampled_from(LINES),
         ),
         st.builds(lambda chunks: request.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" + chunks, st.sampled_from(CHUNKS)),
     )  # fmt: skip
