@@ -19,7 +19,7 @@ ROOMS = (
     "store/identities", "store/ledger", "store/usage",
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/inflate", "tokens/meter",
     "tokens/report", "tokens/scan", "tokens/stream",
-    "wire/answering", "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
+    "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
     "wire/heads", "wire/line", "wire/pool", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes",
     "wire/upstream",
 )  # fmt: skip

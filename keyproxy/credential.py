@@ -8,16 +8,22 @@ by whatever the request passed through.
 Not decided here: whether the key exists. `checked` tells a key that cannot exist, without asking anyone; it is called
 only for a digest that memory does not know, so that a known key costs one hash. The digest stays with the head, so that a
 client that presents the same bytes again on its connection costs none.
+
+The presented key does not go upstream in any other field either, whatever its name: a client library that sends it as
+`Api-Key` too, a cookie, a Referer. Such a line is dropped. A field that the request was judged by is not dropped, which
+would make it another request: the request is refused.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.keyformat import KeyFormat, SecretKey
-from keyproxy.model import CredentialField, KeyDigest, RequestHead
+from keyproxy.model import CredentialField, KeyDigest, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 
 #: Query parameters whose value is a credential wherever they are used. Compared lower-case, `-` for `_`.
@@ -26,6 +32,20 @@ _KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"acces
 _DECODINGS_MAX: Final = 8
 
 _AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
+_WORD = re.compile(rb"[0-9A-Za-z]+")
+_BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
+
+#: A word of a key that is this long is found anywhere; a shorter key only where it stands by itself.
+_WORD_BYTES_MIN: Final = 16
+
+#: Fields that say how the request is to be read. Without them it would be another one than was judged.
+_JUDGED_FIELDS: Final = frozenset(
+    {b"host", b"content-type", b"content-encoding", b"accept-encoding", b"idempotency-key"}
+)
+
+#: Holds digits alone.
+_LENGTH: Final = b"content-length"
+
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
@@ -35,7 +55,11 @@ def digest(head: RequestHead) -> KeyDigest:
         raise Refusal(Reason.KEY_IN_URL)
     found = head.digest
     if found is None:
-        found = head.digest = _presented(head).digest()
+        key = _presented(head)
+        found = head.digest = key.digest()
+        head.key_part = _part(key)
+    if not head.is_free_of_key:
+        _take_out(head, head.key_part)
     return found
 
 
@@ -77,6 +101,59 @@ def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
     if any(other != first for other in others):
         raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, f"{len(credentials)} credentials that differ")
     return first
+
+
+def _part(key: SecretKey) -> bytes:
+    """By what a key is found where it should not be: its longest word, which no encoding of a URL changes."""
+    plaintext = key.reveal()
+    word = max(_WORD.findall(plaintext), key=len, default=b"")
+    return word if len(word) >= _WORD_BYTES_MIN else plaintext
+
+
+def _take_out(head: RequestHead, part: bytes) -> None:
+    """Drop every line that holds the key. Raises the Refusal for a key that stands where it cannot be dropped."""
+    block = head.block
+    # `find` takes less than half the time of `in`, which first tries its operand as an integer.
+    if head.line.target.find(part) >= 0 and _stands_in(head.line.target, part):
+        # A key of another format, which the target alone does not show.
+        line = head.line
+        head.line = RequestLine(line.method, line.target, line.path, line.minor_version, line.start, holds_key=True)
+        raise Refusal(Reason.KEY_IN_URL)
+    if block.find(part) >= 0 or block.find(b"asic ") >= 0:
+        head.block = _without(block, part)
+    if head.forwarded:
+        head.forwarded = tuple([(name, value) for name, value in head.forwarded if not _stands_in(value, part)])
+    head.is_free_of_key = True
+
+
+def _without(block: bytes, part: bytes) -> bytes:
+    kept = b""
+    for line in block.splitlines(keepends=True):
+        name = line.partition(b":")[0].lower()
+        if name == _LENGTH or not _stands_in(line, part):
+            kept += line
+        elif name in _JUDGED_FIELDS:
+            raise Refusal(Reason.REQUEST_MALFORMED, "the key stands in a field that the request is judged by")
+    return kept
+
+
+def _stands_in(text: bytes, part: bytes) -> bool:
+    """Whether the key stands in a text: as it is, or as a password of Basic authentication."""
+    if part in text:
+        if len(part) >= _WORD_BYTES_MIN:
+            return True
+        alone = rb"(?<![0-9A-Za-z])%b(?![0-9A-Za-z])" % re.escape(part)
+        if re.search(alone, text):
+            return True
+    for encoded in _BASIC.findall(text):
+        whole = encoded[: len(encoded) - len(encoded) % 4] if len(encoded) % 4 == 1 else encoded
+        try:
+            decoded = base64.b64decode(whole + b"=" * (-len(whole) % 4))
+        except binascii.Error:
+            continue
+        if part in decoded:
+            return True
+    return False
 
 
 def holds_key(target: bytes, key_format: KeyFormat) -> bool:

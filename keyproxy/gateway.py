@@ -45,6 +45,7 @@ class Gateway(Gate):
         self._ledger = ledger
         self._claims = claims
         self._routes = routes
+        self.methods = routes.methods()
         self._now = now
         self._instance = instance
         self._serial = itertools.count(1)

@@ -185,7 +185,8 @@ def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
 class Forwarding:
     """The X-Forwarded-* fields for requests of one connection, by the trust rule.
 
-    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped.
+    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped. Empty
+    fields and empty elements of the list are no claims, and are left out (RFC 9110 section 5.6.1).
     """
 
     __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_rule", "_scheme")
@@ -225,8 +226,8 @@ class Forwarding:
         hops: list[bytes] = []
         for name, value in head.forwarded:
             if name == b"x-forwarded-for":
-                hops.append(value)
-            else:
+                hops += [one.strip(b" \t") for one in value.split(b",") if one.strip(b" \t")]
+            elif value:
                 told[name] = value
         if self._address:
             hops.append(self._address)

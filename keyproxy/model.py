@@ -73,7 +73,8 @@ class RequestFields:
     """What a request's header fields say about it, apart from the values that differ from request to request.
 
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
-    head that goes upstream ends: what frames the body, and the empty line. `opens_tunnel`: a WebSocket handshake.
+    head that goes upstream ends: what frames the body, and the empty line. `says_close`: `close` is among the options of
+    Connection, so that nothing that follows is a request. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
     `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
     `has_idempotency_key`, `has_traceparent`: exactly one field of that name, whatever its value.
@@ -84,6 +85,7 @@ class RequestFields:
     has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
+    says_close: bool = False
     expects_continue: bool = False
     opens_tunnel: bool = False
     media_type: bytes = b""
@@ -113,15 +115,17 @@ class RequestHead:
     """A request line and fields that are well-formed HTTP/1.1, judged and taken apart.
 
     `line` and `fields` are shared between requests that are alike; the whole of it between requests on one connection
-    that are the same, byte for byte. So nothing of it changes once it is made. `block` holds the end-to-end header lines
-    as they came and in the order they came, without anything that ends at this proxy. `forwarded` holds X-Forwarded-* and
-    related fields, lower-case names, believed only from a trusted peer. `raw` is the head as it came, empty if it is not
-    to be compared with. `digest` is kept here once `credential` has found it.
+    that are the same, byte for byte. So nothing of it changes once `credential` has found the key. `block` holds the
+    end-to-end header lines as they came and in the order they came, without anything that ends at this proxy.
+    `forwarded` holds X-Forwarded-* and related fields, lower-case names, believed only from a trusted peer. `raw` is
+    the head as it came, empty if it is not to be compared with. `credential` keeps three things here: `digest`;
+    `key_part`, the bytes by which the key is found wherever else it stands; `is_free_of_key` once no other field holds
+    them any more.
     """
 
     __slots__ = (
-        "block", "content_length", "credentials", "digest", "fields", "forwarded", "has_body", "line", "raw",
-        "request_id",
+        "block", "content_length", "credentials", "digest", "fields", "forwarded", "has_body", "is_free_of_key",
+        "key_part", "line", "raw", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -143,6 +147,8 @@ class RequestHead:
         self.request_id: bytes | None = None
         self.raw = b""
         self.digest: KeyDigest | None = None
+        self.key_part = b""
+        self.is_free_of_key = False
 
     def __repr__(self) -> str:
         return f"RequestHead({self.line.method!r}, <{len(self.line.target)} bytes>)"

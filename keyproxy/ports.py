@@ -31,6 +31,7 @@ from keyproxy.model import (
     TokenUse,
 )
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.routes import KNOWN_METHODS
 from keyproxy.tokens.ask import TokenAsk
 from keyproxy.tokens.meter import Meter
 
@@ -194,6 +195,9 @@ class Exchange:
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Gate:
     """What the wire asks of the gateway."""
+
+    #: Methods that are served; a request with any other is refused.
+    methods: frozenset[bytes] = KNOWN_METHODS
 
     def request_id(self, head: RequestHead | None) -> bytes:
         """The client's own request id if it is sane, else a new one."""

@@ -17,6 +17,9 @@ from keyproxy.reasons import SPENT, Reason, Refusal, Row
 #: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
 
+#: What a 405 names. RFC 9110 section 15.5.6.
+_ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
 ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
@@ -68,6 +71,8 @@ class Problems:
             fields.append(
                 f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{refusal.missing_scope}"'
             )
+        if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            fields.append(_ALLOW)
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
         if refusal.is_futile:

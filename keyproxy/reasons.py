@@ -96,6 +96,27 @@ class Reason(enum.Enum):
         "Request malformed",
         "The request is not well-formed HTTP/1.1, or two servers could read it differently.",
     )
+    METHOD_NOT_ALLOWED = Row(
+        "method_not_allowed",
+        405,
+        Blame.CALLER,
+        "Method not allowed",
+        "This proxy does not serve TRACE: its response would repeat the request's headers.",
+    )
+    METHOD_NOT_IMPLEMENTED = Row(
+        "method_not_implemented",
+        501,
+        Blame.CALLER,
+        "Method not implemented",
+        "The request method is not registered for HTTP, and no route of this proxy names it.",
+    )
+    EXPECTATION_FAILED = Row(
+        "expectation_failed",
+        417,
+        Blame.CALLER,
+        "Expectation failed",
+        "The Expect header names something other than 100-continue.",
+    )
     SCOPE_INSUFFICIENT = Row(
         "insufficient_scope",
         403,

@@ -18,6 +18,21 @@ from urllib.parse import unquote_to_bytes
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
+#: Methods that are served without being named by a route: those registered for HTTP (RFC 9110 section 16.1.1), and some
+#: that are in wide use. Not CONNECT, which is for a forward proxy, and not TRACE, which repeats credentials.
+KNOWN_METHODS: Final = frozenset(
+    b"""
+    GET HEAD POST PUT PATCH DELETE OPTIONS QUERY
+    ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT COPY LABEL LINK LOCK MERGE MKACTIVITY MKCALENDAR MKCOL MKREDIRECTREF
+    MKWORKSPACE MOVE ORDERPATCH PROPFIND PROPPATCH REBIND REPORT SEARCH UNBIND UNCHECKOUT UNLINK UNLOCK UPDATE
+    UPDATEREDIRECTREF VERSION-CONTROL
+    M-SEARCH NOTIFY PURGE SOURCE SUBSCRIBE UNSUBSCRIBE
+    """.split()
+)
+
+#: Methods that are refused before any route is looked at.
+_NEVER_SERVED: Final = ("CONNECT", "TRACE")
+
 ANY_ROUTE: Final = Route(name="any")
 
 _METHOD = re.compile(r"\*|[A-Z][A-Z-]{0,19}")
@@ -71,6 +86,10 @@ class RouteTable:
         """Every value that the metric label `route` can take."""
         return [*(route.name for *_, route in self._compiled), ANY_ROUTE.name]
 
+    def methods(self) -> frozenset[bytes]:
+        """Every method that is served: the known ones, and those that a pattern names."""
+        return KNOWN_METHODS | {method for method, *_ in self._compiled if method is not None}
+
     def _first(self, method: bytes, path: bytes) -> Route | None:
         for wanted, pattern, route in self._compiled:
             if (wanted is None or wanted == method) and pattern.fullmatch(path):
@@ -94,6 +113,8 @@ def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
         raise InvalidPatternError(f"{text!r} is not 'METHOD /path'")
     if not _METHOD.fullmatch(method):
         raise InvalidPatternError(f"{method!r} in {text!r} is no method: use upper case, or * for any")
+    if method in _NEVER_SERVED:
+        raise InvalidPatternError(f"{text!r} can never match: {method} is refused")
     segments = path[1:].split("/")
     pattern = "".join(
         _segment(segment, text=text, is_last=place == len(segments) - 1) for place, segment in enumerate(segments)

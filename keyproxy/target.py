@@ -38,7 +38,7 @@ _BAD_SEGMENTS = re.compile(rb"\A//|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)")
 _BAD_DECODED = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])|[\x00-\x1f\x7f\\]", re.IGNORECASE)
 _DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
-_HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{1,5}))?")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
 _PORT_MAX = 65_535
 
 
@@ -62,7 +62,10 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
 
 
 def check_host(host: bytes) -> None:
-    """Raise the Refusal for a Host that is no `name`, `name:port` or bracketed IPv6 address."""
+    """Raise the Refusal for a Host that is no name or bracketed IPv6 address, with or without a port.
+
+    The port may be empty: RFC 3986 section 3.2.3.
+    """
     match = _HOST.fullmatch(host)
     if match is None or int(match[2] or 0) > _PORT_MAX:
         raise _refusal("the Host header is malformed")

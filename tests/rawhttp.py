@@ -87,8 +87,15 @@ class Client:
         self.writer.write(data)
         await self.writer.drain()
 
+    async def answers(self, *, method: str = "POST", seconds: float = 5.0) -> list[Message]:
+        """All answers to one request: interim ones, and last the final one."""
+        found = [await self.answer(method=method, seconds=seconds)]
+        while found[-1].status < 200:
+            found.append(await self.answer(method=method, seconds=seconds))
+        return found
+
     async def answer(self, *, method: str = "POST", seconds: float = 5.0) -> Message:
-        """The next final answer. Fails at the end of the connection."""
+        """The next answer, interim or final. Fails at the end of the connection."""
         async with asyncio.timeout(seconds):
             message = await read_head(self.reader)
             assert message is not None, "the connection ended without an answer"

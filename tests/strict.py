@@ -22,7 +22,7 @@ QUERY = frozenset(range(0x21, 0x7F)) - frozenset(b"\\#")
 #: More than these there are, but about these there is no doubt.
 METHODS = (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH")
 
-SINGLE = (b"host", b"content-length", b"transfer-encoding", b"content-type")
+SINGLE = (b"host", b"content-length", b"transfer-encoding")
 
 
 class Malformed(Exception):
@@ -43,11 +43,13 @@ class Request:
     fields: list[tuple[bytes, bytes]] = field(default_factory=list)
     is_certain: bool = True
     is_last: bool = False
+    says_close: bool = False
 
 
 @dataclass
 class Reading:
-    """What a stream holds: whole requests in order, and how it ends (`clean`, `malformed` or `incomplete`)."""
+    """What a stream holds: whole requests in order, and how it ends (`clean`, `malformed` or `incomplete`; `ignored` if
+    bytes come after a request with `Connection: close`)."""
 
     requests: list[Request]
     ending: str
@@ -63,7 +65,7 @@ def read(stream: bytes) -> Reading:
         if at == len(stream):
             return Reading(requests, "clean")
         if requests and requests[-1].is_last:
-            return Reading(requests, "malformed")
+            return Reading(requests, "ignored" if requests[-1].says_close else "malformed")
         try:
             request, at = _request(stream, at)
         except (Malformed, Incomplete) as error:
@@ -92,13 +94,17 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
     for name in SINGLE:
         if len(_all(fields, name)) > 1:
             raise Malformed
+    if len(set(_all(fields, b"content-type"))) > 1:
+        raise Malformed
     _judge_target(request, is_http_11=is_http_11)
     options = {option.strip(b" \t").lower() for value in _all(fields, b"connection") for option in value.split(b",")}
     request.is_last = b"close" in options or not (is_http_11 or b"keep-alive" in options)
     if options - {b"close", b"keep-alive", b""}:
         request.is_certain = False
-    if any(value.lower() != b"100-continue" for value in _all(fields, b"expect")):
-        raise Malformed
+    expected = {one.strip(b" \t").lower() for value in _all(fields, b"expect") for one in value.split(b",")}
+    if expected - {b"100-continue", b""} or request.method == b"TRACE":
+        raise Malformed  # well-formed, and to be refused all the same
+    request.says_close = b"close" in options
     return request, _body(stream, at, request, is_http_11=is_http_11)
 
 
@@ -193,8 +199,8 @@ def _judge_target(request: Request, *, is_http_11: bool) -> None:
 
 
 def _is_plain_host(host: bytes) -> bool:
-    name, colon, port = host.partition(b":")
-    return bool(name) and not set(name) - PLAIN - {0x2E} and (not colon or (port.isdigit() and len(port) < 6))
+    name, _, port = host.partition(b":")
+    return bool(name) and not set(name) - PLAIN - {0x2E} and (not port or (port.isdigit() and len(port) < 6))
 
 
 def _body(stream: bytes, at: int, request: Request, *, is_http_11: bool) -> int:

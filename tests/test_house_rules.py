@@ -6,6 +6,7 @@ This is the document of the rooms that cannot go stale. docs/decisions/ says why
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,15 +94,6 @@ MODULE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 70
 POSITIONAL_MAX = 5  # with self
 
-STANDARD = {
-    "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "configparser",
-    "contextlib", "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools",
-    "gc", "getpass", "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools",
-    "json", "logging", "math", "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets",
-    "select", "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading",
-    "time", "tomllib", "types", "typing", "urllib", "weakref", "zlib",
-}  # fmt: skip
-
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -152,7 +144,7 @@ def test_a_library_is_imported_only_in_its_home_and_never_below_the_edges(path: 
         if library in HOMES:
             assert here in HOMES[library], f"{library} in {here}"
         else:
-            assert library in STANDARD | {"keyproxy"}, f"{library} has no home"
+            assert library in sys.stdlib_module_names | {"keyproxy"}, f"{library} has no home"
         if RANKS[here] < PURE_BELOW:
             assert library not in IMPURE, f"{library} in the pure room {here}"
 

@@ -11,7 +11,7 @@ Where an answer comes from, and what becomes of the request meanwhile, is the ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers, ports
 from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
@@ -19,6 +19,8 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
 from keyproxy.wire.framing import LAST_CHUNK, chunk
 from keyproxy.wire.heads import has_no_body
+
+_CONTINUE: Final = 100
 
 if TYPE_CHECKING:
     from keyproxy.wire.client import ClientConnection
@@ -30,6 +32,9 @@ class Answering(ports.Exchange):
     is_tunnel: bool = False
     _answer: ResponseHead | None = None
     _has_begun_status_line: bool = False
+    #: Whether the client can tell by the end of the connection alone where the answer ends.
+    ends_with_close: bool = False
+    _has_interim: bool = False
     _is_chunked: bool = False
     _closes: bool = False
     #: The head of the upstream's answer, until what came with it is judged.
@@ -125,6 +130,21 @@ class Answering(ports.Exchange):
         """Whether the upstream has begun to answer."""
         return self._answer is not None
 
+    def interim_arrived(self, answer: ResponseHead) -> None:
+        """An interim response, such as 103. RFC 9110 section 15.2: to be relayed, unless it is ours to send.
+
+        HTTP/1.0 has none. A client that expects 100 has got it from us.
+        """
+        self._has_interim = True
+        head = self.head
+        if head is None or head.line.minor_version == 0:
+            return
+        if answer.line.status == _CONTINUE and head.fields.expects_continue:
+            return
+        out = answers.interim(answer, self.request_id)
+        self._client.send(out.removeprefix(answers.BEGINNING) if self._has_begun_status_line else out)
+        self._has_begun_status_line = False
+
     def answer_begins(self, answer: ResponseHead, now: float) -> None:
         """The head of the answer. It is written by `answer_arrived`, with what came with it."""
         head = self.head
@@ -141,6 +161,7 @@ class Answering(ports.Exchange):
             or self._server.is_draining
             or not (has_end or is_http_11)
         )
+        self.ends_with_close = not (has_end or is_http_11)
         lines = self._lines(answer, now)
         if not answer.fields.has_date:
             # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.

@@ -59,6 +59,11 @@ def own(answer: Answer, request_id: bytes, date: bytes, *, closes: bool, without
     )
 
 
+def interim(head: ResponseHead, request_id: bytes) -> bytes:
+    """An interim response (1xx), relayed."""
+    return b"%b%bX-Request-Id: %b\r\n\r\n" % (head.line.start, head.block, request_id)
+
+
 def relayed(
     head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:

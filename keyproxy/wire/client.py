@@ -117,7 +117,8 @@ class ClientConnection(ClientLine):
             self.abort()
         elif closes:
             is_read = exchange is not None and exchange.head is not None and exchange.is_complete
-            self._finish(lingers=not is_read or bool(self.stream.buffer))
+            ends_answer = exchange is not None and exchange.ends_with_close
+            self._finish(lingers=not is_read or bool(self.stream.buffer), ends_answer=ends_answer)
         else:
             if self._stalled_bytes is None:
                 self.deadline = now + self.server.listen.keepalive_timeout_seconds
@@ -168,6 +169,8 @@ class ClientConnection(ClientLine):
                 self.deadline = now + self.server.listen.body_idle_timeout_seconds
             else:
                 self.abort()
+        elif self._state is State.LINGERING:
+            self.close()
         elif self._state is not OPEN:
             self.abort()
         elif self.exchange is not None:

@@ -221,6 +221,7 @@ class Exchange(Answering):
         return (
             refusal.reason is Reason.UPSTREAM_UNREACHABLE
             and not self.has_answer
+            and not self._has_interim
             and not self._is_retry
             and head is not None
             and head.line.method in _IDEMPOTENT

@@ -22,8 +22,9 @@ from keyproxy import idempotency, target
 from keyproxy.headers import NOT_HOP_BY_HOP, FieldNames, Kind, states_limits
 from keyproxy.model import CredentialField, RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.routes import KNOWN_METHODS
+from keyproxy.wire.beginnings import with_uniform_method
 
-HEAD_END: Final = b"\r\n\r\n"
 SWITCHING_PROTOCOLS: Final = 101
 FIELDS_MAX: Final = 256
 CONTENT_LENGTH_DIGITS_MAX: Final = 18
@@ -33,6 +34,8 @@ _NOT_MODIFIED: Final = 304
 _OWS: Final = b" \t"
 _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
+_WEBSOCKET_VERSION: Final = b"13"
+
 Fields = Sequence[tuple[bytes, bytes]]
 
 
@@ -41,9 +44,11 @@ class JudgedFields:
 
     __slots__ = (
         "content_length",
+        "content_length_place",
         "content_type",
         "credentials",
         "expects_continue",
+        "fails_expectation",
         "forwarded",
         "host",
         "is_chunked",
@@ -61,9 +66,12 @@ class JudgedFields:
         self.request_id: bytes | None = None
         self.host: bytes | None = None
         self.content_length: int | None = None
-        self.content_type = False
+        #: Which of the fields it is; -1 without one.
+        self.content_length_place = -1
+        self.content_type: bytes | None = None
         self.is_chunked = False
         self.expects_continue = False
+        self.fails_expectation = False
         self.options: list[bytes] = []
         self.upgrades: list[bytes] = []
         self.usages: list[bytes] = []
@@ -76,7 +84,12 @@ class JudgedFields:
     @property
     def opens_tunnel(self) -> bool:
         """Whether this is one side of a WebSocket handshake. RFC 6455 section 4. Any other upgrade is not taken up."""
-        return self.upgrades == [b"websocket"] and b"upgrade" in self.options and not self.is_chunked
+        return self.names_websocket and b"upgrade" in self.options and not self.is_chunked
+
+    @property
+    def names_websocket(self) -> bool:
+        """Whether an Upgrade field names WebSocket."""
+        return any(b"websocket" in [one.strip(_OWS) for one in value.split(b",")] for value in self.upgrades)
 
     def keeps_alive(self, minor_version: int) -> bool:
         """Whether this side of the connection is to be used again. RFC 9112 section 9.3."""
@@ -86,18 +99,20 @@ class JudgedFields:
 
 
 def judge_request(
-    raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool]
+    raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool], methods: Collection[bytes] = KNOWN_METHODS
 ) -> tuple[RequestLine, RequestFields, JudgedFields]:
     """A request head out of its bytes, which end with an empty line and hold nothing after it.
 
-    `holds_key`: whether a target has a key in it.
+    `holds_key`: whether a target has a key in it. `methods`: those that are served.
 
-    Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
+    Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and of a head that is well-formed METHOD_NOT_ALLOWED,
+    METHOD_NOT_IMPLEMENTED or EXPECTATION_FAILED.
     """
     parts = _Parts()
     parser = httptools.HttpRequestParser(parts)
-    _parse(parser, parts, raw)
-    method, version = parser.get_method(), parser.get_http_version()
+    method = raw.partition(b" ")[0]
+    _parse(parser, parts, with_uniform_method(raw, method))
+    version = parser.get_http_version()
     if not raw.startswith(b"%b %b HTTP/%b\r\n" % (method, parts.start, version.encode())):
         raise _malformed("the request line is not 'METHOD target HTTP/1.x'")
     minor = _minor(version)
@@ -110,7 +125,11 @@ def judge_request(
         raise _malformed("HTTP/1.1 without a Host")
     if judged.is_chunked and (judged.content_length is not None or minor == 0):
         raise _malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+    opens_tunnel = minor == 1 and judged.names_websocket
+    if opens_tunnel:
+        _check_handshake(method, parts.fields, judged)
     going = target.judge(method, parts.start, judged.host)
+    _check_is_served(method, judged, methods)
     line = request_line(method, going, minor, holds_key=holds_key(going.target))
     media_type, codings = _content(parts.fields, judged)
     sent = [name.lower() for name, _ in parts.fields]
@@ -120,8 +139,9 @@ def judge_request(
         has_content_length=judged.content_length is not None,
         is_chunked=judged.is_chunked,
         keeps_alive=judged.keeps_alive(minor),
+        says_close=b"close" in judged.options,
         expects_continue=judged.expects_continue and minor == 1,
-        opens_tunnel=judged.opens_tunnel and method == b"GET" and minor == 1 and judged.content_length is None,
+        opens_tunnel=opens_tunnel,
         media_type=media_type,
         codings=codings,
         has_idempotency_key=sent.count(idempotency.NAME) == 1,
@@ -129,6 +149,35 @@ def judge_request(
         accepts_codings=b"accept-encoding" in sent,
     )
     return line, fields, judged
+
+
+def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> None:
+    """Raise the Refusal for a WebSocket handshake that lacks something. RFC 6455 section 4.2.1."""
+    lacks = ""
+    if method != b"GET" or judged.content_length is not None or judged.is_chunked:
+        lacks = "is a GET without a body"
+    elif b"upgrade" not in judged.options:
+        lacks = "has the Connection option Upgrade"
+    else:
+        key = [value for name, value in fields if name.lower() == b"sec-websocket-key"]
+        version = [value for name, value in fields if name.lower() == b"sec-websocket-version"]
+        if len(key) != 1 or not key[0]:
+            lacks = "has one Sec-WebSocket-Key"
+        elif version != [_WEBSOCKET_VERSION]:
+            lacks = "has one Sec-WebSocket-Version, which is 13"
+    if lacks:
+        sentence = f"A WebSocket handshake {lacks}."
+        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", said=sentence)
+
+
+def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:
+    """Raise the Refusal for a well-formed request that asks for something else than is served."""
+    if method == b"TRACE":
+        raise Refusal(Reason.METHOD_NOT_ALLOWED, "TRACE")
+    if method not in methods:
+        raise Refusal(Reason.METHOD_NOT_IMPLEMENTED, "a method that is neither registered nor named by a route")
+    if judged.fails_expectation:
+        raise Refusal(Reason.EXPECTATION_FAILED, "an Expect other than 100-continue")
 
 
 def request_line(method: bytes, going: target.Target, minor_version: int, *, holds_key: bool) -> RequestLine:
@@ -168,24 +217,6 @@ def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseF
         states_limits=any(states_limits(name) for name in going),
     )
     return line, fields, judged
-
-
-def check_beginning(buffer: bytes) -> None:
-    """Raise the Refusal for bytes that cannot begin a request, so that they need not be waited upon.
-
-    Asked once per request that arrives in pieces: a peer that sends single bytes must not make us parse for each.
-    """
-    if buffer.startswith(b"\r\n"):
-        raise _malformed("more than one empty line before a request")
-    head = buffer.partition(HEAD_END)[0]
-    if head.count(b"\n") != head.count(b"\r\n"):
-        raise _malformed("a line ends in a bare LF")
-    try:
-        httptools.HttpRequestParser(_Parts()).feed_data(buffer)
-    except httptools.HttpParserUpgrade:
-        pass
-    except httptools.HttpParserError as error:
-        raise _malformed(f"llhttp: {error}") from error
 
 
 def has_no_body(method: bytes, line: StatusLine) -> bool:
@@ -238,9 +269,11 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
         elif kind is Kind.UPGRADE:
             judged.upgrades.append(value.lower())
         elif kind is Kind.EXPECT and is_request:
-            if value.lower() != b"100-continue":
-                raise _malformed("an Expect other than 100-continue")
-            judged.expects_continue = True
+            for member in value.lower().split(b","):
+                if member.strip(_OWS) == b"100-continue":
+                    judged.expects_continue = True
+                elif member.strip(_OWS):
+                    judged.fails_expectation = True
         elif kind not in (Kind.HOP, Kind.RESERVED):
             is_forwarded = _judge_framing(judged, kind, value, is_request=is_request)
         judged.is_forwarded.append(is_forwarded)
@@ -269,14 +302,17 @@ def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request
         if not value.isdigit() or len(value) > CONTENT_LENGTH_DIGITS_MAX:
             raise _malformed("Content-Length is not a number")
         judged.content_length = int(value)
+        judged.content_length_place = len(judged.is_forwarded)
     elif is_request and kind is Kind.HOST:
         if judged.host is not None:
             raise _malformed("more than one Host")
         judged.host = value
     elif is_request and kind is Kind.CONTENT_TYPE:
-        if judged.content_type:
-            raise _malformed("more than one Content-Type")
-        judged.content_type = True
+        if judged.content_type is not None:
+            if judged.content_type != value:
+                raise _malformed("Content-Types that differ")
+            return False
+        judged.content_type = value
     return True
 
 

@@ -2,9 +2,9 @@
 
     open -> lingering -> closing
 
-A clean end is a close, an answer that could not be completed is a reset. After a refusal the rest of a request is read
-and thrown away, within bounds, so that the client gets to read the answer: closing at once would make the kernel reset
-the connection (RFC 9112 section 9.6).
+A clean end is a close, an answer that could not be completed is a reset. When a request is answered before all of it has
+arrived, the rest is read and thrown away, within bounds, so that the client gets to read the answer: closing at once
+would make the kernel reset the connection (RFC 9112 section 9.6). Many clients send all of a body before they read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from typing import Final
 
 from keyproxy.wire.deadlines import NO_DEADLINE
 
-_LINGER_BYTES_MAX: Final = 1_048_576
-_LINGER_SECONDS: Final = 2.0
+#: How much of a request is thrown away, for how long in all, and how long nothing of it may arrive.
+_LINGER_BYTES_MAX: Final = 67_108_864
+_LINGER_SECONDS: Final = 10.0
+_LINGER_IDLE_SECONDS: Final = 2.0
 
 #: SO_LINGER on, zero seconds: closing sends a reset, which no client takes for a clean end.
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -52,6 +54,7 @@ class ClientLine(asyncio.Protocol):
         self._is_paused = False
         self._has_ended = False
         self._lingered_bytes = 0
+        self._lingers_until = 0.0
 
     def send(self, data: bytes) -> None:
         """Write to the client."""
@@ -97,24 +100,30 @@ class ClientLine(asyncio.Protocol):
         poll.register(sock.fileno(), 0)
         return any(events & _GONE for _, events in poll.poll(0))
 
-    def _finish(self, *, lingers: bool) -> None:
-        """Close; `lingers`: the client may still be sending what nobody will read."""
+    def _finish(self, *, lingers: bool, ends_answer: bool) -> None:
+        """Close. `lingers`: the client may still be sending; `ends_answer`: it takes the close for the answer's end."""
         transport = self._transport
         if transport is None:
             return
-        if not lingers or self._has_ended or not transport.can_write_eof():
+        can_end = transport.can_write_eof()  # TLS cannot: there the client closes once it has read the answer
+        if not lingers or self._has_ended or (ends_answer and not can_end):
             self.close()
             return
         self._state = State.LINGERING
         self.resume()
-        transport.write_eof()
-        self.deadline = self._clock() + _LINGER_SECONDS
+        if can_end:
+            transport.write_eof()
+        now = self._clock()
+        self._lingers_until = now + _LINGER_SECONDS
+        self.deadline = now + _LINGER_IDLE_SECONDS
 
     def _throw_away(self, data: bytes) -> None:
         """What arrives while lingering."""
         self._lingered_bytes += len(data)
         if self._lingered_bytes > _LINGER_BYTES_MAX:
             self.close()
+        else:
+            self.deadline = min(self._lingers_until, self._clock() + _LINGER_IDLE_SECONDS)
 
     def _unsent(self) -> int:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0

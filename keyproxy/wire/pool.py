@@ -207,6 +207,12 @@ class UpstreamPool:
             reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
+    def _waited_too_long(self) -> Refusal:
+        """Why a request got no connection in time: all are in use, or those that were begun do not come about."""
+        if len(self._open) >= self.settings.connections_max:
+            return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
+        return Refusal(Reason.UPSTREAM_UNREACHABLE, "connecting failed: timed out")
+
     def _make_room(self, now: float) -> None:
         """Every connection is in use and somebody waits: whose client hardly sends its body has to give way."""
         if now < self._next_look_mono:
@@ -224,7 +230,7 @@ class UpstreamPool:
         patience = self.settings.connect_timeout_seconds
         while self._waiting and now - next(iter(self._waiting.values())) >= patience:
             exchange, _ = self._waiting.popitem(last=False)
-            exchange.upstream_lost(Refusal(Reason.OVERLOADED, "no upstream connection became free in time"))
+            exchange.upstream_lost(self._waited_too_long())
         if self._idle or self._waiting:
             self._expiry = self._loop.call_later(min(patience, 1.0), self._expire)
 
@@ -235,8 +241,11 @@ class UpstreamPool:
 
 def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
     """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
+    fileno = connection.fileno()
+    if fileno < 0:
+        return True  # below TLS, whose transport does not know yet
     poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
+    poll.register(fileno, select.POLLIN)
     return bool(poll.poll(0))
 
 

@@ -34,6 +34,7 @@ from keyproxy.model import (
     StatusLine,
 )
 from keyproxy.reasons import Refusal
+from keyproxy.routes import KNOWN_METHODS
 from keyproxy.wire.heads import JudgedFields, judge_request, judge_response, request_line
 from keyproxy.wire.shapes import CRLF, Meaning, Shape
 
@@ -150,9 +151,12 @@ class RequestReader(_Reader[RequestFields]):
 
     _varies = _VARYING_KINDS
 
-    def __init__(self, names: FieldNames, holds_key: Callable[[bytes], bool]) -> None:
-        """`holds_key`: whether a target has a key in it; such a line is not remembered."""
+    def __init__(
+        self, names: FieldNames, holds_key: Callable[[bytes], bool], methods: frozenset[bytes] = KNOWN_METHODS
+    ) -> None:
+        """`holds_key`: whether a target has a key in it; such a line is not remembered. `methods`: those served."""
         super().__init__(names)
+        self.methods: Final = methods
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
@@ -161,7 +165,7 @@ class RequestReader(_Reader[RequestFields]):
 
         `like`: the head that it is likely to resemble, the last one on this connection. The same bytes are the same head.
 
-        Raises a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE).
+        Raises a Refusal, as `judge_request` does.
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
@@ -181,7 +185,7 @@ class RequestReader(_Reader[RequestFields]):
             return self._judge(buffer[: end + 4])
         head = _filled(line, shape, values)
         if like is not None and head.credentials == like.credentials:
-            head.digest = like.digest
+            head.digest, head.key_part = like.digest, like.key_part
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
         return head
@@ -199,7 +203,7 @@ class RequestReader(_Reader[RequestFields]):
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.target))
 
     def _judge(self, raw: bytes) -> RequestHead:
-        line, fields, judged = judge_request(raw, self._names, self._holds_key)
+        line, fields, judged = judge_request(raw, self._names, self._holds_key, self.methods)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
@@ -207,7 +211,9 @@ class RequestReader(_Reader[RequestFields]):
         is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
         if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
             self._start_lines[start] = line
-        self._remember(line.minor_version, fields, lines, judged)
+        # Handshakes are judged each time: that they are complete depends on the method and on values.
+        if not fields.opens_tunnel:
+            self._remember(line.minor_version, fields, lines, judged)
         head = RequestHead(line, fields, _block(lines, judged), tuple(judged.credentials), judged.content_length or 0)
         head.request_id = judged.request_id
         head.forwarded = tuple(judged.forwarded)
@@ -277,5 +283,9 @@ def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[byt
 
 
 def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
-    """The forwarded lines of a head that was judged just now."""
+    """The forwarded lines of a head that was judged just now, its length written as servers agree on it."""
+    place = judged.content_length_place
+    if place >= 0:
+        lines = [*lines]
+        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], judged.content_length or 0)
     return b"".join([line + CRLF for line, goes_on in zip(lines, judged.is_forwarded, strict=True) if goes_on])

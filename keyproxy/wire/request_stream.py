@@ -15,8 +15,8 @@ from typing import Final
 from keyproxy.headers import NOT_IN_TRAILERS
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.beginnings import HEAD_END, check_beginning
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
-from keyproxy.wire.heads import HEAD_END, check_beginning
 from keyproxy.wire.readers import RequestReader
 
 _SURPLUS_CHECKED_BYTES: Final = 2_048
@@ -52,7 +52,7 @@ class RequestStream:
             buffer = self.buffer = buffer[2:]
         end = buffer.find(HEAD_END)
         if end < 0 or end > bytes_max:
-            self._check_unfinished(buffer, bytes_max)
+            self._check_unfinished(buffer, reader, bytes_max)
             return None
         head = self.last_head = reader.read(buffer, end, self.last_head)
         content, rest = b"", buffer[end + 4 :]
@@ -64,7 +64,7 @@ class RequestStream:
         if rest == b"\r\n" and not head.fields.opens_tunnel:
             rest = b""  # some clients have always sent an empty line after a body: it belongs to no request
         elif rest:
-            _check_surplus(head, rest)
+            _check_surplus(head, rest, reader)
         self.buffer = rest
         self.checked_bytes = 0
         self._has_skipped_line = False
@@ -85,23 +85,32 @@ class RequestStream:
         self.buffer = b""
         self.last_head = None
 
-    def _check_unfinished(self, buffer: bytes, bytes_max: int) -> None:
+    def _check_unfinished(self, buffer: bytes, reader: RequestReader, bytes_max: int) -> None:
         """Raises a Refusal if this will never become a head."""
         if len(buffer) > bytes_max:
             raise Refusal(Reason.HEADERS_TOO_LARGE)
         if len(buffer) >= 2 * self.checked_bytes:
             # Only once it has doubled: single bytes must not make us judge all that has come, for each.
             self.checked_bytes = len(buffer)
-            check_beginning(buffer)
+            check_beginning(buffer, reader.methods)
 
 
 def _chunked(reader: RequestReader) -> Body:
     return ChunkedBody(lambda name: reader.kind(name) in NOT_IN_TRAILERS)
 
 
-def _check_surplus(head: RequestHead, rest: bytes) -> None:
-    """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends."""
-    if not head.fields.keeps_alive or head.fields.opens_tunnel:
-        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after a request that closes the connection, or changes protocol")
+def _check_surplus(head: RequestHead, rest: bytes, reader: RequestReader) -> None:
+    """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends.
+
+    After `Connection: close` they are no request, whatever they look like: they are not read, and so not forwarded
+    (RFC 9112 section 9.6). An HTTP/1.0 client that does not say so may believe that it has sent another request.
+    """
+    if head.fields.opens_tunnel:
+        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after a request that changes the protocol")
+    if head.fields.says_close:
+        return
+    if not head.fields.keeps_alive:
+        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an HTTP/1.0 request that ends the connection")
     # The beginning of it: a client that sends thousands of requests at once must not make us parse all for each.
-    check_beginning(rest[:_SURPLUS_CHECKED_BYTES].removeprefix(b"\r\n"))
+    beginning = rest[:_SURPLUS_CHECKED_BYTES].removeprefix(b"\r\n")
+    check_beginning(beginning, reader.methods, follows=True)

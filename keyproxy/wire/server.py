@@ -19,12 +19,13 @@ from typing import Final
 from keyproxy import clock as clock_room
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.ports import Gate, Recorder
-from keyproxy.problems import Problems
+from keyproxy.problems import Answer, Problems
 from keyproxy.settings import Listen
-from keyproxy.wire.answers import DateField
+from keyproxy.wire import answers
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.collector import Room
 from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.handshake import Accepted
 from keyproxy.wire.listener import Listener
 from keyproxy.wire.pool import Upstreams
 from keyproxy.wire.readers import RequestReader
@@ -67,7 +68,7 @@ class ProxyServer:
         self.recorder = recorder
         self.clock = clock
         self._wall = wall
-        self._date = DateField()
+        self._date = answers.DateField()
         self.loop = loop
         self.is_draining = False
         #: For bodies that are read whole.
@@ -89,7 +90,7 @@ class ProxyServer:
         self.names = terms.names
         self.problems = terms.problems
         self.trust = terms.trust
-        self.requests = RequestReader(terms.names, terms.gate.holds_key)
+        self.requests = RequestReader(terms.names, terms.gate.holds_key, terms.gate.methods)
         self._tls = terms.tls
 
     def start(self, sock: socket.socket) -> None:
@@ -177,6 +178,10 @@ class ProxyServer:
         """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
         tls = self._tls
         seconds = self.listen.header_timeout_seconds if tls is not None else None
+        accepted = None
+        if tls is not None:
+            accepted = Accepted(sock, self._without_tls)
+            accepted.open()
         try:
             await self.loop.connect_accepted_socket(
                 self._connection, sock, ssl=tls, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds
@@ -184,6 +189,14 @@ class ProxyServer:
         except OSError:
             # Of TLS alone: a client that speaks something else, shows no certificate, takes too long, or has left.
             self._unopened += 1
+            if accepted is not None:
+                await accepted.close(self.loop)
+
+    def _without_tls(self) -> bytes:
+        """The response to a request that came without TLS to a port that speaks it."""
+        fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
+        answer = Answer(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
+        return answers.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
 
     def _has_room(self) -> bool:
         opening = self._listener.opening() if self._listener is not None else 0

@@ -21,7 +21,9 @@ CRLF: Final = b"\r\n"
 
 #: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. It never gives back what it has matched.
 _VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
-_NUMBER: Final = b"([0-9]{1,%d})" % CONTENT_LENGTH_DIGITS_MAX
+
+#: A length as it is forwarded. One that is written in another way is judged, and rewritten.
+_NUMBER: Final = b"(0|[1-9][0-9]{0,%d})" % (CONTENT_LENGTH_DIGITS_MAX - 1)
 
 LEARNT_AFTER: Final = 8
 

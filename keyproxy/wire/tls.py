@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import ssl
+import sys
 from typing import Final
 
 from keyproxy import settings
+from keyproxy.wire.handshake import PROTOCOL, TlsContext, refuse_other_protocols
 
 #: Attribute types of a distinguished name, by OpenSSL's long names. RFC 4514 section 3.
 _SHORT_NAMES: Final = {
@@ -31,10 +33,12 @@ class TlsError(Exception):
 
 def server_context(certificate_file: str, key_file: str, client_ca_file: str = "") -> ssl.SSLContext:
     """For the proxied port. `client_ca_file`: clients have to show a certificate of one of these. Raises TlsError."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Offered and chosen: HTTP/1.1. A client that insists on HTTP/2 is told in the handshake, not by a 400.
-    context.set_alpn_protocols(["http/1.1"])
+    # A client that offers nothing but HTTP/2 learns that in the handshake and not by a 400. OpenSSL's own callback for
+    # ALPN, as Python sets it, goes on without a protocol.
+    context.set_alpn_protocols([PROTOCOL.decode("ascii")])
+    context.sni_callback = refuse_other_protocols
     show(context, certificate_file, key_file)
     if client_ca_file:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -42,6 +46,14 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
             context.load_verify_locations(client_ca_file)
         except (OSError, ssl.SSLError) as error:
             raise TlsError(f"{client_ca_file}: {_why(error)}") from error
+    return context
+
+
+def _context(protocol: int) -> TlsContext:
+    """As `ssl.create_default_context` makes it, which makes no subclass."""
+    context = TlsContext(protocol)
+    if sys.version_info >= (3, 13):
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
     return context
 
 
@@ -57,11 +69,15 @@ def show(context: ssl.SSLContext, certificate_file: str, key_file: str) -> None:
 def client_context(ca_file: str = "") -> ssl.SSLContext:
     """For an https upstream: its name is verified. `ca_file`: instead of the system's authorities. Raises TlsError."""
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        context = _context(ssl.PROTOCOL_TLS_CLIENT)
+        if ca_file:
+            context.load_verify_locations(ca_file)
+        else:
+            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     except (OSError, ssl.SSLError) as error:
         raise TlsError(f"{ca_file}: {_why(error)}") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([PROTOCOL.decode("ascii")])
     return context
 
 

@@ -8,17 +8,22 @@ else's answer (CVE-2023-28859 is that mistake in another protocol).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
+import os
+import select
 import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import Kind
 from keyproxy.model import ResponseHead
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.beginnings import HEAD_END, check_response_beginning
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.heads import HEAD_END, SWITCHING_PROTOCOLS, has_no_body
+from keyproxy.wire.handshake import TlsObject
+from keyproxy.wire.heads import SWITCHING_PROTOCOLS, has_no_body
 from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
@@ -28,6 +33,14 @@ if TYPE_CHECKING:
 HEAD_BYTES_MAX: Final = 65_536
 _INTERIM_MAX: Final = 16
 _FINAL: Final = 200
+_ERROR: Final = 400
+
+#: What is held of a request while an answer is being read. Then its client is read no further.
+_KEPT_BYTES_MAX: Final = 65_536
+
+#: How much is read of an answer whose upstream has reset the connection.
+_LEFT_READ_BYTES: Final = 65_536
+_LEFT_READS_MAX: Final = 16
 
 #: A body that arrives more slowly than this does not keep others from a connection for long.
 _SLOW_BYTES_PER_SECOND: Final = 1024
@@ -57,6 +70,11 @@ class UpstreamConnection(asyncio.Protocol):
         self._interim = 0
         self._is_suspect = False
         self._is_full = False
+        self._is_refused = False
+        #: What is to be written once it is clear that the upstream has not answered already.
+        self._kept = b""
+        #: Of the socket below TLS, while a request is being sent in pieces.
+        self._duplicate = -1
         self._tls: ssl.SSLObject | None = None
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
@@ -84,7 +102,11 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and self._exchange is not None:
+            self._read_what_is_left()
+        self._forget_duplicate()
         self._transport = None
+        self._kept = b""
         self._pool.forget(self)
         exchange = self._exchange
         if exchange is None:
@@ -119,24 +141,42 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._interim = 0
         self._is_suspect = False
+        self._is_refused = False
         self._request_is_written = is_last
         # While the request is still being sent, how long that may take is the client side's to say.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
+        if self._tls is not None and (not is_last or len(data) > _KEPT_BYTES_MAX):
+            with contextlib.suppress(OSError):
+                self._duplicate = os.dup(self.fileno())
         if self._transport is not None:
             self._transport.write(data)
 
     def send(self, data: bytes, *, is_last: bool) -> None:
-        """Write more of the request."""
+        """Write more of the request.
+
+        An upstream may answer before it has got all of it, and close: writing on meets a reset, after which a part of the
+        answer may not be had any more. So what has arrived is read before more is written.
+        """
         self._request_is_written = is_last
         self._watch(self._clock())
-        if data and self._transport is not None:
+        if not data or self._transport is None or not self.is_open:
+            return
+        if self._kept or self._must_read_first():
+            is_first, self._kept = not self._kept, self._kept + data
+            if is_first:
+                self._loop.call_soon(self._send_kept)
+            if len(self._kept) > _KEPT_BYTES_MAX and self._exchange is not None:
+                self._exchange.pause_request()
+        elif not self._is_refused:
             self._transport.write(data)
 
     def exchange_over(self, now: float, *, is_clean: bool) -> None:
         """The exchange is over: the connection goes back to the pool if it can be reused."""
         self._exchange = None
+        self._forget_duplicate()
         body, self._body = self._body, None
-        if is_clean and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
+        is_written, self._kept = not self._kept, b""
+        if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
                 self.resume()
@@ -185,6 +225,56 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the connection can still be written to, as far as is known."""
         return self._transport is not None and not self._transport.is_closing()
 
+    def _send_kept(self) -> None:
+        """Write what was kept back; once more later if there is still something to read."""
+        if self._transport is None or self._exchange is None:
+            self._kept = b""
+        elif self._must_read_first():
+            self._loop.call_soon(self._send_kept)
+        else:
+            kept, self._kept = self._kept, b""
+            if not self._is_refused:
+                self._transport.write(kept)
+            if not self._is_full:
+                self._exchange.resume_request()
+
+    def _must_read_first(self) -> bool:
+        """Whether there is something to read that may be an answer: bytes, or the end of the connection."""
+        if self._body is not None or self._is_paused:
+            return False
+        fileno = self.fileno()
+        if fileno < 0:
+            return True
+        poll = select.poll()
+        poll.register(fileno, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _read_what_is_left(self) -> None:
+        """Read what the upstream had sent before writing to it failed.
+
+        The socket is open until this has returned; below TLS it is closed already, and its duplicate is open.
+        """
+        tls = self._tls
+        fileno = self.fileno() if tls is None else self._duplicate
+        if fileno < 0:
+            return
+        for _ in range(_LEFT_READS_MAX):
+            try:
+                data = os.read(fileno, _LEFT_READ_BYTES)
+            except OSError:
+                return
+            if not data:
+                return
+            if isinstance(tls, TlsObject):
+                data = tls.decrypt(data)
+            if data and self._exchange is not None:
+                self.data_received(data)
+
+    def _forget_duplicate(self) -> None:
+        if self._duplicate >= 0:
+            os.close(self._duplicate)
+            self._duplicate = -1
+
     def fileno(self) -> int:
         """The socket's file descriptor, -1 if closed."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
@@ -201,17 +291,19 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _read(self, exchange: Exchange, buffer: bytes, now: float) -> None:
         body = self._body
+        checked_bytes = len(self._buffer)
         while body is None:
             end = buffer.find(HEAD_END)
             if not 0 <= end <= HEAD_BYTES_MAX:
                 if len(buffer) > HEAD_BYTES_MAX:
                     raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head has more than {HEAD_BYTES_MAX} bytes")
+                check_response_beginning(buffer, checked_bytes)
                 # Its deadline stays: a head may not trickle for as long as it likes.
                 self._buffer = buffer
                 return
             head = self._pool.responses.read(buffer, end, self._like)
             self._like = head
-            buffer = buffer[end + 4 :]
+            buffer, checked_bytes = buffer[end + 4 :], 0
             status = head.line.status
             if head.line.ends_with_head and (head.fields.has_content_length or head.fields.is_chunked):
                 # What it announces does not belong to it, and may come all the same: nobody else is to get that.
@@ -219,6 +311,8 @@ class UpstreamConnection(asyncio.Protocol):
                 head = _without_length(head)
             if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
+                # It will not read the rest of the request. RFC 9112 section 9.3: cease to send it.
+                self._is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)
                 exchange.answer_begins(head, now)
             elif head.fields.opens_tunnel and exchange.asks_for_tunnel:
@@ -230,6 +324,7 @@ class UpstreamConnection(asyncio.Protocol):
             else:
                 self._interim += 1
                 self._watch(now)
+                exchange.interim_arrived(head)
         content, self._buffer = body.feed(buffer)
         if body.is_complete:
             exchange.answer_arrived(content, now, is_last=True)

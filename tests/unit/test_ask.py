@@ -161,7 +161,10 @@ def test_embeddings_put_nothing_out_and_a_route_of_any_kind_may_put_out_without_
 
 @pytest.mark.parametrize("kind", ["openai", "anthropic", "header"])
 def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
-    raw = b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    raw = (
+        b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
     handshake = RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
     assert ask_of(kind, handshake, b"", bytes_max=1).maximum is None
 

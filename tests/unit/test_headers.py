@@ -144,6 +144,24 @@ def test_a_trusted_peer_s_claims_are_kept_and_its_address_added(trusted: list[st
 
 
 @pytest.mark.parametrize(
+    ("sent", "forwarded"),
+    [
+        ([b""], b"10.0.0.1"),
+        ([b"", b""], b"10.0.0.1"),
+        ([b"192.0.2.1,"], b"192.0.2.1, 10.0.0.1"),
+        ([b", ,192.0.2.1 ,\t, 192.0.2.2"], b"192.0.2.1, 192.0.2.2, 10.0.0.1"),
+        ([b"192.0.2.1", b"", b"unknown"], b"192.0.2.1, unknown, 10.0.0.1"),
+    ],
+)
+def test_an_empty_claim_of_a_trusted_peer_is_none(sent: list[bytes], forwarded: bytes) -> None:
+    claims = [(b"x-forwarded-for", value) for value in sent]
+    empty = [(name, b"") for name in (b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded")]
+    block = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: a.example\r\n" % forwarded
+    assert TrustRule(["10.0.0.1"]).forwarding("10.0.0.1", is_tls=False).block(head(*claims, *empty)) == block
+    assert TrustRule([]).forwarding("10.0.0.1", is_tls=False).block(head(*claims, *empty)) == OURS
+
+
+@pytest.mark.parametrize(
     ("address", "trusted", "is_tls", "block"),
     [
         ("::ffff:10.0.0.1", ["10.0.0.0/8"], False, b"X-Forwarded-For: c, 10.0.0.1\r\nX-Forwarded-Proto: http\r\n"),

@@ -10,7 +10,11 @@ from hypothesis import given
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire.heads import JudgedFields, check_beginning, has_no_body, judge_request, judge_response
+from keyproxy.routes import KNOWN_METHODS
+from keyproxy.wire.beginnings import check_beginning
+from keyproxy.wire.heads import JudgedFields, has_no_body, judge_request, judge_response
+from keyproxy.wire.readers import RequestReader, ResponseReader
+from keyproxy.wire.shapes import LEARNT_AFTER
 from tests import fakes
 from tests.unit import soup
 
@@ -69,8 +73,9 @@ def test_a_request_line_goes_on_as_http_1_1_in_origin_form(start: bytes, target:
         b" GET / HTTP/1.1",
         b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1", b"GET /\tHTTP/1.1", b"GET\x0b/ HTTP/1.1", b"GET  HTTP/1.1",
         b"\r\nGET / HTTP/1.1", b"\nGET / HTTP/1.1", b"\xef\xbb\xbfGET / HTTP/1.1", b"\x00GET / HTTP/1.1",
-        b"get / HTTP/1.1", b"Get / HTTP/1.1", b"FOO / HTTP/1.1", b"G\x00T / HTTP/1.1", b"CONNECT a.example:80 HTTP/1.1",
-        b"CONNECT / HTTP/1.1", b"PRI * HTTP/2.0", b"PRI / HTTP/1.1", b"DESCRIBE / HTTP/1.1",
+        b"G\x00T / HTTP/1.1", b"CONNECT a.example:80 HTTP/1.1", b"G@T / HTTP/1.1", b"-@ / HTTP/1.1",
+        b"CONNECT / HTTP/1.1", b"PRI * HTTP/2.0", b"PRI * HTTP/1.1", b"A" * 33 + b" / HTTP/1.1", b"FOO / HTTP/1.2",
+        b"FOO /a/../b HTTP/1.1", b"TRACE /a/../b HTTP/1.1", b"TRACE * HTTP/1.1",
         b"GET / http/1.1", b"GET / HTTP/0.9", b"GET / HTTP/1.2", b"GET / HTTP/2.0", b"GET / HTTP/1", b"GET / HTTP/1.10",
         b"GET / HTTP/01.1", b"GET / HTTP/1.1\x00", b"GET / HTTP /1.1", b"GET / HTTPS/1.1", b"GET / RTSP/1.0",
         b"SOURCE / ICE/1.0", b"GET / HTTP/+1.1", b"GET / HTTP/1,1", b"GET / HTTP/\xb9.1",
@@ -85,11 +90,41 @@ def test_any_other_request_line_is_refused(start: bytes) -> None:
     assert refused(request(start=start)) is Reason.REQUEST_MALFORMED
 
 
+@pytest.mark.parametrize(
+    "method",
+    [b"get", b"Get", b"FOO", b"PRI", b"DESCRIBE", b"TRACK", b"GETX", b"GE", b"-", b"X!#$%&'*+.^_`|~0-9", b"A" * 32],
+)
+def test_a_method_that_is_not_registered_is_not_implemented_unless_a_route_names_it(method: bytes) -> None:
+    raw = request(start=b"%b /a HTTP/1.1" % method)
+    assert refused(raw) is Reason.METHOD_NOT_IMPLEMENTED
+    line, _, _ = judge_request(raw, NAMES, fakes.holds_key, {method})
+    assert line.start == b"%b /a HTTP/1.1\r\n" % method
+
+
+@pytest.mark.parametrize("method", sorted(KNOWN_METHODS))
+def test_every_registered_method_is_forwarded_as_it_came(method: bytes) -> None:
+    line, _, judged = accepted(request(b"Content-Length: 5", start=b"%b /a HTTP/1.1" % method))
+    assert (line.method, line.start) == (method, b"%b /a HTTP/1.1\r\n" % method)
+    assert judged.content_length == 5
+
+
+def test_trace_is_not_allowed() -> None:
+    assert refused(request(start=b"TRACE / HTTP/1.1")) is Reason.METHOD_NOT_ALLOWED
+
+
+@pytest.mark.parametrize("fields", [b"Transfer-Encoding: x", b"Host: b", b"X : y", b"Content-Length: +5"])
+@pytest.mark.parametrize("start", [b"FOO / HTTP/1.1", b"TRACE / HTTP/1.1"])
+def test_what_is_malformed_is_refused_as_that_whatever_its_method(start: bytes, fields: bytes) -> None:
+    assert refused(request(fields, start=start)) is Reason.REQUEST_MALFORMED
+
+
 # -- Host
 
 
 @pytest.mark.parametrize(
-    "host", [b"a", b"a.example:80", b"[::1]:80", b"  a", b"\ta\t"], ids=lambda host: host.decode().strip()
+    "host",
+    [b"a", b"a.example:80", b"[::1]:80", b"a:", b"[::1]:", b"  a", b"\ta\t"],
+    ids=lambda host: host.decode().strip(),
 )
 def test_one_well_formed_host_is_asked_for(host: bytes) -> None:
     _, fields, _ = accepted(request(host=b"hOsT:%b\r\n" % host))
@@ -101,7 +136,7 @@ def test_one_well_formed_host_is_asked_for(host: bytes) -> None:
     "host",
     [
         b"Host:\r\n", b"Host: \r\n", b"Host: a b\r\n", b"Host: a,b\r\n", b"Host: a/b\r\n", b"Host: u@a\r\n",
-        b"Host: a:\r\n",
+        b"Host: a::\r\n", b"Host: :\r\n", b"Host: :80\r\n",
         b"Host: a:x\r\n", b"Host: \xe9\r\n", b"Host: [::1\r\n", HOST + HOST, HOST + b"host: b\r\n", HOST + b"Host:\r\n",
         b"Host : a\r\n", b" Host: a\r\n", b"Host: a\r\n .example\r\n",
     ],
@@ -137,9 +172,8 @@ def test_only_http_1_0_may_come_without_host() -> None:
         b"Content_Length: 5", b"Transfer_Encoding: chunked", b"X_Api_Key: k", b"X-Keyproxy.User: u",
         b"X!Keyproxy!User: u",
         # Repeated.
-        b"Content-Type: a\r\nContent-Type: a", b"content-type: a\r\nCONTENT-TYPE: b",
-        # Expectations.
-        b"Expect: 200-ok", b"Expect:", b"Expect: 100-continue, x", b"Expect: 100-continue\r\nExpect: x",
+        b"Content-Type: a\r\nContent-Type: A", b"content-type: a\r\nCONTENT-TYPE: b",
+        b"Content-Type: a\r\nContent-Type: a\r\nContent-Type: b", b"Content-Type: a\r\nContent-Type:",
         # Connection options that would make it another message.
         b"Connection: host", b"Connection: close, Content-Length", b"Connection: TRANSFER-ENCODING",
         b"Connection: x\r\nConnection: content-type",
@@ -158,11 +192,12 @@ def test_fields_that_two_servers_could_read_differently_are_refused(field: bytes
         (b"X: \x80\xff \xc3\xa9\t\"\\", b"X"),
         (b"X: 1\r\nx: 2\r\nX: 3", b"X x X"),
         (b"Content-Length: 5\r\nContent-Type: a", b"Content-Length Content-Type"),
+        (b"Content-Type: a\r\ncontent-type:  a \r\nX: b\r\nCONTENT-TYPE:a", b"Content-Type X"),
         (b"Transfer-Encoding: chunked", b""),
         (b"Expect: 100-continue\r\nX: a", b"X"),
         (b"Authorization: Api-Key k\r\nx-api-key: k\r\nX: a", b"X"),
         (b"X-Forwarded-For: x\r\nForwarded: x\r\nx-real-ip: x\r\nX-FORWARDED-ANYTHING: x", b""),
-        (b"Keep-Alive: x\r\nProxy-Connection: close\r\nTE: trailers\r\nTrailer: x\r\nUpgrade: websocket", b""),
+        (b"Keep-Alive: x\r\nProxy-Connection: close\r\nTE: trailers\r\nTrailer: x\r\nUpgrade: h2c", b""),
         (b"Proxy-Authorization: x\r\nHTTP2-Settings: x\r\nX: a", b"X"),
         (b"X-Request-Id: r", b""),
         (b"X-Keyproxy-User: u\r\nx_keyproxy_user: u\r\nX_KEYPROXY-Test: u\r\nX-Keyproxy-: u\r\nX_Request_Id: r", b""),
@@ -215,6 +250,18 @@ def test_a_content_length_is_up_to_18_digits(value: bytes) -> None:
         answered(response(b"Content-Length:" + value)),
     ):
         assert (fields.has_content_length, judged.content_length, fields.is_chunked) == (True, int(value), False)
+
+
+@pytest.mark.parametrize(
+    "field", [b"content-length:5", b"Content-Length: 005", b"Content-Length:\t 5 ", b"CONTENT-LENGTH: 0"]
+)
+def test_a_content_length_is_forwarded_as_plain_digits(field: bytes) -> None:
+    name, _, value = field.partition(b":")
+    raw = request(b"X: a\r\n" + field + b"\r\nY: b")
+    head = RequestReader(NAMES, fakes.holds_key).read(raw, len(raw) - 4)
+    assert head.block == HOST + b"X: a\r\n%b: %d\r\nY: b\r\n" % (name, int(value))
+    raw = response(b"X: a\r\n" + field)
+    assert ResponseReader(NAMES).read(raw, len(raw) - 4).block == b"X: a\r\n%b: %d\r\n" % (name, int(value))
 
 
 @pytest.mark.parametrize("value", [b"chunked", b"CHUNKED", b"\tchunked "])
@@ -309,6 +356,87 @@ def test_only_an_http_1_1_client_waits_for_100(minor: int, expects: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    "expect", [b"200-ok", b"100-continue, x", b"100-continue\r\nExpect: x", b"y 100-continue", b"100-continue=1"]
+)
+@pytest.mark.parametrize("minor", [0, 1])
+def test_an_expectation_that_cannot_be_met_fails(expect: bytes, minor: int) -> None:
+    assert refused(request(b"Expect: " + expect, start=b"POST / HTTP/1.%d" % minor)) is Reason.EXPECTATION_FAILED
+    assert refused(request(b"X : y\r\nExpect: " + expect)) is Reason.REQUEST_MALFORMED
+
+
+@pytest.mark.parametrize(("expect", "expects"), [(b"", False), (b" , ", False), (b"100-continue,", True)])
+def test_an_empty_expectation_is_none(expect: bytes, expects: bool) -> None:
+    _, fields, judged = accepted(request(b"Expect: " + expect))
+    assert fields.expects_continue is expects
+    assert judged.is_forwarded[1:] == [False]
+
+
+KEY_FIELD, VERSION_FIELD = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", b"Sec-WebSocket-Version: 13"
+UPGRADE = b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket"
+
+
+def handshake(*lines: bytes, start: bytes = b"GET /ws HTTP/1.1") -> bytes:
+    return request(b"\r\n".join(lines), start=start)
+
+
+@pytest.mark.parametrize("upgrade", [b"websocket", b"WebSocket", b"h2c, websocket", b"h2c\r\nUpgrade: websocket"])
+def test_a_complete_websocket_handshake_opens_a_tunnel(upgrade: bytes) -> None:
+    _, fields, _ = accepted(handshake(KEY_FIELD, VERSION_FIELD, b"Connection: upgrade\r\nUpgrade: " + upgrade))
+    assert fields.opens_tunnel
+    assert fields.head_end == b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "lacks"),
+    [
+        (handshake(VERSION_FIELD, UPGRADE), "Sec-WebSocket-Key"),
+        (handshake(b"Sec-WebSocket-Key:", VERSION_FIELD, UPGRADE), "Sec-WebSocket-Key"),
+        (handshake(KEY_FIELD, KEY_FIELD, VERSION_FIELD, UPGRADE), "Sec-WebSocket-Key"),
+        (handshake(KEY_FIELD, UPGRADE), "Sec-WebSocket-Version"),
+        (handshake(KEY_FIELD, b"Sec-WebSocket-Version: 8", UPGRADE), "Sec-WebSocket-Version"),
+        (handshake(KEY_FIELD, VERSION_FIELD, b"Sec-WebSocket-Version: 8", UPGRADE), "Sec-WebSocket-Version"),
+        (handshake(KEY_FIELD, VERSION_FIELD, b"Upgrade: websocket"), "Connection option"),
+        (handshake(KEY_FIELD, VERSION_FIELD, UPGRADE, start=b"POST /ws HTTP/1.1"), "GET"),
+        (handshake(KEY_FIELD, VERSION_FIELD, UPGRADE, b"Content-Length: 0"), "without a body"),
+        (handshake(KEY_FIELD, VERSION_FIELD, UPGRADE, b"Transfer-Encoding: chunked"), "without a body"),
+    ],
+)
+def test_an_incomplete_websocket_handshake_is_refused_by_name(raw: bytes, lacks: str) -> None:
+    with pytest.raises(Refusal) as error:
+        accepted(raw)
+    assert error.value.reason is Reason.REQUEST_MALFORMED
+    assert lacks in error.value.detail
+    assert lacks in error.value.said
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        handshake(b"Upgrade: websocket", start=b"GET /ws HTTP/1.0"),  # RFC 9110 section 7.8
+        handshake(b"Connection: Upgrade", KEY_FIELD, VERSION_FIELD),
+        handshake(b"Connection: Upgrade\r\nUpgrade: h2c", KEY_FIELD, VERSION_FIELD),
+        handshake(b"Connection: Upgrade\r\nUpgrade: xwebsocket"),
+    ],
+)
+def test_what_is_no_websocket_handshake_is_a_plain_request(raw: bytes) -> None:
+    assert not accepted(raw)[1].opens_tunnel
+
+
+def test_each_handshake_is_judged_by_its_own_method_and_fields() -> None:
+    reader = RequestReader(NAMES, fakes.holds_key)
+    whole = handshake(KEY_FIELD, VERSION_FIELD, UPGRADE)
+    for _ in range(LEARNT_AFTER + 2):
+        assert reader.read(whole, len(whole) - 4).fields.opens_tunnel
+    for changed in (
+        whole.replace(b"GET", b"POST"),
+        whole.replace(KEY_FIELD, b"Sec-WebSocket-Key: "),
+        whole.replace(b"13", b"8"),
+    ):
+        with pytest.raises(Refusal):
+            reader.read(changed, len(changed) - 4)
+
+
+@pytest.mark.parametrize(
     ("method", "status", "is_bodiless"),
     [
         (b"GET", 100, True), (b"GET", 199, True), (b"GET", 200, False), (b"GET", 204, True), (b"GET", 205, False),
@@ -392,7 +520,7 @@ def test_malformed_fields_of_an_upstream_are_refused(field: bytes) -> None:
 @pytest.mark.parametrize(
     "beginning",
     [
-        b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nHost: a\n", b"get /", b"GET / HTTP/3.0\r",
+        b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nHost: a\n", b"g@t /", b"GET / HTTP/3.0\r",
         b" ",
         b"\x00", b"GET / HTTP/1.1\r\nX : a", b"GET / HTTP/1.1\r\n X: a", b"SSH-2.0-x\r\n",
     ],
@@ -401,6 +529,22 @@ def test_bytes_that_cannot_begin_a_request_are_not_waited_upon(beginning: bytes)
     with pytest.raises(Refusal) as error:
         check_beginning(beginning)
     assert error.value.reason is Reason.REQUEST_MALFORMED
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"X", b"GETX", b"get", b"get /", b"FOO / HTTP/1.1\r\n", b"hello", b"0", b"\rX", b"GET\t"]
+)
+def test_what_follows_a_request_has_to_begin_with_a_known_method(beginning: bytes) -> None:
+    with pytest.raises(Refusal) as error:
+        check_beginning(beginning, follows=True)
+    assert error.value.reason is Reason.REQUEST_MALFORMED
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"\r", b"\rG", b"G", b"GET", b"GET ", b"GET / HTTP/1.1\r\nHost", b"TRACE /", b"QUERY /"]
+)
+def test_the_beginning_of_a_request_may_follow_a_request(beginning: bytes) -> None:
+    check_beginning(beginning, follows=True)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_what_has_no_sane_key_or_several_is_charged_as_any_other(lines: tuple[st
 
 
 def test_a_websocket_handshake_is_charged_as_any_other() -> None:
-    lines = ("Connection: Upgrade", "Upgrade: websocket", KEY)
+    lines = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: a", "Sec-WebSocket-Version: 13", KEY)
     assert fingerprint(fakes.identity(), head(*lines, method="GET"), b"") is None
 
 

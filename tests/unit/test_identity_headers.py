@@ -58,7 +58,17 @@ def end_to_end(head: bytes) -> list[bytes]:
     options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
     gone = ENDS_HERE | {option.strip().lower() for option in options.split(b",")}
     ours = (b"x-keyproxy-", b"x-forwarded-", b"x-request-id")
-    return [line for line in lines_of(head) if canonical(line) not in gone and not canonical(line).startswith(ours)]
+    kept: list[bytes] = []
+    for line in lines_of(head):
+        name = canonical(line)
+        if name in gone or name.startswith(ours):
+            continue
+        if name == b"content-length":  # goes on as plain digits
+            line = b"%b: %d" % (line.partition(b":")[0], int(line.partition(b":")[2]))
+        if name == b"content-type" and name in map(canonical, kept):
+            continue  # repeated, and equal
+        kept.append(line)
+    return kept
 
 
 def check(sent: bytes, head: bytes) -> None:

@@ -18,6 +18,9 @@ PUBLIC_STATUSES = {
     "credentials_ambiguous": 400,
     "key_in_url": 400,
     "request_malformed": 400,
+    "method_not_allowed": 405,
+    "method_not_implemented": 501,
+    "expectation_failed": 417,
     "insufficient_scope": 403,
     "route_not_allowed": 403,
     "rate_limited": 429,
@@ -63,6 +66,8 @@ def test_texts_are_whole_sentences_under_a_title(reason: Reason) -> None:
 @each_reason
 def test_blame_agrees_with_the_status(reason: Reason) -> None:
     status = reason.value.status
+    if reason is Reason.METHOD_NOT_IMPLEMENTED:  # the one status of the 5xx range that is about the request
+        status = 400
     expected = Blame.CALLER if status < 500 else Blame.US if status in (500, 503) else Blame.UPSTREAM
     assert reason.value.blame is expected
 

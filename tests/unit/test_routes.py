@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keyproxy import routes
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.routes import ANY_ROUTE, InvalidPatternError, RouteTable
+from keyproxy.routes import ANY_ROUTE, KNOWN_METHODS, InvalidPatternError, RouteTable
 
 
 def table(*patterns: str) -> RouteTable:
@@ -195,3 +195,15 @@ def test_a_long_path_is_not_remembered() -> None:
 
 def test_the_names_are_those_of_all_routes_and_of_any() -> None:
     assert list(table("GET /a", "* /b").names()) == ["GET /a", "* /b", "any"]
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT"])
+def test_a_route_for_a_method_that_is_always_refused_is_an_error(method: str) -> None:
+    with pytest.raises(InvalidPatternError, match="never match"):
+        RouteTable([(f"{method} /a", Route("a"))])
+
+
+def test_a_method_that_a_route_names_is_served() -> None:
+    assert RouteTable([]).methods() == KNOWN_METHODS
+    assert RouteTable([("* /a", Route("a")), ("BREW /b", Route("b"))]).methods() == KNOWN_METHODS | {b"BREW"}
+    assert not KNOWN_METHODS & {b"TRACE", b"CONNECT", b"BREW", b"get"}

@@ -1,8 +1,9 @@
 """Ways in which proxies have been made to disagree with the servers behind them, as facts: name, bytes, verdict.
 
 `reject`: refused with a 4xx, and nothing of it reaches the upstream. `accept`: answered with a 200. `first`: the first
-request is answered, what follows it is refused. The names say where such a thing has been seen, or which rule it breaks.
-Every row is sent by a client that then closes its side.
+request is answered, what follows it is refused. `alone`: the first request is answered, what follows it is ignored. A
+number is the status that a well-formed request is refused with. The names say where such a thing has been seen, or
+which rule it breaks. Every row is sent by a client that then closes its side.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _get(target: bytes, fields: bytes = _HOST, *, version: bytes = b"HTTP/1.1") 
 
 _EMPTY: Final = b"0\r\n\r\n"
 
-ROWS: Final[list[tuple[str, bytes, str]]] = [
+ROWS: Final[list[tuple[str, bytes, str | int]]] = [
     # Content-Length beside Transfer-Encoding.
     ("CL.TE", _post(b"Content-Length: 6\r\nTransfer-Encoding: chunked", _EMPTY + b"G"), "reject"),
     ("TE.CL", _post(b"Transfer-Encoding: chunked\r\nContent-Length: 4", b"5c\r\n" + _GET + _EMPTY), "reject"),
@@ -67,6 +68,12 @@ ROWS: Final[list[tuple[str, bytes, str]]] = [
     ("CL: empty, CVE-2022-32213's kin", _post(b"Content-Length:", b""), "reject"),
     ("CL: named by Connection", _post(b"Connection: content-length\r\nContent-Length: 2", b"hi"), "reject"),
     ("CL: leading zeros", _post(b"Content-Length: 0002", b"hi"), "accept"),
+    ("CL: plus zero", _post(b"Content-Length: +0"), "reject"),
+    ("CRLF after a body", _post(b"Content-Length: 2", b"hi\r\n"), "accept"),
+    ("two CRLFs after a body", _post(b"Content-Length: 2", b"hi\r\n\r\n"), "reject"),
+    ("LF after a body", _post(b"Content-Length: 2", b"hi\n"), "reject"),
+    ("CR after a body", _post(b"Content-Length: 2", b"hi\r"), "first"),
+    ("CRLF and half a word after a body", _post(b"Content-Length: 2", b"hi\r\nhello"), "reject"),
     ("CL: too long for what follows", _post(b"Content-Length: 2", b"hi" + _GET[:20]), "first"),
     ("CL: nothing after it", _post(b"Content-Length: 2", b"hiX"), "reject"),
     # Chunks.
@@ -116,9 +123,12 @@ ROWS: Final[list[tuple[str, bytes, str]]] = [
     ("0x80+ in a value", _get(b"/", _HOST + b"X: \xe9\r\n"), "accept"),
     ("underscore that servers fold, CVE-2015-0219's kin", _get(b"/", _HOST + b"X_User: y\r\n"), "reject"),
     ("dot in a name", _get(b"/", _HOST + b"X.User: y\r\n"), "reject"),
-    ("Expect: unknown", _get(b"/", _HOST + b"Expect: x\r\n"), "reject"),
-    ("Expect: obfuscated, 2025", _post(b"Expect: y 100-continue\r\nContent-Length: 2", b"hi"), "reject"),
+    ("Expect: unknown", _get(b"/", _HOST + b"Expect: x\r\n"), 417),
+    ("Expect: obfuscated, 2025", _post(b"Expect: y 100-continue\r\nContent-Length: 2", b"hi"), 417),
+    ("Expect: empty", _post(b"Expect:\r\nContent-Length: 2", b"hi"), "accept"),
+    ("Expect: unknown, and a request for a body", _post(b"Expect: x\r\nContent-Length: %d" % len(_GET), _GET), 417),
     ("Content-Type twice", _post(b"Content-Type: a\r\nContent-Type: b\r\nContent-Length: 2", b"hi"), "reject"),
+    ("Content-Type twice the same", _post(b"Content-Type: a\r\nContent-Type: a\r\nContent-Length: 2", b"hi"), "accept"),
     # Host and target.
     ("no Host", _get(b"/", b""), "reject"),
     ("two Hosts", _get(b"/", _HOST + _HOST), "reject"),
@@ -130,6 +140,8 @@ ROWS: Final[list[tuple[str, bytes, str]]] = [
     ("Host: two names", _get(b"/", b"Host: h, g\r\n"), "reject"),
     ("Host: not an address", _get(b"/", b"Host: [::g]\r\n"), "reject"),
     ("Host: not an address either", _get(b"/", b"Host: [:::1]\r\n"), "reject"),
+    ("Host: empty port", _get(b"/", b"Host: h:\r\n"), "accept"),
+    ("Host: port alone", _get(b"/", b"Host: :80\r\n"), "reject"),
     ("Host: address", _get(b"/", b"Host: [::1]:80\r\n"), "accept"),
     ("absolute, Host agrees", _get(b"http://h/a", _HOST), "accept"),
     ("absolute, Host disagrees", _get(b"http://g/a", _HOST), "reject"),
@@ -155,12 +167,22 @@ ROWS: Final[list[tuple[str, bytes, str]]] = [
     ("full-width dot", _get(b"/a/\xef\xbc\x8e\xef\xbc\x8e/b"), "reject"),
     ("a URL in the query", _get(b"/a?u=http://h/../b%2f%00"), "accept"),
     # Methods, upgrades, pipelines.
-    ("method in lower case", b"get / HTTP/1.1\r\nHost: h\r\n\r\n", "reject"),
-    ("TRACE", b"TRACE / HTTP/1.1\r\nHost: h\r\n\r\n", "accept"),
+    ("method in lower case", b"get / HTTP/1.1\r\nHost: h\r\n\r\n", 501),
+    ("method that is not registered", b"BREW / HTTP/1.1\r\nHost: h\r\n\r\n", 501),
+    ("method of WebDAV", b"PROPFIND / HTTP/1.1\r\nHost: h\r\n\r\n", "accept"),
+    ("method that llhttp does not know", b"VERSION-CONTROL / HTTP/1.1\r\nHost: h\r\n\r\n", "accept"),
+    ("method that is no token", b"G(T / HTTP/1.1\r\nHost: h\r\n\r\n", "reject"),
+    ("unknown method after a request", _get(b"/") + b"BREW / HTTP/1.1\r\nHost: h\r\n\r\n", "reject"),
+    ("TRACE", b"TRACE / HTTP/1.1\r\nHost: h\r\n\r\n", 405),
+    ("TRACE with a body", b"TRACE / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(_GET) + _GET, 405),
     ("GET with a body", b"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi", "accept"),
     ("h2c", _get(b"/", _HOST + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n"), "accept"),
     ("bytes with a handshake", _get(b"/", _HOST + b"Upgrade: websocket\r\nConnection: upgrade\r\n") + b"X", "reject"),
-    ("after Connection: close", _get(b"/", _HOST + b"Connection: close\r\n") + _GET, "reject"),
+    ("half a handshake", _get(b"/", _HOST + b"Upgrade: websocket\r\nConnection: upgrade\r\n"), "reject"),
+    ("after Connection: close", _get(b"/", _HOST + b"Connection: close\r\n") + _GET, "alone"),
+    ("nonsense after Connection: close", _get(b"/", _HOST + b"Connection: close\r\n") + b"\x00\n", "alone"),
+    ("malformed chunks with Connection: close", _post(b"Connection: close\r\nTransfer-Encoding: chunked", b"x"),
+     "reject"),
     ("after HTTP/1.0", _get(b"/", version=b"HTTP/1.0") + _GET, "reject"),
     ("the second one malformed", _get(b"/") + _get(b"/", b""), "first"),
     ("the second one has a bad target", _get(b"/") + _get(b"/a/../b"), "first"),

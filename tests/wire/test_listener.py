@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from keyproxy.wire.handshake import offered_protocols
 from keyproxy.wire.tls import server_context
 from tests.rawhttp import Client
 from tests.wire.conftest import Start, Wire, request
@@ -84,6 +87,151 @@ async def test_who_does_not_speak_tls_is_let_go_and_counted(
             await asyncio.sleep(0.01)
     assert await tls_status(wire, certificate[1]) == 200
     assert wire.recorder.seen[-1].status == 200
+
+
+async def _raw(wire: Wire, sent: bytes) -> bytes:
+    """What a client gets that sends these bytes to the port in the clear, until the connection ends."""
+    async with wire.client() as client:
+        await client.send(sent)
+        return await client.ends(seconds=3)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "CONNECT", "QUERY"])
+async def test_plain_http_on_a_tls_port_is_answered_in_plain_text(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], method: str
+) -> None:
+    wire = await start(tls=certificate[0])
+    head, _, body = (await _raw(wire, request(method, "/", body=b"x" * 20_000))).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert {b"Content-Type: text/plain; charset=utf-8", b"Connection: close"} <= {*head.split(b"\r\n")}
+    assert b"Content-Length: %d" % len(body) in head
+    assert b"X-Request-Id: " in head
+    assert b"https://" in body
+    assert wire.upstream.connections == 0
+    assert wire.server.failed_connections()["handshake"] == 1
+    assert await tls_status(wire, certificate[1]) == 200
+
+
+#: TLS alerts, RFC 8446 section 6.
+ALERTS = {"protocol version": b"\x02\x46", "decode error": b"\x02\x32", "unexpected message": b"\x02\x0a"}
+
+
+async def test_bytes_that_are_neither_get_an_alert(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    wire = await start(tls=certificate[0])
+    got = await _raw(wire, b"\x16\x03\x01\x00\x05hello")
+    assert (got[:1], got[3:5], got[5:]) == (b"\x15", b"\x00\x02", got[5:])
+    assert got[5:] in ALERTS.values()
+
+
+async def _told(wire: Wire, context: ssl.SSLContext) -> str:
+    """What OpenSSL says of a handshake, or of the first read after it; empty if nothing is wrong."""
+    assert not isinstance(wire.address, str)
+    try:
+        reader, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")
+        writer.write(request("GET", "/"))
+        await asyncio.wait_for(reader.read(1), 5)
+    except ssl.SSLError as error:
+        return error.reason or str(error)
+    writer.close()
+    return ""
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_client_that_is_refused_in_the_handshake_gets_an_alert(
+    start: Start, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    file, clients = tmp_path / "server.pem", tmp_path / "clients.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(file))
+    authority.cert_pem.write_to_path(str(clients))
+    wire = await start(tls=server_context(str(file), "", str(clients)))
+
+    def client(of: trustme.CA | None) -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        context.minimum_version = context.maximum_version = version
+        if of is not None:
+            of.issue_cert("client").configure_cert(context)
+        return context
+
+    missing = "TLSV13_ALERT_CERTIFICATE_REQUIRED" if version is ssl.TLSVersion.TLSv1_3 else "HANDSHAKE_FAILURE"
+    for _ in range(5):
+        assert missing in await _told(wire, client(None))
+        assert await _told(wire, client(stranger)) == "TLSV1_ALERT_UNKNOWN_CA"
+    assert await _told(wire, client(authority)) == ""
+    assert wire.server.failed_connections()["handshake"] == 10
+
+
+async def test_a_client_without_a_version_in_common_gets_an_alert(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    wire = await start(tls=certificate[0])
+    certificate[0].minimum_version = ssl.TLSVersion.TLSv1_3
+    certificate[1].maximum_version = ssl.TLSVersion.TLSv1_2
+    assert await _told(wire, certificate[1]) == "TLSV1_ALERT_PROTOCOL_VERSION"
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [([], None), (["http/1.1"], "http/1.1"), (["h2", "http/1.1"], "http/1.1"), (["h2"], ""), (["h2", "http/1.0"], "")],
+)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_client_that_offers_other_protocols_alone_gets_an_alert(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], version: ssl.TLSVersion, offered: list[str],
+    chosen: str | None,
+) -> None:  # fmt: skip
+    wire = await start(tls=certificate[0])
+    assert not isinstance(wire.address, str)
+    context = certificate[1]
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(offered)
+    told = await _told(wire, context)
+    assert ("no application protocol" in told) if chosen == "" else (told == "")
+    if chosen != "":
+        _, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == chosen
+        writer.close()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3, 100])
+async def test_a_handshake_may_come_in_small_pieces(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], piece_bytes: int
+) -> None:
+    wire = await start(tls=certificate[0])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = certificate[1].wrap_bio(incoming, outgoing, server_hostname="localhost")
+    async with wire.client() as client, asyncio.timeout(10):
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                is_over = False
+            else:
+                is_over = True
+            flight = outgoing.read()
+            for at in range(0, len(flight), piece_bytes):
+                await client.send(flight[at : at + piece_bytes])
+                await asyncio.sleep(0)
+            if is_over:
+                break
+            incoming.write(await client.reader.read(65_536))
+        tls.write(request("GET", "/"))
+        await client.send(outgoing.read())
+        got = b""
+        while not got:
+            incoming.write(await client.reader.read(65_536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                got = tls.read(65_536)
+        assert got.startswith(b"HTTP/1.1 200 OK")
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=200)
+def test_no_bytes_are_too_odd_to_be_looked_at_for_protocols(data: bytes) -> None:
+    assert isinstance(offered_protocols(data), list)
+    assert isinstance(offered_protocols(bytes(43) + data), list)
 
 
 async def test_half_a_request_over_tls_is_refused_or_dropped_and_leaves_nothing(

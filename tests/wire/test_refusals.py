@@ -125,11 +125,79 @@ async def test_bytes_that_begin_no_request_after_one_make_both_malformed(wire: W
     assert wire.upstream.heads == []
 
 
-async def test_bytes_after_a_request_that_closes_make_it_malformed(wire: Wire) -> None:
+@pytest.mark.parametrize("after", [request("GET", "/2"), b"\x00nonsense\n", b"\r\n\r\n", b"x" * 300_000])
+@pytest.mark.parametrize("body", [b"", b"body"])
+async def test_bytes_after_a_request_that_closes_are_ignored(wire: Wire, body: bytes, after: bytes) -> None:
     async with wire.client() as client:
-        await client.send(request("GET", "/", "Connection: close") + request("GET", "/2"))
+        await client.send(request("POST", "/", "Connection: close", body=body) + after)
+        answer = await client.answer()
+        assert (answer.status, answer.one("Connection")) == (200, "close")
+        assert await client.ends() == b""
+    assert [one.start for one in wire.upstream.requests] == ["POST / HTTP/1.1"]
+
+
+async def test_bytes_after_an_http_1_0_request_make_it_malformed(wire: Wire) -> None:
+    async with wire.client() as client:
+        await client.send(request("GET", "/").replace(b"HTTP/1.1", b"HTTP/1.0") + request("GET", "/2"))
         assert (await client.answer()).status == 400
     assert wire.upstream.heads == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "code", "allow"),
+    [
+        (request("TRACE", "/"), 405, "method_not_allowed", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        (request("TRACE", "/", key=None), 405, "method_not_allowed", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        (request("BREW", "/"), 501, "method_not_implemented", None),
+        (request("get", "/"), 501, "method_not_implemented", None),
+        (request("POST", "/", "Expect: 200-ok", body=b"x"), 417, "expectation_failed", None),
+        (request("CONNECT", "proxy.test:443"), 400, "request_malformed", None),
+        (request("CONNECT", "/"), 400, "request_malformed", None),
+    ],
+)
+async def test_what_is_well_formed_and_not_served_is_refused_by_name(
+    wire: Wire, raw: bytes, status: int, code: str, allow: str | None
+) -> None:
+    async with wire.client() as client:
+        await client.send(raw)
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["code"], answer.one("Allow")) == (status, code, allow)
+        assert answer.one("Connection") == "close"
+    assert wire.upstream.heads == []
+
+
+async def test_a_method_that_a_route_names_is_forwarded(start: Start) -> None:
+    wire = await start(routes=RouteTable([("BREW /pot", Route("brew")), ("* /{rest...}", Route("any"))]))
+    async with wire.client() as client:
+        for method, target, status in (("BREW", "/pot", 200), ("BREW", "/", 200), ("PROPFIND", "/", 200)):
+            await client.send(request(method, target, body=b"x"))
+            assert (await client.answer()).status == status
+        await client.send(request("STEEP", "/pot"))
+        assert (await client.answer()).status == 501
+    assert [one.start for one in wire.upstream.requests] == [
+        "BREW /pot HTTP/1.1", "BREW / HTTP/1.1", "PROPFIND / HTTP/1.1",
+    ]  # fmt: skip
+
+
+async def test_a_repeated_equal_content_type_is_forwarded_once(wire: Wire) -> None:
+    async with wire.client() as client:
+        for _ in range(12):
+            await client.send(request("POST", "/", "Content-Type: a/b", "content-type:  a/b", "X: y", body=b"x"))
+            assert (await client.answer()).status == 200
+    assert {tuple(one.all("Content-Type")) for one in wire.upstream.requests} == {("a/b",)}
+
+
+@pytest.mark.parametrize("gap", [b"\r\n", b""])
+async def test_an_empty_line_between_requests_is_ignored_however_it_arrives(wire: Wire, gap: bytes) -> None:
+    one = request("POST", "/", body=b"q=42")
+    stream = one + gap + one + gap + one
+    for cut in (len(one), len(one) + 1, len(one) + 2, 1_000):
+        async with wire.client() as client:
+            await client.send(stream[:cut])
+            await asyncio.sleep(0.02)
+            await client.send(stream[cut:])
+            assert [(await client.answer()).status for _ in range(3)] == [200, 200, 200]
+    assert {message.body for message in wire.upstream.requests} == {b"q=42"}
 
 
 @pytest.mark.parametrize(

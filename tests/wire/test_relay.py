@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import time
 
 import pytest
 
+from keyproxy.keyformat import SecretKey
 from keyproxy.model import Ending
 from keyproxy.reasons import Reason
 from tests import fakes
@@ -136,10 +138,10 @@ async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes
     wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
-        answer = await client.answer()
+        answer = (await client.answers())[-1]
         assert (answer.body, answer.is_whole) == (body, True)
         await client.send(request("GET", "/"))
-        assert (await client.answer()).body == body
+        assert (await client.answers())[-1].body == body
 
 
 async def test_the_answer_to_head_has_a_length_and_no_body(start: Start) -> None:
@@ -271,3 +273,182 @@ async def test_the_holder_of_a_key_that_was_replaced_is_told_for_how_long_it_wor
             answer = await client.answer()
         assert answer.one("X-Keyproxy-Key-Expires-In") == expected
         assert wire.upstream.requests[-1].one("X-Keyproxy-Key-Expires-In") is None
+
+
+BASIC = base64.b64encode(b"user:" + KEY).decode()
+ELSEWHERE = [
+    f"X-My-Key: {KEY.decode()}",
+    f"Api-Key: {KEY.decode()}",
+    f"Cookie: a=b; session={KEY.decode()}; c=d",
+    f"Referer: https://a.example/?key={KEY.decode()}",
+    f"Referer: https://a.example/?key={KEY.decode().replace('_', '%5F')}",
+    f"Sec-WebSocket-Protocol: chat, key.{KEY.decode()}",
+    f"X-Original-Authorization: Bearer {KEY.decode()}",
+    f"X-Original-Authorization: Basic {BASIC}",
+    f"X-Original-Authorization: basic {BASIC.rstrip('=')}",
+    f"Proxy-Authorization: Basic {BASIC}",
+    f"X-Keyproxy-User: {KEY.decode()}",
+    f"X-Forwarded-For: {KEY.decode()}",
+    f"X-Forwarded-Anything: {KEY.decode()}",
+    f"X-Request-Id: {KEY.decode()}",
+]
+
+
+@pytest.mark.parametrize("line", ELSEWHERE)
+@pytest.mark.parametrize("presented", ["Authorization: Bearer", "X-Api-Key:"])
+async def test_the_presented_key_goes_upstream_in_no_field_whatever_its_name(
+    start: Start, line: str, presented: str
+) -> None:
+    wire = await start(listen={"trusted_proxies": ["127.0.0.1"]})
+    own = f"{presented} {KEY.decode()}"
+    async with wire.client() as client:
+        for lines in ([own, "X: y", line, "Z: basic truth"], [line, own, "X: y"], [own, "X: y"]) * 10:
+            await client.send(request("POST", "/", *lines, key=None, body=b"x"))
+            assert (await client.answer()).status == 200
+    for seen in wire.upstream.requests:
+        told = json.dumps(seen.headers)
+        assert KEY.decode().rpartition("_")[2] not in told
+        assert BASIC.rstrip("=") not in told
+        assert seen.one("X") == "y"
+    assert wire.upstream.requests[0].one("Z") == "basic truth"
+
+
+@pytest.mark.parametrize("name", ["Content-Type", "Content-Encoding", "Accept-Encoding", "Idempotency-Key"])
+async def test_a_key_in_a_field_that_the_request_is_judged_by_refuses_it(wire: Wire, name: str) -> None:
+    async with wire.client() as client:
+        await client.send(request("POST", "/", f"{name}: {KEY.decode()}", body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "request_malformed"
+        await client.ends()
+    async with wire.client() as client:
+        await client.send(request("POST", "/", body=b"x").replace(b"proxy.test", KEY))
+        assert (await client.answer()).status == 400
+    assert wire.upstream.heads == []
+
+
+FOREIGN = b"pk-1234.abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("key", [FOREIGN, b"a-b-c-d-e-f"])
+async def test_a_foreign_key_is_found_in_other_fields_and_in_the_url(wire: Wire, key: bytes) -> None:
+    wire.identities.add(SecretKey(key), fakes.identity())
+    async with wire.client() as client:
+        raw = request("POST", "/", f"Cookie: k={key.decode()}", f"X: a{key.decode()}b", key=key, body=b"x")
+        await client.send(raw)
+        assert (await client.answer()).status == 200
+        await client.send(request("POST", f"/?k={key.decode()}", key=key, body=b"x"))
+        assert json.loads((await client.answer()).body)["code"] == "key_in_url"
+    (seen,) = wire.upstream.requests
+    assert seen.one("Cookie") is None
+    # A short key inside a longer word may be anything.
+    assert (seen.one("X") is None) is (key == FOREIGN)
+
+
+HINTS = (
+    b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\nX-Request-Id: far\r\n"
+)
+HINTS += b"X-Keyproxy-User: evil\r\nKeep-Alive: 5\r\n\r\n"
+PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+FINAL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+async def test_interim_answers_are_relayed_as_they_come(start: Start, cut: int | None) -> None:
+    go_on = asyncio.Event()
+
+    async def hints(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        raw = PROCESSING + HINTS
+        for at in range(0, len(raw), cut or len(raw)):
+            writer.write(raw[at : at + (cut or len(raw))])
+            await asyncio.sleep(0)
+        await go_on.wait()
+        go_on.clear()
+        writer.write(FINAL)
+        return True
+
+    wire = await start(serving=Upstream(hints))
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("POST", "/", body=b"x"))
+            assert (await client.answer()).status == 102
+            hinted = await client.answer()
+            assert hinted.start == "HTTP/1.1 103 Early Hints"
+            request_id = hinted.one("X-Request-Id")
+            assert hinted.headers == [("Link", "</a.css>; rel=preload"), ("X-Request-Id", request_id)]
+            go_on.set()
+            answer = await client.answer()
+            assert (answer.status, answer.body, answer.one("X-Request-Id")) == (200, b"ok", request_id)
+    assert wire.upstream.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "relayed"),
+    [
+        (request("GET", "/"), [103, 100, 200]),
+        (request("HEAD", "/"), [103, 100, 200]),
+        (request("POST", "/", "Expect: 100-continue", body=b"x"), [103, 200]),
+        (request("GET", "/", "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
+        (request("GET", "/").replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
+    ],
+)
+async def test_an_interim_answer_goes_to_a_client_that_knows_it_and_has_not_got_it(
+    start: Start, raw: bytes, relayed: list[int]
+) -> None:
+    continued = b"HTTP/1.1 100 Continue\r\n\r\n"
+    final = FINAL.removesuffix(b"ok") if raw.startswith(b"HEAD") else FINAL
+    wire = await start(serving=Upstream(answer_with(HINTS + continued + final)))
+    async with wire.client() as client:
+        await client.send(raw)
+        answers = await client.answers(method=raw.partition(b" ")[0].decode())
+        assert [answer.status for answer in answers] == relayed
+
+
+async def test_a_client_that_waits_for_100_gets_it_once(start: Start) -> None:
+    continued = b"HTTP/1.1 100 Continue\r\n\r\n"
+    wire = await start(serving=Upstream(answer_with(continued + FINAL)))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3"))
+        assert (await client.answer()).status == 100
+        await client.send(b"abc")
+        assert (await client.answer()).status == 200
+    assert wire.upstream.requests[0].one("Expect") is None
+
+
+async def test_an_interim_answer_reaches_a_client_that_closed_its_side(start: Start) -> None:
+    async def slowly(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(1.2)
+        writer.write(HINTS)
+        await asyncio.sleep(0.1)
+        writer.write(FINAL)
+        return True
+
+    wire = await start(serving=Upstream(slowly))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        client.half_close()
+        assert [message.status for message in await client.answers()] == [103, 200]
+
+
+@pytest.mark.parametrize(("number", "status"), [(16, 200), (17, 502)])
+async def test_interim_answers_are_bounded_in_number(start: Start, number: int, status: int) -> None:
+    wire = await start(serving=Upstream(answer_with(HINTS * number + FINAL)))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        assert [message.status for message in await client.answers()] == [103] * 16 + [status]
+
+
+async def test_a_request_with_an_interim_answer_is_not_sent_again(start: Start) -> None:
+    served = 0
+
+    async def hints_and_goes(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        nonlocal served
+        served += 1
+        writer.write(FINAL if served == 1 else HINTS)
+        return served == 1
+
+    wire = await start(serving=Upstream(hints_and_goes))
+    async with wire.client() as client:
+        await client.send(request("GET", "/1"))
+        assert (await client.answer()).status == 200
+        await client.send(request("GET", "/2"))
+        assert [message.status for message in await client.answers()] == [103, 502]
+    assert served == 2

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import ssl
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,10 +87,10 @@ async def test_an_answer_that_is_not_well_formed_is_502(start: Start, raw: bytes
     wire = await start(serving=Upstream(answer_with(raw)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
-        answer = await client.answer()
+        answer = (await client.answers())[-1]
         assert (answer.status, json.loads(answer.body)["code"]) == (502, "upstream_invalid")
         await client.send(request("GET", "/"))
-        assert (await client.answer()).status == 502
+        assert (await client.answers())[-1].status == 502
 
 
 @pytest.mark.parametrize(
@@ -276,3 +279,82 @@ async def test_an_answer_before_the_request_is_finished_is_relayed_and_ends_both
         assert (answer.status, answer.body, answer.one("Connection")) == (413, b"no", "close")
         assert await client.ends() == b""
     assert wire.pool.counts()["idle"] == 0
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[int]:
+    """A port on which connecting takes forever: the queue of a server that accepts nothing is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, contextlib.ExitStack() as stack:
+        address = listening.getsockname()
+        for _ in range(8):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(address)
+        yield address[1]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_overloaded(
+    start: Start, number: int
+) -> None:
+    with _deaf() as port:
+        url = f"http://127.0.0.1:{port}"
+        wire = await start(upstream={"url": url, "connections_max": 2, "connect_timeout_seconds": 0.3})
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(wire.client()) for _ in range(number)]
+            for _ in range(2):
+                for client in clients:
+                    await client.send(request("POST", "/", body=b"x"))
+                answers = [await client.answer() for client in clients]
+                told = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
+                assert told == {(502, "upstream_unreachable")}
+    assert "timed out" in wire.pool.unreachable_because
+
+
+async def test_a_tls_upstream_that_never_finishes_its_handshake_is_unreachable(start: Start) -> None:
+    async def silent(_request: Message, _reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
+        return True
+
+    async with Upstream(silent).serving() as far:
+        url = f"https://127.0.0.1:{far.port}"
+        wire = await start(
+            upstream={"url": url, "connect_timeout_seconds": 0.3}, upstream_tls=ssl.create_default_context()
+        )
+        async with wire.client() as client:
+            await client.send(request("POST", "/", body=b"x"))
+            answer = await client.answer()
+            assert (answer.status, json.loads(answer.body)["code"]) == (502, "upstream_unreachable")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\n\nhi",
+        b"HTTP/1.1 200 OK\r\nA: b\n",
+        b"HTTP/1.1 200 OK\r\nA: b\rC",
+        b"HTTP/1.1 103 Early\n\n",
+        b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\n",
+        b"<html>not http</html>",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"\x15\x03\x03\x00\x02\x02\x46",
+        b"\r\nHTTP/1.1 200 OK",
+        b"HTTP/2",
+        b"\x00",
+    ],
+)
+@pytest.mark.parametrize("cut", [None, 1, 7])
+async def test_what_can_never_become_an_answer_is_502_at_once(start: Start, raw: bytes, cut: int | None) -> None:
+    async def answers(_request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        for at in range(0, len(raw), cut or len(raw)):
+            writer.write(raw[at : at + (cut or len(raw))])
+            await asyncio.sleep(0.005)
+        await reader.read()  # neither end closes
+        return False
+
+    wire = await start(serving=Upstream(answers))
+    async with wire.client() as client:
+        await client.send(request("GET", "/"))
+        answer = (await client.answers(seconds=2))[-1]
+        assert (answer.status, json.loads(answer.body)["code"]) == (502, "upstream_invalid")

@@ -1,0 +1,235 @@
+"""An upstream that answers before the request has ended, and closes: its answer reaches the client all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trustme
+
+from keyproxy.model import Ending
+from keyproxy.wire.tls import client_context, server_context
+from tests.rawhttp import OK, Message, Upstream
+from tests.wire.conftest import KEY, Start, Wire, request
+from tests.wire.test_second_opinion import Play
+from tests.wire.test_second_opinion import _Gate as ForwardingGate
+
+#: More than all buffers on the way hold together.
+BODY: Final = bytes(8_000_000)
+PIECE_BYTES: Final = 50_000
+TRIALS: Final = 12
+
+TOO_LARGE: Final = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno"
+
+
+class Hasty:
+    """Answers once the first bytes of a body are there, and closes with the others unread: the kernel sends a reset."""
+
+    def __init__(self, answer: bytes, context: ssl.SSLContext | None = None) -> None:
+        self.answer = answer
+        self.context = context
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        self.served = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                accepted, _ = self.listening.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                self._answer(accepted)
+
+    def _answer(self, accepted: socket.socket) -> None:
+        # As servers do. Otherwise the answer waits behind TLS session tickets, and closing throws it away.
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = accepted if self.context is None else self.context.wrap_socket(accepted, server_side=True)
+        with sock:
+            seen = b""
+            while b"\r\n\r\n" not in seen or seen.endswith(b"\r\n\r\n"):
+                seen += sock.recv(1_000)
+            self.served += 1
+            sock.sendall(self.answer)
+
+
+@contextlib.contextmanager
+def hasty(answer: bytes, context: ssl.SSLContext | None = None) -> Iterator[Hasty]:
+    """A Hasty upstream, until the end of the block."""
+    upstream = Hasty(answer, context)
+    try:
+        yield upstream
+    finally:
+        upstream.listening.shutdown(socket.SHUT_RDWR)
+        upstream.listening.close()
+
+
+def pieces(*, is_chunked: bool) -> list[bytes]:
+    """The body as it is sent, piece by piece."""
+    parts = [BODY[at : at + PIECE_BYTES] for at in range(0, len(BODY), PIECE_BYTES)]
+    return [b"%x\r\n%b\r\n" % (len(part), part) for part in parts] if is_chunked else parts
+
+
+async def upload(wire: Wire, *, is_chunked: bool, expects: bool = False) -> tuple[Message, bytes]:
+    """Upload as clients do that read while they send: (the answer, what came after it)."""
+    lines = ["Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(BODY)}"]
+    async with wire.client() as client:
+        await client.send(request("POST", "/", *lines, *(["Expect: 100-continue"] if expects else [])))
+        if expects:
+            assert (await client.answer()).status == 100
+
+        async def send() -> None:
+            with contextlib.suppress(ConnectionError):
+                for piece in pieces(is_chunked=is_chunked):
+                    await client.send(piece)
+
+        sending = asyncio.create_task(send())
+        answer = await client.answer()
+        try:
+            rest = await client.ends()
+        except BrokenPipeError:
+            rest = b""  # of its own writing
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+    return answer, rest
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["counted", "chunked"])
+@pytest.mark.parametrize("is_tls", [False, True], ids=["clear", "tls"])
+async def test_an_early_answer_is_relayed_whatever_is_still_being_sent(
+    start: Start, tmp_path: Path, *, is_chunked: bool, is_tls: bool
+) -> None:
+    authority, context, trusting = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), None
+    if is_tls:
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        trusting = client_context(str(tmp_path / "ca.pem"))
+    with hasty(TOO_LARGE, context if is_tls else None) as upstream:
+        url = f"http{'s' if is_tls else ''}://127.0.0.1:{upstream.port}"
+        wire = await start(upstream={"url": url}, upstream_tls=trusting)
+        told = [await upload(wire, is_chunked=is_chunked, expects=bool(trial % 2)) for trial in range(TRIALS)]
+        assert [(answer.status, answer.body, rest) for answer, rest in told] == [(413, b"no", b"")] * TRIALS
+        assert {answer.one("Connection") for answer, _ in told} == {"close"}
+        assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED] * TRIALS
+        assert upstream.served == TRIALS
+        assert wire.pool.counts()["idle"] == wire.pool.counts()["busy"] == 0
+
+
+async def test_an_early_answer_that_is_large_is_relayed_whole_or_cut(start: Start) -> None:
+    """What the upstream's kernel has not sent before the reset is lost, and the client can tell."""
+    size = 600_000
+    with hasty(b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)) as upstream:
+        wire = await start(upstream={"url": f"http://127.0.0.1:{upstream.port}"})
+        for _ in range(TRIALS):
+            async with wire.client() as client:
+                await client.send(request("POST", "/", "Content-Length: 200000") + bytes(100_000))
+                with contextlib.suppress(ConnectionError):
+                    answer = await client.answer()
+                    assert answer.status == 413
+                    assert answer.is_whole == (len(answer.body) == size)
+    assert {seen.status for seen in wire.recorder.seen} == {413}
+
+
+@pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
+async def test_a_request_goes_on_while_its_answer_has_begun(start: Start, closes: bytes) -> None:
+    async def echo(_message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\n%bContent-Length: 300000\r\n\r\n" % closes)
+        left = 300_000
+        while left:
+            data = await reader.read(min(left, 10_000))
+            left -= len(data)
+            writer.write(data)
+            await writer.drain()
+        return True
+
+    body = bytes(index % 251 for index in range(300_000))
+    wire = await start(serving=Upstream(echo, reads_bodies=False))
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 300000") + body[:100])
+        await client.reader.readuntil(b"\r\n\r\n" + body[:100])
+        sending = asyncio.create_task(client.send(body[100:]))
+        async with asyncio.timeout(5):
+            assert await client.reader.readexactly(len(body) - 100) == body[100:]
+        await sending
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """(context of the server, context of a client that trusts it)."""
+    authority, trusting = trustme.CA(), ssl.create_default_context()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    authority.configure_trust(trusting)
+    return server_context(str(tmp_path / "server.pem"), ""), trusting
+
+
+def send_then_read(address: tuple[str, int], raw: list[bytes], context: ssl.SSLContext | None) -> bytes:
+    """What a client gets that reads only after it has sent everything."""
+    with socket.create_connection(address, timeout=10) as plain:
+        sock = plain if context is None else context.wrap_socket(plain, server_hostname="localhost")
+        with sock:
+            for piece in raw:
+                sock.sendall(piece)
+            got = b""
+            while not got.endswith((b"no", b"}")) and (data := sock.recv(65_536)):
+                got += data
+            return got
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["clear", "tls"])
+@pytest.mark.parametrize("key", [KEY, None], ids=["by the upstream", "by the proxy"])
+async def test_a_client_that_reads_only_once_it_has_sent_everything_gets_the_early_answer(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], key: bytes | None, *, is_tls: bool
+) -> None:
+    with hasty(TOO_LARGE) as upstream:
+        tls = certificate[0] if is_tls else None
+        wire = await start(upstream={"url": f"http://127.0.0.1:{upstream.port}"}, tls=tls)
+        assert not isinstance(wire.address, str)
+        for is_chunked in (False, True):
+            framing = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(BODY)}"
+            raw = [request("POST", "/", framing, key=key), *pieces(is_chunked=is_chunked)]
+            got = await asyncio.to_thread(send_then_read, wire.address, raw, certificate[1] if is_tls else None)
+            assert got.startswith(b"HTTP/1.1 413" if key else b"HTTP/1.1 401")
+        async with asyncio.timeout(4):
+            while wire.server.open_connections():
+                await asyncio.sleep(0.02)
+
+
+async def test_an_answer_that_ends_with_the_connection_ends_over_tls_too(
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    with hasty(b"HTTP/1.1 200 OK\r\n\r\nthe end") as upstream:
+        wire = await start(upstream={"url": f"http://127.0.0.1:{upstream.port}"}, tls=certificate[0])
+        assert not isinstance(wire.address, str)
+        raw = [request("POST", "/", "Content-Length: 1").replace(b"HTTP/1.1", b"HTTP/1.0") + b"x"]
+        got = await asyncio.to_thread(send_then_read, wire.address, raw, certificate[1])
+        assert got.endswith(b"\r\n\r\nthe end")
+
+
+async def test_a_connection_is_not_used_again_while_a_part_of_its_request_is_unsent(wire: Wire) -> None:
+    """The next request on it would be taken for that part."""
+    wire.server.gate = ForwardingGate()
+    sock, far = socket.socketpair()
+    with sock, far:
+        play = Play(wire, sock)
+        play.client.data_received(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nab")
+        before = play.far.written
+        assert before.endswith(b"\r\n\r\nab")
+        far.send(b"an answer that has arrived and is not read yet")
+        play.client.data_received(b"cd")
+        assert play.far.written == before
+        play.upstream.data_received(OK)
+        assert play.near.written.endswith(b"\r\n\r\n{}")
+        assert play.far.is_cut
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert play.far.written == before
+        assert wire.pool.counts()["idle"] == 0
+        play.end()
