@@ -17,6 +17,7 @@ PACKAGE = ROOT / "keyproxy"
 #: A module imports only what stands on a strictly lower rank; the modules of one folder may see each other.
 RANKS = {
     "": 0,
+    "addresses": 0,
     "compiling": 0,
     "ratelimit": 0,
     "reasons": 1,
@@ -39,10 +40,15 @@ RANKS = {
     "clock": 7,
     "orders": 7,
     "sockets": 7,
+    "streams": 7,
     "systemd": 7,
+    "presence": 8,
+    "departure": 8,
     "metrics": 8,
     "store": 8,
     "wire": 8,
+    "control": 9,
+    "probe": 9,
     "gateway": 9,
     "ops": 10,
     "change": 11,
@@ -75,7 +81,7 @@ IMPURE = {
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"admin", "crew", "demo", "ops"},
+    "aiohttp": {"admin", "demo", "ops"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},
@@ -96,7 +102,7 @@ STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "contextlib",
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
-    "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
+    "os", "pathlib", "platform", "posixpath", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
     "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
     "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip

@@ -18,6 +18,7 @@ from keyproxy.cli.key import key_group
 from keyproxy.cli.key_bulk import BULK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.plan import plan_group
+from keyproxy.cli.process import drain_command, health_command
 from keyproxy.cli.remind import key_remind
 from keyproxy.cli.serve import demo_command, serve_command
 from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
@@ -52,8 +53,8 @@ key_group.add_command(key_explain)
 key_group.add_command(key_remind)
 
 for _command in (
-    demo_command, serve_command, admin_group, migrate_command, config_group, tenant_group, user_group, key_group,
-    plan_group, audit_group, usage_group, completion_command,
+    demo_command, serve_command, drain_command, health_command, admin_group, migrate_command, config_group,
+    tenant_group, user_group, key_group, plan_group, audit_group, usage_group, completion_command,
 ):  # fmt: skip
     root.add_command(_command)
 

@@ -15,6 +15,7 @@ import uvloop
 from keyproxy.cli.desk import say
 from keyproxy.cli.setting import (
     actor,
+    check_addresses,
     check_schema,
     config_option,
     duration,
@@ -61,6 +62,7 @@ def _serve(config_path: Path | None) -> None:
     from keyproxy.wire.tls import TlsError
 
     settings = load(config_path, is_serving=True).settings
+    check_addresses(settings)
 
     def read_again() -> Settings:
         try:

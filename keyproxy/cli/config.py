@@ -8,7 +8,7 @@ import click
 import orjson
 
 from keyproxy import config
-from keyproxy.cli.setting import config_option, json_option, load
+from keyproxy.cli.setting import check_addresses, config_option, json_option, load
 
 
 @click.group("config")
@@ -23,7 +23,7 @@ def check(config_path: Path | None) -> None:
 
     Status 0 if it can; 2, and a line for each thing that is wrong, if not.
     """
-    load(config_path)
+    check_addresses(load(config_path).settings)
     click.echo("ok")
 
 

@@ -22,7 +22,7 @@ import uvloop
 from keyproxy import config
 from keyproxy.cli import table
 from keyproxy.settings import Settings, is_scope
-from keyproxy.sockets import BindError
+from keyproxy.sockets import BindError, conflicts
 from keyproxy.store import embedded, migrations
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.directory import Actor, DirectoryError
@@ -100,6 +100,12 @@ def load(path: Path | None, *, is_serving: bool = False, read: str | None = None
     level = loaded.settings.log.level
     _set_up_logging(level if is_serving or level == "debug" else "error")
     return loaded
+
+
+def check_addresses(settings: Settings) -> None:
+    """Raises ConfigError if listeners overlap, or an upstream is one of them. Resolves names."""
+    if wrong := conflicts(settings):
+        raise config.ConfigError(wrong)
 
 
 @contextlib.contextmanager
