@@ -37,6 +37,8 @@ def bind(address: str, *, mode: int = _MODE, is_shared: bool = True) -> socket.s
 def told(sock: socket.socket) -> str:
     """The address that a bound socket really has: with the port it got where 0 was asked for."""
     name = sock.getsockname()
+    if isinstance(name, bytes):
+        return "a private socket"
     if isinstance(name, str):
         return f"unix:{name}"
     return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"

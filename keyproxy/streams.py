@@ -38,5 +38,15 @@ def is_stdout_missing() -> bool:
     return 1 in _missing
 
 
+def abandon(fd: int) -> None:
+    """Let what is printed on this stream from now on, or is still in a buffer, reach nothing.
+
+    After a write has failed: the interpreter would try it again at exit, and complain.
+    """
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, fd)
+    os.close(null)
+
+
 def _text(fd: int, mode: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(open(fd, f"{mode}b", closefd=False), encoding="utf-8", errors="backslashreplace")

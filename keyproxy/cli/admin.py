@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 import uvloop
 
-from keyproxy.cli.desk import say
 from keyproxy.cli.setting import (
     actor,
     check_addresses,
@@ -21,6 +20,9 @@ from keyproxy.cli.setting import (
     duration,
     json_option,
     load,
+    require_stdout,
+    say,
+    showing_secret,
     store,
     tell,
 )
@@ -115,11 +117,14 @@ def token_create(
     except InvalidScopes as error:
         raise click.BadParameter(str(error), param_hint="--scope") from error
     life = expires_in if isinstance(expires_in, timedelta) else None
+    require_stdout()
     token = _with_tokens(
         config_path,
         lambda tokens: tokens.create(name, granted.scopes, tenant_id=granted.tenant, expires_in=life),
     )
-    tell(token, as_json=as_json, columns=_COLUMNS)
+    lost = f"the secret of token {token['id']} is lost: `keyproxy admin token revoke {token['id']}`"
+    with showing_secret(f"{lost}, then create another one"):
+        tell(token, as_json=as_json, columns=_COLUMNS)
     if not as_json:
         say("this is the only time the secret is shown")
 

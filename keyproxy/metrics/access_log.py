@@ -86,15 +86,19 @@ class AccessLog:
         self._queue.put(lines)
 
     def _write_all(self) -> None:
+        is_failing = False
         while (lines := self._queue.get()) is not None:
             try:
                 for portion in _portions(lines) if self._is_shared else (lines,):
                     view = memoryview(portion)
                     while view:
                         view = view[os.write(self._fd, view) :]
+                is_failing = False
             except OSError as error:
                 self.dropped += lines.count(b"\n")
-                _log.warning("the access log cannot be written: %s", error)
+                if not is_failing:
+                    _log.warning("the access log cannot be written: %s; lines are dropped until it can", error)
+                is_failing = True
             self._written_bytes += len(lines)
 
     def _line(self, row: Row, wall_offset: float) -> bytes:
