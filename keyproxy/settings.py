@@ -332,6 +332,8 @@ def cross_checks(settings: Settings) -> list[str]:
     if settings.cache.stale_seconds < settings.cache.fresh_seconds:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
     wrong += addresses.conflicts(settings.listeners(), settings.upstream_urls())
+    if settings.listen.address.startswith("unix:") and settings.listen.workers != 1:
+        wrong.append("listen.workers: must be 1 with a unix socket: only a port is shared by several processes")
     if settings.listen.tls_key_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
     if settings.admin.tls_key_file and not settings.admin.tls_certificate_file:

@@ -84,7 +84,7 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
 @click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
 @click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
 @click.option("--reissue-unseen", is_flag=True,
-              help="Revoke and issue again keys that are there and were never used: their secrets were lost.")  # fmt: skip
+              help="Revoke and issue again keys that were never used: their secrets were lost.")  # fmt: skip
 @takes_call
 def key_issue_many(
     call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,

@@ -46,8 +46,7 @@ async def test_commands_run_without_some_of_their_streams(site: Site, redirectio
     assert [tenant["id"] for tenant in await site.told("tenant", "list")] == ["acme"]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("redirections", CLOSED)
+@pytest.mark.parametrize(("redirections", "workers"), [*((one, 1) for one in CLOSED), (CLOSED[-1], 2)])
 async def test_a_proxy_serves_without_some_of_its_streams(
     configure: Configure, dsn: str, redirections: str, workers: int
 ) -> None:
@@ -133,20 +132,10 @@ async def test_a_secret_that_cannot_be_printed_is_named_with_what_to_do(site: Si
 @needs_full
 async def test_other_output_that_cannot_be_printed_is_a_failure_in_one_line(site: Site) -> None:
     await site.key()
-    for command in (
-        "tenant list",
-        "key list --json",
-        "config show",
-        "audit export",
-        "usage show",
-        "--version #",
-        "--help #",
-    ):
-        output = await shell(site, command.replace("#", ";:"), "> /dev/full")
-        assert output.status in (0, 1)
-        if command[:2] != "--":
-            assert output.status == 1, command
-            assert output.err == "keyproxy: the output cannot be used: No space left on device\n", command
+    for command in ("tenant list", "key list --json", "config show", "audit export", "usage show --help"):
+        output = await shell(site, command, "> /dev/full")
+        assert output.status == 1, command
+        assert output.err == "keyproxy: the output cannot be used: No space left on device\n", command
     assert (await shell(site, "tenant list --json", "2> /dev/full")).json[0]["id"] == "acme"
     assert (await shell(site, "tenant show nothing", "2> /dev/full")).status == 1
 
