@@ -134,6 +134,11 @@ def is_trusted(sock: socket.socket) -> bool:
     return peer(sock)[1] in (os.geteuid(), 0)
 
 
+def here(*purposes: str) -> list[Running]:
+    """The running processes of this user in this pid namespace: in a container, those of the container."""
+    return [one for one in running() if one.pid and (not purposes or one.presence.purpose in purposes)]
+
+
 def of_configuration(settings: Settings, *purposes: str) -> list[Running]:
     """The running processes that have the addresses of this configuration."""
     mains = {SERVE: _encoded(settings.listen.address), ADMIN: _encoded(settings.admin.address)}

@@ -25,13 +25,21 @@ class NotLive(Exception):
 
 
 def check(path: Path | None) -> list[presence.Running]:
-    """The processes of this configuration, all of which are live. Raises NotLive, ConfigError, BindError."""
-    settings = config.load(path, os.environ).settings
-    found = presence.of_configuration(settings, presence.SERVE, presence.ADMIN)
-    if not found:
-        raise NotLive(
-            f"no keyproxy of this user serves {settings.listen.address}, and no admin API {settings.admin.address}"
-        )
+    """The processes of this configuration, all of which are live. None: all that run here, as in a container.
+
+    Raises NotLive, ConfigError, BindError.
+    """
+    if path is None:
+        found = presence.here()
+        if not found:
+            raise NotLive("no keyproxy of this user runs here")
+    else:
+        settings = config.load(path, os.environ).settings
+        found = presence.of_configuration(settings, presence.SERVE, presence.ADMIN)
+        if not found:
+            raise NotLive(
+                f"no keyproxy of this user serves {settings.listen.address}, and no admin API {settings.admin.address}"
+            )
     for one in found:
         if not presence.is_live(one):
             raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not answer")

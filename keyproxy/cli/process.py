@@ -22,7 +22,8 @@ def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_
     """Let a running proxy leave, as SIGTERM does: not ready any more, listen.linger_seconds later no new connections, up
     to listen.drain_seconds for what is under way.
 
-    Finds the `keyproxy serve` of this user that listens on the configuration's listen.address. Status 1 without one.
+    Finds the `keyproxy serve` of this user that listens on the configuration's listen.address; without a configuration,
+    the one that runs here, as in a container. Status 1 if there is none.
 
     \b
     keyproxy drain --config keyproxy.toml --wait
@@ -58,8 +59,9 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     """Say whether the running `keyproxy serve` or `keyproxy admin` of this configuration is live, for health checks of
     containers.
 
-    Status 0 if its event loop answers; 1 if there is no such process, or it does not answer. Whether it is ready to serve
-    is another question: /readyz of the ops listener.
+    Status 0 if its event loop answers; 1 if there is no such process, or it does not answer. Without a configuration it
+    asks all that run here, as in a container. Whether it is ready to serve is another question: /readyz of the ops
+    listener.
     """
     try:
         found = probe.check(config_path)
@@ -73,15 +75,20 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
 
 
 def _chosen(config_path: Path | None, pid: int | None) -> Running:
-    settings = load(config_path).settings
-    found = presence.of_configuration(settings, presence.SERVE)
-    # Of several containers in one network namespace, each sees its own processes.
-    found = [one for one in found if one.pid] or found
+    where = "here"
+    if config_path is None:
+        found = presence.here(presence.SERVE)
+    else:
+        settings = load(config_path).settings
+        where = f"on {settings.listen.address}"
+        found = presence.of_configuration(settings, presence.SERVE)
+        # Of several containers in one network namespace, each sees its own processes.
+        found = [one for one in found if one.pid] or found
     chosen = found if pid is None else [one for one in found if one.pid == pid]
     if not chosen:
         which = "" if pid is None else f" with pid {pid}"
-        raise Failure(f"no proxy of this user{which} runs on {settings.listen.address}")
+        raise Failure(f"no proxy of this user{which} runs {where}")
     if len(chosen) > 1:
         pids = ", ".join(str(one.pid) for one in chosen)
-        raise Failure(f"{len(chosen)} proxies share {settings.listen.address}: choose one with --pid, of {pids}")
+        raise Failure(f"{len(chosen)} proxies run {where}: choose one with --pid, of {pids}")
     return chosen[0]

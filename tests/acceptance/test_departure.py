@@ -182,7 +182,7 @@ async def test_of_two_that_share_an_address_one_is_chosen_by_its_pid(site: Site)
         await until(are_two)
         told = await site.run("drain")
         assert told.status == 1
-        assert "2 proxies share" in told.err
+        assert "2 proxies run on" in told.err
         assert str(old.pid) in told.err
         told = await site.run("drain", "--wait", "--pid", str(old.pid))
         assert told.status == 0, told.err
