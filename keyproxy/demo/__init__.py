@@ -11,7 +11,10 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
+import shutil
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
@@ -177,7 +180,7 @@ class Story:
             f"  curl -i {self._url}{JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
         )
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        click.echo(f"  keyproxy key list --config {self._stage.config_path}")
+        click.echo(f"  {_program()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:
             click.echo("\nCtrl-C ends it.")
 
@@ -291,6 +294,15 @@ class Story:
 
 def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
     return [(name.removeprefix("X-Keyproxy-"), "+".join(values) or "-") for name, values in saw.items()]
+
+
+def _program() -> str:
+    """How to run keyproxy from any directory, with the environment of the shell that started the demo."""
+    script = Path(sys.argv[0])
+    if script.name != "keyproxy" or not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m keyproxy"
+    found = shutil.which("keyproxy")
+    return "keyproxy" if found is not None and script.samefile(found) else shlex.quote(str(script.absolute()))
 
 
 def _preferably(port: int) -> socket.socket:
