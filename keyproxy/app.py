@@ -15,7 +15,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
-from keyproxy import clock, presence, sockets
+from keyproxy import clock, neighbours, sockets
 from keyproxy.change import Change, ChangeError, new_socket, new_store, new_tls
 from keyproxy.control import Control
 from keyproxy.gateway import Gateway
@@ -95,7 +95,7 @@ class Proxy:
         with contextlib.ExitStack() as undo:
             try:
                 if self.control is not None:
-                    self.control.check(presence.of_proxy(settings, dsn))
+                    self.control.check(neighbours.of_proxy(settings, dsn))
                 proxy = new_socket(undo, was.listen, settings.listen)
                 ops = new_socket(undo, was.ops, settings.ops)
                 tls = new_tls(settings)
@@ -137,7 +137,7 @@ class Proxy:
             await self._ops.start(change.ops)
             await ops.close()
         if self.control is not None:
-            self.control.show(presence.of_proxy(settings, change.dsn))
+            self.control.show(neighbours.of_proxy(settings, change.dsn))
 
     @property
     def listen(self) -> Listen:

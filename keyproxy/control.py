@@ -15,7 +15,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-from keyproxy import presence
+from keyproxy import neighbours, presence
 from keyproxy.presence import Presence
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Control:
         """Can be found and asked while the context lasts. Raises BindError if a running process forbids it."""
         try:
             self.show(what)
-            presence.check_neighbours(what, self._name)
+            neighbours.check(what, self._name)
             yield
         finally:
             for task in [*self._talks, *filter(None, [self._accepting])]:
@@ -65,7 +65,7 @@ class Control:
         Only where an address changes: of two that share a port, each may be given another upstream.
         """
         if self._shown is None or (self._shown.main, self._shown.ops) != (what.main, what.ops):
-            presence.check_neighbours(what, self._name)
+            neighbours.check(what, self._name)
 
     def show(self, what: Presence) -> None:
         """Be found as this from now on."""

@@ -5,26 +5,19 @@ whatever can share a port with this process is found. The name holds no secret: 
 
 Anybody may make such a name. A process counts only if the kernel says that it runs as this user (SO_PEERCRED); another
 user's process could not share a port either.
+
+Health checks run every few seconds: nothing is imported here that takes long to import.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import ipaddress
-import json
 import os
 import re
-import secrets
 import socket
 import struct
-from pathlib import Path
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
 from typing import Final, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
-
-from keyproxy import addresses, sockets
-from keyproxy.addresses import Place
-from keyproxy.settings import Settings
 
 SERVE: Final = "serve"
 ADMIN: Final = "admin"
@@ -35,23 +28,21 @@ DRAIN: Final = b"drain\n"
 DRAINING: Final = b"draining\n"
 DRAINED: Final = b"drained\n"
 
+#: First byte of a unix socket's place. As an IP address it would be a multicast group, which has no listener.
+UNIX: Final = b"\xff"
+#: The place of a listener that there is not.
+NOWHERE: Final = "A" * 24
+
 _PREFIX: Final = "keyproxy/1/"
 _NAME: Final = re.compile(
     r"keyproxy/1/(serve|admin)/([\w-]{24})/([\w-]{24})/([0-9a-f]{16})/[0-9]{1,10}-[0-9a-f]{8}", re.ASCII
 )
-
-#: First byte of a unix socket's place. As an IP address it would be a multicast group, which has no listener.
-_UNIX: Final = b"\xff"
-_NOWHERE: Final = "A" * 24
 _CREDENTIALS: Final = struct.Struct("3i")
 _ANSWER_SECONDS: Final = 2.0
 
-#: What of a DSN's query says which database it is.
-_LOCATING: Final = frozenset({"host", "hostaddr", "port", "dbname", "service"})
-
 
 class Presence(NamedTuple):
-    """What a process serves: its purpose, its listeners as `_encoded`, and a digest of where requests go and keys are."""
+    """What a process serves: its purpose, its listeners as `encoded`, and a digest of where requests go and keys are."""
 
     purpose: str
     main: str
@@ -60,15 +51,8 @@ class Presence(NamedTuple):
 
     def name(self) -> str:
         """A name for an abstract socket that no other process has."""
-        unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+        unique = f"{os.getpid()}-{os.urandom(4).hex()}"
         return f"{_PREFIX}{self.purpose}/{self.main}/{self.ops}/{self.serves}/{unique}"
-
-    def places(self) -> dict[str, Place]:
-        """Where it listens, by the key that sets it."""
-        named = {"listen.address": self.main, "ops.address": self.ops}
-        if self.purpose == ADMIN:
-            named = {"admin.address": self.main}
-        return {key: _decoded(place) for key, place in named.items() if place != _NOWHERE}
 
 
 class Running(NamedTuple):
@@ -77,22 +61,11 @@ class Running(NamedTuple):
     presence: Presence
     name: str
     pid: int
-
-
-def of_proxy(settings: Settings, dsn: str) -> Presence:
-    """What `keyproxy serve` serves with these settings."""
-    serves = [settings.upstream.url, settings.upstream.test_url, _database(dsn)]
-    digest = hashlib.sha256(json.dumps(serves).encode()).hexdigest()[:16]
-    return Presence(SERVE, _encoded(settings.listen.address), _encoded(settings.ops.address), digest)
-
-
-def of_admin(settings: Settings) -> Presence:
-    """What `keyproxy admin` serves with these settings."""
-    return Presence(ADMIN, _encoded(settings.admin.address), _NOWHERE, "0" * 16)
+    uid: int
 
 
 def running() -> list[Running]:
-    """The processes of this user on this machine. Root sees those of all users."""
+    """The processes of this user on this machine. Root sees those of other users if it has none."""
     found = []
     # A connection to an abstract socket is listed by its name as well.
     for name in sorted(_names()):
@@ -103,9 +76,9 @@ def running() -> list[Running]:
         if sock is None:
             continue
         with sock:
-            pid, _ = peer(sock)
-        found.append(Running(Presence(match[1], match[2], match[3], match[4]), name, pid))
-    return found
+            pid, uid = peer(sock)
+        found.append(Running(Presence(match[1], match[2], match[3], match[4]), name, pid, uid))
+    return [one for one in found if one.uid == os.geteuid()] or found
 
 
 def connected(name: str) -> socket.socket | None:
@@ -139,10 +112,9 @@ def here(*purposes: str) -> list[Running]:
     return [one for one in running() if one.pid and (not purposes or one.presence.purpose in purposes)]
 
 
-def of_configuration(settings: Settings, *purposes: str) -> list[Running]:
-    """The running processes that have the addresses of this configuration."""
-    mains = {SERVE: _encoded(settings.listen.address), ADMIN: _encoded(settings.admin.address)}
-    wanted = {(purpose, mains[purpose]) for purpose in purposes}
+def of_addresses(mains: Mapping[str, str]) -> list[Running]:
+    """The running processes of a purpose that listen on that purpose's address. Raises OSError: one is no address."""
+    wanted = {(purpose, encoded(address)) for purpose, address in mains.items()}
     return [one for one in running() if (one.presence.purpose, one.presence.main) in wanted]
 
 
@@ -164,75 +136,28 @@ def ask(name: str, request: bytes) -> bytes:
             return b""
 
 
-def check_neighbours(mine: Presence, own_name: str) -> None:
-    """Raises BindError if another process of ours has an address of this one, unless the two may share it.
+def encoded(address: str) -> str:
+    """An address of the configuration in 24 characters; names are resolved as for listening. Raises OSError."""
+    if address.startswith("unix:"):
+        import hashlib  # takes long to import, and most listeners are ports
 
-    Two proxies share a port if both have the same upstream and database: a rolling restart. They share an ops listener
-    only if they share the port too.
-    """
-    ours = mine.places()
-    for other in running():
-        if other.name == own_name:
-            continue
-        theirs = other.presence.places()
-        shared = {key for key in ours.keys() & theirs.keys() if addresses.overlap(ours[key], theirs[key])}
-        may_share = mine.serves == other.presence.serves and mine.purpose == SERVE and "listen.address" in shared
-        for key, place in ours.items():
-            for their_key, their_place in theirs.items():
-                if addresses.overlap(place, their_place) and not (may_share and key == their_key):
-                    raise sockets.BindError(_why(key, their_key, other))
+        packed = UNIX + hashlib.sha256(os.path.realpath(address[5:]).encode()).digest()[:17]
+    else:
+        host, _, port = address.rpartition(":")
+        packed = _packed(host.strip("[]")) + struct.pack("!H", int(port))
+    return urlsafe_b64encode(packed).decode("ascii")
 
 
-def _why(key: str, their_key: str, other: Running) -> str:
-    who = f"a running `keyproxy {other.presence.purpose}`" + (f" (pid {other.pid})" if other.pid else "")
-    if key != their_key or other.presence.purpose == ADMIN:
-        return f"{key}: {who} has this address as its {their_key}"
-    if key == "ops.address":
-        return f"{key}: {who} has this address, and proxies on another one: give each an ops.address of its own"
-    return (
-        f"{key}: {who} has this address, with another upstream or store: proxies that share a port have to agree."
-        " Stop it first, or change its configuration and send it SIGHUP"
-    )
+def _packed(host: str) -> bytes:
+    family, *_, where = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    packed = socket.inet_pton(family, str(where[0]).partition("%")[0])
+    return packed if family == socket.AF_INET6 else b"\0" * 10 + b"\xff\xff" + packed
 
 
 def _names() -> set[str]:
     try:
-        lines = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
+        with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib takes long
+            lines = file.read().splitlines()
     except OSError:
         return set()
     return {line[at + 1 :] for line in lines if (at := line.find(f"@{_PREFIX}")) >= 0}
-
-
-def _encoded(address: str) -> str:
-    """An address of the configuration in 24 characters; names are resolved as for listening."""
-    if address.startswith("unix:"):
-        packed = _UNIX + hashlib.sha256(os.path.realpath(address[5:]).encode()).digest()[:17]
-    else:
-        host, _, port = address.rpartition(":")
-        packed = _packed(host.strip("[]")) + struct.pack("!H", int(port))
-    return base64.urlsafe_b64encode(packed).decode("ascii")
-
-
-def _packed(host: str) -> bytes:
-    try:
-        where = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4]
-    except OSError as error:
-        raise sockets.BindError(f"cannot listen on {host}: {error.strerror or error}") from error
-    address = addresses.plain(ipaddress.ip_address(where[0]))
-    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
-
-
-def _decoded(text: str) -> Place:
-    packed = base64.urlsafe_b64decode(text)
-    if packed.startswith(_UNIX):
-        return Place(frozenset(), 0, packed.hex())
-    return Place(
-        frozenset({addresses.plain(ipaddress.IPv6Address(packed[:16]))}), int(struct.unpack("!H", packed[16:])[0])
-    )
-
-
-def _database(dsn: str) -> str:
-    """Which database a DSN names, whoever connects to it: a password may be another one after a rotation."""
-    parts = urlsplit(dsn)
-    locating = sorted((name, value) for name, value in parse_qsl(parts.query) if name in _LOCATING)
-    return json.dumps([parts.netloc.rpartition("@")[2].lower(), parts.path, locating])

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
-from keyproxy import orders, presence, sockets, systemd
+from keyproxy import neighbours, orders, sockets, systemd
 from keyproxy.app import Proxy
 from keyproxy.change import Change, ChangeError, bound, check_files
 from keyproxy.control import Control
@@ -86,7 +86,7 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         control = None if private_ops is not None else Control(departure.begin)
         if control is not None:
-            await stack.enter_async_context(control.open(presence.of_proxy(settings, dsn)))
+            await stack.enter_async_context(control.open(neighbours.of_proxy(settings, dsn)))
         proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
         proxy.control = control
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))

@@ -21,13 +21,14 @@ import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
-from keyproxy import clock, presence, sockets, systemd
+from keyproxy import clock, neighbours, sockets, systemd
 from keyproxy.change import ChangeError, bound, check_files, new_socket
 from keyproxy.control import Control
 from keyproxy.crew import Crew, Worker
 from keyproxy.departure import Departure
 from keyproxy.metrics.catalogue import CONTENT_TYPE
 from keyproxy.ops import Check, OpsListener, Verdict
+from keyproxy.presence import Presence
 from keyproxy.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ class Supervisor:
             finally:
                 await self._end(departure)
 
-    def _presence(self, settings: Settings) -> presence.Presence:
-        return presence.of_proxy(settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn)
+    def _presence(self, settings: Settings) -> Presence:
+        return neighbours.of_proxy(settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn)
 
     # -- starting and ending
 

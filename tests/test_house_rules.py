@@ -47,7 +47,8 @@ RANKS = {
     "metrics": 8,
     "store": 8,
     "wire": 8,
-    "control": 9,
+    "neighbours": 9,
+    "control": 10,
     "probe": 9,
     "gateway": 9,
     "ops": 10,
@@ -102,8 +103,8 @@ STANDARD = {
     "__future__", "abc", "array", "ast", "asyncio", "base64", "binascii", "bisect", "collections", "contextlib",
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
-    "os", "pathlib", "platform", "posixpath", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil",
-    "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
+    "os", "pathlib", "platform", "posixpath", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shlex",
+    "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
     "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Callable
 
-from keyproxy import clock, presence, sockets, systemd
+from keyproxy import clock, neighbours, sockets, systemd
 from keyproxy.admin.access import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import Terms
@@ -82,7 +82,7 @@ class Admin:
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
             )  # fmt: skip
-            await stack.enter_async_context(Control().open(presence.of_admin(self._settings)))
+            await stack.enter_async_context(Control().open(neighbours.of_admin(self._settings)))
             sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
             stack.push_async_callback(listener.close)
             await listener.start(sock, self._tls)

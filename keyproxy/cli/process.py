@@ -10,6 +10,7 @@ import orjson
 from keyproxy import presence, probe
 from keyproxy.cli.desk import say
 from keyproxy.cli.setting import Failure, config_option, json_option, load
+from keyproxy.config import ConfigError
 from keyproxy.presence import Running
 
 
@@ -64,9 +65,11 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     listener.
     """
     try:
-        found = probe.check(config_path)
+        found = probe.check("" if config_path is None else str(config_path))
     except probe.NotLive as error:
         raise Failure(str(error)) from error
+    except probe.Misused as error:
+        raise ConfigError(error.problems) from error
     live = [{"command": one.presence.purpose, "pid": one.pid} for one in found]
     if as_json:
         click.echo(orjson.dumps({"live": live}).decode())
@@ -81,7 +84,10 @@ def _chosen(config_path: Path | None, pid: int | None) -> Running:
     else:
         settings = load(config_path).settings
         where = f"on {settings.listen.address}"
-        found = presence.of_configuration(settings, presence.SERVE)
+        try:
+            found = presence.of_addresses({presence.SERVE: settings.listen.address})
+        except OSError as error:
+            raise Failure(f"{settings.listen.address}: {error.strerror or error}") from error
         # Of several containers in one network namespace, each sees its own processes.
         found = [one for one in found if one.pid] or found
     chosen = found if pid is None else [one for one in found if one.pid == pid]

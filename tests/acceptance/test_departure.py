@@ -312,3 +312,21 @@ def test_a_name_that_another_user_made_is_not_taken_for_a_proxy() -> None:
         sock.bind("\0keyproxy/1/serve/not-a-name")
         sock.listen()
         assert not [one for one in presence.running() if "not-a-name" in one.name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Site) -> None:
+    other = presence.Presence("serve", presence.encoded(f"127.0.0.1:{site.proxy_port}"), presence.NOWHERE, "0" * 16)
+    squatting = await asyncio.create_subprocess_exec(
+        sys.executable, "-c",
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]);"
+        " s.listen(); print('up', flush=True); sys.stdin.read()",
+        other.name(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert squatting.stdout is not None
+    assert await squatting.stdout.readline() == b"up\n"
+    async with site.serving() as process:
+        told = await site.run("health", "--json")
+        assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
+    squatting.kill()
+    await squatting.wait()

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from keyproxy import presence
+from keyproxy import neighbours
 from keyproxy.settings import Listen, Settings, Upstream
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
 
@@ -187,14 +187,14 @@ SAME = Settings(listen=Listen(address="127.0.0.1:1"), upstream=Upstream(url="htt
     ],
 )
 def test_a_store_is_the_same_whoever_connects_to_it(one: str, other: str, are_alike: bool) -> None:
-    assert (presence.of_proxy(SAME, one) == presence.of_proxy(SAME, other)) is are_alike
+    assert (neighbours.of_proxy(SAME, one) == neighbours.of_proxy(SAME, other)) is are_alike
 
 
 def test_a_name_holds_what_it_says_and_fits_into_a_socket_s() -> None:
     settings = Settings(listen=Listen(address="[2001:db8:1:2:3:4:5:6]:65535"))
-    what = presence.of_proxy(settings, "postgresql://u:hunter2@h/d")
+    what = neighbours.of_proxy(settings, "postgresql://u:hunter2@h/d")
     assert len(what.name()) < 107
     assert "hunter2" not in what.name()
-    (host,) = what.places()["listen.address"].hosts
-    assert (str(host), what.places()["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
+    (host,) = neighbours.places(what)["listen.address"].hosts
+    assert (str(host), neighbours.places(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
     assert str(os.getpid()) in what.name()
