@@ -104,8 +104,8 @@ STANDARD = {
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
     "os", "pathlib", "platform", "posixpath", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shlex",
-    "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
-    "typing", "urllib", "weakref", "zlib",
+    "shutil", "signal", "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
+    "tomllib", "types", "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

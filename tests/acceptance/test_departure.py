@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -330,3 +332,24 @@ async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Si
         assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
     squatting.kill()
     await squatting.wait()
+
+
+# -- unix sockets
+
+
+async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(configure: Configure, dsn: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        listen = {"address": f"unix:{directory}/proxy.sock", "socket_mode": "0660"}
+        site = configure(dsn, listen=listen)
+        secret = (await site.key())["secret"].encode()
+        async with site.serving() as process:
+            assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
+            async with connect(f"{directory}/proxy.sock") as client:
+                await client.send(request("GET", "/", key=secret))
+                assert (await client.answer()).status == 200
+            before = site.config.read_text(encoding="utf-8")
+            site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
+            process.send_signal(signal.SIGHUP)
+            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is made")
+            assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
+            assert (await site.run("drain", "--wait")).status == 0

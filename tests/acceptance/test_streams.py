@@ -129,6 +129,24 @@ async def test_a_secret_that_cannot_be_printed_is_named_with_what_to_do(site: Si
     assert f"`keyproxy admin token revoke {token['id']}`" in output.err
 
 
+async def test_a_secret_for_a_reader_that_has_left_is_named_too(site: Site) -> None:
+    await site.told("tenant", "create", "acme")
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "keyproxy", "user", "create", "u_7", "--tenant", "acme", "--config", str(site.config),
+        env=site.environment, stdin=asyncio.subprocess.DEVNULL, stdout=writing, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    os.close(writing)
+    _, err = await asyncio.wait_for(process.communicate(), STUCK_SECONDS)
+    (key,) = await site.told("key", "list", "--user", "u_7")
+    assert process.returncode == 1
+    assert (
+        f"stdout cannot be written (Broken pipe): user u_7 was created, and the secret of key {key['id']}"
+        in err.decode()
+    )
+
+
 @needs_full
 async def test_other_output_that_cannot_be_printed_is_a_failure_in_one_line(site: Site) -> None:
     await site.key()
