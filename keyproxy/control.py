@@ -44,18 +44,19 @@ class Control:
     @contextlib.asynccontextmanager
     async def open(self, what: Presence) -> AsyncIterator[None]:
         """Can be found and asked while the context lasts. Raises BindError if a running process forbids it."""
+        has_drained = False
         try:
             self.show(what)
             neighbours.check(what, self._name)
             yield
+            has_drained = True
         finally:
             for task in [*self._talks, *filter(None, [self._accepting])]:
                 task.cancel()
             await asyncio.gather(*self._talks, return_exceptions=True)
             for sock in self._waiting:
-                with contextlib.suppress(OSError):  # it does not wait any more
-                    sock.send(presence.DRAINED)
-                sock.close()
+                with sock, contextlib.suppress(OSError):  # it does not wait any more
+                    sock.send(presence.DRAINED if has_drained else b"")
             if self._sock is not None:
                 self._sock.close()
 

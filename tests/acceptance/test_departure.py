@@ -20,6 +20,7 @@ import pytest
 
 from keyproxy import presence
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
+from tests.acceptance.test_alive import workers_of
 from tests.rawhttp import connect
 from tests.wire.conftest import request
 
@@ -113,7 +114,9 @@ async def test_further_sigterms_change_nothing_and_sigint_ends_the_lingering(
     site = configure(dsn, listen={"workers": workers, "linger_seconds": 600.0})
     async with site.serving() as process:
         for _ in range(3):
-            process.send_signal(signal.SIGTERM)
+            # As a service manager does that sends one to every process of a group.
+            for pid in (process.pid, *workers_of(process.pid)):
+                os.kill(pid, signal.SIGTERM)
             await asyncio.sleep(0.2)
         async with site.client():
             pass
