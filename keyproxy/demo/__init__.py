@@ -176,9 +176,9 @@ class Story:
         """Say what to try by hand, now or when it stays up."""
         ops = f"http://{self._settings.ops.address}"
         click.echo("\nTry it yourself:\n" if stays else "\nIt is over now. Without --once it stays up:\n")
-        click.echo(
-            f"  curl -i {self._url}{JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
-        )
+        # Not --json, which curl has had only since 2022.
+        headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
+        click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
         click.echo(f"  {_program()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:

@@ -192,7 +192,7 @@ async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
 async def _try_what_it_says(stage: Stage, told: str) -> None:
     lines = [shlex.split(line) for line in told.splitlines() if line.startswith("  curl ")]
     call, *pages = lines
-    header, job = call[call.index("-H") + 1], call[call.index("--json") + 1]
+    header, job = call[call.index("-H") + 1], call[call.index("-d") + 1]
     name, _, value = header.partition(": ")
     url = call[2]
     async with aiohttp.ClientSession() as session:
