@@ -5,32 +5,38 @@ FROM python:3.12-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python -m venv /opt/keyproxy
-COPY requirements/base.txt requirements/base.txt
-RUN /opt/keyproxy/bin/pip install --only-binary=:all: -r requirements/base.txt
+COPY requirements/container.txt requirements/container.txt
+RUN /opt/keyproxy/bin/pip install --only-binary=:all: --require-hashes -r requirements/container.txt
 # The compiled build: what it needs stays in this stage. `--build-arg COMPILE=0` gives the pure one, which behaves alike.
 ARG COMPILE=1
-COPY requirements/compile.txt requirements/compile.txt
+COPY requirements/container-build.txt requirements/container-build.txt
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && python -m venv /opt/build && /opt/build/bin/pip install --only-binary=:all: -r requirements/compile.txt
-COPY setup.py pyproject.toml README.md ./
+    && python -m venv /opt/build \
+    && /opt/build/bin/pip install --only-binary=:all: --require-hashes -r requirements/container-build.txt
+COPY setup.py pyproject.toml README.md LICENSE config.example.toml ./
 COPY keyproxy keyproxy
 RUN KEYPROXY_COMPILE=$COMPILE /opt/build/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /dist . \
     && /opt/keyproxy/bin/pip install --no-deps /dist/*.whl
+COPY container.toml /opt/keyproxy/container.toml
 
 FROM python:3.12-slim-bookworm
 LABEL org.opencontainers.image.title="keyproxy" \
-      org.opencontainers.image.description="Tells a compute server, for every request, on whose behalf it comes"
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin keyproxy
+      org.opencontainers.image.description="A reverse proxy that authenticates API keys and says on whose behalf a request is made" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# tini reaps processes that outlive their parents, and passes signals on.
+RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/* \
+    && groupadd --system --gid 10001 keyproxy \
+    && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin keyproxy
 COPY --from=build /opt/keyproxy /opt/keyproxy
+# Nothing here sets a key of the configuration: a variable would beat a mounted file. The image's own defaults are in
+# container.toml, which everything else is over.
 ENV PATH=/opt/keyproxy/bin:$PATH \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    KEYPROXY_LISTEN__ADDRESS=0.0.0.0:8080 \
-    KEYPROXY_OPS__ADDRESS=127.0.0.1:9090
+    KEYPROXY_DEFAULTS=/opt/keyproxy/container.toml
 USER 10001:10001
-EXPOSE 8080
-# Drains on SIGTERM; give it longer than listen.drain_seconds (`docker stop --time 35`).
+EXPOSE 8080 9090
+# Drains on SIGTERM; give it longer than listen.linger_seconds and listen.drain_seconds (`docker stop --time 40`).
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9090/livez', timeout=2)"]
-ENTRYPOINT ["keyproxy"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["keyproxy", "health"]
+ENTRYPOINT ["/usr/bin/tini", "-s", "--", "keyproxy"]
 CMD ["serve"]

@@ -16,7 +16,7 @@ JOBS ?= 2
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup soak compiled test-compiled setup clean help
+.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup soak compiled test-compiled hashes setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
 	@echo "make soak                 memory before hostile and slow peers; every mutant of every request"
 	@echo "make compiled             the optional compiled build, in $(COMPILED_VENV) (needs a C compiler)"
+	@echo "make hashes               the hashes of what the container installs, after a pin has changed"
 	@echo "make test-compiled        the tests of what was compiled, against that build"
 
 demo: $(RUNS)
@@ -71,7 +72,8 @@ bench: setup
 # Made anew whenever anything of the package has changed: extensions are compiled together or not at all.
 compiled: $(COMPILED_VENV)/.ready
 
-$(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell find keyproxy -name '*.py' -o -name '*.sql')
+$(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt config.example.toml \
+    $(shell find keyproxy -name '*.py' -o -name '*.sql')
 	test -x $(COMPILED_VENV)/bin/python || $(PYTHON) -m venv $(COMPILED_VENV)
 	$(COMPILED_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	rm -rf build
@@ -83,6 +85,9 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt $(shell fi
 # the sources here would be found before what is installed.
 test-compiled: compiled
 	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest -p keyproxy.gateway $(or $(ARGS),tests/unit tests/wire tests/store)
+
+hashes: setup
+	requirements/hash.sh
 
 setup: $(STAMP)
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from keyproxy import cli
+from keyproxy import probe, streams
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    streams.open_missing()
+    arguments = sys.argv[1:]
+    if probe.is_plain(arguments):
+        # A container's health check runs every few seconds: it does not load what it does not need.
+        sys.exit(probe.main(arguments))
+    from keyproxy import cli
+
     sys.exit(cli.main())
 
 

@@ -15,8 +15,9 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
-from keyproxy import clock, sockets
+from keyproxy import clock, neighbours, sockets
 from keyproxy.change import Change, ChangeError, new_socket, new_store, new_tls
+from keyproxy.control import Control
 from keyproxy.gateway import Gateway
 from keyproxy.headers import FieldNames, TrustRule
 from keyproxy.keyformat import KeyFormat
@@ -27,7 +28,7 @@ from keyproxy.model import NO_TOKENS
 from keyproxy.ops import Check, OpsListener, Verdict, gathered
 from keyproxy.problems import Problems
 from keyproxy.readings import carry_over, check_housekeeping, check_ledger, spending_of
-from keyproxy.settings import Settings
+from keyproxy.settings import Listen, Settings
 from keyproxy.store.assembly import Store
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.wire.deadlines import Deadlines
@@ -66,6 +67,8 @@ class Proxy:
         self._catalogue = Catalogue(self._recorder, self._sources())
         self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
         self._ops = self._ops_listener()
+        #: By which this process is found; None: it is found through its supervisor, or not at all.
+        self.control: Control | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._retired: list[UpstreamPool] = []
 
@@ -93,8 +96,10 @@ class Proxy:
         was = self._settings
         with contextlib.ExitStack() as undo:
             try:
-                proxy = new_socket(undo, was.listen.address, settings.listen.address)
-                ops = new_socket(undo, was.ops.address, settings.ops.address)
+                if self.control is not None:
+                    self.control.check(neighbours.of_proxy(settings, dsn))
+                proxy = new_socket(undo, was.listen, settings.listen)
+                ops = new_socket(undo, was.ops, settings.ops)
                 tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 store = await self._store_for(settings, dsn)
@@ -133,6 +138,13 @@ class Proxy:
             ops, self._ops = self._ops, self._ops_listener()
             await self._ops.start(change.ops)
             await ops.close()
+        if self.control is not None:
+            self.control.show(neighbours.of_proxy(settings, change.dsn))
+
+    @property
+    def listen(self) -> Listen:
+        """How it listens, by the configuration that was applied last."""
+        return self._settings.listen
 
     # -- building
 

@@ -8,7 +8,7 @@ import ssl
 from typing import NamedTuple
 
 from keyproxy import clock, sockets
-from keyproxy.settings import Settings
+from keyproxy.settings import Listen, Ops, Settings
 from keyproxy.store.assembly import Store
 from keyproxy.wire.pool import Upstreams
 from keyproxy.wire.tls import TlsError, server_context, upstream_context
@@ -30,9 +30,18 @@ class Change(NamedTuple):
     store: Store
 
 
-def new_socket(undo: contextlib.ExitStack, was: str, address: str) -> socket.socket | None:
-    """A socket for a new address; None if it is the old one. Raises BindError."""
-    return None if address == was else undo.enter_context(contextlib.closing(sockets.bind(address)))
+def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops) -> socket.socket | None:
+    """A socket for a new address; None if it is the old one. Raises BindError, ChangeError."""
+    if was.address == now.address:
+        if was.socket_mode != now.socket_mode and now.address.startswith("unix:"):
+            raise ChangeError("socket_mode: applies when the socket is made: restart, or change the address too")
+        return None
+    return undo.enter_context(contextlib.closing(bound(now)))
+
+
+def bound(listener: Listen | Ops) -> socket.socket:
+    """A socket bound to the address of a listener. Raises BindError."""
+    return sockets.bind(listener.address, mode=int(listener.socket_mode, 8))
 
 
 def new_store(settings: Settings, dsn: str) -> Store:

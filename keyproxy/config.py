@@ -1,6 +1,7 @@
 """Read TOML and environment into `Settings`: the only reader of either.
 
-Environment over file over default. Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
+Environment over file over default. An image or a package may bring defaults of its own, in a file that KEYPROXY_DEFAULTS
+names: any configuration is over them. Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
 error that names the key, where it was set, and the closest key there is. All errors are told at once. Every value keeps
 its origin, so that `keyproxy config show` can say where it came from.
 
@@ -26,6 +27,7 @@ ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
 _OTHER_VARIABLES: Final = frozenset(
     {
         "KEYPROXY_CONFIG",
+        "KEYPROXY_DEFAULTS",
         "KEYPROXY_PG_BIN",
         "KEYPROXY_ROUTES",
         "KEYPROXY_ADMIN_URL",
@@ -72,7 +74,9 @@ class _Reading:
         self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         self.origins: dict[str, Origin] = {}
         self.wrong: list[str] = []
-        self._from_environment: dict[str, bool] = {}
+        #: Which source is being read, and which one each value is from: later ones are over earlier ones.
+        self.rank = 0
+        self._ranks: dict[str, int] = {}
         self.keys = {table: {key.name: key for key in dataclasses.fields(cls)} for table, cls in TABLES.items()}
 
     def set(self, table: str, name: str, value: object, source: str, *, is_text: bool = False) -> None:
@@ -91,7 +95,7 @@ class _Reading:
             return
         self.values[table][name] = checked
         self.origins[f"{table}.{name}"] = Origin(source, key.metadata["secret"])
-        self._from_environment[f"{table}.{name}"] = is_text
+        self._ranks[f"{table}.{name}"] = self.rank
 
     def unknown(self, name: str, known: list[str], source: str) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -102,7 +106,7 @@ class _Reading:
         if not isinstance(value, str):
             self.wrong.append(f"{table}.{name}_file: must be a path (set in {source})")
             return
-        if self._from_environment.get(f"{table}.{name}") is is_text:
+        if self._ranks.get(f"{table}.{name}") == self.rank:
             self.wrong.append(f"{table}.{name}: set both in place and by {name}_file (in {source})")
             return
         try:
@@ -134,17 +138,12 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
     """
     reading = _Reading()
     route_rows: object = []
+    if defaults := environment.get("KEYPROXY_DEFAULTS", ""):
+        route_rows = _read_document(reading, Path(defaults), text(Path(defaults)), route_rows)
+    reading.rank = 1
     if path is not None:
-        document = _parse(path, text(path) if read is None else read)
-        route_rows = document.pop("routes", [])
-        for table, content in document.items():
-            if table not in TABLES:
-                reading.unknown(table, [*TABLES, "routes"], str(path))
-            elif not isinstance(content, dict):
-                reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
-            else:
-                for name, value in _twins_last(content):
-                    reading.set(table, name, value, str(path))
+        route_rows = _read_document(reading, path, text(path) if read is None else read, route_rows)
+    reading.rank = 2
     for variable in sorted(environment):
         _read_variable(reading, variable, environment[variable])
     if "KEYPROXY_ROUTES" in environment:
@@ -183,6 +182,21 @@ def mask(value: object) -> object:
     # Up to the last @: a password may hold anything, also what should have been encoded.
     address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)
     return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
+
+
+def _read_document(reading: _Reading, path: Path, content: str, route_rows: object) -> object:
+    """Take in a file; the route table that holds then."""
+    document = _parse(path, content)
+    route_rows = document.pop("routes", route_rows)
+    for table, keys in document.items():
+        if table not in TABLES:
+            reading.unknown(table, [*TABLES, "routes"], str(path))
+        elif not isinstance(keys, dict):
+            reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
+        else:
+            for name, value in _twins_last(keys):
+                reading.set(table, name, value, str(path))
+    return route_rows
 
 
 def _parse(path: Path, content: str) -> dict[str, Any]:

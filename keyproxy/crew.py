@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Final, Self
 
-import aiohttp
 import orjson
 
 from keyproxy import clock, orders
@@ -33,38 +32,48 @@ _ORDER_SECONDS: Final = 30.0
 class Worker:
     """One process, and what it last told of itself."""
 
-    def __init__(self, process: asyncio.subprocess.Process, path: Path, superior: Superior) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, ops: bytes, superior: Superior) -> None:
+        """`ops`: the abstract name of the socket on which it serves its pages."""
         self.process = process
         self.started_mono = clock.monotonic()
         self.is_ready = False
         self.is_leaving = False
         self.page = ""
         self.patience_seconds = _ORDER_SECONDS
+        self._ops = ops
         self._superior = superior
         self._is_lost = False
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(path)), timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS)
-        )
 
     @classmethod
-    async def start(cls, command: Sequence[str], environment: Mapping[str, str], path: Path, text: str) -> Self:
-        """Start one with its ops listener on this path and this configuration. Raises OSError."""
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], text: str) -> Self:
+        """Start one with an ops listener of its own and this configuration. Raises OSError."""
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as undo, theirs:
+        ops = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as undo, theirs, ops:
             undo.enter_context(ours)
-            process = await asyncio.create_subprocess_exec(*command, env=dict(environment), stdin=theirs.fileno())
+            ops.bind("")  # the kernel chooses a name that nothing else has
+            process = await asyncio.create_subprocess_exec(
+                *command, "--ops-fd", str(ops.fileno()), env=dict(environment), stdin=theirs.fileno(),
+                pass_fds=(ops.fileno(),),
+            )  # fmt: skip
+            name: bytes = ops.getsockname()
             undo.pop_all()
         superior = await orders.superior(ours)
         superior.begin(text)
-        return cls(process, path, superior)
+        return cls(process, name, superior)
 
     async def ask(self, path: str) -> bytes | None:
         """A page of its ops listener, whatever its status; None if it does not answer."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
         try:
-            async with self._session.get(f"http://worker{path}") as response:
-                return await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            async with asyncio.timeout(_ASK_SECONDS):
+                await asyncio.get_running_loop().sock_connect(sock, self._ops)
+                return await _page(sock, path)
+        except (TimeoutError, OSError):
             return None
+        finally:
+            sock.close()
 
     async def look(self) -> None:
         """Take note of how it is."""
@@ -99,7 +108,6 @@ class Worker:
     async def closed(self) -> None:
         """Nothing will be asked of it any more."""
         await self._superior.close()
-        await self._session.close()
 
 
 class Crew:
@@ -170,6 +178,18 @@ class Crew:
         ready = sum(worker.is_ready and not worker.is_leaving for worker in self.members)
         leaving = sum(worker.is_leaving for worker in self.members)
         return {"ready": ready, "starting": len(self.members) - ready - leaving, "leaving": leaving}
+
+
+async def _page(sock: socket.socket, path: str) -> bytes | None:
+    """The content of the answer to one request; None if it is cut off. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n".encode("ascii"))
+    received = bytearray()
+    while chunk := await loop.sock_recv(sock, 65_536):
+        received += chunk
+    head, _, content = bytes(received).partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)
+    return content if length is not None and len(content) == int(length[1]) else None
 
 
 def _check_number(answering: int, wanted: int) -> Check:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, NamedTuple
@@ -20,6 +21,8 @@ from typing import Final, NamedTuple
 import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+
+from keyproxy import presence
 
 _CHECK_SECONDS: Final = 3.0
 
@@ -64,9 +67,9 @@ class OpsListener:
         self._metrics_content_type = metrics_content_type
         self._runner: web.AppRunner | None = None
 
-    def application(self) -> web.Application:
-        """The aiohttp application."""
-        app = web.Application()
+    def application(self, *, is_private: bool = False) -> web.Application:
+        """The aiohttp application. `is_private`: only processes of this user are answered."""
+        app = web.Application(middlewares=[_only_this_user] if is_private else [])
         app.router.add_get("/livez", self._live)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
@@ -74,9 +77,12 @@ class OpsListener:
 
     async def start(self, sock: socket.socket) -> None:
         """Serve a bound socket."""
+        # A name without a file has no mode that would keep others out.
+        is_private = sock.family == socket.AF_UNIX and isinstance(sock.getsockname(), bytes)
         self._runner = web.AppRunner(
-            self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0, logger=_http_log
-        )
+            self.application(is_private=is_private), access_log=None, handle_signals=False, shutdown_timeout=1.0,
+            logger=_http_log,
+        )  # fmt: skip
         await self._runner.setup()
         await web.SockSite(self._runner, sock).start()
 
@@ -103,6 +109,20 @@ class OpsListener:
 
     async def _scrape(self, _request: web.Request) -> web.Response:
         return web.Response(body=await self._metrics(), headers={"Content-Type": self._metrics_content_type})
+
+
+@web.middleware
+async def _only_this_user(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    sock = None if request.transport is None else request.transport.get_extra_info("socket")
+    if sock is None:
+        raise web.HTTPForbidden
+    with socket.socket(fileno=os.dup(sock.fileno())) as own:
+        is_trusted = presence.is_trusted(own)
+    if not is_trusted:
+        raise web.HTTPForbidden
+    return await handler(request)
 
 
 async def gathered(checks: Mapping[str, Callable[[], Awaitable[Check]]]) -> Mapping[str, Check]:

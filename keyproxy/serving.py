@@ -15,9 +15,11 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
-from keyproxy import orders, sockets, systemd
+from keyproxy import neighbours, orders, sockets, systemd
 from keyproxy.app import Proxy
-from keyproxy.change import Change, ChangeError, check_files
+from keyproxy.change import Change, ChangeError, bound, check_files
+from keyproxy.control import Control
+from keyproxy.departure import Departure
 from keyproxy.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -68,24 +70,27 @@ def _allow_files(settings: Settings) -> None:
 
 
 async def serve(
-    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing
+    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing,
+    private_ops: socket.socket | None = None,
 ) -> None:  # fmt: skip
-    """Run the data plane until SIGTERM or SIGINT.
+    """Run the data plane until it is to leave: at SIGTERM or SIGINT, or by `keyproxy drain`.
 
-    `started` is told both addresses. `changing` applies other configurations. Raises BindError, ChangeError.
+    `started` is told both addresses. `changing` applies other configurations. `private_ops`: of a worker, the socket on
+    which its supervisor asks; the control socket is the supervisor's. Raises BindError, ChangeError.
     """
-    stop, again = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, again.set)
+    departure, again = Departure(), asyncio.Event()
+    departure.on_signals()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
     _allow_files(settings)
     check_files(settings)
-    proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
-    with (
-        contextlib.closing(sockets.bind(settings.listen.address)) as proxy_socket,
-        contextlib.closing(sockets.bind(settings.ops.address)) as ops_socket,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        control = None if private_ops is not None else Control(departure.begin)
+        if control is not None:
+            await stack.enter_async_context(control.open(neighbours.of_proxy(settings, dsn)))
+        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
+        proxy.control = control
+        proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
+        ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
         # Before anybody can connect: it holds the loop for as long as some hundred requests take.
         _settle_memory()
         async with proxy.running(proxy_socket, ops_socket):
@@ -93,10 +98,14 @@ async def serve(
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 change = group.create_task(changing(proxy, again))
-                await stop.wait()
+                await departure.begun.wait()
                 change.cancel()
             systemd.notify("STOPPING=1")
-            _log.info("draining: no new work, up to %g s for what is under way", settings.listen.drain_seconds)
+            proxy.server.leave()
+            if proxy.listen.linger_seconds and not departure.is_urgent.is_set():
+                _log.info("not ready any more; still accepting for %g s", proxy.listen.linger_seconds)
+                await departure.linger(proxy.listen.linger_seconds)
+            _log.info("draining: no new work, up to %g s for what is under way", proxy.listen.drain_seconds)
     _log.info("stopped")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from keyproxy import dsn, problems, webhooks
+from keyproxy import addresses, dsn, problems, webhooks
 from keyproxy.headers import TrustRule
 from keyproxy.model import Route
 from keyproxy.routes import InvalidPatternError, RouteTable
@@ -42,38 +42,8 @@ def _not_yet(default: object) -> Check:
     return lambda value: None if value == default else f"this version supports {default!r} only"
 
 
-def _address(value: str) -> str | None:
-    if value.startswith("unix:"):
-        return None if value[5:].startswith("/") else "must be unix: and an absolute path"
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        return "must be 'host:port', '[ipv6]:port' or 'unix:/path'"
-    return None
-
-
-def _tcp_address(value: str) -> str | None:
-    return "must be 'host:port'" if value.startswith("unix:") else _address(value)
-
-
-def _upstream_url(value: str) -> str | None:
-    if not re.fullmatch(r"[!-~]+", value):
-        return "holds a space or another character that no URL has"
-    if value.startswith("unix:"):
-        return _address(value)
-    try:
-        parts = urlsplit(value)
-        port_is_sane = parts.port is None or parts.port > 0
-    except ValueError:
-        return "is no URL"
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane:
-        return "must be 'http://host[:port]', 'https://host[:port]' or 'unix:/path'"
-    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
-        return "must name a server only: the path of a request is forwarded as it is"
-    return None
-
-
 def _optional_upstream_url(value: str) -> str | None:
-    return None if value == "" else _upstream_url(value)
+    return None if value == "" else addresses.wrong_with_upstream(value)
 
 
 def _dsn(value: str) -> str | None:
@@ -166,7 +136,8 @@ def _networks(value: list[str]) -> str | None:
 class Listen:
     """The proxied port."""
 
-    address: str = _setting("127.0.0.1:8080", _address)
+    address: str = _setting("127.0.0.1:8080", addresses.wrong_with_listener)
+    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
     workers: int = _setting(1, _within(0, 256))
     tls_certificate_file: str = _setting("")
     tls_key_file: str = _setting("")
@@ -177,6 +148,7 @@ class Listen:
     keepalive_timeout_seconds: float = _setting(75.0, _within(0.05))
     header_bytes_max: int = _setting(32_768, _within(1024, 1 << 20))
     body_bytes_max: int = _setting(104_857_600, _within(0))
+    linger_seconds: float = _setting(0.0, _within(0, 3_600))
     drain_seconds: float = _setting(30.0, _within(0))
     trusted_proxies: list[str] = _setting([], _networks)
 
@@ -185,14 +157,16 @@ class Listen:
 class Ops:
     """The ops listener: /livez /readyz /metrics."""
 
-    address: str = _setting("127.0.0.1:9090", _address)
+    address: str = _setting("127.0.0.1:9090", addresses.wrong_with_listener)
+    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
 
 
 @dataclass(frozen=True, slots=True)
 class Admin:
     """The control plane."""
 
-    address: str = _setting("127.0.0.1:8081", _address)
+    address: str = _setting("127.0.0.1:8081", addresses.wrong_with_listener)
+    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
     token_file: str = _setting("")
     tls_certificate_file: str = _setting("")
     tls_key_file: str = _setting("")
@@ -203,7 +177,7 @@ class Admin:
 class Upstream:
     """The compute server."""
 
-    url: str = _setting("http://127.0.0.1:9000", _upstream_url)
+    url: str = _setting("http://127.0.0.1:9000", addresses.wrong_with_upstream)
     test_url: str = _setting("", _optional_upstream_url)
     tls_ca_file: str = _setting("")
     connections_max: int = _setting(256, _within(1))
@@ -341,6 +315,17 @@ class Settings:
     log: Log = field(default_factory=Log)
     routes: tuple[RouteRow, ...] = ()
 
+    def listeners(self) -> dict[str, str]:
+        """The address of each listener, by the key that sets it."""
+        return {
+            "listen.address": self.listen.address, "ops.address": self.ops.address, "admin.address": self.admin.address,
+        }  # fmt: skip
+
+    def upstream_urls(self) -> dict[str, str]:
+        """The upstreams there are, by the key that sets them."""
+        urls = {"upstream.url": self.upstream.url, "upstream.test_url": self.upstream.test_url}
+        return {key: url for key, url in urls.items() if url}
+
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
@@ -368,8 +353,9 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong = []
     if settings.cache.stale_seconds < settings.cache.fresh_seconds:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
-    if settings.listen.address == settings.ops.address and not settings.ops.address.endswith(":0"):
-        wrong.append("ops.address: must not be the proxied port: health and metrics are not for callers")
+    wrong += addresses.conflicts(settings.listeners(), settings.upstream_urls())
+    if settings.listen.address.startswith("unix:") and settings.listen.workers != 1:
+        wrong.append("listen.workers: must be 1 with a unix socket: only a port is shared by several processes")
     if settings.listen.tls_key_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
     if settings.admin.tls_key_file and not settings.admin.tls_certificate_file:

@@ -1,8 +1,9 @@
 """Several processes on one port: starts them, starts a crashed one again, and answers health and metrics for all.
 
-Each worker is a `keyproxy serve` of its own that binds the same port (SO_REUSEPORT) and listens for ops on a private unix
-socket. The supervisor holds the port without listening on it, so that a port that was chosen stays chosen, and touches no
-request: when it is killed the workers drain and end, and a worker that crashes takes down only what it was serving.
+Each worker is a `keyproxy serve` of its own that binds the same port (SO_REUSEPORT) and answers its supervisor on a
+private socket without a file, so that nothing has to be writable. The supervisor holds the port without listening on it,
+so that a port that was chosen stays chosen, and touches no request: when it is killed the workers drain and end, and a
+worker that crashes takes down only what it was serving.
 
 Another configuration is read here first. Where it changes what all share (addresses, the number of workers), a whole new
 crew is started and the old one is let go once the new one serves; else it is offered to the workers, which keep what they
@@ -15,19 +16,19 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
-from keyproxy import clock, sockets, systemd
-from keyproxy.change import ChangeError, check_files, new_socket
+from keyproxy import clock, neighbours, sockets, systemd
+from keyproxy.change import ChangeError, bound, check_files, new_socket
+from keyproxy.control import Control
 from keyproxy.crew import Crew, Worker
+from keyproxy.departure import Departure
 from keyproxy.metrics.catalogue import CONTENT_TYPE
 from keyproxy.ops import Check, OpsListener, Verdict
+from keyproxy.presence import Presence
 from keyproxy.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -50,52 +51,54 @@ def count(workers: int) -> int:
 class Supervisor:
     """See the module. `command` starts a worker, which is configured by `environment` over it."""
 
-    def __init__(self, settings: Settings, text: str, command: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, dsn: str, text: str, command: Sequence[str]) -> None:
         """`text`: what the settings were read from."""
         self._settings = settings
+        self._dsn = dsn
         self._text = text
         self._command = command
         self._crew = Crew(lambda: self._restarts)
         self._tasks: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._failures = 0
-        self._serial = 0
         self._is_stopping = False
         self._is_manned = False
         self._changing = asyncio.Lock()
         self._reserved: socket.socket | None = None
-        self._directory = Path(tempfile.mkdtemp(prefix="keyproxy-"))
         self._ops = self._ops_listener()
 
     async def run(
         self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
     ) -> None:  # fmt: skip
-        """Run until SIGTERM or SIGINT. Raises BindError, ChangeError.
+        """Run until it is to leave: at SIGTERM or SIGINT, or by `keyproxy drain`. Raises BindError, ChangeError.
 
         `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
         may raise ChangeError.
         """
-        stop, again = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, again.set)
+        departure, again = Departure(), asyncio.Event()
+        departure.on_signals()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
         check_files(self._settings)
-        try:
-            self._reserved = sockets.bind(self._settings.listen.address)
-            ops = sockets.bind(self._settings.ops.address)
-            told = (sockets.told(self._reserved), sockets.told(ops))
-            await self._start_crew()
-            self._is_manned = True
-            await self._ops.start(ops)
-            started(*told)
-            systemd.notify("READY=1")
-            self._spawn(self._look_on())
-            self._spawn(self._change_on(again, text_again, read))
-            await stop.wait()
-            systemd.notify("STOPPING=1")
-        finally:
-            await self._end()
+        control = Control(departure.begin)
+        async with control.open(self._presence(self._settings)):
+            try:
+                self._reserved = bound(self._settings.listen)
+                ops = bound(self._settings.ops)
+                told = (sockets.told(self._reserved), sockets.told(ops))
+                await self._start_crew()
+                self._is_manned = True
+                await self._ops.start(ops)
+                started(*told)
+                systemd.notify("READY=1")
+                self._spawn(self._look_on())
+                self._spawn(self._change_on(again, control, text_again, read))
+                await departure.begun.wait()
+                systemd.notify("STOPPING=1")
+            finally:
+                await self._end(departure)
+
+    def _presence(self, settings: Settings) -> Presence:
+        return neighbours.of_proxy(settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn)
 
     # -- starting and ending
 
@@ -115,17 +118,16 @@ class Supervisor:
             raise ChangeError(str(error)) from error
 
     async def _start(self) -> Worker:
-        self._serial += 1
-        path = self._directory / f"{self._serial}.sock"
         assert self._reserved is not None  # noqa: S101 - for the type checker: run() has bound it
         environment = {
             **os.environ,
             "KEYPROXY_LISTEN__ADDRESS": sockets.told(self._reserved),
             "KEYPROXY_LISTEN__WORKERS": "1",
-            "KEYPROXY_OPS__ADDRESS": f"unix:{path}",
+            # Never bound there; another one does not concern a worker.
+            "KEYPROXY_OPS__ADDRESS": self._settings.ops.address,
         }
         environment.pop("NOTIFY_SOCKET", None)
-        worker = await Worker.start(self._command, environment, path, self._text)
+        worker = await Worker.start(self._command, environment, self._text)
         self._crew.members.add(worker)
         self._spawn(self._mind(worker))
         return worker
@@ -162,13 +164,15 @@ class Supervisor:
             self._restarts += 1
             return True
 
-    async def _end(self) -> None:
+    async def _end(self, departure: Departure) -> None:
         self._is_stopping = True
+        listen = self._settings.listen
         for worker in self._crew.members:
-            worker.tell(signal.SIGTERM)
+            worker.tell(departure.signal)
+        self._spawn(self._hurry(departure))
         waiting = [worker.process.wait() for worker in self._crew.members]
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.listen.drain_seconds + _STOP_SECONDS):
+            async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
                 await asyncio.gather(*waiting)
         for worker in list(self._crew.members):
             _log.error("worker %d did not end and is killed", worker.process.pid)
@@ -181,13 +185,17 @@ class Supervisor:
         await self._ops.close()
         if self._reserved is not None:
             self._reserved.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
         _log.info("stopped")
+
+    async def _hurry(self, departure: Departure) -> None:
+        await departure.is_urgent.wait()
+        for worker in self._crew.members:
+            worker.tell(departure.signal)
 
     # -- another configuration
 
     async def _change_on(
-        self, again: asyncio.Event, text_again: Callable[[], str], read: Callable[[str], Settings]
+        self, again: asyncio.Event, control: Control, text_again: Callable[[], str], read: Callable[[str], Settings]
     ) -> None:
         while True:
             await again.wait()
@@ -197,8 +205,10 @@ class Supervisor:
                 text = text_again()
                 settings = read(text)
                 check_files(settings)
+                control.check(self._presence(settings))
                 async with self._changing:
                     await self._change(settings, text)
+                control.show(self._presence(settings))
             except (ChangeError, sockets.BindError) as error:
                 _log.error("the configuration stays as it was: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
@@ -221,8 +231,8 @@ class Supervisor:
     async def _change_crew(self, settings: Settings, text: str) -> None:
         was, old_crew, old_ops = (self._settings, self._text, self._reserved), set(self._crew.members), self._ops
         with contextlib.ExitStack() as undo:
-            ops = new_socket(undo, self._settings.ops.address, settings.ops.address)
-            listened = new_socket(undo, self._settings.listen.address, settings.listen.address)
+            ops = new_socket(undo, self._settings.ops, settings.ops)
+            listened = new_socket(undo, self._settings.listen, settings.listen)
             self._settings, self._text, self._reserved = settings, text, listened or self._reserved
             try:
                 await self._start_crew()
@@ -236,7 +246,8 @@ class Supervisor:
             await old_ops.close()
         for worker in old_crew:
             worker.is_leaving = True
-            worker.tell(signal.SIGTERM)
+            # Without lingering: what is new serves already, and what is old is not to take new requests.
+            worker.tell(signal.SIGINT)
         if listened is not None and was[2] is not None:
             was[2].close()
 

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "keyproxy"
 #: A module imports only what stands on a strictly lower rank; the modules of one folder may see each other.
 RANKS = {
     "": 0,
+    "addresses": 0,
     "compiling": 0,
     "ratelimit": 0,
     "reasons": 1,
@@ -41,10 +42,16 @@ RANKS = {
     "clock": 7,
     "orders": 7,
     "sockets": 7,
+    "streams": 7,
     "systemd": 7,
+    "presence": 8,
+    "departure": 8,
     "metrics": 8,
     "store": 8,
     "wire": 8,
+    "neighbours": 9,
+    "control": 10,
+    "probe": 9,
     "gateway": 9,
     "ops": 10,
     "change": 11,
@@ -77,7 +84,7 @@ IMPURE = {
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"admin", "crew", "demo", "ops"},
+    "aiohttp": {"admin", "demo", "ops"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},

@@ -211,6 +211,9 @@ class KeysIssue(Accepted):
     """Keys of users, all of them or none."""
 
     keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
+    reissue_unseen: Annotated[
+        bool, Field(description="Revoke and issue again keys that were never used: their secrets were lost.")
+    ] = False  # fmt: skip
 
 
 class KeyChange(Accepted):

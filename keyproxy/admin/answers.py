@@ -109,6 +109,7 @@ class KeyIssued(Answered):
     plan: str | None = None
     expires_at: Time | None = None
     secret: _Secret = None
+    reissues: Annotated[str | None, Field(description="The key that was revoked for it: it was never used.")] = None
 
 
 class KeysIssued(Answered):

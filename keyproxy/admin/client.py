@@ -83,9 +83,11 @@ class AdminClient(Asking):
     async def issue_key(self, user_id: str, wish: KeyWish) -> Entity:
         return await self.ask("POST", "/v1/keys", {"user": user_id, "is_test": wish.is_test, **_wish(wish)})
 
-    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]]) -> list[Entity]:
+    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
         keys = [{"user": user, "is_test": wish.is_test, **_wish(wish)} for user, wish in wishes]
-        items: list[Entity] = (await self.ask("POST", "/v1/keys/issue", {"keys": keys}))["items"]
+        # An older admin API refuses a field that it does not know.
+        chosen = {"reissue_unseen": True} if reissue_unseen else {}
+        items: list[Entity] = (await self.ask("POST", "/v1/keys/issue", {"keys": keys, **chosen}))["items"]
         return items
 
     async def key(self, key_id: str) -> Entity:

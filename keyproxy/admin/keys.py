@@ -62,7 +62,8 @@ async def _issue_many(call: Call) -> Answer:
         for one in body.keys
     ]
     scopes = dict.fromkeys(scope for _, wish in wishes for scope in wish.scopes)
-    return Answer({"items": await call.directory.issue_keys(wishes), "warnings": call.terms.warnings(tuple(scopes))})
+    items = await call.directory.issue_keys(wishes, reissue_unseen=body.reissue_unseen)
+    return Answer({"items": items, "warnings": call.terms.warnings(tuple(scopes))})
 
 
 async def _change(call: Call) -> Answer:

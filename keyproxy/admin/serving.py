@@ -7,10 +7,11 @@ import contextlib
 import ipaddress
 import logging
 import signal
+import socket
 import ssl
 from collections.abc import Callable
 
-from keyproxy import clock, sockets, systemd
+from keyproxy import clock, neighbours, sockets, systemd
 from keyproxy.admin.access import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import Terms
@@ -19,6 +20,7 @@ from keyproxy.admin.readings import Readings
 from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
+from keyproxy.control import Control
 from keyproxy.keyformat import KeyFormat
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.settings import Settings
@@ -82,7 +84,8 @@ class Admin:
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
             )  # fmt: skip
-            sock = stack.enter_context(contextlib.closing(sockets.bind(self._settings.admin.address)))
+            await stack.enter_async_context(Control().open(neighbours.of_admin(self._settings)))
+            sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
             stack.push_async_callback(listener.close)
             await listener.start(sock, self._tls)
             self._warn_of_what_is_read_by_others()
@@ -143,8 +146,8 @@ class Admin:
         was = self._settings
         if _fixed(settings) != _fixed(was):
             raise RefusedToStart(
-                "store, log, admin.address, admin.connections_max and whether there is a certificate are read when the"
-                " admin API starts: restart it"
+                "store, log, admin.address, admin.socket_mode, admin.connections_max and whether there is a certificate"
+                " are read when the admin API starts: restart it"
             )
         if was.admin.token_file and not settings.admin.token_file and not is_loopback(settings.admin.address):
             raise RefusedToStart("admin.token_file: cannot be taken away off loopback: restart the admin API")
@@ -156,10 +159,22 @@ class Admin:
         return self._service
 
 
+def _bound(settings: Settings) -> socket.socket:
+    """Raises BindError. The port is shared with nothing: a request to the admin API never ends up elsewhere."""
+    return sockets.bind(settings.admin.address, mode=int(settings.admin.socket_mode, 8), is_shared=False)
+
+
 def _fixed(settings: Settings) -> tuple[object, ...]:
     """What is read once."""
     admin = settings.admin
-    return settings.store, settings.log, admin.address, admin.connections_max, bool(admin.tls_certificate_file)
+    return (
+        settings.store,
+        settings.log,
+        admin.address,
+        admin.socket_mode,
+        admin.connections_max,
+        bool(admin.tls_certificate_file),
+    )
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

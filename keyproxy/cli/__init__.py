@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
-from keyproxy import __version__
+from keyproxy import __version__, streams
 from keyproxy.cli.admin import admin_group
 from keyproxy.cli.audit import audit_group
 from keyproxy.cli.completion import completion_command
@@ -18,9 +17,10 @@ from keyproxy.cli.key import key_group
 from keyproxy.cli.key_bulk import BULK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.plan import plan_group
+from keyproxy.cli.process import drain_command, health_command
 from keyproxy.cli.remind import key_remind
 from keyproxy.cli.serve import demo_command, serve_command
-from keyproxy.cli.setting import FAILED, MISUSED, Failure, refusals
+from keyproxy.cli.setting import FAILED, MISUSED, UNWRITABLE, Failure, refusals, say
 from keyproxy.cli.tenant import tenant_group
 from keyproxy.cli.usage import usage_group
 from keyproxy.cli.user import user_group
@@ -52,8 +52,8 @@ key_group.add_command(key_explain)
 key_group.add_command(key_remind)
 
 for _command in (
-    demo_command, serve_command, admin_group, migrate_command, config_group, tenant_group, user_group, key_group,
-    plan_group, audit_group, usage_group, completion_command,
+    demo_command, serve_command, drain_command, health_command, admin_group, migrate_command, config_group,
+    tenant_group, user_group, key_group, plan_group, audit_group, usage_group, completion_command,
 ):  # fmt: skip
     root.add_command(_command)
 
@@ -83,12 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(" ".join(str(error).split()))
         return FAILED
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output has seen enough.
+        streams.abandon(sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.filename is None and error.errno not in UNWRITABLE:
+            raise
+        if error.filename is None:
+            streams.abandon(sys.stdout.fileno())
+        _say(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
         return FAILED
     return status if isinstance(status, int) else 0
 
 
 def _say(text: str) -> None:
     # Somebody may have given a key where its id belongs; terminals and the logs of jobs are read by others.
-    click.echo(f"keyproxy: {masked(text)}", err=True)
+    say(masked(text))

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 import uvloop
 
-from keyproxy.cli.desk import say
 from keyproxy.cli.setting import (
     actor,
+    check_addresses,
     check_schema,
     config_option,
     duration,
     json_option,
     load,
+    require_stdout,
+    say,
+    showing_secret,
     store,
     tell,
 )
@@ -61,6 +64,7 @@ def _serve(config_path: Path | None) -> None:
     from keyproxy.wire.tls import TlsError
 
     settings = load(config_path, is_serving=True).settings
+    check_addresses(settings)
 
     def read_again() -> Settings:
         try:
@@ -113,11 +117,14 @@ def token_create(
     except InvalidScopes as error:
         raise click.BadParameter(str(error), param_hint="--scope") from error
     life = expires_in if isinstance(expires_in, timedelta) else None
+    require_stdout()
     token = _with_tokens(
         config_path,
         lambda tokens: tokens.create(name, granted.scopes, tenant_id=granted.tenant, expires_in=life),
     )
-    tell(token, as_json=as_json, columns=_COLUMNS)
+    lost = f"the secret of token {token['id']} is lost: `keyproxy admin token revoke {token['id']}`"
+    with showing_secret(f"{lost}, then create another one"):
+        tell(token, as_json=as_json, columns=_COLUMNS)
     if not as_json:
         say("this is the only time the secret is shown")
 

@@ -1,19 +1,20 @@
-"""keyproxy config check|show."""
+"""keyproxy config check|show|example."""
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import click
 import orjson
 
 from keyproxy import config
-from keyproxy.cli.setting import config_option, json_option, load
+from keyproxy.cli.setting import check_addresses, config_option, json_option, load
 
 
 @click.group("config")
 def config_group() -> None:
-    """Check the configuration, or show what it comes to."""
+    """Check the configuration, show what it comes to, or print an example of one."""
 
 
 @config_group.command("check")
@@ -23,7 +24,7 @@ def check(config_path: Path | None) -> None:
 
     Status 0 if it can; 2, and a line for each thing that is wrong, if not.
     """
-    load(config_path)
+    check_addresses(load(config_path).settings)
     click.echo("ok")
 
 
@@ -46,3 +47,15 @@ def show(config_path: Path | None, *, as_json: bool) -> None:
     for key, value, source in rows:
         shown = orjson.dumps(value).decode("utf-8")
         click.echo(f"{key:<{width}} = {shown}  # {source}")
+
+
+@config_group.command("example")
+@config_option
+def example(config_path: Path | None) -> None:
+    """Print a configuration file with every key and its default, to begin with.
+
+    \b
+    keyproxy config example > keyproxy.toml
+    """
+    del config_path  # as every command takes it
+    click.echo(resources.files("keyproxy").joinpath("config.example.toml").read_text(encoding="utf-8"), nl=False)

@@ -14,7 +14,19 @@ import click
 import uvloop
 
 from keyproxy import clock
-from keyproxy.cli.setting import actor, admin_options, admin_token, config_option, json_option, load, store, tell
+from keyproxy.cli.setting import (
+    actor,
+    admin_options,
+    admin_token,
+    config_option,
+    json_option,
+    load,
+    require_stdout,
+    showing_secret,
+    store,
+    tell,
+)
+from keyproxy.cli.setting import say as say
 from keyproxy.keyformat import KeyFormat
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
@@ -55,6 +67,11 @@ class Call:
     as_json: bool
     admin_url: str | None = None
     admin_token: str = field(default="", repr=False)
+
+    def run_for_secret(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+        """As `run`, for what makes a secret: nothing is done if there is no stdout to show it on."""
+        require_stdout()
+        return self.run(work)
 
     def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
         """Do something, in the database or, with --admin-url, through the admin API."""
@@ -138,9 +155,11 @@ class Call:
         """Print a result: JSON for programs, a table or a list of fields for people."""
         tell(result, as_json=self.as_json, columns=columns)
 
-    def tell_secret(self, key: Mapping[str, Any]) -> None:
-        """Print a key that was made just now."""
-        self.tell(key, KEY_COLUMNS)
+    def tell_secret(self, key: Mapping[str, Any], then: str) -> None:
+        """Print a key that was made just now. `then`: what to do after revoking it, if its secret was not printed."""
+        lost = f"the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`, then {then}"
+        with showing_secret(lost):
+            self.tell(key, KEY_COLUMNS)
         if not self.as_json:
             say("this is the only time the secret is shown")
 
@@ -190,11 +209,6 @@ def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--none", "none", is_flag=True, help="Take the plan away.")(command)
     command = click.option("--plan", "named", metavar="PLAN", help="The same as the argument.")(command)
     return click.argument("plan", metavar="[PLAN]", required=False)(command)
-
-
-def say(text: str) -> None:
-    """A message for people, on stderr."""
-    click.echo(f"keyproxy: {text}", err=True)
 
 
 class Progress:

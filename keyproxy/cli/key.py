@@ -55,7 +55,8 @@ def key_issue(
     keyproxy key issue --user u_42 --test --expires-in 7d
     """
     wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan)
-    call.tell_secret(call.run(lambda directory: directory.issue_key(user_id, wish)))
+    key = call.run_for_secret(lambda directory: directory.issue_key(user_id, wish))
+    call.tell_secret(key, "issue another one")
 
 
 @key_group.command("list")
@@ -135,7 +136,8 @@ def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta |
     keyproxy key rotate key_… --grace 24h
     """
     life = call.life(expires_in)
-    call.tell_secret(call.run(lambda directory: directory.rotate_key(key_id, grace=left, expires_in=life)))
+    key = call.run_for_secret(lambda directory: directory.rotate_key(key_id, grace=left, expires_in=life))
+    call.tell_secret(key, f"rotate {key_id} again")
 
 
 @key_group.command("revoke")

@@ -15,7 +15,7 @@ import click
 import orjson
 
 from keyproxy.cli.desk import Call, Progress, confirm, say, takes_call, yes_option
-from keyproxy.cli.setting import Failure, duration, scopes, span
+from keyproxy.cli.setting import Failure, duration, scopes, showing_secret, span
 from keyproxy.store.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory_bulk import BATCH_MAX
 from keyproxy.store.directory_import import read_key, read_wish
@@ -23,6 +23,11 @@ from keyproxy.store.operations import Operations
 
 _FILE_BYTES_MAX: Final = 1 << 30
 _PROBLEMS_SHOWN_MAX: Final = 20
+
+_LOST: Final = (
+    "secrets of keys that were issued are lost. Make room, and run the same again with --reissue-unseen, which revokes"
+    " the keys that were never used and issues them again"
+)
 
 _file_argument = click.argument(
     "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
@@ -78,14 +83,20 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
 @click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
 @click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
 @click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
+@click.option("--reissue-unseen", is_flag=True,
+              help="Revoke and issue again keys that were never used: their secrets were lost.")  # fmt: skip
 @takes_call
 def key_issue_many(
-    call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None
-) -> None:
+    call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,
+    *, reissue_unseen: bool,
+) -> None:  # fmt: skip
     """Issue a key for each row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
 
     Columns: user; name, scopes, test and plan if wanted. Each key is printed once it is there, with --json as JSON lines.
     A user who has a working key of that name and mode gets no other, so that it can be run again.
+
+    If secrets were lost on their way, as on a full disk, run it again with --reissue-unseen: keys that are as their row
+    says and were never used are revoked and issued again. Keys that were used, rotated or imported stay.
 
     \b
     printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
@@ -100,22 +111,28 @@ def key_issue_many(
         except Invalid as error:
             raise Failure(f"{place}: {error}") from error
         wishes.append((user, replace(wish, expires_in=life)))
-    made = call.run(lambda directory: _issue(directory, wishes, as_json=call.as_json))
+    made = call.run_for_secret(
+        lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
+    )
     if not call.as_json:
         say(f"{made} keys issued, {len(wishes) - made} were there; this is the only time the secrets are shown")
 
 
-async def _issue(directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool) -> int:
+async def _issue(
+    directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
+) -> int:
     progress, made = Progress("keys", len(wishes)), 0
     try:
         for start in range(0, len(wishes), BATCH_MAX):
-            for key in await directory.issue_keys(wishes[start : start + BATCH_MAX]):
-                if as_json:
-                    click.echo(orjson.dumps(key).decode("utf-8"))
-                elif key["created"]:
-                    click.echo(f"{key['user']}  {key['name'] or '-'}  {key['id']}  {key['secret']}")
-                made += key["created"]
-            sys.stdout.flush()
+            keys = await directory.issue_keys(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
+            with showing_secret(_LOST):
+                for key in keys:
+                    if as_json:
+                        click.echo(orjson.dumps(key).decode("utf-8"))
+                    elif key["created"]:
+                        click.echo(f"{key['user']}  {key['name'] or '-'}  {key['id']}  {key['secret']}")
+                    made += key["created"]
+                sys.stdout.flush()
             progress.at(min(len(wishes), start + BATCH_MAX))
     finally:
         progress.end()

@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import uvloop
 
-from keyproxy import config
-from keyproxy.cli.setting import Failure, check_schema, config_option, load, store
+from keyproxy import config, sockets
+from keyproxy.cli.setting import Failure, check_addresses, check_schema, config_option, load, store
 from keyproxy.config import ConfigError
 from keyproxy.settings import Settings
 
@@ -25,11 +25,12 @@ _log = logging.getLogger(__name__)
 @click.command("serve")
 @config_option
 @click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: end when it ends.")
-def serve_command(config_path: Path | None, owner: int | None) -> None:
+@click.option("--ops-fd", type=int, hidden=True, help="A bound socket on which the supervisor asks this worker.")
+def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | None) -> None:
     """Run the data plane: the proxied port and the ops listener.
 
-    Access log on stdout, everything else on stderr. SIGTERM drains and ends it. SIGHUP reads the configuration again:
-    all of it is applied, or none.
+    Access log on stdout, everything else on stderr. SIGTERM drains and ends it, as `keyproxy drain` does. SIGHUP
+    reads the configuration again: all of it is applied, or none.
     """
     from keyproxy import orders, serving, supervisor
     from keyproxy.change import ChangeError
@@ -40,12 +41,15 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
         superior = socket.socket(fileno=sys.stdin.fileno())
     text = config.text(config_path) if superior is None else orders.begun_with(superior)
     settings = load(config_path, is_serving=True, read=text).settings
+    check_addresses(settings)
 
     def read(text: str) -> tuple[Settings, str]:
         try:
             other = config.load(config_path, os.environ, read=text).settings
         except ConfigError as error:
             raise ChangeError("; ".join(error.problems)) from error
+        if wrong := sockets.conflicts(other):
+            raise ChangeError("; ".join(wrong))
         if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
             raise ChangeError("listen.workers: one process does not become several: restart it")
         if other.store.dsn != "embedded":
@@ -67,13 +71,17 @@ def serve_command(config_path: Path | None, owner: int | None) -> None:
                 changing = serving.on_hangup(lambda: read(text_again()))
                 if superior is not None:
                     changing = serving.on_orders(superior, read)
-                fd = sys.stdout.fileno()
-                uvloop.run(serving.serve(settings, dsn, access_log_fd=fd, started=_started, changing=changing))
+                uvloop.run(
+                    serving.serve(
+                        settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started, changing=changing,
+                        private_ops=None if ops_fd is None else socket.socket(fileno=ops_fd),
+                    )
+                )  # fmt: skip
             else:
                 # -P: a worker runs the code that is installed, whatever lies in the current directory.
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
-                crew = supervisor.Supervisor(settings, text, command)
+                crew = supervisor.Supervisor(settings, dsn, text, command)
                 uvloop.run(crew.run(started=_started, text_again=text_again, read=lambda text: read(text)[0]))
         except ChangeError as error:
             raise Failure(str(error)) from error

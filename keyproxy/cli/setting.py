@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import logging
 import os
@@ -19,10 +20,10 @@ import click
 import orjson
 import uvloop
 
-from keyproxy import config
+from keyproxy import config, streams
 from keyproxy.cli import table
 from keyproxy.settings import Settings, is_scope
-from keyproxy.sockets import BindError
+from keyproxy.sockets import BindError, conflicts
 from keyproxy.store import embedded, migrations
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.directory import Actor, DirectoryError
@@ -37,6 +38,10 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d|w)")
 _AGO_MAX: Final = timedelta(days=365 * 100)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+#: Errors of a stream that takes no more: a full disk or quota, a file that is as large as it may be, a broken device.
+UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE})
 
 
 class Failure(Exception):
@@ -102,6 +107,12 @@ def load(path: Path | None, *, is_serving: bool = False, read: str | None = None
     return loaded
 
 
+def check_addresses(settings: Settings) -> None:
+    """Raises ConfigError if listeners overlap, or an upstream is one of them. Resolves names."""
+    if wrong := conflicts(settings):
+        raise config.ConfigError(wrong)
+
+
 @contextlib.contextmanager
 def store(settings: Settings) -> Iterator[str]:
     """The DSN of the store while the context lasts. The embedded one is started or attached to, migrated, watched."""
@@ -130,6 +141,31 @@ async def check_schema(dsn: str) -> None:
         return
     if state.pending:
         raise Failure("the database has no schema, or an old one: run `keyproxy migrate` with this configuration first")
+
+
+def say(text: str) -> None:
+    """A message for people, on stderr."""
+    try:
+        click.echo(f"keyproxy: {text}", err=True)
+    except OSError:
+        # There is no other place for it, and the command itself has not failed.
+        streams.abandon(sys.stderr.fileno())
+
+
+def require_stdout() -> None:
+    """Before a secret is made. Raises Failure if there is no stdout to show it on."""
+    if streams.is_stdout_missing():
+        raise Failure("there is no stdout to show the secret on: nothing was changed")
+
+
+@contextlib.contextmanager
+def showing_secret(if_lost: str) -> Iterator[None]:
+    """While a secret is printed. Raises Failure if it cannot be; `if_lost`: which one it is, and what to do then."""
+    try:
+        yield
+    except OSError as error:
+        streams.abandon(sys.stdout.fileno())
+        raise Failure(f"stdout cannot be written ({error.strerror}): {if_lost}") from error
 
 
 def actor() -> Actor:

@@ -16,7 +16,7 @@ from keyproxy.cli.desk import (
     takes_call,
     yes_option,
 )
-from keyproxy.cli.setting import scopes
+from keyproxy.cli.setting import scopes, showing_secret
 
 _id_argument = click.argument("user_id", metavar="ID")
 
@@ -42,13 +42,26 @@ def user_create(
     keyproxy user create u_42 --tenant acme --scope jobs:write
     """
     wish = None if no_key else call.wish("", wanted, None)
-    user = call.run(lambda directory: directory.create_user(user_id, tenant_id, wish, plan=plan))
-    call.tell(user, USER_COLUMNS)
-    if not call.as_json and not user["created"]:
+    run = call.run if no_key else call.run_for_secret
+    user = run(lambda directory: directory.create_user(user_id, tenant_id, wish, plan=plan))
+    key = user["key"]
+    if key is None:
+        call.tell(user, USER_COLUMNS)
+    else:
+        again = f"`keyproxy key issue --user {user_id}`"
+        lost = (
+            f"user {user_id} was created, and the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`"
+        )
+        with showing_secret(f"{lost}, then {again}"):
+            call.tell(user, USER_COLUMNS)
+    if call.as_json:
+        return
+    if not user["created"]:
         say(f"user {user_id!r} was there, is left as it was, and gets no key: `keyproxy key issue` makes one")
-    if not call.as_json and user["key"] is not None:
-        click.echo()
-        call.tell_secret(user["key"])
+    if key is not None:
+        with showing_secret(f"{lost}, then {again}"):
+            click.echo()
+        call.tell_secret(key, again)
 
 
 @user_group.command("list")

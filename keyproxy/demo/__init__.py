@@ -11,7 +11,10 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
+import shutil
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
@@ -173,11 +176,11 @@ class Story:
         """Say what to try by hand, now or when it stays up."""
         ops = f"http://{self._settings.ops.address}"
         click.echo("\nTry it yourself:\n" if stays else "\nIt is over now. Without --once it stays up:\n")
-        click.echo(
-            f"  curl -i {self._url}{JOBS} -H 'Authorization: Api-Key {self._key}' --json '{{\"job_id\": \"7\"}}'"
-        )
+        # Not --json, which curl has had only since 2022.
+        headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
+        click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        click.echo(f"  keyproxy key list --config {self._stage.config_path}")
+        click.echo(f"  {_program()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:
             click.echo("\nCtrl-C ends it.")
 
@@ -291,6 +294,15 @@ class Story:
 
 def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
     return [(name.removeprefix("X-Keyproxy-"), "+".join(values) or "-") for name, values in saw.items()]
+
+
+def _program() -> str:
+    """How to run keyproxy from any directory, with the environment of the shell that started the demo."""
+    script = Path(sys.argv[0])
+    if script.name != "keyproxy" or not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m keyproxy"
+    found = shutil.which("keyproxy")
+    return "keyproxy" if found is not None and script.samefile(found) else shlex.quote(str(script.absolute()))
 
 
 def _preferably(port: int) -> socket.socket:

@@ -117,6 +117,7 @@ class AccessLog:
         self._queue.put(lines)
 
     def _write_all(self) -> None:
+        is_failing = False
         while (lines := self._queue.get()) is not None:
             try:
                 for portion in _portions(lines) if self._is_shared else (lines,):
@@ -125,9 +126,12 @@ class AccessLog:
                         # A name for it: mypyc evaluates the bound of a slice twice, and would write twice.
                         written_bytes = os.write(self._fd, view)
                         view = view[written_bytes:]
+                is_failing = False
             except OSError as error:
                 self.dropped += lines.count(b"\n")
-                _log.warning("the access log cannot be written: %s", error)
+                if not is_failing:
+                    _log.warning("the access log cannot be written: %s; lines are dropped until it can", error)
+                is_failing = True
             self._written_bytes += len(lines)
 
     def _line(self, row: Row, wall_offset: float) -> bytes:

@@ -27,6 +27,9 @@ from keyproxy.store.times import time_text
 
 BATCH_MAX: Final = 1000
 
+#: Why a key that nobody has seen was revoked.
+_REISSUED: Final = "issued again: its secret was lost before it was used"
+
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
@@ -67,12 +70,16 @@ class Bulk(Desk):
             last = ids[-1]
             yield ids
 
-    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]]) -> list[Entity]:
+    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
         """Issue a key for each (user id, wish), all or none of them, BATCH_MAX at most.
 
         A user who has a working key of that name and mode gets no other, so that the same wishes can be sent again. In
-        the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at` and `secret`;
-        `created` says whether a key was made, the rest is there only if so. Raises NotFound for a user who is not there.
+        the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
+        `reissues`; `created` says whether a key was made, the rest is there only if so. Raises NotFound for a user who
+        is not there.
+
+        `reissue_unseen`: a working key that is as the wish describes it, and was never used, is revoked and issued
+        again: its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
         """
         if len(wishes) > BATCH_MAX:
             raise Invalid(f"at most {BATCH_MAX} keys are issued at once")
@@ -88,7 +95,10 @@ class Bulk(Desk):
             missing = set(users) - {row["id"] for row in there if self._bound_to in (None, row["tenant_id"])}
             if missing:
                 raise NotFound(f"there is no user {min(missing)!r}: create it first")
-            rows = await transaction.fetch("issue_keys", json.dumps([row for row, _ in made]), self._bound_to)
+            described = json.dumps([row for row, _ in made])
+            lost = await transaction.fetch("revoke_unseen", described, _REISSUED) if reissue_unseen else []
+            rows = await transaction.fetch("issue_keys", described, self._bound_to)
+        reissued = {(row["user_id"], row["name"], row["is_test"]): row["id"] for row in lost}
         expiries = {row["id"]: row["expires_at"] for row in rows}
         by_wish = {(row["user_id"], row["name"], row["is_test"]): (row, secret) for row, secret in made}
         told: list[Entity] = []
@@ -101,6 +111,7 @@ class Bulk(Desk):
                 "id": row["id"], "user": user, "name": wish.name, "created": True, "hint": row["hint"],
                 "scopes": list(wish.scopes), "is_test": wish.is_test, "plan": wish.plan,
                 "expires_at": time_text(expiries[row["id"]]), "secret": reveal(secret),
+                "reissues": reissued.get((user, wish.name, wish.is_test)),
             })  # fmt: skip
         return told
 

@@ -189,6 +189,32 @@ WHERE NOT EXISTS (
 )
 RETURNING id, user_id, name, expires_at;
 
+-- name: revoke_unseen
+-- Before issue_keys, with the same $1: revokes, for the reason $2, the working keys that it would find in the way, if each
+-- of them is as the wish describes it, was issued and not rotated or imported, and was never used. One row for each.
+-- Needs: api_keys (user_id), api_keys (replaces), usage (key_id), foreign_hashes (key_id).
+WITH working AS (
+    SELECT k.id, k.user_id, k.name, k.is_test,
+           k.scopes = w.scopes AND k.plan_id IS NOT DISTINCT FROM w.plan AND k.last_used_at IS NULL
+           AND k.replaces IS NULL
+           AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = k.id)
+           AND NOT EXISTS (SELECT FROM keyproxy.usage AS g WHERE g.key_id = k.id)
+           AND NOT EXISTS (SELECT FROM keyproxy.foreign_hashes AS f WHERE f.key_id = k.id) AS is_unseen
+    FROM jsonb_to_recordset($1::text::jsonb) AS w (
+        user_id text, name text, scopes text[], is_test boolean, plan text
+    )
+    JOIN keyproxy.api_keys AS k ON k.user_id = w.user_id AND k.name = w.name AND k.is_test = w.is_test
+    WHERE k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
+), unseen AS (
+    SELECT user_id, name, is_test FROM working GROUP BY user_id, name, is_test HAVING bool_and(is_unseen)
+)
+UPDATE keyproxy.api_keys AS k
+SET revoked_at = now(), revoke_reason = $2
+FROM working AS o
+JOIN unseen AS u ON u.user_id = o.user_id AND u.name = o.name AND u.is_test = o.is_test
+WHERE k.id = o.id
+RETURNING k.id, k.user_id, k.name, k.is_test;
+
 -- name: hold_users
 -- Those of $1 who are there, in the order of their ids, so that two who do the same do not block each other.
 SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE;

@@ -144,6 +144,10 @@ class ProxyServer:
         """How many of them are tunnels."""
         return sum(one.exchange is not None and one.exchange.is_tunnel for one in self._connections)
 
+    def leave(self) -> None:
+        """Go on accepting, but let every response close its connection: clients are to find another proxy."""
+        self.is_draining = True
+
     async def drain(self, seconds: float) -> None:
         """Accept no more; let what is under way finish, for so long; then cut what is left."""
         self.is_draining = True

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from keyproxy import demo
 from tests.acceptance.conftest import Output, clean_environment, until
 
 SECRET = re.compile(r"kp_(?:live|test)_[0-9A-Za-z]{20,}")
@@ -190,7 +192,7 @@ async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
 async def _try_what_it_says(stage: Stage, told: str) -> None:
     lines = [shlex.split(line) for line in told.splitlines() if line.startswith("  curl ")]
     call, *pages = lines
-    header, job = call[call.index("-H") + 1], call[call.index("--json") + 1]
+    header, job = call[call.index("-H") + 1], call[call.index("-d") + 1]
     name, _, value = header.partition(": ")
     url = call[2]
     async with aiohttp.ClientSession() as session:
@@ -204,13 +206,43 @@ async def _try_what_it_says(stage: Stage, told: str) -> None:
         for _, page in pages:
             async with session.get(page) as response:
                 assert response.status == 200
-    (command,) = [line.split() for line in told.splitlines() if line.startswith("  keyproxy ")]
-    listing = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *command, env=stage.environment, stdout=asyncio.subprocess.PIPE
-    )
-    out, _ = await listing.communicate()
-    assert listing.returncode == 0
-    assert out.count(b"u_alice") == 3
+    await _run_as_printed(stage, told)
+
+
+async def _run_as_printed(stage: Stage, told: str) -> None:
+    """Every command of the invitation, in a shell that stands somewhere else."""
+    invitation = told.partition("Try it yourself:")[2]
+    commands = [line.strip() for line in invitation.splitlines() if line.startswith("  ")]
+    assert len(commands) == 4
+    answers = []
+    for command in commands:
+        if command.startswith("curl ") and shutil.which("curl") is None:
+            continue
+        running = await asyncio.create_subprocess_exec(
+            "sh", "-c", command, env=stage.environment, cwd="/", stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await running.communicate()
+        assert running.returncode == 0, (command, err)
+        answers.append(out)
+    assert answers[-1].count(b"u_alice") == 3
+    if len(answers) == len(commands):
+        assert answers[0].startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("is_on_path", [True, False])
+def test_commands_name_the_program_as_a_shell_elsewhere_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_on_path: bool
+) -> None:
+    (tmp_path / "a b").mkdir()
+    script = tmp_path / "a b" / "keyproxy"
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin" if is_on_path else "/usr/bin:/bin")
+    monkeypatch.setattr(sys, "argv", ["a b/keyproxy", "demo"])
+    assert demo._program() == ("keyproxy" if is_on_path else f"'{script}'")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/keyproxy/__main__.py", "demo"])
+    assert demo._program() == f"{sys.executable} -m keyproxy"
 
 
 async def test_ctrl_c_before_the_story_has_begun_ends_it_too(stage: Stage, played: Output) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -67,11 +66,11 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("program", "told"), [("sleep", "has not answered for 0.1 s"), ("true", "does not answer")])
 async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from_changing(
-    tmp_path: Path, program: str, told: str
+    program: str, told: str
 ) -> None:
     crew = Crew(lambda: 0)
     async with contextlib.AsyncExitStack() as stack:
-        worker = await Worker.start([program, "60"], os.environ, tmp_path / "ops.sock", "")
+        worker = await Worker.start(["sh", "-c", f"exec {program} 60"], os.environ, "")
         stack.push_async_callback(worker.closed)
         stack.callback(worker.tell, signal.SIGKILL)
         worker.is_ready, worker.patience_seconds = True, 0.1

@@ -110,6 +110,8 @@ async def test_many_keys_are_issued_and_revoked(operations: Operations, api: Api
     assert [(key["user"], key["created"]) for key in made] == [("u_0", True), ("u_1", True), ("u_2", True)]
     assert len({key["secret"] for key in made}) == 3
     assert [key["created"] for key in await operations.issue_keys(wishes)] == [False] * 3
+    again = await operations.issue_keys(wishes, reissue_unseen=True)
+    assert [(key["created"], key["reissues"]) for key in again] == [(True, key["id"]) for key in made]
     wanted = Revocation(tenant="acme")
     assert await operations.count_to_revoke(wanted) == 6
     revoked = [key async for keys in operations.revoke_keys(wanted, "leaves") for key in keys]

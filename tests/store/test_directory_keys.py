@@ -363,6 +363,35 @@ async def test_bulk_issuing_that_is_run_again_issues_only_what_is_missing(direct
     assert (await directory.issue_keys([("u_42", KeyWish("3", is_test=True))]))[0]["created"] is True
 
 
+async def test_keys_whose_secrets_were_lost_are_issued_again_if_nobody_can_have_used_them(
+    directory: Directory, sql: Sql
+) -> None:
+    names = ("lost", "used", "counted", "rotated", "wider", "planned", "beside")
+    wishes = [("u_42", KeyWish(name, ("a",))) for name in names]
+    first = {key["name"]: key for key in await directory.issue_keys(wishes)}
+    await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now() WHERE id = $1", first["used"]["id"])
+    await sql.execute(
+        "INSERT INTO keyproxy.usage (day, tenant_id, user_id, key_id, is_test, route, requests, refusals, tokens_in,"
+        " tokens_out, tokens_estimated) VALUES (current_date, 'acme', 'u_42', $1, false, '', 0, 1, 0, 0, 0)",
+        first["counted"]["id"],
+    )
+    await directory.rotate_key(first["rotated"]["id"], grace=HOUR, expires_in=DAY)
+    await sql.execute("UPDATE keyproxy.api_keys SET scopes = '{a,b}' WHERE id = $1", first["wider"]["id"])
+    await directory.set_plan("gold", {})
+    await directory.change_key(first["planned"]["id"], {"plan": "gold"})
+    # One of two that work was used: neither is touched, since the user has what was asked for.
+    beside = await directory.issue_key("u_42", KeyWish("beside", ("a",)))
+    await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now() WHERE id = $1", beside["id"])
+    again = {key["name"]: key for key in await directory.issue_keys(wishes, reissue_unseen=True)}
+    assert {name: key["created"] for name, key in again.items()} == {name: name == "lost" for name in names}
+    assert again["lost"]["reissues"] == first["lost"]["id"]
+    assert (await directory.key(first["lost"]["id"]))["state"] == "revoked"
+    assert (await directory.key(again["lost"]["id"]))["state"] == "active"
+    assert (await directory.key(first["beside"]["id"]))["state"] == "active"
+    # Without being asked to, nothing of it.
+    assert [key["created"] for key in await directory.issue_keys(wishes)] == [False] * len(names)
+
+
 async def test_of_those_who_issue_the_same_keys_in_bulk_at_once_each_key_is_issued_once(
     directory: Directory, sql: Sql
 ) -> None:

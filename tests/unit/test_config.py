@@ -283,6 +283,11 @@ def test_an_unknown_name_is_an_error_with_the_closest_name_there_is(
 BOUNDS: dict[str, tuple[list[str], list[str]]] = {
     "listen.address": (['""', '"x"', '":1"', '"h:"', '"h:x"', '"h:65536"', '"unix:x"', "1"], ['"h:0"', '"h:65535"']),
     "ops.address": (['"9090"', '"127.0.0.1:8080"'], ['"unix:/a"']),
+    "listen.socket_mode": (['""', '"0700"', '"0400"', '"0888"', '"00600"', "600", "0o600"],
+                           ['"0600"', '"600"', '"0660"', '"0666"']),
+    "ops.socket_mode": (['"0611"'], ['"0660"']),
+    "admin.socket_mode": (['"0060"'], ['"0660"']),
+    "listen.linger_seconds": (["-0.1", "3601"], ["0", "5.0", "3600"]),
     "listen.connections_max": (["0", "-1", "1.0", '"1"', "true"], ["1"]),
     "listen.header_bytes_max": (["1023", "1048577"], ["1024", "1048576"]),
     "listen.body_bytes_max": (["-1"], ["0", "1"]),
@@ -340,6 +345,13 @@ def test_any_other_value_is_refused_by_the_name_of_its_key(reader: Reader, key: 
     table, name = key.split(".")
     (problem,) = reader.wrong(f"[{table}]\n{name} = {value}")
     assert re.match(rf"{key}: |cache\.stale_seconds: ", problem)
+
+
+def test_several_workers_need_a_port(reader: Reader) -> None:
+    for workers in (0, 2):
+        (problem,) = reader.wrong(f'[listen]\naddress = "unix:/run/a.sock"\nworkers = {workers}')
+        assert problem.startswith("listen.workers: must be 1 with a unix socket")
+    reader.load('[listen]\naddress = "unix:/run/a.sock"')
 
 
 @pytest.mark.parametrize(

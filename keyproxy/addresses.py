@@ -1,0 +1,172 @@
+"""Which addresses of the configuration lead to the same socket. Pure: names are resolved by a function of the caller.
+
+Ports are shared on purpose (SO_REUSEPORT), so the kernel does not refuse a second listener on the same port: it spreads
+connections over both. Two listeners with different purposes must therefore never overlap, wildcards included.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+#: The IP addresses of a host. A name that cannot be resolved stays as it is.
+Resolve: TypeAlias = Callable[[str], frozenset[IpAddress | str]]
+
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+_LOOPBACK: Final[frozenset[IpAddress | str]] = frozenset(
+    {ipaddress.IPv4Address("127.0.0.1"), ipaddress.IPv6Address("::1")}
+)
+
+
+class Place(NamedTuple):
+    """Where an address leads: hosts and a port, or the path of a unix socket."""
+
+    hosts: frozenset[IpAddress | str]
+    port: int
+    path: str = ""
+
+
+def wrong_with_listener(value: str) -> str | None:
+    """What is wrong with the address of a listener; None: nothing."""
+    if value.startswith("unix:"):
+        return None if value[5:].startswith("/") else "must be unix: and an absolute path"
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        return "must be 'host:port', '[ipv6]:port' or 'unix:/path'"
+    return None
+
+
+def wrong_with_upstream(value: str) -> str | None:
+    """What is wrong with the URL of an upstream; None: nothing."""
+    if not re.fullmatch(r"[!-~]+", value):
+        return "holds a space or another character that no URL has"
+    if value.startswith("unix:"):
+        return wrong_with_listener(value)
+    try:
+        parts = urlsplit(value)
+        port_is_sane = parts.port is None or parts.port > 0
+    except ValueError:
+        return "is no URL"
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane:
+        return "must be 'http://host[:port]', 'https://host[:port]' or 'unix:/path'"
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
+        return "must name a server only: the path of a request is forwarded as it is"
+    return None
+
+
+def wrong_with_mode(value: str) -> str | None:
+    """What is wrong with the mode of a unix socket's file; None: nothing."""
+    if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o600 != 0o600 or int(value, 8) & 0o111:
+        return "must be an octal mode that lets the owner read and write, such as '0600' or '0660'"
+    return None
+
+
+def literal(host: str) -> frozenset[IpAddress | str]:
+    """The addresses of a host as far as they are known without asking: of numbers, and of localhost."""
+    if host.lower().rstrip(".") == "localhost":
+        return _LOOPBACK
+    try:
+        return frozenset({plain(ipaddress.ip_address(host))})
+    except ValueError:
+        return frozenset({host.lower()})
+
+
+def plain(address: IpAddress) -> IpAddress:
+    """An IPv4 address that is written as an IPv6 one, as itself."""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return address if mapped is None else mapped
+
+
+def of_listener(address: str, resolve: Resolve = literal) -> Place:
+    """Where a listener's `host:port`, `[ipv6]:port` or `unix:/path` leads."""
+    if address.startswith("unix:"):
+        return Place(frozenset(), 0, _normal(address[5:]))
+    host, _, port = address.rpartition(":")
+    return Place(resolve(host.strip("[]")), int(port))
+
+
+def of_url(url: str, resolve: Resolve = literal) -> Place:
+    """Where an upstream's `http://host[:port]`, `https://host[:port]` or `unix:/path` leads."""
+    if url.startswith("unix:"):
+        return Place(frozenset(), 0, _normal(url[5:]))
+    parts = urlsplit(url)
+    return Place(resolve(parts.hostname or ""), parts.port or _DEFAULT_PORTS[parts.scheme.lower()])
+
+
+def overlap(one: Place, other: Place) -> bool:
+    """Whether two listeners would compete for connections. Port 0 is any free port: it never overlaps."""
+    if one.path or other.path:
+        return one.path == other.path
+    if one.port != other.port or not one.port:
+        return False
+    return any(_covers(a, b) or _covers(b, a) for a in one.hosts for b in other.hosts)
+
+
+def reaches(target: Place, listener: Place, is_local: Callable[[IpAddress], bool]) -> bool:
+    """Whether connecting to `target` ends at `listener`. `is_local`: whether an address is one of this machine."""
+    if target.path or listener.path:
+        return target.path == listener.path
+    if target.port != listener.port:
+        return False
+    for host in target.hosts:
+        # Connecting to the wildcard means connecting to this machine.
+        ends_here = not isinstance(host, str) and (host.is_unspecified or is_local(host))
+        for bound in listener.hosts:
+            if bound == host or (_is_wildcard(host) and _covers(host, bound) and _is_loopback(bound)):
+                return True
+            if ends_here and _is_wildcard(bound) and _covers(bound, host):
+                return True
+    return False
+
+
+def conflicts(
+    listeners: Mapping[str, str], upstreams: Mapping[str, str], *,
+    resolve: Resolve = literal, is_local: Callable[[IpAddress], bool] = lambda address: address.is_loopback,
+) -> list[str]:  # fmt: skip
+    """A sentence for each two listeners that overlap, and for each upstream that is one of the listeners.
+
+    Both map the name of a key to its value.
+    """
+    wrong = []
+    places = {name: of_listener(address, resolve) for name, address in listeners.items()}
+    names = list(places)
+    for number, name in enumerate(names):
+        wrong += [
+            f"{name}: {listeners[name]} overlaps {before} ({listeners[before]}): give each listener its own address"
+            for before in names[:number]
+            if overlap(places[before], places[name])
+        ]
+    for key, url in upstreams.items():
+        target = of_url(url, resolve)
+        wrong += [
+            f"{key}: {url} is this proxy itself: {name} is {listeners[name]}"
+            for name in names
+            if reaches(target, places[name], is_local)
+        ]
+    return wrong
+
+
+def _normal(path: str) -> str:
+    # POSIX lets a leading // mean something else; Linux does not.
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def _covers(one: IpAddress | str, other: IpAddress | str) -> bool:
+    """Whether a listener on `one` takes connections to `other`. A listener on :: takes IPv4 as well."""
+    if isinstance(one, str) or isinstance(other, str) or not one.is_unspecified:
+        return one == other
+    return one.version == 6 or other.version == 4
+
+
+def _is_wildcard(host: IpAddress | str) -> bool:
+    return not isinstance(host, str) and host.is_unspecified
+
+
+def _is_loopback(host: IpAddress | str) -> bool:
+    return not isinstance(host, str) and host.is_loopback

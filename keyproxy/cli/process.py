@@ -1,0 +1,100 @@
+"""keyproxy drain, keyproxy health: what is asked of a running process of this configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import orjson
+
+from keyproxy import presence, probe
+from keyproxy.cli.desk import say
+from keyproxy.cli.setting import Failure, config_option, json_option, load
+from keyproxy.config import ConfigError
+from keyproxy.presence import Running
+
+
+@click.command("drain")
+@click.option("--wait", "waits", is_flag=True, help="Return when all is drained and the process has ended.")
+@click.option("--pid", type=int, help="Which one, if several share the address.")
+@config_option
+@json_option
+def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_json: bool) -> None:
+    """Let a running proxy leave, as SIGTERM does: not ready any more, listen.linger_seconds later no new connections, up
+    to listen.drain_seconds for what is under way.
+
+    Finds the `keyproxy serve` of this user that listens on the configuration's listen.address; without a configuration,
+    the one that runs here, as in a container. Status 1 if there is none.
+
+    \b
+    keyproxy drain --config keyproxy.toml --wait
+    """
+    one = _chosen(config_path, pid)
+    sock = presence.connected(one.name)
+    if sock is None:
+        raise Failure("the proxy has ended meanwhile")
+    with sock:
+        try:
+            sock.sendall(presence.DRAIN)
+            told = sock.recv(64)
+            if not told.startswith(presence.DRAINING):
+                raise Failure(f"the proxy (pid {one.pid}) does not answer")
+            if waits:
+                sock.settimeout(None)
+                while chunk := sock.recv(64):
+                    told += chunk
+                if told != presence.DRAINING + presence.DRAINED:
+                    raise Failure(f"the proxy (pid {one.pid}) ended before it had drained")
+        except OSError as error:
+            raise Failure(f"the proxy (pid {one.pid}) does not answer: {error}") from error
+    if as_json:
+        click.echo(orjson.dumps({"pid": one.pid, "draining": True, "drained": waits}).decode())
+    else:
+        say(f"the proxy (pid {one.pid}) {'has drained and ended' if waits else 'drains, and ends then'}")
+
+
+@click.command("health")
+@config_option
+@json_option
+def health_command(config_path: Path | None, *, as_json: bool) -> None:
+    """Say whether the running `keyproxy serve` or `keyproxy admin` of this configuration is live, for health checks of
+    containers.
+
+    Status 0 if its event loop answers; 1 if there is no such process, or it does not answer. Without a configuration it
+    asks all that run here, as in a container. Whether it is ready to serve is another question: /readyz of the ops
+    listener.
+    """
+    try:
+        found = probe.check("" if config_path is None else str(config_path))
+    except probe.NotLive as error:
+        raise Failure(str(error)) from error
+    except probe.Misused as error:
+        raise ConfigError(error.problems) from error
+    live = [{"command": one.presence.purpose, "pid": one.pid} for one in found]
+    if as_json:
+        click.echo(orjson.dumps({"live": live}).decode())
+    else:
+        click.echo(", ".join(f"keyproxy {one['command']} (pid {one['pid']}) is live" for one in live))
+
+
+def _chosen(config_path: Path | None, pid: int | None) -> Running:
+    where = "here"
+    if config_path is None:
+        found = presence.here(presence.SERVE)
+    else:
+        settings = load(config_path).settings
+        where = f"on {settings.listen.address}"
+        try:
+            found = presence.of_addresses({presence.SERVE: settings.listen.address})
+        except OSError as error:
+            raise Failure(f"{settings.listen.address}: {error.strerror or error}") from error
+        # Of several containers in one network namespace, each sees its own processes.
+        found = [one for one in found if one.pid] or found
+    chosen = found if pid is None else [one for one in found if one.pid == pid]
+    if not chosen:
+        which = "" if pid is None else f" with pid {pid}"
+        raise Failure(f"no proxy of this user{which} runs {where}")
+    if len(chosen) > 1:
+        pids = ", ".join(str(one.pid) for one in chosen)
+        raise Failure(f"{len(chosen)} proxies run {where}: choose one with --pid, of {pids}")
+    return chosen[0]

@@ -1,0 +1,111 @@
+"""`keyproxy health`: whether the process of this configuration is live, asked on its control socket.
+
+Works for `keyproxy serve` and `keyproxy admin`, wherever they listen and whether or not they speak TLS. Nothing is
+imported that this does not need.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from keyproxy import presence
+from keyproxy.presence import ADMIN, SERVE
+
+_LIVE: Final = 0
+_NOT_LIVE: Final = 1
+_MISUSED: Final = 2
+
+
+class NotLive(Exception):
+    """No process of this configuration runs here, or one does not answer. The text says which."""
+
+
+class Misused(Exception):
+    """The configuration cannot be used. `problems` say why."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def check(path: str) -> list[presence.Running]:
+    """The processes of this configuration, all of which are live. Empty: all that run here, as in a container.
+
+    Raises NotLive, Misused.
+    """
+    found = _of_file(path) if path else presence.here()
+    if not found:
+        raise NotLive("no keyproxy of this user runs here")
+    for one in found:
+        if not presence.is_live(one):
+            raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not answer")
+    return found
+
+
+def _of_file(path: str) -> list[presence.Running]:
+    try:
+        # What says where it listens finds it in most cases. All of the configuration takes longer to load.
+        found = presence.of_addresses(_stated(path, os.environ))
+    except (OSError, ValueError):
+        found = []  # loading it says what is wrong
+    if found:
+        return found
+    from pathlib import Path
+
+    from keyproxy import config
+
+    try:
+        settings = config.load(Path(path), os.environ).settings
+    except config.ConfigError as error:
+        raise Misused(error.problems) from error
+    mains = {SERVE: settings.listen.address, ADMIN: settings.admin.address}
+    try:
+        found = presence.of_addresses(mains)
+    except OSError as error:
+        raise NotLive(f"{mains}: {error.strerror or error}") from error
+    if not found:
+        raise NotLive(f"no keyproxy of this user serves {mains[SERVE]}, and no admin API {mains[ADMIN]}")
+    return found
+
+
+def _stated(path: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The addresses that a configuration states. Raises OSError, ValueError."""
+    import tomllib
+
+    stated: dict[str, str] = {}
+    for file in filter(None, (environment.get("KEYPROXY_DEFAULTS"), path)):
+        with open(file, "rb") as opened:  # noqa: PTH123 - pathlib takes long to import
+            tables = tomllib.load(opened)
+        for purpose, table in ((SERVE, "listen"), (ADMIN, "admin")):
+            address = tables.get(table, {}).get("address")
+            if isinstance(address, str):
+                stated[purpose] = address
+    for purpose, variable in ((SERVE, "KEYPROXY_LISTEN__ADDRESS"), (ADMIN, "KEYPROXY_ADMIN__ADDRESS")):
+        if variable in environment:
+            stated[purpose] = environment[variable]
+    return stated
+
+
+def is_plain(arguments: Sequence[str]) -> bool:
+    """Whether these are `health` or `health --config FILE`, which need no parser."""
+    return list(arguments) == ["health"] or (len(arguments) == 3 and list(arguments[:2]) == ["health", "--config"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `keyproxy health` with arguments that are plain; its status."""
+    try:
+        check(arguments[2] if len(arguments) == 3 else os.environ.get("KEYPROXY_CONFIG", ""))
+    except NotLive as error:
+        return _end(_NOT_LIVE, str(error))
+    except Misused as error:
+        return _end(_MISUSED, *error.problems)
+    return _LIVE
+
+
+def _end(status: int, *problems: str) -> int:
+    for problem in problems:
+        print(f"keyproxy: {problem}", file=sys.stderr)  # noqa: T201
+    return status

@@ -1,0 +1,358 @@
+"""A proxy that leaves: lingering, draining by signal and by command, and what health checks see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from keyproxy import presence
+from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
+from tests.acceptance.test_alive import workers_of
+from tests.rawhttp import connect
+from tests.wire.conftest import request
+
+LINGER_SECONDS = 3.0
+
+BOTH = pytest.mark.parametrize("workers", [1, 2])
+
+
+class Visitors:
+    """Requests, each on a new connection, as they come while a load balancer still sends them here."""
+
+    def __init__(self, site: Site, secret: str) -> None:
+        self.served = 0
+        self.refused = 0
+        self.wrong: list[str] = []
+        self._site = site
+        self._request = request("GET", "/", key=secret.encode())
+
+    @contextlib.asynccontextmanager
+    async def coming(self) -> AsyncIterator[None]:
+        over = asyncio.Event()
+        task = asyncio.create_task(self._come(over))
+        try:
+            yield
+        finally:
+            over.set()
+            await task
+
+    async def _come(self, over: asyncio.Event) -> None:
+        while not over.is_set():
+            try:
+                async with connect(("127.0.0.1", self._site.proxy_port)) as client:
+                    await client.send(self._request)
+                    answer = await client.answer(seconds=STUCK_SECONDS)
+            except OSError:
+                self.refused += 1
+            else:
+                self.served += answer.status == 200
+                if answer.status != 200 or answer.one("Connection") != "close":
+                    self.wrong.append(f"{answer.start} {answer.one('Connection')}")
+            await asyncio.sleep(0.02)
+
+
+async def leave(site: Site, process: asyncio.subprocess.Process, how: str) -> None:
+    """Have a proxy leave by one of the two ways."""
+    if how == "SIGTERM":
+        process.send_signal(signal.SIGTERM)
+    else:
+        told = await site.run("drain", "--json")
+        assert (told.status, told.json) == (0, {"pid": process.pid, "draining": True, "drained": False}), told.err
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["SIGTERM", "drain"])
+async def test_who_still_comes_while_it_lingers_is_served_and_sent_elsewhere(
+    configure: Configure, dsn: str, workers: int, how: str
+) -> None:
+    site = configure(dsn, listen={"workers": workers, "linger_seconds": LINGER_SECONDS})
+    secret = (await site.key())["secret"]
+    async with site.serving() as process, site.client() as kept_alive:
+        await kept_alive.send(request("GET", "/", key=secret.encode()))
+        assert (await kept_alive.answer()).one("Connection") is None
+        await leave(site, process, how)
+        left = time.monotonic()
+
+        async def is_unready() -> bool:
+            return (await site.ops("/readyz"))[0] == 503
+
+        await until(is_unready, seconds=1.0)
+        visitors = Visitors(site, secret)
+        async with visitors.coming():
+            await asyncio.sleep(0.5)
+            await kept_alive.send(request("GET", "/", key=secret.encode()))
+            answer = await kept_alive.answer()
+            assert (answer.status, answer.one("Connection")) == (200, "close")
+            # Until shortly before the end of it.
+            await asyncio.sleep(left + LINGER_SECONDS - 1.0 - time.monotonic())
+        assert (await site.ops("/livez"))[0] == 200
+        assert (visitors.refused, visitors.wrong) == (0, [])
+        assert visitors.served > 10
+        assert await asyncio.wait_for(process.wait(), STUCK_SECONDS) == 0
+        assert time.monotonic() - left >= LINGER_SECONDS - 1.0
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", site.proxy_port)
+
+
+@BOTH
+async def test_further_sigterms_change_nothing_and_sigint_ends_the_lingering(
+    configure: Configure, dsn: str, workers: int
+) -> None:
+    site = configure(dsn, listen={"workers": workers, "linger_seconds": 600.0})
+    async with site.serving() as process:
+        for _ in range(3):
+            # As a service manager does that sends one to every process of a group.
+            for pid in (process.pid, *workers_of(process.pid)):
+                os.kill(pid, signal.SIGTERM)
+            await asyncio.sleep(0.2)
+        async with site.client():
+            pass
+        assert process.returncode is None
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+
+
+async def test_sigint_leaves_without_lingering(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, listen={"linger_seconds": 600.0})
+    async with site.serving() as process:
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+
+
+@BOTH
+async def test_drain_waits_until_what_is_under_way_has_finished(configure: Configure, dsn: str, workers: int) -> None:
+    site = configure(dsn, listen={"workers": workers})
+    secret = (await site.key())["secret"]
+    async with site.serving() as process, site.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 2", key=secret.encode()) + b"{")
+        waiting = asyncio.create_task(site.run("drain", "--wait", "--json"))
+        await said(site, "draining")
+        done, _ = await asyncio.wait([waiting], timeout=0.5)
+        assert not done
+        await client.send(b"}")
+        assert (await client.answer()).status == 200
+        told: Output = await asyncio.wait_for(waiting, STUCK_SECONDS)
+        assert (told.status, told.json) == (0, {"pid": process.pid, "draining": True, "drained": True}), told.err
+        assert await asyncio.wait_for(process.wait(), 5) == 0
+
+
+async def said(site: Site, text: str) -> None:
+    """Wait until the process has said so."""
+
+    async def is_said() -> bool:
+        return text.encode() in b"".join(site.printed)
+
+    await until(is_said)
+
+
+async def test_drain_is_told_when_the_proxy_did_not_end_by_draining(site: Site) -> None:
+    secret = (await site.key())["secret"]
+    async with site.serving() as process, site.client() as client:
+        await client.send(request("POST", "/", "Content-Length: 2", key=secret.encode()) + b"{")
+        waiting = asyncio.create_task(site.run("drain", "--wait"))
+        await said(site, "draining")
+        await asyncio.sleep(0.3)
+        process.kill()
+        told = await asyncio.wait_for(waiting, STUCK_SECONDS)
+        assert told.status == 1
+        assert f"the proxy (pid {process.pid}) ended before it had drained" in told.err
+
+
+async def test_drain_without_a_proxy_fails_and_says_which_address_it_looked_for(site: Site) -> None:
+    told = await site.run("drain")
+    assert (told.status, told.out) == (1, "")
+    assert told.err == f"keyproxy: no proxy of this user runs on 127.0.0.1:{site.proxy_port}\n"
+
+
+async def test_of_two_that_share_an_address_one_is_chosen_by_its_pid(site: Site) -> None:
+    async with site.serving() as old, site.serving() as new:
+        await said(site, "proxy on")
+
+        async def are_two() -> bool:
+            return b"".join(site.printed).count(b"proxy on") == 2
+
+        await until(are_two)
+        told = await site.run("drain")
+        assert told.status == 1
+        assert "2 proxies run on" in told.err
+        assert str(old.pid) in told.err
+        told = await site.run("drain", "--wait", "--pid", str(old.pid))
+        assert told.status == 0, told.err
+        assert await asyncio.wait_for(old.wait(), 5) == 0
+        assert new.returncode is None
+        assert (await site.run("drain", "--wait")).status == 0
+
+
+# -- health
+
+
+@BOTH
+async def test_health_follows_the_process_and_not_its_readiness(configure: Configure, dsn: str, workers: int) -> None:
+    site = configure(dsn, listen={"workers": workers, "linger_seconds": 600.0}, upstream={"url": "http://127.0.0.1:1"})
+    assert (await site.run("health")).status == 1
+    async with site.serving() as process:
+        assert (await site.ops("/readyz"))[0] == 503
+        assert (await site.run("health")).status == 0
+        told = await site.run("health", "--json")
+        assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
+        process.send_signal(signal.SIGTERM)
+        assert (await site.run("health")).status == 0
+        process.send_signal(signal.SIGSTOP)
+        told = await site.run("health")
+        process.send_signal(signal.SIGCONT)
+        assert told.status == 1
+        assert f"(pid {process.pid}) does not answer" in told.err
+        process.send_signal(signal.SIGINT)
+        await asyncio.wait_for(process.wait(), STUCK_SECONDS)
+    assert (await site.run("health")).status == 1
+
+
+async def test_health_knows_the_admin_process(configure: Configure, dsn: str) -> None:
+    port = free_port()
+    site = configure(dsn, admin={"address": f"127.0.0.1:{port}"})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "keyproxy", "admin", "--config", str(site.config), env=site.environment,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+
+        async def is_up() -> bool:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/livez") as answer:
+                    return answer.status == 200
+            return False
+
+        await until(is_up, while_running=process)
+        told = await site.run("health", "--json")
+        assert told.json == {"live": [{"command": "admin", "pid": process.pid}]}
+        assert (await site.run("drain")).status == 1
+    finally:
+        process.terminate()
+        await process.wait()
+    assert (await site.run("health")).status == 1
+
+
+async def test_health_with_a_configuration_that_cannot_be_used_is_misused(site: Site) -> None:
+    site.config.write_text("[listen]\nport = 1\n", encoding="utf-8")
+    told = await site.run("health")
+    assert told.status == 2
+    assert "listen.port: no such key" in told.err
+
+
+def test_health_loads_none_of_the_libraries_that_take_long() -> None:
+    import subprocess
+
+    heavy = "asyncio, asyncpg, aiohttp, uvloop, click, pydantic, orjson, prometheus_client, redis, httptools"
+    program = (
+        "import sys; sys.argv = ['keyproxy', 'health']\n"
+        "from keyproxy import __main__\n"
+        "try: __main__.main()\n"
+        "except SystemExit: pass\n"
+        f"print(*set({heavy.split(', ')!r}) & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
+
+
+# -- who may
+
+
+#: Connects as another user to each of the names that are its arguments, and prints what is answered.
+_STRANGER = """
+import os, socket, sys
+os.setgid(65534); os.setuid(65534)
+for name in sys.argv[1:]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect("\\0" + name)
+        try:
+            sock.sendall(b"drain\\n" if "/" in name else b"GET /metrics HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
+            print(sock.recv(4096).split(b"\\r\\n")[0].decode())
+        except OSError as error:
+            print(error)
+"""
+
+
+def unnamed_sockets() -> set[str]:
+    """The abstract names that the kernel has chosen."""
+    return set(re.findall(r"(?m)@([0-9a-f]{5})$", Path("/proc/net/unix").read_text(encoding="utf-8")))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, listen={"workers": 2})
+    before = unnamed_sockets()
+    async with site.serving() as process:
+        (control,) = [one.name for one in presence.running() if one.pid == process.pid]
+        workers = sorted(unnamed_sockets() - before)
+        other = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _STRANGER, control, *workers, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await asyncio.wait_for(other.communicate(), STUCK_SECONDS)
+        drained, *asked = out.decode().splitlines()
+        assert presence.DRAINING.decode().strip() not in drained
+        # Other programs on this machine may have made such a name meanwhile.
+        assert asked.count("HTTP/1.1 403 Forbidden") >= 2
+        assert "HTTP/1.1 200 OK" not in asked
+        assert (await site.ops("/readyz"))[0] == 200
+        assert await site.metric("keyproxy_workers", state="ready") == 2
+        assert process.returncode is None
+
+
+def test_a_name_that_another_user_made_is_not_taken_for_a_proxy() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("\0keyproxy/1/serve/not-a-name")
+        sock.listen()
+        assert not [one for one in presence.running() if "not-a-name" in one.name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Site) -> None:
+    other = presence.Presence("serve", presence.encoded(f"127.0.0.1:{site.proxy_port}"), presence.NOWHERE, "0" * 16)
+    squatting = await asyncio.create_subprocess_exec(
+        sys.executable, "-c",
+        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]);"
+        " s.listen(); print('up', flush=True); sys.stdin.read()",
+        other.name(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert squatting.stdout is not None
+    assert await squatting.stdout.readline() == b"up\n"
+    async with site.serving() as process:
+        told = await site.run("health", "--json")
+        assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
+    squatting.kill()
+    await squatting.wait()
+
+
+# -- unix sockets
+
+
+async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(configure: Configure, dsn: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
+        listen = {"address": f"unix:{directory}/proxy.sock", "socket_mode": "0660"}
+        site = configure(dsn, listen=listen)
+        secret = (await site.key())["secret"].encode()
+        async with site.serving() as process:
+            assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
+            async with connect(f"{directory}/proxy.sock") as client:
+                await client.send(request("GET", "/", key=secret))
+                assert (await client.answer()).status == 200
+            before = site.config.read_text(encoding="utf-8")
+            site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
+            process.send_signal(signal.SIGHUP)
+            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is made")
+            assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
+            assert (await site.run("drain", "--wait")).status == 0

@@ -1,0 +1,115 @@
+"""The package as it is installed: what a wheel holds, and that it works outside of the checkout."""
+
+from __future__ import annotations
+
+import asyncio
+import email
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from keyproxy import cli
+from tests.acceptance.conftest import ROOT, Output, clean_environment
+
+EXAMPLE = (ROOT / "config.example.toml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout. It is built from a copy, since building leaves things behind."""
+    directory = tmp_path_factory.mktemp("wheel")
+    source = directory / "source"
+    names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "config.example.toml", "keyproxy"]
+    subprocess.run(["cp", "-R", *(str(ROOT / name) for name in [*names]), str(_made(source))], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
+         "--no-build-isolation", "--wheel-dir", str(directory), str(source)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (made,) = directory.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """The wheel as it lies in an environment."""
+    target = wheel.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+async def run(installed: Path, cwd: Path, *arguments: str) -> Output:
+    """A command of the installed package, from another directory."""
+    environment = clean_environment(cwd) | {"PYTHONPATH": str(installed)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "keyproxy", *arguments, env=environment, cwd=cwd, stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    return Output(process.returncode or 0, out.decode(), err.decode())
+
+
+def test_the_example_is_printed_as_it_stands_at_the_top_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "example"]) == 0
+    assert capsys.readouterr().out == EXAMPLE
+
+
+async def test_a_wheel_works_outside_of_the_checkout(installed: Path, tmp_path: Path, dsn: str) -> None:
+    where = await run(installed, tmp_path, "config", "example")
+    assert (where.status, where.out) == (0, EXAMPLE)
+    (tmp_path / "keyproxy.toml").write_text(where.out, encoding="utf-8")
+    assert (await run(installed, tmp_path, "config", "check", "--config", "keyproxy.toml")).status == 0
+    (tmp_path / "own.toml").write_text(f'[store]\ndsn = "{dsn}"\n', encoding="utf-8")
+    for command in (("migrate",), ("tenant", "create", "acme"), ("user", "create", "u_1", "--tenant", "acme")):
+        output = await run(installed, tmp_path, *command, "--config", "own.toml")
+        assert output.status == 0, output.err
+    assert "kp_live_" in output.out
+
+
+def test_a_wheel_holds_every_file_that_is_no_python(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("keyproxy/")}
+    there = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "keyproxy").rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".so")
+    }
+    assert held == there
+
+
+def test_a_wheel_says_whose_it_is_and_under_which_license(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        (license_file,) = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+        told = email.message_from_string(archive.read(metadata).decode())
+        text = archive.read(license_file).decode()
+    assert told["License-Expression"] == "Apache-2.0"
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert {url.partition(",")[0] for url in told.get_all("Project-URL", [])} >= {"Homepage", "Source", "Documentation"}
+    assert told["Author"]
+    assert told["Description-Content-Type"] == "text/markdown"
+
+
+def test_versions_agree() -> None:
+    from keyproxy import __version__
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] == __version__
+
+
+def test_the_packaged_example_is_the_one_at_the_top_of_the_repository() -> None:
+    packaged = ROOT / "keyproxy" / "config.example.toml"
+    assert packaged.read_text(encoding="utf-8") == EXAMPLE
+    assert os.path.realpath(packaged) == os.path.realpath(ROOT / "config.example.toml")
