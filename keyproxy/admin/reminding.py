@@ -73,7 +73,7 @@ class Reminding:
                     await self.turn(terms())
                 was_down = False
             except (StoreUnavailable, StoreConflict) as error:
-                if not was_down:
+                if not was_down and not self.reminders.is_store_down:
                     _log.warning("nobody can be reminded of keys that expire: %s", error)
                 was_down = True
             except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on

@@ -33,6 +33,7 @@ from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.lasting import Lasting
+from keyproxy.store.outage import Outage
 from keyproxy.store.waiting import within
 
 _log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Claims:
         #: `repeats` that were charged no request, and claims that were charged `unasked`.
         self.counts = dict.fromkeys(("repeats", "unasked"), 0)
         self.down_because = ""
+        #: Logs outages of the store.
+        self.outage = Outage("the store")
         self._store = store
         self._ledger = ledger
         self._settle_seconds = config.settle_seconds
@@ -216,13 +219,10 @@ class Claims:
                 self._note_failure(error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                if self.down_because:
-                    _log.warning("claims are settled again")
-                    self.down_because = ""
+                self.down_because = ""
 
     def _note_failure(self, error: Exception) -> None:
-        if not self.down_because:
-            _log.warning("claims cannot be settled yet: %s", error)
+        self.outage.met(f"claims cannot be settled yet: {error or type(error).__name__}")
         self.down_because = str(error) or type(error).__name__
         for waiting in (*self._asking.values(), *self._asked.values()):
             for answer in waiting:
@@ -251,5 +251,5 @@ class Claims:
                 while await self._store.forget(_TEND_PORTION):
                     pass
             except (StoreUnavailable, StoreConflict) as error:
-                _log.warning("old charges were not cleaned up: %s", error)
+                self.outage.met(f"old charges were not cleaned up: {error}")
             await asyncio.sleep(_TEND_SECONDS)

@@ -56,7 +56,7 @@ async def test_an_imported_key_works_as_presented_by_its_holder_and_its_leak_end
         assert await site.call(_OLD_KEY) == (200, "")
         assert site.upstream.requests[-1].one("X-Keyproxy-User") == "u_42"
         leaked = await site.run("key", "report-leaked", "--json", stdin=_OLD_KEY.encode())
-        assert leaked.json["user"] == "u_42"
+        assert [one["user"] for one in leaked.json["found"]] == ["u_42"]
 
         async def is_refused() -> bool:
             return await site.call(_OLD_KEY) == (401, "api_key_revoked")

@@ -111,7 +111,8 @@ async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoeve
     await told("key", "set-plan", other["id"], "five")
     await told("key", "revoke", other["id"], "--reason", "lost")
     digest = hashlib.sha256(new["secret"].encode()).hexdigest()
-    assert (await told("key", "report-leaked", "--digest", digest))["user"] == "u_1"
+    (leaked,) = (await told("key", "report-leaked", "--digest", digest))["found"]
+    assert (leaked["key"], leaked["user"]) == (new["id"], "u_1")
     await told("user", "disable", "u_1")
     await told("user", "enable", "u_1")
     await told("tenant", "set-plan", "acme", "--none")
