@@ -132,14 +132,20 @@ async def test_many_keys_are_issued_and_revoked(operations: Operations, api: Api
     assert [keys async for keys in operations.revoke_keys(wanted, "leaves")] == []
 
 
-async def test_plans_and_the_audit_log(operations: Operations) -> None:
-    made = await operations.set_plan("basic", {"rate": 5.0, "burst": 9})
-    assert (made["created"], made["limits"]) == (True, {"rate": 5.0, "burst": 9})
+async def test_a_plan_is_changed_limit_by_limit(operations: Operations) -> None:
+    await operations.set_plan("basic", {"rate": 5.0, "burst": 9})
     changed = await operations.change_plan("basic", {"burst": None, "concurrency": 2})
     assert (changed["created"], changed["limits"]) == (False, {"rate": 5.0, "concurrency": 2})
     assert changed["changed"] == {"burst": {"old": 9, "new": None}, "concurrency": {"old": None, "new": 2}}
     assert (await operations.change_plan("new", {"burst": None}))["created"] is True
     assert (await operations.delete_plan("new"))["deleted"] is True
+    with pytest.raises(Invalid, match="burst: means nothing without a rate"):
+        await operations.change_plan("other", {"burst": 5})
+
+
+async def test_plans_and_the_audit_log(operations: Operations) -> None:
+    made = await operations.set_plan("basic", {"rate": 5.0, "burst": 9})
+    assert (made["created"], made["limits"]) == (True, {"rate": 5.0, "burst": 9})
     assert (await operations.set_plan("basic", {}))["limits"] == {}
     await operations.create_tenant("acme", "", "basic")
     assert (await operations.change_tenant("acme", {"plan": None}))["plan"] is None
