@@ -174,7 +174,7 @@ class LimitChanged(Answered):
 
 
 class PlanMade(Plan):
-    """A plan; `created` says whether it is new, `changed` which limits are other ones now."""
+    """A plan; `created`: it is new. `changed`: the limits that have another value now."""
 
     created: bool
     changed: dict[str, LimitChanged]

@@ -80,11 +80,11 @@ async def _issue_many(call: Call) -> Answer:
 
 
 async def _change(call: Call) -> Answer:
-    said = call.body.said()
-    if "scopes" in said:
-        said["scopes"] = list(dict.fromkeys(said["scopes"]))
-    key = await call.directory.change_key(call.path["id"], said, if_match=call.if_match)
-    warnings = call.terms.warnings(said["scopes"]) if "scopes" in said else []
+    changes = call.body.said()
+    if "scopes" in changes:
+        changes["scopes"] = list(dict.fromkeys(changes["scopes"]))
+    key = await call.directory.change_key(call.path["id"], changes, if_match=call.if_match)
+    warnings = call.terms.warnings(changes["scopes"]) if "scopes" in changes else []
     return Answer({**key, "warnings": warnings}, is_version_of=key)
 
 

@@ -34,13 +34,13 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
     keyproxy key report-leaked --reason "public repository" < found.txt
     """
     text = None if digest is not None else _from_stdin()
-    told = call.run(lambda directory: _reported(directory, digest, text, reason))
+    report = call.run(lambda directory: _reported(directory, digest, text, reason))
     if call.as_json:
-        call.tell(told, ())
-    elif told["found"]:
-        call.tell(told["found"], _LEAK_COLUMNS)
-    reasons = _reasons(told)
-    if not told["found"]:
+        call.tell(report, ())
+    elif report["found"]:
+        call.tell(report["found"], _LEAK_COLUMNS)
+    reasons = _reasons(report)
+    if not report["found"]:
         raise Failure("; ".join(reasons) or "there is no key in this text")
     for reason_given in reasons:
         say(reason_given)
@@ -62,14 +62,14 @@ def key_whose(call: Call, text: str) -> None:
     if text != _STDIN and masked(text) != text:
         say("warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -")
     wanted = _from_stdin() if text == _STDIN else text.encode("utf-8", "surrogateescape")
-    told = call.run(lambda directory: directory.whose(wanted))
+    report = call.run(lambda directory: directory.whose(wanted))
     if call.as_json:
-        call.tell(told, ())
-    elif told["keys"]:
-        call.tell(told["keys"], KEY_COLUMNS)
-    if not told["keys"]:
+        call.tell(report, ())
+    elif report["keys"]:
+        call.tell(report["keys"], KEY_COLUMNS)
+    if not report["keys"]:
         raise Failure("there is no such key")
-    if len(told["keys"]) == MATCHES_MAX:
+    if len(report["keys"]) == MATCHES_MAX:
         say(f"these are the first {MATCHES_MAX} keys: give more of the hint, or list by user")
 
 
@@ -87,23 +87,23 @@ def _from_stdin() -> bytes:
 async def _reported(directory: Operations, digest: str | None, text: bytes | None, reason: str) -> Entity:
     if text is not None:
         return await directory.report_leaked_text(text, reason)
-    told = await directory.report_leaked(_hex_digest(digest or ""), reason)
-    if not told["known"]:
+    found = await directory.report_leaked(_hex_digest(digest or ""), reason)
+    if not found["known"]:
         return {"found": [], "incomplete": 0, "unknown": 1}
-    key = {"key": told["key"]["id"], **{name: told[name] for name in ("user", "tenant", "revoked_now")}}
+    key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
     return {"found": [key], "incomplete": 0, "unknown": 0}
 
 
-def _reasons(told: Entity) -> list[str]:
+def _reasons(report: Entity) -> list[str]:
     """What a text holds beside the keys that were found."""
     reasons = []
-    if told["unknown"]:
-        count, verb = _counted(told["unknown"])
+    if report["unknown"]:
+        count, verb = _counted(report["unknown"])
         reasons.append(
             f"there is no such key: {count} {verb} not in this database, or deleted, or a token of the admin API"
         )
-    if told["incomplete"]:
-        count, verb = _counted(told["incomplete"])
+    if report["incomplete"]:
+        count, verb = _counted(report["incomplete"])
         reasons.append(
             f"{count} {verb} incomplete or mistyped: paste the whole key, or find it by its first part with"
             " `keyproxy key whose`"

@@ -80,8 +80,8 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
         limit: None if value == _NONE else cast("float", value) for limit, value in limits.items() if value is not None
     }
     if replace:
-        said = {limit: value for limit, value in changes.items() if value is not None}
-        plan = call.run(lambda directory: directory.set_plan(name, said))
+        limits_set = {limit: value for limit, value in changes.items() if value is not None}
+        plan = call.run(lambda directory: directory.set_plan(name, limits_set))
     else:
         plan = call.run(lambda directory: directory.change_plan(name, changes))
     if call.as_json:

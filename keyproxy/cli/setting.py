@@ -123,7 +123,7 @@ def store(
 
     `creates`: an embedded database that does not exist is created. Otherwise NoDatabase is raised: a command that looks
     in an empty database finds nothing, and that reads like an answer. `migrates`: the embedded database is brought up to
-    this program. `is_quiet`: say nothing if the embedded database is used because none is configured.
+    this program. `is_quiet`: print no note if the embedded database is used because none is configured.
     """
     if loaded.settings.store.dsn != "embedded":
         yield loaded.settings.store.dsn

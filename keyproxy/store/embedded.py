@@ -104,7 +104,7 @@ class EmbeddedServer:
             except EmbeddedError as error:
                 pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 failures += 1
-                _log.error("%s; once more in %g s", error, pause)
+                _log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; once more in %g s", error, pause)
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
@@ -192,9 +192,9 @@ def _prepared(directory: Path, launch: int) -> Path:
 
 
 def _of_nobody(directory: Path) -> Path:
-    """The directory that `nobody` uses in place of one of root's."""
+    """The directory that the user `nobody` uses in place of one of root's."""
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-    return Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - checked to be nobody's own before it is used
+    return Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - its owner is checked before it is used
 
 
 def _socket_directory(directory: Path, launch: int) -> Path:

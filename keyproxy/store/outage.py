@@ -31,13 +31,13 @@ class Outage:
         self._what = what
         self._now_mono = now_mono
         self._began_mono = self._last_failure_mono = 0.0
-        self._is_main_told = False
+        self._is_main_logged = False
 
     def met(self, sentence: str, *, is_main: bool = False) -> None:
         """A part was not answered. `is_main`: it asks all the time, and calls `answered` when it is."""
         now = self._now_mono()
         self._last_failure_mono = now
-        is_another = is_main and not self._is_main_told and now - self._began_mono > _SAME_SECONDS
+        is_another = is_main and not self._is_main_logged and now - self._began_mono > _SAME_SECONDS
         if self.is_on and not is_another:
             _log.debug("%s", sentence)
         else:
@@ -45,7 +45,7 @@ class Outage:
             if not self.is_on:
                 self._began_mono = now
             self.is_on = True
-        self._is_main_told = self._is_main_told or is_main
+        self._is_main_logged = self._is_main_logged or is_main
 
     def answered(self) -> None:
         """The main part was answered. Cheap to call while there is no outage."""
@@ -53,4 +53,4 @@ class Outage:
         if not self.is_on or now - self._last_failure_mono < _QUIET_SECONDS:
             return
         _log.warning("%s answers again; the outage took %d s", self._what, self._last_failure_mono - self._began_mono)
-        self.is_on = self._is_main_told = False
+        self.is_on = self._is_main_logged = False

@@ -63,7 +63,9 @@ async def test_a_configuration_in_order_is_ok(
         assert (output.status, output.out, output.err) == (0, "ok\n", "")
 
 
-async def test_all_that_is_wrong_is_told_at_once(configure: Configure, make_certificate: MakeCertificate) -> None:
+async def test_everything_that_is_wrong_is_reported_at_once(
+    configure: Configure, make_certificate: MakeCertificate
+) -> None:
     good, _ = make_certificate("good")
     _, other_key = make_certificate("other")
     expired = make_certificate("expired", ends="20200102000000Z")
@@ -125,9 +127,7 @@ async def test_files_that_are_not_there_are_named(configure: Configure, dsn: str
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-async def test_before_migrate_every_command_says_what_to_run(
-    configure: Configure, empty_dsn: str, is_old: bool
-) -> None:
+async def test_before_migrate_every_command_asks_for_it(configure: Configure, empty_dsn: str, is_old: bool) -> None:
     site = configure(empty_dsn)
     if is_old:
         await site.run("migrate")

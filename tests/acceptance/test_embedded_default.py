@@ -1,4 +1,4 @@
-"""Without a configured database: what creates the embedded one, what says that it is used, and what only looks."""
+"""Without a configured database: what creates the embedded one, what notes that it is used, and what only looks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Home:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no database was created, here or where root's is kept if it has to run as `nobody`."""
+        """Whether no database was created, here or in the directory that the user `nobody` would use."""
         name = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:16]
         return not list(self.directory.glob("*")) and not Path("/var/tmp", f"keyproxy-{name}").exists()
 
@@ -86,7 +86,7 @@ async def test_a_command_that_only_looks_creates_no_database(home: Home, command
     assert home.is_empty
 
 
-async def test_what_needs_no_database_neither_creates_one_nor_speaks_of_it(home: Home) -> None:
+async def test_a_command_that_needs_no_database_neither_creates_nor_mentions_one(home: Home) -> None:
     for command in (("completion", "bash"), ("config", "show"), ("config", "check"), ("--help",)):
         output = await home.run(*command)
         assert (output.status, output.err) == (0, "")
@@ -97,7 +97,7 @@ async def test_what_needs_no_database_neither_creates_one_nor_speaks_of_it(home:
     assert home.is_empty
 
 
-async def test_migrate_creates_it_and_every_command_says_that_it_is_used(home: Home) -> None:
+async def test_migrate_creates_it_and_every_command_notes_that_it_is_used(home: Home) -> None:
     made = await home.run("migrate", "--json")
     assert made.json["done"]
     assert not home.is_empty
@@ -115,7 +115,7 @@ async def test_migrate_creates_it_and_every_command_says_that_it_is_used(home: H
     assert ([one["id"] for one in chosen.json], chosen.err) == (["acme"], "")
 
 
-async def test_serve_creates_it_and_says_so_once_for_all_workers(home: Home) -> None:
+async def test_serve_creates_it_and_notes_it_once_for_all_workers(home: Home) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "keyproxy", "serve", env=home.environment | {"KEYPROXY_LISTEN__WORKERS": "2"},
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL,

@@ -217,7 +217,7 @@ def test_a_leaked_key_is_revoked_and_it_is_said_whose_it_was(shell: Shell, key: 
 
 
 @pytest.mark.usefixtures("key")
-def test_no_key_an_incomplete_one_and_an_unknown_one_are_told_apart_and_never_repeated(shell: Shell) -> None:
+def test_no_key_an_incomplete_one_and_an_unknown_one_are_distinguished_and_never_repeated(shell: Shell) -> None:
     unknown = KeyFormat().make(bytes(32), is_test=False).reveal().decode()
     cases = (
         ("nothing of interest here", 0, 0, "there is no key in this text"),
@@ -238,7 +238,7 @@ def test_no_key_an_incomplete_one_and_an_unknown_one_are_told_apart_and_never_re
             assert text not in output.out + output.err
 
 
-def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_said_to_be(
+def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_marked(
     shell: Shell, key: dict[str, Any]
 ) -> None:
     more = [shell.told("key", "issue", "--user", "u_42") for _ in range(3)]
@@ -261,7 +261,7 @@ def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_said_to
     assert "512 KiB" in too_long
 
 
-def test_whose_a_key_is_is_told_without_revoking_it(shell: Shell, key: dict[str, Any]) -> None:
+def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: dict[str, Any]) -> None:
     other = shell.told("key", "issue", "--user", "u_42", "--name", "nightly", "--test")
     cut = key["secret"][:20]
     for text, stdin, found in (

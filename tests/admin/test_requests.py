@@ -330,7 +330,7 @@ async def test_the_root_leads_to_the_reference(api: Api) -> None:
         ("GET", "/v1/keys?older_than_seconds=" + "9" * 5000, None),
     ],
 )
-async def test_a_number_that_is_too_large_is_said_to_be(
+async def test_a_number_that_is_too_large_is_reported_as_such(
     api: Api, method: str, path: str, content: bytes | None
 ) -> None:
     reply = await api.call(method, path, data=content)

@@ -1,4 +1,4 @@
-"""An outage is one line in the log, whoever meets it and however often."""
+"""An outage is one line in the log, however many parts meet it and however often."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_is_over(log: Log) -> Non
     log.outage.answered()
     log.outage.answered()
     assert log.lines == ["look-ups fail", "the store answers again; the outage took 3 s"]
-    log.outage.met("look-ups fail anew", is_main=True)
-    assert log.lines[2:] == ["look-ups fail anew"]
+    log.outage.met("look-ups fail again", is_main=True)
+    assert log.lines[2:] == ["look-ups fail again"]
 
 
 def test_a_server_that_answers_now_and_then_has_one_outage(log: Log) -> None:

@@ -429,7 +429,7 @@ def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
 
 
 @pytest.mark.parametrize("number", ["1000000000000000", "9" * 18, "9" * 30, "9" * 5000])
-def test_a_number_that_is_too_large_is_said_to_be(reader: Reader, number: str) -> None:
+def test_a_number_that_is_too_large_is_reported_as_such(reader: Reader, number: str) -> None:
     for variable in (
         "KEYPROXY_LISTEN__CONNECTIONS_MAX",
         "KEYPROXY_CACHE__FRESH_SECONDS",
@@ -442,7 +442,7 @@ def test_a_number_that_is_too_large_is_said_to_be(reader: Reader, number: str) -
         assert "listen.connections_max: is too large" in problem
 
 
-def test_a_number_over_a_bound_that_is_not_its_own_is_said_to_be_too_large(reader: Reader) -> None:
+def test_a_number_above_the_general_bound_is_reported_as_too_large(reader: Reader) -> None:
     (problem,) = reader.wrong("[listen]\nconnections_max = 10000000000000")
     assert "is too large: at most 1000000000000" in problem
     (problem,) = reader.wrong("[listen]\nconnections_max = 0")

@@ -1,4 +1,4 @@
-"""Keys in pasted text: found however they are written, told from what only looks like one, and never shown."""
+"""Keys in pasted text: found however they are written, distinguished from what only looks like one, and never shown."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_prose_is_not_meant_as_a_key(text: bytes) -> None:
     assert scan(text, FORMAT).presented == []
 
 
-def test_tokens_of_the_admin_api_and_digests_are_told_apart() -> None:
+def test_tokens_of_the_admin_api_and_digests_are_distinguished() -> None:
     found = scan(b"token " + ADMIN + b" sha256 " + b"AB" * 32, FORMAT)
     assert (keys(found), found.admin_tokens, found.digests) == ([], 1, [b"\xab" * 32])
 

@@ -79,6 +79,6 @@ def test_the_largest_limit_is_the_largest_number_of_the_header_and_one_more_in_a
         Plan(requests_per_day=LIMIT_MAX + 1)
 
 
-def test_a_rate_that_is_too_large_to_read_is_said_to_be() -> None:
+def test_a_rate_that_is_too_large_to_read_is_reported_as_such() -> None:
     with pytest.raises(InvalidPlanError, match="too large a rate"):
         rate_per_second("9" * 40 + "/s")

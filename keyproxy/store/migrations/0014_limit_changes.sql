@@ -1,4 +1,4 @@
--- The feed tells a change of limits from a change of standing.
+-- The feed distinguishes a change of limits from a change of standing.
 --
 -- When the store fails right after a change, proxies refuse the keys that the change was about: they may have been revoked
 -- or disabled. A key whose plan alone changed needs no such caution; it goes on under the limits it had. So a change that
@@ -39,7 +39,7 @@ BEGIN
             PERFORM keyproxy.note_change('key', encode(NEW.digest, 'hex'));
         END IF;
     END IF;
-    -- A key that gets a successor, or loses one, keeps what it may do: its holder is only told that it is being replaced.
+    -- A key that gets a successor, or loses one, keeps what it may do: only the field about its replacement changes.
     IF OLD.replaces IS DISTINCT FROM NEW.replaces THEN
         PERFORM keyproxy.note_change('key_limits', encode(k.digest, 'hex'))
         FROM keyproxy.api_keys AS k WHERE k.id IN (OLD.replaces, NEW.replaces);
