@@ -342,6 +342,24 @@ def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, k
     assert key["scopes"] == ["jobs:write"]
 
 
+def test_a_key_that_every_route_refuses_is_warned_of(shell: Shell, site: Site, key: dict[str, Any]) -> None:
+    with site.config.open("a", encoding="utf-8") as file:
+        file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
+    rows = "user,name,scopes\nu_42,a,jobs:write\nu_42,b,\nu_42,c,\n"
+    warning = "keyproxy: warning: the key has no scope and every route needs one: all its requests will be refused\n"
+    for arguments, stdin in (
+        (("key", "issue", "--user", "u_42"), ""),
+        (("user", "create", "u_7", "--tenant", "acme"), ""),
+        (("key", "issue-many", "-"), rows),
+        (("key", "import", "-"), f"digest,user\n{'0' * 64},u_42\n"),
+        (("key", "set-scopes", key["id"], "--none"), ""),
+    ):
+        output = shell.run(*arguments, "--json", stdin=stdin)
+        assert (output.status, output.err) == (0, warning)
+    assert shell.run("user", "create", "u_8", "--tenant", "acme", "--no-key", "--json").err == ""
+    assert shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--json").err == ""
+
+
 # -- the audit log
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import aiohttp
 
-from tests.acceptance.conftest import Site, until
+from tests.acceptance.conftest import Configure, Site, until
 
 _OLD_KEY = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
 
@@ -63,3 +63,17 @@ async def test_an_imported_key_works_as_presented_by_its_holder_and_its_leak_end
 
         await until(is_refused, seconds=2)
     assert _OLD_KEY.encode() not in b"".join(site.printed)
+
+
+async def test_scopes_that_are_changed_count_within_a_second(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]}])
+    key = await site.key()
+    async with site.serving():
+        assert await site.call(key["secret"]) == (403, "insufficient_scope")
+        for scope, answer in (("jobs:write", (200, "")), ("jobs:read", (403, "insufficient_scope"))):
+            assert (await site.run("key", "set-scopes", key["id"], "--scope", scope)).status == 0
+
+            async def is_so(answer: tuple[int, str] = answer) -> bool:
+                return await site.call(key["secret"]) == answer
+
+            await until(is_so, seconds=1)

@@ -69,7 +69,7 @@ async def key(api: Api) -> str:
     [
         "tenant list", "tenant show acme", "user list", "user show u_1", "key list", "key show KEY", "plan list",
         "key list --sort created", "key stale --unused 365d", "key revoke-all --user u_1 --dry-run", "plan show five",
-        "audit list", "audit list --entity token", "audit export",
+        "audit list", "audit list --entity token", "audit export", "key whose KEY",
         "usage show", "usage show --by user --by mode", "usage show --tenant nobody", "usage windows --user u_1 --test",
         "usage export", "usage export --format csv", "usage export --events", "usage export --format cloudevents",
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
