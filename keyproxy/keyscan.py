@@ -6,6 +6,7 @@ key of another program has no mark of its own: every word that may be one is a c
 
 from __future__ import annotations
 
+import bisect
 import html
 import re
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ _BETWEEN_WORDS = re.compile(rb"[^A-Za-z0-9!#$%&'*+\-./:=?@^_`|~]+")
 _INSIDE_WORDS = re.compile(rb"[=&?'`]|:(?!//)")
 _ROUND_WORDS: Final = b".:;!?'`*_|~=&"
 _PRESENTED = re.compile(
-    rb"(?:api[-_]?key|bearer)[\"']?[ \t]*[:= ][ \t]*[\"']?([A-Za-z0-9!#$%%&*+\-./:=?@^_|~]{%d,%d})"
+    rb"(?:api[-_]?key|bearer)[\"']?[ \t]{0,8}[:= ][ \t]{0,8}[\"']?([A-Za-z0-9!#$%%&*+\-./:=?@^_|~]{%d,%d})"
     % (_FOREIGN_BYTES_MIN, KEY_BYTES_MAX),
     re.IGNORECASE,
 )
@@ -137,12 +138,19 @@ def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
 
 def _incomplete(text: bytes, key_format: KeyFormat, whole: Iterable[bytes]) -> int:
     """How many different starts of a key have no whole key behind them."""
+    keys = sorted(whole)
     starts = set()
     for match in key_format.starts(text):
         run = _RUN.match(text, match.end())
         if run is not None and run[0]:
-            starts.add(text[match.start() : match.end()] + run[0])
-    return sum(not any(key.startswith(start) or start.startswith(key) for key in whole) for start in starts)
+            # A key with more behind it is the key.
+            starts.add((match[0] + run[0])[: len(match[0]) + _DIGITS])
+    return sum(not _begins_one_of(start, keys) for start in starts)
+
+
+def _begins_one_of(start: bytes, keys: list[bytes]) -> bool:
+    place = bisect.bisect_left(keys, start)
+    return place < len(keys) and keys[place].startswith(start)
 
 
 def _words(readings: Iterable[bytes]) -> list[bytes]:

@@ -25,11 +25,11 @@ _SAME_SECONDS: Final = 5.0
 class Outage:
     """See the module. One object for all parts of the store that ask the same server."""
 
-    def __init__(self, what: str, now_mono: Callable[[], float] = clock.monotonic) -> None:
+    def __init__(self, what: str, now_mono: Callable[[], float] | None = None) -> None:
         """`what` responds or does not, for the log."""
         self.is_on = False
         self._what = what
-        self._now_mono = now_mono
+        self._now_mono: Callable[[], float] = now_mono or clock.monotonic
         self._began_mono = self._last_failure_mono = 0.0
         self._is_main_logged = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from urllib.parse import quote
 
 import pytest
@@ -126,3 +127,20 @@ def test_any_bytes_are_text_and_nothing_shows_a_key() -> None:
         found = scan(junk + b" " + LIVE + b" " + junk, FORMAT)
         assert LIVE in keys(found)
         assert LIVE.decode() not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"bearer ", b" ", b"bearer" + b" " * 5000, b"kp_live_%d ", b"_live_", b"a_live_" + b"b" * 49 + b" ", b"%25",
+        b"&#38;",
+        b"\x1b[", b"\x1b[1;", b"a=", b"abcdefgh.", b"api_key:", b"0" * 64 + b" ", b"\\u005f", LIVE, LIVE + b" ", b"x.",
+    ],
+)  # fmt: skip
+def test_no_text_takes_long(piece: bytes) -> None:
+    count = keyscan.TEXT_BYTES_MAX // (len(piece) + 6)
+    text = b"".join(piece % number if b"%d" in piece else piece for number in range(count))
+    began = time.process_time()
+    scan(text, FORMAT)
+    # Seconds of CPU: what grows with the square of the length would take minutes.
+    assert time.process_time() - began < 10
