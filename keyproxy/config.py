@@ -41,16 +41,22 @@ _TELLING_NOTHING: Final = ("", "embedded", "postgres")
 
 #: Far beyond every bound, and well within what a float holds.
 _NUMBER_MAX: Final = 10**15
+_DIGITS_MAX: Final = 18
+_TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
 
 _ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used. `problems` are complete sentences, one for each thing that is wrong."""
+    """A configuration that cannot be used. `problems` are complete sentences, one for each thing that is wrong.
 
-    def __init__(self, problems: list[str]) -> None:
+    `loaded`: the configuration, if each of its keys can be read and they only contradict each other.
+    """
+
+    def __init__(self, problems: list[str], loaded: Config | None = None) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+        self.loaded = loaded
 
 
 class Origin(NamedTuple):
@@ -156,10 +162,11 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
         raise ConfigError(reading.wrong)
     tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
     settings = Settings(**tables, routes=rows)
+    loaded = Config(settings, _with_defaults(reading))
     wrong = cross_checks(settings)
     if wrong:
-        raise ConfigError(wrong)
-    return Config(settings, _with_defaults(reading))
+        raise ConfigError(wrong, loaded)
+    return loaded
 
 
 def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
@@ -265,15 +272,18 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
                 value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
             return value if isinstance(value, bool) else _Wrong("must be true or false")
         case "int":
-            if text is not None and re.fullmatch(r"-?[0-9]{1,18}", text):
-                value = int(text)
-            return value if isinstance(value, int) and not isinstance(value, bool) else _Wrong("must be a whole number")
+            if text is not None and re.fullmatch(r"-?[0-9]+", text):
+                # Counted before it is read: Python refuses to read thousands of digits.
+                value = int(text) if len(text) <= _DIGITS_MAX else _NUMBER_MAX
+            if not isinstance(value, int) or isinstance(value, bool):
+                return _Wrong("must be a whole number")
+            return value if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
         case "float":
-            if text is not None and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,9})?", text):
+            if text is not None and re.fullmatch(r"-?[0-9]+(\.[0-9]{1,9})?", text):
                 value = float(text)
-            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBER_MAX:
-                return float(value)
-            return _Wrong("must be a number")
+            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+                return _Wrong("must be a number")
+            return float(value) if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
         case "bool | str | float":
             return _switch(value, text)
         case "list[str]":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Final
 
 from keyproxy.model import KeyDigest
@@ -104,6 +105,15 @@ class KeyFormat:
             return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
         return self._accepts_foreign and _FOREIGN.fullmatch(plaintext) is not None
 
+    @staticmethod
+    def has_right_checksum(plaintext: bytes) -> bool:
+        """Whether the checksum at the end of a key, under any prefix, covers what stands before it."""
+        return _is_whole(plaintext)
+
+    def starts(self, text: bytes) -> Iterator[re.Match[bytes]]:
+        """Every place in a text where a key under this prefix begins."""
+        return self._start.finditer(text)
+
     def _made(self, kind: bytes, entropy: bytes) -> SecretKey:
         if len(entropy) != ENTROPY_BYTES:
             raise ValueError(f"a key is made of {ENTROPY_BYTES} random bytes, not {len(entropy)}")
@@ -122,6 +132,12 @@ class KeyFormat:
             return f"{plaintext[:2].decode('ascii')}…"
         shown = plaintext[: start.end() + _HINT_TAIL] if start else plaintext[:_HINT_TAIL]
         return f"{shown.decode('ascii')}…{plaintext[-_HINT_TAIL:].decode('ascii')}"
+
+    def hint_start(self, part: str) -> str:
+        """What the hint of a key begins with, given the first part of the key; empty if that is too short or no key's."""
+        start = self._start.match(part.encode("utf-8"))
+        shown = 0 if start is None else start.end() + _HINT_TAIL
+        return part[:shown] if len(part) >= shown else ""
 
 
 def masked(text: str) -> str:

@@ -30,8 +30,14 @@ def _setting(default: Any, check: Check | None = None, *, secret: bool = False) 
 
 
 def _within(low: float, high: float = 1e12) -> Check:
-    upper = f" and at most {high:g}" if high < 1e12 else ""
-    return lambda value: None if low <= value <= high else f"must be at least {low:g}{upper}"
+    def wrong(value: Any) -> str | None:
+        if low <= value <= high:
+            return None
+        if high < 1e12:
+            return f"must be at least {low:g} and at most {high:g}"
+        return f"must be at least {low:g}" if value < low else f"is too large: at most {high:.0f}"
+
+    return wrong
 
 
 def _one_of(*choices: object) -> Check:

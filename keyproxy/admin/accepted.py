@@ -20,11 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from keyproxy.limits.plan import LIMIT_MAX
+from keyproxy.keyscan import TEXT_BYTES_MAX
+from keyproxy.limits.plan import LIMIT_MAX, LIMITS
 
 _LIFE_SECONDS_MAX = 36_525 * 86_400
 _SPAN_SECONDS_MAX = 36_525 * 86_400
 PAGE_MAX = 500
+_QUERY_DIGITS_MAX = 18
 
 #: As the tables have it.
 ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
@@ -46,7 +48,11 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d
 
 def _whole_number(value: object) -> object:
     """Numbers in a query are text; other notations than digits are not read."""
-    return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value) else value
+    if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]+", value):
+        return value
+    if len(value) > _QUERY_DIGITS_MAX:
+        raise ValueError("the number is too large")
+    return int(value)
 
 
 def _true_or_false(value: object) -> object:
@@ -219,10 +225,11 @@ class KeysIssue(Accepted):
 class KeyChange(Accepted):
     """What to change; what is not named stays. A plan of null is none."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
 
     name: Name = ""
     plan: PlanId | None = None
+    scopes: Annotated[list[KeyScope], Field(max_length=64, description="All of them, in place of what they were.")] = []
 
 
 class KeyRotate(Accepted):
@@ -275,6 +282,22 @@ class LeakReport(Accepted):
         return self
 
 
+Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: as it is.")]
+
+
+class LeakText(Accepted):
+    """A text that keys may stand in."""
+
+    text: Pasted
+    reason: Reason = "leaked"
+
+
+class KeyQuestion(Accepted):
+    """A text with a key in it; or the id, hint or name of a key, or its first part."""
+
+    text: Pasted
+
+
 class Limits(Accepted):
     """The limits of a plan. What is not given, or null, does not limit."""
 
@@ -294,3 +317,15 @@ class PlanSet(Accepted):
     """A plan: all of it, in place of what it was."""
 
     limits: Limits
+
+
+class LimitChanges(Limits):
+    """Limits to change. null removes one; what is not given stays."""
+
+    untold: ClassVar[frozenset[str]] = frozenset(LIMITS)
+
+
+class PlanChange(Accepted):
+    """What to change of a plan."""
+
+    limits: LimitChanges

@@ -90,6 +90,12 @@ class KeyMade(Key):
     warnings: _Warnings
 
 
+class KeyChanged(Key):
+    """A key that was changed."""
+
+    warnings: _Warnings
+
+
 class FirstKeyMade(Key):
     """The first key of a new user, with its secret."""
 
@@ -161,10 +167,18 @@ class Plan(Answered):
     keys: _Count
 
 
+class LimitChanged(Answered):
+    """What a limit was and is; null: no such limit."""
+
+    old: float | int | None
+    new: float | int | None
+
+
 class PlanMade(Plan):
-    """A plan; `created` says whether it is new."""
+    """A plan; `created`: it is new. `changed`: the limits that have another value now."""
 
     created: bool
+    changed: dict[str, LimitChanged]
 
 
 class Deleted(Answered):
@@ -189,6 +203,29 @@ class Leak(Answered):
     tenant: str | None
     user: str | None
     key: Key | None
+
+
+class LeakedKey(Answered):
+    """A key that was found in a text. `revoked_now`: it was not revoked before."""
+
+    key: str
+    user: str
+    tenant: str
+    revoked_now: bool
+
+
+class LeaksFound(Answered):
+    """What a text holds: keys, which are revoked; how many cut or mistyped ones; how many that are not known here."""
+
+    found: list[LeakedKey]
+    incomplete: int
+    unknown: int
+
+
+class KeysOf(Answered):
+    """The keys that were asked for, 500 at most."""
+
+    keys: list[Key]
 
 
 class AuditRow(Answered):

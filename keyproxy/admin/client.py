@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import orjson
 
+from keyproxy import keyscan
 from keyproxy.admin.accepted import PAGE_MAX
 from keyproxy.admin.asking import Asking
 from keyproxy.keyformat import SecretKey
@@ -21,6 +22,7 @@ from keyproxy.store.directory import (
     Entity,
     ImportedKey,
     ImportReport,
+    Invalid,
     KeyFilter,
     KeyWish,
     Page,
@@ -116,6 +118,12 @@ class AdminClient(Asking):
         plaintext = key.reveal().decode("latin-1")
         return await self.ask("POST", "/v1/leaked-keys", {"key": plaintext, "reason": reason})
 
+    async def report_leaked_text(self, text: bytes, reason: str) -> Entity:
+        return await self.ask("POST", "/v1/leaked-texts", {"text": _sent(text), "reason": reason})
+
+    async def whose(self, text: bytes) -> Entity:
+        return await self.ask("POST", "/v1/keys/whose", {"text": _sent(text)})
+
     async def delete_key(self, key_id: str) -> Entity:
         return await self.ask("DELETE", _path("keys", key_id))
 
@@ -149,6 +157,9 @@ class AdminClient(Asking):
 
     async def set_plan(self, name: str, limits: object) -> Entity:
         return await self.ask("PUT", _path("plans", name), {"limits": limits})
+
+    async def change_plan(self, name: str, changes: Mapping[str, float | None]) -> Entity:
+        return await self.ask("PATCH", _path("plans", name), {"limits": dict(changes)})
 
     async def plan(self, name: str) -> Entity:
         return await self.ask("GET", _path("plans", name))
@@ -214,6 +225,13 @@ def _wish(wish: KeyWish) -> dict[str, Any]:
 
 def _life(life: timedelta | None) -> dict[str, int | None]:
     return {} if life == AS_CONFIGURED_THERE else {"expires_in_seconds": _seconds(life)}
+
+
+def _sent(text: bytes) -> str:
+    """A text as JSON takes it. Raises Invalid if it is longer than what is searched."""
+    if len(text) > keyscan.TEXT_BYTES_MAX:
+        raise Invalid(keyscan.TOO_LONG)
+    return keyscan.as_text(text)
 
 
 def _parts(keys: Sequence[ImportedKey]) -> Iterator[list[Entity]]:

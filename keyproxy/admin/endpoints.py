@@ -15,16 +15,16 @@ from pydantic import BaseModel
 from keyproxy.admin.accepted import Accepted, NoQuery, Paged
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.scopes import Scope
+from keyproxy.route_review import scope_warnings
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity
 
 
 class Terms(NamedTuple):
-    """What of the configuration the endpoints need. `routes_ask_for`: None if no route is configured."""
+    """What of the configuration the endpoints need."""
 
     age_days_max: int
-    routes_ask_for: frozenset[str] | None
     settings: Settings
 
     def life(self, said: Mapping[str, Any]) -> timedelta | None:
@@ -32,11 +32,10 @@ class Terms(NamedTuple):
         seconds = said.get("expires_in_seconds", self.age_days_max * 86_400 or None)
         return None if seconds is None else timedelta(seconds=seconds)
 
-    def warnings(self, scopes: Sequence[str]) -> list[str]:
-        """Scopes that no route asks for: a slip of the pen, or a route that is still to come."""
-        if self.routes_ask_for is None:
-            return []
-        return [f"no route asks for the scope {scope!r}" for scope in scopes if scope not in self.routes_ask_for]
+    def warnings(self, *keys: Sequence[str]) -> list[str]:
+        """What is odd about the scopes of keys: one that no route asks for, or none that any route accepts."""
+        distinct = dict.fromkeys(map(tuple, keys))
+        return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings.routes, scopes)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,11 +74,10 @@ async def _import(call: Call) -> Answer:
             problems.append((str(index), str(error)))
     report = await call.directory.import_keys(keys, dry_run=body.dry_run)
     told = sorted((int(place), problem) for place, problem in problems + report.problems)
-    scopes = dict.fromkeys(scope for key in keys for scope in key.scopes)
     return Answer({
         "imported": report.imported, "present": report.present, "users": report.users,
         "problems": [{"index": index, "problem": problem} for index, problem in told],
-        "warnings": call.terms.warnings(tuple(scopes)),
+        "warnings": call.terms.warnings(*(key.scopes for key in keys if not key.is_revoked)),
     })  # fmt: skip
 
 

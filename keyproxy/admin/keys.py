@@ -9,14 +9,28 @@ from typing import Final
 from keyproxy.admin.accepted import (
     KeyChange,
     KeyIssue,
+    KeyQuestion,
     KeyRevoke,
     KeyRotate,
     KeysIssue,
     KeysQuery,
     KeysRevoke,
     LeakReport,
+    LeakText,
 )
-from keyproxy.admin.answers import Deleted, Key, KeyMade, KeyRotated, Keys, KeysIssued, KeysRevoked, Leak
+from keyproxy.admin.answers import (
+    Deleted,
+    Key,
+    KeyChanged,
+    KeyMade,
+    KeyRotated,
+    Keys,
+    KeysIssued,
+    KeysOf,
+    KeysRevoked,
+    Leak,
+    LeaksFound,
+)
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.scopes import Scope
@@ -61,14 +75,18 @@ async def _issue_many(call: Call) -> Answer:
         )
         for one in body.keys
     ]
-    scopes = dict.fromkeys(scope for _, wish in wishes for scope in wish.scopes)
+    warnings = call.terms.warnings(*(wish.scopes for _, wish in wishes))
     items = await call.directory.issue_keys(wishes, reissue_unseen=body.reissue_unseen)
-    return Answer({"items": items, "warnings": call.terms.warnings(tuple(scopes))})
+    return Answer({"items": items, "warnings": warnings})
 
 
 async def _change(call: Call) -> Answer:
-    key = await call.directory.change_key(call.path["id"], call.body.said(), if_match=call.if_match)
-    return Answer(key, is_version_of=key)
+    changes = call.body.said()
+    if "scopes" in changes:
+        changes["scopes"] = list(dict.fromkeys(changes["scopes"]))
+    key = await call.directory.change_key(call.path["id"], changes, if_match=call.if_match)
+    warnings = call.terms.warnings(changes["scopes"]) if "scopes" in changes else []
+    return Answer({**key, "warnings": warnings}, is_version_of=key)
 
 
 async def _rotate(call: Call) -> Answer:
@@ -109,6 +127,21 @@ async def _leaked(call: Call) -> Answer:
     return Answer(await call.directory.report_leaked(bytes.fromhex(body.digest), body.reason))
 
 
+async def _leaked_text(call: Call) -> Answer:
+    body: LeakText = call.body
+    return Answer(await call.directory.report_leaked_text(_bytes(body.text), body.reason))
+
+
+async def _whose(call: Call) -> Answer:
+    body: KeyQuestion = call.body
+    return Answer(await call.directory.whose(_bytes(body.text)))
+
+
+def _bytes(text: str) -> bytes:
+    # JSON may hold half of a surrogate pair, which no other encoding can.
+    return text.encode("utf-8", "replace")
+
+
 def _span(seconds: int | None) -> timedelta | None:
     return None if seconds is None else timedelta(seconds=seconds)
 
@@ -128,8 +161,8 @@ ENDPOINTS: Final = (
              Scope.KEYS_WRITE, _revoke_many, {200: KeysRevoked}, body=KeysRevoke, refuses=_NOT_THERE),
     Endpoint("GET", "/v1/keys/{id}", "show_key", "One key.",
              Scope.KEYS_READ, _key, {200: Key}, refuses=_NOT_THERE),
-    Endpoint("PATCH", "/v1/keys/{id}", "change_key", "Change its name or its plan. In force within a second.",
-             Scope.KEYS_WRITE, _change, {200: Key}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
+    Endpoint("PATCH", "/v1/keys/{id}", "change_key", "Change its name, plan or scopes. Takes effect within a second.",
+             Scope.KEYS_WRITE, _change, {200: KeyChanged}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("DELETE", "/v1/keys/{id}", "delete_key", "Delete a key. Revoking keeps a trace that deleting does not.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/{id}/rotate", "rotate_key",
@@ -144,4 +177,12 @@ ENDPOINTS: Final = (
              "For secret scanners: revoke a key that was found where it should not be, and say whose it was. `known` is "
              "false if there is no such key.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
+    Endpoint("POST", "/v1/leaked-texts", "report_leaked_text",
+             "Revoke every key that stands in a text, however it is written there, and list them. Distinguishes no key, "
+             "an incomplete key and a key that is not known here.",
+             Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
+    Endpoint("POST", "/v1/keys/whose", "find_keys",
+             "Find the keys that stand in a text, or that have this id, hint or name. Changes nothing. The text is in "
+             "the body because it may hold a secret.",
+             Scope.KEYS_READ, _whose, {200: KeysOf}, body=KeyQuestion),
 )  # fmt: skip

@@ -112,13 +112,16 @@ class AdminListener:
     def _pages(self) -> dict[str, Handler]:
         return {
             "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
-            "/docs": self._told_reference, "/metrics": self._scrape,
+            "/docs": self._told_reference, "/metrics": self._scrape, "/": self._to_reference,
         }  # fmt: skip
 
     async def _scrape(self, request: web.Request) -> web.Response:
         # They are about all tenants.
         await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _to_reference(self, _request: web.Request) -> web.Response:
+        return web.Response(status=302, headers={"Location": "/docs"})
 
     async def _live(self, _request: web.Request) -> web.Response:
         return _json(200, {"status": "ok"})

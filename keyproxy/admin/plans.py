@@ -7,7 +7,7 @@ from typing import Final
 
 import orjson
 
-from keyproxy.admin.accepted import AuditExportQuery, AuditPageQuery, AuditQuery, Paged, PlanSet
+from keyproxy.admin.accepted import AuditExportQuery, AuditPageQuery, AuditQuery, Paged, PlanChange, PlanSet
 from keyproxy.admin.answers import AuditRow, AuditRows, Deleted, Plan, PlanMade, Plans, Token
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, cursor, page, position
 from keyproxy.admin.problems import Problem, Refused
@@ -47,6 +47,15 @@ async def _set_plan(call: Call) -> Answer:
     if call.must_be_new and not plan["created"]:
         # Somebody else was faster; what was done here is undone with the transaction.
         raise Refused(Problem.OUTDATED, f"There is a plan {name!r}.")
+    return Answer(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
+
+
+async def _change_plan(call: Call) -> Answer:
+    body: PlanChange = call.body
+    name = call.path["id"]
+    if call.must_be_there:
+        await call.directory.plan(name)
+    plan = await call.directory.change_plan(name, body.limits.said(), if_match=call.if_match)
     return Answer(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
 
 
@@ -94,9 +103,15 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/v1/plans/{id}", "show_plan", "One plan.",
              Scope.KEYS_READ, _plan, {200: Plan}, refuses=_NOT_THERE),
     Endpoint("PUT", "/v1/plans/{id}", "set_plan",
-             "Make a plan, or make it another one: it is what is said here, all of it. In force within a second.",
+             "Create a plan, or replace it: it has the limits that are named and no others. Takes effect within a "
+             "second.",
              Scope.PLANS_WRITE, _set_plan, {201: PlanMade, 200: PlanMade}, body=PlanSet, is_global=True,
              is_conditional=True, may_be_new_only=True, refuses=_NOT_THERE),
+    Endpoint("PATCH", "/v1/plans/{id}", "change_plan",
+             "Change the limits that are named, null removes one; the others stay. Creates a plan that is not there. "
+             "Takes effect within a second.",
+             Scope.PLANS_WRITE, _change_plan, {201: PlanMade, 200: PlanMade}, body=PlanChange, is_global=True,
+             is_conditional=True, refuses=_NOT_THERE),
     Endpoint("DELETE", "/v1/plans/{id}", "delete_plan", "Delete a plan that nobody has.",
              Scope.PLANS_WRITE, _delete_plan, {200: Deleted}, is_global=True, is_conditional=True,
              refuses=_NOT_THERE | {Problem.CONFLICT}),

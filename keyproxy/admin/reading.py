@@ -19,6 +19,7 @@ from keyproxy.admin.problems import FieldError, Problem, Refused
 BODY_BYTES_MAX: Final = 1 << 20
 _BODY_SECONDS: Final = 10.0
 _ERRORS_MAX: Final = 20
+_INTEGER_CHARACTERS_MAX: Final = 300
 
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
@@ -112,7 +113,9 @@ def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
 
 def _json(raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
+        )
     except RecursionError as error:
         raise Refused(Problem.REQUEST_MALFORMED, "The body is nested too deeply.") from error
     except ValueError as error:
@@ -125,6 +128,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Which one counts is what two readers would read differently.
         raise ValueError("an object names a member twice")
     return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _INTEGER_CHARACTERS_MAX:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:

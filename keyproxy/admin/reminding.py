@@ -74,7 +74,7 @@ class Reminding:
                     await self.turn(terms())
                 was_down = False
             except (StoreUnavailable, StoreConflict) as error:
-                if not was_down:
+                if not was_down and not self.reminders.is_store_down:
                     _log.warning("reminders of what expires cannot be sent: %s", error)
                 was_down = True
             except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on

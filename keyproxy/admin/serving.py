@@ -53,12 +53,11 @@ class Admin:
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
-        key_format = KeyFormat(settings.keys.prefix)
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
         # Nobody changes anything through this one: it looks tokens up.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
-        asked_for = frozenset(scope for route in settings.routes for scope in route.scopes)
-        terms = Terms(settings.keys.age_days_max, asked_for if settings.routes else None, settings)
+        terms = Terms(settings.keys.age_days_max, settings)
         return Service(self._database, key_format, access, terms, clock.monotonic)
 
     async def run(

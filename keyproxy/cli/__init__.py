@@ -15,6 +15,7 @@ from keyproxy.cli.config import config_group
 from keyproxy.cli.explain import key_explain
 from keyproxy.cli.key import key_group
 from keyproxy.cli.key_bulk import BULK_COMMANDS
+from keyproxy.cli.key_leaks import LEAK_COMMANDS
 from keyproxy.cli.migrate import migrate_command
 from keyproxy.cli.plan import plan_group
 from keyproxy.cli.process import drain_command, health_command
@@ -46,8 +47,8 @@ def root() -> None:
     """
 
 
-for _bulk_command in BULK_COMMANDS:
-    key_group.add_command(_bulk_command)
+for _key_command in (*BULK_COMMANDS, *LEAK_COMMANDS):
+    key_group.add_command(_key_command)
 key_group.add_command(key_explain)
 key_group.add_command(key_remind)
 
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = root.main(None if argv is None else list(argv), prog_name="keyproxy", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        # Its message is the help itself; shown as a usage error, the help would appear inside another usage line.
+        click.echo(error.format_message(), err=True)
+        return MISUSED
     except click.UsageError as error:
         click.UsageError(masked(error.format_message()), error.ctx).show()
         return MISUSED

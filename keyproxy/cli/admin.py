@@ -20,6 +20,7 @@ from keyproxy.cli.setting import (
     duration,
     json_option,
     load,
+    require_schema,
     require_stdout,
     say,
     showing_secret,
@@ -63,7 +64,8 @@ def _serve(config_path: Path | None) -> None:
     from keyproxy.admin.serving import Admin, RefusedToStart
     from keyproxy.wire.tls import TlsError
 
-    settings = load(config_path, is_serving=True).settings
+    loaded = load(config_path, is_serving=True)
+    settings = loaded.settings
     check_addresses(settings)
 
     def read_again() -> Settings:
@@ -77,7 +79,7 @@ def _serve(config_path: Path | None) -> None:
         admin = Admin(settings, dsn)
         await admin.run(access_log_fd=sys.stdout.fileno(), started=_started, read_again=read_again)
 
-    with store(settings) as dsn:
+    with store(loaded) as dsn:
         try:
             uvloop.run(run(dsn))
         except (TokenFileError, TlsError, RefusedToStart) as error:
@@ -155,9 +157,11 @@ def token_revoke(token_id: str, config_path: Path | None, *, as_json: bool) -> N
 
 def _with_tokens(config_path: Path | None, work: Callable[[AdminTokens], Awaitable[_T]]) -> _T:
     context = click.get_current_context().find_object(Path)
-    settings = load(config_path or context).settings
+    loaded = load(config_path or context)
+    settings = loaded.settings
 
     async def worked(dsn: str) -> _T:
+        await require_schema(dsn)
         seconds = settings.store.statement_timeout_seconds
         database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds)
         await database.open()
@@ -166,5 +170,5 @@ def _with_tokens(config_path: Path | None, work: Callable[[AdminTokens], Awaitab
         finally:
             await database.close()
 
-    with store(settings) as dsn:
+    with store(loaded) as dsn:
         return uvloop.run(worked(dsn))

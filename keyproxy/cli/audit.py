@@ -69,7 +69,7 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
 
 @audit_group.command("export")
 @_filters
-@click.option("--after", type=click.IntRange(min=0), metavar="N", help="Only rows with a greater id than this.")
+@click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with a greater id than this.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Add to this file, after the last row that is in it. Without it: stdout.")  # fmt: skip
 @takes_call

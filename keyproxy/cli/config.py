@@ -9,7 +9,7 @@ import click
 import orjson
 
 from keyproxy import config
-from keyproxy.cli.setting import check_addresses, config_option, json_option, load
+from keyproxy.cli.setting import config_option, json_option, load
 
 
 @click.group("config")
@@ -19,12 +19,27 @@ def config_group() -> None:
 
 @config_group.command("check")
 @config_option
-def check(config_path: Path | None) -> None:
-    """Say whether the configuration can be used.
+@click.option("--offline", is_flag=True, help="Do not connect to the database.")
+def check(config_path: Path | None, *, offline: bool) -> None:
+    """Check whether the configuration can be used: its keys, certificates, routes, and the database.
 
-    Status 0 if it can; 2, and a line for each thing that is wrong, if not.
+    Status 0 if it can; 2, and a line for each thing that is wrong, if not. An embedded database that does not exist yet
+    is no problem: `serve` creates it.
     """
-    check_addresses(load(config_path).settings)
+    # What this needs takes longer to import than `show` takes.
+    from keyproxy.cli import checking
+
+    wrong: list[str] = []
+    loaded: config.Config | None
+    try:
+        loaded = load(config_path)
+    except config.ConfigError as error:
+        wrong += error.problems
+        loaded = error.loaded
+    if loaded is not None:
+        wrong += checking.problems(loaded, offline=offline)
+    if wrong:
+        raise config.ConfigError(wrong)
     click.echo("ok")
 
 

@@ -15,12 +15,14 @@ import uvloop
 
 from keyproxy import clock
 from keyproxy.cli.setting import (
+    Failure,
     actor,
     admin_options,
     admin_token,
     config_option,
     json_option,
     load,
+    require_schema,
     require_stdout,
     showing_secret,
     store,
@@ -28,6 +30,7 @@ from keyproxy.cli.setting import (
 )
 from keyproxy.cli.setting import say as say
 from keyproxy.keyformat import KeyFormat
+from keyproxy.route_review import scope_warnings
 from keyproxy.settings import Settings
 from keyproxy.store.database import Database
 from keyproxy.store.directory import Directory, Entity, KeyWish
@@ -81,8 +84,9 @@ class Call:
             from keyproxy.admin.client import AdminClient
 
             return self._asked(lambda: AdminClient(url, token), work)
-        prefix = self.settings().keys.prefix
-        return self.run_in_store(lambda database: work(Directory(database, KeyFormat(prefix), actor())))
+        keys = self.settings().keys
+        key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
+        return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
 
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """Look something up of usage and limits, as `run`."""
@@ -106,10 +110,11 @@ class Call:
 
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
         """Do something in the configured store itself."""
-        settings = self.settings()
+        loaded = load(self.config_path)
 
         async def worked(dsn: str) -> _T:
-            seconds = max(_STATEMENT_SECONDS, settings.store.statement_timeout_seconds)
+            await require_schema(dsn)
+            seconds = max(_STATEMENT_SECONDS, loaded.settings.store.statement_timeout_seconds)
             database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds)
             await database.open()
             try:
@@ -117,7 +122,7 @@ class Call:
             finally:
                 await database.close()
 
-        with store(settings) as dsn:
+        with store(loaded) as dsn:
             return uvloop.run(worked(dsn))
 
     def settings(self) -> Settings:
@@ -141,15 +146,14 @@ class Call:
         days = self.settings().keys.age_days_max
         return timedelta(days=days) if expires_in is None and days else None
 
-    def warn_of_scopes(self, scopes: Sequence[str]) -> None:
-        """Say so if no route asks for a scope: a slip of the pen, or a route that is still to come."""
+    def warn_of_scopes(self, *keys: Sequence[str]) -> None:
+        """Warn of a scope that no route asks for, and of a key that every route refuses. `keys`: the scopes of each."""
         if self.admin_url is not None:
             return  # its routes are another process's, which warns of them
         routes = self.settings().routes
-        asked_for = {scope for route in routes for scope in route.scopes}
-        for scope in scopes:
-            if routes and scope not in asked_for:
-                say(f"warning: no route asks for the scope {scope!r}")
+        warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
+        for warning in dict.fromkeys(warnings):
+            say(f"warning: {warning}")
 
     def tell(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """Print a result: JSON for programs, a table or a list of fields for people."""
@@ -180,13 +184,16 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--yes."""
-    return click.option("--yes", is_flag=True, help="Do not ask.")(command)
+    return click.option("--yes", is_flag=True, help="Do not ask. Needed where stdin is no terminal.")(command)
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person. A program, whose stdin is no terminal, has decided already."""
-    if not yes and sys.stdin.isatty():
-        click.confirm(question, abort=True, err=True)
+    """Ask a person. Raises Failure for a program, whose stdin is no terminal, without --yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failure("this cannot be undone, and stdin is no terminal on which to ask: give --yes")
+    click.confirm(question, abort=True, err=True)
 
 
 async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Entity]:

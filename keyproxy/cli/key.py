@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from datetime import timedelta
-from typing import Final
 
 import click
 
@@ -20,13 +17,10 @@ from keyproxy.cli.desk import (
     takes_call,
     yes_option,
 )
-from keyproxy.cli.setting import Failure, duration, grace, scopes, span
-from keyproxy.keyformat import KEY_BYTES_MAX, SecretKey
+from keyproxy.cli.setting import duration, grace, scopes, span
 from keyproxy.store.directory import Entity, KeyFilter
 from keyproxy.store.directory_keys import ORDERS, STATES
 from keyproxy.store.operations import Operations
-
-_DIGEST: Final = re.compile(rb"[0-9a-fA-F]{64}")
 
 _id_argument = click.argument("key_id", metavar="ID")
 
@@ -120,6 +114,24 @@ def key_set_plan(call: Call, key_id: str, plan: str | None, named: str | None, *
     call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)
 
 
+@key_group.command("set-scopes")
+@_id_argument
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="What it may do; repeatable.")
+@click.option("--none", "none", is_flag=True, help="Take all scopes away.")
+@takes_call
+def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bool) -> None:
+    """Replace the scopes of a key. Takes effect everywhere within a second.
+
+    \b
+    keyproxy key set-scopes key_… --scope jobs:write --scope jobs:read
+    """
+    if bool(wanted) is none:
+        raise click.UsageError("give the scopes with --scope, or --none")
+    call.warn_of_scopes(wanted)
+    change = {"scopes": list(wanted)}
+    call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)
+
+
 @key_group.command("rotate")
 @_id_argument
 @click.option("--grace", "left", default="24h", show_default=True, callback=grace, metavar="TIME",
@@ -151,28 +163,6 @@ def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:
     call.tell(call.run(lambda directory: directory.revoke_key(key_id, reason)), KEY_COLUMNS)
 
 
-@key_group.command("report-leaked")
-@click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of the key on stdin.")
-@click.option("--reason", default="leaked", show_default=True, help="Why, and where it was found.")
-@takes_call
-def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
-    """Revoke a key that was found where it should not be, and say whose it was.
-
-    Reads the key, or the 64 hexadecimal digits of its SHA-256, from stdin: an argument could be seen by others. Status 1
-    if there is no such key.
-
-    \b
-    keyproxy key report-leaked --reason "public repository" < key.txt
-    """
-    told = call.run(lambda directory: _reported(directory, digest, reason))
-    if call.as_json:
-        call.tell(told, ())
-    elif told["known"]:
-        call.tell(told["key"], KEY_COLUMNS)
-    if not told["known"]:
-        raise Failure("there is no such key")
-
-
 @key_group.command("delete")
 @_id_argument
 @yes_option
@@ -194,28 +184,3 @@ async def _listed(directory: Operations, wanted: KeyFilter, order: str | None) -
         cursor = page.next
         if cursor is None:
             return found
-
-
-def _from_stdin() -> bytes:
-    if sys.stdin.isatty():
-        click.echo("The key, or its digest, and Enter:", err=True)
-    text = sys.stdin.buffer.readline(KEY_BYTES_MAX + 2).strip()
-    if not text:
-        raise click.UsageError("say the key on stdin, or its digest with --digest")
-    return text
-
-
-async def _reported(directory: Operations, digest: str | None, reason: str) -> Entity:
-    if digest is not None:
-        return await directory.report_leaked(_hex_digest(digest), reason)
-    text = _from_stdin()
-    if _DIGEST.fullmatch(text):
-        return await directory.report_leaked(_hex_digest(text.decode("ascii")), reason)
-    return await directory.report_leaked_key(SecretKey(text), reason)
-
-
-def _hex_digest(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError as error:
-        raise click.BadParameter("a digest is 64 hexadecimal digits") from error

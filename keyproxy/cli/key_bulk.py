@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +13,13 @@ import click
 import orjson
 
 from keyproxy.cli.desk import Call, Progress, confirm, say, takes_call, yes_option
+from keyproxy.cli.rows import Rows, read_owners, read_rows
 from keyproxy.cli.setting import Failure, duration, scopes, showing_secret, span
 from keyproxy.store.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory_bulk import BATCH_MAX
 from keyproxy.store.directory_import import read_key, read_wish
 from keyproxy.store.operations import Operations
 
-_FILE_BYTES_MAX: Final = 1 << 30
 _PROBLEMS_SHOWN_MAX: Final = 20
 
 _LOST: Final = (
@@ -32,8 +30,6 @@ _LOST: Final = (
 _file_argument = click.argument(
     "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
 )  # fmt: skip
-
-Rows = list[tuple[str, Mapping[str, Any]]]
 
 
 @click.command("revoke-all")
@@ -101,16 +97,16 @@ def key_issue_many(
     \b
     printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
     """
-    call.warn_of_scopes(wanted)
     life = call.life(expires_in)
     defaults = {"scopes": list(wanted), "plan": plan}
     wishes: list[tuple[str, KeyWish]] = []
-    for place, row in _rows(path):
+    for place, row in read_rows(path, needs=(("user",), ("user_id",))):
         try:
             user, wish = read_wish(row, defaults)
         except Invalid as error:
             raise Failure(f"{place}: {error}") from error
         wishes.append((user, replace(wish, expires_in=life)))
+    call.warn_of_scopes(*(wish.scopes for _, wish in wishes))
     made = call.run_for_secret(
         lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
     )
@@ -166,10 +162,12 @@ def key_import(
     keyproxy key import keys.csv --map owners.csv --tenant acme --dry-run
     keyproxy key import keys.csv --map owners.csv --tenant acme
     """
-    call.warn_of_scopes(wanted)
     defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
-    owners = {} if map_path is None else _owners(map_path)
-    keys, report = _read(_rows(path), defaults, owners, user_column)
+    owners = {} if map_path is None else read_owners(map_path)
+    known_as = () if user_column is None else (user_column,)
+    rows = read_rows(path, needs=(("digest",), ("prefix", "hashed_key"), ("prefix", "hashed")), beside=known_as)
+    keys, report = _read(rows, defaults, owners, user_column)
+    call.warn_of_scopes(*(key.scopes for key in keys if not key.is_revoked))
     report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
     for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
         say(f"{place}: {problem}")
@@ -208,42 +206,6 @@ def _read(
         except Invalid as error:
             report.problems.append((place, str(error)))
     return keys, report
-
-
-def _owners(path: Path) -> dict[str, str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return {line[0].strip(): line[1].strip() for line in csv.reader(file) if len(line) >= 2}
-
-
-def _rows(path: Path) -> Rows:
-    """Every row of a file with its place in it."""
-    name = "stdin" if str(path) == "-" else str(path)
-    try:
-        raw = sys.stdin.buffer.read(_FILE_BYTES_MAX) if name == "stdin" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-        return [(f"{name}:{number}", row) for number, row in _parsed(text)]
-    except OSError as error:
-        raise Failure(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, orjson.JSONDecodeError, csv.Error) as error:
-        raise Failure(f"{name} is neither CSV nor JSON: {error}") from error
-
-
-def _parsed(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    start = text.lstrip()[:1]
-    if start == "[":
-        for number, item in enumerate(orjson.loads(text), start=1):
-            # Django's dumpdata keeps the columns below `fields`; its key, `pk`, holds a hash and is no id of ours.
-            columns = item.get("fields", item) if isinstance(item, dict) else {}
-            yield number, columns
-    elif start == "{":
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                item = orjson.loads(line)
-                yield number, item if isinstance(item, dict) else {}
-    else:
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-        for row in reader:
-            yield reader.line_num, {name.strip(): value for name, value in row.items() if name}
 
 
 BULK_COMMANDS: Final = (key_revoke_all, key_issue_many, key_import)

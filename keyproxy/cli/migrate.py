@@ -8,7 +8,8 @@ import click
 import orjson
 import uvloop
 
-from keyproxy.cli.setting import config_option, json_option, load, store
+from keyproxy.cli.desk import say
+from keyproxy.cli.setting import NoDatabase, config_option, json_option, load, store
 from keyproxy.store import migrations, roles
 
 
@@ -31,11 +32,18 @@ def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bo
     """
     if prefix is not None and only_status:
         raise click.UsageError("--status changes nothing: leave out --roles")
-    settings = load(config_path).settings
-    with store(settings) as dsn:
-        done = [] if only_status else uvloop.run(migrations.migrate(dsn))
-        made = [] if prefix is None else uvloop.run(roles.create(dsn, prefix))
-        state = uvloop.run(migrations.state(dsn))
+    loaded = load(config_path)
+    done, made = [], []
+    try:
+        with store(loaded, creates=not only_status) as dsn:
+            if not only_status:
+                done = uvloop.run(migrations.migrate(dsn))
+            if prefix is not None:
+                made = uvloop.run(roles.create(dsn, prefix))
+            state = uvloop.run(migrations.state(dsn))
+    except NoDatabase as error:
+        say(f"{error}: everything is pending")
+        state = migrations.State([], migrations.available())
     names = {one.number: f"{one.number:04}_{one.name}" for one in migrations.available()}
     if as_json:
         found = {

@@ -40,7 +40,8 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
         serving.end_with(owner)
         superior = socket.socket(fileno=sys.stdin.fileno())
     text = config.text(config_path) if superior is None else orders.begun_with(superior)
-    settings = load(config_path, is_serving=True, read=text).settings
+    loaded = load(config_path, is_serving=True, read=text)
+    settings = loaded.settings
     check_addresses(settings)
 
     def read(text: str) -> tuple[Settings, str]:
@@ -64,7 +65,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
         except ConfigError as error:
             raise ChangeError("; ".join(error.problems)) from error
 
-    with store(settings) as dsn:
+    with store(loaded, creates=True, migrates=True, is_quiet=superior is not None) as dsn:
         try:
             uvloop.run(check_schema(dsn))
             if supervisor.count(settings.listen.workers) == 1:

@@ -34,9 +34,12 @@ _log = logging.getLogger(__name__)
 FAILED: Final = 1
 MISUSED: Final = 2
 
+OLD_SCHEMA: Final = "the database has no schema, or an old one: run keyproxy migrate with this configuration first"
+
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
-_DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d|w)")
-_AGO_MAX: Final = timedelta(days=365 * 100)
+_DURATION = re.compile(r"([0-9]+)\s*(s|m|h|d|w)")
+_DURATION_DIGITS_MAX: Final = 12
+_DURATION_MAX: Final = timedelta(days=36_525)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -46,6 +49,16 @@ UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EI
 
 class Failure(Exception):
     """A command that failed, told in one line."""
+
+
+class NoDatabase(Failure):
+    """No database is configured, and the embedded one, which is used then, does not exist."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"there is no embedded database in {directory}: pass --config FILE (or set KEYPROXY_CONFIG) to use another"
+            " database, or run `keyproxy migrate` to create this one"
+        )
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -114,19 +127,48 @@ def check_addresses(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def store(settings: Settings) -> Iterator[str]:
-    """The DSN of the store while the context lasts. The embedded one is started or attached to, migrated, watched."""
-    if settings.store.dsn != "embedded":
-        yield settings.store.dsn
+def store(
+    loaded: config.Config, *, creates: bool = False, migrates: bool = False, is_quiet: bool = False
+) -> Iterator[str]:
+    """The DSN of the store while the context lasts. An embedded server is started or attached to, and watched.
+
+    `creates`: an embedded database that does not exist is created. Otherwise NoDatabase is raised: a command that looks
+    in an empty database finds nothing, and that reads like an answer. `migrates`: the embedded database is brought up to
+    this program. `is_quiet`: print no note if the embedded database is used because none is configured.
+    """
+    if loaded.settings.store.dsn != "embedded":
+        yield loaded.settings.store.dsn
         return
-    chosen = settings.store.embedded_dir
-    server = embedded.start(Path(chosen) if chosen else embedded.default_directory(os.environ))
+    directory = embedded_directory(loaded.settings)
+    is_default = loaded.origins["store.dsn"].source == "default"
+    if not creates and not embedded.exists(directory):
+        raise NoDatabase(directory)
+    if is_default and not is_quiet:
+        click.echo(f"keyproxy: store.dsn is not set: using the embedded database in {directory}", err=True)
+    server = embedded.start(directory)
     try:
-        uvloop.run(migrations.migrate(server.dsn()))
+        if migrates:
+            uvloop.run(migrations.migrate(server.dsn()))
         with server.watched():
             yield server.dsn()
     finally:
         server.stop()
+
+
+def embedded_directory(settings: Settings) -> Path:
+    """Where the embedded server keeps its data."""
+    chosen = settings.store.embedded_dir
+    return Path(chosen) if chosen else embedded.default_directory(os.environ)
+
+
+async def require_schema(dsn: str) -> None:
+    """Raise Failure for a command if the schema is missing or older than this program."""
+    try:
+        state = await migrations.state(dsn)
+    except migrations.MigrationError:
+        return  # newer than this program, or not readable by this role: what the command needs may be there
+    if state.pending:
+        raise Failure(OLD_SCHEMA)
 
 
 async def check_schema(dsn: str) -> None:
@@ -140,7 +182,7 @@ async def check_schema(dsn: str) -> None:
         _log.warning("%s", error)
         return
     if state.pending:
-        raise Failure("the database has no schema, or an old one: run `keyproxy migrate` with this configuration first")
+        raise Failure(OLD_SCHEMA)
 
 
 def say(text: str) -> None:
@@ -212,7 +254,7 @@ def instant(_context: click.Context, _parameter: click.Parameter, value: str | N
     if value is None:
         return None
     if _DURATION.fullmatch(value):
-        return datetime.now(UTC) - min(_timedelta(value, "", least=0), _AGO_MAX)
+        return datetime.now(UTC) - _timedelta(value, "", least=0)
     try:
         when = datetime.fromisoformat(value)
     except ValueError as error:
@@ -222,12 +264,18 @@ def instant(_context: click.Context, _parameter: click.Parameter, value: str | N
 
 def _timedelta(value: str, more: str, *, least: int) -> timedelta:
     match = _DURATION.fullmatch(value)
-    if match is None or int(match[1]) < least:
+    digits = "" if match is None else match[1].lstrip("0") or "0"
+    if match is None or (len(digits) == 1 and int(digits) < least):
         raise click.BadParameter(f"{value!r} is no duration: write 90d, 24h, 30m, 45s, 2w {more}")
     try:
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
-    except OverflowError as error:
-        raise click.BadParameter(f"{value!r} is too long") from error
+        # Counted before it is read: Python refuses to read thousands of digits.
+        long = timedelta(**{_UNITS[match[2]]: int(digits[:_DURATION_DIGITS_MAX])})
+        is_too_long = len(digits) > _DURATION_DIGITS_MAX or long > _DURATION_MAX
+    except OverflowError:
+        is_too_long = True
+    if is_too_long:
+        raise click.BadParameter(f"{value[:30]!r} is too long: a hundred years at most")
+    return long
 
 
 def scopes(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("usage")
 def usage_group() -> None:
-    """Usage: who used what, and how the windows of limits stand."""
+    """Who used what, and how the windows of limits stand."""
 
 
 @usage_group.command("show")

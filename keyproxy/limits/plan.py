@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
-#: The largest whole number of a limit: far above any use, and well within what every reader of JSON keeps exactly.
-LIMIT_MAX: Final = 10**15
+#: The largest whole number of a limit: the largest Integer of RFC 9651, which `RateLimit` is made of.
+LIMIT_MAX: Final = 10**15 - 1
+
+#: The table takes one more, which is read as LIMIT_MAX.
+_STORED_MAX: Final = LIMIT_MAX + 1
 
 _RATE_MIN: Final = 1 / 86_400
 _RATE_MAX: Final = 1_000_000.0
 _UNITS_SECONDS: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_TOO_LARGE_RATE = re.compile(r"[0-9]{10}")
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(?:/(s|m|min|h|d))?")
 
 
@@ -106,11 +110,15 @@ class Plan:
             if name != "rate" and value != int(value):
                 raise InvalidPlanError(f"{name}: must be a whole number")
         whole = {name: int(value) for name, value in limits.items() if value is not None and name != "rate"}
+        whole = {name: LIMIT_MAX if value == _STORED_MAX else value for name, value in whole.items()}
         rate = limits.get("rate")
         return cls(rate=None if rate is None else float(rate), **whole)
 
 
-_WHOLE: Final = tuple(field.name for field in fields(Plan) if field.name != "rate")
+#: Every limit there is.
+LIMITS: Final = tuple(field.name for field in fields(Plan))
+
+_WHOLE: Final = tuple(name for name in LIMITS if name != "rate")
 
 NO_LIMITS: Final = Plan()
 
@@ -118,6 +126,8 @@ NO_LIMITS: Final = Plan()
 def rate_per_second(text: str) -> float:
     """A rate as people write it: `50/s`, `3000/min`, `10/h`, `50`. Raises InvalidPlanError."""
     match = _RATE.fullmatch(text.strip())
+    if match is None and _TOO_LARGE_RATE.match(text.strip()):
+        raise InvalidPlanError(f"{text!r} is too large a rate: at most {_RATE_MAX:.0f}/s")
     if match is None:
         raise InvalidPlanError(f"{text!r} is no rate: write it as 50/s, 3000/min, 100/h or 1000/d")
     return float(match[1]) / _UNITS_SECONDS[match[2] or "s"]

@@ -34,6 +34,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
+from keyproxy.store.outage import Outage
 from keyproxy.store.waiting import within
 
 _log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ class Claims:
         #: `repeats` that were charged no request, and claims that were charged `unasked`.
         self.counts = dict.fromkeys(("repeats", "unasked"), 0)
         self.down_because = ""
+        #: Logs outages of the store.
+        self.outage = Outage("the store")
         self._store = store
         self._ledger = ledger
         self._settle_seconds = config.settle_seconds
@@ -219,13 +222,10 @@ class Claims:
                 self._note_failure(error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                if self.down_because:
-                    _log.warning("claims are settled again")
-                    self.down_because = ""
+                self.down_because = ""
 
     def _note_failure(self, error: Exception) -> None:
-        if not self.down_because:
-            _log.warning("claims cannot be settled yet: %s", error)
+        self.outage.met(f"claims cannot be settled yet: {error or type(error).__name__}")
         self.down_because = str(error) or type(error).__name__
         for waiting in (*self._asking.values(), *self._asked.values()):
             for answer in waiting:

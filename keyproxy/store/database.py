@@ -33,6 +33,7 @@ from keyproxy.store.failures import (
     means_move,
     translated,
 )
+from keyproxy.store.outage import Outage
 from keyproxy.store.pool import Pool, Shortage
 
 __all__ = ["Database", "Door", "Joined", "Listener", "Row", "StoreConflict", "StoreUnavailable", "Transaction"]
@@ -153,6 +154,9 @@ class Database:
         self.is_up = False
         self.is_down = False
         self.down_because = ""
+        #: Logs outages; parts of one store share it. `is_main`: this one is asked all the time.
+        self.outage = Outage("the store")
+        self.is_main = True
 
     @property
     def where(self) -> str:
@@ -235,13 +239,12 @@ class Database:
                 return await transaction.fetch(name, *arguments)
 
     def _note_up(self) -> None:
-        if self.is_down:
-            _log.warning("the store answers again: %s", self._target.where)
+        if self.is_main and self.outage.is_on:
+            self.outage.answered()
         self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
-        if not self.is_down:
-            _log.warning("the store cannot be asked: %s", why)
+        self.outage.met(f"the store cannot be asked: {why}", is_main=self.is_main)
         self.is_up, self.is_down, self.down_because = False, True, why
 
 

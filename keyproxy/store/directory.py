@@ -34,6 +34,7 @@ from keyproxy.store.directory_desk import (
 )
 from keyproxy.store.directory_import import Import, ImportedKey, ImportReport
 from keyproxy.store.directory_keys import KeyFilter, Keys
+from keyproxy.store.directory_leaks import Leaks
 from keyproxy.store.directory_plans import Plans
 
 __all__ = [
@@ -127,5 +128,5 @@ class Users(Desk):
         return await self._delete("user", user_id, if_match)
 
 
-class Directory(Tenants, Users, Keys, Plans, AuditTrail, Bulk, Import):
+class Directory(Tenants, Users, Keys, Leaks, Plans, AuditTrail, Bulk, Import):
     """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""

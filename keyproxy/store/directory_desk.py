@@ -27,7 +27,9 @@ _ID_DIGITS: Final = 20
 _LIFE_MAX: Final = timedelta(days=36_525)
 
 #: What an ETag does not cover: what traffic writes, and what is counted or judged when it is asked for.
-_NOT_VERSIONED: Final = frozenset({"last_used_at", "users", "keys", "tenants", "state", "created", "secret", "key"})
+_NOT_VERSIONED: Final = frozenset(
+    {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "secret", "key"}
+)
 
 _ID_RULE: Final = (
     "an id begins with a letter or digit, goes on with those and . _ : @ | + -, and has at most 128 characters"
@@ -274,5 +276,5 @@ ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan}
 CHANGEABLE: Final = {
     "tenant": frozenset({"name", "plan", "test_plan", "disabled"}),
     "user": frozenset({"plan", "test_plan", "disabled"}),
-    "key": frozenset({"name", "plan"}),
+    "key": frozenset({"name", "plan", "scopes"}),
 }

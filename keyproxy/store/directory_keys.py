@@ -101,7 +101,7 @@ class Keys(Desk):
         return Page([ENTITIES["key"](row) for row in rows], following)
 
     async def change_key(self, key_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name` or `plan` (None: none); the rest stays. The key as it is then."""
+        """Change `name`, `plan` (None: none) or `scopes`; the rest stays. The key as it is then."""
         return await self._change("key", key_id, changes, if_match)
 
     async def rotate_key(

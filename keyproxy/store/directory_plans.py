@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 
-from keyproxy.limits.plan import InvalidPlanError, Plan
+from keyproxy.limits.plan import LIMITS, InvalidPlanError, Plan
 from keyproxy.store.database import StoreConflict
-from keyproxy.store.directory_desk import Conflict, Desk, Entity, Invalid
+from keyproxy.store.directory_desk import Conflict, Desk, Entity, Invalid, NotFound
 
 
 class Plans(Desk):
     """See the module. Everybody may read them; a desk that is bound to a tenant changes none."""
 
     async def set_plan(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
-        """Make the plan what `limits` says, all of it: what is not named does not limit. In force within a second.
+        """Replace the plan: it has the limits in `limits` and no others. Takes effect within a second.
 
-        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. Raises Invalid.
+        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the answer: each limit that is another
+        one now, with what it was (`old`) and is (`new`). Raises Invalid.
         """
+        return await self._set(name, lambda _: limits, if_match)
+
+    async def change_plan(
+        self, name: str, changes: Mapping[str, float | None], *, if_match: str | None = None
+    ) -> Entity:
+        """Change the limits that are named; None removes one. The others stay. A plan that is not there is created.
+
+        The answer is as `set_plan`'s. Raises Invalid.
+        """
+        return await self._set(name, lambda before: {**before, **changes}, if_match)
+
+    async def _set(self, name: str, limits_of: Callable[[Entity], object], if_match: str | None) -> Entity:
         self._must_be_unbound("set a plan")
-        try:
-            plan = Plan.from_json(limits)
-        except InvalidPlanError as error:
-            raise Invalid(str(error)) from error
         async with self._acting() as transaction:
-            if if_match is not None:
-                await self._held(transaction, "plan", name, if_match)
-            row = await transaction.fetch_row("set_plan", name, json.dumps(plan.to_json()))
-        return {**await self.plan(name), "created": row is not None and row["created"]}
+            before: Entity = {}
+            created = False
+            try:
+                before = (await self._held(transaction, "plan", name, if_match))["limits"]
+            except NotFound:
+                if if_match is not None:
+                    raise
+                row = await transaction.fetch_row("create_plan", name, _checked(limits_of({})))
+                created = row is not None
+                if not created:
+                    # Another transaction has created it meanwhile.
+                    before = (await self._held(transaction, "plan", name, None))["limits"]
+            limits = json.loads(_checked(limits_of(before)))
+            if not created and limits != before:
+                await transaction.fetch("set_plan", name, json.dumps(limits))
+        changed = {
+            limit: {"old": before.get(limit), "new": limits.get(limit)}
+            for limit in LIMITS
+            if before.get(limit) != limits.get(limit)
+        }
+        return {**await self.plan(name), "created": created, "changed": changed}
 
     async def plan(self, name: str) -> Entity:
         """One plan, with its limits and how many it is given to."""
@@ -48,3 +75,11 @@ class Plans(Desk):
             counts = ((kind, plan[f"{kind}s"]) for kind in ("tenant", "user", "key"))
             given = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
             raise Conflict(f"plan {name!r} is given to {given or 'somebody'}: give them another one first") from error
+
+
+def _checked(limits: object) -> str:
+    """Limits as `plans.limits` holds them. Raises Invalid."""
+    try:
+        return json.dumps(Plan.from_json(limits).to_json())
+    except InvalidPlanError as error:
+        raise Invalid(str(error)) from error

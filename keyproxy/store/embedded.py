@@ -28,7 +28,7 @@ from keyproxy.store import pg_binaries, pg_cluster, pg_launcher
 from keyproxy.store.pg_binaries import EmbeddedError
 from keyproxy.store.pg_cluster import DATABASE, PORT, SUPERUSER, Place, opened, postmaster
 
-__all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "start"]
+__all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "exists", "start"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class EmbeddedServer:
             except EmbeddedError as error:
                 pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 failures += 1
-                _log.error("%s; once more in %g s", error, pause)
+                _log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; once more in %g s", error, pause)
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
@@ -112,6 +112,15 @@ def default_directory(environment: Mapping[str, str]) -> Path:
     data = environment.get("XDG_DATA_HOME", "")
     base = Path(data) if data.startswith("/") else Path(environment.get("HOME") or "~").expanduser() / ".local/share"
     return base / "keyproxy" / "postgres"
+
+
+def exists(directory: Path) -> bool:
+    """Whether this directory has a database, so that starting its server creates none. Raises EmbeddedError."""
+    with _told(directory):
+        directory = directory.resolve()
+        if os.geteuid() == 0 and _launch_kind() == pg_launcher.NOBODY:
+            directory = _of_nobody(directory)
+        return (Place(directory, directory).cluster / "PG_VERSION").exists()
 
 
 def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
@@ -171,8 +180,7 @@ def _prepared(directory: Path, launch: int) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory = directory.resolve()
     if launch == pg_launcher.NOBODY:
-        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-        directory = Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - checked to be nobody's own, below
+        directory = _of_nobody(directory)
         nobody = pwd.getpwnam("nobody").pw_uid
         if not directory.exists():
             directory.mkdir(mode=0o700)
@@ -181,6 +189,12 @@ def _prepared(directory: Path, launch: int) -> Path:
         if status.st_uid != nobody or status.st_mode & 0o077:
             raise EmbeddedError(f"{directory} is not a private directory of the user nobody")
     return directory
+
+
+def _of_nobody(directory: Path) -> Path:
+    """The directory that the user `nobody` uses in place of one of root's."""
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - its owner is checked before it is used
 
 
 def _socket_directory(directory: Path, launch: int) -> Path:

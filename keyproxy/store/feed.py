@@ -128,6 +128,12 @@ class ChangeFeed:
                     self._cache.forget_user(row["subject"])
                 case "tenant":
                     self._cache.forget_tenant(row["subject"])
+                case "key_limits" if (digest := _digest(row["subject"])) is not None:
+                    self._cache.distrust_key(digest)
+                case "user_limits":
+                    self._cache.distrust_user(row["subject"])
+                case "tenant_limits":
+                    self._cache.distrust_tenant(row["subject"])
                 case _:
                     # A plan, a whole table, or what no trigger of ours writes.
                     self._cache.distrust_all()

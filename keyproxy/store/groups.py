@@ -6,11 +6,40 @@ its own, which is not compiled: objects of compiled classes cannot be referred t
 
 from __future__ import annotations
 
+import weakref
+
 
 class Group:
-    """A user or a tenant. All entries of its keys refer to it: one write puts all of them out of date."""
+    """A user or a tenant. All entries of its keys refer to it: one write puts all of them out of date.
 
-    __slots__ = ("__weakref__", "is_current")
+    `is_current`: entries may be served without asking the store. `is_usable`: entries that are out of date may still be
+    served while the store is down, because nothing changed but limits.
+    """
+
+    __slots__ = ("__weakref__", "_newer", "_older", "is_current", "is_usable")
 
     def __init__(self) -> None:
         self.is_current = True
+        self.is_usable = True
+        self._older: list[weakref.ref[Group]] = []
+        self._newer: Group | None = None
+
+    def supersede(self) -> Group:
+        """Put the entries out of date; they stay usable. Return the group for entries that are read from now on.
+
+        The new group knows the ones before it, so that `end` reaches entries which have not been read again yet. This one
+        keeps the new group alive: until the first entry is read again, nothing else refers to it.
+        """
+        newer = Group()
+        newer._older = [older for older in self._older if older() is not None] + [weakref.ref(self)]
+        self.is_current = False
+        self._newer = newer
+        return newer
+
+    def end(self) -> None:
+        """Put the entries out of date, of this group and of those before it; none of them is usable any more."""
+        self.is_current = self.is_usable = False
+        for reference in self._older:
+            older = reference()
+            if older is not None:
+                older.is_current = older.is_usable = False

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from keyproxy.store.database import StoreConflict, StoreUnavailable
+from keyproxy.store.failures import means_move
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Chore:
         self.failures = 0
         self.failing_because = ""
         self._portion_max = self._portion = portion
+        self._is_logged = False
 
     def __repr__(self) -> str:
         return f"<Chore {self.name}: portion {self._portion}, {self.failures} failures>"
@@ -51,9 +53,9 @@ class Chore:
         except (StoreUnavailable, StoreConflict) as error:
             self._note_failure(error)
             return True
-        if self.failing_because:
+        if self._is_logged:
             _log.warning("recovered, and continues to %s", self.what)
-            self.failing_because = ""
+        self.failing_because, self._is_logged = "", False
         if not is_more:
             self._portion = self._portion_max
         return is_more
@@ -61,6 +63,10 @@ class Chore:
     def _note_failure(self, error: Exception) -> None:
         self.failures += 1
         self._portion = max(min(_PORTION_MIN, self._portion_max), self._portion // 2)
-        if not self.failing_because:
+        if means_move(error.__cause__):
+            # An outage of the database, which is logged once for all that it concerns.
+            _log.debug("cannot %s, retrying: %s", self.what, error)
+        elif not self._is_logged:
             _log.warning("cannot %s, retrying: %s", self.what, error)
+            self._is_logged = True
         self.failing_because = str(error) or type(error).__name__

@@ -6,7 +6,8 @@
     stale   older: served while the change feed is current, and asked for again in the background; and served while the
             store cannot be asked, up to stale_seconds. If the feed is not current but the store can be asked, it is asked
             first: what the feed would have told may be a revocation.
-    changed the feed has told that the key, its user or its tenant changed: never served again, come what may.
+    changed the key, its user or its tenant changed, by the feed: never served again. If nothing but limits changed, it is
+            looked up again before it is served, and still served under the old limits while the store is down.
 
 Strangers, keys that do not exist, are remembered in a table of their own, so that a flood of them pushes out no
 known key. How the store is asked is `look_ups`' to say.
@@ -127,6 +128,10 @@ class IdentityCache(Identities):
                 self.counts.unknown += 1
             raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
         if self._database.is_down:
+            if entry is not None and _is_usable(entry, now.mono_seconds):
+                if is_first_look:
+                    self.counts.stale += 1
+                return entry.identity
             if is_first_look:
                 self.counts.refused += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
@@ -171,6 +176,22 @@ class IdentityCache(Identities):
         """This tenant changed or went: all keys of its users are to be asked for again."""
         self._forget_group("tenant", tenant_id, self._tenants)
 
+    def distrust_key(self, digest: KeyDigest) -> None:
+        """Limits of this key changed: look it up before it is served again, unless the store is down."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.fresh_until = 0.0
+            entry.is_distrusted = True
+        self._look_ups.key_changed(digest)
+
+    def distrust_user(self, user_id: str) -> None:
+        """Limits of this user changed: look its keys up before they are served again, unless the store is down."""
+        self._distrust_group("user", user_id, self._users)
+
+    def distrust_tenant(self, tenant_id: str) -> None:
+        """Limits of this tenant changed: as `distrust_user`, for all keys of its users."""
+        self._distrust_group("tenant", tenant_id, self._tenants)
+
     def distrust_all(self) -> None:
         """Changes may have been missed: every entry is asked for again before it is served, unless none can be."""
         for entry in self._entries.values():
@@ -182,7 +203,13 @@ class IdentityCache(Identities):
     def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
         group = groups.pop(name, None)
         if group is not None:
-            group.is_current = False
+            group.end()
+        self._look_ups.group_changed(kind, name)
+
+    def _distrust_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
+        group = groups.get(name)
+        if group is not None:
+            groups[name] = group.supersede()
         self._look_ups.group_changed(kind, name)
 
     # -- the cold path
@@ -234,6 +261,11 @@ class IdentityCache(Identities):
     async def close(self) -> None:
         """End all look-ups."""
         await self._look_ups.close()
+
+
+def _is_usable(entry: _Entry, mono: float) -> bool:
+    """Whether an entry may be served while the store is down."""
+    return mono < entry.stale_until and entry.user.is_usable and entry.tenant.is_usable
 
 
 def identity_of(row: Row, header_prefix: str) -> Identity:

@@ -28,6 +28,7 @@ from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
 from keyproxy.store.ledger_backend import LedgerBackend
+from keyproxy.store.outage import Outage
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class Conversation:
         self.book = Book(self._wake_up)
         #: Why the ledger cannot be asked; empty if it answers.
         self.down_because = ""
+        #: Logs outages. Of the store if the ledger is in it, else the ledger's own.
+        self.outage = Outage("the ledger")
+        self._is_main = True
         self._backend = backend
         self._lease_seconds = ledger.lease_seconds
         self._settle_seconds = ledger.settle_seconds
@@ -85,6 +89,10 @@ class Conversation:
         self._unsettled_since_mono = now().mono_seconds
         #: Since when something is to be said and no answer was heard.
         self._unheard_since_mono = math.inf
+
+    def share(self, outage: Outage) -> None:
+        """The ledger is in the store: its outages are the store's."""
+        self.outage, self._is_main = outage, False
 
     def start(self) -> None:
         """Begin to speak."""
@@ -221,9 +229,9 @@ class Conversation:
         self._holder, self._serial = secrets.token_hex(12), 0
 
     def _heard(self) -> None:
-        if self.down_because:
-            _log.warning("the ledger answers again")
-            self.down_because = ""
+        if self._is_main and self.outage.is_on:
+            self.outage.answered()
+        self.down_because = ""
         self.book.is_lenient = False
         listening, self._listening = self._listening, []
         for answer, _ in listening:
@@ -241,8 +249,7 @@ class Conversation:
         self._wake_up()
 
     def _failed(self, error: Exception) -> None:
-        if not self.down_because:
-            _log.warning("the ledger cannot be asked: %s", error)
+        self.outage.met(f"the ledger cannot be asked: {error or type(error).__name__}", is_main=self._is_main)
         self.down_because = str(error) or type(error).__name__
         # Leases that are still ours are spent first; a request waits for this answer only when there are none.
         self.book.is_lenient = self._is_lenient

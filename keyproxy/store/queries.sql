@@ -315,7 +315,9 @@ SELECT k.id FROM keyproxy.api_keys AS k JOIN owner ON owner.id = k.user_id WHERE
 -- As change_tenant.
 UPDATE keyproxy.api_keys AS k
 SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE k.name END,
-    plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE k.plan_id END
+    plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE k.plan_id END,
+    scopes = CASE WHEN c.change ? 'scopes' THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'scopes'))
+                  ELSE k.scopes END
 FROM (SELECT $2::text::jsonb AS change) AS c
 WHERE k.id = $1;
 
@@ -384,14 +386,61 @@ WHERE k.revoked_at IS NULL
 -- name: key_of_digest
 SELECT id FROM keyproxy.api_keys WHERE digest = $1;
 
+-- name: keys_of_digests
+-- The keys with one of the digests $1; of one tenant $2, if not null. Needs: api_keys (digest).
+SELECT k.id, k.digest
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+WHERE k.digest = ANY($1::bytea[]) AND ($2::text IS NULL OR u.tenant_id = $2);
+
+-- name: keys_matching
+-- Keys whose id, name or hint is $1, or whose hint begins with $2 and ends with $3 if one of these is not empty; of one
+-- tenant $4, if not null. At most $5, in the order of their ids. Reads the whole table: an operator asks for this now and
+-- then.
+SELECT k.id
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+WHERE ($4::text IS NULL OR u.tenant_id = $4)
+  AND (k.id = $1 OR k.name = $1 OR k.hint = $1
+       OR ($2::text <> '' OR $3::text <> '') AND starts_with(k.hint, $2) AND right(k.hint, length($3)) = $3)
+ORDER BY k.id
+LIMIT $5;
+
+-- name: revoke_leaked
+-- Revokes the keys $1 for the reason $2; of one tenant $3, if not null. One row for each that was not revoked before.
+WITH held AS (
+    SELECT k.id
+    FROM keyproxy.api_keys AS k
+    JOIN keyproxy.users AS u ON u.id = k.user_id
+    WHERE k.id = ANY($1::text[]) AND k.revoked_at IS NULL AND ($3::text IS NULL OR u.tenant_id = $3)
+    ORDER BY k.id
+    FOR NO KEY UPDATE OF k
+)
+UPDATE keyproxy.api_keys AS k
+SET revoked_at = now(), revoke_reason = nullif($2, '')
+FROM held
+WHERE k.id = held.id
+RETURNING k.id;
+
+-- name: foreign_prefixes
+-- Those of the prefixes $1 under which an imported key waits for its first use; of one tenant $2, if not null.
+-- Needs: foreign_hashes (prefix), api_keys (id).
+SELECT f.prefix
+FROM keyproxy.foreign_hashes AS f
+JOIN keyproxy.api_keys AS k ON k.id = f.key_id
+JOIN keyproxy.users AS u ON u.id = k.user_id
+WHERE f.prefix = ANY($1::text[]) AND f.hashed IS NOT NULL AND ($2::text IS NULL OR u.tenant_id = $2);
+
 -- name: delete_key
 DELETE FROM keyproxy.api_keys WHERE id = $1;
 
+-- name: create_plan
+-- No row if there is a plan of this name.
+INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT (id) DO NOTHING RETURNING id;
+
 -- name: set_plan
--- The plan is what is said, all of it.
-INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb)
-ON CONFLICT (id) DO UPDATE SET limits = excluded.limits
-RETURNING (xmax = 0) AS created;
+-- The plan has the limits $2 and no others.
+UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
 
 -- name: plan
 -- With how many it is given to. Needs: the plan_id indexes.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.database import Door, Row
+from keyproxy.store.database import Database, Door, Row
 from keyproxy.store.times import Instant, time_text
 
 _WRITTEN_MAX: Final = 500
@@ -49,6 +49,11 @@ class Reminders:
 
     def __init__(self, database: Door) -> None:
         self._database = database
+
+    @property
+    def is_store_down(self) -> bool:
+        """Whether the store is known to be down, which has been logged then."""
+        return isinstance(self._database, Database) and self._database.is_down
 
     async def write(self, before_days: Sequence[int]) -> int:
         """Write what is due and not written yet; how many there were. Several may do so at once."""

@@ -30,6 +30,7 @@ from keyproxy.ports import Exchange
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
+from keyproxy.store.outage import Outage
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class UsageJournal:
         #: What was not recorded, since too much waits.
         self.dropped = dict.fromkeys(("requests", "events"), 0)
         self.down_because = ""
+        #: Logs outages of the store.
+        self.outage = Outage("the store")
         self._database = database
         self._usage = usage
         self._settle_seconds = settle_seconds
@@ -261,15 +264,12 @@ class UsageJournal:
 
     def _note_failure(self, error: Exception) -> None:
         self.counts["failures"] += 1
-        if not self.down_because:
-            _log.warning("usage cannot be written yet: %s", error)
+        self.outage.met(f"usage cannot be written yet: {error or type(error).__name__}")
         self.down_because = str(error) or type(error).__name__
 
     def _note_success(self) -> None:
         self._written_mono = self._now().mono_seconds
-        if self.down_because:
-            _log.warning("usage is written again")
-            self.down_because = ""
+        self.down_because = ""
 
     async def _write_forever(self) -> None:
         while True:

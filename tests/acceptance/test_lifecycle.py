@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import secrets
 import sys
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from keyproxy import cli
+from keyproxy.keyformat import KeyFormat
 from tests.acceptance.conftest import Output, Site
 
 
@@ -93,10 +95,12 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
     }  # fmt: skip
     assert (made["id"], made["limits"]) == ("basic", limits)
     assert shell.told("plan", "show", "basic")["limits"] == limits
-    assert shell.told("plan", "set", "basic", "--requests-per-day", "0")["limits"] == {"requests_per_day": 0}
+    assert shell.told("plan", "set", "basic", "--replace", "--requests-per-day", "0")["limits"] == {
+        "requests_per_day": 0
+    }
     assert [plan["id"] for plan in shell.told("plan", "list")] == ["basic"]
     assert "requests_per_day  0" in shell.run("plan", "show", "basic").out
-    assert shell.told("plan", "delete", "basic") == {"id": "basic", "deleted": True}
+    assert shell.told("plan", "delete", "basic", "--yes") == {"id": "basic", "deleted": True}
     assert shell.told("plan", "list") == []
 
 
@@ -108,7 +112,7 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("plan", "set", "p", "--requests-per-day", "-1"), 2, "requests-per-day"),
         (("plan", "set", "two words"), 1, "an id begins with"),
         (("plan", "show", "p"), 1, "there is no plan 'p'"),
-        (("plan", "delete", "p"), 1, "there is no plan 'p'"),
+        (("plan", "delete", "p", "--yes"), 1, "there is no plan 'p'"),
         (("key", "issue", "--user", "u_42", "--plan", "p"), 1, "there is no plan 'p'"),
         (("user", "create", "u_1", "--tenant", "acme", "--plan", "p"), 1, "there is no plan 'p'"),
         (("tenant", "create", "other", "--plan", "p"), 1, "there is no plan 'p'"),
@@ -124,7 +128,15 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("key", "report-leaked", "--digest", "xyz"), 2, "hexadecimal"),
         (("key", "report-leaked", "--digest", "00"), 1, "32 bytes"),
         (("key", "report-leaked", "--digest", "00" * 32), 1, "there is no such key"),
-        (("key", "report-leaked"), 2, "stdin"),
+        (("key", "report-leaked"), 1, "stdin is empty"),
+        (("key", "whose", "key_x"), 1, "there is no such key"),
+        (("key", "set-scopes", "key_x", "--scope", "a"), 1, "there is no key 'key_x'"),
+        (("key", "set-scopes", "key_x"), 2, "--none"),
+        (("plan", "set", "p", "--tokens-per-day", "9" * 30), 2, "the number is too large"),
+        (("plan", "set", "p", "--tokens-per-day", str(10**15)), 2, "the number is too large"),
+        (("plan", "set", "p", "--rate", "9" * 30), 2, "too large a rate"),
+        (("key", "stale", "--unused", "9" * 30 + "d"), 2, "is too long"),
+        (("key", "stale", "--unused", "999999999d"), 2, "is too long"),
         (("audit", "list", "--since", "yesterday"), 2, "is no time"),
     ],
 )
@@ -145,10 +157,10 @@ def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, k
     assert (user["plan"], user["test_plan"]) == (None, "sandbox")
     assert shell.told("user", "set-plan", "u_42", "basic")["plan"] == "basic"
     assert shell.told("key", "set-plan", key["id"], "basic")["plan"] == "basic"
-    assert "given to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic")
+    assert "given to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
     for arguments in (("tenant", "set-plan", "acme"), ("user", "set-plan", "u_42"), ("key", "set-plan", key["id"])):
         assert shell.told(*arguments, "--none")["plan"] is None
-    shell.told("plan", "delete", "basic")
+    shell.told("plan", "delete", "basic", "--yes")
 
 
 @pytest.mark.usefixtures("key")
@@ -198,17 +210,110 @@ def test_a_leaked_key_is_revoked_and_it_is_said_whose_it_was(shell: Shell, key: 
     stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
     options = ("--digest", digest) if by == "digest" else ()
     told = shell.told("key", "report-leaked", "--reason", "on a page", *options, stdin=stdin)
-    assert (told["known"], told["revoked_now"], told["user"], told["tenant"]) == (True, True, "u_42", "acme")
+    found = {"key": key["id"], "user": "u_42", "tenant": "acme", "revoked_now": True}
+    assert told == {"found": [found], "incomplete": 0, "unknown": 0}
     shown = shell.told("key", "show", key["id"])
     assert (shown["state"], shown["revoke_reason"]) == ("revoked", "on a page")
 
 
 @pytest.mark.usefixtures("key")
-def test_a_key_that_nobody_has_is_said_to_be_unknown_and_is_not_repeated(shell: Shell) -> None:
-    unknown = "kp_live_" + "x" * 49
-    output = shell.run("key", "report-leaked", "--json", stdin=unknown)
-    assert (output.status, output.json["known"], output.err) == (1, False, "keyproxy: there is no such key\n")
-    assert unknown not in output.out
+def test_no_key_an_incomplete_one_and_an_unknown_one_are_distinguished_and_never_repeated(shell: Shell) -> None:
+    unknown = KeyFormat().make(bytes(32), is_test=False).reveal().decode()
+    cases = (
+        ("nothing of interest here", 0, 0, "there is no key in this text"),
+        ("", 0, 0, "there is no key in this text: stdin is empty"),
+        (unknown[:-1], 1, 0, "1 key is incomplete or mistyped"),
+        ("kp_live_" + "x" * 49, 1, 0, "1 key is incomplete or mistyped"),
+        (unknown, 0, 1, "there is no such key"),
+        (f"KEY={unknown}\nOTHER='{unknown[:20]}'", 0, 1, "there is no such key"),
+        ("Authorization: Bearer abcdEFGH.0123456789abcdefABCDEF0123456789", 0, 1, "there is no such key"),
+        ("abcdEFGH.0123456789abcdefABCDEF0123456789", 0, 1, "there is no such key"),
+    )
+    for text, incomplete, absent, sentence in cases:
+        output = shell.run("key", "report-leaked", "--json", stdin=text)
+        assert (output.status, len(output.err.splitlines())) == (1, 1)
+        assert sentence in output.err
+        if text:
+            assert output.json == {"found": [], "incomplete": incomplete, "unknown": absent}
+            assert text not in output.out + output.err
+
+
+def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_marked(
+    shell: Shell, key: dict[str, Any]
+) -> None:
+    more = [shell.told("key", "issue", "--user", "u_42") for _ in range(3)]
+    header, quoted, wrapped = (one["secret"] for one in more)
+    text = (
+        f'Authorization: Api-Key {header}\nexport KEY="{quoted}";\n> {wrapped[:30]}=\n> {wrapped[30:]}\n{key["hint"]}'
+    )
+    shell.told("key", "revoke", more[0]["id"])
+    output = shell.run("key", "report-leaked", "--json", stdin=text)
+    assert output.status == 0
+    assert {one["key"]: one["revoked_now"] for one in output.json["found"]} == {
+        one["id"]: one is not more[0] for one in more
+    }
+    assert output.json["incomplete"] == 1
+    assert "1 key is incomplete" in output.err
+    assert {one["id"]: one["state"] for one in shell.told("key", "list")} == {
+        key["id"]: "active", **{one["id"]: "revoked" for one in more}
+    }  # fmt: skip
+    too_long = shell.refused("key", "report-leaked", stdin="x" * (1 << 20))
+    assert "512 KiB" in too_long
+
+
+def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: dict[str, Any]) -> None:
+    other = shell.told("key", "issue", "--user", "u_42", "--name", "nightly", "--test")
+    cut = key["secret"][:20]
+    for text, stdin, found in (
+        ("-", f"X-Api-Key: {key['secret']}\n{other['secret']}", {key["id"], other["id"]}),
+        (key["hint"], "", {key["id"]}),
+        (key["hint"].replace("…", "..."), "", {key["id"]}),
+        ("…" + key["hint"][-4:], "", {key["id"]}),
+        ("-", cut, {key["id"]}),
+        (key["id"], "", {key["id"]}),
+        ("nightly", "", {other["id"]}),
+    ):
+        told = shell.told("key", "whose", text, stdin=stdin)
+        assert {one["id"] for one in told["keys"]} == found
+        assert all((one["user"], one["tenant"], one["state"]) == ("u_42", "acme", "active") for one in told["keys"])
+    seen = shell.run("key", "whose", key["secret"], "--json")
+    assert [one["id"] for one in seen.json["keys"]] == [key["id"]]
+    assert "can be seen by other users" in seen.err
+    assert key["secret"] not in seen.out + seen.err
+    for nothing in ("kp_live_", "…", "no such name"):
+        absent = shell.run("key", "whose", nothing, "--json")
+        assert (absent.status, absent.json) == (1, {"keys": []})
+
+
+# -- scopes and plans that change
+
+
+def test_scopes_of_a_key_are_replaced_and_logged(shell: Shell, key: dict[str, Any]) -> None:
+    told = shell.told("key", "set-scopes", key["id"], "--scope", "a", "--scope", "b", "--scope", "a")
+    assert told["scopes"] == ["a", "b"]
+    (row,) = shell.told("audit", "list", "--entity", "key", "--id", key["id"], "--action", "update")
+    assert (row["changed"], row["after"]["scopes"]) == (["scopes"], ["a", "b"])
+    assert shell.told("key", "set-scopes", key["id"], "--none")["scopes"] == []
+
+
+def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell: Shell) -> None:
+    first = shell.told("plan", "set", "p", "--rate", "50/s", "--burst", "100", "--tokens-per-day", "7")
+    assert (first["created"], first["changed"]["burst"]) == (True, {"old": None, "new": 100})
+    second = shell.told("plan", "set", "p", "--burst", "200", "--concurrency", "3")
+    assert second["limits"] == {"rate": 50.0, "burst": 200, "concurrency": 3, "tokens_per_day": 7}
+    assert (second["created"], second["changed"]) == (
+        False, {"burst": {"old": 100, "new": 200}, "concurrency": {"old": None, "new": 3}}
+    )  # fmt: skip
+    third = shell.told("plan", "set", "p", "--tokens-per-day", "none")
+    assert third["changed"] == {"tokens_per_day": {"old": 7, "new": None}}
+    assert "burst: means nothing without a rate" in shell.refused("plan", "set", "p", "--rate", "none")
+    again = shell.run("plan", "set", "p", "--burst", "200")
+    assert (again.status, again.err) == (0, "keyproxy: plan 'p' has these limits already: nothing was changed\n")
+    shown = shell.run("plan", "set", "p", "--burst", "300")
+    assert re.search(r"burst +200 -> 300\n", shown.out)
+    last = shell.told("plan", "set", "p", "--replace", "--requests-per-month", "5")
+    assert last["limits"] == {"requests_per_month": 5}
+    assert last["changed"]["rate"] == {"old": 50.0, "new": None}
 
 
 # -- lists
@@ -237,6 +342,24 @@ def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, k
     assert key["scopes"] == ["jobs:write"]
 
 
+def test_a_key_that_every_route_refuses_is_warned_of(shell: Shell, site: Site, key: dict[str, Any]) -> None:
+    with site.config.open("a", encoding="utf-8") as file:
+        file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
+    rows = "user,name,scopes\nu_42,a,jobs:write\nu_42,b,\nu_42,c,\n"
+    warning = "keyproxy: warning: the key has no scope and every route needs one: all its requests will be refused\n"
+    for arguments, stdin in (
+        (("key", "issue", "--user", "u_42"), ""),
+        (("user", "create", "u_7", "--tenant", "acme"), ""),
+        (("key", "issue-many", "-"), rows),
+        (("key", "import", "-"), f"digest,user\n{'0' * 64},u_42\n"),
+        (("key", "set-scopes", key["id"], "--none"), ""),
+    ):
+        output = shell.run(*arguments, "--json", stdin=stdin)
+        assert (output.status, output.err) == (0, warning)
+    assert shell.run("user", "create", "u_8", "--tenant", "acme", "--no-key", "--json").err == ""
+    assert shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--json").err == ""
+
+
 # -- the audit log
 
 
@@ -248,7 +371,7 @@ def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[
     new = shell.told("key", "rotate", key["id"])
     shell.told("key", "revoke", new["id"], "--reason", "lost")
     shell.told("key", "report-leaked", stdin=key["secret"])
-    shell.told("tenant", "delete", "acme")
+    shell.told("tenant", "delete", "acme", "--yes")
     rows = shell.told("audit", "list", "--limit", "50")
     assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), reverse=True)
     told = {(row["action"], row["entity"], row["entity_id"], *row["changed"]) for row in rows}
@@ -352,10 +475,10 @@ def _refused_table(shell: Shell, table: Path, content: str) -> str:
 def test_keys_are_revoked_in_bulk_after_a_look_at_how_many(shell: Shell, key: dict[str, Any]) -> None:
     shell.told("user", "create", "u_7", "--tenant", "acme")
     assert shell.told("key", "revoke-all", "--tenant", "acme", "--dry-run")["would_revoke"] == 2
-    assert shell.told("key", "revoke-all", "--tenant", "acme", "--older-than", "1d") == {"revoked": 0}
-    assert shell.told("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen") == {"revoked": 1}
+    assert shell.told("key", "revoke-all", "--tenant", "acme", "--older-than", "1d", "--yes") == {"revoked": 0}
+    assert shell.told("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen", "--yes") == {"revoked": 1}
     assert shell.told("key", "show", key["id"])["revoke_reason"] == "laptop stolen"
-    assert shell.told("key", "revoke-all", "--tenant", "acme") == {"revoked": 1}
+    assert shell.told("key", "revoke-all", "--tenant", "acme", "--yes") == {"revoked": 1}
     assert "say which keys" in shell.refused("key", "revoke-all", status=2)
     assert "there is no user 'nobody'" in shell.refused("key", "revoke-all", "--user", "nobody")
 
@@ -382,8 +505,10 @@ def test_the_table_of_djangorestframework_api_key_is_taken_over_after_a_dry_run(
     assert shell.told(*arguments)["present"] == 1
     (key,) = shell.told("key", "list", "--user", "u_new")
     assert (key["name"], key["created_at"], key["scopes"]) == ("worker", "2024-01-02T03:04:05Z", ["jobs:write"])
-    leaked = shell.told("key", "report-leaked", stdin="Ab3dE6gH.secretsecret\n")
-    assert (leaked["user"], leaked["key"]["id"]) == ("u_new", key["id"])
+    (leaked,) = shell.told("key", "report-leaked", stdin="curl -H 'Authorization: Api-Key Ab3dE6gH.secretsecret'\n")[
+        "found"
+    ]
+    assert (leaked["user"], leaked["key"], leaked["revoked_now"]) == ("u_new", key["id"], True)
 
 
 @pytest.mark.usefixtures("key")
@@ -395,6 +520,67 @@ def test_digests_are_imported_from_json_lines_and_django_dumps(shell: Shell) -> 
     for wrong in ("{not json", "user\n\x00\n", ""):
         output = shell.run("key", "import", "-", stdin=wrong)
         assert "Traceback" not in output.err
+
+
+@pytest.mark.usefixtures("key")
+def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[str, Any]) -> None:
+    shell.told("plan", "set", "p")
+    commands = (
+        ("tenant", "delete", "acme"), ("user", "delete", "u_42"), ("key", "delete", key["id"]), ("plan", "delete", "p"),
+        ("key", "revoke-all", "--user", "u_42"),
+    )  # fmt: skip
+    for command in commands:
+        assert "give --yes" in shell.refused(*command)
+    assert [one["state"] for one in shell.told("key", "list")] == ["active"]
+    assert shell.told("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
+
+
+def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    cases = (
+        ("", "1: the file is empty"),
+        (" \n\n", "1: the file is empty"),
+        ("user,name\n", "1: there are no rows below the header line"),
+        ("\nDate,Amount\n2026,5\n", "2: the header line has no column"),
+        ("user;name\nu_1;n\n", "1: the header line is separated by semicolons"),
+        ("user,user\nu_1,u_2\n", "1: the header line names 'user' twice"),
+        ("user,name\nu_42,a\nu_42,b,c\n", "3: the row has 3 fields, and the header line 2"),
+        ('user,name\nu_42,"a\n', "2: this is no CSV"),
+        ('{"user": "u_42"}\n{"user" "u_42"}\n', "2: this is no JSON"),
+        ('{"user": "u_42"}\n[1]\n', "2: this is no JSON object"),
+        ('[{"user": "u_42"}, 5]', "2: this is no JSON object"),
+        ("[]", "1: there are no rows"),
+    )
+    for text, sentence in cases:
+        file.write_text(text)
+        for command in ("issue-many", "import"):
+            if command == "import" and "row has" in sentence:
+                continue
+            told = shell.refused("key", command, str(file))
+            assert f"{file}:" in told
+            if command == "issue-many":
+                assert f"{file}:{sentence}" in told
+    file.write_bytes(b"user\nu_\xff\n")
+    assert f"{file}:2: this is no UTF-8 text" in shell.refused("key", "issue-many", str(file))
+    secret = KeyFormat().make(bytes(32), is_test=False).reveal().decode()
+    file.write_text(f"{secret},a@b.c\n")
+    assert secret[9:] not in shell.refused("key", "issue-many", str(file))
+    good, owners = tmp_path / "good", tmp_path / "owners"
+    good.write_text(f"digest\n{'0' * 64}\n")
+    owners.write_text("nightly,u_42\nweekly\n")
+    assert f"{owners}:2: a line is" in shell.refused("key", "import", str(good), "--map", str(owners))
+    assert f"{tmp_path / 'none'}" in shell.refused(
+        "key", "import", str(good), "--map", str(tmp_path / "none"), status=2
+    )
+    assert "no column `owner`" in shell.refused("key", "import", str(good), "--user-column", "owner")
+
+
+@pytest.mark.parametrize("group", [[], ["key"], ["plan"]])
+def test_help_is_shown_once_if_there_is_no_command(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(group) == 2
+    out, err = capsys.readouterr()
+    assert (out + err).count("Usage:") == 1
+    assert "Error" not in out + err
 
 
 def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(

@@ -6,7 +6,7 @@ import hashlib
 
 import aiohttp
 
-from tests.acceptance.conftest import Site, until
+from tests.acceptance.conftest import Configure, Site, until
 
 _OLD_KEY = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
 
@@ -56,10 +56,24 @@ async def test_an_imported_key_works_as_presented_by_its_holder_and_its_leak_end
         assert await site.call(_OLD_KEY) == (200, "")
         assert site.upstream.requests[-1].one("X-Keyproxy-User") == "u_42"
         leaked = await site.run("key", "report-leaked", "--json", stdin=_OLD_KEY.encode())
-        assert leaked.json["user"] == "u_42"
+        assert [one["user"] for one in leaked.json["found"]] == ["u_42"]
 
         async def is_refused() -> bool:
             return await site.call(_OLD_KEY) == (401, "api_key_revoked")
 
         await until(is_refused, seconds=2)
     assert _OLD_KEY.encode() not in b"".join(site.printed)
+
+
+async def test_scopes_that_are_changed_count_within_a_second(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]}])
+    key = await site.key()
+    async with site.serving():
+        assert await site.call(key["secret"]) == (403, "insufficient_scope")
+        for scope, answer in (("jobs:write", (200, "")), ("jobs:read", (403, "insufficient_scope"))):
+            assert (await site.run("key", "set-scopes", key["id"], "--scope", scope)).status == 0
+
+            async def is_so(answer: tuple[int, str] = answer) -> bool:
+                return await site.call(key["secret"]) == answer
+
+            await until(is_so, seconds=1)

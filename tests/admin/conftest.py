@@ -27,7 +27,7 @@ from keyproxy.admin.reminding import Reminding
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.keyformat import KeyFormat
-from keyproxy.settings import Settings
+from keyproxy.settings import RouteRow, Settings
 from keyproxy.store import migrations, scratch
 from keyproxy.store.admin_tokens import AdminTokens
 from keyproxy.store.database import Database
@@ -156,14 +156,14 @@ async def dsn(common_dsn: str) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(
-    database: Database, *, routes_ask_for: frozenset[str] | None = None, bounds: Bounds = BOUNDS
+    database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
 ) -> AsyncIterator[Api]:  # fmt: skip
     """An admin API on a port of its own, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, Terms(90, routes_ask_for, Settings()), lambda: now[0])
+    service = Service(database, key_format, access, Terms(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
     reminding = Reminding(Reminders(database))
     counted = traffic()

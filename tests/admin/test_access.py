@@ -43,6 +43,9 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "rotate_key": {},
         "revoke_key": {},
         "report_leaked_key": {"digest": "00" * 32},
+        "report_leaked_text": {"text": "nothing"},
+        "find_keys": {"text": user},
+        "change_plan": {"limits": {"concurrency": 1}},
         "set_plan": {"limits": {"concurrency": 1}},
     }
     return bodies.get(endpoint.name)
@@ -175,6 +178,8 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
         paths = [f"{paths[0]}?path=/"]
     if endpoint.name == "report_leaked_key":
         body = {"key": other.secret}
+    if endpoint.name in ("report_leaked_text", "find_keys"):
+        body = {"text": f"Authorization: Api-Key {other.secret}"}
     if endpoint.method == "GET" and "{id}" not in endpoint.path:
         fields = endpoint.query.model_fields
         named = {"tenant": "other", "user": "o_1", "entity_id": "o_1"}

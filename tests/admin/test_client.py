@@ -84,6 +84,21 @@ async def test_the_whole_life_of_a_key(operations: Operations, api: Api) -> None
     assert actors == ({"cli:test"} if operations is api.directory else {"token:file"})
 
 
+async def test_keys_are_found_in_text_and_revoked_and_get_other_scopes(operations: Operations, api: Api) -> None:
+    key = (await api.user())["key"]
+    assert (await operations.change_key(key["id"], {"scopes": ["a", "b"]}))["scopes"] == ["a", "b"]
+    text = f"Authorization: Api-Key {key['secret']}".encode("utf-16")
+    assert [one["id"] for one in (await operations.whose(text))["keys"]] == [key["id"]]
+    assert [one["id"] for one in (await operations.whose(key["hint"].encode()))["keys"]] == [key["id"]]
+    assert (await operations.whose(b"nothing"))["keys"] == []
+    found = {"key": key["id"], "user": "u_1", "tenant": "acme", "revoked_now": True}
+    assert await operations.report_leaked_text(text, "found") == {"found": [found], "incomplete": 0, "unknown": 0}
+    assert (await operations.key(key["id"]))["revoke_reason"] == "found"
+    for refused in (operations.whose, lambda text: operations.report_leaked_text(text, "")):
+        with pytest.raises(Invalid, match="512 KiB"):
+            await refused(b"x" * (1 << 20))
+
+
 async def test_lists_come_whole_in_pages(operations: Operations, api: Api) -> None:
     made = sorted([(await api.user(f"u_{number}"))["key"]["id"] for number in range(5)])
     assert await _ids(operations) == made
@@ -117,6 +132,17 @@ async def test_many_keys_are_issued_and_revoked(operations: Operations, api: Api
     revoked = [key async for keys in operations.revoke_keys(wanted, "leaves") for key in keys]
     assert len(revoked) == 6
     assert [keys async for keys in operations.revoke_keys(wanted, "leaves")] == []
+
+
+async def test_a_plan_is_changed_limit_by_limit(operations: Operations) -> None:
+    await operations.set_plan("basic", {"rate": 5.0, "burst": 9})
+    changed = await operations.change_plan("basic", {"burst": None, "concurrency": 2})
+    assert (changed["created"], changed["limits"]) == (False, {"rate": 5.0, "concurrency": 2})
+    assert changed["changed"] == {"burst": {"old": 9, "new": None}, "concurrency": {"old": None, "new": 2}}
+    assert (await operations.change_plan("new", {"burst": None}))["created"] is True
+    assert (await operations.delete_plan("new"))["deleted"] is True
+    with pytest.raises(Invalid, match="burst: means nothing without a rate"):
+        await operations.change_plan("other", {"burst": 5})
 
 
 async def test_plans_and_the_audit_log(operations: Operations) -> None:

@@ -71,7 +71,7 @@ async def key(api: Api) -> str:
     [
         "tenant list", "tenant show acme", "user list", "user show u_1", "key list", "key show KEY", "plan list",
         "key list --sort created", "key stale --unused 365d", "key revoke-all --user u_1 --dry-run", "plan show five",
-        "audit list", "audit list --entity token", "audit export",
+        "audit list", "audit list --entity token", "audit export", "key whose KEY",
         "usage show", "usage show --by user --by mode", "usage show --tenant nobody", "usage windows --user u_1 --test",
         "usage export", "usage export --format csv", "usage export --events", "usage export --format cloudevents",
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
@@ -113,7 +113,8 @@ async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoeve
     await told("key", "set-plan", other["id"], "five")
     await told("key", "revoke", other["id"], "--reason", "lost")
     digest = hashlib.sha256(new["secret"].encode()).hexdigest()
-    assert (await told("key", "report-leaked", "--digest", digest))["user"] == "u_1"
+    (leaked,) = (await told("key", "report-leaked", "--digest", digest))["found"]
+    assert (leaked["key"], leaked["user"]) == (new["id"], "u_1")
     await told("user", "disable", "u_1")
     await told("user", "enable", "u_1")
     await told("tenant", "set-plan", "acme", "--none")

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
+from keyproxy.settings import RouteRow
 from keyproxy.store import roles
 from keyproxy.store.database import Database
 from tests.admin.conftest import Api, serving
@@ -68,10 +69,33 @@ async def test_a_secret_is_told_once_and_never_again(api: Api) -> None:
 
 
 async def test_a_scope_that_no_route_asks_for_is_warned_of(database: Database) -> None:
-    async with serving(database, routes_ask_for=frozenset({"jobs:write"})) as api:
+    async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
         await api.user()
         key = await api.done("POST", "/v1/keys", {"user": "u_1", "scopes": ["jobs:write", "job:write"]})
         assert key["warnings"] == ["no route asks for the scope 'job:write'"]
+
+
+async def test_a_key_that_every_route_refuses_is_warned_of_wherever_keys_get_scopes(database: Database) -> None:
+    row = {"user": "u_1", "digest": "00" * 32}
+    async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
+        user = await api.done("POST", "/v1/tenants", {"id": "acme"})
+        user = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"})
+        key_id = user["key"]["id"]
+        answers = [
+            user,
+            await api.done("POST", "/v1/keys", {"user": "u_1"}),
+            await api.done("POST", "/v1/keys/issue", {"keys": [{"user": "u_1", "name": "n"}]}),
+            await api.done("POST", "/v1/keys/import", {"keys": [row]}),
+            await api.done("PATCH", f"/v1/keys/{key_id}", {"scopes": []}),
+        ]
+        for answer in answers:
+            (warning,) = answer["warnings"]
+            assert "has no scope and every route needs one" in warning
+        good = await api.done("PATCH", f"/v1/keys/{key_id}", {"scopes": ["jobs:write", "jobs:write"]})
+        assert (good["warnings"], good["scopes"]) == ([], ["jobs:write"])
+        assert (await api.done("PATCH", f"/v1/keys/{key_id}", {"name": "n"}))["scopes"] == ["jobs:write"]
+    async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]), RouteRow("GET /"))) as api:
+        assert (await api.done("POST", "/v1/keys", {"user": "u_1"}))["warnings"] == []
 
 
 async def test_a_rotated_key_is_replaced_and_retires(api: Api) -> None:

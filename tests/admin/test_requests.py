@@ -89,7 +89,7 @@ async def test_a_query_that_means_nothing_is_refused(api: Api, query: str, field
 
 
 async def test_what_nobody_can_be_called_is_not_found(api: Api) -> None:
-    for path in ("/v1/users/%00", "/v1/users/a%20b", "/v1/users/%C3%A9", "/v1/nothing", "/v1/users/a/b", "/"):
+    for path in ("/v1/users/%00", "/v1/users/a%20b", "/v1/users/%C3%A9", "/v1/nothing", "/v1/users/a/b"):
         reply = await api.call("GET", path)
         assert (reply.status, reply.code) == (404, "not_found"), path
 
@@ -311,3 +311,77 @@ async def test_what_is_no_request_is_refused_and_not_logged(
         writer.transport.abort()
     assert secret not in caplog.text
     assert secret not in str(api.log)
+
+
+async def test_the_root_leads_to_the_reference(api: Api) -> None:
+    for method in ("GET", "HEAD"):
+        reply = await api.call(method, "/", token=None)
+        assert (reply.status, reply.headers["Location"]) == (302, "/docs")
+    assert "GET" in (await api.call("OPTIONS", "/", token=None)).headers["Allow"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content"),
+    [
+        ("PUT", "/v1/plans/p", b'{"limits": {"requests_per_day": 1000000000000000}}'),
+        ("PATCH", "/v1/plans/p", b'{"limits": {"requests_per_day": 99999999999999999999}}'),
+        ("PATCH", "/v1/plans/p", b'{"limits": {"rate": 1' + b"0" * 250 + b"}}"),
+        ("GET", "/v1/keys?limit=" + "9" * 30, None),
+        ("GET", "/v1/keys?older_than_seconds=" + "9" * 5000, None),
+    ],
+)
+async def test_a_number_that_is_too_large_is_reported_as_such(
+    api: Api, method: str, path: str, content: bytes | None
+) -> None:
+    reply = await api.call(method, path, data=content)
+    assert (reply.status, reply.code) == (422, "invalid")
+    (error,) = reply.json["errors"]
+    assert "less than or equal to" in error["detail"] or "too large" in error["detail"]
+    endless = await api.call("PUT", "/v1/plans/p", data=b'{"limits": {"burst": ' + b"9" * 5000 + b"}}")
+    assert (endless.status, endless.code) == (400, "request_malformed")
+    assert "a number is too large" in endless.json["detail"]
+
+
+async def test_a_plan_is_changed_limit_by_limit_and_created_if_it_is_not_there(api: Api) -> None:
+    made = await api.call("PATCH", "/v1/plans/p", {"limits": {"rate": 5, "burst": 9}})
+    assert (made.status, made.json["created"], made.json["limits"]) == (201, True, {"rate": 5.0, "burst": 9})
+    changed = await api.call("PATCH", "/v1/plans/p", {"limits": {"burst": None, "concurrency": 3}})
+    assert (changed.status, changed.json["limits"]) == (200, {"rate": 5.0, "concurrency": 3})
+    assert changed.json["changed"] == {"burst": {"old": 9, "new": None}, "concurrency": {"old": None, "new": 3}}
+    stale = await api.call("PATCH", "/v1/plans/p", {"limits": {}}, headers={"If-Match": made.headers["ETag"]})
+    assert stale.code == "outdated"
+    fresh = await api.call("PATCH", "/v1/plans/p", {"limits": {}}, headers={"If-Match": changed.headers["ETag"]})
+    assert (fresh.status, fresh.json["changed"]) == (200, {})
+    absent = await api.call("PATCH", "/v1/plans/q", {"limits": {}}, headers={"If-Match": '"x"'})
+    assert absent.code == "not_found"
+
+
+async def test_plans_changed_at_once_keep_every_change(api: Api) -> None:
+    limits = ("concurrency", "requests_per_day", "requests_per_month", "tokens_per_day", "tokens_per_month")
+    replies = await asyncio.gather(*(api.call("PATCH", "/v1/plans/p", {"limits": {one: 7}}) for one in limits))
+    assert sorted(reply.status for reply in replies) == [200, 200, 200, 200, 201]
+    assert (await api.done("GET", "/v1/plans/p"))["limits"] == dict.fromkeys(limits, 7)
+
+
+async def test_keys_in_a_text_are_found_and_revoked_by_scope(api: Api) -> None:
+    first, other = (await api.user())["key"], (await api.user("o_1", "other"))["key"]
+    text = f"Bearer {first['secret']}\nBearer {other['secret']}"
+    reader, reporter = await api.token("keys:read"), await api.token("leaks:write")
+    bound = await api.token("keys:read", "leaks:write", tenant="acme")
+    assert (await api.call("POST", "/v1/keys/whose", {"text": text}, token=reporter)).code == "insufficient_scope"
+    assert (await api.call("POST", "/v1/leaked-texts", {"text": text}, token=reader)).code == "insufficient_scope"
+    whose = await api.done("POST", "/v1/keys/whose", {"text": text}, token=reader)
+    assert {key["id"] for key in whose["keys"]} == {first["id"], other["id"]}
+    assert {key["state"] for key in whose["keys"]} == {"active"}
+    for asked in (text, first["hint"], first["id"]):
+        keys = (await api.done("POST", "/v1/keys/whose", {"text": asked}, token=bound))["keys"]
+        assert [key["id"] for key in keys] == [first["id"]]
+    assert (await api.done("POST", "/v1/keys/whose", {"text": other["hint"]}, token=bound))["keys"] == []
+    told = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)
+    found = {"key": first["id"], "user": "u_1", "tenant": "acme", "revoked_now": True}
+    assert told == {"found": [found], "incomplete": 0, "unknown": 1}
+    assert (await api.done("GET", f"/v1/keys/{other['id']}"))["state"] == "active"
+    again = await api.done("POST", "/v1/leaked-texts", {"text": text}, token=reporter)
+    assert {one["key"]: one["revoked_now"] for one in again["found"]} == {first["id"]: False, other["id"]: True}
+    assert (await api.done("GET", f"/v1/keys/{first['id']}"))["revoke_reason"] == "on a page"
+    assert first["secret"] not in str(api.log) + str(await api.audit())

@@ -231,6 +231,63 @@ async def test_what_is_known_to_have_changed_is_never_served_even_if_the_store_i
         assert await rig.bring(known) is Reason.STORE_UNAVAILABLE
 
 
+_NEW_PLAN = "INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{}'); "
+HARMLESS = [
+    _NEW_PLAN + "UPDATE keyproxy.tenants SET plan_id = 'p'",
+    _NEW_PLAN + "UPDATE keyproxy.tenants SET test_plan_id = 'p', name = 'Acme'",
+    _NEW_PLAN + "UPDATE keyproxy.users SET plan_id = 'p'",
+    _NEW_PLAN + "UPDATE keyproxy.api_keys SET plan_id = 'p'",
+    "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces) VALUES ('key_2', 'u_42', sha256('2'), 'key_1')",
+]
+
+
+@pytest.mark.parametrize("statement", HARMLESS)
+async def test_a_key_whose_limits_changed_just_before_an_outage_is_served_under_the_old_ones(
+    rig: Rig, known: SecretKey, statement: str
+) -> None:
+    await rig.sql.execute(statement)
+    await rig.feed.look()
+    assert rig.hot(known) is None
+    await rig.goes_down()
+    assert _what(rig, known) == STALE_HIT
+    rig.clock.advance(STALE - 0.5)
+    assert _what(rig, known) == STALE_HIT
+    rig.clock.advance(0.5)
+    assert rig.hot(known) is Reason.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("ending", [*CHANGED, "UPDATE keyproxy.api_keys SET scopes = '{}', plan_id = 'p'"])
+async def test_a_change_of_limits_hides_no_other_change_before_an_outage(
+    rig: Rig, known: SecretKey, ending: str
+) -> None:
+    await rig.sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{}'), ('q', '{}')")
+    # Twice, so that the entry is two groups behind the newest one.
+    for plan in ("p", "q"):
+        for table in ("tenants", "users", "api_keys"):
+            await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", plan)
+        await rig.feed.look()
+    await rig.sql.execute(ending)
+    await rig.feed.look()
+    await rig.goes_down()
+    assert rig.hot(known) is Reason.STORE_UNAVAILABLE
+
+
+async def test_a_change_of_limits_is_read_before_the_key_is_served_again(rig: Rig, known: SecretKey) -> None:
+    for number, table in enumerate(("tenants", "users", "api_keys"), start=1):
+        await rig.sql.execute(
+            "INSERT INTO keyproxy.plans (id, limits) VALUES ($1, jsonb_build_object('requests_per_day', $2::int))",
+            table, number,
+        )  # fmt: skip
+        await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", table)
+        await rig.feed.look()
+        assert rig.hot(known) is None
+        found = await rig.resolve(known)
+        assert isinstance(found, Identity)
+        assert found.allowance is not None
+        assert len(found.allowance.pools) == number
+        assert _what(rig, known) == HIT
+
+
 async def test_what_is_distrusted_is_asked_for_first_and_served_if_the_store_is_down(
     rig: Rig, known: SecretKey
 ) -> None:

@@ -458,3 +458,36 @@ def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
     (problem,) = reader.wrong(text)
     assert problem.startswith("reminders.webhook_secret: is needed with reminders.webhook_url")
     assert reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings.reminders.webhook_url == url
+
+
+@pytest.mark.parametrize("number", ["1000000000000000", "9" * 18, "9" * 30, "9" * 5000])
+def test_a_number_that_is_too_large_is_reported_as_such(reader: Reader, number: str) -> None:
+    for variable in (
+        "KEYPROXY_LISTEN__CONNECTIONS_MAX",
+        "KEYPROXY_CACHE__FRESH_SECONDS",
+        "KEYPROXY_REMINDERS__BEFORE_DAYS",
+    ):
+        (problem,) = reader.wrong(**{variable: number})
+        assert "too large" in problem or "list of whole numbers" in problem
+    if len(number) < 4000:
+        (problem,) = reader.wrong(f"[listen]\nconnections_max = {number}")
+        assert "listen.connections_max: is too large" in problem
+
+
+def test_a_number_above_the_general_bound_is_reported_as_too_large(reader: Reader) -> None:
+    (problem,) = reader.wrong("[listen]\nconnections_max = 10000000000000")
+    assert "is too large: at most 1000000000000" in problem
+    (problem,) = reader.wrong("[listen]\nconnections_max = 0")
+    assert "must be at least 1 " in problem
+    (problem,) = reader.wrong("[cache]\nfresh_seconds = nan")
+    assert "must be a number" in problem
+
+
+def test_a_configuration_that_contradicts_itself_can_still_be_looked_at(reader: Reader) -> None:
+    with pytest.raises(ConfigError) as error:
+        reader.load("[cache]\nfresh_seconds = 5\nstale_seconds = 1")
+    assert error.value.loaded is not None
+    assert error.value.loaded.settings.cache.stale_seconds == 1
+    with pytest.raises(ConfigError) as error:
+        reader.load("[cache]\nfresh = 5")
+    assert error.value.loaded is None

@@ -47,7 +47,7 @@ def test_a_stored_plan_is_the_same_plan(limits: dict[str, float | None]) -> None
     [
         None, [], "x", {"rates": 1}, {"rate": "50/s"}, {"rate": 0}, {"rate": -1}, {"rate": float("nan")},
         {"rate": float("inf")}, {"rate": True}, {"rate": 1_000_001}, {"burst": 5}, {"rate": 1, "burst": 0},
-        {"concurrency": -1}, {"requests_per_day": 1.5}, {"requests_per_day": LIMIT_MAX + 1}, {"tokens_per_day": "9"},
+        {"concurrency": -1}, {"requests_per_day": 1.5}, {"requests_per_day": LIMIT_MAX + 2}, {"tokens_per_day": "9"},
         {"tokens_per_month": {}},
     ],
 )  # fmt: skip
@@ -69,3 +69,16 @@ def test_a_window_that_is_not_limited_has_no_limit_and_zero_is_one() -> None:
     assert plan.window(Measure.TOKENS, Period.MONTH) == 5
     assert plan.has_limits
     assert not NO_LIMITS.has_limits
+
+
+def test_the_largest_limit_is_the_largest_number_of_the_header_and_one_more_in_a_table_is_read_as_that() -> None:
+    assert len(str(LIMIT_MAX)) == 15
+    plan = Plan.from_json({"requests_per_day": LIMIT_MAX + 1, "tokens_per_day": LIMIT_MAX})
+    assert (plan.requests_per_day, plan.tokens_per_day) == (LIMIT_MAX, LIMIT_MAX)
+    with pytest.raises(InvalidPlanError):
+        Plan(requests_per_day=LIMIT_MAX + 1)
+
+
+def test_a_rate_that_is_too_large_to_read_is_reported_as_such() -> None:
+    with pytest.raises(InvalidPlanError, match="too large a rate"):
+        rate_per_second("9" * 40 + "/s")

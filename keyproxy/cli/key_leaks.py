@@ -1,0 +1,125 @@
+"""keyproxy key report-leaked|whose: keys in text that people paste."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import click
+
+from keyproxy.cli.desk import KEY_COLUMNS, Call, say, takes_call
+from keyproxy.cli.setting import Failure
+from keyproxy.keyformat import masked
+from keyproxy.keyscan import TEXT_BYTES_MAX, TOO_LONG
+from keyproxy.store.directory import Entity
+from keyproxy.store.directory_leaks import MATCHES_MAX
+from keyproxy.store.operations import Operations
+
+_LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
+_STDIN: Final = "-"
+
+
+@click.command("report-leaked")
+@click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
+@click.option("--reason", default="leaked", show_default=True, help="Why, and where it was found.")
+@takes_call
+def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
+    """Revoke every key in a text that was found where it should not be, and list whose keys they were.
+
+    Reads the text from stdin, as it was found: headers, logs, scripts, JSON, URLs, keys that are wrapped over lines; or
+    the 64 hexadecimal digits of a key's SHA-256. Status 1 if no key of this database is in it, with the reason: no key at
+    all, an incomplete one, or one that is not known.
+
+    \b
+    keyproxy key report-leaked --reason "public repository" < found.txt
+    """
+    text = None if digest is not None else _from_stdin()
+    report = call.run(lambda directory: _reported(directory, digest, text, reason))
+    if call.as_json:
+        call.tell(report, ())
+    elif report["found"]:
+        call.tell(report["found"], _LEAK_COLUMNS)
+    reasons = _reasons(report)
+    if not report["found"]:
+        raise Failure("; ".join(reasons) or "there is no key in this text")
+    for reason_given in reasons:
+        say(reason_given)
+
+
+@click.command("whose")
+@click.argument("text", metavar="TEXT")
+@takes_call
+def key_whose(call: Call, text: str) -> None:
+    """Show whose key something is, without changing anything: a key, its hint, its id or its name. TEXT - is stdin.
+
+    Pass a key on stdin: an argument can be seen by other users of the machine. Of an incomplete key the first part is
+    enough if it shows as much as the hint does. Status 1 if there is no such key.
+
+    \b
+    keyproxy key whose - < found.txt
+    keyproxy key whose kp_live_AbCd…wXyZ
+    """
+    if text != _STDIN and masked(text) != text:
+        say("warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -")
+    wanted = _from_stdin() if text == _STDIN else text.encode("utf-8", "surrogateescape")
+    report = call.run(lambda directory: directory.whose(wanted))
+    if call.as_json:
+        call.tell(report, ())
+    elif report["keys"]:
+        call.tell(report["keys"], KEY_COLUMNS)
+    if not report["keys"]:
+        raise Failure("there is no such key")
+    if len(report["keys"]) == MATCHES_MAX:
+        say(f"these are the first {MATCHES_MAX} keys: give more of the hint, or list by user")
+
+
+def _from_stdin() -> bytes:
+    if sys.stdin.isatty():
+        click.echo("Paste the text, then Enter and Ctrl-D:", err=True)
+    text = sys.stdin.buffer.read(TEXT_BYTES_MAX + 1)
+    if len(text) > TEXT_BYTES_MAX:
+        raise Failure(TOO_LONG)
+    if not text.strip():
+        raise Failure("there is no key in this text: stdin is empty")
+    return text
+
+
+async def _reported(directory: Operations, digest: str | None, text: bytes | None, reason: str) -> Entity:
+    if text is not None:
+        return await directory.report_leaked_text(text, reason)
+    found = await directory.report_leaked(_hex_digest(digest or ""), reason)
+    if not found["known"]:
+        return {"found": [], "incomplete": 0, "unknown": 1}
+    key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
+    return {"found": [key], "incomplete": 0, "unknown": 0}
+
+
+def _reasons(report: Entity) -> list[str]:
+    """What a text holds beside the keys that were found."""
+    reasons = []
+    if report["unknown"]:
+        count, verb = _counted(report["unknown"])
+        reasons.append(
+            f"there is no such key: {count} {verb} not in this database, or deleted, or a token of the admin API"
+        )
+    if report["incomplete"]:
+        count, verb = _counted(report["incomplete"])
+        reasons.append(
+            f"{count} {verb} incomplete or mistyped: paste the whole key, or find it by its first part with"
+            " `keyproxy key whose`"
+        )
+    return reasons
+
+
+def _counted(number: int) -> tuple[str, str]:
+    return ("1 key", "is") if number == 1 else (f"{number} keys", "are")
+
+
+def _hex_digest(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise click.BadParameter("a digest is 64 hexadecimal digits") from error
+
+
+LEAK_COMMANDS: Final = (key_report_leaked, key_whose)

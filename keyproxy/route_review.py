@@ -1,0 +1,65 @@
+"""What a review of the route table finds: rows that never match, and keys that no row accepts.
+
+A proxy runs with either. Both are nearly always a mistake, which shows only when a request is let through or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from keyproxy.settings import RouteRow
+
+
+def shadowed(routes: Sequence[RouteRow]) -> list[str]:
+    """A sentence for each route that never matches, because an earlier one matches everything that it does."""
+    found = []
+    for number, row in enumerate(routes, start=1):
+        for earlier_number, earlier in enumerate(routes[: number - 1], start=1):
+            if _covers(earlier.match, row.match):
+                found.append(
+                    f"routes[{number}]: {row.match!r} never matches: routes[{earlier_number}] {earlier.match!r} stands"
+                    " before it and matches the same requests; move the narrower one up"
+                )
+                break
+    return found
+
+
+def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[str]:
+    """What is odd about the scopes of a key under these routes: a misspelt scope, or a key that every route refuses."""
+    if not routes:
+        return []
+    asked_for = {scope for row in routes for scope in row.scopes}
+    unknown = [f"no route asks for the scope {scope!r}" for scope in scopes if scope not in asked_for]
+    if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
+        return unknown
+    if not scopes:
+        return ["the key has no scope and every route needs one: all its requests will be refused"]
+    return ["no route accepts a key with these scopes alone: all its requests will be refused"]
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    """Whether the first pattern matches every request that the second one matches."""
+    wide_method, _, wide_path = wide.partition(" ")
+    narrow_method, _, narrow_path = narrow.partition(" ")
+    if wide_method not in ("*", narrow_method):
+        return False
+    wide_segments, narrow_segments = wide_path.split("/")[1:], narrow_path.split("/")[1:]
+    for place, segment in enumerate(wide_segments):
+        if place >= len(narrow_segments):
+            return False
+        if _is_rest(segment):
+            return True
+        other = narrow_segments[place]
+        if _is_rest(other) or (_is_placeholder(segment) and not other):
+            return False
+        if not _is_placeholder(segment) and segment != other:
+            return False
+    return len(wide_segments) == len(narrow_segments)
+
+
+def _is_placeholder(segment: str) -> bool:
+    return segment.startswith("{")
+
+
+def _is_rest(segment: str) -> bool:
+    return segment.endswith("...}")

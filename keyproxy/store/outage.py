@@ -1,0 +1,56 @@
+"""One log line when a server stops responding and one when it is back, however many parts of the store ask it.
+
+The change feed, the ledger, usage and look-ups each notice an outage by themselves, within moments of each other and
+again with every retry. The first one logs it. It is over once the server has responded for a while without another
+failure, so that a server that responds now and then has one outage and not hundreds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from keyproxy import clock
+
+_log = logging.getLogger(__name__)
+
+#: For how long nothing may fail before an outage counts as over.
+_QUIET_SECONDS: Final = 3.0
+
+#: The main part notices an outage within this time. If it does so later, what other parts met before was something else.
+_SAME_SECONDS: Final = 5.0
+
+
+class Outage:
+    """See the module. One object for all parts of the store that ask the same server."""
+
+    def __init__(self, what: str, now_mono: Callable[[], float] | None = None) -> None:
+        """`what` responds or does not, for the log."""
+        self.is_on = False
+        self._what = what
+        self._now_mono: Callable[[], float] = now_mono or clock.monotonic
+        self._began_mono = self._last_failure_mono = 0.0
+        self._is_main_logged = False
+
+    def met(self, sentence: str, *, is_main: bool = False) -> None:
+        """A part was not answered. `is_main`: it asks all the time, and calls `answered` when it is."""
+        now = self._now_mono()
+        self._last_failure_mono = now
+        is_another = is_main and not self._is_main_logged and now - self._began_mono > _SAME_SECONDS
+        if self.is_on and not is_another:
+            _log.debug("%s", sentence)
+        else:
+            _log.warning("%s", sentence)
+            if not self.is_on:
+                self._began_mono = now
+            self.is_on = True
+        self._is_main_logged = self._is_main_logged or is_main
+
+    def answered(self) -> None:
+        """The main part was answered. Cheap to call while there is no outage."""
+        now = self._now_mono()
+        if not self.is_on or now - self._last_failure_mono < _QUIET_SECONDS:
+            return
+        _log.warning("%s answers again; the outage took %d s", self._what, self._last_failure_mono - self._began_mono)
+        self.is_on = self._is_main_logged = False

@@ -1,0 +1,110 @@
+"""An outage is one line in the log, however many parts meet it and however often."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from keyproxy import clock, settings
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.messages import Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.model import Missing, Patience
+from keyproxy.reasons import Refusal
+from keyproxy.store.assembly import Store
+from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.outage import Outage
+from tests import fakes
+from tests.store.stage import Relay
+from tests.store.test_usage import ended, rows
+
+
+class Log:
+    """What an outage logs, by a clock that is set."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.now = 100.0
+        self._caplog = caplog
+        self.outage = Outage("the store", lambda: self.now)
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines that operators see."""
+        return [record.getMessage() for record in self._caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Log:
+    """An outage that has not begun."""
+    return Log(caplog)
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_is_over(log: Log) -> None:
+    log.outage.answered()
+    for part in ("look-ups", "usage", "the ledger", "look-ups"):
+        log.outage.met(f"{part} fail", is_main=part == "look-ups")
+        log.now += 1.0
+    assert log.lines == ["look-ups fail"]
+    log.outage.answered()
+    assert log.outage.is_on
+    log.now += 3.0
+    log.outage.answered()
+    log.outage.answered()
+    assert log.lines == ["look-ups fail", "the store answers again; the outage took 3 s"]
+    log.outage.met("look-ups fail again", is_main=True)
+    assert log.lines[2:] == ["look-ups fail again"]
+
+
+def test_a_server_that_answers_now_and_then_has_one_outage(log: Log) -> None:
+    for _ in range(500):
+        log.outage.met("it fails", is_main=True)
+        log.now += 0.5
+        log.outage.answered()
+        log.now += 0.5
+    assert log.lines == ["it fails"]
+
+
+def test_what_one_part_cannot_do_hides_no_outage_of_all(log: Log) -> None:
+    for _ in range(20):
+        log.outage.met("usage may not be written")
+        log.outage.answered()
+        log.now += 1.0
+    log.outage.met("the store is down", is_main=True)
+    log.outage.met("the store is down", is_main=True)
+    assert log.lines == ["usage may not be written", "the store is down"]
+
+
+async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(
+        settings.Store(), settings.Cache(), settings.Ledger(lease_seconds=0.5), settings.Usage(), dsn=relay.dsn,
+        header_prefix="X-Keyproxy-", now=clock.now,
+    )  # fmt: skip
+    caplog.set_level(logging.WARNING, "keyproxy")
+    await store.open()
+    try:
+        await store.answers()
+        await relay.cut()
+        store.usage.take(rows(ended(fakes.identity("u_1", "acme"))))
+        allowance = Allowance(((Pool("user", "u_1", False), Plan(requests_per_day=5)),))
+        with pytest.raises(Missing) as missing:
+            store.ledger.take(allowance, clock.now())
+        with pytest.raises(Refusal):
+            await missing.value.bring(Patience())
+        with pytest.raises(StoreUnavailable):
+            await store.answers()
+        async with asyncio.timeout(20):
+            while not (store.usage.down_because and store.ledger.conversation.down_because and store.database.is_down):
+                await asyncio.sleep(0.01)
+        # Time for retries: of the feed, the ledger, usage, and the search for dead holders.
+        await asyncio.sleep(2.5)
+        (begun,) = [record.getMessage() for record in caplog.records]
+        assert "cannot be asked: " in begun
+        await relay.mend()
+        async with asyncio.timeout(20):
+            while store.database.outage.is_on:
+                await asyncio.sleep(0.05)
+        assert [record.getMessage().partition(";")[0] for record in caplog.records[1:]] == ["the store answers again"]
+    finally:
+        await store.close()
