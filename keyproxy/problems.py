@@ -76,7 +76,8 @@ class Problems:
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
         if refusal.is_futile:
-            # The SDKs of OpenAI and Anthropic obey it: they raise at once, instead of sleeping and asking again.
+            # The SDKs of OpenAI and Anthropic obey it and raise at once. Without it they sleep and retry; Anthropic's
+            # sleeps for the whole of Retry-After, even if that is a day.
             fields.append("x-should-retry: false")
         block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
         return Answer(
