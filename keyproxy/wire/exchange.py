@@ -13,6 +13,8 @@ and then dawdles holds no upstream connection, and a body that is malformed from
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
 _PENDING_BYTES_MAX: Final = 65_536
+
+#: A body that is longer is written after the head, not joined to it: that would be a copy.
+_JOINED_BYTES_MAX: Final = 65_536
 
 #: The status that is recorded where the client left before there was one. As nginx does.
 _CLIENT_GONE_STATUS: Final = 499
@@ -62,14 +67,27 @@ class Exchange(Answering):
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
         head = self.head
-        if self.is_complete or self.is_over or head is None:
+        identity = self.identity
+        if self.is_complete or self.is_over or head is None or identity is None:
             return
-        collector = self._collector = Collector(self._server.room, head.content_length, otherwise)
+        owner = (identity.tenant_id, identity.user_id)
+        collector = self._collector = Collector(self._server.room, owner, self._server.clock(), otherwise)
+        collector.expect(head.content_length)
         collector.take(self.body)
+        self.body = b""
         if head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._client.resume()
         await collector.wait()
+
+    async def in_turns(self, advance: Callable[[], bool]) -> None:
+        """Call this until it returns True or the exchange is over, and let other work go on between two calls."""
+        while not self.is_over:
+            async with self._server.turns:
+                if self.is_over or advance():
+                    return
+                # The turn is kept until everything else has had one.
+                await asyncio.sleep(0)
 
     def extend(self, permit: Permit) -> None:
         """Go on with a permit that holds more."""
@@ -112,6 +130,11 @@ class Exchange(Answering):
             if self.is_complete:
                 self.body = collector.whole()
 
+    def check_pace(self) -> None:
+        """Refuse a request whose body is waited for and hardly arrives."""
+        if self._collector is not None and self._collector.is_slow(self._server.clock()):
+            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "a body that has to be read whole came too slowly"))
+
     def client_gone(self) -> None:
         """The client connection is lost: whatever is under way upstream is ended."""
         if not self.is_over:
@@ -143,6 +166,8 @@ class Exchange(Answering):
 
     def resume_request(self) -> None:
         """The upstream reads again."""
+        if self._collector is not None:
+            self._collector.leave()
         if not self.is_complete:
             self._client.resume()
 
@@ -157,13 +182,17 @@ class Exchange(Answering):
         data = headers.dress(
             head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
-        if self.body:
-            data += self._framed(self.body)
-            self.body = b""
-        elif head.fields.is_chunked:
-            data += self._framed(b"")
+        body, self.body = self.body, b""
+        if len(body) <= _JOINED_BYTES_MAX:
+            if body or head.fields.is_chunked:
+                data += self._framed(body)
+            body = b""
         self.sent_mono = self._server.clock()
-        upstream.begin(self, data, head.line.method, self.sent_mono, is_last=self.is_complete)
+        upstream.begin(self, data, head.line.method, self.sent_mono, is_last=self.is_complete and not body)
+        if body:
+            self._write_apart(upstream, body, is_chunked=head.fields.is_chunked)
+        if self._collector is not None and not upstream.is_full:
+            self._collector.leave()
         if not self.is_complete:
             self._client.resume()
 
@@ -210,6 +239,15 @@ class Exchange(Answering):
             and head.line.method in _IDEMPOTENT
             and not head.has_body
         )
+
+    def _write_apart(self, upstream: UpstreamConnection, body: bytes, *, is_chunked: bool) -> None:
+        """Write a long body without a copy of it."""
+        if not is_chunked:
+            upstream.send(body, is_last=self.is_complete)
+            return
+        upstream.send(b"%x\r\n" % len(body), is_last=False)
+        upstream.send(body, is_last=False)
+        upstream.send(b"\r\n" + LAST_CHUNK if self.is_complete else b"\r\n", is_last=self.is_complete)
 
     def _framed(self, content: bytes) -> bytes:
         if self.head is None or not self.head.fields.is_chunked:

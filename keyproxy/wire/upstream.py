@@ -185,6 +185,11 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the connection can still be written to, as far as is known."""
         return self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the upstream does not read as fast as the request is written."""
+        return self._is_full
+
     def fileno(self) -> int:
         """The socket's file descriptor, -1 if closed."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import _MET_MAX, MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, _met, ask_of
+from keyproxy.tokens.ask import MEDIA_TOKENS, PARSED_BYTES_MAX, TOOLS_TOKENS, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
+from keyproxy.tokens.names import _MET_MAX, _met
+from keyproxy.tokens.reading import BodyReading
 from keyproxy.tokens.report import TOKENS_MAX
 from keyproxy.wire.readers import RequestReader
 
@@ -29,7 +31,22 @@ def head(block: bytes = JSON, path: bytes = b"/v1/chat/completions") -> RequestH
 
 
 def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenAsk:
-    return ask_of(kind, head(block, path), body, bytes_max=100_000)
+    return ask_of(kind, head(block, path), body) or read(body, block, kind=kind, path=path)
+
+
+def read(
+    body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions"
+) -> TokenAsk:  # fmt: skip
+    """The same for a body of any length, in portions. The new body is where `ask_of` has it."""
+    reading = BodyReading(kind, head(block, path), body, bytes_max=100_000)
+    while not reading.advance():
+        pass
+    assert reading.asked is not None
+    if reading.asked.hides_usage:
+        reading.asked.body = reading.body
+    else:
+        assert reading.body is body
+    return reading.asked
 
 
 def chat(**members: object) -> bytes:
@@ -163,7 +180,9 @@ def test_embeddings_put_nothing_out_and_a_route_of_any_kind_may_put_out_without_
 def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
     raw = b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     handshake = RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
-    assert ask_of(kind, handshake, b"", bytes_max=1).maximum is None
+    asked = ask_of(kind, handshake, b"")
+    assert asked is not None
+    assert asked.maximum is None
 
 
 def test_who_sends_ever_new_names_is_read_alike_and_fills_no_memory() -> None:
