@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import json
 from pathlib import Path
+
+import pytest
 
 from tests.acceptance.conftest import Configure, Site
 from tests.rawhttp import Answering, Message
@@ -16,6 +20,10 @@ _MIB = 1 << 20
 #: Beside what a process of Python needs anyhow: buffers of the loop, garbage that waits to be collected.
 _GROWTH_BYTES_MAX = 24 * _MIB
 _IDLE_BYTES_MAX = 40 * 1024
+
+
+_CHAT = "/v1/chat/completions"
+_ROUTES = [{"match": f"POST {_CHAT}", "tokens": "openai"}, {"match": "* /{rest...}"}]
 
 
 def _peak_bytes(pid: int) -> int:
@@ -81,3 +89,40 @@ def _slow_both_ways(count: int) -> Answering:
         return True
 
     return answer
+
+
+def _hostile(size: int) -> dict[str, bytes]:
+    """Long documents: a parser makes 35 times as much of the first, and four times as much of the last."""
+    return {
+        "empty arrays": b'{"max_tokens":5,"messages":[%b1]}' % (b'{"a":[]},' * (size // 9)),
+        "members": b'{"max_tokens":5,%b"b":1}' % (b'"a":1,' * (size // 6)),
+        "stream": b'{"max_tokens":5,"stream":true,"messages":["%b"]}' % (b"a" * size),
+        "emoji": b'{"max_tokens":5,"messages":["%b"]}' % ("a" * 99 + "\U0001f600" * (size // 4)).encode(),
+    }
+
+
+@pytest.mark.parametrize("name", _hostile(0))
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+async def test_a_long_body_that_is_read_takes_no_more_than_three_times_its_size(
+    configure: Configure, dsn: str, name: str, coding: str
+) -> None:
+    site = configure(dsn, routes=_ROUTES)
+    secret = (await site.key())["secret"].encode()
+    body = _hostile(31_000_000)[name]
+    raw = gzip.compress(body, 9) if coding == "gzip" else body
+    async with site.serving() as process:
+        async with site.client() as client:
+            await client.send(request("POST", _CHAT, "Content-Type: application/json", key=secret, body=b"{}"))
+            assert (await client.answer()).status == 200
+        before = _peak_bytes(process.pid)
+        async with site.client() as client:
+            lines = ("Content-Type: application/json", f"Content-Encoding: {coding}")
+            await client.send(request("POST", _CHAT, *lines, key=secret, body=raw))
+            answer = await client.answer(seconds=60)
+        grown = _peak_bytes(process.pid) - before
+        print(f"{name}, {coding}: {len(raw)} bytes of {len(body)}; {answer.status}; grew by {grown / _MIB:.1f} MiB")
+        assert grown < 3 * len(raw) + 4 * _MIB
+        if answer.status != 200:
+            assert json.loads(answer.body)["code"] == "body_too_large"
+        else:
+            assert len(site.upstream.requests[-1].body) >= len(raw)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import MEDIA_TOKENS, PARSED_BYTES_MAX, TOOLS_TOKENS, TokenAsk, ask_of
+from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
 from keyproxy.tokens.names import _MET_MAX, _met
 from keyproxy.tokens.reading import BodyReading
