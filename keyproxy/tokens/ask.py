@@ -312,7 +312,7 @@ def _broken(content: bytes, head: RequestHead, error: ValueError) -> Refusal:
         pass
     except Refusal as refusal:
         return refusal
-    return malformed(f"{NOT_JSON[:-1]}, as byte {getattr(error, 'pos', 0)} shows.")
+    return malformed(f"{NOT_JSON[:-1]}: it breaks off or is wrong at character {getattr(error, 'pos', 0)}.")
 
 
 def malformed(said: str, field: str | None = None) -> Refusal:

@@ -367,4 +367,4 @@ def _plain(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)
     except ValueError:
-        return float("inf")
+        return float("-inf" if raw.startswith(b"-") else "inf")  # no double holds it
