@@ -126,3 +126,28 @@ async def test_a_long_body_that_is_read_takes_no_more_than_three_times_its_size(
             assert json.loads(answer.body)["code"] == "body_too_large"
         else:
             assert len(site.upstream.requests[-1].body) >= len(raw)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5], ids=["at once", "when leases have gone back"])
+async def test_a_user_whose_quota_is_spent_is_refused_before_a_body_is_sent(
+    configure: Configure, dsn: str, seconds: float
+) -> None:
+    site = configure(dsn, routes=_ROUTES)
+    secret = (await site.key())["secret"].encode()
+    await site.told("plan", "set", "one", "--requests-per-day", "1")
+    await site.told("user", "set-plan", "u_42", "one")
+    raw = gzip.compress(_hostile(31_000_000)["empty arrays"])
+    lines = ("Content-Type: application/json", "Content-Encoding: gzip", f"Content-Length: {len(raw)}")
+    async with site.serving() as process:
+        async with site.client() as client:
+            await client.send(request("POST", _CHAT, lines[0], key=secret, body=b"{}"))
+            assert (await client.answer()).status == 200
+        before = _peak_bytes(process.pid)
+        await asyncio.sleep(seconds)
+        for expects, body in (("Expect: 100-continue", b""), ("X-None: 1", raw)):
+            async with site.client() as client:
+                await client.send(request("POST", _CHAT, *lines, expects, key=secret) + body)
+                refused = await client.answer()
+            assert (refused.status, json.loads(refused.body)["code"]) == (429, "quota_exhausted")
+        assert _peak_bytes(process.pid) - before < 4 * _MIB
+        assert len(site.upstream.requests) == 1
