@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.acceptance.conftest import Configure, Site
-from tests.rawhttp import Answering, Message
+from tests.rawhttp import Answering, Client, Message
 from tests.wire.conftest import request
 
 _CHUNK = bytes(65_536)
@@ -151,3 +152,52 @@ async def test_a_user_whose_quota_is_spent_is_refused_before_a_body_is_sent(
             assert (refused.status, json.loads(refused.body)["code"]) == (429, "quota_exhausted")
         assert _peak_bytes(process.pid) - before < 4 * _MIB
         assert len(site.upstream.requests) == 1
+
+
+async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(configure: Configure, dsn: str) -> None:
+    """Of a user whose quota is spent: its requests have keys, and may have been charged before."""
+    site = configure(dsn, routes=_ROUTES)
+    secret, other = [(await site.key(user))["secret"].encode() for user in ("u_42", "u_43")]
+    await site.told("plan", "set", "none", "--requests-per-day", "0")
+    await site.told("user", "set-plan", "u_42", "none")
+    size = 33_554_432
+    async with site.serving() as process, contextlib.AsyncExitStack() as stack:
+        before = _peak_bytes(process.pid)
+        slow = [await stack.enter_async_context(site.client()) for _ in range(8)]
+        for number, client in enumerate(slow):
+            line = (f"Idempotency-Key: {number}", f"Content-Length: {size}")
+            with contextlib.suppress(ConnectionError):
+                await client.send(request("POST", "/v1/ai/jobs", *line, key=secret))
+                for _ in range(size // len(_CHUNK) - 1):
+                    await client.send(_CHUNK)
+        begun = time.monotonic()
+        answers = [asyncio.ensure_future(_status_of(client)) for client in slow]
+        client = await stack.enter_async_context(site.client())
+        body = b'{"messages":["%b"]}' % (b"a" * 8_000_000)
+        await client.send(request("POST", _CHAT, "Content-Type: application/json", key=other, body=body))
+        status = (await client.answer(seconds=20)).status
+        print(f"another user's request: {status} after {time.monotonic() - begun:.1f} s")
+        assert status == 200
+        statuses = await asyncio.gather(*answers)
+        seconds = time.monotonic() - begun
+        grown = _peak_bytes(process.pid) - before
+        print(f"slow ones: {statuses} after {seconds:.1f} s; the process grew by {grown / _MIB:.0f} MiB")
+        # Of those that were refused while they sent some may have missed the answer.
+        assert statuses.count(408) in (3, 4)
+        assert set(statuses) <= {408, 503, 0}
+        assert seconds < 20
+        assert grown < 1.3 * 4 * size
+
+
+async def _status_of(client: Client) -> int:
+    """Of a client that sends a byte now and then; 0: the connection ended without an answer."""
+    answering = asyncio.ensure_future(client.answer(seconds=60))
+    while not answering.done():
+        await asyncio.wait([answering], timeout=1.0)
+        if not client.writer.transport.is_closing():
+            with contextlib.suppress(ConnectionError):
+                await client.send(b" ")
+    try:
+        return (await answering).status
+    except (AssertionError, ConnectionError):
+        return 0
