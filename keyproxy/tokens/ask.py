@@ -125,8 +125,8 @@ def ask_of(kind: str, head: RequestHead, body: bytes) -> TokenAsk | None:
         return TokenAsk(prompt_bound, maximum, streams=streams)
     try:
         new = with_usage(content, has_options="stream_options" in document)
-    except RecursionError as error:
-        raise malformed(_TOO_DEEP) from error
+    except RecursionError as too_deep:  # another name: the compiled build gives a name one type
+        raise malformed(_TOO_DEEP) from too_deep
     body = new if bits is None else _deflated(new, bits)
     return TokenAsk(prompt_bound, maximum, streams=True, hides_usage=True, body=body)
 

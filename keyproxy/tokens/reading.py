@@ -88,10 +88,10 @@ class BodyReading:
             scanner.feed(piece)
         except JsonError as error:
             return self._is_not_json(error)
-        except TooManyStepsError as error:
+        except TooManyStepsError as too_many:  # another name: the compiled build gives a name one type
             raise Refusal(
                 Reason.BODY_TOO_LARGE, "too many parts", said="Its JSON has too many names, values and brackets."
-            ) from error
+            ) from too_many
         document = scanner.document
         if document is not None and (len(document) > _MEMBERS_MAX or len(_options(document)) > _MEMBERS_MAX):
             raise malformed(ask.SPELT)

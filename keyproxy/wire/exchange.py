@@ -271,6 +271,7 @@ class Exchange(Answering):
             else:
                 upstream.exchange_over(now, is_clean=was_answered and self.is_complete)
         self.body = b""
+        self.reading = None
         if self._collector is not None:
             self._collector.leave()
         if self.permit is not None:
