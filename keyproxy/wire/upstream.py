@@ -145,6 +145,11 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.abort()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the upstream does not read as fast as the request is written."""
+        return self._is_full
+
     def give_way(self, now: float, patience_seconds: float) -> None:
         """Others wait for a connection: end this exchange if all that holds it up is a client that hardly sends."""
         exchange = self._exchange
@@ -184,11 +189,6 @@ class UpstreamConnection(asyncio.Protocol):
     def is_open(self) -> bool:
         """Whether the connection can still be written to, as far as is known."""
         return self._transport is not None and not self._transport.is_closing()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the upstream does not read as fast as the request is written."""
-        return self._is_full
 
     def fileno(self) -> int:
         """The socket's file descriptor, -1 if closed."""
