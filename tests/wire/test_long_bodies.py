@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import gzip
 import json
+import socket
+import ssl
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import trustme
 
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason
@@ -350,3 +353,69 @@ async def test_a_steady_body_is_waited_for_and_at_a_higher_pace_while_the_room_i
     assert await steadily() == 200
     wire.server.room.take(("acme", "u_2"), 500_000)
     assert await steadily() == 408
+
+
+@pytest.mark.parametrize("framing", ["Content-Length", "Transfer-Encoding"])
+async def test_a_connection_whose_upstream_answered_before_the_body_was_written_is_not_used_again(
+    start: Start, framing: str
+) -> None:
+    after = bytearray()
+
+    async def early(request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        if request.start.startswith("GET"):
+            return True
+        await writer.drain()
+        await asyncio.sleep(0.3)
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(1 << 20):
+                after.extend(piece)
+        return False
+
+    serving = Upstream(early)
+    serving.reads_bodies = False
+    wire = await start(routes=routes(), serving=serving)
+    body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 16 * _MIB)
+    if framing == "Content-Length":
+        raw = chat(body)
+    else:
+        raw = request("POST", CHAT, TYPE, "Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    async with wire.client() as client:
+        await client.send(raw)
+        assert (await client.answer(seconds=20)).status == 200
+        await client.send(request("GET", "/next"))
+        assert (await client.answer()).status == 200
+    assert wire.upstream.connections == 2
+    assert len(after) < len(body)
+    assert after.find(b"GET") < 0
+
+
+async def test_a_long_body_to_an_upstream_behind_tls_does_not_hold_the_event_loop(start: Start) -> None:
+    authority, context = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 31_000_000)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        answering = asyncio.create_task(asyncio.to_thread(_read_all, listening, context))
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        wire = await start(routes=routes(), upstream={"url": url}, upstream_tls=trusting)
+        async with wire.client() as client, longest_hold() as held:
+            packed = chat(body)
+            for place in range(0, len(packed), 65_536):
+                await client.send(packed[place : place + 65_536])
+            assert (await client.answer(seconds=60)).status == 200
+        assert (await answering).endswith(body[-100:])
+    assert held[0] < 0.05
+
+
+def _read_all(listening: socket.socket, context: ssl.SSLContext) -> bytes:
+    """Read one request to its end and answer it."""
+    accepted, _ = listening.accept()
+    with context.wrap_socket(accepted, server_side=True) as tls:
+        content = bytearray()
+        while not content.endswith(b"]}"):
+            content += tls.recv(262_144)
+        tls.sendall(OK)
+        tls.unwrap().close()
+    return bytes(content)
