@@ -87,12 +87,28 @@ class Gateway(Gate):
         if head.fields.has_idempotency_key and allowance is not None and exchange.fingerprint is None:
             # Of the body as it came: before anything is read or changed of it.
             exchange.fingerprint = idempotency.fingerprint(identity, head, exchange.body)
-        need = None if grant.route.tokens is NO_TOKENS else metering.need(exchange, grant.route)
+        need = None
+        if grant.route.tokens is not NO_TOKENS:
+            if exchange.ask is None and allowance is not None:
+                self._check_limits(exchange, allowance, now)
+            need = metering.need(exchange, grant.route)
         if allowance is None:
             return Permit(grant)
         if exchange.fingerprint is not None:
             return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
         return Permit(grant, self._ledger.take(allowance, now, need))
+
+    def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
+        """Refuse what a limit refuses anyway, before the body is waited for or read."""
+        fingerprint = exchange.fingerprint
+        asks = exchange.reading is None and not metering.is_read_at_once(exchange)
+        if fingerprint is None:
+            self._ledger.check(allowance, now, asks=asks)
+            return
+        try:
+            self._ledger.check(allowance, now, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
+        except Refusal as refusal:
+            raise self._unless_paid(exchange, fingerprint, refusal) from None
 
     def _take_once(
         self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: TokenNeed | None
@@ -104,10 +120,13 @@ class Gateway(Gate):
         try:
             return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_asked)
         except Refusal as refusal:
-            if not fingerprint.may_be_paid(refusal.reason):
-                raise
-            spent = refusal
-        raise Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, spent, patience))
+            raise self._unless_paid(exchange, fingerprint, refusal) from None
+
+    def _unless_paid(self, exchange: Exchange, fingerprint: Fingerprint, refusal: Refusal) -> Exception:
+        """The refusal, or what is missing if the request may have been charged before."""
+        if not fingerprint.may_be_paid(refusal.reason):
+            return refusal
+        return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
 
     async def _ask_whether_paid(
         self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: Patience

@@ -15,10 +15,11 @@ from keyproxy.limits.allowance import Hold
 from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import TokenAsk, ask_of
+from keyproxy.tokens.ask import PARSED_BYTES_MAX, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
+from keyproxy.tokens.reading import BodyReading
 
-#: What a compressed body may inflate to.
+#: How long a body's content may be, also if it came compressed.
 BODY_BYTES_MAX: Final = 33_554_432
 
 #: What a token is in most languages and code; for estimates of what nobody has said.
@@ -30,7 +31,7 @@ _EXTENSION_TOKENS: Final = 256
 
 
 def need(exchange: Exchange, route: Route) -> TokenAsk:
-    """What a request on a route with tokens needs. Raises Missing as long as its body has not arrived whole."""
+    """What a request on a route with tokens needs. Raises Missing until its body has arrived whole and is read."""
     ask = exchange.ask
     if ask is None:
         head = exchange.head
@@ -42,14 +43,38 @@ def need(exchange: Exchange, route: Route) -> TokenAsk:
     return ask
 
 
+def is_read_at_once(exchange: Exchange) -> bool:
+    """Whether finding out what a request needs takes no longer than finding out whether a limit refuses it."""
+    head = exchange.head
+    return (
+        exchange.is_complete and len(exchange.body) <= PARSED_BYTES_MAX and head is not None and not head.fields.codings
+    )
+
+
 def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
-    ask = exchange.ask = ask_of(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
+    reading = exchange.reading
+    ask = ask_of(route.tokens, head, exchange.body) if reading is None else reading.asked
+    if ask is None:
+        raise _reading(exchange, reading, head, route)
     fields, length = head.fields, None
-    if ask.body is not None:
-        exchange.body = ask.body
-        length = None if fields.is_chunked else len(ask.body)
+    if reading is not None:
+        exchange.body, exchange.reading = reading.body, None
+    elif ask.body is not None:
+        exchange.body, ask.body = ask.body, None
+    if ask.hides_usage:
+        length = None if fields.is_chunked else len(exchange.body)
     exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+    exchange.ask = ask
     return ask
+
+
+def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead, route: Route) -> Missing:
+    """What to do for a body that is too long to be read at once. From here on the reading alone has it."""
+    if reading is None:
+        reading = BodyReading(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
+        exchange.reading, exchange.body = reading, b""
+    advance = reading.advance
+    return Missing("reading", lambda _patience: exchange.in_turns(advance))
 
 
 def charge(exchange: Exchange, permit: Permit) -> int:

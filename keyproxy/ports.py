@@ -9,6 +9,7 @@ class is an address, one of a Protocol is looked up by its name, and its argumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from keyproxy.compiling import mypyc_attr
@@ -34,6 +35,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.routes import KNOWN_METHODS
 from keyproxy.tokens.ask import TokenAsk
 from keyproxy.tokens.meter import Meter
+from keyproxy.tokens.reading import BodyReading
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -66,6 +68,16 @@ class Ledger:
 
         Raises Missing if the ledger has to be asked first, a Refusal if a limit is used up or the ledger cannot be asked.
         `may_be_paid`: that a window is used up is not the last word, and not counted as a refusal.
+        """
+        raise NotImplementedError
+
+    def check(
+        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
+    ) -> None:
+        """Raise the Refusal of a limit that refuses a request whatever it needs. Takes nothing, never waits.
+
+        `paid`: what the request was charged in tokens before, as `take_again` has it. `asks`: raise Missing if the
+        ledger has to be asked first; else only what it has answered lately counts. `may_be_paid`: see `take`.
         """
         raise NotImplementedError
 
@@ -149,8 +161,10 @@ class Exchange:
     bytes_out: int = 0
     is_over: bool = False
 
-    #: What it asks for in tokens, and what reads its answer; on routes with tokens.
+    #: What it asks for in tokens, and what reads its answer; on routes with tokens. `reading`: what has its body
+    #: while a long one is read.
     ask: TokenAsk | None = None
+    reading: BodyReading | None = None
     meter: Meter | None = None
 
     #: What it is charged in tokens, once it has ended, and whether nobody has said so.
@@ -169,6 +183,13 @@ class Exchange:
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
+        raise NotImplementedError
+
+    async def in_turns(self, advance: Callable[[], bool]) -> None:
+        """Call this until it returns True or the exchange is over, and let other work go on between two calls.
+
+        Of all exchanges only one is called at a time, so that many of them hold others up no longer than one.
+        """
         raise NotImplementedError
 
     def forward(self, permit: Permit) -> None:

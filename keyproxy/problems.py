@@ -99,13 +99,15 @@ class Problems:
     def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
         row = refusal.reason.value
         status = self.status_of(refusal)
-        sentence = f"{row.sentence} {refusal.said}".rstrip()
+        sentence = refusal.said if refusal.is_said_alone else f"{row.sentence} {refusal.said}".rstrip()
         told = _limit_members(refusal)
         content: dict[str, object]
         match error_shape:
             case "openai":
                 kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-                content = {"error": {"message": sentence, "type": kind, "param": None, "code": row.code, **told}}
+                content = {
+                    "error": {"message": sentence, "type": kind, "param": refusal.field, "code": row.code, **told}
+                }
             case "anthropic":
                 kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
                 error = {"type": kind, "message": sentence, "code": row.code, **told}

@@ -269,6 +269,7 @@ NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
 class Refusal(Exception):
     """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
 
+    `is_said_alone`: `said` stands in place of the reason's sentence. `field`: the member of the request's JSON at fault.
     `missing_scope` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
     `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
     the wait is until the limit's reset. `is_held`: a window is not spent; requests in flight reserve what is left of it,
@@ -282,6 +283,8 @@ class Refusal(Exception):
         detail: str = "",
         *,
         said: str = "",
+        is_said_alone: bool = False,
+        field: str | None = None,
         missing_scope: str | None = None,
         retry_after_seconds: int | None = None,
         limit: LimitState | None = None,
@@ -292,6 +295,8 @@ class Refusal(Exception):
         self.reason = reason
         self.detail = detail
         self.said = said
+        self.is_said_alone = is_said_alone
+        self.field = field
         self.missing_scope = missing_scope
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))

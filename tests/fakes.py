@@ -109,6 +109,22 @@ class FakeLedger(Ledger):
         del may_be_paid
         return self._taken(lambda: self.book.take(allowance, now.mono_seconds, tokens), now)
 
+    def check(
+        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
+    ) -> None:
+        """See the port."""
+        del may_be_paid
+        try:
+            self.book.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+        except Short as short:
+            if not asks:
+                return
+            if not self.answers:
+                raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
+            self.book.ask(short)
+            self._sync(now.mono_seconds)
+            self.book.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
         """See the port."""
         return self._taken(lambda: self.book.take_again(allowance, now.mono_seconds, tokens, paid), now)

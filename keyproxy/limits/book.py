@@ -95,6 +95,19 @@ class Book(Register):
         self._check_bound(allowance, now_mono)
         self._examined(allowance, now_mono, tokens, paid)
 
+    def has_refused(self, allowance: Allowance, now_mono: float) -> bool:
+        """Whether the ledger has lately refused one unit of something that every request needs. Cheap."""
+        bundle = allowance.bundle
+        if bundle is None:
+            return False
+        for lease in bundle.units:
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                return True
+        for lease in bundle.budgets:  # noqa: SIM110 - a generator costs more than both loops
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                return True
+        return False
+
     def release(self, hold: Hold) -> Hold:
         """The request is not under way any more, but what it is charged is not known yet. What is left to settle."""
         for lease in hold.bundle.slots:

@@ -26,6 +26,9 @@ _OTHERS_SECONDS: Final = 1.6
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
 
+#: What every request on a route with tokens needs at least.
+_ONE_TOKEN: Final = TokenNeed(1, 1)
+
 
 class Counts:
     """Requests that took of limits, and how often one waited for the ledger. Attributes: each request is counted."""
@@ -87,6 +90,22 @@ class Ledger(ports.Ledger):
         self.counts.taken += 1
         self._open_holds += 1
         return hold
+
+    def check(
+        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
+    ) -> None:
+        """See the port."""
+        if not asks and not self.book.has_refused(allowance, now.mono_seconds):
+            return
+        try:
+            self.book.check(allowance, now.mono_seconds, _ONE_TOKEN, paid)
+        except Short as short:
+            if asks:
+                raise self._missing(short, lambda: self.book.check(allowance, self._mono(), _ONE_TOKEN, paid)) from None
+        except Refusal as refusal:
+            if not (may_be_paid and refusal.reason in SPENT):
+                self._count(refusal)
+            raise
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
         """See the port."""

@@ -1,8 +1,10 @@
 """Read an answer in gzip or deflate: another meter is fed with what it holds, the client gets it as it came.
 
-What is inflated is looked at in pieces and dropped, so that the memory is zlib's window and one piece. The time is
-bounded as well: content that grows beyond `INFLATED_BYTES_MAX` and beyond `INFLATED_TIMES_MAX` times itself is no answer
-but a bomb, and is read no further. The same goes for what zlib cannot read. What was said until then was said.
+What is inflated is looked at in pieces and dropped, so that the memory is zlib's window and one piece. Each call inflates
+at most `INFLATED_BYTES_MAX`; what it does not get to waits, compressed, for the next call. Content that waits in a queue
+of more than `WAITING_BYTES_MAX`, or is still waiting when the answer has ended and the last call is over, is read no
+further: it is a bomb, or as hard to read as one. The same goes for what zlib cannot read. What was reported until then
+counts.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Final
 from keyproxy.model import TokenUse
 from keyproxy.tokens.meter import Meter
 
-INFLATED_BYTES_MAX: Final = 1_048_576
-INFLATED_TIMES_MAX: Final = 100
+INFLATED_BYTES_MAX: Final = 262_144
+WAITING_BYTES_MAX: Final = 1_048_576
 
 _PIECE_BYTES: Final = 65_536
 #: Gzip members that may follow one another; a bomb may be of thousands of empty ones.
@@ -30,6 +32,7 @@ class InflatingMeter(Meter):
         self._is_gzip = is_gzip
         self._inflate: zlib._Decompress | None = None
         self._members = 0
+        self._left = b""
         self._is_readable = True
 
     @property
@@ -50,9 +53,27 @@ class InflatingMeter(Meter):
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
-        budget = max(INFLATED_BYTES_MAX, INFLATED_TIMES_MAX * len(content))
-        left = content
-        while left and self._is_readable:
+        if self._is_readable:
+            self._left = self._left + content if self._left else content
+            self._read()
+            self._is_readable = self._is_readable and len(self._left) <= WAITING_BYTES_MAX
+        if not self._is_readable:
+            self._left = b""
+        return content
+
+    def finish(self) -> bytes:
+        """See Meter."""
+        if self._left:
+            self._read()
+        self._left = b""
+        self._inner.finish()
+        self.tokens_in = self._inner.tokens_in
+        return b""
+
+    def _read(self) -> None:
+        budget = INFLATED_BYTES_MAX
+        left = self._left
+        while left and self._is_readable and budget > 0:
             if self._inflate is None:
                 self._inflate = zlib.decompressobj(wbits=window_bits(left, is_gzip=self._is_gzip))
             try:
@@ -66,15 +87,9 @@ class InflatingMeter(Meter):
                 left, self._inflate = self._inflate.unused_data, None
                 self._members += 1
             budget -= len(piece)
-            self._is_readable = budget > 0 and self._members < _MEMBERS_MAX
+            self._is_readable = self._members < _MEMBERS_MAX
+        self._left = left
         self.tokens_in = self._inner.tokens_in
-        return content
-
-    def finish(self) -> bytes:
-        """See Meter."""
-        self._inner.finish()
-        self.tokens_in = self._inner.tokens_in
-        return b""
 
 
 def window_bits(content: bytes, *, is_gzip: bool) -> int:

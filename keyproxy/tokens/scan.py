@@ -22,6 +22,10 @@ import orjson
 #: A usage object that is longer is not read.
 USAGE_BYTES_MAX: Final = 8192
 
+#: A document that has more usages, or comes with more keys in one piece, is read no further: that would take long.
+_VALUES_MAX: Final = 256
+_STEPS_MAX: Final = 8_192
+
 _KEY: Final = b'"usage"'
 _CANDIDATE = re.compile(rb'"usage"[ \t\r\n]*(?::|\Z)')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -29,7 +33,7 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _WHOLE = re.compile(rb'[^"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"]*+)*+', re.DOTALL)
 #: The rest of a string whose beginning is behind us, up to its closing quote, which is not part of it.
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_SPACE: Final = b" \t\r\n"
+_SPACE: Final = re.compile(rb"[ \t\r\n]*+")
 _UNREADABLE: Final = object()
 _DECODER: Final = json.JSONDecoder()
 
@@ -44,6 +48,7 @@ class UsageScanner:
         #: Bytes that mean something only together with what follows: the beginning of a key, or a lone backslash.
         self._rest = b""
         self._value: bytes | None = None
+        self._values = 0
         self._is_over = False
 
     def feed(self, content: bytes) -> None:
@@ -51,61 +56,76 @@ class UsageScanner:
         if self._is_over:
             return
         if self._value is not None:
-            content = self._take_value(self._value + content)
+            content, self._value = self._value + content, None
+            at = self._take_value(content, 0)
         else:
-            content, self._rest = self._rest + content, b""
-        while content and not self._is_over:
-            content = self._skip_string(content) if self._is_in_string else self._skip_structure(content)
+            content, self._rest, at = self._rest + content, b"", 0
+        # An offset moves through the piece: cutting it at each of many keys would be quadratic.
+        for _ in range(_STEPS_MAX):
+            if at >= len(content) or self._is_over:
+                return
+            at = self._skip_string(content, at) if self._is_in_string else self._skip_structure(content, at)
+        self._give_up()
 
-    def _skip_string(self, content: bytes) -> bytes:
-        match = _STRING_REST.match(content)
-        end = match.end() if match is not None else 0
+    def _give_up(self) -> None:
+        self.usage, self._value, self._is_over = None, None, True
+
+    def _skip_string(self, content: bytes, at: int) -> int:
+        match = _STRING_REST.match(content, at)
+        end = match.end() if match is not None else at
         if content.startswith(b'"', end):
             self._is_in_string = False
-            return content[end + 1 :]
+            return end + 1
         self._rest = content[end:]  # nothing, or a backslash at the very end
-        return b""
+        return len(content)
 
-    def _skip_structure(self, content: bytes) -> bytes:
+    def _skip_structure(self, content: bytes, at: int) -> int:
         """Go on to behind the next key, or to the end."""
-        match = _CANDIDATE.search(content)
-        limit = len(content) if match is None else match.start()
-        whole = _WHOLE.match(content, 0, limit)
-        begun = whole.end() if whole is not None else 0
-        bare = _STRING.sub(b"", content[:begun])
+        match = _CANDIDATE.search(content, at)
+        end = len(content)
+        limit = end if match is None else match.start()
+        whole = _WHOLE.match(content, at, limit)
+        begun = whole.end() if whole is not None else at
+        bare = _STRING.sub(b"", content[at:begun])
         self._depth += bare.count(b"{") + bare.count(b"[") - bare.count(b"}") - bare.count(b"]")
         if begun < limit:
             # A string begins that does not end before the key: what looked like a key is the end of that string.
-            if match is None and len(content) - begun < len(_KEY):
+            if match is None and end - begun < len(_KEY):
                 self._rest = content[begun:]
-                return b""
+                return end
             self._is_in_string = True
-            return content[begun + 1 :]
+            return begun + 1
         if match is None:
-            return b""
+            return end
         if not match.group().endswith(b":"):
-            self._rest = _KEY  # whether it is a key is said by what comes next
-            return b""
-        content = content[match.end() :]
-        return self._take_value(content) if self._depth == 1 else content
+            self._rest = _KEY  # whether it is a key is known from what comes next
+            return end
+        return self._take_value(content, match.end()) if self._depth == 1 else match.end()
 
-    def _take_value(self, content: bytes) -> bytes:
-        """Read the value of `usage`, as soon as all of it is there; returns what comes after it."""
-        content = content.lstrip(_SPACE)
-        self._value = content
-        if content and not content.startswith(b"{"):
-            self.usage = self._value = None  # null; or nothing that says anything
-            return content
-        if b"}" not in content:
-            found, end = _UNREADABLE, 0
-        else:
-            found, end = _decoded(content[:USAGE_BYTES_MAX])
+    def _take_value(self, content: bytes, at: int) -> int:
+        """Read the value of `usage`, as soon as all of it is there; returns where what follows it begins."""
+        self._values += 1
+        if self._values > _VALUES_MAX:
+            self._give_up()
+            return len(content)
+        space = _SPACE.match(content, at)
+        at = at if space is None else space.end()
+        if at == len(content):
+            self._value = b""
+            return at
+        if not content.startswith(b"{", at):
+            self.usage = None  # null; or nothing that says anything
+            return at
+        piece = content[at : at + USAGE_BYTES_MAX]
+        found, end = _decoded(piece) if b"}" in piece else (_UNREADABLE, 0)
         if found is not _UNREADABLE:
-            self.usage, self._value = found, None
-            return content[end:]
-        if len(content) >= USAGE_BYTES_MAX:
-            self.usage, self._value, self._is_over = None, None, True
-        return b""
+            self.usage = found
+            return at + end
+        if len(piece) == USAGE_BYTES_MAX:
+            self._give_up()
+        else:
+            self._value = piece
+        return len(content)
 
 
 def _decoded(content: bytes) -> tuple[object, int]:

@@ -24,12 +24,20 @@ from keyproxy.tokens.report import anthropic_use, openai_use
 HELD_BYTES_MAX: Final = 65_536
 EVENT_BYTES_MAX: Final = 1_048_576
 
+#: A longer event is not parsed for its usage: that would take long. Its text is counted.
+PARSED_BYTES_MAX: Final = 262_144
+
 #: What a token is in most languages and code; a stream that is cut short is charged by this.
 _BYTES_A_TOKEN: Final = 4
 
 #: Two line ends, the longer spellings first: a CR LF is never taken for two.
 _EVENT_END = re.compile(rb"\r\n\r\n|\r\n\r|\r\n\n|\r\r\n|\r\r|\n\r\n|\n\r|\n\n")
 _EVENT_END_BYTES_MAX: Final = 4
+
+#: So many events of one piece are looked at one by one; the rest of a piece that has more passes unread, which is charged
+#: as if each byte were a token. And so often at most it is looked whether all that follow can be counted together.
+_EVENTS_MAX: Final = 1_024
+_TRIES_MAX: Final = 16
 
 #: A usage that may say something. With `include_usage` all chunks but the last have a null.
 _USAGE = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)')
@@ -122,7 +130,12 @@ class StreamMeter(Meter):
         event = self._event
         start = max(0, len(event) - _EVENT_END_BYTES_MAX + 1)
         event += content
+        events = tries = 0
         while match := _EVENT_END.search(event, start):
+            events += 1
+            if events > _EVENTS_MAX:
+                self._drop(out)
+                break
             block = bytes(event[: match.end()])
             del event[: match.end()]
             self._has_hidden = not (self._is_oversize or self._read(block)) and not self._passed
@@ -131,19 +144,33 @@ class StreamMeter(Meter):
             self._passed = start = 0
             self._is_oversize = False
             self._awaits_lf = not event and block.endswith(b"\r")
-            if plain := 0 if self._awaits_lf else self._count_plain(event):
+            if tries < _TRIES_MAX and not self._awaits_lf:
+                plain = self._count_plain(event)
                 out.append(bytes(event[:plain]))
                 del event[:plain]
-        if len(event) > HELD_BYTES_MAX:
+                tries += 0 if plain else 1
+        if len(event) > EVENT_BYTES_MAX:
+            self._drop(out)
+        elif len(event) > HELD_BYTES_MAX:
             out.append(bytes(event[self._passed :]))
             self._passed = len(event)
-            if len(event) > EVENT_BYTES_MAX:
-                dropped = len(event) - _EVENT_END_BYTES_MAX
-                del event[:dropped]
-                self._passed -= dropped
-                self._text_bytes += dropped  # unread, so each byte may be a token
-                self._is_oversize = True
         return b"".join(out)
+
+    def _drop(self, out: list[bytes]) -> None:
+        """Pass on what there is of the unfinished event, and all that may follow it here, unread."""
+        event = self._event
+        out.append(bytes(event[self._passed :]))
+        self._text_bytes += max(0, len(event) - _EVENT_END_BYTES_MAX)  # unread, so each byte may be a token
+        rest = bytes(event[-_EVENT_END_BYTES_MAX:])
+        start = 0
+        while match := _EVENT_END.search(rest, start):
+            start = match.end()
+        event.clear()
+        event += rest[start:]
+        self._passed = len(event)
+        self._is_oversize = bool(event)
+        self._awaits_lf = not event and rest.endswith(b"\r")
+        self._has_hidden = False
 
     def _read(self, block: bytes) -> bool:
         """Take in one event; whether the client is to have it."""
@@ -153,7 +180,7 @@ class StreamMeter(Meter):
             found = self._text.findall(block)
             self._pieces += len(found)
             self._text_bytes += len(b"".join(found))
-        if not _USAGE.search(block):
+        if len(block) > PARSED_BYTES_MAX or not _USAGE.search(block):
             return True
         try:
             event = orjson.loads(_data(block))

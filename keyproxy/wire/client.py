@@ -159,6 +159,8 @@ class ClientConnection(ClientLine):
             self.abort()
         elif exchange.permit is not None:
             self.server.gate.review(exchange)
+        else:
+            exchange.check_pace()
 
     def deadline_passed(self, now: float) -> None:
         """The client did not send, or did not read, in time."""

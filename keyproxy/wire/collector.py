@@ -1,8 +1,16 @@
-"""A request body that has to be whole before anything is decided about it."""
+"""A request body that has to be whole before anything is decided about it, and the room that such bodies share.
+
+    collected -> read -> written upstream: its room is free again
+
+The room is the process's. A user's bodies may take as much of it as they leave free: one user at most half, two at most
+a third each. So however many connections a few users open, there is room for the next one. A body has to keep arriving,
+at a pace that is judged over the last seconds; the pace is higher while the room is short.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Final
 
 from keyproxy.reasons import Reason, Refusal
@@ -10,9 +18,21 @@ from keyproxy.reasons import Reason, Refusal
 #: More is not read whole: it would be memory that a client may have us hold for as long as it likes.
 WHOLE_BYTES_MAX: Final = 33_554_432
 
-#: What all of them may hold together in one process. Full: whoever sends more is told that the proxy is overloaded, and
-#: what is whole already goes on.
+#: What all of them may hold together in one process.
 TOGETHER_BYTES_MAX: Final = 268_435_456
+
+#: A body has to arrive at this pace, over the last so many seconds; at the higher one while more than half of the room
+#: is taken.
+PACE_SECONDS: Final = 10.0
+PACE_BYTES_PER_SECOND: Final = 8_192
+SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
+
+#: One that is smaller takes hardly any room: it has so many seconds, however it spends them.
+SMALL_BYTES: Final = 65_536
+SMALL_SECONDS: Final = 120.0
+
+#: Whose body it is.
+Owner = tuple[str, str]
 
 
 class Room:
@@ -21,30 +41,75 @@ class Room:
     def __init__(self, bytes_max: int = TOGETHER_BYTES_MAX) -> None:
         self.bytes_max = bytes_max
         self.held_bytes = 0
+        self._held: dict[Owner, int] = {}
+
+    @property
+    def is_short(self) -> bool:
+        """Whether more than half of it is taken."""
+        return 2 * self.held_bytes > self.bytes_max
+
+    def take(self, owner: Owner, count: int) -> None:
+        """Take so many bytes. Raises a Refusal (OVERLOADED) if that is more than the user's share, and takes nothing."""
+        held = self._held.get(owner, 0) + count
+        if held + self.held_bytes + count > self.bytes_max:
+            raise Refusal(
+                Reason.OVERLOADED,
+                f"bodies that are read whole hold {self.held_bytes} bytes, and this user's would hold {held} of them",
+            )
+        self._held[owner] = held
+        self.held_bytes += count
+
+    def give_back(self, owner: Owner, count: int) -> None:
+        """Free so many bytes."""
+        self.held_bytes -= count
+        left = self._held.get(owner, 0) - count
+        if left > 0:
+            self._held[owner] = left
+        else:
+            self._held.pop(owner, None)
 
 
 class Collector:
-    """Takes a body in pieces; `wait` ends when it is whole, or nobody wants it any more."""
+    """Takes a body in pieces; `wait` ends when it is whole, or the exchange is over."""
 
-    def __init__(self, room: Room, announced_bytes: int = 0, too_much: Refusal | None = None) -> None:
-        """`too_much`: what is told of a body that is too large; raised if it is announced to be."""
+    def __init__(self, room: Room, owner: Owner, started_mono: float, too_much: Refusal | None = None) -> None:
+        """`too_much`: the refusal of a body that is too large."""
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
-        if announced_bytes > WHOLE_BYTES_MAX:
-            raise self._too_much
         self._content = bytearray()
         self._room = room
+        self._owner = owner
         self._held_bytes = 0
+        self._started_mono = started_mono
+        self._arrived: deque[tuple[float, int]] = deque([(started_mono, 0)])
         self._is_over = asyncio.get_running_loop().create_future()
+
+    def expect(self, announced_bytes: int) -> None:
+        """Raises a Refusal if the body is announced to be too large."""
+        if announced_bytes > WHOLE_BYTES_MAX:
+            raise self._too_much
 
     def take(self, content: bytes) -> None:
         """The next piece. Raises a Refusal if it becomes too much."""
+        if self._held_bytes + len(content) > WHOLE_BYTES_MAX:
+            raise self._too_much
+        self._room.take(self._owner, len(content))
         self._content += content
         self._held_bytes += len(content)
-        self._room.held_bytes += len(content)
-        if self._held_bytes > WHOLE_BYTES_MAX:
-            raise self._too_much
-        if self._room.held_bytes > self._room.bytes_max:
-            raise Refusal(Reason.OVERLOADED, f"bodies that are read whole hold {self._room.held_bytes} bytes")
+
+    def is_slow(self, now: float) -> bool:
+        """Whether the body that is still arriving comes too slowly. To be called about every half second."""
+        if self._is_over.done():
+            return False
+        arrived = self._arrived
+        arrived.append((now, self._held_bytes))
+        while len(arrived) > 1 and arrived[1][0] <= now - PACE_SECONDS:
+            arrived.popleft()
+        if self._held_bytes < SMALL_BYTES:
+            return now - self._started_mono > SMALL_SECONDS
+        since, before = arrived[0]
+        seconds = now - since
+        pace = SHORT_PACE_BYTES_PER_SECOND if self._room.is_short else PACE_BYTES_PER_SECOND
+        return seconds >= PACE_SECONDS and self._held_bytes - before < pace * seconds
 
     def whole(self) -> bytes:
         """The body. It takes its room until `leave`."""
@@ -53,9 +118,10 @@ class Collector:
         return content
 
     def leave(self) -> None:
-        """The exchange is over."""
-        self._room.held_bytes -= self._held_bytes
-        self._held_bytes = 0
+        """The body is not held any more: it is on its way upstream, or the exchange is over."""
+        if self._held_bytes:
+            self._room.give_back(self._owner, self._held_bytes)
+            self._held_bytes = 0
         self._content = bytearray()
         self._end()
 

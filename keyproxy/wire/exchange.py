@@ -13,6 +13,8 @@ and then dawdles holds no upstream connection, and a body that is malformed from
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from keyproxy import headers
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
 _PENDING_BYTES_MAX: Final = 65_536
+
+#: A body that is longer is written after the head, not joined to it: that would be a copy. One that was collected is
+#: written in portions, other work going on between them: TLS would encrypt 32 MiB for a tenth of a second.
+_JOINED_BYTES_MAX: Final = 65_536
+_PORTION_BYTES: Final = 262_144
 
 #: The status that is recorded where the client left before there was one. As nginx does.
 _CLIENT_GONE_STATUS: Final = 499
@@ -48,6 +55,10 @@ class Exchange(Answering):
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
+    #: A long body, how much of it is written, and whether more of it will be written in the loop's next turn.
+    _long_body: bytes = b""
+    _written_bytes: int = 0
+    _will_write: bool = False
 
     # -- what the gateway decides
 
@@ -65,16 +76,29 @@ class Exchange(Answering):
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
         head = self.head
-        if self.is_complete or self.is_over or head is None:
+        identity = self.identity
+        if self.is_complete or self.is_over or head is None or identity is None:
             return
-        collector = self._collector = Collector(self._server.room, head.content_length, otherwise)
+        owner = (identity.tenant_id, identity.user_id)
+        collector = self._collector = Collector(self._server.room, owner, self._server.clock(), otherwise)
+        collector.expect(head.content_length)
         collector.take(self.body)
+        self.body = b""
         if head.fields.expects_continue and not self.bytes_in:
             self._client.send(answers.CONTINUE)
         self._client.resume()
         since = self._server.clock()
         await collector.wait()
         self.body_wait_seconds += self._server.clock() - since
+
+    async def in_turns(self, advance: Callable[[], bool]) -> None:
+        """Call this until it returns True or the exchange is over, and let other work go on between two calls."""
+        while not self.is_over:
+            async with self._server.turns:
+                if self.is_over or advance():
+                    return
+                # The turn is kept until everything else has had one.
+                await asyncio.sleep(0)
 
     def extend(self, permit: Permit) -> None:
         """Go on with a permit that holds more."""
@@ -117,6 +141,11 @@ class Exchange(Answering):
             if self.is_complete:
                 self.body = collector.whole()
 
+    def check_pace(self) -> None:
+        """Refuse a request whose body is waited for and hardly arrives."""
+        if self._collector is not None and self._collector.is_slow(self._server.clock()):
+            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "a body that has to be read whole came too slowly"))
+
     def client_gone(self) -> None:
         """The client connection is lost: whatever is under way upstream is ended."""
         if not self.is_over:
@@ -148,6 +177,10 @@ class Exchange(Answering):
 
     def resume_request(self) -> None:
         """The upstream reads again."""
+        if self._long_body:
+            self._write_soon()
+        elif self._collector is not None:
+            self._collector.leave()
         if not self.is_complete:
             self._client.resume()
 
@@ -162,16 +195,25 @@ class Exchange(Answering):
         data = headers.dress(
             head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
-        if self.body:
-            data += self._framed(self.body)
-            self.body = b""
-        elif head.fields.is_chunked:
-            data += self._framed(b"")
+        body, self.body = self.body, b""
+        if len(body) <= _JOINED_BYTES_MAX:
+            if body or head.fields.is_chunked:
+                data += self._framed(body)
+            body = b""
         now = self.sent_mono = self._server.clock()
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
-        upstream.begin(self, data, head.line.method, self.sent_mono, is_last=self.is_complete)
+        upstream.begin(self, data, head.line.method, now, is_last=self.is_complete and not body)
+        if body and self.is_complete:
+            if head.fields.is_chunked:
+                upstream.send(b"%x\r\n" % len(body), is_last=False)
+            self._long_body = body
+            self._write_on()
+        elif body:
+            upstream.send(self._framed(body), is_last=False)
+        elif self._collector is not None and not upstream.is_full:
+            self._collector.leave()
         if not self.is_complete:
             self._client.resume()
 
@@ -228,6 +270,29 @@ class Exchange(Answering):
             and not head.has_body
         )
 
+    def _write_soon(self) -> None:
+        if not self._will_write:
+            self._will_write = True
+            self._server.loop.call_soon(self._write_on)
+
+    def _write_on(self) -> None:
+        """Write the next portion of a long body. If the upstream is full, `resume_request` goes on with it."""
+        self._will_write = False
+        upstream, head, body = self._upstream, self.head, self._long_body
+        if upstream is None or head is None or not body or upstream.is_full:
+            return
+        begin = self._written_bytes
+        end = self._written_bytes = begin + _PORTION_BYTES
+        portion = body[begin:end]
+        if end < len(body):
+            upstream.send(portion, is_last=False)
+            self._write_soon()
+            return
+        self._long_body = b""
+        upstream.send(portion + b"\r\n" + LAST_CHUNK if head.fields.is_chunked else portion, is_last=True)
+        if self._collector is not None and not upstream.is_full:
+            self._collector.leave()
+
     def _framed(self, content: bytes) -> bytes:
         if self.head is None or not self.head.fields.is_chunked:
             return content
@@ -248,8 +313,11 @@ class Exchange(Answering):
             if self.is_tunnel:
                 upstream.finish(now)
             else:
-                upstream.exchange_over(now, is_clean=was_answered and self.is_complete)
-        self.body = b""
+                # An answer may be whole before its request is: what is not written would begin the next one.
+                is_clean = was_answered and self.is_complete and not self._long_body
+                upstream.exchange_over(now, is_clean=is_clean)
+        self.body = self._long_body = b""
+        self.reading = None
         if self._collector is not None:
             self._collector.leave()
         if self.permit is not None:

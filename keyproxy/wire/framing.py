@@ -30,6 +30,8 @@ _QUOTED: Final = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80
 _SIZE_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*)" % (_TOKEN, _TOKEN, _QUOTED)
 )
+#: The beginning of a chunk that has content and no extension.
+_PLAIN_CHUNK = re.compile(rb"0{0,8}([1-9A-Fa-f][0-9A-Fa-f]{0,6})\r\n")
 _TRAILER = re.compile(rb"(%b):[\t \x21-\x7e\x80-\xff]*" % _TOKEN)
 
 
@@ -129,14 +131,29 @@ class ChunkedBody:
         # An offset moves through the buffer: cutting it after each of many small chunks would be quadratic.
         self._at = 0
         content: list[bytes] = []
+        self._read_plain(content)
         while not self.is_complete and self._read(content):
-            pass
+            self._read_plain(content)
         left = self._buffer[self._at :]
         self._buffer = b"" if self.is_complete else left
         return content[0] if len(content) == 1 else b"".join(content), left if self.is_complete else b""
 
     def ends_with_connection(self) -> bool:
         return self.is_complete
+
+    def _read_plain(self, content: list[bytes]) -> None:
+        """Read whole chunks without extensions: a body of single bytes has ten thousands of them in one piece."""
+        if self._read != self._read_size:
+            return
+        buffer, at = self._buffer, self._at
+        while match := _PLAIN_CHUNK.match(buffer, at):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if not buffer.startswith(_CRLF, end):
+                break
+            content.append(buffer[start:end])
+            at = end + 2
+        self._at = at
 
     def _line(self, bytes_max: int) -> bytes | None:
         """The next line without its CRLF; None if it has not arrived whole."""

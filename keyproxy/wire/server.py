@@ -73,6 +73,8 @@ class ProxyServer:
         self.is_draining = False
         #: For bodies that are read whole.
         self.room = Room()
+        #: For work on requests that takes long: whose turn it is.
+        self.turns = asyncio.Lock()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
         self._listener: Listener | None = None

@@ -185,6 +185,11 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self.abort()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the upstream does not read as fast as the request is written."""
+        return self._is_full
+
     def give_way(self, now: float, patience_seconds: float) -> None:
         """Others wait for a connection: end this exchange if all that holds it up is a client that hardly sends."""
         exchange = self._exchange

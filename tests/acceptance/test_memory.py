@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import json
+import time
 from pathlib import Path
 
+import pytest
+
 from tests.acceptance.conftest import Configure, Site
-from tests.rawhttp import Answering, Message
+from tests.rawhttp import Answering, Client, Message
 from tests.wire.conftest import request
 
 _CHUNK = bytes(65_536)
@@ -16,6 +21,10 @@ _MIB = 1 << 20
 #: Beside what a process of Python needs anyhow: buffers of the loop, garbage that waits to be collected.
 _GROWTH_BYTES_MAX = 24 * _MIB
 _IDLE_BYTES_MAX = 40 * 1024
+
+
+_CHAT = "/v1/chat/completions"
+_ROUTES = [{"match": f"POST {_CHAT}", "tokens": "openai"}, {"match": "* /{rest...}"}]
 
 
 def _peak_bytes(pid: int) -> int:
@@ -81,3 +90,114 @@ def _slow_both_ways(count: int) -> Answering:
         return True
 
     return answer
+
+
+def _hostile(size: int) -> dict[str, bytes]:
+    """Long documents: a parser makes 35 times as much of the first, and four times as much of the last."""
+    return {
+        "empty arrays": b'{"max_tokens":5,"messages":[%b1]}' % (b'{"a":[]},' * (size // 9)),
+        "members": b'{"max_tokens":5,%b"b":1}' % (b'"a":1,' * (size // 6)),
+        "stream": b'{"max_tokens":5,"stream":true,"messages":["%b"]}' % (b"a" * size),
+        "emoji": b'{"max_tokens":5,"messages":["%b"]}' % ("a" * 99 + "\U0001f600" * (size // 4)).encode(),
+    }
+
+
+@pytest.mark.parametrize("name", _hostile(0))
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+async def test_a_long_body_that_is_read_takes_no_more_than_three_times_its_size(
+    configure: Configure, dsn: str, name: str, coding: str
+) -> None:
+    site = configure(dsn, routes=_ROUTES)
+    secret = (await site.key())["secret"].encode()
+    body = _hostile(31_000_000)[name]
+    raw = gzip.compress(body, 9) if coding == "gzip" else body
+    async with site.serving() as process:
+        async with site.client() as client:
+            await client.send(request("POST", _CHAT, "Content-Type: application/json", key=secret, body=b"{}"))
+            assert (await client.answer()).status == 200
+        before = _peak_bytes(process.pid)
+        async with site.client() as client:
+            lines = ("Content-Type: application/json", f"Content-Encoding: {coding}")
+            await client.send(request("POST", _CHAT, *lines, key=secret, body=raw))
+            answer = await client.answer(seconds=60)
+        grown = _peak_bytes(process.pid) - before
+        print(f"{name}, {coding}: {len(raw)} bytes of {len(body)}; {answer.status}; grew by {grown / _MIB:.1f} MiB")
+        assert grown < 3 * len(raw) + 4 * _MIB
+        if answer.status != 200:
+            assert json.loads(answer.body)["code"] == "body_too_large"
+        else:
+            assert len(site.upstream.requests[-1].body) >= len(raw)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5], ids=["at once", "when leases have gone back"])
+async def test_a_user_whose_quota_is_spent_is_refused_before_a_body_is_sent(
+    configure: Configure, dsn: str, seconds: float
+) -> None:
+    site = configure(dsn, routes=_ROUTES)
+    secret = (await site.key())["secret"].encode()
+    await site.told("plan", "set", "one", "--requests-per-day", "1")
+    await site.told("user", "set-plan", "u_42", "one")
+    raw = gzip.compress(_hostile(31_000_000)["empty arrays"])
+    lines = ("Content-Type: application/json", "Content-Encoding: gzip", f"Content-Length: {len(raw)}")
+    async with site.serving() as process:
+        async with site.client() as client:
+            await client.send(request("POST", _CHAT, lines[0], key=secret, body=b"{}"))
+            assert (await client.answer()).status == 200
+        before = _peak_bytes(process.pid)
+        await asyncio.sleep(seconds)
+        for expects, body in (("Expect: 100-continue", b""), ("X-None: 1", raw)):
+            async with site.client() as client:
+                await client.send(request("POST", _CHAT, *lines, expects, key=secret) + body)
+                refused = await client.answer()
+            assert (refused.status, json.loads(refused.body)["code"]) == (429, "quota_exhausted")
+        assert _peak_bytes(process.pid) - before < 4 * _MIB
+        assert len(site.upstream.requests) == 1
+
+
+async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(configure: Configure, dsn: str) -> None:
+    """Of a user whose quota is spent: its requests have keys, and may have been charged before."""
+    site = configure(dsn, routes=_ROUTES)
+    secret, other = [(await site.key(user))["secret"].encode() for user in ("u_42", "u_43")]
+    await site.told("plan", "set", "none", "--requests-per-day", "0")
+    await site.told("user", "set-plan", "u_42", "none")
+    size = 33_554_432
+    async with site.serving() as process, contextlib.AsyncExitStack() as stack:
+        before = _peak_bytes(process.pid)
+        slow = [await stack.enter_async_context(site.client()) for _ in range(8)]
+        for number, client in enumerate(slow):
+            line = (f"Idempotency-Key: {number}", f"Content-Length: {size}")
+            with contextlib.suppress(ConnectionError):
+                await client.send(request("POST", "/v1/ai/jobs", *line, key=secret))
+                for _ in range(size // len(_CHUNK) - 1):
+                    await client.send(_CHUNK)
+        begun = time.monotonic()
+        answers = [asyncio.ensure_future(_status_of(client)) for client in slow]
+        client = await stack.enter_async_context(site.client())
+        body = b'{"messages":["%b"]}' % (b"a" * 8_000_000)
+        await client.send(request("POST", _CHAT, "Content-Type: application/json", key=other, body=body))
+        status = (await client.answer(seconds=20)).status
+        print(f"another user's request: {status} after {time.monotonic() - begun:.1f} s")
+        assert status == 200
+        statuses = await asyncio.gather(*answers)
+        seconds = time.monotonic() - begun
+        grown = _peak_bytes(process.pid) - before
+        print(f"slow ones: {statuses} after {seconds:.1f} s; the process grew by {grown / _MIB:.0f} MiB")
+        # Of those that were refused while they sent some may have missed the answer.
+        assert statuses.count(408) in (3, 4)
+        assert set(statuses) <= {408, 503, 0}
+        assert seconds < 20
+        assert grown < 1.3 * 4 * size
+
+
+async def _status_of(client: Client) -> int:
+    """Of a client that sends a byte now and then; 0: the connection ended without an answer."""
+    answering = asyncio.ensure_future(client.answer(seconds=60))
+    while not answering.done():
+        await asyncio.wait([answering], timeout=1.0)
+        if not client.writer.transport.is_closing():
+            with contextlib.suppress(ConnectionError):
+                await client.send(b" ")
+    try:
+        return (await answering).status
+    except (AssertionError, ConnectionError):
+        return 0

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import _MET_MAX, MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, _met, ask_of
+from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
+from keyproxy.tokens.names import _MET_MAX, _met
+from keyproxy.tokens.reading import BodyReading
 from keyproxy.tokens.report import TOKENS_MAX
 from keyproxy.wire.readers import RequestReader
 
@@ -29,7 +31,22 @@ def head(block: bytes = JSON, path: bytes = b"/v1/chat/completions") -> RequestH
 
 
 def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenAsk:
-    return ask_of(kind, head(block, path), body, bytes_max=100_000)
+    return ask_of(kind, head(block, path), body) or read(body, block, kind=kind, path=path)
+
+
+def read(
+    body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions"
+) -> TokenAsk:  # fmt: skip
+    """The same for a body of any length, in portions. The new body is where `ask_of` has it."""
+    reading = BodyReading(kind, head(block, path), body, bytes_max=100_000)
+    while not reading.advance():
+        pass
+    assert reading.asked is not None
+    if reading.asked.hides_usage:
+        reading.asked.body = reading.body
+    else:
+        assert reading.body is body
+    return reading.asked
 
 
 def chat(**members: object) -> bytes:
@@ -79,6 +96,62 @@ def test_the_most_that_may_be_put_out_is_what_the_request_allows_for_all_it_asks
 @pytest.mark.parametrize("value", ["-1", "1.0", "1e3", '"5"', "true", "[5]", "{}", str(TOKENS_MAX + 1), "9" * 5000])
 def test_a_maximum_that_is_no_whole_number_is_refused(name: str, value: str) -> None:
     assert refused(b'{"model":"m","%b":%b}' % (name.encode(), value.encode())) is Reason.REQUEST_MALFORMED
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of"])
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("100.0", "has a fraction or an exponent"),
+        ("0.5", "has a fraction or an exponent"),
+        ("1e3", "has a fraction or an exponent"),
+        ('"100"', "is a string"),
+        ("true", "is true or false"),
+        ("false", "is true or false"),
+        ("-1", "is negative"),
+        ("-0.5", "is negative"),
+        ("-1e400", "is negative"),
+        (str(TOKENS_MAX + 1), "is too large"),
+        (str(2**63), "is too large"),
+        (str(2**64), "is too large"),
+        ("1e400", "is too large"),
+        ("9" * 1_000, "is too large"),
+        ("[100]", "is an array"),
+        ('{"value":100}', "is an object"),
+    ],
+)
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_maximum_that_is_no_whole_number_is_named_with_what_is_wrong_with_it(
+    name: str, value: str, fault: str, is_long: bool
+) -> None:
+    filler = "x" * 70_000 if is_long else "x"
+    with pytest.raises(Refusal) as caught:
+        ask(f'{{"model":"{filler}","{name}":{value}}}'.encode())
+    assert caught.value.field == name
+    assert caught.value.said == f"'{name}' {fault}; it must be a whole number from 0 to {TOKENS_MAX}."
+    assert value[:4] not in caught.value.said.replace(str(TOKENS_MAX), "") or value in ("true", "false")
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        (b'{"max_tokens":1,"max_tokens":9}', "max_tokens", "'max_tokens' is there twice."),
+        (b'{"stream_options":{"include_usage":true,"include_usage":true}}', "include_usage",
+         "'include_usage' is there twice."),
+        (b'{"stream":true,"messages":[],"stream_options":"x"}', "stream_options",
+         "'stream_options' is a string; it must be an object."),
+        (b'{"stream":true,"messages":[],"stream_options":[]}', "stream_options",
+         "'stream_options' is an array; it must be an object."),
+        (b'{"max_tokens":1', None,
+         "The body is not well-formed JSON in UTF-8: it breaks off or is wrong at character 15."),
+        (b'{"max_tokens":NaN}', None,
+         "The body is not well-formed JSON in UTF-8: it breaks off or is wrong at character 14."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_body_is_named(body: bytes, field: str | None, said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        ask(body)
+    assert (caught.value.field, caught.value.said, caught.value.is_said_alone) == (field, said, True)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +239,9 @@ def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
         b"Sec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     handshake = RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
-    assert ask_of(kind, handshake, b"", bytes_max=1).maximum is None
+    asked = ask_of(kind, handshake, b"")
+    assert asked is not None
+    assert asked.maximum is None
 
 
 def test_who_sends_ever_new_names_is_read_alike_and_fills_no_memory() -> None:

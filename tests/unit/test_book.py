@@ -122,6 +122,39 @@ def under(*plans: Plan, pools: tuple[Pool, ...] = (USER, TENANT, KEY)) -> Allowa
 # -- windows
 
 
+@pytest.mark.parametrize(
+    ("plan", "tokens"),
+    [
+        (Plan(requests_per_day=1), None),
+        (Plan(rate=0.1, burst=1), None),
+        (Plan(concurrency=1), None),
+        (Plan(tokens_per_day=5, tokens_per_request=5), TokenNeed(5, 5)),
+    ],
+)
+def test_a_limit_that_has_just_refused_is_known_to_refuse_whatever_a_request_needs(
+    fleet: Fleet, process: Process, plan: Plan, tokens: TokenNeed | None
+) -> None:
+    allowance, other = under(plan), under(plan, pools=(TENANT,))
+    assert not process.book.has_refused(allowance, process.now)
+    process.take(allowance, tokens)
+    assert not process.book.has_refused(allowance, process.now)
+    process.refused(allowance, None if tokens is None else TokenNeed(1, 1))
+    assert process.book.has_refused(allowance, process.now)
+    with pytest.raises(Refusal):
+        process.book.check(allowance, process.now, TokenNeed(1, 1))
+    assert not process.book.has_refused(other, process.now)
+    # The ledger is asked again after a while.
+    fleet.now += 11.0
+    assert not process.book.has_refused(allowance, process.now)
+
+
+def test_a_budget_that_was_too_small_for_one_request_is_not_known_to_refuse_others(process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100, tokens_per_request=200))
+    process.refused(allowance, TokenNeed(150, 150))
+    assert not process.book.has_refused(allowance, process.now)
+    assert process.take(allowance, TokenNeed(50, 50)).tokens == 50
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2, 7])
 def test_as_many_requests_pass_as_the_window_allows_and_not_one_more(
     fleet: Fleet, process: Process, limit: int

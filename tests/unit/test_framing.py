@@ -280,3 +280,15 @@ def test_many_small_chunks_cost_their_number_and_not_its_square() -> None:
     start = time.process_time()
     assert fed(chunked(), [wire]) == (b"a" * count, b"", True)
     assert time.process_time() - start < 15
+
+
+@pytest.mark.parametrize("piece", [b"1\r\na\r\n", b"0001\r\na\r\n", b"2\r\n\r\n\r\n"])
+def test_a_piece_of_tiny_chunks_does_not_take_long_to_read(piece: bytes) -> None:
+    number = 262_144 // len(piece)
+    body = ChunkedBody(lambda _: False)
+    begun = time.thread_time()
+    content, _ = body.feed(piece * number)
+    assert time.thread_time() - begun < 0.05
+    assert len(content) in (number, 2 * number)
+    assert body.feed(b"0\r\n\r\n") == (b"", b"")
+    assert body.is_complete

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from collections.abc import Iterable, Sequence
@@ -491,7 +493,7 @@ def test_what_is_broken_in_compression_costs_what_comes_after_it(raw: bytes, use
 
 def test_a_bomb_is_read_no_further_than_the_bound_and_in_little_memory() -> None:
     bomb = gzip.compress(b"{" + b" " * 50_000_000 + CHAT[1:], mtime=0)
-    assert len(bomb) * inflate.INFLATED_TIMES_MAX < 50_000_000
+    assert 2 * inflate.INFLATED_BYTES_MAX < 50_000_000
     meter = meter_for("openai", head(GZIPPED))
     tracemalloc.start()
     assert fed(meter, [bomb]) == bomb
@@ -504,3 +506,87 @@ def test_a_bomb_is_read_no_further_than_the_bound_and_in_little_memory() -> None
 def test_a_bomb_of_empty_members_is_read_no_further_than_the_bound() -> None:
     bomb = gzip.compress(b"", mtime=0) * 200 + gzip.compress(CHAT, mtime=0)
     assert use_of("openai", bomb, GZIPPED) is None
+
+
+# -- what reading costs
+
+_READ_BYTES = 262_144
+
+
+def filled(piece: bytes, before: bytes = b"", after: bytes = b"", size: int = 2 * _READ_BYTES) -> bytes:
+    return before + piece * ((size - len(before) - len(after)) // len(piece)) + after
+
+
+HARD = {
+    "usages": (JSON, filled(b'"usage":{},', b"{")),
+    "whole usages": (JSON, filled(b'"usage":{"prompt_tokens":1,"completion_tokens":1},', b"{")),
+    "usages elsewhere": (JSON, filled(b'"usage":', b'{"a":{')),
+    "usages without one": (JSON, filled(b'"usage":null,', b"{")),
+    "open usages": (JSON, filled(b'"usage":{"a":[', b"{")),
+    "texts": (JSON, filled(b'"a",', b'{"a":[')),
+    "quotes": (JSON, filled(b'"', b'{"a":')),
+    "keys within texts": (JSON, filled(b'"\\"usage\\":",', b'{"a":[')),
+    "a short document": (JSON, filled(b'{"a":[]},', b'{"usage":[', b"1]}", size=65_000)),
+    "empty events": (EVENTS, filled(b"\n\n")),
+    "events that end in CR": (EVENTS, filled(b"data: x\r\r", b"data: {}\n\n", b'"usage":{}')),
+    "events with a usage": (EVENTS, filled(b'data: {"usage":{"prompt_tokens":1}}\n\n', b"data: {}\n\n")),
+    "events with a usage that end in CR": (EVENTS, filled(b'data: {"usage":{}}\r\r', b"data: {}\n\n")),
+    "texts of a stream": (EVENTS, filled(b'"content":"a"', b"data: {}\n\n", b"\n\n")),
+    "a long event": (EVENTS, filled(b'{"a":[]},', b'data: {}\n\ndata: {"usage":[', b"1]}\n\n", size=1_000_000)),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_no_answer_takes_long_to_read_and_all_of_it_goes_on(name: str, is_packed: bool) -> None:
+    block, body = HARD[name]
+    raw = gzip.compress(body * 8, 1) if is_packed else body
+    meter = meter_for("openai", head(block + b"Content-Encoding: gzip\r\n" * is_packed))
+    longest, out = 0.0, []
+    gc.collect()
+    gc.freeze()  # as in a running proxy: what the tests have made is not looked through meanwhile
+    # As much as is read from a socket at once.
+    for place in range(0, len(raw) + _READ_BYTES, _READ_BYTES):
+        piece = raw[place : place + _READ_BYTES]
+        # Of this thread: other work on the machine does not count.
+        begun = time.thread_time()
+        out.append(meter.feed(piece) if piece else meter.finish())
+        longest = max(longest, time.thread_time() - begun)
+    gc.unfreeze()
+    assert longest < 0.05
+    assert b"".join(out) == raw
+
+
+def test_a_document_with_too_many_usages_or_keys_has_not_said_what_was_used() -> None:
+    usage = b'"usage":{"prompt_tokens":1,"completion_tokens":1}'
+    for count, use in ((100, TokenUse(1, 1)), (300, None)):
+        assert use_of("openai", b"{%b%b}" % (b'"a":"%b",' % (b"x" * 70_000), b",".join([usage] * count))) == use
+    nested = b'{"a":{%b"b":1},%b}' % (b'"usage":1,' * 9_000, usage)
+    assert use_of("openai", nested) is None
+
+
+def test_a_stream_with_too_many_events_in_one_piece_is_charged_by_its_bytes_and_read_on_after_it() -> None:
+    meter = meter_for("openai", head(EVENTS), hides_usage=True)
+    piece = delta("a") + b'data: {"usage":{}}\n\n' * 4_000
+    assert meter.feed(piece) == piece
+    assert meter.produced_bound > len(piece) // 2
+    assert meter.feed(b"\n\n" + USAGE_CHUNK) == b"\n\n"
+    assert meter.use == TokenUse(11, 2)
+
+
+def test_a_compressed_answer_that_comes_faster_than_it_is_read_is_read_later() -> None:
+    words = b"".join(b'"%d words and numbers",' % number for number in range(20_000))
+    body = b'{"a":[%b1],"usage":{"prompt_tokens":11,"completion_tokens":5}}' % words
+    assert inflate.INFLATED_BYTES_MAX < len(body) < 2 * inflate.INFLATED_BYTES_MAX
+    assert use_of("openai", gzip.compress(body), GZIPPED) == TokenUse(11, 5)
+
+
+@given(st.text("\r\nd:", max_size=60).map(str.encode), st.lists(st.integers(0, 60), max_size=9), st.booleans())
+def test_what_passes_unread_goes_on_once_whatever_the_pieces(raw: bytes, places: list[int], has_begun: bool) -> None:
+    body = (b"data: {}\n\n" if has_begun else b"") + raw
+    meter = meter_for("openai", head(EVENTS))
+    before, stream._EVENTS_MAX = stream._EVENTS_MAX, 2  # type: ignore[misc]
+    try:
+        assert fed(meter, cut_at(body, places)) == body
+    finally:
+        stream._EVENTS_MAX = before  # type: ignore[misc]

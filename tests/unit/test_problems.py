@@ -43,6 +43,18 @@ def test_a_problem_says_what_the_contract_says(reason: Reason) -> None:
     }
 
 
+@each_shape
+def test_a_refusal_in_words_of_its_own_names_the_member_at_fault(shape: str) -> None:
+    refusal = Refusal(
+        Reason.REQUEST_MALFORMED, said="'max_tokens' is a string.", is_said_alone=True, field="max_tokens"
+    )
+    content = json.loads(Problems().answer(refusal, "r-1", shape).body)
+    error = content if shape == "problem" else content["error"]
+    assert error["code"] == "request_malformed"
+    assert error["detail" if shape == "problem" else "message"] == "'max_tokens' is a string."
+    assert error.get("param") == ("max_tokens" if shape == "openai" else None)
+
+
 @each_reason
 @each_shape
 def test_every_shape_has_the_code_and_never_what_is_for_our_log(reason: Reason, shape: str) -> None:

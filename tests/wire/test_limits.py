@@ -454,3 +454,19 @@ async def test_a_stream_that_cannot_be_extended_for_a_defect_is_cut_and_not_held
     assert wire.recorder.seen[-1].reason is Reason.INTERNAL_ERROR
     assert [was_sent for _, was_sent, _ in wire.ledger.settled] == [True]
     assert "a defect" in caplog.text
+
+
+@pytest.mark.parametrize("shape", ["problem", "openai", "anthropic"])
+async def test_a_fault_in_a_request_s_json_is_named_in_every_shape(start: Start, shape: str) -> None:
+    wire = await start(routes=routes(shape))
+    async with wire.client() as client:
+        await client.send(chat(max_tokens=100.0))
+        refused = await client.answer()
+    content = json.loads(refused.body)
+    error = content if shape == "problem" else content["error"]
+    assert (refused.status, error["code"]) == (400, "request_malformed")
+    text = error["detail" if shape == "problem" else "message"]
+    assert text.startswith("'max_tokens' has a fraction or an exponent; it must be a whole number")
+    assert "HTTP" not in text
+    if shape == "openai":
+        assert error["param"] == "max_tokens"

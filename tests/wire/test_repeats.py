@@ -244,7 +244,7 @@ async def test_bodies_that_are_read_whole_have_so_much_room_together_and_leave_i
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job()) == [200]
     room = wire.server.room
-    room.bytes_max = 300_000
+    room.bytes_max = 400_000
     head = request("POST", "/v1/ai/jobs", KEY, "Content-Length: 200000")
     async with wire.client() as first, wire.client() as second:
         await first.send(head + b"x" * 150_000)
