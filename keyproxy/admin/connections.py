@@ -20,6 +20,8 @@ from keyproxy import clock
 from keyproxy.admin.problems import Problem, Refused, body
 from keyproxy.ops import Unreadable
 from keyproxy.wire.answers import DateField
+from keyproxy.wire.handshake import Accepted
+from keyproxy.wire.listener import Listener
 
 _http_log = logging.getLogger("keyproxy.admin.http")
 _http_log.addFilter(Unreadable())
@@ -41,6 +43,13 @@ class Bounds(NamedTuple):
 BOUNDS: Final = Bounds()
 
 
+#: The response to a request that came without TLS to a port that speaks it.
+_WITHOUT_TLS: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 47\r\n"
+    b"Connection: close\r\n\r\nThis port speaks TLS. Use https:// in the URL.\n"
+)
+
+
 class Connections:
     """See the module. Takes connections for one server of aiohttp."""
 
@@ -48,21 +57,36 @@ class Connections:
         self._server = server
         self._bounds = bounds
         self._loop = asyncio.get_running_loop()
-        self._listening: asyncio.Server | None = None
+        self._listening: Listener | None = None
+        self._tls: ssl.SSLContext | None = None
         self.open: set[_Connection] = set()
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Accept on a bound socket."""
-        self._listening = await self._loop.create_server(
-            self._accepted, sock=sock, ssl=tls,
-            ssl_handshake_timeout=None if tls is None else self._bounds.handshake_seconds,
-        )  # fmt: skip
+        self._tls = tls
+        self._listening = Listener(sock, self._loop, open_=self._open, has_room=self._has_room)
+        self._listening.start()
 
     def stop(self) -> None:
         """Accept no more. What is open stays so."""
         if self._listening is not None:
-            self._listening.close()
+            self._listening.stop()
             self._listening = None
+
+    async def _open(self, sock: socket.socket) -> None:
+        """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
+        accepted, seconds = None, None
+        if self._tls is not None:
+            accepted, seconds = Accepted(sock, lambda: _WITHOUT_TLS), self._bounds.handshake_seconds
+            accepted.open()
+        try:
+            await self._loop.connect_accepted_socket(self._accepted, sock, ssl=self._tls, ssl_handshake_timeout=seconds)
+        except OSError:
+            if accepted is not None:
+                await accepted.close(self._loop)
+
+    def _has_room(self) -> bool:
+        return self._listening is None or self._listening.opening() < self._bounds.connections_max
 
     def _accepted(self) -> asyncio.Protocol:
         # Full: who comes is told so and turned away, and who is there is not disturbed.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+import trustme
+from aiohttp import web
 
-from keyproxy.admin.connections import Bounds
+from keyproxy.admin.connections import Bounds, Connections
 from keyproxy.store.database import Database
 from keyproxy.store.directory import KeyWish
+from keyproxy.wire.tls import server_context
 from tests.admin.conftest import FILE_TOKEN, Api, serving
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -95,3 +101,32 @@ async def test_who_asks_and_does_not_read_the_answer_is_cut_off_in_bounded_time(
                 await asyncio.sleep(0.02)
         assert 0 < len(api.log) < 60
         assert (await api.call("GET", "/livez")).status == 200
+
+
+async def test_a_client_that_speaks_no_tls_learns_that_it_should(tmp_path: Path) -> None:
+    async def ok(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text="ok")
+
+    file, authority = tmp_path / "server.pem", trustme.CA()
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(file))
+    connections = Connections(web.Server(ok), Bounds())
+    sock = socket.create_server(("127.0.0.1", 0))
+    host, port = sock.getsockname()
+    await connections.start(sock, server_context(str(file), ""))
+    try:
+        for sent, told in ((LIVE, b"HTTP/1.1 400 "), (b"\x16\x03\x01\x00\x05hello", b"\x15\x03")):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(sent)
+            async with asyncio.timeout(5):
+                got = await reader.read()
+            writer.close()
+            assert got.startswith(told)
+            assert (b"This port speaks TLS" in got) == (sent == LIVE)
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        reader, writer = await asyncio.open_connection(host, port, ssl=trusting)
+        writer.write(LIVE)
+        assert (await _answer(reader)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+    finally:
+        connections.stop()
