@@ -356,7 +356,7 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held, state.forfeited) == (1, 0, 0)
 
-    async def test_a_holder_that_rests_or_is_not_stored_and_was_granted_units_is_told_that_it_has_ended(
+    async def test_a_holder_that_rests_or_is_not_stored_and_claims_units_has_ended(
         self, ledger_stage: LedgerStage
     ) -> None:
         ledger = ledger_stage.ledger

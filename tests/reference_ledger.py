@@ -15,8 +15,8 @@ from keyproxy.limits.messages import CONCURRENCY, Line, Reply, Window
 
 _WANTED_SECONDS = 2.0
 
-#: For so long a ledger that lost history hears of leases from holders that rest, or that it does not know.
-_HEARD_SECONDS = 86_400.0
+#: For so long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
+_CLAIMED_SECONDS = 86_400.0
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ReferenceLedger:
         if known is None or known.rests:
             # What it was granted is not there any more: it was charged when the holder ended. Or it is in lost history.
             claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
-            if claims and now >= self.lost_at + _HEARD_SECONDS:
+            if claims and now >= self.lost_at + _CLAIMED_SECONDS:
                 return None
         known = self.holders.setdefault(holder, Holder(0, 0.0))
         if known.has_ended:

@@ -13,7 +13,7 @@ _NAMES = {"reap", "holders", "changes", "usage", "windows", "claims"}
 
 
 @pytest.mark.parametrize(
-    ("function", "work", "check", "said"),
+    ("function", "work", "check", "reason"),
     [
         ("reap_holders()", "reap", "ledger", "cannot end holders that have died"),
         ("forget_holders(int)", "holders", "housekeeping", "cannot delete holders that ended long ago"),
@@ -21,7 +21,7 @@ _NAMES = {"reap", "holders", "changes", "usage", "windows", "claims"}
     ],
 )
 async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and_in_a_metric(
-    configure: Configure, dsn: str, function: str, work: str, check: str, said: str
+    configure: Configure, dsn: str, function: str, work: str, check: str, reason: str
 ) -> None:
     site = configure(dsn, ledger={"lease_seconds": 1.0})
     sql = await asyncpg.connect(dsn)
@@ -32,7 +32,7 @@ async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and
         status, page = await site.ops("/readyz")
         assert status in (200, 503)
         found = json.loads(page)["checks"][check]
-        assert said in found.get("reason", said)
+        assert reason in found.get("reason", reason)
         return str(found["status"])
 
     async def is_degraded() -> bool:
@@ -49,5 +49,5 @@ async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and
         await until(is_well, seconds=30.0)
     await sql.close()
     log = b"".join(site.printed).decode()
-    assert log.count(said) == 1
+    assert log.count(reason) == 1
     assert "recovered, and continues to" in log

@@ -126,7 +126,7 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
     for first in range(1, count, 500):
         await ledger.sync("dead", first, [line(n, window(owner=f"u_{n}"), want=2) for n in range(first, first + 500)])
     assert await ledger.reap()
-    # What is not charged yet stays held, and the holder is not heard any more.
+    # What is not charged yet stays held, and no message of the holder is accepted any more.
     assert await _sums(sql) == (2_000, 3_000, 2_000)
     assert await patient.sync("dead", count, [line(count, window(owner=f"u_{count}"), granted=2, used=1)]) is None
     await sql.execute("UPDATE keyproxy.lease_holders SET ended_at = now() - interval '2 days'")
@@ -139,7 +139,7 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
 
 
 @pytest.mark.parametrize("column", ["table_oid = 1", "timeline = '0000000A'"])
-async def test_a_database_that_was_restored_hears_for_a_day_of_leases_that_it_does_not_know(
+async def test_a_database_that_was_restored_accepts_for_a_day_claims_of_leases_that_it_does_not_have(
     database: Database, sql: Sql, column: str
 ) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
@@ -191,9 +191,9 @@ async def test_a_window_that_is_deleted_while_a_message_waits_for_it_is_made_aga
     await ledger.sync("a", 2, [line(1, slots, granted=1, returned=1, is_closing=True)])
     async with sql.transaction():
         await sql.execute("DELETE FROM keyproxy.windows")
-        told = asyncio.create_task(ledger.sync("a", 3, [line(2, slots, want=1), line(3, want=1)]))
+        sending = asyncio.create_task(ledger.sync("a", 3, [line(2, slots, want=1), line(3, want=1)]))
         await until_blocked(sql, "sync_leases")
-    replies = await told
+    replies = await sending
     assert replies is not None
     assert {reply.lease: reply.granted for reply in replies} == {2: 1, 3: 1}
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.windows") == 2

@@ -4,12 +4,12 @@
 -- Holders that hold nothing rest instead of ending, and rows of ended holders are deleted after a day.
 --
 --   ended_at  is_resting  is_ending
---   null      false       false       speaks, or its time is over and no proxy has looked yet
---   set       true        false       rests: it held nothing when its time was over. Its next message makes it speak again.
+--   null      false       false       active, or its time is over and no proxy has looked yet
+--   set       true        false       rests: it held nothing when its time was over. Its next message makes it active again.
 --   set       false       true        ended, and leases of it are still to be charged, a portion at a time
 --   set       false       false       ended for good
 --
--- A process that is idle now and then stays one holder, so the table has a row for each process that spoke within the last
+-- A process that is idle now and then stays one holder, so the table has a row for each process that was active in the last
 -- day, and for each time in that day that one was cut off while it held something.
 ALTER TABLE keyproxy.lease_holders
     ADD COLUMN is_resting boolean NOT NULL DEFAULT false,
@@ -25,7 +25,7 @@ ALTER TABLE keyproxy.ledger_history
     ADD COLUMN changed_at timestamptz NOT NULL DEFAULT '-infinity';
 COMMENT ON COLUMN keyproxy.ledger_history.table_oid IS 'of lease_holders when the last message was processed; null: none yet';
 COMMENT ON COLUMN keyproxy.ledger_history.changed_at IS
-    'when history was last found to be another: for a day, holders that rest or are not stored may tell of leases they were granted';
+    'when history was last found to be another: for a day, holders that rest or are not stored may claim leases';
 -- A dump that is restored and migrated is one whose rows may be missing.
 UPDATE keyproxy.ledger_history SET changed_at = clock_timestamp() WHERE timeline <> '';
 
@@ -385,8 +385,8 @@ END
 $$;
 
 -- Windows that are no calendar window, rates and concurrency, which nothing else deletes: those of users and keys that are
--- gone would stay for ever. After the id `after`, `portion` are looked at, and those deleted that are as new and in nobody's
--- use; the next message makes them again. Where to go on; null: that was the last of them.
+-- gone would stay for ever. After the id `after`, `portion` are looked at, and those deleted that are as new and not
+-- in use; the next message makes them again. Where to go on; null: that was the last of them.
 CREATE INDEX windows_timeless ON keyproxy.windows (id) WHERE starts = 0;
 CREATE FUNCTION keyproxy.forget_windows(after bigint, portion int, OUT next bigint, OUT gone bigint)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
