@@ -13,6 +13,7 @@ import pytest
 from keyproxy.keyformat import KeyFormat
 from keyproxy.limits.messages import Line, Pool, Window
 from keyproxy.store.connecting import Target
+from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.directory import Actor, Directory, KeyFilter, KeyWish
 from keyproxy.store.ledger_postgres import PostgresLedger
 from tests.store.conftest import MakePooler
@@ -148,6 +149,21 @@ async def test_a_server_that_has_become_read_only_for_the_database_is_not_writte
     connection = await target.connect(command_seconds=1.0)
     await connection.close()
     await admin.close()
+
+
+async def test_behind_a_pooler_a_read_only_database_is_not_trusted_either(
+    make_pooler: MakePooler, dsn: str, sql: Sql
+) -> None:
+    await _alter(sql, "SET default_transaction_read_only = on")
+    try:
+        pooler = await make_pooler(2)
+        async with opened(pooler.dsn) as door:
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable, match="read-only"):
+                    await door.fetch("tenants", "", 1)
+            assert door.moves >= 1
+    finally:
+        await _alter_back(sql)
 
 
 async def _alter_back(sql: Sql) -> None:
