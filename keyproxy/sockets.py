@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import socket
 import stat
+import termios
 from pathlib import Path
 
 
@@ -25,6 +28,20 @@ def told(sock: socket.socket) -> str:
     if isinstance(name, str):
         return f"unix:{name}"
     return f"[{name[0]}]:{name[1]}" if sock.family == socket.AF_INET6 else f"{name[0]}:{name[1]}"
+
+
+def untaken_bytes(fd: int) -> int:
+    """How much of what was written to a socket its peer has not taken; 0 where that cannot be found out.
+
+    Of TCP what the peer has not acknowledged, of a unix socket the memory that is held for what it has not read.
+    """
+    held = array.array("i", [0])
+    try:
+        # SIOCOUTQ, which has the number of TIOCOUTQ.
+        fcntl.ioctl(fd, termios.TIOCOUTQ, held, True)
+    except OSError:
+        return 0
+    return held[0]
 
 
 def _bind_tcp(address: str) -> socket.socket:
