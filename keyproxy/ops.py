@@ -21,7 +21,15 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from keyproxy.connections import Bounds, Connections
+
 _CHECK_SECONDS: Final = 3.0
+
+#: More than probes and scrapers need. Without a bound, clients that connect and say nothing would take the file
+#: descriptors of the proxied port.
+_BOUNDS: Final = Bounds(connections_max=128, idle_seconds=75.0, unread_seconds=30.0)
+
+_FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class Verdict(enum.Enum):
@@ -57,12 +65,14 @@ class OpsListener:
 
     def __init__(
         self, *, checks: Callable[[], Awaitable[Mapping[str, Check]]], metrics: Callable[[], Awaitable[bytes]],
-        metrics_content_type: str,
+        metrics_content_type: str, bounds: Bounds = _BOUNDS,
     ) -> None:  # fmt: skip
         self._checks = checks
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
+        self._bounds = bounds
         self._runner: web.AppRunner | None = None
+        self._connections: Connections | None = None
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -78,10 +88,15 @@ class OpsListener:
             self.application(), access_log=None, handle_signals=False, shutdown_timeout=1.0, logger=_http_log
         )
         await self._runner.setup()
-        await web.SockSite(self._runner, sock).start()
+        if self._runner.server is None:
+            raise RuntimeError("the runner was set up and has no server")
+        self._connections = Connections(self._runner.server, self._bounds, full=_FULL, log=_http_log)
+        await self._connections.start(sock, None)
 
     async def close(self) -> None:
         """Serve no more."""
+        if self._connections is not None:
+            self._connections.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None

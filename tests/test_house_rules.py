@@ -44,6 +44,7 @@ RANKS = {
     "store": 8,
     "wire": 8,
     "gateway": 9,
+    "connections": 9,
     "ops": 10,
     "change": 11,
     "readings": 11,
@@ -75,7 +76,7 @@ IMPURE = {
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"admin", "crew", "demo", "ops"},
+    "aiohttp": {"admin", "connections", "crew", "demo", "ops"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},
@@ -97,7 +98,7 @@ STANDARD = {
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
     "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
-    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time", "tomllib", "types",
+    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "termios", "threading", "time", "tomllib", "types",
     "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 

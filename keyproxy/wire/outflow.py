@@ -70,15 +70,16 @@ class Outflow:
 
     def is_outstanding(self, transport: asyncio.WriteTransport | None) -> bool:
         """Whether the peer has not taken everything yet."""
-        return transport is not None and transport.get_write_buffer_size() + _kept_by_kernel(transport) > 0
+        return transport is not None and outstanding_bytes(transport) > 0
 
     def _taken(self, transport: asyncio.WriteTransport | None) -> int:
         if transport is None:
             return self._seen_bytes
-        return self.written_bytes - transport.get_write_buffer_size() - _kept_by_kernel(transport)
+        return self.written_bytes - outstanding_bytes(transport)
 
 
-def _kept_by_kernel(transport: asyncio.WriteTransport) -> int:
+def outstanding_bytes(transport: asyncio.WriteTransport) -> int:
+    """How much of what was written the peer has not taken: what the transport holds, and what the kernel holds."""
     sock = transport.get_extra_info("socket")
     fd = -1 if sock is None else int(sock.fileno())
-    return sockets.untaken_bytes(fd) if fd >= 0 else 0
+    return transport.get_write_buffer_size() + (sockets.untaken_bytes(fd) if fd >= 0 else 0)

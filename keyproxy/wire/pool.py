@@ -44,6 +44,8 @@ _TRUSTED_IDLE_SECONDS: Final = 0.1
 #: How often all connections are looked through, while exchanges wait, for one that can be had back.
 _LOOK_SECONDS: Final = 0.1
 
+_TOO_MANY: Final = "too many requests wait for an upstream connection"
+
 #: The part of the connections that tunnels may take, and for how long an exchange that had to wait is told of.
 _TUNNELS_DIVISOR: Final = 2
 _PRESSED_SECONDS: Final = 5.0
@@ -121,8 +123,8 @@ class UpstreamPool:
             if not pressure.make_room_for_tunnel(self._open, waiting, owner, now, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
                 return
-        if not self._turns.wait(owner, exchange, now):
-            exchange.upstream_lost(Refusal(Reason.OVERLOADED, "too many requests wait for an upstream connection"))
+        if not self._queue(exchange, owner, now):
+            exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
             return
         if exchange.asks_for_tunnel:
             self._tunnels_waiting.add(exchange)
@@ -241,6 +243,17 @@ class UpstreamPool:
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
     # -- lending
+
+    def _queue(self, exchange: Exchange, owner: Owner, now: float) -> bool:
+        """Have the exchange wait. If the queue is full of one user's, the last of those leaves. False: it is full."""
+        if self._turns.wait(owner, exchange, now):
+            return True
+        last = self._turns.last_of_most(owner)
+        if last is None:
+            return False
+        self.wait_no_more(last)
+        last.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
+        return self._turns.wait(owner, exchange, now)
 
     def _take_idle(self, now: float) -> UpstreamConnection | None:
         idle = self._idle

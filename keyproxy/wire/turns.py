@@ -45,8 +45,6 @@ class Turns(Generic[T]):
         self.places: Final = places
         self.spare: Final = max(1, places // _SPARE_DIVISOR)
         self.waiting_max: Final = places * _WAITING_PER_PLACE
-        #: No user waits with more requests than this, so that the others find the queue open.
-        self.waiting_per_user_max: Final = max(1, self.waiting_max // 2)
         self._held: dict[Owner, int] = {}
         self._total = 0
         self._spares_until = 0.0
@@ -87,10 +85,10 @@ class Turns(Generic[T]):
         return self._held.get(user, 0)
 
     def wait(self, user: Owner, one: T, now: float) -> bool:
-        """Queue what waits. False: the queue is full, for this user or for all."""
-        queue = self._queues.get(user)
-        if len(self._since) >= self.waiting_max or (queue is not None and len(queue) >= self.waiting_per_user_max):
+        """Queue what waits. False: the queue is full."""
+        if len(self._since) >= self.waiting_max:
             return False
+        queue = self._queues.get(user)
         if queue is None:
             queue = self._queues[user] = collections.OrderedDict()
         queue[one] = None
@@ -99,6 +97,16 @@ class Turns(Generic[T]):
         if self._total >= self.places and self._ranks[user] is Rank.BELOW_SHARE:
             self._spares_until = now + _SPARE_SECONDS
         return True
+
+    def last_of_most(self, user: Owner) -> T | None:
+        """What leaves a full queue for a request of this user: the last one of the user with the most in it.
+
+        None if this user would have as many.
+        """
+        most = max(self._queues, key=lambda one: len(self._queues[one]), default=None)
+        if most is None or len(self._queues[most]) <= len(self._queues.get(user, ())) + 1:
+            return None
+        return next(reversed(self._queues[most]))
 
     def leave(self, one: T) -> None:
         """It waits no more."""

@@ -282,6 +282,7 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
                       '"http://u:p@h"', '"http://h:x"', '"http://h:0"', '"http://h:65536"', '"unix:x"',
                       '"http://a b"', '"http://h\\nx"'],
      ['"http://h"', '"http://h/"', '"http://h:1"', '"http://[::1]:1"', '"unix:/a"']),
+    "upstream.connections_per_user_max": (["-1", "1.5"], ["0", "1"]),
     "upstream.test_url": (['"h"'], ['""', '"http://h"']),
     "store.dsn": (['""', '"mysql://h"', '"Embedded"'], ['"embedded"', '"postgres://h"', '"postgresql://h"']),
     "cache.stale_seconds": (["29.9"], ["30"]),

@@ -35,9 +35,8 @@ class Sharing(RuleBasedStateMachine):
             self.turns.take(user, self.now)
             return
         self.serial += 1
-        mine = sum(one == user for one in self.queue.values())
         is_queued = self.turns.wait(user, self.serial, self.now)
-        assert is_queued == (len(self.queue) < 16 * self.places and mine < max(1, 8 * self.places))
+        assert is_queued == (len(self.queue) < 16 * self.places)
         if is_queued:
             self.queue[self.serial] = user
 
@@ -143,6 +142,20 @@ def test_after_others_had_to_wait_a_place_is_spared_for_the_next_of_their_reques
     assert turns.may_take(other, 2.0)
     # Nobody else has come for a while: all places are the user's again.
     assert turns.next(20.0) == ("mine", one)
+
+
+def test_a_queue_that_is_full_of_one_user_s_requests_has_room_for_another_s() -> None:
+    turns: Turns[str] = Turns(1)
+    for number in range(16):
+        assert turns.wait(USERS[0], f"mine {number}", 0.0)
+    assert turns.last_of_most(USERS[0]) is None
+    for number in range(8):
+        assert not turns.wait(USERS[2], f"theirs {number}", 0.0)
+        last = turns.last_of_most(USERS[2])
+        assert last == f"mine {15 - number}"
+        turns.leave(last)
+        assert turns.wait(USERS[2], f"theirs {number}", 0.0)
+    assert turns.last_of_most(USERS[2]) is None
 
 
 def test_test_requests_of_a_user_do_not_count_as_its_live_ones() -> None:
