@@ -98,7 +98,8 @@ STANDARD = {
     "csv", "ctypes", "dataclasses", "datetime", "difflib", "enum", "errno", "fcntl", "functools", "gc", "getpass",
     "hashlib", "heapq", "hmac", "html", "http", "importlib", "io", "ipaddress", "itertools", "json", "logging", "math",
     "os", "pathlib", "platform", "pwd", "queue", "random", "re", "resource", "secrets", "select", "shutil", "signal",
-    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "termios", "threading", "time", "tomllib", "types",
+    "socket", "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "termios",
+    "threading", "time", "tomllib", "types",
     "typing", "urllib", "weakref", "zlib",
 }  # fmt: skip
 

@@ -220,7 +220,9 @@ class ProxyServer:
         """At the bound: end what has been quiet longest, if need be once it has had its moment."""
         waited_seconds = 0.0
         while self._places + len(self._handshakes) >= self.listen.connections_max and not self._evict(self.clock()):
-            if not self._quiet.is_soon or waited_seconds >= _PLACE_SECONDS_MAX:
+            # A handshake has its time too, and what is accepted in the same go is no connection yet.
+            is_soon = self._quiet.is_soon or bool(self._handshakes)
+            if not is_soon or waited_seconds >= _PLACE_SECONDS_MAX:
                 return
             await asyncio.sleep(SPARED_SECONDS)
             waited_seconds += SPARED_SECONDS

@@ -63,7 +63,7 @@ async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(dat
         for reader, writer in reversed(held):
             writer.write(LIVE)
             assert b" 200 " in await _answer(reader)
-        await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
         assert await _tried(api) == 200
         async with asyncio.timeout(10):
             assert await held[1][0].read() == b""
