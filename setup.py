@@ -21,8 +21,8 @@ ROOMS = (
     "tokens/meter", "tokens/names", "tokens/outline", "tokens/parts", "tokens/reading", "tokens/report", "tokens/scan",
     "tokens/stream",
     "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
-    "wire/heads", "wire/line", "wire/pool", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes",
-    "wire/upstream",
+    "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool", "wire/pressure", "wire/readers",
+    "wire/request_stream", "wire/server", "wire/shapes", "wire/turns", "wire/upstream",
 )  # fmt: skip
 
 

@@ -320,6 +320,10 @@ class Proxy:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
                 return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'cannot be reached'}")
+        held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
+        if any(held_up.values()):
+            # Others are served all the same, and another proxy has the same users.
+            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
         return Check(Verdict.OK)
 
     async def _check_proxy(self) -> Check:

@@ -20,6 +20,9 @@ from keyproxy.reasons import Reason
 #: SHA-256 of the whole key, 32 bytes. What is cached, stored and compared; the key itself goes no further.
 KeyDigest = NewType("KeyDigest", bytes)
 
+#: Whose a request is: tenant, user and mode. All keys of a user count together, and test traffic apart from live.
+Owner = tuple[str, str, str]
+
 NEVER = math.inf
 
 NO_TOKENS = "none"
@@ -217,7 +220,8 @@ class Identity:
     `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
     it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
     `allowance` is the limits its requests are under, None if there are none. `retiring_field` is the start of the header
-    line that tells for how long the key still works, None unless another key has replaced it.
+    line that tells for how long the key still works, None unless another key has replaced it. `owner` is what requests
+    are counted by where users share something of a bounded number.
     """
 
     key_id: str
@@ -231,9 +235,12 @@ class Identity:
     allowance: Allowance | None = field(default=None, repr=False)
     retiring_field: bytes | None = field(default=None, repr=False)
     mode: str = field(init=False)
+    owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", "test" if self.is_test else "live")
+        mode = "test" if self.is_test else "live"
+        object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "owner", (self.tenant_id, self.user_id, mode))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,8 +23,20 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from keyproxy import presence
+from keyproxy.connections import Bounds, Connections, date_line
 
 _CHECK_SECONDS: Final = 3.0
+
+#: More than probes and scrapers need. Without a bound, clients that connect and say nothing would take the file
+#: descriptors of the proxied port.
+_BOUNDS: Final = Bounds(connections_max=128, idle_seconds=75.0, unread_seconds=30.0)
+
+
+def _full() -> bytes:
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\n%bRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        % date_line()
+    )
 
 
 class Verdict(enum.Enum):
@@ -60,12 +72,14 @@ class OpsListener:
 
     def __init__(
         self, *, checks: Callable[[], Awaitable[Mapping[str, Check]]], metrics: Callable[[], Awaitable[bytes]],
-        metrics_content_type: str,
+        metrics_content_type: str, bounds: Bounds = _BOUNDS,
     ) -> None:  # fmt: skip
         self._checks = checks
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
+        self._bounds = bounds
         self._runner: web.AppRunner | None = None
+        self._connections: Connections | None = None
 
     def application(self, *, is_private: bool = False) -> web.Application:
         """The aiohttp application. `is_private`: only processes of this user are answered."""
@@ -84,10 +98,15 @@ class OpsListener:
             logger=_http_log,
         )  # fmt: skip
         await self._runner.setup()
-        await web.SockSite(self._runner, sock).start()
+        if self._runner.server is None:
+            raise RuntimeError("the runner was set up and has no server")
+        self._connections = Connections(self._runner.server, self._bounds, full=_full, log=_http_log)
+        await self._connections.start(sock, None)
 
     async def close(self) -> None:
         """Serve no more."""
+        if self._connections is not None:
+            self._connections.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None

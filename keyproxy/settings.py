@@ -187,6 +187,7 @@ class Upstream:
     test_url: str = _setting("", _optional_upstream_url)
     tls_ca_file: str = _setting("")
     connections_max: int = _setting(256, _within(1))
+    connections_per_user_max: int = _setting(0, _within(0))
     connect_timeout_seconds: float = _setting(2.0, _within(0.01))
     first_byte_timeout_seconds: float = _setting(60.0, _within(0.05))
     idle_timeout_seconds: float = _setting(300.0, _within(0.05))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import ipaddress
 import os
 import socket
 import stat
+import termios
 from pathlib import Path
 from typing import Final
 
@@ -80,6 +83,20 @@ def is_local(address: IpAddress) -> bool:
         except OSError:
             return False
     return True
+
+
+def untaken_bytes(fd: int) -> int:
+    """How much of what was written to a socket its peer has not taken; 0 where that cannot be found out.
+
+    Of TCP what the peer has not acknowledged, of a unix socket the memory that is held for what it has not read.
+    """
+    held = array.array("i", [0])
+    try:
+        # SIOCOUTQ, which has the number of TIOCOUTQ.
+        fcntl.ioctl(fd, termios.TIOCOUTQ, held, True)
+    except OSError:
+        return 0
+    return held[0]
 
 
 def _bind_tcp(address: str, *, is_shared: bool) -> socket.socket:

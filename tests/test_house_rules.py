@@ -55,6 +55,7 @@ RANKS = {
     "control": 10,
     "probe": 9,
     "gateway": 9,
+    "connections": 9,
     "ops": 10,
     "change": 11,
     "readings": 11,
@@ -86,7 +87,7 @@ IMPURE = {
 
 #: The only rooms that may import a library.
 HOMES = {
-    "aiohttp": {"admin", "demo", "ops"},
+    "aiohttp": {"admin", "connections", "crew", "demo", "ops"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},

@@ -136,7 +136,7 @@ def _process(sources: Sources) -> Iterator[Metric]:
     yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
     yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
     yield _counter(
-        "keyproxy_failed_connections", "Connections from clients that could not be accepted.", "why",
+        "keyproxy_failed_connections", "Connections from clients that could not be accepted, or left for others.", "why",
         sources.failed_connections(),
     )  # fmt: skip
     dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")

@@ -19,6 +19,7 @@ from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.framing import FramingError
 from keyproxy.wire.line import OPEN, ClientLine, State
+from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS
 from keyproxy.wire.request_stream import RequestStream
 from keyproxy.wire.tls import certificate_subject
 
@@ -39,8 +40,10 @@ class ClientConnection(ClientLine):
         self.server = server
         self.exchange: Exchange | None = None
         self.stream = RequestStream()
+        #: Whether it counts towards the bound on connections, and since when its client has done nothing to keep it.
+        self.has_place = False
+        self.quiet_since = server.clock()
         self._is_pumping = False
-        self._stalled_bytes: int | None = None
 
     # -- asyncio
 
@@ -84,13 +87,13 @@ class ClientConnection(ClientLine):
             self.exchange.client_gone()
 
     def pause_writing(self) -> None:
-        self._stalled_bytes = self._unsent()
+        self._outflow.stall(self._transport, self._clock())
         self._watch()
         if self.exchange is not None:
             self.exchange.pause_answer()
 
     def resume_writing(self) -> None:
-        self._stalled_bytes = None
+        self._outflow.flow()
         self._watch()
         if self.exchange is not None:
             self.exchange.resume_answer()
@@ -120,7 +123,10 @@ class ClientConnection(ClientLine):
             ends_answer = exchange is not None and exchange.ends_with_close
             self._finish(lingers=not is_read or bool(self.stream.buffer), ends_answer=ends_answer)
         else:
-            if self._stalled_bytes is None:
+            if exchange is not None and exchange.identity is not None:
+                # Requests without a key do not keep a connection from those that have one.
+                self.quiet_since = now
+            if not self._outflow.is_stalled:
                 self.deadline = now + self.server.listen.keepalive_timeout_seconds
             if self._is_paused:
                 self.resume()
@@ -132,7 +138,7 @@ class ClientConnection(ClientLine):
     @property
     def is_stalled(self) -> bool:
         """Whether the client does not read what was sent to it."""
-        return self._stalled_bytes is not None
+        return self._outflow.is_stalled
 
     @property
     def is_idle(self) -> bool:
@@ -142,6 +148,33 @@ class ClientConnection(ClientLine):
     def close_if_idle(self) -> None:
         """Used while draining."""
         if self.is_idle:
+            self.close()
+
+    # -- the bound on connections
+
+    def spared_until(self, now: float) -> float:
+        """Until when the connection keeps its place though others want it; NO_DEADLINE: until its request is over."""
+        exchange = self.exchange
+        if self._state is not OPEN:
+            return 0.0  # its end has begun
+        if self._outflow.is_stalled:
+            is_slow = exchange is None and self.reads_slowly(now, for_seconds=SPARED_UNFINISHED_SECONDS)
+            return 0.0 if is_slow else NO_DEADLINE
+        if exchange is None:
+            return self.quiet_since + (SPARED_UNFINISHED_SECONDS if self.stream.buffer else SPARED_SECONDS)
+        is_unfinished = not (exchange.is_complete or exchange.is_tunnel or self._is_paused or exchange.has_upstream)
+        return self.quiet_since + SPARED_UNFINISHED_SECONDS if is_unfinished else NO_DEADLINE
+
+    def give_up_place(self) -> None:
+        """Another client gets the place: end at once."""
+        if self._state is OPEN and self.exchange is not None:
+            self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body did not arrive while others connected"))
+        elif self._state is OPEN and self.stream.buffer and not self._outflow.is_stalled:
+            refusal = Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive while others connected")
+            self._refuse_without_exchange(refusal)
+        elif self._state is not OPEN or self._outflow.is_stalled:
+            self.abort()
+        if self._state is not State.CLOSING:
             self.close()
 
     def look_after(self, *, long_since: float) -> None:
@@ -155,6 +188,8 @@ class ClientConnection(ClientLine):
             return
         if exchange.started_mono > long_since:
             return
+        if self._outflow.is_stalled:
+            self._outflow.sample(self._transport, self._clock())
         if self._has_ended and self.is_gone():
             self.abort()
         elif exchange.permit is not None:
@@ -164,16 +199,11 @@ class ClientConnection(ClientLine):
 
     def deadline_passed(self, now: float) -> None:
         """The client did not send, or did not read, in time."""
-        if self._stalled_bytes is not None and self._state is not State.LINGERING:
-            unsent = self._unsent()
-            if unsent < self._stalled_bytes:
-                self._stalled_bytes = unsent
-                self.deadline = now + self.server.listen.body_idle_timeout_seconds
-            else:
-                self.abort()
-        elif self._state is State.LINGERING:
+        if self._goes_on_reading(now):
+            return
+        if self._state is State.LINGERING and not self._outflow.is_outstanding(self._transport):
             self.close()
-        elif self._state is not OPEN:
+        elif self._outflow.is_stalled or self._state is not OPEN:
             self.abort()
         elif self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body stopped arriving"))
@@ -194,7 +224,7 @@ class ClientConnection(ClientLine):
             while stream.buffer and self._state is OPEN:
                 exchange = self.exchange
                 if exchange is None:
-                    if self._stalled_bytes is not None:
+                    if self._outflow.is_stalled:
                         # The client does not read what it has asked for already: its answers must not pile up here.
                         self.pause()
                         break
@@ -215,7 +245,7 @@ class ClientConnection(ClientLine):
         """The client has closed its side. It may still listen: what it has asked for whole is answered."""
         exchange = self.exchange
         if exchange is None:
-            if self._stalled_bytes is not None:
+            if self._outflow.is_stalled:
                 return
             if not self.stream.buffer:
                 self.close()
@@ -244,6 +274,7 @@ class ClientConnection(ClientLine):
         now = server.clock()
         if begun is None:
             if is_new and stream.checked_bytes:
+                self.quiet_since = now
                 self.deadline = now + server.listen.header_timeout_seconds
             return False
         head, content = begun
@@ -251,7 +282,11 @@ class ClientConnection(ClientLine):
         request_id = server.gate.request_id(head)
         exchange = self.exchange = Exchange(self, head, request_id, now, content=content, is_complete=is_complete)
         if not (head.has_body and self._is_too_large(exchange)):
-            self.deadline = NO_DEADLINE if is_complete else now + server.listen.body_idle_timeout_seconds
+            if is_complete:
+                self.deadline = NO_DEADLINE
+            else:
+                self.quiet_since = now
+                self.deadline = now + server.listen.body_idle_timeout_seconds
             server.gate.begin(exchange)
         return True
 
@@ -302,9 +337,10 @@ class ClientConnection(ClientLine):
         if self._state is not OPEN:
             return
         exchange = self.exchange
-        if self._stalled_bytes is not None:
+        if self._outflow.is_stalled:
             self.deadline = now + listen.body_idle_timeout_seconds
         elif exchange is not None:
+            self.quiet_since = now
             waits_for_client = not (exchange.is_complete or exchange.is_tunnel or self._is_paused)
             self.deadline = now + listen.body_idle_timeout_seconds if waits_for_client else NO_DEADLINE
         elif not self.stream.buffer:

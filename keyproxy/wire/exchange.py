@@ -229,6 +229,29 @@ class Exchange(Answering):
         else:
             self.refuse(refusal)
 
+    # -- what the pool asks
+
+    def is_read_slowly(self, now: float, *, for_seconds: float) -> bool:
+        """Whether the client has read the answer so slowly for so long that it holds up the upstream's connection."""
+        return self._client.reads_slowly(now, for_seconds=for_seconds)
+
+    def give_way(self, refusal: Refusal) -> None:
+        """End for the sake of others."""
+        if self.is_tunnel:
+            self.close_tunnel()
+        else:
+            self.end_stream(refusal)
+
+    @property
+    def has_upstream(self) -> bool:
+        """Whether the request has begun to go upstream."""
+        return self._upstream is not None
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether the request may be sent again without harm."""
+        return self.head is not None and self.head.line.method in _IDEMPOTENT
+
     # -- the rest
 
     @property
@@ -247,15 +270,16 @@ class Exchange(Answering):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        pool = self._server.upstreams.pool(is_test=permit.grant.identity.is_test)
+        identity = permit.grant.identity
+        pool = self._server.upstreams.pool(is_test=identity.is_test)
         self._pool = pool
-        upstream = None if self._is_retry else pool.take(self.started_mono)
+        upstream = None if self._is_retry or self.asks_for_tunnel else pool.take(identity.owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._is_waiting = True
             self._connection_since_mono = self._connection_since_mono or self._server.clock()
-            pool.wait(self)
+            pool.wait(self, identity.owner)
 
     def _may_repeat(self, refusal: Refusal) -> bool:
         """Whether a second attempt changes nothing: never answered, idempotent, and without a body to send again."""

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.wire.deadlines import NO_DEADLINE
+from keyproxy.wire.outflow import Outflow
 
 #: How much of a request is thrown away, for how long in all, and how long nothing of it may arrive.
 _LINGER_BYTES_MAX: Final = 67_108_864
@@ -50,6 +51,7 @@ class ClientLine(asyncio.Protocol):
         self._clock = clock
         self._close_seconds = close_seconds
         self._transport: asyncio.Transport | None = None
+        self._outflow = Outflow()
         self._state = State.OPEN
         self._is_paused = False
         self._has_ended = False
@@ -59,6 +61,7 @@ class ClientLine(asyncio.Protocol):
     def send(self, data: bytes) -> None:
         """Write to the client."""
         if self._transport is not None:
+            self._outflow.written_bytes += len(data)
             self._transport.write(data)
 
     def pause(self) -> None:
@@ -78,9 +81,13 @@ class ClientLine(asyncio.Protocol):
     def close(self) -> None:
         """Close once everything is sent, within the time a stalled reader gets."""
         self._state = State.CLOSING
-        if self._transport is not None:
-            self._transport.close()
-            self.deadline = self._clock() + self._close_seconds
+        transport = self._transport
+        if transport is not None:
+            now = self._clock()
+            self.deadline = now + self._close_seconds
+            if self._unsent() and not self._outflow.is_stalled:
+                self._outflow.stall(transport, now)
+            transport.close()
 
     def abort(self) -> None:
         """Cut the connection so that the peer can tell: a reset, never a clean end after half an answer."""
@@ -90,6 +97,10 @@ class ClientLine(asyncio.Protocol):
             if sock is not None and sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
+
+    def reads_slowly(self, now: float, *, for_seconds: float) -> bool:
+        """Whether the client has read more slowly for so long than one that is kept while others wait."""
+        return self._outflow.is_slow(self._transport, now, for_seconds=for_seconds)
 
     def is_gone(self) -> bool:
         """Whether a client that has said its last word has left altogether: it would not hear an answer."""
@@ -127,6 +138,21 @@ class ClientLine(asyncio.Protocol):
 
     def _unsent(self) -> int:
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def _goes_on_reading(self, now: float) -> bool:
+        """At a deadline: whether the client still has something to read, and reads. It then gets as long again."""
+        outflow, transport = self._outflow, self._transport
+        if self._state is not OPEN and not outflow.is_outstanding(transport):
+            return False
+        if not outflow.is_stalled:
+            if self._state is OPEN:
+                return False
+            # A reset now would throw away the rest of an answer that the kernel still holds.
+            outflow.stall(transport, now)
+        elif not outflow.has_moved(transport, now, in_seconds=self._close_seconds):
+            return False
+        self.deadline = now + self._close_seconds
+        return True
 
     def _watch(self) -> None:
         """Set the deadline for what the client has to do next."""

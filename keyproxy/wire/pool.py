@@ -1,9 +1,13 @@
-"""Connections to one upstream: bounded in number, reused, expired, and handed to who has waited longest.
+"""Connections to one upstream: bounded in number, reused, expired, and shared between users.
 
-    lent + idle + connecting <= connections_max; an exchange waits only while all of them are lent or connecting.
+    lent + idle + connecting <= connections_max; an exchange waits only while all of them are lent or connecting, or its
+    user holds as many as one user may.
 
 `take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, begins to connect; whichever
-connection becomes free first, new or returned, goes to the head of the queue. The queue is bounded in length and time.
+connection becomes free first, new or returned, goes to the exchange whose turn it is. The queue is bounded in length and
+time. While exchanges wait, those under way are looked at again and again: what a client hardly moves gives way at once,
+and after a while so does what a user holds beyond a share. Tunnels have a bound of their own within that of all, so that
+those that lie idle leave connections for requests.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
+from keyproxy.model import Owner
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Upstream as UpstreamSettings
+from keyproxy.wire import pressure
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.readers import ResponseReader
+from keyproxy.wire.turns import Turns
 from keyproxy.wire.upstream import UpstreamConnection
 
 _log = logging.getLogger(__name__)
@@ -34,10 +41,14 @@ IDLE_SECONDS: Final = 4.0
 #: A connection that has lain longer than this is asked whether the other side has closed it, before it is lent.
 _TRUSTED_IDLE_SECONDS: Final = 0.1
 
-_WAITING_PER_CONNECTION: Final = 16
-
-#: How often all connections are looked through for one that can be had back.
+#: How often all connections are looked through, while exchanges wait, for one that can be had back.
 _LOOK_SECONDS: Final = 0.1
+
+_TOO_MANY: Final = "too many requests wait for an upstream connection"
+
+#: The part of the connections that tunnels may take, and for how long an exchange that had to wait is told of.
+_TUNNELS_DIVISOR: Final = 2
+_PRESSED_SECONDS: Final = 5.0
 
 #: Errors that say nothing about the upstream: no file descriptors, ports or memory left here.
 _OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
@@ -84,46 +95,57 @@ class UpstreamPool:
         self._idle: collections.deque[UpstreamConnection] = collections.deque()
         self._open: set[UpstreamConnection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
-        self._waiting: collections.OrderedDict[Exchange, float] = collections.OrderedDict()
+        self._turns: Turns[Exchange] = Turns(settings.connections_max, settings.connections_per_user_max)
+        #: Exchanges that wait and ask for a tunnel.
+        self._tunnels_waiting: set[Exchange] = set()
         self._expiry: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
         self._is_retired = False
         self._next_look_mono = 0.0
+        self._pressed_mono = float("-inf")
         self.unreachable_because = ""
 
-    def take(self, now: float) -> UpstreamConnection | None:
-        """An idle connection, the one used last first; None if there is none."""
-        idle = self._idle
-        while idle:
-            connection = idle.pop()
-            # One that was used a moment ago is taken at its word; an older one is asked whether it was closed.
-            is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
-            if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
-                return connection
-            connection.abort()
-        return None
+    def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
+        """An idle connection, the one used last first; None if there is none, or none for this user."""
+        if not self._idle or not self._turns.may_take(owner, now):
+            return None
+        connection = self._take_idle(now)
+        if connection is not None:
+            connection.owner = owner
+            self._turns.take(owner, now)
+        return connection
 
-    def wait(self, exchange: Exchange) -> None:
+    def wait(self, exchange: Exchange, owner: Owner) -> None:
         """Tell the exchange when it has a connection, or why it gets none."""
-        if len(self._waiting) >= self.settings.connections_max * _WAITING_PER_CONNECTION:
-            exchange.upstream_lost(Refusal(Reason.OVERLOADED, "too many requests wait for an upstream connection"))
+        now = self.clock()
+        if exchange.asks_for_tunnel:
+            waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
+            if not pressure.make_room_for_tunnel(self._open, waiting, owner, now, tunnels_max):
+                exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
+                return
+        if not self._queue(exchange, owner, now):
+            exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
             return
-        self._waiting[exchange] = self.clock()
-        if len(self._open) + len(self._connecting) < self.settings.connections_max:
-            self._connect()
-        else:
-            self._make_room(self.clock())
-        if self._expiry is None:
-            self._expiry = self._loop.call_later(self.settings.connect_timeout_seconds, self._expire)
+        if exchange.asks_for_tunnel:
+            self._tunnels_waiting.add(exchange)
+        if self._looking is None:
+            seconds = min(_LOOK_SECONDS, self.settings.connect_timeout_seconds)
+            self._looking = self._loop.call_later(seconds, self._look_again)
+        if not self._lend_idle(now):
+            if self._has_room() and self._turns.is_within_cap(owner):
+                self._connect()
+            else:
+                self._make_room(now)
 
     def wait_no_more(self, exchange: Exchange) -> None:
         """The exchange ended while it waited."""
-        self._waiting.pop(exchange, None)
+        self._turns.leave(exchange)
+        self._tunnels_waiting.discard(exchange)
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
-        """A connection is free: for who has waited longest, else it lies idle."""
-        if self._waiting:
-            exchange, _ = self._waiting.popitem(last=False)
-            exchange.connected(connection)
+        """A connection is free: for the exchange whose turn it is, else it lies idle."""
+        self._returned(connection)
+        if len(self._turns) and self._lend(connection, now):
             return
         if self._is_retired:
             connection.abort()
@@ -134,14 +156,15 @@ class UpstreamPool:
             self._expiry = self._loop.call_later(IDLE_SECONDS, self._expire)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """The connection is lost. Who waits gets a new one in its place."""
+        """The connection is lost. What waits gets a new one in its place."""
         self._deadlines.forget(connection)
         self._open.discard(connection)
+        self._returned(connection)
         if connection.idle_since:
             with contextlib.suppress(ValueError):
                 self._idle.remove(connection)
-        if len(self._connecting) < len(self._waiting):
-            self._connect()
+        if len(self._turns):
+            self._serve(self.clock())
 
     async def reach(self) -> bool:
         """Whether the upstream accepts connections; asks it if no connection to it is open."""
@@ -156,6 +179,14 @@ class UpstreamPool:
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
+    def held_up_because(self) -> str:
+        """Why requests have had to wait for a connection in the last seconds; empty if none has."""
+        if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
+            return ""
+        turns, most = self._turns, self._turns.most_held()
+        why = f"all {self.settings.connections_max} connections are in use, {len(turns)} requests wait"
+        return f"{why}; one user holds {most}" if most >= turns.share else why
+
     def retire(self) -> None:
         """Another pool takes over: what is under way or waits is served, and no connection is kept after that."""
         self._is_retired = True
@@ -165,8 +196,9 @@ class UpstreamPool:
     async def close(self) -> None:
         """Close everything. Exchanges under way lose their upstream."""
         self.retire()
-        if self._expiry is not None:
-            self._expiry.cancel()
+        for timer in (self._expiry, self._looking):
+            if timer is not None:
+                timer.cancel()
         for task in self._connecting:
             task.cancel()
         await asyncio.gather(*self._connecting, return_exceptions=True)
@@ -200,11 +232,14 @@ class UpstreamPool:
         if not self.unreachable_because:
             _log.warning("the upstream cannot be reached: %s", why)
         self.unreachable_because = why
-        # Without any open connection nobody who waits can be served: waiting on would only be slower.
-        failed = list(self._waiting) if not self._open else list(self._waiting)[:1]
-        for exchange in failed:
-            del self._waiting[exchange]
-            reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
+        # Without any open connection nothing that waits can be served: waiting on would only be slower.
+        failed = 1 if self._open else len(self._turns)
+        reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
+        for _ in range(failed):
+            exchange = self._turns.first()
+            if exchange is None:
+                break
+            self.wait_no_more(exchange)
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
     def _waited_too_long(self) -> Refusal:
@@ -213,30 +248,105 @@ class UpstreamPool:
             return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
         return Refusal(Reason.UPSTREAM_UNREACHABLE, "connecting failed: timed out")
 
+    # -- lending
+
+    def _queue(self, exchange: Exchange, owner: Owner, now: float) -> bool:
+        """Have the exchange wait. If the queue is full of one user's, the last of those leaves. False: it is full."""
+        if self._turns.wait(owner, exchange, now):
+            return True
+        last = self._turns.last_of_most(owner)
+        if last is None:
+            return False
+        self.wait_no_more(last)
+        last.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
+        return self._turns.wait(owner, exchange, now)
+
+    def _take_idle(self, now: float) -> UpstreamConnection | None:
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            # One that was used a moment ago is taken at its word; an older one is asked whether it was closed.
+            is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
+            if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
+                return connection
+            connection.abort()
+        return None
+
+    def _lend(self, connection: UpstreamConnection, now: float) -> bool:
+        """Lend a connection to the exchange whose turn it is; False if there is none."""
+        found = self._turns.next(now)
+        if found is None:
+            return False
+        exchange, owner = found
+        connection.owner = owner
+        self._turns.take(owner, now)
+        self._tunnels_waiting.discard(exchange)
+        exchange.connected(connection)
+        return True
+
+    def _lend_idle(self, now: float) -> bool:
+        """Lend an idle connection to the exchange whose turn it is; False if there is no such pair."""
+        if not self._idle or not self._turns.may_have_place(now):
+            return False
+        connection = self._take_idle(now)
+        return connection is not None and self._lend(connection, now)
+
+    def _returned(self, connection: UpstreamConnection) -> None:
+        owner = connection.owner
+        if owner is not None:
+            connection.owner = None
+            self._turns.give_back(owner)
+
+    def _serve(self, now: float) -> None:
+        """Give exchanges that wait what there is: idle connections, and new ones within the bound."""
+        while self._lend_idle(now):
+            pass
+        if len(self._connecting) < len(self._turns) and self._has_room() and self._turns.may_have_place(now):
+            self._connect()
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may be opened."""
+        return len(self._open) + len(self._connecting) < self.settings.connections_max
+
     def _make_room(self, now: float) -> None:
-        """Every connection is in use and somebody waits: whose client hardly sends its body has to give way."""
+        """Exchanges wait and get no connection: see which of those under way have to end for them."""
         if now < self._next_look_mono:
             return
         self._next_look_mono = now + _LOOK_SECONDS
-        for connection in list(self._open):
-            connection.give_way(now, self.settings.connect_timeout_seconds)
+        turns, patience = self._turns, self.settings.connect_timeout_seconds
+        is_full = not self._idle and not self._has_room()
+        if is_full:
+            self._pressed_mono = now
+        pressure.end_what_hardly_moves(self._open, turns, now, patience, is_full=is_full)
+        if is_full:
+            pressure.end_beyond_share(self._open, turns, now, patience, connecting=len(self._connecting))
+
+    def _look_again(self) -> None:
+        """As long as exchanges wait: end those that have waited too long, and see what the others can get."""
+        self._looking = None
+        now, turns = self.clock(), self._turns
+        patience = self.settings.connect_timeout_seconds
+        while (exchange := turns.first()) is not None and now - turns.since(exchange) >= patience:
+            self.wait_no_more(exchange)
+            exchange.upstream_lost(self._waited_too_long())
+        if not len(turns):
+            return
+        self._looking = self._loop.call_later(min(_LOOK_SECONDS, patience), self._look_again)
+        self._serve(now)
+        self._make_room(now)
 
     def _expire(self) -> None:
         self._expiry = None
         now = self.clock()
-        # Oldest first on both; what is left at the front is young enough.
+        # The one used longest ago is first; what is left at the front is young enough.
         while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
             self._idle.popleft().abort()
-        patience = self.settings.connect_timeout_seconds
-        while self._waiting and now - next(iter(self._waiting.values())) >= patience:
-            exchange, _ = self._waiting.popitem(last=False)
-            exchange.upstream_lost(self._waited_too_long())
-        if self._idle or self._waiting:
-            self._expiry = self._loop.call_later(min(patience, 1.0), self._expire)
+        if self._idle:
+            self._expiry = self._loop.call_later(min(self.settings.connect_timeout_seconds, 1.0), self._expire)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{state}={count}" for state, count in self.counts().items())
-        return f"<UpstreamPool {counts} waiting={len(self._waiting)} max={self.settings.connections_max}>"
+        return f"<UpstreamPool {counts} waiting={len(self._turns)} max={self.settings.connections_max}>"
 
 
 def _was_closed_by_peer(connection: UpstreamConnection) -> bool:

@@ -27,6 +27,7 @@ from keyproxy.wire.collector import Room
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.handshake import Accepted
 from keyproxy.wire.listener import Listener
+from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
 from keyproxy.wire.pool import Upstreams
 from keyproxy.wire.readers import RequestReader
 
@@ -34,6 +35,12 @@ _log = logging.getLogger(__name__)
 
 #: Connections over the bound that are taken to be told so; more of them than this wait in the kernel's queue.
 _TURNED_AWAY_MAX: Final = 128
+
+#: For how long an accepted connection waits for a place that another one is about to leave.
+_PLACE_SECONDS_MAX: Final = 1.0
+
+#: A TLS connection that is being closed waits for its peer no longer than its deadline, which slow readers may move.
+_TLS_SHUTDOWN_SECONDS: Final = 3600.0
 
 #: How often exchanges that take long are looked at again, and what counts as long; and for how long at most a connection
 #: on which nothing is under way keeps its last head, with the key in it.
@@ -79,6 +86,11 @@ class ProxyServer:
         self._connections: set[ClientConnection] = set()
         self._listener: Listener | None = None
         self._unopened = 0
+        #: Connections that count towards the bound, handshakes under way with their start, and what leaves at the bound.
+        self._places = 0
+        self._handshakes: dict[socket.socket, float] = {}
+        self._quiet = Quiet()
+        self._evicted = 0
         self._exhausted = 0
         self._review: asyncio.TimerHandle | None = None
         self._all_gone = asyncio.Event()
@@ -116,12 +128,19 @@ class ProxyServer:
         self._connections.add(connection)
         self._deadlines.watch(connection)
         self._all_gone.clear()
-        return len(self._connections) <= self.listen.connections_max
+        if self._places >= self.listen.connections_max and not self._evict(self.clock()):
+            return False
+        self._places += 1
+        connection.has_place = True
+        return True
 
     def forget(self, connection: ClientConnection) -> None:
         """The connection is lost."""
         self._deadlines.forget(connection)
         self._connections.discard(connection)
+        if connection.has_place:
+            connection.has_place = False
+            self._places -= 1
         if not self._connections:
             self._all_gone.set()
 
@@ -134,9 +153,12 @@ class ProxyServer:
         return len(self._connections)
 
     def failed_connections(self) -> dict[str, int]:
-        """How many connections did not come about, by reason; who waits for a file descriptor counts again and again."""
+        """How many connections did not come about or had to leave, by reason.
+
+        `file_descriptors` counts again and again what waits for one; `evicted` what left at the bound for another.
+        """
         exhausted = self._exhausted + (self._listener.exhausted if self._listener is not None else 0)
-        return {"file_descriptors": exhausted, "handshake": self._unopened}
+        return {"file_descriptors": exhausted, "handshake": self._unopened, "evicted": self._evicted}
 
     def open_requests(self) -> int:
         """How many requests are under way."""
@@ -182,21 +204,27 @@ class ProxyServer:
 
     async def _open(self, sock: socket.socket) -> None:
         """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
+        await self._make_place()
         tls = self._tls
-        seconds = self.listen.header_timeout_seconds if tls is not None else None
+        # In the clear too: until it is a connection it holds the place that was made for it.
+        self._handshakes[sock] = self.clock()
         accepted = None
         if tls is not None:
             accepted = Accepted(sock, self._without_tls)
             accepted.open()
         try:
             await self.loop.connect_accepted_socket(
-                self._connection, sock, ssl=tls, ssl_handshake_timeout=seconds, ssl_shutdown_timeout=seconds
-            )
+                self._connection, sock, ssl=tls,
+                ssl_handshake_timeout=None if tls is None else self.listen.header_timeout_seconds,
+                ssl_shutdown_timeout=None if tls is None else _TLS_SHUTDOWN_SECONDS,
+            )  # fmt: skip
         except OSError:
             # Of TLS alone: a client that speaks something else, shows no certificate, takes too long, or has left.
-            self._unopened += 1
+            self._unopened += sock in self._handshakes
             if accepted is not None:
                 await accepted.close(self.loop)
+        finally:
+            self._handshakes.pop(sock, None)
 
     def _without_tls(self) -> bytes:
         """The response to a request that came without TLS to a port that speaks it."""
@@ -204,9 +232,53 @@ class ProxyServer:
         answer = Answer(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
         return answers.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
 
+    def _opening(self) -> int:
+        return self._listener.opening() if self._listener is not None else 0
+
     def _has_room(self) -> bool:
-        opening = self._listener.opening() if self._listener is not None else 0
-        return len(self._connections) + opening < self.listen.connections_max + _TURNED_AWAY_MAX
+        """Whether a connection may be accepted now. One that may not waits for a moment."""
+        if len(self._connections) + self._opening() < self.listen.connections_max + _TURNED_AWAY_MAX:
+            return True
+        while self._evict_handshake(self.clock()):
+            pass
+        return False
+
+    async def _make_place(self) -> None:
+        """At the bound: end what has been quiet longest, if need be once it has had its moment."""
+        waited_seconds = 0.0
+        while self._places + len(self._handshakes) >= self.listen.connections_max and not self._evict(self.clock()):
+            # A handshake has its time too, and what is accepted in the same go is no connection yet.
+            is_soon = self._quiet.is_soon or bool(self._handshakes)
+            if not is_soon or waited_seconds >= _PLACE_SECONDS_MAX:
+                return
+            await asyncio.sleep(SPARED_SECONDS)
+            waited_seconds += SPARED_SECONDS
+
+    def _evict(self, now: float) -> bool:
+        """At the bound: end what has been quiet longest, a connection or a handshake. False if there is nothing."""
+        first = self._quiet.first(self._connections, now)
+        if first is None or first.quiet_since > next(iter(self._handshakes.values()), now):
+            if self._evict_handshake(now):
+                return True
+            if first is None:
+                return False
+        self._evicted += 1
+        self._places -= 1
+        first.has_place = False
+        first.give_up_place()
+        return True
+
+    def _evict_handshake(self, now: float) -> bool:
+        """End the handshake that has been under way longest, if it has had its time."""
+        for sock, began in self._handshakes.items():
+            if now - began < SPARED_UNFINISHED_SECONDS:
+                return False
+            del self._handshakes[sock]
+            self._evicted += 1
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            return True
+        return False
 
     def _stop_listening(self) -> None:
         if self._review is not None:

@@ -17,13 +17,15 @@ import ssl
 from typing import TYPE_CHECKING, Final, cast
 
 from keyproxy.headers import Kind
-from keyproxy.model import ResponseHead
+from keyproxy.model import Owner, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.beginnings import HEAD_END, check_response_beginning
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
 from keyproxy.wire.handshake import TlsObject
 from keyproxy.wire.heads import SWITCHING_PROTOCOLS, has_no_body
+from keyproxy.wire.outflow import Outflow
+from keyproxy.wire.pace import Pace
 from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
@@ -42,9 +44,6 @@ _KEPT_BYTES_MAX: Final = 65_536
 _LEFT_READ_BYTES: Final = 65_536
 _LEFT_READS_MAX: Final = 16
 
-#: A body that arrives more slowly than this does not keep others from a connection for long.
-_SLOW_BYTES_PER_SECOND: Final = 1024
-
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +55,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.deadline = NO_DEADLINE
         self.idle_since = 0.0
         self.is_reused = False
+        #: Whose request it is lent to; None if it is lent to none.
+        self.owner: Owner | None = None
         self._pool = pool
         self._loop = loop
         self._transport: asyncio.Transport | None = None
@@ -69,12 +70,16 @@ class UpstreamConnection(asyncio.Protocol):
         self._request_is_written = False
         self._interim = 0
         self._is_suspect = False
-        self._is_full = False
         self._is_refused = False
         #: What is to be written once it is clear that the upstream has not answered already.
         self._kept = b""
         #: Of the socket below TLS, while a request is being sent in pieces.
         self._duplicate = -1
+        self._is_finishing = False
+        self._outflow = Outflow()
+        self._begun_at_bytes = 0
+        #: Of a request body that did not come with its head.
+        self._body_pace: Pace | None = None
         self._tls: ssl.SSLObject | None = None
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
@@ -121,16 +126,21 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"the upstream closed the connection {where}"))
 
     def pause_writing(self) -> None:
-        self._is_full = True
+        now = self._clock()
+        self._outflow.stall(self._transport, now)
         if self._exchange is not None:
             self._exchange.pause_request()
-            self.deadline = self._clock() + self._idle_seconds
+            self.deadline = now + self._idle_seconds
 
     def resume_writing(self) -> None:
-        self._is_full = False
+        self._outflow.flow()
         if self._exchange is not None:
+            now = self._clock()
+            if self._body_pace is not None:
+                # Its client was not read meanwhile: what came before says nothing about how fast it sends.
+                self._body_pace = Pace(now)
             self._exchange.resume_request()
-            self._watch(self._clock())
+            self._watch(now)
 
     # -- what the exchange asks for
 
@@ -143,13 +153,19 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_suspect = False
         self._is_refused = False
         self._request_is_written = is_last
+        self._body_pace = None
+        self._begun_at_bytes = self._outflow.written_bytes
         # While the request is still being sent, how long that may take is the client side's to say.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
         if self._tls is not None and (not is_last or len(data) > _KEPT_BYTES_MAX):
             with contextlib.suppress(OSError):
                 self._duplicate = os.dup(self.fileno())
         if self._transport is not None:
+            self._outflow.written_bytes += len(data)
             self._transport.write(data)
+        if not is_last:
+            self._body_pace = Pace(now)
+            self._body_pace.add(len(data), now)
 
     def send(self, data: bytes, *, is_last: bool) -> None:
         """Write more of the request.
@@ -157,8 +173,12 @@ class UpstreamConnection(asyncio.Protocol):
         An upstream may answer before it has got all of it, and close: writing on meets a reset, after which a part of the
         answer may not be had any more. So what has arrived is read before more is written.
         """
+        now = self._clock()
         self._request_is_written = is_last
-        self._watch(self._clock())
+        if self._body_pace is not None:
+            self._body_pace.add(len(data), now)
+        if not self._outflow.is_stalled:
+            self._watch(now)
         if not data or self._transport is None or not self.is_open:
             return
         if self._kept or self._must_read_first():
@@ -168,6 +188,7 @@ class UpstreamConnection(asyncio.Protocol):
             if len(self._kept) > _KEPT_BYTES_MAX and self._exchange is not None:
                 self._exchange.pause_request()
         elif not self._is_refused:
+            self._outflow.written_bytes += len(data)
             self._transport.write(data)
 
     def exchange_over(self, now: float, *, is_clean: bool) -> None:
@@ -176,6 +197,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._forget_duplicate()
         body, self._body = self._body, None
         is_written, self._kept = not self._kept, b""
+        if self._outflow.is_stalled:
+            self._outflow.flow()
+            is_written = is_written and self._transport is not None and not self._transport.get_write_buffer_size()
         if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
@@ -188,20 +212,67 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def is_full(self) -> bool:
         """Whether the upstream does not read as fast as the request is written."""
-        return self._is_full
+        return self._outflow.is_stalled
 
     def give_way(self, now: float, patience_seconds: float) -> None:
-        """Others wait for a connection: end this exchange if all that holds it up is a client that hardly sends."""
+        """Others wait for a connection: end this exchange if all that holds it up is a client that hardly moves."""
         exchange = self._exchange
-        if exchange is None or self._request_is_written or self._body is not None or self._is_full:
+        if exchange is None:
+            if self._is_finishing and now > self.deadline - self._idle_seconds + patience_seconds:
+                self.abort()
             return
-        seconds = now - exchange.sent_mono
-        if seconds > patience_seconds and exchange.bytes_in < seconds * _SLOW_BYTES_PER_SECOND:
-            exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body came too slowly while others waited"))
+        pace = self._body_pace
+        if exchange.is_tunnel:
+            return
+        if exchange.has_answer:
+            if exchange.is_read_slowly(now, for_seconds=patience_seconds):
+                exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the answer was read too slowly while others waited"))
+            return
+        if pace is None or self._request_is_written or self._outflow.is_stalled:
+            return
+        if pace.seconds(now) > patience_seconds and pace.is_slow(now):
+            exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the body came too slowly while others waited"))
+
+    def end_for_others(self) -> None:
+        """Others wait for a connection, and the user who has this one holds more than a share."""
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.give_way(
+                Refusal(Reason.OVERLOADED, "the user held more than a share of the connections while others waited")
+            )
+
+    @property
+    def is_for_tunnel(self) -> bool:
+        """Whether its exchange is a tunnel, or asks to become one."""
+        return self._exchange is not None and self._exchange.asks_for_tunnel
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether an exchange has it that could be ended."""
+        return self._exchange is not None and self.is_open
+
+    def loss(self, now: float) -> tuple[int, float]:
+        """What is lost if the exchange is ended for the sake of others: the smaller, the less.
+
+        First what the upstream has not got whole; then tunnels, the one first that has been silent longest; then what
+        may be asked for again without harm. Last a request that is not idempotent, of which its client could not know
+        whether it was carried out. Among equals the one that began last has lost least.
+        """
+        exchange = self._exchange
+        if exchange is None:
+            return 0, 0.0
+        if exchange.is_tunnel:
+            return 1, self.deadline
+        if not exchange.is_complete:
+            return 0, -exchange.sent_mono
+        if exchange.is_idempotent:
+            return 2, -exchange.sent_mono
+        return (3 if exchange.has_answer else 4), -exchange.sent_mono
 
     def finish(self, now: float) -> None:
         """The tunnel is over: close once everything is sent, within the time that silence is given."""
         self._exchange = None
+        self._is_finishing = True
         if self._transport is not None:
             self._transport.close()
             self.deadline = now + self._idle_seconds
@@ -239,8 +310,9 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             kept, self._kept = self._kept, b""
             if not self._is_refused:
+                self._outflow.written_bytes += len(kept)
                 self._transport.write(kept)
-            if not self._is_full:
+            if not self._outflow.is_stalled:
                 self._exchange.resume_request()
 
     def _must_read_first(self) -> bool:
@@ -285,8 +357,10 @@ class UpstreamConnection(asyncio.Protocol):
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         return -1 if sock is None else int(sock.fileno())
 
-    def deadline_passed(self, _now: float) -> None:
-        """First byte or the next byte did not come in time."""
+    def deadline_passed(self, now: float) -> None:
+        """First byte or the next byte did not come in time, or what was written was not taken."""
+        if self._still_takes_request(now):
+            return
         if self._exchange is not None and self._exchange.is_tunnel:
             self._exchange.close_tunnel()
             return
@@ -348,6 +422,22 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _is_forbidden_trailer(self, name: bytes) -> bool:
         return self._pool.responses.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
+
+    def _still_takes_request(self, now: float) -> bool:
+        """At a deadline: whether the upstream is still taking what was written. It then gets as long again."""
+        outflow, transport = self._outflow, self._transport
+        waits_for_answer = self._body is None and self._request_is_written
+        seconds = self._first_byte_seconds if waits_for_answer else self._idle_seconds
+        if outflow.is_stalled:
+            goes_on = outflow.has_moved(transport, now, in_seconds=seconds)
+        else:
+            # The request has left our buffers, but megabytes of it may be in the kernel's.
+            goes_on = waits_for_answer and outflow.is_being_taken(transport, since_bytes=self._begun_at_bytes)
+            if goes_on:
+                outflow.stall(transport, now)
+        if goes_on:
+            self.deadline = now + seconds
+        return goes_on
 
     def _watch(self, now: float) -> None:
         if self._body is not None:

@@ -62,12 +62,53 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_off_in_bounded_time(databas
         assert time.monotonic() - started < 2
 
 
+async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(database: Database) -> None:
+    async with serving(database, bounds=Bounds(connections_max=2)) as api, contextlib.AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
+        for reader, writer in reversed(held):
+            writer.write(LIVE)
+            assert b" 200 " in await _answer(reader)
+            await asyncio.sleep(0.1)
+        assert await _tried(api) == 200
+        async with asyncio.timeout(10):
+            assert await held[1][0].read() == b""
+        held[0][1].write(LIVE)
+        assert b" 200 " in await _answer(held[0][0])
+
+
+async def test_who_reads_an_answer_slowly_and_steadily_gets_all_of_it(database: Database) -> None:
+    async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
+        await api.user()
+        wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
+        await api.directory.issue_keys(wishes)
+        ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
+
+        def read_slowly() -> int:
+            host, port = api.url.removeprefix("http://").split(":")
+            taken = 0
+            with socket.create_connection((host, int(port)), timeout=20) as sock:
+                sock.sendall(ask * 40 + LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                began = time.monotonic()
+                while piece := sock.recv(65_536):
+                    taken += len(piece)
+                    if time.monotonic() - began < 2.0:
+                        time.sleep(0.05)
+            return taken
+
+        assert await asyncio.to_thread(read_slowly) > 40 * 200 * 500
+        assert len(api.log) == 41
+
+
 async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(database: Database) -> None:
     async with serving(database, bounds=Bounds(connections_max=2)) as api, contextlib.AsyncExitStack() as stack:
         held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
-        for reader, writer in held:
-            writer.write(LIVE)
-            assert b" 200 " in await _answer(reader)
+        create = (
+            f"POST /v1/tenants HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        ).encode()
+        for _, writer in held:
+            writer.write(create)
+        await asyncio.sleep(0.2)
         async with asyncio.timeout(10):
             async with _connected(api) as (reader, writer):
                 writer.write(LIVE)
@@ -77,8 +118,8 @@ async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(databa
             assert (b"\r\nDate: " in told, b"\r\nX-Request-Id: " in told) == (True, True)
             async with _connected(api) as (reader, _):
                 assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
-            held[0][1].write(LIVE)
-            assert b" 200 " in await _answer(held[0][0])
+            held[0][1].write(b" " * 99)
+            assert b" 400 " in await _answer(held[0][0])
             held[1][1].close()
             while (await _tried(api)) != 200:
                 await asyncio.sleep(0.01)

@@ -303,6 +303,7 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
                       '"http://u:p@h"', '"http://h:x"', '"http://h:0"', '"http://h:65536"', '"unix:x"',
                       '"http://a b"', '"http://h\\nx"'],
      ['"http://h"', '"http://h/"', '"http://h:1"', '"http://[::1]:1"', '"unix:/a"']),
+    "upstream.connections_per_user_max": (["-1", "1.5"], ["0", "1"]),
     "upstream.test_url": (['"h"'], ['""', '"http://h"']),
     "store.dsn": (['""', '"mysql://h"', '"Embedded"', '"postgresql://h/d?channel_binding=require"', '"postgresql://h:x"',
                    '"postgresql://h/d?target_session_attrs=standby"'],

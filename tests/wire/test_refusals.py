@@ -265,21 +265,6 @@ async def test_an_idle_connection_is_closed_after_the_keepalive_time(start: Star
         assert await client.ends(seconds=2) == b""
 
 
-async def test_connections_over_the_bound_are_told_that_it_is_overloaded(start: Start) -> None:
-    wire = await start(listen={"connections_max": 2})
-    async with wire.client() as one, wire.client() as two:
-        for client in (one, two):
-            await client.send(request("GET", "/"))
-            assert (await client.answer()).status == 200
-        async with wire.client() as third:
-            answer = await third.answer()
-            assert (answer.status, json.loads(answer.body)["code"]) == (503, "overloaded")
-            assert answer.one("Retry-After") == "1"
-    async with wire.client() as client:
-        await client.send(request("GET", "/"))
-        assert (await client.answer()).status == 200
-
-
 async def test_a_client_may_name_its_request_unless_it_names_it_after_a_key(wire: Wire) -> None:
     sent = {"7f3a": True, "a b": False, "x" * 129: False, KEY.decode(): False, '"': False}
     async with wire.client() as client:

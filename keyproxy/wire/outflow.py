@@ -1,0 +1,85 @@
+"""What was written to a socket, how much of it the peer has taken, and how fast it takes it.
+
+The transport's own buffer says little about a slow peer: the kernel takes megabytes before it, and takes more only once
+a third of them have gone. What the peer has taken is what was written without what either of them still holds. Over TLS
+that is off by what encryption adds, which moves as the rest does.
+
+The kernel is asked when a peer stops taking, when its time is over, and now and then in between; never for each write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from keyproxy import sockets
+from keyproxy.wire.pace import STILL_BYTES_PER_SECOND, Pace
+
+
+class Outflow:
+    """See the module. `written_bytes` is for the writer to count."""
+
+    __slots__ = ("_pace", "_seen_bytes", "_since_check_bytes", "written_bytes")
+
+    def __init__(self) -> None:
+        self.written_bytes = 0
+        self._pace: Pace | None = None
+        self._seen_bytes = 0
+        self._since_check_bytes = 0
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the peer has stopped taking all that comes."""
+        return self._pace is not None
+
+    def stall(self, transport: asyncio.WriteTransport | None, now: float) -> None:
+        """The peer does not keep up from now on."""
+        self._pace = Pace(now)
+        self._seen_bytes = self._taken(transport)
+        self._since_check_bytes = 0
+
+    def flow(self) -> None:
+        """The peer keeps up again."""
+        self._pace = None
+
+    def sample(self, transport: asyncio.WriteTransport | None, now: float) -> None:
+        """Note how much has been taken by now, if the peer is slow."""
+        pace = self._pace
+        if pace is None:
+            return
+        taken = self._taken(transport)
+        if taken > self._seen_bytes:
+            pace.add(taken - self._seen_bytes, now)
+            self._since_check_bytes += taken - self._seen_bytes
+            self._seen_bytes = taken
+
+    def has_moved(self, transport: asyncio.WriteTransport | None, now: float, *, in_seconds: float) -> bool:
+        """Whether the peer has taken something worth the name since the last check, which is so long ago."""
+        self.sample(transport, now)
+        moved, self._since_check_bytes = self._since_check_bytes, 0
+        return moved >= max(1.0, in_seconds * STILL_BYTES_PER_SECOND)
+
+    def is_slow(self, transport: asyncio.WriteTransport | None, now: float, *, for_seconds: float) -> bool:
+        """Whether the peer has been slower for so long than one that is kept while others wait."""
+        self.sample(transport, now)
+        pace = self._pace
+        return pace is not None and pace.seconds(now) > for_seconds and pace.is_slow(now)
+
+    def is_being_taken(self, transport: asyncio.WriteTransport | None, *, since_bytes: int) -> bool:
+        """Whether the peer has taken some of what was written since `written_bytes` was this, and not all of it."""
+        return self.is_outstanding(transport) and self._taken(transport) > since_bytes
+
+    def is_outstanding(self, transport: asyncio.WriteTransport | None) -> bool:
+        """Whether the peer has not taken everything yet."""
+        return transport is not None and outstanding_bytes(transport) > 0
+
+    def _taken(self, transport: asyncio.WriteTransport | None) -> int:
+        if transport is None:
+            return self._seen_bytes
+        return self.written_bytes - outstanding_bytes(transport)
+
+
+def outstanding_bytes(transport: asyncio.WriteTransport) -> int:
+    """How much of what was written the peer has not taken: what the transport holds, and what the kernel holds."""
+    sock = transport.get_extra_info("socket")
+    fd = -1 if sock is None else int(sock.fileno())
+    return transport.get_write_buffer_size() + (sockets.untaken_bytes(fd) if fd >= 0 else 0)

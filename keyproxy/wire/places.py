@@ -1,0 +1,69 @@
+"""Which client connection leaves when as many are open as may be, and one more comes.
+
+The one that has been quiet longest of those on which no request is under way: it lies idle, has sent nothing yet, or has
+begun a request and goes no further. Each is spared for a moment, so that a new client gets to send its request however
+fast others connect.
+
+Looking for it costs nothing on the path of a request: all connections are looked through at the bound, for a batch of
+those that leave first.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from keyproxy.wire.client import ClientConnection
+
+#: For how long a connection keeps its place without a request, and with one, or a handshake, that goes no further.
+SPARED_SECONDS: Final = 0.02
+SPARED_UNFINISHED_SECONDS: Final = 1.0
+
+#: If none was found all are looked through again after so long.
+_LOOK_SECONDS: Final = 0.1
+
+_BATCH_MIN: Final = 16
+_BATCH_DIVISOR: Final = 32
+
+
+class Quiet:
+    """The connections that leave first. `is_soon`: there is none now, and in a moment there will be."""
+
+    def __init__(self) -> None:
+        self.is_soon = False
+        self._batch: collections.deque[tuple[float, ClientConnection]] = collections.deque()
+        self._next_look_mono = 0.0
+
+    def first(self, connections: Collection[ClientConnection], now: float) -> ClientConnection | None:
+        """The connection that leaves first; None if none can."""
+        found = self._still_first(now)
+        if found is None and now >= self._next_look_mono:
+            self._look(connections, now)
+            found = self._still_first(now)
+        return found
+
+    def _still_first(self, now: float) -> ClientConnection | None:
+        batch = self._batch
+        while batch:
+            since, connection = batch[0]
+            if connection.has_place and connection.quiet_since == since and connection.spared_until(now) <= now:
+                return connection
+            batch.popleft()
+        return None
+
+    def _look(self, connections: Collection[ClientConnection], now: float) -> None:
+        soonest, found = float("inf"), []
+        for connection in connections:
+            if connection.has_place:
+                until = connection.spared_until(now)
+                if until <= now:
+                    found.append((connection.quiet_since, connection))
+                elif until < soonest:
+                    soonest = until
+        number = max(_BATCH_MIN, len(connections) // _BATCH_DIVISOR)
+        self._batch.extend(heapq.nsmallest(number, found, key=lambda one: one[0]))
+        self.is_soon = not found and soonest <= now + SPARED_SECONDS
+        self._next_look_mono = 0.0 if found else min(soonest, now + _LOOK_SECONDS)

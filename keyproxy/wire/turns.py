@@ -1,0 +1,213 @@
+"""How the places of one pool are shared: how many each user holds, who waits, and whose turn it is next. Pure.
+
+    held[user] <= cap                                                          always
+    a place goes to a user who holds a share or more only if no other waits    always
+    such users leave `spare` places free                                       while and shortly after others waited
+
+A place that becomes free goes to a waiting user who holds less than a share, users taking turns; only if there is none,
+to one who holds a share or more. A user at the cap waits until one of its own places becomes free. Within a user the one
+that has waited longest is first. A user who holds nothing and waits for nothing leaves no trace.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+from typing import Final, Generic, TypeVar
+
+from keyproxy.model import Owner
+
+T = TypeVar("T")
+
+_WAITING_PER_PLACE: Final = 16
+
+#: For so long after a user below its share had to wait, users at theirs leave one place in so many free: the next request
+#: of the other finds one at once.
+_SPARE_SECONDS: Final = 10.0
+_SPARE_DIVISOR: Final = 8
+
+
+class Rank(enum.Enum):
+    """How a waiting user stands."""
+
+    BELOW_SHARE = 0
+    BELOW_CAP = 1
+    AT_CAP = 2
+
+
+class Turns(Generic[T]):
+    """See the module. `T` is what waits."""
+
+    def __init__(self, places: int, per_user_max: int = 0) -> None:
+        """`per_user_max`: both the share and the cap. 0: the share is half of the places, and there is no cap."""
+        self.share: Final = min(places, per_user_max) if per_user_max else max(1, places // 2)
+        self.cap: Final = min(places, per_user_max) if per_user_max else places
+        self.places: Final = places
+        self.spare: Final = max(1, places // _SPARE_DIVISOR)
+        self.waiting_max: Final = places * _WAITING_PER_PLACE
+        self._held: dict[Owner, int] = {}
+        self._total = 0
+        self._spares_until = 0.0
+        #: Everything that waits, longest first; since when, and whose it is.
+        self._since: collections.OrderedDict[T, tuple[float, Owner]] = collections.OrderedDict()
+        self._queues: dict[Owner, collections.OrderedDict[T, None]] = {}
+        self._ranked: tuple[collections.OrderedDict[Owner, None], ...] = tuple(collections.OrderedDict() for _ in Rank)
+        self._ranks: dict[Owner, Rank] = {}
+
+    def may_take(self, user: Owner, now: float) -> bool:
+        """Whether the user may have a place that is free."""
+        held = self._held.get(user, 0)
+        return held < self.share or (held < self.cap and self._may_exceed_share(now))
+
+    def take(self, user: Owner, now: float) -> None:
+        """The user got a place."""
+        held = self._held.get(user, 0) + 1
+        self._held[user] = held
+        self._total += 1
+        if self._queues:
+            self._rank(user)
+        if now < self._spares_until and held <= self.share and self.places - self._total < self.spare:
+            self._spares_until = now + _SPARE_SECONDS
+
+    def give_back(self, user: Owner) -> None:
+        """A place of the user is free again."""
+        held = self._held[user] - 1
+        self._total -= 1
+        if held:
+            self._held[user] = held
+        else:
+            del self._held[user]
+        if self._queues:
+            self._rank(user)
+
+    def held(self, user: Owner) -> int:
+        """How many places the user holds."""
+        return self._held.get(user, 0)
+
+    def wait(self, user: Owner, one: T, now: float) -> bool:
+        """Queue what waits. False: the queue is full."""
+        if len(self._since) >= self.waiting_max:
+            return False
+        queue = self._queues.get(user)
+        if queue is None:
+            queue = self._queues[user] = collections.OrderedDict()
+        queue[one] = None
+        self._since[one] = (now, user)
+        self._rank(user)
+        if self._total >= self.places and self._ranks[user] is Rank.BELOW_SHARE:
+            self._spares_until = now + _SPARE_SECONDS
+        return True
+
+    def last_of_most(self, user: Owner) -> T | None:
+        """What leaves a full queue for a request of this user: the last one of the user with the most in it.
+
+        None if this user would have as many.
+        """
+        most = max(self._queues, key=lambda one: len(self._queues[one]), default=None)
+        if most is None or len(self._queues[most]) <= len(self._queues.get(user, ())) + 1:
+            return None
+        return next(reversed(self._queues[most]))
+
+    def leave(self, one: T) -> None:
+        """It waits no more."""
+        found = self._since.pop(one, None)
+        if found is not None:
+            self._left(found[1], one)
+
+    def next(self, now: float) -> tuple[T, Owner] | None:
+        """What gets the next place, with its user; it has then left the queue. None if nothing may have one."""
+        user = self._next_user(now)
+        if user is None:
+            return None
+        one = next(iter(self._queues[user]))
+        del self._since[one]
+        self._left(user, one)
+        if user in self._ranks:
+            # The others have their turn before it is this user's again.
+            self._ranked[self._ranks[user].value].move_to_end(user)
+        return one, user
+
+    def first(self) -> T | None:
+        """What has waited longest."""
+        return next(iter(self._since), None)
+
+    def since(self, one: T) -> float:
+        """Since when it waits."""
+        return self._since[one][0]
+
+    def may_have_place(self, now: float) -> bool:
+        """Whether anything that waits would get a place if one were free."""
+        return self._next_user(now) is not None
+
+    def is_within_cap(self, user: Owner) -> bool:
+        """Whether the user could hold all that it holds and waits for."""
+        return self.held(user) + len(self._queues.get(user, ())) <= self.cap
+
+    def waits(self, user: Owner) -> bool:
+        """Whether anything of the user waits."""
+        return user in self._queues
+
+    def starved(self, before: float, number: int) -> int:
+        """How many requests wait since before this instant whose users hold less than a share, `number` at most.
+
+        No user counts for more requests than it takes to its share.
+        """
+        found = 0
+        for user in self._ranked[Rank.BELOW_SHARE.value]:
+            room = self.share - self.held(user)
+            for one in self._queues[user]:
+                if room <= 0 or found >= number or self._since[one][0] > before:
+                    break
+                room -= 1
+                found += 1
+            if found >= number:
+                break
+        return found
+
+    def over_share(self) -> dict[Owner, int]:
+        """Users who hold more than a share, and how many places more."""
+        return {user: held - self.share for user, held in self._held.items() if held > self.share}
+
+    def most_held(self) -> int:
+        """How many places the user holds who holds the most."""
+        return max(self._held.values(), default=0)
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._since)
+
+    def users(self) -> int:
+        """How many users are known here: those who hold something or wait."""
+        return len(self._held.keys() | self._queues.keys())
+
+    def _may_exceed_share(self, now: float) -> bool:
+        return now >= self._spares_until or self.places - self._total > self.spare
+
+    def _next_user(self, now: float) -> Owner | None:
+        below_share, below_cap, _ = self._ranked
+        if below_share:
+            return next(iter(below_share))
+        if below_cap and self._may_exceed_share(now):
+            return next(iter(below_cap))
+        return None
+
+    def _left(self, user: Owner, one: T) -> None:
+        queue = self._queues[user]
+        del queue[one]
+        if not queue:
+            del self._queues[user]
+            del self._ranked[self._ranks.pop(user).value][user]
+
+    def _rank(self, user: Owner) -> None:
+        """See to it that a waiting user stands where it belongs."""
+        if user not in self._queues:
+            return
+        held = self._held.get(user, 0)
+        rank = Rank.BELOW_SHARE if held < self.share else Rank.BELOW_CAP if held < self.cap else Rank.AT_CAP
+        was = self._ranks.get(user)
+        if was is rank:
+            return
+        if was is not None:
+            del self._ranked[was.value][user]
+        self._ranks[user] = rank
+        self._ranked[rank.value][user] = None
