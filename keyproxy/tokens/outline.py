@@ -75,9 +75,9 @@ class OutlineScanner:
     """Fed with a document in pieces of at most `PIECE_BYTES`; `finish` ends it.
 
     `document`: None unless the document is an object; then those of its members that `watches` chose, the last one of
-    each name. A container is there as an empty one of its kind, but for the object named `expanded`, which is there with
-    its own members that `watches` chose, and for arrays, which have one element (true) if they are not empty. A string
-    that is longer than a few hundred bytes is there shortened.
+    each name. A container is there as one of its kind that is empty, or has one element (true) if it is not empty; but
+    the object named `expanded` is there with its own members that `watches` chose. A string that is longer than a few
+    hundred bytes is there shortened.
     `spans`: where the value of each member begins and ends; of members of `expanded` under (name, name).
     `doubled`: names that `watches` chose and that stood twice in one object.
     """
@@ -329,10 +329,12 @@ class OutlineScanner:
         if parent is not None and parent.is_object and parent.name:
             if here.is_object:
                 parent.note_object(here)
-            if parent.kept is not None and not here.is_object and not here.is_empty:
+            if parent.kept is not None and here.kept is None and not here.is_empty:
                 kept = parent.kept.get(parent.name)
                 if isinstance(kept, list):
                     kept.append(True)
+                elif isinstance(kept, dict):
+                    kept[""] = True
         self._value_start = here.start
         self._ended(parent, "object" if here.is_object else "array")
 

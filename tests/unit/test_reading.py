@@ -75,6 +75,11 @@ def in_pieces(content: bytes, piece_bytes: int) -> OutlineScanner:
 
 
 @given(members, options, st.booleans(), st.sampled_from([None, 1]), st.sampled_from(["openai", "anthropic", "header"]))
+@example({"tools": {"a": 1}}, {}, True, None, "anthropic")
+@example({"tools": {}}, {}, True, None, "anthropic")
+@example({"tools": [[]]}, {}, True, None, "anthropic")
+@example({"tools": "x"}, {}, True, None, "anthropic")
+@example({"stream": True, "messages": []}, {"stream_options": {"x": {"a": 1}}}, True, None, "openai")
 def test_a_document_is_read_in_portions_as_it_is_at_once(
     others: dict[str, Any], given_options: dict[str, Any], is_ascii: bool, indent: int | None, kind: str
 ) -> None:
