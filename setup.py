@@ -20,7 +20,8 @@ ROOMS = (
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/inflate", "tokens/meter",
     "tokens/report", "tokens/scan", "tokens/stream",
     "wire/answering", "wire/answers", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
-    "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool", "wire/pressure", "wire/readers", "wire/request_stream", "wire/server", "wire/shapes",
+    "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool", "wire/pressure",
+    "wire/readers", "wire/request_stream", "wire/server", "wire/shapes",
     "wire/turns", "wire/upstream",
 )  # fmt: skip
 
