@@ -122,8 +122,9 @@ class Desk:
 
     async def _held(self, transaction: Transaction, kind: str, subject: str, if_match: str | None) -> Entity:
         """The thing as it is, held until the transaction ends. Raises NotFound, or Outdated if `if_match` is not it."""
-        await transaction.fetch(f"hold_{kind}", subject)
-        row = await transaction.fetch_row(kind, subject)
+        # Not read without the lock: one that was created between the two statements could be changed by others as well.
+        is_held = await transaction.fetch(f"hold_{kind}", subject)
+        row = await transaction.fetch_row(kind, subject) if is_held else None
         entity = None if row is None else ENTITIES[kind](row)
         if entity is None or not self._sees(kind, entity):
             raise NotFound(f"there is no {kind} {subject!r}")

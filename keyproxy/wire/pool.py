@@ -244,9 +244,11 @@ class UpstreamPool:
 
     def _waited_too_long(self) -> Refusal:
         """Why a request got no connection in time: all are in use, or those that were begun do not come about."""
+        if self._has_room() and not self.unreachable_because:
+            return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
         if len(self._open) >= self.settings.connections_max:
             return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
-        return Refusal(Reason.UPSTREAM_UNREACHABLE, "connecting failed: timed out")
+        return Refusal(Reason.UPSTREAM_UNREACHABLE, f"connecting failed: {self.unreachable_because or 'timed out'}")
 
     # -- lending
 

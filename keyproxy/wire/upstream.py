@@ -8,11 +8,8 @@ else's answer (CVE-2023-28859 is that mistake in another protocol).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import os
-import select
 import ssl
 from typing import TYPE_CHECKING, Final, cast
 
@@ -22,10 +19,8 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.beginnings import HEAD_END, check_response_beginning
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
-from keyproxy.wire.handshake import TlsObject
 from keyproxy.wire.heads import SWITCHING_PROTOCOLS, has_no_body
-from keyproxy.wire.outflow import Outflow
-from keyproxy.wire.pace import Pace
+from keyproxy.wire.request_writer import KEPT_BYTES_MAX, RequestWriter
 from keyproxy.wire.tls import was_closed
 
 if TYPE_CHECKING:
@@ -37,12 +32,6 @@ _INTERIM_MAX: Final = 16
 _FINAL: Final = 200
 _ERROR: Final = 400
 
-#: What is held of a request while an answer is being read. Then its client is read no further.
-_KEPT_BYTES_MAX: Final = 65_536
-
-#: How much is read of an answer whose upstream has reset the connection.
-_LEFT_READ_BYTES: Final = 65_536
-_LEFT_READS_MAX: Final = 16
 
 _log = logging.getLogger(__name__)
 
@@ -67,19 +56,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._body: Body | None = None
         self._keeps_alive = False
         self._is_paused = False
-        self._request_is_written = False
         self._interim = 0
         self._is_suspect = False
-        self._is_refused = False
-        #: What is to be written once it is clear that the upstream has not answered already.
-        self._kept = b""
-        #: Of the socket below TLS, while a request is being sent in pieces.
-        self._duplicate = -1
         self._is_finishing = False
-        self._outflow = Outflow()
-        self._begun_at_bytes = 0
-        #: Of a request body that did not come with its head.
-        self._body_pace: Pace | None = None
+        self._writer = RequestWriter()
         self._tls: ssl.SSLObject | None = None
         self._clock = pool.clock
         self._first_byte_seconds = pool.settings.first_byte_timeout_seconds
@@ -90,6 +70,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._tls = transport.get_extra_info("ssl_object")
+        self._writer.attach(self._transport, self._tls)
 
     def data_received(self, data: bytes) -> None:
         exchange = self._exchange
@@ -108,10 +89,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and self._exchange is not None:
-            self._read_what_is_left()
-        self._forget_duplicate()
+            for data in self._writer.left_to_read():
+                if self._exchange is not None:
+                    self.data_received(data)
+        self._writer.detach()
         self._transport = None
-        self._kept = b""
         self._pool.forget(self)
         exchange = self._exchange
         if exchange is None:
@@ -127,18 +109,16 @@ class UpstreamConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         now = self._clock()
-        self._outflow.stall(self._transport, now)
+        self._writer.outflow.stall(self._transport, now)
         if self._exchange is not None:
             self._exchange.pause_request()
             self.deadline = now + self._idle_seconds
 
     def resume_writing(self) -> None:
-        self._outflow.flow()
+        self._writer.outflow.flow()
         if self._exchange is not None:
             now = self._clock()
-            if self._body_pace is not None:
-                # Its client was not read meanwhile: what came before says nothing about how fast it sends.
-                self._body_pace = Pace(now)
+            self._writer.restart_pace(now)
             self._exchange.resume_request()
             self._watch(now)
 
@@ -151,55 +131,31 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._interim = 0
         self._is_suspect = False
-        self._is_refused = False
-        self._request_is_written = is_last
-        self._body_pace = None
-        self._begun_at_bytes = self._outflow.written_bytes
         # While the request is still being sent, how long that may take is the client side's to say.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
-        if self._tls is not None and (not is_last or len(data) > _KEPT_BYTES_MAX):
-            with contextlib.suppress(OSError):
-                self._duplicate = os.dup(self.fileno())
-        if self._transport is not None:
-            self._outflow.written_bytes += len(data)
-            self._transport.write(data)
-        if not is_last:
-            self._body_pace = Pace(now)
-            self._body_pace.add(len(data), now)
+        self._writer.begin(data, now, is_last=is_last)
 
     def send(self, data: bytes, *, is_last: bool) -> None:
-        """Write more of the request.
-
-        An upstream may answer before it has got all of it, and close: writing on meets a reset, after which a part of the
-        answer may not be had any more. So what has arrived is read before more is written.
-        """
-        now = self._clock()
-        self._request_is_written = is_last
-        if self._body_pace is not None:
-            self._body_pace.add(len(data), now)
-        if not self._outflow.is_stalled:
+        """Write more of the request, or keep it back until what has arrived of a response is read."""
+        writer, now = self._writer, self._clock()
+        writer.count(data, now, is_last=is_last)
+        if not writer.outflow.is_stalled:
             self._watch(now)
-        if not data or self._transport is None or not self.is_open:
+        if not data or not self.is_open:
             return
-        if self._kept or self._must_read_first():
-            is_first, self._kept = not self._kept, self._kept + data
-            if is_first:
+        if writer.kept_bytes or self._must_read_first():
+            if writer.keep(data):
                 self._loop.call_soon(self._send_kept)
-            if len(self._kept) > _KEPT_BYTES_MAX and self._exchange is not None:
+            if writer.kept_bytes > KEPT_BYTES_MAX and self._exchange is not None:
                 self._exchange.pause_request()
-        elif not self._is_refused:
-            self._outflow.written_bytes += len(data)
-            self._transport.write(data)
+        else:
+            writer.write(data)
 
     def exchange_over(self, now: float, *, is_clean: bool) -> None:
         """The exchange is over: the connection goes back to the pool if it can be reused."""
         self._exchange = None
-        self._forget_duplicate()
         body, self._body = self._body, None
-        is_written, self._kept = not self._kept, b""
-        if self._outflow.is_stalled:
-            self._outflow.flow()
-            is_written = is_written and self._transport is not None and not self._transport.get_write_buffer_size()
+        is_written = self._writer.end()
         if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
@@ -212,7 +168,7 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def is_full(self) -> bool:
         """Whether the upstream does not read as fast as the request is written."""
-        return self._outflow.is_stalled
+        return self._writer.is_full
 
     def give_way(self, now: float, patience_seconds: float) -> None:
         """Others wait for a connection: end this exchange if all that holds it up is a client that hardly moves."""
@@ -221,14 +177,14 @@ class UpstreamConnection(asyncio.Protocol):
             if self._is_finishing and now > self.deadline - self._idle_seconds + patience_seconds:
                 self.abort()
             return
-        pace = self._body_pace
+        pace = self._writer.body_pace
         if exchange.is_tunnel:
             return
         if exchange.has_answer:
             if exchange.is_read_slowly(now, for_seconds=patience_seconds):
                 exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the answer was read too slowly while others waited"))
             return
-        if pace is None or self._request_is_written or self._outflow.is_stalled:
+        if pace is None or self._writer.is_whole or self._writer.outflow.is_stalled:
             return
         if pace.seconds(now) > patience_seconds and pace.is_slow(now):
             exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the body came too slowly while others waited"))
@@ -303,59 +259,22 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _send_kept(self) -> None:
         """Write what was kept back; once more later if there is still something to read."""
-        if self._transport is None or self._exchange is None:
-            self._kept = b""
+        if self._exchange is None or self._transport is None:
+            self._writer.end()
         elif self._must_read_first():
             self._loop.call_soon(self._send_kept)
         else:
-            kept, self._kept = self._kept, b""
-            if not self._is_refused:
-                self._outflow.written_bytes += len(kept)
-                self._transport.write(kept)
-            if not self._outflow.is_stalled:
+            self._writer.write_kept()
+            if not self._writer.is_full:
                 self._exchange.resume_request()
 
     def _must_read_first(self) -> bool:
-        """Whether there is something to read that may be an answer: bytes, or the end of the connection."""
-        if self._body is not None or self._is_paused:
-            return False
-        fileno = self.fileno()
-        if fileno < 0:
-            return True
-        poll = select.poll()
-        poll.register(fileno, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def _read_what_is_left(self) -> None:
-        """Read what the upstream had sent before writing to it failed.
-
-        The socket is open until this has returned; below TLS it is closed already, and its duplicate is open.
-        """
-        tls = self._tls
-        fileno = self.fileno() if tls is None else self._duplicate
-        if fileno < 0:
-            return
-        for _ in range(_LEFT_READS_MAX):
-            try:
-                data = os.read(fileno, _LEFT_READ_BYTES)
-            except OSError:
-                return
-            if not data:
-                return
-            if isinstance(tls, TlsObject):
-                data = tls.decrypt(data)
-            if data and self._exchange is not None:
-                self.data_received(data)
-
-    def _forget_duplicate(self) -> None:
-        if self._duplicate >= 0:
-            os.close(self._duplicate)
-            self._duplicate = -1
+        """Whether something has arrived that may be a response, and is not being read."""
+        return self._body is None and not self._is_paused and self._writer.has_arrived()
 
     def fileno(self) -> int:
         """The socket's file descriptor, -1 if closed."""
-        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
-        return -1 if sock is None else int(sock.fileno())
+        return self._writer.fileno()
 
     def deadline_passed(self, now: float) -> None:
         """First byte or the next byte did not come in time, or what was written was not taken."""
@@ -391,7 +310,7 @@ class UpstreamConnection(asyncio.Protocol):
             if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
                 # It will not read the rest of the request. RFC 9112 section 9.3: cease to send it.
-                self._is_refused = status >= _ERROR and not head.fields.keeps_alive
+                self._writer.is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)
                 exchange.answer_begins(head, now)
             elif head.fields.opens_tunnel and exchange.asks_for_tunnel:
@@ -425,16 +344,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _still_takes_request(self, now: float) -> bool:
         """At a deadline: whether the upstream is still taking what was written. It then gets as long again."""
-        outflow, transport = self._outflow, self._transport
-        waits_for_answer = self._body is None and self._request_is_written
-        seconds = self._first_byte_seconds if waits_for_answer else self._idle_seconds
-        if outflow.is_stalled:
-            goes_on = outflow.has_moved(transport, now, in_seconds=seconds)
-        else:
-            # The request has left our buffers, but megabytes of it may be in the kernel's.
-            goes_on = waits_for_answer and outflow.is_being_taken(transport, since_bytes=self._begun_at_bytes)
-            if goes_on:
-                outflow.stall(transport, now)
+        waits_for_response = self._body is None and self._writer.is_whole
+        seconds = self._first_byte_seconds if waits_for_response else self._idle_seconds
+        goes_on = self._writer.goes_on(now, seconds, waits_for_response=waits_for_response)
         if goes_on:
             self.deadline = now + seconds
         return goes_on
@@ -442,7 +354,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _watch(self, now: float) -> None:
         if self._body is not None:
             self.deadline = now + self._idle_seconds
-        elif self._request_is_written:
+        elif self._writer.is_whole:
             self.deadline = now + self._first_byte_seconds
         else:
             self.deadline = NO_DEADLINE

@@ -276,15 +276,16 @@ async def test_the_home_of_another_user_keeps_nobody_from_connecting(
         pytest.skip("only root can run a process as somebody else")
     tmp_path.chmod(0o700)
     program = (
-        "import asyncio, sys\nfrom keyproxy.store.connecting import Target\n"
+        "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\nfrom keyproxy.store.connecting import Target\n"
         "async def connect():\n    await (await Target(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
-        "asyncio.run(connect())\n"
+        # Only now: the other user may not be allowed to run this Python.
+        "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nasyncio.run(connect())\n"
     )
     server = plain if mode == "disable" else secure
     dsn = server.tcp(f"sslmode={mode}" if mode else "")
     done = await asyncio.to_thread(
         lambda: subprocess.run(
-            [sys.executable, "-c", program, dsn], env=os.environ | {"HOME": str(tmp_path)}, user=65_534, group=65_534,
+            [sys.executable, "-c", program, dsn], env=os.environ | {"HOME": str(tmp_path)},
             cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=60,
         )
     )  # fmt: skip
