@@ -88,12 +88,22 @@ async def test_every_response_of_ours_carries_one_date(wire: Wire, raw: bytes, s
 
 
 async def test_a_failure_of_the_upstream_and_a_connection_too_many_carry_a_date(start: Start) -> None:
-    wire = await start(listen={"connections_max": 1}, serving=Upstream(answer_with(b"nonsense\r\n\r\n")))
+    reached, release = asyncio.Event(), asyncio.Event()
+
+    async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        reached.set()
+        await release.wait()
+        writer.write(b"nonsense\r\n\r\n")
+        return True
+
+    wire = await start(listen={"connections_max": 1}, serving=Upstream(held))
     async with wire.client() as client:
         await client.send(request())
-        invalid = await client.answer()
+        await reached.wait()
         async with wire.client() as other:
             turned_away = await other.answer()
+        release.set()
+        invalid = await client.answer()
     assert (invalid.status, turned_away.status) == (502, 503)
     assert is_now(invalid.one("Date"))
     assert is_now(turned_away.one("Date"))
