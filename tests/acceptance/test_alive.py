@@ -234,7 +234,9 @@ async def test_workers_change_all_or_none_and_those_that_start_later_are_like_th
         await change(unreachable, "keyproxy.supervisor: the configuration stays as it was: 127.0.0.1:1")
         await replace_one(1)
         assert await answers(site, secret) == {(200, "")}
-        await change(unreachable.replace("workers = 2", "workers = 3"), "the configuration stays as it was: 127.0.0.1:1")
+        await change(
+            unreachable.replace("workers = 2", "workers = 3"), "the configuration stays as it was: 127.0.0.1:1"
+        )
         assert len(workers_of(process.pid)) == 2
         await change(before + only, "keyproxy.supervisor: another configuration is in force")
         assert await answers(site, secret) == {(403, "route_not_allowed")}

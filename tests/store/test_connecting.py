@@ -276,7 +276,8 @@ async def test_the_home_of_another_user_keeps_nobody_from_connecting(
         pytest.skip("only root can run a process as somebody else")
     tmp_path.chmod(0o700)
     program = (
-        "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\nfrom keyproxy.store.connecting import Target\n"
+        "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\n"
+        "from keyproxy.store.connecting import Target\n"
         "async def connect():\n    await (await Target(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
         # Only now: the other user may not be allowed to run this Python.
         "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nasyncio.run(connect())\n"
