@@ -244,7 +244,7 @@ class UpstreamPool:
 
     def _waited_too_long(self) -> Refusal:
         """Why a request got no connection in time: all are in use, or those that were begun do not come about."""
-        if self._has_room() and not self.unreachable_because:
+        if self._has_room() and not self._connecting and not self.unreachable_because:
             return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
         if len(self._open) >= self.settings.connections_max:
             return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
