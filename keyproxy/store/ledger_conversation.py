@@ -215,7 +215,9 @@ class Conversation:
         self.observe(heard - asked)
         if replies is None:
             if self.book.has_leases:
-                _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
+                _log.warning(
+                    "the ledger has ended the leases of this process: they had expired and are charged in full"
+                )
             self.book.ended()
             self._become_another()
             return 0.0
@@ -249,7 +251,7 @@ class Conversation:
         self._wake_up()
 
     def _failed(self, error: Exception) -> None:
-        self.outage.met(f"the ledger cannot be asked: {error or type(error).__name__}", is_main=self._is_main)
+        self.outage.met(f"the ledger is unavailable: {error or type(error).__name__}", is_main=self._is_main)
         self.down_because = str(error) or type(error).__name__
         # Leases that are still ours are spent first; a request waits for this answer only when there are none.
         self.book.is_lenient = self._is_lenient

@@ -168,7 +168,7 @@ async def test_drain_is_told_when_the_proxy_did_not_end_by_draining(site: Site) 
         process.kill()
         told = await asyncio.wait_for(waiting, STUCK_SECONDS)
         assert told.status == 1
-        assert f"the proxy (pid {process.pid}) ended before it had drained" in told.err
+        assert f"the proxy (pid {process.pid}) exited before it had drained" in told.err
 
 
 async def test_drain_without_a_proxy_fails_and_says_which_address_it_looked_for(site: Site) -> None:
@@ -214,7 +214,7 @@ async def test_health_follows_the_process_and_not_its_readiness(configure: Confi
         told = await site.run("health")
         process.send_signal(signal.SIGCONT)
         assert told.status == 1
-        assert f"(pid {process.pid}) does not answer" in told.err
+        assert f"(pid {process.pid}) does not respond" in told.err
         process.send_signal(signal.SIGINT)
         await asyncio.wait_for(process.wait(), STUCK_SECONDS)
     assert (await site.run("health")).status == 1
@@ -353,6 +353,6 @@ async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(confi
             before = site.config.read_text(encoding="utf-8")
             site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
             process.send_signal(signal.SIGHUP)
-            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is made")
+            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is created")
             assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
             assert (await site.run("drain", "--wait")).status == 0

@@ -50,4 +50,4 @@ async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and
     await sql.close()
     log = b"".join(site.printed).decode()
     assert log.count(reason) == 1
-    assert "recovered, and continues to" in log
+    assert "recovered, continuing to" in log

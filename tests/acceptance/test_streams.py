@@ -85,7 +85,7 @@ async def test_no_secret_is_made_where_there_is_no_stdout_to_show_it_on(site: Si
     ):  # fmt: skip
         output = await shell(site, command, ">&-")
         assert (output.status, output.err) == (
-            1, "keyproxy: there is no stdout to show the secret on: nothing was changed\n",
+            1, "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
         ), command  # fmt: skip
     assert [one["id"] for one in await site.told("key", "list")] == [key["id"]]
     assert await site.told("admin", "token", "list") == []
