@@ -75,8 +75,8 @@ class Bulk(Desk):
 
         A user who has a working key of that name and mode gets no other, so that the same wishes can be sent again. In
         the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
-        `reissues`; `created` says whether a key was made, the rest is there only if so. Raises NotFound for a user
-        that does not exist.
+        `reissues`; `created`: whether a key was issued; the other fields are present only if so. Raises NotFound for an
+        unknown user.
 
         `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
         its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.

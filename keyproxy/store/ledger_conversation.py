@@ -37,8 +37,7 @@ _LINES_MAX: Final = 200
 
 _RETRY_SECONDS: Final = 0.2
 
-#: A ledger that could not be asked is asked again so often also when nothing is to be said: else nobody would find out
-#: that it answers.
+#: How often to retry an unavailable ledger even if there is nothing to send; otherwise its recovery would go unnoticed.
 _LOOK_SECONDS: Final = 1.0
 
 _CLOSED: Final = "the ledger is closed"

@@ -1,8 +1,8 @@
 """Write a request to the upstream, track what the upstream has taken, and hold bytes back for a moment.
 
-An upstream may respond before it has the whole request, and close. Further writes then cause a reset, after which part of
-the response may be lost. So arrived bytes are read before more is written; until then unwritten bytes are held here. After
-a failed write, the bytes that the upstream had sent are still read from the socket.
+An upstream may respond before it has the whole request, and close. Further writes then cause a reset, after which a
+part of the response may be lost. So arrived bytes are read before more is written; until then unwritten bytes are held
+here. After a failed write, the bytes that the upstream had sent are still read from the socket.
 """
 
 from __future__ import annotations
