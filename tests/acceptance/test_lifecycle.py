@@ -530,7 +530,7 @@ def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[
         ("key", "revoke-all", "--user", "u_42"),
     )  # fmt: skip
     for command in commands:
-        assert "give --yes" in shell.refused(*command)
+        assert "pass --yes" in shell.refused(*command)
     assert [one["state"] for one in shell.told("key", "list")] == ["active"]
     assert shell.told("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
 
