@@ -1,8 +1,8 @@
-"""`python -m bench.crowding`: what one client that holds on to everything does to the others.
+"""`python -m bench.crowding`: the effect of one client that occupies every connection on the others.
 
-One key, or no key, takes all that it can get in one way after the other; meanwhile a second user asks five times a
-second, each time on a new connection. A row says how many of its requests were answered, and how long they took. The last
-rows are clients that read a large answer slowly: how much of it they got.
+One client, with or without a key, takes all it can get in one way after the other; meanwhile a second user sends five
+requests per second, each on a new connection. A row has the number and duration of its successful requests. The last rows
+are clients that read a large response slowly: how much of it they received.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Attack = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def compute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """A compute server: the path says what it does."""
+    """A compute server whose behaviour depends on the path."""
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -124,7 +124,7 @@ def attacks(secret: str) -> dict[str, Attack]:
 
 
 async def held(port: int, attack: Attack, over: asyncio.Event) -> None:
-    """One connection of an attacker, made anew as often as it ends."""
+    """One connection of an attacker, reopened whenever it ends."""
     while not over.is_set():
         writer = None
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -155,7 +155,7 @@ async def crowd(port: int, name: str, attack: Attack, *, victim: str, seconds: f
     over = asyncio.Event()
     number = _CONNECTIONS + 100 if "without a key" in name else _ATTACKERS
     attackers = [asyncio.create_task(held(port, attack, over)) for _ in range(number)]
-    # Time for the attack to take what it can get.
+    # Time for the attack to build up.
     await asyncio.sleep(6.0)
     waits, statuses, asking = [], [], set()
 

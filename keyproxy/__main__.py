@@ -12,7 +12,7 @@ def main() -> None:
     streams.open_missing()
     arguments = sys.argv[1:]
     if probe.is_plain(arguments):
-        # A container's health check runs every few seconds: it does not load what it does not need.
+        # A container's health check runs every few seconds: it loads only what it needs.
         sys.exit(probe.main(arguments))
     from keyproxy import cli
 

@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 def wrong_with_listener(value: str) -> str | None:
-    """What is wrong with the address of a listener; None: nothing."""
+    """Return the fault of a listener's address, or None."""
     if value.startswith("unix:"):
         return None if value[5:].startswith("/") else "must be unix: and an absolute path"
     host, colon, port = value.rpartition(":")
@@ -43,16 +43,16 @@ def wrong_with_listener(value: str) -> str | None:
 
 
 def wrong_with_upstream(value: str) -> str | None:
-    """What is wrong with the URL of an upstream; None: nothing."""
+    """Return the fault of an upstream's URL, or None."""
     if not re.fullmatch(r"[!-~]+", value):
-        return "holds a space or another character that no URL has"
+        return "contains a space or another character that is invalid in a URL"
     if value.startswith("unix:"):
         return wrong_with_listener(value)
     try:
         parts = urlsplit(value)
         port_is_sane = parts.port is None or parts.port > 0
     except ValueError:
-        return "is no URL"
+        return "is not a URL"
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane:
         return "must be 'http://host[:port]', 'https://host[:port]' or 'unix:/path'"
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
@@ -61,14 +61,14 @@ def wrong_with_upstream(value: str) -> str | None:
 
 
 def wrong_with_mode(value: str) -> str | None:
-    """What is wrong with the mode of a unix socket's file; None: nothing."""
+    """Return the fault of a unix socket's file mode, or None."""
     if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o600 != 0o600 or int(value, 8) & 0o111:
         return "must be an octal mode that lets the owner read and write, such as '0600' or '0660'"
     return None
 
 
 def literal(host: str) -> frozenset[IpAddress | str]:
-    """The addresses of a host as far as they are known without asking: of numbers, and of localhost."""
+    """The addresses of a host that need no lookup: numeric ones, and those of localhost."""
     if host.lower().rstrip(".") == "localhost":
         return _LOOPBACK
     try:
@@ -78,7 +78,7 @@ def literal(host: str) -> frozenset[IpAddress | str]:
 
 
 def plain(address: IpAddress) -> IpAddress:
-    """An IPv4 address that is written as an IPv6 one, as itself."""
+    """Unwrap an IPv4-mapped IPv6 address."""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return address if mapped is None else mapped
 

@@ -67,7 +67,7 @@ class Proxy:
         self._catalogue = Catalogue(self._recorder, self._sources())
         self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
         self._ops = self._ops_listener()
-        #: By which this process is found; None: it is found through its supervisor, or not at all.
+        #: The socket that identifies this process; None: its supervisor has it, or nothing does.
         self.control: Control | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._retired: list[UpstreamPool] = []
@@ -143,7 +143,7 @@ class Proxy:
 
     @property
     def listen(self) -> Listen:
-        """How it listens, by the configuration that was applied last."""
+        """The listen settings of the configuration that was applied last."""
         return self._settings.listen
 
     # -- building
@@ -260,7 +260,7 @@ class Proxy:
         await self.server.drain(self._settings.listen.drain_seconds)
 
     def _log_as(self, settings: Settings) -> None:
-        """Log requests as configured, those that have ended by now as it was before."""
+        """Apply the log setting. Requests that have already ended are logged under the previous one."""
         self._recorder.count_pending()
         self._access_log.success_share = settings.log.success_share
         self._recorder.log_to(self._access_log if settings.log.access else None)

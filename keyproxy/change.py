@@ -34,7 +34,7 @@ def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops)
     """A socket for a new address; None if it is the old one. Raises BindError, ChangeError."""
     if was.address == now.address:
         if was.socket_mode != now.socket_mode and now.address.startswith("unix:"):
-            raise ChangeError("socket_mode: applies when the socket is made: restart, or change the address too")
+            raise ChangeError("socket_mode: applies when the socket is created: restart, or change the address too")
         return None
     return undo.enter_context(contextlib.closing(bound(now)))
 

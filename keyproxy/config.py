@@ -1,7 +1,8 @@
 """Read TOML and environment into `Settings`: the only reader of either.
 
-Environment over file over default. An image or a package may bring defaults of its own, in a file that KEYPROXY_DEFAULTS
-names: any configuration is over them. Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
+The environment overrides the file, and the file overrides the defaults. An image or a package may bring its own defaults
+in the file that KEYPROXY_DEFAULTS names; any configuration overrides them.
+Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
 error that names the key, where it was set, and the closest key there is. All errors are told at once. Every value keeps
 its origin, so that `keyproxy config show` can say where it came from.
 
@@ -48,9 +49,9 @@ _ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used. `problems` are complete sentences, one for each thing that is wrong.
+    """A configuration that cannot be used. `problems` are complete sentences, one for each problem.
 
-    `loaded`: the configuration, if each of its keys can be read and they only contradict each other.
+    `loaded`: the configuration, if every key is readable and the keys only contradict each other.
     """
 
     def __init__(self, problems: list[str], loaded: Config | None = None) -> None:
@@ -80,7 +81,7 @@ class _Reading:
         self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         self.origins: dict[str, Origin] = {}
         self.wrong: list[str] = []
-        #: Which source is being read, and which one each value is from: later ones are over earlier ones.
+        #: The source being read, and the source of each value: later sources override earlier ones.
         self.rank = 0
         self._ranks: dict[str, int] = {}
         self.keys = {table: {key.name: key for key in dataclasses.fields(cls)} for table, cls in TABLES.items()}
@@ -192,7 +193,7 @@ def mask(value: object) -> object:
 
 
 def _read_document(reading: _Reading, path: Path, content: str, route_rows: object) -> object:
-    """Take in a file; the route table that holds then."""
+    """Read a file. Return the route table that then applies."""
     document = _parse(path, content)
     route_rows = document.pop("routes", route_rows)
     for table, keys in document.items():

@@ -1,9 +1,8 @@
-"""Connections to a server of aiohttp: how many there may be, and how long one may take to send or to read something.
+"""Connections to an aiohttp server: bounds on their number and on the time to send or read something.
 
-aiohttp closes a connection on which no request has begun within the time of keep-alive, also if a part of a head is
-there. What it does not bound is bounded here: how many connections there are, how long it may take to agree on TLS, and
-how long a client may ask and not read the answer. At the bound the connection leaves that has been idle longest; one with
-a request under way never does.
+aiohttp closes a connection on which no request starts within the keep-alive time, also after a partial head. This module
+bounds the rest: the number of connections, the time for a TLS handshake, and the time for which a client may leave a
+response unread. At the bound the connection that has been idle longest is closed, never one with a request in flight.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from keyproxy.wire.outflow import outstanding_bytes
 _LINE_BYTES_MAX: Final = 65_536
 _TURNED_AWAY_SECONDS: Final = 1.0
 
-#: For how long the rest of a request is read that was answered before it had arrived.
+#: For how long to read the rest of a request after an early response.
 _LINGERING_SECONDS: Final = 2.0
 
-#: For how long a connection without a request keeps its place at the bound: its client gets to send one.
+#: For how long a connection without a request is spared at the bound, so that its client can send one.
 _SPARED_SECONDS: Final = 0.02
 
 
 class Bounds(NamedTuple):
-    """`idle_seconds`: without a whole head. `unread_seconds`: with an answer that waits to be read."""
+    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response."""
 
     connections_max: int = 256
     idle_seconds: float = 30.0
@@ -60,10 +59,10 @@ def _without_tls() -> bytes:
 
 
 class Connections:
-    """See the module. Takes connections for one server of aiohttp."""
+    """Accepts connections for one aiohttp server; see the module."""
 
     def __init__(self, server: web.Server, bounds: Bounds, *, full: Callable[[], bytes], log: logging.Logger) -> None:
-        """`full`: makes the response to a client that is one too many. `log`: for what aiohttp has to report."""
+        """`full`: makes the response to a client beyond the bound. `log`: the logger for aiohttp."""
         self.evicted = 0
         self._server = server
         self._bounds = bounds
@@ -81,13 +80,13 @@ class Connections:
         self._listening.start()
 
     def stop(self) -> None:
-        """Accept no more. What is open stays so."""
+        """Stop accepting. Open connections stay open."""
         if self._listening is not None:
             self._listening.stop()
             self._listening = None
 
     async def _open(self, sock: socket.socket) -> None:
-        """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
+        """Make a connection from an accepted socket: at once without TLS, else after the handshake."""
         accepted, seconds = None, None
         if self._tls is not None:
             accepted, seconds = Accepted(sock, _without_tls), self._bounds.handshake_seconds
@@ -107,7 +106,7 @@ class Connections:
         return _Connection(self, self._server, self._bounds, self._log)
 
     def _evict(self) -> bool:
-        """End the connection that has been idle longest. False if requests are under way on all of them."""
+        """Close the connection that has been idle longest. False if all of them have requests in flight."""
         before = self._loop.time() - _SPARED_SECONDS
         idle = [one for one in self.open if one.is_idle and one.idle_since <= before]
         if not idle:
@@ -123,7 +122,7 @@ class _Connection(web.RequestHandler):
     """One connection."""
 
     def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
-        options = {"access_log": None}  # not said by the types: no log, the listener writes one of its own
+        options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log
         super().__init__(
             server, loop=asyncio.get_running_loop(), keepalive_timeout=bounds.idle_seconds, logger=log,
             lingering_time=_LINGERING_SECONDS,
@@ -136,12 +135,12 @@ class _Connection(web.RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way; one may have begun to arrive."""
+        """Whether no request is in flight; one may have begun to arrive."""
         return self._waiter is not None and not self._waiter.done()
 
     @property
     def idle_since(self) -> float:
-        """Since when there has been no request, if there is none."""
+        """The start of the current idle time."""
         return self._next_keepalive_close_time - self._keepalive_timeout
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -166,7 +165,7 @@ class _Connection(web.RequestHandler):
         self._unread = self._loop.call_later(self._unread_seconds, self._look_at_reading)
 
     def _look_at_reading(self) -> None:
-        """Cut off a client that has read nothing: as much is held for it as before, and nothing was written meanwhile."""
+        """Disconnect a client that has read nothing: its buffer is unchanged, and nothing was written meanwhile."""
         if self.transport is None:
             return
         if outstanding_bytes(self.transport) < self._unread_bytes:
@@ -181,7 +180,7 @@ class _Connection(web.RequestHandler):
 
 
 class _TurnedAway(asyncio.Protocol):
-    """A connection that is one too many: told so, and closed once it has said something or a moment has passed."""
+    """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes or a moment has passed."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, full: bytes) -> None:
         self._loop = loop
@@ -194,6 +193,6 @@ class _TurnedAway(asyncio.Protocol):
         self._loop.call_later(_TURNED_AWAY_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        # Closed before its request is read, it might never read why.
+        # If closed before its request is read, it might never receive the reason.
         if self._transport is not None:
             self._transport.close()

@@ -1,9 +1,9 @@
-"""The control socket of a process: `keyproxy health` asks here whether it is live, `keyproxy drain` lets it leave.
+"""The control socket of a process: `keyproxy health` and `keyproxy drain` connect to it.
 
     health   -> live
     drain    -> draining, and when all is drained: drained. The connection ends with the process.
 
-It is the socket by which a process is found (`presence`). Only processes of the same user and of root are answered.
+It is also the socket that makes the process discoverable (`presence`). It serves only the same user and root.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Control:
 
     @contextlib.asynccontextmanager
     async def open(self, what: Presence) -> AsyncIterator[None]:
-        """Can be found and asked while the context lasts. Raises BindError if a running process forbids it."""
+        """Be discoverable while the context lasts. Raises BindError on a conflict with a running process."""
         has_drained = False
         try:
             self.show(what)
@@ -55,13 +55,13 @@ class Control:
                 task.cancel()
             await asyncio.gather(*self._talks, return_exceptions=True)
             for sock in self._waiting:
-                with sock, contextlib.suppress(OSError):  # it does not wait any more
+                with sock, contextlib.suppress(OSError):  # the peer has stopped waiting
                     sock.send(presence.DRAINED if has_drained else b"")
             if self._sock is not None:
                 self._sock.close()
 
     def check(self, what: Presence) -> None:
-        """Raises BindError if a running process forbids to be this instead.
+        """Raises BindError if the new presence conflicts with a running process.
 
         Only where an address changes: of two that share a port, each may be given another upstream.
         """
@@ -69,7 +69,7 @@ class Control:
             neighbours.check(what, self._name)
 
     def show(self, what: Presence) -> None:
-        """Be found as this from now on."""
+        """Replace the published presence."""
         if what == self._shown:
             return
         name = what.name()
@@ -80,7 +80,9 @@ class Control:
             sock.listen(_BACKLOG)
         except OSError as error:
             sock.close()
-            _log.warning("no control socket, `keyproxy health` and `keyproxy drain` find nothing: %s", error)
+            _log.warning(
+                "no control socket, `keyproxy health` and `keyproxy drain` cannot find this process: %s", error
+            )
             return
         before, accepting = self._sock, self._accepting
         self._sock, self._accepting = sock, self._loop.create_task(self._accept(sock))
@@ -95,7 +97,7 @@ class Control:
             try:
                 sock, _ = await self._loop.sock_accept(listening)
             except OSError:
-                # No file descriptor now; there may be one later.
+                # No file descriptor is free now; one may be later.
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
             if not presence.is_trusted(sock) or len(self._talks) >= _TALKS_MAX:
@@ -118,7 +120,7 @@ class Control:
                     await self._loop.sock_sendall(sock, presence.DRAINING)
                     keeps = len(self._waiting) < _TALKS_MAX
         except (OSError, TimeoutError):
-            keeps = False  # the other end has left, or says nothing
+            keeps = False  # the peer has disconnected, or sends nothing
         finally:
             if keeps:
                 self._waiting.add(sock)

@@ -9,9 +9,9 @@ Not decided here: whether the key exists. `checked` tells a key that cannot exis
 only for a digest that memory does not know, so that a known key costs one hash. The digest stays with the head, so that a
 client that presents the same bytes again on its connection costs none.
 
-The presented key does not go upstream in any other field either, whatever its name: a client library that sends it as
-`Api-Key` too, a cookie, a Referer. Such a line is dropped. A field that the request was judged by is not dropped, which
-would make it another request: the request is refused.
+The presented key is not forwarded in any other field either, whatever its name: a client library may also send it as
+`Api-Key`, in a cookie or in a Referer. Such a line is dropped. If the key is in a field that the decision depends on,
+dropping the field would change the request, so the request is refused.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
 _WORD = re.compile(rb"[0-9A-Za-z]+")
 _BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
 
-#: A word of a key that is this long is found anywhere; a shorter key only where it stands by itself.
+#: A word of a key of this length is found anywhere; a shorter key only as a separate word.
 _WORD_BYTES_MIN: Final = 16
 
-#: Fields that say how the request is to be read. Without them it would be another one than was judged.
+#: Fields that determine how the request is read. Dropping one would change the request after the decision.
 _JUDGED_FIELDS: Final = frozenset(
     {b"host", b"content-type", b"content-encoding", b"accept-encoding", b"idempotency-key"}
 )
 
-#: Holds digits alone.
+#: Contains only digits.
 _LENGTH: Final = b"content-length"
 
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
@@ -104,18 +104,18 @@ def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
 
 
 def _part(key: SecretKey) -> bytes:
-    """By what a key is found where it should not be: its longest word, which no encoding of a URL changes."""
+    """The search pattern for a key: its longest word, which URL encoding does not change."""
     plaintext = key.reveal()
     word = max(_WORD.findall(plaintext), key=len, default=b"")
     return word if len(word) >= _WORD_BYTES_MIN else plaintext
 
 
 def _take_out(head: RequestHead, part: bytes) -> None:
-    """Drop every line that holds the key. Raises the Refusal for a key that stands where it cannot be dropped."""
+    """Drop every line that contains the key. Raises a Refusal if a line with the key cannot be dropped."""
     block = head.block
     # `find` takes less than half the time of `in`, which first tries its operand as an integer.
     if head.line.target.find(part) >= 0 and _stands_in(head.line.target, part):
-        # A key of another format, which the target alone does not show.
+        # A key of another format, which the target alone does not reveal.
         line = head.line
         head.line = RequestLine(line.method, line.target, line.path, line.minor_version, line.start, holds_key=True)
         raise Refusal(Reason.KEY_IN_URL)
@@ -133,12 +133,12 @@ def _without(block: bytes, part: bytes) -> bytes:
         if name == _LENGTH or not _stands_in(line, part):
             kept += line
         elif name in _JUDGED_FIELDS:
-            raise Refusal(Reason.REQUEST_MALFORMED, "the key stands in a field that the request is judged by")
+            raise Refusal(Reason.REQUEST_MALFORMED, "the key is in a field that the decision depends on")
     return kept
 
 
 def _stands_in(text: bytes, part: bytes) -> bool:
-    """Whether the key stands in a text: as it is, or as a password of Basic authentication."""
+    """Whether a text contains the key: verbatim, or as a password of Basic authentication."""
     if part in text:
         if len(part) >= _WORD_BYTES_MIN:
             return True

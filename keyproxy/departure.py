@@ -35,7 +35,7 @@ class Departure:
 
     @property
     def signal(self) -> signal.Signals:
-        """What tells another process to leave in the same way."""
+        """The signal that makes another process shut down in the same way."""
         return signal.SIGINT if self.is_urgent.is_set() else signal.SIGTERM
 
     async def linger(self, seconds: float) -> None:

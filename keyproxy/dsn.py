@@ -79,8 +79,8 @@ class InvalidDsnError(ValueError):
 class Dsn:
     """A connection URI, taken apart.
 
-    `hosts`: names, addresses or directories of sockets, each with a port; empty where the URI does not say.
-    `parameters`: those of libpq that are applied. `settings`: what else stands behind the `?`, for the server.
+    `hosts`: names, addresses or directories of sockets, each with a port; empty if the URI names none.
+    `parameters`: the libpq parameters that are applied. `settings`: other names after the `?`, for the server.
     """
 
     hosts: tuple[tuple[str, int | None], ...] = ()
@@ -92,12 +92,12 @@ class Dsn:
 
 
 def parse(uri: str, beneath: Mapping[str, str] | None = None) -> Dsn:
-    """Take a URI apart. Raises InvalidDsnError. `beneath`: keywords that count where the URI does not say."""
+    """Parse a URI. Raises InvalidDsnError. `beneath`: keywords that apply unless the URI overrides them."""
     try:
         parts = urlsplit(uri)
         query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError as error:
-        raise InvalidDsnError("is no connection URI") from error
+        raise InvalidDsnError("is not a connection URI") from error
     if parts.scheme not in ("postgresql", "postgres"):
         raise InvalidDsnError("must begin with postgresql://")
     credentials, at, location = parts.netloc.partition("@")
@@ -108,7 +108,7 @@ def parse(uri: str, beneath: Mapping[str, str] | None = None) -> Dsn:
     if "database" in given:
         given.setdefault("dbname", given.pop("database"))
     if location:
-        # Hosts that stand in front win over those in the query, and bring their ports.
+        # Hosts in the authority override those in the query, along with their ports.
         given = {name: value for name, value in given.items() if name not in ("host", "port")}
     in_front = {"host": location, "user": user, "password": password, "dbname": parts.path[1:]}
     given |= {name: unquote(value) for name, value in in_front.items() if value}
@@ -127,7 +127,7 @@ def from_keywords(given: Mapping[str, str]) -> Dsn:
             parameters[name] = value
         elif name not in _IGNORED and name not in _ONLY:
             if not _SETTING.fullmatch(name):
-                raise InvalidDsnError(f"has the parameter {name!r}, which is none")
+                raise InvalidDsnError(f"has the unknown parameter {name!r}")
             settings[name] = value
     _check_together(parameters)
     return Dsn(
@@ -181,7 +181,7 @@ def _hosts(parameters: dict[str, str]) -> tuple[tuple[str, int | None], ...]:
         hosts = [(name, number if own is None else own) for (name, own), number in zip(hosts, numbers, strict=True)]
     if addresses:
         if addresses.count(",") + 1 != len(hosts):
-            raise InvalidDsnError("has another number of hostaddr than of hosts")
+            raise InvalidDsnError("has a different number of hostaddr values than of hosts")
         hosts = [(address, port) for address, (_, port) in zip(addresses.split(","), hosts, strict=True)]
     return tuple(hosts)
 
@@ -192,7 +192,7 @@ def _host(text: str) -> tuple[str, int | None]:
         return text, None
     match = _HOST.fullmatch(text)
     if match is None:
-        raise InvalidDsnError("has a host that is none: write name, name:port, [ipv6]:port or /directory")
+        raise InvalidDsnError("has an invalid host: write name, name:port, [ipv6]:port or /directory")
     return match[1] or match[3] or "", _port(match[2] or match[4] or "")
 
 
@@ -200,5 +200,5 @@ def _port(text: str) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) <= 65_535:
-        raise InvalidDsnError("has a port that is none")
+        raise InvalidDsnError("has an invalid port")
     return int(text)

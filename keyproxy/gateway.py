@@ -99,7 +99,7 @@ class Gateway(Gate):
         return Permit(grant, self._ledger.take(allowance, now, need))
 
     def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
-        """Refuse what a limit refuses anyway, before the body is waited for or read."""
+        """Refuse a request that a limit refuses regardless of its body, before waiting for the body or reading it."""
         fingerprint = exchange.fingerprint
         asks = exchange.reading is None and not metering.is_read_at_once(exchange)
         if fingerprint is None:

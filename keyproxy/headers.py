@@ -162,7 +162,7 @@ def trace_id(block: bytes) -> bytes:
     """The trace id of the traceparent among these header lines; empty if it is not as W3C Trace Context has it."""
     start = block.find(_TRACEPARENT)
     if start < 0 or (start and block[start - 1] != _LF):
-        # In other letters, or behind a name that ends like it.
+        # In another case, or as the suffix of another name.
         lines = block.lower()
         start = 0 if lines.startswith(_TRACEPARENT) else lines.find(b"\n" + _TRACEPARENT) + 1
         if not lines.startswith(_TRACEPARENT, start):
@@ -185,7 +185,7 @@ def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
 class Forwarding:
     """The X-Forwarded-* fields for requests of one connection, by the trust rule.
 
-    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; anybody else's is dropped. Empty
+    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; any other peer's is dropped. Empty
     fields and empty elements of the list are no claims, and are left out (RFC 9110 section 5.6.1).
     """
 
@@ -251,8 +251,8 @@ class TrustRule:
     def client_address(self, forwarded: Sequence[tuple[bytes, bytes]], peer: bytes) -> bytes:
         """The client's address by the X-Forwarded-For of a trusted `peer`.
 
-        Read from the right: each hop was written by the one after it. At the first hop that is not trusted, or that is
-        no address, what stands further left may be anybody's invention.
+        Read from the right: each hop was written by the one after it. Everything to the left of the first hop that is
+        untrusted or invalid may be forged.
         """
         found = peer
         fields = [value for name, value in forwarded if name == b"x-forwarded-for"]

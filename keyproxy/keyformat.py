@@ -107,7 +107,7 @@ class KeyFormat:
 
     @staticmethod
     def has_right_checksum(plaintext: bytes) -> bool:
-        """Whether the checksum at the end of a key, under any prefix, covers what stands before it."""
+        """Whether the checksum at the end of a key, under any prefix, matches the rest of the key."""
         return _is_whole(plaintext)
 
     def starts(self, text: bytes) -> Iterator[re.Match[bytes]]:
@@ -134,7 +134,7 @@ class KeyFormat:
         return f"{shown.decode('ascii')}…{plaintext[-_HINT_TAIL:].decode('ascii')}"
 
     def hint_start(self, part: str) -> str:
-        """What the hint of a key begins with, given the first part of the key; empty if that is too short or no key's."""
+        """The start of a key's hint, given the first part of the key; empty if that is too short or not a key's."""
         start = self._start.match(part.encode("utf-8"))
         shown = 0 if start is None else start.end() + _HINT_TAIL
         return part[:shown] if len(part) >= shown else ""

@@ -1,7 +1,7 @@
-"""Find the keys in text that people paste: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
+"""Find the keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
 
-A key of ours is recognised by its checksum, wherever it stands and however the text was encoded or wrapped on its way. A
-key of another program has no mark of its own: every word that may be one is a candidate, and the store knows which are.
+A keyproxy key is recognised by its checksum, wherever it is and however the text was encoded or wrapped. A key of another
+program has no such mark: every word that may be one is a candidate, which the store confirms or rejects.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ESCAPED_SPACE = re.compile(rb"\\[nrt]")
 _ENTITY = re.compile(rb"&#?[0-9A-Za-z]{1,8};")
 _NOT_OF_A_KEY = re.compile(rb"[^0-9A-Za-z_]+")
 
-#: What separates words, whatever the text is: spaces, quotes, brackets and what no key may hold.
+#: Word separators in any text: spaces, quotes, brackets and characters that no key may contain.
 _BETWEEN_WORDS = re.compile(rb"[^A-Za-z0-9!#$%&'*+\-./:=?@^_`|~]+")
 _INSIDE_WORDS = re.compile(rb"[=&?'`]|:(?!//)")
 _ROUND_WORDS: Final = b".:;!?'`*_|~=&"
@@ -45,18 +45,18 @@ _PRESENTED = re.compile(
     % (_FOREIGN_BYTES_MIN, KEY_BYTES_MAX),
     re.IGNORECASE,
 )
-#: What djangorestframework-api-key makes if nothing else is configured.
+#: The default key format of djangorestframework-api-key.
 _OF_DJANGO = re.compile(rb"[0-9A-Za-z]{8}\.[0-9A-Za-z]{32}")
 _A_DIGIT = re.compile(rb"[0-9]")
 _SCHEMES: Final = (b"api-key", b"bearer", b"x-api-key", b"authorization")
 
 
 class Scan(NamedTuple):
-    """What a text holds.
+    """The keys in a text.
 
     `keys`: keys with a right checksum, under any prefix. `admin_tokens`: how many tokens of the admin API.
     `incomplete`: how many starts of a key have no whole key behind them. `foreign`: words that may be another program's
-    keys. `presented`: those of them that must be meant as keys, because they are sent as one or are all there is.
+    keys. `presented`: those that are certainly meant as keys, by position or because the text has nothing else.
     `digests`: what may be the SHA-256 of a key.
     """
 
@@ -106,7 +106,7 @@ def as_text(text: bytes) -> str:
 
 
 def _readings(text: bytes) -> list[bytes]:
-    """The text decoded, as sent, and with everything removed that may have been put inside a key."""
+    """The decoded text, verbatim, and with everything removed that may have been inserted into a key."""
     text = _COLOURS.sub(b"", as_text(text).encode("utf-8"))
     decoded = text
     for _ in range(_DECODINGS_MAX):
@@ -154,7 +154,7 @@ def _begins_one_of(start: bytes, keys: list[bytes]) -> bool:
 
 
 def _words(readings: Iterable[bytes]) -> list[bytes]:
-    """Every word that may be a key of another program, with and without what stands around it."""
+    """Every word that may be a key of another program, with and without the characters around it."""
     found: dict[bytes, None] = {}
     for word in (word for reading in readings for word in _BETWEEN_WORDS.split(reading)):
         for piece in (word, *_INSIDE_WORDS.split(word), *(word.partition(sign)[2] for sign in (b"=", b":"))):

@@ -19,7 +19,7 @@ from keyproxy.tokens.ask import PARSED_BYTES_MAX, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
 from keyproxy.tokens.reading import BodyReading
 
-#: How long a body's content may be, also if it came compressed.
+#: The maximum size of a body's content, after decompression.
 BODY_BYTES_MAX: Final = 33_554_432
 
 #: What a token is in most languages and code; for estimates of what nobody has said.
@@ -31,7 +31,7 @@ _EXTENSION_TOKENS: Final = 256
 
 
 def need(exchange: Exchange, route: Route) -> TokenAsk:
-    """What a request on a route with tokens needs. Raises Missing until its body has arrived whole and is read."""
+    """The needs of a request on a route with tokens. Raises Missing until its body has arrived and is parsed."""
     ask = exchange.ask
     if ask is None:
         head = exchange.head
@@ -44,7 +44,7 @@ def need(exchange: Exchange, route: Route) -> TokenAsk:
 
 
 def is_read_at_once(exchange: Exchange) -> bool:
-    """Whether finding out what a request needs takes no longer than finding out whether a limit refuses it."""
+    """Whether parsing the body is as cheap as checking whether a limit refuses the request."""
     head = exchange.head
     return (
         exchange.is_complete and len(exchange.body) <= PARSED_BYTES_MAX and head is not None and not head.fields.codings
@@ -69,7 +69,7 @@ def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
 
 
 def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead, route: Route) -> Missing:
-    """What to do for a body that is too long to be read at once. From here on the reading alone has it."""
+    """Start reading a body that is too long to parse at once. The reading takes over the body."""
     if reading is None:
         reading = BodyReading(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
         exchange.reading, exchange.body = reading, b""

@@ -220,7 +220,7 @@ class Identity:
     `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
     it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
     `allowance` is the limits its requests are under, None if there are none. `retiring_field` is the start of the header
-    line that tells for how long the key still works, None unless another key has replaced it. `owner` is what requests
+    line with the remaining lifetime of the key, None unless another key has replaced it. `owner` is what requests
     are counted by where users share something of a bounded number.
     """
 

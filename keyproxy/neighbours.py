@@ -1,4 +1,4 @@
-"""What a process says that it serves, and beside which others it may not start.
+"""The presence that a process publishes, and the running processes that it conflicts with.
 
 Ports are shared on purpose, by workers and by the two proxies of a rolling restart. What must not be shared is refused
 here, before anything is bound.
@@ -20,24 +20,24 @@ from keyproxy.addresses import Place
 from keyproxy.presence import ADMIN, NOWHERE, SERVE, UNIX, Presence, Running
 from keyproxy.settings import Settings
 
-#: What of a DSN's query says which database it is.
+#: The parameters of a DSN's query that identify the database.
 _LOCATING: Final = frozenset({"host", "hostaddr", "port", "dbname", "service"})
 
 
 def of_proxy(settings: Settings, dsn: str) -> Presence:
-    """What `keyproxy serve` serves with these settings. Raises BindError."""
+    """The presence of `keyproxy serve` with these settings. Raises BindError."""
     serves = [settings.upstream.url, settings.upstream.test_url, _database(dsn)]
     digest = hashlib.sha256(json.dumps(serves).encode()).hexdigest()[:16]
     return Presence(SERVE, _encoded(settings.listen.address), _encoded(settings.ops.address), digest)
 
 
 def of_admin(settings: Settings) -> Presence:
-    """What `keyproxy admin` serves with these settings. Raises BindError."""
+    """The presence of `keyproxy admin` with these settings. Raises BindError."""
     return Presence(ADMIN, _encoded(settings.admin.address), NOWHERE, "0" * 16)
 
 
 def places(what: Presence) -> dict[str, Place]:
-    """Where a process listens, by the key that sets it."""
+    """The addresses of a process, by configuration key."""
     named = {"listen.address": what.main, "ops.address": what.ops}
     if what.purpose == ADMIN:
         named = {"admin.address": what.main}
@@ -52,7 +52,7 @@ def check(mine: Presence, own_name: str) -> None:
     """
     ours = places(mine)
     for other in presence.running():
-        # Another user's process cannot share a port, whatever it says of itself.
+        # Another user's process cannot share a port, whatever its name claims.
         if other.name == own_name or other.uid != os.geteuid():
             continue
         theirs = places(other.presence)
@@ -93,7 +93,7 @@ def _decoded(text: str) -> Place:
 
 
 def _database(dsn: str) -> str:
-    """Which database a DSN names, whoever connects to it: a password may be another one after a rotation."""
+    """The database that a DSN names, without its credentials: the password may change in a rotation."""
     parts = urlsplit(dsn)
     locating = sorted((name, value) for name, value in parse_qsl(parts.query) if name in _LOCATING)
     return json.dumps([parts.netloc.rpartition("@")[2].lower(), parts.path, locating])

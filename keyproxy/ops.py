@@ -27,8 +27,8 @@ from keyproxy.connections import Bounds, Connections, date_line
 
 _CHECK_SECONDS: Final = 3.0
 
-#: More than probes and scrapers need. Without a bound, clients that connect and say nothing would take the file
-#: descriptors of the proxied port.
+#: More than probes and scrapers need. Without a bound, idle clients would use up the file descriptors of the proxied
+#: port.
 _BOUNDS: Final = Bounds(connections_max=128, idle_seconds=75.0, unread_seconds=30.0)
 
 
@@ -82,7 +82,7 @@ class OpsListener:
         self._connections: Connections | None = None
 
     def application(self, *, is_private: bool = False) -> web.Application:
-        """The aiohttp application. `is_private`: only processes of this user are answered."""
+        """The aiohttp application. `is_private`: serve only processes of this user."""
         app = web.Application(middlewares=[_only_this_user] if is_private else [])
         app.router.add_get("/livez", self._live)
         app.router.add_get("/readyz", self._ready)
@@ -91,7 +91,7 @@ class OpsListener:
 
     async def start(self, sock: socket.socket) -> None:
         """Serve a bound socket."""
-        # A name without a file has no mode that would keep others out.
+        # An abstract name has no file mode that would keep other users out.
         is_private = sock.family == socket.AF_UNIX and isinstance(sock.getsockname(), bytes)
         self._runner = web.AppRunner(
             self.application(is_private=is_private), access_log=None, handle_signals=False, shutdown_timeout=1.0,

@@ -74,7 +74,7 @@ class Ledger:
     def check(
         self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
     ) -> None:
-        """Raise the Refusal of a limit that refuses a request whatever it needs. Takes nothing, never waits.
+        """Raise the Refusal if a limit refuses the request regardless of its needs. Reserves nothing, never waits.
 
         `paid`: what the request was charged in tokens before, as `take_again` has it. `asks`: raise Missing if the
         ledger has to be asked first; else only what it has answered lately counts. `may_be_paid`: see `take`.
@@ -140,7 +140,7 @@ class Exchange:
 
     permit: Permit | None = None
 
-    #: Why it was refused, more of that for our log, and by which policy if a limit refused it.
+    #: The reason for a refusal, the detail for our log, and the policy if a limit refused it.
     reason: Reason | None = None
     refusal_detail: str = ""
     policy: str = ""
@@ -152,7 +152,7 @@ class Exchange:
     started_mono: float = 0.0
     sent_mono: float = 0.0
 
-    #: How long it waited before it was sent: for its client to send the body, and for a connection to the upstream.
+    #: How long it waited before being sent: for the client's body, and for a connection to the upstream.
     body_wait_seconds: float = 0.0
     connection_wait_seconds: float = 0.0
     answered_mono: float = 0.0
@@ -188,7 +188,7 @@ class Exchange:
     async def in_turns(self, advance: Callable[[], bool]) -> None:
         """Call this until it returns True or the exchange is over, and let other work go on between two calls.
 
-        Of all exchanges only one is called at a time, so that many of them hold others up no longer than one.
+        Only one exchange is called at a time, so that many of them delay others no longer than one does.
         """
         raise NotImplementedError
 

@@ -1,12 +1,12 @@
-"""How running processes of keyproxy are found on this machine: abstract unix sockets whose names say what they serve.
+"""Find running keyproxy processes on this machine: abstract unix sockets whose names encode what they serve.
 
-An abstract name needs no writable directory, goes away with its process, and belongs to a network namespace, as ports do:
-whatever can share a port with this process is found. The name holds no secret: addresses and a digest.
+An abstract name needs no writable directory, vanishes with its process, and belongs to a network namespace, as ports do:
+every process that can share a port with this one is found. The name contains no secret, only addresses and a digest.
 
-Anybody may make such a name. A process counts only if the kernel says that it runs as this user (SO_PEERCRED); another
-user's process could not share a port either.
+Any user may create such a name. A process counts only if the kernel reports that it runs as this user (SO_PEERCRED);
+another user's process could not share a port anyway.
 
-Health checks run every few seconds: nothing is imported here that takes long to import.
+Health checks run every few seconds, so this module imports nothing slow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DRAINED: Final = b"drained\n"
 
 #: First byte of a unix socket's place. As an IP address it would be a multicast group, which has no listener.
 UNIX: Final = b"\xff"
-#: The place of a listener that there is not.
+#: The place of an absent listener.
 NOWHERE: Final = "A" * 24
 
 _PREFIX: Final = "keyproxy/1/"
@@ -50,7 +50,7 @@ class Presence(NamedTuple):
     serves: str
 
     def name(self) -> str:
-        """A name for an abstract socket that no other process has."""
+        """A unique name for an abstract socket."""
         unique = f"{os.getpid()}-{os.urandom(4).hex()}"
         return f"{_PREFIX}{self.purpose}/{self.main}/{self.ops}/{self.serves}/{unique}"
 
@@ -67,7 +67,7 @@ class Running(NamedTuple):
 def running() -> list[Running]:
     """The processes of this user on this machine. Root sees those of other users if it has none."""
     found = []
-    # A connection to an abstract socket is listed by its name as well.
+    # Connections to an abstract socket are listed under its name too.
     for name in sorted(_names()):
         match = _NAME.fullmatch(name)
         if match is None:
@@ -82,16 +82,16 @@ def running() -> list[Running]:
 
 
 def connected(name: str) -> socket.socket | None:
-    """A connection to a process; None if there is none of that name, or it is another user's."""
+    """Connect to a process; None if that name does not exist or belongs to another user."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(_ANSWER_SECONDS)
         sock.connect(f"\0{name}")
-        # Root asks the processes of all users.
+        # Root may connect to the processes of all users.
         if os.geteuid() == 0 or is_trusted(sock):
             return sock
     except OSError:
-        pass  # it has ended meanwhile, or does not accept: there is nothing to talk to
+        pass  # it has exited meanwhile, or does not accept
     sock.close()
     return None
 
@@ -119,12 +119,12 @@ def of_addresses(mains: Mapping[str, str]) -> list[Running]:
 
 
 def is_live(one: Running) -> bool:
-    """Whether the event loop of a process answers."""
+    """Whether the event loop of a process responds."""
     return ask(one.name, HEALTH) == LIVE
 
 
 def ask(name: str, request: bytes) -> bytes:
-    """The answer of a process to a request; empty if there is none in time."""
+    """The response of a process to a request; empty if it times out."""
     sock = connected(name)
     if sock is None:
         return b""

@@ -1,7 +1,6 @@
-"""`keyproxy health`: whether the process of this configuration is live, asked on its control socket.
+"""`keyproxy health`: check through its control socket whether the process of this configuration is live.
 
-Works for `keyproxy serve` and `keyproxy admin`, wherever they listen and whether or not they speak TLS. Nothing is
-imported that this does not need.
+Works for `keyproxy serve` and `keyproxy admin`, regardless of their addresses and of TLS. It imports only what it needs.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _MISUSED: Final = 2
 
 
 class NotLive(Exception):
-    """No process of this configuration runs here, or one does not answer. The text says which."""
+    """No process of this configuration runs here, or one does not respond. The text names it."""
 
 
 class Misused(Exception):
-    """The configuration cannot be used. `problems` say why."""
+    """The configuration cannot be used, because of `problems`."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -38,19 +37,19 @@ def check(path: str) -> list[presence.Running]:
     """
     found = _of_file(path) if path else presence.here()
     if not found:
-        raise NotLive("no keyproxy of this user runs here")
+        raise NotLive("no keyproxy process of this user runs here")
     for one in found:
         if not presence.is_live(one):
-            raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not answer")
+            raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not respond")
     return found
 
 
 def _of_file(path: str) -> list[presence.Running]:
     try:
-        # What says where it listens finds it in most cases. All of the configuration takes longer to load.
+        # The addresses suffice in most cases, and loading the whole configuration takes longer.
         found = presence.of_addresses(_stated(path, os.environ))
     except (OSError, ValueError):
-        found = []  # loading it says what is wrong
+        found = []  # loading it reports the problem
     if found:
         return found
     from pathlib import Path
@@ -67,7 +66,7 @@ def _of_file(path: str) -> list[presence.Running]:
     except OSError as error:
         raise NotLive(f"{mains}: {error.strerror or error}") from error
     if not found:
-        raise NotLive(f"no keyproxy of this user serves {mains[SERVE]}, and no admin API {mains[ADMIN]}")
+        raise NotLive(f"no keyproxy process of this user serves {mains[SERVE]} or the admin API on {mains[ADMIN]}")
     return found
 
 

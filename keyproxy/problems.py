@@ -17,7 +17,7 @@ from keyproxy.reasons import SPENT, Reason, Refusal, Row
 #: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
 
-#: What a 405 names. RFC 9110 section 15.5.6.
+#: The Allow field of a 405. RFC 9110 section 15.5.6.
 _ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
@@ -57,7 +57,7 @@ class Problems:
         return self._statuses.get(reason, reason.value.status)
 
     def status_of(self, refusal: Refusal) -> int:
-        """The HTTP status of one refusal. A window that requests in flight reserve is a matter of pace: always 429."""
+        """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
     def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:

@@ -47,15 +47,15 @@ def check_ledger(store: Store) -> Check:
         return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'the ledger has not been heard of'}")
     if conversation.reaping.failing_because:
         why = conversation.reaping.failing_because
-        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}, what they hold stays taken: {why}")
+        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}, their units stay reserved: {why}")
     if store.usage.down_because:
         return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
     return Check(Verdict.OK)
 
 
 def check_housekeeping(store: Store) -> Check:
-    """Whether old rows are deleted. Tables that grow stop no request yet: never a reason to be unready."""
-    # What the ledger's check says already is not said twice.
+    """Whether old rows are deleted. Growing tables do not affect requests yet, so this never makes the proxy unready."""
+    # The ledger's check already reports this one.
     chores = [chore for chore in store.chores if chore is not store.ledger.conversation.reaping]
     failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in chores if chore.failing_because]
     return Check(Verdict.DEGRADED, "; ".join(failing)) if failing else Check(Verdict.OK)

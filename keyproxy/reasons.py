@@ -262,14 +262,14 @@ class Reason(enum.Enum):
 SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 
-#: Reasons of a request that cannot be admitted under its plan, however long it waits.
+#: Reasons for which a request can never be admitted under its plan.
 NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
 
 
 class Refusal(Exception):
     """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
 
-    `is_said_alone`: `said` stands in place of the reason's sentence. `field`: the member of the request's JSON at fault.
+    `is_said_alone`: `said` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
     `missing_scope` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
     `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
     the wait is until the limit's reset. `is_held`: a window is not spent; requests in flight reserve what is left of it,

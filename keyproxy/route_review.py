@@ -1,6 +1,6 @@
-"""What a review of the route table finds: rows that never match, and keys that no row accepts.
+"""Review the route table: rows that never match, and keys that no row accepts.
 
-A proxy runs with either. Both are nearly always a mistake, which shows only when a request is let through or refused.
+Neither is an error, but both are nearly always mistakes, which show only when a request is admitted or refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from keyproxy.settings import RouteRow
 
 
 def shadowed(routes: Sequence[RouteRow]) -> list[str]:
-    """A sentence for each route that never matches, because an earlier one matches everything that it does."""
+    """Return a sentence for each route that an earlier one shadows completely."""
     found = []
     for number, row in enumerate(routes, start=1):
         for earlier_number, earlier in enumerate(routes[: number - 1], start=1):
@@ -25,7 +25,7 @@ def shadowed(routes: Sequence[RouteRow]) -> list[str]:
 
 
 def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[str]:
-    """What is odd about the scopes of a key under these routes: a misspelt scope, or a key that every route refuses."""
+    """Warnings about a key's scopes under these routes: a misspelled scope, or a key that every route refuses."""
     if not routes:
         return []
     asked_for = {scope for row in routes for scope in row.scopes}

@@ -73,10 +73,10 @@ async def serve(
     settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing,
     private_ops: socket.socket | None = None,
 ) -> None:  # fmt: skip
-    """Run the data plane until it is to leave: at SIGTERM or SIGINT, or by `keyproxy drain`.
+    """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
 
-    `started` is told both addresses. `changing` applies other configurations. `private_ops`: of a worker, the socket on
-    which its supervisor asks; the control socket is the supervisor's. Raises BindError, ChangeError.
+    `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
+    for requests of its supervisor, which has the control socket. Raises BindError, ChangeError.
     """
     departure, again = Departure(), asyncio.Event()
     departure.on_signals()
@@ -103,9 +103,9 @@ async def serve(
             systemd.notify("STOPPING=1")
             proxy.server.leave()
             if proxy.listen.linger_seconds and not departure.is_urgent.is_set():
-                _log.info("not ready any more; still accepting for %g s", proxy.listen.linger_seconds)
+                _log.info("not ready; accepting connections for another %g s", proxy.listen.linger_seconds)
                 await departure.linger(proxy.listen.linger_seconds)
-            _log.info("draining: no new work, up to %g s for what is under way", proxy.listen.drain_seconds)
+            _log.info("draining: no new work, up to %g s for requests in flight", proxy.listen.drain_seconds)
     _log.info("stopped")
 
 

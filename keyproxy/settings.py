@@ -271,12 +271,12 @@ class Log:
     """What is logged."""
 
     level: str = _setting("info", _one_of("debug", "info", "warning", "error"))
-    #: Which requests have a line: all, none, those that are refused or fail, or with them a share of the others.
+    #: Which requests are logged: all, none, refusals and failures, or those and a fraction of the others.
     access: bool | str | float = _setting(True, _access)
 
     @property
     def success_share(self) -> float:
-        """Which part of the successes has a line in the access log, if there is one."""
+        """The fraction of the successes that the access log contains, if there is a log."""
         return float(self.access) if isinstance(self.access, float) else float(self.access != REFUSALS)
 
 
@@ -323,13 +323,13 @@ class Settings:
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
-        """The address of each listener, by the key that sets it."""
+        """The address of each listener, by configuration key."""
         return {
             "listen.address": self.listen.address, "ops.address": self.ops.address, "admin.address": self.admin.address,
         }  # fmt: skip
 
     def upstream_urls(self) -> dict[str, str]:
-        """The upstreams there are, by the key that sets them."""
+        """The configured upstreams, by configuration key."""
         urls = {"upstream.url": self.upstream.url, "upstream.test_url": self.upstream.test_url}
         return {key: url for key, url in urls.items() if url}
 

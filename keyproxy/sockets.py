@@ -16,7 +16,7 @@ from keyproxy import addresses
 from keyproxy.addresses import IpAddress
 from keyproxy.settings import Settings
 
-#: Of a unix socket, unless the configuration says otherwise.
+#: The default mode of a unix socket.
 _MODE: Final = 0o600
 
 
@@ -86,9 +86,9 @@ def is_local(address: IpAddress) -> bool:
 
 
 def untaken_bytes(fd: int) -> int:
-    """How much of what was written to a socket its peer has not taken; 0 where that cannot be found out.
+    """The number of bytes written to a socket that its peer has not taken; 0 if that cannot be determined.
 
-    Of TCP what the peer has not acknowledged, of a unix socket the memory that is held for what it has not read.
+    For TCP the unacknowledged bytes, for a unix socket the memory held for unread bytes.
     """
     held = array.array("i", [0])
     try:

@@ -1,7 +1,7 @@
 """The standard streams of a process that was started without some of them (`<&-`, `>&-`, `2>&-`).
 
-A descriptor that is not open is given to the next file or socket that is opened, and everything printed would end up in
-it; libraries that expect 0, 1 and 2 to be open abort. So what is missing is opened before anything else.
+The next file or socket gets a descriptor that is not open, and would receive everything printed; libraries that expect
+0, 1 and 2 to be open abort. So missing streams are opened before anything else.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def open_missing() -> None:
 
 
 def is_stdout_missing() -> bool:
-    """Whether what is printed on stdout reaches nothing: there was no stdout when the process started."""
+    """Whether stdout was closed when the process started, so that output is discarded."""
     return 1 in _missing
 
 
 def abandon(fd: int) -> None:
-    """Let what is printed on this stream from now on, or is still in a buffer, reach nothing.
+    """Discard the buffered and all further output of this stream.
 
-    After a write has failed: the interpreter would try it again at exit, and complain.
+    For use after a failed write: the interpreter would retry it at exit and print an error.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, fd)

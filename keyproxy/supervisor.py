@@ -70,7 +70,7 @@ class Supervisor:
     async def run(
         self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
     ) -> None:  # fmt: skip
-        """Run until it is to leave: at SIGTERM or SIGINT, or by `keyproxy drain`. Raises BindError, ChangeError.
+        """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ChangeError.
 
         `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
         may raise ChangeError.
@@ -246,7 +246,7 @@ class Supervisor:
             await old_ops.close()
         for worker in old_crew:
             worker.is_leaving = True
-            # Without lingering: what is new serves already, and what is old is not to take new requests.
+            # Without lingering: new workers serve already, and old ones must not take new requests.
             worker.tell(signal.SIGINT)
         if listened is not None and was[2] is not None:
             was[2].close()

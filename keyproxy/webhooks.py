@@ -53,12 +53,12 @@ def headers(key: bytes, message_id: str, wall_seconds: int, body: bytes) -> dict
 def what_is_wrong_with(url: str) -> str | None:
     """Why nothing is sent to this URL, None if it may be: https, or http to this host alone."""
     if not re.fullmatch(r"[!-~]+", url):
-        return "holds a space or another character that no URL has"
+        return "contains a space or another character that is invalid in a URL"
     try:
         parts = urlsplit(url)
         is_whole = bool(parts.hostname) and parts.port != 0
     except ValueError:
-        return "is no URL"
+        return "is not a URL"
     if parts.scheme not in ("http", "https") or not is_whole:
         return "must be 'https://host[:port]/path'"
     if parts.username is not None or parts.password is not None:

@@ -218,7 +218,7 @@ class KeysIssue(Accepted):
 
     keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
     reissue_unseen: Annotated[
-        bool, Field(description="Revoke and issue again keys that were never used: their secrets were lost.")
+        bool, Field(description="Revoke and reissue keys that were never used, because their secrets were lost.")
     ] = False  # fmt: skip
 
 
@@ -229,7 +229,7 @@ class KeyChange(Accepted):
 
     name: Name = ""
     plan: PlanId | None = None
-    scopes: Annotated[list[KeyScope], Field(max_length=64, description="All of them, in place of what they were.")] = []
+    scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
 
 
 class KeyRotate(Accepted):
@@ -282,11 +282,11 @@ class LeakReport(Accepted):
         return self
 
 
-Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: as it is.")]
+Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
 
 
 class LeakText(Accepted):
-    """A text that keys may stand in."""
+    """A text that may contain keys."""
 
     text: Pasted
     reason: Reason = "leaked"
@@ -320,7 +320,7 @@ class PlanSet(Accepted):
 
 
 class LimitChanges(Limits):
-    """Limits to change. null removes one; what is not given stays."""
+    """Limits to change. null removes one; limits that are not given stay as they are."""
 
     untold: ClassVar[frozenset[str]] = frozenset(LIMITS)
 

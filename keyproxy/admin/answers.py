@@ -115,7 +115,7 @@ class KeyIssued(Answered):
     plan: str | None = None
     expires_at: Time | None = None
     secret: _Secret = None
-    reissues: Annotated[str | None, Field(description="The key that was revoked for it: it was never used.")] = None
+    reissues: Annotated[str | None, Field(description="The unused key that this one replaces; it is revoked.")] = None
 
 
 class KeysIssued(Answered):
@@ -168,14 +168,14 @@ class Plan(Answered):
 
 
 class LimitChanged(Answered):
-    """What a limit was and is; null: no such limit."""
+    """The old and new value of a limit; null: no such limit."""
 
     old: float | int | None
     new: float | int | None
 
 
 class PlanMade(Plan):
-    """A plan; `created`: it is new. `changed`: the limits that have another value now."""
+    """A plan; `created`: it is new. `changed`: the limits whose value has changed."""
 
     created: bool
     changed: dict[str, LimitChanged]
@@ -215,7 +215,7 @@ class LeakedKey(Answered):
 
 
 class LeaksFound(Answered):
-    """What a text holds: keys, which are revoked; how many cut or mistyped ones; how many that are not known here."""
+    """The keys in a text, now revoked; the number of incomplete or mistyped keys; the number of unknown keys."""
 
     found: list[LeakedKey]
     incomplete: int
@@ -223,7 +223,7 @@ class LeaksFound(Answered):
 
 
 class KeysOf(Answered):
-    """The keys that were asked for, 500 at most."""
+    """The matching keys, at most 500."""
 
     keys: list[Key]
 

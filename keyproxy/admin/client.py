@@ -87,7 +87,7 @@ class AdminClient(Asking):
 
     async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
         keys = [{"user": user, "is_test": wish.is_test, **_wish(wish)} for user, wish in wishes]
-        # An older admin API refuses a field that it does not know.
+        # An older admin API refuses unknown fields.
         chosen = {"reissue_unseen": True} if reissue_unseen else {}
         items: list[Entity] = (await self.ask("POST", "/v1/keys/issue", {"keys": keys, **chosen}))["items"]
         return items
@@ -228,7 +228,7 @@ def _life(life: timedelta | None) -> dict[str, int | None]:
 
 
 def _sent(text: bytes) -> str:
-    """A text as JSON takes it. Raises Invalid if it is longer than what is searched."""
+    """Encode a text for JSON. Raises Invalid if it exceeds the search limit."""
     if len(text) > keyscan.TEXT_BYTES_MAX:
         raise Invalid(keyscan.TOO_LONG)
     return keyscan.as_text(text)

@@ -1,4 +1,4 @@
-"""The bounds on connections to the admin API, and what a client is sent that is one too many."""
+"""The bounds on connections to the admin API, and the response to a client beyond the bound."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from keyproxy.store.directory import Directory, Entity
 
 
 class Terms(NamedTuple):
-    """What of the configuration the endpoints need."""
+    """The part of the configuration that the endpoints need."""
 
     age_days_max: int
     settings: Settings
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
         return None if seconds is None else timedelta(seconds=seconds)
 
     def warnings(self, *keys: Sequence[str]) -> list[str]:
-        """What is odd about the scopes of keys: one that no route asks for, or none that any route accepts."""
+        """Warnings about the scopes of keys: one that no route requires, or none that any route accepts."""
         distinct = dict.fromkeys(map(tuple, keys))
         return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings.routes, scopes)))
 

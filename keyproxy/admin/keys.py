@@ -178,11 +178,11 @@ ENDPOINTS: Final = (
              "false if there is no such key.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
     Endpoint("POST", "/v1/leaked-texts", "report_leaked_text",
-             "Revoke every key that stands in a text, however it is written there, and list them. Distinguishes no key, "
-             "an incomplete key and a key that is not known here.",
+             "Revoke every key in a text, in whatever notation, and list them. Distinguishes no key, "
+             "an incomplete key and an unknown key.",
              Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
     Endpoint("POST", "/v1/keys/whose", "find_keys",
-             "Find the keys that stand in a text, or that have this id, hint or name. Changes nothing. The text is in "
+             "Find the keys in a text, or those with this id, hint or name. Changes nothing. The text is in "
              "the body because it may hold a secret.",
              Scope.KEYS_READ, _whose, {200: KeysOf}, body=KeyQuestion),
 )  # fmt: skip

@@ -103,12 +103,12 @@ ENDPOINTS: Final = (
     Endpoint("GET", "/v1/plans/{id}", "show_plan", "One plan.",
              Scope.KEYS_READ, _plan, {200: Plan}, refuses=_NOT_THERE),
     Endpoint("PUT", "/v1/plans/{id}", "set_plan",
-             "Create a plan, or replace it: it has the limits that are named and no others. Takes effect within a "
+             "Create or replace a plan: limits that are not named are removed. Takes effect within a "
              "second.",
              Scope.PLANS_WRITE, _set_plan, {201: PlanMade, 200: PlanMade}, body=PlanSet, is_global=True,
              is_conditional=True, may_be_new_only=True, refuses=_NOT_THERE),
     Endpoint("PATCH", "/v1/plans/{id}", "change_plan",
-             "Change the limits that are named, null removes one; the others stay. Creates a plan that is not there. "
+             "Change the limits that are named; null removes one, the others stay. Creates the plan if it is missing. "
              "Takes effect within a second.",
              Scope.PLANS_WRITE, _change_plan, {201: PlanMade, 200: PlanMade}, body=PlanChange, is_global=True,
              is_conditional=True, refuses=_NOT_THERE),

@@ -14,7 +14,7 @@ from keyproxy.store.database import StoreUnavailable
 _WITHIN_DAYS: Final = (1, 7, 30)
 _REMEMBERED_SECONDS: Final = 15.0
 
-#: A series for each token: those that end soonest.
+#: At most this many tokens have a series: those that expire soonest.
 _TOKENS_MAX: Final = 100
 
 

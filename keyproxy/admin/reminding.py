@@ -1,5 +1,5 @@
-"""Sends reminders of keys and admin tokens that expire soon to the webhook: signed, retried for most of a day, then given
-up.
+"""Sends reminders of keys and admin tokens that expire soon to the webhook: signed, retried for most of a day, then
+abandoned.
 
 A reminder is claimed, sent and marked. Whoever dies in between, or cannot mark it, leaves it to be sent again under the
 same id; see `store.reminders`. So there may be as many senders as there are admin processes, and a cron job beside them.
@@ -78,7 +78,7 @@ class Reminding:
                     _log.warning("reminders of what expires cannot be sent: %s", error)
                 was_down = True
             except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
-                _log.exception("a defect while sending reminders")
+                _log.exception("sending reminders failed because of a defect")
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def turn(self, terms: settings.Reminders) -> Outcome:

@@ -159,7 +159,7 @@ class Admin:
 
 
 def _bound(settings: Settings) -> socket.socket:
-    """Raises BindError. The port is shared with nothing: a request to the admin API never ends up elsewhere."""
+    """Raises BindError. The port is not shared, so a request to the admin API never reaches another process."""
     return sockets.bind(settings.admin.address, mode=int(settings.admin.socket_mode, 8), is_shared=False)
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = root.main(None if argv is None else list(argv), prog_name="keyproxy", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
-        # Its message is the help itself; shown as a usage error, the help would appear inside another usage line.
+        # The message is the help itself; as a usage error it would appear inside another usage line.
         click.echo(error.format_message(), err=True)
         return MISUSED
     except click.UsageError as error:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(" ".join(str(error).split()))
         return FAILED
     except BrokenPipeError:
-        # The reader of the output has seen enough.
+        # The reader of the output has closed the pipe.
         streams.abandon(sys.stdout.fileno())
         return FAILED
     except OSError as error:

@@ -69,7 +69,7 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
 
 @audit_group.command("export")
 @_filters
-@click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with a greater id than this.")
+@click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with an id greater than N.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Add to this file, after the last row that is in it. Without it: stdout.")  # fmt: skip
 @takes_call
@@ -116,7 +116,7 @@ async def _export(
             cursor = str(page.items[-1]["id"])
             rows = page.items
             if last is not None:
-                # Files that were begun before a column was there go on: what a row lacks was null.
+                # Files begun before a column existed can be continued: a missing value was null.
                 if rows[0] != dict.fromkeys(rows[0]) | last:
                     raise _OtherHistoryError
                 rows, last = rows[1:], None

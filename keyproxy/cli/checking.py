@@ -1,6 +1,6 @@
-"""What `keyproxy config check` looks at beyond the configuration itself: certificates, routes and the database.
+"""The checks of `keyproxy config check` beyond the configuration itself: certificates, routes and the database.
 
-Each check returns sentences; all of them run, so that one call reports everything that is wrong.
+Each check returns sentences; all of them run, so that one call reports every problem.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TIMES: Final = {9: "is not valid yet", 10: "has expired"}
 
 
 def problems(loaded: config.Config, *, offline: bool) -> list[str]:
-    """A sentence for each thing that is wrong."""
+    """Return a sentence for each problem."""
     settings = loaded.settings
     found = [*conflicts(settings), *_certificates(settings), *shadowed(settings.routes)]
     return found if offline else [*found, *_database(loaded)]
@@ -57,7 +57,7 @@ def _wrong_with_certificate(certificate_file: str, key_file: str) -> str | None:
         server = tls.server_context(certificate_file, key_file)
     except TlsError as error:
         return str(error)
-    # A client that trusts this very certificate shakes hands with it: then OpenSSL judges it as clients would.
+    # A client that trusts exactly this certificate performs a handshake, so that OpenSSL checks it as clients would.
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
@@ -83,7 +83,7 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
             ends.remove(end)
         if not ends:
             return
-    raise ssl.SSLError("the handshake does not end")
+    raise ssl.SSLError("the handshake does not complete")
 
 
 def _wrong_with_authorities(file: str) -> str | None:
@@ -94,8 +94,8 @@ def _wrong_with_authorities(file: str) -> str | None:
         return f"{file}: {getattr(error, 'strerror', None) or getattr(error, 'reason', None) or error}"
     ends = [ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs()]
     if not ends:
-        return f"{file}: holds no certificate of an authority"
-    # Bundles keep authorities that have expired; a file is of no use once all of them have.
+        return f"{file}: contains no CA certificate"
+    # Bundles keep expired CAs; a file is unusable only once all of them have expired.
     return f"{file}: every certificate in it has expired" if max(ends) < time.time() else None
 
 
@@ -108,5 +108,5 @@ def _database(loaded: config.Config) -> list[str]:
         return []  # `serve` and `migrate` create it
     except (StoreUnavailable, EmbeddedError, migrations.MigrationError) as error:
         return [f"store.dsn: {' '.join(str(error).split())}"]
-    # Of an embedded database the schema is brought up to the program by `serve`.
+    # `serve` migrates an embedded database.
     return [f"store.dsn: {OLD_SCHEMA}"] if state.pending and not is_embedded else []

@@ -14,19 +14,19 @@ from keyproxy.cli.setting import config_option, json_option, load
 
 @click.group("config")
 def config_group() -> None:
-    """Check the configuration, show what it comes to, or print an example of one."""
+    """Check the configuration, show its effective values, or print an example."""
 
 
 @config_group.command("check")
 @config_option
 @click.option("--offline", is_flag=True, help="Do not connect to the database.")
 def check(config_path: Path | None, *, offline: bool) -> None:
-    """Check whether the configuration can be used: its keys, certificates, routes, and the database.
+    """Check the configuration: its keys, certificates, routes, and the database.
 
-    Status 0 if it can; 2, and a line for each thing that is wrong, if not. An embedded database that does not exist yet
-    is no problem: `serve` creates it.
+    Status 0 if it is usable; otherwise 2, with one line per problem. An embedded database that does not exist yet is not
+    a problem: `serve` creates it.
     """
-    # What this needs takes longer to import than `show` takes.
+    # These imports take longer than all of `show`.
     from keyproxy.cli import checking
 
     wrong: list[str] = []
@@ -67,10 +67,10 @@ def show(config_path: Path | None, *, as_json: bool) -> None:
 @config_group.command("example")
 @config_option
 def example(config_path: Path | None) -> None:
-    """Print a configuration file with every key and its default, to begin with.
+    """Print an example configuration file with every key and its default.
 
     \b
     keyproxy config example > keyproxy.toml
     """
-    del config_path  # as every command takes it
+    del config_path  # every command accepts --config
     click.echo(resources.files("keyproxy").joinpath("config.example.toml").read_text(encoding="utf-8"), nl=False)

@@ -72,7 +72,7 @@ class Call:
     admin_token: str = field(default="", repr=False)
 
     def run_for_secret(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
-        """As `run`, for what makes a secret: nothing is done if there is no stdout to show it on."""
+        """As `run`, for an action that creates a secret: refuse it if stdout is closed."""
         require_stdout()
         return self.run(work)
 
@@ -147,7 +147,7 @@ class Call:
         return timedelta(days=days) if expires_in is None and days else None
 
     def warn_of_scopes(self, *keys: Sequence[str]) -> None:
-        """Warn of a scope that no route asks for, and of a key that every route refuses. `keys`: the scopes of each."""
+        """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each."""
         if self.admin_url is not None:
             return  # its routes are another process's, which warns of them
         routes = self.settings().routes
@@ -160,7 +160,7 @@ class Call:
         tell(result, as_json=self.as_json, columns=columns)
 
     def tell_secret(self, key: Mapping[str, Any], then: str) -> None:
-        """Print a key that was made just now. `then`: what to do after revoking it, if its secret was not printed."""
+        """Print a new key. `then`: the step after revoking it if its secret could not be printed."""
         lost = f"the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`, then {then}"
         with showing_secret(lost):
             self.tell(key, KEY_COLUMNS)
@@ -184,15 +184,15 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--yes."""
-    return click.option("--yes", is_flag=True, help="Do not ask. Needed where stdin is no terminal.")(command)
+    return click.option("--yes", is_flag=True, help="Do not ask. Needed if stdin is not a terminal.")(command)
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person. Raises Failure for a program, whose stdin is no terminal, without --yes."""
+    """Ask for confirmation. Raises Failure if stdin is not a terminal and --yes is missing."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise Failure("this cannot be undone, and stdin is no terminal on which to ask: give --yes")
+        raise Failure("this cannot be undone, and stdin is not a terminal: pass --yes")
     click.confirm(question, abort=True, err=True)
 
 

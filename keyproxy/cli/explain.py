@@ -19,7 +19,7 @@ LIMIT_COLUMNS: Final = (
 @click.argument("key_id", metavar="ID")
 @click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Of the request.")
 @click.option("--path", required=True, metavar="PATH", help="Of the request, such as /v1/ai/jobs.")
-@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="What it may use: prompt and answer.")
+@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Tokens of prompt and response.")
 @takes_call
 def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | None) -> None:
     """Say what would become of a request with a key, and how each limit stands. Nothing is charged or sent.

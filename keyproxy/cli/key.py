@@ -116,8 +116,8 @@ def key_set_plan(call: Call, key_id: str, plan: str | None, named: str | None, *
 
 @key_group.command("set-scopes")
 @_id_argument
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="What it may do; repeatable.")
-@click.option("--none", "none", is_flag=True, help="Take all scopes away.")
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A permission; repeatable.")
+@click.option("--none", "none", is_flag=True, help="Remove all scopes.")
 @takes_call
 def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bool) -> None:
     """Replace the scopes of a key. Takes effect everywhere within a second.
@@ -126,7 +126,7 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
     keyproxy key set-scopes key_… --scope jobs:write --scope jobs:read
     """
     if bool(wanted) is none:
-        raise click.UsageError("give the scopes with --scope, or --none")
+        raise click.UsageError("pass the scopes with --scope, or --none")
     call.warn_of_scopes(wanted)
     change = {"scopes": list(wanted)}
     call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)

@@ -23,8 +23,8 @@ from keyproxy.store.operations import Operations
 _PROBLEMS_SHOWN_MAX: Final = 20
 
 _LOST: Final = (
-    "secrets of keys that were issued are lost. Make room, and run the same again with --reissue-unseen, which revokes"
-    " the keys that were never used and issues them again"
+    "secrets of keys that were issued are lost. Free disk space, and run the command again with --reissue-unseen, which"
+    " revokes the keys that were never used and issues them again"
 )
 
 _file_argument = click.argument(
@@ -80,7 +80,7 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
 @click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
 @click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
 @click.option("--reissue-unseen", is_flag=True,
-              help="Revoke and issue again keys that were never used: their secrets were lost.")  # fmt: skip
+              help="Revoke and reissue keys that were never used, because their secrets were lost.")  # fmt: skip
 @takes_call
 def key_issue_many(
     call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,
@@ -91,8 +91,8 @@ def key_issue_many(
     Columns: user; name, scopes, test and plan if wanted. Each key is printed once it is there, with --json as JSON lines.
     A user who has a working key of that name and mode gets no other, so that it can be run again.
 
-    If secrets were lost on their way, as on a full disk, run it again with --reissue-unseen: keys that are as their row
-    says and were never used are revoked and issued again. Keys that were used, rotated or imported stay.
+    If secrets were lost, as on a full disk, run the command again with --reissue-unseen: keys that match their row and
+    were never used are revoked and issued again. Keys that were used, rotated or imported stay.
 
     \b
     printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write

@@ -1,4 +1,4 @@
-"""keyproxy key report-leaked|whose: keys in text that people paste."""
+"""keyproxy key report-leaked|whose: keys in pasted text."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _STDIN: Final = "-"
 
 @click.command("report-leaked")
 @click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
-@click.option("--reason", default="leaked", show_default=True, help="Why, and where it was found.")
+@click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
 @takes_call
 def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
-    """Revoke every key in a text that was found where it should not be, and list whose keys they were.
+    """Revoke every key in a leaked text, and list the owners of the keys.
 
-    Reads the text from stdin, as it was found: headers, logs, scripts, JSON, URLs, keys that are wrapped over lines; or
-    the 64 hexadecimal digits of a key's SHA-256. Status 1 if no key of this database is in it, with the reason: no key at
-    all, an incomplete one, or one that is not known.
+    Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
+    digits of a key's SHA-256. Status 1 if it contains no key of this database, with the reason: no key at all, an
+    incomplete one, or an unknown one.
 
     \b
     keyproxy key report-leaked --reason "public repository" < found.txt
@@ -50,10 +50,10 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
 @click.argument("text", metavar="TEXT")
 @takes_call
 def key_whose(call: Call, text: str) -> None:
-    """Show whose key something is, without changing anything: a key, its hint, its id or its name. TEXT - is stdin.
+    """Show the owner of a key without changing anything. TEXT is a key, its hint, its id or its name; - is stdin.
 
-    Pass a key on stdin: an argument can be seen by other users of the machine. Of an incomplete key the first part is
-    enough if it shows as much as the hint does. Status 1 if there is no such key.
+    Pass a key on stdin: an argument is visible to other users of the machine. The first part of a key is sufficient if it
+    includes as much as the hint does. Status 1 if there is no such key.
 
     \b
     keyproxy key whose - < found.txt
@@ -70,7 +70,7 @@ def key_whose(call: Call, text: str) -> None:
     if not report["keys"]:
         raise Failure("there is no such key")
     if len(report["keys"]) == MATCHES_MAX:
-        say(f"these are the first {MATCHES_MAX} keys: give more of the hint, or list by user")
+        say(f"these are the first {MATCHES_MAX} keys: pass more of the hint, or list by user")
 
 
 def _from_stdin() -> bytes:
@@ -95,7 +95,7 @@ async def _reported(directory: Operations, digest: str | None, text: bytes | Non
 
 
 def _reasons(report: Entity) -> list[str]:
-    """What a text holds beside the keys that were found."""
+    """Describe the keys in a text that were not found: unknown, incomplete or mistyped ones."""
     reasons = []
     if report["unknown"]:
         count, verb = _counted(report["unknown"])

@@ -1,4 +1,4 @@
-"""keyproxy drain, keyproxy health: what is asked of a running process of this configuration."""
+"""keyproxy drain, keyproxy health: commands for a running process of this configuration."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from keyproxy.presence import Running
 
 
 @click.command("drain")
-@click.option("--wait", "waits", is_flag=True, help="Return when all is drained and the process has ended.")
+@click.option("--wait", "waits", is_flag=True, help="Return when the process has drained and exited.")
 @click.option("--pid", type=int, help="Which one, if several share the address.")
 @config_option
 @json_option
 def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_json: bool) -> None:
-    """Let a running proxy leave, as SIGTERM does: not ready any more, listen.linger_seconds later no new connections, up
-    to listen.drain_seconds for what is under way.
+    """Shut a running proxy down gracefully, as SIGTERM does: it is no longer ready, refuses new connections after
+    listen.linger_seconds, and has up to listen.drain_seconds for requests in flight.
 
     Finds the `keyproxy serve` of this user that listens on the configuration's listen.address; without a configuration,
-    the one that runs here, as in a container. Status 1 if there is none.
+    the only one on this machine, as in a container. Status 1 if there is none.
 
     \b
     keyproxy drain --config keyproxy.toml --wait
@@ -32,37 +32,36 @@ def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_
     one = _chosen(config_path, pid)
     sock = presence.connected(one.name)
     if sock is None:
-        raise Failure("the proxy has ended meanwhile")
+        raise Failure("the proxy has already exited")
     with sock:
         try:
             sock.sendall(presence.DRAIN)
             told = sock.recv(64)
             if not told.startswith(presence.DRAINING):
-                raise Failure(f"the proxy (pid {one.pid}) does not answer")
+                raise Failure(f"the proxy (pid {one.pid}) does not respond")
             if waits:
                 sock.settimeout(None)
                 while chunk := sock.recv(64):
                     told += chunk
                 if told != presence.DRAINING + presence.DRAINED:
-                    raise Failure(f"the proxy (pid {one.pid}) ended before it had drained")
+                    raise Failure(f"the proxy (pid {one.pid}) exited before it had drained")
         except OSError as error:
-            raise Failure(f"the proxy (pid {one.pid}) does not answer: {error}") from error
+            raise Failure(f"the proxy (pid {one.pid}) does not respond: {error}") from error
     if as_json:
         click.echo(orjson.dumps({"pid": one.pid, "draining": True, "drained": waits}).decode())
     else:
-        say(f"the proxy (pid {one.pid}) {'has drained and ended' if waits else 'drains, and ends then'}")
+        say(f"the proxy (pid {one.pid}) {'has drained and exited' if waits else 'is draining and will exit'}")
 
 
 @click.command("health")
 @config_option
 @json_option
 def health_command(config_path: Path | None, *, as_json: bool) -> None:
-    """Say whether the running `keyproxy serve` or `keyproxy admin` of this configuration is live, for health checks of
+    """Check whether the running `keyproxy serve` or `keyproxy admin` of this configuration is live, for health checks of
     containers.
 
-    Status 0 if its event loop answers; 1 if there is no such process, or it does not answer. Without a configuration it
-    asks all that run here, as in a container. Whether it is ready to serve is another question: /readyz of the ops
-    listener.
+    Status 0 if its event loop responds; 1 if there is no such process, or it does not respond. Without a configuration it
+    checks all that run here, as in a container. It does not check readiness; for that see /readyz of the ops listener.
     """
     try:
         found = probe.check("" if config_path is None else str(config_path))
@@ -88,7 +87,7 @@ def _chosen(config_path: Path | None, pid: int | None) -> Running:
             found = presence.of_addresses({presence.SERVE: settings.listen.address})
         except OSError as error:
             raise Failure(f"{settings.listen.address}: {error.strerror or error}") from error
-        # Of several containers in one network namespace, each sees its own processes.
+        # Containers that share a network namespace each see only their own processes.
         found = [one for one in found if one.pid] or found
     chosen = found if pid is None else [one for one in found if one.pid == pid]
     if not chosen:

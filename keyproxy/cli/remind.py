@@ -27,7 +27,7 @@ _COLUMNS: Final = (
 @config_option
 @json_option
 def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> None:
-    """Send the reminders that are due, of keys and admin tokens that expire soon, to [reminders] webhook_url.
+    """Send the due reminders of keys and admin tokens that expire soon to [reminders] webhook_url.
 
     A running `keyproxy admin` does so by itself; this is for a cron job where there is none. What was received is not
     sent again, whoever sent it. Status 1 if something was not received; it is tried again when this is run later, up to

@@ -1,6 +1,6 @@
-"""Rows of files that people hand to a command: CSV with a header line, JSON lines, or a JSON array.
+"""Rows of files passed to a command: CSV with a header line, JSON lines, or a JSON array.
 
-A file that is something else is an error that names the line. Guessing would issue no key, or the wrong one, and report
+A file in another format is an error that names the line. Guessing would issue no key, or the wrong one, and report
 success.
 """
 
@@ -30,7 +30,7 @@ _OTHER_SEPARATORS: Final = {";": "semicolons", "\t": "tabs", "|": "bars"}
 def read_rows(path: Path, *, needs: Sequence[Sequence[str]], beside: Sequence[str] = ()) -> Rows:
     """Every row of a file with its place, `FILE:line`; `-` is stdin. Raises Failure.
 
-    `needs`: groups of columns; a header has to name one group in full. `beside`: columns that it has to name as well.
+    `needs`: groups of columns; the header must name one group in full. `beside`: columns that it must also name.
     """
     name, text = _text_of(path)
     if not text.strip():
@@ -46,7 +46,7 @@ def read_rows(path: Path, *, needs: Sequence[Sequence[str]], beside: Sequence[st
 
 
 def read_owners(path: Path) -> dict[str, str]:
-    """Whose keys are whose, out of CSV lines `prefix or name,user`. Raises Failure."""
+    """Read the owner of each key from CSV lines `prefix or name,user`. Raises Failure."""
     name, text = _text_of(path)
     owners: dict[str, str] = {}
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -55,17 +55,17 @@ def read_owners(path: Path) -> dict[str, str]:
             if not any(cell.strip() for cell in line):
                 continue
             if len(line) != 2 or not all(cell.strip() for cell in line):
-                raise Failure(f"{name}:{reader.line_num}: a line is `prefix or name,user`")
+                raise Failure(f"{name}:{reader.line_num}: expected lines of `prefix or name,user`")
             owners[line[0].strip()] = line[1].strip()
     except csv.Error as error:
-        raise Failure(f"{name}:{reader.line_num}: this is no CSV: {error}") from error
+        raise Failure(f"{name}:{reader.line_num}: this is not valid CSV: {error}") from error
     if not owners:
-        raise Failure(f"{name}:1: the file is empty: a line is `prefix or name,user`")
+        raise Failure(f"{name}:1: the file is empty: expected lines of `prefix or name,user`")
     return owners
 
 
 def _text_of(path: Path) -> tuple[str, str]:
-    """(the name of a file for messages, what it holds)."""
+    """(the name of a file for messages, its content)."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
         raw = sys.stdin.buffer.read(_FILE_BYTES_MAX) if name == "stdin" else path.read_bytes()
@@ -74,7 +74,7 @@ def _text_of(path: Path) -> tuple[str, str]:
         raise Failure(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise Failure(f"{name}:{line}: this is no UTF-8 text, so it is neither CSV nor JSON") from error
+        raise Failure(f"{name}:{line}: this is not UTF-8 text, so it is neither CSV nor JSON") from error
 
 
 def _json_rows(name: str, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -87,10 +87,10 @@ def _json_rows(name: str, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             found = orjson.loads(document)
         except orjson.JSONDecodeError as error:
             line = error.lineno if is_array else number
-            raise Failure(f"{name}:{line}: this is no JSON: {error.msg}") from error
+            raise Failure(f"{name}:{line}: this is not valid JSON: {error.msg}") from error
         for place, item in enumerate(found, start=1) if is_array else [(number, found)]:
             if not isinstance(item, dict):
-                raise Failure(f"{name}:{place}: this is no JSON object")
+                raise Failure(f"{name}:{place}: this is not a JSON object")
             # Django's dumpdata keeps the columns below `fields`; its key, `pk`, holds a hash and is no id of ours.
             columns = item.get("fields", item) if is_array else item
             if not isinstance(columns, dict):
@@ -118,7 +118,7 @@ def _csv_rows(
                 )
             yield reader.line_num, {column: value for column, value in zip(header, line, strict=True) if column}
     except csv.Error as error:
-        raise Failure(f"{name}:{reader.line_num}: this is no CSV: {error}") from error
+        raise Failure(f"{name}:{reader.line_num}: this is not valid CSV: {error}") from error
 
 
 def _check_header(place: str, header: Sequence[str], needs: Sequence[Sequence[str]], beside: Sequence[str]) -> None:

@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 @click.command("serve")
 @config_option
 @click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: end when it ends.")
-@click.option("--ops-fd", type=int, hidden=True, help="A bound socket on which the supervisor asks this worker.")
+@click.option("--ops-fd", type=int, hidden=True, help="A bound socket for requests of the supervisor.")
 def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | None) -> None:
     """Run the data plane: the proxied port and the ops listener.
 
     Access log on stdout, everything else on stderr. SIGTERM drains and ends it, as `keyproxy drain` does. SIGHUP
-    reads the configuration again: all of it is applied, or none.
+    reloads the configuration: all of it is applied, or none.
     """
     from keyproxy import orders, serving, supervisor
     from keyproxy.change import ChangeError

@@ -43,7 +43,7 @@ _DURATION_MAX: Final = timedelta(days=36_525)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-#: Errors of a stream that takes no more: a full disk or quota, a file that is as large as it may be, a broken device.
+#: Errors of a stream that cannot be written: a full disk or quota, a file at its size limit, a broken device.
 UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE})
 
 
@@ -52,7 +52,7 @@ class Failure(Exception):
 
 
 class NoDatabase(Failure):
-    """No database is configured, and the embedded one, which is used then, does not exist."""
+    """No database is configured, and the embedded one does not exist."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(
@@ -132,9 +132,9 @@ def store(
 ) -> Iterator[str]:
     """The DSN of the store while the context lasts. An embedded server is started or attached to, and watched.
 
-    `creates`: an embedded database that does not exist is created. Otherwise NoDatabase is raised: a command that looks
-    in an empty database finds nothing, and that reads like an answer. `migrates`: the embedded database is brought up to
-    this program. `is_quiet`: print no note if the embedded database is used because none is configured.
+    `creates`: an embedded database that does not exist is created. Otherwise NoDatabase is raised: a lookup
+    in a new, empty database would find nothing and look like a valid result. `migrates`: migrate the embedded database.
+    `is_quiet`: print no note if the embedded database is used because none is configured.
     """
     if loaded.settings.store.dsn != "embedded":
         yield loaded.settings.store.dsn
@@ -166,7 +166,7 @@ async def require_schema(dsn: str) -> None:
     try:
         state = await migrations.state(dsn)
     except migrations.MigrationError:
-        return  # newer than this program, or not readable by this role: what the command needs may be there
+        return  # newer than this program, or not readable by this role: the command may still work
     if state.pending:
         raise Failure(OLD_SCHEMA)
 
@@ -186,23 +186,23 @@ async def check_schema(dsn: str) -> None:
 
 
 def say(text: str) -> None:
-    """A message for people, on stderr."""
+    """Print a message on stderr."""
     try:
         click.echo(f"keyproxy: {text}", err=True)
     except OSError:
-        # There is no other place for it, and the command itself has not failed.
+        # The message has no other destination, and the command itself has not failed.
         streams.abandon(sys.stderr.fileno())
 
 
 def require_stdout() -> None:
-    """Before a secret is made. Raises Failure if there is no stdout to show it on."""
+    """Call before creating a secret. Raises Failure if stdout is closed."""
     if streams.is_stdout_missing():
-        raise Failure("there is no stdout to show the secret on: nothing was changed")
+        raise Failure("stdout is closed, so the secret cannot be shown: nothing was changed")
 
 
 @contextlib.contextmanager
 def showing_secret(if_lost: str) -> Iterator[None]:
-    """While a secret is printed. Raises Failure if it cannot be; `if_lost`: which one it is, and what to do then."""
+    """Wrap the printing of a secret. Raises Failure if that fails; `if_lost` names the secret and the remedy."""
     try:
         yield
     except OSError as error:
@@ -297,7 +297,7 @@ def _cell(value: object) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text that some SQL client wrote, without what a terminal would obey: line breaks, escape sequences."""
+    """Text from any SQL client, without line breaks and escape sequences that a terminal would interpret."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 

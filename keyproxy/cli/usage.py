@@ -42,7 +42,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("usage")
 def usage_group() -> None:
-    """Who used what, and how the windows of limits stand."""
+    """Show usage per user, and the state of limit windows."""
 
 
 @usage_group.command("show")

@@ -15,7 +15,7 @@ CONCURRENCY: Final = "concurrency"
 REQUESTS: Final = ("requests_per_day", "requests_per_month")
 TOKENS: Final = ("tokens_per_day", "tokens_per_month")
 
-#: Every policy that may refuse a request, as callers are told it: `user.requests_per_day`.
+#: Every policy that may refuse a request, by its name in responses: `user.requests_per_day`.
 POLICIES: Final = tuple(
     [
         f"{kind}.{measure}"

@@ -115,7 +115,7 @@ class Plan:
         return cls(rate=None if rate is None else float(rate), **whole)
 
 
-#: Every limit there is.
+#: Every limit.
 LIMITS: Final = tuple(field.name for field in fields(Plan))
 
 _WHOLE: Final = tuple(name for name in LIMITS if name != "rate")

@@ -15,12 +15,12 @@ _REASONS: Final = {RATE: Reason.RATE_LIMITED, CONCURRENCY: Reason.CONCURRENCY_LI
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
 _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
 
-#: A window that requests in flight reserve may be free again at any moment. Retries are spread over so many seconds.
+#: A window that requests in flight reserve may be free again at any moment. Retries are spread over this many seconds.
 _HELD_SECONDS_MAX: Final = 5
 
 
 def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = ()) -> Refusal:
-    """The refusal of a request that needs so much of a lease that cannot give it. `leases`: all that apply to it."""
+    """Build the refusal of a request that needs more than a lease has left. `leases`: all that apply to it."""
     told = state(lease, now_mono)
     applied = [state(other, now_mono) for other in leases or (lease,)]
     measure = lease.window.measure

@@ -4,10 +4,10 @@ Lines are made a few times a second from what has ended meanwhile, and handed to
 one to write: a reader of stdout that stands still holds up nobody. What the thread has yet to write is bounded; what does
 not fit is dropped and counted.
 
-Written: what happened, to whose request, and why it was refused. Never: a header's value other than a sane request id, a
-trace id or an address, a query, a body, a key, or a path that had one in it.
+Logged: the outcome, the identity, and the reason for a refusal. Never logged: a header value other than a valid request
+id, a trace id or an address, a query, a body, a key, or a path that contains one.
 
-Of successes only a share may be written; a request that is refused or fails is always there.
+The log may be limited to a fraction of the successes; refusals and failures are always logged.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _PIPE_BYTES: Final = 4096
 
 _DETAIL_CHARACTERS_MAX: Final = 256
 
-#: What may be a key, or a part of one: no detail of ours has a word as long as that.
+#: Matches anything that may be a key or a part of one: our own details contain no word that long.
 _MAYBE_KEY = re.compile(r"[A-Za-z0-9_-]{24,}")
 _HIDDEN: Final = "***"
 
-#: A shorter credential is nobody's, and may be part of a word.
+#: A shorter credential cannot be a key, and may be part of a word.
 _CREDENTIAL_BYTES_MIN: Final = 6
 
 _OK: Final = "ok"
@@ -62,7 +62,7 @@ class AccessLog:
     def __init__(self, fd: int, *, wall_offset: Callable[[], float]) -> None:
         """`fd`: where lines go. `wall_offset`: what to add to the exchanges' clock to get Unix time."""
         self.dropped = 0
-        #: Which part of the successes is written.
+        #: The fraction of the successes that is logged.
         self.success_share = 1.0
         self._fd = fd
         self._wall_offset = wall_offset
@@ -100,7 +100,7 @@ class AccessLog:
         self._put(b"".join([self._line(row, offset) for row in rows]))
 
     def write_line(self, line: bytes, status: int) -> None:
-        """Log a line that is there already, with its end, about a response with this status."""
+        """Log a finished line, with its line end, about a response with this status."""
         if status < _CLIENT_ERROR and not self._takes(status):
             return
         if self._queued_bytes - self._written_bytes > _UNWRITTEN_BYTES_MAX:
@@ -109,7 +109,7 @@ class AccessLog:
         self._put(line)
 
     def _takes(self, status: int) -> bool:
-        """Whether a response that was relayed whole is written. A server error is no success."""
+        """Whether to log a response that was relayed completely. A server error is not a success."""
         return status >= _SERVER_ERROR or random.random() < self.success_share  # noqa: S311 - no secret
 
     def _put(self, lines: bytes) -> None:
@@ -185,13 +185,13 @@ def _portions(lines: bytes) -> Iterator[bytes]:
 
 
 def _why(exchange: Exchange, head: RequestHead | None) -> bytes:
-    """The part of a log line that says why a request was refused."""
+    """The part of a log line with the reason for a refusal."""
     detail = _scrubbed(exchange.refusal_detail, head) if exchange.refusal_detail else None
     return b"," + orjson.dumps({"policy": exchange.policy or None, "detail": detail})[1:-1]
 
 
 def _scrubbed(detail: str, head: RequestHead | None) -> str:
-    """A detail without anything that could be a key, whatever it was made of."""
+    """Replace everything in a detail that could be a key."""
     detail = detail.encode("ascii", "backslashreplace").decode("ascii")
     for field in () if head is None else head.credentials:
         for token in field.value.split():

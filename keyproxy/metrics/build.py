@@ -1,4 +1,4 @@
-"""Which build of keyproxy runs, as a metric."""
+"""The running build of keyproxy, as a metric."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from keyproxy.metrics import recorder
 def build_info() -> Metric:
     """The version, the Python that runs it, and whether it is compiled."""
     kind = "pure" if recorder.__file__.endswith(".py") else "compiled"
-    build = InfoMetricFamily("keyproxy_build", "What is running.")
+    build = InfoMetricFamily("keyproxy_build", "The running build.")
     build.add_metric([], {"version": __version__, "python": platform.python_version(), "build": kind})
     return build

@@ -83,7 +83,7 @@ class Catalogue(Collector):
         yield retiring
         yield _histogram(
             "keyproxy_request_seconds",
-            "From a request's head to the end of its response, by how it ended.",
+            "From a request's head to the end of its response, by outcome.",
             ("route", "mode", "outcome"),
             [((cell.route, cell.mode, cell.outcome), cell.request_seconds) for cell in cells],
         )
@@ -95,14 +95,14 @@ class Catalogue(Collector):
         )
         yield _histogram(
             "keyproxy_overhead_seconds",
-            "Our own time before forwarding: from a request's head to its first byte upstream, without the time in"
-            " which it waited for its client to send the body, or for a connection to the upstream.",
+            "Time in keyproxy before forwarding: from a request's head to its first byte upstream, without the time"
+            " spent waiting for the client's body or for a connection to the upstream.",
             (),
             [((), self._recorder.overhead_seconds)],
         )
         yield _histogram(
             "keyproxy_connection_wait_seconds",
-            "Of requests for which no connection to the upstream was idle: until they had one.",
+            "Time that requests without an idle connection to the upstream waited for one.",
             (),
             [((), self._recorder.connection_wait_seconds)],
         )
@@ -128,32 +128,32 @@ class Catalogue(Collector):
 
 
 def _process(sources: Sources) -> Iterator[Metric]:
-    """Connections of this process, requests under way, and its background work."""
+    """Connections of this process, requests in flight, and its background work."""
     yield _gauge(
         "keyproxy_upstream_connections", "Connections to the upstream.", "state", sources.upstream_connections()
     )
-    yield _value("keyproxy_open_requests", "Requests under way.", sources.open_requests())
-    yield _value("keyproxy_open_tunnels", "Requests under way that are WebSocket tunnels.", sources.open_tunnels())
+    yield _value("keyproxy_open_requests", "Requests in flight.", sources.open_requests())
+    yield _value("keyproxy_open_tunnels", "Requests in flight that are WebSocket tunnels.", sources.open_tunnels())
     yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
     yield _counter(
-        "keyproxy_failed_connections", "Connections from clients that could not be accepted, or left for others.", "why",
+        "keyproxy_failed_connections", "Client connections that could not be accepted, or were closed for others.", "why",
         sources.failed_connections(),
     )  # fmt: skip
     dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
     dropped.add_metric([], sources.access_log_dropped())
     yield dropped
     yield _counter(
-        "keyproxy_task_defects", "Work in the background that a defect ended, and that began again.", "task",
+        "keyproxy_task_defects", "Background tasks that failed with a defect and were restarted.", "task",
         sources.defects(),
     )  # fmt: skip
     yield _counter(
-        "keyproxy_housekeeping_failures", "Statements that end dead holders or delete old rows, and failed.", "work",
+        "keyproxy_housekeeping_failures", "Failed statements that end dead holders or delete old rows.", "work",
         sources.housekeeping_failures(),
     )  # fmt: skip
 
 
 def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
-    """Requests that have ended. Where all label values are known there is every one of them, from 0 on."""
+    """Requests that have ended. Series with known label values start at 0."""
     counts: dict[tuple[str, str, str, str], int] = {}
     refusals = dict.fromkeys(_BLAMES.items(), 0)
     responses = dict.fromkeys(CLASSES, 0)
@@ -168,14 +168,14 @@ def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
         "keyproxy_requests", "Requests that have ended.", ("route", "status", "mode", "code"), counts.items()
     )
     yield _labelled(
-        "keyproxy_refusals", "Requests that were not answered by the upstream, by who has to act.", ("code", "blame"),
+        "keyproxy_refusals", "Requests that keyproxy refused, by the party that has to act.", ("code", "blame"),
         refusals.items(),
     )  # fmt: skip
-    yield _counter("keyproxy_responses", "Requests that have ended, by the class of their status.", "class", responses)
+    yield _counter("keyproxy_responses", "Requests that have ended, by status class.", "class", responses)
 
 
 def _tokens(cells: Sequence[Cell], routes: Sequence[str]) -> Iterator[Metric]:
-    """Of requests that have ended; by route and mode, those of `routes` from 0 on."""
+    """Tokens of requests that have ended, by route and mode; series of `routes` start at 0."""
     labels = ("route", "mode")
     held = CounterMetricFamily("keyproxy_tokens_held", "Tokens held for requests that have ended.", labels=labels)
     settled = CounterMetricFamily("keyproxy_tokens_settled", "Tokens charged.", labels=(*labels, "direction"))

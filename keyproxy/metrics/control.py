@@ -1,7 +1,7 @@
 """The metrics of an admin process: what the store says of keys and reminders, and what this process has sent.
 
 Gauges are the store's, and so the same in every admin process; counters are this process's own. Only an admin process
-has them: counted by proxies they would be there as many times as there are proxies.
+has them: if proxies exported them, they would be counted once per proxy.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 #: Statuses of responses by their first digit.
 CLASSES: Final = ("2xx", "3xx", "4xx", "5xx")
 
-#: The label of a request that is on no route.
+#: The label of a request that matches no route.
 NO_ROUTE: Final = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the store says: what works and ends within so many days, and what waits to be sent.
+    """Figures from the store: working keys and tokens that expire within given days, and reminders to be sent.
 
     `keys` by (days, whether test keys), `tokens` of the admin API by days; `token_expiries` in Unix time, by id.
     """
@@ -41,7 +41,7 @@ class Standing:
 
 
 class Traffic:
-    """Requests to the admin API. Every route and every way of failing to log in is there from 0 on."""
+    """Requests to the admin API. Series of all routes and login failures start at 0."""
 
     def __init__(self, routes: Iterable[tuple[str, str]], failures: Iterable[str]) -> None:
         """`routes`: (method, path). `failures`: codes of requests without a valid token."""
@@ -50,7 +50,7 @@ class Traffic:
         self.requests = {(*route, number): 0 for route in known for number in CLASSES}
 
     def note(self, method: str, path: str, status: int, code: str) -> None:
-        """Count one request that has ended. What is on no known route is counted as that."""
+        """Count one request that has ended. Unknown routes share one label."""
         key = (method, path, f"{status // 100}xx")
         if key not in self.requests:
             key = (NO_ROUTE, NO_ROUTE, key[2])
@@ -107,14 +107,14 @@ class ControlCatalogue(Collector):
 
 def _expiring(standing: Standing) -> Iterator[Metric]:
     keys = GaugeMetricFamily(
-        "keyproxy_keys_expiring", "Keys that work, have no working successor, and expire within that time.",
+        "keyproxy_keys_expiring", "Working keys without a working successor that expire within that time.",
         labels=("within", "mode"),
     )  # fmt: skip
     for (days, is_test), count in standing.keys.items():
         keys.add_metric((f"{days}d", "test" if is_test else "live"), count)
     yield keys
     tokens = GaugeMetricFamily(
-        "keyproxy_admin_tokens_expiring", "Tokens of the admin API that work and expire within that time.",
+        "keyproxy_admin_tokens_expiring", "Working tokens of the admin API that expire within that time.",
         labels=("within",),
     )  # fmt: skip
     for days, count in standing.tokens.items():
@@ -122,12 +122,12 @@ def _expiring(standing: Standing) -> Iterator[Metric]:
     yield tokens
     expiries = GaugeMetricFamily(
         "keyproxy_admin_token_expires_timestamp_seconds",
-        "When a working token of the admin API expires, in Unix time; of those that expire soonest.",
+        "When a working token of the admin API expires, in Unix time; the tokens that expire soonest.",
         labels=("token",),
     )
     for token, seconds in standing.token_expiries.items():
         expiries.add_metric((token,), seconds)
     yield expiries
     yield GaugeMetricFamily(
-        "keyproxy_reminders_waiting", "Reminders that are to be sent, now or again.", value=standing.reminders_waiting
+        "keyproxy_reminders_waiting", "Reminders still to be sent.", value=standing.reminders_waiting
     )

@@ -35,7 +35,7 @@ _CODES: Final = {
     Ending.CLIENT_GONE: "client_gone",
 }
 
-#: How a request may end: relayed whole, refused, cut off in the middle of the response, or left by its client.
+#: Outcomes of a request: relayed completely, refused, cut off in the middle of the response, or abandoned by its client.
 OUTCOMES: Final = tuple(_CODES.values())
 
 _PENDING_SECONDS: Final = 0.01
@@ -76,7 +76,7 @@ class Cell:
         self.status = status
         #: `ok`, a Reason's, or else the outcome.
         self.code = code
-        #: How it ended, one of OUTCOMES.
+        #: One of OUTCOMES.
         self.outcome = outcome
         self.count = 0
         #: Those that are to be counted in this turn.
@@ -97,7 +97,7 @@ class Recorder(ports.Recorder):
         """`access_log` None: nothing is logged per request. `sinks` are told all that has ended, in turns."""
         #: From the request's head to its first byte upstream, without waiting for its body or for a connection.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
-        #: Of requests that had to wait for a connection to the upstream.
+        #: For requests that had to wait for a connection to the upstream.
         self.connection_wait_seconds = Histogram(REQUEST_BOUNDS)
         #: Requests with a key that another one has replaced.
         self.retiring_count = 0

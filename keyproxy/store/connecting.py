@@ -1,12 +1,12 @@
 """Makes connections to the primary of a database: the only place that knows where it is and what a connection needs.
 
 Hosts are tried one after the other, from the one that worked last, each within its own time, and names are resolved for
-every connection. A server that is a standby, or read-only by its configuration, is not the one to ask: another server may
-be ahead of it.
+every connection. A server that is a standby, or read-only by its configuration, is not used: another server may be ahead
+of it.
 
-What a role, a database or the server's configuration sets (`default_transaction_isolation = serializable`, a short
+Settings of a role, a database or the server (`default_transaction_isolation = serializable`, a short
 `statement_timeout`, another `search_path`) must not change what our statements mean, so a connection is opened with
-settings of its own. A pooler may refuse or forget these; then each transaction sets them itself: see `is_pinned`.
+its own settings. A pooler may refuse or forget these; then each transaction sets them itself: see `is_pinned`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HOST_SECONDS_MAX: Final = 60.0
 #: Where a server on this machine listens, if nothing else is configured: see libpq.
 _LOCAL: Final = ("/run/postgresql", "/var/run/postgresql", "/tmp", "localhost")  # noqa: S108 - sockets are looked for there
 
-#: What our statements need in any transaction.
+#: The settings that our statements need in any transaction.
 NEEDED: Final = {
     "default_transaction_isolation": "read committed",
     "search_path": "pg_catalog",
@@ -78,8 +78,8 @@ _KEEPALIVES: Final = (
 class Connection(asyncpg.Connection):
     """Gives prepared statements names that no other client gives, as asyncpg's FAQ advises for poolers.
 
-    `is_pinned`: its settings are ours, and the server reports when it becomes read-only. Otherwise each transaction has
-    to see to both.
+    `is_pinned`: its settings are ours, and the server reports when it becomes read-only. Otherwise each transaction
+    handles both.
     """
 
     def __init__(self, protocol: Any, transport: Any, *more: Any) -> None:
@@ -103,7 +103,7 @@ def limits(command_seconds: float) -> dict[str, str]:
 
 
 def standing(connection: Any) -> str:
-    """Why the server may not be written to, as it last reported; empty if it may be, or does not report."""
+    """Why the server is read-only, as last reported; empty if it is writable or does not report."""
     reported = connection.get_settings()
     if getattr(reported, "in_hot_standby", "off") == "on":
         return "this server is a standby, not the primary"
@@ -131,7 +131,7 @@ class Target:
         self._dsn = parsed
         self.where = f"{','.join(map(_shown, self._hosts))}, database {self._database!r}"
         self._first = 0
-        #: For each host, which of the ways to encrypt worked last: False: as `sslmode` has it, True: the other one.
+        #: For each host, the encryption that worked last: False: as `sslmode` prefers, True: the other one.
         self._takes_other: dict[tuple[str, int], bool] = {}
         self._refuses_settings = False
 
@@ -304,7 +304,7 @@ def _user(dsn: Dsn) -> str | None:
     try:
         return dsn.user or os.environ.get("PGUSER") or getpass.getuser()
     except (KeyError, OSError) as error:
-        raise dsns.InvalidDsnError("names no user, and this process runs as one that has no name") from error
+        raise dsns.InvalidDsnError("names no user, and the user of this process has no name") from error
 
 
 def _database(dsn: Dsn) -> str | None:
@@ -328,7 +328,7 @@ def _keep_alive(transport: Any, parameters: Mapping[str, str]) -> None:
 
 
 def _with_service(dsn: str, parsed: Dsn, service: str) -> Dsn:
-    """What the section of a service file adds to a DSN that names it. Raises InvalidDsnError."""
+    """The parameters that a service file adds to a DSN. Raises InvalidDsnError."""
     named = parsed.parameters.get("servicefile") or os.environ.get("PGSERVICEFILE")
     try:
         path = Path(named) if named else Path.home() / ".pg_service.conf"

@@ -77,7 +77,7 @@ def _load_roots(context: ssl.SSLContext, mode: str, given: Mapping[str, str]) ->
     elif roots is not None:
         _load(context, "sslrootcert", roots)
     elif mode == "require":
-        # As libpq does: encrypted, and whoever answers is believed.
+        # As libpq: encrypted, without verifying the server.
         return ssl.CERT_NONE
     else:
         raise TlsParameterError(
@@ -113,7 +113,7 @@ def _version(given: Mapping[str, str], name: str) -> ssl.TLSVersion | None:
     if text is None:
         return None
     if text not in _VERSIONS:
-        raise TlsParameterError(f"{name}={text} is none of {', '.join(_VERSIONS)}")
+        raise TlsParameterError(f"{name}={text} is not one of {', '.join(_VERSIONS)}")
     return _VERSIONS[text]
 
 

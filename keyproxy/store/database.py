@@ -1,8 +1,7 @@
-"""The one way to PostgreSQL: named statements out, rows in, and every way of failing in two words, see `failures`.
+"""The only access to PostgreSQL: named statements out, rows in; `failures` classifies every error.
 
-A server that may not be written to is not asked, whatever it would answer: see `connecting`. A server that becomes one, a
-connection that is lost and a server that shuts down have every connection replaced, so that the name of the database is
-resolved again; what was read meanwhile counts as not read.
+A read-only server is never used: see `connecting`. When a server becomes read-only or shuts down, or a connection drops,
+every connection is replaced, so that the database's name is resolved again; results read meanwhile are discarded.
 
 Behind a pooler in transaction mode a prepared statement may meet another server connection than the one it was prepared
 on. The first time that happens the way of asking changes: no statement is kept, and each runs in a transaction, which
@@ -40,11 +39,11 @@ __all__ = ["Database", "Door", "Joined", "Listener", "Row", "StoreConflict", "St
 
 _log = logging.getLogger(__name__)
 
-#: A statement that met a deadlock, or another transaction in its way, is sent again so often.
+#: How often to retry a statement after a deadlock or a conflict with another transaction.
 _ATTEMPTS_MAX: Final = 4
 _RETRY_SECONDS: Final = 0.01
 
-#: For a connection whose settings are not ours: what each transaction begins with. Its settings end with it.
+#: The start of each transaction on a connection without our settings. These settings end with the transaction.
 _SETTLED: Final = """
 SELECT pg_catalog.pg_is_in_recovery() AS is_standby, pg_catalog.current_setting('transaction_read_only') AS read_only,
     """
@@ -53,7 +52,7 @@ SELECT pg_catalog.pg_is_in_recovery() AS is_standby, pg_catalog.current_setting(
 def _settling(timeout_seconds: float) -> str:
     """The statement that makes a transaction ours, whatever the role, the database or a pooler has set."""
     settings = {**NEEDED, **limits(timeout_seconds), "client_encoding": "UTF8"}
-    # What only counts outside a transaction has no place in one.
+    # Skip settings that only matter outside a transaction.
     for name in ("default_transaction_isolation", "idle_session_timeout"):
         settings.pop(name)
     return _SETTLED + ", ".join(
@@ -148,7 +147,7 @@ class Database:
         self._statements = queries.load()
         self._settling = _settling(statement_timeout_seconds)
         self._keeps_statements = True
-        #: How often every connection was given up because the database may have moved.
+        #: How often every connection was replaced because the database may have moved.
         self.moves = 0
         #: Whether the last statement was answered; neither, as long as none was sent.
         self.is_up = False
@@ -177,7 +176,7 @@ class Database:
             rows = await self._fetch(name, *arguments)
         except StoreUnavailable as error:
             if self.is_down and isinstance(error.__cause__, TimeoutError):
-                # Again: a connection to an address that leads nowhere any more looks like this.
+                # Retry: this is how a connection to a stale address fails.
                 await self._move()
             self._note_down(str(error))
             raise
@@ -192,7 +191,7 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _begun(self, connection: Any) -> AsyncIterator[Transaction]:
-        # Named each time: what the role or the database has as its default must not count.
+        # Set each time: the default of the role or the database must not apply.
         async with connection.transaction(isolation="read_committed"):
             transaction = Transaction(connection, self._statements, self._target.where)
             if not connection.is_pinned:
@@ -221,7 +220,7 @@ class Database:
             except StoreUnavailable as error:
                 is_pooler = isinstance(error.__cause__, POOLER_SIGNS)
                 if is_pooler and self._keeps_statements:
-                    _log.info("the store is reached through a pooler that shares connections: statements are not kept")
+                    _log.info("the store is behind a pooler that shares connections: statements are not kept")
                     self._keeps_statements = False
                 elif not (isinstance(error.__cause__, TRY_AGAIN) or is_pooler) or attempt == _ATTEMPTS_MAX - 1:
                     raise
@@ -244,7 +243,7 @@ class Database:
         self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
-        self.outage.met(f"the store cannot be asked: {why}", is_main=self.is_main)
+        self.outage.met(f"the store is unavailable: {why}", is_main=self.is_main)
         self.is_up, self.is_down, self.down_because = False, True, why
 
 

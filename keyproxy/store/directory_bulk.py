@@ -27,7 +27,7 @@ from keyproxy.store.times import time_text
 
 BATCH_MAX: Final = 1000
 
-#: Why a key that nobody has seen was revoked.
+#: The reason for revoking a key whose secret was lost.
 _REISSUED: Final = "issued again: its secret was lost before it was used"
 
 
@@ -75,11 +75,11 @@ class Bulk(Desk):
 
         A user who has a working key of that name and mode gets no other, so that the same wishes can be sent again. In
         the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
-        `reissues`; `created` says whether a key was made, the rest is there only if so. Raises NotFound for a user who
-        is not there.
+        `reissues`; `created`: whether a key was issued; the other fields are present only if so. Raises NotFound for an
+        unknown user.
 
-        `reissue_unseen`: a working key that is as the wish describes it, and was never used, is revoked and issued
-        again: its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
+        `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
+        its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
         """
         if len(wishes) > BATCH_MAX:
             raise Invalid(f"at most {BATCH_MAX} keys are issued at once")

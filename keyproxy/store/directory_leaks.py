@@ -1,4 +1,4 @@
-"""Keys by what is known of them: found in pasted text, by a hint, an id or a name; and revoked when they have leaked."""
+"""Look keys up by pasted text, a hint, an id or a name; revoke keys that have leaked."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Leaks(Desk):
     """See the module."""
 
     async def report_leaked_text(self, text: bytes, reason: str) -> Entity:
-        """Revoke every key that stands in a text, however it is written there. Raises Invalid if the text is too long.
+        """Revoke every key in a text, in whatever notation. Raises Invalid if the text is too long.
 
         `found`: the keys (`key`, `user`, `tenant`, `revoked_now`). `incomplete`: how many starts of a key are not
-        followed by the whole of it. `unknown`: how many keys are none of this store's.
+        followed by the whole of it. `unknown`: how many keys are not in this store.
         """
         scan = await self._scan(text)
         ids, unknown = await self._matched(scan)
@@ -51,9 +51,9 @@ class Leaks(Desk):
         }
 
     async def whose(self, text: bytes) -> Entity:
-        """`keys`: the keys that stand in a text; without any, those whose id, hint or name it is. Changes nothing.
+        """`keys`: the keys in a text; if it has none, the keys with this id, hint or name. Changes nothing.
 
-        A part of a key is enough if it shows what the hint shows. Raises Invalid if the text is too long.
+        A part of a key is sufficient if it includes what the hint includes. Raises Invalid if the text is too long.
         """
         ids, _ = await self._matched(await self._scan(text))
         name = keyscan.as_text(text).strip()
@@ -66,7 +66,7 @@ class Leaks(Desk):
 
     async def _scan(self, text: bytes) -> Scan:
         try:
-            # In a thread: a long text takes a while, and others wait for this process too.
+            # In a thread: a long text takes a while, and must not block the event loop.
             return await asyncio.to_thread(keyscan.scan, text, self._format)
         except ValueError as error:
             raise Invalid(str(error)) from error

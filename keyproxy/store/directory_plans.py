@@ -14,19 +14,19 @@ class Plans(Desk):
     """See the module. Everybody may read them; a desk that is bound to a tenant changes none."""
 
     async def set_plan(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
-        """Replace the plan: it has the limits in `limits` and no others. Takes effect within a second.
+        """Replace the plan: limits that are not in `limits` are removed. Takes effect within a second.
 
-        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the answer: each limit that is another
-        one now, with what it was (`old`) and is (`new`). Raises Invalid.
+        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the result: the `old` and
+        `new` value of each limit that has changed. Raises Invalid.
         """
         return await self._set(name, lambda _: limits, if_match)
 
     async def change_plan(
         self, name: str, changes: Mapping[str, float | None], *, if_match: str | None = None
     ) -> Entity:
-        """Change the limits that are named; None removes one. The others stay. A plan that is not there is created.
+        """Change the limits that are named; None removes one. The others stay. The plan is created if it does not exist.
 
-        The answer is as `set_plan`'s. Raises Invalid.
+        The result is as for `set_plan`. Raises Invalid.
         """
         return await self._set(name, lambda before: {**before, **changes}, if_match)
 

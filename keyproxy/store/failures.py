@@ -1,7 +1,7 @@
-"""How the store fails, in two words, and what each of asyncpg's errors means.
+"""The two ways in which the store fails, and the meaning of each asyncpg error.
 
-`StoreUnavailable` is "we could not ask": no connection, a timeout, a server that is starting, has failed over or may not
-be written to, a schema that is not there. It is never an answer. `StoreConflict` is the server's "no" to a change.
+`StoreUnavailable` means that there is no result: no connection, a timeout, a server that is starting, has failed over
+or is read-only, a missing schema. `StoreConflict` means that the server refuses a change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 import asyncpg
 
-#: No answer. asyncpg raises InternalClientError when a connection is lost in the middle of its own housekeeping.
+#: No result. asyncpg raises InternalClientError when a connection is lost in the middle of its own housekeeping.
 NO_ANSWER: Final = (
     OSError,
     TimeoutError,
@@ -45,7 +45,7 @@ _RAISED: Final = "exec_stmt_raise"
 
 
 class StoreUnavailable(Exception):
-    """The store could not be asked. Says nothing about the answer."""
+    """The store is unavailable. Implies nothing about the result."""
 
 
 class StoreConflict(Exception):
@@ -57,7 +57,7 @@ class StoreConflict(Exception):
 
 
 class NotPrimaryError(Exception):
-    """The server may not be written to, so another one may be ahead of it. What it returns is not to be trusted."""
+    """The server is read-only, so another one may be ahead of it. Its results are not to be trusted."""
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def means_move(error: BaseException | None) -> bool:
         | asyncpg.ReadOnlySQLTransactionError
         | asyncpg.OperatorInterventionError
         | asyncpg.PostgresConnectionError
-        # asyncpg's word for a connection that has ended between two statements.
+        # asyncpg raises this for a connection that was closed between two statements.
         | asyncpg.InterfaceError
         | asyncpg.InternalClientError
     )  # fmt: skip

@@ -9,8 +9,8 @@ After an outage the same question tells what happened meanwhile, as long as the 
 be, or the server's history is not the one we knew (a restored backup, a failover that lost something), the cache is told
 to distrust all it has.
 
-Only the primary is asked. A server that has become read-only while it stays up is one that others may be ahead of: see
-`database`. When the database moves, notifications are asked for again too, from the server that its name leads to now.
+Only the primary is polled. Other servers may be ahead of one that has become read-only but stays up: see `database`. When
+the database moves, the feed also listens for notifications on the server that the name now resolves to.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _GAP_SECONDS: Final = 600.0
 _KEPT_SECONDS: Final = 1200.0
 _SAMPLE_SECONDS: Final = 60.0
 
-#: Changes deleted in one statement, one between two looks: a bulk change may have left millions.
+#: Changes deleted per statement, one statement between two polls: a bulk change may have left millions.
 _FORGET_PORTION: Final = 2_000
 
 
@@ -155,7 +155,7 @@ class ChangeFeed:
             if self._database.moves != self._moves:
                 self._moves = self._database.moves
                 if self._listener is not None:
-                    # It may be a server's that nothing is written to any more.
+                    # The old server may no longer receive any writes.
                     await self._listener.close()
             try:
                 async with asyncio.timeout(pause):

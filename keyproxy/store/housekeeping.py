@@ -1,7 +1,7 @@
-"""Work on the store's tables that no request waits for: rows that are over are ended or deleted, a portion at a time.
+"""Background work on the store's tables: expired rows are ended or deleted, a portion at a time.
 
-One statement never does all that is overdue: once that takes longer than the statement timeout, it fails each time, and
-the table grows for ever. A portion that fails is tried again at half its size. Failures show in three places: a log line
+One statement never does all overdue work: once that took longer than the statement timeout, it would always fail, and
+the table would grow for ever. A failed portion is retried at half its size. Failures show in three places: a log line
 at warning when they begin and one when they end, `/readyz`, and the metric keyproxy_housekeeping_failures_total.
 """
 
@@ -54,7 +54,7 @@ class Chore:
             self._note_failure(error)
             return True
         if self._is_logged:
-            _log.warning("recovered, and continues to %s", self.what)
+            _log.warning("recovered, continuing to %s", self.what)
         self.failing_because, self._is_logged = "", False
         if not is_more:
             self._portion = self._portion_max
@@ -64,7 +64,7 @@ class Chore:
         self.failures += 1
         self._portion = max(min(_PORTION_MIN, self._portion_max), self._portion // 2)
         if means_move(error.__cause__):
-            # An outage of the database, which is logged once for all that it concerns.
+            # A database outage, which is logged once for all components.
             _log.debug("cannot %s, retrying: %s", self.what, error)
         elif not self._is_logged:
             _log.warning("cannot %s, retrying: %s", self.what, error)

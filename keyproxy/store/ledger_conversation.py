@@ -37,8 +37,7 @@ _LINES_MAX: Final = 200
 
 _RETRY_SECONDS: Final = 0.2
 
-#: A ledger that could not be asked is asked again so often also when nothing is to be said: else nobody would find out
-#: that it answers.
+#: How often to retry an unavailable ledger even if there is nothing to send; otherwise its recovery would go unnoticed.
 _LOOK_SECONDS: Final = 1.0
 
 _CLOSED: Final = "the ledger is closed"
@@ -215,7 +214,9 @@ class Conversation:
         self.observe(heard - asked)
         if replies is None:
             if self.book.has_leases:
-                _log.warning("the ledger has ended our leases: they had lapsed, and are charged in full")
+                _log.warning(
+                    "the ledger has ended the leases of this process: they had expired and are charged in full"
+                )
             self.book.ended()
             self._become_another()
             return 0.0
@@ -249,7 +250,7 @@ class Conversation:
         self._wake_up()
 
     def _failed(self, error: Exception) -> None:
-        self.outage.met(f"the ledger cannot be asked: {error or type(error).__name__}", is_main=self._is_main)
+        self.outage.met(f"the ledger is unavailable: {error or type(error).__name__}", is_main=self._is_main)
         self.down_because = str(error) or type(error).__name__
         # Leases that are still ours are spent first; a request waits for this answer only when there are none.
         self.book.is_lenient = self._is_lenient

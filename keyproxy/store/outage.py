@@ -1,4 +1,4 @@
-"""One log line when a server stops responding and one when it is back, however many parts of the store ask it.
+"""One log line when a server stops responding and one when it is back, however many parts of the store use it.
 
 The change feed, the ledger, usage and look-ups each notice an outage by themselves, within moments of each other and
 again with every retry. The first one logs it. It is over once the server has responded for a while without another
@@ -18,15 +18,15 @@ _log = logging.getLogger(__name__)
 #: For how long nothing may fail before an outage counts as over.
 _QUIET_SECONDS: Final = 3.0
 
-#: The main part notices an outage within this time. If it does so later, what other parts met before was something else.
+#: The main part notices an outage within this time. If it does so later, earlier errors of other parts had another cause.
 _SAME_SECONDS: Final = 5.0
 
 
 class Outage:
-    """See the module. One object for all parts of the store that ask the same server."""
+    """See the module. One object for all parts of the store that use the same server."""
 
     def __init__(self, what: str, now_mono: Callable[[], float] | None = None) -> None:
-        """`what` responds or does not, for the log."""
+        """`what` names the server in the log."""
         self.is_on = False
         self._what = what
         self._now_mono: Callable[[], float] = now_mono or clock.monotonic
@@ -34,7 +34,7 @@ class Outage:
         self._is_main_logged = False
 
     def met(self, sentence: str, *, is_main: bool = False) -> None:
-        """A part was not answered. `is_main`: it asks all the time, and calls `answered` when it is."""
+        """A part got no response. `is_main`: it polls continuously, and calls `answered` when it gets one."""
         now = self._now_mono()
         self._last_failure_mono = now
         is_another = is_main and not self._is_main_logged and now - self._began_mono > _SAME_SECONDS
@@ -48,9 +48,9 @@ class Outage:
         self._is_main_logged = self._is_main_logged or is_main
 
     def answered(self) -> None:
-        """The main part was answered. Cheap to call while there is no outage."""
+        """The main part got a response. Cheap to call while there is no outage."""
         now = self._now_mono()
         if not self.is_on or now - self._last_failure_mono < _QUIET_SECONDS:
             return
-        _log.warning("%s answers again; the outage took %d s", self._what, self._last_failure_mono - self._began_mono)
+        _log.warning("%s is available again after %d s", self._what, self._last_failure_mono - self._began_mono)
         self.is_on = self._is_main_logged = False

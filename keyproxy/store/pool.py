@@ -1,8 +1,8 @@
 """Connections of one part of the store: opened when they are needed, reused, and replaced when the database has moved.
 
 A server may grant fewer connections than are configured (`CONNECTION LIMIT`, `max_connections`). Then a pool works with
-those that it has: its users take turns. One that has none borrows from the pool of the store's main part, and lets its
-own go, so that the parts of a store do not starve each other. See `Shortage`.
+the connections it has, and its users take turns. A pool without any borrows from the pool of the store's main part and
+releases its own, so that the parts of a store do not starve each other. See `Shortage`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _IDLE_CONNECTION_SECONDS: Final = 300.0
 
-#: For so long the store makes do with the connections it has; then it tries to have another one.
+#: For how long the store works with the connections it has before it tries to open another one.
 _SHORT_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.1
 
@@ -33,7 +33,7 @@ class Shortage:
 
     def __init__(self) -> None:
         self.because = ""
-        #: Called when the server refuses a connection: what can do without one lets it go.
+        #: Called when the server refuses a connection, so that parts that can do without one release it.
         self.relief: list[Callable[[], None]] = []
         self._until = 0.0
 
@@ -45,7 +45,7 @@ class Shortage:
     def note(self, error: Exception) -> None:
         """The server has refused a connection."""
         if not self.because:
-            _log.warning("the server grants fewer connections than configured, working with those there are: %s", error)
+            _log.warning("the server grants fewer connections than configured, continuing with fewer: %s", error)
         self.because = f"{first_line(error)} (SQLSTATE 53300)"
         self._until = asyncio.get_running_loop().time() + _SHORT_SECONDS
         for let_go in self.relief:
@@ -59,7 +59,7 @@ class Shortage:
 
 
 class _Turns:
-    """Lets at most `limit` in at a time, in the order in which they came."""
+    """Admits at most `limit` at a time, in order of arrival."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -77,7 +77,7 @@ class _Turns:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                # The turn was given in the same moment: it is somebody else's.
+                # The turn was granted at the same moment: pass it on.
                 self.leave()
             raise
 
@@ -182,7 +182,7 @@ class Pool:
                 self._turns.leave()
 
     async def _make_do(self, error: asyncpg.TooManyConnectionsError) -> None:
-        """Work with the connections that there are, or wait a little for one. Raises the error if that is in vain."""
+        """Work with the existing connections, or wait a little for one. Raises the error if none becomes available."""
         self._shortage.note(error)
         have = 0 if self._connections is None else self._connections.get_size()
         if have:
@@ -190,7 +190,7 @@ class Pool:
         elif self._lender is not None:
             raise error
         else:
-            # Other parts of the store let theirs go now.
+            # Other parts of the store release theirs now.
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect(self, *_: Any, **__: Any) -> Connection:

@@ -904,7 +904,7 @@ SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
 WHERE id = $1 AND attempts = $2 AND sent_at IS NULL AND given_up_at IS NULL;
 
 -- name: give_up_late_reminders
--- The key or token has ended before its holder could be reminded. None of those that nobody had to be reminded of.
+-- The key or token has ended before its holder could be reminded. Excludes reminders that were not needed.
 UPDATE keyproxy.reminders AS r SET given_up_at = now()
 WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND r.attempts > 0
   AND (

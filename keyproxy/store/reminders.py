@@ -3,7 +3,7 @@ received.
 
 One reminder for each key or token, expiry and threshold, with one id for as long as it lives. A sender claims it for a
 while. If it dies on its way, another one sends the same id again when that has passed: a reminder is sent at least once,
-and who receives it can tell that it has it already. Which are needed no more is judged when one is claimed: their key is
+and the receiver recognises a duplicate by its id. Claiming skips reminders that are no longer needed: their key is
 revoked, replaced by a key that works, expired, or of a disabled user or tenant.
 """
 
@@ -125,7 +125,7 @@ class Reminders:
 
 
 def subject(key_id: str | None, token_id: str | None) -> str:
-    """What a reminder is of, for a log line."""
+    """The subject of a reminder, for a log line."""
     return f"key {key_id}" if token_id is None else f"admin token {token_id}"
 
 

@@ -1,4 +1,4 @@
-"""Times and dates as PostgreSQL has them: also those that are beyond Python's calendar, and the infinite ones.
+"""Times and dates as in PostgreSQL, including infinite ones and those beyond Python's calendar.
 
 A column takes any value that some SQL client writes: JavaScript's largest date, milliseconds taken for seconds, a date
 before Christ, `infinity`. Each can be read and shown here, so that a row with one stays a row like any other.
@@ -14,7 +14,7 @@ _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _EPOCH_DAY: Final = _EPOCH.date()
 _MICROSECONDS_PER_DAY: Final = 86_400_000_000
 
-#: How the infinite ones travel: timestamps, dates.
+#: The wire encoding of infinite values: timestamps, dates.
 _INSTANTS: Final = (-(2**63), 2**63 - 1)
 _DAYS: Final = (-(2**31), 2**31 - 1)
 
@@ -24,7 +24,7 @@ _CYCLE_YEARS, _CYCLE_DAYS = 400, 146_097
 
 @dataclass(frozen=True, slots=True)
 class FarTime:
-    """A time or date that Python has none for. `text`: ISO 8601 with a signed year of six digits, or `infinity`."""
+    """A time or date that Python cannot represent. `text`: ISO 8601 with a signed year of six digits, or `infinity`."""
 
     text: str
     #: As PostgreSQL counts: microseconds or days since 2000.

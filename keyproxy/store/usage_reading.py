@@ -145,15 +145,15 @@ def _sum(row: Row, dimensions: Sequence[str]) -> dict[str, Any]:
 
 
 def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The events of a batch with their places. What another program wrote there and is none is passed over."""
+    """The events of a batch with their places. Invalid entries written by other programs are skipped."""
     batch = f"{row['process']}:{row['batch']}"
     events = read_json(row["events"])
     for place, told in enumerate(events if isinstance(events, list) else [], start=1):
         try:
             event = _event(f"{batch}:{place}", told)
-            orjson.dumps(event)  # what cannot be told to anybody: half of a surrogate pair
+            orjson.dumps(event)  # fails for half of a surrogate pair, which no response can hold
         except (ValueError, TypeError, ArithmeticError, OSError) as error:
-            _log.warning("the usage event %s:%d cannot be read and is left out: %s", batch, place, error)
+            _log.warning("the usage event %s:%d cannot be read and is skipped: %s", batch, place, error)
         else:
             yield place, event
 

@@ -57,11 +57,11 @@ _KINDS: Final[dict[type, str]] = {str: "a string", list: "an array", dict: "an o
 _TOO_DEEP: Final = "The body is nested too deeply."
 _SPACE: Final = b" \t\r\n"
 
-# What is wrong with a body, for its sender.
+# Faults of a body, as reported to its sender.
 NOT_JSON: Final = "The body is not well-formed JSON in UTF-8."
-SPELT: Final = "A name that counts is spelt with capitals, or with letters that some servers take for others."
-NOT_AS_ENCODED: Final = "The body is not what its Content-Encoding says."
-ENDS_ELSEWHERE: Final = "The body does not end where its Content-Encoding does."
+SPELT: Final = "A significant name is spelled with capitals or with look-alike letters."
+NOT_AS_ENCODED: Final = "The body does not match its Content-Encoding."
+ENDS_ELSEWHERE: Final = "The body is longer or shorter than its compressed content."
 
 
 @mypyc_attr(acyclic=True)
@@ -91,7 +91,7 @@ class TokenAsk(TokenNeed):
 
 
 def ask_of(kind: str, head: RequestHead, body: bytes) -> TokenAsk | None:
-    """What a request with this whole body asks for; None: its content is long, and `reading` has to read it.
+    """The tokens that a request with this complete body asks for; None: it is long, and `reading` has to scan it.
 
     `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything.
     Raises a Refusal (REQUEST_MALFORMED).
@@ -132,14 +132,14 @@ def ask_of(kind: str, head: RequestHead, body: bytes) -> TokenAsk | None:
 
 
 def unread(kind: str, head: RequestHead, content_bytes: int, *, is_blank: bool) -> TokenAsk:
-    """For content that says nothing of what may be put out. What a tunnel asks for and uses passes unread."""
+    """For content without an output maximum. The content of a tunnel passes unread."""
     if not is_blank:
         return TokenAsk(content_bytes, None)
     return TokenAsk(0, None if kind == "header" or head.fields.opens_tunnel else 0)
 
 
 def maximum_of(document: Mapping[str, Any], outline: Outline, path: bytes, prompts: int) -> int | None:
-    """The most tokens that the request lets the model put out; None if it does not say. `prompts`: how many it has.
+    """The output maximum that the request sets, or None. `prompts`: the number of its prompts.
 
     Raises a Refusal for a maximum that is no whole number.
     """
@@ -173,9 +173,9 @@ def _count(document: Mapping[str, Any], name: str, *, otherwise: int) -> int:
 
 
 def _fault(value: object) -> str:
-    """What is wrong with a value that is no number of tokens. The value itself is not repeated."""
+    """Describe why a value is not a number of tokens, without repeating the value."""
     if isinstance(value, bool):
-        return "is true or false"
+        return "is a boolean"
     if isinstance(value, int | float):
         if value < 0:
             return "is negative"
@@ -206,7 +206,7 @@ def _prompt_bound(
 
 
 def tools_tokens(kind: str, document: Mapping[str, Any]) -> int:
-    """What the upstream puts before a prompt with tools."""
+    """The tokens that the upstream adds to a prompt with tools."""
     return TOOLS_TOKENS if kind == "anthropic" and document.get("tools") else 0
 
 
@@ -268,7 +268,7 @@ class _Members:
 
 
 def outline_scanner() -> OutlineScanner:
-    """What reads a document's members that this module looks at."""
+    """A scanner for the members that this module uses."""
     return OutlineScanner(matters, expanded="stream_options", counted="prompt", media=MEDIA, images=IMAGES)
 
 
@@ -300,7 +300,7 @@ def _deflated(content: bytes, bits: int) -> bytes:
 
 
 def _broken(content: bytes, head: RequestHead, error: ValueError) -> Refusal:
-    """The refusal of content that orjson does not take. A number beyond a double's range may be a maximum."""
+    """Build the refusal of content that orjson rejects. A number beyond a double's range may be a maximum."""
     scanner = outline_scanner()
     try:
         if len(content) <= PIECE_BYTES:
@@ -312,14 +312,14 @@ def _broken(content: bytes, head: RequestHead, error: ValueError) -> Refusal:
         pass
     except Refusal as refusal:
         return refusal
-    return malformed(f"{NOT_JSON[:-1]}: it breaks off or is wrong at character {getattr(error, 'pos', 0)}.")
+    return malformed(f"{NOT_JSON[:-1]}: it ends early or is invalid at character {getattr(error, 'pos', 0)}.")
 
 
 def malformed(said: str, field: str | None = None) -> Refusal:
-    """The refusal of a body, in words that stand for themselves. `field`: the member that is at fault."""
+    """Build the refusal of a body, with a complete message. `field`: the member at fault."""
     return Refusal(Reason.REQUEST_MALFORMED, said, said=said, is_said_alone=True, field=field)
 
 
 def doubled(name: str) -> Refusal:
-    """The refusal of a body with a name twice of which readers take the first or the last."""
-    return malformed(f"'{name}' is there twice.", name)
+    """Build the refusal of a body with a duplicate name, of which readers take the first or the last."""
+    return malformed(f"'{name}' appears twice.", name)

@@ -1,10 +1,10 @@
 """Read an answer in gzip or deflate: another meter is fed with what it holds, the client gets it as it came.
 
-What is inflated is looked at in pieces and dropped, so that the memory is zlib's window and one piece. Each call inflates
-at most `INFLATED_BYTES_MAX`; what it does not get to waits, compressed, for the next call. Content that waits in a queue
+Inflated content is scanned in pieces and dropped, so the memory is zlib's window and one piece. Each call inflates
+at most `INFLATED_BYTES_MAX`; the rest waits, compressed, for the next call. Content that waits in a queue
 of more than `WAITING_BYTES_MAX`, or is still waiting when the answer has ended and the last call is over, is read no
-further: it is a bomb, or as hard to read as one. The same goes for what zlib cannot read. What was reported until then
-counts.
+further: it is a bomb, or as expensive to read as one. The same applies to content that zlib rejects. Usage reported
+before that counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The names in a request's JSON that decide what it may use, and what else readers take for one of them."""
+"""The names in a request's JSON that determine what it may use, and spellings that some readers treat alike."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _TIMES: Final = ("n", "best_of")
 DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
 #: Java's equalsIgnoreCase takes the Turkish i, with a dot or without, in capitals or not, for the Latin one.
 _DOT_ABOVE: Final = "\u0307"
-#: Names of which it matters what they hold, however often they stand there.
+#: Names whose values matter, however often they appear.
 _OTHERS: Final = frozenset({"messages", "input", "tools"})
 
 
 class Outline:
-    """What there is to know of a request's members, whatever their values."""
+    """Facts about a request's members that do not depend on their values."""
 
     __slots__ = (
         "has_options", "has_prompt", "has_stream", "has_type", "is_ambiguous", "is_flat", "maximums", "spelt", "times",
@@ -51,7 +51,7 @@ _outlines: Final[dict[int, Outline]] = {}
 
 
 def outline_of(document: dict[str, Any]) -> Outline:
-    """What is known of these members by their names."""
+    """Return the facts about these members."""
     found = 0
     for name, value in document.items():
         bits = _met.get(name)
@@ -81,5 +81,5 @@ def matters(name: str) -> bool:
 
 
 def _is_ambiguous(name: str) -> bool:
-    """Whether some readers take it for a name that counts, and others do not."""
+    """Whether readers differ in treating it as a significant name."""
     return name not in DECISIVE and name.upper().casefold().replace(_DOT_ABOVE, "") in DECISIVE

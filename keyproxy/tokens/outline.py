@@ -64,11 +64,11 @@ _CLOSE_OBJECT: Final = 0x7D
 
 
 class JsonError(Exception):
-    """The document is not well-formed JSON in UTF-8; the text says what is wrong with it."""
+    """The document is not well-formed JSON in UTF-8; the text describes the fault."""
 
 
 class TooManyStepsError(Exception):
-    """The document has more parts than are read."""
+    """The document has too many parts to read."""
 
 
 class OutlineScanner:

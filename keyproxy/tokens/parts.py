@@ -1,6 +1,6 @@
-"""What is open while a request's JSON is read: arrays and objects, and what in them makes a part of a message.
+"""The open arrays and objects while a request's JSON is read, and the parts of messages in them.
 
-A part says what it is by its `type`, and may bring an image along: as `image_url`, a text or an object with a `url`, or
+A part has a `type`, and may contain an image: as `image_url`, a text or an object with a `url`, or
 as `source`, an object of type base64 with `data`.
 """
 

@@ -3,8 +3,8 @@
     scanning -> (splicing) -> asked
 
 Each call of `advance` does a bounded amount of work: a few milliseconds. Compressed content is inflated piece by piece,
-looked at and dropped; if the request has to ask for its usage, it is inflated a second time, and deflated anew as it
-comes. So reading takes the memory of a piece or two, and splicing that of one more body.
+scanned and dropped; if the request has to ask for its usage, it is inflated a second time, and deflated again piece by
+piece. So reading takes the memory of a piece or two, and splicing that of one more body.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMMA: Final = b","
 
 
 class BodyReading:
-    """One body that is being read, and is kept nowhere else meanwhile.
+    """A body that is being read; it is stored nowhere else meanwhile.
 
     `asked` is set once `advance` has returned True, and `body` is what goes upstream.
     """

@@ -22,7 +22,7 @@ import orjson
 #: A usage object that is longer is not read.
 USAGE_BYTES_MAX: Final = 8192
 
-#: A document that has more usages, or comes with more keys in one piece, is read no further: that would take long.
+#: A document that has more usages, or comes with more keys in one piece, is read no further: it would take too long.
 _VALUES_MAX: Final = 256
 _STEPS_MAX: Final = 8_192
 
@@ -114,7 +114,7 @@ class UsageScanner:
             self._value = b""
             return at
         if not content.startswith(b"{", at):
-            self.usage = None  # null; or nothing that says anything
+            self.usage = None  # null, or without usable content
             return at
         piece = content[at : at + USAGE_BYTES_MAX]
         found, end = _decoded(piece) if b"}" in piece else (_UNREADABLE, 0)

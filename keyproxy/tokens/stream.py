@@ -24,7 +24,7 @@ from keyproxy.tokens.report import anthropic_use, openai_use
 HELD_BYTES_MAX: Final = 65_536
 EVENT_BYTES_MAX: Final = 1_048_576
 
-#: A longer event is not parsed for its usage: that would take long. Its text is counted.
+#: A longer event is not parsed for its usage, which would take too long; its text is counted.
 PARSED_BYTES_MAX: Final = 262_144
 
 #: What a token is in most languages and code; a stream that is cut short is charged by this.

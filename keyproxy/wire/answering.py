@@ -32,7 +32,7 @@ class Answering(ports.Exchange):
     is_tunnel: bool = False
     _answer: ResponseHead | None = None
     _has_begun_status_line: bool = False
-    #: Whether the client can tell by the end of the connection alone where the answer ends.
+    #: Whether only the end of the connection marks the end of the response.
     ends_with_close: bool = False
     _has_interim: bool = False
     _is_chunked: bool = False
@@ -131,9 +131,9 @@ class Answering(ports.Exchange):
         return self._answer is not None
 
     def interim_arrived(self, answer: ResponseHead) -> None:
-        """An interim response, such as 103. RFC 9110 section 15.2: to be relayed, unless it is ours to send.
+        """An interim response, such as 103. RFC 9110 section 15.2: relay it, unless keyproxy sends it itself.
 
-        HTTP/1.0 has none. A client that expects 100 has got it from us.
+        HTTP/1.0 has none. A client that expects 100 gets it from keyproxy.
         """
         self._has_interim = True
         head = self.head
@@ -190,7 +190,7 @@ class Answering(ports.Exchange):
         self._client.enter_tunnel()
 
     def _lines(self, answer: ResponseHead, now: float) -> bytes:
-        """The header lines that the client gets: the upstream's, and ours. Of limits ours alone, where ours apply."""
+        """The header lines for the client: the upstream's and ours. Where our limits apply, only ours state limits."""
         block, permit = answer.block, self.permit
         if permit is not None and permit.hold is not None:
             limits = self._gate.limit_fields(permit, now)

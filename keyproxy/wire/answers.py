@@ -46,7 +46,7 @@ class DateField:
 
 
 def own(answer: Answer, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
-    """A complete answer of ours. `date`: the Date line. `without_body`: the answer to a HEAD."""
+    """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
     return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
         answer.status,
         answer.reason_phrase,
@@ -67,7 +67,7 @@ def interim(head: ResponseHead, request_id: bytes) -> bytes:
 def relayed(
     head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:
-    """The head of a relayed answer, framed anew. `lines`: the upstream's and ours. `is_http_11`: the client is."""
+    """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: the client is."""
     kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"".join(
         (
@@ -83,7 +83,7 @@ def relayed(
 
 
 def switching(head: ResponseHead, lines: bytes, request_id: bytes) -> bytes:
-    """The head of a relayed answer that begins a tunnel. `lines`: the upstream's and ours."""
+    """The head of a relayed response that opens a tunnel. `lines`: the upstream's and ours."""
     return b"%b%bX-Request-Id: %b\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % (
         head.line.start,
         lines,

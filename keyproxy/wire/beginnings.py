@@ -1,4 +1,4 @@
-"""What may begin a head: bytes that can never become one are refused without waiting for more of them."""
+"""Check the start of a head: bytes that can never become one are refused without waiting for more."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _REFUSED_METHODS: Final = (b"TRACE", b"CONNECT")
 
 
 def check_beginning(buffer: bytes, methods: Collection[bytes] = KNOWN_METHODS, *, follows: bool = False) -> None:
-    """Raise the Refusal for bytes that cannot begin a request, so that they need not be waited upon.
+    """Raise the Refusal for bytes that cannot begin a request, without waiting for more.
 
-    Asked once per request that arrives in pieces: a peer that sends single bytes must not make us parse for each.
+    Called once per request that arrives in pieces: single bytes must not cause a parse each.
 
     `follows`: the bytes come right after another request, and may as well be the rest of its body. Then the method has
     to be one that is known; otherwise any token may become a request that is refused for its method.
@@ -41,7 +41,7 @@ def check_beginning(buffer: bytes, methods: Collection[bytes] = KNOWN_METHODS, *
         raise _malformed("a line ends in a bare LF")
     method, space, _ = buffer.partition(b" ")
     if follows and not _begins_known(method, methods, is_whole=bool(space)):
-        raise _malformed("what follows the request begins with no known method")
+        raise _malformed("the bytes after the request do not begin with a known method")
     if not space and _METHOD.fullmatch(method):
         return
     try:
@@ -53,14 +53,14 @@ def check_beginning(buffer: bytes, methods: Collection[bytes] = KNOWN_METHODS, *
 
 
 def check_response_beginning(buffer: bytes, checked_bytes: int) -> None:
-    """Raise the Refusal for bytes that cannot begin a response head, so that they need not be waited upon.
+    """Raise the Refusal for bytes that cannot begin a response head, without waiting for more.
 
-    `checked_bytes`: so many of them were checked before.
+    `checked_bytes`: how many of them were already checked.
     """
     if not buffer.startswith(_RESPONSE_BEGINNING[: len(buffer)]):
-        raise Refusal(Reason.UPSTREAM_INVALID, "the answer does not begin as HTTP/1.x does")
+        raise Refusal(Reason.UPSTREAM_INVALID, "the response does not begin with an HTTP/1.x status line")
     if _BARE_LINE_END.search(buffer, max(0, checked_bytes - 1)):
-        raise Refusal(Reason.UPSTREAM_INVALID, "a line of the answer's head ends in something other than CRLF")
+        raise Refusal(Reason.UPSTREAM_INVALID, "a line of the response head ends in something other than CRLF")
 
 
 def _begins_known(method: bytes, methods: Collection[bytes], *, is_whole: bool) -> bool:
@@ -73,7 +73,7 @@ def _begins_known(method: bytes, methods: Collection[bytes], *, is_whole: bool) 
 
 
 def with_uniform_method(buffer: bytes, method: bytes) -> bytes:
-    """The bytes with a method that llhttp knows. What the method is makes no difference to how the rest is parsed."""
+    """The bytes with a method that llhttp knows. The method does not affect the parsing of the rest."""
     return _UNIFORM_METHOD + buffer[len(method) :] if _METHOD.fullmatch(method) else buffer
 
 

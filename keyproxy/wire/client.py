@@ -40,7 +40,7 @@ class ClientConnection(ClientLine):
         self.server = server
         self.exchange: Exchange | None = None
         self.stream = RequestStream()
-        #: Whether it counts towards the bound on connections, and since when its client has done nothing to keep it.
+        #: Whether it counts towards the connection bound, and the start of its idle time.
         self.has_place = False
         self.quiet_since = server.clock()
         self._is_pumping = False
@@ -124,7 +124,7 @@ class ClientConnection(ClientLine):
             self._finish(lingers=not is_read or bool(self.stream.buffer), ends_answer=ends_answer)
         else:
             if exchange is not None and exchange.identity is not None:
-                # Requests without a key do not keep a connection from those that have one.
+                # Requests without a key do not keep their place against clients with a key.
                 self.quiet_since = now
             if not self._outflow.is_stalled:
                 self.deadline = now + self.server.listen.keepalive_timeout_seconds
@@ -153,10 +153,10 @@ class ClientConnection(ClientLine):
     # -- the bound on connections
 
     def spared_until(self, now: float) -> float:
-        """Until when the connection keeps its place though others want it; NO_DEADLINE: until its request is over."""
+        """Until when the connection is spared at the bound; NO_DEADLINE: until its request is over."""
         exchange = self.exchange
         if self._state is not OPEN:
-            return 0.0  # its end has begun
+            return 0.0  # it is already closing
         if self._outflow.is_stalled:
             is_slow = exchange is None and self.reads_slowly(now, for_seconds=SPARED_UNFINISHED_SECONDS)
             return 0.0 if is_slow else NO_DEADLINE
@@ -166,7 +166,7 @@ class ClientConnection(ClientLine):
         return self.quiet_since + SPARED_UNFINISHED_SECONDS if is_unfinished else NO_DEADLINE
 
     def give_up_place(self) -> None:
-        """Another client gets the place: end at once."""
+        """Close at once, for another client."""
         if self._state is OPEN and self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body did not arrive while others connected"))
         elif self._state is OPEN and self.stream.buffer and not self._outflow.is_stalled:

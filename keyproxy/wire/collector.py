@@ -1,10 +1,10 @@
-"""A request body that has to be whole before anything is decided about it, and the room that such bodies share.
+"""A request body that is needed for the decision, and the buffer space (room) that such bodies share.
 
     collected -> read -> written upstream: its room is free again
 
-The room is the process's. A user's bodies may take as much of it as they leave free: one user at most half, two at most
-a third each. So however many connections a few users open, there is room for the next one. A body has to keep arriving,
-at a pace that is judged over the last seconds; the pace is higher while the room is short.
+The room is per process. A user's bodies may take at most as much of it as they leave free: one user at most half, two at
+most a third each. So however many connections a few users open, there is room for the next one. A body has to keep
+arriving at a minimum pace over the last seconds; the minimum is higher while the room is short.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from keyproxy.reasons import Reason, Refusal
 #: More is not read whole: it would be memory that a client may have us hold for as long as it likes.
 WHOLE_BYTES_MAX: Final = 33_554_432
 
-#: What all of them may hold together in one process.
+#: The size of the room in one process.
 TOGETHER_BYTES_MAX: Final = 268_435_456
 
 #: A body has to arrive at this pace, over the last so many seconds; at the higher one while more than half of the room
@@ -27,11 +27,11 @@ PACE_SECONDS: Final = 10.0
 PACE_BYTES_PER_SECOND: Final = 8_192
 SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
 
-#: One that is smaller takes hardly any room: it has so many seconds, however it spends them.
+#: A smaller body takes hardly any room: it only has to arrive within this time.
 SMALL_BYTES: Final = 65_536
 SMALL_SECONDS: Final = 120.0
 
-#: Whose body it is.
+#: The owner of the body.
 Owner = tuple[str, str]
 
 
@@ -49,18 +49,18 @@ class Room:
         return 2 * self.held_bytes > self.bytes_max
 
     def take(self, owner: Owner, count: int) -> None:
-        """Take so many bytes. Raises a Refusal (OVERLOADED) if that is more than the user's share, and takes nothing."""
+        """Take bytes of the room. Raises a Refusal (OVERLOADED), taking nothing, if they exceed the user's share."""
         held = self._held.get(owner, 0) + count
         if held + self.held_bytes + count > self.bytes_max:
             raise Refusal(
                 Reason.OVERLOADED,
-                f"bodies that are read whole hold {self.held_bytes} bytes, and this user's would hold {held} of them",
+                f"buffered bodies hold {self.held_bytes} bytes, and this user's would hold {held} of them",
             )
         self._held[owner] = held
         self.held_bytes += count
 
     def give_back(self, owner: Owner, count: int) -> None:
-        """Free so many bytes."""
+        """Free bytes of the room."""
         self.held_bytes -= count
         left = self._held.get(owner, 0) - count
         if left > 0:

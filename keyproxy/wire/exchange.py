@@ -142,9 +142,9 @@ class Exchange(Answering):
                 self.body = collector.whole()
 
     def check_pace(self) -> None:
-        """Refuse a request whose body is waited for and hardly arrives."""
+        """Refuse a request whose awaited body arrives too slowly."""
         if self._collector is not None and self._collector.is_slow(self._server.clock()):
-            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "a body that has to be read whole came too slowly"))
+            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "a body that has to be read whole arrived too slowly"))
 
     def client_gone(self) -> None:
         """The client connection is lost: whatever is under way upstream is ended."""
@@ -229,14 +229,14 @@ class Exchange(Answering):
         else:
             self.refuse(refusal)
 
-    # -- what the pool asks
+    # -- for the pool
 
     def is_read_slowly(self, now: float, *, for_seconds: float) -> bool:
-        """Whether the client has read the answer so slowly for so long that it holds up the upstream's connection."""
+        """Whether the client reads the response so slowly that it occupies the upstream connection."""
         return self._client.reads_slowly(now, for_seconds=for_seconds)
 
     def give_way(self, refusal: Refusal) -> None:
-        """End for the sake of others."""
+        """End, to free the connection for other requests."""
         if self.is_tunnel:
             self.close_tunnel()
         else:
@@ -337,7 +337,7 @@ class Exchange(Answering):
             if self.is_tunnel:
                 upstream.finish(now)
             else:
-                # An answer may be whole before its request is: what is not written would begin the next one.
+                # A response may be complete before its request: unwritten bytes would become the start of the next one.
                 is_clean = was_answered and self.is_complete and not self._long_body
                 upstream.exchange_over(now, is_clean=is_clean)
         self.body = self._long_body = b""

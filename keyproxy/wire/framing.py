@@ -142,7 +142,7 @@ class ChunkedBody:
         return self.is_complete
 
     def _read_plain(self, content: list[bytes]) -> None:
-        """Read whole chunks without extensions: a body of single bytes has ten thousands of them in one piece."""
+        """Read whole chunks without extensions: a body of single bytes has tens of thousands of them in one piece."""
         if self._read != self._read_size:
             return
         buffer, at = self._buffer, self._at

@@ -21,7 +21,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Final
 
-#: How long the peer of a failed handshake gets to read why, and how much it may still send meanwhile.
+#: How long the peer of a failed handshake may take to read the alert, and how much it may still send.
 _LINGER_SECONDS: Final = 1.0
 _LINGER_READS_MAX: Final = 16
 _READ_BYTES: Final = 65_536
@@ -49,11 +49,11 @@ class Accepted:
         self._duplicate: socket.socket | None = None
 
     def open(self) -> None:
-        """From now on, in this context, handshakes are of this socket."""
+        """Assign further handshakes in this context to this socket."""
         _accepted.set(self)
 
     def send_last(self, data: bytes) -> None:
-        """Send the last bytes to the peer, as far as they can be sent at once."""
+        """Send the last bytes to the peer, as many as fit without waiting."""
         with contextlib.suppress(OSError):
             self._duplicate = self._sock.dup()
             self._duplicate.send(data)
@@ -84,7 +84,7 @@ class TlsObject(ssl.SSLObject):
     offered: list[bytes] | None = None
 
     def _has_hello(self) -> bool:
-        """Whether the first record of a client has arrived, or something that is none. Notes what it offers."""
+        """Whether the client's first record, or something else, has arrived. Records the ALPN offer."""
         if self.offered is None:
             begun = self.incoming.read()
             self.incoming.write(begun)
@@ -143,7 +143,7 @@ def offered_protocols(record: bytes) -> list[bytes]:
                     found.append(name)
                 return found
     except ValueError:
-        pass  # OpenSSL will say what is wrong with it
+        pass  # OpenSSL reports the fault
     return []
 
 

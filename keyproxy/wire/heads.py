@@ -171,7 +171,7 @@ def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> Non
 
 
 def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:
-    """Raise the Refusal for a well-formed request that asks for something else than is served."""
+    """Raise the Refusal for a well-formed request that this proxy does not serve."""
     if method == b"TRACE":
         raise Refusal(Reason.METHOD_NOT_ALLOWED, "TRACE")
     if method not in methods:
@@ -310,7 +310,7 @@ def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request
     elif is_request and kind is Kind.CONTENT_TYPE:
         if judged.content_type is not None:
             if judged.content_type != value:
-                raise _malformed("Content-Types that differ")
+                raise _malformed("conflicting Content-Type fields")
             return False
         judged.content_type = value
     return True

@@ -2,8 +2,8 @@
 
     open -> lingering -> closing
 
-A clean end is a close, an answer that could not be completed is a reset. When a request is answered before all of it has
-arrived, the rest is read and thrown away, within bounds, so that the client gets to read the answer: closing at once
+A clean end is a close, an incomplete response is a reset. After an early response, the rest of the request
+is read and discarded, within bounds, so that the client can read the response: closing at once
 would make the kernel reset the connection (RFC 9112 section 9.6). Many clients send all of a body before they read.
 """
 
@@ -20,7 +20,7 @@ from typing import Final
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.outflow import Outflow
 
-#: How much of a request is thrown away, for how long in all, and how long nothing of it may arrive.
+#: How much of a request is discarded, for how long in total, and the longest silence.
 _LINGER_BYTES_MAX: Final = 67_108_864
 _LINGER_SECONDS: Final = 10.0
 _LINGER_IDLE_SECONDS: Final = 2.0
@@ -99,7 +99,7 @@ class ClientLine(asyncio.Protocol):
             self._transport.abort()
 
     def reads_slowly(self, now: float, *, for_seconds: float) -> bool:
-        """Whether the client has read more slowly for so long than one that is kept while others wait."""
+        """Whether the client has been too slow a reader to keep its connection while others wait."""
         return self._outflow.is_slow(self._transport, now, for_seconds=for_seconds)
 
     def is_gone(self) -> bool:
@@ -112,7 +112,7 @@ class ClientLine(asyncio.Protocol):
         return any(events & _GONE for _, events in poll.poll(0))
 
     def _finish(self, *, lingers: bool, ends_answer: bool) -> None:
-        """Close. `lingers`: the client may still be sending; `ends_answer`: it takes the close for the answer's end."""
+        """Close. `lingers`: the client may still be sending; `ends_answer`: the close marks the end of the response."""
         transport = self._transport
         if transport is None:
             return
@@ -140,14 +140,14 @@ class ClientLine(asyncio.Protocol):
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def _goes_on_reading(self, now: float) -> bool:
-        """At a deadline: whether the client still has something to read, and reads. It then gets as long again."""
+        """At a deadline: whether the client is still reading. If so, the deadline is extended."""
         outflow, transport = self._outflow, self._transport
         if self._state is not OPEN and not outflow.is_outstanding(transport):
             return False
         if not outflow.is_stalled:
             if self._state is OPEN:
                 return False
-            # A reset now would throw away the rest of an answer that the kernel still holds.
+            # A reset now would discard the rest of a response that the kernel still holds.
             outflow.stall(transport, now)
         elif not outflow.has_moved(transport, now, in_seconds=self._close_seconds):
             return False

@@ -1,10 +1,10 @@
-"""What was written to a socket, how much of it the peer has taken, and how fast it takes it.
+"""Track how much of the bytes written to a socket the peer has taken, and how fast.
 
-The transport's own buffer says little about a slow peer: the kernel takes megabytes before it, and takes more only once
-a third of them have gone. What the peer has taken is what was written without what either of them still holds. Over TLS
-that is off by what encryption adds, which moves as the rest does.
+The transport's buffer reveals little about a slow peer: the kernel buffers megabytes first, and accepts more only once a
+third of them have drained. The peer has taken the written bytes minus those in both buffers. Over TLS this is off by the
+encryption overhead, which drains like the rest.
 
-The kernel is asked when a peer stops taking, when its time is over, and now and then in between; never for each write.
+The kernel is queried when a peer stalls, at its deadline, and now and then in between; never for each write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Outflow:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the peer has stopped taking all that comes."""
+        """Whether the peer has fallen behind."""
         return self._pace is not None
 
     def stall(self, transport: asyncio.WriteTransport | None, now: float) -> None:
@@ -53,13 +53,13 @@ class Outflow:
             self._seen_bytes = taken
 
     def has_moved(self, transport: asyncio.WriteTransport | None, now: float, *, in_seconds: float) -> bool:
-        """Whether the peer has taken something worth the name since the last check, which is so long ago."""
+        """Whether the peer has made significant progress since the last check, `in_seconds` ago."""
         self.sample(transport, now)
         moved, self._since_check_bytes = self._since_check_bytes, 0
         return moved >= max(1.0, in_seconds * STILL_BYTES_PER_SECOND)
 
     def is_slow(self, transport: asyncio.WriteTransport | None, now: float, *, for_seconds: float) -> bool:
-        """Whether the peer has been slower for so long than one that is kept while others wait."""
+        """Whether the peer has been too slow to keep its connection while others wait."""
         self.sample(transport, now)
         pace = self._pace
         return pace is not None and pace.seconds(now) > for_seconds and pace.is_slow(now)
@@ -79,7 +79,7 @@ class Outflow:
 
 
 def outstanding_bytes(transport: asyncio.WriteTransport) -> int:
-    """How much of what was written the peer has not taken: what the transport holds, and what the kernel holds."""
+    """The bytes that the peer has not taken yet: those in the transport and in the kernel."""
     sock = transport.get_extra_info("socket")
     fd = -1 if sock is None else int(sock.fileno())
     return transport.get_write_buffer_size() + (sockets.untaken_bytes(fd) if fd >= 0 else 0)

@@ -11,11 +11,11 @@ from typing import Final
 #: What counts as "the last seconds".
 WINDOW_SECONDS: Final = 5
 
-#: A peer that is slower than this does not keep others from a connection to the upstream for long.
+#: A slower peer loses its upstream connection when others wait.
 SLOW_BYTES_PER_SECOND: Final = 1024
 
-#: A peer that takes less than this, over the time that it may be silent for, counts as silent: a byte now and then must
-#: not hold a connection for ever.
+#: A peer that takes less than this over its idle timeout counts as stalled: a byte now and then must not hold a
+#: connection for ever.
 STILL_BYTES_PER_SECOND: Final = 32
 
 
@@ -48,7 +48,7 @@ class Pace:
         return now - self._started
 
     def is_slow(self, now: float) -> bool:
-        """Whether it is slower than one that is kept while others wait."""
+        """Whether it is too slow to be kept while others wait."""
         return self.per_second(now) < SLOW_BYTES_PER_SECOND
 
     def _forget(self, now: float) -> None:

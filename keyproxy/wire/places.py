@@ -1,8 +1,8 @@
-"""Which client connection leaves when as many are open as may be, and one more comes.
+"""Choose the client connection to close when another one arrives at the bound.
 
-The one that has been quiet longest of those on which no request is under way: it lies idle, has sent nothing yet, or has
-begun a request and goes no further. Each is spared for a moment, so that a new client gets to send its request however
-fast others connect.
+It is the one that has been idle longest among those without a request in flight: it is idle, has sent nothing yet, or has
+stalled in the middle of a request. Each is spared for a moment, so that a new client can send its request however fast
+others connect.
 
 Looking for it costs nothing on the path of a request: all connections are looked through at the bound, for a batch of
 those that leave first.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SPARED_SECONDS: Final = 0.02
 SPARED_UNFINISHED_SECONDS: Final = 1.0
 
-#: If none was found all are looked through again after so long.
+#: If none was found, all are searched again after this time.
 _LOOK_SECONDS: Final = 0.1
 
 _BATCH_MIN: Final = 16
@@ -38,7 +38,7 @@ class Quiet:
         self._next_look_mono = 0.0
 
     def first(self, connections: Collection[ClientConnection], now: float) -> ClientConnection | None:
-        """The connection that leaves first; None if none can."""
+        """The connection to close first; None if none can be closed."""
         found = self._still_first(now)
         if found is None and now >= self._next_look_mono:
             self._look(connections, now)

@@ -46,7 +46,7 @@ _LOOK_SECONDS: Final = 0.1
 
 _TOO_MANY: Final = "too many requests wait for an upstream connection"
 
-#: The part of the connections that tunnels may take, and for how long an exchange that had to wait is told of.
+#: The fraction of the connections that tunnels may take, and for how long readiness reports that an exchange had to wait.
 _TUNNELS_DIVISOR: Final = 2
 _PRESSED_SECONDS: Final = 5.0
 
@@ -156,7 +156,7 @@ class UpstreamPool:
             self._expiry = self._loop.call_later(IDLE_SECONDS, self._expire)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """The connection is lost. What waits gets a new one in its place."""
+        """The connection is lost. A new one replaces it if exchanges wait."""
         self._deadlines.forget(connection)
         self._open.discard(connection)
         self._returned(connection)
@@ -232,7 +232,7 @@ class UpstreamPool:
         if not self.unreachable_because:
             _log.warning("the upstream cannot be reached: %s", why)
         self.unreachable_because = why
-        # Without any open connection nothing that waits can be served: waiting on would only be slower.
+        # Without any open connection no waiting exchange can be served: waiting longer would not help.
         failed = 1 if self._open else len(self._turns)
         reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
         for _ in range(failed):
@@ -243,7 +243,7 @@ class UpstreamPool:
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
     def _waited_too_long(self) -> Refusal:
-        """Why a request got no connection in time: all are in use, or those that were begun do not come about."""
+        """Why a request got no connection in time: all are in use, or connecting fails."""
         if self._has_room() and not self._connecting and not self.unreachable_because:
             return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
         if len(self._open) >= self.settings.connections_max:
@@ -267,7 +267,7 @@ class UpstreamPool:
         idle = self._idle
         while idle:
             connection = idle.pop()
-            # One that was used a moment ago is taken at its word; an older one is asked whether it was closed.
+            # A recently used connection is trusted; an older one is checked for a close.
             is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
             if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
                 return connection
@@ -300,7 +300,7 @@ class UpstreamPool:
             self._turns.give_back(owner)
 
     def _serve(self, now: float) -> None:
-        """Give exchanges that wait what there is: idle connections, and new ones within the bound."""
+        """Serve waiting exchanges with idle connections, and new ones within the bound."""
         while self._lend_idle(now):
             pass
         if len(self._connecting) < len(self._turns) and self._has_room() and self._turns.may_have_place(now):

@@ -1,10 +1,10 @@
 """Which exchanges end when others wait for a connection to the upstream.
 
-    at once        what holds a connection up by a client that hardly sends, or hardly reads
-    after a while  what a user holds beyond a share, if a user below its share waits: the least loss first
+    at once        requests whose client sends or reads too slowly
+    after a while  requests of a user beyond its share, if a user below its share waits: the least loss first
 
-A request that moves, of a user within its share, never ends for others. Nothing is sent upstream again: what ends is
-refused, or cut so that its client can tell, and a tunnel is closed cleanly.
+A request that makes progress, of a user within its share, is never ended for others. Nothing is resent to the upstream: a
+request that is ended is refused, or its response is visibly truncated, and a tunnel is closed cleanly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def end_beyond_share(
     connections: Collection[UpstreamConnection], turns: Turns[Exchange], now: float, patience_seconds: float, *,
     connecting: int,
 ) -> None:  # fmt: skip
-    """End what users hold beyond a share, as far as others who hold less have waited for it for long enough."""
+    """End requests of users beyond their share, as far as users below theirs have waited long enough."""
     before = now - min(patience_seconds * _PATIENT_PART, _PATIENT_SECONDS_MAX)
     wanted = turns.starved(before, turns.places)
     if wanted:

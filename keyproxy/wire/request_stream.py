@@ -103,10 +103,10 @@ def _check_surplus(head: RequestHead, rest: bytes, reader: RequestReader) -> Non
     """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends.
 
     After `Connection: close` they are no request, whatever they look like: they are not read, and so not forwarded
-    (RFC 9112 section 9.6). An HTTP/1.0 client that does not say so may believe that it has sent another request.
+    (RFC 9112 section 9.6). An HTTP/1.0 client without it may assume that it has sent another request.
     """
     if head.fields.opens_tunnel:
-        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after a request that changes the protocol")
+        raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an upgrade request")
     if head.fields.says_close:
         return
     if not head.fields.keeps_alive:

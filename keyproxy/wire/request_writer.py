@@ -1,8 +1,8 @@
-"""How a request is written to the upstream: what the upstream has taken of it, and what is kept back for a moment.
+"""Write a request to the upstream, track what the upstream has taken, and hold bytes back for a moment.
 
-An upstream may respond before it has the whole request, and close. Writing on then meets a reset, after which a part of
-the response may be lost. So what has arrived is read before more is written; what cannot be written until then is kept
-here, and after a failed write whatever the upstream had sent is still read from the socket.
+An upstream may respond before it has the whole request, and close. Further writes then cause a reset, after which a
+part of the response may be lost. So arrived bytes are read before more is written; until then unwritten bytes are held
+here. After a failed write, the bytes that the upstream had sent are still read from the socket.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class RequestWriter:
         return is_written
 
     def restart_pace(self, now: float) -> None:
-        """The client was not read for a while: what came before says nothing about how fast it sends."""
+        """Restart the pace: the client was not read for a while, so its earlier pace is not meaningful."""
         if self.body_pace is not None:
             self.body_pace = Pace(now)
 
@@ -126,7 +126,7 @@ class RequestWriter:
         return bool(poll.poll(0))
 
     def left_to_read(self) -> Iterator[bytes]:
-        """What the upstream had sent before writing to it failed.
+        """The bytes that the upstream had sent before writing to it failed.
 
         The socket is open until the event loop has reported the loss; below TLS it is closed by then, and its duplicate
         is open.
@@ -148,7 +148,7 @@ class RequestWriter:
                 yield data
 
     def goes_on(self, now: float, seconds: float, *, waits_for_response: bool) -> bool:
-        """At a deadline, `seconds` after the last one: whether the upstream is still taking what was written."""
+        """At a deadline, `seconds` after the last one: whether the upstream is still reading."""
         outflow, transport = self.outflow, self._transport
         if outflow.is_stalled:
             return outflow.has_moved(transport, now, in_seconds=seconds)

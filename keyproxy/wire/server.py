@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 #: Connections over the bound that are taken to be told so; more of them than this wait in the kernel's queue.
 _TURNED_AWAY_MAX: Final = 128
 
-#: For how long an accepted connection waits for a place that another one is about to leave.
+#: For how long an accepted connection waits for another one to close.
 _PLACE_SECONDS_MAX: Final = 1.0
 
 #: A TLS connection that is being closed waits for its peer no longer than its deadline, which slow readers may move.
@@ -80,7 +80,7 @@ class ProxyServer:
         self.is_draining = False
         #: For bodies that are read whole.
         self.room = Room()
-        #: For work on requests that takes long: whose turn it is.
+        #: Schedules long work on requests in turns.
         self.turns = asyncio.Lock()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
@@ -169,7 +169,7 @@ class ProxyServer:
         return sum(one.exchange is not None and one.exchange.is_tunnel for one in self._connections)
 
     def leave(self) -> None:
-        """Go on accepting, but let every response close its connection: clients are to find another proxy."""
+        """Keep accepting, but close the connection after every response, so that clients move to another proxy."""
         self.is_draining = True
 
     async def drain(self, seconds: float) -> None:
@@ -244,7 +244,7 @@ class ProxyServer:
         return False
 
     async def _make_place(self) -> None:
-        """At the bound: end what has been quiet longest, if need be once it has had its moment."""
+        """At the bound: end the connection that has been idle longest, waiting until it may be closed if necessary."""
         waited_seconds = 0.0
         while self._places + len(self._handshakes) >= self.listen.connections_max and not self._evict(self.clock()):
             # A handshake has its time too, and what is accepted in the same go is no connection yet.
@@ -255,7 +255,7 @@ class ProxyServer:
             waited_seconds += SPARED_SECONDS
 
     def _evict(self, now: float) -> bool:
-        """At the bound: end what has been quiet longest, a connection or a handshake. False if there is nothing."""
+        """At the bound: end the connection or handshake that has been idle longest. False if none may end."""
         first = self._quiet.first(self._connections, now)
         if first is None or first.quiet_since > next(iter(self._handshakes.values()), now):
             if self._evict_handshake(now):
@@ -269,7 +269,7 @@ class ProxyServer:
         return True
 
     def _evict_handshake(self, now: float) -> bool:
-        """End the handshake that has been under way longest, if it has had its time."""
+        """End the oldest handshake, if its time is up."""
         for sock, began in self._handshakes.items():
             if now - began < SPARED_UNFINISHED_SECONDS:
                 return False

@@ -1,12 +1,12 @@
-"""How the places of one pool are shared: how many each user holds, who waits, and whose turn it is next. Pure.
+"""Share the places of one pool: the places per user, the queue, and the next turn. Pure.
 
     held[user] <= cap                                                          always
     a place goes to a user who holds a share or more only if no other waits    always
     such users leave `spare` places free                                       while and shortly after others waited
 
-A place that becomes free goes to a waiting user who holds less than a share, users taking turns; only if there is none,
-to one who holds a share or more. A user at the cap waits until one of its own places becomes free. Within a user the one
-that has waited longest is first. A user who holds nothing and waits for nothing leaves no trace.
+A place that becomes free goes to a waiting user that holds less than a share, users taking turns; only if there is none,
+to one that holds a share or more. A user at the cap waits until one of its own places becomes free. A user's requests
+are served in order. No state is kept for a user that holds nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Turns(Generic[T]):
         return next(reversed(self._queues[most]))
 
     def leave(self, one: T) -> None:
-        """It waits no more."""
+        """Remove it from the queue."""
         found = self._since.pop(one, None)
         if found is not None:
             self._left(found[1], one)
@@ -165,11 +165,11 @@ class Turns(Generic[T]):
         return found
 
     def over_share(self) -> dict[Owner, int]:
-        """Users who hold more than a share, and how many places more."""
+        """Users that hold more than a share, with the number of places above it."""
         return {user: held - self.share for user, held in self._held.items() if held > self.share}
 
     def most_held(self) -> int:
-        """How many places the user holds who holds the most."""
+        """The largest number of places that one user holds."""
         return max(self._held.values(), default=0)
 
     def __len__(self) -> int:
@@ -177,7 +177,7 @@ class Turns(Generic[T]):
         return len(self._since)
 
     def users(self) -> int:
-        """How many users are known here: those who hold something or wait."""
+        """The number of users that hold a place or wait."""
         return len(self._held.keys() | self._queues.keys())
 
     def _may_exceed_share(self, now: float) -> bool:
@@ -199,7 +199,7 @@ class Turns(Generic[T]):
             del self._ranked[self._ranks.pop(user).value][user]
 
     def _rank(self, user: Owner) -> None:
-        """See to it that a waiting user stands where it belongs."""
+        """Update the position of a waiting user."""
         if user not in self._queues:
             return
         held = self._held.get(user, 0)

@@ -171,7 +171,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self._writer.is_full
 
     def give_way(self, now: float, patience_seconds: float) -> None:
-        """Others wait for a connection: end this exchange if all that holds it up is a client that hardly moves."""
+        """Others wait for a connection: end this exchange if its client is the only reason for the delay."""
         exchange = self._exchange
         if exchange is None:
             if self._is_finishing and now > self.deadline - self._idle_seconds + patience_seconds:
@@ -182,15 +182,17 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if exchange.has_answer:
             if exchange.is_read_slowly(now, for_seconds=patience_seconds):
-                exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the answer was read too slowly while others waited"))
+                exchange.give_way(
+                    Refusal(Reason.REQUEST_TIMEOUT, "the response was read too slowly while others waited")
+                )
             return
         if pace is None or self._writer.is_whole or self._writer.outflow.is_stalled:
             return
         if pace.seconds(now) > patience_seconds and pace.is_slow(now):
-            exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the body came too slowly while others waited"))
+            exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the body arrived too slowly while others waited"))
 
     def end_for_others(self) -> None:
-        """Others wait for a connection, and the user who has this one holds more than a share."""
+        """Others wait for a connection, and this exchange's user holds more than a share."""
         exchange = self._exchange
         if exchange is not None:
             exchange.give_way(
@@ -210,9 +212,9 @@ class UpstreamConnection(asyncio.Protocol):
     def loss(self, now: float) -> tuple[int, float]:
         """What is lost if the exchange is ended for the sake of others: the smaller, the less.
 
-        First what the upstream has not got whole; then tunnels, the one first that has been silent longest; then what
-        may be asked for again without harm. Last a request that is not idempotent, of which its client could not know
-        whether it was carried out. Among equals the one that began last has lost least.
+        First requests that the upstream has not received completely; then tunnels, the one silent longest first; then
+        requests that are safe to retry. Last a request that is not idempotent, since its client could not know whether
+        it was executed. Among equals, the one that began last loses least.
         """
         exchange = self._exchange
         if exchange is None:
@@ -277,7 +279,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self._writer.fileno()
 
     def deadline_passed(self, now: float) -> None:
-        """First byte or the next byte did not come in time, or what was written was not taken."""
+        """The first or next byte did not arrive in time, or the upstream did not read."""
         if self._still_takes_request(now):
             return
         if self._exchange is not None and self._exchange.is_tunnel:
@@ -309,7 +311,7 @@ class UpstreamConnection(asyncio.Protocol):
                 head = _without_length(head)
             if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
-                # It will not read the rest of the request. RFC 9112 section 9.3: cease to send it.
+                # It will not read the rest of the request. RFC 9112 section 9.3: stop sending it.
                 self._writer.is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)
                 exchange.answer_begins(head, now)
@@ -343,7 +345,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self._pool.responses.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
 
     def _still_takes_request(self, now: float) -> bool:
-        """At a deadline: whether the upstream is still taking what was written. It then gets as long again."""
+        """At a deadline: whether the upstream is still reading. If so, the deadline is extended."""
         waits_for_response = self._body is None and self._writer.is_whole
         seconds = self._first_byte_seconds if waits_for_response else self._idle_seconds
         goes_on = self._writer.goes_on(now, seconds, waits_for_response=waits_for_response)

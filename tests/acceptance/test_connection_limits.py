@@ -1,4 +1,4 @@
-"""A server that grants fewer connections than a proxy would use: it works with those it gets, and says so."""
+"""A server that grants fewer connections than a proxy would use: it works with those, and reports the shortage."""
 
 from __future__ import annotations
 

@@ -110,9 +110,9 @@ def test_it_succeeds_and_has_nothing_to_complain_of(played: Output) -> None:
 
 
 def test_the_story_is_told_step_by_step(played: Output) -> None:
-    _, *told = re.split(r"(?m)^\d+\. ", played.out)
-    assert len(told) == len(STEPS)
-    for text, (title, parts) in zip(told, STEPS.items(), strict=True):
+    _, *result = re.split(r"(?m)^\d+\. ", played.out)
+    assert len(result) == len(STEPS)
+    for text, (title, parts) in zip(result, STEPS.items(), strict=True):
         assert text.startswith(title)
         for part in parts:
             assert part in text
@@ -167,11 +167,11 @@ async def test_a_second_run_stays_up_beside_others_keeps_its_promises_and_ends_w
             with contextlib.suppress(OSError):
                 taken.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
         async with stage.playing() as process:
-            told = await _told_until(process, "Ctrl-C ends it.")
-            assert "FAILED" not in told
-            assert not re.search(r":(8080|9090)\b", told)
-            assert SECRET.findall(told) != SECRET.findall(played.out)
-            await _try_what_it_says(stage, told)
+            result = await _told_until(process, "Ctrl-C ends it.")
+            assert "FAILED" not in result
+            assert not re.search(r":(8080|9090)\b", result)
+            assert SECRET.findall(result) != SECRET.findall(played.out)
+            await _try_what_it_says(stage, result)
             # As a terminal does: to the whole group.
             os.killpg(process.pid, signal.SIGINT)
             out, err = await process.communicate()
@@ -189,8 +189,8 @@ async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
     return "".join(lines)
 
 
-async def _try_what_it_says(stage: Stage, told: str) -> None:
-    lines = [shlex.split(line) for line in told.splitlines() if line.startswith("  curl ")]
+async def _try_what_it_says(stage: Stage, result: str) -> None:
+    lines = [shlex.split(line) for line in result.splitlines() if line.startswith("  curl ")]
     call, *pages = lines
     header, job = call[call.index("-H") + 1], call[call.index("-d") + 1]
     name, _, value = header.partition(": ")
@@ -206,12 +206,12 @@ async def _try_what_it_says(stage: Stage, told: str) -> None:
         for _, page in pages:
             async with session.get(page) as response:
                 assert response.status == 200
-    await _run_as_printed(stage, told)
+    await _run_as_printed(stage, result)
 
 
-async def _run_as_printed(stage: Stage, told: str) -> None:
+async def _run_as_printed(stage: Stage, result: str) -> None:
     """Every command of the invitation, in a shell that stands somewhere else."""
-    invitation = told.partition("Try it yourself:")[2]
+    invitation = result.partition("Try it yourself:")[2]
     commands = [line.strip() for line in invitation.splitlines() if line.startswith("  ")]
     assert len(commands) == 4
     answers = []

@@ -1,4 +1,4 @@
-"""A proxy that leaves: lingering, draining by signal and by command, and what health checks see of it."""
+"""Graceful shutdown: lingering, draining by signal and by command, and the results of health checks."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ class Visitors:
 
 
 async def leave(site: Site, process: asyncio.subprocess.Process, how: str) -> None:
-    """Have a proxy leave by one of the two ways."""
+    """Shut a proxy down in one of the two ways."""
     if how == "SIGTERM":
         process.send_signal(signal.SIGTERM)
     else:
-        told = await site.run("drain", "--json")
-        assert (told.status, told.json) == (0, {"pid": process.pid, "draining": True, "drained": False}), told.err
+        result = await site.run("drain", "--json")
+        assert (result.status, result.json) == (0, {"pid": process.pid, "draining": True, "drained": False}), result.err
 
 
 @BOTH
 @pytest.mark.parametrize("how", ["SIGTERM", "drain"])
-async def test_who_still_comes_while_it_lingers_is_served_and_sent_elsewhere(
+async def test_a_connection_while_lingering_is_served_and_then_closed(
     configure: Configure, dsn: str, workers: int, how: str
 ) -> None:
     site = configure(dsn, listen={"workers": workers, "linger_seconds": LINGER_SECONDS})
@@ -144,13 +144,13 @@ async def test_drain_waits_until_what_is_under_way_has_finished(configure: Confi
         assert not done
         await client.send(b"}")
         assert (await client.answer()).status == 200
-        told: Output = await asyncio.wait_for(waiting, STUCK_SECONDS)
-        assert (told.status, told.json) == (0, {"pid": process.pid, "draining": True, "drained": True}), told.err
+        result: Output = await asyncio.wait_for(waiting, STUCK_SECONDS)
+        assert (result.status, result.json) == (0, {"pid": process.pid, "draining": True, "drained": True}), result.err
         assert await asyncio.wait_for(process.wait(), 5) == 0
 
 
 async def said(site: Site, text: str) -> None:
-    """Wait until the process has said so."""
+    """Wait until the process has logged the text."""
 
     async def is_said() -> bool:
         return text.encode() in b"".join(site.printed)
@@ -158,7 +158,7 @@ async def said(site: Site, text: str) -> None:
     await until(is_said)
 
 
-async def test_drain_is_told_when_the_proxy_did_not_end_by_draining(site: Site) -> None:
+async def test_drain_fails_if_the_proxy_exits_without_draining(site: Site) -> None:
     secret = (await site.key())["secret"]
     async with site.serving() as process, site.client() as client:
         await client.send(request("POST", "/", "Content-Length: 2", key=secret.encode()) + b"{")
@@ -166,15 +166,15 @@ async def test_drain_is_told_when_the_proxy_did_not_end_by_draining(site: Site) 
         await said(site, "draining")
         await asyncio.sleep(0.3)
         process.kill()
-        told = await asyncio.wait_for(waiting, STUCK_SECONDS)
-        assert told.status == 1
-        assert f"the proxy (pid {process.pid}) ended before it had drained" in told.err
+        result = await asyncio.wait_for(waiting, STUCK_SECONDS)
+        assert result.status == 1
+        assert f"the proxy (pid {process.pid}) exited before it had drained" in result.err
 
 
-async def test_drain_without_a_proxy_fails_and_says_which_address_it_looked_for(site: Site) -> None:
-    told = await site.run("drain")
-    assert (told.status, told.out) == (1, "")
-    assert told.err == f"keyproxy: no proxy of this user runs on 127.0.0.1:{site.proxy_port}\n"
+async def test_drain_without_a_proxy_fails_and_names_the_address(site: Site) -> None:
+    result = await site.run("drain")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == f"keyproxy: no proxy of this user runs on 127.0.0.1:{site.proxy_port}\n"
 
 
 async def test_of_two_that_share_an_address_one_is_chosen_by_its_pid(site: Site) -> None:
@@ -185,12 +185,12 @@ async def test_of_two_that_share_an_address_one_is_chosen_by_its_pid(site: Site)
             return b"".join(site.printed).count(b"proxy on") == 2
 
         await until(are_two)
-        told = await site.run("drain")
-        assert told.status == 1
-        assert "2 proxies run on" in told.err
-        assert str(old.pid) in told.err
-        told = await site.run("drain", "--wait", "--pid", str(old.pid))
-        assert told.status == 0, told.err
+        result = await site.run("drain")
+        assert result.status == 1
+        assert "2 proxies run on" in result.err
+        assert str(old.pid) in result.err
+        result = await site.run("drain", "--wait", "--pid", str(old.pid))
+        assert result.status == 0, result.err
         assert await asyncio.wait_for(old.wait(), 5) == 0
         assert new.returncode is None
         assert (await site.run("drain", "--wait")).status == 0
@@ -206,15 +206,15 @@ async def test_health_follows_the_process_and_not_its_readiness(configure: Confi
     async with site.serving() as process:
         assert (await site.ops("/readyz"))[0] == 503
         assert (await site.run("health")).status == 0
-        told = await site.run("health", "--json")
-        assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
+        result = await site.run("health", "--json")
+        assert result.json == {"live": [{"command": "serve", "pid": process.pid}]}
         process.send_signal(signal.SIGTERM)
         assert (await site.run("health")).status == 0
         process.send_signal(signal.SIGSTOP)
-        told = await site.run("health")
+        result = await site.run("health")
         process.send_signal(signal.SIGCONT)
-        assert told.status == 1
-        assert f"(pid {process.pid}) does not answer" in told.err
+        assert result.status == 1
+        assert f"(pid {process.pid}) does not respond" in result.err
         process.send_signal(signal.SIGINT)
         await asyncio.wait_for(process.wait(), STUCK_SECONDS)
     assert (await site.run("health")).status == 1
@@ -236,8 +236,8 @@ async def test_health_knows_the_admin_process(configure: Configure, dsn: str) ->
             return False
 
         await until(is_up, while_running=process)
-        told = await site.run("health", "--json")
-        assert told.json == {"live": [{"command": "admin", "pid": process.pid}]}
+        result = await site.run("health", "--json")
+        assert result.json == {"live": [{"command": "admin", "pid": process.pid}]}
         assert (await site.run("drain")).status == 1
     finally:
         process.terminate()
@@ -247,9 +247,9 @@ async def test_health_knows_the_admin_process(configure: Configure, dsn: str) ->
 
 async def test_health_with_a_configuration_that_cannot_be_used_is_misused(site: Site) -> None:
     site.config.write_text("[listen]\nport = 1\n", encoding="utf-8")
-    told = await site.run("health")
-    assert told.status == 2
-    assert "listen.port: no such key" in told.err
+    result = await site.run("health")
+    assert result.status == 2
+    assert "listen.port: no such key" in result.err
 
 
 def test_health_loads_none_of_the_libraries_that_take_long() -> None:
@@ -263,8 +263,8 @@ def test_health_loads_none_of_the_libraries_that_take_long() -> None:
         "except SystemExit: pass\n"
         f"print(*set({heavy.split(', ')!r}) & set(sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == ""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
 
 
 # -- who may
@@ -331,8 +331,8 @@ async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Si
     assert squatting.stdout is not None
     assert await squatting.stdout.readline() == b"up\n"
     async with site.serving() as process:
-        told = await site.run("health", "--json")
-        assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
+        result = await site.run("health", "--json")
+        assert result.json == {"live": [{"command": "serve", "pid": process.pid}]}
     squatting.kill()
     await squatting.wait()
 
@@ -353,6 +353,6 @@ async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(confi
             before = site.config.read_text(encoding="utf-8")
             site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
             process.send_signal(signal.SIGHUP)
-            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is made")
+            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is created")
             assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
             assert (await site.run("drain", "--wait")).status == 0

@@ -1,4 +1,4 @@
-"""Work on what is over in the database: what an operator sees when it fails."""
+"""Housekeeping in the database: how an operator notices that it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {"reap", "holders", "changes", "usage", "windows", "claims"}
         ("tend_usage(int, int, int)", "usage", "housekeeping", "cannot delete old usage and windows"),
     ],
 )
-async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and_in_a_metric(
+async def test_failed_housekeeping_shows_in_the_log_in_readiness_and_in_a_metric(
     configure: Configure, dsn: str, function: str, work: str, check: str, reason: str
 ) -> None:
     site = configure(dsn, ledger={"lease_seconds": 1.0})
@@ -50,4 +50,4 @@ async def test_work_on_what_is_over_that_fails_shows_in_the_log_in_readiness_and
     await sql.close()
     log = b"".join(site.printed).decode()
     assert log.count(reason) == 1
-    assert "recovered, and continues to" in log
+    assert "recovered, continuing to" in log

@@ -89,18 +89,22 @@ def test_a_wheel_holds_every_file_that_is_no_python(wheel: Path) -> None:
     assert held == there
 
 
-def test_a_wheel_says_whose_it_is_and_under_which_license(wheel: Path) -> None:
+def test_a_wheel_names_its_author_and_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         (license_file,) = [name for name in archive.namelist() if name.endswith("/LICENSE")]
-        told = email.message_from_string(archive.read(metadata).decode())
+        result = email.message_from_string(archive.read(metadata).decode())
         text = archive.read(license_file).decode()
-    assert told["License-Expression"] == "Apache-2.0"
+    assert result["License-Expression"] == "Apache-2.0"
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
-    assert {url.partition(",")[0] for url in told.get_all("Project-URL", [])} >= {"Homepage", "Source", "Documentation"}
-    assert told["Author"]
-    assert told["Description-Content-Type"] == "text/markdown"
+    assert {url.partition(",")[0] for url in result.get_all("Project-URL", [])} >= {
+        "Homepage",
+        "Source",
+        "Documentation",
+    }
+    assert result["Author"]
+    assert result["Description-Content-Type"] == "text/markdown"
 
 
 def test_versions_agree() -> None:

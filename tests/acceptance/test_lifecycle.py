@@ -530,7 +530,7 @@ def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[
         ("key", "revoke-all", "--user", "u_42"),
     )  # fmt: skip
     for command in commands:
-        assert "give --yes" in shell.refused(*command)
+        assert "pass --yes" in shell.refused(*command)
     assert [one["state"] for one in shell.told("key", "list")] == ["active"]
     assert shell.told("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
 
@@ -545,10 +545,10 @@ def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path
         ("user;name\nu_1;n\n", "1: the header line is separated by semicolons"),
         ("user,user\nu_1,u_2\n", "1: the header line names 'user' twice"),
         ("user,name\nu_42,a\nu_42,b,c\n", "3: the row has 3 fields, and the header line 2"),
-        ('user,name\nu_42,"a\n', "2: this is no CSV"),
-        ('{"user": "u_42"}\n{"user" "u_42"}\n', "2: this is no JSON"),
-        ('{"user": "u_42"}\n[1]\n', "2: this is no JSON object"),
-        ('[{"user": "u_42"}, 5]', "2: this is no JSON object"),
+        ('user,name\nu_42,"a\n', "2: this is not valid CSV"),
+        ('{"user": "u_42"}\n{"user" "u_42"}\n', "2: this is not valid JSON"),
+        ('{"user": "u_42"}\n[1]\n', "2: this is not a JSON object"),
+        ('[{"user": "u_42"}, 5]', "2: this is not a JSON object"),
         ("[]", "1: there are no rows"),
     )
     for text, sentence in cases:
@@ -561,14 +561,14 @@ def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path
             if command == "issue-many":
                 assert f"{file}:{sentence}" in told
     file.write_bytes(b"user\nu_\xff\n")
-    assert f"{file}:2: this is no UTF-8 text" in shell.refused("key", "issue-many", str(file))
+    assert f"{file}:2: this is not UTF-8 text" in shell.refused("key", "issue-many", str(file))
     secret = KeyFormat().make(bytes(32), is_test=False).reveal().decode()
     file.write_text(f"{secret},a@b.c\n")
     assert secret[9:] not in shell.refused("key", "issue-many", str(file))
     good, owners = tmp_path / "good", tmp_path / "owners"
     good.write_text(f"digest\n{'0' * 64}\n")
     owners.write_text("nightly,u_42\nweekly\n")
-    assert f"{owners}:2: a line is" in shell.refused("key", "import", str(good), "--map", str(owners))
+    assert f"{owners}:2: expected lines of" in shell.refused("key", "import", str(good), "--map", str(owners))
     assert f"{tmp_path / 'none'}" in shell.refused(
         "key", "import", str(good), "--map", str(tmp_path / "none"), status=2
     )

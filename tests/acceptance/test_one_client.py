@@ -1,4 +1,4 @@
-"""One client that holds on to everything it can get does not stop the others."""
+"""One client that occupies all it can get does not stop the others."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, fr
 
 
 @pytest.mark.parametrize(
-    ("tables", "told"),
+    ("tables", "result"),
     [
         ({"ops": {"address": "127.0.0.1:{port}"}}, "ops.address: 127.0.0.1:{port} overlaps listen.address"),
         ({"ops": {"address": "0.0.0.0:{port}"}}, "ops.address: 0.0.0.0:{port} overlaps listen.address"),
@@ -36,7 +36,7 @@ from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, fr
     ],
 )
 async def test_what_overlaps_is_refused_by_the_check_and_at_the_start(
-    configure: Configure, dsn: str, tables: dict[str, dict[str, str]], told: str
+    configure: Configure, dsn: str, tables: dict[str, dict[str, str]], result: str
 ) -> None:
     port = free_port()
     filled = {table: {key: value.format(port=port) for key, value in keys.items()} for table, keys in tables.items()}
@@ -44,7 +44,7 @@ async def test_what_overlaps_is_refused_by_the_check_and_at_the_start(
     for command in (("config", "check"), ("serve",), ("admin",)):
         output = await site.run(*command)
         assert (output.status, output.out) == (2, ""), command
-        assert told.format(port=port) in output.err
+        assert result.format(port=port) in output.err
 
 
 async def test_a_unix_socket_is_recognised_through_a_symbolic_link(
@@ -88,11 +88,11 @@ async def test_a_second_proxy_on_the_port_has_to_have_the_same_upstream_and_stor
     async with site.serving() as process:
         for one in (elsewhere, other_store, wider):
             output = await refused(one, "serve")
-            told = f"listen.address: a running `keyproxy serve` (pid {process.pid}) has this address, with another"
-            assert told in output.err
+            result = f"listen.address: a running `keyproxy serve` (pid {process.pid}) has this address, with another"
+            assert result in output.err
         for _ in range(10):
             assert await site.call(secret) == (200, "")
-        # What is told of it can be done: one configuration, given to both.
+        # The remedy in the message works: the same configuration for both.
         site.config.write_text(elsewhere.config.read_text(encoding="utf-8"), encoding="utf-8")
         process.send_signal(signal.SIGHUP)
         await until(lambda: has_applied(site))
@@ -169,7 +169,7 @@ async def says(site: Site, text: str) -> bool:
     return text.encode() in b"".join(site.printed)
 
 
-# -- what a process says it serves
+# -- the published presence
 
 
 SAME = Settings(listen=Listen(address="127.0.0.1:1"), upstream=Upstream(url="http://a"))
@@ -186,11 +186,11 @@ SAME = Settings(listen=Listen(address="127.0.0.1:1"), upstream=Upstream(url="htt
         ("postgresql://u@/d?host=/a", "postgresql://u@/d?host=/b", False),
     ],
 )
-def test_a_store_is_the_same_whoever_connects_to_it(one: str, other: str, are_alike: bool) -> None:
+def test_a_store_is_the_same_with_other_credentials(one: str, other: str, are_alike: bool) -> None:
     assert (neighbours.of_proxy(SAME, one) == neighbours.of_proxy(SAME, other)) is are_alike
 
 
-def test_a_name_holds_what_it_says_and_fits_into_a_socket_s() -> None:
+def test_a_name_encodes_the_presence_and_fits_a_socket_address() -> None:
     settings = Settings(listen=Listen(address="[2001:db8:1:2:3:4:5:6]:65535"))
     what = neighbours.of_proxy(settings, "postgresql://u:hunter2@h/d")
     assert len(what.name()) < 107

@@ -85,7 +85,7 @@ async def test_no_secret_is_made_where_there_is_no_stdout_to_show_it_on(site: Si
     ):  # fmt: skip
         output = await shell(site, command, ">&-")
         assert (output.status, output.err) == (
-            1, "keyproxy: there is no stdout to show the secret on: nothing was changed\n",
+            1, "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
         ), command  # fmt: skip
     assert [one["id"] for one in await site.told("key", "list")] == [key["id"]]
     assert await site.told("admin", "token", "list") == []
@@ -102,17 +102,17 @@ async def test_a_secret_that_cannot_be_printed_is_named_with_what_to_do(site: Si
     key = await site.key()
     output = await shell(site, f"key issue --user u_42{options}", "> /dev/full")
     (lost,) = [one for one in await site.told("key", "list") if one["id"] != key["id"]]
-    told = (
+    result = (
         "keyproxy: stdout cannot be written (No space left on device): the secret of key {} is lost: `keyproxy key {}`"
     )
     assert output.status == 1
-    assert output.err.startswith(told.format(lost["id"], f"revoke {lost['id']}"))
+    assert output.err.startswith(result.format(lost["id"], f"revoke {lost['id']}"))
     await site.told("key", "revoke", lost["id"])
 
     output = await shell(site, f"key rotate {key['id']}{options}", "> /dev/full")
     successor = (await site.told("key", "show", key["id"]))["replaced_by"]
     assert output.status == 1
-    assert output.err.startswith(told.format(successor, f"revoke {successor}"))
+    assert output.err.startswith(result.format(successor, f"revoke {successor}"))
     assert f"then rotate {key['id']} again" in output.err
     await site.told("key", "revoke", successor)
     assert (await site.told("key", "rotate", key["id"]))["secret"].startswith("kp_live_")
@@ -238,11 +238,11 @@ def test_missing_streams_are_opened_in_order_before_anything_else(tmp_path: Path
         "open(sys.argv[1], 'w').write(repr((names, sys.stdin.read(), streams.is_stdout_missing())))\n"
         "print('out'); print('err', file=sys.stderr)\n"
     )
-    told = tmp_path / "told"
+    result = tmp_path / "result"
     line = 'exec "$0" -c "$1" "$2" <&- >&- 2>&-'
-    done = subprocess.run(["sh", "-c", line, sys.executable, program, str(told)], check=False)
+    done = subprocess.run(["sh", "-c", line, sys.executable, program, str(result)], check=False)
     assert done.returncode == 0
-    names, read, is_missing = _literal(told.read_text(encoding="utf-8"))
+    names, read, is_missing = _literal(result.read_text(encoding="utf-8"))
     assert (names, read, is_missing) == ([os.devnull] * 3, "", True)
 
 

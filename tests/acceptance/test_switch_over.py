@@ -84,7 +84,7 @@ async def test_a_proxy_follows_the_database_whose_old_server_stays_up_read_only(
         await until(lambda: _is_status(site, "ok"), seconds=10)
 
         await _promoted(sql, replica, by="ALTER SYSTEM SET default_transaction_read_only = on")
-        # Until the address moves there is nobody to ask, and /readyz says why.
+        # Until the address moves there is no primary, and /readyz reports the reason.
         await until(lambda: _says_of_store(site, "read-only"), seconds=5)
         assert (await _ready(site))[1]["status"] == "degraded"
         # The reason names the server.

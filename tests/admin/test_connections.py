@@ -76,7 +76,7 @@ async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(dat
         assert b" 200 " in await _answer(held[0][0])
 
 
-async def test_who_reads_an_answer_slowly_and_steadily_gets_all_of_it(database: Database) -> None:
+async def test_a_slow_and_steady_reader_gets_the_whole_response(database: Database) -> None:
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
@@ -99,7 +99,7 @@ async def test_who_reads_an_answer_slowly_and_steadily_gets_all_of_it(database: 
         assert len(api.log) == 41
 
 
-async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(database: Database) -> None:
+async def test_a_client_beyond_the_bound_is_refused_and_the_others_continue(database: Database) -> None:
     async with serving(database, bounds=Bounds(connections_max=2)) as api, contextlib.AsyncExitStack() as stack:
         held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
         create = (
@@ -112,10 +112,10 @@ async def test_who_comes_when_it_is_full_is_told_and_who_is_there_goes_on(databa
         async with asyncio.timeout(10):
             async with _connected(api) as (reader, writer):
                 writer.write(LIVE)
-                told = await reader.read()
-            assert told.startswith(b"HTTP/1.1 503 ")
-            assert b'"code":"overloaded"' in told
-            assert (b"\r\nDate: " in told, b"\r\nX-Request-Id: " in told) == (True, True)
+                result = await reader.read()
+            assert result.startswith(b"HTTP/1.1 503 ")
+            assert b'"code":"overloaded"' in result
+            assert (b"\r\nDate: " in result, b"\r\nX-Request-Id: " in result) == (True, True)
             async with _connected(api) as (reader, _):
                 assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
             held[0][1].write(b" " * 99)
@@ -144,7 +144,7 @@ async def test_who_asks_and_does_not_read_the_answer_is_cut_off_in_bounded_time(
         assert (await api.call("GET", "/livez")).status == 200
 
 
-async def test_a_client_that_speaks_no_tls_learns_that_it_should(tmp_path: Path) -> None:
+async def test_a_client_without_tls_gets_a_plain_text_400(tmp_path: Path) -> None:
     async def ok(_request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(text="ok")
 
@@ -155,13 +155,13 @@ async def test_a_client_that_speaks_no_tls_learns_that_it_should(tmp_path: Path)
     host, port = sock.getsockname()
     await connections.start(sock, server_context(str(file), ""))
     try:
-        for sent, told in ((LIVE, b"HTTP/1.1 400 "), (b"\x16\x03\x01\x00\x05hello", b"\x15\x03")):
+        for sent, result in ((LIVE, b"HTTP/1.1 400 "), (b"\x16\x03\x01\x00\x05hello", b"\x15\x03")):
             reader, writer = await asyncio.open_connection(host, port)
             writer.write(sent)
             async with asyncio.timeout(5):
                 got = await reader.read()
             writer.close()
-            assert got.startswith(told)
+            assert got.startswith(result)
             assert (b"This port speaks TLS" in got) == (sent == LIVE)
         trusting = ssl.create_default_context()
         authority.configure_trust(trusting)

@@ -366,7 +366,7 @@ async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
     return making
 
 
-async def test_a_token_of_the_admin_api_that_expires_is_a_reminder_too_and_says_no_secret(
+async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
     make_token: MakeToken, make_key: MakeKey, reminding: Reminding, receiver: Receiver
 ) -> None:
     token, bound = await make_token(2.5), await make_token(13, tenant_id="acme")
@@ -410,7 +410,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
     assert await reminding.reminders.count_waiting() == 0
 
 
-async def test_a_token_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
+async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
     make_token: MakeToken, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminding")
@@ -556,7 +556,7 @@ async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> N
     assert "keyproxy_keys_expiring{" not in page
 
 
-async def test_the_metrics_say_when_tokens_of_the_admin_api_expire(make_token: MakeToken, api: Api, sql: Any) -> None:
+async def test_the_metrics_export_the_expiry_of_admin_tokens(make_token: MakeToken, api: Api, sql: Any) -> None:
     tokens = [(await make_token(days))["id"] for days in (6, 0.5, 29, 31)]
     revoked = (await make_token(3))["id"]
     await sql.execute("UPDATE keyproxy.admin_tokens SET revoked_at = now() WHERE id = $1", revoked)

@@ -40,9 +40,9 @@ async def test_a_body_that_means_nothing_is_refused_with_what_is_wrong(
 
 async def test_a_suggestion_is_made_inside_of_nested_values_too(api: Api) -> None:
     reply = await api.call("PUT", "/v1/plans/basic", {"limits": {"request_per_day": 5, "rate": "fast"}})
-    told = {error["field"]: error["detail"] for error in reply.json["errors"]}
-    assert told["body.limits.request_per_day"] == "there is no such field; did you mean requests_per_day?"
-    assert "number" in told["body.limits.rate"]
+    result = {error["field"]: error["detail"] for error in reply.json["errors"]}
+    assert result["body.limits.request_per_day"] == "there is no such field; did you mean requests_per_day?"
+    assert "number" in result["body.limits.rate"]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ async def test_the_pages_of_a_list_hold_everything_once(api: Api, path: str, lim
     pages = 0
     while True:
         sign = "&" if "?" in path else "?"
-        told = await api.done("GET", f"{path}{sign}limit={limit}" + (f"&cursor={cursor}" if cursor else ""))
-        assert len(told["items"]) <= limit
-        found += [item["id"] for item in told["items"]]
+        result = await api.done("GET", f"{path}{sign}limit={limit}" + (f"&cursor={cursor}" if cursor else ""))
+        assert len(result["items"]) <= limit
+        found += [item["id"] for item in result["items"]]
         pages += 1
-        cursor = told["next"]
+        cursor = result["next"]
         if cursor is None:
             break
     assert len(found) == len(set(found)) == 5
@@ -377,9 +377,9 @@ async def test_keys_in_a_text_are_found_and_revoked_by_scope(api: Api) -> None:
         keys = (await api.done("POST", "/v1/keys/whose", {"text": asked}, token=bound))["keys"]
         assert [key["id"] for key in keys] == [first["id"]]
     assert (await api.done("POST", "/v1/keys/whose", {"text": other["hint"]}, token=bound))["keys"] == []
-    told = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)
+    result = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)
     found = {"key": first["id"], "user": "u_1", "tenant": "acme", "revoked_now": True}
-    assert told == {"found": [found], "incomplete": 0, "unknown": 1}
+    assert result == {"found": [found], "incomplete": 0, "unknown": 1}
     assert (await api.done("GET", f"/v1/keys/{other['id']}"))["state"] == "active"
     again = await api.done("POST", "/v1/leaked-texts", {"text": text}, token=reporter)
     assert {one["key"]: one["revoked_now"] for one in again["found"]} == {first["id"]: False, other["id"]: True}

@@ -103,7 +103,7 @@ async def test_a_portion_that_takes_too_long_is_tried_smaller_until_it_fits(
     lines = [record.getMessage() for record in caplog.records if record.name == name]
     assert len(lines) == 2
     assert lines[0].startswith("cannot delete old holders, retrying: ")
-    assert lines[1] == "recovered, and continues to delete old holders"
+    assert lines[1] == "recovered, continuing to delete old holders"
 
 
 async def test_holders_that_ended_more_than_a_day_ago_are_deleted_a_portion_at_a_time(

@@ -50,7 +50,7 @@ class TcpServer(Server):
     def start_tcp(self) -> None:
         """Begin to start, on the port too."""
         self.configure("listen_addresses = '127.0.0.1'", f"unix_socket_directories = '{self.sockets}'")
-        # The command line of Server says where to listen; TCP is given by another one.
+        # The command line of Server sets where to listen; another one adds TCP.
         command = self._command("postgres", "-D", str(self.data), "-k", str(self.sockets), "-p", str(self.port))
         with (self.data.parent / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -269,7 +269,7 @@ async def test_a_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("mode", ["", "prefer", "require", "disable"])
-async def test_the_home_of_another_user_keeps_nobody_from_connecting(
+async def test_the_home_of_another_user_does_not_prevent_connecting(
     secure: TcpServer, plain: TcpServer, mode: str, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
@@ -376,7 +376,7 @@ async def test_what_a_server_returns_that_has_become_read_only_does_not_count(st
 
 
 async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
-    """As an operator does it in a switch-over; open connections hear of it soon after."""
+    """As an operator does in a switch-over; the server reports it to open connections soon after."""
     await sql.execute("SET default_transaction_read_only = off")
     await sql.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
     await sql.execute("SELECT pg_reload_conf()")

@@ -363,7 +363,7 @@ async def test_bulk_issuing_that_is_run_again_issues_only_what_is_missing(direct
     assert (await directory.issue_keys([("u_42", KeyWish("3", is_test=True))]))[0]["created"] is True
 
 
-async def test_keys_whose_secrets_were_lost_are_issued_again_if_nobody_can_have_used_them(
+async def test_keys_whose_secrets_were_lost_are_reissued_if_they_were_never_used(
     directory: Directory, sql: Sql
 ) -> None:
     names = ("lost", "used", "counted", "rotated", "wider", "planned", "beside")

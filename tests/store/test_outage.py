@@ -52,7 +52,7 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_is_over(log: Log) -> Non
     log.now += 3.0
     log.outage.answered()
     log.outage.answered()
-    assert log.lines == ["look-ups fail", "the store answers again; the outage took 3 s"]
+    assert log.lines == ["look-ups fail", "the store is available again after 3 s"]
     log.outage.met("look-ups fail again", is_main=True)
     assert log.lines[2:] == ["look-ups fail again"]
 
@@ -100,11 +100,13 @@ async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.
         # Time for retries: of the feed, the ledger, usage, and the search for dead holders.
         await asyncio.sleep(2.5)
         (begun,) = [record.getMessage() for record in caplog.records]
-        assert "cannot be asked: " in begun
+        assert "is unavailable: " in begun
         await relay.mend()
         async with asyncio.timeout(20):
             while store.database.outage.is_on:
                 await asyncio.sleep(0.05)
-        assert [record.getMessage().partition(";")[0] for record in caplog.records[1:]] == ["the store answers again"]
+        assert [record.getMessage().partition(" after ")[0] for record in caplog.records[1:]] == [
+            "the store is available again"
+        ]
     finally:
         await store.close()

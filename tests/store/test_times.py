@@ -29,7 +29,7 @@ from keyproxy.store.times import (
         "0401-02-29 12:00:00+00 BC", "12000-02-29 01:02:03+00", "infinity", "-infinity",
     ],
 )  # fmt: skip
-async def test_a_time_is_what_postgresql_says_and_goes_back_as_it_was(dsn: str, instant: str) -> None:
+async def test_a_time_matches_postgresql_and_round_trips(dsn: str, instant: str) -> None:
     connection = await Target(dsn).connect(command_seconds=5.0)
     row = await connection.fetchrow(
         "SELECT t.at, (t.at AT TIME ZONE 'UTC')::date AS day, extract(year FROM t.at) AS year,"

@@ -261,7 +261,7 @@ async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock
     assert found[1]["policy"] == "user.rate"
 
 
-async def test_refusals_by_different_limits_are_told_apart(journal: UsageJournal, sql: Sql) -> None:
+async def test_refusals_by_different_limits_are_distinguished(journal: UsageJournal, sql: Sql) -> None:
     who = fakes.identity()
     policies = ["user.requests_per_day", "tenant.requests_per_month", "user.requests_per_day", ""]
     for policy in policies:

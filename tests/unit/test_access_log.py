@@ -1,4 +1,4 @@
-"""What a line of the access log says, and which requests have one."""
+"""The content of access log lines, and which requests are logged."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def line_of(logged: Logged, one: Exchange) -> dict[str, Any]:
 # -- why a request was refused
 
 
-def test_a_line_says_why_a_request_was_refused(logged: Logged) -> None:
+def test_a_line_has_the_reason_for_a_refusal(logged: Logged) -> None:
     line = line_of(logged, ended(reason=Reason.REQUEST_MALFORMED, detail="more than one Host"))
     assert (line["code"], line["detail"], line["policy"]) == ("request_malformed", "more than one Host", None)
 
@@ -120,7 +120,7 @@ def test_a_detail_is_one_line_of_bounded_length_whatever_it_is_made_of(logged: L
     ("peer", "forwarded", "client"),
     [
         ("192.0.2.9", [], "192.0.2.9"),
-        ("192.0.2.9", ["198.51.100.7"], "192.0.2.9"),  # not trusted: what it says is not believed
+        ("192.0.2.9", ["198.51.100.7"], "192.0.2.9"),  # not trusted: its claim is ignored
         ("10.0.0.1", [], "10.0.0.1"),
         ("10.0.0.1", ["198.51.100.7"], "198.51.100.7"),
         ("10.0.0.1", ["1.1.1.1, 198.51.100.7"], "198.51.100.7"),  # the left one may be invented
@@ -204,7 +204,7 @@ def test_a_trace_id_is_found_wherever_its_line_stands() -> None:
 
 
 @pytest.mark.parametrize(("access", "share"), [(True, 1.0), (False, 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)])
-def test_the_setting_says_which_part_of_the_successes_is_logged(access: Any, share: float) -> None:
+def test_the_setting_selects_the_fraction_of_successes_to_log(access: Any, share: float) -> None:
     assert Log(access=access).success_share == share
 
 

@@ -97,7 +97,7 @@ def test_names_and_short_numbers_are_resolved() -> None:
     assert sockets.resolved("no-such-name.invalid") == {"no-such-name.invalid"}
 
 
-def test_addresses_of_this_machine_are_told_from_others() -> None:
+def test_addresses_of_this_machine_are_recognised() -> None:
     assert sockets.is_local(ipaddress.ip_address("127.0.0.77"))
     assert not sockets.is_local(ipaddress.ip_address("192.0.2.1"))
     assert not sockets.is_local(ipaddress.ip_address("2001:db8::1"))

@@ -106,8 +106,8 @@ def test_a_maximum_that_is_no_whole_number_is_refused(name: str, value: str) -> 
         ("0.5", "has a fraction or an exponent"),
         ("1e3", "has a fraction or an exponent"),
         ('"100"', "is a string"),
-        ("true", "is true or false"),
-        ("false", "is true or false"),
+        ("true", "is a boolean"),
+        ("false", "is a boolean"),
         ("-1", "is negative"),
         ("-0.5", "is negative"),
         ("-1e400", "is negative"),
@@ -135,17 +135,17 @@ def test_a_maximum_that_is_no_whole_number_is_named_with_what_is_wrong_with_it(
 @pytest.mark.parametrize(
     ("body", "field", "said"),
     [
-        (b'{"max_tokens":1,"max_tokens":9}', "max_tokens", "'max_tokens' is there twice."),
+        (b'{"max_tokens":1,"max_tokens":9}', "max_tokens", "'max_tokens' appears twice."),
         (b'{"stream_options":{"include_usage":true,"include_usage":true}}', "include_usage",
-         "'include_usage' is there twice."),
+         "'include_usage' appears twice."),
         (b'{"stream":true,"messages":[],"stream_options":"x"}', "stream_options",
          "'stream_options' is a string; it must be an object."),
         (b'{"stream":true,"messages":[],"stream_options":[]}', "stream_options",
          "'stream_options' is an array; it must be an object."),
         (b'{"max_tokens":1', None,
-         "The body is not well-formed JSON in UTF-8: it breaks off or is wrong at character 15."),
+         "The body is not well-formed JSON in UTF-8: it ends early or is invalid at character 15."),
         (b'{"max_tokens":NaN}', None,
-         "The body is not well-formed JSON in UTF-8: it breaks off or is wrong at character 14."),
+         "The body is not well-formed JSON in UTF-8: it ends early or is invalid at character 14."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_body_is_named(body: bytes, field: str | None, said: str) -> None:

@@ -557,7 +557,7 @@ def test_no_answer_takes_long_to_read_and_all_of_it_goes_on(name: str, is_packed
     assert b"".join(out) == raw
 
 
-def test_a_document_with_too_many_usages_or_keys_has_not_said_what_was_used() -> None:
+def test_a_document_with_too_many_usages_or_keys_reports_no_usage() -> None:
     usage = b'"usage":{"prompt_tokens":1,"completion_tokens":1}'
     for count, use in ((100, TokenUse(1, 1)), (300, None)):
         assert use_of("openai", b"{%b%b}" % (b'"a":"%b",' % (b"x" * 70_000), b",".join([usage] * count))) == use

@@ -1,4 +1,4 @@
-"""The metrics: what is there before anything happens, what is counted as what, and that docs/metrics.md lists them."""
+"""The metrics: initial series, counting, and their list in docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_the_page_of_metrics_lists_what_there_is_with_types_and_labels() -> None
     assert sorted(documented(tables()["Of an admin process"])) == sorted(described(admin_page()))
 
 
-def test_the_page_of_metrics_says_how_values_of_workers_are_put_together() -> None:
+def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None:
     def of(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         return {
             (family.name + ("_total" if family.type == "counter" else ""), tuple(sorted(sample.labels.items()))):
@@ -334,7 +334,7 @@ def test_every_metric_that_is_named_somewhere_is_there(path: Path) -> None:
     others = {"keyproxy_proxy", "keyproxy_admin", "keyproxy_broken", "keyproxy_restored"}
     text = path.read_text(encoding="utf-8")
     if path.name == "CHANGELOG.md":
-        text = ""  # tells what was, too
+        text = ""  # also names former metrics
     assert set(re.findall(r"(?<![\w./-])keyproxy_[a-z0-9_]+\b(?!\.)", text)) - known - others == set()
 
 

@@ -38,7 +38,7 @@ async def _probe(client: Client) -> int:
     return (await client.answer()).status
 
 
-async def test_clients_that_connect_and_say_nothing_keep_no_probe_out() -> None:
+async def test_silent_clients_do_not_block_a_probe() -> None:
     async with _serving(Bounds(connections_max=3)) as address, contextlib.AsyncExitStack() as stack:
         prober = await stack.enter_async_context(connect(address))
         silent = []

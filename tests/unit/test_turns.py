@@ -140,7 +140,7 @@ def test_after_others_had_to_wait_a_place_is_spared_for_the_next_of_their_reques
     assert not turns.may_take(one, 2.0)
     assert turns.next(2.0) is None
     assert turns.may_take(other, 2.0)
-    # Nobody else has come for a while: all places are the user's again.
+    # No other user has requested one for a while: the user may have all places again.
     assert turns.next(20.0) == ("mine", one)
 
 

@@ -2,7 +2,7 @@
 
 `reject`: refused with a 4xx, and nothing of it reaches the upstream. `accept`: answered with a 200. `first`: the first
 request is answered, what follows it is refused. `alone`: the first request is answered, what follows it is ignored. A
-number is the status that a well-formed request is refused with. The names say where such a thing has been seen, or
+number is the status that a well-formed request is refused with. The names state where such a request was observed, or
 which rule it breaks. Every row is sent by a client that then closes its side.
 """
 

@@ -115,16 +115,16 @@ async def test_an_early_answer_is_relayed_whatever_is_still_being_sent(
     with hasty(TOO_LARGE, context if is_tls else None) as upstream:
         url = f"http{'s' if is_tls else ''}://127.0.0.1:{upstream.port}"
         wire = await start(upstream={"url": url}, upstream_tls=trusting)
-        told = [await upload(wire, is_chunked=is_chunked, expects=bool(trial % 2)) for trial in range(TRIALS)]
-        assert [(answer.status, answer.body, rest) for answer, rest in told] == [(413, b"no", b"")] * TRIALS
-        assert {answer.one("Connection") for answer, _ in told} == {"close"}
+        result = [await upload(wire, is_chunked=is_chunked, expects=bool(trial % 2)) for trial in range(TRIALS)]
+        assert [(answer.status, answer.body, rest) for answer, rest in result] == [(413, b"no", b"")] * TRIALS
+        assert {answer.one("Connection") for answer, _ in result} == {"close"}
         assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED] * TRIALS
         assert upstream.served == TRIALS
         assert wire.pool.counts()["idle"] == wire.pool.counts()["busy"] == 0
 
 
 async def test_an_early_answer_that_is_large_is_relayed_whole_or_cut(start: Start) -> None:
-    """What the upstream's kernel has not sent before the reset is lost, and the client can tell."""
+    """Bytes that the upstream's kernel has not sent before the reset are lost, visibly for the client."""
     size = 600_000
     with hasty(b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)) as upstream:
         wire = await start(upstream={"url": f"http://127.0.0.1:{upstream.port}"})

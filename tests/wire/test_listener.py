@@ -19,7 +19,7 @@ from keyproxy.wire.tls import server_context
 from tests.rawhttp import Client
 from tests.wire.conftest import Start, Wire, request
 
-#: Connections over the bound that are taken to be told so.
+#: Connections over the bound that are accepted in order to be refused.
 TURNED_AWAY_MAX = 128
 
 
@@ -126,7 +126,7 @@ async def test_bytes_that_are_neither_get_an_alert(
 
 
 async def _told(wire: Wire, context: ssl.SSLContext) -> str:
-    """What OpenSSL says of a handshake, or of the first read after it; empty if nothing is wrong."""
+    """OpenSSL's error in a handshake, or in the first read after it; empty if there is none."""
     assert not isinstance(wire.address, str)
     try:
         reader, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")
@@ -187,8 +187,8 @@ async def test_a_client_that_offers_other_protocols_alone_gets_an_alert(
     context = certificate[1]
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(offered)
-    told = await _told(wire, context)
-    assert ("no application protocol" in told) if chosen == "" else (told == "")
+    result = await _told(wire, context)
+    assert ("no application protocol" in result) if chosen == "" else (result == "")
     if chosen != "":
         _, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")
         assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == chosen

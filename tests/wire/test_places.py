@@ -64,7 +64,7 @@ async def test_the_connection_that_has_lain_idle_longest_leaves_for_a_new_one(st
     assert all(seen.status == 200 for seen in wire.recorder.seen)
 
 
-async def test_a_request_under_way_keeps_its_place_and_who_comes_is_told_that_it_is_overloaded(start: Start) -> None:
+async def test_a_request_in_flight_keeps_its_place_and_a_new_client_is_refused_as_overloaded(start: Start) -> None:
     release = asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -95,7 +95,7 @@ async def test_a_request_under_way_keeps_its_place_and_who_comes_is_told_that_it
     [b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\n" + AUTHORIZATION, request("POST", "/", "Content-Length: 5")],
     ids=["a line", "a head", "a body"],
 )
-async def test_half_a_request_leaves_after_a_moment_and_is_told_so(start: Start, half: bytes) -> None:
+async def test_half_a_request_is_refused_and_closed_after_a_moment(start: Start, half: bytes) -> None:
     wire = await start(listen={"connections_max": BOUND})
     async with connected(wire, BOUND) as clients:
         for client in clients:
@@ -122,7 +122,7 @@ async def test_requests_without_a_key_keep_no_connection_from_leaving(start: Sta
         assert await status(second) == 200
 
 
-async def test_however_many_connect_and_say_nothing_a_client_with_a_key_is_served(start: Start) -> None:
+async def test_silent_connections_do_not_block_a_client_with_a_key(start: Start) -> None:
     wire = await start(listen={"connections_max": 20})
     assert not isinstance(wire.address, str)
     over = asyncio.Event()

@@ -259,14 +259,14 @@ async def test_a_missing_identity_is_fetched_once_and_the_body_waits(wire: Wire)
     assert wire.identities.brought == 1
 
 
-@pytest.mark.parametrize(("seconds_left", "told"), [(3600.4, "3600"), (0.9, "0")])
+@pytest.mark.parametrize(("seconds_left", "result"), [(3600.4, "3600"), (0.9, "0")])
 async def test_the_holder_of_a_key_that_was_replaced_is_told_for_how_long_it_works(
-    wire: Wire, seconds_left: float, told: str
+    wire: Wire, seconds_left: float, result: str
 ) -> None:
-    # Made in advance: some of the time passes before it is told.
+    # Made in advance: some of the time passes before it is rendered.
     identity = fakes.identity(expires_wall_seconds=time.time() + seconds_left)
     retiring = dataclasses.replace(identity, retiring_field=b"X-Keyproxy-Key-Expires-In: ")
-    for known, expected in ((identity, None), (retiring, told)):
+    for known, expected in ((identity, None), (retiring, result)):
         wire.identities.add(fakes.key(1), known)
         async with wire.client() as client:
             await client.send(request("POST", "/v1/ai/jobs", body=b"x"))
@@ -306,9 +306,9 @@ async def test_the_presented_key_goes_upstream_in_no_field_whatever_its_name(
             await client.send(request("POST", "/", *lines, key=None, body=b"x"))
             assert (await client.answer()).status == 200
     for seen in wire.upstream.requests:
-        told = json.dumps(seen.headers)
-        assert KEY.decode().rpartition("_")[2] not in told
-        assert BASIC.rstrip("=") not in told
+        result = json.dumps(seen.headers)
+        assert KEY.decode().rpartition("_")[2] not in result
+        assert BASIC.rstrip("=") not in result
         assert seen.one("X") == "y"
     assert wire.upstream.requests[0].one("Z") == "basic truth"
 

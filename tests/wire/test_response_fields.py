@@ -118,7 +118,7 @@ async def test_a_relayed_response_keeps_its_date_and_gets_one_if_it_has_none(sta
 
 
 @pytest.mark.parametrize("name", LIKE_OURS)
-async def test_what_an_upstream_says_of_limits_does_not_stand_beside_ours(start: Start, name: str) -> None:
+async def test_limit_fields_of_the_upstream_are_removed_where_ours_apply(start: Start, name: str) -> None:
     wire = await start(serving=upstream(f"{name}: 7", "X-Kept: yes"))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=1_000)))
     for _ in range(LEARNT_AFTER + 2):
@@ -136,7 +136,7 @@ async def test_where_no_limit_of_ours_applies_the_upstream_s_go_through(start: S
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-async def test_what_a_provider_says_of_its_own_account_goes_through(start: Start, name: str) -> None:
+async def test_fields_about_a_provider_s_account_pass_through(start: Start, name: str) -> None:
     wire = await start(serving=upstream(f"{name}: 7"))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=1_000)))
     answer = await asked(wire)

@@ -112,7 +112,7 @@ async def test_a_user_who_holds_all_connections_gives_one_back_for_another_user(
     assert ended.reason in (Reason.OVERLOADED, Reason.REQUEST_TIMEOUT)
 
 
-async def test_a_request_that_ends_for_others_is_told_so_and_is_not_sent_again(shared: Wire) -> None:
+async def test_a_request_that_is_ended_for_others_is_refused_and_not_resent(shared: Wire) -> None:
     raw = request("POST", "/never", body=b"{}")
     async with holding(shared, PLACES, raw) as clients:
         assert (await quick(shared))[0] == 200
@@ -123,7 +123,7 @@ async def test_a_request_that_ends_for_others_is_told_so_and_is_not_sent_again(s
     assert [head.start for head in shared.upstream.heads] == ["POST /never HTTP/1.1"] * 4 + ["GET /quick HTTP/1.1"]
 
 
-async def test_an_answer_that_has_begun_and_ends_for_others_is_cut_so_that_its_client_can_tell(shared: Wire) -> None:
+async def test_a_response_that_is_ended_for_others_is_visibly_truncated(shared: Wire) -> None:
     async with holding(shared, PLACES, request("GET", "/drip")) as clients:
         assert (await quick(shared))[0] == 200
         with pytest.raises(ConnectionResetError):
@@ -150,7 +150,7 @@ async def test_requests_of_one_user_alone_may_take_all_and_wait_in_turn_for_each
         assert len(shared.recorder.seen) == 1
 
 
-async def test_a_positive_bound_is_what_a_user_holds_at_most_also_if_nobody_else_waits(start: Start) -> None:
+async def test_a_positive_bound_applies_even_if_no_other_user_waits(start: Start) -> None:
     settings = SETTINGS | {"connections_per_user_max": 2}
     wire = await start(upstream=settings, serving=Upstream(by_path, reads_bodies=False))
     wire.identities.add(fakes.key(2), fakes.identity("u_other"))
@@ -202,7 +202,7 @@ async def test_a_lone_request_that_waits_gets_what_becomes_slow_only_later(start
         assert (await clients[0].answer()).status == 408
 
 
-async def test_who_hardly_reads_an_answer_gives_way_once_others_wait(start: Start) -> None:
+async def test_a_slow_reader_gives_way_once_others_wait(start: Start) -> None:
     wire = await start(
         upstream=SETTINGS | {"connections_max": 1, "connect_timeout_seconds": 0.5},
         serving=Upstream(by_path, reads_bodies=False),
@@ -276,7 +276,7 @@ async def test_nothing_is_kept_of_requests_that_are_over(shared: Wire) -> None:
     assert (len(turns), turns.users(), turns.most_held()) == (0, 0, 0)
 
 
-async def test_the_pool_says_that_requests_had_to_wait_for_a_few_seconds(
+async def test_the_pool_reports_waiting_requests_for_a_few_seconds(
     shared: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert shared.pool.held_up_because() == ""

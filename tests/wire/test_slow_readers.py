@@ -39,7 +39,7 @@ async def large(message: Message, _reader: asyncio.StreamReader, writer: asyncio
 
 
 class Reader:
-    """A client of blocking sockets, which reads exactly as much as it is told to, and when."""
+    """A client with blocking sockets, which reads exactly as much as requested, and only then."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -91,7 +91,7 @@ async def reader(wire: Wire, trusting: ssl.SSLContext | None = None) -> AsyncIte
 
 @pytest.mark.parametrize("way", ["tcp", "unix", "tls"])
 @pytest.mark.parametrize("path", ["/", "/close"])
-async def test_who_reads_slowly_and_steadily_gets_all_of_a_large_answer(
+async def test_a_slow_and_steady_reader_gets_all_of_a_large_response(
     start: Start, tmp_path: Path, way: str, path: str
 ) -> None:
     authority = trustme.CA()
@@ -117,7 +117,7 @@ async def test_who_reads_slowly_and_steadily_gets_all_of_a_large_answer(
 
 @pytest.mark.parametrize("bytes_first", [1, 3_000_000])
 @pytest.mark.parametrize("way", ["tcp", "unix"])
-async def test_who_takes_nothing_any_more_is_cut_once_the_time_is_over(
+async def test_a_stalled_reader_is_cut_off_after_the_timeout(
     start: Start, tmp_path: Path, way: str, bytes_first: int
 ) -> None:
     listen = {"body_idle_timeout_seconds": IDLE_SECONDS}

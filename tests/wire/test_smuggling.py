@@ -50,7 +50,7 @@ async def _play(wire: Wire, pieces: Sequence[bytes]) -> tuple[list[int], int]:
 
 async def test_nothing_that_has_fooled_a_proxy_gets_through(wire: Wire) -> None:
     played = [(name, verdict, await _play(wire, [_with_keys(raw)])) for name, raw, verdict in ROWS]
-    wrong = [(name, told) for name, verdict, told in played if told != _expected(verdict)]
+    wrong = [(name, result) for name, verdict, result in played if result != _expected(verdict)]
     assert wrong == []
 
 

@@ -307,8 +307,8 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
                 for client in clients:
                     await client.send(request("POST", "/", body=b"x"))
                 answers = [await client.answer() for client in clients]
-                told = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
-                assert told == {(502, "upstream_unreachable")}
+                result = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
+                assert result == {(502, "upstream_unreachable")}
     assert "timed out" in wire.pool.unreachable_because
 
 
