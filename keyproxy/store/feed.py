@@ -41,6 +41,9 @@ _LISTEN_RETRY_SECONDS: Final = 5.0
 #: More changes than this in one look: it is cheaper to ask anew for every key when it is next used.
 _CHANGES_MAX: Final = 20_000
 
+#: Changes of limits alone. The statement returns every other change before these.
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits")
+
 #: Changes are kept for `_KEPT_SECONDS` at least; a proxy that did not look for longer than `_GAP_SECONDS` may have missed
 #: some. The difference is for clocks that run differently.
 _GAP_SECONDS: Final = 600.0
@@ -117,9 +120,12 @@ class ChangeFeed:
         self._state.current_until = asked_at + _CURRENT_SECONDS
 
     def _apply(self, rows: Sequence[Row]) -> None:
-        if len(rows) > _CHANGES_MAX:
-            self._cache.distrust_all()
+        is_cut_off = len(rows) > _CHANGES_MAX
+        if is_cut_off and rows[-1]["kind"] not in _LIMITS:
+            # One that is not among the rows may have ended any key.
+            self._cache.forget_all()
             return
+        concerns_all = is_cut_off
         for row in rows:
             match row["kind"]:
                 case "key" if (digest := _digest(row["subject"])) is not None:
@@ -134,9 +140,17 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
+                case "plan":
+                    concerns_all = True
+                case "all" if row["subject"] == "plans":
+                    concerns_all = True
                 case _:
-                    # A plan, a whole table, or what no trigger of ours writes.
-                    self._cache.distrust_all()
+                    # A whole table, or what no trigger of ours writes: any key may have ended.
+                    self._cache.forget_all()
+                    return
+        if concerns_all:
+            # Once, however many plans changed: it goes over every entry.
+            self._cache.distrust_all()
 
     async def _follow(self) -> None:
         failures = 0

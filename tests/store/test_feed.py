@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -17,6 +18,8 @@ from keyproxy.reasons import Reason
 from keyproxy.settings import Cache
 from keyproxy.store import migrations, scratch
 from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.feed import ChangeFeed
+from keyproxy.store.identities import FeedState, IdentityCache
 from tests import fakes
 from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
@@ -276,6 +279,58 @@ async def test_more_changes_than_can_be_told_one_by_one_make_the_cache_distrust_
     assert (not_served(fed, keys) == set()) is others_are_trusted
     for secret in keys.values():
         assert isinstance(await fed.resolve(secret), Identity)
+
+
+_BULK = """
+INSERT INTO keyproxy.changes (kind, subject)
+SELECT $1, encode(sha256(n::text::bytea), 'hex') FROM generate_series(1, 20001) AS n
+"""
+_REVOKE = "UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'"
+
+#: (a change of many rows, a change of one, the keys that may still be served if the store fails right afterwards)
+JUST_BEFORE_AN_OUTAGE = [
+    (None, _REVOKE, {2, 3}),
+    ("key", _REVOKE, set()),
+    ("user", _REVOKE, set()),
+    ("key_limits", _REVOKE, {2, 3}),
+    ("user_limits", "UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_3'", {1, 2}),
+    ("tenant_limits", "UPDATE keyproxy.plans SET limits = '{}'", ALL),
+    (None, "TRUNCATE keyproxy.api_keys CASCADE", set()),
+    (None, "TRUNCATE keyproxy.users CASCADE", set()),
+    (None, "TRUNCATE keyproxy.tenants CASCADE", set()),
+    (None, "UPDATE keyproxy.plans SET limits = '{\"rate\": 1}'", ALL),
+    (None, "INSERT INTO keyproxy.changes (kind, subject) VALUES ('key', 'not hexadecimal')", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bulk", "statement", "may_be_served"), JUST_BEFORE_AN_OUTAGE)
+async def test_a_change_that_may_have_ended_a_key_is_not_undone_by_an_outage_right_after_it(
+    fed: Rig, keys: dict[int, SecretKey], bulk: str | None, statement: str, may_be_served: set[int]
+) -> None:
+    if bulk is not None:
+        await fed.sql.execute(_BULK, bulk)
+    await fed.sql.execute(statement)
+    await fed.feed.look()
+    await fed.goes_down()
+    assert not_served(fed, keys) == ALL - may_be_served
+
+
+async def test_many_changes_that_concern_all_keys_go_over_the_cache_once(rig: Rig) -> None:
+    times = []
+
+    class Cache:
+        def distrust_all(self) -> None:
+            times.append(1)
+
+    feed = ChangeFeed(rig.door, None, cast("IdentityCache", Cache()), FeedState(), rig.clock)
+    await feed.look()
+    times.clear()
+    await rig.sql.execute(
+        "INSERT INTO keyproxy.plans (id) SELECT 'p_' || n FROM generate_series(1, 50) AS n;"
+        "UPDATE keyproxy.plans SET limits = '{\"rate\": 1}'"
+    )
+    await feed.look()
+    assert len(times) == 1
 
 
 @pytest.mark.parametrize(("kind", "subject"), [("key", "not hexadecimal"), ("key", ""), ("key", "abc"), ("user", "")])
