@@ -35,11 +35,15 @@ class Group:
         for reference in (*self._older, weakref.ref(self)):
             older = reference()
             if older is not None:
-                older._newer = newer
+                older.keep(newer)
                 newer._older.append(reference)
         self._older = []
         self.is_current = False
         return newer
+
+    def keep(self, newer: Group) -> None:
+        """Keep the newest group alive, in place of the one that was the newest."""
+        self._newer = newer
 
     def end(self) -> None:
         """Put the entries out of date, of this group and of those before it; none of them is usable any more."""
