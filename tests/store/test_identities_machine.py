@@ -1,8 +1,8 @@
-"""Random changes, outages and looks: no key is served beyond what the guarantees allow, and none is refused that they cover.
+"""Random changes, outages and looks: no key is served beyond what the guarantees allow.
 
 The model knows the tables at every instant. What memory serves has to be a state that the tables had lately: within
-`fresh_seconds` while changes go unnoticed, and never one from before a look that has seen the key end or narrow. The clock
-is set by hand; the feed looks when the test says so; PostgreSQL is real.
+`fresh_seconds` while changes go unnoticed, and never one from before a look that has seen the key end or narrow. The
+clock is set by hand; the feed looks when the test calls it; PostgreSQL is real.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ SELECT k.id, k.digest, k.user_id, u.tenant_id, k.scopes, k.is_test, k.revoked_at
 FROM keyproxy.api_keys AS k JOIN keyproxy.users AS u ON u.id = k.user_id JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
 """
 
+_UPSERT = """
+INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_{key}', '{user}', '\\x{digest}')
+ON CONFLICT (id) DO UPDATE SET scopes = '{{upserted}}'
+"""
+
 #: Statements with the number of a key as {key}, and a user, another one and a tenant. Each of them may change nothing.
 _ENDING = (
     "UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_{key}'",
@@ -50,8 +55,7 @@ _ENDING = (
     "UPDATE keyproxy.api_keys SET expires_at = to_timestamp(4000000000 + {any}) WHERE id = 'key_{key}'",
     "UPDATE keyproxy.api_keys SET user_id = '{other}' WHERE id = 'key_{key}'",
     "DELETE FROM keyproxy.api_keys WHERE id = 'key_{key}'",
-    "INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_{key}', '{user}', '\\x{digest}') "
-    "ON CONFLICT (id) DO UPDATE SET scopes = '{{upserted}}'",
+    _UPSERT,
     "UPDATE keyproxy.users SET disabled_at = now() WHERE id = '{user}'",
     "UPDATE keyproxy.users SET disabled_at = NULL WHERE id = '{user}'",
     "UPDATE keyproxy.users SET tenant_id = '{tenant}', plan_id = 'p_{plan}' WHERE id = '{user}'",
