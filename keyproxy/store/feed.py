@@ -24,6 +24,7 @@ from typing import Final
 
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.failures import took_too_long
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.lasting import Lasting
@@ -70,6 +71,7 @@ class ChangeFeed:
         self._wake = asyncio.Event()
         self._snapshot: str | None = None
         self._history = ""
+        self._was_slow = False
         self._moves = 0
         self._looked_at = now().mono_seconds
         self.lasting = Lasting("change_feed")
@@ -103,21 +105,43 @@ class ChangeFeed:
     async def look(self) -> None:
         """Learn of all changes since the last look. Raises StoreUnavailable or StoreConflict."""
         asked_at = self._now().mono_seconds
-        rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
-        snapshot: str = rows[0]["snapshot"]
-        history: str = rows[0]["history"]
+        first, rows = await self._changes()
+        snapshot: str = first["snapshot"]
+        history: str = first["history"]
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
             # What was kept of another history says nothing about this one.
             self._samples.clear()
             self._forget_before = ""
             self._cache.distrust_all()
+        elif rows is None:
+            self._cache.forget_all()
         elif asked_at - self._looked_at > _GAP_SECONDS:
             self._cache.distrust_all()
-        elif rows[0]["kind"] is not None:
+        elif first["kind"] is not None:
             self._apply(rows)
         self._snapshot, self._history = snapshot, history
         self._looked_at = asked_at
         self._state.current_until = asked_at + _CURRENT_SECONDS
+
+    async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
+        """The first row of `changes_since`, which has the present snapshot, and all rows; None: too many to read in time.
+
+        After a time-out the present is asked for alone before: a server that is slow with everything has no such answer.
+        """
+        present = None
+        if self._was_slow and self._snapshot is not None:
+            (present,) = await self._database.fetch("changes_since", None, 1)
+        try:
+            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+        except StoreUnavailable as error:
+            self._was_slow = took_too_long(error)
+            if present is None or not self._was_slow:
+                raise
+            _log.warning("there are more changes than can be read in time: every key is looked up again")
+            self._was_slow = False
+            return present, None
+        self._was_slow = False
+        return rows[0], rows
 
     def _apply(self, rows: Sequence[Row]) -> None:
         is_cut_off = len(rows) > _CHANGES_MAX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import cast
@@ -16,7 +17,7 @@ from keyproxy.keyformat import SecretKey
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.settings import Cache
-from keyproxy.store import migrations, scratch
+from keyproxy.store import migrations, queries, scratch
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.feed import ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
@@ -313,6 +314,49 @@ async def test_a_change_that_may_have_ended_a_key_is_not_undone_by_an_outage_rig
     await fed.feed.look()
     await fed.goes_down()
     assert not_served(fed, keys) == ALL - may_be_served
+
+
+async def test_changes_that_cannot_be_read_in_time_do_not_stop_the_feed(fed: Rig, keys: dict[int, SecretKey]) -> None:
+    async def take_too_long() -> None:
+        if fed.door.arguments["changes_since"][-1][0] is not None:
+            raise StoreUnavailable("timeout") from TimeoutError()
+
+    await fed.sql.execute(_REVOKE)
+    fed.door.before["changes_since"] = take_too_long
+    with pytest.raises(StoreUnavailable):
+        await fed.feed.look()
+    await fed.feed.look()
+    del fed.door.before["changes_since"]
+    await fed.goes_down()
+    assert not_served(fed, keys) == ALL
+    await fed.comes_back()
+    for secret in keys.values():
+        assert await as_the_store_has_it(fed, secret)
+    await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
+    await fed.feed.look()
+    assert not_served(fed, keys) == {2}
+
+
+async def test_a_server_that_does_not_respond_for_a_while_costs_no_verified_key_its_service(
+    fed: Rig, keys: dict[int, SecretKey]
+) -> None:
+    async def take_too_long() -> None:
+        raise StoreUnavailable("timeout") from TimeoutError()
+
+    fed.door.before["changes_since"] = take_too_long
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            await fed.feed.look()
+    del fed.door.before["changes_since"]
+    await fed.feed.look()
+    assert not_served(fed, keys) == set()
+
+
+async def test_reading_changes_takes_no_longer_the_more_there_are(fed: Rig) -> None:
+    text = queries.load()["changes_since"]
+    await fed.sql.execute(f"PREPARE look (text, int) AS {text}")
+    plan = "\n".join(row[0] for row in await fed.sql.fetch("EXPLAIN EXECUTE look ('1:1:', 20001)"))
+    assert not re.search("Sort|Aggregate|Unique", plan), plan
 
 
 async def test_many_changes_that_concern_all_keys_go_over_the_cache_once(rig: Rig) -> None:
