@@ -74,6 +74,7 @@ class ChangeFeed:
         self._was_slow = False
         self._moves = 0
         self._looked_at = now().mono_seconds
+        self._server_seconds = 0.0
         self.lasting = Lasting("change_feed")
         self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
@@ -115,12 +116,14 @@ class ChangeFeed:
             self._cache.distrust_all()
         elif rows is None:
             self._cache.forget_all()
-        elif asked_at - self._looked_at > _GAP_SECONDS:
-            self._cache.distrust_all()
-        elif first["kind"] is not None:
-            self._apply(rows)
+        else:
+            if max(asked_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
+                # By the server's clock too: that of a machine which was suspended has not gone on.
+                self._cache.distrust_all()
+            if first["kind"] is not None:
+                self._apply(rows)
         self._snapshot, self._history = snapshot, history
-        self._looked_at = asked_at
+        self._looked_at, self._server_seconds = asked_at, first["server_seconds"]
         self._state.current_until = asked_at + _CURRENT_SECONDS
 
     async def _changes(self) -> tuple[Row, Sequence[Row] | None]:

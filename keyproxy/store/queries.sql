@@ -40,7 +40,8 @@ WITH here AS (
                CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
            ) AS history
 )
-SELECT here.snapshot::text AS snapshot, here.history, found.kind, found.subject
+SELECT here.snapshot::text AS snapshot, here.history, extract(epoch FROM clock_timestamp())::float8 AS server_seconds,
+       found.kind, found.subject
 FROM here
 LEFT JOIN LATERAL (
     (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -18,7 +18,7 @@ from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.settings import Cache
 from keyproxy.store import migrations, queries, scratch
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.database import Row, StoreUnavailable
 from keyproxy.store.feed import ChangeFeed
 from keyproxy.store.identities import FeedState, IdentityCache
 from tests import fakes
@@ -411,6 +411,35 @@ async def test_changes_made_while_the_feed_could_not_look_are_told_afterwards(
     assert fed.is_served(keys[1])
     await fed.comes_back()
     assert not_served(fed, keys) == {1}
+
+
+async def test_a_revocation_that_is_found_after_a_gap_is_not_undone_by_the_next_outage(
+    make_rig: MakeRig, keys: dict[int, SecretKey]
+) -> None:
+    rig = await make_rig(cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
+    await rig.feed.look()
+    for secret in keys.values():
+        await rig.resolve(secret)
+    await rig.sql.execute(_REVOKE)
+    rig.clock.advance(1_000.0)
+    await rig.feed.look()
+    await rig.goes_down()
+    assert not_served(rig, keys) == {1}
+
+
+@pytest.mark.parametrize(("seconds", "trusts"), [(599.0, True), (601.0, False)])
+async def test_a_gap_is_noticed_by_the_clock_of_the_server_too(
+    fed: Rig, keys: dict[int, SecretKey], seconds: float, trusts: bool
+) -> None:
+    """The clock of a machine that was suspended has not gone on meanwhile."""
+
+    def later(rows: Sequence[Row]) -> Sequence[Row]:
+        return cast("Sequence[Row]", [{**row, "server_seconds": row["server_seconds"] + seconds} for row in rows])
+
+    await fed.feed.look()
+    fed.door.edit["changes_since"] = later
+    await fed.feed.look()
+    assert (not_served(fed, keys) == set()) is trusts
 
 
 @pytest.mark.parametrize(("gap_seconds", "trusts"), [(600.0, True), (600.5, False), (100_000.0, False)])
