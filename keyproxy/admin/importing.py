@@ -13,6 +13,7 @@ from keyproxy.admin.accepted import PRINTABLE, Accepted, Id, Instant, KeyScope, 
 from keyproxy.admin.answers import Answered
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, needs
 from keyproxy.admin.scopes import Scope, allows
+from keyproxy.keyformat import masked
 from keyproxy.store.directory import Invalid
 from keyproxy.store.directory_import import read_key
 
@@ -71,7 +72,7 @@ async def _import(call: Call) -> Answer:
         try:
             keys.append(read_key(str(index), row.said(), {}))
         except Invalid as error:
-            problems.append((str(index), str(error)))
+            problems.append((str(index), masked(str(error))))
     report = await call.directory.import_keys(keys, dry_run=body.dry_run)
     told = sorted((int(place), problem) for place, problem in problems + report.problems)
     return Answer({

@@ -9,6 +9,8 @@ from typing import Any, Final, NamedTuple
 import orjson
 from aiohttp import web
 
+from keyproxy.keyformat import masked
+
 MEDIA_TYPE: Final = "application/problem+json"
 _CHALLENGE: Final = 'Bearer realm="keyproxy admin"'
 
@@ -80,18 +82,21 @@ class Refused(Exception):
 
 
 def body(refused: Refused, request_id: str) -> bytes:
-    """The body of the answer to a refused request."""
+    """The body of the answer to a refused request.
+
+    Masked: a client may have given a key where its id belongs, and errors end up in logs.
+    """
     row = refused.problem.value
     content: dict[str, Any] = {
         "type": f"urn:keyproxy:problem:{row.code}",
         "title": row.sentence.rstrip("."),
         "status": row.status,
-        "detail": refused.detail or row.sentence,
+        "detail": masked(refused.detail or row.sentence),
         "code": row.code,
         "request_id": request_id,
     }
     if refused.errors:
-        content["errors"] = [error._asdict() for error in refused.errors]
+        content["errors"] = [{"field": masked(error.field), "detail": masked(error.detail)} for error in refused.errors]
     return orjson.dumps(content)
 
 

@@ -15,6 +15,7 @@ import orjson
 from keyproxy.cli.desk import Call, Progress, confirm, say, takes_call, yes_option
 from keyproxy.cli.rows import Rows, read_owners, read_rows
 from keyproxy.cli.setting import Failure, duration, scopes, showing_secret, span
+from keyproxy.keyformat import masked
 from keyproxy.store.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory_bulk import BATCH_MAX
 from keyproxy.store.directory_import import read_key, read_wish
@@ -204,7 +205,7 @@ def _read(
         try:
             keys.append(read_key(place, {**row, "user": owner} if owner else row, defaults))
         except Invalid as error:
-            report.problems.append((place, str(error)))
+            report.problems.append((place, masked(str(error))))
     return keys, report
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from keyproxy.keyformat import masked
 from keyproxy.settings import is_scope
 from keyproxy.store import foreign
 from keyproxy.store.database import Transaction
@@ -117,7 +118,7 @@ class Import(Desk):
             elif problem is None and by not in owners and ("id", key.id) in owners:
                 problem = f"another key has the id {key.id!r}"
             if problem is not None:
-                report.problems.append((key.place, problem))
+                report.problems.append((key.place, masked(problem)))
             elif by in owners:
                 report.present += 1
             else:

@@ -93,6 +93,11 @@ def means_move(error: BaseException | None) -> bool:
     )  # fmt: skip
 
 
+def took_too_long(error: StoreUnavailable) -> bool:
+    """Whether the server was reached and did not respond in time."""
+    return isinstance(error.__cause__, TimeoutError | asyncpg.QueryCanceledError)
+
+
 def first_line(error: BaseException) -> str:
     """The message of an error, without what follows its first line."""
     lines = str(error).splitlines()

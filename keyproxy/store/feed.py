@@ -24,6 +24,7 @@ from typing import Final
 
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.failures import took_too_long
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.lasting import Lasting
@@ -40,6 +41,9 @@ _LISTEN_RETRY_SECONDS: Final = 5.0
 
 #: More changes than this in one look: it is cheaper to ask anew for every key when it is next used.
 _CHANGES_MAX: Final = 20_000
+
+#: Changes of limits alone. The statement returns every other change before these.
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits")
 
 #: Changes are kept for `_KEPT_SECONDS` at least; a proxy that did not look for longer than `_GAP_SECONDS` may have missed
 #: some. The difference is for clocks that run differently.
@@ -67,8 +71,10 @@ class ChangeFeed:
         self._wake = asyncio.Event()
         self._snapshot: str | None = None
         self._history = ""
+        self._was_slow = False
         self._moves = 0
         self._looked_at = now().mono_seconds
+        self._server_seconds = 0.0
         self.lasting = Lasting("change_feed")
         self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
@@ -100,26 +106,53 @@ class ChangeFeed:
     async def look(self) -> None:
         """Learn of all changes since the last look. Raises StoreUnavailable or StoreConflict."""
         asked_at = self._now().mono_seconds
-        rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
-        snapshot: str = rows[0]["snapshot"]
-        history: str = rows[0]["history"]
+        first, rows = await self._changes()
+        snapshot: str = first["snapshot"]
+        history: str = first["history"]
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
             # What was kept of another history says nothing about this one.
             self._samples.clear()
             self._forget_before = ""
             self._cache.distrust_all()
-        elif asked_at - self._looked_at > _GAP_SECONDS:
-            self._cache.distrust_all()
-        elif rows[0]["kind"] is not None:
-            self._apply(rows)
+        elif rows is None:
+            self._cache.forget_all()
+        else:
+            if max(asked_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
+                # By the server's clock too: that of a machine which was suspended has not gone on.
+                self._cache.distrust_all()
+            if first["kind"] is not None:
+                self._apply(rows)
         self._snapshot, self._history = snapshot, history
-        self._looked_at = asked_at
+        self._looked_at, self._server_seconds = asked_at, first["server_seconds"]
         self._state.current_until = asked_at + _CURRENT_SECONDS
 
+    async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
+        """The first row of `changes_since`, which has the present snapshot, and all rows; None: too many to read in time.
+
+        After a time-out the present is asked for alone before: a server that is slow with everything has no such answer.
+        """
+        present = None
+        if self._was_slow and self._snapshot is not None:
+            (present,) = await self._database.fetch("changes_since", None, 1)
+        try:
+            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+        except StoreUnavailable as error:
+            self._was_slow = took_too_long(error)
+            if present is None or not self._was_slow:
+                raise
+            _log.warning("there are more changes than can be read in time: every key is looked up again")
+            self._was_slow = False
+            return present, None
+        self._was_slow = False
+        return rows[0], rows
+
     def _apply(self, rows: Sequence[Row]) -> None:
-        if len(rows) > _CHANGES_MAX:
-            self._cache.distrust_all()
+        is_cut_off = len(rows) > _CHANGES_MAX
+        if is_cut_off and rows[-1]["kind"] not in _LIMITS:
+            # One that is not among the rows may have ended any key.
+            self._cache.forget_all()
             return
+        concerns_all = is_cut_off
         for row in rows:
             match row["kind"]:
                 case "key" if (digest := _digest(row["subject"])) is not None:
@@ -134,9 +167,17 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
+                case "plan":
+                    concerns_all = True
+                case "all" if row["subject"] == "plans":
+                    concerns_all = True
                 case _:
-                    # A plan, a whole table, or what no trigger of ours writes.
-                    self._cache.distrust_all()
+                    # A whole table, or what no trigger of ours writes: any key may have ended.
+                    self._cache.forget_all()
+                    return
+        if concerns_all:
+            # Once, however many plans changed: it goes over every entry.
+            self._cache.distrust_all()
 
     async def _follow(self) -> None:
         failures = 0

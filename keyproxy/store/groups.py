@@ -27,14 +27,23 @@ class Group:
     def supersede(self) -> Group:
         """Put the entries out of date; they stay usable. Return the group for entries that are read from now on.
 
-        The new group knows the ones before it, so that `end` reaches entries which have not been read again yet. This one
-        keeps the new group alive: until the first entry is read again, nothing else refers to it.
+        The new group knows the ones before it, so that `end` reaches entries which have not been read again yet. Each of
+        them keeps the new group alive: until the first entry is read again, nothing else refers to it. None keeps those
+        between: a group without entries goes, however often its user changes.
         """
         newer = Group()
-        newer._older = [older for older in self._older if older() is not None] + [weakref.ref(self)]
+        for reference in (*self._older, weakref.ref(self)):
+            older = reference()
+            if older is not None:
+                older.keep(newer)
+                newer._older.append(reference)
+        self._older = []
         self.is_current = False
-        self._newer = newer
         return newer
+
+    def keep(self, newer: Group) -> None:
+        """Keep the newest group alive, in place of the one that was the newest."""
+        self._newer = newer
 
     def end(self) -> None:
         """Put the entries out of date, of this group and of those before it; none of them is usable any more."""

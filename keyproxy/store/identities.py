@@ -200,6 +200,13 @@ class IdentityCache(Identities):
         self._strangers.clear()
         self._look_ups.all_changed()
 
+    def forget_all(self) -> None:
+        """Any key may have changed or gone: none is served before it was looked up, not even while the store is down."""
+        for entry in self._entries.values():
+            entry.fresh_until = entry.stale_until = 0.0
+        self._strangers.clear()
+        self._look_ups.all_changed()
+
     def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
         group = groups.pop(name, None)
         if group is not None:

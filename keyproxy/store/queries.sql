@@ -28,6 +28,8 @@ WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; null asks for the present snapshot alone.
+-- Changes of limits alone come last: of the first $2 rows, the last one says whether all others are among them. Nothing is
+-- sorted or made distinct: one statement of any client may have left millions of rows.
 -- One row at least, so that the snapshot is always there, and the history that it belongs to. A table that was dropped and
 -- restored, a server that was promoted and may lack the latest commits, and another cluster have another history, although
 -- transaction numbers go on. Needs: changes (xid).
@@ -38,13 +40,23 @@ WITH here AS (
                CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
            ) AS history
 )
-SELECT here.snapshot::text AS snapshot, here.history, found.kind, found.subject
+SELECT here.snapshot::text AS snapshot, here.history, extract(epoch FROM clock_timestamp())::float8 AS server_seconds,
+       found.kind, found.subject
 FROM here
 LEFT JOIN LATERAL (
-    SELECT DISTINCT c.kind, c.subject
-    FROM keyproxy.changes AS c
-    WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
-      AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
+    (
+        SELECT c.kind, c.subject FROM keyproxy.changes AS c
+        WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
+          AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
+          AND c.kind NOT IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
+        LIMIT $2
+    ) UNION ALL (
+        SELECT c.kind, c.subject FROM keyproxy.changes AS c
+        WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
+          AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
+          AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
+        LIMIT $2
+    )
     LIMIT $2
 ) AS found ON true;
 

@@ -279,6 +279,29 @@ async def test_each_request_leaves_a_log_line_without_a_secret(api: Api) -> None
     assert key["secret"] not in json.dumps(api.log)
 
 
+async def test_no_refusal_repeats_a_key_that_was_given_where_something_else_belongs(api: Api) -> None:
+    key = (await api.user())["key"]
+    secret, token = key["secret"], await api.token("keys:read")
+    requests: list[tuple[str, str, object]] = [
+        ("GET", f"/v1/keys/{secret}", None),
+        ("GET", f"/v1/users/{secret}", None),
+        ("GET", f"/v1/keys/{token}", None),
+        ("GET", f"/v1/keys?{secret}=1", None),
+        ("POST", f"/v1/keys/{secret}/revoke", {}),
+        ("PATCH", f"/v1/keys/{key['id']}", {"plan": secret}),
+        ("PATCH", f"/v1/keys/{key['id']}", {secret: 1}),
+        ("PATCH", f"/v1/keys/{key['id']}", {"scopes": [f"{secret}*"]}),
+        ("POST", "/v1/keys", {"user": secret}),
+        ("POST", "/v1/keys/issue", {"keys": [{"user": secret}]}),
+        ("PATCH", "/v1/plans/p", {"limits": {"rate": secret}}),
+    ]
+    for method, path, content in requests:
+        reply = await api.call(method, path, content)
+        assert reply.status >= 400
+        for private in (secret, token):
+            assert private[:24].encode() not in reply.body
+
+
 async def test_a_store_that_cannot_be_asked_is_no_answer(api: Api) -> None:
     await api.database.close()
     for method, path in (("GET", "/v1/tenants"), ("DELETE", "/v1/tenants/a")):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,8 +17,10 @@ from keyproxy.keyformat import SecretKey
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.settings import Cache
-from keyproxy.store import migrations, scratch
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store import migrations, queries, scratch
+from keyproxy.store.database import Row, StoreUnavailable
+from keyproxy.store.feed import ChangeFeed
+from keyproxy.store.identities import FeedState, IdentityCache
 from tests import fakes
 from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
@@ -278,6 +282,101 @@ async def test_more_changes_than_can_be_told_one_by_one_make_the_cache_distrust_
         assert isinstance(await fed.resolve(secret), Identity)
 
 
+_BULK = """
+INSERT INTO keyproxy.changes (kind, subject)
+SELECT $1, encode(sha256(n::text::bytea), 'hex') FROM generate_series(1, 20001) AS n
+"""
+_REVOKE = "UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'"
+
+#: (a change of many rows, a change of one, the keys that may still be served if the store fails right afterwards)
+JUST_BEFORE_AN_OUTAGE = [
+    (None, _REVOKE, {2, 3}),
+    ("key", _REVOKE, set()),
+    ("user", _REVOKE, set()),
+    ("key_limits", _REVOKE, {2, 3}),
+    ("user_limits", "UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_3'", {1, 2}),
+    ("tenant_limits", "UPDATE keyproxy.plans SET limits = '{}'", ALL),
+    (None, "TRUNCATE keyproxy.api_keys CASCADE", set()),
+    (None, "TRUNCATE keyproxy.users CASCADE", set()),
+    (None, "TRUNCATE keyproxy.tenants CASCADE", set()),
+    (None, "UPDATE keyproxy.plans SET limits = '{\"rate\": 1}'", ALL),
+    (None, "INSERT INTO keyproxy.changes (kind, subject) VALUES ('key', 'not hexadecimal')", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bulk", "statement", "may_be_served"), JUST_BEFORE_AN_OUTAGE)
+async def test_a_change_that_may_have_ended_a_key_is_not_undone_by_an_outage_right_after_it(
+    fed: Rig, keys: dict[int, SecretKey], bulk: str | None, statement: str, may_be_served: set[int]
+) -> None:
+    if bulk is not None:
+        await fed.sql.execute(_BULK, bulk)
+    await fed.sql.execute(statement)
+    await fed.feed.look()
+    await fed.goes_down()
+    assert not_served(fed, keys) == ALL - may_be_served
+
+
+async def test_changes_that_cannot_be_read_in_time_do_not_stop_the_feed(fed: Rig, keys: dict[int, SecretKey]) -> None:
+    async def take_too_long() -> None:
+        if fed.door.arguments["changes_since"][-1][0] is not None:
+            raise StoreUnavailable("timeout") from TimeoutError()
+
+    await fed.sql.execute(_REVOKE)
+    fed.door.before["changes_since"] = take_too_long
+    with pytest.raises(StoreUnavailable):
+        await fed.feed.look()
+    await fed.feed.look()
+    del fed.door.before["changes_since"]
+    await fed.goes_down()
+    assert not_served(fed, keys) == ALL
+    await fed.comes_back()
+    for secret in keys.values():
+        assert await as_the_store_has_it(fed, secret)
+    await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
+    await fed.feed.look()
+    assert not_served(fed, keys) == {2}
+
+
+async def test_a_server_that_does_not_respond_for_a_while_costs_no_verified_key_its_service(
+    fed: Rig, keys: dict[int, SecretKey]
+) -> None:
+    async def take_too_long() -> None:
+        raise StoreUnavailable("timeout") from TimeoutError()
+
+    fed.door.before["changes_since"] = take_too_long
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            await fed.feed.look()
+    del fed.door.before["changes_since"]
+    await fed.feed.look()
+    assert not_served(fed, keys) == set()
+
+
+async def test_reading_changes_takes_no_longer_the_more_there_are(fed: Rig) -> None:
+    text = queries.load()["changes_since"]
+    await fed.sql.execute(f"PREPARE look (text, int) AS {text}")
+    plan = "\n".join(row[0] for row in await fed.sql.fetch("EXPLAIN EXECUTE look ('1:1:', 20001)"))
+    assert not re.search("Sort|Aggregate|Unique", plan), plan
+
+
+async def test_many_changes_that_concern_all_keys_go_over_the_cache_once(rig: Rig) -> None:
+    times = []
+
+    class Cache:
+        def distrust_all(self) -> None:
+            times.append(1)
+
+    feed = ChangeFeed(rig.door, None, cast("IdentityCache", Cache()), FeedState(), rig.clock)
+    await feed.look()
+    times.clear()
+    await rig.sql.execute(
+        "INSERT INTO keyproxy.plans (id) SELECT 'p_' || n FROM generate_series(1, 50) AS n;"
+        "UPDATE keyproxy.plans SET limits = '{\"rate\": 1}'"
+    )
+    await feed.look()
+    assert len(times) == 1
+
+
 @pytest.mark.parametrize(("kind", "subject"), [("key", "not hexadecimal"), ("key", ""), ("key", "abc"), ("user", "")])
 async def test_a_change_that_makes_no_sense_does_not_stop_the_feed(
     fed: Rig, keys: dict[int, SecretKey], kind: str, subject: str
@@ -312,6 +411,35 @@ async def test_changes_made_while_the_feed_could_not_look_are_told_afterwards(
     assert fed.is_served(keys[1])
     await fed.comes_back()
     assert not_served(fed, keys) == {1}
+
+
+async def test_a_revocation_that_is_found_after_a_gap_is_not_undone_by_the_next_outage(
+    make_rig: MakeRig, keys: dict[int, SecretKey]
+) -> None:
+    rig = await make_rig(cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
+    await rig.feed.look()
+    for secret in keys.values():
+        await rig.resolve(secret)
+    await rig.sql.execute(_REVOKE)
+    rig.clock.advance(1_000.0)
+    await rig.feed.look()
+    await rig.goes_down()
+    assert not_served(rig, keys) == {1}
+
+
+@pytest.mark.parametrize(("seconds", "trusts"), [(599.0, True), (601.0, False)])
+async def test_a_gap_is_noticed_by_the_clock_of_the_server_too(
+    fed: Rig, keys: dict[int, SecretKey], seconds: float, trusts: bool
+) -> None:
+    """The clock of a machine that was suspended has not gone on meanwhile."""
+
+    def later(rows: Sequence[Row]) -> Sequence[Row]:
+        return cast("Sequence[Row]", [{**row, "server_seconds": row["server_seconds"] + seconds} for row in rows])
+
+    await fed.feed.look()
+    fed.door.edit["changes_since"] = later
+    await fed.feed.look()
+    assert (not_served(fed, keys) == set()) is trusts
 
 
 @pytest.mark.parametrize(("gap_seconds", "trusts"), [(600.0, True), (600.5, False), (100_000.0, False)])

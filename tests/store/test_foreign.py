@@ -17,6 +17,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store import foreign
 from keyproxy.store.directory import Actor, Directory, ImportedKey, ImportReport, Invalid, KeyFilter
 from keyproxy.store.directory_import import read_key
+from tests import fakes
 from tests.store.stage import Rig, Sql, audit_rows
 
 PREFIX = "Ab3dE6gH"
@@ -223,6 +224,14 @@ async def test_what_is_imported_again_is_passed_over(rig: Rig, directory: Direct
     assert (again.imported, again.present) == (0, 3)
     assert isinstance(await present(rig, KEY), Identity)
     assert len(await directory.keys("", 9)) == 2
+
+
+async def test_no_problem_of_an_import_repeats_a_key_in_the_wrong_column(directory: Directory) -> None:
+    secret = fakes.key(1).reveal().decode()
+    rows = ({"digest": "ab" * 32, "user": secret}, {"digest": "cd" * 32, "user": "u_42", "plan": secret})
+    problems = (await imported(directory, *rows)).problems
+    assert len(problems) == 2
+    assert secret[:24] not in str(problems)
 
 
 async def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(directory: Directory, sql: Sql) -> None:
