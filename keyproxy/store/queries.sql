@@ -584,8 +584,8 @@ SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
 SELECT keyproxy.end_holders($1) AS ended;
 
 -- name: reap_holders
--- Ends holders whose time is over, a portion at a time: 0 when nothing is left to do.
-SELECT keyproxy.reap_holders() AS done;
+-- Ends holders whose time is over, and charges at most $1 of their leases: 0 when nothing is left to do.
+SELECT keyproxy.reap_holders() AS done FROM set_config('keyproxy.portion', $1::int::text, true);
 
 -- name: forget_holders
 -- Deletes holders that ended long ago, at most $1. Needs: lease_holders (ended_at).
