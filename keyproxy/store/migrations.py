@@ -110,9 +110,12 @@ async def _advance(connection: Connection) -> Migration | None:
     while True:
         try:
             return await _apply_next(connection)
-        except _IN_THE_WAY:
+        except _IN_THE_WAY as error:
             if asyncio.get_running_loop().time() > give_up:
-                raise
+                raise MigrationError(
+                    f"a table is in use by a transaction that stays open, such as a dump's: {first_line(error)}; nothing"
+                    " of the failed step was kept, try again later"
+                ) from error
         await asyncio.sleep(_RETRY_SECONDS)
 
 
