@@ -128,6 +128,11 @@ class ReferenceLedger:
 
     # -- losing history
 
+    @property
+    def has_lost_history(self) -> bool:
+        """Whether a replica has ever taken its place."""
+        return self.lost_at > -math.inf
+
     def copy(self) -> tuple[dict[tuple[Window, int], Row], dict[str, Holder]]:
         """What a replica has received."""
         return copy.deepcopy((self.rows, self.holders))

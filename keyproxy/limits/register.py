@@ -108,14 +108,19 @@ class Register:
                     lease.is_noted = True
                     self._due.append(lease)
 
-    def lines(self, now_mono: float, at_most: int) -> list[Line]:
+    def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[Line]:
         """What to tell the ledger now: of the leases that are short, then of what was gathered. So many, or that is all.
 
-        The next lines may be asked for once these were answered, or are lost.
+        The next lines may be asked for once these were answered, or are lost. `must_claim`: if there is a lease that was
+        granted units, the first line is about one. A ledger that has ended this holder, and has deleted it since, takes a
+        message without such a line for a new holder's.
         """
         self._is_woken = False
         self._forget_closed(now_mono)
-        lines = list(islice(self._closing.values(), at_most))
+        lines: list[Line] = []
+        if must_claim:
+            self._claim(now_mono, lines)
+        lines += islice(self._closing.values(), at_most - len(lines))
         # Who waits comes first; but who has spent is heard too, however many wait.
         first = at_most - min(len(self._due), at_most // 4)
         while self._urgent and len(lines) < first:
@@ -128,6 +133,14 @@ class Register:
             if lease in self._active:
                 self._look_at(lease, now_mono, lines)
         return lines
+
+    def _claim(self, now_mono: float, lines: list[Line]) -> None:
+        for lease in self._active:
+            if lease.granted > 0 and not lease.is_rate:
+                self._urgent.pop(lease, None)
+                self._open[lease.number] = lease
+                lines.append(lease.line(now_mono))
+                return
 
     def is_to_be_asked(self, short: Short) -> bool:
         """Whether there are leases that a request is short of, and that no line was made of yet."""

@@ -25,6 +25,7 @@ from keyproxy.store.database import Database
 from keyproxy.store.directory_desk import Invalid, NotFound
 from keyproxy.store.identities import identity_of
 from keyproxy.store.ledger import Ledger
+from keyproxy.store.ledger_backend import REAP_PORTION
 from keyproxy.store.ledger_postgres import WindowState
 from keyproxy.store.look_ups import UNUSABLE
 
@@ -82,8 +83,9 @@ class _DryBackend:
         self.seen.update(zip(windows, states, strict=True))
         return states
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
         """Nobody is ended."""
+        del portion
         return False
 
     async def forget(self, portion: int) -> bool:

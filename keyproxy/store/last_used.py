@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import UTC, datetime
 from typing import Final, Protocol
+
+import orjson
 
 from keyproxy.model import Identity, Moment
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
@@ -62,9 +63,8 @@ class LastUsed:
             items = list(waiting.items())
             batch, rest = items[:_BATCH_MAX], items[_BATCH_MAX:]
             try:
-                await self._database.fetch(
-                    "mark_used", [key for key, _ in batch], [datetime.fromtimestamp(at, UTC) for _, at in batch]
-                )
+                times = orjson.dumps(dict(batch), option=orjson.OPT_NON_STR_KEYS).decode()
+                await self._database.fetch("mark_used", [key for key, _ in batch], times)
             except (StoreUnavailable, StoreConflict) as error:
                 _log.debug("last use of %d keys is not written yet: %s", len(items), error)
                 self._wait_again(waiting)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from keyproxy.limits.messages import Line, Reply
+
+#: Leases of dead holders that are charged in one statement.
+REAP_PORTION: Final = 1_000
 
 
 class LedgerBackend(Protocol):
@@ -18,8 +21,11 @@ class LedgerBackend(Protocol):
         """One message of a holder. All of it counts or nothing. None: this holder has ended."""
         ...
 
-    async def reap(self) -> bool:
-        """End holders whose time is over: what they have not returned is charged. Whether there may be more to do."""
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        """End holders whose time is over: what they have not returned is charged, at most `portion` leases at a time.
+
+        Whether there may be more to do.
+        """
         ...
 
     async def forget(self, portion: int) -> bool:

@@ -27,7 +27,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.database import StoreConflict, StoreUnavailable
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.lasting import Lasting
-from keyproxy.store.ledger_backend import LedgerBackend
+from keyproxy.store.ledger_backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.outage import Outage
 
 _log = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ class Conversation:
         self._settle_seconds = ledger.settle_seconds
         self._is_lenient = ledger.unreachable == "allow"
         self._now = now
+        #: When the latest message was sent that was answered.
+        self._answered = now()
         self._wake = asyncio.Event()
         self._become_another()
         self._settles = False
         self.lasting = Lasting("ledger")
-        self.reaping = Chore("reap", "end holders that have died", portion=1)
+        self.reaping = Chore("reap", "end holders that have died", portion=REAP_PORTION)
         self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
         #: Those whom the message under way is to answer.
@@ -111,7 +113,7 @@ class Conversation:
             for _ in range(3):
                 if self._serial and self.book.has_leases:
                     self.book.gather(self._mono(), is_last=True)
-                    while (lines := self.book.lines(self._mono(), _LINES_MAX)) and self._serial:
+                    while (lines := self._lines()) and self._serial:
                         await self._speak(lines)
             # One that holds nothing and whose time is over rests: there is nothing to end.
             if self._serial and (self.book.has_leases or self._mono() < self.book.valid_until_mono):
@@ -165,7 +167,7 @@ class Conversation:
             if now >= settle_at:
                 settle_at = now + self._settle_seconds
                 self.book.gather(now)
-            lines = self.book.lines(now, _LINES_MAX)
+            lines = self._lines()
             self._listening, self._waiting = self._waiting, []
             if len(lines) == _LINES_MAX:
                 # Those whose lines are in a later message wait for that.
@@ -195,7 +197,8 @@ class Conversation:
 
         0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
         """
-        asked = self._mono()
+        now = self._now()
+        asked = now.mono_seconds
         self._serial += 1
         settles_seconds, is_heard = 0.0, False
         try:
@@ -210,6 +213,7 @@ class Conversation:
                 self.counts["failures"] += 1
                 self.book.lost(lines)
         self._unheard_since_mono = math.inf
+        self._answered = now
         self.counts["round_trips"] += 1
         self.observe(heard - asked)
         if replies is None:
@@ -225,6 +229,19 @@ class Conversation:
         self._settles = settles_seconds > 0.0
         self._unsettled_since_mono = heard
         return settles_seconds
+
+    def _lines(self) -> list[Line]:
+        """The lines of the next message.
+
+        If this holder may have ended by now, they claim something. One clock that shows it is enough: the other one may
+        have stood still while the machine was suspended.
+        """
+        now, answered = self._now(), self._answered
+        may_have_ended = (
+            now.mono_seconds - answered.mono_seconds >= self._lease_seconds
+            or abs(now.wall_seconds - answered.wall_seconds) >= self._lease_seconds
+        )
+        return self.book.lines(now.mono_seconds, _LINES_MAX, must_claim=may_have_ended)
 
     def _become_another(self) -> None:
         self._holder, self._serial = secrets.token_hex(12), 0
@@ -266,7 +283,7 @@ class Conversation:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
-            await self.reaping.finish(lambda _portion: self._backend.reap())
+            await self.reaping.finish(self._backend.reap)
 
     async def _forget(self) -> None:
         """Delete old holders. Apart from ending those that died, so that neither waits for the other."""

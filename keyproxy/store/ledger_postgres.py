@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store.database import Database
+from keyproxy.store.ledger_backend import REAP_PORTION
 
 
 class WindowState(NamedTuple):
@@ -37,9 +38,9 @@ class PostgresLedger:
         # The row in front is told only when it says something: that the ledger settles.
         return [Reply(*row) for row in rows if row["lease"] or row["wait_seconds"]]
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port."""
-        rows = await self._database.fetch("reap_holders")
+        rows = await self._database.fetch("reap_holders", portion)
         return bool(rows[0]["done"])
 
     async def forget(self, portion: int) -> bool:

@@ -35,6 +35,7 @@ from redis.exceptions import NoScriptError, RedisError
 from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store import ledger_redis_format as wire
 from keyproxy.store.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.ledger_backend import REAP_PORTION
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
 
 _log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class RedisLedger:
             self._stock_soon(generation)
         return wire.replies(replies)
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port. Also has PostgreSQL told what is due."""
         generation = await self._present()
         dead: list[str] = []
@@ -108,7 +109,7 @@ class RedisLedger:
             for holder in dead:
                 await self._end(generation, holder, only_dead=True)
             await self._stock(generation, is_urgent=False)
-        return await self._shares.reap() or bool(dead)
+        return await self._shares.reap(portion) or bool(dead)
 
     async def forget(self, portion: int) -> bool:
         """See the port. In Redis keys expire by themselves."""

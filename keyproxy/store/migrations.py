@@ -7,16 +7,29 @@ this program is left alone.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from importlib import resources
 from typing import Any, Final, NamedTuple
+
+import asyncpg
 
 from keyproxy.store.connecting import Connection, Target
 from keyproxy.store.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _LOCK: Final = 0x6B657970726F7879  # "keyproxy"
+
+#: What a migration meets that takes locks while proxies use the tables.
+_IN_THE_WAY: Final = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
+
+#: For how long a migration waits for one lock, well below any statement timeout: proxies that come then wait behind it.
+_LOCK_MILLISECONDS: Final = 500
+
+#: How often, and for how long, a migration is begun again after that.
+_RETRY_SECONDS: Final = 0.5
+_LOCKS_SECONDS: Final = 60.0
 
 _BOOK: Final = """
 CREATE SCHEMA IF NOT EXISTS keyproxy;
@@ -78,25 +91,51 @@ async def migrate(dsn: str) -> list[Migration]:
     connection = await connect(dsn, writes=True)
     done: list[Migration] = []
     try:
-        while True:
-            async with connection.transaction(isolation="read_committed"):
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
-                # Read under the lock: somebody else may have been faster.
-                if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
-                    await connection.execute(_BOOK)
-                pending = (await _compare(connection)).pending
-                if not pending:
-                    return done
-                await connection.execute(pending[0].statements)
-                await connection.execute(
-                    "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
-                    pending[0].number, pending[0].name, pending[0].checksum,
-                )  # fmt: skip
-            done.append(pending[0])
+        while (step := await _advance(connection)) is not None:
+            done.append(step)
+        return done
     except NO_ANSWER as error:
         raise MigrationError(f"migrating failed, nothing of the failed step was kept: {error}") from error
     finally:
         await connection.close()
+
+
+async def _advance(connection: Connection) -> Migration | None:
+    """Apply the next pending migration; None: nothing is pending.
+
+    Proxies go on meanwhile, and wait for every lock that the migration waits for. So it gives up a wait that takes long,
+    lets them pass, and begins again.
+    """
+    give_up = asyncio.get_running_loop().time() + _LOCKS_SECONDS
+    while True:
+        try:
+            return await _apply_next(connection)
+        except _IN_THE_WAY as error:
+            if asyncio.get_running_loop().time() > give_up:
+                raise MigrationError(
+                    f"a table is in use by a transaction that stays open, such as a dump's: {first_line(error)}; nothing"
+                    " of the failed step was kept, try again later"
+                ) from error
+        await asyncio.sleep(_RETRY_SECONDS)
+
+
+async def _apply_next(connection: Connection) -> Migration | None:
+    async with connection.transaction(isolation="read_committed"):
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+        # Read under the lock: somebody else may have been faster.
+        if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
+            await connection.execute(_BOOK)
+        pending = (await _compare(connection)).pending
+        if not pending:
+            return None
+        step = pending[0]
+        await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_MILLISECONDS}")
+        await connection.execute(step.statements)
+        await connection.execute(
+            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+            step.number, step.name, step.checksum,
+        )  # fmt: skip
+    return step
 
 
 async def _compare(connection: Any) -> State:

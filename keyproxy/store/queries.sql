@@ -69,16 +69,19 @@ DELETE FROM keyproxy.changes WHERE ctid = ANY (ARRAY(
 )) RETURNING 1;
 
 -- name: mark_used
--- Notes when keys were last used, ids $1 at times $2, to the minute: rows noted within the last minute are left alone, and
--- so are rows that somebody holds: a note is not worth a wait, nor a deadlock with another proxy. Needs: api_keys (id).
-WITH free AS (
-    SELECT k.id, used.at
-    FROM keyproxy.api_keys AS k
-    JOIN unnest($1::text[], $2::timestamptz[]) AS used (id, at) ON used.id = k.id
-    WHERE k.last_used_at IS NULL OR k.last_used_at < used.at - interval '55 seconds'
-    FOR NO KEY UPDATE OF k SKIP LOCKED
-)
-UPDATE keyproxy.api_keys AS k SET last_used_at = free.at FROM free WHERE k.id = free.id;
+-- Notes when keys were last used, ids $1, with their times as a JSON object $2 (Unix time by id), to the minute: rows noted
+-- within the last minute are left alone, and so are rows that another transaction has locked: a note is not worth a wait,
+-- nor a deadlock with another proxy. Without a join: one with the array is planned by what statistics say, and takes time with
+-- the square of the number of keys if they were collected when the table was empty. Needs: api_keys (id).
+UPDATE keyproxy.api_keys AS k
+SET last_used_at = to_timestamp(((SELECT $2::text::jsonb) ->> k.id)::float8)
+WHERE k.id = ANY (ARRAY(
+    SELECT o.id FROM keyproxy.api_keys AS o
+    WHERE o.id = ANY ($1::text[])
+      AND (o.last_used_at IS NULL
+           OR o.last_used_at < to_timestamp(((SELECT $2::text::jsonb) ->> o.id)::float8) - interval '55 seconds')
+    FOR NO KEY UPDATE SKIP LOCKED
+));
 
 -- name: say_who_acts
 -- For the audit log: who changes something in this transaction, and from where.
@@ -596,8 +599,8 @@ SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
 SELECT keyproxy.end_holders($1) AS ended;
 
 -- name: reap_holders
--- Ends holders whose time is over, a portion at a time: 0 when nothing is left to do.
-SELECT keyproxy.reap_holders() AS done;
+-- Ends holders whose time is over, and charges at most $1 of their leases: 0 when nothing is left to do.
+SELECT keyproxy.reap_holders() AS done FROM set_config('keyproxy.portion', $1::int::text, true);
 
 -- name: forget_holders
 -- Deletes holders that ended long ago, at most $1. Needs: lease_holders (ended_at).

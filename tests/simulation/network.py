@@ -10,6 +10,7 @@ from typing import Any
 from keyproxy.limits.messages import Line, Reply
 from keyproxy.store.claims import Answer, Claim
 from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.ledger_backend import REAP_PORTION
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
@@ -135,15 +136,21 @@ class RemoteLedger(_Remote):
         replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
         return replies
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port."""
+        del portion
         await self._call(self._network.ledger.reap)
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. Sooner than in earnest, and later than any message arrives."""
+        """See the port. Sooner than in earnest, and later than any message arrives.
+
+        Not after history was lost: what a process claims that was suspended before that counts twice then, see
+        docs/ledger.md.
+        """
         del portion
-        await self._call(lambda: self._network.ledger.forget(_FORGOTTEN_SECONDS))
+        ledger = self._network.ledger
+        await self._call(lambda: None if ledger.has_lost_history else ledger.forget(_FORGOTTEN_SECONDS))
         return False
 
     async def end(self, holder: str) -> None:

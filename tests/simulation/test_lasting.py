@@ -26,6 +26,7 @@ from keyproxy.store.identities import FeedState, IdentityCache
 from keyproxy.store.last_used import LastUsed
 from keyproxy.store.lasting import Lasting
 from keyproxy.store.ledger import Ledger as StoreLedger
+from keyproxy.store.ledger_backend import REAP_PORTION
 from keyproxy.store.usage import UsageJournal
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
@@ -42,9 +43,11 @@ class Site:
     def __init__(self) -> None:
         self.clock = Clock()
         self.loop = VirtualLoop(self.clock)  # type: ignore[abstract]  # as much of a loop as is needed
+        #: For how long the clock that never jumps has stood still.
+        self.stood_still = 0.0
 
     def now(self) -> Moment:
-        return Moment(1_800_000_000.0 + self.clock.now, 5_000.0 + self.clock.now)
+        return Moment(1_800_000_000.0 + self.clock.now, 5_000.0 + self.clock.now - self.stood_still)
 
     def do(self, work: Callable[[], object]) -> None:
         """In the loop of the process."""
@@ -263,7 +266,8 @@ class FlawedBackend:
         self.flaw.strike("sync")
         return self.reference.sync(holder, serial, lines)
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        del portion
         self.flaw.strike("reap")
         self.reference.reap()
         return False
@@ -379,6 +383,30 @@ def test_a_process_that_is_idle_now_and_then_stays_one_holder_and_waits_for_one_
         (holder,) = customers.backend.reference.holders.values()
         assert holder.rests, gaps
     assert customers.end() == 5
+
+
+@pytest.mark.parametrize("is_still", [True, False])
+@pytest.mark.parametrize("users", [[], ["u_2"]])
+def test_a_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
+    site: Site, users: list[str], is_still: bool
+) -> None:
+    """Its first message has nothing to report: a request has been under way for long, and others are new."""
+    customers = Customers(site, Flaw(0))
+    assert customers.ask("u_1") == [None]
+    site.wait(5.0)
+    reference = customers.backend.reference
+    suspended_seconds = 26 * 3_600.0
+    site.loop.runs = False
+    site.wait(suspended_seconds)
+    reference.reap()
+    reference.forget(86_400.0)
+    assert not reference.holders
+    site.stood_still = suspended_seconds if is_still else 0.0
+    site.loop.runs = True
+    assert customers.ask(*users) == [None] * len(users)
+    site.wait(5.0)
+    assert customers.end() == 1 + len(users)
+    assert {holder.has_ended or holder.rests for holder in reference.holders.values()} <= {True}
 
 
 def test_a_defect_in_looking_for_dead_holders_does_not_end_it(site: Site) -> None:

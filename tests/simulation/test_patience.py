@@ -17,6 +17,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.claims import Answer, Claim, Claims
 from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.ledger import Ledger
+from keyproxy.store.ledger_backend import REAP_PORTION
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
@@ -46,8 +47,9 @@ class SlowLedger:
         await asyncio.sleep(self.seconds)
         return self.reference.sync(holder, serial, lines)
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port. Nobody dies here."""
+        del portion
         return False
 
     async def forget(self, portion: int) -> bool:

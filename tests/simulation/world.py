@@ -352,7 +352,7 @@ class World:
         process = self._victim()
         if process is not None:
             process.loop.runs = False
-            seconds = self.chance.choice([0.2, 1.5, LEASE_SECONDS + 0.5, 3 * LEASE_SECONDS])
+            seconds = self.chance.choice([0.2, 1.5, LEASE_SECONDS + 0.5, 3 * LEASE_SECONDS, 7 * LEASE_SECONDS])
             process.slept_until = self.clock.now + seconds
             self.clock.at(process.slept_until, lambda: setattr(process.loop, "runs", process in self.fleet))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 
@@ -13,6 +14,7 @@ from keyproxy.clock import now
 from keyproxy.settings import Usage
 from keyproxy.store.database import Database, StoreUnavailable
 from keyproxy.store.housekeeping import Chore
+from keyproxy.store.ledger_backend import REAP_PORTION
 from keyproxy.store.ledger_postgres import PostgresLedger
 from keyproxy.store.usage import UsageJournal
 from tests.contracts import LEASE_SECONDS, line, window
@@ -40,10 +42,16 @@ async def door(dsn: str) -> AsyncIterator[Database]:
 @pytest.fixture
 async def slow_deletes(dsn: str) -> AsyncIterator[None]:
     """Deleting holders is slow."""
+    async with _slow(dsn, "lease_holders"):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _slow(dsn: str, table: str) -> AsyncIterator[None]:
     other: Sql = await asyncpg.connect(dsn)
-    await other.execute(_SLOW_DELETES.format(table="lease_holders"))
+    await other.execute(_SLOW_DELETES.format(table=table))
     yield
-    await other.execute("DROP TRIGGER slow ON keyproxy.lease_holders")
+    await other.execute(f"DROP TRIGGER slow ON keyproxy.{table}")
     await other.close()
 
 
@@ -136,6 +144,38 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.leases") == 0
     assert not await ledger.forget(10)
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.lease_holders") == 0
+
+
+async def test_charging_the_dead_is_tried_a_smaller_portion_at_a_time_until_it_fits(
+    door: Database, dsn: str, sql: Sql
+) -> None:
+    """On a slow server 1,000 leases take longer than a statement may. Slots must become free all the same."""
+    dead = PostgresLedger(door, lease_seconds=0.0)
+    await dead.sync("dead", 1, [line(n, window("concurrency", owner=f"u_{n}"), want=2) for n in range(60)])
+    chore = Chore("reap", "end holders that have died", portion=REAP_PORTION)
+    async with _slow(dsn, "leases"):
+        for _ in range(10):
+            if await chore.finish(dead.reap):
+                break
+    assert chore.failures > 1
+    assert chore.failing_because == ""
+    assert await _sums(sql) == (0, 0, 0)
+
+
+async def test_a_database_that_was_restored_grants_nothing_before_it_knows_what_is_held(
+    database: Database, sql: Sql
+) -> None:
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
+    await ledger.sync("a", 1, [line(limit=100, want=1)])
+    # As if it was the dump's: the table that was restored is another one, and the server's timeline is the same.
+    await sql.execute("UPDATE keyproxy.ledger_history SET table_oid = 1")
+    front, reply = await ledger.sync("b", 1, [line(limit=100, want=90)]) or ()
+    assert front.lease == 0
+    assert 0 < front.wait_seconds <= LEASE_SECONDS
+    assert reply.granted == 0
+    assert not await PostgresLedger(database, lease_seconds=0.0).reap()
+    await ledger.sync("a", 2, [line(limit=100, granted=90, used=1)])
+    assert await _sums(sql) == (1, 89, 0)
 
 
 @pytest.mark.parametrize("column", ["table_oid = 1", "timeline = '0000000A'"])

@@ -12,6 +12,7 @@ import pytest
 from keyproxy.keyformat import SecretKey
 from keyproxy.model import NEVER, Identity, Moment
 from keyproxy.reasons import Reason
+from keyproxy.store import queries
 from keyproxy.store.last_used import LastUsed
 from tests import fakes
 from tests.store.conftest import MakeRig
@@ -120,6 +121,36 @@ async def test_notes_of_many_keys_are_written_in_few_statements(rig: Rig, count:
     assert await rig.sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == count
     assert rig.door.asked["mark_used"] == (count + 4_999) // 5_000
     assert (await change_rows(rig.sql), await audit_rows(rig.sql)) == before
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+async def test_the_work_of_a_note_does_not_grow_with_the_number_of_keys_whatever_statistics_say(
+    sql: Sql, mode: str
+) -> None:
+    """Keys that were imported into a table whose statistics are of a time when it was empty, but not small."""
+    await add_user(sql)
+    await sql.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest)"
+        " SELECT 'gone_' || n, 'u_42', sha256(('gone ' || n)::bytea) FROM generate_series(1, 10000) AS n"
+    )
+    await sql.execute("DELETE FROM keyproxy.api_keys")
+    await sql.execute("ANALYZE keyproxy.api_keys")
+    await sql.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest)"
+        " SELECT 'key_of_' || n, 'u_42', sha256(n::text::bytea) FROM generate_series(1, 2000) AS n"
+    )
+    statement = queries.load()["mark_used"]
+    await sql.execute(f"SET plan_cache_mode = {mode}")
+    await sql.execute(f"PREPARE mark_used (text[], text) AS {statement}")
+    given = await sql.fetchval(
+        "SELECT concat_ws(', ', quote_literal(array_agg(id)::text), quote_literal(json_object_agg(id, 1.8e9)))"
+        " FROM keyproxy.api_keys"
+    )
+    rows = await sql.fetch(f"EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF) EXECUTE mark_used ({given})")
+    plan = [row[0] for row in rows]
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == 2_000
+    # Nothing is compared with every other key.
+    assert [line for line in plan if "Nested Loop" in line or "Join Filter" in line] == []
 
 
 async def test_nothing_to_note_is_no_statement(rig: Rig) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy.limits.messages import Line, Reply, Window
 from keyproxy.store.database import Database, StoreUnavailable
-from keyproxy.store.ledger_backend import LedgerBackend
+from keyproxy.store.ledger_backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.ledger_postgres import PostgresLedger, WindowState
 from keyproxy.store.ledger_redis import RedisLedger
 from tests import contracts
@@ -38,7 +38,8 @@ class _InMemory:
         except TimeoutError as error:
             raise StoreUnavailable(str(error)) from error
 
-    async def reap(self) -> bool:
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        del portion
         self.rules.reap()
         return False
 

@@ -129,3 +129,58 @@ async def test_a_store_that_cannot_be_reached_is_unavailable_rather_than_wrong(r
     for ask in (migrations.migrate, migrations.state):
         with pytest.raises(StoreUnavailable):
             await ask(relay.dsn)
+
+
+# -- while proxies go on
+
+
+async def _migrated_up_to(dsn: str, number: int) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(migrations._BOOK)
+    for one in migrations.available()[:number]:
+        await connection.execute(one.statements)
+        await connection.execute(
+            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+            one.number, one.name, one.checksum,
+        )  # fmt: skip
+    await connection.close()
+
+
+async def test_a_migration_does_not_deadlock_with_the_messages_of_proxies(empty_dsn: str) -> None:
+    """A message reads the ledger's history first, and then writes its holder. 0010 is the last one before both change."""
+    await _migrated_up_to(empty_dsn, 10)
+    proxy, other = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
+    message = proxy.transaction()
+    await message.start()
+    await proxy.execute("SELECT * FROM keyproxy.ledger_history")
+    migrating = asyncio.create_task(migrations.migrate(empty_dsn))
+    await until_row(
+        other,
+        "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted AND datname = current_database()",
+    )
+    await proxy.execute(
+        "INSERT INTO keyproxy.lease_holders (id, serial, expires_at) VALUES ('a', 1, now() + interval '1 hour')"
+    )
+    await message.commit()
+    assert [one.number for one in await migrating] == ALL[10:]
+    await proxy.close()
+    await other.close()
+
+
+async def test_a_migration_that_has_to_wait_for_a_lock_does_not_keep_proxies_waiting(empty_dsn: str) -> None:
+    """A dump reads every table for as long as it takes. Whoever comes behind a migration that waits for it waits too."""
+    await _migrated_up_to(empty_dsn, 10)
+    dump, proxy = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
+    await proxy.execute("SET statement_timeout = '2s'")
+    reading = dump.transaction()
+    await reading.start()
+    await dump.execute("SELECT * FROM keyproxy.lease_holders")
+    migrating = asyncio.create_task(migrations.migrate(empty_dsn))
+    for serial in range(1, 31):
+        await proxy.fetch("SELECT * FROM keyproxy.sync_leases('a', $1, 10, '{}')", serial)
+        await asyncio.sleep(0.1)
+    assert not migrating.done()
+    await reading.rollback()
+    assert [one.number for one in await migrating] == ALL[10:]
+    await dump.close()
+    await proxy.close()

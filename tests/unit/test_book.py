@@ -635,6 +635,31 @@ def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fle
     assert list(process.book._due) == list(holds[7].budgets)
 
 
+def test_a_message_that_has_to_claim_something_does_although_all_of_it_is_taken_up_by_what_closes(
+    process: Process, fleet: Fleet
+) -> None:
+    plan = Plan(requests_per_day=100)
+    busy = process.take(under(plan, pools=(Pool("user", "busy", False),)))
+    for number in range(20):
+        process.used(process.take(under(plan, pools=(Pool("user", f"u_{number}", False),))))
+    process.sync()
+    fleet.now += 1.1
+    process.sync()
+    process.book.gather(process.now)
+    process.book.lost(process.book.lines(process.now, LINES_MAX))
+    without = process.book.lines(process.now, 8)
+    assert [line.is_closing for line in without] == [True] * 8
+    process.book.lost(without)
+    lines = process.book.lines(process.now, 8, must_claim=True)
+    assert [line.is_closing for line in lines] == [False] + [True] * 7
+    assert (lines[0].window.pool.owner, lines[0].granted > 0) == ("busy", True)
+    process.book.lost(lines)
+    process.used(busy)
+    process.leave()
+    assert {row.held for row in fleet.ledger.rows.values()} == {0}
+    assert sum(row.spent for row in fleet.ledger.rows.values()) == 21
+
+
 def test_of_many_leases_those_that_somebody_waits_for_are_told_first_and_the_rest_later(process: Process) -> None:
     pools = [Pool("user", f"u_{number}", False) for number in range(20)]
     for pool in pools[:10]:

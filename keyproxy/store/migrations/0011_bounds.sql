@@ -1,6 +1,9 @@
 -- A bound on every table of the ledger and of usage, and on the work of each call that keeps to it; and no message to the
 -- ledger is compiled by LLVM.
 
+-- In the order in which messages lock them, so that this does not deadlock with proxies that go on meanwhile.
+LOCK TABLE keyproxy.ledger_history, keyproxy.lease_holders, keyproxy.leases, keyproxy.windows IN ACCESS EXCLUSIVE MODE;
+
 -- Holders that hold nothing rest instead of ending, and rows of ended holders are deleted after a day.
 --
 --   ended_at  is_resting  is_ending
@@ -33,12 +36,13 @@ CREATE OR REPLACE FUNCTION keyproxy.ledger_settles_until(longest float8) RETURNS
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     here text := left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    present oid := 'keyproxy.lease_holders'::regclass;
     until timestamptz;
 BEGIN
     -- `is_only` is what makes this an index scan. Within sync_leases sequential scans are off: one would cost 10^10, and pass
     -- every threshold for LLVM.
     SELECT g.settles_until INTO until FROM keyproxy.ledger_history AS g
-    WHERE g.is_only AND g.timeline = here AND g.lease_seconds >= longest AND g.table_oid = 'keyproxy.lease_holders'::regclass;
+    WHERE g.is_only AND g.timeline = here AND g.lease_seconds >= longest AND g.table_oid = present;
     IF FOUND THEN
         RETURN until;
     END IF;
@@ -46,12 +50,12 @@ BEGIN
     SET timeline = here,
         lease_seconds = greatest(g.lease_seconds, longest),
         settles_until = CASE
-            WHEN g.timeline IN ('', here) THEN g.settles_until
+            WHEN g.timeline IN ('', here) AND coalesce(g.table_oid = present, true) THEN g.settles_until
             ELSE clock_timestamp() + make_interval(secs => least(60, greatest(g.lease_seconds, longest)))
         END,
-        table_oid = 'keyproxy.lease_holders'::regclass,
+        table_oid = present,
         changed_at = CASE
-            WHEN g.timeline IN ('', here) AND coalesce(g.table_oid = 'keyproxy.lease_holders'::regclass, true) THEN g.changed_at
+            WHEN g.timeline IN ('', here) AND coalesce(g.table_oid = present, true) THEN g.changed_at
             ELSE clock_timestamp()
         END
     WHERE g.is_only
@@ -340,11 +344,13 @@ BEGIN
 END
 $$;
 
--- End the holders whose time is over. How much was done: called again until that is 0, everything is.
+-- End the holders whose time is over, and charge some of their leases: as many as the setting keyproxy.portion allows, 1,000
+-- without it. How much was done: called again until that is 0, everything is.
 -- It deletes no holder, so that nothing that goes wrong with deleting keeps slots taken.
 CREATE OR REPLACE FUNCTION keyproxy.reap_holders() RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
+    portion int := coalesce(nullif(current_setting('keyproxy.portion', true), '')::int, 1000);
     dead text[];
 BEGIN
     IF keyproxy.ledger_settles_until(0) > clock_timestamp() THEN
@@ -354,7 +360,7 @@ BEGIN
     dead := ARRAY(
         SELECT h.id FROM keyproxy.lease_holders AS h
         WHERE h.ended_at IS NULL AND h.expires_at <= clock_timestamp()
-        ORDER BY h.id LIMIT 100 FOR UPDATE SKIP LOCKED
+        ORDER BY h.id LIMIT least(100, portion) FOR UPDATE SKIP LOCKED
     );
     -- A statement of its own: it sees the leases as they are now that the holders are locked.
     UPDATE keyproxy.lease_holders AS h
@@ -362,7 +368,7 @@ BEGIN
         is_ending = EXISTS (SELECT FROM keyproxy.leases AS x WHERE x.holder = h.id),
         is_resting = NOT EXISTS (SELECT FROM keyproxy.leases AS x WHERE x.holder = h.id)
     WHERE h.id = ANY (dead);
-    RETURN cardinality(dead) + keyproxy.charge_ended(1000);
+    RETURN cardinality(dead) + keyproxy.charge_ended(portion);
 END
 $$;
 
