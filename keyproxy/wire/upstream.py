@@ -155,8 +155,8 @@ class UpstreamConnection(asyncio.Protocol):
         """The exchange is over: the connection goes back to the pool if it can be reused."""
         self._exchange = None
         body, self._body = self._body, None
-        is_written = self._writer.end()
-        if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
+        is_reusable = self._writer.end() and self._keeps_alive and self.is_open and not self._buffer
+        if is_clean and is_reusable and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
                 self.resume()
