@@ -87,6 +87,11 @@ class UpstreamConnection(asyncio.Protocol):
             _log.exception("reading an answer failed", extra={"request_id": exchange.request_id.decode("ascii")})
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
+    def eof_received(self) -> None:
+        """No more of a response comes. An upstream that reads the rest of the request no more must not hold it up."""
+        if self._exchange is not None and not self._exchange.is_tunnel:
+            self.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and self._exchange is not None:
             for data in self._writer.left_to_read():
@@ -259,8 +264,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _send_kept(self) -> None:
         """Write what was kept back; once more later if there is still something to read."""
-        if self._exchange is None or self._transport is None:
-            self._writer.end()
+        if self._exchange is None or not self.is_open:
+            # Of one that is closing the end has been read, which a socket has to offer for ever: nothing more is written.
+            self._writer.drop_kept()
         elif self._must_read_first():
             self._loop.call_soon(self._send_kept)
         else:
