@@ -302,3 +302,31 @@ async def test_what_is_kept_back_is_not_looked_at_again_and_again_once_the_upstr
             since = time.process_time()
             await asyncio.sleep(0.5)
             assert time.process_time() - since < 0.25
+
+
+async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_lent_again(start: Start) -> None:
+    async def early(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        await asyncio.sleep(5.0 if message.start.startswith("POST /lost") else 0.0)
+        return True
+
+    wire = await start(upstream={"connections_max": 1}, serving=Upstream(early, reads_bodies=False))
+    async with wire.client() as client, wire.client() as other:
+        await client.send(request("POST", "/lost", "Content-Length: 2") + b"1")
+        async with asyncio.timeout(5):
+            while not wire.pool.counts()["busy"]:
+                await asyncio.sleep(0)
+        (connection,) = wire.pool._open
+        transport, exchange = connection._transport, connection._exchange
+        assert transport is not None
+        assert exchange is not None
+        transport.pause_reading()
+        connection._is_paused = True
+        await other.send(request("POST", "/", body=b"x"))
+        await asyncio.sleep(0.2)
+        assert len(wire.pool._turns) == 1
+        exchange.body_arrived(b"2", is_complete=True)
+        # What the event loop does when a write fails.
+        transport.abort()
+        connection.connection_lost(ConnectionResetError())
+        assert [(await one.answer()).status for one in (client, other)] == [200, 200]
