@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 #: Bytes of later requests that are held while an answer is under way.
 _PIPELINED_BYTES_MAX: Final = 65_536
 
-#: Requests that are begun in one go. A client that has sent thousands of them, all refused at once, waits for its next
-#: turn as everybody else does.
+#: Requests that are begun in one go, and after how many of their bytes no more of them are. A client that has sent
+#: thousands, all refused at once, waits for its next turn as everybody else does.
 _REQUESTS_IN_ONE_GO: Final = 4
+_BYTES_IN_ONE_GO: Final = 16_384
 
 _log = logging.getLogger(__name__)
 
@@ -226,12 +227,13 @@ class ClientConnection(ClientLine):
             return  # a request was answered at once, further up: that loop goes on, or the next turn does
         self._is_pumping = True
         stream = self.stream
-        begun = 0
+        begun, before_bytes = 0, len(stream.buffer)
         try:
             while stream.buffer and self._state is OPEN:
                 exchange = self.exchange
                 if exchange is None:
-                    if begun == _REQUESTS_IN_ONE_GO:
+                    is_much = begun > 0 and before_bytes - len(stream.buffer) > _BYTES_IN_ONE_GO
+                    if begun == _REQUESTS_IN_ONE_GO or is_much:
                         self._pump_later()
                         return
                     begun += 1
