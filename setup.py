@@ -12,17 +12,18 @@ from setuptools import Extension, setup
 #: What runs for every request. All else waits for the network or for people, and stays as it is.
 ROOMS = (
     "reasons", "model", "admission", "headers", "keyformat", "ports", "problems", "routes", "target", "credential",
-    "clock", "gateway", "metering",
+    "clock", "gateway", "idempotency", "metering",
     "limits/allowance", "limits/book", "limits/leases", "limits/messages", "limits/plan", "limits/register",
     "limits/statement", "limits/told", "ratelimit",
     "metrics/access_log", "metrics/recorder",
     "store/identities", "store/ledger", "store/usage",
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/inflate", "tokens/json_grammar",
     "tokens/meter", "tokens/names", "tokens/outline", "tokens/parts", "tokens/reading", "tokens/report", "tokens/scan",
-    "tokens/stream",
-    "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines", "wire/exchange", "wire/framing",
-    "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool", "wire/pressure", "wire/readers",
-    "wire/request_stream", "wire/request_writer", "wire/server", "wire/shapes", "wire/turns", "wire/upstream",
+    "tokens/rewrite", "tokens/stream",
+    "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines",
+    "wire/exchange", "wire/framing", "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool",
+    "wire/pressure", "wire/readers", "wire/request_stream", "wire/request_writer", "wire/server", "wire/shapes",
+    "wire/turns", "wire/upstream",
 )  # fmt: skip
 
 

@@ -63,7 +63,8 @@ _KINDS: Final[dict[bytes, Kind]] = {
 }  # fmt: skip
 
 #: Fields that a Connection option may not name: without them the message would be another one. RFC 9110 section 7.6.1.
-NOT_HOP_BY_HOP: Final = frozenset({Kind.HOST, Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING, Kind.CONTENT_TYPE})
+#: By name, in lower case: a client may name thousands of options.
+NOT_HOP_BY_HOP: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"content-type"})
 
 #: Fields that must not come after the body, where they could change what was judged. RFC 9110 section 6.5.1.
 NOT_IN_TRAILERS: Final = frozenset(

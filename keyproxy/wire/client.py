@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 #: Bytes of later requests that are held while an answer is under way.
 _PIPELINED_BYTES_MAX: Final = 65_536
 
+#: Requests that are begun in one go, and after how many of their bytes no more of them are. A client that has sent
+#: thousands, all refused at once, waits for its next turn as everybody else does.
+_REQUESTS_IN_ONE_GO: Final = 4
+_BYTES_IN_ONE_GO: Final = 16_384
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +49,8 @@ class ClientConnection(ClientLine):
         self.has_place = False
         self.quiet_since = server.clock()
         self._is_pumping = False
+        #: Whether the loop's next turn goes on with what is in the buffer. Until then nothing more is read.
+        self._will_pump = False
 
     # -- asyncio
 
@@ -216,14 +223,20 @@ class ClientConnection(ClientLine):
 
     def _pump(self) -> None:
         """Go on with what is in the buffer, as far as it goes."""
-        if self._is_pumping:
-            return  # a request was answered at once, further up: that loop goes on
+        if self._is_pumping or self._will_pump:
+            return  # a request was answered at once, further up: that loop goes on, or the next turn does
         self._is_pumping = True
         stream = self.stream
+        begun, before_bytes = 0, len(stream.buffer)
         try:
             while stream.buffer and self._state is OPEN:
                 exchange = self.exchange
                 if exchange is None:
+                    is_much = begun > 0 and before_bytes - len(stream.buffer) > _BYTES_IN_ONE_GO
+                    if begun == _REQUESTS_IN_ONE_GO or is_much:
+                        self._pump_later()
+                        return
+                    begun += 1
                     if self._outflow.is_stalled:
                         # The client does not read what it has asked for already: its answers must not pile up here.
                         self.pause()
@@ -240,6 +253,20 @@ class ClientConnection(ClientLine):
                 self._no_more_comes()
         finally:
             self._is_pumping = False
+
+    def _pump_later(self) -> None:
+        """Go on in the loop's next turn."""
+        self._will_pump = True
+        self.pause()
+        self.server.loop.call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._will_pump = False
+        try:
+            self.resume()
+            self._pump()
+        except Exception:  # noqa: BLE001 - the outermost boundary of this turn
+            self._defect()
 
     def _no_more_comes(self) -> None:
         """The client has closed its side. It may still listen: what it has asked for whole is answered."""

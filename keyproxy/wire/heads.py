@@ -279,9 +279,8 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
         judged.is_forwarded.append(is_forwarded)
     named = set(judged.options) - _OPTIONS_WITHOUT_FIELD
     if named and not hops:
-        for option in named:
-            if names.kind(option) in NOT_HOP_BY_HOP:
-                raise _malformed("Connection names a field that is not hop-by-hop")
+        if not named.isdisjoint(NOT_HOP_BY_HOP):
+            raise _malformed("Connection names a field that is not hop-by-hop")
         return _judge_fields(fields, names, is_request=is_request, hops=named)
     return judged
 

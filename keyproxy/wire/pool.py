@@ -242,9 +242,9 @@ class UpstreamPool:
             self.wait_no_more(exchange)
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
-    def _waited_too_long(self) -> Refusal:
+    def _waited_too_long(self, owner: Owner, now: float) -> Refusal:
         """Why a request got no connection in time: all are in use, or connecting fails."""
-        if self._has_room() and not self._connecting and not self.unreachable_because:
+        if self._has_room() and not self._turns.may_take(owner, now):
             return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
         if len(self._open) >= self.settings.connections_max:
             return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
@@ -329,8 +329,9 @@ class UpstreamPool:
         now, turns = self.clock(), self._turns
         patience = self.settings.connect_timeout_seconds
         while (exchange := turns.first()) is not None and now - turns.since(exchange) >= patience:
+            refusal = self._waited_too_long(turns.owner(exchange), now)
             self.wait_no_more(exchange)
-            exchange.upstream_lost(self._waited_too_long())
+            exchange.upstream_lost(refusal)
         if not len(turns):
             return
         self._looking = self._loop.call_later(min(_LOOK_SECONDS, patience), self._look_again)

@@ -92,6 +92,10 @@ class RequestWriter:
         kept, self._kept = self._kept, b""
         self.write(kept)
 
+    def drop_kept(self) -> None:
+        """Forget what was kept back: it will not be written."""
+        self._kept = b""
+
     def end(self) -> bool:
         """The request is over. Whether all that was to be written has left our buffers."""
         is_written, self._kept = not self._kept, b""

@@ -135,6 +135,10 @@ class Turns(Generic[T]):
         """Since when it waits."""
         return self._since[one][0]
 
+    def owner(self, one: T) -> Owner:
+        """Whose it is."""
+        return self._since[one][1]
+
     def may_have_place(self, now: float) -> bool:
         """Whether anything that waits would get a place if one were free."""
         return self._next_user(now) is not None

@@ -87,6 +87,11 @@ class UpstreamConnection(asyncio.Protocol):
             _log.exception("reading an answer failed", extra={"request_id": exchange.request_id.decode("ascii")})
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
+    def eof_received(self) -> None:
+        """No more of a response comes. An upstream that reads the rest of the request no more must not hold it up."""
+        if self._exchange is not None and not self._exchange.is_tunnel:
+            self.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and self._exchange is not None:
             for data in self._writer.left_to_read():
@@ -155,8 +160,8 @@ class UpstreamConnection(asyncio.Protocol):
         """The exchange is over: the connection goes back to the pool if it can be reused."""
         self._exchange = None
         body, self._body = self._body, None
-        is_written = self._writer.end()
-        if is_clean and is_written and self._keeps_alive and not self._buffer and body is not None and body.is_complete:
+        is_reusable = self._writer.end() and self._keeps_alive and self.is_open and not self._buffer
+        if is_clean and is_reusable and body is not None and body.is_complete:
             self.deadline = NO_DEADLINE
             if self._is_paused:
                 self.resume()
@@ -261,8 +266,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _send_kept(self) -> None:
         """Write what was kept back; once more later if there is still something to read."""
-        if self._exchange is None or self._transport is None:
-            self._writer.end()
+        if self._exchange is None or not self.is_open:
+            # Of one that is closing the end has been read, which a socket has to offer for ever: nothing more is written.
+            self._writer.drop_kept()
         elif self._must_read_first():
             self._loop.call_soon(self._send_kept)
         else:

@@ -587,3 +587,12 @@ def test_every_accepted_head_is_made_of_lines_that_every_server_reads_alike(head
         assert forwarded.count(b"content-length") == fields.has_content_length
         assert fields.has_content_length + fields.is_chunked <= 1
         assert re.fullmatch(rb"[A-Z-]+ (/[!-~]*|\*) HTTP/1\.1\r\n", line.start)
+
+
+def test_thousands_of_connection_options_are_not_judged_one_by_one() -> None:
+    names = FieldNames()
+    options = b",".join(b"x%d" % number for number in range(5_000))
+    raw = b"GET / HTTP/1.1\r\nHost: h\r\nX7: a\r\nX-Kept: b\r\nConnection: %b\r\n\r\n" % options
+    _, _, judged = judge_request(raw, names, lambda _target: False)
+    assert judged.is_forwarded == [True, False, True, False]
+    assert set(names._remembered) == {b"Host", b"X7", b"X-Kept", b"Connection"}

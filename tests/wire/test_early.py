@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ import pytest
 import trustme
 
 from keyproxy.model import Ending
+from keyproxy.reasons import Reason
 from keyproxy.wire.tls import client_context, server_context
 from tests.rawhttp import OK, Message, Upstream
 from tests.wire.conftest import KEY, Start, Wire, request
@@ -233,3 +235,98 @@ async def test_a_connection_is_not_used_again_while_a_part_of_its_request_is_uns
         assert play.far.written == before
         assert wire.pool.counts()["idle"] == 0
         play.end()
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[tuple[int, list[socket.socket]]]:
+    """An upstream that reads the beginning of a request, ends its side, reads no more and stays: (port, accepted)."""
+    accepted: list[socket.socket] = []
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                sock = listening.accept()[0]
+                accepted.append(sock)
+                sock.recv(1_000)
+                time.sleep(0.3)
+                sock.shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield listening.getsockname()[1], accepted
+        finally:
+            for sock in accepted:
+                sock.close()
+
+
+async def test_an_upstream_that_ends_its_side_and_reads_no_more_fails_the_request_at_once(start: Start) -> None:
+    with deaf() as (port, _):
+        wire = await start(upstream={"url": f"http://127.0.0.1:{port}"})
+        async with wire.client() as client:
+            await client.send(request("POST", "/", f"Content-Length: {10 * len(BODY)}"))
+
+            async def send() -> None:
+                with contextlib.suppress(ConnectionError):
+                    for piece in pieces(is_chunked=False) * 10:
+                        await client.send(piece)
+
+            sending = asyncio.create_task(send())
+            assert (await client.answer()).status == 502
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+    assert {seen.reason for seen in wire.recorder.seen} == {Reason.UPSTREAM_UNREACHABLE}
+
+
+async def test_what_is_kept_back_is_not_looked_at_again_and_again_once_the_upstream_has_ended_its_side(
+    start: Start,
+) -> None:
+    with deaf() as (port, accepted):
+        wire = await start(upstream={"url": f"http://127.0.0.1:{port}"})
+        async with wire.client() as client:
+            await client.send(request("POST", "/", f"Content-Length: {10 * len(BODY)}") + bytes(1_000))
+            async with asyncio.timeout(5):
+                while not wire.pool._open or not accepted:
+                    await asyncio.sleep(0.01)
+            (connection,) = wire.pool._open
+            connection.eof_received = lambda: None  # type: ignore[method-assign]
+            transport = connection._transport
+            assert transport is not None
+            while not transport.get_write_buffer_size():
+                connection._writer.write(bytes(50_000))
+            time.sleep(0.5)  # the upstream ends its side, which the loop has not seen yet
+            connection.send(b"more", is_last=False)
+            await asyncio.sleep(0.1)
+            since = time.process_time()
+            await asyncio.sleep(0.5)
+            assert time.process_time() - since < 0.25
+
+
+async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_lent_again(start: Start) -> None:
+    async def early(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        await asyncio.sleep(5.0 if message.start.startswith("POST /lost") else 0.0)
+        return True
+
+    wire = await start(upstream={"connections_max": 1}, serving=Upstream(early, reads_bodies=False))
+    async with wire.client() as client, wire.client() as other:
+        await client.send(request("POST", "/lost", "Content-Length: 2") + b"1")
+        async with asyncio.timeout(5):
+            while not wire.pool.counts()["busy"]:
+                await asyncio.sleep(0)
+        (connection,) = wire.pool._open
+        transport, exchange = connection._transport, connection._exchange
+        assert transport is not None
+        assert exchange is not None
+        transport.pause_reading()
+        connection._is_paused = True
+        await other.send(request("POST", "/", body=b"x"))
+        await asyncio.sleep(0.2)
+        assert len(wire.pool._turns) == 1
+        exchange.body_arrived(b"2", is_complete=True)
+        # What the event loop does when a write fails.
+        transport.abort()
+        connection.connection_lost(ConnectionResetError())
+        assert [(await one.answer()).status for one in (client, other)] == [200, 200]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -310,6 +311,19 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
                 result = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
                 assert result == {(502, "upstream_unreachable")}
     assert "timed out" in wire.pool.unreachable_because
+
+
+async def test_an_upstream_that_does_not_accept_is_unreachable_also_when_the_event_loop_is_late(start: Start) -> None:
+    with _deaf() as port:
+        wire = await start(upstream={"url": f"http://127.0.0.1:{port}", "connect_timeout_seconds": 0.3})
+        async with wire.client() as client:
+            await client.send(request("POST", "/", body=b"x"))
+            async with asyncio.timeout(5):
+                while not wire.pool.counts()["connecting"]:
+                    await asyncio.sleep(0.001)
+            time.sleep(0.5)  # both the time for connecting and that for waiting pass in one turn
+            answer = await client.answer()
+            assert (answer.status, json.loads(answer.body)["code"]) == (502, "upstream_unreachable")
 
 
 async def test_a_tls_upstream_that_never_finishes_its_handshake_is_unreachable(start: Start) -> None:
