@@ -188,7 +188,8 @@ class Exchange:
     async def in_turns(self, advance: Callable[[], bool]) -> None:
         """Call this until it returns True or the exchange is over, and let other work go on between two calls.
 
-        Of all exchanges only one is called at a time, so that many of them hold others up no longer than one.
+        Of all exchanges only one is called at a time, so that many of them hold others up no longer than one; and
+        users take turns, so that the many of one user leave those of others their time.
         """
         raise NotImplementedError
 
