@@ -309,7 +309,7 @@ class OutlineScanner:
         if len(self._open) >= DEPTH_MAX:
             raise JsonError("it is nested too deeply")
         here = Container(self._value_start, kept, is_object=is_object)
-        if not is_object and name == self._counted:
+        if not is_object and name == self._counted and parent is not None and parent.kept is self.document:
             here.name = name
         self._open.append(here)
         self._at += 1

@@ -6,6 +6,7 @@ as `source`, an object of type base64 with `data`.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import orjson
@@ -13,7 +14,16 @@ import orjson
 #: The names that make a part, by how they stand in the body.
 PART_NAMES: Final = {name.encode(): name for name in ("type", "image_url", "source", "url", "data")}
 
-_DATA_URL: Final = b"data:image/"
+
+def _spelt(character: str) -> bytes:
+    """A pattern for a character as it is, or escaped: PHP and others escape each slash."""
+    code = b"%04x" % ord(character)
+    digits = b"".join([b"[%b%b]" % (digit.lower(), digit.upper()) for digit in (code[at : at + 1] for at in range(4))])
+    return rb"(?:%b|\\u%b%b)" % (re.escape(character.encode()), digits, rb"|\\/" if character == "/" else b"")
+
+
+#: How the URL of an image that is sent along begins, in a JSON text.
+_DATA_URL: Final = re.compile(b"".join([_spelt(character) for character in "data:image/"]))
 
 
 class Container:
@@ -46,9 +56,9 @@ class Container:
             if value and self.type not in media:
                 self.type = str(orjson.loads(b'"%b"' % value))
         elif name == "image_url":
-            self.inline_bytes = value_bytes if head.startswith(_DATA_URL) else 0
+            self.inline_bytes = value_bytes if _DATA_URL.match(head) else 0
         elif name == "url":
-            self.url_bytes = value_bytes if head.startswith(_DATA_URL) else 0
+            self.url_bytes = value_bytes if _DATA_URL.match(head) else 0
         elif name == "data":
             self.data_bytes = value_bytes
 

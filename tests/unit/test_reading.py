@@ -53,7 +53,8 @@ members = st.dictionaries(
     max_size=8,
 )
 options = st.fixed_dictionaries(
-    {}, optional={"stream_options": st.none() | st.dictionaries(st.sampled_from(["include_usage", "x"]), values)}
+    {},
+    optional={"stream_options": st.none() | st.dictionaries(st.sampled_from(["include_usage", "prompt", "x"]), values)},
 )
 
 
@@ -136,6 +137,8 @@ def test_what_is_found_does_not_depend_on_the_pieces(
         (b'{"prompt":[[1],[2,3]]}', 2),
         (b'{"prompt":[1,2,3,"a"]}', 1),
         (b'{"a":{"prompt":["a","b"]}}', 1),
+        (b'{"prompt":["a","b"],"stream_options":{"prompt":["a"]}}', 2),
+        (b'{"stream_options":{"prompt":["a","b"]}}', 1),
         (b'{"prompt":[%b"z"]}' % (b'"a",' * 5_000), 5_001),
         (b'{"prompt":[%b[1]]}' % (b"[1,2]," * 5_000), 5_001),
     ],
