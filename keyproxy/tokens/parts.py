@@ -30,12 +30,13 @@ class Container:
     """An open array or object.
 
     `name`: the member that is being read, if its name matters. `count`: elements of an array that was asked for.
-    `type`, `inline_bytes`, `url_bytes`, `data_bytes`: of an object that may be a part of a message, or within one.
+    `type`, `inline_bytes`, `url_bytes`, `data_bytes`: of an object that may be a part of a message, or within one. With
+    several types (`types`) it is taken for the one among `media`, and for no image: readers take the first or the last.
     """
 
     __slots__ = (
         "count", "counts", "data_bytes", "inline_bytes", "is_empty", "is_object", "kept", "name", "start", "type",
-        "url_bytes",
+        "types", "url_bytes",
     )  # fmt: skip
 
     def __init__(self, start: int, kept: dict[str, Any] | None, *, is_object: bool) -> None:
@@ -47,12 +48,13 @@ class Container:
         self.count = 0
         self.counts = False
         self.is_empty = True
-        self.inline_bytes = self.url_bytes = self.data_bytes = 0
+        self.types = self.inline_bytes = self.url_bytes = self.data_bytes = 0
 
     def note(self, value: bytes, head: bytes, value_bytes: int, media: frozenset[str]) -> None:
         """A text is the value of the member that is being read: `value` if it is short, else empty; and its beginning."""
         name = self.name
         if name == "type":
+            self.types += 1
             if value and self.type not in media:
                 self.type = str(orjson.loads(b'"%b"' % value))
         elif name == "image_url":
@@ -66,5 +68,5 @@ class Container:
         """An object is the value of the member that is being read, and has ended."""
         if self.name == "image_url":
             self.inline_bytes = value.url_bytes
-        elif self.name == "source" and value.type == "base64":
+        elif self.name == "source" and value.type == "base64" and value.types == 1:
             self.inline_bytes = self.inline_bytes or value.data_bytes

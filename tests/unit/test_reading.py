@@ -212,6 +212,20 @@ def test_a_long_body_is_read_for_its_own_members(content: bytes, maximum: int | 
     assert (asked.prompt_bound, asked.maximum) == (len(content), maximum)
 
 
+@pytest.mark.parametrize(
+    "types",
+    [('"type":"image","type":"document"', '"type":"base64"'), ('"type":"document","type":"image"', '"type":"base64"'),
+     ('"type":"image","type":"%s"' % ("x" * 300), '"type":"base64"'), ('"type":"image"', '"type":"base64","type":"text"'),
+     ('"type":"image"', '"type":"text","type":"base64"')],
+)  # fmt: skip
+def test_a_part_of_two_types_counts_with_its_bytes(types: tuple[str, str]) -> None:
+    part = '{%s,"source":{%s,"data":"%s"}}' % (*types, "A" * 200_000)
+    content = b'{"messages":[%b]}' % part.encode()
+    assert _read(content).prompt_bound == len(content) + ask.MEDIA_TOKENS
+    single = content.replace(types[0].encode(), b'"type":"image"').replace(types[1].encode(), b'"type":"base64"')
+    assert _read(single).prompt_bound == len(single) + ask.MEDIA_TOKENS - 200_000
+
+
 def _read(content: bytes, block: bytes = JSON) -> ask.TokenAsk:
     one = BodyReading("openai", head(block), content, bytes_max=BODY_BYTES_MAX)
     while not one.advance():
