@@ -17,9 +17,8 @@ PART_NAMES: Final = {name.encode(): name for name in ("type", "image_url", "sour
 
 def _spelt(character: str) -> bytes:
     """A pattern for a character as it is, or escaped: PHP and others escape each slash."""
-    code = b"%04x" % ord(character)
-    digits = b"".join([b"[%b%b]" % (digit.lower(), digit.upper()) for digit in (code[at : at + 1] for at in range(4))])
-    return rb"(?:%b|\\u%b%b)" % (re.escape(character.encode()), digits, rb"|\\/" if character == "/" else b"")
+    slash = rb"|\\/" if character == "/" else b""
+    return rb"(?:%b|\\u(?i:%04x)%b)" % (re.escape(character.encode()), ord(character), slash)
 
 
 #: How the URL of an image that is sent along begins, in a JSON text.
