@@ -41,9 +41,9 @@ class ReadingTurns:
 
     def leave(self) -> None:
         """The turn is over: the next user has it, and all others have theirs before it is this user's again."""
-        waiting = self._waiting
-        if self._user in waiting:
-            waiting.move_to_end(self._user)
+        waiting, last = self._waiting, self._user
+        if last is not None and last in waiting:
+            waiting.move_to_end(last)
         while waiting:
             user = next(iter(waiting))
             queue = waiting[user]

@@ -219,8 +219,8 @@ def test_a_long_body_is_read_for_its_own_members(content: bytes, maximum: int | 
      ('"type":"image"', '"type":"text","type":"base64"')],
 )  # fmt: skip
 def test_a_part_of_two_types_counts_with_its_bytes(types: tuple[str, str]) -> None:
-    part = '{%s,"source":{%s,"data":"%s"}}' % (*types, "A" * 200_000)
-    content = b'{"messages":[%b]}' % part.encode()
+    outer, inner = (text.encode() for text in types)
+    content = b'{"messages":[{%b,"source":{%b,"data":"%b"}}]}' % (outer, inner, b"A" * 200_000)
     assert _read(content).prompt_bound == len(content) + ask.MEDIA_TOKENS
     single = content.replace(types[0].encode(), b'"type":"image"').replace(types[1].encode(), b'"type":"base64"')
     assert _read(single).prompt_bound == len(single) + ask.MEDIA_TOKENS - 200_000
