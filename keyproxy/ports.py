@@ -188,7 +188,8 @@ class Exchange:
     async def in_turns(self, advance: Callable[[], bool]) -> None:
         """Call this until it returns True or the exchange is over, and let other work go on between two calls.
 
-        Only one exchange is called at a time, so that many of them delay others no longer than one does.
+        Only one exchange is called at a time, so that many of them delay others no longer than one does; and users take
+        turns, so that the many requests of one user leave those of others their time.
         """
         raise NotImplementedError
 

@@ -81,5 +81,7 @@ def matters(name: str) -> bool:
 
 
 def _is_ambiguous(name: str) -> bool:
-    """Whether readers differ in treating it as a significant name."""
-    return name not in DECISIVE and name.upper().casefold().replace(_DOT_ABOVE, "") in DECISIVE
+    """Whether readers differ in treating it as a significant name. For those in C a NUL ends a name."""
+    if name in DECISIVE:
+        return False
+    return name.partition("\0")[0].upper().casefold().replace(_DOT_ABOVE, "") in DECISIVE

@@ -309,7 +309,7 @@ class OutlineScanner:
         if len(self._open) >= DEPTH_MAX:
             raise JsonError("it is nested too deeply")
         here = Container(self._value_start, kept, is_object=is_object)
-        if not is_object and name == self._counted:
+        if not is_object and name == self._counted and parent is not None and parent.kept is self.document:
             here.name = name
         self._open.append(here)
         self._at += 1
@@ -321,7 +321,8 @@ class OutlineScanner:
         parent = self._open[-1] if self._open else None
         if here.type in self._media and here.is_object:
             self.parts += 1
-            self.image_bytes += here.inline_bytes if here.type in self._images else 0
+            if here.types == 1 and here.type in self._images:
+                self.image_bytes += here.inline_bytes
         if here.kept is not None and here.kept is not self.document:
             self.expanded_is_empty = here.is_empty
         if here.counts:

@@ -93,12 +93,18 @@ class Exchange(Answering):
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
         """Call this until it returns True or the exchange is over, and let other work go on between two calls."""
+        identity, turns = self.identity, self._server.turns
+        assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
+        owner = (identity.tenant_id, identity.user_id)
         while not self.is_over:
-            async with self._server.turns:
+            await turns.enter(owner)
+            try:
                 if self.is_over or advance():
                     return
                 # The turn is kept until everything else has had one.
                 await asyncio.sleep(0)
+            finally:
+                turns.leave()
 
     def extend(self, permit: Permit) -> None:
         """Go on with a permit that holds more."""

@@ -30,6 +30,7 @@ from keyproxy.wire.listener import Listener
 from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
 from keyproxy.wire.pool import Upstreams
 from keyproxy.wire.readers import RequestReader
+from keyproxy.wire.reading_turns import ReadingTurns
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class ProxyServer:
         #: For bodies that are read whole.
         self.room = Room()
         #: Schedules long work on requests in turns.
-        self.turns = asyncio.Lock()
+        self.turns = ReadingTurns()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
         self._listener: Listener | None = None

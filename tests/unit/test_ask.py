@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keyproxy.headers import FieldNames
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.tokens.ask import MEDIA_TOKENS, TOOLS_TOKENS, TokenAsk, ask_of
+from keyproxy.tokens.ask import MEDIA_TOKENS, PARSED_BYTES_MAX, TOOLS_TOKENS, TokenAsk, ask_of
 from keyproxy.tokens.forwarded import for_metering
 from keyproxy.tokens.names import _MET_MAX, _met
 from keyproxy.tokens.reading import BodyReading
@@ -163,6 +163,8 @@ def test_what_is_wrong_with_a_body_is_named(body: bytes, field: str | None, said
         b'{"max\\u005ftokens":1,"max\\u005ftokens":9}',
         b'{"Max_Tokens":9}',
         b'{"max_tokens":1,"MAX_TOKENS":9}',
+        b'{"max_tokens":1,"max_tokens\\u0000":9}',
+        b'{"max_tokens":1,"N\\u0000 ":9}',
         b'{"max_token\xc5\xbf":9}',
         b'{"max_to\xe2\x84\xaaens":9}',
         b'{"be\xef\xac\x86_of":9}',
@@ -276,6 +278,20 @@ def test_the_prompt_s_bound_is_the_body_s_length_with_media_by_their_own(part: d
     assert ask(body).prompt_bound == len(body) + 2 * bound
     spelt = body.replace(b'"type"', b'"t\\u0079pe"')
     assert ask(spelt).prompt_bound == len(spelt) + 2 * bound
+
+
+@pytest.mark.parametrize("escape", [("/", "\\/"), ("/", "\\u002F"), ("data:i", "\\u0064ata\\u003ai")])
+@pytest.mark.parametrize("image_bytes", [9_000, 90_000])
+def test_an_image_counts_without_its_bytes_however_its_url_is_escaped(
+    escape: tuple[str, str], image_bytes: int
+) -> None:
+    url = "data:image/png;base64," + "A" * image_bytes
+    spelt = url.replace(*escape)
+    for part, said in (('{"url":"%s"}', "image_url"), ('"%s"', "input_image")):
+        body = f'{{"messages":[{{"type":"{said}","image_url":{part % spelt}}}]}}'.encode()
+        bound = ask_of("openai", head(), body) if image_bytes < PARSED_BYTES_MAX else read(body)
+        assert bound is not None
+        assert abs(bound.prompt_bound - (len(body) + MEDIA_TOKENS - len(spelt))) < 12
 
 
 def test_tools_add_what_anthropic_says_of_them() -> None:

@@ -53,7 +53,8 @@ members = st.dictionaries(
     max_size=8,
 )
 options = st.fixed_dictionaries(
-    {}, optional={"stream_options": st.none() | st.dictionaries(st.sampled_from(["include_usage", "x"]), values)}
+    {},
+    optional={"stream_options": st.none() | st.dictionaries(st.sampled_from(["include_usage", "prompt", "x"]), values)},
 )
 
 
@@ -136,6 +137,8 @@ def test_what_is_found_does_not_depend_on_the_pieces(
         (b'{"prompt":[[1],[2,3]]}', 2),
         (b'{"prompt":[1,2,3,"a"]}', 1),
         (b'{"a":{"prompt":["a","b"]}}', 1),
+        (b'{"prompt":["a","b"],"stream_options":{"prompt":["a"]}}', 2),
+        (b'{"stream_options":{"prompt":["a","b"]}}', 1),
         (b'{"prompt":[%b"z"]}' % (b'"a",' * 5_000), 5_001),
         (b'{"prompt":[%b[1]]}' % (b"[1,2]," * 5_000), 5_001),
     ],
@@ -207,6 +210,20 @@ def test_a_long_stream_is_made_to_report_its_usage_and_nothing_else_changes(
 def test_a_long_body_is_read_for_its_own_members(content: bytes, maximum: int | None) -> None:
     asked = _read(content)
     assert (asked.prompt_bound, asked.maximum) == (len(content), maximum)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [('"type":"image","type":"document"', '"type":"base64"'), ('"type":"document","type":"image"', '"type":"base64"'),
+     ('"type":"image","type":"%s"' % ("x" * 300), '"type":"base64"'), ('"type":"image"', '"type":"base64","type":"text"'),
+     ('"type":"image"', '"type":"text","type":"base64"')],
+)  # fmt: skip
+def test_a_part_of_two_types_counts_with_its_bytes(types: tuple[str, str]) -> None:
+    outer, inner = (text.encode() for text in types)
+    content = b'{"messages":[{%b,"source":{%b,"data":"%b"}}]}' % (outer, inner, b"A" * 200_000)
+    assert _read(content).prompt_bound == len(content) + ask.MEDIA_TOKENS
+    single = content.replace(types[0].encode(), b'"type":"image"').replace(types[1].encode(), b'"type":"base64"')
+    assert _read(single).prompt_bound == len(single) + ask.MEDIA_TOKENS - 200_000
 
 
 def _read(content: bytes, block: bytes = JSON) -> ask.TokenAsk:

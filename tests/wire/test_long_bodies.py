@@ -419,3 +419,21 @@ def _read_all(listening: socket.socket, context: ssl.SSLContext) -> bytes:
         tls.sendall(OK)
         tls.unwrap().close()
     return bytes(content)
+
+
+async def test_the_dense_bodies_of_one_user_do_not_keep_those_of_another_waiting(start: Start) -> None:
+    wire = await shared(start, 1 << 28, "u_1", "u_2")
+    body, coding = gzip.compress(hostile(_MIB // 2)["members"], 1), "Content-Encoding: gzip"
+    dense, own = chat(body, coding), chat(body, coding, key=fakes.key(2).reveal())
+    async with contextlib.AsyncExitStack() as stack:
+        many = [await stack.enter_async_context(wire.client()) for _ in range(12)]
+        for client in many:
+            await client.send(dense)
+        await until(lambda: "11 waiting" in repr(wire.server.turns), "all are being read", seconds=20)
+        other = await stack.enter_async_context(wire.client())
+        await other.send(own)
+        assert (await other.answer(seconds=20)).status == 200
+        # It was the last to come, and the first to have been read.
+        assert len(wire.upstream.requests) == 1
+        for client in many:
+            assert (await client.answer(seconds=60)).status == 200

@@ -1,0 +1,61 @@
+"""Whose turn it is to have a long body read: one portion at a time, users taking turns.
+
+Reading a dense body takes a second or two of processor time in all, and a user may have hundreds of them at once. A
+single queue would serve each of them as often as the only body of another user. So every user has a queue, and each
+portion goes to the next user: with n users, a body gets at least one portion in n, whatever the others have sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from typing import Final
+
+from keyproxy.wire.collector import Owner
+
+
+class ReadingTurns:
+    """One turn at a time. `enter` waits for it, `leave` passes it on."""
+
+    def __init__(self) -> None:
+        #: Whose body has the turn.
+        self._user: Owner | None = None
+        #: Users with bodies that wait, the next user first; within a user the body that has waited longest is first.
+        self._waiting: Final[collections.OrderedDict[Owner, collections.deque[asyncio.Future[None]]]] = (
+            collections.OrderedDict()
+        )
+
+    async def enter(self, user: Owner) -> None:
+        """Wait for the turn. Every `enter` that returns needs its `leave`."""
+        if self._user is None:
+            self._user = user
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(user, collections.deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """The turn is over: the next user has it, and all others have theirs before it is this user's again."""
+        waiting, last = self._waiting, self._user
+        if last is not None and last in waiting:
+            waiting.move_to_end(last)
+        while waiting:
+            user = next(iter(waiting))
+            queue = waiting[user]
+            turn = queue.popleft()
+            if not queue:
+                del waiting[user]
+            if not turn.done():
+                self._user = user
+                turn.set_result(None)
+                return
+        self._user = None
+
+    def __repr__(self) -> str:
+        waiting = sum(len(queue) for queue in self._waiting.values())
+        return f"<ReadingTurns of {len(self._waiting)} users, {waiting} waiting>"
