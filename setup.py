@@ -22,8 +22,8 @@ ROOMS = (
     "tokens/rewrite", "tokens/stream",
     "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines",
     "wire/exchange", "wire/framing", "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool",
-    "wire/pressure", "wire/readers", "wire/reading_turns", "wire/request_stream", "wire/request_writer", "wire/server", "wire/shapes",
-    "wire/turns", "wire/upstream",
+    "wire/pressure", "wire/readers", "wire/reading_turns", "wire/request_stream", "wire/request_writer",
+    "wire/server", "wire/shapes", "wire/turns", "wire/upstream",
 )  # fmt: skip
 
 
