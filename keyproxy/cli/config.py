@@ -39,7 +39,8 @@ def check(config_path: Path | None, *, offline: bool) -> None:
     if loaded is not None:
         wrong += checking.problems(loaded, offline=offline)
     if wrong:
-        raise config.ConfigError(wrong)
+        # Overlaps of addresses that need no look-up are found by loading as well.
+        raise config.ConfigError(list(dict.fromkeys(wrong)))
     click.echo("ok")
 
 

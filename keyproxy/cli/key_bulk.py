@@ -177,7 +177,9 @@ def key_import(
     }  # fmt: skip
     call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
     if report.problems:
-        raise Failure(f"{len(report.problems)} rows cannot be used")
+        raise Failure(
+            "1 row cannot be used" if len(report.problems) == 1 else f"{len(report.problems)} rows cannot be used"
+        )
 
 
 async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:

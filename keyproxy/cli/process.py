@@ -74,7 +74,7 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps({"live": live}).decode())
     else:
-        click.echo(", ".join(f"keyproxy {one['command']} (pid {one['pid']}) is live" for one in live))
+        say(probe.told(found))
 
 
 def _chosen(config_path: Path | None, pid: int | None) -> Running:

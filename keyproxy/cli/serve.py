@@ -33,7 +33,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     reads the configuration again: all of it is applied, or none.
     """
     from keyproxy import orders, serving, supervisor
-    from keyproxy.change import ChangeError
+    from keyproxy.change import ChangeError, check_files
 
     superior: socket.socket | None = None
     if owner is not None:
@@ -43,6 +43,10 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     loaded = load(config_path, is_serving=True, read=text)
     settings = loaded.settings
     check_addresses(settings)
+    try:
+        check_files(settings)
+    except ChangeError as error:
+        raise ConfigError([str(error)]) from error
 
     def read(text: str) -> tuple[Settings, str]:
         try:

@@ -205,7 +205,8 @@ async def test_health_follows_the_process_and_not_its_readiness(configure: Confi
     assert (await site.run("health")).status == 1
     async with site.serving() as process:
         assert (await site.ops("/readyz"))[0] == 503
-        assert (await site.run("health")).status == 0
+        told = await site.run("health")
+        assert (told.status, told.out, told.err) == (0, "", f"keyproxy: `keyproxy serve` (pid {process.pid}) is live\n")
         told = await site.run("health", "--json")
         assert told.json == {"live": [{"command": "serve", "pid": process.pid}]}
         process.send_signal(signal.SIGTERM)

@@ -296,7 +296,7 @@ def _deaf() -> Iterator[int]:
 
 @pytest.mark.parametrize("number", [1, 3])
 async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_overloaded(
-    start: Start, number: int
+    start: Start, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with _deaf() as port:
         url = f"http://127.0.0.1:{port}"
@@ -310,6 +310,9 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
                 told = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
                 assert told == {(502, "upstream_unreachable")}
     assert "timed out" in wire.pool.unreachable_because
+    # One line for the outage, which names the upstream.
+    logged = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+    assert logged == [f"the upstream cannot be reached: 127.0.0.1:{port}: timed out"]
 
 
 async def test_a_tls_upstream_that_never_finishes_its_handshake_is_unreachable(start: Start) -> None:
