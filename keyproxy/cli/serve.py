@@ -96,7 +96,7 @@ def _started(proxy: str, ops: str) -> None:
     _log.info("proxy on %s, ops on %s", proxy, ops)
 
 
-@click.command("demo")
+@click.command("demo", short_help="Show all of it with a PostgreSQL and a compute server.")
 @click.option("--once", is_flag=True, help="Play the story once and end; status 1 if any step failed.")
 @click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where the demo keeps its data.")
 def demo_command(directory: Path | None, *, once: bool) -> int:
