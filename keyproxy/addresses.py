@@ -63,7 +63,7 @@ def wrong_with_upstream(value: str) -> str | None:
 def wrong_with_mode(value: str) -> str | None:
     """Return the fault of a unix socket's file mode, or None."""
     if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o600 != 0o600 or int(value, 8) & 0o111:
-        return "must be an octal mode that lets the owner read and write, such as '0600' or '0660'"
+        return "must be an octal mode such as '0600' or '0660': readable and writable by the owner, not executable"
     return None
 
 

@@ -20,6 +20,12 @@ def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
     if route is None:
         raise Refusal(Reason.ROUTE_NOT_ALLOWED)
     if not route.scopes <= identity.scopes:
-        missing = min(route.scopes - identity.scopes)
-        raise Refusal(Reason.SCOPE_INSUFFICIENT, said=f"It needs the scope '{missing}'.", missing_scope=missing)
+        raise _insufficient(sorted(route.scopes - identity.scopes))
     return Grant(identity, route)
+
+
+def _insufficient(missing: list[str]) -> Refusal:
+    """All of them are named: fetching one after the other would take a request for each."""
+    named = ", ".join([f"'{scope}'" for scope in missing])
+    noun = "scope" if len(missing) == 1 else "scopes"
+    return Refusal(Reason.SCOPE_INSUFFICIENT, said=f"It needs the {noun} {named}.", missing_scopes=missing)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from keyproxy import presence
+from keyproxy import presence, streams
 from keyproxy.presence import ADMIN, SERVE
 
 _LIVE: Final = 0
@@ -37,7 +37,7 @@ def check(path: str) -> list[presence.Running]:
     """
     found = _of_file(path) if path else presence.here()
     if not found:
-        raise NotLive("no keyproxy process of this user runs here")
+        raise NotLive("no `keyproxy serve` or `keyproxy admin` of this user runs here")
     for one in found:
         if not presence.is_live(one):
             raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not respond")
@@ -66,7 +66,9 @@ def _of_file(path: str) -> list[presence.Running]:
     except OSError as error:
         raise NotLive(f"{mains}: {error.strerror or error}") from error
     if not found:
-        raise NotLive(f"no keyproxy process of this user serves {mains[SERVE]} or the admin API on {mains[ADMIN]}")
+        raise NotLive(
+            f"no `keyproxy serve` of this user runs on {mains[SERVE]}, and no `keyproxy admin` on {mains[ADMIN]}"
+        )
     return found
 
 
@@ -96,15 +98,24 @@ def is_plain(arguments: Sequence[str]) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """Run `keyproxy health` with arguments that are plain; its status."""
     try:
-        check(arguments[2] if len(arguments) == 3 else os.environ.get("KEYPROXY_CONFIG", ""))
+        found = check(arguments[2] if len(arguments) == 3 else os.environ.get("KEYPROXY_CONFIG", ""))
     except NotLive as error:
         return _end(_NOT_LIVE, str(error))
     except Misused as error:
         return _end(_MISUSED, *error.problems)
-    return _LIVE
+    return _end(_LIVE, told(found))
 
 
-def _end(status: int, *problems: str) -> int:
-    for problem in problems:
-        print(f"keyproxy: {problem}", file=sys.stderr)  # noqa: T201
+def told(found: Sequence[presence.Running]) -> str:
+    """One line for people: which processes are live."""
+    return ", ".join(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) is live" for one in found)
+
+
+def _end(status: int, *lines: str) -> int:
+    try:
+        for line in lines:
+            print(f"keyproxy: {line}", file=sys.stderr)  # noqa: T201
+    except OSError:
+        # The status is the answer, whether or not there is room for the message.
+        streams.abandon(sys.stderr.fileno())
     return status

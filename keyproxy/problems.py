@@ -67,10 +67,9 @@ class Problems:
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
         if status == http.HTTPStatus.UNAUTHORIZED:
             fields.append(f"WWW-Authenticate: {_CHALLENGE}")
-        elif refusal.missing_scope is not None:
-            fields.append(
-                f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{refusal.missing_scope}"'
-            )
+        elif refusal.missing_scopes:
+            missing = " ".join(refusal.missing_scopes)
+            fields.append(f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{missing}"')
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             fields.append(_ALLOW)
         if refusal.retry_after_seconds is not None:

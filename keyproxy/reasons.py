@@ -270,7 +270,7 @@ class Refusal(Exception):
     """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
 
     `is_said_alone`: `said` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
-    `missing_scope` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
+    `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
     `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
     the wait is until the limit's reset. `is_held`: a window is not spent; requests in flight reserve what is left of it,
     and may give it back at any moment. Neither text may hold anything that came with the request unless it was
@@ -285,7 +285,7 @@ class Refusal(Exception):
         said: str = "",
         is_said_alone: bool = False,
         field: str | None = None,
-        missing_scope: str | None = None,
+        missing_scopes: Sequence[str] = (),
         retry_after_seconds: int | None = None,
         limit: LimitState | None = None,
         applied: Sequence[LimitState] = (),
@@ -297,7 +297,7 @@ class Refusal(Exception):
         self.said = said
         self.is_said_alone = is_said_alone
         self.field = field
-        self.missing_scope = missing_scope
+        self.missing_scopes = missing_scopes
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
         self.is_held = is_held

@@ -37,7 +37,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group("audit")
+@click.group("audit", short_help="The audit log: every change, before and after.")
 def audit_group() -> None:
     """The audit log: every change, by whom, from where, before and after."""
 
@@ -67,7 +67,7 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
     call.tell(call.run(work), _COLUMNS)
 
 
-@audit_group.command("export")
+@audit_group.command("export", short_help="Write changes as JSON lines, the oldest first.")
 @_filters
 @click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with an id greater than N.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",

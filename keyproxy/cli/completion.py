@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 _SHELLS: Final = ("bash", "zsh", "fish")
 
 
-@click.command("completion")
+@click.command("completion", short_help="Print a script for a shell's completion.")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion_command(context: click.Context, shell: str) -> None:

@@ -12,12 +12,12 @@ from keyproxy import config
 from keyproxy.cli.setting import config_option, json_option, load
 
 
-@click.group("config")
+@click.group("config", short_help="Check or show the configuration, or print an example.")
 def config_group() -> None:
     """Check the configuration, show its effective values, or print an example."""
 
 
-@config_group.command("check")
+@config_group.command("check", short_help="Check whether the configuration can be used.")
 @config_option
 @click.option("--offline", is_flag=True, help="Do not connect to the database.")
 def check(config_path: Path | None, *, offline: bool) -> None:
@@ -39,7 +39,8 @@ def check(config_path: Path | None, *, offline: bool) -> None:
     if loaded is not None:
         wrong += checking.problems(loaded, offline=offline)
     if wrong:
-        raise config.ConfigError(wrong)
+        # Overlaps of addresses that need no look-up are found by loading as well.
+        raise config.ConfigError(list(dict.fromkeys(wrong)))
     click.echo("ok")
 
 
@@ -64,7 +65,7 @@ def show(config_path: Path | None, *, as_json: bool) -> None:
         click.echo(f"{key:<{width}} = {shown}  # {source}")
 
 
-@config_group.command("example")
+@config_group.command("example", short_help="Print a file with every key and its default.")
 @config_option
 def example(config_path: Path | None) -> None:
     """Print an example configuration file with every key and its default.

@@ -15,7 +15,7 @@ LIMIT_COLUMNS: Final = (
 )  # fmt: skip
 
 
-@click.command("explain")
+@click.command("explain", short_help="Show whether a request with a key would pass, and why.")
 @click.argument("key_id", metavar="ID")
 @click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Of the request.")
 @click.option("--path", required=True, metavar="PATH", help="Of the request, such as /v1/ai/jobs.")

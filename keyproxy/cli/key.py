@@ -77,7 +77,7 @@ def key_list(
     call.tell(call.run(lambda directory: _listed(directory, wanted, order)), KEY_COLUMNS)
 
 
-@key_group.command("stale")
+@key_group.command("stale", short_help="List working keys that were not used for some time.")
 @click.option("--unused", required=True, callback=span, metavar="TIME", help="Not used for so long, such as 30d.")
 @click.option("--user", "user_id", metavar="USER", help="Only this user's.")
 @click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's.")

@@ -33,7 +33,7 @@ _file_argument = click.argument(
 )  # fmt: skip
 
 
-@click.command("revoke-all")
+@click.command("revoke-all", short_help="Revoke many keys for good, of a user, tenant or age.")
 @click.option("--user", "user_id", metavar="USER", help="This user's keys.")
 @click.option("--tenant", "tenant_id", metavar="TENANT", help="The keys of this tenant's users.")
 @click.option("--older-than", callback=span, metavar="TIME", help="Keys issued longer ago than that.")
@@ -75,7 +75,7 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
     return count
 
 
-@click.command("issue-many")
+@click.command("issue-many", short_help="Issue a key for each row of a CSV or JSON file.")
 @_file_argument
 @click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
 @click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
@@ -178,7 +178,9 @@ def key_import(
     }  # fmt: skip
     call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
     if report.problems:
-        raise Failure(f"{len(report.problems)} rows cannot be used")
+        raise Failure(
+            "1 row cannot be used" if len(report.problems) == 1 else f"{len(report.problems)} rows cannot be used"
+        )
 
 
 async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:

@@ -19,7 +19,7 @@ _LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
 _STDIN: Final = "-"
 
 
-@click.command("report-leaked")
+@click.command("report-leaked", short_help="Revoke every key in a text on stdin.")
 @click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
 @click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
 @takes_call
@@ -46,7 +46,7 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
         say(reason_given)
 
 
-@click.command("whose")
+@click.command("whose", short_help="Show whose key, hint, id or name something is.")
 @click.argument("text", metavar="TEXT")
 @takes_call
 def key_whose(call: Call, text: str) -> None:

@@ -41,7 +41,7 @@ def _whole(_context: click.Context, _parameter: click.Parameter, value: str | No
     if value is None or value == _NONE:
         return value
     if not _NUMBER.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is neither a whole number of at least 0 nor {_NONE}")
+        raise click.BadParameter(f"{value!r} is neither a whole number, such as 1000, nor {_NONE}")
     digits = value.lstrip("0") or "0"
     # Counted before it is read: Python refuses to read thousands of digits.
     if len(digits) > len(str(LIMIT_MAX)) or int(digits) > LIMIT_MAX:

@@ -14,7 +14,7 @@ from keyproxy.config import ConfigError
 from keyproxy.presence import Running
 
 
-@click.command("drain")
+@click.command("drain", short_help="Drain a running proxy and end it, as SIGTERM does.")
 @click.option("--wait", "waits", is_flag=True, help="Return when the process has drained and exited.")
 @click.option("--pid", type=int, help="Which one, if several share the address.")
 @config_option
@@ -53,7 +53,7 @@ def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_
         say(f"the proxy (pid {one.pid}) {'has drained and exited' if waits else 'is draining and will exit'}")
 
 
-@click.command("health")
+@click.command("health", short_help="Exit with 0 if the running process is live.")
 @config_option
 @json_option
 def health_command(config_path: Path | None, *, as_json: bool) -> None:
@@ -73,7 +73,7 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps({"live": live}).decode())
     else:
-        click.echo(", ".join(f"keyproxy {one['command']} (pid {one['pid']}) is live" for one in live))
+        say(probe.told(found))
 
 
 def _chosen(config_path: Path | None, pid: int | None) -> Running:

@@ -20,7 +20,7 @@ _COLUMNS: Final = (
 )  # fmt: skip
 
 
-@click.command("remind")
+@click.command("remind", short_help="Send the reminders that are due.")
 @click.option(
     "--dry-run", is_flag=True, help="Only list what would be sent, and what was tried and is still to be sent."
 )

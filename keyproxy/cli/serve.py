@@ -33,7 +33,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     reloads the configuration: all of it is applied, or none.
     """
     from keyproxy import orders, serving, supervisor
-    from keyproxy.change import ChangeError
+    from keyproxy.change import ChangeError, check_files
 
     superior: socket.socket | None = None
     if owner is not None:
@@ -43,6 +43,10 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     loaded = load(config_path, is_serving=True, read=text)
     settings = loaded.settings
     check_addresses(settings)
+    try:
+        check_files(settings)
+    except ChangeError as error:
+        raise ConfigError([str(error)]) from error
 
     def read(text: str) -> tuple[Settings, str]:
         try:
@@ -92,7 +96,7 @@ def _started(proxy: str, ops: str) -> None:
     _log.info("proxy on %s, ops on %s", proxy, ops)
 
 
-@click.command("demo")
+@click.command("demo", short_help="Show all of it with a PostgreSQL and a compute server.")
 @click.option("--once", is_flag=True, help="Play the story once and end; status 1 if any step failed.")
 @click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where the demo keeps its data.")
 def demo_command(directory: Path | None, *, once: bool) -> int:

@@ -176,7 +176,7 @@ async def check_schema(dsn: str) -> None:
     try:
         state = await migrations.state(dsn)
     except StoreUnavailable as error:
-        _log.warning("%s: starting all the same; nobody is let in before it answers", error)
+        _log.warning("%s: starting anyway; requests are refused until the database responds", error)
         return
     except migrations.MigrationError as error:
         _log.warning("%s", error)

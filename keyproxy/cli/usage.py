@@ -45,7 +45,7 @@ def usage_group() -> None:
     """Show usage per user, and the state of limit windows."""
 
 
-@usage_group.command("show")
+@usage_group.command("show", short_help="Show requests, refusals and tokens.")
 @_filters
 @click.option("--day", callback=instant, metavar="DAY", help="On this day, UTC: 2026-01-31.")
 @click.option("--by", multiple=True, type=click.Choice(DIMENSIONS), help="Sum by this; repeatable. Default: by all.")
@@ -75,7 +75,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         say(f"these are the first {_ROWS_MAX} rows: ask for less, or use `keyproxy usage export`")
 
 
-@usage_group.command("windows")
+@usage_group.command("windows", short_help="Show how the limits of a user and its tenant stand.")
 @click.option("--user", required=True, metavar="USER", help="Its limits and its tenant's.")
 @click.option("--test", "is_test", is_flag=True, help="Of test traffic.")
 @takes_call
@@ -90,7 +90,7 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     call.tell(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
 
 
-@usage_group.command("export")
+@usage_group.command("export", short_help="Write sums or events to stdout.")
 @_filters
 @click.option("--format", "form", type=click.Choice(("jsonl", "csv", "cloudevents")), default="jsonl",
               show_default=True, help="CloudEvents 1.0 are one per request, as with --events.")  # fmt: skip

@@ -57,7 +57,7 @@ class Lease:
         "granted", "interval_seconds", "is_aging", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
         "need", "number",
         "others_held", "pace", "paced_mono", "piece", "plan", "policy", "retry_mono", "returned", "seen_available",
-        "spent", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
+        "spent_apart", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, plan: Plan, now_mono: float) -> None:
@@ -90,7 +90,9 @@ class Lease:
         self.empty_until_mono = 0.0
         self.retry_mono = 0.0
         self.is_wanted_until = 0.0
-        self.spent = self.others_held = 0
+        #: What the window has spent beside `used`, as of the ledger's last reply: by others, and by earlier leases.
+        self.spent_apart = 0
+        self.others_held = 0
         #: Units per second, and since when and from what it was measured.
         self.pace = 0.0
         self.paced_mono = now_mono
@@ -106,6 +108,11 @@ class Lease:
     def is_rate(self) -> bool:
         """Whether it is units of a rate."""
         return self.interval_seconds > 0.0
+
+    @property
+    def spent(self) -> int:
+        """What is spent of the window, with what was used here since the ledger replied."""
+        return self.spent_apart + self.used
 
     @property
     def outstanding(self) -> int:
@@ -176,6 +183,7 @@ class Lease:
     def begin_anew(self) -> None:
         """All of it was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
+        self.spent_apart += self.used
         self.granted = self.used = self.returned = self.confirmed = self.free = 0
         self.taken_before = self.touched_taken = self.low = 0
         self.ends_mono = math.inf
@@ -259,7 +267,7 @@ class Lease:
             self.touched_mono = heard_mono
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
-        self.spent = reply.spent
+        self.spent_apart = reply.spent - line.used
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
         self.seen_available = max(0, self.limit - reply.spent - reply.held)
         if reply.is_wanted:

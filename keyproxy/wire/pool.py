@@ -230,7 +230,7 @@ class UpstreamPool:
 
     def _connect_failed(self, why: str, *, is_our_limit: bool) -> None:
         if not self.unreachable_because:
-            _log.warning("the upstream cannot be reached: %s", why)
+            _log.warning("the upstream cannot be reached: %s: %s", self._address.path or self.host.decode(), why)
         self.unreachable_because = why
         # Without any open connection no waiting exchange can be served: waiting longer would not help.
         failed = 1 if self._open else len(self._turns)

@@ -63,7 +63,7 @@ def show(context: ssl.SSLContext, certificate_file: str, key_file: str) -> None:
         context.load_cert_chain(certificate_file, key_file or None, password=_no_password)
     except (OSError, ssl.SSLError, ValueError) as error:
         files = f"{certificate_file} with {key_file}" if key_file else certificate_file
-        raise TlsError(f"{files}: {_why(error)}") from error
+        raise TlsError(f"{files}: {_why_unusable(error, key_file)}") from error
 
 
 def client_context(ca_file: str = "") -> ssl.SSLContext:
@@ -126,6 +126,17 @@ def _escaped(value: str) -> str:
 
 def _no_password() -> str:
     raise ValueError("the key is encrypted, and there is nobody to ask for its password")
+
+
+def _why_unusable(error: BaseException, key_file: str) -> str:
+    """OpenSSL names its own functions; the two mistakes that operators make most are put into words."""
+    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+        return "the key does not belong to the certificate"
+    if isinstance(error, ssl.SSLError) and not error.reason:
+        if key_file:
+            return "the first holds no certificate in PEM, or the second no private key"
+        return "it does not hold both a certificate and its private key in PEM; name the key's own file in tls_key_file"
+    return _why(error)
 
 
 def _why(error: BaseException) -> str:

@@ -126,6 +126,29 @@ async def test_files_that_are_not_there_are_named(configure: Configure, dsn: str
         assert f"/nowhere/{name}.pem: No such file" in output.err
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("with_key", "sentence"),
+    [
+        ("other", "the key does not belong to the certificate"),
+        ("itself", "the first holds no certificate in PEM, or the second no private key"),
+        ("", "name the key's own file in tls_key_file"),
+    ],
+)
+async def test_a_certificate_without_its_key_is_bad_configuration_and_says_so(
+    configure: Configure, dsn: str, make_certificate: MakeCertificate, workers: int, with_key: str, sentence: str
+) -> None:
+    certificate, _ = make_certificate("one")
+    _, other = make_certificate("other")
+    key = {"other": other, "itself": certificate, "": ""}[with_key]
+    listen = {"tls_certificate_file": certificate, "tls_key_file": key, "workers": workers}
+    site = configure(dsn, listen=listen)
+    for command in (("config", "check"), ("serve",)):
+        output = await site.run(*command)
+        assert (output.status, output.out, len(output.err.splitlines())) == (2, "", 1), command
+        assert sentence in output.err
+
+
 @pytest.mark.parametrize("is_old", [False, True])
 async def test_before_migrate_every_command_asks_for_it(configure: Configure, empty_dsn: str, is_old: bool) -> None:
     site = configure(empty_dsn)

@@ -205,7 +205,9 @@ async def test_health_follows_the_process_and_not_its_readiness(configure: Confi
     assert (await site.run("health")).status == 1
     async with site.serving() as process:
         assert (await site.ops("/readyz"))[0] == 503
-        assert (await site.run("health")).status == 0
+        result = await site.run("health")
+        line = f"keyproxy: `keyproxy serve` (pid {process.pid}) is live\n"
+        assert (result.status, result.out, result.err) == (0, "", line)
         result = await site.run("health", "--json")
         assert result.json == {"live": [{"command": "serve", "pid": process.pid}]}
         process.send_signal(signal.SIGTERM)

@@ -189,6 +189,22 @@ def test_a_window_is_held_while_requests_in_flight_may_give_it_back_and_spent_wh
         assert is_held or refusal.retry_after_seconds == 43_200
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_window_is_spent_as_soon_as_its_last_request_has_ended_also_if_the_ledger_has_not_heard_of_it(
+    process: Process, ends: bool
+) -> None:
+    allowance = under(Plan(requests_per_day=2))
+    process.used(process.take(allowance))
+    last = process.take(allowance)
+    process.sync()
+    assert process.refused(allowance).is_held
+    if ends:
+        process.used(last)
+    refusal = process.refused(allowance)
+    assert (refusal.is_held, refusal.is_futile) == (not ends, ends)
+    assert (refusal.retry_after_seconds == 43_200) is ends
+
+
 @pytest.mark.parametrize(("need", "is_spent"), [(41, True), (40, False)])
 def test_tokens_that_would_fit_if_all_in_flight_came_back_are_held(
     fleet: Fleet, process: Process, need: int, is_spent: bool

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+from keyproxy import cli
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.scopes import TELLS
 from keyproxy.reasons import Reason
@@ -108,3 +110,12 @@ def test_the_page_of_the_admin_api_tells_every_problem_and_every_scope() -> None
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
         *TELLS.items(), ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
     }  # fmt: skip
+
+
+GROUPS = [cli.root, *(one for one in cli.root.commands.values() if isinstance(one, click.Group))]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=[group.name or "" for group in GROUPS])
+def test_lists_of_commands_are_not_cut_in_a_terminal_of_80_columns(group: click.Group) -> None:
+    listed = group.get_help(click.Context(group, terminal_width=80)).partition("Commands:")[2]
+    assert [line for line in listed.splitlines() if line.endswith("...")] == []

@@ -77,9 +77,10 @@ def test_the_fields_that_a_status_asks_for_are_there_and_no_others(reason: Reaso
     assert ("Retry-After" in told) == (status in (429, 503))
 
 
-def test_a_missing_scope_is_named_in_the_challenge() -> None:
-    told = fields(Problems().answer(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scope="jobs:write"), "r-1"))
-    assert told["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="jobs:write"'
+@pytest.mark.parametrize("missing", [["jobs:write"], ["jobs:read", "jobs:write"]])
+def test_all_missing_scopes_are_named_in_the_challenge(missing: list[str]) -> None:
+    told = fields(Problems().answer(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
+    assert told["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{" ".join(missing)}"'
 
 
 @pytest.mark.parametrize(("wait", "told"), [(0, "0"), (1, "1"), (3600, "3600")])

@@ -51,15 +51,16 @@ async def test_a_refusal_is_told_as_a_problem_with_its_code_and_a_request_id(
     assert wire.recorder.seen[0].ending is Ending.REFUSED
 
 
-async def test_a_missing_scope_is_named_in_the_challenge(start: Start) -> None:
-    routes = RouteTable([("POST /v1/ai/jobs", Route("POST /v1/ai/jobs", frozenset({"jobs:admin"})))])
+async def test_all_missing_scopes_are_named_in_the_challenge(start: Start) -> None:
+    needed = frozenset({"jobs:admin", "jobs:delete"})
+    routes = RouteTable([("POST /v1/ai/jobs", Route("POST /v1/ai/jobs", needed))])
     wire = await start(routes=routes)
     async with wire.client() as client:
         await client.send(request("POST", "/v1/ai/jobs"))
         answer = await client.answer()
         assert (answer.status, json.loads(answer.body)["code"]) == (403, "insufficient_scope")
-        assert (
-            answer.one("WWW-Authenticate") == 'Api-Key realm="keyproxy", error="insufficient_scope", scope="jobs:admin"'
+        assert answer.one("WWW-Authenticate") == (
+            'Api-Key realm="keyproxy", error="insufficient_scope", scope="jobs:admin jobs:delete"'
         )
         await client.send(request("GET", "/other"))
         assert json.loads((await client.answer()).body)["code"] == "route_not_allowed"

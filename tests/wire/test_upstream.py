@@ -297,7 +297,7 @@ def _deaf() -> Iterator[int]:
 
 @pytest.mark.parametrize("number", [1, 3])
 async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_overloaded(
-    start: Start, number: int
+    start: Start, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with _deaf() as port:
         url = f"http://127.0.0.1:{port}"
@@ -311,6 +311,9 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
                 result = {(answer.status, json.loads(answer.body)["code"]) for answer in answers}
                 assert result == {(502, "upstream_unreachable")}
     assert "timed out" in wire.pool.unreachable_because
+    # One line for the outage, which names the upstream.
+    logged = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+    assert logged == [f"the upstream cannot be reached: 127.0.0.1:{port}: timed out"]
 
 
 async def test_an_upstream_that_does_not_accept_is_unreachable_also_when_the_event_loop_is_late(start: Start) -> None:
