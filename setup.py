@@ -20,10 +20,10 @@ ROOMS = (
     "tokens/answer", "tokens/ask", "tokens/document", "tokens/forwarded", "tokens/inflate", "tokens/json_grammar",
     "tokens/meter", "tokens/names", "tokens/outline", "tokens/parts", "tokens/reading", "tokens/report", "tokens/scan",
     "tokens/rewrite", "tokens/stream",
-    "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/deadlines",
+    "wire/answering", "wire/answers", "wire/beginnings", "wire/client", "wire/context", "wire/deadlines",
     "wire/exchange", "wire/framing", "wire/heads", "wire/line", "wire/outflow", "wire/pace", "wire/places", "wire/pool",
     "wire/pressure", "wire/readers", "wire/reading_turns", "wire/request_stream", "wire/request_writer",
-    "wire/server", "wire/shapes", "wire/turns", "wire/upstream",
+    "wire/server", "wire/shapes", "wire/turns", "wire/upstream", "wire/upstream_user",
 )  # fmt: skip
 
 

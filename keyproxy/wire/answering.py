@@ -11,25 +11,24 @@ Where an answer comes from, and what becomes of the request meanwhile, is the ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from keyproxy import headers, ports
+from keyproxy import headers
 from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import answers
+from keyproxy.wire.context import ServerContext
 from keyproxy.wire.framing import LAST_CHUNK, chunk
 from keyproxy.wire.heads import has_no_body
+from keyproxy.wire.line import ClientLine
+from keyproxy.wire.pool import PoolUser
 
 _CONTINUE: Final = 100
 
-if TYPE_CHECKING:
-    from keyproxy.wire.client import ClientConnection
 
-
-class Answering(ports.Exchange):
+class Answering(PoolUser):
     """See the module. An exchange is one, and says what it is to have ended."""
 
-    is_tunnel: bool = False
     _answer: ResponseHead | None = None
     _has_begun_status_line: bool = False
     #: Whether only the end of the connection marks the end of the response.
@@ -42,7 +41,8 @@ class Answering(ports.Exchange):
 
     def __init__(
         self,
-        client: ClientConnection,
+        client: ClientLine,
+        server: ServerContext,
         head: RequestHead | None,
         request_id: bytes,
         started_mono: float,
@@ -55,9 +55,9 @@ class Answering(ports.Exchange):
         `content`: what has arrived of the body already; `is_complete`: whether that is all of it.
         """
         self._client = client
-        self._server = client.server
+        self._server = server
         #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
-        self._gate = client.server.gate
+        self._gate = server.gate
         self.head = head
         self.peer = client.forwarding
         self.request_id = request_id

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final, cast
 
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.framing import FramingError
@@ -22,9 +23,6 @@ from keyproxy.wire.line import OPEN, ClientLine, State
 from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS
 from keyproxy.wire.request_stream import RequestStream
 from keyproxy.wire.tls import certificate_subject
-
-if TYPE_CHECKING:
-    from keyproxy.wire.server import ProxyServer
 
 #: Bytes of later requests that are held while an answer is under way.
 _PIPELINED_BYTES_MAX: Final = 65_536
@@ -40,7 +38,7 @@ _log = logging.getLogger(__name__)
 class ClientConnection(ClientLine):
     """See the module."""
 
-    def __init__(self, server: ProxyServer) -> None:
+    def __init__(self, server: ServerContext) -> None:
         super().__init__(server.clock, server.listen.body_idle_timeout_seconds)
         self.server = server
         self.exchange: Exchange | None = None
@@ -307,7 +305,9 @@ class ClientConnection(ClientLine):
         head, content = begun
         is_complete = stream.body.is_complete
         request_id = server.gate.request_id(head)
-        exchange = self.exchange = Exchange(self, head, request_id, now, content=content, is_complete=is_complete)
+        exchange = self.exchange = Exchange(
+            self, server, head, request_id, now, content=content, is_complete=is_complete
+        )
         if not (head.has_body and self._is_too_large(exchange)):
             if is_complete:
                 self.deadline = NO_DEADLINE
@@ -346,7 +346,7 @@ class ClientConnection(ClientLine):
     def _refuse_without_exchange(self, refusal: Refusal) -> None:
         """Refuse what never became a request. It is recorded like any other."""
         server = self.server
-        exchange = self.exchange = Exchange(self, None, server.gate.request_id(None), server.clock())
+        exchange = self.exchange = Exchange(self, server, None, server.gate.request_id(None), server.clock())
         exchange.refuse(refusal)
 
     def _defect(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from keyproxy import headers
 from keyproxy.model import ANSWERED, Ending, Permit
@@ -24,10 +24,8 @@ from keyproxy.wire import answers
 from keyproxy.wire.answering import Answering
 from keyproxy.wire.collector import Collector
 from keyproxy.wire.framing import LAST_CHUNK, chunk
-
-if TYPE_CHECKING:
-    from keyproxy.wire.pool import UpstreamPool
-    from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire.pool import UpstreamPool
+from keyproxy.wire.upstream import UpstreamConnection
 
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
 _PENDING_BYTES_MAX: Final = 65_536

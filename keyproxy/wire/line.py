@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from keyproxy.headers import Forwarding
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.outflow import Outflow
 
@@ -46,6 +47,8 @@ OPEN: Final = State.OPEN
 class ClientLine(asyncio.Protocol):
     """See the module. `close_seconds`: how long a client that reads nothing may hold up the close."""
 
+    forwarding: Forwarding
+
     def __init__(self, clock: Callable[[], float], close_seconds: float) -> None:
         self.deadline = NO_DEADLINE
         self._clock = clock
@@ -57,6 +60,25 @@ class ClientLine(asyncio.Protocol):
         self._has_ended = False
         self._lingered_bytes = 0
         self._lingers_until = 0.0
+
+    def deadline_passed(self, now: float) -> None:
+        """See `deadlines`."""
+        raise NotImplementedError
+
+    # -- what the exchange on it calls
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the client does not read what was sent to it."""
+        raise NotImplementedError
+
+    def enter_tunnel(self) -> None:
+        """From now on bytes travel as they are."""
+        raise NotImplementedError
+
+    def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
+        """The response has been written, or given up."""
+        raise NotImplementedError
 
     def send(self, data: bytes) -> None:
         """Write to the client."""

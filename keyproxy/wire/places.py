@@ -13,10 +13,7 @@ from __future__ import annotations
 import collections
 import heapq
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from keyproxy.wire.client import ClientConnection
+from typing import Final, Protocol
 
 #: For how long a connection keeps its place without a request, and with one, or a handshake, that goes no further.
 SPARED_SECONDS: Final = 0.02
@@ -29,15 +26,30 @@ _BATCH_MIN: Final = 16
 _BATCH_DIVISOR: Final = 32
 
 
+class Place(Protocol):
+    """What is asked of a client connection. `quiet_since`: since when its client has done nothing to keep its place."""
+
+    has_place: bool
+    quiet_since: float
+
+    def spared_until(self, now: float) -> float:
+        """Until when it keeps its place though others want it."""
+        ...
+
+    def give_up_place(self) -> None:
+        """Another client gets the place: end at once."""
+        ...
+
+
 class Quiet:
     """The connections that leave first. `is_soon`: there is none now, and in a moment there will be."""
 
     def __init__(self) -> None:
         self.is_soon = False
-        self._batch: collections.deque[tuple[float, ClientConnection]] = collections.deque()
+        self._batch: collections.deque[tuple[float, Place]] = collections.deque()
         self._next_look_mono = 0.0
 
-    def first(self, connections: Collection[ClientConnection], now: float) -> ClientConnection | None:
+    def first(self, connections: Collection[Place], now: float) -> Place | None:
         """The connection to close first; None if none can be closed."""
         found = self._still_first(now)
         if found is None and now >= self._next_look_mono:
@@ -45,7 +57,7 @@ class Quiet:
             found = self._still_first(now)
         return found
 
-    def _still_first(self, now: float) -> ClientConnection | None:
+    def _still_first(self, now: float) -> Place | None:
         batch = self._batch
         while batch:
             since, connection = batch[0]
@@ -54,7 +66,7 @@ class Quiet:
             batch.popleft()
         return None
 
-    def _look(self, connections: Collection[ClientConnection], now: float) -> None:
+    def _look(self, connections: Collection[Place], now: float) -> None:
         soonest, found = float("inf"), []
         for connection in connections:
             if connection.has_place:

@@ -28,10 +28,10 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.settings import Upstream as UpstreamSettings
 from keyproxy.wire import pressure
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.turns import Turns
-from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire.upstream import ConnectionOwner, UpstreamConnection
+from keyproxy.wire.upstream_user import UpstreamUser
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,15 @@ class Address(NamedTuple):
         return cls(parts.hostname or "", port, "", parts.netloc.encode("ascii"), is_tls)
 
 
-class UpstreamPool:
+class PoolUser(UpstreamUser):
+    """What the pool calls on an exchange besides what a connection does."""
+
+    def connected(self, upstream: UpstreamConnection) -> None:
+        """A connection is lent to this exchange."""
+        raise NotImplementedError
+
+
+class UpstreamPool(ConnectionOwner):
     """See the module. `repr` shows what it holds."""
 
     def __init__(
@@ -95,9 +103,9 @@ class UpstreamPool:
         self._idle: collections.deque[UpstreamConnection] = collections.deque()
         self._open: set[UpstreamConnection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
-        self._turns: Turns[Exchange] = Turns(settings.connections_max, settings.connections_per_user_max)
+        self._turns: Turns[PoolUser] = Turns(settings.connections_max, settings.connections_per_user_max)
         #: Exchanges that wait and ask for a tunnel.
-        self._tunnels_waiting: set[Exchange] = set()
+        self._tunnels_waiting: set[PoolUser] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._is_retired = False
@@ -115,7 +123,7 @@ class UpstreamPool:
             self._turns.take(owner, now)
         return connection
 
-    def wait(self, exchange: Exchange, owner: Owner) -> None:
+    def wait(self, exchange: PoolUser, owner: Owner) -> None:
         """Tell the exchange when it has a connection, or why it gets none."""
         now = self.clock()
         if exchange.asks_for_tunnel:
@@ -137,7 +145,7 @@ class UpstreamPool:
             else:
                 self._make_room(now)
 
-    def wait_no_more(self, exchange: Exchange) -> None:
+    def wait_no_more(self, exchange: PoolUser) -> None:
         """The exchange ended while it waited."""
         self._turns.leave(exchange)
         self._tunnels_waiting.discard(exchange)
@@ -252,7 +260,7 @@ class UpstreamPool:
 
     # -- lending
 
-    def _queue(self, exchange: Exchange, owner: Owner, now: float) -> bool:
+    def _queue(self, exchange: PoolUser, owner: Owner, now: float) -> bool:
         """Have the exchange wait. If the queue is full of one user's, the last of those leaves. False: it is full."""
         if self._turns.wait(owner, exchange, now):
             return True

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
+from typing import Final, TypeVar
 
 from keyproxy.model import Owner
 from keyproxy.wire.turns import Turns
+from keyproxy.wire.upstream import UpstreamConnection
 
-if TYPE_CHECKING:
-    from keyproxy.wire.exchange import Exchange
-    from keyproxy.wire.upstream import UpstreamConnection
+User = TypeVar("User")
 
 #: How long connections may become free by themselves before what a user holds beyond a share ends: this part of the time
 #: that an exchange waits for a connection, and no longer than this.
@@ -27,7 +26,7 @@ _PATIENT_SECONDS_MAX: Final = 1.0
 
 
 def end_what_hardly_moves(
-    connections: Collection[UpstreamConnection], turns: Turns[Exchange], now: float, patience_seconds: float, *,
+    connections: Collection[UpstreamConnection], turns: Turns[User], now: float, patience_seconds: float, *,
     is_full: bool,
 ) -> None:  # fmt: skip
     """End what has hardly moved for longer than `patience_seconds`, as far as that helps an exchange that waits."""
@@ -39,7 +38,7 @@ def end_what_hardly_moves(
 
 
 def end_beyond_share(
-    connections: Collection[UpstreamConnection], turns: Turns[Exchange], now: float, patience_seconds: float, *,
+    connections: Collection[UpstreamConnection], turns: Turns[User], now: float, patience_seconds: float, *,
     connecting: int,
 ) -> None:  # fmt: skip
     """End requests of users beyond their share, as far as users below theirs have waited long enough."""

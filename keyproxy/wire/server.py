@@ -14,7 +14,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from keyproxy import clock as clock_room
 from keyproxy.headers import FieldNames, TrustRule
@@ -24,8 +24,10 @@ from keyproxy.settings import Listen
 from keyproxy.wire import answers
 from keyproxy.wire.client import ClientConnection
 from keyproxy.wire.collector import Room
+from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.handshake import Accepted
+from keyproxy.wire.line import ClientLine
 from keyproxy.wire.listener import Listener
 from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
 from keyproxy.wire.pool import Upstreams
@@ -66,7 +68,7 @@ class Terms:
     tls: ssl.SSLContext | None = None
 
 
-class ProxyServer:
+class ProxyServer(ServerContext):
     """See the module."""
 
     def __init__(
@@ -124,23 +126,25 @@ class ProxyServer:
             self._exhausted += before.exhausted
             before.stop()
 
-    def admit(self, connection: ClientConnection) -> bool:
+    def admit(self, connection: ClientLine) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
-        self._connections.add(connection)
-        self._deadlines.watch(connection)
+        admitted = cast("ClientConnection", connection)
+        self._connections.add(admitted)
+        self._deadlines.watch(admitted)
         self._all_gone.clear()
         if self._places >= self.listen.connections_max and not self._evict(self.clock()):
             return False
         self._places += 1
-        connection.has_place = True
+        admitted.has_place = True
         return True
 
-    def forget(self, connection: ClientConnection) -> None:
+    def forget(self, connection: ClientLine) -> None:
         """The connection is lost."""
-        self._deadlines.forget(connection)
-        self._connections.discard(connection)
-        if connection.has_place:
-            connection.has_place = False
+        lost = cast("ClientConnection", connection)
+        self._deadlines.forget(lost)
+        self._connections.discard(lost)
+        if lost.has_place:
+            lost.has_place = False
             self._places -= 1
         if not self._connections:
             self._all_gone.set()

@@ -11,21 +11,21 @@ import asyncio
 import dataclasses
 import logging
 import ssl
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Callable
+from typing import Final, cast
 
 from keyproxy.headers import Kind
 from keyproxy.model import Owner, ResponseHead
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.settings import Upstream as UpstreamSettings
 from keyproxy.wire.beginnings import HEAD_END, check_response_beginning
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.framing import Body, ChunkedBody, CountedBody, EndlessBody, FramingError, NoBody
 from keyproxy.wire.heads import SWITCHING_PROTOCOLS, has_no_body
+from keyproxy.wire.readers import ResponseReader
 from keyproxy.wire.request_writer import KEPT_BYTES_MAX, RequestWriter
 from keyproxy.wire.tls import was_closed
-
-if TYPE_CHECKING:
-    from keyproxy.wire.exchange import Exchange
-    from keyproxy.wire.pool import UpstreamPool
+from keyproxy.wire.upstream_user import UpstreamUser
 
 HEAD_BYTES_MAX: Final = 65_536
 _INTERIM_MAX: Final = 16
@@ -36,10 +36,27 @@ _ERROR: Final = 400
 _log = logging.getLogger(__name__)
 
 
+class ConnectionOwner:
+    """What a connection requires of the pool that owns it."""
+
+    host: bytes
+    clock: Callable[[], float]
+    settings: UpstreamSettings
+    responses: ResponseReader
+
+    def release(self, connection: UpstreamConnection, now: float) -> None:
+        """A connection is free."""
+        raise NotImplementedError
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """A connection is lost."""
+        raise NotImplementedError
+
+
 class UpstreamConnection(asyncio.Protocol):
     """See the module. Lives in exactly one place: lent to an exchange, idle in the pool, or closed."""
 
-    def __init__(self, pool: UpstreamPool, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: ConnectionOwner, loop: asyncio.AbstractEventLoop) -> None:
         self.host = pool.host
         self.deadline = NO_DEADLINE
         self.idle_since = 0.0
@@ -49,7 +66,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool = pool
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._exchange: Exchange | None = None
+        self._exchange: UpstreamUser | None = None
         self._method = b""
         self._buffer = b""
         self._like: ResponseHead | None = None
@@ -129,7 +146,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- what the exchange asks for
 
-    def begin(self, exchange: Exchange, data: bytes, method: bytes, now: float, *, is_last: bool) -> None:
+    def begin(self, exchange: UpstreamUser, data: bytes, method: bytes, now: float, *, is_last: bool) -> None:
         """Lend the connection to this exchange and write the first bytes of its request."""
         self._exchange = exchange
         self._method = method
@@ -295,7 +312,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- reading
 
-    def _read(self, exchange: Exchange, buffer: bytes, now: float) -> None:
+    def _read(self, exchange: UpstreamUser, buffer: bytes, now: float) -> None:
         body = self._body
         checked_bytes = len(self._buffer)
         while body is None:

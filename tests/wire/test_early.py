@@ -17,6 +17,7 @@ import trustme
 
 from keyproxy.model import Ending
 from keyproxy.reasons import Reason
+from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.tls import client_context, server_context
 from tests.rawhttp import OK, Message, Upstream
 from tests.wire.conftest import KEY, Start, Wire, request
@@ -319,7 +320,7 @@ async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_le
         (connection,) = wire.pool._open
         transport, exchange = connection._transport, connection._exchange
         assert transport is not None
-        assert exchange is not None
+        assert isinstance(exchange, Exchange)
         transport.pause_reading()
         connection._is_paused = True
         await other.send(request("POST", "/", body=b"x"))

@@ -1,0 +1,45 @@
+"""What all connections of one proxied port share. `server` sets it, and replaces it on a reload."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from keyproxy.headers import TrustRule
+from keyproxy.ports import Gate, Recorder
+from keyproxy.problems import Problems
+from keyproxy.settings import Listen
+from keyproxy.wire.collector import Room
+from keyproxy.wire.line import ClientLine
+from keyproxy.wire.pool import Upstreams
+from keyproxy.wire.readers import RequestReader
+from keyproxy.wire.reading_turns import ReadingTurns
+
+
+class ServerContext:
+    """See the module."""
+
+    clock: Callable[[], float]
+    gate: Gate
+    is_draining: bool
+    listen: Listen
+    loop: asyncio.AbstractEventLoop
+    problems: Problems
+    recorder: Recorder
+    requests: RequestReader
+    room: Room
+    trust: TrustRule
+    turns: ReadingTurns
+    upstreams: Upstreams
+
+    def admit(self, connection: ClientLine) -> bool:
+        """Register a new connection. False if it is over the bound and has to be turned away."""
+        raise NotImplementedError
+
+    def forget(self, connection: ClientLine) -> None:
+        """The connection is lost."""
+        raise NotImplementedError
+
+    def date_line(self) -> bytes:
+        """The Date line of a response that is sent now."""
+        raise NotImplementedError

@@ -1,0 +1,68 @@
+"""What an upstream connection, and the pool that it comes from, call on an exchange. The exchange implements it."""
+
+from __future__ import annotations
+
+from keyproxy import ports
+from keyproxy.model import ResponseHead
+from keyproxy.reasons import Refusal
+
+
+class UpstreamUser(ports.Exchange):
+    """See the module."""
+
+    is_tunnel: bool = False
+
+    @property
+    def asks_for_tunnel(self) -> bool:
+        """Whether the request is a WebSocket handshake."""
+        raise NotImplementedError
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the upstream has begun to respond."""
+        raise NotImplementedError
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether the request may be sent again without harm."""
+        raise NotImplementedError
+
+    def upstream_lost(self, refusal: Refusal) -> None:
+        """No connection could be had, or the upstream failed before its response was complete."""
+        raise NotImplementedError
+
+    def answer_begins(self, answer: ResponseHead, now: float) -> None:
+        """The head of the response."""
+        raise NotImplementedError
+
+    def interim_arrived(self, head: ResponseHead) -> None:
+        """An interim (1xx) response."""
+        raise NotImplementedError
+
+    def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
+        """The next content of the response, and whether it was the last."""
+        raise NotImplementedError
+
+    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+        """The upstream accepted the WebSocket handshake."""
+        raise NotImplementedError
+
+    def close_tunnel(self) -> None:
+        """One side of the tunnel has ended."""
+        raise NotImplementedError
+
+    def pause_request(self) -> None:
+        """The upstream does not read fast enough."""
+        raise NotImplementedError
+
+    def resume_request(self) -> None:
+        """The upstream reads again."""
+        raise NotImplementedError
+
+    def is_read_slowly(self, now: float, *, for_seconds: float) -> bool:
+        """Whether the client has read the response so slowly for so long that it holds up the upstream's connection."""
+        raise NotImplementedError
+
+    def give_way(self, refusal: Refusal) -> None:
+        """End for the sake of others."""
+        raise NotImplementedError
