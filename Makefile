@@ -84,7 +84,7 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt config.exa
 # `bin/pytest`, not `python -m pytest`, and the package imported before pytest puts this directory on the path: otherwise
 # the sources here would be found before what is installed.
 test-compiled: compiled
-	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest -p keyproxy.gateway $(or $(ARGS),tests/unit tests/wire tests/store)
+	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest -p keyproxy.gateway $(or $(ARGS),tests/ai tests/auth tests/http tests/limits tests/metrics tests/wire tests/store)
 
 hashes: setup
 	requirements/hash.sh

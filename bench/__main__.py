@@ -22,7 +22,7 @@ from bench import load
 from bench.load import Result
 from bench.peers import METERED_BODY, METERED_PATH, PATH, Peer, family, free_port, nginx_upstream, peers
 from bench.site import Site, machine, site
-from keyproxy.keyformat import KeyFormat
+from keyproxy.auth.api_key import KeyFormat
 
 _OURS = "keyproxy"
 _COMPILED = "keyproxy, compiled"

@@ -19,11 +19,13 @@ import uvloop
 
 from bench.load import rss_mib
 from bench.site import machine
-from keyproxy import clock, settings
+from keyproxy.config import schema
 from keyproxy.model import KeyDigest, Missing
+from keyproxy.platform import clock
 from keyproxy.reasons import Refusal
-from keyproxy.store import embedded, migrations
-from keyproxy.store.assembly import Store
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations
+from keyproxy.store.store import Store
 
 _BATCH = 2_000
 _SELF = [int(Path("/proc/self").resolve().name)]
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     print(machine())
     with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory:
-        server = embedded.start(Path(directory) / "pg", {"fsync": "off"})
+        server = embedded_postgres.start(Path(directory) / "pg", {"fsync": "off"})
         try:
             uvloop.run(migrations.migrate(server.dsn()))
             uvloop.run(_measure(server.dsn(), options.keys, options.strangers))
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await fill(dsn, keys)
     store = Store(
-        settings.Store(), settings.Cache(), settings.Ledger(), settings.Usage(),
+        schema.Store(), schema.Cache(), schema.Ledger(), schema.Usage(),
         dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
     )  # fmt: skip
     await store.open()

@@ -29,11 +29,12 @@ import asyncpg
 import uvloop
 
 from bench.site import machine
-from keyproxy import settings
-from keyproxy.limits.messages import Line, Pool, Window
-from keyproxy.store import embedded, migrations
-from keyproxy.store.backends import ledger_backend
-from keyproxy.store.database import Database
+from keyproxy.config import schema
+from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.ledger.select_backend import ledger_backend
+from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres.database import Database
 
 _USERS = 2_000
 _UNITS = 20
@@ -134,7 +135,7 @@ def _print(rows: dict[tuple[str, int, int], list[Row]]) -> None:
 
 
 def _servers(stack: contextlib.ExitStack, home: Path, redis_server: str) -> Servers:
-    server = embedded.start(home / "pg", {})
+    server = embedded_postgres.start(home / "pg", {})
     stack.callback(server.stop)
     uvloop.run(migrations.migrate(server.dsn()))
     postgres = int(next(home.rglob("postmaster.pid")).read_text().split()[0])
@@ -189,7 +190,7 @@ def _process(backend: str, dsn: str, lines: int, seconds: float, start: float, s
 async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float, seed: int) -> Run:
     database = Database(dsn, pool_size_max=2, statement_timeout_seconds=30.0)
     await database.open()
-    ledger = ledger_backend(database, settings.Ledger(backend=backend, lease_seconds=60.0))
+    ledger = ledger_backend(database, schema.Ledger(backend=backend, lease_seconds=60.0))
     holder, serial, chance = f"{os.getpid()}-{time.time()}", 0, random.Random(seed)
     granted = [0] * _USERS
     windows = [Window(Pool("user", f"user_{number}", False), "requests_per_day") for number in range(_USERS)]

@@ -19,33 +19,36 @@ from typing import Final, cast
 
 import uvloop
 
-from keyproxy import admission, clock, credential, headers, settings
+from keyproxy.auth import authorization, credentials
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.config import schema
 from keyproxy.gateway import Gateway
-from keyproxy.headers import FieldNames, TrustRule
-from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.http import headers
+from keyproxy.http.error_responses import Problems
+from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.limits.allowance import Allowance, TokenNeed
-from keyproxy.limits.book import Book, Short
-from keyproxy.limits.messages import Reply
+from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.ledger_protocol import Reply
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Patience, Permit, RequestHead
+from keyproxy.platform import clock
 from keyproxy.ports import Exchange
-from keyproxy.problems import Problems
-from keyproxy.store.claims import Claims, ClaimStore
-from keyproxy.store.database import Database
-from keyproxy.store.identities import FeedState, IdentityCache
-from keyproxy.store.last_used import LastUsed
-from keyproxy.store.ledger import Ledger
-from keyproxy.store.ledger_backend import LedgerBackend
-from keyproxy.store.usage import UsageJournal
-from keyproxy.wire.client import ClientConnection
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.ledger.backend import LedgerBackend
+from keyproxy.store.ledger.charge_dedup import Claims, ClaimStore
+from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.journal import UsageJournal
+from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.pool import UpstreamPool, Upstreams
-from keyproxy.wire.readers import RequestReader, ResponseReader
+from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from keyproxy.wire.server import ProxyServer, Terms
-from keyproxy.wire.shapes import LEARNT_AFTER
-from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire.upstream.connection import UpstreamConnection
+from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 
 _CALLS = 5_000
 _ROUNDS = 7
@@ -97,7 +100,7 @@ def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCac
     """The cache that a proxy has, with one key in it, fresh for as long as this takes."""
     database = cast("Database", _OneKey(plan))
     cache = IdentityCache(
-        database, settings.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
+        database, schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
         last_used=LastUsed(database), header_prefix="X-Keyproxy-", look_ups_max=1, now=clock.now,
     )  # fmt: skip
     try:
@@ -168,12 +171,12 @@ class Bench:
         self.identity = identities.known(SECRET.digest(), clock.now())
         self.limits = self.identity.allowance
         tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
-        rows = (settings.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
-        self.routes = settings.Settings(routes=rows).route_table()
+        rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
+        self.routes = schema.Settings(routes=rows).route_table()
         # None of them is started, so that nothing is said to a database or a ledger.
-        self.ledger = Ledger(cast("LedgerBackend", None), settings.Ledger(), clock.now)
-        claims = Claims(cast("ClaimStore", None), self.ledger, settings.Ledger(), clock.now)
-        self.usage = UsageJournal(cast("Database", None), settings.Usage(), clock.now, settle_seconds=1.0)
+        self.ledger = Ledger(cast("LedgerBackend", None), schema.Ledger(), clock.now)
+        claims = Claims(cast("ClaimStore", None), self.ledger, schema.Ledger(), clock.now)
+        self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
         if self.limits is not None:
             grant(self.ledger.book, self.limits)
         self.log = AccessLog(null, wall_offset=clock.wall_offset)
@@ -185,14 +188,14 @@ class Bench:
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
-            "http://127.0.0.1:9", settings.Upstream(), ResponseReader(self.names), deadlines,
+            "http://127.0.0.1:9", schema.Upstream(), ResponseReader(self.names), deadlines,
             clock=clock.monotonic, loop=loop,
         )  # fmt: skip
         self.upstream = UpstreamConnection(pool, loop)
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Terms(settings.Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
+            Terms(schema.Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
             recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
         )  # fmt: skip
         self.client = ClientConnection(self.server)
@@ -215,7 +218,7 @@ class Bench:
     def forget(self) -> None:
         """Let go of the usage that was gathered, as if it had been written."""
         self.recorder.count_pending()
-        self.usage = UsageJournal(cast("Database", None), settings.Usage(), clock.now, settle_seconds=1.0)
+        self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
 
 
 def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object]]:
@@ -229,7 +232,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         head, answer = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
     now = clock.now()
     route = bench.routes.match(head.line.method, head.line.path)
-    permit = Permit(admission.admit(bench.identity, route, now))
+    permit = Permit(authorization.admit(bench.identity, route, now))
     forwarding = bench.server.trust.forwarding("127.0.0.1", is_tls=False)
     next_raw = itertools.cycle(raws).__next__
     return {
@@ -237,7 +240,9 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "1 read": lambda: reader.read(other_head, end + 1, head),
         "1 read, the same bytes again": lambda: reader.read(head_bytes, end, head),
         "2 present": lambda: present(head),
-        "4 admit": lambda: admission.admit(bench.identity, bench.routes.match(head.line.method, head.line.path), now),
+        "4 admit": lambda: authorization.admit(
+            bench.identity, bench.routes.match(head.line.method, head.line.path), now
+        ),
         "6 dress": lambda: headers.dress(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
@@ -250,7 +255,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
 def present(head: RequestHead) -> None:
     """As on a connection that has not presented this key before."""
     head.digest = None
-    credential.digest(head)
+    credentials.digest(head)
 
 
 def timed(calls: Mapping[str, Callable[[], object]], *benches: Bench) -> dict[str, float]:

@@ -22,9 +22,9 @@ import uvloop
 
 from bench.peers import PATH, free_port, nginx_upstream
 from bench.site import Site, machine, site
-from keyproxy.keyformat import KeyFormat
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Directory, KeyWish
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.postgres.database import Database
 
 #: How long a key is used before it is revoked: every proxy knows it by then.
 _KNOWN_SECONDS = 0.5

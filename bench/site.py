@@ -15,10 +15,11 @@ from pathlib import Path
 import uvloop
 
 from bench.peers import METERED_PATH, PATH, free_port, running
-from keyproxy.keyformat import KeyFormat
-from keyproxy.store import embedded, migrations
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Directory, KeyWish
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres.database import Database
 
 _CONFIG = """
 [listen]
@@ -61,7 +62,7 @@ _LIMITS = {
 class Site:
     """A database with keys, before which proxies are started."""
 
-    def __init__(self, home: Path, server: embedded.EmbeddedServer, upstream: int) -> None:
+    def __init__(self, home: Path, server: embedded_postgres.EmbeddedServer, upstream: int) -> None:
         self.home = home
         self.dsn = server.dsn()
         self.upstream = upstream
@@ -136,7 +137,7 @@ class Site:
 @contextlib.contextmanager
 def site(home: Path, upstream: int) -> Iterator[Site]:
     """A site over an embedded PostgreSQL in `home`."""
-    server = embedded.start(home / "pg", {"fsync": "off"})
+    server = embedded_postgres.start(home / "pg", {"fsync": "off"})
     try:
         uvloop.run(migrations.migrate(server.dsn()))
         yield Site(home, server, upstream)

@@ -20,11 +20,13 @@ import uvloop
 from bench.cache import digest, fill
 from bench.load import rss_mib
 from bench.site import machine
-from keyproxy import clock, settings
+from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import Missing, Patience
-from keyproxy.store import embedded, migrations
-from keyproxy.store.assembly import Store
+from keyproxy.platform import clock
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations
+from keyproxy.store.store import Store
 
 _BATCH = 2_000
 _SELF = [int(Path("/proc/self").resolve().name)]
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     print(machine())
     with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory:
-        server = embedded.start(Path(directory) / "pg", {"fsync": "off"})
+        server = embedded_postgres.start(Path(directory) / "pg", {"fsync": "off"})
         try:
             uvloop.run(migrations.migrate(server.dsn()))
             uvloop.run(_measure(server.dsn(), options.users))
@@ -60,8 +62,8 @@ async def _measure(dsn: str, users: int) -> None:
     await connection.close()
     store = Store(
         # A look-up is waited for by 2,000 at once here; leases are held for as long as it takes.
-        settings.Store(statement_timeout_seconds=30.0), settings.Cache(fresh_seconds=600.0),
-        settings.Ledger(lease_seconds=60.0), settings.Usage(),
+        schema.Store(statement_timeout_seconds=30.0), schema.Cache(fresh_seconds=600.0),
+        schema.Ledger(lease_seconds=60.0), schema.Usage(),
         dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
     )  # fmt: skip
     await store.open()

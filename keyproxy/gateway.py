@@ -15,16 +15,18 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
-from keyproxy import admission, credential, headers, idempotency, metering
-from keyproxy.idempotency import Fingerprint
-from keyproxy.keyformat import KeyFormat
+from keyproxy import token_accounting
+from keyproxy.ai.responses.meter import Meter
+from keyproxy.ai.responses.select_meter import meter_for
+from keyproxy.auth import authorization, credentials
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.http import headers, idempotency_key
+from keyproxy.http.idempotency_key import Fingerprint
+from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience, Permit, RequestHead, ResponseHead
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
-from keyproxy.routes import RouteTable
-from keyproxy.tokens.answer import meter_for
-from keyproxy.tokens.meter import Meter
 
 _log = logging.getLogger(__name__)
 
@@ -71,27 +73,27 @@ class Gateway(Gate):
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be decided")
         now = self._now()
-        digest = exchange.digest = credential.digest(head)
+        digest = exchange.digest = credentials.digest(head)
         try:
             identity = self._identities.known(digest, now, is_first_look=is_first_look)
         except Refusal:
             # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
-            credential.checked(head, self._key_format)
+            credentials.checked(head, self._key_format)
             raise
         except Missing as missing:
-            raise self._identities.fetching(credential.checked(head, self._key_format), missing) from None
+            raise self._identities.fetching(credentials.checked(head, self._key_format), missing) from None
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
-        grant = admission.admit(identity, exchange.route, now)
+        grant = authorization.admit(identity, exchange.route, now)
         allowance = identity.allowance
         if head.fields.has_idempotency_key and allowance is not None and exchange.fingerprint is None:
             # Of the body as it came: before anything is read or changed of it.
-            exchange.fingerprint = idempotency.fingerprint(identity, head, exchange.body)
+            exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         need = None
         if grant.route.tokens is not NO_TOKENS:
             if exchange.ask is None and allowance is not None:
                 self._check_limits(exchange, allowance, now)
-            need = metering.need(exchange, grant.route)
+            need = token_accounting.need(exchange, grant.route)
         if allowance is None:
             return Permit(grant)
         if exchange.fingerprint is not None:
@@ -101,7 +103,7 @@ class Gateway(Gate):
     def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
         """Refuse a request that a limit refuses regardless of its body, before waiting for the body or reading it."""
         fingerprint = exchange.fingerprint
-        asks = exchange.reading is None and not metering.is_read_at_once(exchange)
+        asks = exchange.reading is None and not token_accounting.is_read_at_once(exchange)
         if fingerprint is None:
             self._ledger.check(allowance, now, asks=asks)
             return
@@ -195,7 +197,7 @@ class Gateway(Gate):
         now = self._now()
         try:
             identity = self._identities.known(exchange.digest, now, is_first_look=False)
-            admission.admit(identity, exchange.route, now)
+            authorization.admit(identity, exchange.route, now)
         except Refusal as refusal:
             if refusal.reason.value.blame is Blame.CALLER:
                 exchange.refuse(refusal)
@@ -211,7 +213,7 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None:
             return
-        tokens = 0 if exchange.ask is None else metering.charge(exchange, permit)
+        tokens = 0 if exchange.ask is None else token_accounting.charge(exchange, permit)
         if permit.hold is None:
             return
         fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
@@ -234,7 +236,7 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None or permit.hold is None or exchange.is_over:
             return
-        tokens, is_used_up = metering.outlives(exchange, permit.hold)
+        tokens, is_used_up = token_accounting.outlives(exchange, permit.hold)
         if not tokens:
             return
         try:
@@ -272,7 +274,7 @@ class Gateway(Gate):
 
     def holds_key(self, target: bytes) -> bool:
         """Whether a request target has a key in it."""
-        return credential.holds_key(target, self._key_format)
+        return credentials.holds_key(target, self._key_format)
 
     def request_id(self, head: RequestHead | None) -> bytes:
         """The client's own request id if it is sane, else a new one: unique, not secret."""

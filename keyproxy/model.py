@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, NewType
 
-from keyproxy.compiling import mypyc_attr
 from keyproxy.limits.allowance import Allowance, Hold
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason
 
 #: SHA-256 of the whole key, 32 bytes. What is cached, stored and compared; the key itself goes no further.

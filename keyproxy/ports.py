@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from keyproxy.compiling import mypyc_attr
-from keyproxy.headers import Forwarding
-from keyproxy.idempotency import Fingerprint
-from keyproxy.keyformat import SecretKey
+from keyproxy.ai.requests.body_reading import BodyReading
+from keyproxy.ai.requests.request_bound import TokenAsk
+from keyproxy.ai.responses.meter import Meter
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.http.headers import Forwarding
+from keyproxy.http.idempotency_key import Fingerprint
+from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
     ANSWERED,
@@ -31,11 +34,8 @@ from keyproxy.model import (
     Route,
     TokenUse,
 )
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.routes import KNOWN_METHODS
-from keyproxy.tokens.ask import TokenAsk
-from keyproxy.tokens.meter import Meter
-from keyproxy.tokens.reading import BodyReading
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

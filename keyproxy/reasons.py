@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from keyproxy.ratelimit import LimitState
+from keyproxy.limit_state import LimitState
 
 
 class Blame(enum.Enum):

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from hypothesis import Phase, settings
 
 from keyproxy import gateway
-from keyproxy.store import embedded, migrations, scratch
-from keyproxy.store.database import Database
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations, scratch_databases
+from keyproxy.store.postgres.database import Database
 from tests import server as servers
 from tests.server import Server
+
+# How properties are searched for: a slow machine is no defect, and a run leaves no files behind.
+settings.register_profile(
+    "keyproxy", deadline=None, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink]
+)
+settings.load_profile("keyproxy")
 
 _TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
 
@@ -52,10 +60,10 @@ def postgres() -> Iterator[Server]:
     if given is not None:
         asyncio.run(_make_template(given))
         yield given
-        asyncio.run(scratch.drop(given.dsn("postgres"), _TEMPLATE))
+        asyncio.run(scratch_databases.drop(given.dsn("postgres"), _TEMPLATE))
         return
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
-        server = embedded.start(Path(directory), _FAST)
+        server = embedded_postgres.start(Path(directory), _FAST)
         try:
             asyncio.run(_make_template(server))
             yield server
@@ -67,18 +75,18 @@ def postgres() -> Iterator[Server]:
 async def dsn(postgres: Server) -> AsyncIterator[str]:
     """A migrated, empty database of this test's own."""
     name = f"test_{secrets.token_hex(6)}"
-    await scratch.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
+    await scratch_databases.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
     yield postgres.dsn(name)
-    await scratch.drop(postgres.dsn("postgres"), name)
+    await scratch_databases.drop(postgres.dsn("postgres"), name)
 
 
 @pytest.fixture
 async def empty_dsn(postgres: Server) -> AsyncIterator[str]:
     """A database of this test's own, without any schema."""
     name = f"test_{secrets.token_hex(6)}"
-    await scratch.create(postgres.dsn("postgres"), name)
+    await scratch_databases.create(postgres.dsn("postgres"), name)
     yield postgres.dsn(name)
-    await scratch.drop(postgres.dsn("postgres"), name)
+    await scratch_databases.drop(postgres.dsn("postgres"), name)
 
 
 @pytest.fixture
@@ -101,5 +109,5 @@ def corpora() -> Path:
 
 
 async def _make_template(server: Server) -> None:
-    await scratch.create(server.dsn("postgres"), _TEMPLATE)
+    await scratch_databases.create(server.dsn("postgres"), _TEMPLATE)
     await migrations.migrate(server.dsn(_TEMPLATE))

@@ -10,15 +10,15 @@ from typing import Protocol
 
 import pytest
 
-from keyproxy import headers
-from keyproxy.keyformat import SecretKey
-from keyproxy.limits.messages import Line, Pool, Window
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.http import headers
+from keyproxy.limits.ledger_protocol import Line, Pool, Window
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.ledger_backend import LedgerBackend
-from keyproxy.store.ledger_postgres import WindowState
+from keyproxy.store.ledger.backend import LedgerBackend
+from keyproxy.store.ledger.postgres_backend import WindowState
+from keyproxy.store.postgres.database import StoreUnavailable
 from tests import fakes
 from tests.reference_ledger import ReferenceLedger
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import asyncpg
 
-from keyproxy.store import pg_launcher
+from keyproxy.store.embedded import launcher
 from tests import server
 
 _START_SECONDS = 60.0
@@ -51,8 +51,8 @@ def serving(programs: Path) -> Iterator[str]:
         home, password = Path(directory), secrets.token_hex(16)
         secret = home / "password"
         secret.write_text(password, encoding="ascii")
-        probe = [sys.executable, "-I", "-S", pg_launcher.__file__, "--probe"]
-        if subprocess.run(probe, timeout=20, check=False).returncode == pg_launcher.NOBODY:
+        probe = [sys.executable, "-I", "-S", launcher.__file__, "--probe"]
+        if subprocess.run(probe, timeout=20, check=False).returncode == launcher.NOBODY:
             for path in (home, secret):
                 os.chown(path, pwd.getpwnam("nobody").pw_uid, -1)
         _run(programs / "initdb", "--pgdata", str(home / "data"), "--username", server.ROLE, "--encoding", "UTF8",
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _launched(program: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-I", "-S", pg_launcher.__file__, str(os.getpid()), str(program), *arguments]
+    return [sys.executable, "-I", "-S", launcher.__file__, str(os.getpid()), str(program), *arguments]
 
 
 def _run(program: Path, *arguments: str) -> None:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from keyproxy import credential, headers
-from keyproxy.keyformat import KeyFormat, SecretKey
+from keyproxy.auth import credentials
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.http import headers
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.book import Book, Short
-from keyproxy.limits.messages import Pool
+from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange, Identities, Ledger, Recorder
@@ -23,7 +24,7 @@ FORMAT = KeyFormat()
 
 def holds_key(target: bytes) -> bool:
     """Whether a request target has a key in it."""
-    return credential.holds_key(target, FORMAT)
+    return credentials.holds_key(target, FORMAT)
 
 
 def key(number: int = 0, *, is_test: bool = False) -> SecretKey:

@@ -1,6 +1,7 @@
 """The rules of claims in plain Python: what was charged, and what a batch is answered.
 
-The fake of ClaimStore for tests that need no server; tests/store/test_claims.py holds PostgreSQL to the same.
+The fake of ClaimStore for tests that need no server. PostgreSQL is held to the same by
+tests/store/ledger/test_charge_dedup.py.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from keyproxy.store.claims import Answer, Claim
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.ledger.charge_dedup import Answer, Claim
+from keyproxy.store.postgres.database import StoreUnavailable
 
 KEPT_SECONDS = 24 * 3600.0
 

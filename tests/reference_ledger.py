@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from keyproxy.limits.messages import CONCURRENCY, Line, Reply, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, Line, Reply, Window
 
 _WANTED_SECONDS = 2.0
 

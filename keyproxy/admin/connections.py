@@ -8,10 +8,10 @@ from typing import Final
 
 from aiohttp import web
 
-from keyproxy import connections
 from keyproxy.admin.problems import Problem, Refused, body
-from keyproxy.connections import Bounds
-from keyproxy.ops import Unreadable
+from keyproxy.process import http_connections
+from keyproxy.process.http_connections import Bounds
+from keyproxy.process.ops_listener import Unreadable
 
 __all__ = ["BOUNDS", "Bounds", "Connections"]
 
@@ -22,7 +22,7 @@ _http_log.addFilter(Unreadable())
 BOUNDS: Final = Bounds()
 
 
-class Connections(connections.Connections):
+class Connections(http_connections.Connections):
     """Connections to the admin API."""
 
     def __init__(self, server: web.Server, bounds: Bounds) -> None:
@@ -35,5 +35,5 @@ def _full() -> bytes:
     return (
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 2\r\n"
         b"%bX-Request-Id: %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-        % (connections.date_line(), request_id.encode("ascii"), len(content), content)
+        % (http_connections.date_line(), request_id.encode("ascii"), len(content), content)
     )

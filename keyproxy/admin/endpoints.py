@@ -12,13 +12,13 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-from keyproxy.admin.accepted import Accepted, NoQuery, Paged
 from keyproxy.admin.problems import FieldError, Problem, Refused
+from keyproxy.admin.schemas.request_models import Accepted, NoQuery, Paged
 from keyproxy.admin.scopes import Scope
-from keyproxy.route_review import scope_warnings
-from keyproxy.settings import Settings
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Directory, Entity
+from keyproxy.config.route_review import scope_warnings
+from keyproxy.config.schema import Settings
+from keyproxy.store.directory.directory import Directory, Entity
+from keyproxy.store.postgres.database import Database
 
 
 class Terms(NamedTuple):

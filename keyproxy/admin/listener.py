@@ -15,15 +15,15 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from keyproxy.admin import openapi, reference
+from keyproxy.admin import docs_page, openapi
 from keyproxy.admin.connections import BOUNDS, Bounds, Connections
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem, Refused, rendered
-from keyproxy.admin.reading import BODY_BYTES_MAX
+from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
 from keyproxy.metrics.control import CONTENT_TYPE, Traffic
-from keyproxy.store.database import StoreUnavailable
+from keyproxy.store.postgres.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class AdminListener:
 def _told() -> tuple[bytes, str, str]:
     """(the OpenAPI document, the page of it, the page's policy)."""
     document = openapi.document(ENDPOINTS)
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2), *reference.page(document)
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)
 
 
 def _refusal(error: Exception, request_id: str) -> Refused:

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 from aiohttp import web
 
-from keyproxy.keyformat import masked
+from keyproxy.auth.api_key import masked
 
 MEDIA_TYPE: Final = "application/problem+json"
 _CHALLENGE: Final = 'Bearer realm="keyproxy admin"'

@@ -14,15 +14,14 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from keyproxy.admin import importing, keys, plans, reading, tenants, usage
-from keyproxy.admin.access import Access
+from keyproxy.admin import request_parsing
+from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms, needs
 from keyproxy.admin.problems import Problem, Refused
+from keyproxy.admin.resources import importing, keys, plans, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
-from keyproxy.keyformat import KeyFormat
-from keyproxy.store.answered import Asked, InProgress, Kept, KeyReused, answer_once
-from keyproxy.store.database import Database, Door, Joined, StoreConflict, StoreUnavailable
-from keyproxy.store.directory import (
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.directory import (
     Actor,
     Conflict,
     Directory,
@@ -33,6 +32,8 @@ from keyproxy.store.directory import (
     Outdated,
     etag,
 )
+from keyproxy.store.directory.idempotent_requests import Asked, InProgress, Kept, KeyReused, answer_once
+from keyproxy.store.postgres.database import Database, Door, Joined, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -64,12 +65,13 @@ class Service:
         """The answer to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
         token = await self.let_in(request, endpoint.scope, is_global=endpoint.is_global)
-        raw, body = await reading.body_of(request, endpoint)
-        wanted = reading.if_match(request) if endpoint.is_conditional else None
+        raw, body = await request_parsing.body_of(request, endpoint)
+        wanted = request_parsing.if_match(request) if endpoint.is_conditional else None
         call = _Prepared(
-            token=token, path=reading.path_of(request), query=reading.query_of(request, endpoint.query), body=body,
+            token=token, path=request_parsing.path_of(request), body=body,
+            query=request_parsing.query_of(request, endpoint.query),
             if_match=None if wanted == "*" else wanted, must_be_there=wanted == "*",
-            must_be_new=reading.must_be_new(request, endpoint), actor=Actor(f"token:{token['id']}", peer),
+            must_be_new=request_parsing.must_be_new(request, endpoint), actor=Actor(f"token:{token['id']}", peer),
         )  # fmt: skip
         try:
             if endpoint.method == "GET":
@@ -110,7 +112,7 @@ class Service:
                 raise TypeError(f"{endpoint.name} changes something and streams")
             return _kept(answer)
 
-        key = reading.idempotency_key(request, endpoint)
+        key = request_parsing.idempotency_key(request, endpoint)
         if key is None:
             async with self.database.transaction() as transaction:
                 kept = await work(Joined(transaction))

@@ -7,27 +7,28 @@ from collections.abc import Sequence
 
 import click
 
-from keyproxy import __version__, streams
-from keyproxy.cli.admin import admin_group
-from keyproxy.cli.audit import audit_group
-from keyproxy.cli.completion import completion_command
-from keyproxy.cli.config import config_group
-from keyproxy.cli.explain import key_explain
-from keyproxy.cli.key import key_group
-from keyproxy.cli.key_bulk import BULK_COMMANDS
-from keyproxy.cli.key_leaks import LEAK_COMMANDS
-from keyproxy.cli.migrate import migrate_command
-from keyproxy.cli.plan import plan_group
-from keyproxy.cli.process import drain_command, health_command
-from keyproxy.cli.remind import key_remind
-from keyproxy.cli.serve import demo_command, serve_command
-from keyproxy.cli.setting import FAILED, MISUSED, UNWRITABLE, Failure, refusals, say
-from keyproxy.cli.tenant import tenant_group
-from keyproxy.cli.usage import usage_group
-from keyproxy.cli.user import user_group
-from keyproxy.config import ConfigError
-from keyproxy.keyformat import masked
-from keyproxy.store.database import StoreUnavailable
+from keyproxy import __version__
+from keyproxy.auth.api_key import masked
+from keyproxy.cli.commands.admin import admin_group
+from keyproxy.cli.commands.audit import audit_group
+from keyproxy.cli.commands.completion import completion_command
+from keyproxy.cli.commands.config import config_group
+from keyproxy.cli.commands.keys.bulk import BULK_COMMANDS
+from keyproxy.cli.commands.keys.explain import key_explain
+from keyproxy.cli.commands.keys.leaks import LEAK_COMMANDS
+from keyproxy.cli.commands.keys.lifecycle import key_group
+from keyproxy.cli.commands.keys.remind import key_remind
+from keyproxy.cli.commands.migrate import migrate_command
+from keyproxy.cli.commands.plan import plan_group
+from keyproxy.cli.commands.process import drain_command, health_command
+from keyproxy.cli.commands.serve import demo_command, serve_command
+from keyproxy.cli.commands.tenant import tenant_group
+from keyproxy.cli.commands.usage import usage_group
+from keyproxy.cli.commands.user import user_group
+from keyproxy.cli.options import FAILED, MISUSED, UNWRITABLE, Failure, refusals, say
+from keyproxy.config.loader import ConfigError
+from keyproxy.platform import standard_streams
+from keyproxy.store.postgres.database import StoreUnavailable
 
 
 @click.group(
@@ -89,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except BrokenPipeError:
         # The reader of the output has closed the pipe.
-        streams.abandon(sys.stdout.fileno())
+        standard_streams.abandon(sys.stdout.fileno())
         return FAILED
     except OSError as error:
         if error.filename is None and error.errno not in UNWRITABLE:
             raise
         if error.filename is None:
-            streams.abandon(sys.stdout.fileno())
+            standard_streams.abandon(sys.stdout.fileno())
         _say(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
         return FAILED
     return status if isinstance(status, int) else 0

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.cli.setting import Failure
+from keyproxy.cli.options import Failure
 
 Rows = list[tuple[str, Mapping[str, Any]]]
 

@@ -25,14 +25,16 @@ import aiohttp
 import click
 import uvloop
 
-from keyproxy import app, sockets
+from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
+from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, Store, Upstream
 from keyproxy.demo import budget
 from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
-from keyproxy.keyformat import ENTROPY_BYTES, KeyFormat
-from keyproxy.settings import Listen, Ops, RouteRow, Settings, Store, Upstream
-from keyproxy.store import embedded, migrations, scratch
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Directory, KeyWish
+from keyproxy.platform import sockets
+from keyproxy.process import app
+from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations, scratch_databases
+from keyproxy.store.postgres.database import Database
 
 _DATABASE_PREFIX: Final = "demo_"
 _PORTS: Final = {"proxy": 8080, "ops": 9090}
@@ -50,9 +52,9 @@ def run(directory: Path | None, *, once: bool) -> int:
     """Play the story. 0 if every step did what it should."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started = time.monotonic()
-    home = directory or embedded.default_directory(os.environ).with_name("demo")
+    home = directory or embedded_postgres.default_directory(os.environ).with_name("demo")
     click.echo("Starting PostgreSQL …")
-    server = embedded.start(home)
+    server = embedded_postgres.start(home)
     try:
         click.echo(f"  {server.socket_directory} ({time.monotonic() - started:.1f} s)")
         return uvloop.run(_demo(server, home, once=once))
@@ -60,10 +62,10 @@ def run(directory: Path | None, *, once: bool) -> int:
         server.stop()
 
 
-async def _demo(server: embedded.EmbeddedServer, home: Path, *, once: bool) -> int:
+async def _demo(server: embedded_postgres.EmbeddedServer, home: Path, *, once: bool) -> int:
     maintenance, name = server.dsn("postgres"), f"{_DATABASE_PREFIX}{secrets.token_hex(6)}"
-    await scratch.drop_unused(maintenance, _DATABASE_PREFIX)
-    await scratch.create(maintenance, name)
+    await scratch_databases.drop_unused(maintenance, _DATABASE_PREFIX)
+    await scratch_databases.create(maintenance, name)
     try:
         await migrations.migrate(server.dsn(name))
         async with _everything(server.dsn(name), home) as story:
@@ -78,7 +80,7 @@ async def _demo(server: embedded.EmbeddedServer, home: Path, *, once: bool) -> i
         click.echo("\nBye.")
         return 0
     finally:
-        await scratch.drop(maintenance, name)
+        await scratch_databases.drop(maintenance, name)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Final
 import orjson
 from aiohttp import web
 
-from keyproxy import sockets
+from keyproxy.platform import sockets
 
 JOBS: Final = "/v1/ai/jobs"
 COMPLETIONS: Final = "/v1/ai/completions"

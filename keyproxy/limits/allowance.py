@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.compiling import mypyc_attr
-from keyproxy.limits.account import Account
-from keyproxy.limits.leases import Lease
-from keyproxy.limits.messages import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
+from keyproxy.limit_state import TOKENS as TOKEN_UNIT
+from keyproxy.limit_state import LimitState, policy
+from keyproxy.limits.lease import Lease
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.limits.statement import Statement
-from keyproxy.ratelimit import TOKENS as TOKEN_UNIT
-from keyproxy.ratelimit import LimitState, policy
+from keyproxy.limits.pool_leases import Account
+from keyproxy.limits.ratelimit_headers import Statement
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
 _COUNTED: Final = (RATE, *REQUESTS)

@@ -25,7 +25,7 @@ from typing import Final
 
 import orjson
 
-from keyproxy.headers import trace_id
+from keyproxy.http.headers import trace_id
 from keyproxy.model import Identity, RequestHead, RequestLine
 from keyproxy.ports import Exchange
 

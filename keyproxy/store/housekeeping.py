@@ -12,8 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from keyproxy.store.database import StoreConflict, StoreUnavailable
-from keyproxy.store.failures import means_move
+from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.failures import means_move
 
 _log = logging.getLogger(__name__)
 

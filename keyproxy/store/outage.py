@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy import clock
+from keyproxy.platform import clock
 
 _log = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from keyproxy.headers import TrustRule
+from keyproxy.config.schema import Listen
+from keyproxy.http.error_responses import Problems
+from keyproxy.http.headers import TrustRule
 from keyproxy.ports import Gate, Recorder
-from keyproxy.problems import Problems
-from keyproxy.settings import Listen
-from keyproxy.wire.collector import Room
-from keyproxy.wire.line import ClientLine
-from keyproxy.wire.pool import Upstreams
-from keyproxy.wire.readers import RequestReader
+from keyproxy.wire.body_buffer import Room
+from keyproxy.wire.client.transport import ClientLine
+from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
+from keyproxy.wire.upstream.pool import Upstreams
 
 
 class ServerContext:

@@ -17,15 +17,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy import headers
+from keyproxy.http import headers
 from keyproxy.model import ANSWERED, Ending, Permit
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire import answers
-from keyproxy.wire.answering import Answering
-from keyproxy.wire.collector import Collector
-from keyproxy.wire.framing import LAST_CHUNK, chunk
-from keyproxy.wire.pool import UpstreamPool
-from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire import response_heads
+from keyproxy.wire.body_buffer import Collector
+from keyproxy.wire.parsing.framing import LAST_CHUNK, chunk
+from keyproxy.wire.response_writer import Answering
+from keyproxy.wire.upstream.connection import UpstreamConnection
+from keyproxy.wire.upstream.pool import UpstreamPool
 
 #: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
 _PENDING_BYTES_MAX: Final = 65_536
@@ -68,7 +68,7 @@ class Exchange(Answering):
             self._gate.settle(self)
             return
         if not self.is_complete and head.fields.expects_continue and not self.bytes_in:
-            self._client.send(answers.CONTINUE)
+            self._client.send(response_heads.CONTINUE)
         self._go()
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
@@ -83,7 +83,7 @@ class Exchange(Answering):
         collector.take(self.body)
         self.body = b""
         if head.fields.expects_continue and not self.bytes_in:
-            self._client.send(answers.CONTINUE)
+            self._client.send(response_heads.CONTINUE)
         self._client.resume()
         since = self._server.clock()
         await collector.wait()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 
-from keyproxy import sockets
+from keyproxy.platform import sockets
 from keyproxy.wire.pace import STILL_BYTES_PER_SECOND, Pace
 
 

@@ -11,7 +11,7 @@ import asyncio
 import collections
 from typing import Final
 
-from keyproxy.wire.collector import Owner
+from keyproxy.wire.body_buffer import Owner
 
 
 class ReadingTurns:

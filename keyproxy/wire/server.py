@@ -16,23 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, cast
 
-from keyproxy import clock as clock_room
-from keyproxy.headers import FieldNames, TrustRule
+from keyproxy.config.schema import Listen
+from keyproxy.http.error_responses import Answer, Problems
+from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.platform import clock as clock_room
 from keyproxy.ports import Gate, Recorder
-from keyproxy.problems import Answer, Problems
-from keyproxy.settings import Listen
-from keyproxy.wire import answers
-from keyproxy.wire.client import ClientConnection
-from keyproxy.wire.collector import Room
+from keyproxy.wire import response_heads
+from keyproxy.wire.body_buffer import Room
+from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.client.transport import ClientLine
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.handshake import Accepted
-from keyproxy.wire.line import ClientLine
+from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
 from keyproxy.wire.listener import Listener
-from keyproxy.wire.places import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
-from keyproxy.wire.pool import Upstreams
-from keyproxy.wire.readers import RequestReader
+from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
+from keyproxy.wire.upstream.pool import Upstreams
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class ProxyServer(ServerContext):
         self.recorder = recorder
         self.clock = clock
         self._wall = wall
-        self._date = answers.DateField()
+        self._date = response_heads.DateField()
         self.loop = loop
         self.is_draining = False
         #: For bodies that are read whole.
@@ -235,7 +235,7 @@ class ProxyServer(ServerContext):
         """The response to a request that came without TLS to a port that speaks it."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
         answer = Answer(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
-        return answers.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
+        return response_heads.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
 
     def _opening(self) -> int:
         return self._listener.opening() if self._listener is not None else 0

@@ -7,7 +7,7 @@ import ssl
 import sys
 from typing import Final
 
-from keyproxy import settings
+from keyproxy.config import schema
 from keyproxy.wire.handshake import PROTOCOL, TlsContext, refuse_other_protocols
 
 #: Attribute types of a distinguished name, by OpenSSL's long names. RFC 4514 section 3.
@@ -81,7 +81,7 @@ def client_context(ca_file: str = "") -> ssl.SSLContext:
     return context
 
 
-def upstream_context(upstream: settings.Upstream) -> ssl.SSLContext | None:
+def upstream_context(upstream: schema.Upstream) -> ssl.SSLContext | None:
     """How its certificates are verified; None if it has none. Raises TlsError.
 
     The system's authorities take a tenth of a second to load: only where they are needed.

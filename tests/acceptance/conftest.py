@@ -17,9 +17,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from keyproxy.keyformat import KeyFormat
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Directory, KeyWish
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.postgres.database import Database
 from tests.rawhttp import Client, Upstream, connect
 
 ROOT = Path(__file__).parents[2]

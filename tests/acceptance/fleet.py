@@ -12,7 +12,7 @@ from dataclasses import replace
 import aiohttp
 
 from tests.acceptance.conftest import Site, free_port
-from tests.store.stage import Relay
+from tests.store.harness import Relay
 
 
 class Fleet:

@@ -19,7 +19,7 @@ import trustme
 
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Site, until
 from tests.rawhttp import Client
-from tests.store.stage import Sql
+from tests.store.harness import Sql
 from tests.wire.conftest import request
 
 #: Between two requests on a connection. Without a pause they would take from the processes that start what they need to
@@ -226,19 +226,19 @@ async def test_workers_change_all_or_none_and_those_that_start_later_are_like_th
         allowed = resource.prlimit(limited, resource.RLIMIT_NOFILE)
         resource.prlimit(limited, resource.RLIMIT_NOFILE, (3, allowed[1]))
         await change(_with(before, "upstream", f'tls_ca_file = "{tmp_path / "ca.pem"}"') + only, "ca.pem")
-        await said(site, "keyproxy.supervisor: the configuration stays as it was")
+        await said(site, "keyproxy.process.supervisor: the configuration stays as it was")
         resource.prlimit(limited, resource.RLIMIT_NOFILE, allowed)
         assert await answers(site, secret) == {(200, "")}
         # What all refuse, only they can find.
         unreachable = _with(before, "store", 'dsn = "postgresql://nobody@127.0.0.1:1/none"') + only
-        await change(unreachable, "keyproxy.supervisor: the configuration stays as it was: 127.0.0.1:1")
+        await change(unreachable, "keyproxy.process.supervisor: the configuration stays as it was: 127.0.0.1:1")
         await replace_one(1)
         assert await answers(site, secret) == {(200, "")}
         await change(
             unreachable.replace("workers = 2", "workers = 3"), "the configuration stays as it was: 127.0.0.1:1"
         )
         assert len(workers_of(process.pid)) == 2
-        await change(before + only, "keyproxy.supervisor: another configuration is in force")
+        await change(before + only, "keyproxy.process.supervisor: another configuration is in force")
         assert await answers(site, secret) == {(403, "route_not_allowed")}
         site.config.write_text("no configuration", encoding="utf-8")
         await replace_one(2)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from keyproxy.store import roles
+from keyproxy.store.postgres import roles
 from tests.acceptance.conftest import Configure, Site, until
 from tests.rawhttp import answer_with
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from keyproxy import config
-from keyproxy.settings import Settings
+from keyproxy.config import loader
+from keyproxy.config.schema import Settings
 from tests.acceptance.conftest import ROOT, STUCK_SECONDS, Configure, until
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -71,7 +71,7 @@ def test_the_image_has_an_init_and_a_health_check_for_every_command() -> None:
 
 
 def test_probes_reach_the_ops_listener_of_the_image_from_outside() -> None:
-    settings = config.load(None, {"KEYPROXY_DEFAULTS": str(IMAGE_DEFAULTS)}).settings
+    settings = loader.load(None, {"KEYPROXY_DEFAULTS": str(IMAGE_DEFAULTS)}).settings
     ports = {address.rpartition(":")[2] for address in (settings.listen.address, settings.ops.address)}
     assert settings.ops.address.startswith("0.0.0.0:")
     assert ports == set(" ".join(instructions("EXPOSE")).split())
@@ -84,11 +84,11 @@ def test_a_mounted_file_and_the_environment_are_over_the_image_s_defaults(tmp_pa
     mounted = tmp_path / "keyproxy.toml"
     mounted.write_text('[listen]\naddress = "0.0.0.0:80"\n[ops]\naddress = "127.0.0.1:9090"\n', encoding="utf-8")
     environment = {"KEYPROXY_DEFAULTS": str(IMAGE_DEFAULTS)}
-    loaded = config.load(mounted, environment)
+    loaded = loader.load(mounted, environment)
     assert (loaded.settings.listen.address, loaded.settings.ops.address) == ("0.0.0.0:80", "127.0.0.1:9090")
-    loaded = config.load(mounted, environment | {"KEYPROXY_LISTEN__ADDRESS": "[::]:81"})
+    loaded = loader.load(mounted, environment | {"KEYPROXY_LISTEN__ADDRESS": "[::]:81"})
     assert (loaded.settings.listen.address, loaded.settings.ops.address) == ("[::]:81", "127.0.0.1:9090")
-    loaded = config.load(None, environment)
+    loaded = loader.load(None, environment)
     assert loaded.origins["listen.address"].source == str(IMAGE_DEFAULTS)
 
 
@@ -96,16 +96,16 @@ def test_a_secret_s_file_is_over_the_secret_of_the_defaults(tmp_path: Path) -> N
     (tmp_path / "dsn").write_text("postgresql://h/from-file\n", encoding="utf-8")
     (tmp_path / "defaults.toml").write_text('[store]\ndsn = "postgresql://h/default"\n', encoding="utf-8")
     (tmp_path / "mounted.toml").write_text(f'[store]\ndsn_file = "{tmp_path}/dsn"\n', encoding="utf-8")
-    loaded = config.load(tmp_path / "mounted.toml", {"KEYPROXY_DEFAULTS": str(tmp_path / "defaults.toml")})
+    loaded = loader.load(tmp_path / "mounted.toml", {"KEYPROXY_DEFAULTS": str(tmp_path / "defaults.toml")})
     assert loaded.settings.store.dsn == "postgresql://h/from-file"
 
 
 def test_defaults_are_checked_like_any_configuration(tmp_path: Path) -> None:
     (tmp_path / "defaults.toml").write_text("[listen]\nport = 1\n", encoding="utf-8")
-    with pytest.raises(config.ConfigError, match=r"listen\.port: no such key \(set in .*defaults\.toml\)"):
-        config.load(None, {"KEYPROXY_DEFAULTS": str(tmp_path / "defaults.toml")})
-    with pytest.raises(config.ConfigError, match="cannot be read"):
-        config.load(None, {"KEYPROXY_DEFAULTS": str(tmp_path / "nothing.toml")})
+    with pytest.raises(loader.ConfigError, match=r"listen\.port: no such key \(set in .*defaults\.toml\)"):
+        loader.load(None, {"KEYPROXY_DEFAULTS": str(tmp_path / "defaults.toml")})
+    with pytest.raises(loader.ConfigError, match="cannot be read"):
+        loader.load(None, {"KEYPROXY_DEFAULTS": str(tmp_path / "nothing.toml")})
 
 
 # -- what it is installed from

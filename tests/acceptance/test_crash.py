@@ -17,7 +17,7 @@ import pytest
 from tests.acceptance.conftest import Configure, until
 from tests.acceptance.fleet import Fleet, beside
 from tests.rawhttp import Upstream, answer_with
-from tests.store.stage import Relay
+from tests.store.harness import Relay
 
 LEASE_SECONDS = 2.0
 TOKENS_EACH = 7

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from keyproxy import presence
+from keyproxy.platform import process_registry
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
 from tests.acceptance.test_alive import workers_of
 from tests.rawhttp import connect
@@ -298,14 +298,14 @@ async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(config
     site = configure(dsn, listen={"workers": 2})
     before = unnamed_sockets()
     async with site.serving() as process:
-        (control,) = [one.name for one in presence.running() if one.pid == process.pid]
+        (control,) = [one.name for one in process_registry.running() if one.pid == process.pid]
         workers = sorted(unnamed_sockets() - before)
         other = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _STRANGER, control, *workers, stdout=asyncio.subprocess.PIPE
         )
         out, _ = await asyncio.wait_for(other.communicate(), STUCK_SECONDS)
         drained, *asked = out.decode().splitlines()
-        assert presence.DRAINING.decode().strip() not in drained
+        assert process_registry.DRAINING.decode().strip() not in drained
         # Other programs on this machine may have made such a name meanwhile.
         assert asked.count("HTTP/1.1 403 Forbidden") >= 2
         assert "HTTP/1.1 200 OK" not in asked
@@ -318,12 +318,14 @@ def test_a_name_that_another_user_made_is_not_taken_for_a_proxy() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("\0keyproxy/1/serve/not-a-name")
         sock.listen()
-        assert not [one for one in presence.running() if "not-a-name" in one.name]
+        assert not [one for one in process_registry.running() if "not-a-name" in one.name]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Site) -> None:
-    other = presence.Presence("serve", presence.encoded(f"127.0.0.1:{site.proxy_port}"), presence.NOWHERE, "0" * 16)
+    other = process_registry.Presence(
+        "serve", process_registry.encoded(f"127.0.0.1:{site.proxy_port}"), process_registry.NOWHERE, "0" * 16
+    )
     squatting = await asyncio.create_subprocess_exec(
         sys.executable, "-c",
         "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]);"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from keyproxy import cli
-from keyproxy.keyformat import KeyFormat
+from keyproxy.auth.api_key import KeyFormat
 from tests.acceptance.conftest import Output, Site
 
 
@@ -587,7 +587,7 @@ def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
     shell: Shell, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("keyproxy.cli.desk.click.confirm", lambda question, **_: asked.append(question))
+    monkeypatch.setattr("keyproxy.cli.context.click.confirm", lambda question, **_: asked.append(question))
     shell.is_terminal = True
     shell.run("key", "revoke", key["id"])
     assert asked == []

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from keyproxy import orders
-from keyproxy.change import ChangeError
-from keyproxy.crew import Crew, Worker
-from keyproxy.orders import Order
+from keyproxy.process import control_channel
+from keyproxy.process.control_channel import Order
+from keyproxy.process.reload import ChangeError
+from keyproxy.process.worker_pool import Crew, Worker
 
 #: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
 TEXTS = ["", '[listen]\nname = "hü \u2028 \\ \x00"\r\n', "# long\n" * 200_000]
@@ -32,36 +32,36 @@ def pair() -> Iterator[Pair]:
 
 @pytest.mark.parametrize("text", TEXTS, ids=["empty", "odd", "long"])
 async def test_a_worker_begins_with_the_text_and_is_offered_it_as_it_is(pair: Pair, text: str) -> None:
-    superior = await orders.superior(pair[0])
+    superior = await control_channel.superior(pair[0])
     superior.begin(text)
-    assert await asyncio.to_thread(orders.begun_with, pair[1]) == text
-    subordinate = await orders.subordinate(pair[1])
+    assert await asyncio.to_thread(control_channel.begun_with, pair[1]) == text
+    subordinate = await control_channel.subordinate(pair[1])
     heard: list[Order] = []
 
     async def following() -> None:
         async for order in subordinate.orders():
             heard.append(order)
-            subordinate.answer("" if order.kind != orders.OFFER else "no\nway")
+            subordinate.answer("" if order.kind != control_channel.OFFER else "no\nway")
 
     task = asyncio.create_task(following())
-    assert await superior.ask(Order(orders.OFFER, text)) == "no\nway"
-    assert await superior.ask(Order(orders.WITHDRAW)) == ""
+    assert await superior.ask(Order(control_channel.OFFER, text)) == "no\nway"
+    assert await superior.ask(Order(control_channel.WITHDRAW)) == ""
     await superior.close()
     await asyncio.wait_for(task, 5)
-    assert heard == [Order(orders.OFFER, text), Order(orders.WITHDRAW)]
+    assert heard == [Order(control_channel.OFFER, text), Order(control_channel.WITHDRAW)]
     await subordinate.close()
 
 
 async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
-    superior = await orders.superior(pair[0])
+    superior = await control_channel.superior(pair[0])
     pair[1].close()
     with pytest.raises(ConnectionError):
-        await superior.ask(Order(orders.APPLY))
+        await superior.ask(Order(control_channel.APPLY))
     await superior.close()
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs, pytest.raises(ConnectionError, match="the supervisor is gone"):
-        orders.begun_with(theirs)
+        control_channel.begun_with(theirs)
 
 
 @pytest.mark.parametrize(("program", "told"), [("sleep", "has not answered for 0.1 s"), ("true", "does not answer")])
@@ -78,4 +78,4 @@ async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from
         with pytest.raises(ChangeError, match=told):
             await crew.offer("")
         assert await asyncio.wait_for(worker.process.wait(), 5) == (-signal.SIGKILL if program == "sleep" else 0)
-        assert await worker.follows(Order(orders.APPLY)), "it is not waited for once more"
+        assert await worker.follows(Order(control_channel.APPLY)), "it is not waited for once more"

@@ -14,8 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from keyproxy import neighbours
-from keyproxy.settings import Listen, Settings, Upstream
+from keyproxy.config.schema import Listen, Settings, Upstream
+from keyproxy.process import startup_conflicts
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
 
 
@@ -189,14 +189,14 @@ SAME = Settings(listen=Listen(address="127.0.0.1:1"), upstream=Upstream(url="htt
     ],
 )
 def test_a_store_is_the_same_with_other_credentials(one: str, other: str, are_alike: bool) -> None:
-    assert (neighbours.of_proxy(SAME, one) == neighbours.of_proxy(SAME, other)) is are_alike
+    assert (startup_conflicts.of_proxy(SAME, one) == startup_conflicts.of_proxy(SAME, other)) is are_alike
 
 
 def test_a_name_encodes_the_presence_and_fits_a_socket_address() -> None:
     settings = Settings(listen=Listen(address="[2001:db8:1:2:3:4:5:6]:65535"))
-    what = neighbours.of_proxy(settings, "postgresql://u:hunter2@h/d")
+    what = startup_conflicts.of_proxy(settings, "postgresql://u:hunter2@h/d")
     assert len(what.name()) < 107
     assert "hunter2" not in what.name()
-    (host,) = neighbours.places(what)["listen.address"].hosts
-    assert (str(host), neighbours.places(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
+    (host,) = startup_conflicts.places(what)["listen.address"].hosts
+    assert (str(host), startup_conflicts.places(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
     assert str(os.getpid()) in what.name()

@@ -15,11 +15,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from keyproxy.store import migrations, pg_binaries, pg_launcher
+from keyproxy.store.embedded import launcher, postgres_binaries
+from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, until
 from tests.acceptance.fleet import Fleet, beside
 from tests.rawhttp import Message, answer_with
-from tests.store.stage import Relay
+from tests.store.harness import Relay
 
 LEASE_SECONDS = 1.5
 REQUESTS, TOKENS, TOKENS_EACH = 1_500, 9_000, 7
@@ -33,7 +34,7 @@ class Server:
     def __init__(self, home: Path, name: str) -> None:
         self.data, self.sockets = home / name, home / f"{name}-run"
         self.sockets.mkdir(mode=0o700)
-        self._binaries = pg_binaries.find_binaries(os.environ)[0].directory
+        self._binaries = postgres_binaries.find_binaries(os.environ)[0].directory
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -80,7 +81,7 @@ class Server:
             sys.executable,
             "-I",
             "-S",
-            pg_launcher.__file__,
+            launcher.__file__,
             str(os.getpid()),
             str(self._binaries / program),
             *arguments,
@@ -90,7 +91,7 @@ class Server:
 @pytest.fixture
 def servers() -> Iterator[tuple[Server, Server]]:
     """A primary that runs, and what is to be its replica."""
-    if not (pg_binaries.find_binaries(os.environ)[0].directory / "pg_basebackup").exists():
+    if not (postgres_binaries.find_binaries(os.environ)[0].directory / "pg_basebackup").exists():
         pytest.skip("this PostgreSQL comes without pg_basebackup")
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         primary, replica = Server(Path(directory), "a"), Server(Path(directory), "b")

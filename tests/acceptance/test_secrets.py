@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import asyncpg
 
-from keyproxy.keyformat import KeyFormat
+from keyproxy.auth.api_key import KeyFormat
 from tests.acceptance.conftest import Configure, Site, until
 from tests.rawhttp import connect
 

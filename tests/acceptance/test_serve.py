@@ -14,7 +14,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from keyproxy.store import embedded, migrations
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, Site, until
 
 
@@ -89,7 +90,7 @@ async def test_an_outage_of_the_store_neither_opens_the_door_nor_locks_out(
     configure: Configure, tmp_path: Path
 ) -> None:
     home = Path("/tmp") / f"kp-{tmp_path.name[-20:]}-{time.monotonic_ns() % 10**9}"
-    server = embedded.start(home, {"fsync": "off"})
+    server = embedded_postgres.start(home, {"fsync": "off"})
     await migrations.migrate(server.dsn())
     site = configure(server.dsn(), cache={"fresh_seconds": 1.0})
     known, unseen = await site.key("u_1"), await site.key("u_2")
@@ -103,7 +104,7 @@ async def test_an_outage_of_the_store_neither_opens_the_door_nor_locks_out(
         status, page = await site.ops("/readyz")
         assert (status, json.loads(page)["checks"]["store"]["status"]) == (200, "degraded")
         assert await site.metric("keyproxy_store_up") == 0
-        server = embedded.start(home, {"fsync": "off"})
+        server = embedded_postgres.start(home, {"fsync": "off"})
 
         async def has_recovered() -> bool:
             return (await site.call(unseen["secret"]))[0] == 200
@@ -116,7 +117,7 @@ async def test_an_outage_of_the_store_neither_opens_the_door_nor_locks_out(
 
 async def test_it_starts_without_a_store_refuses_strangers_and_recovers(configure: Configure, tmp_path: Path) -> None:
     home = Path("/tmp") / f"kp-{tmp_path.name[-20:]}-{time.monotonic_ns() % 10**9}"
-    server = embedded.start(home, {"fsync": "off"})
+    server = embedded_postgres.start(home, {"fsync": "off"})
     await migrations.migrate(server.dsn())
     site = configure(server.dsn())
     key = await site.key()
@@ -124,7 +125,7 @@ async def test_it_starts_without_a_store_refuses_strangers_and_recovers(configur
     async with site.serving():
         assert await site.call(key["secret"]) == (503, "store_unavailable")
         assert (await site.ops("/readyz"))[0] == 503
-        server = embedded.start(home, {"fsync": "off"})
+        server = embedded_postgres.start(home, {"fsync": "off"})
 
         async def is_let_in() -> bool:
             return (await site.call(key["secret"]))[0] == 200

@@ -9,7 +9,8 @@ import signal
 import tempfile
 from pathlib import Path
 
-from keyproxy.store import embedded, migrations
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, Site, until
 
 
@@ -25,7 +26,7 @@ def _keeper(home: str) -> int:
 async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_loss(configure: Configure) -> None:
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as home:
         # A short command, which happens to be the one that starts the server.
-        command = await asyncio.to_thread(embedded.start, Path(home), {"fsync": "off"})
+        command = await asyncio.to_thread(embedded_postgres.start, Path(home), {"fsync": "off"})
         site = configure("embedded", store={"embedded_dir": home})
         site.dsn = command.dsn()
         await migrations.migrate(command.dsn())

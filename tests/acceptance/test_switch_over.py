@@ -14,11 +14,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from keyproxy.store import migrations
+from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, Site, until
 from tests.acceptance.test_promotion import Server, servers  # noqa: F401 - the fixture
 from tests.rawhttp import answer_with
-from tests.store.stage import Relay
+from tests.store.harness import Relay
 
 FRESH_SECONDS = 10.0
 

@@ -17,22 +17,22 @@ import aiohttp
 import asyncpg
 import pytest
 
-from keyproxy import clock
-from keyproxy.admin.access import Access
+from keyproxy.admin.authentication import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener, traffic
-from keyproxy.admin.readings import Readings
-from keyproxy.admin.reminding import Reminding
+from keyproxy.admin.metrics_page import Readings
+from keyproxy.admin.reminder_sender import Reminding
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
-from keyproxy.keyformat import KeyFormat
-from keyproxy.settings import RouteRow, Settings
-from keyproxy.store import migrations, scratch
-from keyproxy.store.admin_tokens import AdminTokens
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.reminders import Reminders
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.platform import clock
+from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
+from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.postgres import migrations, scratch_databases
+from keyproxy.store.postgres.database import Database
 from tests.server import Server
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -137,12 +137,12 @@ def common_dsn(postgres: Server) -> Iterator[str]:
     name = f"kp_test_admin_{secrets.token_hex(4)}"
 
     async def made() -> None:
-        await scratch.create(postgres.dsn("postgres"), name)
+        await scratch_databases.create(postgres.dsn("postgres"), name)
         await migrations.migrate(postgres.dsn(name))
 
     asyncio.run(made())
     yield postgres.dsn(name)
-    asyncio.run(scratch.drop(postgres.dsn("postgres"), name))
+    asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.admin.throttle import Throttle
-from keyproxy.keyformat import KeyFormat
+from keyproxy.auth.api_key import KeyFormat
 from tests.admin.conftest import FILE_TOKEN, Api
 
 UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()

@@ -9,15 +9,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from keyproxy import clock
-from keyproxy.admin.asking import Denied
-from keyproxy.admin.client import AdminClient
-from keyproxy.admin.client_usage import UsageClient
-from keyproxy.keyformat import SecretKey
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.cli.remote.http_transport import Denied
+from keyproxy.cli.remote.remote_directory import AdminClient
+from keyproxy.cli.remote.remote_usage import UsageClient
+from keyproxy.config.schema import Settings, Usage
 from keyproxy.model import TokenUse
-from keyproxy.settings import Settings, Usage
-from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.directory import (
+from keyproxy.platform import clock
+from keyproxy.store.directory.directory import (
     AuditFilter,
     Conflict,
     Entity,
@@ -28,15 +27,16 @@ from keyproxy.store.directory import (
     NotFound,
     Revocation,
 )
-from keyproxy.store.directory_import import read_key
-from keyproxy.store.explaining import Question
-from keyproxy.store.operations import AS_CONFIGURED_THERE, Operations
-from keyproxy.store.usage import UsageJournal
-from keyproxy.store.usage_desk import UsageDesk, UsageOperations
-from keyproxy.store.usage_reading import UsageFilter
+from keyproxy.store.directory.import_keys import read_key
+from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.ledger.explain import Question
+from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.store.usage.journal import UsageJournal
+from keyproxy.store.usage.usage_queries import UsageFilter
+from keyproxy.store.usage.usage_service import UsageDesk, UsageOperations
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
-from tests.store.test_usage import ended, rows
+from tests.store.usage.test_journal import ended, rows
 
 
 @pytest.fixture(params=["database", "api"])

@@ -14,14 +14,14 @@ import asyncpg
 import orjson
 import pytest
 
-from keyproxy import clock
 from keyproxy.cli import main
+from keyproxy.config.schema import Usage
 from keyproxy.model import TokenUse
-from keyproxy.settings import Usage
-from keyproxy.store.usage import UsageJournal
+from keyproxy.platform import clock
+from keyproxy.store.usage.journal import UsageJournal
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
-from tests.store.test_usage import ended, rows
+from tests.store.usage.test_journal import ended, rows
 
 
 class Printed(NamedTuple):

@@ -15,8 +15,8 @@ import trustme
 from aiohttp import web
 
 from keyproxy.admin.connections import Bounds, Connections
-from keyproxy.store.database import Database
-from keyproxy.store.directory import KeyWish
+from keyproxy.store.directory.directory import KeyWish
+from keyproxy.store.postgres.database import Database
 from keyproxy.wire.tls import server_context
 from tests.admin.conftest import FILE_TOKEN, Api, serving
 

@@ -12,18 +12,18 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from keyproxy import clock
+from keyproxy.config.schema import Cache, Settings
 from keyproxy.model import Identity, KeyDigest, Missing
+from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.settings import Cache, Settings
-from keyproxy.store.database import Database
-from keyproxy.store.directory import KeyFilter, Revocation
-from keyproxy.store.explaining import Question
-from keyproxy.store.identities import FeedState, IdentityCache
-from keyproxy.store.last_used import LastUsed
-from keyproxy.store.reminders import Reminders
-from keyproxy.store.usage_desk import UsageDesk
-from keyproxy.store.usage_reading import DIMENSIONS, UsageFilter
+from keyproxy.store.directory.directory import KeyFilter, Revocation
+from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.ledger.explain import Question
+from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.usage_queries import DIMENSIONS, UsageFilter
+from keyproxy.store.usage.usage_service import UsageDesk
 from tests.admin.conftest import Api
 
 TIMES = {

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from keyproxy.settings import RouteRow
-from keyproxy.store import roles
-from keyproxy.store.database import Database
+from keyproxy.config.schema import RouteRow
+from keyproxy.store.postgres import roles
+from keyproxy.store.postgres.database import Database
 from tests.admin.conftest import Api, serving
 from tests.server import as_role, may_log_in
 

@@ -19,7 +19,7 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
-from keyproxy.admin.access import TokenFileError, file_digest
+from keyproxy.admin.authentication import TokenFileError, file_digest
 from keyproxy.cli import root
 from tests.acceptance.conftest import Output, clean_environment, free_port
 

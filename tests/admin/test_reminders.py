@@ -23,14 +23,14 @@ import asyncpg
 import pytest
 from aiohttp import web
 
-from keyproxy.admin.reminding import Outcome, Reminding
+from keyproxy.admin.reminder_sender import Outcome, Reminding
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli import main
-from keyproxy.keyformat import KeyFormat
-from keyproxy.settings import Reminders as Terms
-from keyproxy.store.admin_tokens import AdminTokens
-from keyproxy.store.database import Database
-from keyproxy.store.directory import Actor, Entity, KeyWish
-from keyproxy.store.reminders import Reminders
+from keyproxy.config.schema import Reminders as Terms
+from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.directory import Actor, Entity, KeyWish
+from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import clean_environment, free_port
 from tests.admin.conftest import Api
 
@@ -413,7 +413,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
 async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
     make_token: MakeToken, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminding")
+    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminder_sender")
     token = (await make_token(0.5))["id"]
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from keyproxy import clock
+from keyproxy.config.schema import Usage
 from keyproxy.model import TokenUse
-from keyproxy.settings import Usage
-from keyproxy.store.usage import UsageJournal
+from keyproxy.platform import clock
+from keyproxy.store.usage.journal import UsageJournal
 from tests import fakes
 from tests.admin.conftest import Api
-from tests.store.test_usage import ended, rows
+from tests.store.usage.test_journal import ended, rows
 
 
 @pytest.fixture

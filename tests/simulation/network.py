@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keyproxy.limits.messages import Line, Reply
-from keyproxy.store.claims import Answer, Claim
-from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.ledger_backend import REAP_PORTION
+from keyproxy.limits.ledger_protocol import Line, Reply
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.charge_dedup import Answer, Claim
+from keyproxy.store.postgres.database import StoreUnavailable
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop

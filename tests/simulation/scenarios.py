@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from keyproxy.limits.messages import Pool
+from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from tests.simulation.network import Weather
 from tests.simulation.world import Fate, Scenario

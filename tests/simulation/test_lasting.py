@@ -10,24 +10,24 @@ from typing import Any, cast
 
 import pytest
 
-from keyproxy import settings
+from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
-from keyproxy.limits.messages import Line, Pool, Reply
+from keyproxy.limits.ledger_protocol import Line, Pool, Reply
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, Missing, Moment, Patience
-from keyproxy.ops import Check, Verdict
 from keyproxy.ports import Exchange, Ledger
-from keyproxy.readings import check_ledger
+from keyproxy.process.ops_listener import Check, Verdict
+from keyproxy.process.store_health import check_ledger
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.claims import Claims
-from keyproxy.store.database import Database, Listener, Row
-from keyproxy.store.feed import ChangeFeed
-from keyproxy.store.identities import FeedState, IdentityCache
-from keyproxy.store.last_used import LastUsed
-from keyproxy.store.lasting import Lasting
-from keyproxy.store.ledger import Ledger as StoreLedger
-from keyproxy.store.ledger_backend import REAP_PORTION
-from keyproxy.store.usage import UsageJournal
+from keyproxy.store.background import Lasting
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.change_feed import ChangeFeed
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.charge_dedup import Claims
+from keyproxy.store.ledger.ledger import Ledger as StoreLedger
+from keyproxy.store.postgres.database import Database, Listener, Row
+from keyproxy.store.usage.journal import UsageJournal
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
@@ -162,7 +162,7 @@ def test_uses_of_keys_are_noted_again(site: Site) -> None:
 
 def test_usage_is_written_all_the_same_and_readiness_has_a_reason_until_then(site: Site) -> None:
     flaw = Flaw(4)
-    usage = UsageJournal(cast("Database", flaw), settings.Usage(event_days=0), site.now, settle_seconds=0.5)
+    usage = UsageJournal(cast("Database", flaw), schema.Usage(event_days=0), site.now, settle_seconds=0.5)
     exchange = Exchange()
     exchange.identity, exchange.sent_mono = _IDENTITY, 1.0
     usage.take([(exchange, "any", "live", "ok")])
@@ -180,7 +180,7 @@ def test_who_asks_whether_a_request_was_charged_is_told_that_nobody_knows_and_th
     site: Site,
 ) -> None:
     flaw = Flaw(1)
-    claims = Claims(FlawedClaims(flaw), cast("Ledger", None), settings.Ledger(), site.now)
+    claims = Claims(FlawedClaims(flaw), cast("Ledger", None), schema.Ledger(), site.now)
     site.do(claims.start)
     told: list[object] = []
 
@@ -209,7 +209,7 @@ def test_claims_are_told_again_although_one_cannot_be_settled(site: Site) -> Non
         def settle(self, _hold: Hold, **_how: object) -> None:
             flaw.strike("settle")
 
-    claims = Claims(ReferenceClaims(), cast("Ledger", Book()), settings.Ledger(), site.now)
+    claims = Claims(ReferenceClaims(), cast("Ledger", Book()), schema.Ledger(), site.now)
     site.do(claims.start)
     for number in range(3):
         claims.add(_HOLD, bytes([number] * 32), 1, None)
@@ -259,7 +259,7 @@ class FlawedBackend:
     """A ledger that is never away. Implements LedgerBackend."""
 
     def __init__(self, site: Site, flaw: Flaw) -> None:
-        self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=settings.Ledger().lease_seconds)
+        self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=schema.Ledger().lease_seconds)
         self.flaw = flaw
 
     async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
@@ -289,7 +289,7 @@ class Customers:
     def __init__(self, site: Site, flaw: Flaw) -> None:
         self.site = site
         self.backend = FlawedBackend(site, flaw)
-        self.ledger = StoreLedger(self.backend, settings.Ledger(), site.now)
+        self.ledger = StoreLedger(self.backend, schema.Ledger(), site.now)
         self.holds: list[Hold] = []
         self._allowances: dict[str, Allowance] = {}
         site.do(self.ledger.start)
@@ -378,7 +378,7 @@ def test_a_process_that_is_idle_now_and_then_stays_one_holder_and_waits_for_one_
         assert customers.ask("u_1") == [None]
         assert counts["round_trips"] == before + 1
         site.do(lambda: customers.ledger.settle(customers.holds.pop(), was_sent=True))
-        site.wait(settings.Ledger().lease_seconds * 5)
+        site.wait(schema.Ledger().lease_seconds * 5)
         assert customers.ledger.book.outstanding == 0
         (holder,) = customers.backend.reference.holders.values()
         assert holder.rests, gaps
@@ -425,7 +425,7 @@ def test_readiness_says_when_leases_have_lapsed_for_nothing_is_heard_and_not_bec
     flaw = Flaw(0)
     customers = Customers(site, flaw)
     conversation = customers.ledger.conversation
-    usage = UsageJournal(cast("Database", flaw), settings.Usage(), site.now, settle_seconds=0.5)
+    usage = UsageJournal(cast("Database", flaw), schema.Usage(), site.now, settle_seconds=0.5)
 
     class Parts:
         ledger = customers.ledger

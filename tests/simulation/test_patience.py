@@ -8,16 +8,16 @@ from typing import TypeVar
 
 import pytest
 
-from keyproxy import settings
+from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.messages import Line, Pool, Reply, Window
+from keyproxy.limits.ledger_protocol import Line, Pool, Reply, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.claims import Answer, Claim, Claims
-from keyproxy.store.database import StoreUnavailable
-from keyproxy.store.ledger import Ledger
-from keyproxy.store.ledger_backend import REAP_PORTION
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims
+from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.postgres.database import StoreUnavailable
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
@@ -27,7 +27,7 @@ from tests.simulation.world import World
 T = TypeVar("T")
 USER = Pool("user", "u_42", False)
 _NOON = 1_705_320_000.0
-_CONFIG = settings.Ledger(lease_seconds=10.0, settle_seconds=0.5)
+_CONFIG = schema.Ledger(lease_seconds=10.0, settle_seconds=0.5)
 #: What a turn of the virtual loop takes, many times over.
 _TURNS_SECONDS = 0.01
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from keyproxy.limits.messages import Pool, Window
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.store.claims import Answer, Claim
+from keyproxy.store.ledger.charge_dedup import Answer, Claim
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.network import Weather

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from keyproxy.limits.allowance import Hold
-from keyproxy.limits.leases import RATE_SECONDS, Lease
-from keyproxy.limits.messages import CONCURRENCY, RATE, TOKENS, Pool, Window
+from keyproxy.limits.lease import RATE_SECONDS, Lease
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, Pool, Window
 from keyproxy.limits.plan import Plan
 from tests.reference_ledger import ReferenceLedger, span
 

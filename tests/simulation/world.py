@@ -13,14 +13,15 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keyproxy import ports, settings
+from keyproxy import ports
+from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.messages import CONCURRENCY, REQUESTS, TOKENS, Pool
+from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
 from keyproxy.reasons import SPENT, Reason, Refusal
-from keyproxy.store.claims import Claims
-from keyproxy.store.ledger import Ledger
+from keyproxy.store.ledger.charge_dedup import Claims
+from keyproxy.store.ledger.ledger import Ledger
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 from tests.simulation.network import Network, RemoteClaims, RemoteLedger, Weather
@@ -174,7 +175,7 @@ class World:
             return Moment(self.wall() + jump[0], offset + (self.clock.now - began) * speed)
 
         backend = RemoteLedger(self.network, loop)
-        config = settings.Ledger(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
+        config = schema.Ledger(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
         asyncio._set_running_loop(loop)
         try:
             ledger = Ledger(backend, config, now)

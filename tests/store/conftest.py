@@ -17,18 +17,19 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
-from keyproxy.settings import Cache
-from keyproxy.store import embedded, migrations, scratch
-from keyproxy.store.database import Listener
-from keyproxy.store.embedded import EmbeddedServer
-from keyproxy.store.feed import CHANNEL, ChangeFeed
-from keyproxy.store.identities import FeedState, IdentityCache
-from keyproxy.store.last_used import LastUsed
+from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.embedded.embedded_postgres import EmbeddedServer
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.postgres import migrations, scratch_databases
+from keyproxy.store.postgres.database import Listener
 from tests.server import Server, password_of
+from tests.store.harness import Clock, Door, Relay, Rig, Sql, until
+from tests.store.redis_harness import MakeServer, servers
 from tests.store.redis_server import RedisServer
-from tests.store.redis_stage import MakeServer, servers
-from tests.store.stage import Clock, Door, Relay, Rig, Sql, until
 
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
@@ -68,12 +69,12 @@ def common_dsn(postgres: Server) -> Iterator[str]:
     name = f"kp_test_common_{secrets.token_hex(4)}"
 
     async def made() -> None:
-        await scratch.create(postgres.dsn("postgres"), name)
+        await scratch_databases.create(postgres.dsn("postgres"), name)
         await migrations.migrate(postgres.dsn(name))
 
     asyncio.run(made())
     yield postgres.dsn(name)
-    asyncio.run(scratch.drop(postgres.dsn("postgres"), name))
+    asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ async def rig(make_rig: MakeRig) -> Rig:
 def home() -> Iterator[Path]:
     """The directory of an embedded server of the store tests' own. Whoever starts it stops it."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
-        embedded.start(Path(directory), _FAST).stop()
+        embedded_postgres.start(Path(directory), _FAST).stop()
         yield Path(directory)
 
 
@@ -180,7 +181,7 @@ def start_server(home: Path) -> Iterator[StartServer]:
     with contextlib.ExitStack() as stack:
 
         def starting(settings: Mapping[str, str] | None = None) -> EmbeddedServer:
-            server = embedded.start(home, {**_FAST, **(settings or {})})
+            server = embedded_postgres.start(home, {**_FAST, **(settings or {})})
             stack.callback(server.stop)
             return server
 

@@ -10,16 +10,16 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from keyproxy.clock import now
-from keyproxy.settings import Usage
-from keyproxy.store.database import Database, StoreUnavailable
+from keyproxy.config.schema import Usage
+from keyproxy.platform.clock import now
 from keyproxy.store.housekeeping import Chore
-from keyproxy.store.ledger_backend import REAP_PORTION
-from keyproxy.store.ledger_postgres import PostgresLedger
-from keyproxy.store.usage import UsageJournal
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.postgres.database import Database, StoreUnavailable
+from keyproxy.store.usage.journal import UsageJournal
 from tests.contracts import LEASE_SECONDS, line, window
 from tests.store.conftest import MakeRig
-from tests.store.stage import Sql, until_blocked
+from tests.store.harness import Sql, until_blocked
 
 _TIMEOUT_SECONDS = 0.5
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from keyproxy.keyformat import SecretKey
+from keyproxy.auth.api_key import SecretKey
 from keyproxy.model import Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason
 from tests import contracts, fakes
-from tests.store.stage import Clock, Rig, add_user
+from tests.store.harness import Clock, Rig, add_user
 
 _STANDINGS = {
     None: "SELECT",

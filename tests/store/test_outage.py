@@ -7,18 +7,19 @@ import logging
 
 import pytest
 
-from keyproxy import clock, settings
+from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.messages import Pool
+from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Patience
+from keyproxy.platform import clock
 from keyproxy.reasons import Refusal
-from keyproxy.store.assembly import Store
-from keyproxy.store.database import StoreUnavailable
 from keyproxy.store.outage import Outage
+from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.store.store import Store
 from tests import fakes
-from tests.store.stage import Relay
-from tests.store.test_usage import ended, rows
+from tests.store.harness import Relay
+from tests.store.usage.test_journal import ended, rows
 
 
 class Log:
@@ -78,7 +79,7 @@ def test_what_one_part_cannot_do_hides_no_outage_of_all(log: Log) -> None:
 
 async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(
-        settings.Store(), settings.Cache(), settings.Ledger(lease_seconds=0.5), settings.Usage(), dsn=relay.dsn,
+        schema.Store(), schema.Cache(), schema.Ledger(lease_seconds=0.5), schema.Usage(), dsn=relay.dsn,
         header_prefix="X-Keyproxy-", now=clock.now,
     )  # fmt: skip
     caplog.set_level(logging.WARNING, "keyproxy")

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from keyproxy import clock, sockets
+from keyproxy.config.schema import Ledger as LedgerSettings
+from keyproxy.config.schema import Listen
+from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.gateway import Gateway
-from keyproxy.headers import FieldNames, TrustRule
-from keyproxy.problems import Problems
-from keyproxy.routes import RouteTable
-from keyproxy.settings import Ledger as LedgerSettings
-from keyproxy.settings import Listen
-from keyproxy.settings import Upstream as UpstreamSettings
-from keyproxy.store.claims import Claims
+from keyproxy.http.error_responses import Problems
+from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.routes import RouteTable
+from keyproxy.platform import clock, sockets
+from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.pool import UpstreamPool, Upstreams
-from keyproxy.wire.readers import ResponseReader
+from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 from tests import fakes
 from tests.rawhttp import Client, Upstream, connect
 from tests.reference_claims import ReferenceClaims

@@ -7,11 +7,11 @@ import gc
 import time
 import types
 
-from keyproxy.headers import FieldNames, TrustRule
-from keyproxy.problems import Problems
+from keyproxy.http.error_responses import Problems
+from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.reasons import Reason
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from keyproxy.wire.server import Terms
-from keyproxy.wire.shapes import LEARNT_AFTER
 from tests import fakes
 from tests.rawhttp import Client
 from tests.wire.conftest import KEY, Wire, request

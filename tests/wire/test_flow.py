@@ -10,8 +10,8 @@ import pytest
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
-from keyproxy.wire.client import ClientConnection
-from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.upstream.connection import UpstreamConnection
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
 from tests.wire.conftest import Start, Wire, request

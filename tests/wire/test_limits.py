@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from keyproxy.http.routes import RouteTable
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Ending, Missing, Route
 from keyproxy.reasons import Reason
-from keyproxy.routes import RouteTable
-from keyproxy.wire.shapes import LEARNT_AFTER
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.store.stage import until
+from tests.store.harness import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_long import HANDSHAKE, tunnel
 

@@ -17,11 +17,11 @@ import trustme
 
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason
-from keyproxy.wire import collector
-from keyproxy.wire.collector import WHOLE_BYTES_MAX
+from keyproxy.wire import body_buffer
+from keyproxy.wire.body_buffer import WHOLE_BYTES_MAX
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
-from tests.store.stage import until
+from tests.store.harness import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_limits import CHAT, limited, routes, spent
 
@@ -317,8 +317,8 @@ async def test_room_is_free_once_the_body_is_on_its_way_upstream(start: Start) -
 async def test_a_body_that_hardly_arrives_gives_its_room_back(
     start: Start, monkeypatch: pytest.MonkeyPatch, first: int, later: int, seconds: float
 ) -> None:
-    monkeypatch.setattr(collector, "PACE_SECONDS", 1.0)
-    monkeypatch.setattr(collector, "SMALL_SECONDS", 1.5)
+    monkeypatch.setattr(body_buffer, "PACE_SECONDS", 1.0)
+    monkeypatch.setattr(body_buffer, "SMALL_SECONDS", 1.5)
     wire = await shared(start, 1_000_000, "u_1")
     async with wire.client() as client:
         await client.send(announced(200_000) + b" " * first)
@@ -337,7 +337,7 @@ async def test_a_body_that_hardly_arrives_gives_its_room_back(
 async def test_a_steady_body_is_waited_for_and_at_a_higher_pace_while_the_room_is_short(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector, "PACE_SECONDS", 1.0)
+    monkeypatch.setattr(body_buffer, "PACE_SECONDS", 1.0)
     wire = await shared(start, 1_000_000, "u_1", "u_2")
     body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 100_000)
 

@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
+from keyproxy.http.routes import RouteTable
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Route
 from keyproxy.reasons import Reason
-from keyproxy.routes import RouteTable
 from tests import fakes
 from tests.fakes import Recorded
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.store.stage import until
+from tests.store.harness import until
 from tests.wire.conftest import Start, Wire, request
 
 CHAT = "/v1/chat/completions"

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from keyproxy.http.routes import RouteTable
 from keyproxy.model import Ending, Route
 from keyproxy.reasons import Reason
-from keyproxy.routes import RouteTable
 from tests import fakes
 from tests.rawhttp import Upstream
 from tests.wire.conftest import KEY, Start, Wire, request

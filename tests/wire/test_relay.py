@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from keyproxy.keyformat import SecretKey
+from keyproxy.auth.api_key import SecretKey
 from keyproxy.model import Ending
 from keyproxy.reasons import Reason
 from tests import fakes

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from keyproxy.limits.plan import Plan
-from keyproxy.ops import Check, OpsListener, Verdict
-from keyproxy.wire.answers import DateField
-from keyproxy.wire.shapes import LEARNT_AFTER
+from keyproxy.process.ops_listener import Check, OpsListener, Verdict
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
+from keyproxy.wire.response_heads import DateField
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import Start, Wire, request

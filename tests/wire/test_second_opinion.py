@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from keyproxy.ai.responses.meter import Meter
 from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
 from keyproxy.ports import Exchange, Gate
-from keyproxy.tokens.meter import Meter
-from keyproxy.wire.client import ClientConnection
-from keyproxy.wire.upstream import UpstreamConnection
+from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.upstream.connection import UpstreamConnection
 from tests import fakes, strict
 from tests.rawhttp import OK
 from tests.wire.conftest import Wire

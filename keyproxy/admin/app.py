@@ -1,0 +1,201 @@
+"""The admin process: a listener over a store, until SIGTERM; SIGHUP reads the configuration and the token again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+
+from keyproxy.admin.authentication import Access, TokenFileError, file_digest
+from keyproxy.admin.connections import Bounds
+from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.listener import AdminListener, traffic
+from keyproxy.admin.metrics_page import Readings
+from keyproxy.admin.reminder_sender import Reminding
+from keyproxy.admin.service import Service
+from keyproxy.admin.throttle import Throttle
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.schema import Settings
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.platform import clock, sockets, systemd
+from keyproxy.process import startup_conflicts
+from keyproxy.process.control_socket import Control
+from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.directory import Actor
+from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.postgres.database import Database, StoreUnavailable
+from keyproxy.wire.tls import TlsError, server_context, show
+
+_log = logging.getLogger(__name__)
+
+
+class RefusedToStart(Exception):
+    """The admin API does not start with this configuration. The text says why."""
+
+
+class Admin:
+    """A running admin API."""
+
+    def __init__(self, settings: Settings, dsn: str) -> None:
+        """Raises TokenFileError, TlsError."""
+        self._settings = settings
+        self._tls = _tls(settings)
+        self._database = Database(
+            dsn, pool_size_max=settings.store.pool_size_max,
+            statement_timeout_seconds=settings.store.statement_timeout_seconds,
+        )  # fmt: skip
+        self._throttle = Throttle()
+        self._reminding = Reminding(Reminders(self._database))
+        self._service = self._made(settings)
+
+    def _made(self, settings: Settings) -> Service:
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+        # Nobody changes anything through this one: it looks tokens up.
+        tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
+        access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
+        terms = Terms(settings.keys.age_days_max, settings)
+        return Service(self._database, key_format, access, terms, clock.monotonic)
+
+    async def run(
+        self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
+    ) -> None:
+        """Serve until SIGTERM or SIGINT. `started` is told the address. Raises BindError, RefusedToStart."""
+        stop, again = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, again.set)
+        async with contextlib.AsyncExitStack() as stack:
+            await self._database.open()
+            stack.push_async_callback(self._database.close)
+            await self._check_tokens()
+            log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+            log.success_share = self._settings.log.success_share
+            stack.callback(log.close)
+            log.start()
+            counted = traffic()
+            listener = AdminListener(
+                self._service, metrics=Readings(self._reminding, clock.monotonic, counted).page, traffic=counted,
+                log_line=log.write_line if self._settings.log.access else None,
+                bounds=Bounds(self._settings.admin.connections_max),
+            )  # fmt: skip
+            await stack.enter_async_context(Control().open(startup_conflicts.of_admin(self._settings)))
+            sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
+            stack.push_async_callback(listener.close)
+            await listener.start(sock, self._tls)
+            self._warn_of_what_is_read_by_others()
+            started(f"{sockets.told(sock)}{'' if self._tls is None else ', TLS'}")
+            systemd.notify("READY=1")
+            async with asyncio.TaskGroup() as group:
+                changing = group.create_task(self._change_on(again, listener, read_again))
+                reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
+                await stop.wait()
+                changing.cancel()
+                reminding.cancel()
+            systemd.notify("STOPPING=1")
+        _log.info("stopped")
+
+    def _warn_of_what_is_read_by_others(self) -> None:
+        # Not refused: behind something that speaks TLS, and in a pod or a container, this is how it has to be.
+        if self._tls is None and not is_loopback(self._settings.admin.address):
+            _log.warning(
+                "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys can be"
+                " read on their way, unless something that speaks TLS stands in front", self._settings.admin.address,
+            )  # fmt: skip
+
+    async def _check_tokens(self) -> None:
+        if self._settings.admin.token_file or is_loopback(self._settings.admin.address):
+            return
+        tokens = AdminTokens(self._database, self._service.key_format, Actor("admin", "local"))
+        try:
+            is_there = await tokens.are_there_any()
+        except StoreUnavailable as error:
+            raise RefusedToStart(
+                f"admin.address: {self._settings.admin.address} is not loopback, admin.token_file is not set, and the"
+                f" store cannot be asked for tokens: {error}"
+            ) from error
+        if not is_there:
+            raise RefusedToStart(
+                f"admin.address: {self._settings.admin.address} is not loopback, and there is no token: set"
+                f" admin.token_file, or make one with `keyproxy admin token create`"
+            )
+
+    async def _change_on(
+        self, again: asyncio.Event, listener: AdminListener, read_again: Callable[[], Settings]
+    ) -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            systemd.notify(systemd.reloading())
+            try:
+                listener.service = self._changed(read_again())
+                _log.info("another configuration is in force")
+            except (TokenFileError, TlsError, RefusedToStart) as error:
+                _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the admin API goes on
+                _log.exception("the configuration could not be changed")
+            systemd.notify("READY=1")
+
+    def _changed(self, settings: Settings) -> Service:
+        """The service under another configuration. Raises TokenFileError, TlsError, RefusedToStart."""
+        was = self._settings
+        if _fixed(settings) != _fixed(was):
+            raise RefusedToStart(
+                "store, log, admin.address, admin.socket_mode, admin.connections_max and whether there is a certificate"
+                " are read when the admin API starts: restart it"
+            )
+        if was.admin.token_file and not settings.admin.token_file and not is_loopback(settings.admin.address):
+            raise RefusedToStart("admin.token_file: cannot be taken away off loopback: restart the admin API")
+        _tls(settings)  # is tried before anything is changed
+        service = self._made(settings)
+        if self._tls is not None:
+            show(self._tls, settings.admin.tls_certificate_file, settings.admin.tls_key_file)
+        self._service, self._settings = service, settings
+        return self._service
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """Raises BindError. The port is not shared, so a request to the admin API never reaches another process."""
+    return sockets.bind(settings.admin.address, mode=int(settings.admin.socket_mode, 8), is_shared=False)
+
+
+def _fixed(settings: Settings) -> tuple[object, ...]:
+    """What is read once."""
+    admin = settings.admin
+    return (
+        settings.store,
+        settings.log,
+        admin.address,
+        admin.socket_mode,
+        admin.connections_max,
+        bool(admin.tls_certificate_file),
+    )
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """Raises TlsError."""
+    admin = settings.admin
+    if not admin.tls_certificate_file:
+        return None
+    try:
+        return server_context(admin.tls_certificate_file, admin.tls_key_file)
+    except TlsError as error:
+        raise TlsError(f"admin.tls_certificate_file: {error}") from error
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches an address of the configuration."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

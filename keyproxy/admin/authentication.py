@@ -1,0 +1,100 @@
+"""Who may in: a bearer token, looked up by its digest for each request. A revocation is in force with the next one.
+
+The token of `admin.token_file` is compared in constant time and may do everything; the others are looked up by a hash of
+what is shown, which tells nothing about the hashes that there are. Failures are counted by peer; a valid token is let in
+however many there were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+from typing import Final
+
+from keyproxy.admin.problems import Problem, Refused
+from keyproxy.admin.scopes import Scope
+from keyproxy.admin.throttle import Throttle
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.directory import Entity
+
+_TOKEN_CHARACTERS_MIN: Final = 32
+_TOKEN_CHARACTERS_MAX: Final = 512
+
+_STATES: Final = {
+    "expired": Problem.TOKEN_EXPIRED,
+    "revoked": Problem.TOKEN_REVOKED,
+    "disabled": Problem.ACCOUNT_DISABLED,
+}
+
+#: What the token of the file is to the audit log and to itself.
+_FILE_TOKEN: Final[Entity] = {
+    "id": "file", "name": "admin.token_file", "state": "active", "hint": "", "scopes": [Scope.ADMIN_WRITE.value],
+    "tenant": None, "created_at": None, "expires_at": None, "revoked_at": None, "last_used_at": None,
+}  # fmt: skip
+
+
+class TokenFileError(Exception):
+    """The file holds no token. The text says why."""
+
+
+def file_digest(path: str) -> bytes | None:
+    """The SHA-256 of the token in a file, None without one. Raises TokenFileError."""
+    if not path:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenFileError(f"admin.token_file: cannot be read: {error}") from error
+    if not (text.isascii() and text.isprintable() and " " not in text):
+        raise TokenFileError("admin.token_file: holds something that is no token: one line of visible ASCII")
+    if not _TOKEN_CHARACTERS_MIN <= len(text) <= _TOKEN_CHARACTERS_MAX:
+        raise TokenFileError(
+            f"admin.token_file: a token has {_TOKEN_CHARACTERS_MIN} to {_TOKEN_CHARACTERS_MAX} characters,"
+            f" such as `openssl rand -hex 32` prints"
+        )
+    return bytes(SecretKey(text.encode("ascii")).digest())
+
+
+class Access:
+    """See the module."""
+
+    def __init__(
+        self, tokens: AdminTokens, key_format: KeyFormat, throttle: Throttle, *, file_digest: bytes | None
+    ) -> None:
+        self._tokens = tokens
+        self._format = key_format
+        self._throttle = throttle
+        self._file_digest = file_digest
+
+    async def token(self, authorization: list[str], peer: str, now_mono: float) -> Entity:
+        """The token that these Authorization fields show. Raises Refused or StoreUnavailable."""
+        try:
+            return await self._token(authorization)
+        except Refused as refused:
+            wait_seconds = self._throttle.failed(peer, now_mono)
+            if wait_seconds:
+                raise Refused(Problem.TOO_MANY_FAILURES, headers={"Retry-After": str(wait_seconds)}) from refused
+            raise
+
+    async def _token(self, authorization: list[str]) -> Entity:
+        if not authorization:
+            raise Refused(Problem.TOKEN_MISSING)
+        if len(authorization) > 1:
+            raise Refused(Problem.TOKEN_INVALID, "There are several Authorization fields.")
+        scheme, _, shown = authorization[0].partition(" ")
+        if scheme.lower() != "bearer":
+            raise Refused(Problem.TOKEN_MISSING)
+        plaintext = shown.strip().encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(plaintext).digest()
+        if self._file_digest is not None and hmac.compare_digest(digest, self._file_digest):
+            return _FILE_TOKEN
+        if not self._format.may_be_admin_token(plaintext):
+            raise Refused(Problem.TOKEN_INVALID)
+        token = await self._tokens.presented(digest)
+        if token is None:
+            raise Refused(Problem.TOKEN_INVALID)
+        if token["state"] in _STATES:
+            raise Refused(_STATES[token["state"]])
+        return token

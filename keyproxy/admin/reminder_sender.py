@@ -1,0 +1,177 @@
+"""Sends reminders of keys and admin tokens that expire soon to the webhook: signed, retried for most of a day, then
+abandoned.
+
+A reminder is claimed, sent and marked. Whoever dies in between, or cannot mark it, leaves it to be sent again under the
+same id; see `store.reminders`. So there may be as many senders as there are admin processes, and a cron job beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final
+
+import aiohttp
+import orjson
+
+from keyproxy.config import schema
+from keyproxy.http import webhook_signature
+from keyproxy.platform import clock
+from keyproxy.store.directory.reminders import Reminder, Reminders, subject
+from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.times import time_text
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS: Final = 30.0
+_ATTEMPT_SECONDS: Final = 15.0
+_BATCH: Final = 20
+#: Well beyond an attempt: who still holds a claim then is dead, or may as well be.
+_LEASE: Final = timedelta(seconds=60)
+
+#: Attempts are made after 10 s, 1 min, 6 min, 36 min, 3.6 h, and then every 6 h: nine of them in 22 h.
+_ATTEMPTS_MAX: Final = 9
+_FIRST_DELAY_SECONDS: Final = 10.0
+_DELAY_GROWTH: Final = 6
+_DELAY_SECONDS_MAX: Final = 6 * 3600.0
+
+#: The receiver wants no more of it. Standard Webhooks, "Responding to webhooks".
+_GONE: Final = 410
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of sending: reminders received, attempts that failed, reminders given up."""
+
+    sent: int = 0
+    failed: int = 0
+    given_up: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    why: str
+    is_final: bool = False
+
+
+@dataclass(slots=True)
+class Reminding:
+    """See the module. `total` counts all that this process did."""
+
+    reminders: Reminders
+    lease: timedelta = _LEASE
+    attempt_seconds: float = _ATTEMPT_SECONDS
+    total: Outcome = field(default_factory=Outcome)
+
+    async def run(self, terms: Callable[[], schema.Reminders]) -> None:
+        """Remind whoever is to be reminded, for ever. `terms` may change; nothing is sent while they have no URL."""
+        was_down = False
+        while True:
+            try:
+                if terms().webhook_url:
+                    await self.turn(terms())
+                was_down = False
+            except (StoreUnavailable, StoreConflict) as error:
+                if not was_down and not self.reminders.is_store_down:
+                    _log.warning("reminders of what expires cannot be sent: %s", error)
+                was_down = True
+            except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
+                _log.exception("sending reminders failed because of a defect")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def turn(self, terms: schema.Reminders) -> Outcome:
+        """Write what is due and send what is to be sent by now. Raises StoreUnavailable, StoreConflict."""
+        turn = Outcome()
+        await self.reminders.write(terms.before_days)
+        for _, what, why in await self.reminders.given_up_late():
+            self._note_given_up(what, f"it has expired; {why}", turn)
+        timeout = aiohttp.ClientTimeout(total=self.attempt_seconds)
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+            while claimed := await self.reminders.claim(_BATCH, self.lease):
+                sent_before = turn.sent
+                sending = (self._send(session, terms, reminder, turn) for reminder in claimed)
+                # Each is sent and marked, also if another one cannot be marked.
+                for ended in await asyncio.gather(*sending, return_exceptions=True):
+                    if isinstance(ended, BaseException):
+                        raise ended
+                if turn.sent == sent_before:
+                    break  # a receiver that takes none of them is not asked for the rest before the next turn
+        return turn
+
+    async def _send(
+        self, session: aiohttp.ClientSession, terms: schema.Reminders, reminder: Reminder, turn: Outcome
+    ) -> None:
+        failed = await _attempted(session, terms, reminder)
+        if failed is None:
+            self.total.sent += 1
+            turn.sent += 1
+            await self.reminders.sent(reminder)
+            return
+        self.total.failed += 1
+        turn.failed += 1
+        if failed.is_final or reminder.attempts >= _ATTEMPTS_MAX:
+            await self.reminders.failed(reminder, failed.why, None)
+            self._note_given_up(subject(reminder.key, reminder.token), failed.why, turn)
+            return
+        again_in = _delay(reminder.attempts)
+        await self.reminders.failed(reminder, failed.why, again_in)
+        _log.warning(
+            "the reminder of %s was not received, attempt %d: %s; again in %d s",
+            subject(reminder.key, reminder.token), reminder.attempts, failed.why, again_in.total_seconds(),
+        )  # fmt: skip
+
+    def _note_given_up(self, what: str, why: str, turn: Outcome) -> None:
+        self.total.given_up += 1
+        turn.given_up += 1
+        _log.error("the reminder of %s is given up: %s", what, why)
+
+
+def body(reminder: Reminder) -> bytes:
+    """What is sent: no secret, and the same for each attempt as long as the key is the same."""
+    if reminder.token is not None:
+        what: dict[str, object] = {"token": reminder.token, "tenant": reminder.tenant}
+    else:
+        mode = "test" if reminder.is_test else "live"
+        what = {"key": reminder.key, "user": reminder.user, "tenant": reminder.tenant, "mode": mode}
+    return orjson.dumps({
+        "type": "key.expiring" if reminder.token is None else "admin_token.expiring",
+        "timestamp": time_text(reminder.created_at),
+        "data": {
+            **what,
+            "hint": reminder.hint,
+            "name": reminder.name,
+            "expires_at": time_text(reminder.expires_at),
+            "before_days": reminder.before_days,
+        },
+    })  # fmt: skip
+
+
+async def _attempted(
+    session: aiohttp.ClientSession, terms: schema.Reminders, reminder: Reminder
+) -> _Failed | None:  # fmt: skip
+    content = body(reminder)
+    signed = webhook_signature.headers(
+        webhook_signature.key_of(terms.webhook_secret), reminder.id, int(clock.now().wall_seconds), content
+    )
+    headers = {**signed, "Content-Type": "application/json", "User-Agent": "keyproxy"}
+    try:
+        # Redirects are not followed: what is signed for one receiver is no other's. The answer's body is not read.
+        async with session.post(terms.webhook_url, data=content, headers=headers, allow_redirects=False) as response:
+            status = response.status
+    except TimeoutError:
+        return _Failed(f"no answer within {session.timeout.total:g} s")
+    except (aiohttp.ClientError, OSError) as error:
+        return _Failed(f"{type(error).__name__}: {error}")
+    if 200 <= status < 300:
+        return None
+    return _Failed(f"the receiver answers {status}", is_final=status == _GONE)
+
+
+def _delay(attempts: int) -> timedelta:
+    """How long to wait after so many attempts, a fifth more or less so that not all come at once."""
+    seconds = min(_DELAY_SECONDS_MAX, _FIRST_DELAY_SECONDS * _DELAY_GROWTH ** (attempts - 1))
+    return timedelta(seconds=seconds * (0.8 + secrets.randbelow(4001) / 10_000))

@@ -1,0 +1,184 @@
+"""A request of the admin API, read: its path, query, body and conditions, checked by the endpoint's models."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from keyproxy.admin.endpoints import Endpoint
+from keyproxy.admin.problems import FieldError, Problem, Refused
+from keyproxy.admin.schemas.request_models import ID, PLAN_ID, PRINTABLE, SCOPE, Accepted
+
+BODY_BYTES_MAX: Final = 1 << 20
+_BODY_SECONDS: Final = 10.0
+_ERRORS_MAX: Final = 20
+_INTEGER_CHARACTERS_MAX: Final = 300
+
+_ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+_PATH_ID = re.compile(ID)
+
+_Model = TypeVar("_Model", bound=Accepted)
+
+#: What a pattern says, to people.
+_MEANINGS = {
+    ID: "an id is letters, digits and . _ : @ | + -, begins with one of the first two, and has 128 of them at most",
+    PLAN_ID: "a plan's name is letters, digits and . _ : @ -, begins with one of the first two, and has 128 at most",
+    PRINTABLE: "control characters are not allowed",
+    SCOPE: "a scope is one word such as jobs:write, without wildcards, of 64 characters at most",
+}
+
+
+def path_of(request: web.Request) -> dict[str, str]:
+    """The parameters of the path. What can be nobody's id is not there. Raises Refused."""
+    for value in request.match_info.values():
+        if not _PATH_ID.fullmatch(value):
+            raise Refused(Problem.NOT_FOUND)
+    return dict(request.match_info)
+
+
+def query_of(request: web.Request, model: type[_Model]) -> _Model:
+    """The query. Raises Refused."""
+    twice = [name for name in request.query if len(request.query.getall(name)) > 1]
+    if twice:
+        raise Refused(Problem.INVALID, errors=[FieldError(f"query.{twice[0]}", "is given more than once")])
+    return _checked(model, dict(request.query), "query")
+
+
+async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Accepted | None]:
+    """The body as it came, and what it means. Raises Refused."""
+    if endpoint.body is None:
+        return b"", None
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            raw = await request.read()
+    except TimeoutError as error:
+        raise Refused(Problem.REQUEST_TIMEOUT) from error
+    except web.HTTPRequestEntityTooLarge as error:
+        raise Refused(Problem.BODY_TOO_LARGE, f"A body has {BODY_BYTES_MAX} bytes at most.") from error
+    if not raw and endpoint.may_be_empty:
+        return raw, _checked(endpoint.body, {}, "body")
+    if request.content_type != "application/json":
+        raise Refused(Problem.MEDIA_TYPE)
+    return raw, _checked(endpoint.body, _json(raw), "body")
+
+
+def if_match(request: web.Request) -> str | None:
+    """The version that the request is about: None for any, `*` if it only has to be there. Raises Refused."""
+    fields = request.headers.getall("If-Match", [])
+    if not fields:
+        return None
+    if fields == ["*"]:
+        return "*"
+    match = _ENTITY_TAG.fullmatch(fields[0].strip()) if len(fields) == 1 else None
+    if match is None:
+        raise Refused(Problem.REQUEST_MALFORMED, 'If-Match is one ETag in quotes, or "*".')
+    if match[1]:
+        # RFC 9110, 13.1.1: a weak tag never matches.
+        raise Refused(Problem.OUTDATED, "A weak ETag matches nothing.")
+    return match[2]
+
+
+def must_be_new(request: web.Request, endpoint: Endpoint) -> bool:
+    """Whether If-None-Match says that the thing may not be there yet. Raises Refused."""
+    fields = request.headers.getall("If-None-Match", [])
+    if not endpoint.may_be_new_only or not fields:
+        return False
+    if fields != ["*"]:
+        raise Refused(Problem.REQUEST_MALFORMED, "If-None-Match is understood as * only.")
+    return True
+
+
+def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
+    """The Idempotency-Key, quoted or not, None without one. Raises Refused."""
+    fields = request.headers.getall("Idempotency-Key", [])
+    if not endpoint.is_kept or not fields:
+        return None
+    key = fields[0].strip()
+    if len(key) > 1 and key[0] == key[-1] == '"':
+        key = key[1:-1]
+    if len(fields) > 1 or not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise Refused(
+            Problem.REQUEST_MALFORMED, "Idempotency-Key is one word of visible ASCII, 255 characters at most."
+        )
+    return key
+
+
+def _json(raw: bytes) -> object:
+    try:
+        return json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer
+        )
+    except RecursionError as error:
+        raise Refused(Problem.REQUEST_MALFORMED, "The body is nested too deeply.") from error
+    except ValueError as error:
+        raise Refused(Problem.REQUEST_MALFORMED, f"The body is no JSON: {_one_line(error)}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        # Which one counts is what two readers would read differently.
+        raise ValueError("an object names a member twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _INTEGER_CHARACTERS_MAX:
+        raise ValueError("a number is too large")
+    return int(text)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _one_line(error: Exception) -> str:
+    # The decoder's own errors tell what they met; of a body nothing is repeated.
+    return error.msg.lower() if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
+
+
+def _checked(model: type[_Model], content: object, where: str) -> _Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        errors = [_told(one, model, where) for one in error.errors(include_url=False, include_input=False)]
+        first = errors[0]
+        raise Refused(Problem.INVALID, f"{first.field}: {first.detail}", errors=errors[:_ERRORS_MAX]) from None
+
+
+def _told(error: Any, model: type[Accepted], where: str) -> FieldError:
+    location = ".".join([where, *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        known = list(_fields_at(model, error["loc"][:-1]))
+        name = str(error["loc"][-1])
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        # An unknown name may be anything, a secret even: the closest known one is told, the unknown one is cut.
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"there is no such field{hint}")
+    meaning = _MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
+    message: str = meaning or error["msg"].removeprefix("Value error, ")
+    return FieldError(location[:200], message[:1].lower() + message[1:])
+
+
+def _fields_at(model: type[Accepted], location: Iterable[str | int]) -> Iterable[str]:
+    """The fields of the model at this place."""
+    here: type[Accepted] | None = model
+    for step in location:
+        field = here.model_fields.get(str(step)) if here is not None else None
+        here = next((one for one in _models(field.annotation) if True), None) if field is not None else here
+    return here.model_fields if here is not None else ()
+
+
+def _models(annotation: Any) -> Iterable[type[Accepted]]:
+    if isinstance(annotation, type) and issubclass(annotation, Accepted):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)

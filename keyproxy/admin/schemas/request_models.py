@@ -1,0 +1,331 @@
+"""What the admin API accepts: bodies and queries, as the models that check them and that its OpenAPI is made of.
+
+Strict: no unknown fields, no numbers written as text, no control characters. What a field means is said once, here.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
+
+from keyproxy.auth.key_scanner import TEXT_BYTES_MAX
+from keyproxy.limits.plan import LIMIT_MAX, LIMITS
+
+_LIFE_SECONDS_MAX = 36_525 * 86_400
+_SPAN_SECONDS_MAX = 36_525 * 86_400
+PAGE_MAX = 500
+_QUERY_DIGITS_MAX = 18
+
+#: As the tables have it.
+ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
+PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
+
+Id = Annotated[str, StringConstraints(pattern=ID)]
+PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
+Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
+Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
+KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
+Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
+Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+
+
+def _whole_number(value: object) -> object:
+    """Numbers in a query are text; other notations than digits are not read."""
+    if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]+", value):
+        return value
+    if len(value) > _QUERY_DIGITS_MAX:
+        raise ValueError("the number is too large")
+    return int(value)
+
+
+def _true_or_false(value: object) -> object:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _instant(value: object) -> object:
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        raise ValueError("must be a time such as 2026-01-31T12:00:00Z")
+    try:
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("is no time of this calendar") from error
+
+
+QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
+QueryLimit = Annotated[int, Field(ge=1, le=PAGE_MAX), BeforeValidator(_whole_number)]
+QuerySum = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
+QueryTokens = Annotated[int, Field(ge=0, le=LIMIT_MAX), BeforeValidator(_whole_number)]
+QueryRow = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole_number)]
+QueryBoolean = Annotated[bool, BeforeValidator(_true_or_false)]
+Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
+
+
+class Accepted(BaseModel):
+    """What all of them share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    #: Fields of which not to be given means something else than what they are then: their default is not told.
+    untold: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name in cls.untold:
+            schema["properties"].get(name, {}).pop("default", None)
+        return schema
+
+    def said(self) -> dict[str, Any]:
+        """The fields that were given, whatever their value."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
+class Paged(Accepted):
+    """A part of a list."""
+
+    cursor: Annotated[str, Field(max_length=1000, description="`next` of the page before.")] = ""
+    limit: Annotated[QueryLimit, Field(description="At most so many.")] = 100
+
+
+class UsersQuery(Paged):
+    """Which users."""
+
+    tenant: Annotated[Id | None, Field(description="Only of this tenant.")] = None
+
+
+class KeysQuery(Paged):
+    """Which keys: all that is given has to hold."""
+
+    user: Id | None = None
+    tenant: Id | None = None
+    is_test: QueryBoolean | None = None
+    state: Literal["active", "retiring", "disabled", "expired", "revoked"] | None = None
+    older_than_seconds: Annotated[QuerySeconds | None, Field(description="Issued longer ago than that.")] = None
+    unused_seconds: Annotated[QuerySeconds | None, Field(description="Not used, or issued, within that time.")] = None
+    expires_within_seconds: Annotated[QuerySeconds | None, Field(description="Expired, or to expire within that.")] = (
+        None
+    )
+    sort: Annotated[
+        Literal["id", "created", "used", "expires"], Field(description="By id, or by a time, oldest first.")
+    ] = "id"  # fmt: skip
+
+
+class AuditQuery(Accepted):
+    """Which rows of the audit log: all that is given has to hold."""
+
+    entity: Literal["tenant", "user", "key", "plan", "token"] | None = None
+    entity_id: Text | None = None
+    tenant: Id | None = None
+    actor: Text | None = None
+    action: Literal["insert", "update", "delete", "truncate"] | None = None
+    since: Annotated[Instant | None, Field(description="From then on.")] = None
+    until: Annotated[Instant | None, Field(description="Before that.")] = None
+
+
+class AuditPageQuery(AuditQuery, Paged):
+    """Which rows of the audit log, in pages."""
+
+
+class AuditExportQuery(AuditQuery):
+    """Which rows of the audit log, all of them."""
+
+    after: Annotated[QueryRow, Field(description="Only rows with a greater id.")] = 0
+
+
+class NoQuery(Accepted):
+    """No parameters."""
+
+
+class TenantCreate(Accepted):
+    """A tenant."""
+
+    id: Id
+    name: Name = ""
+    plan: PlanId | None = None
+
+
+class TenantChange(Accepted):
+    """What to change; what is not named stays. A plan of null is none."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+
+    name: Name = ""
+    plan: PlanId | None = None
+    test_plan: PlanId | None = None
+    disabled: bool = False
+
+
+class FirstKey(Accepted):
+    """The first key of a new user."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
+
+    name: Name = ""
+    scopes: Annotated[list[KeyScope], Field(max_length=64)] = []
+    expires_in_seconds: Annotated[
+        Life | None, Field(description="null: never. Not given: as configured, `keys.age_days_max`.")
+    ] = None  # fmt: skip
+    plan: PlanId | None = None
+
+
+class UserCreate(Accepted):
+    """A user with its first live key."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"key"})
+
+    id: Id
+    tenant: Id
+    plan: PlanId | None = None
+    key: Annotated[FirstKey | None, Field(description="Not given: as {}. null: no key.")] = FirstKey()
+
+
+class UserChange(Accepted):
+    """What to change; what is not named stays. A plan of null is none."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+
+    plan: PlanId | None = None
+    test_plan: PlanId | None = None
+    disabled: bool = False
+
+
+class KeyIssue(FirstKey):
+    """A key of a user."""
+
+    user: Id
+    is_test: bool = False
+
+
+class KeysIssue(Accepted):
+    """Keys of users, all of them or none."""
+
+    keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
+    reissue_unseen: Annotated[
+        bool, Field(description="Revoke and reissue keys that were never used, because their secrets were lost.")
+    ] = False  # fmt: skip
+
+
+class KeyChange(Accepted):
+    """What to change; what is not named stays. A plan of null is none."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
+
+    name: Name = ""
+    plan: PlanId | None = None
+    scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
+
+
+class KeyRotate(Accepted):
+    """How a key is replaced."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
+
+    grace_seconds: Annotated[
+        int, Field(ge=0, le=3_153_600_000, description="How long the old key goes on working.")
+    ] = 86_400  # fmt: skip
+    expires_in_seconds: Annotated[
+        Life | None, Field(description="The new key's life. Not given: as configured. null: for ever.")
+    ] = None  # fmt: skip
+
+
+class KeyRevoke(Accepted):
+    """Why a key is revoked."""
+
+    reason: Reason = ""
+
+
+class KeysRevoke(Accepted):
+    """Which keys to revoke: all that is given has to hold, and something has to be given."""
+
+    user: Id | None = None
+    tenant: Id | None = None
+    older_than_seconds: Annotated[Life | None, Field(description="Issued longer ago than that.")] = None
+    unused_seconds: Annotated[Life | None, Field(description="Not used, or issued, within that time.")] = None
+    reason: Reason = ""
+    limit: Annotated[int, Field(ge=1, le=1000, description="At most so many at once.")] = 1000
+    dry_run: Annotated[bool, Field(description="Revoke nothing; `remaining` says how many would be.")] = False
+
+
+class LeakReport(Accepted):
+    """A key that was found where it should not be: the key itself, or its SHA-256. One of the two."""
+
+    untold: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
+
+    key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
+    digest: Annotated[
+        str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="Its SHA-256, hexadecimal.")
+    ] = ""  # fmt: skip
+    reason: Reason = "leaked"
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> LeakReport:
+        if ("key" in self.model_fields_set) == ("digest" in self.model_fields_set):
+            raise ValueError("give either key or digest")
+        return self
+
+
+Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
+
+
+class LeakText(Accepted):
+    """A text that may contain keys."""
+
+    text: Pasted
+    reason: Reason = "leaked"
+
+
+class KeyQuestion(Accepted):
+    """A text with a key in it; or the id, hint or name of a key, or its first part."""
+
+    text: Pasted
+
+
+class Limits(Accepted):
+    """The limits of a plan. What is not given, or null, does not limit."""
+
+    rate: Annotated[
+        float | None, Field(ge=1 / 86_400, le=1_000_000, allow_inf_nan=False, description="Requests per second.")
+    ] = None  # fmt: skip
+    burst: Annotated[int | None, Field(ge=1, le=LIMIT_MAX, description="Requests at once; with a rate only.")] = None
+    concurrency: Annotated[Whole | None, Field(description="Requests under way at one time.")] = None
+    requests_per_day: Whole | None = None
+    requests_per_month: Whole | None = None
+    tokens_per_request: Whole | None = None
+    tokens_per_day: Whole | None = None
+    tokens_per_month: Whole | None = None
+
+
+class PlanSet(Accepted):
+    """A plan: all of it, in place of what it was."""
+
+    limits: Limits
+
+
+class LimitChanges(Limits):
+    """Limits to change. null removes one; limits that are not given stay as they are."""
+
+    untold: ClassVar[frozenset[str]] = frozenset(LIMITS)
+
+
+class PlanChange(Accepted):
+    """What to change of a plan."""
+
+    limits: LimitChanges

@@ -1,0 +1,1 @@
+"""Read what a request asks for in tokens, without keeping its body."""

@@ -1,0 +1,103 @@
+"""Read an answer in gzip or deflate: another meter is fed with what it holds, the client gets it as it came.
+
+Inflated content is scanned in pieces and dropped, so the memory is zlib's window and one piece. Each call inflates
+at most `INFLATED_BYTES_MAX`; the rest waits, compressed, for the next call. Content that waits in a queue
+of more than `WAITING_BYTES_MAX`, or is still waiting when the answer has ended and the last call is over, is read no
+further: it is a bomb, or as expensive to read as one. The same applies to content that zlib rejects. Usage reported
+before that counts.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+from keyproxy.ai.responses.meter import Meter
+from keyproxy.model import TokenUse
+
+INFLATED_BYTES_MAX: Final = 262_144
+WAITING_BYTES_MAX: Final = 1_048_576
+
+_PIECE_BYTES: Final = 65_536
+#: Gzip members that may follow one another; a bomb may be of thousands of empty ones.
+_MEMBERS_MAX: Final = 100
+
+
+class InflatingMeter(Meter):
+    """For an answer in gzip or deflate: another meter is fed with what it holds; the client gets it as it came."""
+
+    def __init__(self, inner: Meter, *, is_gzip: bool) -> None:
+        super().__init__()
+        self._inner = inner
+        self._is_gzip = is_gzip
+        self._inflate: zlib._Decompress | None = None
+        self._members = 0
+        self._left = b""
+        self._is_readable = True
+
+    @property
+    def use(self) -> TokenUse | None:
+        """See Meter."""
+        said = self._inner.use
+        return self.unsaid if said is None else said
+
+    @property
+    def produced(self) -> int:
+        """See Meter."""
+        return self._inner.produced
+
+    @property
+    def produced_bound(self) -> int:
+        """See Meter."""
+        return self._inner.produced_bound
+
+    def feed(self, content: bytes) -> bytes:
+        """See Meter."""
+        if self._is_readable:
+            self._left = self._left + content if self._left else content
+            self._read()
+            self._is_readable = self._is_readable and len(self._left) <= WAITING_BYTES_MAX
+        if not self._is_readable:
+            self._left = b""
+        return content
+
+    def finish(self) -> bytes:
+        """See Meter."""
+        if self._left:
+            self._read()
+        self._left = b""
+        self._inner.finish()
+        self.tokens_in = self._inner.tokens_in
+        return b""
+
+    def _read(self) -> None:
+        budget = INFLATED_BYTES_MAX
+        left = self._left
+        while left and self._is_readable and budget > 0:
+            if self._inflate is None:
+                self._inflate = zlib.decompressobj(wbits=window_bits(left, is_gzip=self._is_gzip))
+            try:
+                piece = self._inflate.decompress(left, _PIECE_BYTES)
+            except zlib.error:
+                self._is_readable = False
+                break
+            self._inner.feed(piece)
+            left = self._inflate.unconsumed_tail
+            if self._inflate.eof:
+                left, self._inflate = self._inflate.unused_data, None
+                self._members += 1
+            budget -= len(piece)
+            self._is_readable = self._members < _MEMBERS_MAX
+        self._left = left
+        self.tokens_in = self._inner.tokens_in
+
+
+def window_bits(content: bytes, *, is_gzip: bool) -> int:
+    """zlib's name for the format that some compressed bytes, not empty, begin in.
+
+    "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some send the bare one.
+    """
+    if is_gzip:
+        return 16 + zlib.MAX_WBITS
+    is_zlib = content[0] & 0x0F == zlib.DEFLATED and content[0] >> 4 <= 7
+    return zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS

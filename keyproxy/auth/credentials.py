@@ -1,0 +1,177 @@
+"""Find the one key that a request presents. Plaintext comes in, a digest goes out, and nothing else leaves.
+
+A key is `Authorization: Api-Key <KEY>` (scheme in any case), `Authorization: Bearer <KEY>` or `X-Api-Key: <KEY>`. The
+same key said twice is one credential; two different ones are refused, because which of them counts is what two servers
+would read differently. A key in the URL is refused even if another one is in a header: the URL has been logged already
+by whatever the request passed through.
+
+Not decided here: whether the key exists. `checked` tells a key that cannot exist, without asking anyone; it is called
+only for a digest that memory does not know, so that a known key costs one hash. The digest stays with the head, so that a
+client that presents the same bytes again on its connection costs none.
+
+The presented key is not forwarded in any other field either, whatever its name: a client library may also send it as
+`Api-Key`, in a cookie or in a Referer. Such a line is dropped. If the key is in a field that the decision depends on,
+dropping the field would change the request, so the request is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.model import CredentialField, KeyDigest, RequestHead, RequestLine
+from keyproxy.reasons import Reason, Refusal
+
+#: Query parameters whose value is a credential wherever they are used. Compared lower-case, `-` for `_`.
+_KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"access-token"})
+
+_DECODINGS_MAX: Final = 8
+
+_AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
+_WORD = re.compile(rb"[0-9A-Za-z]+")
+_BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
+
+#: A word of a key of this length is found anywhere; a shorter key only as a separate word.
+_WORD_BYTES_MIN: Final = 16
+
+#: Fields that determine how the request is read. Dropping one would change the request after the decision.
+_JUDGED_FIELDS: Final = frozenset(
+    {b"host", b"content-type", b"content-encoding", b"accept-encoding", b"idempotency-key"}
+)
+
+#: Contains only digits.
+_LENGTH: Final = b"content-length"
+
+_OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
+
+
+def digest(head: RequestHead) -> KeyDigest:
+    """What the one key of this request is known by. Raises the Refusal for none, several, or one in the URL."""
+    if head.line.holds_key:
+        raise Refusal(Reason.KEY_IN_URL)
+    found = head.digest
+    if found is None:
+        key = _presented(head)
+        found = head.digest = key.digest()
+        head.key_part = _part(key)
+    if not head.is_free_of_key:
+        _take_out(head, head.key_part)
+    return found
+
+
+def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
+    """The one key of a request whose digest nobody knows. Raises the Refusal for one that cannot exist."""
+    key = _presented(head)
+    if not key_format.may_exist(key.reveal()):
+        raise Refusal(Reason.KEY_INVALID, "malformed, or its checksum is wrong")
+    return key
+
+
+def _presented(head: RequestHead) -> SecretKey:
+    credentials = head.credentials
+    if len(credentials) == 1:
+        return SecretKey(_plaintext(*credentials[0]))
+    if not credentials:
+        raise Refusal(Reason.KEY_MISSING)
+    return SecretKey(_the_same(credentials))
+
+
+def _plaintext(name: bytes, value: bytes) -> bytes:
+    if name == b"x-api-key":
+        if not value:
+            raise Refusal(Reason.KEY_INVALID, "X-Api-Key is empty")
+        return value
+    match = _AUTHORIZATION.fullmatch(value)
+    if match is not None:
+        return match[1]
+    if _OUR_SCHEME.match(value):
+        raise Refusal(Reason.KEY_INVALID, "the Authorization header holds no key, or more than a key")
+    raise Refusal(Reason.KEY_MISSING, "the Authorization header is of another scheme")
+
+
+def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
+    try:
+        first, *others = (_plaintext(*credential) for credential in credentials)
+    except Refusal:
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, "several credentials, not all of them a key") from None
+    if any(other != first for other in others):
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, f"{len(credentials)} credentials that differ")
+    return first
+
+
+def _part(key: SecretKey) -> bytes:
+    """The search pattern for a key: its longest word, which URL encoding does not change."""
+    plaintext = key.reveal()
+    word = max(_WORD.findall(plaintext), key=len, default=b"")
+    return word if len(word) >= _WORD_BYTES_MIN else plaintext
+
+
+def _take_out(head: RequestHead, part: bytes) -> None:
+    """Drop every line that contains the key. Raises a Refusal if a line with the key cannot be dropped."""
+    block = head.block
+    # `find` takes less than half the time of `in`, which first tries its operand as an integer.
+    if head.line.target.find(part) >= 0 and _stands_in(head.line.target, part):
+        # A key of another format, which the target alone does not reveal.
+        line = head.line
+        head.line = RequestLine(line.method, line.target, line.path, line.minor_version, line.start, holds_key=True)
+        raise Refusal(Reason.KEY_IN_URL)
+    if block.find(part) >= 0 or block.find(b"asic ") >= 0:
+        head.block = _without(block, part)
+    if head.forwarded:
+        head.forwarded = tuple([(name, value) for name, value in head.forwarded if not _stands_in(value, part)])
+    head.is_free_of_key = True
+
+
+def _without(block: bytes, part: bytes) -> bytes:
+    kept = b""
+    for line in block.splitlines(keepends=True):
+        name = line.partition(b":")[0].lower()
+        if name == _LENGTH or not _stands_in(line, part):
+            kept += line
+        elif name in _JUDGED_FIELDS:
+            raise Refusal(Reason.REQUEST_MALFORMED, "the key is in a field that the decision depends on")
+    return kept
+
+
+def _stands_in(text: bytes, part: bytes) -> bool:
+    """Whether a text contains the key: verbatim, or as a password of Basic authentication."""
+    if part in text:
+        if len(part) >= _WORD_BYTES_MIN:
+            return True
+        alone = rb"(?<![0-9A-Za-z])%b(?![0-9A-Za-z])" % re.escape(part)
+        if re.search(alone, text):
+            return True
+    for encoded in _BASIC.findall(text):
+        whole = encoded[: len(encoded) - len(encoded) % 4] if len(encoded) % 4 == 1 else encoded
+        try:
+            decoded = base64.b64decode(whole + b"=" * (-len(whole) % 4))
+        except binascii.Error:
+            continue
+        if part in decoded:
+            return True
+    return False
+
+
+def holds_key(target: bytes, key_format: KeyFormat) -> bool:
+    """Whether a request target has a key in it, or a parameter that is meant for one."""
+    if b"?" not in target and b"%" not in target:
+        return key_format.is_within(target)
+    # Decoded to the end: a key that was encoded on its way through template engines and redirects is still a key.
+    decoded = target
+    for _ in range(_DECODINGS_MAX):
+        before, decoded = decoded, unquote_to_bytes(decoded)
+        if decoded == before:
+            break
+    else:
+        return True  # nobody encodes so often who has nothing to hide
+    if key_format.is_within(decoded):
+        return True
+    for parameter in decoded.partition(b"?")[2].replace(b";", b"&").split(b"&"):
+        name, _, value = parameter.partition(b"=")
+        if value and name.lower().replace(b"_", b"-") in _KEY_PARAMETERS:
+            return True
+    return False

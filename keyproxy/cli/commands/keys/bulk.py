@@ -1,0 +1,214 @@
+"""keyproxy key revoke-all|issue-many|import: many keys at once. Interrupted, each can be run again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import orjson
+
+from keyproxy.auth.api_key import masked
+from keyproxy.cli.context import Call, Progress, confirm, say, takes_call, yes_option
+from keyproxy.cli.options import Failure, duration, scopes, showing_secret, span
+from keyproxy.cli.rows import Rows, read_owners, read_rows
+from keyproxy.store.directory.bulk import BATCH_MAX
+from keyproxy.store.directory.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
+from keyproxy.store.directory.import_keys import read_key, read_wish
+from keyproxy.store.directory.interface import Operations
+
+_PROBLEMS_SHOWN_MAX: Final = 20
+
+_LOST: Final = (
+    "secrets of keys that were issued are lost. Free disk space, and run the command again with --reissue-unseen, which"
+    " revokes the keys that were never used and issues them again"
+)
+
+_file_argument = click.argument(
+    "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
+)  # fmt: skip
+
+
+@click.command("revoke-all", short_help="Revoke many keys for good, of a user, tenant or age.")
+@click.option("--user", "user_id", metavar="USER", help="This user's keys.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="The keys of this tenant's users.")
+@click.option("--older-than", callback=span, metavar="TIME", help="Keys issued longer ago than that.")
+@click.option("--unused", callback=span, metavar="TIME", help="Keys not used for so long.")
+@click.option("--reason", default="", help="Why, for those who look at it later.")
+@click.option("--dry-run", is_flag=True, help="Only say how many there are.")
+@yes_option
+@takes_call
+def key_revoke_all(
+    call: Call, user_id: str | None, tenant_id: str | None, older_than: timedelta | None, unused: timedelta | None,
+    reason: str, *, dry_run: bool, yes: bool,
+) -> None:  # fmt: skip
+    """Revoke many keys for good: those for which all that is said holds.
+
+    \b
+    keyproxy key revoke-all --user u_42 --reason "laptop stolen"
+    keyproxy key revoke-all --tenant acme --older-than 365d --dry-run
+    """
+    try:
+        wanted = Revocation(user_id, tenant_id, older_than, unused)
+    except Invalid as error:
+        raise click.UsageError(str(error)) from error
+    total = call.run(lambda directory: directory.count_to_revoke(wanted))
+    if dry_run:
+        call.tell({"revoked": 0, "would_revoke": total}, ())
+        return
+    confirm(f"Revoke {total} keys? This cannot be undone.", yes=yes)
+    call.tell({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
+
+
+async def _revoke(directory: Operations, wanted: Revocation, reason: str, total: int) -> int:
+    progress, count = Progress("keys revoked", total), 0
+    try:
+        async for ids in directory.revoke_keys(wanted, reason):
+            count += len(ids)
+            progress.at(count)
+    finally:
+        progress.end()
+    return count
+
+
+@click.command("issue-many", short_help="Issue a key for each row of a CSV or JSON file.")
+@_file_argument
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
+@click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
+@click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
+@click.option("--reissue-unseen", is_flag=True,
+              help="Revoke and reissue keys that were never used, because their secrets were lost.")  # fmt: skip
+@takes_call
+def key_issue_many(
+    call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,
+    *, reissue_unseen: bool,
+) -> None:  # fmt: skip
+    """Issue a key for each row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
+
+    Columns: user; name, scopes, test and plan if wanted. Each key is printed once it is there, with --json as JSON lines.
+    A user who has a working key of that name and mode gets no other, so that it can be run again.
+
+    If secrets were lost, as on a full disk, run the command again with --reissue-unseen: keys that match their row and
+    were never used are revoked and issued again. Keys that were used, rotated or imported stay.
+
+    \b
+    printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
+    """
+    life = call.life(expires_in)
+    defaults = {"scopes": list(wanted), "plan": plan}
+    wishes: list[tuple[str, KeyWish]] = []
+    for place, row in read_rows(path, needs=(("user",), ("user_id",))):
+        try:
+            user, wish = read_wish(row, defaults)
+        except Invalid as error:
+            raise Failure(f"{place}: {error}") from error
+        wishes.append((user, replace(wish, expires_in=life)))
+    call.warn_of_scopes(*(wish.scopes for _, wish in wishes))
+    made = call.run_for_secret(
+        lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
+    )
+    if not call.as_json:
+        say(f"{made} keys issued, {len(wishes) - made} were there; this is the only time the secrets are shown")
+
+
+async def _issue(
+    directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
+) -> int:
+    progress, made = Progress("keys", len(wishes)), 0
+    try:
+        for start in range(0, len(wishes), BATCH_MAX):
+            keys = await directory.issue_keys(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
+            with showing_secret(_LOST):
+                for key in keys:
+                    if as_json:
+                        click.echo(orjson.dumps(key).decode("utf-8"))
+                    elif key["created"]:
+                        click.echo(f"{key['user']}  {key['name'] or '-'}  {key['id']}  {key['secret']}")
+                    made += key["created"]
+                sys.stdout.flush()
+            progress.at(min(len(wishes), start + BATCH_MAX))
+    finally:
+        progress.end()
+    return made
+
+
+@click.command("import")
+@_file_argument
+@click.option("--dry-run", is_flag=True, help="Do it all, say what came of it, and undo it.")
+@click.option("--user", "user_id", metavar="USER", help="Whose keys they are, where a row does not say.")
+@click.option("--user-column", metavar="NAME", help="The column that says whose key it is. [user]")
+@click.option("--map", "map_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="CSV lines `prefix or name of the key,user`: whose key it is.")  # fmt: skip
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Users who are not there are made in this tenant.")
+@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
+@takes_call
+def key_import(
+    call: Call, path: Path, user_id: str | None, user_column: str | None, map_path: Path | None,
+    tenant_id: str | None, wanted: tuple[str, ...], *, dry_run: bool,
+) -> None:  # fmt: skip
+    """Take over keys that another program issued. FILE is CSV with a header line, JSON lines or Django's dumpdata; - is
+    stdin.
+
+    A row has the key's digest, the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
+    djangorestframework-api-key, and gets its digest when the key is first used. Other columns, all of them optional:
+    user, tenant, name, scopes, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
+
+    Rows that cannot be used are told, and status is 1; the others are imported. Keys that are there are passed over.
+
+    \b
+    keyproxy key import keys.csv --map owners.csv --tenant acme --dry-run
+    keyproxy key import keys.csv --map owners.csv --tenant acme
+    """
+    defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
+    owners = {} if map_path is None else read_owners(map_path)
+    known_as = () if user_column is None else (user_column,)
+    rows = read_rows(path, needs=(("digest",), ("prefix", "hashed_key"), ("prefix", "hashed")), beside=known_as)
+    keys, report = _read(rows, defaults, owners, user_column)
+    call.warn_of_scopes(*(key.scopes for key in keys if not key.is_revoked))
+    report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
+    for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
+        say(f"{place}: {problem}")
+    told = {
+        "dry_run": dry_run, "imported": report.imported, "present": report.present, "users": report.users,
+        "problems": [{"place": place, "problem": problem} for place, problem in report.problems],
+    }  # fmt: skip
+    call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
+    if report.problems:
+        raise Failure(
+            "1 row cannot be used" if len(report.problems) == 1 else f"{len(report.problems)} rows cannot be used"
+        )
+
+
+async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+    progress, report = Progress("keys looked at", len(keys)), ImportReport()
+    try:
+        # A dry run leaves nothing behind, and so sees all of it at once or not what came before.
+        size = max(1, len(keys)) if dry_run else BATCH_MAX
+        for start in range(0, len(keys), size):
+            report.add(await directory.import_keys(keys[start : start + size], dry_run=dry_run))
+            progress.at(min(len(keys), start + size))
+    finally:
+        progress.end()
+    return report
+
+
+def _read(
+    rows: Rows, defaults: Mapping[str, Any], owners: Mapping[str, str], user_column: str | None
+) -> tuple[list[ImportedKey], ImportReport]:
+    keys, report = [], ImportReport()
+    for place, row in rows:
+        owner = row.get(user_column) if user_column is not None else None
+        for known_as in (row.get("prefix"), row.get("name")):
+            owner = owner or owners.get(str(known_as))
+        try:
+            keys.append(read_key(place, {**row, "user": owner} if owner else row, defaults))
+        except Invalid as error:
+            report.problems.append((place, masked(str(error))))
+    return keys, report
+
+
+BULK_COMMANDS: Final = (key_revoke_all, key_issue_many, key_import)

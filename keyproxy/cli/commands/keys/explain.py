@@ -1,0 +1,43 @@
+"""keyproxy key explain."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from keyproxy.cli.context import Call, takes_call
+from keyproxy.limits.plan import LIMIT_MAX
+from keyproxy.store.ledger.explain import Question
+
+LIMIT_COLUMNS: Final = (
+    "owner", "policy", "limit", "spent", "held", "forfeited", "remaining", "reset_seconds",
+)  # fmt: skip
+
+
+@click.command("explain", short_help="Show whether a request with a key would pass, and why.")
+@click.argument("key_id", metavar="ID")
+@click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Of the request.")
+@click.option("--path", required=True, metavar="PATH", help="Of the request, such as /v1/ai/jobs.")
+@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Tokens of prompt and response.")
+@takes_call
+def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | None) -> None:
+    """Say what would become of a request with a key, and how each limit stands. Nothing is charged or sent.
+
+    Without --tokens a request on a route that counts tokens is taken to give no maximum.
+
+    \b
+    keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
+    """
+    question = Question(method, path, tokens)
+    told = call.run_usage(lambda usage: usage.explained(key_id, question))
+    limits = told.pop("limits")
+    who = {name: told.pop(name) for name in ("key", "user", "tenant", "mode")}
+    answer = {**who, "method": method, "path": path, **told}
+    if call.as_json:
+        call.tell({**answer, "limits": limits}, ())
+        return
+    call.tell(answer, ())
+    if limits:
+        click.echo()
+        call.tell(limits, (*LIMIT_COLUMNS, "refuses"))

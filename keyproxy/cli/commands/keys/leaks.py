@@ -1,0 +1,125 @@
+"""keyproxy key report-leaked|whose: keys in pasted text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import click
+
+from keyproxy.auth.api_key import masked
+from keyproxy.auth.key_scanner import TEXT_BYTES_MAX, TOO_LONG
+from keyproxy.cli.context import KEY_COLUMNS, Call, say, takes_call
+from keyproxy.cli.options import Failure
+from keyproxy.store.directory.directory import Entity
+from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.leaked_keys import MATCHES_MAX
+
+_LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
+_STDIN: Final = "-"
+
+
+@click.command("report-leaked", short_help="Revoke every key in a text on stdin.")
+@click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
+@click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
+@takes_call
+def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
+    """Revoke every key in a leaked text, and list the owners of the keys.
+
+    Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
+    digits of a key's SHA-256. Status 1 if it contains no key of this database, with the reason: no key at all, an
+    incomplete one, or an unknown one.
+
+    \b
+    keyproxy key report-leaked --reason "public repository" < found.txt
+    """
+    text = None if digest is not None else _from_stdin()
+    report = call.run(lambda directory: _reported(directory, digest, text, reason))
+    if call.as_json:
+        call.tell(report, ())
+    elif report["found"]:
+        call.tell(report["found"], _LEAK_COLUMNS)
+    reasons = _reasons(report)
+    if not report["found"]:
+        raise Failure("; ".join(reasons) or "there is no key in this text")
+    for reason_given in reasons:
+        say(reason_given)
+
+
+@click.command("whose", short_help="Show whose key, hint, id or name something is.")
+@click.argument("text", metavar="TEXT")
+@takes_call
+def key_whose(call: Call, text: str) -> None:
+    """Show the owner of a key without changing anything. TEXT is a key, its hint, its id or its name; - is stdin.
+
+    Pass a key on stdin: an argument is visible to other users of the machine. The first part of a key is sufficient if it
+    includes as much as the hint does. Status 1 if there is no such key.
+
+    \b
+    keyproxy key whose - < found.txt
+    keyproxy key whose kp_live_AbCd…wXyZ
+    """
+    if text != _STDIN and masked(text) != text:
+        say("warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -")
+    wanted = _from_stdin() if text == _STDIN else text.encode("utf-8", "surrogateescape")
+    report = call.run(lambda directory: directory.whose(wanted))
+    if call.as_json:
+        call.tell(report, ())
+    elif report["keys"]:
+        call.tell(report["keys"], KEY_COLUMNS)
+    if not report["keys"]:
+        raise Failure("there is no such key")
+    if len(report["keys"]) == MATCHES_MAX:
+        say(f"these are the first {MATCHES_MAX} keys: pass more of the hint, or list by user")
+
+
+def _from_stdin() -> bytes:
+    if sys.stdin.isatty():
+        click.echo("Paste the text, then Enter and Ctrl-D:", err=True)
+    text = sys.stdin.buffer.read(TEXT_BYTES_MAX + 1)
+    if len(text) > TEXT_BYTES_MAX:
+        raise Failure(TOO_LONG)
+    if not text.strip():
+        raise Failure("there is no key in this text: stdin is empty")
+    return text
+
+
+async def _reported(directory: Operations, digest: str | None, text: bytes | None, reason: str) -> Entity:
+    if text is not None:
+        return await directory.report_leaked_text(text, reason)
+    found = await directory.report_leaked(_hex_digest(digest or ""), reason)
+    if not found["known"]:
+        return {"found": [], "incomplete": 0, "unknown": 1}
+    key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
+    return {"found": [key], "incomplete": 0, "unknown": 0}
+
+
+def _reasons(report: Entity) -> list[str]:
+    """Describe the keys in a text that were not found: unknown, incomplete or mistyped ones."""
+    reasons = []
+    if report["unknown"]:
+        count, verb = _counted(report["unknown"])
+        reasons.append(
+            f"there is no such key: {count} {verb} not in this database, or deleted, or a token of the admin API"
+        )
+    if report["incomplete"]:
+        count, verb = _counted(report["incomplete"])
+        reasons.append(
+            f"{count} {verb} incomplete or mistyped: paste the whole key, or find it by its first part with"
+            " `keyproxy key whose`"
+        )
+    return reasons
+
+
+def _counted(number: int) -> tuple[str, str]:
+    return ("1 key", "is") if number == 1 else (f"{number} keys", "are")
+
+
+def _hex_digest(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError as error:
+        raise click.BadParameter("a digest is 64 hexadecimal digits") from error
+
+
+LEAK_COMMANDS: Final = (key_report_leaked, key_whose)

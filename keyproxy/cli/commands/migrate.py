@@ -1,0 +1,67 @@
+"""keyproxy migrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import orjson
+import uvloop
+
+from keyproxy.cli.context import say
+from keyproxy.cli.options import NoDatabase, config_option, json_option, load, store
+from keyproxy.store.postgres import migrations, roles
+
+
+@click.command("migrate")
+@config_option
+@json_option
+@click.option("--status", "only_status", is_flag=True, help="Say what is applied and what is pending; change nothing.")
+@click.option("--roles", "prefix", metavar="PREFIX", help="Also make the roles PREFIX_proxy and PREFIX_admin.")
+def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bool, only_status: bool) -> None:
+    """Bring the database's schema up to this program.
+
+    Safe to run at any time, by several at once, and while proxies of the previous release are running.
+
+    With --roles two roles are made, with no more rights than proxies and the admin side need; run it again after an
+    upgrade, and they have what the new schema asks for. They may log in once they have a password.
+
+    \b
+    keyproxy migrate --roles keyproxy
+    psql -c '\\password keyproxy_proxy'
+    """
+    if prefix is not None and only_status:
+        raise click.UsageError("--status changes nothing: leave out --roles")
+    loaded = load(config_path)
+    done, made = [], []
+    try:
+        with store(loaded, creates=not only_status) as dsn:
+            if not only_status:
+                done = uvloop.run(migrations.migrate(dsn))
+            if prefix is not None:
+                made = uvloop.run(roles.create(dsn, prefix))
+            state = uvloop.run(migrations.state(dsn))
+    except NoDatabase as error:
+        say(f"{error}: everything is pending")
+        state = migrations.State([], migrations.available())
+    names = {one.number: f"{one.number:04}_{one.name}" for one in migrations.available()}
+    if as_json:
+        found = {
+            "applied": [names[number] for number in state.applied],
+            "pending": [names[one.number] for one in state.pending],
+            "done": [names[one.number] for one in done],
+            **({} if prefix is None else {"roles": list(roles.names(prefix)), "roles_made": made}),
+        }
+        click.echo(orjson.dumps(found).decode("utf-8"))
+        return
+    for one in done:
+        click.echo(f"applied  {names[one.number]}")
+    if only_status:
+        for number, name in names.items():
+            click.echo(f"{'applied' if number in state.applied else 'pending'}  {name}")
+        return
+    if prefix is not None:
+        for role in roles.names(prefix):
+            click.echo(f"{'made   ' if role in made else 'granted'}  {role}")
+    elif not done:
+        click.echo("nothing to do")

@@ -1,0 +1,110 @@
+"""keyproxy serve, keyproxy demo.
+
+What these two run is imported when they run: it takes longer to import than any other command takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+import click
+import uvloop
+
+from keyproxy.cli.options import Failure, check_addresses, check_schema, config_option, load, store
+from keyproxy.config import loader
+from keyproxy.config.loader import ConfigError
+from keyproxy.config.schema import Settings
+from keyproxy.platform import sockets
+
+_log = logging.getLogger(__name__)
+
+
+@click.command("serve")
+@config_option
+@click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: end when it ends.")
+@click.option("--ops-fd", type=int, hidden=True, help="A bound socket for requests of the supervisor.")
+def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | None) -> None:
+    """Run the data plane: the proxied port and the ops listener.
+
+    Access log on stdout, everything else on stderr. SIGTERM drains and ends it, as `keyproxy drain` does. SIGHUP
+    reloads the configuration: all of it is applied, or none.
+    """
+    from keyproxy.process import control_channel, run, supervisor
+    from keyproxy.process.reload import ChangeError, check_files
+
+    superior: socket.socket | None = None
+    if owner is not None:
+        run.end_with(owner)
+        superior = socket.socket(fileno=sys.stdin.fileno())
+    text = loader.text(config_path) if superior is None else control_channel.begun_with(superior)
+    loaded = load(config_path, is_serving=True, read=text)
+    settings = loaded.settings
+    check_addresses(settings)
+    try:
+        check_files(settings)
+    except ChangeError as error:
+        raise ConfigError([str(error)]) from error
+
+    def read(text: str) -> tuple[Settings, str]:
+        try:
+            other = loader.load(config_path, os.environ, read=text).settings
+        except ConfigError as error:
+            raise ChangeError("; ".join(error.problems)) from error
+        if wrong := sockets.conflicts(other):
+            raise ChangeError("; ".join(wrong))
+        if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
+            raise ChangeError("listen.workers: one process does not become several: restart it")
+        if other.store.dsn != "embedded":
+            return other, other.store.dsn
+        if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):
+            raise ChangeError("store: the embedded server is chosen when the process starts: restart it")
+        return other, dsn
+
+    def text_again() -> str:
+        try:
+            return loader.text(config_path)
+        except ConfigError as error:
+            raise ChangeError("; ".join(error.problems)) from error
+
+    with store(loaded, creates=True, migrates=True, is_quiet=superior is not None) as dsn:
+        try:
+            uvloop.run(check_schema(dsn))
+            if supervisor.count(settings.listen.workers) == 1:
+                changing = run.on_hangup(lambda: read(text_again()))
+                if superior is not None:
+                    changing = run.on_orders(superior, read)
+                uvloop.run(
+                    run.serve(
+                        settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started, changing=changing,
+                        private_ops=None if ops_fd is None else socket.socket(fileno=ops_fd),
+                    )
+                )  # fmt: skip
+            else:
+                # -P: a worker runs the code that is installed, whatever lies in the current directory.
+                command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
+                command += [] if config_path is None else ["--config", str(config_path)]
+                crew = supervisor.Supervisor(settings, dsn, text, command)
+                uvloop.run(crew.run(started=_started, text_again=text_again, read=lambda text: read(text)[0]))
+        except ChangeError as error:
+            raise Failure(str(error)) from error
+
+
+def _started(proxy: str, ops: str) -> None:
+    _log.info("proxy on %s, ops on %s", proxy, ops)
+
+
+@click.command("demo", short_help="Show all of it with a PostgreSQL and a compute server.")
+@click.option("--once", is_flag=True, help="Play the story once and end; status 1 if any step failed.")
+@click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where the demo keeps its data.")
+def demo_command(directory: Path | None, *, once: bool) -> int:
+    """Show the whole thing: a real PostgreSQL, a compute server, a proxy, and a worker's calls.
+
+    Needs nothing but `pip install keyproxy[demo]`. Ctrl-C ends it.
+    """
+    from keyproxy import demo
+
+    return demo.run(directory, once=once)

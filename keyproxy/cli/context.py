@@ -1,0 +1,237 @@
+"""What commands on tenants, users, keys, plans and the audit log share: options, the directory, how results are told."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import uvloop
+
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.cli.options import (
+    Failure,
+    actor,
+    admin_options,
+    admin_token,
+    config_option,
+    json_option,
+    load,
+    require_schema,
+    require_stdout,
+    showing_secret,
+    store,
+    tell,
+)
+from keyproxy.cli.options import say as say
+from keyproxy.config.route_review import scope_warnings
+from keyproxy.config.schema import Settings
+from keyproxy.platform import clock
+from keyproxy.store.directory.directory import Directory, Entity, KeyWish
+from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.usage_service import UsageDesk, UsageOperations
+
+if TYPE_CHECKING:
+    from keyproxy.cli.remote.http_transport import Asking
+
+_T = TypeVar("_T")
+_Client = TypeVar("_Client", bound="Asking")
+
+PAGE: Final = 500
+_STATEMENT_SECONDS: Final = 60.0
+
+TENANT_COLUMNS: Final = ("id", "name", "plan", "disabled_at", "created_at", "users")
+USER_COLUMNS: Final = ("id", "tenant", "plan", "disabled_at", "created_at", "keys")
+KEY_COLUMNS: Final = (
+    "id",
+    "user",
+    "tenant",
+    "state",
+    "hint",
+    "name",
+    "scopes",
+    "is_test",
+    "expires_at",
+    "last_used_at",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a command: which configuration, and how to tell the result."""
+
+    config_path: Path | None
+    as_json: bool
+    admin_url: str | None = None
+    admin_token: str = field(default="", repr=False)
+
+    def run_for_secret(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+        """As `run`, for an action that creates a secret: refuse it if stdout is closed."""
+        require_stdout()
+        return self.run(work)
+
+    def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+        """Do something, in the database or, with --admin-url, through the admin API."""
+        url, token = self.admin_url, self.admin_token
+        if url is not None:
+            # What this needs takes longer to import than a command takes.
+            from keyproxy.cli.remote.remote_directory import AdminClient
+
+            return self._asked(lambda: AdminClient(url, token), work)
+        keys = self.settings().keys
+        key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
+        return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
+
+    def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
+        """Look something up of usage and limits, as `run`."""
+        url, token = self.admin_url, self.admin_token
+        if url is not None:
+            from keyproxy.cli.remote.remote_usage import UsageClient
+
+            return self._asked(lambda: UsageClient(url, token), work)
+        settings = self.settings()
+        return self.run_in_store(lambda database: work(UsageDesk(database, settings, clock.now)))
+
+    def _asked(self, client: Callable[[], _Client], work: Callable[[_Client], Awaitable[_T]]) -> _T:
+        async def asked() -> _T:
+            async with client() as asking:
+                done = await work(asking)
+            for warning in asking.warnings:
+                say(f"warning: {warning}")
+            return done
+
+        return uvloop.run(asked())
+
+    def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
+        """Do something in the configured store itself."""
+        loaded = load(self.config_path)
+
+        async def worked(dsn: str) -> _T:
+            await require_schema(dsn)
+            seconds = max(_STATEMENT_SECONDS, loaded.settings.store.statement_timeout_seconds)
+            database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds)
+            await database.open()
+            try:
+                return await work(database)
+            finally:
+                await database.close()
+
+        with store(loaded) as dsn:
+            return uvloop.run(worked(dsn))
+
+    def settings(self) -> Settings:
+        """The configuration. Raises ConfigError."""
+        return load(self.config_path).settings
+
+    def wish(
+        self, name: str, scopes: Sequence[str], expires_in: timedelta | str | None, *, is_test: bool = False,
+        plan: str | None = None,
+    ) -> KeyWish:  # fmt: skip
+        """What a key is to be. `expires_in` None: as long as the configuration says; `never`: for ever."""
+        self.warn_of_scopes(scopes)
+        return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
+
+    def life(self, expires_in: timedelta | str | None) -> timedelta | None:
+        """How long a key lives, None for ever."""
+        if isinstance(expires_in, timedelta):
+            return expires_in
+        if expires_in is None and self.admin_url is not None:
+            return AS_CONFIGURED_THERE
+        days = self.settings().keys.age_days_max
+        return timedelta(days=days) if expires_in is None and days else None
+
+    def warn_of_scopes(self, *keys: Sequence[str]) -> None:
+        """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each."""
+        if self.admin_url is not None:
+            return  # its routes are another process's, which warns of them
+        routes = self.settings().routes
+        warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
+        for warning in dict.fromkeys(warnings):
+            say(f"warning: {warning}")
+
+    def tell(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        """Print a result: JSON for programs, a table or a list of fields for people."""
+        tell(result, as_json=self.as_json, columns=columns)
+
+    def tell_secret(self, key: Mapping[str, Any], then: str) -> None:
+        """Print a new key. `then`: the step after revoking it if its secret could not be printed."""
+        lost = f"the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`, then {then}"
+        with showing_secret(lost):
+            self.tell(key, KEY_COLUMNS)
+        if not self.as_json:
+            say("this is the only time the secret is shown")
+
+
+def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--config, --json, --admin-url and --admin-token-file. The command's first parameter is the Call."""
+
+    @functools.wraps(command)
+    def called(
+        *arguments: Any, config_path: Path | None, as_json: bool, admin_url: str | None, token_path: Path | None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        token = "" if admin_url is None else admin_token(token_path)
+        return command(Call(config_path, as_json, admin_url, token), *arguments, **options)
+
+    return config_option(json_option(admin_options(called)))
+
+
+def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--yes."""
+    return click.option("--yes", is_flag=True, help="Do not ask. Needed if stdin is not a terminal.")(command)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask for confirmation. Raises Failure if stdin is not a terminal and --yes is missing."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failure("this cannot be undone, and stdin is not a terminal: pass --yes")
+    click.confirm(question, abort=True, err=True)
+
+
+async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Entity]:
+    """All of a list that comes in pages by id."""
+    found: list[Entity] = []
+    while rows := await page(found[-1]["id"] if found else ""):
+        found += rows
+    return found
+
+
+def chosen_plan(plan: str | None, named: str | None, *, none: bool) -> str | None:
+    """The plan out of PLAN, --plan PLAN and --none, of which there has to be one. None: no plan."""
+    if (plan is not None) + (named is not None) + none != 1:
+        raise click.UsageError("name one plan, or give --none")
+    return plan or named
+
+
+def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    """PLAN, --plan PLAN and --none."""
+    command = click.option("--none", "none", is_flag=True, help="Take the plan away.")(command)
+    command = click.option("--plan", "named", metavar="PLAN", help="The same as the argument.")(command)
+    return click.argument("plan", metavar="[PLAN]", required=False)(command)
+
+
+class Progress:
+    """How far long work has come, on stderr, in one line that is written over. Nothing if that is no terminal."""
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self._what = what
+        self._total = f" of {total}" if total is not None else ""
+        self._is_shown = sys.stderr.isatty()
+
+    def at(self, count: int) -> None:
+        """It has come so far."""
+        if self._is_shown:
+            click.echo(f"\r{count}{self._total} {self._what}", err=True, nl=False)
+
+    def end(self) -> None:
+        """It is done, or has been interrupted."""
+        if self._is_shown:
+            click.echo(err=True)

@@ -1,0 +1,1 @@
+"""The directory over the admin API, for commands with --admin-url."""

@@ -1,0 +1,327 @@
+"""Read TOML and environment into `Settings`: the only reader of either.
+
+The environment overrides the file, and the file overrides the defaults. An image or a package may bring its own defaults
+in the file that KEYPROXY_DEFAULTS names; any configuration overrides them.
+Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
+error that names the key, where it was set, and the closest key there is. All errors are told at once. Every value keeps
+its origin, so that `keyproxy config show` can say where it came from.
+
+A secret may stand in a file of its own: `store.dsn_file` instead of `store.dsn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from keyproxy.config.schema import TABLES, Check, RouteRow, Settings, cross_checks
+
+ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
+
+#: Names under the prefix that are not keys of the configuration.
+_OTHER_VARIABLES: Final = frozenset(
+    {
+        "KEYPROXY_CONFIG",
+        "KEYPROXY_DEFAULTS",
+        "KEYPROXY_PG_BIN",
+        "KEYPROXY_ROUTES",
+        "KEYPROXY_ADMIN_URL",
+        "KEYPROXY_ADMIN_TOKEN",
+        "KEYPROXY_ADMIN_TOKEN_FILE",
+    }
+)
+
+#: Values of secrets that are none.
+_TELLING_NOTHING: Final = ("", "embedded", "postgres")
+
+#: Far beyond every bound, and well within what a float holds.
+_NUMBER_MAX: Final = 10**15
+_DIGITS_MAX: Final = 18
+_TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
+
+_ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used. `problems` are complete sentences, one for each problem.
+
+    `loaded`: the configuration, if every key is readable and the keys only contradict each other.
+    """
+
+    def __init__(self, problems: list[str], loaded: Config | None = None) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+        self.loaded = loaded
+
+
+class Origin(NamedTuple):
+    """Where a value came from: `default`, `file` or the environment variable's name; `secret` values are masked."""
+
+    source: str
+    secret: bool
+
+
+class Config(NamedTuple):
+    """Settings, with the origin of every key (`table.key`)."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+
+
+class _Reading:
+    """One pass over all sources; collects values, origins and what is wrong."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+        self.origins: dict[str, Origin] = {}
+        self.wrong: list[str] = []
+        #: The source being read, and the source of each value: later sources override earlier ones.
+        self.rank = 0
+        self._ranks: dict[str, int] = {}
+        self.keys = {table: {key.name: key for key in dataclasses.fields(cls)} for table, cls in TABLES.items()}
+
+    def set(self, table: str, name: str, value: object, source: str, *, is_text: bool = False) -> None:
+        """Take in one value. `is_text`: from the environment, where everything is text."""
+        key = self.keys[table].get(name)
+        if key is None:
+            twin = self.keys[table].get(name.removesuffix("_file"))
+            if name.endswith("_file") and twin is not None and twin.metadata["secret"]:
+                self._set_from_file(table, twin.name, value, source, is_text=is_text)
+            else:
+                self.unknown(f"{table}.{name}", [f"{table}.{one}" for one in self.keys[table]], source)
+            return
+        checked = _checked(value, key.type, key.metadata["check"], is_text=is_text)
+        if isinstance(checked, _Wrong):
+            self.wrong.append(f"{table}.{name}: {checked.sentence} (set in {source})")
+            return
+        self.values[table][name] = checked
+        self.origins[f"{table}.{name}"] = Origin(source, key.metadata["secret"])
+        self._ranks[f"{table}.{name}"] = self.rank
+
+    def unknown(self, name: str, known: list[str], source: str) -> None:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        self.wrong.append(f"{name}: no such key (set in {source}){hint}")
+
+    def _set_from_file(self, table: str, name: str, value: object, source: str, *, is_text: bool) -> None:
+        if not isinstance(value, str):
+            self.wrong.append(f"{table}.{name}_file: must be a path (set in {source})")
+            return
+        if self._ranks.get(f"{table}.{name}") == self.rank:
+            self.wrong.append(f"{table}.{name}: set both in place and by {name}_file (in {source})")
+            return
+        try:
+            secret = Path(value).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            self.wrong.append(f"{table}.{name}_file: cannot be read: {error}")
+            return
+        self.set(table, name, secret, f"{source}: {name}_file", is_text=is_text)
+
+
+class _Wrong(NamedTuple):
+    sentence: str
+
+
+def text(path: Path | None) -> str:
+    """What the file holds; nothing without one. Raises ConfigError."""
+    try:
+        return "" if path is None else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not TOML: {error}"]) from error
+
+
+def load(path: Path | None, environment: Mapping[str, str], *, read: str | None = None) -> Config:
+    """Settings out of a TOML file (None: no file) and the environment. Raises ConfigError with all that is wrong.
+
+    `read`: what the file held when it was read; without it, it is read now.
+    """
+    reading = _Reading()
+    route_rows: object = []
+    if defaults := environment.get("KEYPROXY_DEFAULTS", ""):
+        route_rows = _read_document(reading, Path(defaults), text(Path(defaults)), route_rows)
+    reading.rank = 1
+    if path is not None:
+        route_rows = _read_document(reading, path, text(path) if read is None else read, route_rows)
+    reading.rank = 2
+    for variable in sorted(environment):
+        _read_variable(reading, variable, environment[variable])
+    if "KEYPROXY_ROUTES" in environment:
+        try:
+            route_rows = json.loads(environment["KEYPROXY_ROUTES"])
+        except ValueError:
+            reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
+    rows = tuple(_routes(reading, route_rows))
+    if reading.wrong:
+        raise ConfigError(reading.wrong)
+    tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
+    settings = Settings(**tables, routes=rows)
+    loaded = Config(settings, _with_defaults(reading))
+    wrong = cross_checks(settings)
+    if wrong:
+        raise ConfigError(wrong, loaded)
+    return loaded
+
+
+def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
+    """Every key as (`table.key`, value), in the order of the file; routes last, one for each row."""
+    for table in TABLES:
+        for key, value in dataclasses.asdict(getattr(settings, table)).items():
+            yield f"{table}.{key}", value
+    for number, row in enumerate(settings.routes, start=1):
+        yield f"routes[{number}]", dataclasses.asdict(row)
+
+
+def mask(value: object) -> object:
+    """A secret as it may be shown: what it is, without the password in it."""
+    if not isinstance(value, str):
+        return value
+    if "://" not in value:
+        # What is no address has no part that may be shown; a word such as `embedded` tells nothing, and is.
+        return value if value in _TELLING_NOTHING else "***"
+    address, question, query = value.partition("?")
+    # Up to the last @: a password may hold anything, also what should have been encoded.
+    address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)
+    return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
+
+
+def _read_document(reading: _Reading, path: Path, content: str, route_rows: object) -> object:
+    """Read a file. Return the route table that then applies."""
+    document = _parse(path, content)
+    route_rows = document.pop("routes", route_rows)
+    for table, keys in document.items():
+        if table not in TABLES:
+            reading.unknown(table, [*TABLES, "routes"], str(path))
+        elif not isinstance(keys, dict):
+            reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
+        else:
+            for name, value in _twins_last(keys):
+                reading.set(table, name, value, str(path))
+    return route_rows
+
+
+def _parse(path: Path, content: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{path}: is not TOML: {error}"]) from error
+
+
+def _twins_last(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from sorted(content.items(), key=lambda item: item[0].endswith("_file"))
+
+
+def _read_variable(reading: _Reading, variable: str, value: str) -> None:
+    if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
+        return
+    known = [f"{ENVIRONMENT_PREFIX}{table}__{name}".upper() for table, keys in reading.keys.items() for name in keys]
+    table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+    if separator and table in TABLES:
+        reading.set(table, name, value, variable, is_text=True)
+    # Without the double underscore it is somebody else's, such as the KEYPROXY_PORT that Kubernetes sets for a
+    # service of this name; unless it is one of ours but for the missing underscore.
+    elif separator or variable.upper() in {one.replace("__", "_") for one in known}:
+        reading.unknown(variable, known, "the environment")
+
+
+def _routes(reading: _Reading, rows: object) -> Iterator[RouteRow]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        reading.wrong.append("routes: must be an array of tables, [[routes]]")
+        return
+    keys = {key.name: key for key in dataclasses.fields(RouteRow)}
+    for number, row in enumerate(rows, start=1):
+        values: dict[str, Any] = {}
+        for name, value in row.items():
+            if name not in keys:
+                reading.unknown(
+                    f"routes[{number}].{name}", [f"routes[{number}].{key}" for key in _ROUTE_KEYS], "routes"
+                )
+                continue
+            checked = _checked(value, keys[name].type, keys[name].metadata["check"], is_text=False)
+            if isinstance(checked, _Wrong):
+                reading.wrong.append(f"routes[{number}].{name}: {checked.sentence}")
+            else:
+                values[name] = checked
+        if "match" not in row:
+            reading.wrong.append(f"routes[{number}]: has no match")
+        yield RouteRow(**values)
+
+
+def _checked(value: object, wanted: object, check: Check | None, *, is_text: bool) -> object:
+    """The value in its key's type (from text, if it came from the environment), or what is wrong with it."""
+    typed = _typed(value, str(wanted), is_text=is_text)
+    if isinstance(typed, _Wrong):
+        return typed
+    sentence = check(typed) if check is not None else None
+    return typed if sentence is None else _Wrong(sentence)
+
+
+def _typed(value: object, wanted: str, *, is_text: bool) -> object:
+    text = value if is_text and isinstance(value, str) else None
+    match wanted:
+        case "str":
+            return value if isinstance(value, str) else _Wrong("must be a string")
+        case "bool":
+            if text is not None:
+                value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+            return value if isinstance(value, bool) else _Wrong("must be true or false")
+        case "int":
+            if text is not None and re.fullmatch(r"-?[0-9]+", text):
+                # Counted before it is read: Python refuses to read thousands of digits.
+                value = int(text) if len(text) <= _DIGITS_MAX else _NUMBER_MAX
+            if not isinstance(value, int) or isinstance(value, bool):
+                return _Wrong("must be a whole number")
+            return value if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
+        case "float":
+            if text is not None and re.fullmatch(r"-?[0-9]+(\.[0-9]{1,9})?", text):
+                value = float(text)
+            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+                return _Wrong("must be a number")
+            return float(value) if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
+        case "bool | str | float":
+            return _switch(value, text)
+        case "list[str]":
+            if text is not None:
+                value = [item.strip() for item in text.split(",") if item.strip()]
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return value
+            return _Wrong("must be a list of strings")
+        case "list[int]":
+            return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
+    raise AssertionError(f"no reader for type {wanted}")
+
+
+def _switch(value: object, text: str | None) -> object:
+    """True, false, a number or a word. `text`: what stands for it in the environment."""
+    if text is None:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    for wanted in ("bool", "float"):
+        typed = _typed(text, wanted, is_text=True)
+        if not isinstance(typed, _Wrong):
+            return typed
+    return text
+
+
+def _whole_numbers(value: object, *, is_text: bool) -> list[int] | _Wrong:
+    found: list[int] = []
+    for item in value if isinstance(value, list) else [None]:
+        number = _typed(item.strip() if isinstance(item, str) else item, "int", is_text=is_text)
+        if not isinstance(number, int):
+            return _Wrong("must be a list of whole numbers")
+        found.append(number)
+    return found
+
+
+def _with_defaults(reading: _Reading) -> dict[str, Origin]:
+    return {
+        f"{table}.{name}": reading.origins.get(f"{table}.{name}", Origin("default", key.metadata["secret"]))
+        for table, keys in reading.keys.items()
+        for name, key in keys.items()
+    }

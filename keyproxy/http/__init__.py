@@ -1,0 +1,1 @@
+"""Rules of HTTP that need nothing else: headers, targets, routes, error responses. Pure."""

@@ -1,0 +1,140 @@
+"""What a caller hears of a Refusal: one place that turns a reason into an HTTP answer.
+
+The usual shape is `application/problem+json` (RFC 9457) with a stable `code`. A route may ask for the error shape of
+the API that its callers' SDKs speak, so that the SDK raises its own exception; the code is the same.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from keyproxy import limit_state
+from keyproxy.reasons import SPENT, Reason, Refusal, Row
+
+#: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
+KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
+
+#: The Allow field of a 405. RFC 9110 section 15.5.6.
+_ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+
+ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
+
+_CHALLENGE: Final = 'Api-Key realm="keyproxy"'
+_OPENAI_TYPES: Final = {
+    401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error",
+    500: "server_error",
+}  # fmt: skip
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+    504: "timeout_error",
+}  # fmt: skip
+
+
+class Answer(NamedTuple):
+    """A complete answer of our own. `fields` are header lines, without framing and X-Request-Id."""
+
+    status: int
+    reason_phrase: bytes
+    fields: bytes
+    body: bytes
+
+
+class Problems:
+    """Renders refusals, with the statuses that the operator chose."""
+
+    def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
+        self._statuses: Mapping[Reason, int] = {
+            **dict.fromkeys(KEY_REFUSALS, invalid_key_status),
+            **dict.fromkeys(SPENT, spent_status),
+        }
+
+    def status(self, reason: Reason) -> int:
+        """The HTTP status that this reason is answered with."""
+        return self._statuses.get(reason, reason.value.status)
+
+    def status_of(self, refusal: Refusal) -> int:
+        """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
+        return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
+
+    def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:
+        """The answer for one refusal in the route's error shape."""
+        status = self.status_of(refusal)
+        media_type = "application/problem+json" if error_shape == "problem" else "application/json"
+        fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
+        if status == http.HTTPStatus.UNAUTHORIZED:
+            fields.append(f"WWW-Authenticate: {_CHALLENGE}")
+        elif refusal.missing_scopes:
+            missing = " ".join(refusal.missing_scopes)
+            fields.append(f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{missing}"')
+        if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            fields.append(_ALLOW)
+        if refusal.retry_after_seconds is not None:
+            fields.append(f"Retry-After: {refusal.retry_after_seconds}")
+        if refusal.is_futile:
+            # The SDKs of OpenAI and Anthropic obey it and raise at once. Without it they sleep and retry; Anthropic's
+            # sleeps for the whole of Retry-After, even if that is a day.
+            fields.append("x-should-retry: false")
+        block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
+        return Answer(
+            status,
+            http.HTTPStatus(status).phrase.encode("ascii"),
+            block + limit_state.lines(refusal.applied),
+            self._body(refusal, request_id, error_shape),
+        )
+
+    def last_event(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
+        """The server-sent event that ends a stream which may not go on, in the route's error shape.
+
+        It has to begin where an event may begin. What SDKs make of it: OpenAI's raises on any data with an `error`,
+        Anthropic's on an event named `error`. No `[DONE]` follows: the stream is not done.
+        """
+        body = self._body(refusal, request_id, error_shape)
+        return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
+
+    def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
+        row = refusal.reason.value
+        status = self.status_of(refusal)
+        sentence = refusal.said if refusal.is_said_alone else f"{row.sentence} {refusal.said}".rstrip()
+        told = _limit_members(refusal)
+        content: dict[str, object]
+        match error_shape:
+            case "openai":
+                kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+                content = {
+                    "error": {"message": sentence, "type": kind, "param": refusal.field, "code": row.code, **told}
+                }
+            case "anthropic":
+                kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+                error = {"type": kind, "message": sentence, "code": row.code, **told}
+                content = {"type": "error", "error": error, "request_id": request_id}
+            case _:
+                content = {**_problem(row, status, sentence), "request_id": request_id, **told}
+        return json.dumps(content).encode("utf-8")
+
+
+def _problem(row: Row, status: int, sentence: str) -> dict[str, object]:
+    return {
+        "type": f"urn:keyproxy:problem:{row.code}",
+        "title": row.title,
+        "status": status,
+        "detail": sentence,
+        "code": row.code,
+    }
+
+
+def _limit_members(refusal: Refusal) -> dict[str, object]:
+    """What is told of the limit that refused. `retryable`: the same request can be let in later."""
+    limit = refusal.limit
+    if limit is None:
+        return {}
+    return {
+        "policy": limit.policy.name,
+        "limit": limit.policy.quota,
+        "remaining": limit.told_remaining,
+        "reset_seconds": limit.told_reset_seconds,
+        "retryable": refusal.retry_after_seconds is not None,
+    }

@@ -1,0 +1,311 @@
+"""The register of this process: which leases the ledger knows of, what it is to be told of them, what it has answered.
+
+A lease is opened when something is first asked for it, told of whenever that is news, and closed when all of it was used
+or returned. Sans-IO, and one message at a time: the next lines may be made once the last ones were answered, or are lost.
+
+Nothing here walks over all leases. A lease is looked at when somebody is short of it, when something has happened to it
+since the last time (`_note`), and when it has been left alone for a while. So the work grows with what happens, not with
+how many users have requests under way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import islice
+from typing import Final
+from weakref import WeakValueDictionary
+
+from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.ledger_protocol import TOKENS, Line, Pool, Reply
+from keyproxy.limits.pool_leases import Account
+
+#: For how long "there is no more" is believed; a rate says itself when there will be.
+_EMPTY_SECONDS: Final = 1.0
+_VAIN_SECONDS: Final = 0.5
+
+#: For how long a closed lease is remembered: a ledger that fails over may have lost that it was closed.
+_REMEMBERED_SECONDS: Final = 30.0
+
+
+class Short(Exception):
+    """The ledger has to be asked: leases with what this request needs of each."""
+
+    def __init__(self, needs: Sequence[tuple[Lease, int]], *, takes_all: bool = False) -> None:
+        super().__init__(", ".join(lease.window.policy for lease, _ in needs))
+        self.needs = needs
+        self.takes_all = takes_all
+
+
+class Register:
+    """See the module."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when the ledger should be asked soon, at most once until it is."""
+        self.valid_until_mono = 0.0
+        self._wake = wake
+        self._is_woken = False
+        self._accounts: WeakValueDictionary[Pool, Account] = WeakValueDictionary()
+        #: The leases that the ledger has given something for, or is to give, each with the account it belongs to.
+        self._active: dict[Lease, Account | None] = {}
+        self._urgent: dict[Lease, None] = {}
+        #: Something has happened to these; they are looked at when it is next time to settle, and then in this order.
+        self._changed: list[Lease] = []
+        self._due: deque[Lease] = deque()
+        #: When those are to be looked at again that were busy when they were looked at last: a heap.
+        self._aging: list[tuple[float, int, Lease]] = []
+        self._open: dict[int, Lease] = {}
+        self._closing: dict[int, Line] = {}
+        self._closed: dict[int, tuple[float, Line]] = {}
+        self._numbers = 0
+
+    def ask(self, short: Short) -> None:
+        """Ask the ledger soon for what a request was short of."""
+        for lease, need in short.needs:
+            if lease.is_current:
+                lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
+                self._soon(lease)
+
+    def asked_in_vain(self, short: Short, now_mono: float) -> None:
+        """Others hold it and did not give it back in time: say no for a moment, instead of waiting with everyone."""
+        for lease, need in short.needs:
+            if lease.free < need:
+                lease.empty_need = need
+                lease.empty_until_mono = max(lease.empty_until_mono, now_mono + _VAIN_SECONDS)
+
+    @property
+    def has_leases(self) -> bool:
+        """Whether there is anything that would lapse."""
+        return bool(self._active or self._closing)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is anything that the ledger has not confirmed. Looks at every lease: for metrics."""
+        return bool(self._closing) or any(lease.has_news for lease in self._active)
+
+    @property
+    def outstanding(self) -> int:
+        """How many leases are outstanding."""
+        return len(self._active)
+
+    def gather(self, now_mono: float, *, is_last: bool = False) -> None:
+        """It is time to settle: the next lines tell of all that has happened. `is_last`: everything goes back."""
+        self._due.extend(self._changed)
+        self._changed.clear()
+        while self._aging and self._aging[0][0] <= now_mono:
+            lease = heappop(self._aging)[-1]
+            lease.is_aging = False
+            if not lease.is_noted:
+                lease.is_noted = True
+                self._due.append(lease)
+        if is_last:
+            for lease in self._active:
+                self._tidy(lease, now_mono)
+                lease.touched_mono = -math.inf
+                if not lease.is_noted:
+                    lease.is_noted = True
+                    self._due.append(lease)
+
+    def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[Line]:
+        """What to tell the ledger now: of the leases that are short, then of what was gathered. So many, or that is all.
+
+        The next lines may be asked for once these were answered, or are lost. `must_claim`: if there is a lease that was
+        granted units, the first line is about one. A ledger that has ended this holder, and has deleted it since, takes a
+        message without such a line for a new holder's.
+        """
+        self._is_woken = False
+        self._forget_closed(now_mono)
+        lines: list[Line] = []
+        if must_claim:
+            self._claim(now_mono, lines)
+        lines += islice(self._closing.values(), at_most - len(lines))
+        # Who waits comes first; but who has spent is heard too, however many wait.
+        first = at_most - min(len(self._due), at_most // 4)
+        while self._urgent and len(lines) < first:
+            lease = next(iter(self._urgent))
+            del self._urgent[lease]
+            self._look_at(lease, now_mono, lines)
+        while self._due and len(lines) < at_most:
+            lease = self._due.popleft()
+            lease.is_noted = False
+            if lease in self._active:
+                self._look_at(lease, now_mono, lines)
+        return lines
+
+    def _claim(self, now_mono: float, lines: list[Line]) -> None:
+        for lease in self._active:
+            if lease.granted > 0 and not lease.is_rate:
+                self._urgent.pop(lease, None)
+                self._open[lease.number] = lease
+                lines.append(lease.line(now_mono))
+                return
+
+    def is_to_be_asked(self, short: Short) -> bool:
+        """Whether there are leases that a request is short of, and that no line was made of yet."""
+        return any(lease in self._urgent for lease, _ in short.needs)
+
+    def _look_at(self, lease: Lease, now_mono: float, lines: list[Line]) -> None:
+        """Make a line of a lease if there is anything to be said of it, and see that it is looked at again."""
+        if lease.number and lease.number in self._open:
+            return  # of which there is a line in this message: its answer has it looked at again
+        self._tidy(lease, now_mono)
+        line = self._line(lease, now_mono)
+        if line is not None:
+            lines.append(line)
+        if lease.number and not lease.is_aging and lease.is_busy(now_mono):
+            lease.is_aging = True
+            heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
+
+    def _note(self, lease: Lease) -> None:
+        """Something has happened to a lease."""
+        if not lease.is_noted:
+            lease.is_noted = True
+            self._changed.append(lease)
+
+    def _line(self, lease: Lease, now_mono: float) -> Line | None:
+        if lease.number:
+            is_low = lease.is_current and lease.free < lease.low
+            # Told first, closed then: of a lease that it does not know, or has forgotten, the ledger hears no last word.
+            is_needed = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
+            if lease.is_done and not lease.owes and not lease.has_news and not is_needed:
+                return self._close(lease, now_mono)
+            if not (lease.need or is_low or lease.has_news):
+                return None
+        elif lease.need and lease.is_current:
+            self._open_lease(lease)
+        else:
+            return None
+        line = lease.line(now_mono)
+        self._open[line.lease] = lease
+        return line
+
+    def _open_lease(self, lease: Lease) -> None:
+        self._numbers += 1
+        lease.number = self._numbers
+        # The account stays as long as it has leases: one lease of a window is enough.
+        self._active[lease] = self._accounts.get(lease.window.pool)
+
+    def _close(self, lease: Lease, now_mono: float) -> Line | None:
+        """All of it was used or returned: the ledger may forget it. The next one begins at zero."""
+        line = None
+        if not lease.is_rate:
+            line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
+        self._active.pop(lease, None)
+        lease.begin_anew()
+        return line
+
+    def _tidy(self, lease: Lease, now_mono: float) -> None:
+        """Give back what nobody needs here."""
+        self._lapse(lease, now_mono)
+        taken = lease.taken
+        if taken != lease.touched_taken:
+            lease.touched_taken, lease.touched_mono = taken, now_mono
+        is_wanted = now_mono < lease.is_wanted_until
+        if is_wanted or not lease.is_busy(now_mono):
+            lease.low = 0
+            # What is wanted goes back although it is needed here too: too little for one may be enough for another.
+            if is_wanted or not lease.need:
+                lease.give_back()
+
+    def apply(
+        self,
+        lines: Sequence[Line],
+        replies: Sequence[Reply],
+        asked_mono: float,
+        *,
+        valid_seconds: float,
+        heard_mono: float | None = None,
+    ) -> float:
+        """The ledger has answered. `valid_seconds`: for how long after it was asked the leases are ours.
+
+        0, or for how many seconds it grants nothing because it has lost history: then nobody is to be told no.
+        """
+        self.valid_until_mono = asked_mono + valid_seconds
+        heard = asked_mono if heard_mono is None else heard_mono
+        settles_seconds = max((reply.wait_seconds for reply in replies if not reply.lease), default=0.0)
+        asked = {line.lease: line for line in lines}
+        for reply in replies:
+            if not reply.lease:
+                continue
+            line = asked.pop(reply.lease)
+            lease = self._open.pop(reply.lease, None)
+            if line.is_closing:
+                self._closing.pop(line.lease, None)
+                self._closed[line.lease] = (heard, line)
+            elif lease is not None:
+                before = lease.granted
+                lease.apply(line, reply, asked_mono=asked_mono, heard_mono=heard)
+                self._note(lease)
+                if lease.granted == before and not settles_seconds:
+                    self._note_refusal(lease, line, heard)
+        self.lost(list(asked.values()))
+        return settles_seconds
+
+    def tell_again(self) -> None:
+        """The ledger has lost its latest history: tell it of every lease again, and of those that are closed."""
+        for lease in self._active:
+            lease.confirmed = -1
+            self._note(lease)
+        for number, (_, line) in self._closed.items():
+            self._closing[number] = line
+        self._closed.clear()
+
+    def _forget_closed(self, now_mono: float) -> None:
+        while self._closed:
+            number, (heard_mono, _) = next(iter(self._closed.items()))
+            if now_mono - heard_mono < _REMEMBERED_SECONDS:
+                break
+            del self._closed[number]
+
+    def _note_refusal(self, lease: Lease, line: Line, heard_mono: float) -> None:
+        if not line.want or (lease.others_held and not lease.is_rate):
+            return
+        lease.empty_need = line.at_least + max(0, lease.free)
+        lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
+
+    def lost(self, lines: Sequence[Line] | None = None) -> None:
+        """Nobody knows what became of these lines, None: of any. They are told again: all in them is cumulative."""
+        for number in list(self._open) if lines is None else [line.lease for line in lines]:
+            lease = self._open.pop(number, None)
+            if lease is not None:
+                self._note(lease)
+
+    def ended(self) -> None:
+        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already.
+
+        What was taken beyond them, because that is the policy while the ledger cannot be asked, is told by the next one.
+        """
+        owed = [rest for lease in self._active if (rest := lease.owed()) is not None]
+        for lease in self._active:
+            lease.is_current = False
+            lease.free = 0
+        self._active.clear()
+        self._urgent.clear()
+        self._open.clear()
+        self._closing.clear()
+        self._closed.clear()
+        self.valid_until_mono = 0.0
+        for rest in owed:
+            self._open_lease(rest)
+
+    def _lapse(self, lease: Lease, now_mono: float) -> None:
+        """What is free of a lease whose time is over is free no more."""
+        if now_mono < lease.ends_mono:
+            return
+        if lease.is_rate:
+            lease.lapse(now_mono)
+        else:
+            self._retire(lease)
+
+    def _retire(self, lease: Lease) -> None:
+        lease.is_current = False
+        lease.give_back()
+        self._note(lease)
+
+    def _soon(self, lease: Lease) -> None:
+        self._urgent[lease] = None
+        if not self._is_woken:
+            self._is_woken = True
+            self._wake()

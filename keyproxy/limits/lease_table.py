@@ -1,0 +1,301 @@
+"""The book of this process: every lease it holds, and who may take what of them. Sans-IO: it never waits or asks.
+
+    take         one synchronous step over all limits that apply: all of them give, or none
+    take_again   the same for a request that was charged before
+    settle       what was taken was used, or not
+
+What the ledger is told and asked, and what became of it, is the register's half of it.
+
+A request is admitted from leases alone. Where they do not suffice, `Short` says that the ledger has to be asked, and a
+Refusal that it has been asked a moment ago. The book lives by one clock, a monotonic one: which day it is, and when that
+day ends, it hears from the ledger. After `valid_until_mono` nothing is admitted, since the ledger may have charged our
+leases as those of a dead process by then. Even if a process that was stopped and woken spent one more unit before it
+noticed: what lapses was charged in full, so that nothing is ever spent twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from keyproxy.limits import refusals
+from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed, amount_of
+from keyproxy.limits.lease import Lease
+from keyproxy.limits.lease_sync import Register, Short
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.limits.pool_leases import Account
+
+__all__ = ["Book", "Short"]
+
+
+class Book(Register):
+    """See the module."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when the ledger should be asked soon, at most once until it is."""
+        super().__init__(wake)
+        #: Take although there is nothing left, and settle it later: the ledger cannot be asked, and that is the policy.
+        self.is_lenient = False
+
+    # -- the path of a request
+
+    def take(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None) -> Hold:
+        """Take what a request needs of every limit it is under, or nothing.
+
+        Raises Short if the ledger has to be asked, a Refusal if it may not go on.
+        """
+        bundle = allowance.bundle or self._bound(allowance, now_mono)
+        if now_mono >= self.valid_until_mono:
+            return self._take_carefully(allowance, now_mono, tokens)
+        hold = bundle.hold
+        if tokens is not None and bundle.counts_tokens:
+            amount = 0 if tokens.most is None else tokens.most
+            if amount == 0 or amount > bundle.tokens_bound or not self._take_each(bundle.budgets, amount, now_mono):
+                return self._take_carefully(allowance, now_mono, tokens)
+            hold = Hold(bundle, bundle.budgets, amount)
+        if not self._take_each(bundle.units, 1, now_mono):
+            for lease in hold.budgets:
+                lease.free += hold.tokens
+            return self._take_carefully(allowance, now_mono, tokens)
+        return hold
+
+    def _take_each(self, leases: tuple[Lease, ...], amount: int, now_mono: float) -> bool:
+        """Take so much of each. False: one has less, and nothing was taken."""
+        for number, lease in enumerate(leases):
+            free = lease.free - amount
+            if free < 0 or now_mono >= lease.ends_mono:
+                for before in leases[:number]:
+                    before.free += amount
+                return False
+            lease.free = free
+            lease.piece = amount
+            if not lease.is_noted:
+                self._note(lease)
+            if free < lease.low:
+                self._soon(lease)
+        return True
+
+    def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
+        """Take what a request needs that was charged before: its pace, and tokens beyond the `paid` ones.
+
+        Raises what `take` raises.
+        """
+        self._check_bound(allowance, now_mono)
+        bundle, amount = self._examined(allowance, now_mono, tokens, paid)
+        for lease in bundle.paced:
+            self._take_units(lease, 1)
+        if tokens is None or not bundle.counts_tokens:
+            return Hold(bundle, (), 0, paid=paid)
+        return self._holding(bundle, amount, paid)
+
+    def check(
+        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None, paid: int | None = None
+    ) -> None:
+        """Raises what `take` would raise (`paid`: what `take_again` would), and takes nothing."""
+        self._check_bound(allowance, now_mono)
+        self._examined(allowance, now_mono, tokens, paid)
+
+    def has_refused(self, allowance: Allowance, now_mono: float) -> bool:
+        """Whether the ledger has lately refused one unit of something that every request needs. Cheap."""
+        bundle = allowance.bundle
+        if bundle is None:
+            return False
+        for lease in bundle.units:
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                return True
+        for lease in bundle.budgets:  # noqa: SIM110 - a generator costs more than both loops
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                return True
+        return False
+
+    def release(self, hold: Hold) -> Hold:
+        """The request is not under way any more, but what it is charged is not known yet. What is left to settle."""
+        for lease in hold.bundle.slots:
+            self._restore(lease, 1)
+        return Hold(hold.bundle, hold.budgets, hold.tokens, hold.earlier, paid=hold.paid, has_slots=False)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """A request has ended. Not `was_sent`: the upstream saw nothing of it, and nothing is charged.
+
+        `tokens` is what it used. More than was held is charged too, and drawn from what comes next.
+        `is_repeat`: the request was charged before; of this attempt the tokens alone are.
+        """
+        bundle = hold.bundle
+        if hold.has_slots:
+            for lease in bundle.slots:
+                self._restore(lease, 1)
+        if was_sent and not is_repeat:
+            for lease in bundle.counted:
+                lease.used += 1
+                if not lease.is_noted:
+                    self._note(lease)
+        else:
+            tokens = tokens if was_sent else 0
+            for lease in () if hold.paid is not None else bundle.counted:
+                if not lease.is_rate:
+                    self._restore(lease, 1)
+        if hold.budgets or hold.earlier is not None:
+            self._settle_tokens(hold, tokens)
+
+    def _settle_tokens(self, hold: Hold, tokens: int) -> None:
+        if hold.earlier is not None:
+            early = min(tokens, hold.earlier.tokens)
+            self._settle_tokens(hold.earlier, early)
+            tokens -= early
+        back = hold.tokens - tokens
+        for lease in hold.budgets:
+            lease.used += tokens
+            if not lease.is_noted:
+                self._note(lease)
+            if back > 0:
+                # What has come back may suffice for who was refused a moment ago.
+                lease.empty_until_mono = 0.0
+            if lease.is_current:
+                lease.free += back
+            else:
+                self._restore(lease, back)
+
+    def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
+        """Hold so many tokens more of every budget that is in force now. Raises Short or a Refusal, as `take` does."""
+        hold = self.check_extension(hold, tokens, now_mono)
+        for lease in hold.budgets:
+            self._take_units(lease, tokens)
+        return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier, paid=hold.paid)
+
+    def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
+        """Raises what `extend` would raise, and takes nothing. The hold to be extended."""
+        hold = self._continued(hold, now_mono)
+        is_valid = now_mono < self.valid_until_mono
+        short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
+        if short and not self.is_lenient:
+            self._refuse_or_ask(short, hold.bundle.told, now_mono, takes_all=False)
+        return hold
+
+    def _continued(self, hold: Hold, now_mono: float) -> Hold:
+        """The same hold, or one after it if a lease of it has ended: nothing more is drawn from one that is over."""
+        budgets = []
+        for account in hold.bundle.accounts:
+            self._renew(account, now_mono)
+            budgets += [account.leases[measure] for measure in TOKENS if measure in account.leases]
+        if tuple(budgets) == hold.budgets:
+            return hold
+        return Hold(hold.bundle, tuple(budgets), 0, hold, paid=hold.paid)
+
+    def _restore(self, lease: Lease, units: int) -> None:
+        self._note(lease)
+        if lease.is_current or units < 0:
+            lease.free += units
+        else:
+            # Its window is over, or its holder has ended: nobody can use it any more.
+            lease.returned += units
+
+    # -- when memory does not suffice
+
+    def _take_carefully(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> Hold:
+        bundle, amount = self._examined(allowance, now_mono, tokens)
+        for lease in bundle.units:
+            self._take_units(lease, 1)
+        return self._holding(bundle, amount, None) if amount else bundle.hold
+
+    def _holding(self, bundle: Bundle, amount: int, paid: int | None) -> Hold:
+        for lease in bundle.budgets:
+            lease.piece = amount
+            self._take_units(lease, amount)
+        return Hold(bundle, bundle.budgets, amount, paid=paid)
+
+    def _examined(
+        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int | None = None
+    ) -> tuple[Bundle, int]:
+        """What is to be taken, and how many tokens. Raises Short or a Refusal if it cannot be."""
+        bundle = self._renewed(allowance, now_mono)
+        is_valid = now_mono < self.valid_until_mono
+        units = bundle.units if paid is None else bundle.paced
+        short = [(lease, 1) for lease in units if lease.free < 1 or not is_valid]
+        amount, takes_all = 0, False
+        if tokens is not None and bundle.counts_tokens:
+            amount = max(0, amount_of(bundle, tokens) - (paid or 0))
+            for lease in bundle.budgets:
+                if amount > lease.limit:
+                    raise refusals.never_fits(lease, amount, now_mono, bundle.told)
+            takes_all = tokens.most is None and bundle.tokens_per_request is None
+            short += [
+                (lease, amount)
+                for lease in bundle.budgets
+                if amount and (lease.free < amount or not is_valid or (takes_all and not lease.has_all))
+            ]
+        if short and not self.is_lenient:
+            self._refuse_or_ask(short, bundle.told, now_mono, takes_all=takes_all)
+        return bundle, amount
+
+    def _take_units(self, lease: Lease, units: int) -> None:
+        if not lease.number:
+            # Taken before the ledger was ever asked for it: it may not be there, and that is the policy; or nothing is
+            # held, and more may be used all the same.
+            self._open_lease(lease)
+            self._soon(lease)
+        lease.free -= units
+        self._note(lease)
+        if lease.free < lease.low:
+            self._soon(lease)
+
+    def _refuse_or_ask(
+        self, short: Sequence[tuple[Lease, int]], leases: Sequence[Lease], now_mono: float, *, takes_all: bool
+    ) -> None:
+        """Raises a Refusal if the ledger has just said no to one of them, else Short."""
+        refused = [(lease, need) for lease, need in short if lease.is_refused(need, now_mono)]
+        if refused:
+            # The one that takes longest: who waits for it is let in by the others too.
+            lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
+            raise refusals.refusal(lease, need, now_mono, leases)
+        raise Short(short, takes_all=takes_all)
+
+    def _check_bound(self, allowance: Allowance, now_mono: float) -> None:
+        if allowance.bundle is None:
+            self._bound(allowance, now_mono)
+
+    def _bound(self, allowance: Allowance, now_mono: float) -> Bundle:
+        accounts = []
+        for pool, plan in allowance.pools:
+            account = self._accounts.get(pool)
+            if account is None:
+                account = self._accounts[pool] = Account(pool)
+            if account.plan != plan:
+                self._replan(account, plan, now_mono)
+            accounts.append(account)
+        bundle = allowance.bundle = Bundle(tuple(accounts))
+        return bundle
+
+    def _replan(self, account: Account, plan: Plan, now_mono: float) -> None:
+        """Another plan: what lies free was granted under the old one and goes back."""
+        account.plan = plan
+        before, account.leases = account.leases, {}
+        for measure in (CONCURRENCY, RATE, *REQUESTS, *TOKENS):
+            lease = before.pop(measure, None)
+            if getattr(plan, measure) is None:
+                if lease is not None:
+                    self._retire(lease)
+                continue
+            if lease is None:
+                lease = Lease(Window(account.pool, measure), plan, now_mono)
+            else:
+                lease.replan(plan)
+                lease.empty_until_mono = 0.0
+                lease.give_back()
+                self._note(lease)
+            account.leases[measure] = lease
+
+    def _renewed(self, allowance: Allowance, now_mono: float) -> Bundle:
+        """The bundle, with a new lease for each whose window or holder has ended."""
+        bundle = allowance.bundle
+        assert bundle is not None  # noqa: S101 - who calls has bound it
+        for account in bundle.accounts:
+            self._renew(account, now_mono)
+        if not all(lease.is_current for lease in (*bundle.units, *bundle.budgets)):
+            bundle = allowance.bundle = Bundle(bundle.accounts)
+        return bundle
+
+    def _renew(self, account: Account, now_mono: float) -> None:
+        for measure, lease in account.leases.items():
+            self._lapse(lease, now_mono)
+            if not lease.is_current:
+                account.leases[measure] = Lease(lease.window, account.plan, now_mono)

@@ -1,0 +1,1 @@
+"""The data plane as a process: start, reload, workers, shutdown, health."""

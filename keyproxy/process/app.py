@@ -1,0 +1,331 @@
+"""The composition root: builds everything in order, introduces the edges to each other, closes in reverse.
+
+Another configuration is prepared by building what it changes beside what there is, and applied by exchanging the two, in
+which nothing can fail: so all of it is applied, or none. Nothing here decides anything about a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import ssl
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
+
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.schema import Listen, Settings
+from keyproxy.gateway import Gateway
+from keyproxy.http.error_responses import Problems
+from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.metrics.access_log import AccessLog, Row
+from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
+from keyproxy.metrics.recorder import Recorder
+from keyproxy.model import NO_TOKENS
+from keyproxy.platform import clock, sockets
+from keyproxy.process import startup_conflicts
+from keyproxy.process.control_socket import Control
+from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
+from keyproxy.process.reload import Change, ChangeError, new_socket, new_store, new_tls
+from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, spending_of
+from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.store.store import Store
+from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.parsing.head_cache import ResponseReader
+from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.tls import TlsError, upstream_context
+from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
+
+_log = logging.getLogger(__name__)
+
+#: What has begun before another configuration was applied gets as long as draining gets to be decided, or this.
+_UNDECIDED_SECONDS: Final = 10.0
+
+
+class Proxy:
+    """A running data plane: the proxied port and the ops listener over one store."""
+
+    def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
+        """Raises TlsError."""
+        self._settings = settings
+        self._dsn = dsn
+        self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, clock.monotonic)
+        self._instance = secrets.token_hex(8).encode("ascii")
+        self.store = new_store(settings, dsn)
+        self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        self._recorder = Recorder(None, self._note_usage)
+        self._log_as(settings)
+        self.upstreams = self._upstreams(settings)
+        #: Those that decide over the store, and those before them that have not decided on everything yet.
+        self._gateways: list[Gateway] = []
+        terms = self._terms(settings, self.store, self.upstreams, new_tls(settings))
+        self.server = ProxyServer(
+            terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
+        )
+        self._catalogue = Catalogue(self._recorder, self._sources())
+        self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
+        self._ops = self._ops_listener()
+        #: The socket that identifies this process; None: its supervisor has it, or nothing does.
+        self.control: Control | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._retired: list[UpstreamPool] = []
+
+    @contextlib.asynccontextmanager
+    async def running(self, proxy: socket.socket, ops: socket.socket) -> AsyncIterator[None]:
+        """Serve two bound sockets while the context lasts; then drain."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._access_log.close)
+            self._access_log.start()
+            stack.callback(self._recorder.close)
+            self._recorder.start(self._loop)
+            stack.push_async_callback(self._close_store)
+            await self.store.open()
+            self._deadlines.start()
+            stack.callback(self._deadlines.stop)
+            stack.push_async_callback(self._close_pools)
+            stack.push_async_callback(self._close_ops)
+            await self._ops.start(ops)
+            stack.push_async_callback(self._drain)
+            self.server.start(proxy)
+            yield
+
+    async def prepare(self, settings: Settings, dsn: str) -> Change:
+        """Make another configuration ready, to be applied or abandoned. Raises ChangeError: it cannot be."""
+        was = self._settings
+        with contextlib.ExitStack() as undo:
+            try:
+                if self.control is not None:
+                    self.control.check(startup_conflicts.of_proxy(settings, dsn))
+                proxy = new_socket(undo, was.listen, settings.listen)
+                ops = new_socket(undo, was.ops, settings.ops)
+                tls = new_tls(settings)
+                upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
+                store = await self._store_for(settings, dsn)
+            except (sockets.BindError, TlsError, StoreUnavailable) as error:
+                raise ChangeError(str(error)) from error
+            undo.pop_all()
+        return Change(settings, dsn, proxy, ops, tls, upstreams, store)
+
+    async def abandon(self, change: Change) -> None:
+        """Let go of what was prepared."""
+        for sock in (change.proxy, change.ops):
+            if sock is not None:
+                sock.close()
+        if change.store is not self.store:
+            await change.store.close()
+
+    async def apply(self, change: Change) -> None:
+        """Put what was prepared in force. Nothing fails, and no request is dropped."""
+        settings, upstreams, store = change.settings, change.upstreams, change.store
+        self._settings, self._dsn = settings, change.dsn
+        before, self._gateways = self._gateways, []
+        self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
+        self._log_as(settings)
+        if upstreams is not self.upstreams:
+            self._retired += self.upstreams.distinct().values()
+            for pool in self._retired:
+                pool.retire()
+            self.upstreams = upstreams
+        if store is not self.store:
+            carry_over(self.store, store)
+            self._let_go(self.store, before)
+            self.store = store
+        else:
+            self._gateways += [gateway for gateway in before if gateway.is_deciding]
+        if change.ops is not None:
+            ops, self._ops = self._ops, self._ops_listener()
+            await self._ops.start(change.ops)
+            await ops.close()
+        if self.control is not None:
+            self.control.show(startup_conflicts.of_proxy(settings, change.dsn))
+
+    @property
+    def listen(self) -> Listen:
+        """The listen settings of the configuration that was applied last."""
+        return self._settings.listen
+
+    # -- building
+
+    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> Terms:
+        prefix = settings.identity.header_prefix
+        gateway = Gateway(
+            key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
+            identities=store.identities,
+            ledger=store.ledger,
+            claims=store.claims,
+            routes=settings.route_table(),
+            now=clock.now,
+            instance=self._instance,
+        )
+        self._gateways.append(gateway)
+        return Terms(
+            listen=settings.listen,
+            gate=gateway,
+            upstreams=upstreams,
+            names=FieldNames(prefix),
+            problems=Problems(
+                invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
+            ),
+            trust=TrustRule(settings.listen.trusted_proxies, prefix),
+            tls=tls,
+        )
+
+    def _upstreams(self, settings: Settings) -> Upstreams:
+        upstream = settings.upstream
+        responses = ResponseReader(FieldNames(settings.identity.header_prefix))
+        tls = upstream_context(upstream)
+        live, *test = (
+            UpstreamPool(
+                url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls
+            )
+            for url in (upstream.url, upstream.test_url) if url
+        )  # fmt: skip
+        return Upstreams(live, *test)
+
+    def _ops_listener(self) -> OpsListener:
+        return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
+
+    def _sources(self) -> Sources:
+        return Sources(
+            identity_lookups=lambda: self.store.identities.counts.by_name(),  # noqa: PLW0108
+            identities=lambda: self.store.identities.sizes(),  # noqa: PLW0108
+            store_is_up=lambda: self.store.database.is_up,
+            change_feed_lag_seconds=lambda: self.store.feed.lag_seconds(),  # noqa: PLW0108
+            upstream_connections=self._upstream_connections,
+            open_requests=self.server.open_requests,
+            open_tunnels=self.server.open_tunnels,
+            client_connections=self.server.open_connections,
+            failed_connections=self.server.failed_connections,
+            access_log_dropped=lambda: self._access_log.dropped,
+            defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
+            housekeeping_failures=lambda: {chore.name: chore.failures for chore in self.store.chores},
+            token_routes=lambda: [row.match for row in self._settings.routes if row.tokens != NO_TOKENS],
+            spending=spending_of(lambda: self.store),
+        )
+
+    # -- changing and closing
+
+    async def _store_for(self, settings: Settings, dsn: str) -> Store:
+        was = self._settings
+        before = was.store, was.cache, was.identity, was.ledger, was.usage, self._dsn
+        if before == (settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, dsn):
+            return self.store
+        store = new_store(settings, dsn)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(store.close)
+            await store.open()
+            await store.answers()
+            undo.pop_all()
+        return store
+
+    def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
+        """Close a store that another one has replaced, once nothing that has begun needs it any more.
+
+        Who takes longer to send what a decision needs than draining may take is told that the store cannot be asked.
+        """
+        seconds = max(_UNDECIDED_SECONDS, self._settings.listen.drain_seconds)
+
+        async def closing() -> None:
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await asyncio.gather(*(gateway.all_decided() for gateway in gateways))
+                # What is under way settles where it was let in.
+                await store.ledger.all_settled()
+            finally:
+                await store.close()
+
+        task = self._loop.create_task(closing())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _close_store(self) -> None:
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        # What has ended is to be in the usage that is written last.
+        self._recorder.count_pending()
+        await self.store.close()
+
+    async def _close_pools(self) -> None:
+        for pool in [*self.upstreams.distinct().values(), *self._retired]:
+            await pool.close()
+
+    async def _close_ops(self) -> None:
+        await self._ops.close()
+
+    async def _drain(self) -> None:
+        await self.server.drain(self._settings.listen.drain_seconds)
+
+    def _log_as(self, settings: Settings) -> None:
+        """Apply the log setting. Requests that have already ended are logged under the previous one."""
+        self._recorder.count_pending()
+        self._access_log.success_share = settings.log.success_share
+        self._recorder.log_to(self._access_log if settings.log.access else None)
+
+    def _note_usage(self, rows: Sequence[Row]) -> None:
+        self.store.usage.take(rows)
+
+    # -- what is told
+
+    def _upstream_connections(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for pool in self.upstreams.distinct().values():
+            for state, count in pool.counts().items():
+                counts[state] = counts.get(state, 0) + count
+        return counts
+
+    async def _metrics(self) -> bytes:
+        return self._catalogue.render()
+
+    async def _checks(self) -> Mapping[str, Check]:
+        return await gathered(
+            {
+                "store": self._check_store,
+                "change_feed": self._check_feed,
+                "ledger": self._check_ledger,
+                "housekeeping": self._check_housekeeping,
+                "upstream": self._check_upstream,
+                "proxy": self._check_proxy,
+            }
+        )
+
+    async def _check_store(self) -> Check:
+        database = self.store.database
+        if database.is_up:
+            shortage = database.shortage.because
+            return Check(Verdict.DEGRADED if shortage else Verdict.OK, shortage and f"too few connections: {shortage}")
+        why = database.down_because or "not asked yet"
+        # Nothing verified to go on with, or too old by now: nobody can be served.
+        too_old = self.store.feed.lag_seconds() > self._settings.cache.stale_seconds
+        if too_old or not self.store.identities.sizes()["known"]:
+            return Check(Verdict.FAILED, why)
+        return Check(Verdict.DEGRADED, f"verified identities are served, strangers refused: {why}")
+
+    async def _check_feed(self) -> Check:
+        feed = self.store.feed
+        if feed.is_current():
+            return Check(Verdict.OK, "" if feed.is_listening else "no notifications: polling alone")
+        return Check(Verdict.DEGRADED, f"not current for {feed.lag_seconds():.1f} s")
+
+    async def _check_ledger(self) -> Check:
+        return check_ledger(self.store)
+
+    async def _check_housekeeping(self) -> Check:
+        return check_housekeeping(self.store)
+
+    async def _check_upstream(self) -> Check:
+        for mode, pool in self.upstreams.distinct().items():
+            if not await pool.reach():
+                return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'cannot be reached'}")
+        held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
+        if any(held_up.values()):
+            # Others are served all the same, and another proxy has the same users.
+            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
+        return Check(Verdict.OK)
+
+    async def _check_proxy(self) -> Check:
+        return Check(Verdict.FAILED, "draining") if self.server.is_draining else Check(Verdict.OK)

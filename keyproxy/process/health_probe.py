@@ -1,0 +1,121 @@
+"""`keyproxy health`: check through its control socket whether the process of this configuration is live.
+
+Works for `keyproxy serve` and `keyproxy admin`, regardless of their addresses and of TLS. It imports only what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from keyproxy.platform import process_registry, standard_streams
+from keyproxy.platform.process_registry import ADMIN, SERVE
+
+_LIVE: Final = 0
+_NOT_LIVE: Final = 1
+_MISUSED: Final = 2
+
+
+class NotLive(Exception):
+    """No process of this configuration runs here, or one does not respond. The text names it."""
+
+
+class Misused(Exception):
+    """The configuration cannot be used, because of `problems`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def check(path: str) -> list[process_registry.Running]:
+    """The processes of this configuration, all of which are live. Empty: all that run here, as in a container.
+
+    Raises NotLive, Misused.
+    """
+    found = _of_file(path) if path else process_registry.here()
+    if not found:
+        raise NotLive("no `keyproxy serve` or `keyproxy admin` of this user runs here")
+    for one in found:
+        if not process_registry.is_live(one):
+            raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not respond")
+    return found
+
+
+def _of_file(path: str) -> list[process_registry.Running]:
+    try:
+        # The addresses suffice in most cases, and loading the whole configuration takes longer.
+        found = process_registry.of_addresses(_stated(path, os.environ))
+    except (OSError, ValueError):
+        found = []  # loading it reports the problem
+    if found:
+        return found
+    from pathlib import Path
+
+    from keyproxy.config import loader
+
+    try:
+        settings = loader.load(Path(path), os.environ).settings
+    except loader.ConfigError as error:
+        raise Misused(error.problems) from error
+    mains = {SERVE: settings.listen.address, ADMIN: settings.admin.address}
+    try:
+        found = process_registry.of_addresses(mains)
+    except OSError as error:
+        raise NotLive(f"{mains}: {error.strerror or error}") from error
+    if not found:
+        raise NotLive(
+            f"no `keyproxy serve` of this user runs on {mains[SERVE]}, and no `keyproxy admin` on {mains[ADMIN]}"
+        )
+    return found
+
+
+def _stated(path: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The addresses that a configuration states. Raises OSError, ValueError."""
+    import tomllib
+
+    stated: dict[str, str] = {}
+    for file in filter(None, (environment.get("KEYPROXY_DEFAULTS"), path)):
+        with open(file, "rb") as opened:  # noqa: PTH123 - pathlib takes long to import
+            tables = tomllib.load(opened)
+        for purpose, table in ((SERVE, "listen"), (ADMIN, "admin")):
+            address = tables.get(table, {}).get("address")
+            if isinstance(address, str):
+                stated[purpose] = address
+    for purpose, variable in ((SERVE, "KEYPROXY_LISTEN__ADDRESS"), (ADMIN, "KEYPROXY_ADMIN__ADDRESS")):
+        if variable in environment:
+            stated[purpose] = environment[variable]
+    return stated
+
+
+def is_plain(arguments: Sequence[str]) -> bool:
+    """Whether these are `health` or `health --config FILE`, which need no parser."""
+    return list(arguments) == ["health"] or (len(arguments) == 3 and list(arguments[:2]) == ["health", "--config"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `keyproxy health` with arguments that are plain; its status."""
+    try:
+        found = check(arguments[2] if len(arguments) == 3 else os.environ.get("KEYPROXY_CONFIG", ""))
+    except NotLive as error:
+        return _end(_NOT_LIVE, str(error))
+    except Misused as error:
+        return _end(_MISUSED, *error.problems)
+    return _end(_LIVE, told(found))
+
+
+def told(found: Sequence[process_registry.Running]) -> str:
+    """One line for people: which processes are live."""
+    return ", ".join(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) is live" for one in found)
+
+
+def _end(status: int, *lines: str) -> int:
+    try:
+        for line in lines:
+            print(f"keyproxy: {line}", file=sys.stderr)  # noqa: T201
+    except OSError:
+        # The status is the answer, whether or not there is room for the message.
+        standard_streams.abandon(sys.stderr.fileno())
+    return status

@@ -1,0 +1,198 @@
+"""Connections to an aiohttp server: bounds on their number and on the time to send or read something.
+
+aiohttp closes a connection on which no request starts within the keep-alive time, also after a partial head. This module
+bounds the rest: the number of connections, the time for a TLS handshake, and the time for which a client may leave a
+response unread. At the bound the connection that has been idle longest is closed, never one with a request in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, cast
+
+from aiohttp import web
+
+from keyproxy.platform import clock
+from keyproxy.wire.handshake import Accepted
+from keyproxy.wire.listener import Listener
+from keyproxy.wire.outflow import outstanding_bytes
+from keyproxy.wire.response_heads import DateField
+
+_LINE_BYTES_MAX: Final = 65_536
+_TURNED_AWAY_SECONDS: Final = 1.0
+
+#: For how long to read the rest of a request after an early response.
+_LINGERING_SECONDS: Final = 2.0
+
+#: For how long a connection without a request is spared at the bound, so that its client can send one.
+_SPARED_SECONDS: Final = 0.02
+
+
+class Bounds(NamedTuple):
+    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response."""
+
+    connections_max: int = 256
+    idle_seconds: float = 30.0
+    handshake_seconds: float = 10.0
+    unread_seconds: float = 60.0
+
+
+_DATE: Final = DateField()
+
+
+def date_line() -> bytes:
+    """The Date line of a response that is sent now."""
+    return _DATE.line(clock.wall())
+
+
+def _without_tls() -> bytes:
+    """The response to a request that came without TLS to a port that speaks it."""
+    content = b"This port speaks TLS. Use https:// in the URL.\n"
+    return (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n%bContent-Length: %d\r\n"
+        b"Connection: close\r\n\r\n%b" % (date_line(), len(content), content)
+    )
+
+
+class Connections:
+    """Accepts connections for one aiohttp server; see the module."""
+
+    def __init__(self, server: web.Server, bounds: Bounds, *, full: Callable[[], bytes], log: logging.Logger) -> None:
+        """`full`: makes the response to a client beyond the bound. `log`: the logger for aiohttp."""
+        self.evicted = 0
+        self._server = server
+        self._bounds = bounds
+        self._full = full
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._listening: Listener | None = None
+        self._tls: ssl.SSLContext | None = None
+        self.open: set[_Connection] = set()
+
+    async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Accept on a bound socket."""
+        self._tls = tls
+        self._listening = Listener(sock, self._loop, open_=self._open, has_room=self._has_room)
+        self._listening.start()
+
+    def stop(self) -> None:
+        """Stop accepting. Open connections stay open."""
+        if self._listening is not None:
+            self._listening.stop()
+            self._listening = None
+
+    async def _open(self, sock: socket.socket) -> None:
+        """Make a connection from an accepted socket: at once without TLS, else after the handshake."""
+        accepted, seconds = None, None
+        if self._tls is not None:
+            accepted, seconds = Accepted(sock, _without_tls), self._bounds.handshake_seconds
+            accepted.open()
+        try:
+            await self._loop.connect_accepted_socket(self._accepted, sock, ssl=self._tls, ssl_handshake_timeout=seconds)
+        except OSError:
+            if accepted is not None:
+                await accepted.close(self._loop)
+
+    def _has_room(self) -> bool:
+        return self._listening is None or self._listening.opening() < self._bounds.connections_max
+
+    def _accepted(self) -> asyncio.Protocol:
+        if len(self.open) >= self._bounds.connections_max and not self._evict():
+            return _TurnedAway(self._loop, self._full())
+        return _Connection(self, self._server, self._bounds, self._log)
+
+    def _evict(self) -> bool:
+        """Close the connection that has been idle longest. False if all of them have requests in flight."""
+        before = self._loop.time() - _SPARED_SECONDS
+        idle = [one for one in self.open if one.is_idle and one.idle_since <= before]
+        if not idle:
+            return False
+        longest = min(idle, key=lambda one: one.idle_since)
+        self.open.discard(longest)
+        self.evicted += 1
+        longest.force_close()
+        return True
+
+
+class _Connection(web.RequestHandler):
+    """One connection."""
+
+    def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
+        options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log
+        super().__init__(
+            server, loop=asyncio.get_running_loop(), keepalive_timeout=bounds.idle_seconds, logger=log,
+            lingering_time=_LINGERING_SECONDS,
+            max_line_size=_LINE_BYTES_MAX, max_field_size=_LINE_BYTES_MAX, **cast(dict[str, Any], options),
+        )  # fmt: skip
+        self._all = connections
+        self._unread_seconds = bounds.unread_seconds
+        self._unread_bytes = 0
+        self._unread: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in flight; one may have begun to arrive."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def idle_since(self) -> float:
+        """The start of the current idle time."""
+        return self._next_keepalive_close_time - self._keepalive_timeout
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._all.open.add(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._all.open.discard(self)
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch_reading(self) -> None:
+        self._unread_bytes = 0 if self.transport is None else outstanding_bytes(self.transport)
+        self._unread = self._loop.call_later(self._unread_seconds, self._look_at_reading)
+
+    def _look_at_reading(self) -> None:
+        """Disconnect a client that has read nothing: its buffer is unchanged, and nothing was written meanwhile."""
+        if self.transport is None:
+            return
+        if outstanding_bytes(self.transport) < self._unread_bytes:
+            self._watch_reading()
+        else:
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+
+class _TurnedAway(asyncio.Protocol):
+    """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes or a moment has passed."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, full: bytes) -> None:
+        self._loop = loop
+        self._full = full
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._full)
+        self._loop.call_later(_TURNED_AWAY_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        # If closed before its request is read, it might never receive the reason.
+        if self._transport is not None:
+            self._transport.close()

@@ -1,0 +1,69 @@
+"""Another configuration, made ready beside the one that is in force: what it takes, and how it can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from typing import NamedTuple
+
+from keyproxy.config.schema import Listen, Ops, Settings
+from keyproxy.platform import clock, sockets
+from keyproxy.store.store import Store
+from keyproxy.wire.tls import TlsError, server_context, upstream_context
+from keyproxy.wire.upstream.pool import Upstreams
+
+
+class ChangeError(Exception):
+    """Another configuration cannot be applied. The text says why."""
+
+
+class Change(NamedTuple):
+    """All that another configuration takes, ready for use. `proxy`, `ops`: sockets, None where the address stays."""
+
+    settings: Settings
+    dsn: str
+    proxy: socket.socket | None
+    ops: socket.socket | None
+    tls: ssl.SSLContext | None
+    upstreams: Upstreams
+    store: Store
+
+
+def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops) -> socket.socket | None:
+    """A socket for a new address; None if it is the old one. Raises BindError, ChangeError."""
+    if was.address == now.address:
+        if was.socket_mode != now.socket_mode and now.address.startswith("unix:"):
+            raise ChangeError("socket_mode: applies when the socket is created: restart, or change the address too")
+        return None
+    return undo.enter_context(contextlib.closing(bound(now)))
+
+
+def bound(listener: Listen | Ops) -> socket.socket:
+    """A socket bound to the address of a listener. Raises BindError."""
+    return sockets.bind(listener.address, mode=int(listener.socket_mode, 8))
+
+
+def new_store(settings: Settings, dsn: str) -> Store:
+    """A store, not yet open."""
+    prefix = settings.identity.header_prefix
+    return Store(
+        settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
+    )  # fmt: skip
+
+
+def new_tls(settings: Settings) -> ssl.SSLContext | None:
+    """What clients are greeted with, None without TLS. Raises TlsError."""
+    listen = settings.listen
+    if not listen.tls_certificate_file:
+        return None
+    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
+
+
+def check_files(settings: Settings) -> None:
+    """Read what the configuration names, without using it. Raises ChangeError."""
+    try:
+        new_tls(settings)
+        upstream_context(settings.upstream)
+    except TlsError as error:
+        raise ChangeError(str(error)) from error

@@ -1,0 +1,178 @@
+"""The data plane as a process: signals, file descriptors, and what the service manager is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeAlias
+
+from keyproxy.config.schema import Settings
+from keyproxy.platform import sockets, systemd
+from keyproxy.process import control_channel, startup_conflicts
+from keyproxy.process.app import Proxy
+from keyproxy.process.control_socket import Control
+from keyproxy.process.reload import Change, ChangeError, bound, check_files
+from keyproxy.process.shutdown import Departure
+
+_log = logging.getLogger(__name__)
+
+#: For what takes file descriptors beside connections: the store, listeners, logs, and some in reserve.
+_OTHER_FILES: Final = 64
+
+_PR_SET_PDEATHSIG: Final = 1
+
+#: Within which a worker has to be ready for another configuration, or says that it cannot be.
+_PREPARE_SECONDS: Final = 20.0
+
+#: Applies other configurations to the proxy as they come, whose event is set by SIGHUP; runs until it is cancelled.
+Changing: TypeAlias = Callable[[Proxy, asyncio.Event], Coroutine[Any, Any, None]]
+
+#: So many more objects that may be part of a cycle are made than go, before the youngest are looked through.
+_YOUNG_OBJECTS: Final = 20_000
+
+
+def end_with(owner: int) -> None:
+    """Have the kernel send SIGTERM to this process when its owner dies, however it dies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != owner:
+        sys.exit("the supervisor is gone already")
+
+
+def _settle_memory() -> None:
+    """Have the collector of cycles look at what requests make, seldom, and at what is there by now never again.
+
+    A request leaves no cycles: its objects go when they are let go. Looking through a hundred thousand cached keys for
+    some shows in the tail of its latency.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
+
+
+def _allow_files(settings: Settings) -> None:
+    """Have as many file descriptors as the bounds on connections may take, or say that there are not so many."""
+    needed = settings.listen.connections_max + 2 * settings.upstream.connections_max + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if allowed < needed:
+            _log.warning("%d file descriptors are allowed, %d may be needed: raise LimitNOFILE", allowed, needed)
+
+
+async def serve(
+    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing,
+    private_ops: socket.socket | None = None,
+) -> None:  # fmt: skip
+    """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
+
+    `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
+    for requests of its supervisor, which has the control socket. Raises BindError, ChangeError.
+    """
+    departure, again = Departure(), asyncio.Event()
+    departure.on_signals()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+    _allow_files(settings)
+    check_files(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        control = None if private_ops is not None else Control(departure.begin)
+        if control is not None:
+            await stack.enter_async_context(control.open(startup_conflicts.of_proxy(settings, dsn)))
+        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
+        proxy.control = control
+        proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
+        ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
+        # Before anybody can connect: it holds the loop for as long as some hundred requests take.
+        _settle_memory()
+        async with proxy.running(proxy_socket, ops_socket):
+            started(sockets.told(proxy_socket), sockets.told(ops_socket))
+            systemd.notify("READY=1")
+            async with asyncio.TaskGroup() as group:
+                change = group.create_task(changing(proxy, again))
+                await departure.begun.wait()
+                change.cancel()
+            systemd.notify("STOPPING=1")
+            proxy.server.leave()
+            if proxy.listen.linger_seconds and not departure.is_urgent.is_set():
+                _log.info("not ready; accepting connections for another %g s", proxy.listen.linger_seconds)
+                await departure.linger(proxy.listen.linger_seconds)
+            _log.info("draining: no new work, up to %g s for requests in flight", proxy.listen.drain_seconds)
+    _log.info("stopped")
+
+
+def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
+    """Change at SIGHUP, to the settings and the DSN that `read_again` gives, if it does not raise ChangeError."""
+
+    async def changing(proxy: Proxy, again: asyncio.Event) -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            systemd.notify(systemd.reloading())
+            try:
+                await _apply(proxy, await proxy.prepare(*read_again()))
+            except ChangeError as error:
+                _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
+                _log.exception("the configuration could not be changed")
+            systemd.notify("READY=1")
+
+    return changing
+
+
+def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) -> Changing:
+    """Change as the supervisor says. `read` gives settings and DSN out of a configuration, or raises ChangeError.
+
+    SIGHUP, which a terminal or a service manager may send to all processes at once, is the supervisor's to hear.
+    """
+
+    async def changing(proxy: Proxy, _again: asyncio.Event) -> None:
+        prepared: Change | None = None
+        subordinate = await control_channel.subordinate(sock)
+        try:
+            async for order in subordinate.orders():
+                refused = ""
+                if order.kind == control_channel.OFFER:
+                    try:
+                        prepared = await _prepare(proxy, read, order.text)
+                    except ChangeError as error:
+                        refused = str(error)
+                elif prepared is not None:
+                    change, prepared = prepared, None
+                    await (_apply if order.kind == control_channel.APPLY else Proxy.abandon)(proxy, change)
+                subordinate.answer(refused)
+        finally:
+            if prepared is not None:
+                await proxy.abandon(prepared)
+            await subordinate.close()
+
+    return changing
+
+
+async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], text: str) -> Change:
+    try:
+        async with asyncio.timeout(_PREPARE_SECONDS):
+            return await proxy.prepare(*read(text))
+    except TimeoutError:
+        raise ChangeError(f"it could not be made ready within {_PREPARE_SECONDS:g} s") from None
+    except ChangeError:
+        raise
+    except Exception as error:  # the outermost boundary of an order: nobody is dropped for a defect in here
+        _log.exception("the configuration could not be changed")
+        raise ChangeError("a defect of keyproxy: it is told above") from error
+
+
+async def _apply(proxy: Proxy, change: Change) -> None:
+    await proxy.apply(change)
+    _allow_files(change.settings)
+    logging.getLogger().setLevel(change.settings.log.level.upper())
+    _log.info("another configuration is in force")

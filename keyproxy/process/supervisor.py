@@ -1,0 +1,279 @@
+"""Several processes on one port: starts them, starts a crashed one again, and answers health and metrics for all.
+
+Each worker is a `keyproxy serve` of its own that binds the same port (SO_REUSEPORT) and answers its supervisor on a
+private socket without a file, so that nothing has to be writable. The supervisor holds the port without listening on it,
+so that a port that was chosen stays chosen, and touches no request: when it is killed the workers drain and end, and a
+worker that crashes takes down only what it was serving.
+
+Another configuration is read here first. Where it changes what all share (addresses, the number of workers), a whole new
+crew is started and the old one is let go once the new one serves; else it is offered to the workers, which keep what they
+have cached, and applied if all of them can. A worker that is started later begins with the one that was applied last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+from keyproxy.config.schema import Settings
+from keyproxy.metrics.catalogue import CONTENT_TYPE
+from keyproxy.platform import clock, sockets, systemd
+from keyproxy.platform.process_registry import Presence
+from keyproxy.process import startup_conflicts
+from keyproxy.process.control_socket import Control
+from keyproxy.process.ops_listener import Check, OpsListener, Verdict
+from keyproxy.process.reload import ChangeError, bound, check_files, new_socket
+from keyproxy.process.shutdown import Departure
+from keyproxy.process.worker_pool import Crew, Worker
+
+_log = logging.getLogger(__name__)
+
+_STOP_SECONDS: Final = 5.0  # beyond listen.drain_seconds
+_LOOK_SECONDS: Final = 1.0
+
+#: A worker that ended unasked is started again after the first of these, the next time after the second, and so on.
+_BACKOFF_SECONDS: Final = (0.1, 0.5, 1.0, 2.0, 5.0)
+
+#: A worker that has served this long has started well: the next crash is the first one again.
+_STEADY_SECONDS: Final = 30.0
+
+
+def count(workers: int) -> int:
+    """How many processes `listen.workers` stands for; 0: one per core."""
+    return workers or len(os.sched_getaffinity(0))
+
+
+class Supervisor:
+    """See the module. `command` starts a worker, which is configured by `environment` over it."""
+
+    def __init__(self, settings: Settings, dsn: str, text: str, command: Sequence[str]) -> None:
+        """`text`: what the settings were read from."""
+        self._settings = settings
+        self._dsn = dsn
+        self._text = text
+        self._command = command
+        self._crew = Crew(lambda: self._restarts)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._restarts = 0
+        self._failures = 0
+        self._is_stopping = False
+        self._is_manned = False
+        self._changing = asyncio.Lock()
+        self._reserved: socket.socket | None = None
+        self._ops = self._ops_listener()
+
+    async def run(
+        self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
+    ) -> None:  # fmt: skip
+        """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ChangeError.
+
+        `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
+        may raise ChangeError.
+        """
+        departure, again = Departure(), asyncio.Event()
+        departure.on_signals()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+        check_files(self._settings)
+        control = Control(departure.begin)
+        async with control.open(self._presence(self._settings)):
+            try:
+                self._reserved = bound(self._settings.listen)
+                ops = bound(self._settings.ops)
+                told = (sockets.told(self._reserved), sockets.told(ops))
+                await self._start_crew()
+                self._is_manned = True
+                await self._ops.start(ops)
+                started(*told)
+                systemd.notify("READY=1")
+                self._spawn(self._look_on())
+                self._spawn(self._change_on(again, control, text_again, read))
+                await departure.begun.wait()
+                systemd.notify("STOPPING=1")
+            finally:
+                await self._end(departure)
+
+    def _presence(self, settings: Settings) -> Presence:
+        return startup_conflicts.of_proxy(
+            settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn
+        )
+
+    # -- starting and ending
+
+    async def _start_crew(self) -> None:
+        """As many workers as are configured; all serve when this returns, or, raising ChangeError, none is left."""
+        number = count(self._settings.listen.workers)
+        crew: list[Worker] = []
+        try:
+            while len(crew) < number:
+                crew.append(await self._start())
+            if len(await self._crew.until_ready(crew)) < number:
+                raise ChangeError("a worker could not be started: it says above why")
+        except (ChangeError, OSError) as error:
+            for worker in crew:
+                worker.is_leaving = True
+                worker.tell(signal.SIGTERM)
+            raise ChangeError(str(error)) from error
+
+    async def _start(self) -> Worker:
+        assert self._reserved is not None  # noqa: S101 - for the type checker: run() has bound it
+        environment = {
+            **os.environ,
+            "KEYPROXY_LISTEN__ADDRESS": sockets.told(self._reserved),
+            "KEYPROXY_LISTEN__WORKERS": "1",
+            # Never bound there; another one does not concern a worker.
+            "KEYPROXY_OPS__ADDRESS": self._settings.ops.address,
+        }
+        environment.pop("NOTIFY_SOCKET", None)
+        worker = await Worker.start(self._command, environment, self._text)
+        self._crew.members.add(worker)
+        self._spawn(self._mind(worker))
+        return worker
+
+    async def _mind(self, worker: Worker) -> None:
+        """Wait for the end of a worker; start another one in its place if nobody asked for that."""
+        status = await worker.process.wait()
+        self._crew.ended(worker)
+        await worker.closed()
+        if self._is_stopping or worker.is_leaving or not self._is_manned:
+            return
+        if clock.monotonic() - worker.started_mono > _STEADY_SECONDS:
+            self._failures = 0
+        pause = _BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)]
+        self._failures += 1
+        _log.error("worker %d ended with status %d; another one starts in %g s", worker.process.pid, status, pause)
+        await asyncio.sleep(pause)
+        while not await self._is_replaced():  # noqa: ASYNC110 - it is tried again, not asked
+            await asyncio.sleep(_BACKOFF_SECONDS[-1])
+
+    async def _is_replaced(self) -> bool:
+        """Whether there is a worker in the place of one that ended, or none is wanted."""
+        # Not with a configuration that is just being changed.
+        async with self._changing:
+            staying = sum(not worker.is_leaving for worker in self._crew.members)
+            if self._is_stopping or staying >= count(self._settings.listen.workers):
+                return True
+            try:
+                await self._start()
+            except OSError as error:
+                # No process, memory or file descriptor to be had now: there may be later.
+                _log.error("a worker cannot be started: %s; once more in %g s", error, _BACKOFF_SECONDS[-1])
+                return False
+            self._restarts += 1
+            return True
+
+    async def _end(self, departure: Departure) -> None:
+        self._is_stopping = True
+        listen = self._settings.listen
+        for worker in self._crew.members:
+            worker.tell(departure.signal)
+        self._spawn(self._hurry(departure))
+        waiting = [worker.process.wait() for worker in self._crew.members]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
+                await asyncio.gather(*waiting)
+        for worker in list(self._crew.members):
+            _log.error("worker %d did not end and is killed", worker.process.pid)
+            worker.tell(signal.SIGKILL)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in list(self._crew.members):
+            await worker.closed()
+        await self._ops.close()
+        if self._reserved is not None:
+            self._reserved.close()
+        _log.info("stopped")
+
+    async def _hurry(self, departure: Departure) -> None:
+        await departure.is_urgent.wait()
+        for worker in self._crew.members:
+            worker.tell(departure.signal)
+
+    # -- another configuration
+
+    async def _change_on(
+        self, again: asyncio.Event, control: Control, text_again: Callable[[], str], read: Callable[[str], Settings]
+    ) -> None:
+        while True:
+            await again.wait()
+            again.clear()
+            systemd.notify(systemd.reloading())
+            try:
+                text = text_again()
+                settings = read(text)
+                check_files(settings)
+                control.check(self._presence(settings))
+                async with self._changing:
+                    await self._change(settings, text)
+                control.show(self._presence(settings))
+            except (ChangeError, sockets.BindError) as error:
+                _log.error("the configuration stays as it was: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task
+                _log.exception("the configuration could not be changed")
+            else:
+                logging.getLogger().setLevel(settings.log.level.upper())
+                _log.info("another configuration is in force")
+            systemd.notify("READY=1")
+
+    async def _change(self, settings: Settings, text: str) -> None:
+        """All workers change, or, raising ChangeError or BindError, none does."""
+        ready = await self._crew.offer(text)
+        if _frame(settings) == _frame(self._settings):
+            self._settings, self._text = settings, text
+            await self._crew.apply(ready)
+        else:
+            await self._crew.withdraw(ready)
+            await self._change_crew(settings, text)
+
+    async def _change_crew(self, settings: Settings, text: str) -> None:
+        was, old_crew, old_ops = (self._settings, self._text, self._reserved), set(self._crew.members), self._ops
+        with contextlib.ExitStack() as undo:
+            ops = new_socket(undo, self._settings.ops, settings.ops)
+            listened = new_socket(undo, self._settings.listen, settings.listen)
+            self._settings, self._text, self._reserved = settings, text, listened or self._reserved
+            try:
+                await self._start_crew()
+            except ChangeError:
+                self._settings, self._text, self._reserved = was
+                raise
+            undo.pop_all()
+        if ops is not None:
+            self._ops = self._ops_listener()
+            await self._ops.start(ops)
+            await old_ops.close()
+        for worker in old_crew:
+            worker.is_leaving = True
+            # Without lingering: new workers serve already, and old ones must not take new requests.
+            worker.tell(signal.SIGINT)
+        if listened is not None and was[2] is not None:
+            was[2].close()
+
+    # -- what is told of all
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await self._crew.look()
+
+    def _ops_listener(self) -> OpsListener:
+        return OpsListener(checks=self._checks, metrics=self._crew.metrics, metrics_content_type=CONTENT_TYPE)
+
+    async def _checks(self) -> Mapping[str, Check]:
+        checks = await self._crew.checks(count(self._settings.listen.workers))
+        return checks | {"workers": Check(Verdict.FAILED, "stopping")} if self._is_stopping else checks
+
+    def _spawn(self, doing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _frame(settings: Settings) -> tuple[str, str, int]:
+    """What the workers share and cannot change one by one."""
+    return settings.listen.address, settings.ops.address, count(settings.listen.workers)

@@ -1,0 +1,204 @@
+"""The workers as their supervisor sees them: processes with an ops listener, and a socket on which they take orders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Self
+
+import orjson
+
+from keyproxy.metrics.fleet import Fleet
+from keyproxy.platform import clock
+from keyproxy.process import control_channel
+from keyproxy.process.control_channel import Order, Superior
+from keyproxy.process.ops_listener import Check, Verdict, worst
+from keyproxy.process.reload import ChangeError
+
+_log = logging.getLogger(__name__)
+
+_START_SECONDS: Final = 60.0
+
+_ASK_SECONDS: Final = 2.0
+
+#: For making ready what another configuration needs, which is asking a database that may not answer, at most.
+_ORDER_SECONDS: Final = 30.0
+
+
+class Worker:
+    """One process, and what it last told of itself."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ops: bytes, superior: Superior) -> None:
+        """`ops`: the abstract name of the socket on which it serves its pages."""
+        self.process = process
+        self.started_mono = clock.monotonic()
+        self.is_ready = False
+        self.is_leaving = False
+        self.page = ""
+        self.patience_seconds = _ORDER_SECONDS
+        self._ops = ops
+        self._superior = superior
+        self._is_lost = False
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], text: str) -> Self:
+        """Start one with an ops listener of its own and this configuration. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        ops = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as undo, theirs, ops:
+            undo.enter_context(ours)
+            ops.bind("")  # the kernel chooses a name that nothing else has
+            process = await asyncio.create_subprocess_exec(
+                *command, "--ops-fd", str(ops.fileno()), env=dict(environment), stdin=theirs.fileno(),
+                pass_fds=(ops.fileno(),),
+            )  # fmt: skip
+            name: bytes = ops.getsockname()
+            undo.pop_all()
+        superior = await control_channel.superior(ours)
+        superior.begin(text)
+        return cls(process, name, superior)
+
+    async def ask(self, path: str) -> bytes | None:
+        """A page of its ops listener, whatever its status; None if it does not answer."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            async with asyncio.timeout(_ASK_SECONDS):
+                await asyncio.get_running_loop().sock_connect(sock, self._ops)
+                return await _page(sock, path)
+        except (TimeoutError, OSError):
+            return None
+        finally:
+            sock.close()
+
+    async def look(self) -> None:
+        """Take note of how it is."""
+        page = await self.ask("/metrics")
+        if page is not None:
+            self.is_ready, self.page = True, page.decode("utf-8")
+
+    async def follows(self, order: Order) -> str:
+        """Give an order. Why it is not followed; empty if it is.
+
+        Who does not answer is killed: nobody knows what it has, and the one that takes its place has what all have.
+        """
+        if self._is_lost:
+            return "it is killed"
+        try:
+            async with asyncio.timeout(self.patience_seconds):
+                return await self._superior.ask(order)
+        except TimeoutError:
+            why = f"worker {self.process.pid} has not answered for {self.patience_seconds:g} s"
+        except (OSError, ValueError) as error:
+            why = f"worker {self.process.pid} does not answer: {error}"
+        _log.error("%s: it is killed", why)
+        self._is_lost = True
+        self.tell(signal.SIGKILL)
+        return why
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def closed(self) -> None:
+        """Nothing will be asked of it any more."""
+        await self._superior.close()
+
+
+class Crew:
+    """The workers of one supervisor: those that serve, those that start, and those that leave."""
+
+    def __init__(self, restarts: Callable[[], int]) -> None:
+        self.members: set[Worker] = set()
+        self._fleet = Fleet(self._states, restarts)
+
+    def ended(self, worker: Worker) -> None:
+        """It is no member any more; what it has counted stays."""
+        self.members.discard(worker)
+        if worker.page:
+            self._fleet.ended(worker.page)
+
+    async def until_ready(self, workers: Iterable[Worker]) -> list[Worker]:
+        """Wait until all of these either serve or have ended; those that serve. Raises ChangeError after a while."""
+        workers = list(workers)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await asyncio.gather(*(self._until_settled(worker) for worker in workers))
+        except TimeoutError:
+            raise ChangeError(f"a worker does not serve after {_START_SECONDS:g} s") from None
+        return [worker for worker in workers if worker in self.members]
+
+    async def offer(self, text: str) -> list[Worker]:
+        """The workers, each of which is ready for another configuration. Raises ChangeError if one cannot be: none is."""
+        serving = await self.until_ready(worker for worker in self.members if not worker.is_leaving)
+        refusals = await asyncio.gather(*(worker.follows(Order(control_channel.OFFER, text)) for worker in serving))
+        if any(refusals):
+            await self.withdraw(serving)
+            raise ChangeError(next(filter(None, refusals)))
+        return serving
+
+    async def apply(self, workers: Iterable[Worker]) -> None:
+        """Have these workers apply what they are ready for."""
+        await asyncio.gather(*(worker.follows(Order(control_channel.APPLY)) for worker in workers))
+
+    async def withdraw(self, workers: Iterable[Worker]) -> None:
+        """Have these workers forget what was offered."""
+        await asyncio.gather(*(worker.follows(Order(control_channel.WITHDRAW)) for worker in workers))
+
+    async def look(self) -> None:
+        """Take note of how all are."""
+        await asyncio.gather(*(worker.look() for worker in self.members))
+
+    async def metrics(self) -> bytes:
+        """One page for all."""
+        await self.look()
+        return self._fleet.render(worker.page for worker in self.members if worker.page)
+
+    async def checks(self, wanted: int) -> dict[str, Check]:
+        """The worst of each check, and how many of the wanted number serve."""
+        pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self.members if not worker.is_leaving))
+        told: dict[str, list[Check]] = {}
+        for page in pages:
+            for name, check in (orjson.loads(page)["checks"] if page else {}).items():
+                told.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
+        checks = {name: _worst(some) for name, some in told.items()}
+        return checks | {"workers": _check_number(sum(page is not None for page in pages), wanted)}
+
+    async def _until_settled(self, worker: Worker) -> None:
+        while not worker.is_ready and worker in self.members:
+            await asyncio.sleep(0.05)
+            await worker.look()
+
+    def _states(self) -> Mapping[str, int]:
+        ready = sum(worker.is_ready and not worker.is_leaving for worker in self.members)
+        leaving = sum(worker.is_leaving for worker in self.members)
+        return {"ready": ready, "starting": len(self.members) - ready - leaving, "leaving": leaving}
+
+
+async def _page(sock: socket.socket, path: str) -> bytes | None:
+    """The content of the answer to one request; None if it is cut off. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n".encode("ascii"))
+    received = bytearray()
+    while chunk := await loop.sock_recv(sock, 65_536):
+        received += chunk
+    head, _, content = bytes(received).partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)
+    return content if length is not None and len(content) == int(length[1]) else None
+
+
+def _check_number(answering: int, wanted: int) -> Check:
+    if answering >= wanted:
+        return Check(Verdict.OK)
+    return Check(Verdict.DEGRADED if answering else Verdict.FAILED, f"{answering} of {wanted} serve")
+
+
+def _worst(checks: Sequence[Check]) -> Check:
+    verdict = worst(check.verdict for check in checks)
+    return next(check for check in checks if check.verdict is verdict)

@@ -1,0 +1,1 @@
+"""Tenants, users, keys and plans, as operators change them."""

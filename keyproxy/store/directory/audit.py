@@ -1,0 +1,123 @@
+"""The audit log, read: by whom, from where, what was changed, before and after. The tables themselves write it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from keyproxy.store.directory.base import Conflict, Desk, Entity, Invalid, Page
+from keyproxy.store.postgres.database import Row
+from keyproxy.store.postgres.json_values import read_json
+from keyproxy.store.postgres.times import time_text
+
+#: What changes are about, as the triggers of the tables write it.
+ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
+ACTIONS: Final = ("insert", "update", "delete", "truncate")
+
+_ID_MAX: Final = 2**63 - 1
+_LOOK_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which rows to read: all that is given has to hold.
+
+    `entity`: one of ENTITIES. `action`: one of ACTIONS. `since` and `until`: aware times;
+    the first is included, the second is not.
+    """
+
+    entity: str | None = None
+    entity_id: str | None = None
+    tenant: str | None = None
+    actor: str | None = None
+    action: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+class AuditTrail(Desk):
+    """See the module."""
+
+    async def audit(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> Page:
+        """Audit rows, the newest first."""
+        return await self._audit("audit_newest", cursor, limit, wanted)
+
+    async def audit_export(
+        self, cursor: str | None, limit: int, wanted: AuditFilter | None = None, *, horizon: int
+    ) -> Page:
+        """Audit rows in the order in which they were written, none after `horizon`, see `audit_horizon`.
+
+        Whoever goes on from the last row's id with a later horizon misses none.
+        """
+        return await self._audit("audit", cursor or "0", limit, wanted, horizon)
+
+    async def audit_horizon(self, seconds: float = 10.0) -> int:
+        """The id up to which the audit log is complete: whatever comes later has a greater one.
+
+        Serial numbers are taken before transactions commit. So the newest one is noted, and then those who might hold an
+        earlier one are waited for. Raises Conflict if some transaction does not end within that time.
+        """
+        row = await self._one("audit_horizon")
+        if row is None:
+            return 0
+        deadline = asyncio.get_running_loop().time() + seconds
+        while True:
+            ended = await self._one("have_all_ended", row["not_begun"])
+            if ended is not None and ended["have_ended"]:
+                newest: int = row["newest"]
+                return newest
+            if asyncio.get_running_loop().time() > deadline:
+                raise Conflict("a transaction that may have changed something is still under way: try again later")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _audit(
+        self, statement: str, cursor: str | None, limit: int, wanted: AuditFilter | None, *more: object
+    ) -> Page:  # fmt: skip
+        if cursor is not None and not (cursor.isdecimal() and int(cursor) <= _ID_MAX):
+            raise Invalid(f"{cursor!r} is no cursor of the audit log")
+        filters = self._audit_filters(wanted or AuditFilter())
+        if filters is None:
+            return Page([], None)
+        start = _ID_MAX if cursor is None else int(cursor)
+        rows = await self._database.fetch(statement, start, limit, *filters, *more)
+        following = str(rows[-1]["id"]) if len(rows) == limit > 0 else None
+        return Page([_entry(row) for row in rows], following)
+
+    def _audit_filters(self, wanted: AuditFilter) -> tuple[object, ...] | None:
+        may_be, tenant = self._only_tenant(wanted.tenant)
+        if not may_be:
+            return None
+        return (
+            wanted.entity, wanted.entity_id, tenant, wanted.actor, wanted.action, wanted.since, wanted.until,
+        )  # fmt: skip
+
+
+def _entry(row: Row) -> Entity:
+    before, after = _object(row["before"]), _object(row["after"])
+    return {
+        "id": row["id"],
+        "at": time_text(row["at"], "milliseconds"),
+        "actor": row["actor"],
+        "origin": row["origin"],
+        "db_role": row["db_role"],
+        "action": row["action"],
+        "entity": row["entity"],
+        "entity_id": row["entity_id"],
+        "tenant": row["tenant_id"],
+        "changed": _changed(before, after),
+        "before": before or None,
+        "after": after or None,
+    }
+
+
+def _object(text: str | None) -> Any:
+    return None if text is None else read_json(text)
+
+
+def _changed(before: Any, after: Any) -> list[str]:
+    """What an update has changed. Our triggers write objects; the columns take any JSON."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return []
+    return sorted(name for name in after if before.get(name) != after[name])

@@ -1,0 +1,132 @@
+"""Many keys at once: issued, revoked, imported. In batches, each a transaction that counts or does not.
+
+All of it can be interrupted and run again: what is done already is passed over. The caller drives the batches, so that it
+can tell how far it has come, and stop between any two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.store.directory.base import Desk, Entity, Invalid, KeyWish, NotFound, lifetime, new_key_id, reveal
+from keyproxy.store.postgres.times import time_text
+
+BATCH_MAX: Final = 1000
+
+#: The reason for revoking a key whose secret was lost.
+_REISSUED: Final = "issued again: its secret was lost before it was used"
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Which keys to revoke, of those that are not: all that is given has to hold, and something has to be given."""
+
+    user: str | None = None
+    tenant: str | None = None
+    older_than: timedelta | None = None
+    unused_for: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        """Raises Invalid."""
+        if self.user is None and self.tenant is None and self.older_than is None and self.unused_for is None:
+            raise Invalid("say which keys: of a user, of a tenant, older than, or unused for some time")
+
+
+class Bulk(Desk):
+    """See the module."""
+
+    async def count_to_revoke(self, wanted: Revocation) -> int:
+        """How many keys `revoke_keys` would revoke. Raises NotFound for a user or tenant that is not there."""
+        await self._check_owner(wanted)
+        row = await self._one("count_to_revoke", *self._revocation(wanted))
+        return 0 if row is None else row["keys"]
+
+    async def revoke_keys(
+        self, wanted: Revocation, reason: str, *, batch: int = BATCH_MAX
+    ) -> AsyncGenerator[list[str], None]:
+        """Revoke keys for good; after each batch, the ids of its keys. Keys that are revoked already stay as they are."""
+        await self._check_owner(wanted)
+        last = ""
+        while True:
+            async with self._acting() as transaction:
+                rows = await transaction.fetch("revoke_keys", last, batch, reason, *self._revocation(wanted))
+            if not rows:
+                return
+            ids = sorted(row["id"] for row in rows)
+            last = ids[-1]
+            yield ids
+
+    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
+        """Issue a key for each (user id, wish), all or none of them, BATCH_MAX at most.
+
+        A user who has a working key of that name and mode gets no other, so that the same wishes can be sent again. In
+        the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
+        `reissues`; `created`: whether a key was issued; the other fields are present only if so. Raises NotFound for an
+        unknown user.
+
+        `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
+        its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
+        """
+        if len(wishes) > BATCH_MAX:
+            raise Invalid(f"at most {BATCH_MAX} keys are issued at once")
+        first = {(user, wish.name, wish.is_test): number for number, (user, wish) in reversed([*enumerate(wishes)])}
+        made: list[tuple[dict[str, Any], SecretKey]] = []
+        for number, (user, wish) in enumerate(wishes):
+            if first[user, wish.name, wish.is_test] == number:
+                made.append(self._row_of(user, wish))
+        plans = {wish.plan for _, wish in wishes if wish.plan is not None}
+        async with self._acting("' or '".join(sorted(plans)) or None) as transaction:
+            users = sorted({user for user, _ in wishes})
+            there = await transaction.fetch("hold_users", users)
+            missing = set(users) - {row["id"] for row in there if self._bound_to in (None, row["tenant_id"])}
+            if missing:
+                raise NotFound(f"there is no user {min(missing)!r}: create it first")
+            described = json.dumps([row for row, _ in made])
+            lost = await transaction.fetch("revoke_unseen", described, _REISSUED) if reissue_unseen else []
+            rows = await transaction.fetch("issue_keys", described, self._bound_to)
+        reissued = {(row["user_id"], row["name"], row["is_test"]): row["id"] for row in lost}
+        expiries = {row["id"]: row["expires_at"] for row in rows}
+        by_wish = {(row["user_id"], row["name"], row["is_test"]): (row, secret) for row, secret in made}
+        told: list[Entity] = []
+        for number, (user, wish) in enumerate(wishes):
+            row, secret = by_wish[user, wish.name, wish.is_test]
+            if row["id"] not in expiries or first[user, wish.name, wish.is_test] != number:
+                told.append({"user": user, "name": wish.name, "created": False})
+                continue
+            told.append({
+                "id": row["id"], "user": user, "name": wish.name, "created": True, "hint": row["hint"],
+                "scopes": list(wish.scopes), "is_test": wish.is_test, "plan": wish.plan,
+                "expires_at": time_text(expiries[row["id"]]), "secret": reveal(secret),
+                "reissues": reissued.get((user, wish.name, wish.is_test)),
+            })  # fmt: skip
+        return told
+
+    def _row_of(self, user: str, wish: KeyWish) -> tuple[dict[str, Any], SecretKey]:
+        secret = self._new_secret(is_test=wish.is_test)
+        life = lifetime(wish.expires_in)
+        row = {
+            "id": new_key_id(),
+            "user_id": user,
+            "digest": secret.digest().hex(),
+            "hint": self._format.hint(secret),
+            "name": wish.name,
+            "scopes": list(wish.scopes),
+            "is_test": wish.is_test,
+            "life_seconds": None if life is None else life.total_seconds(),
+            "plan": wish.plan,
+        }
+        return row, secret
+
+    async def _check_owner(self, wanted: Revocation) -> None:
+        if wanted.user is not None:
+            await self._thing("user", wanted.user)
+        if wanted.tenant is not None:
+            await self._thing("tenant", wanted.tenant)
+
+    def _revocation(self, wanted: Revocation) -> tuple[object, ...]:
+        return wanted.user, wanted.tenant or self._bound_to, wanted.older_than, wanted.unused_for

@@ -1,0 +1,261 @@
+"""Keys that other programs issued, taken over: their SHA-256 digests, or the hashes of djangorestframework-api-key.
+
+A row that cannot be used is told with its place and why, and does not keep the others from being imported. A key that is
+there already is passed over, so that what was interrupted can be run again. A dry run does the same, and undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from keyproxy.auth.api_key import masked
+from keyproxy.config.schema import is_scope
+from keyproxy.store.directory.base import Desk, Invalid, KeyWish, new_key_id
+from keyproxy.store.directory.bulk import BATCH_MAX
+from keyproxy.store.identities import drf_api_keys
+from keyproxy.store.postgres.database import Transaction
+
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@|+-]{0,127}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+_BOOLS: Final = {
+    **dict.fromkeys(("true", "t", "1", "yes", "y"), True), **dict.fromkeys(("false", "f", "0", "no", "n", ""), False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedKey:
+    """One key as the other program had it. `digest`: 64 hexadecimal digits, or else `prefix` and `hashed` are given.
+
+    `place`: where it came from, for messages. `tenant`: a user who is not there is made in it; None: no user is made.
+    """
+
+    place: str
+    user: str
+    tenant: str | None = None
+    digest: str | None = None
+    prefix: str | None = None
+    hashed: str | None = None
+    id: str | None = None
+    name: str = ""
+    hint: str = ""
+    scopes: Sequence[str] = ()
+    is_test: bool = False
+    plan: str | None = None
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    is_revoked: bool = False
+
+
+@dataclass(slots=True)
+class ImportReport:
+    """What an import did, or would do: how many keys and users were made, how many keys were there, what was wrong."""
+
+    imported: int = 0
+    present: int = 0
+    users: int = 0
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, other: ImportReport) -> None:
+        """Count another part of the same import."""
+        self.imported += other.imported
+        self.present += other.present
+        self.users += other.users
+        self.problems += other.problems
+
+
+class _DryRunEndsError(Exception):
+    """Undoes a transaction whose outcome is known."""
+
+
+class Import(Desk):
+    """See the module."""
+
+    async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+        """Import what is usable of these, in one transaction. A dry run is best made of all keys there are at once."""
+        report = ImportReport()
+        try:
+            async with self._acting() as transaction:
+                for start in range(0, len(keys), BATCH_MAX):
+                    report.add(await self._imported(transaction, keys[start : start + BATCH_MAX]))
+                if dry_run:
+                    raise _DryRunEndsError
+        except _DryRunEndsError:
+            pass
+        return report
+
+    async def _imported(self, transaction: Transaction, keys: Sequence[ImportedKey]) -> ImportReport:
+        report = ImportReport()
+        wanted = {
+            key.user: key.tenant for key in keys if key.tenant is not None and self._bound_to in (None, key.tenant)
+        }
+        good = {user: tenant for user, tenant in wanted.items() if _ID.fullmatch(user)}
+        made = await transaction.fetch("import_users", list(good), list(good.values()))
+        report.users = len(made)
+        rows = await transaction.fetch("hold_users", sorted({key.user for key in keys}))
+        tenants = {row["id"]: row["tenant_id"] for row in rows if self._bound_to in (None, row["tenant_id"])}
+        plans = {row["id"] for row in await transaction.fetch("plans_there", [key.plan for key in keys if key.plan])}
+        known = await transaction.fetch(
+            "imported_already",
+            [bytes.fromhex(key.digest) for key in keys if key.digest],
+            [key.prefix for key in keys if key.prefix],
+            [key.id for key in keys if key.id],
+        )
+        owners = {(row["known_by"], row["value"]): row["user_id"] for row in known}
+        chosen: list[dict[str, Any]] = []
+        for key in keys:
+            by = ("digest", key.digest.lower()) if key.digest else ("prefix", key.prefix or "")
+            problem = self._problem(key, tenants, plans)
+            if problem is None and owners.get(by, key.user) != key.user:
+                whose = f"user {owners[by]!r}" if self._bound_to is None else "somebody else"
+                problem = f"the key is there and belongs to {whose}"
+            elif problem is None and by not in owners and ("id", key.id) in owners:
+                problem = f"another key has the id {key.id!r}"
+            if problem is not None:
+                report.problems.append((key.place, masked(problem)))
+            elif by in owners:
+                report.present += 1
+            else:
+                owners[by] = key.user
+                row = _row(key)
+                owners["id", row["id"]] = key.user
+                chosen.append(row)
+        report.imported = len(await transaction.fetch("import_keys", json.dumps(chosen)))
+        return report
+
+    def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
+        if key.digest is None and self._bound_to is not None:
+            # Prefixes are everybody's, and a hash may be made to cost the proxies a second for each attempt.
+            return "who is bound to a tenant imports keys by their digests alone"
+        if key.user not in tenants:
+            return f"there is no user {key.user!r}" + ("" if key.tenant is None else f" and no tenant {key.tenant!r}")
+        if key.tenant is not None and tenants[key.user] != key.tenant:
+            return f"user {key.user!r} belongs to another tenant than {key.tenant!r}"
+        if key.plan is not None and key.plan not in plans:
+            return f"there is no plan {key.plan!r}"
+        return None
+
+
+def _row(key: ImportedKey) -> dict[str, Any]:
+    is_foreign = key.digest is None
+    return {
+        "id": key.id or new_key_id(),
+        "user_id": key.user,
+        # Until its first use: nobody can present a key that has it, since it was made from none.
+        "digest": secrets.token_bytes(32).hex() if key.digest is None else key.digest.lower(),
+        "hint": key.hint or (f"{key.prefix}.…" if is_foreign else ""),
+        "name": key.name,
+        "scopes": list(key.scopes),
+        "is_test": key.is_test,
+        "plan": key.plan,
+        "created_at": None if key.created_at is None else key.created_at.isoformat(),
+        "expires_at": None if key.expires_at is None else key.expires_at.isoformat(),
+        "is_revoked": key.is_revoked,
+        "prefix": key.prefix if is_foreign else None,
+        "hashed": key.hashed if is_foreign else None,
+    }
+
+
+def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImportedKey:
+    """An ImportedKey out of a row of a table, as CSV or JSON has it. `defaults` hold where the row says nothing.
+
+    Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `is_test`, `plan`, `created`,
+    `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
+    """
+    told = _told(row, defaults)
+    user, name = _user(told), _name(told, "name", 200)
+    digest, prefix = _text(told, "digest"), _text(told, "prefix")
+    stored = _text(told, "hashed_key", "hashed")
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise Invalid("the digest is not 64 hexadecimal digits")
+    if digest is None:
+        if prefix is None or stored is None:
+            raise Invalid("it has neither a digest nor a prefix and a hashed_key")
+        why = drf_api_keys.why_unusable(prefix, stored)
+        if why is not None:
+            raise Invalid(why)
+    key_id = _text(told, "id") if digest is not None else None
+    if key_id is not None and not _ID.fullmatch(key_id):
+        raise Invalid(f"{key_id!r} is no id of a key")
+    return ImportedKey(
+        place, user, _tenant(told), digest, prefix, stored, key_id, name,
+        _name(told, "hint", 40), _scopes(told.get("scopes")), _bool(told, "is_test", "test"),
+        _name(told, "plan", 128) or None,
+        _time(told, "created_at", "created"), _time(told, "expires_at", "expiry_date"),
+        _bool(told, "revoked", "revoked_at"),
+    )  # fmt: skip
+
+
+def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, KeyWish]:
+    """Whose key is wished for, and what it is to be, out of a row of a table: `user`, `name`, `scopes`, `test`, `plan`.
+
+    Raises Invalid.
+    """
+    told = _told(row, defaults)
+    is_test = _bool(told, "is_test", "test")
+    return _user(told), KeyWish(
+        _name(told, "name", 200), _scopes(told.get("scopes")), is_test, plan=_text(told, "plan")
+    )
+
+
+def _told(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {**defaults, **{name: value for name, value in row.items() if value not in (None, "")}}
+
+
+def _user(told: Mapping[str, Any]) -> str:
+    user = _text(told, "user", "user_id")
+    if user is None or not _ID.fullmatch(user):
+        raise Invalid("it has no user" if user is None else f"{user!r} is no id of a user")
+    return user
+
+
+def _tenant(told: Mapping[str, Any]) -> str | None:
+    tenant = _text(told, "tenant", "tenant_id")
+    if tenant is not None and not _ID.fullmatch(tenant):
+        raise Invalid(f"{tenant!r} is no id of a tenant")
+    return tenant
+
+
+def _name(told: Mapping[str, Any], column: str, length_max: int) -> str:
+    name = _text(told, column) or ""
+    if len(name) > length_max or _UNPRINTABLE.search(name):
+        raise Invalid(f"its {column} has more than {length_max} characters, or one that cannot be printed")
+    return name
+
+
+def _text(row: Mapping[str, Any], *names: str) -> str | None:
+    return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), None)
+
+
+def _scopes(value: object) -> tuple[str, ...]:
+    words = value if isinstance(value, list | tuple) else str(value or "").strip("{}").replace(",", " ").split()
+    found = tuple(dict.fromkeys(str(word) for word in words))
+    if len(found) > 64 or not all(is_scope(word) for word in found):
+        raise Invalid("its scopes are not single words such as jobs:write, or more than 64")
+    return found
+
+
+def _bool(row: Mapping[str, Any], name: str, other: str) -> bool:
+    value = row.get(name, row.get(other, False))
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    # A column that says since when is as good as one that says whether.
+    return _BOOLS[text] if text in _BOOLS else _time(row, name, other) is not None
+
+
+def _time(row: Mapping[str, Any], *names: str) -> datetime | None:
+    text = _text(row, *names)
+    if text is None:
+        return None
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise Invalid(f"{text!r} is no time in ISO 8601") from error
+    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)

@@ -1,0 +1,234 @@
+"""A real PostgreSQL of our own, for trying things out, tests, and single machines: `store.dsn = "embedded"`.
+
+One directory holds one cluster. Whoever comes first has its server started, who comes while it runs attaches, and all
+are alike: the server is kept by a process of its own (see pg_keeper) as long as anybody uses it, and ends when the last
+of them has stopped or ended, also by `kill -9`. Should it end under them, those who have it `watched` start it again.
+It listens on a unix socket in a directory that only its user can enter.
+
+Rejected: the wheel's own `get_server()`. As root it adds a system user and loosens permissions up to `/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import pwd
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from keyproxy.store.embedded import cluster, launcher, postgres_binaries
+from keyproxy.store.embedded.cluster import DATABASE, PORT, SUPERUSER, Place, opened, postmaster
+from keyproxy.store.embedded.postgres_binaries import EmbeddedError
+
+__all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "exists", "start"]
+
+_log = logging.getLogger(__name__)
+
+#: sun_path holds 108 bytes with its final NUL.
+_SOCKET_PATH_BYTES_MAX: Final = 107
+
+#: How often a server that is watched is looked at, and when it is tried again if it cannot be started.
+_LOOK_SECONDS: Final = 1.0
+_BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+_GIVE_UP_SECONDS: Final = 5.0
+
+_SETTINGS: Final = {
+    "listen_addresses": "",
+    "port": str(PORT),
+    "unix_socket_permissions": "0700",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    "log_min_messages": "warning",
+}
+
+
+class EmbeddedServer:
+    """A running server. It is used by this process until `stop` is called, or the process ends."""
+
+    def __init__(self, place: Place, settings: Mapping[str, str], users: int) -> None:
+        """`users`: a file descriptor with the shared lock, which is closed in the end."""
+        self.socket_directory = place.sockets
+        self._place = place
+        self._settings = settings
+        self._users: int | None = users
+
+    def dsn(self, database: str = DATABASE) -> str:
+        """How to connect."""
+        return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(self.socket_directory))}&port={PORT}"
+
+    def stop(self) -> None:
+        """Use the server no more. If nobody else does, it has ended when this returns: everything is on disk."""
+        users, self._users = self._users, None
+        if users is None:
+            return
+        running = postmaster(self._place.cluster)
+        try:
+            # Nobody else uses it; or its keeper has found so in the moment between our two locks.
+            is_last = _is_locked(users, fcntl.LOCK_EX) or not _is_locked(users, fcntl.LOCK_SH)
+        finally:
+            os.close(users)
+        if is_last and running is not None:
+            cluster.wait_until_gone(running.pid, self._place.cluster)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the context lasts, have the server started again whenever it ends although it is used."""
+        over = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(over,), name="embedded-postgresql", daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            over.set()
+            # Bounded: a server that is just being started for us alone ends again when we have stopped using it.
+            watching.join(_GIVE_UP_SECONDS)
+
+    def _watch(self, over: threading.Event) -> None:
+        pause, failures = _LOOK_SECONDS, 0
+        while not over.wait(pause):
+            pause = _LOOK_SECONDS
+            if postmaster(self._place.cluster) is not None:
+                continue
+            try:
+                if _bring_up(self._place, self._settings, is_made=True):
+                    _log.warning("the embedded PostgreSQL had ended and is started again")
+                failures = 0
+            except EmbeddedError as error:
+                pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
+                failures += 1
+                _log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; once more in %g s", error, pause)
+
+
+def default_directory(environment: Mapping[str, str]) -> Path:
+    """`keyproxy/postgres` in the user's data directory."""
+    data = environment.get("XDG_DATA_HOME", "")
+    base = Path(data) if data.startswith("/") else Path(environment.get("HOME") or "~").expanduser() / ".local/share"
+    return base / "keyproxy" / "postgres"
+
+
+def exists(directory: Path) -> bool:
+    """Whether this directory has a database, so that starting its server creates none. Raises EmbeddedError."""
+    with _told(directory):
+        directory = directory.resolve()
+        if os.geteuid() == 0 and _launch_kind() == launcher.NOBODY:
+            directory = _of_nobody(directory)
+        return (Place(directory, directory).cluster / "PG_VERSION").exists()
+
+
+def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
+    """Start the server of this directory, or attach to it. Raises EmbeddedError.
+
+    Who comes second has the server with the settings of whoever came first.
+    """
+    wanted = {**_SETTINGS, **(settings or {})}
+    launch = _launch_kind()
+    with contextlib.ExitStack() as undo, _told(directory):
+        directory = _prepared(directory, launch)
+        place = Place(directory, _socket_directory(directory, launch))
+        users = opened(directory / "users")
+        undo.callback(os.close, users)
+        # Waits for the end of a server that is just ending because nobody used it.
+        fcntl.flock(users, fcntl.LOCK_SH)
+        _bring_up(place, wanted, is_made=False)
+        undo.pop_all()
+        return EmbeddedServer(place, wanted, users)
+
+
+@contextlib.contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EmbeddedError(f"the embedded PostgreSQL in {directory} cannot be used: {error}") from error
+
+
+def _bring_up(place: Place, settings: Mapping[str, str], *, is_made: bool) -> bool:
+    """Have the server run; whether it had to be started. `is_made`: its data have to be there. Raises EmbeddedError."""
+    with _told(place.directory), _only_one(place.directory):
+        if cluster.wait_until_settled(place.cluster):
+            return False
+        if is_made and not (place.cluster / "PG_VERSION").exists():
+            raise EmbeddedError(f"the embedded PostgreSQL has ended, and {place.cluster} is gone")
+        binaries = postgres_binaries.matching(place.cluster)
+        if not (place.cluster / "PG_VERSION").exists():
+            cluster.initialise(binaries, place.cluster)
+        cluster.launch(binaries, place, settings)
+        return True
+
+
+def _launch_kind() -> int:
+    probe = [sys.executable, "-I", "-S", launcher.__file__, "--probe"]
+    launch = subprocess.run(probe, timeout=20, check=False).returncode
+    if launch == launcher.NAMELESS:
+        raise EmbeddedError(
+            f"PostgreSQL does not run as a user without a name, and user namespaces are denied: give uid {os.geteuid()}"
+            " an entry in /etc/passwd, or set store.dsn to a PostgreSQL of your own"
+        )
+    return launch
+
+
+def _prepared(directory: Path, launch: int) -> Path:
+    """The directory, made if need be. One that `nobody` can use, if that is who the server has to run as."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = directory.resolve()
+    if launch == launcher.NOBODY:
+        directory = _of_nobody(directory)
+        nobody = pwd.getpwnam("nobody").pw_uid
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
+            os.chown(directory, nobody, -1)
+        status = directory.lstat()
+        if status.st_uid != nobody or status.st_mode & 0o077:
+            raise EmbeddedError(f"{directory} is not a private directory of the user nobody")
+    return directory
+
+
+def _of_nobody(directory: Path) -> Path:
+    """The directory that the user `nobody` uses in place of one of root's."""
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return Path("/var/tmp") / f"keyproxy-{name}"  # noqa: S108 - its owner is checked before it is used
+
+
+def _socket_directory(directory: Path, launch: int) -> Path:
+    sockets = directory / "run"
+    # A comma ends a path, to PostgreSQL and to its clients.
+    if len(os.fsencode(sockets / f".s.PGSQL.{PORT}")) > _SOCKET_PATH_BYTES_MAX or "," in str(sockets):
+        name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+        sockets = Path("/tmp") / f"keyproxy-{os.geteuid()}-{name}"  # noqa: S108 - checked to be ours alone, below
+    if not sockets.exists():
+        sockets.mkdir(mode=0o700)
+        if launch == launcher.NOBODY:
+            os.chown(sockets, pwd.getpwnam("nobody").pw_uid, -1)
+    status = sockets.lstat()
+    owner = pwd.getpwnam("nobody").pw_uid if launch == launcher.NOBODY else os.geteuid()
+    if status.st_uid != owner or status.st_mode & 0o077:
+        raise EmbeddedError(f"{sockets} is not a private directory of the user the server runs as")
+    return sockets
+
+
+@contextlib.contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Of several processes that start at once, one starts the server while the others wait to attach."""
+    lock = opened(directory / "lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_locked(file: int, kind: int) -> bool:
+    """Whether this lock is ours now. One of another kind that we had is gone, either way."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

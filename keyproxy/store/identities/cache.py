@@ -1,0 +1,319 @@
+"""What keys resolve to, remembered: the identity cache in front of the store.
+
+`known` answers from memory or says that the store has to be asked; it never waits. For how long an answer counts:
+
+    fresh   younger than fresh_seconds: served.
+    stale   older: served while the change feed is current, and asked for again in the background; and served while the
+            store cannot be asked, up to stale_seconds. If the feed is not current but the store can be asked, it is asked
+            first: what the feed would have told may be a revocation.
+    changed the key, its user or its tenant changed, by the feed: never served again. If nothing but limits changed, it is
+            looked up again before it is served, and still served under the old limits while the store is down.
+
+Strangers, keys that do not exist, are remembered in a table of their own, so that a flood of them pushes out no
+known key. How the store is asked is `look_ups`' to say.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+from weakref import WeakValueDictionary
+
+import cachetools
+
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.config.schema import Cache
+from keyproxy.http.headers import identity_block
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Patience
+from keyproxy.ports import Identities
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.identities import drf_api_keys
+from keyproxy.store.identities.drf_api_keys import ForeignKeys
+from keyproxy.store.identities.groups import Group
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.identities.lookup_batcher import LookUps
+from keyproxy.store.postgres.database import Database, Row
+
+#: An entry that was used lately is passed over this often when room is made, then the oldest goes all the same.
+_SECOND_CHANCES_MAX: Final = 16
+
+
+class _Entry:
+    """One verified identity. Times are monotonic seconds."""
+
+    __slots__ = ("fresh_until", "identity", "is_distrusted", "mark_due", "stale_until", "tenant", "user")
+
+    def __init__(self, identity: Identity, user: Group, tenant: Group) -> None:
+        self.identity = identity
+        self.user = user
+        self.tenant = tenant
+        self.fresh_until = 0.0
+        self.stale_until = 0.0
+        self.mark_due = 0.0
+        self.is_distrusted = False
+
+
+class Counts:
+    """Look-ups by what they met. Attributes, for what is known is counted with every request."""
+
+    __slots__ = ("hit", "miss", "refused", "stale", "unknown")
+
+    def __init__(self) -> None:
+        self.hit = self.stale = self.miss = self.unknown = self.refused = 0
+
+    def by_name(self) -> dict[str, int]:
+        """As they are now, by name."""
+        return {
+            "hit": self.hit, "stale": self.stale, "miss": self.miss, "unknown": self.unknown, "refused": self.refused,
+        }  # fmt: skip
+
+
+class FeedState:
+    """Until when the change feed is known to be current, in monotonic seconds. The feed writes it."""
+
+    __slots__ = ("current_until",)
+
+    def __init__(self) -> None:
+        self.current_until = 0.0
+
+
+class IdentityCache(Identities):
+    """See the module. Implements the port Identities."""
+
+    def __init__(
+        self, database: Database, cache: Cache, *, feed: FeedState, last_used: LastUsed, header_prefix: str,
+        look_ups_max: int, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        """`look_ups_max`: how many queries may run at once. `now`: the clock."""
+        self.counts = Counts()
+        self._database = database
+        self._cache = cache
+        self._feed = feed
+        self._last_used = last_used
+        self._header_prefix = header_prefix
+        self._now = now
+        self._entries: collections.OrderedDict[KeyDigest, _Entry] = collections.OrderedDict()
+        self._strangers: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
+            cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
+        )
+        self._foreign = ForeignKeys(database)
+        self._users: WeakValueDictionary[str, Group] = WeakValueDictionary()
+        self._tenants: WeakValueDictionary[str, Group] = WeakValueDictionary()
+        self._look_ups = LookUps(database, self._settle, look_ups_max=look_ups_max)
+
+    # -- the hot path
+
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+        """See the port."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.user.is_current and entry.tenant.is_current:
+            mono = now.mono_seconds
+            if mono < entry.fresh_until or self._may_serve_stale(entry, digest, mono):
+                if is_first_look:
+                    if mono < entry.fresh_until:
+                        self.counts.hit += 1
+                    else:
+                        self.counts.stale += 1
+                if mono >= entry.mark_due:
+                    self._last_used.mark(entry, now)
+                return entry.identity
+        elif entry is None and digest in self._strangers:
+            if is_first_look:
+                self.counts.unknown += 1
+            raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
+        if self._database.is_down:
+            if entry is not None and _is_usable(entry, now.mono_seconds):
+                if is_first_look:
+                    self.counts.stale += 1
+                return entry.identity
+            if is_first_look:
+                self.counts.refused += 1
+            raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
+        raise Missing("identity", lambda _patience: self._bring(digest))
+
+    def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        """See the port. Off the hot path, and only for keys of a foreign form that have not been found before."""
+        if drf_api_keys.prefix_of(key) is None or key.digest() in self._entries:
+            return missing
+
+        async def bring(patience: Patience) -> None:
+            await self._foreign.adopt(key)
+            await missing.bring(patience)
+
+        return Missing("identity", bring)
+
+    def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
+        if mono >= entry.stale_until:
+            return False
+        if self._database.is_down:
+            return True
+        if entry.is_distrusted or mono >= self._feed.current_until:
+            return False
+        self._look_ups.ask(digest, is_known=True)
+        return True
+
+    # -- what the change feed tells
+
+    def forget_key(self, digest: KeyDigest) -> None:
+        """This key changed, appeared or went."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.fresh_until = entry.stale_until = 0.0
+        self._strangers.pop(digest, None)
+        self._look_ups.key_changed(digest)
+
+    def forget_user(self, user_id: str) -> None:
+        """This user changed or went: all of its keys are to be asked for again."""
+        self._forget_group("user", user_id, self._users)
+
+    def forget_tenant(self, tenant_id: str) -> None:
+        """This tenant changed or went: all keys of its users are to be asked for again."""
+        self._forget_group("tenant", tenant_id, self._tenants)
+
+    def distrust_key(self, digest: KeyDigest) -> None:
+        """Limits of this key changed: look it up before it is served again, unless the store is down."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.fresh_until = 0.0
+            entry.is_distrusted = True
+        self._look_ups.key_changed(digest)
+
+    def distrust_user(self, user_id: str) -> None:
+        """Limits of this user changed: look its keys up before they are served again, unless the store is down."""
+        self._distrust_group("user", user_id, self._users)
+
+    def distrust_tenant(self, tenant_id: str) -> None:
+        """Limits of this tenant changed: as `distrust_user`, for all keys of its users."""
+        self._distrust_group("tenant", tenant_id, self._tenants)
+
+    def distrust_all(self) -> None:
+        """Changes may have been missed: every entry is asked for again before it is served, unless none can be."""
+        for entry in self._entries.values():
+            entry.fresh_until = 0.0
+            entry.is_distrusted = True
+        self._strangers.clear()
+        self._look_ups.all_changed()
+
+    def forget_all(self) -> None:
+        """Any key may have changed or gone: none is served before it was looked up, not even while the store is down."""
+        for entry in self._entries.values():
+            entry.fresh_until = entry.stale_until = 0.0
+        self._strangers.clear()
+        self._look_ups.all_changed()
+
+    def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
+        group = groups.pop(name, None)
+        if group is not None:
+            group.end()
+        self._look_ups.group_changed(kind, name)
+
+    def _distrust_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
+        group = groups.get(name)
+        if group is not None:
+            groups[name] = group.supersede()
+        self._look_ups.group_changed(kind, name)
+
+    # -- the cold path
+
+    async def _bring(self, digest: KeyDigest) -> None:
+        self.counts.miss += 1
+        await self._look_ups.bring(digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest))
+
+    def _is_kept(self, digest: KeyDigest) -> bool:
+        return digest in self._entries or digest in self._strangers
+
+    def _settle(self, digest: KeyDigest, row: Row | None) -> None:
+        if row is None:
+            self._entries.pop(digest, None)
+            self._strangers[digest] = True
+        else:
+            self._keep(digest, row)
+
+    def _keep(self, digest: KeyDigest, row: Row) -> None:
+        now = self._now().mono_seconds
+        user = self._users.setdefault(row["user_id"], Group())
+        tenant = self._tenants.setdefault(row["tenant_id"], Group())
+        entry = _Entry(identity_of(row, self._header_prefix), user, tenant)
+        entry.fresh_until = now + self._cache.fresh_seconds
+        entry.stale_until = now + self._cache.stale_seconds
+        before = self._entries.pop(digest, None)
+        if before is not None:
+            entry.mark_due = before.mark_due
+        elif len(self._entries) >= self._cache.entries_max:
+            self._make_room(now)
+        self._entries[digest] = entry
+        self._strangers.pop(digest, None)
+
+    def _make_room(self, now: float) -> None:
+        # Full: the oldest known key goes, unless it was used in the last minute; then the next one is looked at.
+        for _ in range(_SECOND_CHANCES_MAX):
+            digest, entry = self._entries.popitem(last=False)
+            if entry.mark_due <= now:
+                return
+            self._entries[digest] = entry
+        self._entries.popitem(last=False)
+
+    # -- the rest
+
+    def sizes(self) -> Mapping[str, int]:
+        """How many entries the tables hold."""
+        return {"known": len(self._entries), "unknown": len(self._strangers), "asked": len(self._look_ups)}
+
+    async def close(self) -> None:
+        """End all look-ups."""
+        await self._look_ups.close()
+
+
+def _is_usable(entry: _Entry, mono: float) -> bool:
+    """Whether an entry may be served while the store is down."""
+    return mono < entry.stale_until and entry.user.is_usable and entry.tenant.is_usable
+
+
+def identity_of(row: Row, header_prefix: str) -> Identity:
+    """Everything that depends on the key alone, parsed and encoded once."""
+    standing = None
+    if row["is_revoked"]:
+        standing = Reason.KEY_REVOKED
+    elif row["is_disabled"]:
+        standing = Reason.ACCOUNT_DISABLED
+    expires = row["expires_wall_seconds"]
+    # An expiry that is infinite is none that could be counted down to.
+    is_retiring = row["is_retiring"] and math.isfinite(expires)
+    block = identity_block(header_prefix, (
+        ("User", row["user_id"]),
+        ("Tenant", row["tenant_id"]),
+        ("Scope", " ".join(row["scopes"])),
+        ("Test", "true" if row["is_test"] else "false"),
+        ("Key-Id", row["key_id"]),
+    ))  # fmt: skip
+    return Identity(
+        key_id=row["key_id"],
+        user_id=row["user_id"],
+        tenant_id=row["tenant_id"],
+        scopes=frozenset(row["scopes"]),
+        is_test=row["is_test"],
+        expires_wall_seconds=NEVER if expires is None else expires,
+        standing=standing,
+        header_block=block,
+        allowance=_allowance(row),
+        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if is_retiring else None,
+    )
+
+
+def _allowance(row: Row) -> Allowance | None:
+    """The limits that requests with this key are under, None if there are none. Limits are the pool's, not the key's."""
+    pools = []
+    for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
+        limits = row[f"{kind}_limits"]
+        if limits is not None:
+            # Raises for what is no plan, which the table does not let in: nobody passes for want of readable limits.
+            plan = Plan.from_json(json.loads(limits))
+            if plan.has_limits:
+                pools.append((Pool(kind, owner, row["is_test"]), plan))
+    return Allowance(tuple(pools)) if pools else None

@@ -1,0 +1,248 @@
+"""The change feed: what any SQL client changes reaches this proxy within a second.
+
+There is one way to learn of changes: ask which rows of `keyproxy.changes` are visible now and were not in the snapshot of
+the last look. A notification only says that it is worth asking now rather than at the next turn. So nothing is lost when
+notifications are: a pooler in transaction mode, a cut connection, a missed wake-up cost half a second at most. And since
+snapshots are compared rather than serial numbers, a transaction that began early and committed late is not overlooked.
+
+After an outage the same question tells what happened meanwhile, as long as the rows are still there. Where they may not
+be, or the server's history is not the one we knew (a restored backup, a failover that lost something), the cache is told
+to distrust all it has.
+
+Only the primary is polled. Other servers may be ahead of one that has become read-only but stays up: see `database`. When
+the database moves, the feed also listens for notifications on the server that the name now resolves to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from keyproxy.model import KeyDigest, Moment
+from keyproxy.store.background import Lasting
+from keyproxy.store.housekeeping import Chore
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.postgres.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.failures import took_too_long
+
+_log = logging.getLogger(__name__)
+
+CHANNEL: Final = "keyproxy_changes"
+_POLL_SECONDS: Final = 0.5
+
+#: For how long after a look the feed counts as current: the next look, and some time for it to be answered.
+_CURRENT_SECONDS: Final = 1.5
+_RETRY_SECONDS: Final = (0.1, 0.2, 0.4, 0.8, 1.5)
+_LISTEN_RETRY_SECONDS: Final = 5.0
+
+#: More changes than this in one look: it is cheaper to ask anew for every key when it is next used.
+_CHANGES_MAX: Final = 20_000
+
+#: Changes of limits alone. The statement returns every other change before these.
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits")
+
+#: Changes are kept for `_KEPT_SECONDS` at least; a proxy that did not look for longer than `_GAP_SECONDS` may have missed
+#: some. The difference is for clocks that run differently.
+_GAP_SECONDS: Final = 600.0
+_KEPT_SECONDS: Final = 1200.0
+_SAMPLE_SECONDS: Final = 60.0
+
+#: Changes deleted per statement, one statement between two polls: a bulk change may have left millions.
+_FORGET_PORTION: Final = 2_000
+
+
+class ChangeFeed:
+    """See the module."""
+
+    def __init__(
+        self, database: Database, listener: Listener | None, cache: IdentityCache, state: FeedState,
+        now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        """`listener` None: no notifications, polling alone."""
+        self._database = database
+        self._listener = listener
+        self._cache = cache
+        self._state = state
+        self._now = now
+        self._wake = asyncio.Event()
+        self._snapshot: str | None = None
+        self._history = ""
+        self._was_slow = False
+        self._moves = 0
+        self._looked_at = now().mono_seconds
+        self._server_seconds = 0.0
+        self.lasting = Lasting("change_feed")
+        self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
+        self._samples: collections.deque[tuple[float, str]] = collections.deque()
+        #: Changes before this snapshot are to be deleted; empty: none are.
+        self._forget_before = ""
+        self.is_listening = False
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self.lasting.start(self._follow)
+        if self._listener is not None:
+            listener = self._listener
+            self.lasting.start(lambda: self._listen(listener), pause_seconds=_LISTEN_RETRY_SECONDS)
+
+    async def close(self) -> None:
+        """Follow no more."""
+        await self.lasting.end()
+        if self._listener is not None:
+            await self._listener.close()
+
+    def lag_seconds(self) -> float:
+        """How long ago the feed was last known to be current."""
+        return max(0.0, self._now().mono_seconds - self._looked_at)
+
+    def is_current(self) -> bool:
+        """Whether what has been cached may be relied upon."""
+        return self._now().mono_seconds < self._state.current_until
+
+    async def look(self) -> None:
+        """Learn of all changes since the last look. Raises StoreUnavailable or StoreConflict."""
+        asked_at = self._now().mono_seconds
+        first, rows = await self._changes()
+        snapshot: str = first["snapshot"]
+        history: str = first["history"]
+        if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
+            # What was kept of another history says nothing about this one.
+            self._samples.clear()
+            self._forget_before = ""
+            self._cache.distrust_all()
+        elif rows is None:
+            self._cache.forget_all()
+        else:
+            if max(asked_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
+                # By the server's clock too: that of a machine which was suspended has not gone on.
+                self._cache.distrust_all()
+            if first["kind"] is not None:
+                self._apply(rows)
+        self._snapshot, self._history = snapshot, history
+        self._looked_at, self._server_seconds = asked_at, first["server_seconds"]
+        self._state.current_until = asked_at + _CURRENT_SECONDS
+
+    async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
+        """The first row of `changes_since`, which has the present snapshot, and all rows; None: too many to read in time.
+
+        After a time-out the present is asked for alone before: a server that is slow with everything has no such answer.
+        """
+        present = None
+        if self._was_slow and self._snapshot is not None:
+            (present,) = await self._database.fetch("changes_since", None, 1)
+        try:
+            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+        except StoreUnavailable as error:
+            self._was_slow = took_too_long(error)
+            if present is None or not self._was_slow:
+                raise
+            _log.warning("there are more changes than can be read in time: every key is looked up again")
+            self._was_slow = False
+            return present, None
+        self._was_slow = False
+        return rows[0], rows
+
+    def _apply(self, rows: Sequence[Row]) -> None:
+        is_cut_off = len(rows) > _CHANGES_MAX
+        if is_cut_off and rows[-1]["kind"] not in _LIMITS:
+            # One that is not among the rows may have ended any key.
+            self._cache.forget_all()
+            return
+        concerns_all = is_cut_off
+        for row in rows:
+            match row["kind"]:
+                case "key" if (digest := _digest(row["subject"])) is not None:
+                    self._cache.forget_key(digest)
+                case "user":
+                    self._cache.forget_user(row["subject"])
+                case "tenant":
+                    self._cache.forget_tenant(row["subject"])
+                case "key_limits" if (digest := _digest(row["subject"])) is not None:
+                    self._cache.distrust_key(digest)
+                case "user_limits":
+                    self._cache.distrust_user(row["subject"])
+                case "tenant_limits":
+                    self._cache.distrust_tenant(row["subject"])
+                case "plan":
+                    concerns_all = True
+                case "all" if row["subject"] == "plans":
+                    concerns_all = True
+                case _:
+                    # A whole table, or what no trigger of ours writes: any key may have ended.
+                    self._cache.forget_all()
+                    return
+        if concerns_all:
+            # Once, however many plans changed: it goes over every entry.
+            self._cache.distrust_all()
+
+    async def _follow(self) -> None:
+        failures = 0
+        while True:
+            # Cleared before the look: a notification during it means one more.
+            self._wake.clear()
+            try:
+                await self.look()
+                await self._forget_old()
+                failures = 0
+                pause = _POLL_SECONDS
+            except (StoreUnavailable, StoreConflict) as error:
+                _log.debug("the change feed cannot be read: %s", error)
+                pause = _retry_seconds(failures)
+                failures += 1
+            if self._database.moves != self._moves:
+                self._moves = self._database.moves
+                if self._listener is not None:
+                    # The old server may no longer receive any writes.
+                    await self._listener.close()
+            try:
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _listen(self, listener: Listener) -> None:
+        while True:
+            ended = asyncio.Event()
+            try:
+                await listener.open(self._wake.set, ended.set)
+                self.is_listening = True
+                await ended.wait()
+            except StoreUnavailable as error:
+                _log.debug("notifications cannot be had: %s", error)
+            finally:
+                self.is_listening = False
+            await asyncio.sleep(_LISTEN_RETRY_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries
+
+    async def _forget_old(self) -> None:
+        """Remove changes that every living proxy has seen. By snapshot, so that a late commit is not cut off."""
+        if self._snapshot is None:
+            return
+        if not self._samples or self._looked_at - self._samples[-1][0] >= _SAMPLE_SECONDS:
+            self._samples.append((self._looked_at, self._snapshot))
+            if self._looked_at - self._samples[0][0] >= _KEPT_SECONDS:
+                self._forget_before = self._samples.popleft()[1]
+        if self._forget_before and not await self.forgetting.advance(self._forget):
+            self._forget_before = ""
+
+    async def _forget(self, portion: int) -> bool:
+        return len(await self._database.fetch("forget_changes", self._forget_before, portion)) >= portion
+
+
+def _retry_seconds(failures: int) -> float:
+    return _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)] * random.uniform(0.75, 1.25)  # noqa: S311 - spreads
+
+
+def _digest(subject: str) -> KeyDigest | None:
+    try:
+        return KeyDigest(bytes.fromhex(subject))
+    except ValueError:
+        return None
+
+
+def _is_older(snapshot: str, than: str) -> bool:
+    """Whether a snapshot, `xmin:xmax:…`, is of a history that has not come as far."""
+    return int(snapshot.split(":")[1]) < int(than.split(":")[1])

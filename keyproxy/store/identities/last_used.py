@@ -1,0 +1,87 @@
+"""Notes when keys were last used: gathered in memory, written every few seconds, once a minute per key at most.
+
+Nothing depends on it: while the store is down the notes wait, within a bound, and past the bound the oldest go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final, Protocol
+
+import orjson
+
+from keyproxy.model import Identity, Moment
+from keyproxy.store.background import Lasting
+from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+_MARK_SECONDS: Final = 60.0
+_FLUSH_SECONDS: Final = 2.0
+_WAITING_MAX: Final = 200_000
+_BATCH_MAX: Final = 5_000
+
+
+class Markable(Protocol):
+    """A cached key that knows when its next use is worth a note."""
+
+    mark_due: float
+    identity: Identity
+
+
+class LastUsed:
+    """See the module."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: dict[str, float] = {}
+        self.lasting = Lasting("last_used")
+
+    def mark(self, entry: Markable, now: Moment) -> None:
+        """This key is being used. Called only when a note is due."""
+        entry.mark_due = now.mono_seconds + _MARK_SECONDS
+        # Full: the note that has waited longest goes; the key's next use makes a new one.
+        if len(self._waiting) >= _WAITING_MAX:
+            del self._waiting[next(iter(self._waiting))]
+        self._waiting[entry.identity.key_id] = now.wall_seconds
+
+    def start(self) -> None:
+        """Begin to write."""
+        self.lasting.start(self._write_forever)
+
+    async def close(self) -> None:
+        """Write what there is, if the store is up."""
+        await self.lasting.end()
+        if not self._database.is_down:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what has been gathered."""
+        while self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            items = list(waiting.items())
+            batch, rest = items[:_BATCH_MAX], items[_BATCH_MAX:]
+            try:
+                times = orjson.dumps(dict(batch), option=orjson.OPT_NON_STR_KEYS).decode()
+                await self._database.fetch("mark_used", [key for key, _ in batch], times)
+            except (StoreUnavailable, StoreConflict) as error:
+                _log.debug("last use of %d keys is not written yet: %s", len(items), error)
+                self._wait_again(waiting)
+                return
+            except asyncio.CancelledError:
+                self._wait_again(waiting)
+                raise
+            self._wait_again(dict(rest))
+
+    def _wait_again(self, notes: dict[str, float]) -> None:
+        """Notes that are not written yet go before those that were made meanwhile, within the bound."""
+        self._waiting = notes | self._waiting
+        while len(self._waiting) > _WAITING_MAX:
+            del self._waiting[next(iter(self._waiting))]
+
+    async def _write_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            if not self._database.is_down:
+                await self.flush()

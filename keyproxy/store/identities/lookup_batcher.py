@@ -1,0 +1,207 @@
+"""Asks the store for keys: one question at a time for each key, one query for many of them.
+
+However many requests wait for a key, it is asked for once; however many keys wait, a few queries at a time ask for them
+in batches. So neither a flood of strangers nor the recovery of the store becomes a stampede.
+
+An answer that was asked for before a change and arrives after it is thrown away and asked for again. The store's answers
+are ordered by the feed's: what is asked after a change has been heard of is answered with the change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from keyproxy.model import KeyDigest
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.postgres.database import Database, Row, StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+_BATCH_MAX: Final = 500
+
+#: Keys that wait to be asked for. Beyond this, strangers are refused rather than queued.
+_WAITING_MAX: Final = 10_000
+
+#: A key that changes each time it is asked for is asked for this often, then there is no answer.
+_ATTEMPTS_MAX: Final = 5
+
+
+#: What reading a row fails of that holds what no row of ours does.
+UNUSABLE: Final = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
+
+
+class _Flight:
+    """One key being asked for. `answer` is set to None, or to the Refusal that says why there is no answer.
+
+    `row` is the answer itself, as settled when `settled_at_change` changes had been heard of.
+    """
+
+    __slots__ = ("answer", "asked_at_change", "attempts", "has_changed", "row", "settled_at_change")
+
+    def __init__(self, answer: asyncio.Future[Refusal | None]) -> None:
+        self.answer = answer
+        self.asked_at_change = 0
+        self.attempts = 0
+        self.has_changed = False
+        self.row: Row | None = None
+        self.settled_at_change = -1
+
+
+class LookUps:
+    """See the module."""
+
+    def __init__(
+        self, database: Database, settle: Callable[[KeyDigest, Row | None], None], *, look_ups_max: int
+    ) -> None:
+        """`settle` is told each answer, None for "no such key". `look_ups_max`: how many queries may run at once."""
+        self._database = database
+        self._settle = settle
+        self._look_ups_max = look_ups_max
+        self._flights: dict[KeyDigest, _Flight] = {}
+        self._waiting: collections.deque[KeyDigest] = collections.deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._working = 0
+        self._changes = 0
+        self._changed_groups: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        """How many keys are being asked for."""
+        return len(self._flights)
+
+    async def bring(self, digest: KeyDigest, *, is_known: bool, is_kept: Callable[[], bool]) -> None:
+        """Ask for a key and wait until its answer is settled. Raises the Refusal that says why there is none.
+
+        Full tables may forget the answer before its turn comes for everybody who waits for it; `is_kept` tells, and it is
+        settled again.
+        """
+        flight = self.ask(digest, is_known=is_known)
+        if flight is None:
+            raise Refusal(Reason.OVERLOADED, "too many keys wait for a look-up")
+        # One request that goes away must not take the look-up from the others.
+        refusal = await asyncio.shield(flight.answer)
+        if refusal is not None:
+            raise Refusal(refusal.reason, refusal.detail)
+        if flight.settled_at_change == self._changes and not is_kept():
+            self._settle(digest, flight.row)
+
+    def ask(self, digest: KeyDigest, *, is_known: bool) -> _Flight | None:
+        """Join the flight for this key or begin one; None if too many wait already."""
+        flight = self._flights.get(digest)
+        if flight is not None:
+            return flight
+        if len(self._waiting) >= _WAITING_MAX and not is_known:
+            return None
+        loop = asyncio.get_running_loop()
+        flight = self._flights[digest] = _Flight(loop.create_future())
+        # Known keys first: their callers are customers.
+        if is_known:
+            self._waiting.appendleft(digest)
+        else:
+            self._waiting.append(digest)
+        if self._working < self._look_ups_max:
+            self._working += 1
+            task = loop.create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return flight
+
+    def key_changed(self, digest: KeyDigest) -> None:
+        """An answer for this key that is under way counts no more."""
+        self._changes += 1
+        flight = self._flights.get(digest)
+        if flight is not None:
+            flight.has_changed = True
+
+    def group_changed(self, kind: str, name: str) -> None:
+        """Answers under way that rest on this user or tenant count no more."""
+        self._changes += 1
+        if self._flights:
+            self._changed_groups[kind, name] = self._changes
+
+    def all_changed(self) -> None:
+        """No answer under way counts."""
+        self._changes += 1
+        for flight in self._flights.values():
+            flight.has_changed = True
+
+    async def close(self) -> None:
+        """End all look-ups. Who waits for one is told that the store cannot be asked."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._answer(list(self._flights), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
+
+    async def _work(self) -> None:
+        try:
+            await self._ask_for_all()
+        finally:
+            # At once, not when the task counts as done: a key that comes between would be left waiting.
+            self._working -= 1
+
+    async def _ask_for_all(self) -> None:
+        while self._waiting:
+            taken = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, len(self._waiting)))]
+            batch = [digest for digest in taken if digest in self._flights]
+            for digest in batch:
+                flight = self._flights[digest]
+                flight.asked_at_change, flight.has_changed = self._changes, False
+            try:
+                rows = await self._database.fetch("identities_by_digest", batch)
+                self._install(batch, {KeyDigest(row["digest"]): row for row in rows})
+            except (StoreUnavailable, StoreConflict) as error:
+                # The others would only wait for the same.
+                self._answer([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
+            except asyncio.CancelledError:
+                self._answer(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
+                raise
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task; nobody may wait forever
+                _log.exception("a look-up failed")
+                self._answer([*batch, *self._waiting], Refusal(Reason.INTERNAL_ERROR, "a look-up failed"))
+
+    def _answer(self, digests: Sequence[KeyDigest], refusal: Refusal | None) -> None:
+        for digest in digests:
+            flight = self._flights.pop(digest, None)
+            if flight is not None and not flight.answer.done():
+                flight.answer.set_result(refusal)
+        if refusal is not None:
+            self._waiting = collections.deque(digest for digest in self._waiting if digest in self._flights)
+        if not self._flights:
+            self._changed_groups.clear()
+
+    def _install(self, batch: Sequence[KeyDigest], found: dict[KeyDigest, Row]) -> None:
+        settled, given_up, unusable = [], [], []
+        for digest in batch:
+            flight, row = self._flights[digest], found.get(digest)
+            if not self._is_outdated(flight, row):
+                try:
+                    self._settle(digest, row)
+                except UNUSABLE as error:
+                    key_id = None if row is None else row["key_id"]
+                    _log.error("the row of key %s cannot be used, requests with it are refused: %s", key_id, error)
+                    unusable.append(digest)
+                    continue
+                flight.row, flight.settled_at_change = row, self._changes
+                settled.append(digest)
+            elif flight.attempts < _ATTEMPTS_MAX:
+                flight.attempts += 1
+                self._waiting.append(digest)
+            else:
+                given_up.append(digest)
+        self._answer(settled, None)
+        if unusable:
+            self._answer(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key cannot be used"))
+        if given_up:
+            self._answer(given_up, Refusal(Reason.STORE_UNAVAILABLE, "the key changes faster than it can be read"))
+
+    def _is_outdated(self, flight: _Flight, row: Row | None) -> bool:
+        """Whether something that this answer rests on has changed since it was asked for."""
+        if flight.has_changed:
+            return True
+        if row is None or not self._changed_groups:
+            return False
+        groups = (("user", row["user_id"]), ("tenant", row["tenant_id"]))
+        return any(self._changed_groups.get(group, 0) > flight.asked_at_change for group in groups)

@@ -1,0 +1,1 @@
+"""Where limits are accounted: the client, its backends, charges that count once."""

@@ -1,0 +1,254 @@
+"""Requests with an Idempotency-Key are charged once: the store knows which were, and is asked when they have ended.
+
+A request is admitted as any other. When it has ended, its slots of concurrency go back at once, and a *claim* waits for
+the store in place of the charge. Claims are told in batches, one at a time, every `settle_seconds`: the first of a
+fingerprint is charged; one that comes later gives its units back and is charged the tokens that it used beyond all those
+before it. A batch has a number and is told as it is until its answer is there, and the store keeps the last answer: told
+twice, it counts once.
+
+    add    a request has ended; what it holds is settled when the store has answered
+    paid   before a refusal: was this request charged before?
+
+What holds whatever goes wrong: an attempt is charged, or another one of the same request was. Until it is settled, what
+it took stays taken, in a lease like any other: a process that dies is charged in full. So is what cannot be asked about.
+
+Rejected: to wait for the store before a request is let in. It would make every one of them as slow as the database, and
+tell two attempts at one time no better apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple, Protocol
+
+from keyproxy.config import schema
+from keyproxy.limits.allowance import Hold
+from keyproxy.model import Moment, Patience
+from keyproxy.ports import Ledger
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.background import Lasting
+from keyproxy.store.housekeeping import Chore
+from keyproxy.store.ledger.deadline import within
+from keyproxy.store.outage import Outage
+from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+_BATCH_MAX: Final = 1_000
+
+#: Claims that wait while the store is away. Full: the next is charged in full, without asking whether it is a repeat.
+_WAITING_MAX: Final = 10_000
+
+#: Requests that are asked about in one statement. Full: who comes next is told that this proxy is overloaded.
+_ASKED_MAX: Final = 1_000
+
+_RETRY_SECONDS: Final = 0.2
+_TEND_SECONDS: Final = 1_800.0
+_TEND_RETRY_SECONDS: Final = 10.0
+_TEND_PORTION: Final = 2_000
+
+
+class Claim(NamedTuple):
+    """One attempt at a request, over. Tokens: `used`, and what it was told that was `paid` when it was let in for that.
+
+    `hold` is what is left to settle. `since_mono`: when it ended.
+    """
+
+    fingerprint: bytes
+    used: int
+    paid: int | None
+    hold: Hold
+    since_mono: float
+
+
+class Answer(NamedTuple):
+    """What a claim is charged: a request, if it `is_first`, and tokens."""
+
+    is_first: bool
+    charged: int
+
+
+class ClaimStore(Protocol):
+    """Where it is known what was charged. All methods raise StoreUnavailable (or StoreConflict)."""
+
+    async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+        """A batch of a process, counted once. Answers in its order; None: a later batch was heard already."""
+        ...
+
+    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+        """Those that were charged in the last 24 hours, and how many tokens."""
+        ...
+
+    async def forget(self, portion: int) -> bool:
+        """Let go of what is too old, so much at most; whether there is more."""
+        ...
+
+
+class Claims:
+    """See the module. Implements the port Claims."""
+
+    def __init__(self, store: ClaimStore, ledger: Ledger, config: schema.Ledger, now: Callable[[], Moment]) -> None:
+        #: `repeats` that were charged no request, and claims that were charged `unasked`.
+        self.counts = dict.fromkeys(("repeats", "unasked"), 0)
+        self.down_because = ""
+        #: Logs outages of the store.
+        self.outage = Outage("the store")
+        self._store = store
+        self._ledger = ledger
+        self._settle_seconds = config.settle_seconds
+        # By then a ledger that is in the same store has charged them already.
+        self._patience_seconds = config.lease_seconds
+        self._now = now
+        self._process = secrets.token_hex(8)
+        self._number = 0
+        self._begun: list[Claim] = []
+        self._waiting: deque[Claim] = deque()
+        self._answered: deque[tuple[Claim, Answer]] = deque()
+        self._asked: dict[bytes, list[asyncio.Future[int | None]]] = {}
+        self._asking: dict[bytes, list[asyncio.Future[int | None]]] = {}
+        self._wake = asyncio.Event()
+        self._is_closed = False
+        self.lasting = Lasting("claims")
+        self.forgetting = Chore("claims", "delete charges older than a day", portion=_TEND_PORTION)
+
+    def start(self) -> None:
+        """Begin to tell and to ask."""
+        self.lasting.start(self._converse, self._note_failure)
+        self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
+
+    async def close(self) -> None:
+        """Settle everything. What the store cannot be asked about now is charged in full."""
+        self._is_closed = True
+        await self.lasting.end()
+        for fingerprint, waiting in self._asking.items():
+            self._asked.setdefault(fingerprint, []).extend(waiting)
+        try:
+            await self.tell()
+        except (StoreUnavailable, StoreConflict) as error:
+            self._note_failure(error)
+        self._give_up(self._begun)
+        self._give_up(self._waiting)
+        self._begun = []
+        self._waiting.clear()
+
+    @property
+    def pending(self) -> int:
+        """How many claims wait for the store."""
+        return len(self._begun) + len(self._waiting)
+
+    # -- the path of a request
+
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None) -> None:
+        """See the port."""
+        claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds)
+        if self._is_closed or self.pending >= _WAITING_MAX:
+            self._give_up([claim])
+        else:
+            self._waiting.append(claim)
+
+    async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
+        """See the port."""
+        if self._is_closed:
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, "nobody is asked any more whether a request was charged before")
+        if len(self._asked) >= _ASKED_MAX:
+            raise Refusal(Reason.OVERLOADED, f"{len(self._asked)} requests wait to hear whether they were charged")
+        answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(fingerprint, []).append(answer)
+        self._wake.set()
+        async with within(patience, self._now):
+            return await answer
+
+    # -- the conversation
+
+    async def tell(self) -> None:
+        """Tell the store of every claim, then ask it what is to be asked: so that it knows of what has ended here.
+
+        Raises StoreUnavailable; what was told is then told again.
+        """
+        # What ends meanwhile is told the next time: else who asks waits for as long as requests go on ending.
+        self._asking, self._asked = self._asked, {}
+        self._settle_answered()
+        untold = len(self._waiting)
+        while self._begun or untold:
+            if not self._begun:
+                self._number += 1
+                self._begun = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, untold))]
+                untold -= len(self._begun)
+            try:
+                answers = await self._store.claim(self._process, self._number, self._begun)
+            except StoreConflict as error:
+                # It would be refused for ever, and everything behind it would wait.
+                _log.error("%d claims were refused by the store: %s", len(self._begun), error)
+                answers = None
+            begun, self._begun = self._begun, []
+            if answers is None:
+                self._give_up(begun)
+                continue
+            self._answered.extend(zip(begun, answers, strict=True))
+            self._settle_answered()
+        if self._asking:
+            found = await self._store.charged(list(self._asking))
+            for fingerprint, waiting in self._asking.items():
+                for answer in waiting:
+                    if not answer.done():
+                        answer.set_result(found.get(fingerprint))
+            self._asking = {}
+
+    def _settle_answered(self) -> None:
+        # One at a time: what one of them may fail of is nothing to the others.
+        while self._answered:
+            claim, (is_first, charged) = self._answered.popleft()
+            self.counts["repeats"] += not is_first
+            self._ledger.settle(claim.hold, was_sent=True, tokens=charged, is_repeat=not is_first)
+
+    async def _converse(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settle_seconds):
+                    await self._wake.wait()
+            # Whoever arrives in this turn of the loop travels along.
+            await asyncio.sleep(0)
+            self._wake.clear()
+            if not (self._begun or self._waiting or self._asked or self._answered):
+                continue
+            try:
+                await self.tell()
+            except (StoreUnavailable, StoreConflict) as error:
+                self._note_failure(error)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self.down_because = ""
+
+    def _note_failure(self, error: Exception) -> None:
+        self.outage.met(f"claims cannot be settled yet: {error or type(error).__name__}")
+        self.down_because = str(error) or type(error).__name__
+        for waiting in (*self._asking.values(), *self._asked.values()):
+            for answer in waiting:
+                if not answer.done():
+                    answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because))
+        self._asking, self._asked = {}, {}
+        too_old = self._now().mono_seconds - self._patience_seconds
+        if self._begun and self._begun[0].since_mono <= too_old:
+            # Whether it was heard, nobody knows: at worst a repeat is charged in full too.
+            self._give_up(self._begun)
+            self._begun = []
+        while self._waiting and self._waiting[0].since_mono <= too_old:
+            self._give_up([self._waiting.popleft()])
+
+    def _give_up(self, claims: Iterable[Claim]) -> None:
+        """Charge attempts in full."""
+        for claim in claims:
+            self.counts["unasked"] += 1
+            is_repeat = claim.paid is not None
+            tokens = max(0, claim.used - (claim.paid or 0))
+            self._ledger.settle(claim.hold, was_sent=True, tokens=tokens, is_repeat=is_repeat)
+
+    async def _tend_forever(self) -> None:
+        while True:
+            is_done = await self.forgetting.finish(self._store.forget)
+            await asyncio.sleep(_TEND_SECONDS if is_done else _TEND_RETRY_SECONDS)

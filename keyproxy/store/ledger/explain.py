@@ -1,0 +1,288 @@
+"""What would become of a request with this key, now, and why: the decision of a proxy, made without a request.
+
+The same functions decide: the route table, `admission`, and the ledger's own `take` with all its patience, over a
+backend that answers as the real one would and writes nothing. So nothing is charged, held, or put on record; and what is
+free with other proxies is waited for, as a proxy waits for it that has no leases yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple, Protocol
+
+from keyproxy.auth import authorization
+from keyproxy.config import schema
+from keyproxy.http import request_target
+from keyproxy.http.routes import RouteTable
+from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Line, Pool, Reply, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.directory.base import Invalid, NotFound
+from keyproxy.store.identities.cache import identity_of
+from keyproxy.store.identities.lookup_batcher import UNUSABLE
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.postgres_backend import WindowState
+from keyproxy.store.ledger.select_backend import ledger_backend
+from keyproxy.store.postgres.database import Database
+
+_MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
+_ROUNDS_MAX: Final = 8
+_MONTHS: Final = 12
+
+
+class Windows(Protocol):
+    """Who can say how windows stand."""
+
+    async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
+        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        ...
+
+
+class Question(NamedTuple):
+    """The request that is asked about. `tokens`: what it may use, None if it does not say."""
+
+    method: str
+    path: str
+    tokens: int | None = None
+
+
+class Explanation(NamedTuple):
+    """The answer. `refusal` None: it would go upstream. `limits`: how each limit stands, and whether it would refuse."""
+
+    route: str | None
+    refusal: Refusal | None
+    limits: Sequence[Mapping[str, Any]]
+
+
+class _DryBackend:
+    """Answers as the ledger would, out of how its windows stand, and changes nothing. Implements LedgerBackend."""
+
+    def __init__(self, windows: Windows, now: Callable[[], Moment]) -> None:
+        self._windows = windows
+        self._now = now
+        self.seen: dict[Window, WindowState] = {}
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """See the port."""
+        del holder, serial
+        states = await self.states([line.window for line in lines])
+        return [_reply(line, state) for line, state in zip(lines, states, strict=True)]
+
+    async def states(self, windows: Sequence[Window]) -> Sequence[WindowState]:
+        """How windows stand."""
+        found = await self._windows.windows(windows)
+        wall = self._now().wall_seconds
+        states = [
+            WindowState(0, 0, 0, _until_end(window.measure, wall), 0.0) if state is None else state
+            for window, state in zip(windows, found, strict=True)
+        ]
+        self.seen.update(zip(windows, states, strict=True))
+        return states
+
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        """Nobody is ended."""
+        del portion
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        """Nothing is deleted."""
+        del portion
+        return False
+
+    async def end(self, holder: str) -> None:
+        """Nobody was there."""
+
+    async def close(self) -> None:
+        """The windows are somebody else's."""
+
+
+async def explain_key(
+    database: Database, key_id: str, question: Question, configured: schema.Settings, *, now: Callable[[], Moment]
+) -> tuple[Identity, Explanation]:
+    """Whose key it is, and the decision on a request with it. Raises NotFound, StoreUnavailable."""
+    digests = await database.fetch("digest_of_key", key_id)
+    rows = await database.fetch("identities_by_digest", [row["digest"] for row in digests])
+    if not rows:
+        raise NotFound(f"there is no key {key_id!r}")
+    try:
+        identity = identity_of(rows[0], configured.identity.header_prefix)
+    except UNUSABLE as error:
+        raise Invalid(f"key {key_id!r} is refused, because its row cannot be used: {error}") from error
+    windows = ledger_backend(database, configured.ledger)
+    try:
+        told = await explain(
+            identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
+        )  # fmt: skip
+    finally:
+        await windows.close()
+    return identity, told
+
+
+async def windows_of_user(
+    database: Database, user_id: str, configured: schema.Settings, *, is_test: bool, now: Callable[[], Moment]
+) -> list[dict[str, Any]]:
+    """How the limits of a user and its tenant stand. Raises NotFound, StoreUnavailable."""
+    rows = await database.fetch("limits_of_user", user_id, is_test)
+    if not rows:
+        raise NotFound(f"there is no user {user_id!r}")
+    (row,) = rows
+    owners = (("tenant", row["tenant_id"]), ("user", row["user_id"]))
+    try:
+        pools = [
+            (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
+            for kind, owner in owners if row[f"{kind}_limits"] is not None
+        ]  # fmt: skip
+    except UNUSABLE as error:
+        raise Invalid(f"the plan of user {user_id!r} or of its tenant cannot be used: {error}") from error
+    wanted = [
+        (Window(pool, measure), plan)
+        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
+    ]  # fmt: skip
+    windows = ledger_backend(database, configured.ledger)
+    try:
+        states = await _DryBackend(windows, now).states([window for window, _ in wanted])
+    finally:
+        await windows.close()
+    return [
+        {"owner": window.pool.owner, **window_told(window, plan, state)}
+        for (window, plan), state in zip(wanted, states, strict=True)
+    ]
+
+
+async def explain(
+    identity: Identity, question: Question, routes: RouteTable, windows: Windows, *, ledger: schema.Ledger,
+    now: Callable[[], Moment],
+) -> Explanation:  # fmt: skip
+    """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read."""
+    backend = _DryBackend(windows, now)
+    route_name, need, refusal = None, None, None
+    try:
+        method = question.method.encode("ascii")
+        path = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost").path
+        route = routes.match(method, path)
+        route_name = None if route is None else route.name
+        need = _need(question.tokens, counts_tokens=route is not None and route.tokens != NO_TOKENS)
+        authorization.admit(identity, route, now())
+        if identity.allowance is not None:
+            await _taken(backend, identity.allowance, need, ledger=ledger, now=now)
+    except Refusal as error:
+        refusal = error
+    return Explanation(route_name, refusal, await _limits(identity.allowance, backend, need, refusal))
+
+
+async def _taken(
+    backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.Ledger,
+    now: Callable[[], Moment],
+) -> None:  # fmt: skip
+    """As the gateway does it: take, fetch what is missing, take again. Raises a Refusal."""
+    taking = Ledger(backend, ledger, now)
+    taking.start()
+    try:
+        patience = Patience()
+        for _ in range(_ROUNDS_MAX):
+            try:
+                hold = taking.take(allowance, now(), need)
+            except Missing as missing:
+                await missing.bring(patience)
+            else:
+                taking.settle(hold, was_sent=False)
+                return
+        raise Refusal(Reason.OVERLOADED, "no decision")
+    finally:
+        await taking.close()
+
+
+def _need(tokens: int | None, *, counts_tokens: bool) -> TokenNeed | None:
+    if tokens is not None:
+        return TokenNeed(tokens, tokens)
+    return TokenNeed(1, None) if counts_tokens else None
+
+
+async def _limits(
+    allowance: Allowance | None, backend: _DryBackend, need: TokenNeed | None, refusal: Refusal | None
+) -> list[dict[str, Any]]:
+    """How each limit stands, as the decision found it; whether it `refuses`."""
+    pools = () if allowance is None else allowance.pools
+    wanted = [
+        (Window(pool, measure), plan)
+        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
+    ]  # fmt: skip
+    unseen = [window for window, _ in wanted if window not in backend.seen]
+    if unseen:
+        await backend.states(unseen)
+    least = 0 if need is None else need.least
+    told: list[dict[str, Any]] = []
+    for window, plan in wanted:
+        state, needed = backend.seen[window], least if window.measure in TOKENS else 1
+        one = window_told(window, plan, state)
+        one["refuses"] = needed > one["remaining"]
+        told.append({"owner": window.pool.owner, **one})
+    for pool, plan in pools:
+        if plan.tokens_per_request is not None:
+            bound = plan.tokens_per_request
+            name = f"{pool.kind}.tokens_per_request"
+            one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
+            told.append({"owner": pool.owner, **one})
+    for one in told:
+        if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
+            one["refuses"] = True
+    return told
+
+
+def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
+    """How one window stands, for people and programs. Times in seconds from now; None: no time changes it."""
+    if window.measure == RATE:
+        interval = 1.0 / (plan.rate or math.inf)
+        left = _rate_available(plan.burst_requests, interval, state)
+        return {
+            "policy": window.policy, "limit": plan.burst_requests, "per_second": plan.rate, "remaining": max(0, left),
+            "reset_seconds": round(state.ahead_seconds, 3),
+        }  # fmt: skip
+    limit: int = getattr(plan, window.measure)
+    told: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
+    if window.measure == CONCURRENCY:
+        del told["spent"]
+    else:
+        told["forfeited"] = state.forfeited
+    told["remaining"] = max(0, limit - state.spent - state.held)
+    told["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
+    return told
+
+
+def _reply(line: Line, state: WindowState) -> Reply:
+    """What the ledger would answer, by the rules of tests/reference_ledger.py; to one who is alone."""
+    if line.interval_seconds:
+        left = _rate_available(line.limit, line.interval_seconds, state)
+        given = 0 if left < line.at_least or not line.want else min(line.want, left)
+        wait = 0.0
+        if line.want and not given:
+            wait = max(0.0, state.ahead_seconds + (line.at_least - line.limit) * line.interval_seconds)
+        return Reply(line.lease, 0, given, 0, line.limit - max(0, left - given), math.inf, wait, False)
+    ours = line.granted - line.used - line.returned
+    left = line.limit - state.spent - state.held - ours
+    given = 0 if left < line.at_least or not line.want else left if line.takes_all else min(line.want, left)
+    held = state.held + ours + given
+    return Reply(line.lease, 0, line.granted + given, state.spent, held, state.ends_seconds, 0.0, False)
+
+
+def _rate_available(burst: int, interval_seconds: float, state: WindowState) -> int:
+    return math.floor((burst * interval_seconds - state.ahead_seconds) / interval_seconds + 1e-6)
+
+
+def _until_end(measure: str, wall_seconds: float) -> float:
+    """Until the end of the present day or month, UTC."""
+    now = datetime.fromtimestamp(wall_seconds, UTC)
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    if measure.endswith("_per_day"):
+        return midnight.timestamp() + 86_400 - wall_seconds
+    if measure.endswith("_per_month"):
+        first = midnight.replace(day=1)
+        following = first.replace(year=first.year + first.month // _MONTHS, month=first.month % _MONTHS + 1)
+        return following.timestamp() - wall_seconds
+    return math.inf

@@ -1,0 +1,563 @@
+-- The ledger in Redis or Valkey: one call is one operation, all of it or nothing. The rules are those of 0004_ledger.sql
+-- and tests/reference_ledger.py; ledger_redis.py says what a generation and a share are. Time is the server's.
+--
+-- KEYS[1]  hash: the present generation. All other keys begin with it, and end some days after their use does.
+-- ARGV     operation, generation, its arguments as JSON, a message's lines. Numbers come back as JSON of our own making:
+--          cjson rounds.
+--
+--   <1>:<g>:holders   sorted set: holders by when their time is over
+--   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, and its leases
+--   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:owner
+--   <1>:<g>:due       sorted set: windows by when PostgreSQL is to be told of them
+--
+-- Time is what this must not take, for a server has one thread. So lines, leases and windows travel and are kept as
+-- structs, and are arrays here, with a name for each place: in Lua tables with keys take twice as long to make and to collect,
+-- cmsgpack twice as long to read, small hashes in Redis longer still.
+
+local call, floor, max, min, pack, unpacked = redis.call, math.floor, math.max, math.min, struct.pack, struct.unpack
+local marker, operation, generation = KEYS[1], ARGV[1], ARGV[2]
+local base = marker .. ':' .. generation .. ':'
+local at_window = base .. 'w:'
+local ask = cjson.decode(ARGV[3])
+local time = call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+
+local DAY, WANTED_SECONDS = 86400, 2
+local KEPT_SECONDS = 40 * DAY             -- longer than any window
+local OVER_SECONDS = 2 * DAY              -- what has ended is remembered for so long
+local SLACK_SECONDS = 3600                -- and so much longer, so that a key's end need not be moved at every turn
+local TOLD_SECONDS = 30                   -- PostgreSQL hears of a window that changes so often
+local SOON_SECONDS = 1                    -- and of one that was drawn on beyond its share
+local IDLE_SECONDS = 30                   -- a window's share goes back when nobody has drawn on it for so long
+local STOCK_SECONDS = 60                  -- a share lasts so long, at the pace of late
+local HEARTBEAT_SECONDS = 300
+local TURN_SECONDS = 5
+local URGENT = 1                          -- due before all that is due at some time
+
+local function number(value) return tonumber(value) or 0 end
+local format = string.format
+-- For how long something has been so. What is so since a time to come was written before the clock was set back.
+local function since(at) return at > now and math.huge or now - at end
+local function text(value) return value % 1 == 0 and format('%d', value) or format('%.17g', value) end
+
+-- The history in this process' memory is whole, or it is not ours: a restart, a failover and a full copy of another
+-- server's data each give the server another replication id, and nothing else may be believed to have kept our last write.
+-- A replica has the id of its primary, and may be one that can be written to: two servers of one history.
+local function history()
+    local said = call('INFO', 'replication')
+    if not string.find(said, 'role:master', 1, true) then error('this server is a replica') end
+    return string.match(said, 'master_replid:(%x+)') or error('this server does not tell its replication id')
+end
+
+local function is_present()
+    local known = call('HMGET', marker, 'id', 'history')
+    return known[1] == generation and known[2] == history()
+end
+
+-- Something that was kept is gone: the generation is over.
+local function lose()
+    call('DEL', marker)
+    return '"lost"'
+end
+
+-- How many keys the server has forgotten of its own accord, whosever they were.
+local function evicted() return number(string.match(call('INFO', 'stats'), 'evicted_keys:(%d+)')) end
+
+-- The day of the month of a day since 1970 (Howard Hinnant, chrono-compatible low-level date algorithms).
+local function day_of_month(days)
+    local z = days + 719468
+    local of_era = z % 146097
+    local year = floor((of_era - floor(of_era / 1460) + floor(of_era / 36524) - floor(of_era / 146096)) / 365)
+    local of_year = of_era - (365 * year + floor(year / 4) - floor(year / 100))
+    local month = floor((5 * of_year + 2) / 153)
+    return of_year - floor((153 * month + 2) / 5) + 1
+end
+
+-- When the window that an instant is in starts and ends; ends nil: never.
+local function span(measure, at)
+    local days = floor(at / DAY)
+    if string.sub(measure, -8) == '_per_day' then
+        return days * DAY, (days + 1) * DAY
+    elseif string.sub(measure, -10) == '_per_month' then
+        local first = days - day_of_month(days) + 1
+        local later = first + 31
+        return first * DAY, (later - day_of_month(later) + 1) * DAY
+    end
+    return 0, nil
+end
+
+-- A window, by place. Of this call: OWN is what the leases in this message hold of it, ASKER the latest of those that ask,
+-- LASTS how long a rate takes to be as new. Kept: SHARE and GIVEN_BACK, what PostgreSQL has granted this generation of it and
+-- has got back; OTHERS_*, what is others' of the window. Below LOW it is time to ask PostgreSQL, for NEED units, and no fewer
+-- than LEAST; STOCKED_*: when it was last. DUE is when PostgreSQL is told of it, EXPIRES when its key ends.
+local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, LOW, NEED,
+    LEAST, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, WANTED_BY =
+    11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
+local WINDOW = '<' .. string.rep('d', 19) .. 's'
+local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
+
+-- Windows that this call has looked at. They are written at the end, if at all.
+local windows, names = {}, {}
+
+local function looked_at(packed, name, measure, starts, ends)
+    local window = {
+        name, measure, starts, ends or false, packed and true, false, 0, false, 0, false, unpacked(WINDOW, packed or NEW)
+    }
+    windows[name] = window
+    names[#names + 1] = name
+    return window
+end
+
+local function opened(name, measure, starts, ends)
+    return windows[name] or looked_at(call('GET', at_window .. name), name, measure, starts, ends)
+end
+
+local function write(window)
+    local over = max(now, window[ENDS] or 0)
+        + (window[MEASURE] == 'rate' and window[LASTS] + 60 or window[HELD] > 0 and KEPT_SECONDS or OVER_SECONDS)
+    local is_late = window[EXPIRES] < over
+    if is_late then window[EXPIRES] = over + SLACK_SECONDS end
+    local packed = pack(WINDOW, unpack(window, SPENT, WANTED_BY))
+    if is_late then
+        call('SET', at_window .. window[NAME], packed, 'EX', text(math.ceil(window[EXPIRES] - now)))
+    else
+        -- In its place, for half of what setting it takes. Where it was longer the rest stands behind, and is not read.
+        call('SETRANGE', at_window .. window[NAME], '0', packed)
+    end
+end
+
+local function room(window) return window[SHARE] - window[GIVEN_BACK] - window[SPENT] - window[HELD] end
+
+-- As it is told to holders: what other shares hold is not what comes back in a moment, as what other leases hold is.
+local function spent_of(window) return window[SPENT] + window[OTHERS_SPENT] + window[OTHERS_HELD] end
+
+-- When PostgreSQL is to be told of a window, 0: it is not.
+local function set_due(window, at)
+    window[DUE] = at
+    call('ZADD', base .. 'due', text(at), window[NAME])
+end
+
+-- Have PostgreSQL told of a window: in a while, or next if its share runs low. Whether it is next.
+local function schedule(window)
+    if not window[ENDS] then return false end
+    local left = room(window)
+    local is_urgent = window[LOW] > 0 and left < window[LOW]
+    -- Drawn on beyond its share; or refused for what others may have given back by now.
+    local is_soon = left < 0 or (window[IS_REFUSED] and window[OTHERS_HELD] > 0)
+    local at = is_urgent and URGENT or now + (is_soon and SOON_SECONDS or TOLD_SECONDS)
+    if window[DUE] == 0 or at < window[DUE] then
+        set_due(window, at)
+    elseif window[DUE] < now - TOLD_SECONDS then
+        -- PostgreSQL cannot be asked, or the list of what is due is gone.
+        set_due(window, window[DUE])
+    end
+    return is_urgent
+end
+
+-- A line, by place. Of this call: its window, what it is given; of a rate how far AHEAD it is and what is AVAILABLE; of a
+-- lease whether another holder IS_WANTED to give, and whether it COUNTS. What is kept of the lease, raised by what is told:
+-- HAD granted, CONSUMED, BACK. The rest is as Line in limits/ledger_protocol.py says.
+local OF, GIVEN, AHEAD, AVAILABLE, IS_WANTED, COUNTS, FIELD, HAD, CONSUMED, BACK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, TAKES_ALL, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
+    OWNER, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26
+local LINE = '<dddddddddBBBsss'
+local LEASE_KEPT = '<ddds'
+local REPLY = '<i8i8i8i8i8ddB'
+
+local function read_lines(packed)
+    local lines, at = {}, 1
+    while at <= #packed do
+        local line = {false, 0, 0, 0, 0, false, '', 0, 0, 0, unpacked(LINE, packed, at)}
+        line[FIELD], at = format('%d', line[LEASE]), line[NEXT]
+        lines[#lines + 1] = line
+    end
+    return lines
+end
+
+-- The windows of each measure that are present now, worked out once a call: start, end, what stands amid their names.
+local present = {}
+
+-- Which window a line is about: its name, when it starts and ends.
+local function window_of(line)
+    local measure, at = line[OF_MEASURE], line[AT]
+    local today = present[measure]
+    if not today then
+        local starts, ends = span(measure, now)
+        today = {starts, ends or false, ':0:' .. measure .. ':' .. text(starts) .. ':',
+            ':1:' .. measure .. ':' .. text(starts) .. ':'}
+        present[measure] = today
+    end
+    if at == 0 or at == today[1] then
+        return line[KIND] .. today[3 + line[IS_TEST]] .. line[OWNER], today[1], today[2]
+    end
+    local starts, ends = span(measure, at)
+    return table.concat({line[KIND], line[IS_TEST], measure, text(starts), line[OWNER]}, ':'), starts, ends
+end
+
+-- Give each line its window and what is kept of its lease. False: what holds something is gone, the memory has gaps.
+local function find(lines, kept)
+    local seen, keys, firsts, all_starts, all_ends = {}, {}, {}, {}, {}
+    for i, line in ipairs(lines) do
+        local name, starts, ends = window_of(line)
+        local packed = kept[i + 3]
+        if packed then
+            local began_in
+            line[HAD], line[CONSUMED], line[BACK], began_in = unpacked(LEASE_KEPT, packed)
+            line[COUNTS] = true
+            if began_in ~= name and line[AT] == 0 then
+                -- A lease whose first answer got lost stays in the window that it began in, though its holder cannot say
+                -- which.
+                name = began_in
+                starts, ends = span(line[OF_MEASURE], tonumber(string.match(name, '^%a+:%d:[%a_]+:(%d+):')))
+            end
+        end
+        line[OF] = name
+        if not seen[name] then
+            local n = #keys + 1
+            seen[name], keys[n], firsts[n], all_starts[n], all_ends[n] = true, at_window .. name, line, starts, ends or false
+        end
+    end
+    local found = #keys > 0 and call('MGET', unpack(keys)) or {}
+    for i, line in ipairs(firsts) do looked_at(found[i], line[OF], line[OF_MEASURE], all_starts[i], all_ends[i]) end
+    for _, line in ipairs(lines) do
+        line[OF] = windows[line[OF]]
+        if line[HAD] > line[CONSUMED] + line[BACK] and not line[OF][IS_KNOWN] then return false end
+    end
+    return true
+end
+
+-- GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
+local function settle_rate(line, window)
+    local tolerance = line[BOUND] * line[INTERVAL]
+    -- Never further ahead than that: the clock may have been set back, or the burst lowered.
+    line[AHEAD] = min(max(window[THEORETICAL], now) - now, tolerance)
+    line[AVAILABLE] = floor((tolerance - line[AHEAD]) / line[INTERVAL] + 1e-6)
+    window[LASTS] = max(window[LASTS], tolerance)
+end
+
+-- What became of a lease. What is told is cumulative; more used than was granted is granted by that.
+local function settle(line)
+    local window = line[OF]
+    if line[WANT] > 0 and not (window[ASKER] and window[ASKER][LEASE] > line[LEASE]) then window[ASKER] = line end
+    window[LIMIT] = line[BOUND]
+    if line[INTERVAL] > 0 then return settle_rate(line, window) end
+    line[IS_WANTED] = since(window[WANTED_AT]) < WANTED_SECONDS and window[WANTED_BY] ~= ask.holder and 1 or 0
+    -- A lease that is closed already is closed.
+    if not line[COUNTS] and line[IS_CLOSING] == 1 then return end
+    local consumed, back = max(line[CONSUMED], line[USED]), max(line[BACK], line[RETURNED])
+    -- Closing returns also what was granted in an answer that got lost.
+    local had = line[IS_CLOSING] == 1 and consumed + back or max(line[HAD], line[GRANTED], consumed + back)
+    local outstanding = had - consumed - back
+    window[SPENT] = window[SPENT] + consumed - line[CONSUMED]
+    window[HELD] = window[HELD] + outstanding - (line[HAD] - line[CONSUMED] - line[BACK])
+    window[OWN] = window[OWN] + outstanding
+    if consumed > line[CONSUMED] or line[WANT] > 0 then window[TOUCHED] = now end
+    line[COUNTS], line[HAD], line[CONSUMED], line[BACK] = true, had, consumed, back
+end
+
+local function granted_of(line, available, alive)
+    local want, at_least = line[WANT], line[AT_LEAST]
+    if want == 0 or available < at_least then return 0 end
+    if line[TAKES_ALL] == 1 then return available end
+    -- Whoever asks leaves something for the others, the less there is the less they take.
+    local part = want
+    if alive > 1 then part = max(at_least, floor(available / (2 * alive))) end
+    return min(want, available, part)
+end
+
+-- Windows whose share is too small for what is asked of them, by how much, and by how much for the least of it.
+local lacking = {}
+
+-- What may be granted: what the limit leaves, and no more than there is of the share. Whether the share was too small.
+local function judged(window, line, alive)
+    if window[ENDS] and now >= window[ENDS] then return 0, false end
+    local available = line[BOUND] - spent_of(window) - window[HELD]
+    local granted, left = granted_of(line, available, alive), room(window)
+    if granted == 0 or not window[ENDS] or granted <= left then return granted, false end
+    if ask.is_final then
+        local less = granted_of(line, min(available, left), alive)
+        return less, less == 0
+    end
+    local missing = granted - left
+    lacking[#lacking + 1] = {window, missing, max(1, missing - (granted - line[AT_LEAST]))}
+    return granted, true
+end
+
+-- What is free now, to the line that asks for it: of those that ask of one window to the latest lease alone. Whether the
+-- share was too small.
+local function grant(window, alive)
+    local line = window[ASKER]
+    if line[INTERVAL] > 0 then
+        line[GIVEN] = granted_of(line, line[AVAILABLE], alive)
+        return false
+    end
+    local granted, is_short = judged(window, line, alive)
+    line[HAD], window[HELD], window[LIMIT] = line[HAD] + granted, window[HELD] + granted, line[BOUND]
+    window[IS_REFUSED] = granted == 0
+    if granted == 0 and window[HELD] > window[OWN] and not (window[ENDS] and now >= window[ENDS]) then
+        window[WANTED_AT], window[WANTED_BY] = now, ask.holder
+    end
+    return is_short
+end
+
+local function rate_reply(line)
+    local window = line[OF]
+    local ahead = line[AHEAD] + line[GIVEN] * line[INTERVAL]
+    -- As the furthest of its lines leaves it.
+    window[THEORETICAL] = max(window[HAS_MOVED] and window[THEORETICAL] or 0, now + ahead)
+    window[HAS_MOVED], window[TOUCHED] = true, now
+    local wait = 0
+    if line[WANT] > 0 and line[GIVEN] == 0 then wait = max(0, ahead + (line[AT_LEAST] - line[BOUND]) * line[INTERVAL]) end
+    return pack(REPLY, line[LEASE], 0, line[GIVEN], 0, line[BOUND] - max(0, line[AVAILABLE] - line[GIVEN]), -1, wait, 0)
+end
+
+local function reply(line)
+    local window = line[OF]
+    if line[INTERVAL] > 0 then return rate_reply(line) end
+    return pack(REPLY, line[LEASE], window[STARTS], line[COUNTS] and line[HAD] or line[USED] + line[RETURNED],
+        spent_of(window), window[HELD], window[ENDS] and window[ENDS] - now or -1, 0, line[IS_WANTED])
+end
+
+-- Nothing has happened, but that PostgreSQL will be asked for what is lacking.
+local function note_lacking()
+    windows = {}
+    for _, lack in ipairs(lacking) do
+        local found = lack[1]
+        local window = opened(found[NAME], found[MEASURE], found[STARTS], found[ENDS])
+        window[NEED], window[LEAST], window[LIMIT], window[TOUCHED] = window[NEED] + lack[2], lack[3], found[LIMIT], now
+        set_due(window, URGENT)
+        write(window)
+    end
+end
+
+-- The holder and its leases, as this message leaves them.
+local function write_leases(holder, lines)
+    local kept, closed = {'serial', text(ask.serial)}, {}
+    for _, line in ipairs(lines) do
+        if line[IS_CLOSING] == 1 then
+            closed[#closed + 1] = line[FIELD]
+        elseif line[INTERVAL] == 0 then
+            local n, name = #kept, line[OF][NAME]
+            kept[n + 1], kept[n + 2] = line[FIELD], pack(LEASE_KEPT, line[HAD], line[CONSUMED], line[BACK], name)
+        end
+    end
+    call('HSET', holder, unpack(kept))
+    if #closed > 0 then call('HDEL', holder, unpack(closed)) end
+    call('EXPIRE', holder, KEPT_SECONDS)
+    call('ZADD', base .. 'holders', text(now + ask.lease_seconds), ask.holder)
+    call('EXPIRE', base .. 'holders', KEPT_SECONDS)
+end
+
+-- How many holders live, whoever speaks among them.
+local function living()
+    local alive = call('ZCOUNT', base .. 'holders', '(' .. text(now), '+inf')
+    local mine = call('ZSCORE', base .. 'holders', ask.holder)
+    return (mine and tonumber(mine) > now or ask.lease_seconds <= 0) and alive or alive + 1
+end
+
+-- Whether a holder has been granted units. If it is not stored, or rests, they were charged when it ended, or it was forgotten.
+local function has_leases(lines)
+    for _, line in ipairs(lines) do
+        if line[GRANTED] > 0 and line[INTERVAL] == 0 and line[IS_CLOSING] == 0 then return true end
+    end
+    return false
+end
+
+-- All lines are settled first, then what is free is granted. A head as JSON, and behind a line feed the replies.
+local function sync()
+    local holder, lines, fields = base .. 'h:' .. ask.holder, read_lines(ARGV[4]), {'serial', 'ended', 'rests'}
+    for i, line in ipairs(lines) do fields[i + 3] = line[FIELD] end
+    local kept = call('HMGET', holder, unpack(fields))
+    if kept[2] or ((not kept[1] or kept[3]) and has_leases(lines)) then return '"ended"' end
+    if ask.serial <= number(kept[1]) then return '"late"' end
+    if not find(lines, kept) then return lose() end
+    for _, line in ipairs(lines) do settle(line) end
+    local alive, short, is_low, replies = living(), 0, false, {}
+    for _, name in ipairs(names) do
+        if windows[name][ASKER] and grant(windows[name], alive) then short = short + 1 end
+    end
+    if short > 0 and not ask.is_final then
+        note_lacking()
+        return '"short"'
+    end
+    if kept[3] then call('HDEL', holder, 'rests') end
+    write_leases(holder, lines)
+    for i, line in ipairs(lines) do replies[i] = reply(line) end
+    for _, name in ipairs(names) do
+        is_low = schedule(windows[name]) or is_low
+        write(windows[name])
+    end
+    call('EXPIRE', base .. 'due', KEPT_SECONDS)
+    return '{"is_low":' .. tostring(is_low) .. ',"short":' .. short .. '}\n' .. table.concat(replies)
+end
+
+-- The holders whose time is over. A server that has forgotten keys may have forgotten any.
+local function dead()
+    local known, counted = number(call('HGET', marker, 'evicted')), evicted()
+    if counted > known then return lose() end
+    if counted < known then call('HSET', marker, 'evicted', text(counted)) end
+    local found = call('ZRANGEBYSCORE', base .. 'holders', '-inf', text(now), 'LIMIT', '0', '100')
+    return #found > 0 and cjson.encode(found) or '[]'
+end
+
+local function parts(name)
+    local kind, is_test, measure, starts, owner = string.match(name, '^(%a+):(%d):([%a_]+):(%d+):(.*)$')
+    return kind, is_test == '1', measure, tonumber(starts), owner
+end
+
+local function opened_by(name)
+    local _, _, measure, starts = parts(name)
+    local _, ends = span(measure, starts)
+    return opened(name, measure, starts, ends)
+end
+
+-- End a holder, a slice of its leases at a time: what it has not returned is charged, slots are free again.
+local function end_holder()
+    local holder = base .. 'h:' .. ask.holder
+    local expires = call('ZSCORE', base .. 'holders', ask.holder)
+    if ask.only_dead and (not expires or tonumber(expires) > now) then return '0' end
+    if not ask.only_dead and not expires then return '0' end
+    if ask.only_dead and call('HLEN', holder) <= 1 then
+        -- It has its serial alone, and holds nothing: it rests, and its next message makes it speak again.
+        call('HSET', holder, 'rests', '1')
+        call('EXPIRE', holder, OVER_SECONDS)
+        call('ZREM', base .. 'holders', ask.holder)
+        return '0'
+    end
+    -- Dead at once for everyone; whoever looks for the dead goes on if we do not.
+    call('HSET', holder, 'ended', '1')
+    call('ZADD', base .. 'holders', '0', ask.holder)
+    local found = call('HSCAN', holder, ask.cursor, 'COUNT', '500')
+    local gone = {}
+    for i = 1, #found[2], 2 do
+        if found[2][i] ~= 'serial' and found[2][i] ~= 'ended' and found[2][i] ~= 'rests' then
+            local had, consumed, back, name = unpacked(LEASE_KEPT, found[2][i + 1])
+            local window, outstanding = opened_by(name), had - consumed - back
+            if outstanding > 0 and not window[IS_KNOWN] then return lose() end
+            window[HELD] = window[HELD] - outstanding
+            if window[MEASURE] ~= 'concurrency' then
+                window[SPENT], window[FORFEITED] = window[SPENT] + outstanding, window[FORFEITED] + outstanding
+            end
+            gone[#gone + 1] = found[2][i]
+        end
+    end
+    for _, name in ipairs(names) do
+        schedule(windows[name])
+        write(windows[name])
+    end
+    for _, lease in ipairs(gone) do call('HDEL', holder, lease) end
+    if found[1] == '0' then
+        call('EXPIRE', holder, OVER_SECONDS)
+        call('ZREM', base .. 'holders', ask.holder)
+    end
+    return found[1]
+end
+
+-- What PostgreSQL is to be asked for a window, in units.
+local function wanted(window)
+    local is_low = window[LOW] > 0 and room(window) < window[LOW]
+    window[NEED] = max(window[NEED], -room(window))
+    if now >= window[ENDS] or not (window[NEED] > 0 or is_low) then return 0 end
+    local used = window[SPENT] + window[HELD]
+    local pace = (used - window[STOCKED_USED]) / max(1, since(window[STOCKED_AT]))
+    local left = window[LIMIT] - window[OTHERS_SPENT] - window[OTHERS_HELD] - (window[SHARE] - window[GIVEN_BACK])
+    local ahead = min(max(math.ceil(pace * STOCK_SECONDS), 4 * window[NEED]), floor(left / 8))
+    return max(window[NEED], ahead)
+end
+
+-- The turn to speak with PostgreSQL, and what there is to say: one process at a time, its messages in an order.
+local function stock()
+    -- When the last holder has ended, everything goes back.
+    local is_deserted = call('ZCARD', base .. 'holders') == 0
+    if ask.is_last and not is_deserted then return '"done"' end
+    local turn = call('HMGET', marker, 'turn_by', 'turn_since', 'told_at')
+    if turn[1] and turn[1] ~= ask.by and since(number(turn[2])) < TURN_SECONDS then return '"busy"' end
+    local until_then = ask.is_urgent and URGENT or is_deserted and now + TOLD_SECONDS or now
+    local due = call('ZRANGEBYSCORE', base .. 'due', '-inf', text(until_then), 'LIMIT', '0', ask.most)
+    if #due == 0 and since(number(turn[3])) < HEARTBEAT_SECONDS then return '"done"' end
+    local serial = call('HINCRBY', marker, 'serial', 1)
+    call('HSET', marker, 'turn_by', ask.by, 'turn_since', text(now))
+    local lines = {}
+    for _, name in ipairs(due) do
+        local kind, is_test, measure, starts, owner = parts(name)
+        local window = opened_by(name)
+        if window[IS_KNOWN] then
+            if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
+            local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
+            if is_over or is_deserted or (window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS) then
+                -- First it is not ours any more, then PostgreSQL hears of it.
+                window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
+            end
+            local want = wanted(window)
+            if want == 0 then window[LOW] = 0 end
+            lines[#lines + 1] = format('[%s,%.0f,%s,%s,%s,"%s",%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
+                cjson.encode(name), window[NUMBER], cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure, starts,
+                window[LIMIT], window[SHARE], window[SPENT], window[GIVEN_BACK], want,
+                want > 0 and min(max(1, window[LEAST]), want) or 0, tostring(is_over))
+            window[NEED], window[LEAST], window[STOCKED_AT], window[STOCKED_USED] = 0, 0, now, window[SPENT] + window[HELD]
+            -- If we say it to nobody, somebody else will.
+            set_due(window, now + TURN_SECONDS)
+            write(window)
+        else
+            call('ZREM', base .. 'due', name)
+        end
+    end
+    return '{"serial":' .. serial .. ',"lines":[' .. table.concat(lines, ',') .. ']}'
+end
+
+-- What PostgreSQL has answered: name, granted, what is others' (spent, held), whether we got all, whether it is over.
+local function stocked()
+    for _, row in ipairs(ask.rows) do
+        local name, granted, is_over = row[1], row[2], row[6]
+        local window = opened_by(name)
+        local is_quiet = window[HELD] == 0 and room(window) == 0
+        if window[IS_KNOWN] and is_over and is_quiet then
+            call('DEL', base .. 'w:' .. name)
+            call('ZREM', base .. 'due', name)
+        elseif window[IS_KNOWN] then
+            local got = max(0, granted - window[SHARE])
+            window[SHARE] = window[SHARE] + got
+            window[OTHERS_SPENT], window[OTHERS_HELD] = row[3], row[4]
+            -- Half of what came is left: it is time to ask. Where there was less than was asked for, there is no more.
+            if got > 0 or not row[5] then window[LOW] = row[5] and floor(got / 2) or 0 end
+            local is_settled = room(window) == 0 and window[HELD] == 0 and window[NEED] == 0
+            set_due(window, window[NEED] > 0 and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
+            write(window)
+        end
+    end
+    if ask.is_heard then call('HSET', marker, 'told_at', text(now)) end
+    if call('HGET', marker, 'turn_by') == ask.by then call('HDEL', marker, 'turn_by', 'turn_since') end
+    return '"done"'
+end
+
+-- How windows stand: spent, held, forfeited, until their end, of a rate until it is as new; null: nobody drew on it.
+local function stand()
+    local rows = {}
+    for i, asked in ipairs(ask.windows) do
+        local starts, ends = span(asked[4], now)
+        local window = opened(table.concat({asked[1], asked[3] and 1 or 0, asked[4], text(starts), asked[2]}, ':'), asked[4],
+            starts, ends)
+        rows[i] = window[IS_KNOWN] and format('[%.0f,%.0f,%.0f,%.6f,%.6f]', window[SPENT] + window[OTHERS_SPENT],
+            window[HELD] + window[OTHERS_HELD], window[FORFEITED], ends and ends - now or -1, max(0, window[THEORETICAL] - now))
+            or 'null'
+    end
+    return '[' .. table.concat(rows, ',') .. ']'
+end
+
+if operation == 'begin' then
+    local known = call('HMGET', marker, 'id', 'history')
+    if known[1] and known[2] == history() then return cjson.encode(known[1]) end
+    call('DEL', marker)
+    call('HSET', marker, 'id', generation, 'history', history(), 'told_at', text(now), 'evicted', text(evicted()))
+    return cjson.encode(generation)
+end
+if not is_present() then return '"lost"' end
+if operation == 'sync' then return sync() end
+if operation == 'dead' then return dead() end
+if operation == 'end' then return end_holder() end
+if operation == 'stock' then return stock() end
+if operation == 'stocked' then return stocked() end
+if operation == 'stand' then return stand() end
+if operation == 'void' then return tostring(call('DEL', marker)) end
+error('no such operation: ' .. operation)

@@ -1,0 +1,193 @@
+"""The ledger as a request sees it: takes from leases in memory, and waits for what is missing no longer than it may.
+
+Two parts do the work: the book has the leases, and the conversation has them granted and accounted for. Decided here: how
+long a request waits for units that other proxies hold, what counts as refused, and when nothing is held any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Final
+
+from keyproxy import ports
+from keyproxy.config import schema
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.lease_table import Short
+from keyproxy.limits.ledger_protocol import POLICIES
+from keyproxy.model import Missing, Moment, Patience
+from keyproxy.reasons import SPENT, Reason, Refusal
+from keyproxy.store.ledger.backend import LedgerBackend
+from keyproxy.store.ledger.deadline import within
+from keyproxy.store.ledger.ledger_client import Conversation
+
+#: How long a request waits for units that lie idle with other proxies; they come back within a second.
+_OTHERS_SECONDS: Final = 1.6
+_FIRST_PAUSE_SECONDS: Final = 0.03
+_PAUSE_SECONDS_MAX: Final = 0.3
+
+#: What every request on a route with tokens needs at least.
+_ONE_TOKEN: Final = TokenNeed(1, 1)
+
+
+class Counts:
+    """Requests that took of limits, and how often one waited for the ledger. Attributes: each request is counted."""
+
+    __slots__ = ("taken", "waited")
+
+    def __init__(self) -> None:
+        self.taken = self.waited = 0
+
+    def by_name(self) -> dict[str, int]:
+        """As they are now."""
+        return {"taken": self.taken, "waited": self.waited}
+
+
+class Ledger(ports.Ledger):
+    """See the module. Implements the port Ledger."""
+
+    def __init__(
+        self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        self.conversation = Conversation(backend, ledger, now)
+        self.book = self.conversation.book
+        self.counts = Counts()
+        #: Requests that a limit refused, by its policy.
+        self.refusals: dict[str, int] = dict.fromkeys(POLICIES, 0)
+        self._now = now
+        self._open_holds = 0
+        #: What is set when no request is under way any more; None if nobody waits for that.
+        self._settled: asyncio.Event | None = None
+
+    def start(self) -> None:
+        """Begin the conversation."""
+        self.conversation.start()
+
+    async def close(self) -> None:
+        """Settle what there is, give everything back, and end the conversation."""
+        await self.conversation.close()
+
+    async def all_settled(self) -> None:
+        """Wait until no request is under way that holds something."""
+        while self._open_holds:
+            self._settled = self._settled or asyncio.Event()
+            await self._settled.wait()
+
+    # -- the path of a request
+
+    def take(
+        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
+    ) -> Hold:
+        """See the port."""
+        try:
+            hold = self.book.take(allowance, now.mono_seconds, tokens)
+        except Short as short:
+            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens)) from None
+        except Refusal as refusal:
+            if not (may_be_paid and refusal.reason in SPENT):
+                self._count(refusal)
+            raise
+        self.counts.taken += 1
+        self._open_holds += 1
+        return hold
+
+    def check(
+        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
+    ) -> None:
+        """See the port."""
+        if not asks and not self.book.has_refused(allowance, now.mono_seconds):
+            return
+        try:
+            self.book.check(allowance, now.mono_seconds, _ONE_TOKEN, paid)
+        except Short as short:
+            if asks:
+                raise self._missing(short, lambda: self.book.check(allowance, self._mono(), _ONE_TOKEN, paid)) from None
+        except Refusal as refusal:
+            if not (may_be_paid and refusal.reason in SPENT):
+                self._count(refusal)
+            raise
+
+    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port."""
+        try:
+            hold = self.book.take_again(allowance, now.mono_seconds, tokens, paid)
+        except Short as short:
+            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens, paid)) from None
+        except Refusal as refusal:
+            self._count(refusal)
+            raise
+        self.counts.taken += 1
+        self._open_holds += 1
+        return hold
+
+    def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port."""
+        now = self._mono()
+        try:
+            return self.book.extend(hold, tokens, now)
+        except Short as short:
+            need = short
+            raise Missing(
+                "lease",
+                lambda patience: self._bring(
+                    need, lambda: self.book.check_extension(hold, tokens, self._mono()), patience
+                ),
+            ) from None
+
+    def release(self, hold: Hold) -> Hold:
+        """See the port."""
+        return self.book.release(hold)
+
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """See the port."""
+        self._open_holds -= 1
+        if not self._open_holds and self._settled is not None:
+            self._settled.set()
+            self._settled = None
+        self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+
+    # -- what is missing
+
+    def _missing(self, short: Short, check: Callable[[], object]) -> Missing:
+        if self.conversation.down_because:
+            # Whoever needs it has it asked for again; nobody waits for that.
+            self.book.ask(short)
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, self.conversation.down_because)
+        return Missing("lease", lambda patience: self._bring(short, check, patience))
+
+    def _count(self, refusal: Refusal) -> None:
+        if refusal.limit is not None:
+            policy = refusal.limit.policy.name
+            self.refusals[policy] = self.refusals.get(policy, 0) + 1
+
+    async def _bring(self, short: Short, check: Callable[[], object], patience: Patience) -> None:
+        """Have the ledger asked until the request can be decided. Raises a Refusal if it does not answer in time."""
+        self.counts.waited += 1
+        async with within(patience, self._now):
+            await self._ask(short, check, self._mono() + patience.seconds_left)
+
+    async def _ask(self, short: Short, check: Callable[[], object], ends_mono: float) -> None:
+        """Ask until the request can be decided, or others have been waited for long enough. Ends before `ends_mono`."""
+        give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
+        while True:
+            await self.conversation.ask(short)
+            # From the first answer on: a ledger that is slow to say anything has not said no.
+            give_up = min(give_up, self._mono() + _OTHERS_SECONDS)
+            try:
+                check()
+            except Short as still:
+                short = still
+            except Refusal:
+                return
+            else:
+                return
+            now = self._mono()
+            if now >= give_up or now + pause >= ends_mono:
+                self.book.asked_in_vain(short, now)
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _PAUSE_SECONDS_MAX)
+
+    def _mono(self) -> float:
+        return self._now().mono_seconds

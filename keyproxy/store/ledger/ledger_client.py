@@ -1,0 +1,296 @@
+"""The conversation with the ledger: one task speaks for this process, one message at a time.
+
+What was used, what goes back, what is needed. It speaks when a request waits or a lease runs low, and at every
+`settle_seconds` of what else has happened. Nothing is done per user who is idle: no lease, no line. What to say, and what
+an answer means, is the book's to know; who speaks, when, and what a silence means, is decided here. Who speaks is a
+*holder*: this process, until the ledger has ended it, or may have; then it is another.
+
+While the ledger cannot be asked, leases go on being spent until they lapse, `lease_seconds` after the last answer. Then
+`unreachable` decides: `refuse` (503, never 429), or `allow`: what is taken then is settled when the ledger answers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from keyproxy.config import schema
+from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.ledger_protocol import Line
+from keyproxy.model import Moment
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.background import Lasting
+from keyproxy.store.housekeeping import Chore
+from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
+from keyproxy.store.outage import Outage
+from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+#: Lines in one message. More travel in several, and whoever is short meanwhile in the next.
+_LINES_MAX: Final = 200
+
+_RETRY_SECONDS: Final = 0.2
+
+#: How often to retry an unavailable ledger even if there is nothing to send; otherwise its recovery would go unnoticed.
+_LOOK_SECONDS: Final = 1.0
+
+_CLOSED: Final = "the ledger is closed"
+
+#: A holder's time is over a little earlier here than there: clocks run at slightly different speeds.
+_VALID_SHARE: Final = 0.95
+
+#: Dead holders are looked for by every proxy, so often per `lease_seconds`.
+_REAPS_PER_LEASE: Final = 4.0
+
+#: Holders deleted in one statement.
+_FORGET_PORTION: Final = 1_000
+
+#: A request that waits: for the answer to what it is short of.
+_Waiting = tuple[asyncio.Future[None], Short]
+
+
+class Conversation:
+    """See the module. What is said, and heard, is in `book`."""
+
+    def __init__(
+        self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        self.counts = dict.fromkeys(("round_trips", "failures"), 0)
+        #: Is told of every round-trip, in seconds.
+        self.observe: Callable[[float], None] = lambda _seconds: None
+        self.book = Book(self._wake_up)
+        #: Why the ledger cannot be asked; empty if it answers.
+        self.down_because = ""
+        #: Logs outages. Of the store if the ledger is in it, else the ledger's own.
+        self.outage = Outage("the ledger")
+        self._is_main = True
+        self._backend = backend
+        self._lease_seconds = ledger.lease_seconds
+        self._settle_seconds = ledger.settle_seconds
+        self._is_lenient = ledger.unreachable == "allow"
+        self._now = now
+        #: When the latest message was sent that was answered.
+        self._answered = now()
+        self._wake = asyncio.Event()
+        self._become_another()
+        self._settles = False
+        self.lasting = Lasting("ledger")
+        self.reaping = Chore("reap", "end holders that have died", portion=REAP_PORTION)
+        self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
+        self._waiting: list[_Waiting] = []
+        #: Those whom the message under way is to answer.
+        self._listening: list[_Waiting] = []
+        self._is_closed = False
+        self._unsettled_since_mono = now().mono_seconds
+        #: Since when something is to be said and no answer was heard.
+        self._unheard_since_mono = math.inf
+
+    def share(self, outage: Outage) -> None:
+        """The ledger is in the store: its outages are the store's."""
+        self.outage, self._is_main = outage, False
+
+    def start(self) -> None:
+        """Begin to speak."""
+        self.lasting.start(self._converse, self._broken_off)
+        self.lasting.start(self._reap)
+        self.lasting.start(self._forget)
+
+    async def close(self) -> None:
+        """Settle what there is, give everything back, and end."""
+        self._is_closed = True
+        await self.lasting.end()
+        for answer, _ in (*self._listening, *self._waiting):
+            if not answer.done():
+                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED))
+        try:
+            # Told, closed; and once more for what was granted meanwhile.
+            for _ in range(3):
+                if self._serial and self.book.has_leases:
+                    self.book.gather(self._mono(), is_last=True)
+                    while (lines := self._lines()) and self._serial:
+                        await self._speak(lines)
+            # One that holds nothing and whose time is over rests: there is nothing to end.
+            if self._serial and (self.book.has_leases or self._mono() < self.book.valid_until_mono):
+                await self._backend.end(self._holder)
+        except (StoreUnavailable, StoreConflict) as error:
+            _log.warning("leases could not be given back, they will be charged when they lapse: %s", error)
+        await self._backend.close()
+
+    async def ask(self, short: Short) -> None:
+        """Have the ledger asked for what a request is short of, and wait for its answer, whatever that is.
+
+        Raises a Refusal (LEDGER_UNAVAILABLE) if there is none.
+        """
+        self.book.ask(short)
+        if self._is_closed:
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((answer, short))
+        self._wake_up()
+        await answer
+
+    def unsettled_seconds(self) -> float:
+        """For how long at most something has been spent that the ledger has not confirmed; 0.0 if nothing has."""
+        return max(0.0, self._mono() - self._unsettled_since_mono) if self.book.has_news else 0.0
+
+    @property
+    def has_lapsed(self) -> bool:
+        """Whether leases are over: something was to be said, and for longer than they last no answer was heard."""
+        return self._mono() - self._unheard_since_mono >= self._lease_seconds
+
+    # -- speaking
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+
+    async def _converse(self) -> None:
+        settle_at = heartbeat_at = self._mono()
+        while True:
+            now = self._mono()
+            if self.book.has_leases or self.down_because:
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, min(settle_at, heartbeat_at) - now)):
+                        await self._wake.wait()
+            else:
+                await self._wake.wait()
+            # Whoever arrives in this turn of the loop travels along.
+            await asyncio.sleep(0)
+            self._wake.clear()
+            now = self._mono()
+            if now >= settle_at:
+                settle_at = now + self._settle_seconds
+                self.book.gather(now)
+            lines = self._lines()
+            self._listening, self._waiting = self._waiting, []
+            if len(lines) == _LINES_MAX:
+                # Those whose lines are in a later message wait for that.
+                everyone, self._listening = self._listening, []
+                for one in everyone:
+                    (self._waiting if self.book.is_to_be_asked(one[1]) else self._listening).append(one)
+                self._wake.set()
+            if not (lines or self._listening or now >= heartbeat_at):
+                continue
+            heartbeat_at = now + self._lease_seconds / 3
+            self._unheard_since_mono = min(now, self._unheard_since_mono)
+            try:
+                settles_seconds = await self._speak(lines)
+            except (StoreUnavailable, StoreConflict) as error:
+                self._failed(error)
+                heartbeat_at = min(heartbeat_at, now + _LOOK_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                if settles_seconds:
+                    self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"))
+                    heartbeat_at = min(heartbeat_at, now + _LOOK_SECONDS)
+                else:
+                    self._heard()
+
+    async def _speak(self, lines: Sequence[Line]) -> float:
+        """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again.
+
+        0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
+        """
+        now = self._now()
+        asked = now.mono_seconds
+        self._serial += 1
+        settles_seconds, is_heard = 0.0, False
+        try:
+            replies = await self._backend.sync(self._holder, self._serial, lines)
+            heard = self._mono()
+            if replies is not None:
+                valid_seconds = self._lease_seconds * _VALID_SHARE
+                settles_seconds = self.book.apply(lines, replies, asked, valid_seconds=valid_seconds, heard_mono=heard)
+            is_heard = True
+        finally:
+            if not is_heard:
+                self.counts["failures"] += 1
+                self.book.lost(lines)
+        self._unheard_since_mono = math.inf
+        self._answered = now
+        self.counts["round_trips"] += 1
+        self.observe(heard - asked)
+        if replies is None:
+            if self.book.has_leases:
+                _log.warning(
+                    "the ledger has ended the leases of this process: they had expired and are charged in full"
+                )
+            self.book.ended()
+            self._become_another()
+            return 0.0
+        if settles_seconds and not self._settles:
+            self.book.tell_again()
+        self._settles = settles_seconds > 0.0
+        self._unsettled_since_mono = heard
+        return settles_seconds
+
+    def _lines(self) -> list[Line]:
+        """The lines of the next message.
+
+        If this holder may have ended by now, they claim something. One clock that shows it is enough: the other one may
+        have stood still while the machine was suspended.
+        """
+        now, answered = self._now(), self._answered
+        may_have_ended = (
+            now.mono_seconds - answered.mono_seconds >= self._lease_seconds
+            or abs(now.wall_seconds - answered.wall_seconds) >= self._lease_seconds
+        )
+        return self.book.lines(now.mono_seconds, _LINES_MAX, must_claim=may_have_ended)
+
+    def _become_another(self) -> None:
+        self._holder, self._serial = secrets.token_hex(12), 0
+
+    def _heard(self) -> None:
+        if self._is_main and self.outage.is_on:
+            self.outage.answered()
+        self.down_because = ""
+        self.book.is_lenient = False
+        listening, self._listening = self._listening, []
+        for answer, _ in listening:
+            if not answer.done():
+                answer.set_result(None)
+
+    def _broken_off(self, error: Exception) -> None:
+        """A defect has ended the conversation, wherever it was: nobody who waits hears of it in any other way."""
+        self._unheard_since_mono = min(self._mono(), self._unheard_since_mono)
+        self._listening += self._waiting
+        self._waiting = []
+        self._failed(error)
+        self.book.lost()
+        # The book may have woken us already, and would not do so again.
+        self._wake_up()
+
+    def _failed(self, error: Exception) -> None:
+        self.outage.met(f"the ledger is unavailable: {error or type(error).__name__}", is_main=self._is_main)
+        self.down_because = str(error) or type(error).__name__
+        # Leases that are still ours are spent first; a request waits for this answer only when there are none.
+        self.book.is_lenient = self._is_lenient
+        listening, self._listening = self._listening, []
+        for answer, _ in listening:
+            if answer.done():
+                continue
+            if self._is_lenient:
+                answer.set_result(None)
+            else:
+                answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, self.down_because))
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
+            await self.reaping.finish(self._backend.reap)
+
+    async def _forget(self) -> None:
+        """Delete old holders. Apart from ending those that died, so that neither waits for the other."""
+        while True:
+            await asyncio.sleep(self._lease_seconds)
+            if not self.reaping.failing_because:
+                await self.forgetting.finish(self._backend.forget)
+
+    def _mono(self) -> float:
+        return self._now().mono_seconds

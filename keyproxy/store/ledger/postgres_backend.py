@@ -1,0 +1,73 @@
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0011_bounds.sql."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from keyproxy.limits.ledger_protocol import Line, Reply, Window
+from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.postgres.database import Database
+
+
+class WindowState(NamedTuple):
+    """How a present window stands. `ends_seconds` from now; `ahead_seconds`, of a rate: until it is as new."""
+
+    spent: int
+    held: int
+    forfeited: int
+    ends_seconds: float
+    ahead_seconds: float
+
+
+class PostgresLedger:
+    """See the module. Implements the port LedgerBackend."""
+
+    def __init__(self, database: Database, *, lease_seconds: float) -> None:
+        self._database = database
+        self._lease_seconds = lease_seconds
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        """See the port."""
+        columns = zip(*(_flat(line) for line in lines), strict=True) if lines else ([] for _ in range(15))
+        rows = await self._database.fetch(
+            "sync_leases", holder, serial, self._lease_seconds, *(list(column) for column in columns)
+        )
+        if not rows:
+            return None
+        # The row in front is told only when it says something: that the ledger settles.
+        return [Reply(*row) for row in rows if row["lease"] or row["wait_seconds"]]
+
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        """See the port."""
+        rows = await self._database.fetch("reap_holders", portion)
+        return bool(rows[0]["done"])
+
+    async def forget(self, portion: int) -> bool:
+        """See the port."""
+        rows = await self._database.fetch("forget_holders", portion)
+        return bool(rows[0]["gone"] >= portion)
+
+    async def end(self, holder: str) -> None:
+        """See the port."""
+        await self._database.fetch("end_holders", [holder])
+
+    async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
+        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        rows = await self._database.fetch(
+            "windows_now",
+            [window.pool.kind for window in windows],
+            [window.pool.owner for window in windows],
+            [window.pool.is_test for window in windows],
+            [window.measure for window in windows],
+        )
+        found = {row["number"]: WindowState(*tuple(row)[1:]) for row in rows}
+        return [found.get(number) for number in range(1, len(windows) + 1)]
+
+    async def close(self) -> None:
+        """The database is the store's."""
+
+
+def _flat(line: Line) -> tuple[object, ...]:
+    pool, measure = line.window
+    return (line.lease, *pool, measure, *line[2:])

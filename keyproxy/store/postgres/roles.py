@@ -1,0 +1,114 @@
+"""Roles of PostgreSQL with no more rights than they need: one for proxies, one for the admin API and the command line.
+
+`<prefix>_proxy` reads keys, plans and what changes, notes when keys were last used, and writes the ledger and usage. It
+can change no key, no plan and no audit row. `<prefix>_admin` changes the directory; the audit log it only reads: the
+tables write it themselves. Neither owns anything, so neither can alter the schema or its triggers.
+
+Both may log in and have no password until they are given one. Rights are set anew as a whole each time, so that the list
+below is what they have; a table that is not in the list is nobody's, and a test fails.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres.failures import NO_ANSWER
+from keyproxy.store.postgres.migrations import MigrationError
+
+_PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,40}")
+_ALL: Final = "SELECT, INSERT, UPDATE, DELETE"
+
+#: Table: what proxies may do with it, what the admin side may. Empty: nothing.
+RIGHTS: Final = {
+    "migrations": ("SELECT", "SELECT"),
+    "tenants": ("SELECT", _ALL),
+    "users": ("SELECT", _ALL),
+    "api_keys": ("SELECT, UPDATE (last_used_at)", _ALL),
+    "plans": ("SELECT", _ALL),
+    # Through two functions alone: see the migration that made the table.
+    "foreign_hashes": ("", _ALL),
+    "changes": ("SELECT, DELETE", "SELECT"),
+    "audit_log": ("", "SELECT"),
+    "ledger": ("SELECT", "SELECT"),
+    "ledger_history": ("SELECT, UPDATE", "SELECT"),
+    "lease_holders": (_ALL, "SELECT"),
+    "leases": (_ALL, "SELECT"),
+    "windows": (_ALL, "SELECT"),
+    "idempotent_charges": (_ALL, ""),
+    "claim_batches": (_ALL, ""),
+    "usage": ("SELECT, INSERT, UPDATE", "SELECT"),
+    "usage_writers": (_ALL, "SELECT"),
+    "usage_event_batches": ("SELECT, INSERT", "SELECT"),
+    "usage_events": ("", "SELECT"),
+    "admin_tokens": ("", _ALL),
+    "answered_requests": ("", _ALL),
+    "reminders": ("", _ALL),
+    "expiring_keys": ("", "SELECT"),
+    "expiring_admin_tokens": ("", "SELECT"),
+}
+
+#: Functions that not everybody may call.
+_FUNCTIONS: Final = (
+    "foreign_recipe(text)",
+    "adopt_foreign(text, text, bytea)",
+    "tend_usage(integer, integer, integer)",
+)
+
+_SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "SELECT")}
+
+
+def names(prefix: str) -> tuple[str, str]:
+    """The roles of a prefix: the proxies', the admin side's. Raises MigrationError for one that is no name."""
+    if not _PREFIX.fullmatch(prefix):
+        raise MigrationError(f"{prefix!r} is no prefix for roles: lower-case letters, digits and _, 41 at most")
+    return f"{prefix}_proxy", f"{prefix}_admin"
+
+
+async def create(dsn: str, prefix: str) -> list[str]:
+    """Make the two roles if they are not there, and give them their rights and no others. What was made.
+
+    The schema has to be up to this program. Raises MigrationError or StoreUnavailable.
+    """
+    roles = names(prefix)
+    if (await migrations.state(dsn)).pending:
+        raise MigrationError("the schema has to be brought up to this program before roles are given rights on it")
+    connection = await migrations.connect(dsn, writes=True)
+    try:
+        async with connection.transaction(isolation="read_committed"):
+            # One at a time: two who set the same rights would meet in the system's own tables.
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('keyproxy.roles', 0))")
+            made = [role for role in roles if await _make(connection, role)]
+            for place, role in enumerate(roles):
+                await _grant(connection, role, place)
+        return made
+    except NO_ANSWER as error:
+        raise MigrationError(f"the roles were not made, nothing was changed: {error}") from error
+    finally:
+        await connection.close()
+
+
+async def _make(connection: Any, role: str) -> bool:
+    if await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role):
+        return False
+    await connection.execute(f'CREATE ROLE "{role}" LOGIN')
+    # No statement runs for long enough to be worth compiling; on a large database some seem to.
+    await connection.execute(f'ALTER ROLE "{role}" SET jit = off')
+    return True
+
+
+async def _grant(connection: Any, role: str, place: int) -> None:
+    """`place` of this role's rights in the lists."""
+    for what in ("ALL TABLES", "ALL SEQUENCES", "ALL FUNCTIONS"):
+        await connection.execute(f'REVOKE ALL ON {what} IN SCHEMA keyproxy FROM "{role}"')
+    await connection.execute(f'REVOKE ALL ON SCHEMA keyproxy FROM "{role}"')
+    await connection.execute(f'GRANT USAGE ON SCHEMA keyproxy TO "{role}"')
+    for lists in (RIGHTS, _SEQUENCES):
+        kind = "SEQUENCE" if lists is _SEQUENCES else "TABLE"
+        for name, rights in lists.items():
+            is_there = await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"keyproxy.{name}")
+            if rights[place] and is_there:
+                await connection.execute(f'GRANT {rights[place]} ON {kind} keyproxy.{name} TO "{role}"')
+    for function in _FUNCTIONS:
+        await connection.execute(f'GRANT EXECUTE ON FUNCTION keyproxy.{function} TO "{role}"')

@@ -1,0 +1,94 @@
+"""The parts of the store that a proxy uses, put together: opened and closed as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keyproxy.config import schema
+from keyproxy.model import Moment
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.ledger.charge_dedup import Claims
+from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
+from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.select_backend import ledger_backend
+from keyproxy.store.postgres.database import Database, Listener
+from keyproxy.store.usage.journal import UsageJournal
+
+
+class Store:
+    """See the module."""
+
+    def __init__(
+        self, store: schema.Store, cache: schema.Cache, ledger: schema.Ledger, usage: schema.Usage, *,
+        dsn: str, header_prefix: str, now: Callable[[], Moment],
+    ) -> None:  # fmt: skip
+        self.database = Database(
+            dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
+        )
+        # The ledger's conversation is not to wait for look-ups, nor they for it.
+        self._ledger_database = Database(
+            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
+        )
+        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
+        self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
+        # Nor is either to wait for a batch of usage.
+        self._usage_database = Database(
+            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
+        )
+        self.usage = UsageJournal(self._usage_database, usage, now, settle_seconds=ledger.settle_seconds)
+        for part in (self._ledger_database, self._usage_database):
+            part.outage, part.is_main = self.database.outage, False
+        self.usage.outage = self.claims.outage = self.database.outage
+        if ledger.backend == "postgres":
+            self.ledger.conversation.share(self.database.outage)
+        state = FeedState()
+        self.last_used = LastUsed(self.database)
+        self.identities = IdentityCache(
+            self.database, cache, feed=state, last_used=self.last_used, header_prefix=header_prefix,
+            # One connection is left for the change feed, which tells of revocations.
+            look_ups_max=max(1, store.pool_size_max - 1), now=now,
+        )  # fmt: skip
+        self.feed = ChangeFeed(
+            self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now
+        )
+        #: All that goes on in here as long as the store is open.
+        self.lasting = (
+            self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,
+            self.feed.lasting,
+        )  # fmt: skip
+
+        #: Its work on what is over in the tables.
+        self.chores = (
+            self.ledger.conversation.reaping, self.ledger.conversation.forgetting, self.claims.forgetting,
+            self.usage.tending, self.usage.sweeping, self.feed.forgetting,
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        """Begin to follow the database, whether or not it answers."""
+        await self.database.open()
+        await self._ledger_database.open()
+        await self._usage_database.open()
+        self.feed.start()
+        self.ledger.start()
+        self.claims.start()
+        self.last_used.start()
+        self.usage.start()
+
+    async def close(self) -> None:
+        """Write what there is, and let go of the database."""
+        # Before the ledger's: it settles what they are about.
+        await self.claims.close()
+        await self.ledger.close()
+        await self._ledger_database.close()
+        await self.usage.close()
+        await self._usage_database.close()
+        await self.last_used.close()
+        await self.feed.close()
+        await self.identities.close()
+        await self.database.close()
+
+    async def answers(self) -> None:
+        """Raises StoreUnavailable if the database does not."""
+        await self.database.fetch("tenants", "", 1)

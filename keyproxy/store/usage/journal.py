@@ -1,0 +1,320 @@
+"""What was used, by whom: gathered in memory from what has ended, written in batches, each of which counts once.
+
+    take    exchanges that have ended are summed by (day, key, mode, route), and told one by one as events
+    seal    what was gathered becomes a batch with a number: it is sent as it is, until it is known to be written
+    write   one statement, one transaction; the number of the last batch of this process is kept beside the sums
+
+A batch whose answer is lost is sent again under its number, and counts once. While the store is away what comes is
+summed into what waits already, so that it takes up room by the number of keys and not of requests. A process that dies
+takes with it what it gathered since it last wrote: attribution of `settle_seconds`, never money. What is spent of limits
+is the ledger's, and is not taken from here.
+
+Nobody is attributed what cannot be: requests without a known key are counted in the metrics alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from typing import Final
+
+import orjson
+
+from keyproxy.config import schema
+from keyproxy.model import Identity, Moment
+from keyproxy.ports import Exchange
+from keyproxy.store.background import Lasting
+from keyproxy.store.housekeeping import Chore
+from keyproxy.store.outage import Outage
+from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
+
+_log = logging.getLogger(__name__)
+
+#: A batch is sealed at either, so that writing one stays far within a statement's time.
+_BATCH_GROUPS_MAX: Final = 5_000
+_BATCH_EVENT_BYTES_MAX: Final = 1 << 20
+
+#: What may wait while the store is away. Full: requests of keys and routes that do not wait already are not recorded, nor
+#: is any event, but counted in `dropped`. What does wait goes on being summed.
+_WAITING_GROUPS_MAX: Final = 100_000
+_WAITING_EVENT_BYTES_MAX: Final = 16 << 20
+
+#: What events have in common is remembered up to here for each group; then all of it is forgotten.
+_ALIKE_MAX: Final = 64
+
+_TEND_SECONDS: Final = 1_800.0
+_TEND_RETRY_SECONDS: Final = 10.0
+_TEND_PORTION: Final = 2_000
+_WINDOWS_PORTION: Final = 1_000
+_RETRY_SECONDS: Final = 1.0
+_DAY_SECONDS: Final = 86_400
+_EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
+
+#: An exchange with its labels: route, mode, code.
+Row = tuple[Exchange, str, str, str]
+
+
+class _Group:
+    """The exchanges of one day that share key and route."""
+
+    __slots__ = ("alike", "day", "estimated", "identity", "refusals", "requests", "route", "tokens_in", "tokens_out")
+
+    def __init__(self, day: int, identity: Identity, route: str) -> None:
+        self.day = day
+        self.identity = identity
+        self.route = route
+        self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
+        #: The part of an event that is the same for requests that are alike, by method, status, code and policy.
+        self.alike: dict[tuple[bytes, int, str, str], orjson.Fragment] = {}
+
+    def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
+        """One event, in the order in which the view keyproxy.usage_events reads it."""
+        head, use, started = exchange.head, exchange.token_use, exchange.started_mono
+        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy)
+        return (
+            int((started + wall_offset) * 1_000),
+            exchange.request_id.decode("ascii"),
+            self.alike.get(key) or self._alike(key),
+            exchange.bytes_in,
+            exchange.bytes_out,
+            int((exchange.ended_mono - started) * 1_000_000),
+            None if use is None else use.tokens_in,
+            None if use is None else use.tokens_out,
+            exchange.is_estimated,
+        )
+
+    def _alike(self, key: tuple[bytes, int, str, str]) -> orjson.Fragment:
+        # Methods are the callers' to choose.
+        if len(self.alike) >= _ALIKE_MAX:
+            self.alike.clear()
+        who, (method, status, code, policy) = self.identity, key
+        told: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
+        told += [status, code, policy] if policy else [status, code]
+        fragment = self.alike[key] = orjson.Fragment(orjson.dumps(told))
+        return fragment
+
+
+class _Batch:
+    """What is written in one piece. `events`: JSON arrays without their brackets."""
+
+    __slots__ = ("by_key", "event_bytes", "event_count", "events", "groups", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.groups: list[_Group] = []
+        self.by_key: dict[tuple[Identity, str], _Group] = {}
+        self.events: list[bytes] = []
+        self.event_bytes = self.event_count = 0
+
+
+class UsageJournal:
+    """See the module."""
+
+    def __init__(
+        self, database: Database, usage: schema.Usage, now: Callable[[], Moment], *, settle_seconds: float
+    ) -> None:
+        self.counts = dict.fromkeys(("batches", "events", "failures"), 0)
+        #: What was not recorded, since too much waits.
+        self.dropped = dict.fromkeys(("requests", "events"), 0)
+        self.down_because = ""
+        #: Logs outages of the store.
+        self.outage = Outage("the store")
+        self._database = database
+        self._usage = usage
+        self._settle_seconds = settle_seconds
+        self._now = now
+        self._process = secrets.token_hex(8)
+        self._batch = _Batch(1)
+        self._sealed: deque[_Batch] = deque()
+        self._sealed_groups = self._sealed_event_bytes = 0
+        self._day = -1
+        self._written_mono = now().mono_seconds
+        self.lasting = Lasting("usage")
+        self.tending = Chore("usage", "delete old usage and windows", portion=_TEND_PORTION)
+        self.sweeping = Chore("windows", "delete unused rates and slots", portion=_WINDOWS_PORTION)
+        #: Up to which window the sweep has come.
+        self._swept = 0
+
+    def start(self) -> None:
+        """Begin to write."""
+        self.lasting.start(self._write_forever, self._note_failure)
+        self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
+
+    async def close(self) -> None:
+        """Write what there is. What cannot be written now is lost, and said so."""
+        await self.lasting.end()
+        await self.flush()
+        if self._sealed:
+            requests = sum(group.requests for batch in self._sealed for group in batch.groups)
+            _log.error("the usage of %d requests could not be written: %s", requests, self.down_because)
+
+    @property
+    def pending_events(self) -> int:
+        """How many events wait to be written."""
+        return self._batch.event_count + sum(batch.event_count for batch in self._sealed)
+
+    def unwritten_seconds(self) -> float:
+        """How old what waits to be written may be; 0.0 if nothing waits."""
+        is_waiting = bool(self._sealed or self._batch.groups)
+        return self._now().mono_seconds - self._written_mono if is_waiting else 0.0
+
+    # -- gathering
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Exchanges that have ended. Never waits."""
+        now = self._now()
+        day = int(now.wall_seconds // _DAY_SECONDS)
+        if day != self._day:
+            self._day = day
+            self._batch.by_key.clear()
+        by_key = self._batch.by_key
+        tells_events = self._usage.event_days > 0 and self._has_room_for(rows)
+        wall_offset = now.wall_seconds - now.mono_seconds
+        events = []
+        for exchange, route, _, code in rows:
+            identity = exchange.identity
+            if identity is None:
+                continue
+            group = by_key.get((identity, route))
+            if group is None:
+                group = self._begun(identity, route)
+                if group is None:
+                    self.dropped["requests"] += 1
+                    continue
+            if exchange.sent_mono:
+                group.requests += 1
+            elif exchange.reason is not None:
+                group.refusals += 1
+            use = exchange.token_use
+            if use is not None:
+                group.tokens_in += use.tokens_in
+                group.tokens_out += use.tokens_out
+                if exchange.is_estimated:
+                    group.estimated += use.total
+            if tells_events:
+                events.append(group.event(exchange, code, wall_offset))
+        if events:
+            self._keep(events)
+        if len(self._batch.groups) >= _BATCH_GROUPS_MAX or self._batch.event_bytes >= _BATCH_EVENT_BYTES_MAX:
+            self._seal()
+
+    def _begun(self, identity: Identity, route: str) -> _Group | None:
+        batch = self._batch
+        if self._sealed_groups + len(batch.groups) >= _WAITING_GROUPS_MAX:
+            return None
+        group = batch.by_key[identity, route] = _Group(self._day, identity, route)
+        batch.groups.append(group)
+        return group
+
+    def _has_room_for(self, rows: Sequence[Row]) -> bool:
+        if self._sealed_event_bytes + self._batch.event_bytes < _WAITING_EVENT_BYTES_MAX:
+            return True
+        self.dropped["events"] += sum(exchange.identity is not None for exchange, *_ in rows)
+        return False
+
+    def _keep(self, events: Sequence[object]) -> None:
+        batch, told = self._batch, orjson.dumps(events)[1:-1]
+        batch.events.append(told)
+        batch.event_bytes += len(told)
+        batch.event_count += len(events)
+
+    def _seal(self) -> None:
+        batch = self._batch
+        if batch.groups:
+            self._sealed.append(batch)
+            self._sealed_groups += len(batch.groups)
+            self._sealed_event_bytes += batch.event_bytes
+            self._batch = _Batch(batch.number + 1)
+
+    # -- writing
+
+    async def flush(self) -> None:
+        """Write all that has been gathered so far, if the store can be asked."""
+        for batch in self._to_write():
+            try:
+                await self._database.fetch("record_usage", self._process, *_columns(batch))
+            except StoreUnavailable as error:
+                self._note_failure(error)
+                return
+            except StoreConflict as error:
+                # It would be refused for ever, and everything behind it would wait.
+                requests = sum(group.requests + group.refusals for group in batch.groups)
+                _log.error("the usage of %d requests was refused by the store: %s", requests, error)
+                self.dropped["requests"] += requests
+                self.dropped["events"] += batch.event_count
+            else:
+                self.counts["batches"] += 1
+                self.counts["events"] += batch.event_count
+                self._note_success()
+            self._sealed.popleft()
+            self._sealed_groups -= len(batch.groups)
+            self._sealed_event_bytes -= batch.event_bytes
+
+    def _to_write(self) -> Iterator[_Batch]:
+        """What was sealed already, then what has been gathered since; each until it is sealed no more."""
+        while self._sealed:
+            yield self._sealed[0]
+        self._seal()
+        while self._sealed:
+            yield self._sealed[0]
+
+    def _note_failure(self, error: Exception) -> None:
+        self.counts["failures"] += 1
+        self.outage.met(f"usage cannot be written yet: {error or type(error).__name__}")
+        self.down_because = str(error) or type(error).__name__
+
+    def _note_success(self) -> None:
+        self._written_mono = self._now().mono_seconds
+        self.down_because = ""
+
+    async def _write_forever(self) -> None:
+        while True:
+            await asyncio.sleep(max(self._settle_seconds, _RETRY_SECONDS if self.down_because else 0.0))
+            if not (self._sealed or self._batch.groups):
+                self._written_mono = self._now().mono_seconds
+                continue
+            await self.flush()
+
+    async def _tend_forever(self) -> None:
+        """Make place for days to come, and let go of days that are over."""
+        while True:
+            is_done = await self.tending.finish(self.tend)
+            is_done = await self.sweeping.finish(self.sweep) and is_done
+            await asyncio.sleep(_TEND_SECONDS if is_done else _TEND_RETRY_SECONDS)
+
+    async def tend(self, portion: int = _TEND_PORTION) -> bool:
+        """Clean up once, a portion; whether there is more."""
+        usage = self._usage
+        rows = await self._database.fetch("tend_usage", usage.event_days, usage.days, portion)
+        return bool(rows[0]["is_more"])
+
+    async def sweep(self, portion: int = _WINDOWS_PORTION) -> bool:
+        """Delete the unused of the next windows that never end; whether the ones behind are worth a look at once."""
+        rows = await self._database.fetch("forget_windows", self._swept, portion)
+        following: int | None = rows[0]["next"]
+        self._swept = following or 0
+        return following is not None and bool(rows[0]["gone"])
+
+
+def _columns(batch: _Batch) -> tuple[object, ...]:
+    """A batch as the arguments of record_usage."""
+    groups = batch.groups
+    return (
+        batch.number,
+        [date.fromordinal(group.day + _EPOCH_ORDINAL) for group in groups],
+        [group.identity.tenant_id for group in groups],
+        [group.identity.user_id for group in groups],
+        [group.identity.key_id for group in groups],
+        [group.identity.is_test for group in groups],
+        [group.route for group in groups],
+        [group.requests for group in groups],
+        [group.refusals for group in groups],
+        [group.tokens_in for group in groups],
+        [group.tokens_out for group in groups],
+        [group.estimated for group in groups],
+        (b"[" + b",".join(batch.events) + b"]").decode("utf-8") if batch.events else None,
+    )

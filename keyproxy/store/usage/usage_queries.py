@@ -1,0 +1,185 @@
+"""Usage, read: sums for people and bills, events for export, and how the windows of limits stand.
+
+Everything long comes in pages by key, so that no transaction stays open and an export that broke off goes on where it
+was. Events are told at least once, each under an id that never changes; whoever goes on after an id misses none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any, Final
+
+import orjson
+
+from keyproxy.store.directory.base import Invalid
+from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
+from keyproxy.store.postgres.json_values import read_json
+from keyproxy.store.postgres.times import FIRST_DAY, day_text
+
+_log = logging.getLogger(__name__)
+
+#: What sums can be grouped by, in the order in which they are told.
+DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route")
+MEASURES: Final = ("requests", "refusals", "tokens_in", "tokens_out", "tokens_estimated")
+
+_ROWS: Final = 1_000
+_EVENT_BATCHES: Final = 20
+_HORIZON_SECONDS: Final = 10.0
+_LOOK_SECONDS: Final = 0.05
+_EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
+
+#: An event as keyproxy.usage_event_batches holds it: what is alike in many of them stands in the third place. The policy
+#: is there only if a limit refused the request.
+_ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code", "policy")
+
+
+class NoSuchEventError(Invalid):
+    """The event to go on after is not there: never was, or is kept no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFilter:
+    """What to read: all that is given has to hold.
+
+    `since` and `until`: aware times; the first is included, the second is not. Sums are by whole days: those that hold
+    any of that time.
+    """
+
+    tenant: str | None = None
+    user: str | None = None
+    key: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    @property
+    def first_day(self) -> date | None:
+        """The first day that counts."""
+        return None if self.since is None else self.since.astimezone(UTC).date()
+
+    @property
+    def end_day(self) -> date | None:
+        """The first day that does not count any more."""
+        if self.until is None:
+            return None
+        until = self.until.astimezone(UTC)
+        is_whole = until.time() == time.min
+        # The first and the last day of the calendar have none before and none after them.
+        return until.date() if is_whole or until.date() == date.max else until.date() + timedelta(days=1)
+
+
+class UsageReader:
+    """See the module. All methods raise StoreUnavailable."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]:
+        """What was used, summed by some of DIMENSIONS and in their order; at most `limit` rows."""
+        rows = await self._database.fetch("usage_by", list(by), *_filters(wanted), limit)
+        kept = [name for name in DIMENSIONS if name in by]
+        return [_sum(row, kept) for row in rows]
+
+    async def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]:
+        """Every row, day by day."""
+        after: tuple[object, ...] = (FIRST_DAY, "", "", "", False, "")
+        while rows := await self._database.fetch("usage_after", *after, *_filters(wanted), _ROWS):
+            for row in rows:
+                yield _sum(row, DIMENSIONS)
+            last = rows[-1]
+            after = (last["day"], last["tenant"], last["user"], last["key"], last["mode"] == "test", last["route"])
+
+    async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Every event that was written by now, in the order of writing; those after the one with the id `after`.
+
+        Raises NoSuchEventError.
+        """
+        serial, skipped = (0, 0) if after is None else await self._place(after)
+        horizon = await self._horizon()
+        # Written on the day it ended or later; a day for clocks that do not agree.
+        first = wanted.first_day or date.min
+        first -= timedelta(days=first > date.min)
+        start = serial - 1 if skipped else serial
+        while rows := await self._database.fetch("event_batches", start, horizon, first, _EVENT_BATCHES):
+            for row in rows:
+                for place, event in _readable_events(row):
+                    if row["serial"] == serial and place <= skipped:
+                        continue
+                    if _is_wanted(event, wanted):
+                        yield event
+            start = rows[-1]["serial"]
+
+    async def _place(self, event_id: str) -> tuple[int, int]:
+        """(serial of its batch, its place there)."""
+        match = _EVENT_ID.fullmatch(event_id)
+        rows = await self._database.fetch("event_batch_serial", match[1], int(match[2])) if match else []
+        if match is None or not rows:
+            raise NoSuchEventError(f"there is no event {event_id!r}, or it is kept no more")
+        return rows[0]["serial"], int(match[3])
+
+    async def _horizon(self) -> int:
+        """The serial up to which all is there that ever will be: numbers are taken before transactions commit."""
+        row = (await self._database.fetch("event_horizon"))[0]
+        deadline = asyncio.get_running_loop().time() + _HORIZON_SECONDS
+        while not (await self._database.fetch("have_all_ended", row["not_begun"]))[0]["have_ended"]:
+            if asyncio.get_running_loop().time() > deadline:
+                raise StoreUnavailable("a transaction that may have written events is still under way: try again later")
+            await asyncio.sleep(_LOOK_SECONDS)
+        newest: int = row["newest"]
+        return newest
+
+
+def _filters(wanted: UsageFilter) -> tuple[object, ...]:
+    return wanted.tenant, wanted.user, wanted.key, wanted.first_day, wanted.end_day
+
+
+def _sum(row: Row, dimensions: Sequence[str]) -> dict[str, Any]:
+    told: dict[str, Any] = {name: row[name] for name in dimensions}
+    if "day" in told:
+        told["day"] = day_text(told["day"])
+    return told | {name: int(row[name]) for name in MEASURES}
+
+
+def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The events of a batch with their places. Invalid entries written by other programs are skipped."""
+    batch = f"{row['process']}:{row['batch']}"
+    events = read_json(row["events"])
+    for place, told in enumerate(events if isinstance(events, list) else [], start=1):
+        try:
+            event = _event(f"{batch}:{place}", told)
+            orjson.dumps(event)  # fails for half of a surrogate pair, which no response can hold
+        except (ValueError, TypeError, ArithmeticError, OSError) as error:
+            _log.warning("the usage event %s:%d cannot be read and is skipped: %s", batch, place, error)
+        else:
+            yield place, event
+
+
+def _event(event_id: str, told: Sequence[Any]) -> dict[str, Any]:
+    started_ms, request_id, alike, bytes_in, bytes_out, micros, tokens_in, tokens_out, estimated = told
+    when = datetime.fromtimestamp(started_ms // 1_000, UTC).replace(microsecond=started_ms % 1_000 * 1_000)
+    return {
+        "id": event_id,
+        "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "request_id": request_id,
+        **dict.fromkeys(_ALIKE),
+        **dict(zip(_ALIKE, alike, strict=False)),
+        "tokens_in": tokens_in,
+        "tokens_out": tokens_out,
+        "estimated": estimated,
+        "request_bytes": bytes_in,
+        "response_bytes": bytes_out,
+        "duration_seconds": micros / 1_000_000,
+    }
+
+
+def _is_wanted(event: dict[str, Any], wanted: UsageFilter) -> bool:
+    for name in ("tenant", "user", "key"):
+        value = getattr(wanted, name)
+        if value is not None and event[name] != value:
+            return False
+    when = datetime.fromisoformat(event["time"])
+    return (wanted.since is None or when >= wanted.since) and (wanted.until is None or when < wanted.until)

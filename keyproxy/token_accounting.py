@@ -1,0 +1,126 @@
+"""Tokens of one request: what to hold before it is forwarded, what to charge when it has ended.
+
+    hold     prompt's bound + the maximum it asks for; without one: what its plan allows a request, or all that is left
+    charge   what the answer says was used; of a stream that was broken off, what had come by then; else what was held
+
+Whatever is not said by the answer is marked as estimated. What is held is a bound, so that the charge fits into it; a
+stream that outlives its hold has it extended (`outlives`).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from keyproxy.ai.requests.body_reading import BodyReading
+from keyproxy.ai.requests.forwarded_headers import for_metering
+from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, TokenAsk, ask_of
+from keyproxy.limits.allowance import Hold
+from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
+from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason, Refusal
+
+#: The maximum size of a body's content, after decompression.
+BODY_BYTES_MAX: Final = 33_554_432
+
+#: What a token is in most languages and code; for estimates of what nobody has said.
+_BYTES_A_TOKEN: Final = 4
+
+#: A stream's hold is extended before the last of it is reached, and by so much at a time, or a quarter of it.
+_RESERVE_TOKENS: Final = 32
+_EXTENSION_TOKENS: Final = 256
+
+
+def need(exchange: Exchange, route: Route) -> TokenAsk:
+    """The needs of a request on a route with tokens. Raises Missing until its body has arrived and is parsed."""
+    ask = exchange.ask
+    if ask is None:
+        head = exchange.head
+        if head is None:
+            raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be metered")
+        if not exchange.is_complete:
+            raise Missing("body", lambda _patience: exchange.whole_body())
+        ask = _read(exchange, head, route)
+    return ask
+
+
+def is_read_at_once(exchange: Exchange) -> bool:
+    """Whether parsing the body is as cheap as checking whether a limit refuses the request."""
+    head = exchange.head
+    return (
+        exchange.is_complete and len(exchange.body) <= PARSED_BYTES_MAX and head is not None and not head.fields.codings
+    )
+
+
+def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
+    reading = exchange.reading
+    ask = ask_of(route.tokens, head, exchange.body) if reading is None else reading.asked
+    if ask is None:
+        raise _reading(exchange, reading, head, route)
+    fields, length = head.fields, None
+    if reading is not None:
+        exchange.body, exchange.reading = reading.body, None
+    elif ask.body is not None:
+        exchange.body, ask.body = ask.body, None
+    if ask.hides_usage:
+        length = None if fields.is_chunked else len(exchange.body)
+    exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+    exchange.ask = ask
+    return ask
+
+
+def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead, route: Route) -> Missing:
+    """Start reading a body that is too long to parse at once. The reading takes over the body."""
+    if reading is None:
+        reading = BodyReading(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
+        exchange.reading, exchange.body = reading, b""
+    advance = reading.advance
+    return Missing("reading", lambda _patience: exchange.in_turns(advance))
+
+
+def charge(exchange: Exchange, permit: Permit) -> int:
+    """How many tokens a request that has ended is charged. Notes them on the exchange."""
+    ask = exchange.ask
+    if ask is None or not exchange.sent_mono:
+        return 0
+    exchange.token_use, exchange.is_estimated = _use(exchange, ask, permit.hold)
+    return exchange.token_use.total
+
+
+def _use(exchange: Exchange, ask: TokenAsk, hold: Hold | None) -> tuple[TokenUse, bool]:
+    meter = exchange.meter
+    said = None if meter is None else meter.use
+    is_whole = exchange.ending is ANSWERED
+    if said is not None and is_whole:
+        return said, False
+    prompt = -(-ask.prompt_bound // _BYTES_A_TOKEN)
+    if meter is not None and meter.is_stream and not is_whole:
+        tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
+        so_far = TokenUse(0, 0) if said is None else said
+        use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
+        if hold is not None and hold.budgets and use.total > hold.covers:
+            # It is ended when its budget is; that an event has more than one token is no reason to overspend.
+            tokens_in = min(use.tokens_in, hold.covers)
+            use = TokenUse(tokens_in, hold.covers - tokens_in)
+        return use, True
+    if said is not None:
+        return said, False
+    if hold is None or not hold.budgets:
+        return TokenUse(prompt, 0 if meter is None else meter.produced), True
+    tokens_in = min(prompt, hold.covers)
+    return TokenUse(tokens_in, hold.covers - tokens_in), True
+
+
+def outlives(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
+    """By how many tokens the hold of a stream is to be extended, 0 for not yet; and whether it is used up already.
+
+    Towards the end of its budget by whatever is left there.
+    """
+    ask, meter = exchange.ask, exchange.meter
+    if ask is None or meter is None or not hold.budgets:
+        return 0, False
+    tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
+    used = tokens_in + meter.produced
+    if used + _RESERVE_TOKENS < hold.covers:
+        return 0, False
+    left = min(lease.remaining for lease in hold.budgets)
+    return max(1, min(max(_EXTENSION_TOKENS, hold.covers // 4), left)), used >= hold.covers

@@ -1,0 +1,291 @@
+"""Read heads, remembering how heads like them were judged.
+
+Clients send nearly the same head again and again: what differs is the key, a length, a trace id. So lines are looked up
+among the lines seen before; the lines of a head together are its *shape*, and a shape that was judged once need not be
+judged again. Everything that is judged is judged by `heads`: a shape is remembered only from there, and any line that is
+not recognised beyond doubt sends the whole head back there.
+
+Within a remembered shape a line may differ only if its name was judged, its value holds nothing but field characters,
+and its meaning is one of those below, which all say "any value will do, and goes here". A Host, a Connection or a
+Transfer-Encoding never differs within a shape. No key is remembered: the line that holds it is cut out.
+
+Heads on one connection resemble each other, so the last one's is tried first: the same bytes are the same head, and what
+differs in values alone is mostly of the same shape. What is of another shape is taken apart into lines. It is the
+connection that keeps its last head, for as long as it is in use: a key is in there.
+
+Rejected: a table of whole heads, which a single trace header defeats and which keeps keys in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
+
+from keyproxy.http import request_target
+from keyproxy.http.headers import FieldNames, Kind
+from keyproxy.http.routes import KNOWN_METHODS
+from keyproxy.model import (
+    CredentialField,
+    RequestFields,
+    RequestHead,
+    RequestLine,
+    ResponseFields,
+    ResponseHead,
+    StatusLine,
+)
+from keyproxy.reasons import Refusal
+from keyproxy.wire.parsing.head_parser import JudgedFields, judge_request, judge_response, request_line
+from keyproxy.wire.parsing.head_templates import CRLF, Meaning, Shape
+
+#: Full: all is forgotten and learnt anew. Whoever sends ever new heads pays for their judgement, nobody else for long.
+_LINES_MAX: Final = 2048
+_SHAPES_MAX: Final = 2048
+_START_LINES_MAX: Final = 4096
+_LINE_BYTES_MAX: Final = 512
+
+#: A longer head is not kept to be compared with.
+_RAW_BYTES_MAX: Final = 2048
+
+#: Lines with these names tend to be the same from one request to the next, and are remembered whole. The kinds other
+#: than PLAIN have to be: what they say is part of the shape.
+_STABLE_NAMES: Final = frozenset(
+    {
+        b"accept",
+        b"accept-encoding",
+        b"accept-language",
+        b"accept-ranges",
+        b"access-control-allow-origin",
+        b"cache-control",
+        b"content-encoding",
+        b"content-type",
+        b"pragma",
+        b"server",
+        b"strict-transport-security",
+        b"user-agent",
+        b"vary",
+        b"x-content-type-options",
+        b"x-frame-options",
+        b"x-powered-by",
+    }
+)
+_STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT, Kind.UPGRADE})
+
+#: Kinds of which a line may differ within a shape of requests; of answers those with other names besides.
+_VARYING_KINDS: Final = frozenset(
+    {
+        Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID, Kind.USAGE,
+    }
+)  # fmt: skip
+
+_PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
+
+_OWS: Final = b" \t"
+
+_Fields = TypeVar("_Fields")
+
+
+class _Reader(Generic[_Fields]):
+    """What request and response heads have in common: remembered lines, names and shapes."""
+
+    #: Kinds of which a line may differ within a shape.
+    _varies: frozenset[Kind] = frozenset()
+
+    def __init__(self, names: FieldNames) -> None:
+        self._names = names
+        self._meanings: dict[bytes, Meaning] = {}
+        self._lines: dict[bytes, Meaning] = {}
+        self._shapes: dict[tuple[object, ...], Shape[_Fields]] = {}
+        self._by_fields: dict[_Fields, Shape[_Fields]] = {}
+
+    def kind(self, name: bytes) -> Kind:
+        """The Kind of a header name."""
+        return self._names.kind(name)
+
+    def _is_again(self, raw: bytes, fields: _Fields, buffer: bytes) -> bool:
+        """Whether a buffer begins with a head that this reader has read. It ends there too: its last line is empty."""
+        return raw != b"" and buffer.startswith(raw) and fields in self._by_fields
+
+    def _recognised(self, lines: list[bytes], minor_version: int) -> Shape[_Fields] | None:
+        """The shape of a head with these lines, the start line among them; None if it was not judged before."""
+        key: list[object] = [*map(self._lines.get, lines)]
+        key[0] = minor_version
+        while None in key:
+            place = key.index(None)
+            meaning = self._meanings.get(lines[place].partition(b":")[0])
+            if meaning is None:
+                return None
+            key[place] = meaning
+        shape = self._shapes.get(tuple(key))
+        if shape is not None:
+            shape.sighted()
+        return shape
+
+    def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields) -> None:
+        """Remember a head that was judged just now, if all its lines can be recognised again."""
+        if any(len(line) > _LINE_BYTES_MAX for line in lines):
+            return
+        meanings = [self._meaning(line) for line in lines]
+        if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
+            self._shapes.clear()
+            self._by_fields.clear()
+            self._lines.clear()
+            self._meanings.clear()
+        elif (minor_version, *meanings) not in self._shapes:
+            shape = Shape(minor_version, fields, lines, judged, meanings)
+            self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
+
+    def _meaning(self, line: bytes) -> Meaning:
+        name = line.partition(b":")[0]
+        kind = self._names.kind(name)
+        whole = kind in _STABLE_KINDS or (
+            kind not in self._varies and kind is not Kind.HOP and kind is not Kind.RESERVED
+        )
+        if whole or name.lower() in _STABLE_NAMES:
+            return self._lines.setdefault(line, Meaning(kind, is_whole_line=True))
+        return self._meanings.setdefault(name, Meaning(kind, is_whole_line=False))
+
+
+class RequestReader(_Reader[RequestFields]):
+    """Reads request heads."""
+
+    _varies = _VARYING_KINDS
+
+    def __init__(
+        self, names: FieldNames, holds_key: Callable[[bytes], bool], methods: frozenset[bytes] = KNOWN_METHODS
+    ) -> None:
+        """`holds_key`: whether a target has a key in it; such a line is not remembered. `methods`: those served."""
+        super().__init__(names)
+        self.methods: Final = methods
+        self._holds_key = holds_key
+        self._start_lines: dict[bytes, RequestLine] = {}
+
+    def read(self, buffer: bytes, end: int, like: RequestHead | None = None) -> RequestHead:
+        """The request head that stands at the beginning of a buffer; its empty line begins at `end`.
+
+        `like`: the head that it is likely to resemble, the last one on this connection. The same bytes are the same head.
+
+        Raises a Refusal, as `judge_request` does.
+        """
+        if like is not None and self._is_again(like.raw, like.fields, buffer):
+            return like
+        at = buffer.find(CRLF)
+        start = buffer[:at]
+        line = self._start_lines.get(start) or self._start_line(start)
+        if line is None:
+            return self._judge(buffer[: end + 4])
+        shape = None if like is None else self._by_fields.get(like.fields)
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
+        if values is None:
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
+        if shape is None or values is None:
+            return self._judge(buffer[: end + 4])
+        head = _filled(line, shape, values)
+        if like is not None and head.credentials == like.credentials:
+            head.digest, head.key_part = like.digest, like.key_part
+        if end <= _RAW_BYTES_MAX:
+            head.raw = buffer[: end + 4]
+        return head
+
+    def _start_line(self, text: bytes) -> RequestLine | None:
+        """A request line that needs nothing else to be judged: any target in origin form."""
+        match = _PLAIN_REQUEST_LINE.fullmatch(text)
+        if match is None:
+            return None
+        method, sent, minor = match.groups()
+        try:
+            going = request_target.judge(method, sent, None)
+        except Refusal:
+            return None
+        return request_line(method, going, int(minor), holds_key=self._holds_key(going.target))
+
+    def _judge(self, raw: bytes) -> RequestHead:
+        line, fields, judged = judge_request(raw, self._names, self._holds_key, self.methods)
+        start, *lines = raw[:-4].split(CRLF)
+        if len(self._start_lines) >= _START_LINES_MAX:
+            self._start_lines.clear()
+        # A query seldom comes twice, and may hold what should not be kept.
+        is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
+        if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
+            self._start_lines[start] = line
+        # Handshakes are judged each time: that they are complete depends on the method and on values.
+        if not fields.opens_tunnel:
+            self._remember(line.minor_version, fields, lines, judged)
+        head = RequestHead(line, fields, _block(lines, judged), tuple(judged.credentials), judged.content_length or 0)
+        head.request_id = judged.request_id
+        head.forwarded = tuple(judged.forwarded)
+        return head
+
+
+class ResponseReader(_Reader[ResponseFields]):
+    """Reads response heads."""
+
+    _varies = _VARYING_KINDS | {Kind.UNREADABLE}
+
+    def __init__(self, names: FieldNames) -> None:
+        super().__init__(names)
+        self._start_lines: dict[bytes, StatusLine] = {}
+
+    def read(self, buffer: bytes, end: int, like: ResponseHead | None = None) -> ResponseHead:
+        """The response head at the beginning of a buffer; its empty line begins at `end`. `like`: as for requests.
+
+        Raises a Refusal (UPSTREAM_INVALID).
+        """
+        if like is not None and self._is_again(like.raw, like.fields, buffer):
+            return like
+        at = buffer.find(CRLF)
+        line = self._start_lines.get(buffer[:at])
+        if line is None:
+            return self._judge(buffer[: end + 4])
+        shape = None if like is None else self._by_fields.get(like.fields)
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
+        if values is None:
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
+        if shape is None or values is None:
+            return self._judge(buffer[: end + 4])
+        content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
+        head = ResponseHead(line, shape.fields, shape.block(values), content_length)
+        if shape.usage_tokens >= 0:
+            head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
+        if end <= _RAW_BYTES_MAX:
+            head.raw = buffer[: end + 4]
+        return head
+
+    def _judge(self, raw: bytes) -> ResponseHead:
+        line, fields, judged = judge_response(raw, self._names)
+        start, *lines = raw[:-4].split(CRLF)
+        if len(self._start_lines) >= _START_LINES_MAX:
+            self._start_lines.clear()
+        if len(start) <= _LINE_BYTES_MAX:
+            self._start_lines[start] = line
+        self._remember(line.minor_version, fields, lines, judged)
+        head = ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
+        head.usage_tokens = judged.usage_tokens
+        return head
+
+
+def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[bytes]) -> RequestHead:
+    """A request head of a known shape."""
+    credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
+    content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
+    head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
+    if shape.request_id >= 0:
+        head.request_id = values[shape.request_id].strip(_OWS)
+    if shape.forwarded:
+        head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
+    return head
+
+
+def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
+    """The forwarded lines of a head that was judged just now, its length written as servers agree on it."""
+    place = judged.content_length_place
+    if place >= 0:
+        lines = [*lines]
+        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], judged.content_length or 0)
+    return b"".join([line + CRLF for line, goes_on in zip(lines, judged.is_forwarded, strict=True) if goes_on])

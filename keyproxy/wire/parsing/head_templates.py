@@ -1,0 +1,119 @@
+"""Shapes of heads: which lines are always the same, and where between them values stand that differ.
+
+A shape is made from a head that was judged. Whether another head is of that shape is told by one regular expression: all
+between the values must be the same, byte for byte, and a value must hold nothing but field characters (a Content-Length:
+nothing but digits). What is told of such a head is then what was judged, with its own values in their places.
+
+Compiling an expression costs as much as ten judgements, so a shape is learnt when it has been seen a few times: who sends
+ever new heads pays for their judgement and seldom for more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
+
+from keyproxy.http.headers import Kind
+from keyproxy.wire.parsing.head_parser import CONTENT_LENGTH_DIGITS_MAX, JudgedFields
+
+CRLF: Final = b"\r\n"
+
+#: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. It never gives back what it has matched.
+_VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
+
+#: A length as it is forwarded. One that is written in another way is judged, and rewritten.
+_NUMBER: Final = b"(0|[1-9][0-9]{0,%d})" % (CONTENT_LENGTH_DIGITS_MAX - 1)
+
+LEARNT_AFTER: Final = 8
+
+#: An expression takes ten times as much memory as its text. What is longer is judged each time.
+_PATTERN_BYTES_MAX: Final = 2048
+
+_Fields = TypeVar("_Fields")
+
+
+class Meaning:
+    """What any line with this name means, or (`is_whole_line`) what this very line does. Compared by identity."""
+
+    __slots__ = ("is_whole_line", "kind")
+
+    def __init__(self, kind: Kind, *, is_whole_line: bool) -> None:
+        self.kind = kind
+        self.is_whole_line = is_whole_line
+
+
+class Shape(Generic[_Fields]):
+    """A remembered judgement: the lines that are always the same, and between them the holes for values.
+
+    The places of holes that mean something are counted from 0, -1 for none; of fields that may come several times the
+    place and the name, in lower case. A shape is of use once it was seen often enough: `values` is None until then.
+    """
+
+    __slots__ = (
+        "_first", "_going", "_match", "_pattern", "_sightings", "content_length", "credentials", "fields", "forwarded",
+        "minor_version", "request_id", "usage_tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields, meanings: list[Meaning]
+    ) -> None:
+        self.minor_version = minor_version
+        self.fields = fields
+        self.content_length = self.request_id = self.usage_tokens = -1
+        self.credentials: list[tuple[int, bytes]] = []
+        self.forwarded: list[tuple[int, bytes]] = []
+        self._sightings = 0
+        self._match: Callable[[bytes, int, int], re.Match[bytes] | None] | None = None
+        pattern, going = b"", [b""]
+        places = []
+        holes = 0
+        for line, is_forwarded, meaning in zip(lines, judged.is_forwarded, meanings, strict=True):
+            if meaning.is_whole_line:
+                pattern += re.escape(CRLF + line)
+                going[-1] += line + CRLF if is_forwarded else b""
+                continue
+            name = line.partition(b":")[0]
+            self._say(meaning.kind, name.lower(), holes)
+            if meaning.kind is Kind.USAGE and judged.usage_tokens is not None and is_forwarded:
+                self.usage_tokens = holes
+            if is_forwarded:
+                places.append(holes)
+                going[-1] += name + b": "
+                going.append(CRLF)
+            pattern += re.escape(CRLF + name + b": ") + (_NUMBER if meaning.kind is Kind.CONTENT_LENGTH else _VALUE)
+            holes += 1
+        self._pattern = pattern
+        #: The lines that go on: what comes first, then the places of values and what follows each.
+        self._first = going[0]
+        self._going = list(zip(places, going[1:], strict=True))
+
+    def _say(self, kind: Kind, name: bytes, place: int) -> None:
+        if kind is Kind.CONTENT_LENGTH:
+            self.content_length = place
+        elif kind is Kind.REQUEST_ID:
+            self.request_id = place
+        elif kind is Kind.CREDENTIAL:
+            self.credentials.append((place, name))
+        elif kind is Kind.FORWARDED:
+            self.forwarded.append((place, name))
+
+    def sighted(self) -> None:
+        """A head of this shape has come. That often, it is worth learning how to recognise it."""
+        self._sightings += 1
+        if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
+            self._match = re.compile(self._pattern).fullmatch
+
+    def values(self, buffer: bytes, at: int, end: int) -> Sequence[bytes] | None:
+        """What stands in the holes, for a head whose lines are from `at` to `end`; None if it is of another shape."""
+        if self._match is None:
+            return None
+        match = self._match(buffer, at, end)
+        return None if match is None else match.groups()
+
+    def block(self, values: Sequence[bytes]) -> bytes:
+        """The forwarded lines of a head with these values."""
+        block = self._first
+        for place, after in self._going:
+            block += values[place] + after
+        return block

@@ -1,0 +1,91 @@
+"""Bytes of the answers that go to a client: our own, and the head of one that is relayed."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from keyproxy.http.error_responses import Answer
+from keyproxy.model import ResponseHead
+
+#: What every answer begins with.
+BEGINNING = b"HTTP/1.1 "
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+_CLOSE = b"Connection: close\r\n"
+_KEEP_ALIVE = b"Connection: keep-alive\r\n"
+
+
+#: Not by strftime, whose names follow the locale.
+_DAYS: Final = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
+_MONTHS: Final = (
+    b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec",
+)  # fmt: skip
+
+
+class DateField:
+    """The Date line of a response, made once per second. RFC 9110 section 5.6.7, IMF-fixdate."""
+
+    __slots__ = ("_line", "_second")
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._line = b""
+
+    def line(self, wall_seconds: float) -> bytes:
+        """The line at this moment, in Unix time."""
+        second = int(wall_seconds)
+        if second != self._second:
+            at = time.gmtime(second)
+            self._line = b"Date: %b, %02d %b %04d %02d:%02d:%02d GMT\r\n" % (
+                _DAYS[at.tm_wday], at.tm_mday, _MONTHS[at.tm_mon - 1], at.tm_year, at.tm_hour, at.tm_min, at.tm_sec,
+            )  # fmt: skip
+            self._second = second
+        return self._line
+
+
+def own(answer: Answer, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
+    """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
+    return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
+        answer.status,
+        answer.reason_phrase,
+        date,
+        answer.fields,
+        len(answer.body),
+        request_id,
+        _CLOSE if closes else b"",
+        b"" if without_body else answer.body,
+    )
+
+
+def interim(head: ResponseHead, request_id: bytes) -> bytes:
+    """An interim response (1xx), relayed."""
+    return b"%b%bX-Request-Id: %b\r\n\r\n" % (head.line.start, head.block, request_id)
+
+
+def relayed(
+    head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
+) -> bytes:
+    """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: the client is."""
+    kept = b"" if is_http_11 else _KEEP_ALIVE
+    return b"".join(
+        (
+            head.line.start,
+            lines,
+            b"X-Request-Id: ",
+            request_id,
+            b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n",
+            _CLOSE if closes else kept,
+            b"\r\n",
+        )
+    )
+
+
+def switching(head: ResponseHead, lines: bytes, request_id: bytes) -> bytes:
+    """The head of a relayed response that opens a tunnel. `lines`: the upstream's and ours."""
+    return b"%b%bX-Request-Id: %b\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" % (
+        head.line.start,
+        lines,
+        request_id,
+    )

@@ -1,0 +1,1 @@
+"""Upstream connections: the pool, how it is shared, how a request is written."""

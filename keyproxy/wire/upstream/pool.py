@@ -1,0 +1,386 @@
+"""Connections to one upstream: bounded in number, reused, expired, and shared between users.
+
+    lent + idle + connecting <= connections_max; an exchange waits only while all of them are lent or connecting, or its
+    user holds as many as one user may.
+
+`take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, begins to connect; whichever
+connection becomes free first, new or returned, goes to the exchange whose turn it is. The queue is bounded in length and
+time. While exchanges wait, those under way are looked at again and again: what a client hardly moves gives way at once,
+and after a while so does what a user holds beyond a share. Tunnels have a bound of their own within that of all, so that
+those that lie idle leave connections for requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import errno
+import logging
+import select
+import ssl
+from collections.abc import Callable
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+from keyproxy.config.schema import Upstream as UpstreamSettings
+from keyproxy.model import Owner
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.parsing.head_cache import ResponseReader
+from keyproxy.wire.upstream import preemption
+from keyproxy.wire.upstream.connection import ConnectionOwner, UpstreamConnection
+from keyproxy.wire.upstream.fair_queue import Turns
+from keyproxy.wire.upstream.upstream_user import UpstreamUser
+
+_log = logging.getLogger(__name__)
+
+#: Shorter than the shortest usual keep-alive of a server (5 s: uvicorn, Node), so that it is us who close first.
+IDLE_SECONDS: Final = 4.0
+
+#: A connection that has lain longer than this is asked whether the other side has closed it, before it is lent.
+_TRUSTED_IDLE_SECONDS: Final = 0.1
+
+#: How often all connections are looked through, while exchanges wait, for one that can be had back.
+_LOOK_SECONDS: Final = 0.1
+
+_TOO_MANY: Final = "too many requests wait for an upstream connection"
+
+#: The fraction of the connections that tunnels may take, and for how long readiness reports that an exchange had to wait.
+_TUNNELS_DIVISOR: Final = 2
+_PRESSED_SECONDS: Final = 5.0
+
+#: Errors that say nothing about the upstream: no file descriptors, ports or memory left here.
+_OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
+
+class Address(NamedTuple):
+    """Where an upstream listens: `path` of a unix socket, or `host` and `port`. `authority` is for a missing Host."""
+
+    host: str
+    port: int
+    path: str
+    authority: bytes
+    is_tls: bool = False
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Of a checked `upstream.url`."""
+        if url.startswith("unix:"):
+            return cls("", 0, url.removeprefix("unix:"), b"localhost")
+        parts = urlsplit(url)
+        is_tls = parts.scheme == "https"
+        port = parts.port or (443 if is_tls else 80)
+        return cls(parts.hostname or "", port, "", parts.netloc.encode("ascii"), is_tls)
+
+
+class PoolUser(UpstreamUser):
+    """What the pool calls on an exchange besides what a connection does."""
+
+    def connected(self, upstream: UpstreamConnection) -> None:
+        """A connection is lent to this exchange."""
+        raise NotImplementedError
+
+
+class UpstreamPool(ConnectionOwner):
+    """See the module. `repr` shows what it holds."""
+
+    def __init__(
+        self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines, *,
+        clock: Callable[[], float], loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
+        """`tls`: for an https URL, how its certificate is verified."""
+        self._address = Address.parse(url)
+        self._tls = tls if self._address.is_tls else None
+        if self._address.is_tls and tls is None:
+            raise ValueError("an https upstream needs a TLS context")
+        self.host = self._address.authority
+        self.settings = settings
+        self.responses = responses
+        self._deadlines = deadlines
+        self.clock = clock
+        self._loop = loop
+        self._idle: collections.deque[UpstreamConnection] = collections.deque()
+        self._open: set[UpstreamConnection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._turns: Turns[PoolUser] = Turns(settings.connections_max, settings.connections_per_user_max)
+        #: Exchanges that wait and ask for a tunnel.
+        self._tunnels_waiting: set[PoolUser] = set()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        self._is_retired = False
+        self._next_look_mono = 0.0
+        self._pressed_mono = float("-inf")
+        self.unreachable_because = ""
+
+    def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
+        """An idle connection, the one used last first; None if there is none, or none for this user."""
+        if not self._idle or not self._turns.may_take(owner, now):
+            return None
+        connection = self._take_idle(now)
+        if connection is not None:
+            connection.owner = owner
+            self._turns.take(owner, now)
+        return connection
+
+    def wait(self, exchange: PoolUser, owner: Owner) -> None:
+        """Tell the exchange when it has a connection, or why it gets none."""
+        now = self.clock()
+        if exchange.asks_for_tunnel:
+            waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
+            if not preemption.make_room_for_tunnel(self._open, waiting, owner, now, tunnels_max):
+                exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
+                return
+        if not self._queue(exchange, owner, now):
+            exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
+            return
+        if exchange.asks_for_tunnel:
+            self._tunnels_waiting.add(exchange)
+        if self._looking is None:
+            seconds = min(_LOOK_SECONDS, self.settings.connect_timeout_seconds)
+            self._looking = self._loop.call_later(seconds, self._look_again)
+        if not self._lend_idle(now):
+            if self._has_room() and self._turns.is_within_cap(owner):
+                self._connect()
+            else:
+                self._make_room(now)
+
+    def wait_no_more(self, exchange: PoolUser) -> None:
+        """The exchange ended while it waited."""
+        self._turns.leave(exchange)
+        self._tunnels_waiting.discard(exchange)
+
+    def release(self, connection: UpstreamConnection, now: float) -> None:
+        """A connection is free: for the exchange whose turn it is, else it lies idle."""
+        self._returned(connection)
+        if len(self._turns) and self._lend(connection, now):
+            return
+        if self._is_retired:
+            connection.abort()
+            return
+        connection.idle_since = now
+        self._idle.append(connection)
+        if self._expiry is None:
+            self._expiry = self._loop.call_later(IDLE_SECONDS, self._expire)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """The connection is lost. A new one replaces it if exchanges wait."""
+        self._deadlines.forget(connection)
+        self._open.discard(connection)
+        self._returned(connection)
+        if connection.idle_since:
+            with contextlib.suppress(ValueError):
+                self._idle.remove(connection)
+        if len(self._turns):
+            self._serve(self.clock())
+
+    async def reach(self) -> bool:
+        """Whether the upstream accepts connections; asks it if no connection to it is open."""
+        if not any(connection.is_open for connection in self._open):
+            if not self._connecting:
+                self._connect()
+            await asyncio.wait(self._connecting, timeout=self.settings.connect_timeout_seconds)
+        return any(connection.is_open for connection in self._open)
+
+    def counts(self) -> dict[str, int]:
+        """How many connections are in which state."""
+        idle = len(self._idle)
+        return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
+
+    def held_up_because(self) -> str:
+        """Why requests have had to wait for a connection in the last seconds; empty if none has."""
+        if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
+            return ""
+        turns, most = self._turns, self._turns.most_held()
+        why = f"all {self.settings.connections_max} connections are in use, {len(turns)} requests wait"
+        return f"{why}; one user holds {most}" if most >= turns.share else why
+
+    def retire(self) -> None:
+        """Another pool takes over: what is under way or waits is served, and no connection is kept after that."""
+        self._is_retired = True
+        while self._idle:
+            self._idle.popleft().abort()
+
+    async def close(self) -> None:
+        """Close everything. Exchanges under way lose their upstream."""
+        self.retire()
+        for timer in (self._expiry, self._looking):
+            if timer is not None:
+                timer.cancel()
+        for task in self._connecting:
+            task.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+        for connection in list(self._open):
+            connection.abort()
+
+    def _connect(self) -> None:
+        task = self._loop.create_task(self._open_one())
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _open_one(self) -> None:
+        address = self._address
+        connection = UpstreamConnection(self, self._loop)
+        try:
+            async with asyncio.timeout(self.settings.connect_timeout_seconds):
+                if address.path:
+                    await self._loop.create_unix_connection(lambda: connection, address.path)
+                else:
+                    await self._loop.create_connection(lambda: connection, address.host, address.port, ssl=self._tls)
+        except (OSError, TimeoutError) as error:
+            # ssl.SSLError is an OSError: a certificate that does not verify is an upstream that cannot be reached.
+            self._connect_failed(str(error) or "timed out", is_our_limit=getattr(error, "errno", None) in _OUR_LIMITS)
+            return
+        self.unreachable_because = ""
+        self._open.add(connection)
+        self._deadlines.watch(connection)
+        self.release(connection, self.clock())
+
+    def _connect_failed(self, why: str, *, is_our_limit: bool) -> None:
+        if not self.unreachable_because:
+            _log.warning("the upstream cannot be reached: %s: %s", self._address.path or self.host.decode(), why)
+        self.unreachable_because = why
+        # Without any open connection no waiting exchange can be served: waiting longer would not help.
+        failed = 1 if self._open else len(self._turns)
+        reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
+        for _ in range(failed):
+            exchange = self._turns.first()
+            if exchange is None:
+                break
+            self.wait_no_more(exchange)
+            exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
+
+    def _waited_too_long(self, owner: Owner, now: float) -> Refusal:
+        """Why a request got no connection in time: all are in use, or connecting fails."""
+        if self._has_room() and not self._turns.may_take(owner, now):
+            return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
+        if len(self._open) >= self.settings.connections_max:
+            return Refusal(Reason.OVERLOADED, "no upstream connection became free in time")
+        return Refusal(Reason.UPSTREAM_UNREACHABLE, f"connecting failed: {self.unreachable_because or 'timed out'}")
+
+    # -- lending
+
+    def _queue(self, exchange: PoolUser, owner: Owner, now: float) -> bool:
+        """Have the exchange wait. If the queue is full of one user's, the last of those leaves. False: it is full."""
+        if self._turns.wait(owner, exchange, now):
+            return True
+        last = self._turns.last_of_most(owner)
+        if last is None:
+            return False
+        self.wait_no_more(last)
+        last.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
+        return self._turns.wait(owner, exchange, now)
+
+    def _take_idle(self, now: float) -> UpstreamConnection | None:
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            # A recently used connection is trusted; an older one is checked for a close.
+            is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
+            if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
+                return connection
+            connection.abort()
+        return None
+
+    def _lend(self, connection: UpstreamConnection, now: float) -> bool:
+        """Lend a connection to the exchange whose turn it is; False if there is none."""
+        found = self._turns.next(now)
+        if found is None:
+            return False
+        exchange, owner = found
+        connection.owner = owner
+        self._turns.take(owner, now)
+        self._tunnels_waiting.discard(exchange)
+        exchange.connected(connection)
+        return True
+
+    def _lend_idle(self, now: float) -> bool:
+        """Lend an idle connection to the exchange whose turn it is; False if there is no such pair."""
+        if not self._idle or not self._turns.may_have_place(now):
+            return False
+        connection = self._take_idle(now)
+        return connection is not None and self._lend(connection, now)
+
+    def _returned(self, connection: UpstreamConnection) -> None:
+        owner = connection.owner
+        if owner is not None:
+            connection.owner = None
+            self._turns.give_back(owner)
+
+    def _serve(self, now: float) -> None:
+        """Serve waiting exchanges with idle connections, and new ones within the bound."""
+        while self._lend_idle(now):
+            pass
+        if len(self._connecting) < len(self._turns) and self._has_room() and self._turns.may_have_place(now):
+            self._connect()
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may be opened."""
+        return len(self._open) + len(self._connecting) < self.settings.connections_max
+
+    def _make_room(self, now: float) -> None:
+        """Exchanges wait and get no connection: see which of those under way have to end for them."""
+        if now < self._next_look_mono:
+            return
+        self._next_look_mono = now + _LOOK_SECONDS
+        turns, patience = self._turns, self.settings.connect_timeout_seconds
+        is_full = not self._idle and not self._has_room()
+        if is_full:
+            self._pressed_mono = now
+        preemption.end_what_hardly_moves(self._open, turns, now, patience, is_full=is_full)
+        if is_full:
+            preemption.end_beyond_share(self._open, turns, now, patience, connecting=len(self._connecting))
+
+    def _look_again(self) -> None:
+        """As long as exchanges wait: end those that have waited too long, and see what the others can get."""
+        self._looking = None
+        now, turns = self.clock(), self._turns
+        patience = self.settings.connect_timeout_seconds
+        while (exchange := turns.first()) is not None and now - turns.since(exchange) >= patience:
+            refusal = self._waited_too_long(turns.owner(exchange), now)
+            self.wait_no_more(exchange)
+            exchange.upstream_lost(refusal)
+        if not len(turns):
+            return
+        self._looking = self._loop.call_later(min(_LOOK_SECONDS, patience), self._look_again)
+        self._serve(now)
+        self._make_room(now)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        now = self.clock()
+        # The one used longest ago is first; what is left at the front is young enough.
+        while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
+            self._idle.popleft().abort()
+        if self._idle:
+            self._expiry = self._loop.call_later(min(self.settings.connect_timeout_seconds, 1.0), self._expire)
+
+    def __repr__(self) -> str:
+        counts = " ".join(f"{state}={count}" for state, count in self.counts().items())
+        return f"<UpstreamPool {counts} waiting={len(self._turns)} max={self.settings.connections_max}>"
+
+
+def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
+    """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
+    fileno = connection.fileno()
+    if fileno < 0:
+        return True  # below TLS, whose transport does not know yet
+    poll = select.poll()
+    poll.register(fileno, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Upstreams:
+    """The pools for live and test requests. Without an upstream for tests, both go to the same."""
+
+    def __init__(self, live: UpstreamPool, test: UpstreamPool | None = None) -> None:
+        self._pools = (live, test or live)
+
+    def pool(self, *, is_test: bool) -> UpstreamPool:
+        """The pool for requests of one mode."""
+        return self._pools[is_test]
+
+    def distinct(self) -> dict[str, UpstreamPool]:
+        """Every pool once, by the mode it serves."""
+        live, test = self._pools
+        return {"live": live} if live is test else {"live": live, "test": test}

@@ -1,0 +1,87 @@
+"""Who may use which route, and when."""
+
+from __future__ import annotations
+
+import pytest
+
+from keyproxy.auth.authorization import admit
+from keyproxy.model import NEVER, Moment, Route
+from keyproxy.reasons import Reason, Refusal
+from tests import fakes
+
+NOW = Moment(wall_seconds=1_800_000_000.0, mono_seconds=5.0)
+OPEN = Route("GET /a")
+
+
+@pytest.mark.parametrize(
+    ("expires_wall_seconds", "is_admitted"),
+    [
+        (NEVER, True),
+        (NOW.wall_seconds + 0.001, True),
+        (NOW.wall_seconds, False),
+        (NOW.wall_seconds - 0.001, False),
+        (0.0, False),
+    ],
+)
+def test_a_key_stops_working_at_its_expiry_instant(expires_wall_seconds: float, is_admitted: bool) -> None:
+    who = fakes.identity(expires_wall_seconds=expires_wall_seconds)
+    if is_admitted:
+        grant = admit(who, OPEN, NOW)
+        assert (grant.identity, grant.route) == (who, OPEN)
+        return
+    with pytest.raises(Refusal) as error:
+        admit(who, OPEN, NOW)
+    assert error.value.reason is Reason.KEY_EXPIRED
+
+
+@pytest.mark.parametrize(
+    ("needed", "held", "missing"),
+    [
+        ([], [], None),
+        ([], ["a"], None),
+        (["a"], ["a"], None),
+        (["a"], ["a", "b"], None),
+        (["a", "b"], ["a", "b"], None),
+        (["a"], [], ["a"]),
+        (["a"], ["A"], ["a"]),
+        (["jobs"], ["jobs:write"], ["jobs"]),
+        (["jobs:write"], ["jobs"], ["jobs:write"]),
+        (["jobs:write"], ["*", "jobs:*"], ["jobs:write"]),
+        (["a", "b"], ["a"], ["b"]),
+        (["c", "b", "a"], ["a"], ["b", "c"]),
+    ],
+)
+def test_all_scopes_of_a_route_are_needed_to_the_letter(
+    needed: list[str], held: list[str], missing: list[str] | None
+) -> None:
+    who, route = fakes.identity(scopes=frozenset(held)), Route("GET /a", frozenset(needed))
+    if missing is None:
+        grant = admit(who, route, NOW)
+        assert (grant.identity, grant.route) == (who, route)
+        return
+    with pytest.raises(Refusal) as error:
+        admit(who, route, NOW)
+    assert (error.value.reason, error.value.missing_scopes) == (Reason.SCOPE_INSUFFICIENT, missing)
+    assert all(f"'{scope}'" in error.value.said for scope in missing)
+
+
+EXPIRED, STRIPPED = NOW.wall_seconds - 1, frozenset[str]()
+
+
+@pytest.mark.parametrize(
+    ("standing", "expires_wall_seconds", "route", "reason"),
+    [
+        (Reason.KEY_REVOKED, EXPIRED, None, Reason.KEY_REVOKED),
+        (Reason.ACCOUNT_DISABLED, EXPIRED, None, Reason.ACCOUNT_DISABLED),
+        (None, EXPIRED, None, Reason.KEY_EXPIRED),
+        (None, NEVER, None, Reason.ROUTE_NOT_ALLOWED),
+        (None, NEVER, Route("GET /a", frozenset({"x"})), Reason.SCOPE_INSUFFICIENT),
+    ],
+)
+def test_of_several_reasons_the_one_about_the_key_comes_first(
+    standing: Reason | None, expires_wall_seconds: float, route: Route | None, reason: Reason
+) -> None:
+    who = fakes.identity(standing=standing, expires_wall_seconds=expires_wall_seconds, scopes=STRIPPED)
+    with pytest.raises(Refusal) as error:
+        admit(who, route, NOW)
+    assert error.value.reason is reason

@@ -1,0 +1,206 @@
+"""What a caller hears of a refusal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from keyproxy.http.error_responses import ERROR_SHAPES, Answer, Problems
+from keyproxy.limit_state import LimitPolicy, LimitState
+from keyproxy.reasons import Reason, Refusal
+
+CHALLENGE = 'Api-Key realm="keyproxy"'
+KEY_REFUSALS = {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED}
+
+each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.code)
+each_shape = pytest.mark.parametrize("shape", ERROR_SHAPES)
+
+
+def fields(answer: Answer) -> dict[str, str]:
+    assert answer.fields.endswith(b"\r\n")
+    lines = answer.fields.decode("ascii").split("\r\n")[:-1]
+    found = dict(line.split(": ", 1) for line in lines)
+    assert len(found) == len(lines)
+    return found
+
+
+@each_reason
+def test_a_problem_says_what_the_contract_says(reason: Reason) -> None:
+    answer = Problems().answer(Refusal(reason, "for our log", said="And this."), "r-1")
+    row = reason.value
+    assert answer.status == row.status
+    assert answer.reason_phrase
+    assert fields(answer)["Content-Type"] == "application/problem+json"
+    assert fields(answer)["Cache-Control"] == "no-store"
+    assert json.loads(answer.body) == {
+        "type": f"urn:keyproxy:problem:{row.code}",
+        "title": row.title,
+        "status": row.status,
+        "detail": f"{row.sentence} And this.",
+        "code": row.code,
+        "request_id": "r-1",
+    }
+
+
+@each_shape
+def test_a_refusal_in_words_of_its_own_names_the_member_at_fault(shape: str) -> None:
+    refusal = Refusal(
+        Reason.REQUEST_MALFORMED, said="'max_tokens' is a string.", is_said_alone=True, field="max_tokens"
+    )
+    content = json.loads(Problems().answer(refusal, "r-1", shape).body)
+    error = content if shape == "problem" else content["error"]
+    assert error["code"] == "request_malformed"
+    assert error["detail" if shape == "problem" else "message"] == "'max_tokens' is a string."
+    assert error.get("param") == ("max_tokens" if shape == "openai" else None)
+
+
+@each_reason
+@each_shape
+def test_every_shape_has_the_code_and_never_what_is_for_our_log(reason: Reason, shape: str) -> None:
+    answer = Problems().answer(Refusal(reason, "for our log"), "r-1", shape)
+    content = json.loads(answer.body)
+    error = content if shape == "problem" else content["error"]
+    assert answer.status == reason.value.status
+    assert error["code"] == reason.code
+    assert error["detail" if shape == "problem" else "message"] == reason.value.sentence
+    assert b"for our log" not in answer.body + answer.fields
+
+
+@each_reason
+@each_shape
+def test_the_fields_that_a_status_asks_for_are_there_and_no_others(reason: Reason, shape: str) -> None:
+    told = fields(Problems().answer(Refusal(reason), "r-1", shape))
+    status, wait = reason.value.status, reason.value.retry_after_seconds
+    assert told.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
+    assert told.get("Retry-After") == (None if wait is None else str(wait))
+    assert ("Retry-After" in told) == (status in (429, 503))
+
+
+@pytest.mark.parametrize("missing", [["jobs:write"], ["jobs:read", "jobs:write"]])
+def test_all_missing_scopes_are_named_in_the_challenge(missing: list[str]) -> None:
+    told = fields(Problems().answer(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
+    assert told["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{" ".join(missing)}"'
+
+
+@pytest.mark.parametrize(("wait", "told"), [(0, "0"), (1, "1"), (3600, "3600")])
+def test_a_wait_of_one_refusal_is_told_instead_of_the_usual(wait: int, told: str) -> None:
+    answer = Problems().answer(Refusal(Reason.OVERLOADED, retry_after_seconds=wait), "r-1")
+    assert fields(answer)["Retry-After"] == told
+
+
+@each_reason
+def test_the_operator_s_status_is_for_keys_that_were_shown_and_not_accepted(reason: Reason) -> None:
+    problems = Problems(invalid_key_status=403)
+    expected = 403 if reason in KEY_REFUSALS else reason.value.status
+    answer = problems.answer(Refusal(reason), "r-1")
+    assert (problems.status(reason), answer.status, json.loads(answer.body)["status"]) == (expected,) * 3
+    assert ("WWW-Authenticate" in fields(answer)) == (expected == 401)
+
+
+@pytest.mark.parametrize(
+    ("reason", "openai", "anthropic"),
+    [
+        (Reason.REQUEST_MALFORMED, "invalid_request_error", "invalid_request_error"),
+        (Reason.KEY_INVALID, "authentication_error", "authentication_error"),
+        (Reason.SCOPE_INSUFFICIENT, "permission_error", "permission_error"),
+        (Reason.REQUEST_TIMEOUT, "invalid_request_error", "timeout_error"),
+        (Reason.BODY_TOO_LARGE, "invalid_request_error", "request_too_large"),
+        (Reason.HEADERS_TOO_LARGE, "invalid_request_error", "invalid_request_error"),
+        (Reason.INTERNAL_ERROR, "server_error", "api_error"),
+        (Reason.UPSTREAM_INVALID, "server_error", "api_error"),
+        (Reason.STORE_UNAVAILABLE, "server_error", "overloaded_error"),
+        (Reason.UPSTREAM_TIMEOUT, "server_error", "timeout_error"),
+    ],
+)
+def test_an_sdk_finds_the_type_that_its_exceptions_go_by(reason: Reason, openai: str, anthropic: str) -> None:
+    problems = Problems()
+    openai_answer = problems.answer(Refusal(reason), "r-1", "openai")
+    assert json.loads(openai_answer.body)["error"]["type"] == openai
+    assert json.loads(openai_answer.body)["error"]["param"] is None
+    anthropic_answer = problems.answer(Refusal(reason), "r-1", "anthropic")
+    content = json.loads(anthropic_answer.body)
+    assert (content["type"], content["error"]["type"], content["request_id"]) == ("error", anthropic, "r-1")
+    assert {fields(answer)["Content-Type"] for answer in (openai_answer, anthropic_answer)} == {"application/json"}
+
+
+DAILY = LimitPolicy("user.requests-per-day", 100, 86_400)
+TOKENS = LimitPolicy("tenant.tokens-per-month", 5000, 2_592_000, "tokens")
+
+
+def told_error(answer: Answer, shape: str) -> dict[str, object]:
+    content = json.loads(answer.body)
+    error = content if shape == "problem" else content["error"]
+    assert isinstance(error, dict)
+    return error
+
+
+@each_shape
+def test_a_refusal_by_a_limit_names_the_limit_what_is_left_and_when_more_is(shape: str) -> None:
+    daily, tokens = LimitState(DAILY, 0, 61.2), LimitState(TOKENS, 4000, 1000)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, applied=[daily, tokens])
+    answer = Problems().answer(refusal, "r-1", shape)
+    error = told_error(answer, shape)
+    assert {name: error[name] for name in ("policy", "limit", "remaining", "reset_seconds", "retryable")} == {
+        "policy": "user.requests-per-day", "limit": 100, "remaining": 0, "reset_seconds": 62, "retryable": True,
+    }  # fmt: skip
+    assert fields(answer)["Retry-After"] == "62"
+    assert fields(answer)["RateLimit-Policy"] == f"{DAILY.item.decode()}, {TOKENS.item.decode()}"
+    assert fields(answer)["RateLimit"] == f"{DAILY.key.decode()};r=0;t=62, {TOKENS.key.decode()};r=4000;t=1000"
+
+
+@each_shape
+def test_a_request_that_can_never_fit_is_not_told_to_come_back(shape: str) -> None:
+    limit = LimitState(LimitPolicy("key.tokens-per-request", 1000, unit="tokens"), 1000)
+    answer = Problems().answer(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
+    error = told_error(answer, shape)
+    assert (answer.status, error["reset_seconds"], error["retryable"]) == (403, None, False)
+    assert "Retry-After" not in fields(answer)
+    assert fields(answer)["RateLimit"] == '"key.tokens-per-request";r=1000'
+
+
+@each_reason
+@each_shape
+def test_clients_are_asked_not_to_retry_what_is_spent_or_can_never_fit(reason: Reason, shape: str) -> None:
+    futile = {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST}
+    told = fields(Problems().answer(Refusal(reason), "r-1", shape))
+    assert told.get("x-should-retry") == ("false" if reason in futile else None)
+
+
+@each_shape
+def test_a_window_that_is_only_reserved_is_429_whatever_the_operator_s_status_for_spent_ones(shape: str) -> None:
+    daily = LimitState(DAILY, 0, 40_000)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
+    answer = Problems(spent_status=402).answer(refusal, "r-1", shape)
+    error = told_error(answer, shape)
+    assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
+    assert (fields(answer)["Retry-After"], fields(answer).get("x-should-retry")) == ("3", None)
+
+
+@pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
+def test_who_waits_as_long_as_told_does_not_come_too_early(reset: float | None, told: str) -> None:
+    answer = Problems().answer(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
+    assert fields(answer)["Retry-After"] == told
+
+
+@each_reason
+def test_the_operator_s_status_of_what_is_spent_is_for_windows_that_are_used_up(reason: Reason) -> None:
+    problems = Problems(spent_status=402)
+    spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED}
+    assert problems.status(reason) == (402 if spent else reason.value.status)
+    if spent:
+        error = json.loads(problems.answer(Refusal(reason), "r-1", "openai").body)["error"]
+        assert (error["type"], error["code"]) == ("insufficient_quota", reason.code)
+        error = json.loads(problems.answer(Refusal(reason), "r-1", "anthropic").body)["error"]
+        assert (error["type"], error["code"]) == ("billing_error", reason.code)
+
+
+@each_shape
+def test_the_last_event_of_a_cut_stream_holds_what_the_answer_would(shape: str) -> None:
+    refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LimitState(TOKENS, 0, 10))
+    event = Problems().last_event(refusal, "r-1", shape)
+    name, _, data = event.rpartition(b"data: ")
+    assert name == (b"" if shape == "openai" else b"event: error\n")
+    assert data.endswith(b"\n\n")
+    assert data.count(b"\n") == 2
+    assert data.rstrip() == Problems().answer(refusal, "r-1", shape).body

@@ -1,0 +1,185 @@
+"""Header names and what they mean here; request ids; the identity block; X-Forwarded-*."""
+
+from __future__ import annotations
+
+import pytest
+
+from keyproxy.http.headers import FieldNames, Kind, TrustRule, identity_block, sane_request_id
+from keyproxy.model import RequestFields, RequestHead, RequestLine
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Kind.PLAIN, "Accept Cookie X-Custom X-Keyproxy XKeyproxy-User Not-X-Keyproxy-User 1 - Origin X-Apikey Via"),
+        (Kind.RESERVED, "X-Keyproxy-User X_Keyproxy_User x-keyproxy_user X_KEYPROXY-TENANT X-Keyproxy- X-Keyproxy--User"),
+        (Kind.RESERVED, "X-Keyproxy-Anything X_Request_Id x-request_id"),
+        (Kind.CREDENTIAL, "Authorization X-Api-Key"),
+        (Kind.HOST, "Host"),
+        (Kind.CONTENT_LENGTH, "Content-Length"),
+        (Kind.CONTENT_TYPE, "Content-Type"),
+        (Kind.TRANSFER_ENCODING, "Transfer-Encoding"),
+        (Kind.CONNECTION, "Connection"),
+        (Kind.EXPECT, "Expect"),
+        (Kind.REQUEST_ID, "X-Request-Id"),
+        (Kind.FORWARDED, "X-Forwarded-For X-Forwarded-Proto X-Forwarded-Host X-Forwarded-Port X-Real-Ip Forwarded"),
+        (Kind.HOP, "Keep-Alive Proxy-Connection Proxy-Authenticate Proxy-Authorization"),
+        (Kind.HOP, "TE Trailer Http2-Settings"),
+        (Kind.UPGRADE, "Upgrade"),
+        (Kind.UNREADABLE, "Content_Length Transfer_Encoding X_Api_Key Host_ _ X.Y X.Keyproxy.User X!Keyproxy~User X|Y"),
+    ],
+)  # fmt: skip
+def test_a_name_means_the_same_in_any_case(kind: Kind, names: str) -> None:
+    for name in names.encode().split():
+        known = FieldNames()
+        spellings = [name, name.lower(), name.upper(), name.swapcase(), name.title(), name]
+        assert {known.kind(spelling) for spelling in spellings} == {kind}, name
+
+
+@pytest.mark.parametrize("name", [b"", b" X", b"X ", b"X\xc3\xa9", b"X\x00", b"X:", b"X-Keyproxy\xadUser"])
+def test_what_is_no_name_is_unreadable(name: bytes) -> None:
+    assert FieldNames().kind(name) is Kind.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(b"X-Acme-User", Kind.RESERVED), (b"x_acme_user", Kind.RESERVED), (b"X-Keyproxy-User", Kind.PLAIN)],
+)
+def test_reserved_names_follow_the_configured_prefix(name: bytes, kind: Kind) -> None:
+    assert FieldNames("X-Acme-").kind(name) is kind
+
+
+def test_names_are_remembered_up_to_a_bound() -> None:
+    names, sizes = FieldNames(), []
+    for number in range(5_000):
+        names.kind(b"X-%d" % number)
+        sizes.append(len(names._remembered))
+    assert 1 < max(sizes) <= 2048
+    assert names.kind(b"X-Keyproxy-User") is Kind.RESERVED
+
+
+def test_a_long_name_is_not_remembered() -> None:
+    names = FieldNames()
+    assert names.kind(b"X-Keyproxy-" + b"a" * 30_000) is Kind.RESERVED
+    assert names.kind(b"a" * 30_000) is Kind.PLAIN
+    assert sum(map(len, names._remembered)) < 4096
+
+
+@pytest.mark.parametrize(
+    ("value", "is_sane"),
+    [
+        (b"a", True),
+        (b"7b1d2c-4f:5/6+7=@._", True),
+        (b"a" * 128, True),
+        (b"a" * 129, False),
+        (b"", False),
+        (b"a b", False),
+        (b"a,b", False),
+        (b'a"b', False),
+        (b"a\n", False),
+        (b"a\x00", False),
+        (b"\xc3\xa9", False),
+        (b"${jndi}", False),
+        (b"<b>", False),
+    ],
+)
+def test_a_request_id_is_kept_if_no_log_or_header_can_trip_over_it(value: bytes, is_sane: bool) -> None:
+    assert sane_request_id(value) is is_sane
+
+
+def test_an_identity_block_is_one_line_for_each_value() -> None:
+    values = [("User", "u_42"), ("Scope", "a b"), ("Empty", "")]
+    assert identity_block("X-K-", values) == b"X-K-User: u_42\r\nX-K-Scope: a b\r\nX-K-Empty: \r\n"
+    assert identity_block("X-K-", []) == b""
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-K-Test: true", "a\n", "a\r", "\x00", "\t", "\x7f", "ü", "\u2028"])
+def test_an_identity_that_is_unsafe_in_a_header_makes_no_block(value: str) -> None:
+    with pytest.raises(ValueError, match="Scope"):
+        identity_block("X-K-", [("User", "u"), ("Scope", value)])
+
+
+def head(*forwarded: tuple[bytes, bytes], host: bytes | None = b"a.example") -> RequestHead:
+    host_block = b"" if host is None else b"X-Forwarded-Host: %b\r\n" % host
+    request = RequestHead(RequestLine(b"GET", b"/", b"/", 1, b""), RequestFields(host, host_block), b"", (), 0)
+    request.forwarded = forwarded
+    return request
+
+
+CLAIMS = (
+    (b"x-forwarded-for", b"192.0.2.1"),
+    (b"x-forwarded-for", b"192.0.2.2, 192.0.2.3"),
+    (b"x-forwarded-proto", b"https"),
+    (b"x-forwarded-host", b"public.example"),
+    (b"x-real-ip", b"192.0.2.1"),
+)
+OURS = b"X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: a.example\r\n"
+
+
+@pytest.mark.parametrize("trusted", [[], ["10.0.0.2"], ["11.0.0.0/8"], ["unix"], ["::/0"]])
+@pytest.mark.parametrize("claims", [(), CLAIMS], ids=["silent", "claiming"])
+def test_an_untrusted_peer_is_told_of_as_it_is_whatever_it_claims(
+    trusted: list[str], claims: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    forwarding = TrustRule(trusted).forwarding("10.0.0.1", is_tls=False)
+    assert forwarding.block(head(*claims)) == OURS
+
+
+@pytest.mark.parametrize("trusted", [["10.0.0.1"], ["10.0.0.0/8"], ["unix", "0.0.0.0/0"]])
+def test_a_trusted_peer_s_claims_are_kept_and_its_address_added(trusted: list[str]) -> None:
+    forwarding = TrustRule(trusted).forwarding("10.0.0.1", is_tls=False)
+    assert forwarding.block(head()) == OURS
+    assert forwarding.block(head(*CLAIMS)).split(b"\r\n") == [
+        b"X-Forwarded-For: 192.0.2.1, 192.0.2.2, 192.0.2.3, 10.0.0.1",
+        b"X-Forwarded-Proto: https",
+        b"X-Forwarded-Host: public.example",
+        b"X-Real-Ip: 192.0.2.1",
+        b"",
+    ]
+    assert forwarding.block(head((b"x-forwarded-proto", b"https"), host=None)).split(b"\r\n") == [
+        b"X-Forwarded-For: 10.0.0.1",
+        b"X-Forwarded-Proto: https",
+        b"",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "forwarded"),
+    [
+        ([b""], b"10.0.0.1"),
+        ([b"", b""], b"10.0.0.1"),
+        ([b"192.0.2.1,"], b"192.0.2.1, 10.0.0.1"),
+        ([b", ,192.0.2.1 ,\t, 192.0.2.2"], b"192.0.2.1, 192.0.2.2, 10.0.0.1"),
+        ([b"192.0.2.1", b"", b"unknown"], b"192.0.2.1, unknown, 10.0.0.1"),
+    ],
+)
+def test_an_empty_claim_of_a_trusted_peer_is_none(sent: list[bytes], forwarded: bytes) -> None:
+    claims = [(b"x-forwarded-for", value) for value in sent]
+    empty = [(name, b"") for name in (b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded")]
+    block = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: a.example\r\n" % forwarded
+    assert TrustRule(["10.0.0.1"]).forwarding("10.0.0.1", is_tls=False).block(head(*claims, *empty)) == block
+    assert TrustRule([]).forwarding("10.0.0.1", is_tls=False).block(head(*claims, *empty)) == OURS
+
+
+@pytest.mark.parametrize(
+    ("address", "trusted", "is_tls", "block"),
+    [
+        ("::ffff:10.0.0.1", ["10.0.0.0/8"], False, b"X-Forwarded-For: c, 10.0.0.1\r\nX-Forwarded-Proto: http\r\n"),
+        ("::ffff:10.0.0.1", [], False, b"X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-Proto: http\r\n"),
+        ("fe80::1%eth0", ["fe80::/10"], True, b"X-Forwarded-For: c, fe80::1\r\nX-Forwarded-Proto: https\r\n"),
+        ("2001:db8::1", ["10.0.0.0/8"], True, b"X-Forwarded-For: 2001:db8::1\r\nX-Forwarded-Proto: https\r\n"),
+        ("", ["unix"], False, b"X-Forwarded-For: c\r\nX-Forwarded-Proto: http\r\n"),
+        ("", ["0.0.0.0/0", "::/0"], False, b"X-Forwarded-Proto: http\r\n"),
+    ],
+)
+def test_trust_goes_by_the_address_that_the_peer_really_has(
+    address: str, trusted: list[str], is_tls: bool, block: bytes
+) -> None:
+    forwarding = TrustRule(trusted).forwarding(address, is_tls=is_tls)
+    assert forwarding.block(head((b"x-forwarded-for", b"c"), host=None)) == block
+
+
+@pytest.mark.parametrize("entry", ["", "localhost", "10.0.0.1/33", "10.0.0.1/8", "unix:/run/x", "10.0.0.0-10.0.0.9"])
+def test_what_is_no_network_is_not_trusted_but_refused(entry: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        TrustRule(["10.0.0.0/8", entry])

@@ -1,0 +1,119 @@
+"""A request is recognised when it is sent again, and no other is taken for it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from keyproxy.http.headers import FieldNames
+from keyproxy.http.idempotency_key import Fingerprint, fingerprint
+from keyproxy.model import Identity, RequestHead
+from keyproxy.reasons import Reason
+from keyproxy.wire.parsing.head_cache import RequestReader
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
+from tests import fakes
+
+KEY = "Idempotency-Key: 8e03978e-40d5-43dd-bc93-6894a57f9324"
+
+
+def head(
+    *lines: str, target: str = "/v1/ai/jobs", method: str = "POST", reader: RequestReader | None = None
+) -> RequestHead:
+    told = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: proxy.test", *lines, "", ""]).encode("latin-1")
+    return (reader or RequestReader(FieldNames(), fakes.holds_key)).read(told, len(told) - 4)
+
+
+def made(
+    *lines: str, who: Identity | None = None, content: bytes = b"", method: str = "POST", target: str = "/v1/ai/jobs"
+) -> Fingerprint:
+    found = fingerprint(who or fakes.identity(), head(*(lines or (KEY,)), method=method, target=target), content)
+    assert found is not None
+    return found
+
+
+def test_the_same_request_has_the_same_fingerprint_whatever_other_headers_it_has() -> None:
+    one = made(KEY, "Date: Sat, 21 Nov 2026 10:00:00 GMT", "traceparent: 00-1", content=b"{}")
+    other = made("X-Trace: 2", KEY.replace("Key:", "key: "), content=b"{}")
+    assert one.digest() == other.digest()
+    assert len(one.digest()) == 32
+
+
+def test_whatever_differs_makes_another_request() -> None:
+    users = [
+        fakes.identity("u_1"),
+        fakes.identity("u_2"),
+        fakes.identity("u_1", "other"),
+        fakes.identity("u_1", is_test=True),
+    ]
+    digests = [made(who=who).digest() for who in users]
+    digests += [made(who=users[0], content=content).digest() for content in (b"{}", b"{} ", b"\x00")]
+    digests += [made(who=users[0], method="PUT").digest()]
+    digests += [made(who=users[0], target=target).digest() for target in ("/v1", "/v1?a=1", "/v1?a=2")]
+    digests += [made("Idempotency-Key: " + key, who=users[0]).digest() for key in ("a", "b", '"a"', "a" * 255)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_parts_do_not_run_together() -> None:
+    pairs = itertools.permutations(("a", "aa", "aaa"), 2)
+    assert len({made(who=fakes.identity(user, tenant)).digest() for user, tenant in pairs}) == 6
+
+
+def test_a_body_in_pieces_is_the_same_body() -> None:
+    whole = made(content=b"0123456789")
+    pieces = made(content=b"01")
+    for piece in (b"2", b"", b"345", b"6789"):
+        pieces.feed(piece)
+    assert pieces.digest() == whole.digest()
+    # To look at it changes nothing.
+    assert pieces.digest() == whole.digest()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        ("Idempotency-Key:",),
+        ("Idempotency-Key: " + "a" * 256,),
+        ("Idempotency-Key: a b",),
+        ("Idempotency-Key: \xe9",),
+        ("Idempotency-Key: a", "Idempotency-Key: a"),
+        ("Idempotency-Key: a", "IDEMPOTENCY-KEY: b"),
+        ("X-Idempotency-Key: a",),
+        ("X-Other: idempotency-key: a",),
+        ("Idempotency-Key: a", "Connection: idempotency-key"),
+    ],
+)
+def test_what_has_no_sane_key_or_several_is_charged_as_any_other(lines: tuple[str, ...]) -> None:
+    assert fingerprint(fakes.identity(), head(*lines), b"") is None
+
+
+def test_a_websocket_handshake_is_charged_as_any_other() -> None:
+    lines = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: a", "Sec-WebSocket-Version: 13", KEY)
+    assert fingerprint(fakes.identity(), head(*lines, method="GET"), b"") is None
+
+
+def test_heads_that_are_read_by_their_shape_keep_their_own_keys() -> None:
+    reader = RequestReader(FieldNames(), fakes.holds_key)
+    digests: dict[str, set[bytes]] = {"a": set(), "b": set(), "c": set()}
+    for key in [*"abc"] * LEARNT_AFTER:
+        one = head("X-A: 1", f"Idempotency-Key: {key}", reader=reader)
+        assert one.fields.has_idempotency_key
+        assert f"Idempotency-Key: {key}\r\n".encode() in one.block
+        found = fingerprint(fakes.identity(), one, b"")
+        assert found is not None
+        digests[key].add(found.digest())
+    assert [len(each) for each in digests.values()] == [1, 1, 1]
+    assert len(set.union(*digests.values())) == 3
+    # The last ones were not judged any more.
+    assert one.fields is head("X-A: 1", "Idempotency-Key: d", reader=reader).fields
+    assert not head("X-A: 1", reader=reader).fields.has_idempotency_key
+
+
+def test_only_a_spent_window_may_be_paid_already_and_that_is_asked_once() -> None:
+    asked = made()
+    for reason in Reason:
+        spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
+        assert asked.may_be_paid(reason) is spent
+    asked.is_asked = True
+    assert not asked.may_be_paid(Reason.QUOTA_EXHAUSTED)

@@ -1,0 +1,130 @@
+"""The upstream sees exactly one of each identity header, and it is ours: from the client's bytes to the upstream's."""
+
+from __future__ import annotations
+
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+
+from keyproxy.http import headers
+from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.model import Grant, Permit, Route
+from keyproxy.reasons import Refusal
+from keyproxy.wire.parsing.head_cache import RequestReader
+from tests import fakes, header_strategies
+
+WHO = fakes.identity("u_42", "acme", scopes=frozenset({"jobs:read", "jobs:write"}))
+PERMIT = Permit(Grant(WHO, Route("any")))
+OURS = {
+    b"x-keyproxy-user": b"u_42",
+    b"x-keyproxy-tenant": b"acme",
+    b"x-keyproxy-scope": b"jobs:read jobs:write",
+    b"x-keyproxy-test": b"false",
+    b"x-keyproxy-key-id": b"key_of_u_42",
+    b"x-request-id": b"r-ours",
+    b"x-forwarded-for": b"10.0.0.1",
+    b"x-forwarded-proto": b"http",
+    b"x-forwarded-host": b"a.example",
+}
+ENDS_HERE = {
+    b"authorization", b"x-api-key", b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
+    b"forwarded", b"x-real-ip", b"expect", b"transfer-encoding",
+}  # fmt: skip
+FORWARDING = TrustRule([]).forwarding("10.0.0.1", is_tls=False)
+
+
+def dressed(reader: RequestReader, raw: bytes) -> bytes | None:
+    """The head that goes upstream; None for one that does not."""
+    try:
+        head = reader.read(raw, len(raw) - 4)
+    except Refusal:
+        return None
+    return headers.dress(
+        head, head.block, PERMIT, request_id=b"r-ours", forwarding=FORWARDING, host=b"upstream.example"
+    )
+
+
+def lines_of(head: bytes) -> list[bytes]:
+    return head.removesuffix(b"\r\n\r\n").split(b"\r\n")[1:]
+
+
+def canonical(line: bytes) -> bytes:
+    """The line's name as the most forgiving of servers reads it: any case, `_` for `-`, spaces around it."""
+    return line.partition(b":")[0].strip().lower().replace(b"_", b"-")
+
+
+def end_to_end(head: bytes) -> list[bytes]:
+    """The lines of a client's head that are the upstream's business."""
+    options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
+    gone = ENDS_HERE | {option.strip().lower() for option in options.split(b",")}
+    ours = (b"x-keyproxy-", b"x-forwarded-", b"x-request-id")
+    kept: list[bytes] = []
+    for line in lines_of(head):
+        name = canonical(line)
+        if name in gone or name.startswith(ours):
+            continue
+        if name == b"content-length":  # goes on as plain digits
+            line = b"%b: %d" % (line.partition(b":")[0], int(line.partition(b":")[2]))
+        if name == b"content-type" and name in map(canonical, kept):
+            continue  # repeated, and equal
+        kept.append(line)
+    return kept
+
+
+def check(sent: bytes, head: bytes) -> None:
+    """`head` is what goes upstream of what was `sent`."""
+    assert head.endswith(b"\r\n\r\n")
+    assert head.count(b"\r\n") == head.count(b"\r") == head.count(b"\n") == len(lines_of(head)) + 2
+    assert all(b":" in line for line in lines_of(head))
+    framing = [b"Transfer-Encoding: chunked"] if b"transfer-encoding" in map(canonical, lines_of(sent)) else []
+    by_us = [b"%b: %b" % (name.title(), value) for name, value in OURS.items()]
+    kept, added = end_to_end(sent), lines_of(head)[len(end_to_end(sent)) :]
+    assert lines_of(head)[: len(kept)] == kept
+    assert sorted(added) == sorted([*by_us, *framing])
+
+
+@given(st.lists(header_strategies.hostile_heads(), min_size=1, max_size=3))
+@settings(max_examples=150)
+def test_no_spelling_of_a_reserved_name_gets_past_us(heads: list[bytes]) -> None:
+    reader = RequestReader(FieldNames(), fakes.holds_key)
+    for raw in heads * 2:
+        head = dressed(reader, raw)
+        event("refused" if head is None else "forwarded")
+        if head is not None:
+            check(raw, head)
+
+
+@given(header_strategies.similar_heads())
+@example([b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A\r\n\r\n"])
+@settings(max_examples=150)
+def test_no_other_head_does_either(heads: list[bytes]) -> None:
+    reader = RequestReader(FieldNames(), fakes.holds_key)
+    for raw in heads * 2:
+        head = dressed(reader, raw)
+        if head is not None and b" a.example\r\n" in raw:
+            check(raw, head)
+
+
+def test_the_head_that_goes_upstream_is_this() -> None:
+    raw = (
+        b"POST /v1/jobs?a=%2e HTTP/1.1\r\nhost: a.example\r\nX-Keyproxy-User: evil\r\nx_keyproxy_test: true\r\n"
+        b"Connection: X-Gone, x-keyproxy-tenant, X-Request-Id\r\nX-Gone: 1\r\nAuthorization: Api-Key k\r\n"
+        b"Cookie: a=b\r\nX-Request-Id: evil\r\nX_Request_Id: evil\r\nX-Forwarded-For: 1.1.1.1\r\n"
+        b"Transfer-Encoding: chunked\r\nZ:  z \r\n\r\n"
+    )
+    assert dressed(RequestReader(FieldNames(), fakes.holds_key), raw) == (
+        b"POST /v1/jobs?a=%2e HTTP/1.1\r\nhost: a.example\r\nCookie: a=b\r\nZ:  z \r\n"
+        b"X-Keyproxy-User: u_42\r\nX-Keyproxy-Tenant: acme\r\nX-Keyproxy-Scope: jobs:read jobs:write\r\n"
+        b"X-Keyproxy-Test: false\r\nX-Keyproxy-Key-Id: key_of_u_42\r\n"
+        b"X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: a.example\r\n"
+        b"X-Request-Id: r-ours\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+
+
+def test_an_http_1_0_request_without_host_gets_the_upstream_s() -> None:
+    raw = b"POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n"
+    head = dressed(RequestReader(FieldNames(), fakes.holds_key), raw)
+    assert head is not None
+    assert head.startswith(
+        b"POST / HTTP/1.1\r\nHost: upstream.example\r\nContent-Length: 5\r\nX-Keyproxy-User: u_42\r\n"
+    )
+    assert b"X-Forwarded-Host" not in head

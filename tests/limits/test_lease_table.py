@@ -1,0 +1,885 @@
+"""The book of one process, rule by rule: what may be taken, what goes back, what is asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.reasons import Reason, Refusal
+from tests.reference_ledger import ReferenceLedger, Row
+
+LEASE_SECONDS = 10.0
+LINES_MAX = 1_000
+NOON = 1_706_700_000.0 - 1_706_700_000.0 % 86_400 + 43_200
+USER, TENANT, KEY = Pool("user", "u_42", False), Pool("tenant", "acme", False), Pool("key", "key_1", False)
+
+
+class Fleet:
+    """One ledger, one clock, and processes that draw on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.processes = 0
+        self.ledger = ReferenceLedger(lambda: NOON + self.now, lease_seconds=LEASE_SECONDS)
+
+    def process(self) -> Process:
+        """One more."""
+        self.processes += 1
+        return Process(self, f"p{self.processes}")
+
+    def row(self, measure: str, pool: Pool = USER) -> Row:
+        """The latest window of this measure."""
+        return self.ledger.rows[max(key for key in self.ledger.rows if key[0] == Window(pool, measure))]
+
+
+class Process:
+    """A book with a clock of its own, and its conversation."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
+        self.book = Book(self._wake)
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+    @property
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self.fleet.now + 5_000.0
+
+    def sync(self, *, everything: bool = True, is_last: bool = False, answer_is_lost: bool = False) -> int:
+        """One message and its answer. How many lines it had."""
+        if everything or is_last:
+            self.book.gather(self.now, is_last=is_last)
+        lines = self.book.lines(self.now, LINES_MAX)
+        self.serial += 1
+        replies = self.fleet.ledger.sync(self.name, self.serial, lines)
+        if answer_is_lost:
+            self.book.lost(lines)
+        elif replies is None:
+            self.book.ended()
+            self.name, self.serial = self.name + "'", 0
+        else:
+            self.book.apply(lines, replies, self.now, valid_seconds=LEASE_SECONDS * 0.95)
+        return len(lines)
+
+    def take(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Hold:
+        """As a request does it: the ledger is asked as often as it takes."""
+        for _ in range(4):
+            try:
+                return self.book.take(allowance, self.now, tokens)
+            except Short as short:
+                last = short
+                self.book.ask(short)
+                self.sync(everything=False)
+        self.book.asked_in_vain(last, self.now)
+        return self.book.take(allowance, self.now, tokens)
+
+    def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
+        """As a request does it that was charged before."""
+        for _ in range(4):
+            try:
+                return self.book.take_again(allowance, self.now, tokens, paid)
+            except Short as short:
+                self.book.ask(short)
+                self.sync(everything=False)
+        raise AssertionError("not decided")
+
+    def refused(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Refusal:
+        """The Refusal of one more request."""
+        with pytest.raises(Refusal) as caught:
+            self.take(allowance, tokens)
+        return caught.value
+
+    def used(self, hold: Hold, tokens: int = 0) -> None:
+        """A request ends that was sent."""
+        self.book.settle(hold, was_sent=True, tokens=tokens)
+
+    def leave(self) -> None:
+        """Everything goes back."""
+        for _ in range(3):
+            self.sync(is_last=True)
+        assert not self.book.has_leases
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
+
+
+@pytest.fixture
+def process(fleet: Fleet) -> Process:
+    return fleet.process()
+
+
+def under(*plans: Plan, pools: tuple[Pool, ...] = (USER, TENANT, KEY)) -> Allowance:
+    return Allowance(tuple(zip(pools, plans, strict=False)))
+
+
+# -- windows
+
+
+@pytest.mark.parametrize(
+    ("plan", "tokens"),
+    [
+        (Plan(requests_per_day=1), None),
+        (Plan(rate=0.1, burst=1), None),
+        (Plan(concurrency=1), None),
+        (Plan(tokens_per_day=5, tokens_per_request=5), TokenNeed(5, 5)),
+    ],
+)
+def test_a_limit_that_has_just_refused_is_known_to_refuse_whatever_a_request_needs(
+    fleet: Fleet, process: Process, plan: Plan, tokens: TokenNeed | None
+) -> None:
+    allowance, other = under(plan), under(plan, pools=(TENANT,))
+    assert not process.book.has_refused(allowance, process.now)
+    process.take(allowance, tokens)
+    assert not process.book.has_refused(allowance, process.now)
+    process.refused(allowance, None if tokens is None else TokenNeed(1, 1))
+    assert process.book.has_refused(allowance, process.now)
+    with pytest.raises(Refusal):
+        process.book.check(allowance, process.now, TokenNeed(1, 1))
+    assert not process.book.has_refused(other, process.now)
+    # The ledger is asked again after a while.
+    fleet.now += 11.0
+    assert not process.book.has_refused(allowance, process.now)
+
+
+def test_a_budget_that_was_too_small_for_one_request_is_not_known_to_refuse_others(process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100, tokens_per_request=200))
+    process.refused(allowance, TokenNeed(150, 150))
+    assert not process.book.has_refused(allowance, process.now)
+    assert process.take(allowance, TokenNeed(50, 50)).tokens == 50
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7])
+def test_as_many_requests_pass_as_the_window_allows_and_not_one_more(
+    fleet: Fleet, process: Process, limit: int
+) -> None:
+    allowance = under(Plan(requests_per_day=limit))
+    for _ in range(limit):
+        process.used(process.take(allowance))
+    refusal = process.refused(allowance)
+    assert refusal.reason is Reason.QUOTA_EXHAUSTED
+    assert refusal.limit is not None
+    assert (refusal.limit.remaining, refusal.limit.reset_seconds) == (0, 43_200)
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (limit, 0)
+
+
+@pytest.mark.parametrize(("used", "in_flight", "is_held"), [(3, 0, False), (2, 1, True), (0, 3, True)])
+def test_a_window_is_held_while_requests_in_flight_may_give_it_back_and_spent_when_none_can(
+    fleet: Fleet, used: int, in_flight: int, is_held: bool
+) -> None:
+    one, other = fleet.process(), fleet.process()
+    plan = Plan(requests_per_day=3)
+    allowances = {process: under(plan) for process in (one, other)}
+    holds = [one.take(allowances[one]) for _ in range(used + in_flight)]
+    for hold in holds[:used]:
+        one.used(hold)
+    one.sync()
+    for process in (one, other):
+        refusal = process.refused(allowances[process])
+        assert (refusal.reason, refusal.is_held, refusal.is_futile) == (Reason.QUOTA_EXHAUSTED, is_held, not is_held)
+        assert refusal.retry_after_seconds is not None
+        assert (1 <= refusal.retry_after_seconds <= 5) is is_held
+        assert is_held or refusal.retry_after_seconds == 43_200
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_window_is_spent_as_soon_as_its_last_request_has_ended_also_if_the_ledger_has_not_heard_of_it(
+    process: Process, ends: bool
+) -> None:
+    allowance = under(Plan(requests_per_day=2))
+    process.used(process.take(allowance))
+    last = process.take(allowance)
+    process.sync()
+    assert process.refused(allowance).is_held
+    if ends:
+        process.used(last)
+    refusal = process.refused(allowance)
+    assert (refusal.is_held, refusal.is_futile) == (not ends, ends)
+    assert (refusal.retry_after_seconds == 43_200) is ends
+
+
+@pytest.mark.parametrize(("need", "is_spent"), [(41, True), (40, False)])
+def test_tokens_that_would_fit_if_all_in_flight_came_back_are_held(
+    fleet: Fleet, process: Process, need: int, is_spent: bool
+) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 60)), tokens=60)
+    process.sync()
+    process.take(allowance, TokenNeed(1, 10))
+    refusal = process.refused(allowance, TokenNeed(1, need))
+    assert (refusal.reason, refusal.is_futile) == (Reason.TOKEN_BUDGET_EXHAUSTED, is_spent)
+
+
+@pytest.mark.parametrize(("need", "reason"), [(100, None), (101, Reason.TOKEN_LIMIT_PER_REQUEST)])
+def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_asking_the_ledger(
+    process: Process, need: int, reason: Reason | None
+) -> None:
+    allowance = under(Plan(tokens_per_day=1_000, tokens_per_month=100))
+    if reason is None:
+        process.take(allowance, TokenNeed(1, need))
+        return
+    with pytest.raises(Refusal) as caught:
+        process.book.take(allowance, process.now, TokenNeed(1, need))
+    refusal = caught.value
+    assert (refusal.reason, refusal.is_futile, refusal.retry_after_seconds) == (reason, True, None)
+    assert refusal.limit is not None
+    assert refusal.limit.policy.name == "user.tokens_per_month"
+    assert process.serial == 0
+
+
+def test_the_last_unit_is_spent_by_whichever_process_asks(fleet: Fleet) -> None:
+    fleet_of_three = [fleet.process() for _ in range(3)]
+    allowances = [under(Plan(requests_per_day=50)) for _ in range(3)]
+    for number in range(50):
+        one = fleet_of_three[number % 3 if number < 40 else 2]
+        for process in fleet_of_three:
+            process.sync()
+        one.used(one.take(allowances[fleet_of_three.index(one)]))
+        fleet.now += 0.3
+    for process, allowance in zip(fleet_of_three, allowances, strict=True):
+        assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
+
+
+def test_a_new_window_begins_when_the_day_ends_and_not_before(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=2))
+    holds = [process.take(allowance) for _ in range(2)]
+    fleet.now = 43_199.9
+    process.sync()
+    assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
+    fleet.now = 43_200.0
+    process.used(process.take(allowance))
+    yesterday, today = sorted(fleet.ledger.rows)
+    for hold in holds:
+        process.used(hold)
+    process.leave()
+    assert (fleet.ledger.rows[yesterday].spent, fleet.ledger.rows[today].spent) == (2, 1)
+
+
+def test_what_is_free_of_a_window_that_is_over_is_not_taken_today(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    process.used(process.take(allowance))
+    fleet.now = 43_200.0
+    with pytest.raises(Short):
+        process.book.take(allowance, process.now)
+
+
+def test_a_lease_whose_first_answer_is_lost_at_midnight_stays_in_its_day(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    with pytest.raises(Short) as short:
+        process.book.take(allowance, process.now)
+    process.book.ask(short.value)
+    fleet.now = 43_199.9
+    process.sync(answer_is_lost=True)
+    fleet.now = 43_200.1
+    process.leave()
+    assert [row.held for row in fleet.ledger.rows.values()] == [0]
+
+
+# -- all or none
+
+
+def test_a_refusal_by_one_limit_consumes_nothing_of_the_others(fleet: Fleet, process: Process) -> None:
+    plan = Plan(requests_per_day=100, requests_per_month=100, concurrency=10, tokens_per_day=1000)
+    allowance = under(plan, plan, Plan(requests_per_day=1))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    for _ in range(5):
+        assert process.refused(allowance, TokenNeed(1, 10)).limit.policy.name == "key.requests_per_day"  # type: ignore[union-attr]
+    process.leave()
+    for pool in (USER, TENANT):
+        for measure, spent in (("requests_per_day", 1), ("requests_per_month", 1), ("concurrency", 0),
+                               ("tokens_per_day", 10)):  # fmt: skip
+            assert (fleet.row(measure, pool).spent, fleet.row(measure, pool).held) == (spent, 0)
+
+
+def test_all_keys_of_a_user_draw_on_one_pool_and_test_keys_on_another(process: Process) -> None:
+    plan = Plan(requests_per_day=2)
+    one = Allowance(((KEY, Plan()), (USER, plan)))
+    other = Allowance(((KEY._replace(owner="key_2"), Plan()), (USER, plan)))
+    test = Allowance(((KEY._replace(is_test=True), Plan()), (USER._replace(is_test=True), plan)))
+    process.used(process.take(one))
+    process.used(process.take(other))
+    assert process.refused(one).reason is Reason.QUOTA_EXHAUSTED
+    assert process.refused(other).reason is Reason.QUOTA_EXHAUSTED
+    process.used(process.take(test))
+
+
+def test_what_was_not_sent_is_given_back(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=1, concurrency=1, tokens_per_day=10))
+    for _ in range(3):
+        process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=False, tokens=10)
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 10)
+
+
+def test_slots_are_free_again_when_requests_end_however_they_end(process: Process) -> None:
+    allowance = under(Plan(concurrency=2))
+    holds = [process.take(allowance) for _ in range(2)]
+    assert process.refused(allowance).reason is Reason.CONCURRENCY_LIMITED
+    process.used(holds[0])
+    process.book.settle(holds[1], was_sent=False)
+    assert len([process.take(allowance) for _ in range(2)]) == 2
+
+
+def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Process) -> None:
+    # Who asked for it may still wait for another lease: were it given back meanwhile, the two would never meet.
+    allowance = under(Plan(requests_per_day=9))
+    with pytest.raises(Short) as short:
+        process.book.take(allowance, process.now)
+    fleet.now += 2.0
+    process.book.ask(short.value)
+    process.sync(everything=False)
+    fleet.now += 0.9
+    process.sync()
+    assert fleet.row("requests_per_day").held > 0
+    fleet.now += 0.2
+    process.sync()
+    assert fleet.row("requests_per_day").held == 0
+
+
+# -- requests that are sent again
+
+
+def test_a_repeat_gives_its_request_back_and_is_charged_the_tokens_that_are_said(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
+    # Pace is pace: what came was served.
+    assert process.refused(allowance).reason is Reason.RATE_LIMITED
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 13)
+
+
+def test_what_waits_to_be_settled_holds_no_slot_and_everything_else(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(concurrency=1, requests_per_day=2))
+    rest = [process.book.release(process.take(allowance)) for _ in range(2)]
+    assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
+    process.sync()
+    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (0, 2)
+    process.used(rest[0])
+    process.book.settle(rest[1], was_sent=True, is_repeat=True)
+    process.used(process.take(allowance))
+    process.leave()
+    assert fleet.row("requests_per_day").spent == 2
+    assert (fleet.row("concurrency").spent, fleet.row("concurrency").held) == (0, 0)
+
+
+@pytest.mark.parametrize("spent", [0, 1])
+def test_what_was_charged_before_passes_a_quota_that_is_spent(fleet: Fleet, process: Process, spent: int) -> None:
+    allowance = under(Plan(requests_per_day=spent, concurrency=1))
+    for _ in range(spent):
+        process.used(process.take(allowance))
+    process.refused(allowance)
+    hold = process.again(allowance, None, 0)
+    with pytest.raises(Refusal) as caught:
+        process.again(allowance, None, 0)
+    assert caught.value.reason is Reason.CONCURRENCY_LIMITED
+    process.book.settle(hold, was_sent=True, is_repeat=True)
+    process.leave()
+    assert spent == 0 or fleet.row("requests_per_day").spent == 1
+
+
+@pytest.mark.parametrize(("paid", "held"), [(0, 50), (1, 49), (49, 1), (50, 0), (70, 0)])
+def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
+    fleet: Fleet, process: Process, paid: int, held: int
+) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 100 - held)), tokens=100 - held)
+    hold = process.again(allowance, TokenNeed(1, 50), paid)
+    assert (hold.tokens, hold.covers) == (held, held + paid)
+    process.book.settle(hold, was_sent=True, tokens=held, is_repeat=True)
+    process.leave()
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (100, 0)
+
+
+@pytest.mark.parametrize("paid", [0, 1, 49])
+def test_a_repeat_is_refused_if_what_it_may_use_beyond_them_is_not_there(process: Process, paid: int) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 51 + paid)), tokens=51 + paid)
+    with pytest.raises(Refusal) as caught:
+        process.again(allowance, TokenNeed(1, 50), paid)
+    assert caught.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
+
+
+def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.again(allowance, TokenNeed(1, 50), 50)
+    # A lease that holds nothing: whoever speaks with the ledger has to know of it all the same.
+    assert process.wakes == 1
+    process.book.settle(hold, was_sent=True, tokens=7, is_repeat=True)
+    process.leave()
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (7, 0)
+
+
+# -- plans that change
+
+
+def test_a_raised_limit_is_in_force_in_the_running_window(process: Process) -> None:
+    allowance = under(Plan(requests_per_day=1))
+    process.used(process.take(allowance))
+    process.refused(allowance)
+    raised = under(Plan(requests_per_day=3))
+    for _ in range(2):
+        process.used(process.take(raised))
+    assert process.refused(raised).reason is Reason.QUOTA_EXHAUSTED
+
+
+def test_a_lowered_limit_is_in_force_at_once_though_more_was_leased(fleet: Fleet, process: Process) -> None:
+    process.used(process.take(under(Plan(requests_per_day=100))))
+    lowered = under(Plan(requests_per_day=2))
+    process.used(process.take(lowered))
+    assert process.refused(lowered).reason is Reason.QUOTA_EXHAUSTED
+    process.leave()
+    assert fleet.row("requests_per_day").spent == 2
+
+
+def test_what_is_granted_under_a_plan_that_was_lowered_meanwhile_goes_back(fleet: Fleet, process: Process) -> None:
+    before = under(Plan(requests_per_day=100))
+    with pytest.raises(Short) as short:
+        process.book.take(before, process.now)
+    process.book.ask(short.value)
+    lines = process.book.lines(process.now, LINES_MAX)
+    lowered = under(Plan(requests_per_day=1))
+    with pytest.raises(Short):
+        process.book.take(lowered, process.now)
+    process.serial += 1
+    replies = fleet.ledger.sync(process.name, process.serial, lines)
+    assert replies is not None
+    assert replies[0].granted > 1
+    process.book.apply(lines, replies, process.now, valid_seconds=9.0)
+    process.used(process.take(lowered))
+    assert process.refused(lowered).reason is Reason.QUOTA_EXHAUSTED
+
+
+def test_a_limit_that_is_removed_limits_no_more_and_one_that_is_added_does(process: Process) -> None:
+    process.used(process.take(under(Plan(requests_per_day=1))))
+    without = under(Plan(concurrency=5))
+    for _ in range(5):
+        process.used(process.take(without))
+    added = under(Plan(concurrency=5, requests_per_month=1))
+    process.used(process.take(added))
+    assert process.refused(added).limit.policy.name == "user.requests_per_month"  # type: ignore[union-attr]
+    process.leave()
+
+
+# -- tokens
+
+
+def test_the_known_maximum_is_held_and_what_was_not_used_is_free_again(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.take(allowance, TokenNeed(10, 60))
+    assert hold.tokens == 60
+    assert process.refused(allowance, TokenNeed(10, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    # What comes back is there at once, although no was said a moment ago.
+    process.used(hold, tokens=0)
+    hold = process.take(allowance, TokenNeed(10, 100))
+    process.used(hold, tokens=100)
+    process.leave()
+    assert fleet.row("tokens_per_day").spent == 100
+
+
+def test_without_a_maximum_the_plan_says_how_much_one_request_holds(process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100, tokens_per_request=30))
+    assert process.take(allowance, TokenNeed(5, None)).tokens == 30
+    assert process.refused(allowance, TokenNeed(5, 31)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
+    assert process.refused(allowance, TokenNeed(31, None)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
+    assert process.take(allowance, TokenNeed(5, 30)).tokens == 30
+
+
+def test_without_any_maximum_all_that_is_left_is_held_by_one_request_at_a_time(process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=1000))
+    hold = process.take(allowance, TokenNeed(0, None))
+    assert hold.tokens == 1000
+    assert process.refused(allowance, TokenNeed(0, None)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    process.used(hold, tokens=10)
+    assert process.take(allowance, TokenNeed(0, None)).tokens == 990
+
+
+def test_who_takes_all_that_is_left_asks_for_it_although_enough_for_others_lies_here(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(tokens_per_day=2000))
+    for _ in range(12):
+        process.used(process.take(allowance, TokenNeed(1, 20)), tokens=5)
+        process.sync()
+        fleet.now += 0.3
+    assert process.take(allowance, TokenNeed(1, None)).tokens == 2000 - 12 * 5
+
+
+@pytest.mark.parametrize("need", [TokenNeed(0, None), TokenNeed(0, 0), TokenNeed(1, 1)])
+def test_a_budget_that_is_gone_lets_nothing_through_however_little_it_asks(process: Process, need: TokenNeed) -> None:
+    allowance = under(Plan(tokens_per_day=10))
+    process.used(process.take(allowance, TokenNeed(0, 10)), tokens=10)
+    assert process.refused(allowance, need).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+
+
+def test_more_used_than_held_is_charged_and_drawn_from_what_comes_next(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=60)
+    process.sync()
+    assert process.refused(allowance, TokenNeed(1, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    process.used(process.take(allowance, TokenNeed(1, 40)), tokens=40)
+    process.leave()
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (100, 0)
+
+
+def test_more_used_than_held_of_a_window_that_is_over_is_charged_once(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.take(allowance, TokenNeed(1, 10))
+    fleet.now = 43_200.0
+    process.take(allowance, TokenNeed(1, 10))
+    process.used(hold, tokens=15)
+    for _ in range(4):
+        process.sync()
+    yesterday = fleet.ledger.rows[min(fleet.ledger.rows)]
+    assert (yesterday.spent, yesterday.held) == (15, 0)
+    assert process.book.outstanding == 1
+
+
+def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.take(allowance, TokenNeed(1, 40))
+    for _ in range(2):
+        try:
+            hold = process.book.extend(hold, 60, process.now)
+            break
+        except Short as short:
+            process.book.ask(short)
+            process.sync(everything=False)
+    assert hold.tokens == 100
+    with pytest.raises(Short) as short_of_more:
+        process.book.extend(hold, 1, process.now)
+    process.book.ask(short_of_more.value)
+    process.sync(everything=False)
+    with pytest.raises(Refusal) as refused:
+        process.book.extend(hold, 1, process.now)
+    assert refused.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    process.used(hold, tokens=100)
+    process.leave()
+    assert fleet.row("tokens_per_day").spent == 100
+
+
+@pytest.mark.parametrize("what_ends", ["the day", "the holder"])
+def test_an_extension_draws_on_the_lease_of_now_when_the_first_is_over(
+    fleet: Fleet, process: Process, what_ends: str
+) -> None:
+    allowance = under(Plan(tokens_per_day=1000))
+    hold = process.take(allowance, TokenNeed(1, 40))
+    if what_ends == "the day":
+        fleet.now = 43_200.0
+    else:
+        fleet.ledger.end(process.name)
+        process.sync()
+    with pytest.raises(Short) as short:
+        process.book.extend(hold, 30, process.now)
+    process.book.ask(short.value)
+    process.sync(everything=False)
+    hold = process.book.extend(hold, 30, process.now)
+    process.used(hold, tokens=55)
+    process.leave()
+    rows = [row for _, row in sorted(fleet.ledger.rows.items())]
+    assert all(row.held == 0 for row in rows)
+    if what_ends == "the day":
+        assert [row.spent for row in rows] == [40, 15]
+    else:
+        # What the holder had when it ended is charged in full, once; and the 15 that came after.
+        assert rows[0].spent == rows[0].forfeited + 15
+
+
+# -- leases that end
+
+
+def test_nothing_is_taken_of_leases_when_their_holders_time_is_over(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    process.used(process.take(allowance))
+    fleet.now = LEASE_SECONDS * 0.95 - 0.001
+    process.used(process.book.take(allowance, process.now))
+    fleet.now = LEASE_SECONDS * 0.95
+    with pytest.raises(Short):
+        process.book.take(allowance, process.now)
+
+
+def test_a_process_that_slept_past_its_leases_spends_none_of_them_and_begins_again(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    hold = process.take(allowance)
+    held = fleet.row("requests_per_day").held
+    fleet.now = LEASE_SECONDS + 1
+    fleet.ledger.reap()
+    process.sync()
+    process.used(hold)
+    process.used(process.take(allowance))
+    process.leave()
+    row = fleet.row("requests_per_day")
+    assert (row.spent, row.forfeited, row.held) == (held + 1, held, 0)
+
+
+def test_what_lies_idle_for_a_second_goes_back_and_the_lease_is_closed(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    process.used(process.take(allowance))
+    process.sync()
+    fleet.now += 0.99
+    process.sync()
+    assert fleet.row("requests_per_day").held > 0
+    fleet.now += 0.02
+    process.sync()
+    process.sync()
+    assert (fleet.row("requests_per_day").held, process.book.has_leases) == (0, False)
+    assert process.sync() == 0
+
+
+def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fleet, process: Process) -> None:
+    plan, pools = Plan(tokens_per_day=1_000), [Pool("user", f"u_{number}", False) for number in range(50)]
+    holds = [process.take(under(plan, pools=(pool,)), TokenNeed(10, 90)) for pool in pools]
+    for _ in range(4):
+        fleet.now += 1.1
+        process.sync()
+    process.book.gather(fleet.now)
+    assert not process.book._due
+    process.used(holds[7], tokens=30)
+    process.book.gather(fleet.now)
+    assert list(process.book._due) == list(holds[7].budgets)
+
+
+def test_a_message_that_has_to_claim_something_does_although_all_of_it_is_taken_up_by_what_closes(
+    process: Process, fleet: Fleet
+) -> None:
+    plan = Plan(requests_per_day=100)
+    busy = process.take(under(plan, pools=(Pool("user", "busy", False),)))
+    for number in range(20):
+        process.used(process.take(under(plan, pools=(Pool("user", f"u_{number}", False),))))
+    process.sync()
+    fleet.now += 1.1
+    process.sync()
+    process.book.gather(process.now)
+    process.book.lost(process.book.lines(process.now, LINES_MAX))
+    without = process.book.lines(process.now, 8)
+    assert [line.is_closing for line in without] == [True] * 8
+    process.book.lost(without)
+    lines = process.book.lines(process.now, 8, must_claim=True)
+    assert [line.is_closing for line in lines] == [False] + [True] * 7
+    assert (lines[0].window.pool.owner, lines[0].granted > 0) == ("busy", True)
+    process.book.lost(lines)
+    process.used(busy)
+    process.leave()
+    assert {row.held for row in fleet.ledger.rows.values()} == {0}
+    assert sum(row.spent for row in fleet.ledger.rows.values()) == 21
+
+
+def test_of_many_leases_those_that_somebody_waits_for_are_told_first_and_the_rest_later(process: Process) -> None:
+    pools = [Pool("user", f"u_{number}", False) for number in range(20)]
+    for pool in pools[:10]:
+        process.used(process.take(under(Plan(requests_per_day=5), pools=(pool,))))
+    process.book.gather(process.now)
+    for pool in pools[10:]:
+        with pytest.raises(Short) as caught:
+            process.book.take(under(Plan(requests_per_day=5), pools=(pool,)), process.now)
+        process.book.ask(caught.value)
+    told = [line.window.pool for line in process.book.lines(process.now, 8)]
+    assert told == [*pools[10:16], *pools[:2]]
+
+
+def test_what_another_process_is_short_of_goes_back_at_the_next_message(fleet: Fleet) -> None:
+    rich, poor = fleet.process(), fleet.process()
+    allowance = under(Plan(requests_per_day=5))
+    rich.used(rich.take(allowance))
+    with pytest.raises(Short) as short:
+        poor.book.take(under(Plan(requests_per_day=5)), poor.now)
+    poor.book.ask(short.value)
+    poor.sync(everything=False)
+    rich.used(rich.take(allowance))
+    rich.sync()
+    rich.sync()
+    assert fleet.row("requests_per_day").held == 0
+
+
+def test_a_lost_answer_leaves_nothing_behind(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    process.used(process.take(allowance))
+    for _ in range(3):
+        process.sync(answer_is_lost=True)
+        fleet.now += 0.6
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (1, 0)
+
+
+def test_requests_that_arrive_while_the_first_answer_is_under_way_wait_for_the_same_lease(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=100))
+    with pytest.raises(Short) as first:
+        process.book.take(allowance, process.now)
+    process.book.ask(first.value)
+    lines = process.book.lines(process.now, LINES_MAX)
+    with pytest.raises(Short) as second:
+        process.book.take(allowance, process.now)
+    assert second.value.needs[0][0] is first.value.needs[0][0]
+    process.serial += 1
+    replies = fleet.ledger.sync(process.name, process.serial, lines)
+    assert replies is not None
+    process.book.apply(lines, replies, process.now, valid_seconds=9.0)
+    process.book.take(allowance, process.now)
+
+
+def test_a_forgotten_identity_draws_on_the_same_lease_when_it_comes_back(process: Process) -> None:
+    process.used(process.take(under(Plan(requests_per_day=100))))
+    process.used(process.take(under(Plan(requests_per_day=100))))
+    assert process.book.outstanding == 1
+
+
+def test_two_leases_of_one_window_in_one_message_are_not_both_granted_what_is_there_once(fleet: Fleet) -> None:
+    process = fleet.process()
+    process.used(process.take(under(Plan(requests_per_day=5))))
+    process.book.gather(process.now)
+    lines = process.book.lines(process.now, LINES_MAX)
+    (line,) = lines
+    both = [line._replace(want=5, at_least=1), line._replace(lease=99, granted=0, used=0, want=5, at_least=1)]
+    fleet.ledger.sync(process.name, 9, both)
+    row = fleet.row("requests_per_day")
+    assert row.spent + row.held == 5
+
+
+def test_what_lies_ahead_at_most_doubles_so_that_a_spike_does_not_take_all(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=1_000_000))
+    for _ in range(20):
+        process.used(process.take(allowance))
+    assert fleet.row("requests_per_day").held + fleet.row("requests_per_day").spent <= 40
+
+
+def test_in_steady_state_nobody_waits(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=1_000_000, rate=1000.0))
+    waited = 0
+    for number in range(2000):
+        fleet.now += 0.01
+        if process.wakes or number % 50 == 0:
+            process.wakes = 0
+            process.sync(everything=number % 50 == 0)
+        try:
+            process.used(process.book.take(allowance, process.now))
+        except Short:
+            waited += number > 200
+            process.used(process.take(allowance))
+    assert waited == 0
+
+
+# -- when the ledger cannot be asked
+
+
+def test_lenient_takes_although_nothing_is_left_and_settles_it_all_later(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(requests_per_day=3, tokens_per_day=10))
+    process.book.is_lenient = True
+    for _ in range(5):
+        process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
+    assert process.book.outstanding == 2
+    process.book.is_lenient = False
+    process.leave()
+    assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (5, 20)
+    assert (fleet.row("requests_per_day").held, fleet.row("tokens_per_day").held) == (0, 0)
+    assert process.refused(allowance, TokenNeed(1, 1)).reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
+
+
+def test_what_was_taken_beyond_its_leases_is_charged_although_the_holder_was_ended_meanwhile(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(requests_per_day=100, tokens_per_day=1000, concurrency=2))
+    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
+    process.sync()
+    process.book.is_lenient = True
+    for _ in range(50):
+        process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    fleet.ledger.end(process.name)
+    process.book.is_lenient = False
+    process.sync()
+    assert process.name.endswith("'"), "it was told that it has ended"
+    process.leave()
+    # All leases were charged in full, and nothing else that was used is missing or counted twice.
+    assert fleet.row("requests_per_day").spent == 51
+    assert 504 <= fleet.row("tokens_per_day").spent <= 504 + fleet.row("tokens_per_day").forfeited
+    assert [fleet.row(measure).held for measure in ("requests_per_day", "tokens_per_day", "concurrency")] == [0, 0, 0]
+
+
+def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fleet: Fleet, process: Process) -> None:
+    quiet, busy = under(Plan(requests_per_day=100)), under(Plan(requests_per_month=100), pools=(TENANT,))
+    process.used(process.take(busy))
+    process.sync()
+    replica = fleet.ledger.copy()
+    hold = process.take(quiet)
+    process.used(process.take(busy))
+    fleet.now += 0.6
+    process.sync()
+    fleet.ledger.fail_over(replica)
+    assert not fleet.ledger.rows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
+    process.book.gather(process.now)
+    lines = process.book.lines(process.now, LINES_MAX)
+    process.serial += 1
+    replies = fleet.ledger.sync(process.name, process.serial, lines)
+    assert replies is not None
+    assert process.book.apply(lines, replies, process.now, valid_seconds=9.0) == LEASE_SECONDS
+    process.book.tell_again()
+    process.sync()
+    assert fleet.row("requests_per_month", TENANT).spent == 2
+    assert fleet.row("requests_per_day").held == hold.bundle.counted[0].outstanding > 0
+
+
+# -- rates
+
+
+def test_a_rate_lets_its_burst_through_and_then_one_after_the_other(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(rate=0.5, burst=3))
+    for _ in range(3):
+        process.used(process.take(allowance))
+    refusal = process.refused(allowance)
+    assert (refusal.reason, refusal.retry_after_seconds) == (Reason.RATE_LIMITED, 2)
+    for _ in range(5):
+        retry = process.refused(allowance).retry_after_seconds
+        assert retry is not None
+        fleet.now += retry
+        process.used(process.take(allowance))
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(0.01, 10), (1.0, 5), (3.0, 3)])
+def test_units_of_a_slow_rate_are_not_lost_by_lying_here(
+    fleet: Fleet, process: Process, rate: float, burst: int
+) -> None:
+    allowance = under(Plan(rate=rate, burst=burst))
+    for _ in range(burst):
+        process.used(process.take(allowance))
+        fleet.now += 1.5
+        process.sync()
+
+
+def test_units_of_a_rate_lapse_a_second_after_they_were_asked_for(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(rate=100.0, burst=100))
+    for _ in range(4):
+        for _ in range(20):
+            process.used(process.take(allowance))
+        fleet.now += 0.2
+    process.take(allowance)
+    lease = next(iter(process.book._active))
+    assert lease.free > 0
+    first, last = lease.lapses[0][0], lease.lapses[-1][0]
+    assert process.now < first <= last <= process.now + 1.0
+    fleet.now += last - process.now
+    with pytest.raises(Short):
+        process.book.take(allowance, process.now)
+
+
+def test_a_clock_of_the_ledger_that_is_set_back_does_not_close_a_rate(fleet: Fleet, process: Process) -> None:
+    allowance = under(Plan(rate=1.0, burst=2))
+    for _ in range(2):
+        process.used(process.take(allowance))
+    fleet.ledger._clock = lambda: NOON - 3600 + fleet.now
+    fleet.now += 1.0
+    process.refused(allowance)
+    fleet.now += 1.0
+    process.used(process.take(allowance))

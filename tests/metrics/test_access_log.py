@@ -1,0 +1,239 @@
+"""The content of access log lines, and which requests are logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyproxy.config.schema import Log
+from keyproxy.http import headers
+from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.model import ANSWERED, Ending, RequestHead
+from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason
+from keyproxy.wire.parsing.head_cache import RequestReader
+from tests import fakes
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = "00f067aa0ba902b7"
+KEY = fakes.key(7).reveal().decode()
+
+
+class Logged:
+    """An access log, and the lines that it has written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b")
+        self.log = AccessLog(self._file.fileno(), wall_offset=lambda: 1_700_000_000.0)
+        self.log.start()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All of them, once the log is closed."""
+        self.log.close()
+        with self._file:
+            self._file.seek(0)
+            return [json.loads(line) for line in self._file.read().splitlines()]
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Logged:
+    return Logged(tmp_path / "log")
+
+
+def head_of(*lines: str) -> RequestHead:
+    raw = ("\r\n".join(["GET /v1/x HTTP/1.1", "Host: proxy.test", *lines]) + "\r\n\r\n").encode("latin-1")
+    return RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
+
+
+def ended(
+    head: RequestHead | None = None, *, reason: Reason | None = None, detail: str = "", policy: str = "",
+    status: int = 200, ending: Ending | None = None,
+) -> Exchange:  # fmt: skip
+    one = Exchange()
+    one.head, one.request_id = head, b"r-1"
+    one.reason, one.refusal_detail, one.policy = reason, detail, policy
+    one.ending = ending or (ANSWERED if reason is None else Ending.REFUSED)
+    one.status = status if reason is None else reason.value.status
+    one.started_mono, one.ended_mono = 10.0, 10.25
+    one.peer = TrustRule([]).forwarding("192.0.2.9", is_tls=False)
+    return one
+
+
+def row(one: Exchange) -> tuple[Exchange, str, str, str]:
+    code = {ANSWERED: "ok", Ending.CUT: "cut", Ending.CLIENT_GONE: "client_gone"}.get(one.ending, "refused")
+    return one, "any", "none", code if one.reason is None else one.reason.code
+
+
+def line_of(logged: Logged, one: Exchange) -> dict[str, Any]:
+    logged.log.write([row(one)])
+    (line,) = logged.lines()
+    return line
+
+
+# -- why a request was refused
+
+
+def test_a_line_has_the_reason_for_a_refusal(logged: Logged) -> None:
+    line = line_of(logged, ended(reason=Reason.REQUEST_MALFORMED, detail="more than one Host"))
+    assert (line["code"], line["detail"], line["policy"]) == ("request_malformed", "more than one Host", None)
+
+
+def test_a_line_names_the_policy_of_the_limit_that_refused(logged: Logged) -> None:
+    line = line_of(logged, ended(head_of(), reason=Reason.QUOTA_EXHAUSTED, policy="user.requests_per_day"))
+    assert (line["code"], line["detail"], line["policy"]) == ("quota_exhausted", None, "user.requests_per_day")
+
+
+def test_a_request_that_was_answered_has_neither(logged: Logged) -> None:
+    line = line_of(logged, ended(head_of()))
+    assert not {"detail", "policy"} & set(line)
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        f"the value {KEY} is no number", KEY, f"at {KEY[8:40]}", f"key={KEY}", f"('{KEY}',)", f"a\n{KEY}\n",
+        "hunter22 is no number", "sk-proj-abcdefghijklmnopqrstuvwx is no number",
+    ],
+)  # fmt: skip
+def test_no_detail_holds_a_key_or_a_part_of_one(logged: Logged, detail: str) -> None:
+    head = head_of(f"Authorization: Api-Key {KEY}", "X-Api-Key: hunter22")
+    line = line_of(logged, ended(head, reason=Reason.REQUEST_MALFORMED, detail=detail))
+    assert "***" in line["detail"]
+    assert not any(KEY[start : start + 24] in json.dumps(line) for start in range(len(KEY) - 24))
+    assert "hunter22" not in json.dumps(line)
+
+
+def test_a_detail_is_one_line_of_bounded_length_whatever_it_is_made_of(logged: Logged) -> None:
+    line = line_of(logged, ended(reason=Reason.STORE_UNAVAILABLE, detail="\udcff\n" + "no " * 1_000))
+    assert len(line["detail"]) <= 257
+    assert line["detail"].startswith("\\udcff\nno no")
+
+
+# -- whose request it was
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "client"),
+    [
+        ("192.0.2.9", [], "192.0.2.9"),
+        ("192.0.2.9", ["198.51.100.7"], "192.0.2.9"),  # not trusted: its claim is ignored
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7"], "198.51.100.7"),
+        ("10.0.0.1", ["1.1.1.1, 198.51.100.7"], "198.51.100.7"),  # the left one may be invented
+        ("10.0.0.1", ["1.1.1.1, 198.51.100.7, 10.0.0.2"], "198.51.100.7"),
+        ("10.0.0.1", ["1.1.1.1", "198.51.100.7", "10.0.0.2"], "198.51.100.7"),
+        ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
+        ("10.0.0.1", ["unknown"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7, unknown, 10.0.0.2"], "10.0.0.2"),
+        ("10.0.0.1", [""], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7,"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7:4711"], "198.51.100.7"),
+        ("10.0.0.1", ["2001:DB8:0::1"], "2001:db8::1"),
+        ("10.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),
+        ("10.0.0.1", ["[2001:db8::1]"], "2001:db8::1"),
+        ("10.0.0.1", ["::ffff:198.51.100.7"], "198.51.100.7"),
+        ("10.0.0.1", ['"198.51.100.7"'], "10.0.0.1"),
+        ("10.0.0.1", ["999.1.1.1"], "10.0.0.1"),
+        ("10.0.0.1", [KEY], "10.0.0.1"),
+        ("::ffff:10.0.0.1", ["198.51.100.7"], "198.51.100.7"),
+        ("fe80::1%eth0", [], "fe80::1"),
+        ("", [], None),
+        ("", ["198.51.100.7"], "198.51.100.7"),
+    ],
+)
+def test_the_client_is_the_rightmost_address_that_no_trusted_proxy_has(
+    logged: Logged, peer: str, forwarded: list[str], client: str | None
+) -> None:
+    one = ended(head_of(*(f"X-Forwarded-For: {value}" for value in forwarded)))
+    one.peer = TrustRule(["10.0.0.0/8", "unix"]).forwarding(peer, is_tls=False)
+    assert line_of(logged, one)["client"] == client
+
+
+def test_a_request_whose_head_could_not_be_read_is_its_peer_s(logged: Logged) -> None:
+    assert line_of(logged, ended(reason=Reason.REQUEST_MALFORMED))["client"] == "192.0.2.9"
+
+
+def test_hops_are_remembered_within_a_bound() -> None:
+    rule = TrustRule(["10.0.0.0/8"])
+    forwarding = rule.forwarding("10.0.0.1", is_tls=False)
+    for number in range(5_000):
+        address = f"198.51.{number // 250}.{number % 250}"
+        assert forwarding.client_address(head_of(f"X-Forwarded-For: {address}")) == address.encode()
+
+
+@pytest.mark.parametrize(
+    ("lines", "trace"),
+    [
+        ([f"traceparent: 00-{TRACE}-{PARENT}-01"], TRACE),
+        ([f"Traceparent: 00-{TRACE}-{PARENT}-00"], TRACE),
+        ([f"TRACEPARENT:\t00-{TRACE}-{PARENT}-ff  "], TRACE),
+        (["Accept: a", f"X-Traceparent: 00-{'1' * 32}-{PARENT}-01", f"traceparent: 00-{TRACE}-{PARENT}-01"], TRACE),
+        ([f"traceparent: cc-{TRACE}-{PARENT}-01-what-the-future-holds"], TRACE),
+        ([f"traceparent: 00-{TRACE}-{PARENT}-01-more"], None),
+        ([f"traceparent: ff-{TRACE}-{PARENT}-01"], None),
+        ([f"traceparent: 00-{'0' * 32}-{PARENT}-01"], None),
+        ([f"traceparent: 00-{TRACE}-{'0' * 16}-01"], None),
+        ([f"traceparent: 00-{TRACE.upper()}-{PARENT}-01"], None),
+        ([f"traceparent: 00-{TRACE[:-1]}-{PARENT}-01"], None),
+        ([f"traceparent: 00-{TRACE}-{PARENT}-1"], None),
+        ([f"traceparent: 00-{TRACE}-{PARENT}"], None),
+        (["traceparent:"], None),
+        ([f"traceparent: {KEY}"], None),
+        ([f"X-Traceparent: 00-{TRACE}-{PARENT}-01"], None),
+        ([f"traceparent: 00-{TRACE}-{PARENT}-01", f"traceparent: 00-{'1' * 32}-{PARENT}-01"], None),
+        ([], None),
+    ],
+)
+def test_the_trace_id_is_that_of_a_valid_traceparent_and_none_is_invented(
+    logged: Logged, lines: list[str], trace: str | None
+) -> None:
+    assert line_of(logged, ended(head_of(*lines)))["trace_id"] == trace
+
+
+def test_a_trace_id_is_found_wherever_its_line_stands() -> None:
+    line = f"traceparent: 00-{TRACE}-{PARENT}-01\r\n"
+    for block in (line, f"Accept: a\r\n{line}", f"{line}Accept: a\r\n", f"Accept: traceparent: x\r\n{line}"):
+        assert headers.trace_id(block.encode()) == TRACE.encode()
+
+
+# -- which requests have a line
+
+
+@pytest.mark.parametrize(("access", "share"), [(True, 1.0), (False, 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)])
+def test_the_setting_selects_the_fraction_of_successes_to_log(access: Any, share: float) -> None:
+    assert Log(access=access).success_share == share
+
+
+def mixed() -> list[Exchange]:
+    """Every kind of end."""
+    return [
+        ended(head_of(), reason=Reason.RATE_LIMITED), ended(head_of(), status=500),
+        ended(head_of(), ending=Ending.CUT), ended(head_of(), status=499, ending=Ending.CLIENT_GONE),
+        ended(head_of()), ended(head_of(), status=404),
+    ]  # fmt: skip
+
+
+def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(logged: Logged) -> None:
+    logged.log.success_share = 0.0
+    logged.log.write([row(one) for one in mixed()])
+    logged.log.write([row(ended(head_of()))])
+    assert [(line["code"], line["status"]) for line in logged.lines()] == [
+        ("rate_limited", 429), ("ok", 500), ("cut", 200), ("client_gone", 499),
+    ]  # fmt: skip
+
+
+def test_a_share_of_the_successes_has_a_line_and_every_refusal(logged: Logged) -> None:
+    logged.log.success_share = 0.25
+    one, refused = row(ended(head_of())), row(ended(head_of(), reason=Reason.KEY_INVALID))
+    logged.log.write([one, refused] * 40)
+    for _ in range(100):
+        logged.log.write([one] * 100)
+    lines = logged.lines()
+    written = sum(line["code"] == "ok" for line in lines)
+    assert sum(line["code"] == "api_key_invalid" for line in lines) == 40
+    # Of 10,040; six standard deviations either way.
+    assert 2_510 - 261 < written < 2_510 + 261

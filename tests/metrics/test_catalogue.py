@@ -1,0 +1,354 @@
+"""The metrics: initial series, counting, and their list in docs/metrics.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from keyproxy.admin.listener import traffic
+from keyproxy.admin.service import ENDPOINTS
+from keyproxy.config.schema import Ledger as LedgerSettings
+from keyproxy.limits.allowance import Allowance, Bundle, Hold
+from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.ledger_protocol import POLICIES, Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.metrics.catalogue import CLASSES, Catalogue, Sources
+from keyproxy.metrics.control import ControlCatalogue, Standing
+from keyproxy.metrics.fleet import Fleet
+from keyproxy.metrics.recorder import Recorder
+from keyproxy.metrics.spending import Spending
+from keyproxy.model import ANSWERED, Ending, Grant, Permit, Route, TokenUse
+from keyproxy.platform import clock
+from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason
+from keyproxy.store.ledger.backend import LedgerBackend
+from keyproxy.store.ledger.ledger import Ledger
+from tests import fakes
+
+ROOT = Path(__file__).parents[2]
+TOKENS = "POST /v1/chat/completions"
+
+
+def spending(number: int = 0) -> Spending:
+    return Spending(
+        limit_refusals=lambda: dict.fromkeys(POLICIES, number),
+        ledger_counts=lambda: dict.fromkeys(("taken", "waited", "failures"), number),
+        claim_counts=lambda: dict.fromkeys(("repeats", "unasked"), number),
+        claims=lambda: number,
+        leases=lambda: number,
+        unsettled_seconds=lambda: float(number),
+        events_pending=lambda: number,
+        usage_counts=lambda: dict.fromkeys(("batches", "events", "failures"), number),
+        usage_dropped=lambda: dict.fromkeys(("requests", "events"), number),
+        unwritten_seconds=lambda: float(number),
+    )
+
+
+def sources(number: int = 0) -> Sources:
+    return Sources(
+        identity_lookups=lambda: dict.fromkeys(("hit", "miss", "stale", "unknown", "refused"), number),
+        identities=lambda: dict.fromkeys(("known", "unknown"), number),
+        store_is_up=lambda: number > 1,
+        change_feed_lag_seconds=lambda: float(number),
+        upstream_connections=lambda: dict.fromkeys(("idle", "active"), number),
+        open_requests=lambda: number,
+        open_tunnels=lambda: number,
+        client_connections=lambda: number,
+        failed_connections=lambda: dict.fromkeys(("file_descriptors", "handshake"), number),
+        access_log_dropped=lambda: number,
+        defects=lambda: {"usage": number},
+        housekeeping_failures=lambda: {"holders": number},
+        token_routes=lambda: [TOKENS],
+        spending=spending(number),
+    )
+
+
+def exchange(
+    *, reason: Reason | None = None, ending: Ending | None = None, status: int = 200, route: str | None = None,
+    use: TokenUse | None = None, seconds: Mapping[str, float] | None = None,
+) -> Exchange:  # fmt: skip
+    """An exchange that was sent after a second and took two."""
+    one = Exchange()
+    one.identity = fakes.identity()
+    one.reason = reason
+    one.ending = ending or (ANSWERED if reason is None else Ending.REFUSED)
+    one.status = status if reason is None or one.ending is not Ending.REFUSED else reason.value.status
+    one.route = None if route is None else Route(route)
+    one.started_mono, one.sent_mono, one.answered_mono, one.ended_mono = 10.0, 11.0, 11.5, 12.0
+    if one.ending is Ending.REFUSED:
+        one.sent_mono = one.answered_mono = 0.0
+    one.token_use = use
+    for name, value in (seconds or {}).items():
+        setattr(one, name, value)
+    return one
+
+
+def page(*exchanges: Exchange, number: int = 0) -> str:
+    """The page of a proxy on which these have ended."""
+    recorder = Recorder(None)
+    for one in exchanges:
+        recorder.record(one)
+    catalogue = Catalogue(recorder, sources(number))
+    catalogue.ledger_round_trips.observe(*[0.001] * number)
+    return catalogue.render().decode()
+
+
+def series(text: str, name: str) -> dict[tuple[str, ...], float]:
+    """The values of a metric by those of its labels, in the order of the labels' names."""
+    return {
+        tuple(value for label, value in sorted(sample.labels.items()) if label != "le"): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+# -- from 0 on
+
+
+def test_every_refusal_is_there_from_0_on_with_who_has_to_act() -> None:
+    before = series(page(), "keyproxy_refusals_total")
+    assert before == {(reason.value.blame.value, reason.code): 0.0 for reason in Reason}
+    after = series(page(exchange(reason=Reason.INTERNAL_ERROR)), "keyproxy_refusals_total")
+    assert after == before | {("us", "internal_error"): 1.0}
+
+
+def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
+    """A series that appears with the value 1 never rose for Prometheus: increase() of it is 0."""
+    text = page()
+    assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in CLASSES}
+    assert set(series(text, "keyproxy_limit_refusals_total")) == {(policy,) for policy in POLICIES}
+    for name in ("keyproxy_tokens_held_total", "keyproxy_tokens_estimated_total"):
+        assert set(series(text, name)) == {("live", TOKENS), ("test", TOKENS)}
+    assert set(series(text, "keyproxy_tokens_settled_total")) == {
+        (direction, mode, TOKENS) for mode in ("live", "test") for direction in ("in", "out")
+    }
+    labelled = [family for family in text_string_to_metric_families(text) if family.type == "counter"]
+    assert {family.name for family in labelled if not family.samples} == {"keyproxy_requests"}
+
+
+async def test_the_ledger_counts_every_policy_from_0_on() -> None:
+    ledger = Ledger(cast("LedgerBackend", None), LedgerSettings(), clock.now)
+    assert ledger.refusals == dict.fromkeys(POLICIES, 0)
+
+
+def test_no_policy_of_a_plan_is_missing_in_what_is_counted_from_0_on() -> None:
+    plan = Plan(
+        rate=1.0,
+        concurrency=1,
+        requests_per_day=1,
+        requests_per_month=1,
+        tokens_per_day=1,
+        tokens_per_month=1,
+        tokens_per_request=1,
+    )
+    book = Book(lambda: None)
+    for kind in ("tenant", "user", "key"):
+        allowance = Allowance(((Pool(kind, "x", False), plan),))
+        with pytest.raises(Short):
+            book.take(allowance, 0.0)
+        bundle = allowance.bundle
+        assert bundle is not None
+        assert bundle.tokens_per_request is not None
+        names = {lease.policy.name for lease in bundle.told} | {bundle.tokens_per_request.policy.name}
+        assert names == {policy for policy in POLICIES if policy.startswith(f"{kind}.")}
+
+
+def test_what_was_there_from_0_on_stays_over_workers_that_come_and_go() -> None:
+    fleet = Fleet(lambda: {"ready": 2}, lambda: 0)
+    first, second = page(exchange(reason=Reason.KEY_INVALID)), page()
+    merged = series(fleet.render([first, second]).decode(), "keyproxy_refusals_total")
+    assert merged == series(page(), "keyproxy_refusals_total") | {("caller", "api_key_invalid"): 1.0}
+    fleet.ended(first)
+    merged = series(fleet.render([second]).decode(), "keyproxy_refusals_total")
+    assert merged[("caller", "api_key_invalid")] == 1.0
+    assert len(merged) == len(Reason)
+
+
+# -- what is counted as what
+
+
+def test_responses_are_counted_by_the_class_of_their_status() -> None:
+    text = page(*[exchange(status=status) for status in (101, 200, 204, 302, 404, 500, 599)],
+                exchange(status=499, ending=Ending.CLIENT_GONE), exchange(reason=Reason.RATE_LIMITED))  # fmt: skip
+    assert series(text, "keyproxy_responses_total") == {
+        ("1xx",): 1, ("2xx",): 2, ("3xx",): 1, ("4xx",): 3, ("5xx",): 2,
+    }  # fmt: skip
+
+
+def test_the_duration_of_what_was_relayed_stands_apart_from_that_of_refusals() -> None:
+    text = page(
+        exchange(route="any"), exchange(route="any", status=500), exchange(route="any", reason=Reason.RATE_LIMITED),
+        exchange(route="any", ending=Ending.CUT, reason=Reason.UPSTREAM_UNREACHABLE),
+        exchange(route="any", ending=Ending.CLIENT_GONE, status=499),
+    )  # fmt: skip
+    assert series(text, "keyproxy_request_seconds_count") == {
+        ("live", "ok", "any"): 2, ("live", "refused", "any"): 1, ("live", "cut", "any"): 1,
+        ("live", "client_gone", "any"): 1,
+    }  # fmt: skip
+
+
+def test_a_code_and_a_status_that_end_in_two_ways_are_one_series_of_requests() -> None:
+    text = page(
+        exchange(reason=Reason.STORE_UNAVAILABLE),
+        exchange(reason=Reason.STORE_UNAVAILABLE, status=503, ending=Ending.CUT),
+    )
+    names = [line for line in text.splitlines() if line.startswith("keyproxy_requests_total{")]
+    assert len(names) == len({line.rpartition(" ")[0] for line in names}) == 1
+    assert names[0].endswith(" 2.0")
+
+
+@pytest.mark.parametrize(
+    ("waits", "overhead"),
+    [
+        ({}, 1.0),
+        ({"body_wait_seconds": 0.75}, 0.25),
+        ({"connection_wait_seconds": 0.5}, 0.5),
+        ({"body_wait_seconds": 0.5, "connection_wait_seconds": 0.25}, 0.25),
+    ],
+)
+def test_overhead_is_our_own_time(waits: dict[str, float], overhead: float) -> None:
+    text = page(exchange(seconds=waits))
+    assert series(text, "keyproxy_overhead_seconds_sum") == {(): pytest.approx(overhead)}
+    waited = waits.get("connection_wait_seconds", 0.0)
+    assert series(text, "keyproxy_connection_wait_seconds_count") == {(): float(waited > 0)}
+    assert series(text, "keyproxy_connection_wait_seconds_sum") == {(): waited}
+
+
+def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
+    counted = traffic()
+    before = ControlCatalogue(counted).render(None, {}).decode()
+    requests = series(before, "keyproxy_admin_requests_total")
+    assert set(requests.values()) == {0.0}
+    assert ("4xx", "none", "none") in requests
+    routes = {*((one.method, one.path) for one in ENDPOINTS), ("GET", "/metrics"), ("GET", "/livez")}
+    assert {(number, *route) for route in routes for number in ("2xx", "4xx", "5xx")} <= set(requests)
+    assert set(series(before, "keyproxy_admin_failed_logins_total")) == {
+        ("token_missing",), ("token_invalid",), ("token_expired",), ("token_revoked",), ("account_disabled",),
+        ("too_many_failures",),
+    }  # fmt: skip
+    counted.note("GET", "/metrics", 200, "")
+    counted.note("BREW", "/nowhere", 404, "not_found")
+    counted.note("GET", "/metrics", 401, "token_expired")
+    after = ControlCatalogue(counted).render(None, {}).decode()
+    assert {key: value for key, value in series(after, "keyproxy_admin_requests_total").items() if value} == {
+        ("2xx", "GET", "/metrics"): 1, ("4xx", "none", "none"): 1, ("4xx", "GET", "/metrics"): 1,
+    }  # fmt: skip
+    assert series(after, "keyproxy_admin_failed_logins_total")[("token_expired",)] == 1
+
+
+# -- the documentation
+
+
+def populated(number: int = 1) -> str:
+    """A page of a proxy on which every metric has a series, and so many of everything."""
+    ended = []
+    for _ in range(number):
+        one = exchange(route=TOKENS, use=TokenUse(1, 2), seconds={"connection_wait_seconds": 0.1})
+        one.permit = Permit(Grant(fakes.identity(), Route(TOKENS)), Hold(Bundle(()), (), 5))
+        one.is_estimated = True
+        one.identity = dataclasses.replace(fakes.identity(), retiring_field=b"X-Keyproxy-Key-Expires-In: ")
+        ended += [one, exchange(reason=Reason.RATE_LIMITED)]
+    return page(*ended, number=number)
+
+
+def admin_page() -> str:
+    standing = Standing({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
+    return ControlCatalogue(traffic()).render(standing, {"sent": 1}).decode()
+
+
+def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, type, labels) of every metric of a page but those of the process."""
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith("keyproxy_"):
+            continue
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert family.samples, f"{family.name} has no series here"
+        name = family.name + ("_total" if family.type == "counter" else "")
+        if name == "keyproxy_build_info":
+            yield name, "gauge", tuple(sorted(labels))
+        else:
+            yield name, family.type, tuple(sorted(labels))
+
+
+def tables() -> dict[str, list[list[str]]]:
+    """The rows of each table of docs/metrics.md, by its heading."""
+    found: dict[str, list[list[str]]] = {}
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for part in re.split(r"(?m)^## ", text)[1:]:
+        rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("| `keyproxy_")]
+        found[part.partition("\n")[0]] = [[cell.strip() for cell in row] for row in rows]
+    return found
+
+
+def documented(rows: Sequence[Sequence[str]]) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [
+        (row[0].strip("`"), row[1], tuple(sorted(re.findall(r"`(\w+)`", row[2]))))
+        for row in rows
+    ]  # fmt: skip
+
+
+def test_the_page_of_metrics_lists_what_there_is_with_types_and_labels() -> None:
+    proxy = sorted(described(populated()))
+    workers = sorted(described(Fleet(lambda: {"ready": 1}, lambda: 1).render([populated()]).decode()))
+    assert sorted(documented(tables()["Of a proxy"])) == proxy
+    assert sorted(documented(tables()["Of a supervisor"])) == [one for one in workers if one not in proxy]
+    assert sorted(documented(tables()["Of an admin process"])) == sorted(described(admin_page()))
+
+
+def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None:
+    def of(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        return {
+            (family.name + ("_total" if family.type == "counter" else ""), tuple(sorted(sample.labels.items()))):
+            sample.value
+            for family in text_string_to_metric_families(text) for sample in family.samples
+            if not sample.name.endswith(("_bucket", "_sum"))
+        }  # fmt: skip
+
+    merged = of(Fleet(dict, lambda: 0).render([populated(1), populated(3)]).decode())
+    one, three = of(populated(1)), of(populated(3))
+    for name, _, _, how, _ in tables()["Of a proxy"]:
+        key = next(key for key in one if (key[0] == name.strip("`") and three[key] != one[key]) or
+                   key[0] == name.strip("`") == "keyproxy_build_info")  # fmt: skip
+        together: dict[str, Any] = {"sum": one[key] + three[key], "max": max(one[key], three[key]),
+                                    "min": min(one[key], three[key])}  # fmt: skip
+        assert merged[key] == together[how], name
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "config.example.toml"]),
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_every_metric_that_is_named_somewhere_is_there(path: Path) -> None:
+    known = {row[0].strip("`") for rows in tables().values() for row in rows}
+    histograms = {row[0].strip("`") for rows in tables().values() for row in rows if row[1] == "histogram"}
+    known |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
+    others = {"keyproxy_proxy", "keyproxy_admin", "keyproxy_broken", "keyproxy_restored"}
+    text = path.read_text(encoding="utf-8")
+    if path.name == "CHANGELOG.md":
+        text = ""  # also names former metrics
+    assert set(re.findall(r"(?<![\w./-])keyproxy_[a-z0-9_]+\b(?!\.)", text)) - known - others == set()
+
+
+# -- as Prometheus reads them
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+@pytest.mark.parametrize("kind", ["proxy", "proxy before anything", "workers", "admin"])
+def test_promtool_finds_nothing_wrong(kind: str) -> None:
+    pages: dict[str, Callable[[], str]] = {
+        "proxy": populated, "proxy before anything": page, "admin": admin_page,
+        "workers": lambda: Fleet(lambda: {"ready": 1}, lambda: 1).render([populated(), page()]).decode(),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=pages[kind](), text=True, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

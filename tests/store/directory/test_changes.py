@@ -1,0 +1,301 @@
+"""Plans, who is disabled, versions, desks bound to one tenant, the audit log as it is read."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.directory import (
+    Actor,
+    AuditFilter,
+    Conflict,
+    Directory,
+    DirectoryError,
+    Invalid,
+    KeyFilter,
+    KeyWish,
+    NotFound,
+    Outdated,
+    Revocation,
+    etag,
+)
+from keyproxy.store.postgres.database import Database
+from tests.store.harness import Rig, Sql, audit_rows, change_rows
+
+FORMAT = KeyFormat()
+ANN = Actor("ann", "desk")
+
+
+@pytest.fixture
+async def directory(database: Database) -> Directory:
+    """The directory, with a tenant, a user without keys, and a plan."""
+    directory = Directory(database, FORMAT, ANN)
+    await directory.create_tenant("acme", "Acme Inc.")
+    await directory.create_user("u_42", "acme", None)
+    await directory.set_plan("basic", {"requests_per_day": 5})
+    return directory
+
+
+# -- plans
+
+
+async def test_a_plan_is_what_was_said_last_all_of_it(directory: Directory) -> None:
+    made = await directory.set_plan("big", {"rate": 50, "burst": 100})
+    assert (made["id"], made["limits"], made["created"]) == ("big", {"rate": 50.0, "burst": 100}, True)
+    again = await directory.set_plan("big", {"tokens_per_day": 7})
+    assert (again["limits"], again["created"]) == ({"tokens_per_day": 7}, False)
+    assert [plan["id"] for plan in await directory.plans("", 9)] == ["basic", "big"]
+    assert await directory.plans("big", 9) == []
+    assert await directory.delete_plan("big") == {"id": "big", "deleted": True}
+    with pytest.raises(NotFound, match="there is no plan 'big'"):
+        await directory.plan("big")
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [({"rat": 1}, "there is no such limit"), ({"burst": 1}, "nothing without a rate"), ([], "an object")],
+)
+async def test_limits_that_mean_nothing_are_refused(directory: Directory, limits: object, sentence: str) -> None:
+    with pytest.raises(Invalid, match=sentence):
+        await directory.set_plan("basic", limits)
+    assert (await directory.plan("basic"))["limits"] == {"requests_per_day": 5}
+
+
+async def test_a_plan_that_somebody_has_is_not_deleted_and_it_is_said_who(directory: Directory) -> None:
+    await directory.change_tenant("acme", {"plan": "basic", "test_plan": "basic"})
+    await directory.change_user("u_42", {"test_plan": "basic"})
+    key = await directory.issue_key("u_42", KeyWish(plan="basic"))
+    with pytest.raises(Conflict, match="plan 'basic' is given to 1 tenant and 1 user and 1 key"):
+        await directory.delete_plan("basic")
+    await directory.change_tenant("acme", {"plan": None, "test_plan": None})
+    await directory.change_user("u_42", {"test_plan": None})
+    await directory.change_key(key["id"], {"plan": None})
+    await directory.delete_plan("basic")
+
+
+async def test_a_plan_is_given_and_taken_and_what_is_not_named_stays(directory: Directory) -> None:
+    await directory.change_tenant("acme", {"plan": "basic"})
+    tenant = await directory.change_tenant("acme", {"name": "Other"})
+    assert (tenant["plan"], tenant["test_plan"], tenant["name"]) == ("basic", None, "Other")
+    user = await directory.change_user("u_42", {"test_plan": "basic"})
+    assert (user["plan"], user["test_plan"]) == (None, "basic")
+    key = await directory.issue_key("u_42", KeyWish())
+    assert (await directory.change_key(key["id"], {"plan": "basic", "name": "n"}))["plan"] == "basic"
+    assert (await directory.change_key(key["id"], {"plan": None}))["name"] == "n"
+
+
+async def test_a_plan_that_is_not_there_can_be_given_to_nobody(directory: Directory) -> None:
+    key = await directory.issue_key("u_42", KeyWish())
+    for asked in (
+        directory.change_tenant("acme", {"plan": "gold"}), directory.change_user("u_42", {"test_plan": "gold"}),
+        directory.change_key(key["id"], {"plan": "gold"}), directory.issue_key("u_42", KeyWish(plan="gold")),
+        directory.create_tenant("other", "", "gold"), directory.create_user("u_1", "acme", None, plan="gold"),
+        directory.create_user("u_2", "acme", KeyWish(plan="gold")),
+        directory.issue_keys([("u_42", KeyWish("n", plan="gold"))]),
+    ):  # fmt: skip
+        with pytest.raises(NotFound, match="there is no plan 'gold'"):
+            await asked
+    assert len(await directory.users("", 9, None)) == 1
+
+
+async def test_what_is_created_with_a_plan_has_it(directory: Directory) -> None:
+    assert (await directory.create_tenant("other", "", "basic"))["plan"] == "basic"
+    user = await directory.create_user("u_1", "acme", KeyWish(), plan="basic")
+    assert (user["plan"], user["key"]["plan"]) == ("basic", None)
+    assert (await directory.issue_key("u_1", KeyWish(plan="basic")))["plan"] == "basic"
+
+
+# -- disabled and enabled
+
+
+@pytest.mark.parametrize("kind", ["tenant", "user"])
+async def test_who_is_disabled_stays_disabled_since_the_first_time_until_enabled(rig: Rig, kind: str) -> None:
+    directory = Directory(rig.door, FORMAT, ANN)
+    await directory.create_tenant("acme", "")
+    key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
+    change, name = (directory.change_tenant, "acme") if kind == "tenant" else (directory.change_user, "u_42")
+    first = await change(name, {"disabled": True})
+    assert first["disabled_at"] is not None
+    assert (await directory.key(key["id"]))["state"] == "disabled"
+    before = await audit_rows(rig.sql), await change_rows(rig.sql)
+    assert await change(name, {"disabled": True}) == first
+    assert (await audit_rows(rig.sql), await change_rows(rig.sql)) == before
+    assert (await change(name, {"disabled": False}))["disabled_at"] is None
+    assert (await directory.key(key["id"]))["state"] == "active"
+
+
+@pytest.mark.parametrize("changes", [{"id": "x"}, {"name": "x", "created_at": "2020-01-01"}])
+async def test_what_cannot_be_changed_is_said(directory: Directory, changes: dict[str, object]) -> None:
+    with pytest.raises(Invalid, match="of a tenant cannot be changed; disabled, name, plan, test_plan can"):
+        await directory.change_tenant("acme", changes)
+
+
+# -- versions
+
+
+async def test_a_change_that_rests_on_an_older_version_is_refused_and_changes_nothing(
+    directory: Directory, sql: Sql
+) -> None:
+    tenant, user = await directory.tenant("acme"), await directory.user("u_42")
+    key, plan = await directory.issue_key("u_42", KeyWish()), await directory.plan("basic")
+    versions = {kind: etag(thing) for kind, thing in
+                (("tenant", tenant), ("user", user), ("key", key), ("plan", plan))}  # fmt: skip
+    await directory.change_tenant("acme", {"name": "x"}, if_match=versions["tenant"])
+    await directory.change_user("u_42", {"plan": "basic"}, if_match=versions["user"])
+    await directory.change_key(key["id"], {"name": "x"}, if_match=versions["key"])
+    await directory.set_plan("basic", {}, if_match=versions["plan"])
+    before = await audit_rows(sql)
+    for asked in (
+        directory.change_tenant("acme", {"name": "y"}, if_match=versions["tenant"]),
+        directory.delete_tenant("acme", if_match=versions["tenant"]),
+        directory.change_user("u_42", {"plan": None}, if_match=versions["user"]),
+        directory.delete_user("u_42", if_match=versions["user"]),
+        directory.change_key(key["id"], {"name": "y"}, if_match=versions["key"]),
+        directory.revoke_key(key["id"], "", if_match=versions["key"]),
+        directory.delete_key(key["id"], if_match=versions["key"]),
+        directory.rotate_key(key["id"], grace=timedelta(), expires_in=None, if_match=versions["key"]),
+        directory.set_plan("basic", {"burst": 1, "rate": 1}, if_match=versions["plan"]),
+        directory.delete_plan("basic", if_match=versions["plan"]),
+    ):  # fmt: skip
+        with pytest.raises(Outdated, match="has changed since it was read"):
+            await asked
+    assert await audit_rows(sql) == before
+
+
+async def test_of_two_changes_of_one_version_at_once_one_is_made(directory: Directory) -> None:
+    version = etag(await directory.tenant("acme"))
+    told = await asyncio.gather(
+        *(directory.change_tenant("acme", {"name": f"n_{number}"}, if_match=version) for number in range(8)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(one, Outdated) for one in told) == 7
+
+
+async def test_use_does_not_make_another_version_of_a_key(directory: Directory, sql: Sql) -> None:
+    key = await directory.issue_key("u_42", KeyWish())
+    await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now()")
+    assert etag(await directory.key(key["id"])) == etag(key)
+
+
+# -- one tenant's desk
+
+
+@pytest.fixture
+async def bound(database: Database, directory: Directory) -> Directory:
+    """A desk of tenant acme, in a directory with another tenant beside it."""
+    await directory.create_tenant("other", "")
+    await directory.create_user("u_other", "other", KeyWish())
+    return Directory(database, FORMAT, ANN, tenant_id="acme")
+
+
+async def test_a_tenants_desk_sees_and_touches_its_tenant_alone(
+    directory: Directory, bound: Directory, sql: Sql
+) -> None:
+    (theirs,) = await directory.keys("", 9, KeyFilter(tenant="other"))
+    digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", theirs["id"])
+    before = await audit_rows(sql)
+    wish, key = KeyWish(), theirs["id"]
+    for asked in (
+        bound.tenant("other"), bound.change_tenant("other", {"name": "x"}), bound.create_user("u_9", "other", wish),
+        bound.user("u_other"), bound.change_user("u_other", {"disabled": True}), bound.delete_user("u_other"),
+        bound.issue_key("u_other", wish), bound.issue_keys([("u_other", wish)]), bound.key(key),
+        bound.change_key(key, {"name": "x"}), bound.revoke_key(key, ""), bound.delete_key(key),
+        bound.rotate_key(key, grace=timedelta(), expires_in=None), bound.count_to_revoke(Revocation(user="u_other")),
+        bound.count_to_revoke(Revocation(tenant="other")),
+    ):  # fmt: skip
+        with pytest.raises(NotFound, match="there is no"):
+            await asked
+    for refused in (
+        bound.create_tenant("third", ""), bound.delete_tenant("acme"), bound.delete_tenant("other"),
+        bound.set_plan("p", {}), bound.delete_plan("basic"), bound.create_user("u_other", "acme", wish),
+    ):  # fmt: skip
+        with pytest.raises(Conflict):
+            await refused
+    assert (await bound.report_leaked(digest, ""))["known"] is False
+    assert await audit_rows(sql) == before
+    assert [one["id"] for one in await bound.tenants("", 9)] == ["acme"]
+    assert [one["id"] for one in await bound.users("", 9, None)] == ["u_42"]
+    assert await bound.users("", 9, "other") == []
+    assert await bound.keys("", 9) == []
+    assert await bound.keys("", 9, KeyFilter(tenant="other")) == []
+    assert (await bound.keys_by_time("created", None, 9, KeyFilter(user="u_other"))).items == []
+    assert {row["tenant"] for row in (await bound.audit(None, 99)).items} == {"acme"}
+    assert (await bound.audit(None, 99, AuditFilter(tenant="other"))).items == []
+
+
+async def test_a_tenants_desk_revokes_no_key_of_others_in_bulk(directory: Directory, bound: Directory) -> None:
+    mine = await bound.issue_key("u_42", KeyWish())
+    wanted = Revocation(unused_for=timedelta())
+    assert await bound.count_to_revoke(wanted) == 1
+    assert [ids async for ids in bound.revoke_keys(wanted, "all")] == [[mine["id"]]]
+    assert (await directory.keys("", 9, KeyFilter(tenant="other")))[0]["state"] == "active"
+
+
+async def test_a_tenants_desk_does_everything_within_its_tenant(bound: Directory) -> None:
+    made = await bound.create_user("u_1", "acme", KeyWish())
+    key = await bound.rotate_key(made["key"]["id"], grace=timedelta(hours=1), expires_in=None)
+    assert (await bound.revoke_key(key["id"], "x"))["state"] == "revoked"
+    assert (await bound.change_user("u_1", {"disabled": True, "plan": "basic"}))["plan"] == "basic"
+    assert (await bound.change_tenant("acme", {"name": "x"}))["name"] == "x"
+    await bound.delete_user("u_1")
+
+
+# -- the audit log
+
+
+async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
+    directory: Directory, database: Database
+) -> None:
+    await Directory(database, FORMAT, Actor("ben", "phone")).change_tenant("acme", {"name": "x"})
+    page = await directory.audit(None, 3)
+    assert [(row["actor"], row["origin"], row["action"], row["entity"]) for row in page.items] == [
+        ("ben", "phone", "update", "tenant"), ("ann", "desk", "insert", "plan"), ("ann", "desk", "insert", "user"),
+    ]  # fmt: skip
+    assert {row["db_role"] for row in page.items} == {"keyproxy"}
+    assert page.items[0]["changed"] == ["name"]
+    assert (page.items[0]["before"]["name"], page.items[0]["after"]["name"]) == ("Acme Inc.", "x")
+    rest = await directory.audit(page.next, 3)
+    assert [(row["entity"], row["action"]) for row in rest.items] == [("tenant", "insert")]
+    assert rest.next is None
+    hour = timedelta(hours=1)
+    for wanted, count in (
+        (AuditFilter(actor="ben"), 1), (AuditFilter(entity="tenant"), 2), (AuditFilter(entity_id="u_42"), 1),
+        (AuditFilter(action="insert"), 3), (AuditFilter(tenant="acme"), 3), (AuditFilter(tenant="nobody"), 0),
+        (AuditFilter(since=datetime.now(UTC) - hour), 4), (AuditFilter(until=datetime.now(UTC) - hour), 0),
+    ):  # fmt: skip
+        assert len((await directory.audit(None, 99, wanted)).items) == count
+
+
+@pytest.mark.parametrize("cursor", ["x", "-1", "1.5", "9" * 30, ""])
+async def test_a_cursor_that_is_none_is_refused(directory: Directory, cursor: str) -> None:
+    for asked in (directory.audit(cursor, 1), directory.keys_by_time("used", cursor, 1)):
+        with pytest.raises(DirectoryError, match="no cursor"):
+            await asked
+
+
+async def test_an_export_of_the_audit_log_waits_for_what_is_being_written_and_misses_nothing(
+    directory: Directory, dsn: str, sql: Sql
+) -> None:
+    late: Sql = await asyncpg.connect(dsn)
+    transaction = late.transaction()
+    await transaction.start()
+    # It has its serial number already, and is not to be seen yet.
+    await late.execute("INSERT INTO keyproxy.tenants (id) VALUES ('late')")
+    await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('early')")
+    with pytest.raises(Conflict, match="still under way"):
+        await directory.audit_horizon(seconds=0.0)
+    horizon = asyncio.create_task(directory.audit_horizon())
+    await transaction.commit()
+    rows, cursor = [], None
+    while (page := await directory.audit_export(cursor, 2, horizon=await horizon)).items:
+        rows += page.items
+        cursor = str(page.items[-1]["id"])
+    assert [row["entity_id"] for row in rows] == ["acme", "u_42", "basic", "late", "early"]
+    await directory.change_tenant("late", {"name": "x"})
+    page = await directory.audit_export(cursor, 9, horizon=await directory.audit_horizon())
+    assert [row["entity_id"] for row in page.items] == ["late"]
+    await late.close()

@@ -1,0 +1,420 @@
+"""Keys through their life: rotated, retired, revoked, reported, listed, many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.model import Identity
+from keyproxy.store.directory.directory import (
+    Actor,
+    Conflict,
+    Directory,
+    DirectoryError,
+    Invalid,
+    KeyFilter,
+    KeyWish,
+    NotFound,
+    Revocation,
+)
+from keyproxy.store.postgres.database import Database
+from tests.store.harness import Rig, Sql, audit_rows, until_blocked
+
+FORMAT = KeyFormat()
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+
+
+@pytest.fixture
+async def directory(database: Database) -> Directory:
+    """The directory, with a tenant and a user without keys."""
+    directory = Directory(database, FORMAT, Actor("ann", "desk"))
+    await directory.create_tenant("acme", "")
+    await directory.create_user("u_42", "acme", None)
+    return directory
+
+
+async def _aged(sql: Sql, key_id: str, **ages: timedelta | None) -> None:
+    """Say that a key's times lie so far back."""
+    for column, age in ages.items():
+        await sql.execute(f"UPDATE keyproxy.api_keys SET {column} = now() - $2::interval WHERE id = $1", key_id, age)
+
+
+def _seconds_until(text: str) -> float:
+    return (datetime.fromisoformat(text) - datetime.now(UTC)).total_seconds()
+
+
+# -- rotation
+
+
+async def test_a_rotated_key_is_followed_by_one_like_it_and_works_until_the_grace_ends(
+    directory: Directory, sql: Sql
+) -> None:
+    await directory.set_plan("basic", {})
+    wish = KeyWish("nightly", ("a", "b"), is_test=True, expires_in=90 * DAY, plan="basic")
+    old = await directory.issue_key("u_42", wish)
+    new = await directory.rotate_key(old["id"], grace=DAY, expires_in=30 * DAY)
+    assert new["replaces"] == old["id"]
+    assert new["id"] != old["id"]
+    assert new["secret"] != old["secret"]
+    assert new["secret"].startswith("kp_test_")
+    for name in ("user", "tenant", "name", "scopes", "is_test", "plan"):
+        assert new[name] == old[name]
+    assert abs(_seconds_until(new["expires_at"]) - 30 * 86_400) < 60
+    assert abs(_seconds_until(new["old_expires_at"]) - 86_400) < 60
+    was = await directory.key(old["id"])
+    assert (was["expires_at"], was["state"], was["replaced_by"]) == (new["old_expires_at"], "retiring", new["id"])
+    assert new["state"] == "active"
+    assert await sql.fetchval("SELECT lineage FROM keyproxy.api_keys WHERE id = $1", new["id"]) == old["id"]
+
+
+@pytest.mark.parametrize(
+    ("life", "grace", "left_seconds"),
+    [(HOUR, DAY, 3600), (None, DAY, 86_400), (DAY, HOUR, 3600), (DAY, timedelta(), 0)],
+)
+async def test_the_old_key_never_lives_longer_for_being_rotated(
+    directory: Directory, life: timedelta | None, grace: timedelta, left_seconds: float
+) -> None:
+    old = await directory.issue_key("u_42", KeyWish(expires_in=life))
+    new = await directory.rotate_key(old["id"], grace=grace, expires_in=90 * DAY)
+    assert abs(_seconds_until(new["old_expires_at"]) - left_seconds) < 60
+    # What never expires is followed by what never expires.
+    assert (new["expires_at"] is None) is (life is None)
+    assert ((await directory.key(old["id"]))["state"] == "expired") is (left_seconds == 0)
+
+
+async def test_a_key_that_does_not_work_is_not_rotated(directory: Directory, sql: Sql) -> None:
+    revoked, expired = [await directory.issue_key("u_42", KeyWish()) for _ in range(2)]
+    await directory.revoke_key(revoked["id"], "")
+    await _aged(sql, expired["id"], expires_at=timedelta())
+    before = await audit_rows(sql)
+    for key, sentence in ((revoked, "was revoked: issue a new one"), (expired, "has expired: issue a new one")):
+        with pytest.raises(Conflict, match=sentence):
+            await directory.rotate_key(key["id"], grace=DAY, expires_in=None)
+    with pytest.raises(NotFound):
+        await directory.rotate_key("key_x", grace=DAY, expires_in=None)
+    with pytest.raises(Invalid):
+        await directory.rotate_key(revoked["id"], grace=-DAY, expires_in=None)
+    assert await audit_rows(sql) == before
+
+
+async def test_of_many_who_rotate_a_key_at_once_one_gets_the_new_one(directory: Directory, sql: Sql) -> None:
+    old = await directory.issue_key("u_42", KeyWish())
+    told = await asyncio.gather(
+        *(directory.rotate_key(old["id"], grace=DAY, expires_in=None) for _ in range(12)), return_exceptions=True
+    )
+    (new,) = (one for one in told if isinstance(one, dict))
+    refused = [str(one) for one in told if isinstance(one, Conflict)]
+    assert refused == [f"key {old['id']!r} was rotated already: {new['id']!r} replaces it"] * 11
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 2
+
+
+async def test_a_key_whose_successor_was_lost_and_revoked_can_be_rotated_again(directory: Directory, sql: Sql) -> None:
+    old = await directory.issue_key("u_42", KeyWish())
+    lost = await directory.rotate_key(old["id"], grace=DAY, expires_in=None)
+    await directory.revoke_key(lost["id"], "its secret was lost")
+    new = await directory.rotate_key(old["id"], grace=DAY, expires_in=None)
+    assert (new["replaces"], (await directory.key(old["id"]))["replaced_by"]) == (old["id"], new["id"])
+    assert abs(_seconds_until(new["old_expires_at"]) - 86_400) < 60
+    again = await directory.rotate_key(new["id"], grace=DAY, expires_in=None)
+    lineages = await sql.fetch("SELECT DISTINCT coalesce(lineage, id) AS lineage FROM keyproxy.api_keys")
+    assert [row["lineage"] for row in lineages] == [old["id"]]
+    assert again["replaces"] == new["id"]
+
+
+async def test_a_rotation_is_made_whole_or_not_at_all(dsn: str, directory: Directory, sql: Sql) -> None:
+    old = await directory.issue_key("u_42", KeyWish())
+    before = await directory.key(old["id"]), await audit_rows(sql)
+    other: Sql = await asyncpg.connect(dsn)
+    async with other.transaction():
+        await other.execute("SELECT 1 FROM keyproxy.api_keys FOR UPDATE")
+        rotating = asyncio.create_task(directory.rotate_key(old["id"], grace=DAY, expires_in=None))
+        await until_blocked(sql, "api_keys")
+        rotating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rotating
+    await other.close()
+    assert (await directory.key(old["id"]), await audit_rows(sql)) == before
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 1
+
+
+async def test_who_rotates_keys_and_who_deletes_their_user_at_once_do_not_block_each_other(
+    directory: Directory, sql: Sql
+) -> None:
+    for number in range(5):
+        await directory.create_user(f"u_{number}", "acme", None)
+        keys = [await directory.issue_key(f"u_{number}", KeyWish()) for _ in range(4)]
+        rotating = [directory.rotate_key(key["id"], grace=DAY, expires_in=None) for key in keys]
+        told = await asyncio.gather(*rotating, directory.delete_user(f"u_{number}"), return_exceptions=True)
+        # A deadlock would be told as a store that cannot be asked.
+        assert [one for one in told if isinstance(one, Exception) and not isinstance(one, NotFound)] == []
+        assert told[-1] == {"id": f"u_{number}", "deleted": True}
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 0
+
+
+# -- lives
+
+
+@pytest.mark.parametrize("life", [timedelta(), -DAY, timedelta(days=40_000)])
+async def test_a_life_that_cannot_be_is_refused(directory: Directory, life: timedelta) -> None:
+    for asked in (
+        directory.issue_key("u_42", KeyWish(expires_in=life)),
+        directory.create_user("u_1", "acme", KeyWish(expires_in=life)),
+        directory.issue_keys([("u_42", KeyWish(expires_in=life))]),
+    ):
+        with pytest.raises(Invalid, match="a key lives"):
+            await asked
+
+
+# -- a leak
+
+
+async def test_a_leaked_key_is_revoked_by_its_digest_and_it_is_said_whose_it_was(directory: Directory) -> None:
+    key = await directory.issue_key("u_42", KeyWish())
+    digest = hashlib.sha256(key["secret"].encode()).digest()
+    told = await directory.report_leaked(digest, "on a public page")
+    assert (told["known"], told["revoked_now"]) == (True, True)
+    assert (told["key"]["id"], told["key"]["user"], told["key"]["tenant"]) == (key["id"], "u_42", "acme")
+    assert (told["key"]["state"], told["key"]["revoke_reason"]) == ("revoked", "on a public page")
+    again = await directory.report_leaked(digest, "again")
+    assert (again["known"], again["revoked_now"], again["key"]["revoke_reason"]) == (True, False, "on a public page")
+    nobodys = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
+    assert await directory.report_leaked(bytes(32), "") == nobodys
+    with pytest.raises(Invalid, match="32 bytes"):
+        await directory.report_leaked(b"short", "")
+
+
+# -- lists
+
+
+@pytest.fixture
+async def five(directory: Directory, sql: Sql) -> dict[str, dict[str, Any]]:
+    """Keys by name: one of each state but disabled, and one for tests."""
+    await directory.create_user("u_7", "acme", None)
+    keys = {
+        "active": await directory.issue_key("u_42", KeyWish("active")),
+        "revoked": await directory.issue_key("u_42", KeyWish("revoked")),
+        "expired": await directory.issue_key("u_42", KeyWish("expired", expires_in=DAY)),
+        "old": await directory.issue_key("u_42", KeyWish("old", expires_in=90 * DAY)),
+        "test": await directory.issue_key("u_7", KeyWish("test", is_test=True, expires_in=5 * DAY)),
+    }
+    await directory.revoke_key(keys["revoked"]["id"], "")
+    await _aged(sql, keys["expired"]["id"], expires_at=HOUR)
+    await _aged(sql, keys["old"]["id"], created_at=60 * DAY, last_used_at=40 * DAY)
+    await _aged(sql, keys["active"]["id"], created_at=50 * DAY, last_used_at=DAY)
+    await _aged(sql, keys["test"]["id"], created_at=2 * DAY)
+    return keys
+
+
+@pytest.mark.usefixtures("five")
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (KeyFilter(), {"active", "revoked", "expired", "old", "test"}),
+        (KeyFilter(state="active"), {"active", "old", "test"}),
+        (KeyFilter(state="revoked"), {"revoked"}),
+        (KeyFilter(state="expired"), {"expired"}),
+        (KeyFilter(state="retiring"), set()),
+        (KeyFilter(is_test=True), {"test"}),
+        (KeyFilter(user="u_7"), {"test"}),
+        (KeyFilter(tenant="nobody"), set()),
+        (KeyFilter(older_than=55 * DAY), {"old"}),
+        (KeyFilter(unused_for=30 * DAY), {"old"}),
+        (KeyFilter(unused_for=36 * HOUR), {"old", "test"}),
+        (KeyFilter(expires_within=7 * DAY), {"expired", "test"}),
+        (KeyFilter(expires_within=7 * DAY, state="active"), {"test"}),
+    ],
+)
+async def test_keys_are_listed_by_what_holds_for_them(directory: Directory, wanted: KeyFilter, names: set[str]) -> None:
+    assert {key["name"] for key in await directory.keys("", 9, wanted)} == names
+    for order in ("created", "used", "expires"):
+        assert {key["name"] for key in (await directory.keys_by_time(order, None, 9, wanted)).items} == names
+
+
+@pytest.mark.usefixtures("five")
+@pytest.mark.parametrize(
+    ("order", "names"),
+    [
+        ("created", ["old", "active", "test", "revoked", "expired"]),
+        ("used", [{"revoked", "expired", "test"}, "old", "active"]),
+        ("expires", ["expired", "test", "old", {"active", "revoked"}]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 9])
+async def test_keys_are_listed_by_age_last_use_and_expiry_in_pages(
+    directory: Directory, order: str, names: list[str | set[str]], size: int
+) -> None:
+    found: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = await directory.keys_by_time(order, cursor, size)
+        found += [key["name"] for key in page.items]
+        cursor = page.next
+        if cursor is None:
+            break
+    for wanted in names:
+        group = {wanted} if isinstance(wanted, str) else wanted
+        assert set(found[: len(group)]) == group
+        del found[: len(group)]
+    assert found == []
+
+
+async def test_an_order_or_a_state_that_there_is_not_is_refused(directory: Directory) -> None:
+    with pytest.raises(Invalid, match="no order"):
+        await directory.keys_by_time("size", None, 1)
+    with pytest.raises(Invalid, match="no state"):
+        KeyFilter(state="lost")
+
+
+# -- many at once
+
+
+async def test_bulk_revocation_reaches_exactly_the_keys_that_were_meant(directory: Directory, sql: Sql) -> None:
+    await directory.create_tenant("other", "")
+    await directory.create_user("u_other", "other", None)
+    keys = {}
+    for name, user in (("a", "u_42"), ("b", "u_42"), ("old", "u_42"), ("theirs", "u_other")):
+        keys[name] = (await directory.issue_key(user, KeyWish(name)))["id"]
+    await _aged(sql, keys["old"], created_at=40 * DAY)
+    await directory.revoke_key(keys["b"], "before")
+    for wanted, names in (
+        (Revocation(tenant="acme", older_than=30 * DAY), {"old"}),
+        (Revocation(user="u_42"), {"a"}),
+        (Revocation(tenant="other"), {"theirs"}),
+        (Revocation(unused_for=timedelta()), set()),
+    ):
+        assert await directory.count_to_revoke(wanted) == len(names)
+        revoked = [key for batch in [ids async for ids in directory.revoke_keys(wanted, "bulk")] for key in batch]
+        assert set(revoked) == {keys[name] for name in names}
+    reasons = {key["name"]: key["revoke_reason"] for key in await directory.keys("", 9)}
+    assert reasons == {"a": "bulk", "b": "before", "old": "bulk", "theirs": "bulk"}
+
+
+async def test_bulk_revocation_says_which_keys_or_is_refused(directory: Directory) -> None:
+    with pytest.raises(Invalid, match="say which keys"):
+        Revocation()
+    for wanted in (Revocation(user="nobody"), Revocation(tenant="nobody")):
+        with pytest.raises(NotFound):
+            await anext(directory.revoke_keys(wanted, ""))
+
+
+async def test_bulk_revocation_that_was_interrupted_goes_on_where_it_was(directory: Directory, sql: Sql) -> None:
+    await directory.issue_keys([("u_42", KeyWish(str(number))) for number in range(25)])
+    wanted = Revocation(user="u_42")
+    revoking = directory.revoke_keys(wanted, "first", batch=10)
+    assert len(await anext(revoking)) == 10
+    await revoking.aclose()
+    assert await directory.count_to_revoke(wanted) == 15
+    assert [len(ids) async for ids in directory.revoke_keys(wanted, "second", batch=10)] == [10, 5]
+    counts = await sql.fetch("SELECT revoke_reason AS why, count(*) AS n FROM keyproxy.api_keys GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in counts] == [("first", 10), ("second", 15)]
+
+
+async def test_keys_issued_in_bulk_are_as_wished_and_work(rig: Rig) -> None:
+    directory = Directory(rig.door, FORMAT, Actor("ann", "desk"))
+    await directory.create_tenant("acme", "")
+    await directory.create_user("u_42", "acme", None)
+    await directory.create_user("u_7", "acme", None)
+    await directory.set_plan("basic", {})
+    told = await directory.issue_keys([
+        ("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True)),
+    ])  # fmt: skip
+    for one, (user, is_test) in zip(told, (("u_42", False), ("u_7", True)), strict=True):
+        shown = await directory.key(one["id"])
+        assert one["created"]
+        assert {name: one[name] for name in ("user", "name", "scopes", "is_test", "plan", "hint", "expires_at")} == {
+            name: shown[name] for name in ("user", "name", "scopes", "is_test", "plan", "hint", "expires_at")
+        }
+        assert (one["user"], one["is_test"]) == (user, is_test)
+        stored = await rig.sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", one["id"])
+        assert stored == hashlib.sha256(one["secret"].encode()).digest()
+    await rig.feed.look()
+    who = await rig.resolve(_Presented(told[0]["secret"]))  # type: ignore[arg-type]
+    assert isinstance(who, Identity)
+    assert (who.user_id, who.scopes) == ("u_42", frozenset({"jobs:write", "b"}))
+
+
+class _Presented:
+    """A key as its owner presents it."""
+
+    def __init__(self, plaintext: str) -> None:
+        self._plaintext = plaintext
+
+    def digest(self) -> bytes:
+        """What the proxy makes of it."""
+        return hashlib.sha256(self._plaintext.encode()).digest()
+
+
+async def test_bulk_issuing_that_is_run_again_issues_only_what_is_missing(directory: Directory, sql: Sql) -> None:
+    wishes = [("u_42", KeyWish(str(number))) for number in range(4)]
+    first = await directory.issue_keys(wishes[:2])
+    again = await directory.issue_keys(wishes + wishes[3:])
+    assert [one["created"] for one in again] == [False, False, True, True, False]
+    await directory.revoke_key(first[0]["id"], "")
+    await _aged(sql, first[1]["id"], expires_at=HOUR)
+    assert [one["created"] for one in await directory.issue_keys(wishes)] == [True, True, False, False]
+    # Of another mode it is another key.
+    assert (await directory.issue_keys([("u_42", KeyWish("3", is_test=True))]))[0]["created"] is True
+
+
+async def test_keys_whose_secrets_were_lost_are_reissued_if_they_were_never_used(
+    directory: Directory, sql: Sql
+) -> None:
+    names = ("lost", "used", "counted", "rotated", "wider", "planned", "beside")
+    wishes = [("u_42", KeyWish(name, ("a",))) for name in names]
+    first = {key["name"]: key for key in await directory.issue_keys(wishes)}
+    await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now() WHERE id = $1", first["used"]["id"])
+    await sql.execute(
+        "INSERT INTO keyproxy.usage (day, tenant_id, user_id, key_id, is_test, route, requests, refusals, tokens_in,"
+        " tokens_out, tokens_estimated) VALUES (current_date, 'acme', 'u_42', $1, false, '', 0, 1, 0, 0, 0)",
+        first["counted"]["id"],
+    )
+    await directory.rotate_key(first["rotated"]["id"], grace=HOUR, expires_in=DAY)
+    await sql.execute("UPDATE keyproxy.api_keys SET scopes = '{a,b}' WHERE id = $1", first["wider"]["id"])
+    await directory.set_plan("gold", {})
+    await directory.change_key(first["planned"]["id"], {"plan": "gold"})
+    # One of two that work was used: neither is touched, since the user has what was asked for.
+    beside = await directory.issue_key("u_42", KeyWish("beside", ("a",)))
+    await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now() WHERE id = $1", beside["id"])
+    again = {key["name"]: key for key in await directory.issue_keys(wishes, reissue_unseen=True)}
+    assert {name: key["created"] for name, key in again.items()} == {name: name == "lost" for name in names}
+    assert again["lost"]["reissues"] == first["lost"]["id"]
+    assert (await directory.key(first["lost"]["id"]))["state"] == "revoked"
+    assert (await directory.key(again["lost"]["id"]))["state"] == "active"
+    assert (await directory.key(first["beside"]["id"]))["state"] == "active"
+    # Without being asked to, nothing of it.
+    assert [key["created"] for key in await directory.issue_keys(wishes)] == [False] * len(names)
+
+
+async def test_of_those_who_issue_the_same_keys_in_bulk_at_once_each_key_is_issued_once(
+    directory: Directory, sql: Sql
+) -> None:
+    wishes = [("u_42", KeyWish(str(number))) for number in range(50)]
+    told = await asyncio.gather(*(directory.issue_keys(wishes) for _ in range(4)))
+    assert sum(one["created"] for part in told for one in part) == 50
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 50
+
+
+async def test_a_batch_with_a_user_who_is_not_there_issues_nothing(directory: Directory, sql: Sql) -> None:
+    with pytest.raises(NotFound, match="there is no user 'nobody'"):
+        await directory.issue_keys([("u_42", KeyWish()), ("nobody", KeyWish())])
+    with pytest.raises(DirectoryError, match="a scope is one word"):
+        await directory.issue_keys([("u_42", KeyWish("a")), ("u_42", KeyWish("b", ("*",)))])
+    with pytest.raises(Invalid, match="at most"):
+        await directory.issue_keys([("u_42", KeyWish())] * 1001)
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 0
+
+
+async def test_keys_are_issued_in_bulk_at_500_a_second_or_better(directory: Directory) -> None:
+    wishes = [("u_42", KeyWish(str(number), ("jobs:write",), expires_in=90 * DAY)) for number in range(2000)]
+    started = time.monotonic()
+    for start in range(0, len(wishes), 500):
+        told = await directory.issue_keys(wishes[start : start + 500])
+        assert all(one["created"] for one in told)
+    assert len(wishes) / (time.monotonic() - started) >= 500

@@ -1,0 +1,306 @@
+"""Keys of another program: imported as they were, verified by their own hash, and let in for nothing less."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.model import Identity, Missing
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.directory.directory import Actor, Directory, ImportedKey, ImportReport, Invalid, KeyFilter
+from keyproxy.store.directory.import_keys import read_key
+from keyproxy.store.identities import drf_api_keys
+from tests import fakes
+from tests.store.harness import Rig, Sql, audit_rows
+
+PREFIX = "Ab3dE6gH"
+KEY = f"{PREFIX}.{'x9' * 16}"
+
+
+def sha512(key: str) -> str:
+    """As the library hashes since its third version."""
+    return "sha512$$" + hashlib.sha512(key.encode()).hexdigest()
+
+
+def pbkdf2(key: str, rounds: int = 1000, salt: str = "s4lt") -> str:
+    """As Django, and with it older versions of the library, hashes."""
+    made = hashlib.pbkdf2_hmac("sha256", key.encode(), salt.encode(), rounds)
+    return f"pbkdf2_sha256${rounds}${salt}${base64.b64encode(made).decode()}"
+
+
+@pytest.fixture
+async def directory(rig: Rig) -> Directory:
+    """The directory, with a tenant and a user."""
+    directory = Directory(rig.door, KeyFormat(), Actor("ann", "desk"))
+    await directory.create_tenant("acme", "")
+    await directory.create_user("u_42", "acme", None)
+    return directory
+
+
+async def imported(directory: Directory, *rows: dict[str, Any], dry_run: bool = False) -> ImportReport:
+    """Import rows as a table has them; user u_42's where they do not say."""
+    keys = [read_key(f"row {number}", row, {"user": "u_42"}) for number, row in enumerate(rows, start=1)]
+    return await directory.import_keys(keys, dry_run=dry_run)
+
+
+async def present(rig: Rig, key: str) -> Identity | Reason:
+    """What a request with this key is told, as the gateway finds out."""
+    secret = SecretKey(key.encode())
+    for _ in range(4):
+        try:
+            return rig.cache.known(secret.digest(), rig.clock())
+        except Refusal as refusal:
+            return refusal.reason
+        except Missing as missing:
+            try:
+                await rig.cache.fetching(secret, missing).bring()
+            except Refusal as refusal:
+                return refusal.reason
+    raise AssertionError("no answer")
+
+
+async def _strangers_are_forgotten(rig: Rig) -> None:
+    rig.clock.advance(6.0)
+    await rig.feed.look()
+
+
+# -- verified, and adopted
+
+
+@pytest.mark.parametrize("stored", [sha512(KEY), pbkdf2(KEY), pbkdf2(KEY, 3, "a.b/c+d")])
+async def test_an_imported_key_works_and_has_its_digest_from_its_first_use(
+    rig: Rig, directory: Directory, sql: Sql, stored: str
+) -> None:
+    row = {"prefix": PREFIX, "hashed_key": stored, "name": "old worker", "scopes": "jobs:write a"}
+    assert (await imported(directory, row)).imported == 1
+    who = await present(rig, KEY)
+    assert isinstance(who, Identity)
+    assert (who.user_id, who.tenant_id, who.scopes) == ("u_42", "acme", frozenset({"jobs:write", "a"}))
+    digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys")
+    assert digest == hashlib.sha256(KEY.encode()).digest()
+    assert await sql.fetchval("SELECT hashed FROM keyproxy.foreign_hashes") is None
+    before = dict(rig.door.asked)
+    assert isinstance(await present(rig, KEY), Identity)
+    assert dict(rig.door.asked) == before
+
+
+@pytest.mark.parametrize("stored", [sha512(KEY), pbkdf2(KEY)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        f"{PREFIX}.{'x9' * 15}x8", f"{PREFIX}.{'x9' * 16}x", KEY.swapcase(), f"{PREFIX}.short", PREFIX, f".{KEY}",
+        f"{PREFIX}.{sha512(KEY)}", sha512(KEY), f"{PREFIX}..{'x9' * 16}",
+    ],
+)  # fmt: skip
+async def test_nobody_is_let_in_with_less_than_the_whole_key(
+    rig: Rig, directory: Directory, sql: Sql, stored: str, wrong: str
+) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": stored})
+    digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys")
+    assert await present(rig, wrong) is Reason.KEY_INVALID
+    assert await sql.fetchval("SELECT digest FROM keyproxy.api_keys") == digest
+    # Whoever tried before does not keep the real one out.
+    await _strangers_are_forgotten(rig)
+    assert isinstance(await present(rig, KEY), Identity)
+
+
+async def test_what_is_stored_before_the_first_use_opens_nothing(rig: Rig, directory: Directory, sql: Sql) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
+    row = await sql.fetchrow("SELECT id, digest FROM keyproxy.api_keys")
+    assert row is not None
+    for shown in (
+        row["digest"].hex(),
+        row["id"],
+        sha512(KEY),
+        f"{PREFIX}.{sha512(KEY)}",
+        f"{PREFIX}.{row['digest'].hex()}",
+    ):
+        assert await present(rig, shown) is Reason.KEY_INVALID
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "standing"),
+    [
+        ("revoked", True, Reason.KEY_REVOKED),
+        ("expiry_date", datetime(2020, 1, 1, tzinfo=UTC), None),
+    ],
+)
+async def test_a_key_that_was_revoked_or_had_expired_stays_so(
+    rig: Rig, directory: Directory, column: str, value: object, standing: Reason | None
+) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY), column: value})
+    who = await present(rig, KEY)
+    assert isinstance(who, Identity)
+    assert who.standing is standing
+    assert standing is not None or who.expires_wall_seconds < rig.clock().wall_seconds
+
+
+async def test_an_imported_key_can_be_revoked_before_its_first_use(rig: Rig, directory: Directory) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
+    (key,) = await directory.keys("", 9)
+    await directory.revoke_key(key["id"], "")
+    who = await present(rig, KEY)
+    assert isinstance(who, Identity)
+    assert who.standing is Reason.KEY_REVOKED
+
+
+async def test_many_requests_that_come_with_the_first_use_are_all_let_in_by_one_verification(
+    rig: Rig, directory: Directory
+) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
+    told = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
+    assert all(isinstance(one, Identity) for one in told)
+
+
+async def test_more_waiting_than_can_be_dealt_with_is_told_to_come_back(
+    rig: Rig, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drf_api_keys, "_WAITING_MAX", 3)
+    await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
+    told = await asyncio.gather(*(present(rig, f"{PREFIX}.{number:032}") for number in range(8)))
+    assert set(told) == {Reason.KEY_INVALID, Reason.OVERLOADED}
+    assert told.count(Reason.KEY_INVALID) == 3
+
+
+async def test_a_store_that_cannot_be_asked_is_no_verdict_on_an_imported_key(rig: Rig, directory: Directory) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
+    await rig.goes_down()
+    assert await present(rig, KEY) is Reason.STORE_UNAVAILABLE
+    await rig.comes_back()
+    assert isinstance(await present(rig, KEY), Identity)
+
+
+async def test_keys_of_our_form_and_of_no_form_are_looked_up_without_a_question_more(rig: Rig) -> None:
+    for key in ("kp_live_" + "x" * 49, "abcdefgh12345678", "a" * 40 + ".bbbbbbbbbbbb"):
+        await present(rig, key)
+    assert rig.door.look_ups == 3
+    assert "foreign_recipe" not in rig.door.asked
+
+
+async def test_a_leaked_imported_key_is_found_before_its_first_use(directory: Directory) -> None:
+    await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
+    other = f"{PREFIX}.{'y' * 32}"
+    assert (await directory.report_leaked_key(SecretKey(other.encode()), ""))["known"] is False
+    told = await directory.report_leaked_key(SecretKey(KEY.encode()), "on a page")
+    assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_42", "revoked")
+
+
+# -- what is imported
+
+
+async def test_digests_are_imported_as_the_keys_they_are(rig: Rig, directory: Directory) -> None:
+    digest = hashlib.sha256(b"some-old-key").hexdigest()
+    row = {
+        "digest": digest.upper(), "id": "old_7", "name": "n", "hint": "some…key", "scopes": ["a", "b"], "is_test": "t",
+        "created": "2024-01-02 03:04:05+00", "expires_at": "2999-01-01",
+    }  # fmt: skip
+    assert (await imported(directory, row)).imported == 1
+    who = await present(rig, "some-old-key")
+    assert isinstance(who, Identity)
+    assert (who.key_id, who.is_test) == ("old_7", True)
+    key = await directory.key("old_7")
+    assert (key["created_at"], key["expires_at"], key["hint"]) == (
+        "2024-01-02T03:04:05Z", "2999-01-01T00:00:00Z", "some…key",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_used_between", [False, True])
+async def test_what_is_imported_again_is_passed_over(rig: Rig, directory: Directory, is_used_between: bool) -> None:
+    rows: Sequence[dict[str, Any]] = [
+        {"prefix": PREFIX, "hashed_key": sha512(KEY)}, {"digest": "ab" * 32}, {"digest": "AB" * 32},
+    ]  # fmt: skip
+    first = await imported(directory, *rows)
+    assert (first.imported, first.present, first.problems) == (2, 1, [])
+    if is_used_between:
+        assert isinstance(await present(rig, KEY), Identity)
+    again = await imported(directory, *rows)
+    assert (again.imported, again.present) == (0, 3)
+    assert isinstance(await present(rig, KEY), Identity)
+    assert len(await directory.keys("", 9)) == 2
+
+
+async def test_no_problem_of_an_import_repeats_a_key_in_the_wrong_column(directory: Directory) -> None:
+    secret = fakes.key(1).reveal().decode()
+    rows = ({"digest": "ab" * 32, "user": secret}, {"digest": "cd" * 32, "user": "u_42", "plan": secret})
+    problems = (await imported(directory, *rows)).problems
+    assert len(problems) == 2
+    assert secret[:24] not in str(problems)
+
+
+async def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(directory: Directory, sql: Sql) -> None:
+    before = await audit_rows(sql)
+    rows = (
+        {"prefix": PREFIX, "hashed_key": sha512(KEY), "user": "u_new", "tenant": "acme"}, {"digest": "ab" * 32},
+        {"digest": "cd" * 32, "user": "nobody"},
+    )  # fmt: skip
+    dry = await imported(directory, *rows, dry_run=True)
+    assert (dry.imported, dry.users, dry.problems) == (2, 1, [("row 3", "there is no user 'nobody'")])
+    assert await audit_rows(sql) == before
+    assert await directory.keys("", 9) == []
+    assert await imported(directory, *rows) == dry
+    assert (await directory.user("u_new"))["keys"] == 1
+
+
+async def test_rows_that_cannot_be_used_are_told_and_keep_no_other_out(directory: Directory) -> None:
+    await directory.create_tenant("other", "")
+    await directory.create_user("u_7", "other", None)
+    await imported(directory, {"digest": "ab" * 32, "id": "mine"})
+    report = await imported(
+        directory,
+        {"digest": "cd" * 32, "user": "nobody"}, {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
+        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"}, {"digest": "cd" * 32, "plan": "gold"},
+        {"digest": "ab" * 32, "user": "u_7"}, {"digest": "ef" * 32, "id": "mine"}, {"digest": "01" * 32},
+    )  # fmt: skip
+    assert report.imported == 1
+    assert report.problems == [
+        ("row 1", "there is no user 'nobody'"), ("row 2", "there is no user 'u_new' and no tenant 'nowhere'"),
+        ("row 3", "user 'u_7' belongs to another tenant than 'acme'"), ("row 4", "there is no plan 'gold'"),
+        ("row 5", "the key is there and belongs to user 'u_42'"), ("row 6", "another key has the id 'mine'"),
+    ]  # fmt: skip
+
+
+async def test_a_tenants_desk_imports_for_its_own_users_alone(rig: Rig, directory: Directory) -> None:
+    await directory.create_tenant("other", "")
+    await directory.create_user("u_7", "other", None)
+    bound = Directory(rig.door, KeyFormat(), Actor("ann", "desk"), tenant_id="acme")
+    keys = [ImportedKey("1", "u_7", digest="ab" * 32), ImportedKey("2", "u_new", "other", digest="cd" * 32),
+            ImportedKey("3", "u_8", "acme", digest="ef" * 32)]  # fmt: skip
+    report = await bound.import_keys(keys, dry_run=False)
+    assert (report.imported, report.users, [place for place, _ in report.problems]) == (1, 1, ["1", "2"])
+    assert await directory.keys("", 9, KeyFilter(tenant="other")) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({}, "neither a digest nor a prefix"),
+        ({"digest": "ab"}, "64 hexadecimal"),
+        ({"prefix": PREFIX}, "neither"),
+        ({"prefix": "a.b", "hashed_key": sha512(KEY)}, "the prefix"),
+        ({"prefix": PREFIX, "hashed_key": "md5$$" + "0" * 32}, "neither sha512"),
+        ({"prefix": PREFIX, "hashed_key": sha512(KEY)[:-1]}, "neither sha512"),
+        ({"prefix": PREFIX, "hashed_key": pbkdf2(KEY).replace("$1000$", "$9999999$")}, "neither sha512"),
+        ({"prefix": PREFIX, "hashed_key": pbkdf2(KEY).replace("$1000$", "$0$")}, "neither sha512"),
+        ({"digest": "ab" * 32, "user": "two words"}, "no id of a user"),
+        ({"digest": "ab" * 32, "id": "two words"}, "no id of a key"),
+        ({"digest": "ab" * 32, "scopes": "jobs:*"}, "its scopes"),
+        ({"digest": "ab" * 32, "name": "x" * 201}, "its name"),
+        ({"digest": "ab" * 32, "expires_at": "soon"}, "no time"),
+        ({"digest": "ab" * 32, "revoked": "perhaps"}, "no time"),
+    ],
+)
+def test_a_row_that_means_nothing_is_refused(row: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(Invalid, match=sentence):
+        read_key("row 1", row, {"user": "u_42"})
+
+
+def test_a_recipe_that_nobody_knows_or_that_takes_too_long_is_not_followed() -> None:
+    assert drf_api_keys.hashed(SecretKey(b"k"), "pbkdf2_sha256$99999999$s$") is None
+    assert drf_api_keys.hashed(SecretKey(b"k"), "argon2$argon2id$v=19$") is None

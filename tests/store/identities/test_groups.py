@@ -1,0 +1,34 @@
+"""Users and tenants as the identity cache sees them."""
+
+from __future__ import annotations
+
+import weakref
+
+from keyproxy.store.identities.groups import Group
+
+
+def test_however_often_a_user_changes_only_groups_that_entries_refer_to_are_kept() -> None:
+    oldest = Group()
+    newest, made = oldest, []
+    for _ in range(1_000):
+        newest = newest.supersede()
+        made.append(weakref.ref(newest))
+    assert sum(group() is not None for group in made) == 1
+    assert (oldest.is_current, oldest.is_usable) == (False, True)
+    newest.end()
+    assert not oldest.is_usable
+
+
+def test_the_newest_group_lives_as_long_as_an_entry_refers_to_an_older_one() -> None:
+    first = Group()
+    second = first.supersede()
+    third = weakref.ref(second.supersede())
+    fourth = third().supersede()  # type: ignore[union-attr]
+    newest = weakref.ref(fourth)
+    del second, fourth
+    assert third() is None
+    assert newest() is not None
+    newest().end()  # type: ignore[union-attr]
+    assert not first.is_usable
+    del first
+    assert newest() is None

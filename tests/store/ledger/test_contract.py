@@ -1,0 +1,111 @@
+"""Every backend of the ledger does what the reference does, message for message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from keyproxy.limits.ledger_protocol import Line, Reply, Window
+from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
+from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
+from keyproxy.store.ledger.redis_backend import RedisLedger
+from keyproxy.store.postgres.database import Database, StoreUnavailable
+from tests import contracts
+from tests.contracts import LEASE_SECONDS, InspectedBackend
+from tests.reference_ledger import ReferenceLedger, span
+from tests.store.redis_server import RedisServer, program
+
+
+@dataclass
+class _Stage:
+    ledger: InspectedBackend
+    brief: LedgerBackend
+
+
+class _InMemory:
+    """The reference, as a backend."""
+
+    def __init__(self, rules: ReferenceLedger) -> None:
+        self.rules = rules
+
+    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+        try:
+            return self.rules.sync(holder, serial, lines)
+        except TimeoutError as error:
+            raise StoreUnavailable(str(error)) from error
+
+    async def reap(self, portion: int = REAP_PORTION) -> bool:
+        del portion
+        self.rules.reap()
+        return False
+
+    async def forget(self, portion: int) -> bool:
+        del portion
+        return False
+
+    async def end(self, holder: str) -> None:
+        self.rules.end(holder)
+
+    async def close(self) -> None:
+        pass
+
+    async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
+        now = time.time()
+        states: list[WindowState | None] = []
+        for window in windows:
+            starts, ends = span(window.measure, now)
+            row = self.rules.rows.get((window, starts))
+            states.append(None if row is None else WindowState(row.spent, row.held, row.forfeited, ends - now, 0.0))
+        return states
+
+
+class TestReference(contracts.LedgerContract):
+    """The rules in plain Python, which simulations are played on."""
+
+    @pytest.fixture
+    def ledger_stage(self) -> contracts.LedgerStage:
+        """In memory."""
+        rules, brief = (ReferenceLedger(time.time, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
+        brief.rows, brief.holders = rules.rows, rules.holders
+        return _Stage(_InMemory(rules), _InMemory(brief))
+
+
+class TestPostgres(contracts.LedgerContract):
+    """One statement a message."""
+
+    @pytest.fixture
+    async def ledger_stage(self, dsn: str) -> AsyncIterator[contracts.LedgerStage]:
+        """Over an empty database."""
+        database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
+        await database.open()
+        yield _Stage(*(PostgresLedger(database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0)))
+        await database.close()
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server of either make."""
+    server = RedisServer(program(request.param), Path(tmp_path_factory.mktemp("r")))
+    server.start()
+    yield server
+    server.stop()
+
+
+class TestRedis(contracts.LedgerContract):
+    """One script a message, out of shares in PostgreSQL."""
+
+    @pytest.fixture
+    async def ledger_stage(self, dsn: str, server: RedisServer) -> AsyncIterator[contracts.LedgerStage]:
+        """Over an empty database and an empty server."""
+        server.command("FLUSHALL")
+        database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
+        await database.open()
+        ledger, brief = (RedisLedger(server.url, database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
+        yield _Stage(ledger, brief)
+        await ledger.close()
+        await brief.close()
+        await database.close()

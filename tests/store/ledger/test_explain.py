@@ -1,0 +1,171 @@
+"""What would become of a request is told as a proxy would decide it, and nothing is charged for the telling."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from keyproxy.config import schema
+from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.platform import clock
+from keyproxy.store.directory.directory import NotFound
+from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.postgres.database import Database
+from tests.store.harness import Sql, add_key, add_user
+
+ROUTES = (RouteRow("POST /v1/ai/jobs", ["jobs:write"]), RouteRow("POST /v1/chat", tokens="openai"))
+CONFIGURED = Settings(routes=ROUTES, ledger=schema.Ledger(lease_seconds=60.0))
+JOB = Question("POST", "/v1/ai/jobs")
+
+
+async def give(sql: Sql, limits: str, *, to: str = "user") -> None:
+    """The user u_42 with the key key_1, and a plan for one of them or the tenant."""
+    if not await sql.fetchval("SELECT count(*) FROM keyproxy.users"):
+        await add_user(sql)
+        await add_key(sql)
+    await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2)", f"of_{to}", limits)
+    table = {"key": "api_keys", "user": "users", "tenant": "tenants"}[to]
+    await sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", f"of_{to}")
+
+
+async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0, limit: int = 100) -> int:
+    """Another proxy has used and holds so much of the user's window. The number of its lease."""
+    window = Window(Pool("user", "u_42", False), measure)
+    ledger = PostgresLedger(database, lease_seconds=60.0)
+    asked = Line(1, window, 0, limit, 0.0, 0, 0, 0, spent + held, spent + held, False, False)
+    (reply,) = await ledger.sync("other", 1, [asked]) or []
+    assert reply.granted == spent + held
+    await ledger.sync("other", 2, [asked._replace(granted=reply.granted, used=spent, want=0, at_least=0)])
+    return 1
+
+
+async def explained(database: Database, question: Question = JOB) -> Explanation:
+    return (await explain_key(database, "key_1", question, CONFIGURED, now=clock.now))[1]
+
+
+def about(told: Explanation, policy: str) -> dict[str, Any]:
+    (found,) = [dict(limit) for limit in told.limits if limit["policy"] == policy]
+    return found
+
+
+def refusals(told: Explanation) -> set[str]:
+    return {limit["policy"] for limit in told.limits if limit["refuses"]}
+
+
+async def test_what_is_within_its_limits_is_allowed_and_every_limit_is_told(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 100, "rate": 5, "burst": 10, "concurrency": 3}')
+    await give(sql, '{"tokens_per_month": 5000}', to="tenant")
+    await use(database, "requests_per_day", spent=7, held=2)
+    told = await explained(database)
+    assert told.refusal is None
+    assert told.route == "POST /v1/ai/jobs"
+    assert {limit["policy"] for limit in told.limits} == {
+        "user.requests_per_day", "user.rate", "user.concurrency", "tenant.tokens_per_month",
+    }  # fmt: skip
+    day = about(told, "user.requests_per_day")
+    assert day == day | {"limit": 100, "spent": 7, "held": 2, "forfeited": 0, "remaining": 91, "refuses": False}
+    until_midnight = 86_400 - datetime.now(UTC).timestamp() % 86_400
+    assert math.isclose(day["reset_seconds"], until_midnight, abs_tol=30.0)
+    assert about(told, "user.rate")["remaining"] == 10
+    assert refusals(told) == set()
+
+
+async def test_a_used_up_window_refuses_and_is_named(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 5, "concurrency": 3}')
+    await use(database, "requests_per_day", spent=5, limit=5)
+    told = await explained(database)
+    assert told.refusal is not None
+    assert told.refusal.reason.code == "quota_exhausted"
+    assert told.refusal.limit is not None
+    assert told.refusal.limit.policy.name == "user.requests_per_day"
+    assert refusals(told) == {"user.requests_per_day"}
+
+
+async def test_what_other_proxies_hold_is_waited_for_as_a_proxy_waits(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 5}')
+    await use(database, "requests_per_day", spent=2, held=3, limit=5)
+    told = await explained(database)
+    assert told.refusal is not None
+    asking = asyncio.create_task(explained(database))
+    done, _ = await asyncio.wait([asking], timeout=0.2)
+    assert not done
+    window = Window(Pool("user", "u_42", False), "requests_per_day")
+    back = Line(1, window, 0, 5, 0.0, 5, 2, 3, 0, 0, False, True)
+    await PostgresLedger(database, lease_seconds=60.0).sync("other", 3, [back])
+    assert (await asking).refusal is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "code", "refusing"),
+    [
+        (20, None, set[str]()),
+        (21, "token_budget_exhausted", {"user.tokens_per_day"}),
+        (51, "token_limit_per_request", {"user.tokens_per_day", "user.tokens_per_request"}),
+    ],
+)
+async def test_tokens_are_held_against_budgets(
+    database: Database, sql: Sql, tokens: int, code: str | None, refusing: set[str]
+) -> None:
+    await give(sql, '{"tokens_per_day": 100, "tokens_per_request": 50}')
+    await use(database, "tokens_per_day", spent=80)
+    told = await explained(database, Question("POST", "/v1/chat", tokens))
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
+    assert refusals(told) == refusing
+
+
+@pytest.mark.parametrize(
+    ("question", "change", "code"),
+    [
+        (Question("GET", "/v1/ai/jobs"), "SELECT 1", "route_not_allowed"),
+        (Question("POST", "/v1/../ai"), "SELECT 1", "request_malformed"),
+        (Question("POST", "no path"), "SELECT 1", "request_malformed"),
+        (JOB, "UPDATE keyproxy.api_keys SET scopes = '{}'", "insufficient_scope"),
+        (JOB, "UPDATE keyproxy.api_keys SET revoked_at = now()", "api_key_revoked"),
+        (JOB, "UPDATE keyproxy.api_keys SET expires_at = now() - interval '1 s'", "api_key_expired"),
+        (JOB, "UPDATE keyproxy.tenants SET disabled_at = now()", "account_disabled"),
+        (Question("POST", "/v1/ai/jobs?next=1"), "SELECT 1", None),
+    ],
+)
+async def test_admission_comes_before_limits_and_limits_are_told_all_the_same(
+    database: Database, sql: Sql, question: Question, change: str, code: str | None
+) -> None:
+    await give(sql, '{"requests_per_month": 9}')
+    await sql.execute(change)
+    told = await explained(database, question)
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
+    assert [limit["policy"] for limit in told.limits] == ["user.requests_per_month"]
+
+
+async def test_asking_changes_nothing_in_the_ledger(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 5, "rate": 1, "tokens_per_day": 10}')
+    for _ in range(8):
+        told = await explained(database, Question("POST", "/v1/chat", 5))
+        assert told.refusal is None
+    for table in ("windows", "leases", "lease_holders", "usage"):
+        assert await sql.fetchval(f"SELECT count(*) FROM keyproxy.{table}") == 0
+
+
+async def test_there_has_to_be_such_a_key_and_user(database: Database) -> None:
+    with pytest.raises(NotFound, match="there is no key 'key_1'"):
+        await explained(database)
+    with pytest.raises(NotFound, match="there is no user 'u_42'"):
+        await windows_of_user(database, "u_42", CONFIGURED, is_test=False, now=clock.now)
+
+
+async def test_windows_of_a_user_are_its_own_and_its_tenants_in_one_mode(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 50}')
+    await give(sql, '{"tokens_per_month": 70}', to="tenant")
+    await use(database, "requests_per_day", spent=4, held=1, limit=50)
+    live = await windows_of_user(database, "u_42", CONFIGURED, is_test=False, now=clock.now)
+    test = await windows_of_user(database, "u_42", CONFIGURED, is_test=True, now=clock.now)
+    assert [(row["owner"], row["policy"], row["spent"], row["held"], row["remaining"]) for row in live] == [
+        ("acme", "tenant.tokens_per_month", 0, 0, 70),
+        ("u_42", "user.requests_per_day", 4, 1, 45),
+    ]
+    assert [row["remaining"] for row in test] == [70, 50]

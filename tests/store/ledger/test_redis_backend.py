@@ -1,0 +1,272 @@
+"""Redis under the ledger: whatever it forgets is not given twice, and what cannot be asked is never "no"."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from redis.asyncio import Redis
+
+from keyproxy.config import schema
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.model import Missing, Moment
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.redis_backend import RedisLedger
+from keyproxy.store.postgres.database import StoreUnavailable
+from tests.contracts import line, window
+from tests.store.harness import Relay, Sql
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
+from tests.store.redis_server import RedisServer
+
+
+@pytest.fixture
+async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
+    """A proxy's backend. The wire to PostgreSQL is `relay`."""
+    async with ledgers(relay.dsn) as making:
+        yield making
+
+
+@pytest.fixture
+def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
+    """One proxy's backend."""
+    return make_ledger(server)
+
+
+async def make_due(server: RedisServer) -> None:
+    """Have PostgreSQL told now of what it would be told of in half a minute."""
+    async with Redis.from_url(server.url) as client:
+        (key,) = [key async for key in client.scan_iter("*:due")]
+        assert await client.zunionstore(key, {key: 0}) > 0
+
+
+# -- memory that is lost
+
+
+async def flushed(server: RedisServer) -> None:
+    """All keys are gone."""
+    server.command("FLUSHALL")
+
+
+async def killed(server: RedisServer) -> None:
+    """A new process without any keys."""
+    server.kill()
+    server.file.unlink(missing_ok=True)
+    server.start()
+
+
+async def restored(server: RedisServer) -> None:
+    """A new process with the keys that a file has kept."""
+    server.kill()
+    server.start()
+
+
+LOSSES = [flushed, killed, restored]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+async def test_after_a_loss_holders_end_and_what_was_granted_stays_charged(
+    ledger: RedisLedger, server: RedisServer, sql: Sql, lose: Callable[[RedisServer], Awaitable[None]]
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.command("SAVE")
+    assert await granted(ledger, "a", 2, granted=10, used=10, want=90) == 100
+    await lose(server)
+    try:
+        told = await granted(ledger, "a", 3, granted=100, used=100)
+    except StoreUnavailable:  # a connection that the server's end has cut
+        told = await granted(ledger, "a", 4, granted=100, used=100)
+    assert told == -1
+    assert await granted(ledger, "b", 1, want=1000, at_least=1) <= 900
+    row = await sql.fetchrow("SELECT spent + held AS taken FROM keyproxy.windows")
+    assert row is not None
+    assert 100 < row["taken"] <= 1000
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_lost_and_whenever_no_unit_is_given_twice_and_few_are_lost(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, seed: int
+) -> None:
+    chance, limit = random.Random(seed), 2000
+    proxies = [make_ledger(server) for _ in range(3)]
+    holders = [f"{number}" for number in range(3)]
+    used = serial = losses = misses = 0
+    held = [0, 0, 0]
+    while misses < 12:
+        number, serial = chance.randrange(3), serial + 1
+        if chance.random() < 0.02 and losses < 6:
+            losses += 1
+            await chance.choice(LOSSES)(server)
+        elif chance.random() < 0.05:
+            server.command("SAVE")
+        # What it holds it uses in one go, then asks for more. It hears of a loss when it next speaks.
+        lines = [line(limit=limit, granted=held[number], used=held[number], want=chance.choice([1, 5, 20]))]
+        try:
+            replies = await proxies[number].sync(holders[number], serial, lines)
+        except StoreUnavailable:
+            continue
+        if replies is None:
+            holders[number], held[number] = f"{serial}", 0
+            continue
+        used += replies[0].granted - held[number]
+        misses = 0 if replies[0].granted > held[number] else misses + 1
+        held[number] = replies[0].granted
+        assert not await sql.fetch(PAST_LIMIT, limit)
+    assert losses > 0
+    assert used <= limit
+    # A loss costs at most an eighth of what was left, and what went with answers that were not heard.
+    assert used >= limit * (7 / 8) ** losses - 20 * losses - 100
+
+
+# -- shares, and PostgreSQL behind them
+
+
+async def test_without_postgresql_what_was_fetched_is_granted_and_then_it_is_unavailable_not_refused(
+    ledger: RedisLedger, relay: Relay
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    assert await granted(ledger, "a", 2, granted=10, used=10, want=1) == 11
+    await relay.cut()
+    fetched = 11
+    for serial in range(3, 200):
+        try:
+            fetched = await granted(ledger, "a", serial, granted=fetched, used=fetched, want=1)
+        except StoreUnavailable:
+            break
+    assert 11 < fetched < 150
+    await relay.mend()
+    assert await granted(ledger, "a", 500, granted=fetched, used=fetched, want=1) == fetched + 1
+
+
+async def test_what_was_spent_is_told_to_postgresql_and_what_nobody_draws_on_goes_back(
+    ledger: RedisLedger, server: RedisServer, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=100) == 100
+    await granted(ledger, "a", 2, granted=100, used=60, returned=30)
+    await make_due(server)
+    await ledger.reap()
+    row = await sql.fetchrow("SELECT spent, held FROM keyproxy.windows")
+    assert row is not None
+    assert row["spent"] == 60
+    assert row["held"] >= 10
+    async with Redis.from_url(server.url) as client:
+        (key,) = [key async for key in client.scan_iter("*:w:*")]
+        # The fifth of its values is when it was last drawn on.
+        packed = await client.getrange(key, 32, 39)
+        assert isinstance(packed, bytes)
+        (drawn_on,) = struct.unpack("<d", packed)
+        await client.setrange(key, 32, struct.pack("<d", drawn_on - 31))
+    await make_due(server)
+    await ledger.reap()
+    row = await sql.fetchrow("SELECT spent, held FROM keyproxy.windows")
+    assert row is not None
+    assert (row["spent"], row["held"]) == (60, 10)
+
+
+async def test_the_last_proxy_to_leave_gives_all_shares_back(ledger: RedisLedger, sql: Sql) -> None:
+    lines = [line(number + 1, window(owner=f"u_{number}"), limit=1000, want=20) for number in range(250)]
+    for holder in ("a", "b"):
+        assert await ledger.sync(holder, 1, lines) is not None
+    await ledger.sync("b", 2, [one._replace(granted=20, used=1, returned=19, want=0, at_least=0) for one in lines])
+    await ledger.end("a")
+    assert await sql.fetchval("SELECT sum(held) FROM keyproxy.windows") > 0
+    await ledger.end("b")
+    row = await sql.fetchrow("SELECT sum(spent) AS spent, sum(held) AS held FROM keyproxy.windows")
+    assert row is not None
+    assert (row["spent"], row["held"]) == (250 * 21, 0)
+
+
+async def test_shares_that_nobody_spoke_for_are_charged_and_their_generation_is_over(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=100) == 100
+    async with sql.transaction():
+        await sql.execute("UPDATE keyproxy.lease_holders SET expires_at = now() - interval '1 s'")
+        await sql.fetch("SELECT keyproxy.reap_holders()")
+    assert await granted(ledger, "a", 2, granted=100, used=100, want=500) == -1
+    assert await granted(ledger, "b", 1, want=1000, at_least=1) < 900
+    (state,) = await ledger.windows([window()])
+    assert state is not None
+    assert state.forfeited >= 100
+
+
+async def test_two_servers_and_postgresql_itself_share_a_window_and_never_exceed_it(
+    make_server: MakeServer, make_ledger: MakeLedger, sql: Sql
+) -> None:
+    ledgers = [make_ledger(make_server(name)) for name in ("a", "b")]
+    held, serial = [0, 0], 0
+    for _ in range(120):
+        for number, ledger in enumerate(ledgers):
+            serial += 1
+            held[number] = await granted(ledger, f"h{number}", serial, granted=held[number], used=held[number], want=20)
+    assert not await sql.fetch(PAST_LIMIT, 1000)
+    assert 950 <= sum(held) <= 1000
+
+
+async def test_many_leases_of_a_dead_holder_are_charged_in_slices(ledger: RedisLedger) -> None:
+    for first in range(0, 1500, 150):
+        lines = [line(number + 1, window(owner=f"u_{number}"), want=2) for number in range(first, first + 150)]
+        assert await ledger.sync("a", first + 1, lines) is not None
+    await ledger.end("a")
+    states = await ledger.windows([window(owner=f"u_{number}") for number in range(1500)])
+    assert all(state is not None and (state.spent, state.held, state.forfeited) == (2, 0, 2) for state in states)
+
+
+# -- the whole ledger over it
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+async def test_proxies_admit_no_more_than_the_limit_while_redis_loses_its_memory(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, lose: Callable[[RedisServer], Awaitable[None]]
+) -> None:
+    limit = 3000
+    pool, plan = Pool("user", "u_42", False), Plan(requests_per_day=limit)
+
+    def now() -> Moment:
+        return Moment(time.time(), time.monotonic())
+
+    proxies = [
+        Ledger(make_ledger(server), schema.Ledger(settle_seconds=0.05, lease_seconds=5.0), now) for _ in range(2)
+    ]
+    for proxy in proxies:
+        proxy.start()
+    admitted = 0
+    is_spent = False
+
+    async def work(proxy: Ledger) -> None:
+        nonlocal admitted, is_spent
+        allowance = Allowance(((pool, plan),))
+        while not is_spent:
+            await asyncio.sleep(0)
+            try:
+                hold = proxy.take(allowance, now())
+            except Missing as missing:
+                with contextlib.suppress(Refusal):
+                    await missing.bring()
+                continue
+            except Refusal as refusal:
+                is_spent = refusal.reason is Reason.QUOTA_EXHAUSTED
+                await asyncio.sleep(0.01)
+                continue
+            admitted += 1
+            proxy.settle(hold, was_sent=True)
+
+    workers = [asyncio.create_task(work(proxy)) for proxy in proxies for _ in range(4)]
+    for mark in (300, 900, 1500):
+        while admitted < mark and not is_spent:
+            await asyncio.sleep(0.001)
+        server.command("SAVE")
+        await lose(server)
+    await asyncio.wait_for(asyncio.gather(*workers), 40.0)
+    # What leases held when the memory was lost is lost with it; at this pace that is much.
+    assert 300 <= admitted <= limit
+    assert not await sql.fetch(PAST_LIMIT, limit)
+    for proxy in proxies:
+        await proxy.close()

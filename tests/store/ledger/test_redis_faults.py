@@ -1,0 +1,372 @@
+"""A Redis that does not answer, or not well, or has another idea of the time: unavailable, never generous; and it passes.
+
+Servers are real. Whatever is done to them, afterwards the ledger goes on by itself, and PostgreSQL's line holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from keyproxy.store.ledger.redis_backend import RedisLedger
+from keyproxy.store.postgres.database import StoreUnavailable
+from tests.contracts import line, window
+from tests.store.harness import Sql
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
+from tests.store.redis_server import RedisServer
+
+#: Of the package faketime (libfaketime), where the system has it.
+_FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+
+
+@pytest.fixture
+async def make_ledger(dsn: str) -> AsyncIterator[MakeLedger]:
+    """A proxy's backend."""
+    async with ledgers(dsn) as making:
+        yield making
+
+
+@pytest.fixture
+def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
+    """One proxy's backend."""
+    return make_ledger(server)
+
+
+async def spent_out(ledger: RedisLedger, sql: Sql, *, holder: str = "z") -> int:
+    """A holder asks for more until there is no more; how much it got. PostgreSQL's line holds all the while."""
+    got = serial = 0
+    while True:
+        serial += 1
+        more = await granted(ledger, holder, serial, granted=got, used=got, want=100)
+        assert not await sql.fetch(PAST_LIMIT, 1000)
+        if more == got:
+            return got
+        got = more
+
+
+async def test_a_paused_server_is_unavailable_in_bounded_time_and_right_when_it_wakes(
+    server: RedisServer, make_ledger: MakeLedger
+) -> None:
+    ledger = make_ledger(server, timeout_seconds=0.3)
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.pause()
+    before = time.monotonic()
+    for serial in (2, 3):
+        with pytest.raises(StoreUnavailable):
+            await granted(ledger, "a", serial, granted=10, used=serial, want=5)
+    assert time.monotonic() - before < 2.0
+    server.resume()
+    await answers(ledger, "a", first_serial=4, expected=25)
+    (state,) = await ledger.windows([window()])
+    assert state is not None
+    assert (state.spent, state.held) == (3, 22)
+
+
+async def answers(ledger: RedisLedger, holder: str, *, first_serial: int, expected: int) -> None:
+    """What was said to a server that slept may be heard late, and counts once: 10 were granted, then 5 thrice."""
+    for serial in range(first_serial, first_serial + 20):
+        try:
+            assert (
+                await granted(ledger, holder, serial, granted=10, used=3, want=5 if serial == first_serial else 0)
+                <= expected
+            )
+        except StoreUnavailable:
+            await asyncio.sleep(0.05)
+    total = await granted(ledger, holder, first_serial + 20, granted=10, used=3)
+    want = expected - total
+    assert want % 5 == 0
+    assert await granted(ledger, holder, first_serial + 21, granted=10, used=3, want=want, at_least=want) == expected
+
+
+async def test_the_reply_to_a_call_that_was_given_up_is_nobody_elses(ledger: RedisLedger, server: RedisServer) -> None:
+    assert await granted(ledger, "a", 1, want=1) == 1
+    server.pause()
+    calls = [asyncio.create_task(granted(ledger, f"h{number}", 1, want=7)) for number in range(4)]
+    await asyncio.sleep(0.1)
+    for call in calls:
+        call.cancel()
+    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*calls, return_exceptions=True))
+    server.resume()
+    for number in range(20):
+        replies = await ledger.sync(
+            "a", 2 + number, [line(100 + number, window(owner=f"u_{number}"), limit=9, want=number % 3)]
+        )
+        assert replies is not None
+        assert (replies[0].lease, replies[0].granted) == (100 + number, number % 3)
+
+
+async def test_a_slow_server_is_waited_for(ledger: RedisLedger, server: RedisServer) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.command("CLIENT", "PAUSE", "400", "ALL")
+    before = time.monotonic()
+    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
+    assert time.monotonic() - before > 0.2
+
+
+async def test_a_server_that_has_forgotten_the_script_is_told_it_again(
+    ledger: RedisLedger, server: RedisServer
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.command("SCRIPT", "FLUSH")
+    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
+
+
+async def test_a_server_that_is_full_counts_nothing_and_says_so(ledger: RedisLedger, server: RedisServer) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.command("CONFIG", "SET", "maxmemory", "1")
+    with pytest.raises(StoreUnavailable, match=r"OOM|OutOfMemory"):
+        await granted(ledger, "a", 2, granted=10, want=5)
+    server.command("CONFIG", "SET", "maxmemory", "0")
+    assert await granted(ledger, "a", 2, granted=10, want=5) == 15
+
+
+async def test_a_server_that_may_forget_keys_is_no_ledger(ledger: RedisLedger, server: RedisServer) -> None:
+    server.command("CONFIG", "SET", "maxmemory", "100mb")
+    server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+    with pytest.raises(StoreUnavailable, match="noeviction"):
+        await granted(ledger, "a", 1, want=10)
+    server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert await granted(ledger, "a", 1, want=10) == 10
+
+
+async def test_no_server_is_unavailable(ledger: RedisLedger, server: RedisServer) -> None:
+    server.stop()
+    with pytest.raises(StoreUnavailable):
+        await granted(ledger, "a", 1, want=10)
+    with pytest.raises(StoreUnavailable):
+        await ledger.reap()
+
+
+async def test_a_server_that_loads_its_file_is_unavailable_and_then_begins_anew(
+    ledger: RedisLedger, server: RedisServer, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    async with Redis.from_url(server.url) as client:
+        await client.mset({f"another's:{number}": "x" * 100 for number in range(2_000)})
+    server.command("SAVE")
+    assert await granted(ledger, "a", 2, granted=10, used=10, want=90) == 100
+    server.kill()
+    # Half a second, in which it answers now and then.
+    server.start("--key-load-delay", "250", "--loading-process-events-interval-bytes", "1024", until=b"-LOADING")
+    with pytest.raises(StoreUnavailable):  # the connection is gone
+        await granted(ledger, "a", 3, granted=100, used=100, want=5)
+    with pytest.raises(StoreUnavailable, match="BusyLoading"):
+        await granted(ledger, "a", 4, granted=100, used=100, want=5)
+    server.wait()
+    assert await granted(ledger, "a", 5, granted=100, used=100, want=5) == -1
+    assert await spent_out(ledger, sql) <= 900
+
+
+async def test_a_server_that_becomes_a_replica_and_a_primary_again_begins_anew(
+    ledger: RedisLedger, server: RedisServer, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=100) == 100
+    server.command("REPLICAOF", "127.0.0.1", "1")
+    for may_write in ("no", "yes"):
+        # One that may be written to would have its primary's history, and its shares.
+        server.command("CONFIG", "SET", "replica-read-only", may_write)
+        with pytest.raises(StoreUnavailable, match="replica"):
+            await granted(ledger, "a", 2, granted=100, used=100, want=5)
+    server.command("REPLICAOF", "NO", "ONE")
+    assert await granted(ledger, "a", 3, granted=100, used=100, want=5) == -1
+    assert await spent_out(ledger, sql) <= 900
+
+
+async def test_a_server_that_is_busy_with_anothers_script_is_unavailable_until_that_has_ended(
+    ledger: RedisLedger, server: RedisServer
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    server.command("CONFIG", "SET", "lua-time-limit", "10")
+    async with Redis.from_url(server.url) as another:
+        busy = asyncio.ensure_future(another.eval("while true do end", 0))
+        await is_busy(another)
+        with pytest.raises(StoreUnavailable, match="BUSY"):
+            await granted(ledger, "a", 2, granted=10, want=5)
+        server.command("SCRIPT", "KILL")
+        await asyncio.gather(busy, return_exceptions=True)
+    # What is said again was not heard before.
+    assert await granted(ledger, "a", 3, granted=10, want=5) == 15
+
+
+async def is_busy(client: Redis) -> None:
+    """Wait until the server answers that it is busy with a script."""
+    give_up = time.monotonic() + 10
+    while time.monotonic() < give_up:
+        try:
+            await client.ping()
+        except ResponseError as error:
+            if str(error).startswith("BUSY"):
+                return
+            raise
+    raise AssertionError("it is not busy")
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru"])
+async def test_a_server_that_has_evicted_keys_is_no_ledger_until_it_is_told_not_to_and_gives_nothing_twice(
+    ledger: RedisLedger, server: RedisServer, sql: Sql, policy: str
+) -> None:
+    assert await granted(ledger, "a", 1, want=100) == 100
+    server.command("CONFIG", "SET", "maxmemory-policy", policy)
+    server.command("CONFIG", "SET", "maxmemory", "1")
+    assert await granted(ledger, "a", 2, granted=100, used=100, want=5) == -1
+    with pytest.raises(StoreUnavailable, match=r"noeviction|OOM|OutOfMemory"):
+        await granted(ledger, "b", 1, want=5)
+    server.command("CONFIG", "SET", "maxmemory", "100mb")
+    # Whoever looks for the dead finds out that something is gone, whatever it was.
+    with contextlib.suppress(StoreUnavailable):
+        await ledger.reap()
+    with pytest.raises(StoreUnavailable, match="noeviction"):
+        await granted(ledger, "b", 2, want=5)
+    server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert await spent_out(ledger, sql) <= 900
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("gone", ["*:h:*", "*:w:*", "*:holders", "*:due", "keyproxy:*}:?"])
+async def test_whichever_key_is_gone_nothing_is_given_twice(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, gone: str, seed: int
+) -> None:
+    chance = random.Random(seed)
+    ledger = make_ledger(server)
+    names, held, given, serial = ["a", "b"], [0, 0], 0, 0
+    async with Redis.from_url(server.url) as client:
+        for turn in range(30):
+            number, serial = chance.randrange(2), serial + 1
+            if turn % 10 == 5:
+                keys = [key async for key in client.scan_iter(gone)]
+                assert keys
+                await client.delete(*chance.sample(keys, max(1, len(keys) // 2)))
+            now = await granted(
+                ledger, names[number], serial, granted=held[number], used=held[number], want=chance.choice([1, 30, 150])
+            )
+            if now < 0:
+                names[number], held[number] = f"{serial}", 0
+            else:
+                given, held[number] = given + now - held[number], now
+            assert not await sql.fetch(PAST_LIMIT, 1000)
+    assert given + await spent_out(ledger, sql) <= 1000
+
+
+async def test_a_replica_that_takes_over_begins_a_generation_of_its_own(
+    make_server: MakeServer, make_ledger: MakeLedger
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first = make_server("a", "--port", str(port), "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
+    second = make_server("b", "--replicaof", f"127.0.0.1 {port}")
+    old, new = make_ledger(first), make_ledger(second)
+    # The first replica gives the primary another history: the generation begins after it.
+    async with Redis.from_url(second.url) as client:
+        give_up = time.monotonic() + 20
+        while (await client.info("replication"))["master_link_status"] != "up":
+            assert time.monotonic() < give_up
+            await asyncio.sleep(0.02)
+    assert await granted(old, "a", 1, want=10) == 10
+    with pytest.raises(StoreUnavailable, match="replica"):
+        await granted(new, "b", 1, want=1)
+    # Whether or not it has heard of the ten, it does not grant them; both of them go on, each out of its own share.
+    second.command("REPLICAOF", "NO", "ONE")
+    taken = 10 + await granted(new, "b", 2, want=1000, at_least=1)
+    taken += max(0, await granted(old, "a", 2, granted=10, want=1000, at_least=1) - 10)
+    assert taken <= 1000
+
+
+# -- a clock that jumps
+
+
+DAY = 86_400
+
+
+#: Puts a server's clock so many seconds ahead of ours.
+Jump = Callable[[int], Awaitable[None]]
+
+
+@pytest.fixture
+def jumping(make_server: MakeServer, short_directory: Path) -> tuple[RedisServer, Jump]:
+    """A server, and what has its clock jump."""
+    if not _FAKETIME:
+        pytest.skip("libfaketime is not installed")
+    file = short_directory / "ahead"
+    file.write_text("+0")
+    environment = {
+        "LD_PRELOAD": str(_FAKETIME[0]), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    server = make_server("r", environment=environment)
+
+    async def jump(seconds: int) -> None:
+        file.write_text(f"{seconds:+d}")
+        # The library may go by what it read before for one more call.
+        give_up = time.monotonic() + 5
+        async with Redis.from_url(server.url) as client:
+            while abs(int((await client.eval("return redis.call('TIME')", 0))[0]) - time.time() - seconds) > 2:
+                assert time.monotonic() < give_up, "the server's clock does not jump"
+
+    return server, jump
+
+
+@pytest.mark.parametrize("ahead", [-3_600, 3 * DAY, -3 * DAY, 45 * DAY])
+async def test_a_clock_that_jumps_and_comes_back_gives_nothing_twice_and_the_window_can_be_spent_to_its_end(
+    jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger, sql: Sql, ahead: int
+) -> None:
+    server, jump = jumping
+    ledger, other = make_ledger(server), make_ledger(server)
+    assert await granted(ledger, "a", 1, want=100) == 100
+    for step, seconds in enumerate((ahead, 0)):
+        await jump(seconds)
+        await other.reap()
+        for holder in ("a", "b"):
+            # Of this day or of another: each window's line holds. There is nothing to be had of a day that is over.
+            with contextlib.suppress(StoreUnavailable):
+                await ledger.sync(f"{holder}{step}", 2, [line(limit=1000, want=10)])
+        await other.reap()
+        assert not await sql.fetch(PAST_LIMIT, 1000)
+    # A hundred are the first one's; what was granted meanwhile to others of this day is charged to it.
+    assert await spent_out(ledger, sql) <= 900
+    (state,) = await ledger.windows([window()])
+    assert state is not None
+    assert state.spent + state.held == 1000
+
+
+async def test_a_turn_and_a_rate_from_a_time_to_come_hold_nobody_up(
+    jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger
+) -> None:
+    server, jump = jumping
+    ledger, other = make_ledger(server), make_ledger(server)
+    rate = line(1, window("rate"), limit=5, want=5, interval_seconds=0.01)
+    await jump(7200)
+    assert await granted(ledger, "a", 1, want=10) == 10
+    assert await ledger.sync("a", 2, [rate]) is not None
+    async with Redis.from_url(server.url) as client:
+        # As a proxy leaves it that dies while it speaks with PostgreSQL.
+        (marker,) = [key async for key in client.scan_iter("keyproxy:*}:?")]
+        await client.hset(marker, mapping={"turn_by": "dead", "turn_since": str(time.time() + 7200)})
+    await jump(0)
+    assert await granted(other, "b", 1, want=400) > 10
+    replies = await other.sync("b", 2, [rate])
+    assert replies is not None
+    assert replies[0].granted or replies[0].wait_seconds <= 0.05
+
+
+async def test_what_was_due_is_told_though_the_list_of_it_is_gone(
+    jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger, sql: Sql
+) -> None:
+    server, jump = jumping
+    ledger = make_ledger(server)
+    assert await granted(ledger, "a", 1, want=10) == 10
+    async with Redis.from_url(server.url) as client:
+        assert await client.delete(*[key async for key in client.scan_iter("*:due")]) == 1
+    await jump(70)
+    assert await granted(ledger, "a", 2, granted=10, used=7) == 10
+    await ledger.reap()
+    assert await sql.fetchval("SELECT spent FROM keyproxy.windows") == 7

@@ -1,0 +1,186 @@
+"""The schema is brought up once, in whole steps, and never by a program older than it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.store.postgres.migrations import MigrationError
+from tests.server import as_role, may_log_in
+from tests.store.harness import Relay, Sql, until_row
+
+ALL = [one.number for one in migrations.available()]
+
+
+async def tables(dsn: str) -> set[str]:
+    """The tables in the schema keyproxy."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'keyproxy'")
+        return {row["tablename"] for row in rows}
+    finally:
+        await connection.close()
+
+
+async def run(dsn: str, *statements: str) -> None:
+    """Statements of any SQL client."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def test_migrations_are_numbered_from_one_without_gaps() -> None:
+    assert list(range(1, len(ALL) + 1)) == ALL
+
+
+async def test_a_fresh_database_gets_every_migration_in_order(empty_dsn: str) -> None:
+    assert [one.number for one in await migrations.migrate(empty_dsn)] == ALL
+    assert await migrations.state(empty_dsn) == (ALL, [])
+    assert {"tenants", "users", "api_keys", "plans", "audit_log"} <= await tables(empty_dsn)
+
+
+async def test_a_second_run_applies_nothing_and_keeps_the_rows(own_dsn: str) -> None:
+    await run(own_dsn, "INSERT INTO keyproxy.tenants (id) VALUES ('acme')")
+    assert await migrations.migrate(own_dsn) == []
+    await run(own_dsn, "UPDATE keyproxy.tenants SET name = 'x' WHERE id = 'acme'")
+    assert await migrations.state(own_dsn) == (ALL, [])
+
+
+async def test_concurrent_runs_apply_each_migration_once(empty_dsn: str) -> None:
+    done = await asyncio.gather(*(migrations.migrate(empty_dsn) for _ in range(8)))
+    assert sorted(one.number for run in done for one in run) == ALL
+    assert await migrations.state(empty_dsn) == (ALL, [])
+
+
+async def test_a_migration_that_was_changed_after_it_was_applied_is_refused(own_dsn: str) -> None:
+    await run(own_dsn, "UPDATE keyproxy.migrations SET checksum = repeat('0', 64) WHERE number = 1")
+    for ask in (migrations.migrate, migrations.state):
+        with pytest.raises(MigrationError, match="0001_identities was changed"):
+            await ask(own_dsn)
+
+
+@pytest.mark.parametrize("number", [ALL[-1] + 1, 9999])
+async def test_a_database_newer_than_this_program_is_left_alone(own_dsn: str, number: int) -> None:
+    await run(own_dsn, f"INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ({number}, 'later', 'x')")
+    for ask in (migrations.migrate, migrations.state):
+        with pytest.raises(MigrationError, match=f"{number}.*newer"):
+            await ask(own_dsn)
+
+
+async def test_asking_for_the_state_changes_nothing(empty_dsn: str) -> None:
+    state = await migrations.state(empty_dsn)
+    assert state.applied == []
+    assert [one.number for one in state.pending] == ALL
+    connection = await asyncpg.connect(empty_dsn)
+    assert await connection.fetchval("SELECT to_regnamespace('keyproxy')") is None
+    await connection.close()
+
+
+async def test_a_failing_step_leaves_nothing_behind_and_can_be_repeated(empty_dsn: str) -> None:
+    # In the way of something that the step makes late.
+    await run(empty_dsn, "CREATE SCHEMA keyproxy", "CREATE TABLE keyproxy.audit_log (x int)")
+    with pytest.raises(MigrationError, match=r"nothing of the failed step was kept.*audit_log"):
+        await migrations.migrate(empty_dsn)
+    assert await tables(empty_dsn) == {"audit_log"}
+    assert (await migrations.state(empty_dsn)).applied == []
+    await run(empty_dsn, "DROP TABLE keyproxy.audit_log")
+    assert [one.number for one in await migrations.migrate(empty_dsn)] == ALL
+
+
+async def test_a_run_that_is_cut_off_leaves_nothing_behind_and_does_not_block_the_next(empty_dsn: str) -> None:
+    in_the_way: Sql = await asyncpg.connect(empty_dsn)
+    watch: Sql = await asyncpg.connect(empty_dsn)
+    transaction = in_the_way.transaction()
+    await transaction.start()
+    await in_the_way.execute("CREATE SCHEMA keyproxy")
+    first, second = (asyncio.create_task(migrations.migrate(empty_dsn)) for _ in range(2))
+    waiting = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND {}"
+    blocked = "wait_event_type = 'Lock' AND query LIKE '%CREATE SCHEMA%'"
+    await until_row(watch, waiting.format(blocked))
+    finished, pending = await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(MigrationError):
+        finished.pop().result()
+    await transaction.rollback()
+    assert [one.number for one in await pending.pop()] == ALL
+    await in_the_way.close()
+    await watch.close()
+
+
+async def test_a_role_without_the_right_to_make_a_schema_is_told_so(empty_dsn: str) -> None:
+    await run(
+        empty_dsn, "DROP ROLE IF EXISTS kp_powerless", "CREATE ROLE kp_powerless", may_log_in(empty_dsn, "kp_powerless")
+    )
+    try:
+        with pytest.raises(MigrationError, match="permission denied"):
+            await migrations.migrate(as_role(empty_dsn, "kp_powerless"))
+    finally:
+        await run(empty_dsn, "DROP ROLE kp_powerless")
+
+
+async def test_a_store_that_cannot_be_reached_is_unavailable_rather_than_wrong(relay: Relay) -> None:
+    await relay.cut()
+    for ask in (migrations.migrate, migrations.state):
+        with pytest.raises(StoreUnavailable):
+            await ask(relay.dsn)
+
+
+# -- while proxies go on
+
+
+async def _migrated_up_to(dsn: str, number: int) -> None:
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(migrations._BOOK)
+    for one in migrations.available()[:number]:
+        await connection.execute(one.statements)
+        await connection.execute(
+            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+            one.number, one.name, one.checksum,
+        )  # fmt: skip
+    await connection.close()
+
+
+async def test_a_migration_does_not_deadlock_with_the_messages_of_proxies(empty_dsn: str) -> None:
+    """A message reads the ledger's history first, and then writes its holder. 0010 is the last one before both change."""
+    await _migrated_up_to(empty_dsn, 10)
+    proxy, other = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
+    message = proxy.transaction()
+    await message.start()
+    await proxy.execute("SELECT * FROM keyproxy.ledger_history")
+    migrating = asyncio.create_task(migrations.migrate(empty_dsn))
+    await until_row(
+        other,
+        "SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted AND datname = current_database()",
+    )
+    await proxy.execute(
+        "INSERT INTO keyproxy.lease_holders (id, serial, expires_at) VALUES ('a', 1, now() + interval '1 hour')"
+    )
+    await message.commit()
+    assert [one.number for one in await migrating] == ALL[10:]
+    await proxy.close()
+    await other.close()
+
+
+async def test_a_migration_that_has_to_wait_for_a_lock_does_not_keep_proxies_waiting(empty_dsn: str) -> None:
+    """A dump reads every table for as long as it takes. Whoever comes behind a migration that waits for it waits too."""
+    await _migrated_up_to(empty_dsn, 10)
+    dump, proxy = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
+    await proxy.execute("SET statement_timeout = '2s'")
+    reading = dump.transaction()
+    await reading.start()
+    await dump.execute("SELECT * FROM keyproxy.lease_holders")
+    migrating = asyncio.create_task(migrations.migrate(empty_dsn))
+    for serial in range(1, 31):
+        await proxy.fetch("SELECT * FROM keyproxy.sync_leases('a', $1, 10, '{}')", serial)
+        await asyncio.sleep(0.1)
+    assert not migrating.done()
+    await reading.rollback()
+    assert [one.number for one in await migrating] == ALL[10:]
+    await dump.close()
+    await proxy.close()

@@ -1,0 +1,265 @@
+"""Each side of keyproxy can do its work with a role of its own, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import asyncpg
+import pytest
+
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.config.schema import Cache, Usage
+from keyproxy.model import Identity, Missing
+from keyproxy.store.directory.directory import Actor, Directory, KeyWish, Revocation
+from keyproxy.store.directory.import_keys import read_key
+from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.change_feed import ChangeFeed
+from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.ledger.charge_dedup import Answer
+from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
+from keyproxy.store.postgres import roles
+from keyproxy.store.postgres.database import Database, StoreUnavailable
+from keyproxy.store.postgres.migrations import MigrationError
+from keyproxy.store.usage.journal import UsageJournal
+from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
+from tests import fakes
+from tests.server import as_role, may_log_in
+from tests.store.harness import Clock, Sql, add_key, add_user
+from tests.store.ledger.test_charge_dedup import claim
+from tests.store.usage.test_journal import ended, rows
+
+FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
+
+
+@pytest.fixture
+async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
+    """Roles are the server's, not the database's: a prefix that is nobody else's, and no role is left behind."""
+    prefix = f"kp_{secrets.token_hex(4)}"
+    await roles.create(dsn, prefix)
+    for role in roles.names(prefix):
+        await sql.execute(may_log_in(dsn, role))
+    yield prefix
+    for role in roles.names(prefix):
+        await sql.execute(f'DROP OWNED BY "{role}"')
+        await sql.execute(f'DROP ROLE "{role}"')
+
+
+@pytest.fixture
+async def as_proxy(dsn: str, prefix: str) -> AsyncIterator[Database]:
+    """The store as the proxies' role has it."""
+    database = Database(as_role(dsn, f"{prefix}_proxy"), pool_size_max=2, statement_timeout_seconds=5.0)
+    await database.open()
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def as_admin(dsn: str, prefix: str) -> AsyncIterator[Database]:
+    """The store as the admin side's role has it."""
+    database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
+    await database.open()
+    yield database
+    await database.close()
+
+
+async def test_what_the_roles_run_is_not_compiled(dsn: str, prefix: str) -> None:
+    for role in roles.names(prefix):
+        client: Sql = await asyncpg.connect(as_role(dsn, role))
+        assert await client.fetchval("SELECT current_setting('jit')") == "off"
+        await client.close()
+
+
+async def test_every_table_is_in_the_list_of_rights(sql: Sql) -> None:
+    rows = await sql.fetch(
+        "SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = 'keyproxy'::regnamespace"
+        " AND c.relkind IN ('r', 'p', 'v', 'm') AND NOT c.relispartition"
+    )
+    assert {row["relname"] for row in rows} - set(roles.RIGHTS) == set()
+
+
+async def test_proxies_resolve_keys_follow_changes_and_note_use(as_proxy: Database, sql: Sql) -> None:
+    await add_user(sql)
+    secret = await add_key(sql)
+    clock, state = Clock(), FeedState()
+    last_used = LastUsed(as_proxy)
+    cache = IdentityCache(
+        as_proxy, Cache(), feed=state, last_used=last_used, header_prefix="X-Keyproxy-", look_ups_max=1, now=clock
+    )
+    feed = ChangeFeed(as_proxy, None, cache, state, clock)
+    await feed.look()
+    who = await _present(cache, secret, clock)
+    assert who.user_id == "u_42"
+    await last_used.flush()
+    assert await sql.fetchval("SELECT last_used_at IS NOT NULL FROM keyproxy.api_keys") is True
+    await as_proxy.fetch("forget_changes", await sql.fetchval("SELECT pg_current_snapshot()::text"), 100)
+    await cache.close()
+    await feed.close()
+
+
+async def test_proxies_adopt_an_imported_key_that_is_presented_and_no_other(
+    as_admin: Database, as_proxy: Database, sql: Sql
+) -> None:
+    await add_user(sql)
+    hashed = "sha512$$" + hashlib.sha512(FOREIGN.encode()).hexdigest()
+    row = read_key("1", {"prefix": "Ab3dE6gH", "hashed_key": hashed, "user": "u_42"}, {})
+    assert (await Directory(as_admin, KeyFormat(), Actor("ann", "")).import_keys([row], dry_run=False)).imported == 1
+    async with as_proxy.transaction() as transaction:
+        guess = "sha512$$" + hashlib.sha512(b"a guess").hexdigest()
+        assert await transaction.fetch("adopt_foreign", "Ab3dE6gH", guess, bytes(32)) == []
+    clock, state = Clock(), FeedState()
+    cache = IdentityCache(
+        as_proxy, Cache(), feed=state, last_used=LastUsed(as_proxy), header_prefix="X-", look_ups_max=1, now=clock
+    )
+    assert (await _present(cache, SecretKey(FOREIGN.encode()), clock)).user_id == "u_42"
+    await cache.close()
+
+
+async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Identity:
+    for _ in range(3):
+        try:
+            return cache.known(secret.digest(), clock())
+        except Missing as missing:
+            await cache.fetching(secret, missing).bring()
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE keyproxy.api_keys SET revoked_at = NULL",
+        "UPDATE keyproxy.api_keys SET digest = sha256('x')",
+        "UPDATE keyproxy.api_keys SET scopes = '{a}', last_used_at = now()",
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_x', 'u_42', sha256('x'))",
+        "DELETE FROM keyproxy.api_keys",
+        "TRUNCATE keyproxy.api_keys CASCADE",
+        "INSERT INTO keyproxy.users (id, tenant_id) VALUES ('u_x', 'acme')",
+        "UPDATE keyproxy.users SET disabled_at = NULL",
+        "UPDATE keyproxy.tenants SET plan_id = NULL",
+        "INSERT INTO keyproxy.plans (id) VALUES ('p')",
+        "SELECT * FROM keyproxy.audit_log",
+        "INSERT INTO keyproxy.audit_log (actor, action, entity, entity_id) VALUES ('a', 'insert', 'key', 'x')",
+        "DELETE FROM keyproxy.audit_log",
+        "SELECT * FROM keyproxy.foreign_hashes",
+        "INSERT INTO keyproxy.changes (kind, subject) VALUES ('all', '')",
+        "UPDATE keyproxy.migrations SET checksum = ''",
+        "ALTER TABLE keyproxy.api_keys DISABLE TRIGGER ALL",
+        "SET session_replication_role = replica",
+        "CREATE TABLE keyproxy.mine (x int)",
+        "CREATE OR REPLACE FUNCTION keyproxy.actor() RETURNS text LANGUAGE sql AS 'SELECT ''nobody''::text'",
+    ],
+)
+async def test_proxies_can_change_neither_keys_nor_audit_rows_nor_the_schema(
+    dsn: str, prefix: str, sql: Sql, statement: str
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_proxy"))
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await client.execute(statement)
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO keyproxy.audit_log (actor, action, entity, entity_id) VALUES ('a', 'insert', 'key', 'x')",
+        "UPDATE keyproxy.audit_log SET actor = 'nobody'",
+        "DELETE FROM keyproxy.audit_log",
+        "TRUNCATE keyproxy.audit_log",
+        "ALTER TABLE keyproxy.audit_log DISABLE TRIGGER ALL",
+        "TRUNCATE keyproxy.api_keys CASCADE",
+        "DELETE FROM keyproxy.changes",
+        "UPDATE keyproxy.windows SET spent = 0",
+        "DROP SCHEMA keyproxy CASCADE",
+        "SET session_replication_role = replica",
+    ],
+)
+async def test_the_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_the_schema(
+    dsn: str, prefix: str, statement: str
+) -> None:
+    client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_admin"))
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await client.execute(statement)
+    await client.close()
+
+
+async def test_the_admin_side_does_all_that_the_directory_offers_and_is_in_the_audit_log(as_admin: Database) -> None:
+    directory = Directory(as_admin, KeyFormat(), Actor("ann", "desk"))
+    await directory.set_plan("basic", {"requests_per_day": 1})
+    await directory.create_tenant("acme", "", "basic")
+    key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
+    new = await directory.rotate_key(key["id"], grace=timedelta(hours=1), expires_in=None)
+    await directory.issue_keys([("u_42", KeyWish("many"))])
+    await directory.report_leaked(hashlib.sha256(new["secret"].encode()).digest(), "found")
+    assert [len(ids) async for ids in directory.revoke_keys(Revocation(user="u_42"), "all")] == [2]
+    await directory.change_tenant("acme", {"plan": None, "disabled": True})
+    await directory.delete_tenant("acme")
+    await directory.delete_plan("basic")
+    rows = (await directory.audit_export(None, 99, horizon=await directory.audit_horizon())).items
+    assert {row["actor"] for row in rows} == {"ann"}
+    assert len(rows) >= 10
+
+
+async def test_roles_that_are_there_get_what_they_may_and_lose_what_they_may_not(
+    dsn: str, prefix: str, sql: Sql
+) -> None:
+    proxy, admin = roles.names(prefix)
+    await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
+    await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
+    assert await asyncio.gather(*(roles.create(dsn, prefix) for _ in range(4))) == [[]] * 4
+    told = await sql.fetchrow(
+        "SELECT has_table_privilege($1, 'keyproxy.api_keys', 'SELECT') AS reads,"
+        " has_table_privilege($1, 'keyproxy.api_keys', 'DELETE') AS deletes,"
+        " has_column_privilege($1, 'keyproxy.api_keys', 'last_used_at', 'UPDATE') AS notes,"
+        " has_column_privilege($1, 'keyproxy.api_keys', 'digest', 'UPDATE') AS forges",
+        proxy,
+    )
+    assert told is not None
+    assert dict(told) == {"reads": True, "deletes": False, "notes": True, "forges": False}
+
+
+@pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])
+async def test_a_prefix_that_is_no_name_is_refused(dsn: str, wrong: str) -> None:
+    with pytest.raises(MigrationError, match="no prefix for roles"):
+        await roles.create(dsn, wrong)
+
+
+async def test_roles_wait_for_a_schema(empty_dsn: str) -> None:
+    with pytest.raises(MigrationError, match="has to be brought up"):
+        await roles.create(empty_dsn, "kp_none")
+
+
+async def test_proxies_claim_charges_and_clean_them_up_and_the_admin_side_sees_none(
+    as_proxy: Database, as_admin: Database
+) -> None:
+    claims = PostgresClaims(as_proxy)
+    assert await claims.claim("p", 1, [claim(1, 12)]) == [Answer(True, 12)]
+    assert await claims.charged([claim(1).fingerprint]) == {claim(1).fingerprint: 12}
+    assert await claims.forget(10) is False
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await PostgresClaims(as_admin).charged([claim(1).fingerprint])
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await PostgresClaims(as_admin).claim("p", 2, [claim(1)])
+
+
+async def test_proxies_write_usage_and_clean_it_up_and_the_admin_side_reads_it(
+    as_proxy: Database, as_admin: Database, sql: Sql
+) -> None:
+    journal = UsageJournal(as_proxy, Usage(), Clock(), settle_seconds=0.5)
+    journal.take(rows(ended(fakes.identity())))
+    await journal.flush()
+    await sql.execute(
+        "CREATE TABLE keyproxy.usage_event_batches_20200101 PARTITION OF keyproxy.usage_event_batches"
+        " FOR VALUES FROM ('2020-01-01') TO ('2020-01-02')"
+    )
+    await journal.tend()
+    assert not await sql.fetchval("SELECT to_regclass('keyproxy.usage_event_batches_20200101') IS NOT NULL")
+    reader = UsageReader(as_admin)
+    assert [row["requests"] for row in await reader.sums(UsageFilter(), ["user"], 10)] == [1]
+    assert [event["user"] async for event in reader.events(UsageFilter())] == ["u_42"]
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_admin.fetch("record_usage", "x", 1, *([[]] * 11), None)

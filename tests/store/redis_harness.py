@@ -1,0 +1,57 @@
+"""What tests of the ledger in Redis are played on: servers of one's own, and proxies' backends over them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from keyproxy.store.ledger.redis_backend import RedisLedger
+from keyproxy.store.postgres.database import Database
+from tests.contracts import LEASE_SECONDS, line
+from tests.store.redis_server import RedisServer, program
+
+MakeServer = Callable[..., RedisServer]
+MakeLedger = Callable[..., RedisLedger]
+
+#: Windows of PostgreSQL's that are beyond a limit, `$1`.
+PAST_LIMIT = "SELECT pool_id, measure, spent, held FROM keyproxy.windows WHERE spent + held > $1"
+
+
+@contextlib.contextmanager
+def servers(directory: Path) -> Iterator[MakeServer]:
+    """Start a Valkey of one's own, by name: `make_server("a", "--port", "1234")`."""
+    with contextlib.ExitStack() as stack:
+
+        def making(name: str = "r", *options: str, environment: dict[str, str] | None = None) -> RedisServer:
+            server = RedisServer(program("valkey"), directory, name, environment)
+            stack.callback(server.stop)
+            server.start(*options)
+            return server
+
+        yield making
+
+
+@contextlib.asynccontextmanager
+async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
+    """A proxy's backend: `make_ledger(server)`, over that database."""
+    async with contextlib.AsyncExitStack() as stack:
+        database = Database(dsn, pool_size_max=4, statement_timeout_seconds=5.0)
+        await database.open()
+        stack.push_async_callback(database.close)
+
+        def making(
+            server: RedisServer, *, lease_seconds: float = LEASE_SECONDS, timeout_seconds: float = 2.0
+        ) -> RedisLedger:
+            ledger = RedisLedger(server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds)
+            stack.push_async_callback(ledger.close)
+            return ledger
+
+        yield making
+
+
+async def granted(ledger: RedisLedger, holder: str, serial: int, **told: Any) -> int:
+    """How much a holder has been granted of a day of 1000, after one message; -1: it has ended."""
+    replies = await ledger.sync(holder, serial, [line(limit=1000, **told)])
+    return -1 if replies is None else replies[0].granted

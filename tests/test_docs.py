@@ -1,0 +1,121 @@
+"""The documentation says what is: every code has its entry, every link its file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from keyproxy import cli
+from keyproxy.admin.problems import Problem
+from keyproxy.admin.scopes import TELLS
+from keyproxy.reasons import Reason
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+_FENCED = re.compile(r"(?ms)^(```|~~~).*?^\1$")
+_INLINE_CODE = re.compile(r"`[^`\n]*`")
+_LINK = re.compile(r"\[[^\]\n]*\]\(<?([^)>\s]+)>?(?: \"[^\"]*\")?\)")
+_NAMED_FILE = re.compile(r"(?<![\w/.])(?:docs|tests|keyproxy|bench)/[\w./*-]*\w\.(?:md|py|sql|toml|sh)\b")
+_HEADING = re.compile(r"(?m)^#+ (.*)$")
+_REASON_ENTRY = re.compile(r"`([a-z_]+)`(?=[^()]*\((\d{3}))")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _links(page: Path) -> Iterator[tuple[str, str]]:
+    """(file, fragment) of every link to a file of ours."""
+    for target in _LINK.findall(_INLINE_CODE.sub("", _FENCED.sub("", _text(page)))):
+        if not re.match(r"[a-z][a-z0-9+.-]*:", target):
+            path, _, fragment = target.partition("#")
+            yield path, fragment
+
+
+def _anchors(page: Path) -> set[str]:
+    """The fragments that headings can be linked by, as forges make them."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(_text(page))}
+
+
+def _entries() -> list[tuple[str, int]]:
+    """(code, status) of every entry of the failure modes."""
+    headings = re.findall(r"(?m)^### (.*)$", _text(ROOT / "docs" / "failure-modes.md"))
+    found: list[tuple[str, int]] = []
+    for heading in headings:
+        codes = _REASON_ENTRY.findall(heading)
+        assert len(codes) == re.sub(r"\([^)]*\)", "", heading).count("`") / 2 > 0, heading
+        found += [(code, int(status)) for code, status in codes]
+    return found
+
+
+@pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.code)
+def test_every_code_has_one_entry_in_the_failure_modes_with_its_status(reason: Reason) -> None:
+    assert [status for code, status in _entries() if code == reason.code] == [reason.value.status]
+
+
+def test_the_failure_modes_have_no_entry_for_a_code_that_is_never_told() -> None:
+    assert {code for code, _ in _entries()} - {reason.code for reason in Reason} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+    for path, fragment in _links(page):
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), f"{path} leads out"
+        assert target.exists(), f"there is no {path}"
+        if fragment and target.suffix == ".md":
+            assert fragment in _anchors(target), f"{path} has no heading #{fragment}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_file_of_ours_that_is_named_is_there(page: Path) -> None:
+    named = {name for name in _NAMED_FILE.findall(_text(page)) if "NNNN" not in name}
+    assert {name for name in named if not any(ROOT.glob(name))} == set()
+
+
+def test_every_guarantee_of_the_readme_is_shown_by_tests_that_are_there() -> None:
+    rows = re.findall(r"(?m)^\| (P\d+) \| [^|]+ \| ([^|]*) \|$", _text(ROOT / "README.md"))
+    assert len({number for number, _ in rows}) == len(rows) > 0
+    for number, shown_by in rows:
+        files = _LINK.findall(shown_by)
+        assert files, f"{number} is shown by nothing"
+        for file in files:
+            assert re.search(r"(?m)^(async )?def test_|^class Test", _text(ROOT / file)), f"{file} holds no test"
+
+
+def test_the_two_commands_of_the_readme_are_there() -> None:
+    targets = set(re.findall(r"(?m)^([a-z][\w-]*(?: [a-z][\w-]*)*):", _text(ROOT / "Makefile")))
+    there = {name for line in targets for name in line.split()}
+    wanted = set(re.findall(r"(?m)(?:^ +|`)make ([a-z][\w-]*)", _text(ROOT / "README.md")))
+    assert {"demo", "test"} <= wanted <= there
+
+
+def test_the_page_of_the_admin_api_tells_every_problem_and_every_scope() -> None:
+    page = _text(ROOT / "docs" / "admin-api.md")
+    told = {
+        (code, int(status))
+        for codes, status in re.findall(r"(?m)^\| ((?:`[a-z_]+`(?:, )?)+) \| (\d{3}) \|", page)
+        for code in re.findall(r"`([a-z_]+)`", codes)
+    }
+    assert told == {(problem.code, problem.status) for problem in Problem}
+    assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
+        *TELLS.items(), ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
+    }  # fmt: skip
+
+
+GROUPS = [cli.root, *(one for one in cli.root.commands.values() if isinstance(one, click.Group))]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=[group.name or "" for group in GROUPS])
+def test_lists_of_commands_are_not_cut_in_a_terminal_of_80_columns(group: click.Group) -> None:
+    listed = group.get_help(click.Context(group, terminal_width=80)).partition("Commands:")[2]
+    assert [line for line in listed.splitlines() if line.endswith("...")] == []
