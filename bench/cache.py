@@ -96,7 +96,7 @@ async def _ask(store: Store, kind: str, start: int, end: int) -> None:
         try:
             store.identities.known(presented, clock.now())
         except Missing as missing:
-            await missing.bring()
+            await missing.fetch_missing()
         except Refusal:
             return
 

@@ -30,7 +30,7 @@ import uvloop
 
 from bench.site import machine
 from keyproxy.config import schema
-from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres import migrations
@@ -199,7 +199,9 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
         nonlocal serial
         serial += 1
         message = [
-            Line(user + 1, windows[user], 0, 10**12, 0.0, granted[user], granted[user], 0, _UNITS, 1, False, False)
+            LeaseReport(
+                user + 1, windows[user], 0, 10**12, 0.0, granted[user], granted[user], 0, _UNITS, 1, False, False
+            )
             for user in users
         ]
         for reply in await ledger.sync(holder, serial, message) or []:

@@ -27,12 +27,12 @@ from keyproxy.http import headers
 from keyproxy.http.error_responses import Problems
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.limits.allowance import Allowance, TokenNeed
-from keyproxy.limits.lease_table import Book, Short
-from keyproxy.limits.ledger_protocol import Reply
+from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.ledger_protocol import LeaseGrant
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import Missing, Patience, Permit, RequestHead
+from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -106,12 +106,12 @@ def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCac
     try:
         cache.known(SECRET.digest(), clock.now())
     except Missing as missing:
-        loop.run_until_complete(_brought(missing))
+        loop.run_until_complete(_fetched(missing))
     return cache
 
 
-async def _brought(missing: Missing) -> None:
-    await missing.bring(Patience())
+async def _fetched(missing: Missing) -> None:
+    await missing.fetch_missing(TimeBudget())
 
 
 class _Transport:
@@ -149,7 +149,7 @@ PLANS: Final = {
 NEED: Final = TokenNeed(90, 106)
 
 
-def grant(book: Book, limits: Allowance) -> None:
+def grant(book: LeaseTable, limits: Allowance) -> None:
     """Lease everything to this book, for longer than this takes."""
     for _ in range(2):
         now = clock.monotonic()
@@ -158,7 +158,7 @@ def grant(book: Book, limits: Allowance) -> None:
         except Short as short:
             book.ask(short)
             lines = book.lines(now, 1_000)
-            replies = [Reply(line.lease, 0, _MANY, 0, _MANY, 86_400.0, 0.0, False) for line in lines]
+            replies = [LeaseGrant(line.lease, 0, _MANY, 0, _MANY, 86_400.0, 0.0, False) for line in lines]
             book.apply(lines, replies, now, valid_seconds=86_400.0)
 
 
@@ -243,7 +243,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "4 admit": lambda: authorization.admit(
             bench.identity, bench.routes.match(head.line.method, head.line.path), now
         ),
-        "6 dress": lambda: headers.dress(
+        "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
         "7 read the answer": lambda: responses.read(other_response, response_end + 1, answer),

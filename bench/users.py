@@ -22,7 +22,7 @@ from bench.load import rss_mib
 from bench.site import machine
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import Missing, Patience
+from keyproxy.model import Missing, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations
@@ -118,8 +118,8 @@ async def _known(store: Store, start: int, end: int) -> list[Allowance]:
         try:
             identity = store.identities.known(digest("key", number), clock.now())
         except Missing as missing:
-            await missing.bring()
-            identity = store.identities.known(digest("key", number), clock.now(), is_first_look=False)
+            await missing.fetch_missing()
+            identity = store.identities.known(digest("key", number), clock.now(), is_first_lookup=False)
         assert identity.allowance is not None
         return identity.allowance
 
@@ -131,9 +131,9 @@ async def _take(store: Store, allowance: Allowance) -> Hold:
         try:
             return store.ledger.take(allowance, clock.now(), _NEED)
         except Missing as missing:
-            patience = Patience()
+            patience = TimeBudget()
             patience.seconds_left = _PATIENCE_SECONDS
-            await missing.bring(patience)
+            await missing.fetch_missing(patience)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience, Permit, RequestHead, ResponseHead
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -64,7 +64,7 @@ class Gateway(Gate):
         else:
             exchange.forward(permit)
 
-    def decide(self, exchange: Exchange, *, is_first_look: bool = True) -> Permit:
+    def decide(self, exchange: Exchange, *, is_first_lookup: bool = True) -> Permit:
         """May this request go upstream, and as whom? Never waits.
 
         Raises Missing for a value that has to be fetched first, a Refusal if it may not.
@@ -75,7 +75,7 @@ class Gateway(Gate):
         now = self._now()
         digest = exchange.digest = credentials.digest(head)
         try:
-            identity = self._identities.known(digest, now, is_first_look=is_first_look)
+            identity = self._identities.known(digest, now, is_first_lookup=is_first_lookup)
         except Refusal:
             # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
             credentials.checked(head, self._key_format)
@@ -131,7 +131,7 @@ class Gateway(Gate):
         return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
 
     async def _ask_whether_paid(
-        self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: Patience
+        self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
     ) -> None:
         """Have the store asked, once all of the request is there to be recognised. Too much to hold: it is refused."""
         await exchange.whole_body(spent)
@@ -151,14 +151,14 @@ class Gateway(Gate):
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
-        patience = Patience()
+        patience = TimeBudget()
         try:
             for _ in range(_ROUNDS_MAX):
-                failure = await _brought(missing, patience)
+                failure = await _fetched(missing, patience)
                 if exchange.is_over:
                     return
                 try:
-                    permit = self.decide(exchange, is_first_look=False)
+                    permit = self.decide(exchange, is_first_lookup=False)
                 except Missing as still:
                     # What could not be fetched may have become unnecessary: a stale value serves while the store is
                     # down. Only if the decision still needs it is the failure the answer.
@@ -196,14 +196,14 @@ class Gateway(Gate):
             return
         now = self._now()
         try:
-            identity = self._identities.known(exchange.digest, now, is_first_look=False)
+            identity = self._identities.known(exchange.digest, now, is_first_lookup=False)
             authorization.admit(identity, exchange.route, now)
         except Refusal as refusal:
             if refusal.reason.value.blame is Blame.CALLER:
                 exchange.refuse(refusal)
 
     async def _fetch_and_review(self, exchange: Exchange, missing: Missing) -> None:
-        await _brought(missing, Patience())
+        await _fetched(missing, TimeBudget())
         # Missing again: the next review asks again.
         with contextlib.suppress(Missing):
             self._review(exchange)
@@ -232,27 +232,27 @@ class Gateway(Gate):
         """A metered stream has gone on: extend what is held for it if it needs more, end it if there is no more."""
         self._watch(exchange)
 
-    def _watch(self, exchange: Exchange, patience: Patience | None = None) -> None:
+    def _watch(self, exchange: Exchange, patience: TimeBudget | None = None) -> None:
         permit = exchange.permit
         if permit is None or permit.hold is None or exchange.is_over:
             return
-        tokens, is_used_up = token_accounting.outlives(exchange, permit.hold)
+        tokens, is_used_up = token_accounting.extension_needed(exchange, permit.hold)
         if not tokens:
             return
         try:
             exchange.extend(Permit(permit.grant, self._ledger.extend(permit.hold, tokens)))
         except Missing as missing:
-            exchange.hold_up()
-            self._start(self._fetch_and_watch(exchange, missing, patience or Patience()))
+            exchange.pause_stream()
+            self._start(self._fetch_and_watch(exchange, missing, patience or TimeBudget()))
         except Refusal as refusal:
             if is_used_up:
                 exchange.end_stream(refusal)
             else:
                 exchange.extend(permit)
 
-    async def _fetch_and_watch(self, exchange: Exchange, missing: Missing, patience: Patience) -> None:
+    async def _fetch_and_watch(self, exchange: Exchange, missing: Missing, patience: TimeBudget) -> None:
         try:
-            refusal = await _brought(missing, patience)
+            refusal = await _fetched(missing, patience)
             if refusal is not None and not exchange.is_over:
                 exchange.end_stream(refusal)
             else:
@@ -261,11 +261,11 @@ class Gateway(Gate):
             _log.exception("extending failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
 
-    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
+    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands with the limits a request is under."""
         return b"" if permit.hold is None else permit.hold.bundle.statement.lines(now_mono)
 
-    def retiring_line(self, identity: Identity) -> bytes:
+    def retiring_header(self, identity: Identity) -> bytes:
         """The header line that tells for how many seconds a key that was replaced still works."""
         if identity.retiring_field is None:
             return b""
@@ -298,10 +298,10 @@ class Gateway(Gate):
         return "problem"
 
 
-async def _brought(missing: Missing, patience: Patience) -> Refusal | None:
+async def _fetched(missing: Missing, patience: TimeBudget) -> Refusal | None:
     """Fetch what is missing; the Refusal that says why not, if it could not be had."""
     try:
-        await missing.bring(patience)
+        await missing.fetch_missing(patience)
     except Refusal as refusal:
         return refusal
     return None

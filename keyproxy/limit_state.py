@@ -74,12 +74,12 @@ class LimitState(NamedTuple):
     reset_seconds: float | None = None
 
     @property
-    def told_remaining(self) -> int:
+    def remaining_shown(self) -> int:
         """What remains, as callers are told."""
         return max(0, self.remaining)
 
     @property
-    def told_reset_seconds(self) -> int | None:
+    def reset_seconds_shown(self) -> int | None:
         """The reset in whole seconds, rounded up: who waits so long does not come too early."""
         return None if self.reset_seconds is None else max(0, math.ceil(self.reset_seconds))
 

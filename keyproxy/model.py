@@ -318,7 +318,7 @@ ANSWERED: Final = Ending.ANSWERED
 PATIENCE_SECONDS: Final = 4.0
 
 
-class Patience:
+class TimeBudget:
     """How long one request still waits to hear how it stands with its limits: each wait takes from it what it took."""
 
     __slots__ = ("seconds_left",)
@@ -328,12 +328,12 @@ class Patience:
 
 
 class Missing(Exception):
-    """A decision needs a value that is not in memory. `bring` fetches it, or raises the Refusal that says why not."""
+    """A decision needs a value that is not in memory. `fetch_missing` fetches it, or raises a Refusal."""
 
-    def __init__(self, what: str, bring: Callable[[Patience], Awaitable[None]]) -> None:
+    def __init__(self, what: str, fetch_missing: Callable[[TimeBudget], Awaitable[None]]) -> None:
         super().__init__(what)
-        self._bring = bring
+        self._bring = fetch_missing
 
-    async def bring(self, patience: Patience | None = None) -> None:
+    async def fetch_missing(self, patience: TimeBudget | None = None) -> None:
         """Fetch it. `patience` is the request's, of which earlier rounds of its decision may have taken; None: all."""
-        await self._bring(Patience() if patience is None else patience)
+        await self._bring(TimeBudget() if patience is None else patience)

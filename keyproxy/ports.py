@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from keyproxy.ai.requests.body_reading import BodyReading
-from keyproxy.ai.requests.request_bound import TokenAsk
+from keyproxy.ai.requests.request_bound import TokenBound
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.headers import Forwarding
@@ -27,11 +27,11 @@ from keyproxy.model import (
     KeyDigest,
     Missing,
     Moment,
-    Patience,
     Permit,
     RequestHead,
     ResponseHead,
     Route,
+    TimeBudget,
     TokenUse,
 )
 from keyproxy.mypyc_compat import mypyc_attr
@@ -42,10 +42,10 @@ from keyproxy.reasons import Reason, Refusal
 class Identities:
     """What keys resolve to."""
 
-    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The identity behind a digest, from memory. Never waits.
 
-        Not `is_first_look`: this request has looked before, and has waited for what was missing.
+        Not `is_first_lookup`: this request has looked before, and has waited for what was missing.
 
         Raises Missing if the store has to be asked first, a Refusal (KEY_INVALID) if memory knows that there is no such
         key, a Refusal (STORE_UNAVAILABLE) if it cannot be known now.
@@ -111,7 +111,7 @@ class Claims(Protocol):
         """
         ...
 
-    async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
+    async def paid(self, fingerprint: bytes, patience: TimeBudget) -> int | None:
         """What the request was charged in tokens in the last 24 hours; None if it was not charged.
 
         Raises a Refusal if that cannot be known now, or not before the request's patience has ended.
@@ -163,7 +163,7 @@ class Exchange:
 
     #: What it asks for in tokens, and what reads its answer; on routes with tokens. `reading`: what has its body
     #: while a long one is read.
-    ask: TokenAsk | None = None
+    ask: TokenBound | None = None
     reading: BodyReading | None = None
     meter: Meter | None = None
 
@@ -201,7 +201,7 @@ class Exchange:
         """Go on with a permit that holds more."""
         raise NotImplementedError
 
-    def hold_up(self) -> None:
+    def pause_stream(self) -> None:
         """Read no more of the answer, until `extend` or `end_stream`."""
         raise NotImplementedError
 
@@ -249,11 +249,11 @@ class Gate:
         """An exchange that had a permit has ended: what it held is charged, or given back. Exactly once."""
         raise NotImplementedError
 
-    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
+    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
         """Header lines that tell how it stands now with the limits a request is under; empty if there are none."""
         raise NotImplementedError
 
-    def retiring_line(self, identity: Identity) -> bytes:
+    def retiring_header(self, identity: Identity) -> bytes:
         """The header line that tells for how long a key that was replaced still works; empty for any other."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@
     charge   what the answer says was used; of a stream that was broken off, what had come by then; else what was held
 
 Whatever is not said by the answer is marked as estimated. What is held is a bound, so that the charge fits into it; a
-stream that outlives its hold has it extended (`outlives`).
+stream that outlives its hold has it extended (`extension_needed`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.forwarded_headers import for_metering
-from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, TokenAsk, ask_of
+from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, TokenBound, bound_of
 from keyproxy.limits.allowance import Hold
 from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
 from keyproxy.ports import Exchange
@@ -30,7 +30,7 @@ _RESERVE_TOKENS: Final = 32
 _EXTENSION_TOKENS: Final = 256
 
 
-def need(exchange: Exchange, route: Route) -> TokenAsk:
+def need(exchange: Exchange, route: Route) -> TokenBound:
     """The needs of a request on a route with tokens. Raises Missing until its body has arrived and is parsed."""
     ask = exchange.ask
     if ask is None:
@@ -51,9 +51,9 @@ def is_read_at_once(exchange: Exchange) -> bool:
     )
 
 
-def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenAsk:
+def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenBound:
     reading = exchange.reading
-    ask = ask_of(route.tokens, head, exchange.body) if reading is None else reading.asked
+    ask = bound_of(route.tokens, head, exchange.body) if reading is None else reading.asked
     if ask is None:
         raise _reading(exchange, reading, head, route)
     fields, length = head.fields, None
@@ -86,7 +86,7 @@ def charge(exchange: Exchange, permit: Permit) -> int:
     return exchange.token_use.total
 
 
-def _use(exchange: Exchange, ask: TokenAsk, hold: Hold | None) -> tuple[TokenUse, bool]:
+def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
     meter = exchange.meter
     said = None if meter is None else meter.use
     is_whole = exchange.ending is ANSWERED
@@ -110,7 +110,7 @@ def _use(exchange: Exchange, ask: TokenAsk, hold: Hold | None) -> tuple[TokenUse
     return TokenUse(tokens_in, hold.covers - tokens_in), True
 
 
-def outlives(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
+def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
     """By how many tokens the hold of a stream is to be extended, 0 for not yet; and whether it is used up already.
 
     Towards the end of its budget by whatever is left there.

@@ -12,7 +12,7 @@ import pytest
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http import headers
-from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
@@ -58,16 +58,16 @@ class IdentitiesContract:
         with pytest.raises(Missing) as error:
             self._look(stage, KNOWN)
         assert str(error.value) == "identity"
-        await error.value.bring()
-        assert self._look(stage, KNOWN, is_first_look=False).user_id == "u_42"
+        await error.value.fetch_missing()
+        assert self._look(stage, KNOWN, is_first_lookup=False).user_id == "u_42"
 
     async def test_whether_it_is_a_first_look_changes_no_answer(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
         with pytest.raises(Missing):
-            self._look(stage, KNOWN, is_first_look=False)
+            self._look(stage, KNOWN, is_first_lookup=False)
         await self._told(stage, KNOWN)
         # One value, not two that are equal: what depends on the key is looked up by it.
-        assert self._look(stage, KNOWN) is self._look(stage, KNOWN, is_first_look=False)
+        assert self._look(stage, KNOWN) is self._look(stage, KNOWN, is_first_lookup=False)
 
     @pytest.mark.parametrize("is_test", [False, True])
     @pytest.mark.parametrize("standing", [None, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED])
@@ -132,8 +132,8 @@ class IdentitiesContract:
         assert isinstance(who, Identity)
         assert self._look(stage, KNOWN) is who
 
-    def _look(self, stage: IdentitiesStage, secret: SecretKey, *, is_first_look: bool = True) -> Identity:
-        return stage.identities.known(secret.digest(), stage.now(), is_first_look=is_first_look)
+    def _look(self, stage: IdentitiesStage, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity:
+        return stage.identities.known(secret.digest(), stage.now(), is_first_lookup=is_first_lookup)
 
     async def _told(self, stage: IdentitiesStage, secret: SecretKey) -> Identity | Reason:
         """What a request with this key is told, after waiting once for what is missing."""
@@ -141,8 +141,8 @@ class IdentitiesContract:
             try:
                 return self._look(stage, secret)
             except Missing as missing:
-                await missing.bring()
-                return self._look(stage, secret, is_first_look=False)
+                await missing.fetch_missing()
+                return self._look(stage, secret, is_first_lookup=False)
         except Refusal as refusal:
             return refusal.reason
 
@@ -159,13 +159,15 @@ def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
 
 def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int = 0, at_least: int = 1,
          granted: int = 0, used: int = 0, returned: int = 0, interval_seconds: float = 0.0,
-         takes_all: bool = False, is_closing: bool = False) -> Line:  # fmt: skip
+         takes_all: bool = False, is_closing: bool = False) -> LeaseReport:  # fmt: skip
     """What a holder says of a lease; by default of a day's requests."""
-    return Line(lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
-                takes_all, is_closing)  # fmt: skip
+    return LeaseReport(
+        lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
+        takes_all, is_closing,
+    )  # fmt: skip
 
 
-async def granted_to(ledger: LedgerBackend, serial: int, *lines: Line) -> dict[int, int]:
+async def granted_to(ledger: LedgerBackend, serial: int, *lines: LeaseReport) -> dict[int, int]:
     """What each lease of one holder has been granted in all, after one message."""
     replies = await ledger.sync("a", serial, lines)
     assert replies is not None
@@ -204,7 +206,7 @@ class Holders:
         self.leases: dict[tuple[str, str], list[int]] = {}
         self.numbers = 0
 
-    def message(self) -> tuple[str, int, list[Line]]:
+    def message(self) -> tuple[str, int, list[LeaseReport]]:
         """Who speaks next, and what."""
         name = self.random.choice(self.names)
         self.serials[name] = self.serials.get(name, 0) + 1
@@ -227,7 +229,7 @@ class Holders:
             if key[0] == name and known[0] == lease:
                 known[1], known[4] = granted, starts
 
-    def _line(self, name: str, key: str) -> Line:
+    def _line(self, name: str, key: str) -> LeaseReport:
         measure = key.split()[0]
         if (name, key) not in self.leases:
             self.numbers += 1
@@ -247,14 +249,14 @@ class Holders:
         at_least = self.random.randint(1, want) if want else 0
         # Two leases of one window may be of two plans.
         limit = LIMITS[measure] - (self.random.random() < 0.1)
-        return Line(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
+        return LeaseReport(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
                     want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
 
-    def _rate_line(self, name: str, place: int) -> Line:
+    def _rate_line(self, name: str, place: int) -> LeaseReport:
         want = self.random.choice([0, 1, 20, 90])
         burst = BURST - 100 * (self.random.random() < 0.1)
         # A rate has no lease that is remembered: any number will do that is not another's in this message.
-        return Line(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
+        return LeaseReport(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
                     self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.http import headers
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
@@ -70,7 +70,7 @@ class FakeIdentities(Identities):
         """This key resolves to this identity."""
         self.table[secret.digest()] = who
 
-    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """See the port."""
         if digest in self.slow:
             raise Missing("identity", lambda _patience: self._bring(digest))
@@ -98,7 +98,7 @@ class FakeLedger(Ledger):
 
     def __init__(self) -> None:
         self.reference = ReferenceLedger(time.time, lease_seconds=1000.0)
-        self.book = Book(lambda: None)
+        self.book = LeaseTable(lambda: None)
         self.answers = True
         self.settled: list[tuple[Hold, bool, int]] = []
         self._serial = 0
@@ -140,7 +140,7 @@ class FakeLedger(Ledger):
                 last = short
                 self.book.ask(short)
                 self._sync(now.mono_seconds)
-        self.book.asked_in_vain(last, now.mono_seconds)
+        self.book.mark_exhausted(last, now.mono_seconds)
         return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:

@@ -139,10 +139,10 @@ async def connect(address: tuple[str, int] | str) -> AsyncIterator[Client]:
 
 
 #: Answers one request on its connection. True: go on with the connection.
-Answering = Callable[[Message, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
+ResponseWriter = Callable[[Message, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
 
 
-def answer_with(raw: bytes, *, goes_on: bool = True) -> Answering:
+def answer_with(raw: bytes, *, goes_on: bool = True) -> ResponseWriter:
     """Answer every request with these bytes."""
 
     async def answer(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -159,7 +159,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\
 class Upstream:
     """A compute server made of bytes. `requests` holds what it has seen whole, `heads` all heads."""
 
-    answering: Answering = field(default_factory=lambda: answer_with(OK))
+    answering: ResponseWriter = field(default_factory=lambda: answer_with(OK))
     requests: list[Message] = field(default_factory=list)
     heads: list[Message] = field(default_factory=list)
     connections: int = 0

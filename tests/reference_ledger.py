@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from keyproxy.limits.ledger_protocol import CONCURRENCY, Line, Reply, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport, Window
 
 _WANTED_SECONDS = 2.0
 
@@ -69,7 +69,7 @@ class ReferenceLedger:
         self.holders: dict[str, Holder] = {}
         self.settles_until = self.lost_at = -math.inf
 
-    def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
+    def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
         """See the port. None: this holder has ended. A message older than one that was heard counts as lost."""
         now = self._clock()
         known = self.holders.get(holder)
@@ -90,7 +90,7 @@ class ReferenceLedger:
         grants = {line.lease: message.grant(line) for line in message.askers(lines)}
         replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
         settles_seconds = self.settles_until - now
-        return [Reply(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
+        return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
 
     def reap(self) -> None:
         """End the holders whose time is over."""
@@ -161,7 +161,7 @@ class _Message:
         self._rates: dict[int, tuple[float, int]] = {}
         self._moved: dict[tuple[Window, int], float] = {}
 
-    def settle(self, line: Line) -> None:
+    def settle(self, line: LeaseReport) -> None:
         """What became of a lease."""
         key = self._keys[line.lease] = self._key(line)
         row = self._rows.setdefault(key, Row())
@@ -187,15 +187,15 @@ class _Message:
             del self._leases[line.lease]
         row.held += account.outstanding
 
-    def askers(self, lines: Sequence[Line]) -> list[Line]:
+    def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
         """The lines that may be granted something: of those that ask of one window the last lease alone."""
-        latest: dict[tuple[Window, int], Line] = {}
+        latest: dict[tuple[Window, int], LeaseReport] = {}
         for line in sorted(lines):
             if line.want:
                 latest[self._keys[line.lease]] = line
         return list(latest.values())
 
-    def grant(self, line: Line) -> int:
+    def grant(self, line: LeaseReport) -> int:
         """How much of what it asks for it gets."""
         key = self._keys[line.lease]
         row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
@@ -212,7 +212,7 @@ class _Message:
             row.wanted_at, row.wanted_by = self._now, self._name
         return grant
 
-    def reply(self, line: Line, grant: int) -> Reply:
+    def reply(self, line: LeaseReport, grant: int) -> LeaseGrant:
         """What is said of a lease."""
         key = self._keys[line.lease]
         row = self._rows[key]
@@ -221,11 +221,11 @@ class _Message:
         account = self._leases.get(line.lease)
         granted = line.used + line.returned if account is None else account.granted
         _, ends = span(line.window.measure, key[1])
-        return Reply(
+        return LeaseGrant(
             line.lease, key[1], granted, row.spent, row.held, ends - self._now, 0.0, self._is_wanted[line.lease]
         )
 
-    def _key(self, line: Line) -> tuple[Window, int]:
+    def _key(self, line: LeaseReport) -> tuple[Window, int]:
         # A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
         if line.lease in self._leases:
             return self._leases[line.lease].key
@@ -233,7 +233,7 @@ class _Message:
 
     # GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
 
-    def _reply_rate(self, row: Row, line: Line, grant: int) -> Reply:
+    def _reply_rate(self, row: Row, line: LeaseReport, grant: int) -> LeaseGrant:
         ahead, available = self._rates[line.lease]
         ahead += grant * line.interval_seconds
         # As the furthest of its lines leaves it.
@@ -242,16 +242,16 @@ class _Message:
         short = ahead + (line.at_least - line.limit) * line.interval_seconds
         wait_seconds = max(0.0, short) if line.want and not grant else 0.0
         held = line.limit - max(0, available - grant)
-        return Reply(line.lease, 0, grant, 0, held, math.inf, wait_seconds, False)
+        return LeaseGrant(line.lease, 0, grant, 0, held, math.inf, wait_seconds, False)
 
-    def _rate(self, row: Row, line: Line) -> tuple[float, int]:
+    def _rate(self, row: Row, line: LeaseReport) -> tuple[float, int]:
         interval, tolerance = line.interval_seconds, line.limit * line.interval_seconds
         # Never further ahead than that: the clock may have been set back, or the burst lowered.
         ahead = min(max(row.theoretical, self._now) - self._now, tolerance)
         return ahead, math.floor((tolerance - ahead) / interval + 1e-6)
 
 
-def _grant(line: Line, available: int, alive: int) -> int:
+def _grant(line: LeaseReport, available: int, alive: int) -> int:
     if available < line.at_least:
         return 0
     if line.takes_all:

@@ -15,8 +15,8 @@ from keyproxy.admin.authentication import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener, traffic
-from keyproxy.admin.metrics_page import Readings
-from keyproxy.admin.reminder_sender import Reminding
+from keyproxy.admin.metrics_page import MetricsPage
+from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.auth.api_key import KeyFormat
@@ -50,7 +50,7 @@ class Admin:
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )  # fmt: skip
         self._throttle = Throttle()
-        self._reminding = Reminding(Reminders(self._database))
+        self._reminding = ReminderSender(Reminders(self._database))
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -80,7 +80,7 @@ class Admin:
             log.start()
             counted = traffic()
             listener = AdminListener(
-                self._service, metrics=Readings(self._reminding, clock.monotonic, counted).page, traffic=counted,
+                self._service, metrics=MetricsPage(self._reminding, clock.monotonic, counted).page, traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
             )  # fmt: skip

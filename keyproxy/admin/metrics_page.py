@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy.admin.reminder_sender import Reminding
+from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.metrics.control import ControlCatalogue, Standing, Traffic
 from keyproxy.store.postgres.database import StoreUnavailable
 
@@ -18,10 +18,10 @@ _REMEMBERED_SECONDS: Final = 15.0
 _TOKENS_MAX: Final = 100
 
 
-class Readings:
+class MetricsPage:
     """The page of metrics. However often it is asked for, the store is asked once in a quarter of a minute."""
 
-    def __init__(self, reminding: Reminding, now_mono: Callable[[], float], traffic: Traffic) -> None:
+    def __init__(self, reminding: ReminderSender, now_mono: Callable[[], float], traffic: Traffic) -> None:
         self._reminding = reminding
         self._now_mono = now_mono
         self._catalogue = ControlCatalogue(traffic)

@@ -59,7 +59,7 @@ class _Failed:
 
 
 @dataclass(slots=True)
-class Reminding:
+class ReminderSender:
     """See the module. `total` counts all that this process did."""
 
     reminders: Reminders

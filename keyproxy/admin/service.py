@@ -32,7 +32,7 @@ from keyproxy.store.directory.directory import (
     Outdated,
     etag,
 )
-from keyproxy.store.directory.idempotent_requests import Asked, InProgress, Kept, KeyReused, answer_once
+from keyproxy.store.directory.idempotent_requests import IdempotencyRecord, InProgress, Kept, KeyReused, answer_once
 from keyproxy.store.postgres.database import Database, Door, Joined, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Service:
                 kept = await work(Joined(transaction))
             return _response(kept)
         conditions = repr((request.method, request.raw_path, prepared.if_match)).encode()
-        asked = Asked(prepared.token["id"], key, conditions + b"\n" + raw)
+        asked = IdempotencyRecord(prepared.token["id"], key, conditions + b"\n" + raw)
         try:
             kept, is_replay = await answer_once(self.database, asked, work, without=_without_secrets)
         except InProgress as error:

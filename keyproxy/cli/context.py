@@ -35,13 +35,13 @@ from keyproxy.platform import clock
 from keyproxy.store.directory.directory import Directory, Entity, KeyWish
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, Operations
 from keyproxy.store.postgres.database import Database
-from keyproxy.store.usage.usage_service import UsageDesk, UsageOperations
+from keyproxy.store.usage.usage_service import UsageOperations, UsageService
 
 if TYPE_CHECKING:
-    from keyproxy.cli.remote.http_transport import Asking
+    from keyproxy.cli.remote.http_transport import HttpTransport
 
 _T = TypeVar("_T")
-_Client = TypeVar("_Client", bound="Asking")
+_Client = TypeVar("_Client", bound="HttpTransport")
 
 PAGE: Final = 500
 _STATEMENT_SECONDS: Final = 60.0
@@ -81,9 +81,9 @@ class Call:
         url, token = self.admin_url, self.admin_token
         if url is not None:
             # What this needs takes longer to import than a command takes.
-            from keyproxy.cli.remote.remote_directory import AdminClient
+            from keyproxy.cli.remote.remote_directory import RemoteDirectory
 
-            return self._asked(lambda: AdminClient(url, token), work)
+            return self._asked(lambda: RemoteDirectory(url, token), work)
         keys = self.settings().keys
         key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
@@ -92,11 +92,11 @@ class Call:
         """Look something up of usage and limits, as `run`."""
         url, token = self.admin_url, self.admin_token
         if url is not None:
-            from keyproxy.cli.remote.remote_usage import UsageClient
+            from keyproxy.cli.remote.remote_usage import RemoteUsage
 
-            return self._asked(lambda: UsageClient(url, token), work)
+            return self._asked(lambda: RemoteUsage(url, token), work)
         settings = self.settings()
-        return self.run_in_store(lambda database: work(UsageDesk(database, settings, clock.now)))
+        return self.run_in_store(lambda database: work(UsageService(database, settings, clock.now)))
 
     def _asked(self, client: Callable[[], _Client], work: Callable[[_Client], Awaitable[_T]]) -> _T:
         async def asked() -> _T:

@@ -134,7 +134,7 @@ def _limit_members(refusal: Refusal) -> dict[str, object]:
     return {
         "policy": limit.policy.name,
         "limit": limit.policy.quota,
-        "remaining": limit.told_remaining,
-        "reset_seconds": limit.told_reset_seconds,
+        "remaining": limit.remaining_shown,
+        "reset_seconds": limit.reset_seconds_shown,
         "retryable": refusal.retry_after_seconds is not None,
     }

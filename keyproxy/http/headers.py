@@ -310,7 +310,7 @@ def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return mapped if mapped is not None else parsed
 
 
-def dress(
+def build_upstream_head(
     head: RequestHead, block: bytes, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes
 ) -> bytes:
     """The head that goes upstream, with these of its lines. `host` is sent if the client, an HTTP/1.0 one, sent none."""

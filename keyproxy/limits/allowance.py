@@ -10,7 +10,7 @@ from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.pool_leases import Account
-from keyproxy.limits.ratelimit_headers import Statement
+from keyproxy.limits.ratelimit_headers import RateLimitHeaders
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
@@ -94,7 +94,7 @@ class Bundle:
         self.paced = tuple(lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY))
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
         self.told = self.counted + self.slots + self.budgets
-        self.statement = Statement(self.told)
+        self.statement = RateLimitHeaders(self.told)
         self.hold = Hold(self, (), 0)
         self.tokens_per_request = min(
             (

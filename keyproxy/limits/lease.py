@@ -12,7 +12,7 @@ import math
 from typing import Final
 
 from keyproxy import limit_state
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, Line, Reply, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Plan
 
 #: How long units of a rate may be used after they were asked for. What is admitted in any t seconds, over all proxies, is
@@ -180,7 +180,7 @@ class Lease:
         rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
         return rest
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """All of it was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
         self.spent_apart += self.used
@@ -215,10 +215,10 @@ class Lease:
         self.need += need
         self.takes_all = self.takes_all or takes_all
 
-    def line(self, now_mono: float, *, is_closing: bool = False) -> Line:
+    def line(self, now_mono: float, *, is_closing: bool = False) -> LeaseReport:
         """What to tell the ledger now, and what to ask of it. Its reply belongs to `apply`."""
         want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
-        line = Line(
+        line = LeaseReport(
             self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used,
             self.returned, want, at_least, self.takes_all, is_closing,
         )  # fmt: skip
@@ -256,7 +256,7 @@ class Lease:
         ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
-    def apply(self, line: Line, reply: Reply, *, asked_mono: float, heard_mono: float) -> None:
+    def apply(self, line: LeaseReport, reply: LeaseGrant, *, asked_mono: float, heard_mono: float) -> None:
         """What the ledger answered. `asked_mono`: when it was asked."""
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got

@@ -19,7 +19,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.lease import IDLE_SECONDS, Lease
-from keyproxy.limits.ledger_protocol import TOKENS, Line, Pool, Reply
+from keyproxy.limits.ledger_protocol import TOKENS, LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.pool_leases import Account
 
 #: For how long "there is no more" is believed; a rate says itself when there will be.
@@ -39,7 +39,7 @@ class Short(Exception):
         self.takes_all = takes_all
 
 
-class Register:
+class LeaseSync:
     """See the module."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -57,8 +57,8 @@ class Register:
         #: When those are to be looked at again that were busy when they were looked at last: a heap.
         self._aging: list[tuple[float, int, Lease]] = []
         self._open: dict[int, Lease] = {}
-        self._closing: dict[int, Line] = {}
-        self._closed: dict[int, tuple[float, Line]] = {}
+        self._closing: dict[int, LeaseReport] = {}
+        self._closed: dict[int, tuple[float, LeaseReport]] = {}
         self._numbers = 0
 
     def ask(self, short: Short) -> None:
@@ -68,7 +68,7 @@ class Register:
                 lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
                 self._soon(lease)
 
-    def asked_in_vain(self, short: Short, now_mono: float) -> None:
+    def mark_exhausted(self, short: Short, now_mono: float) -> None:
         """Others hold it and did not give it back in time: say no for a moment, instead of waiting with everyone."""
         for lease, need in short.needs:
             if lease.free < need:
@@ -108,7 +108,7 @@ class Register:
                     lease.is_noted = True
                     self._due.append(lease)
 
-    def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[Line]:
+    def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
         """What to tell the ledger now: of the leases that are short, then of what was gathered. So many, or that is all.
 
         The next lines may be asked for once these were answered, or are lost. `must_claim`: if there is a lease that was
@@ -117,7 +117,7 @@ class Register:
         """
         self._is_woken = False
         self._forget_closed(now_mono)
-        lines: list[Line] = []
+        lines: list[LeaseReport] = []
         if must_claim:
             self._claim(now_mono, lines)
         lines += islice(self._closing.values(), at_most - len(lines))
@@ -134,7 +134,7 @@ class Register:
                 self._look_at(lease, now_mono, lines)
         return lines
 
-    def _claim(self, now_mono: float, lines: list[Line]) -> None:
+    def _claim(self, now_mono: float, lines: list[LeaseReport]) -> None:
         for lease in self._active:
             if lease.granted > 0 and not lease.is_rate:
                 self._urgent.pop(lease, None)
@@ -142,11 +142,11 @@ class Register:
                 lines.append(lease.line(now_mono))
                 return
 
-    def is_to_be_asked(self, short: Short) -> bool:
+    def needs_sync(self, short: Short) -> bool:
         """Whether there are leases that a request is short of, and that no line was made of yet."""
         return any(lease in self._urgent for lease, _ in short.needs)
 
-    def _look_at(self, lease: Lease, now_mono: float, lines: list[Line]) -> None:
+    def _look_at(self, lease: Lease, now_mono: float, lines: list[LeaseReport]) -> None:
         """Make a line of a lease if there is anything to be said of it, and see that it is looked at again."""
         if lease.number and lease.number in self._open:
             return  # of which there is a line in this message: its answer has it looked at again
@@ -164,7 +164,7 @@ class Register:
             lease.is_noted = True
             self._changed.append(lease)
 
-    def _line(self, lease: Lease, now_mono: float) -> Line | None:
+    def _line(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
             # Told first, closed then: of a lease that it does not know, or has forgotten, the ledger hears no last word.
@@ -187,13 +187,13 @@ class Register:
         # The account stays as long as it has leases: one lease of a window is enough.
         self._active[lease] = self._accounts.get(lease.window.pool)
 
-    def _close(self, lease: Lease, now_mono: float) -> Line | None:
+    def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         """All of it was used or returned: the ledger may forget it. The next one begins at zero."""
         line = None
         if not lease.is_rate:
             line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
         self._active.pop(lease, None)
-        lease.begin_anew()
+        lease.reset()
         return line
 
     def _tidy(self, lease: Lease, now_mono: float) -> None:
@@ -211,8 +211,8 @@ class Register:
 
     def apply(
         self,
-        lines: Sequence[Line],
-        replies: Sequence[Reply],
+        lines: Sequence[LeaseReport],
+        replies: Sequence[LeaseGrant],
         asked_mono: float,
         *,
         valid_seconds: float,
@@ -243,7 +243,7 @@ class Register:
         self.lost(list(asked.values()))
         return settles_seconds
 
-    def tell_again(self) -> None:
+    def resend_all(self) -> None:
         """The ledger has lost its latest history: tell it of every lease again, and of those that are closed."""
         for lease in self._active:
             lease.confirmed = -1
@@ -259,13 +259,13 @@ class Register:
                 break
             del self._closed[number]
 
-    def _note_refusal(self, lease: Lease, line: Line, heard_mono: float) -> None:
+    def _note_refusal(self, lease: Lease, line: LeaseReport, heard_mono: float) -> None:
         if not line.want or (lease.others_held and not lease.is_rate):
             return
         lease.empty_need = line.at_least + max(0, lease.free)
         lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
 
-    def lost(self, lines: Sequence[Line] | None = None) -> None:
+    def lost(self, lines: Sequence[LeaseReport] | None = None) -> None:
         """Nobody knows what became of these lines, None: of any. They are told again: all in them is cumulative."""
         for number in list(self._open) if lines is None else [line.lease for line in lines]:
             lease = self._open.pop(number, None)

@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from keyproxy.limits import refusals
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed, amount_of
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.lease_sync import Register, Short
+from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.limits.pool_leases import Account
 
-__all__ = ["Book", "Short"]
+__all__ = ["LeaseTable", "Short"]
 
 
-class Book(Register):
+class LeaseTable(LeaseSync):
     """See the module."""
 
     def __init__(self, wake: Callable[[], None]) -> None:

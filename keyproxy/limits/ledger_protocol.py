@@ -45,7 +45,7 @@ class Window(NamedTuple):
         return f"{self.pool.kind}.{self.measure}"
 
 
-class Line(NamedTuple):
+class LeaseReport(NamedTuple):
     """What a process tells the ledger of one lease, and asks of it.
 
     `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the present
@@ -69,7 +69,7 @@ class Line(NamedTuple):
     is_closing: bool
 
 
-class Reply(NamedTuple):
+class LeaseGrant(NamedTuple):
     """What the ledger says of one lease.
 
     `granted` is cumulative, for a rate what was granted now. `spent` and `held` are the whole window's, after this line;

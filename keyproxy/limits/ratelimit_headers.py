@@ -25,7 +25,7 @@ _DIGITS: Final[tuple[bytes, ...]] = tuple([b"%03d" % number for number in range(
 _NUMBERS: Final[tuple[bytes, ...]] = tuple([b"%d" % number for number in range(1000)])
 
 
-class Statement:
+class RateLimitHeaders:
     """See the module. Belongs to one set of leases."""
 
     __slots__ = ("_beginning", "_leases", "_telling")
@@ -104,5 +104,5 @@ def _lead(lease: Lease, remaining: int) -> bytes:
 
 def _tail(lease: Lease, now_mono: float) -> bytes:
     """What is told of a limit after what remains of it."""
-    reset_seconds = state(lease, now_mono).told_reset_seconds
+    reset_seconds = state(lease, now_mono).reset_seconds_shown
     return b"" if reset_seconds is None else b";t=%d" % reset_seconds

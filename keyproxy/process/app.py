@@ -28,7 +28,7 @@ from keyproxy.platform import clock, sockets
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
-from keyproxy.process.reload import Change, ChangeError, new_socket, new_store, new_tls
+from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, spending_of
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
@@ -92,8 +92,8 @@ class Proxy:
             self.server.start(proxy)
             yield
 
-    async def prepare(self, settings: Settings, dsn: str) -> Change:
-        """Make another configuration ready, to be applied or abandoned. Raises ChangeError: it cannot be."""
+    async def prepare(self, settings: Settings, dsn: str) -> PreparedConfig:
+        """Make another configuration ready, to be applied or abandoned. Raises ReloadError: it cannot be."""
         was = self._settings
         with contextlib.ExitStack() as undo:
             try:
@@ -105,11 +105,11 @@ class Proxy:
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 store = await self._store_for(settings, dsn)
             except (sockets.BindError, TlsError, StoreUnavailable) as error:
-                raise ChangeError(str(error)) from error
+                raise ReloadError(str(error)) from error
             undo.pop_all()
-        return Change(settings, dsn, proxy, ops, tls, upstreams, store)
+        return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store)
 
-    async def abandon(self, change: Change) -> None:
+    async def abandon(self, change: PreparedConfig) -> None:
         """Let go of what was prepared."""
         for sock in (change.proxy, change.ops):
             if sock is not None:
@@ -117,7 +117,7 @@ class Proxy:
         if change.store is not self.store:
             await change.store.close()
 
-    async def apply(self, change: Change) -> None:
+    async def apply(self, change: PreparedConfig) -> None:
         """Put what was prepared in force. Nothing fails, and no request is dropped."""
         settings, upstreams, store = change.settings, change.upstreams, change.store
         self._settings, self._dsn = settings, change.dsn

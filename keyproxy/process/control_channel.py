@@ -33,7 +33,7 @@ class Order(NamedTuple):
     text: str = ""
 
 
-class Superior:
+class SupervisorEnd:
     """The supervisor's end."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,7 +57,7 @@ class Superior:
         await _close(self._writer)
 
 
-class Subordinate:
+class WorkerEnd:
     """The worker's end."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -78,14 +78,14 @@ class Subordinate:
         await _close(self._writer)
 
 
-async def superior(sock: socket.socket) -> Superior:
+async def supervisor_end(sock: socket.socket) -> SupervisorEnd:
     """The supervisor's end of a connected socket, which it takes over."""
-    return Superior(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
+    return SupervisorEnd(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
 
 
-async def subordinate(sock: socket.socket) -> Subordinate:
+async def worker_end(sock: socket.socket) -> WorkerEnd:
     """The worker's end of a connected socket, which it takes over."""
-    return Subordinate(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
+    return WorkerEnd(*await asyncio.open_unix_connection(sock=sock, limit=_BYTES_MAX))
 
 
 def begun_with(sock: socket.socket) -> str:

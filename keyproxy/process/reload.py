@@ -14,11 +14,11 @@ from keyproxy.wire.tls import TlsError, server_context, upstream_context
 from keyproxy.wire.upstream.pool import Upstreams
 
 
-class ChangeError(Exception):
+class ReloadError(Exception):
     """Another configuration cannot be applied. The text says why."""
 
 
-class Change(NamedTuple):
+class PreparedConfig(NamedTuple):
     """All that another configuration takes, ready for use. `proxy`, `ops`: sockets, None where the address stays."""
 
     settings: Settings
@@ -31,10 +31,10 @@ class Change(NamedTuple):
 
 
 def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops) -> socket.socket | None:
-    """A socket for a new address; None if it is the old one. Raises BindError, ChangeError."""
+    """A socket for a new address; None if it is the old one. Raises BindError, ReloadError."""
     if was.address == now.address:
         if was.socket_mode != now.socket_mode and now.address.startswith("unix:"):
-            raise ChangeError("socket_mode: applies when the socket is created: restart, or change the address too")
+            raise ReloadError("socket_mode: applies when the socket is created: restart, or change the address too")
         return None
     return undo.enter_context(contextlib.closing(bound(now)))
 
@@ -61,9 +61,9 @@ def new_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def check_files(settings: Settings) -> None:
-    """Read what the configuration names, without using it. Raises ChangeError."""
+    """Read what the configuration names, without using it. Raises ReloadError."""
     try:
         new_tls(settings)
         upstream_context(settings.upstream)
     except TlsError as error:
-        raise ChangeError(str(error)) from error
+        raise ReloadError(str(error)) from error

@@ -20,7 +20,7 @@ from keyproxy.platform import sockets, systemd
 from keyproxy.process import control_channel, startup_conflicts
 from keyproxy.process.app import Proxy
 from keyproxy.process.control_socket import Control
-from keyproxy.process.reload import Change, ChangeError, bound, check_files
+from keyproxy.process.reload import PreparedConfig, ReloadError, bound, check_files
 from keyproxy.process.shutdown import Departure
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ async def serve(
     """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
 
     `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
-    for requests of its supervisor, which has the control socket. Raises BindError, ChangeError.
+    for requests of its supervisor, which has the control socket. Raises BindError, ReloadError.
     """
     departure, again = Departure(), asyncio.Event()
     departure.on_signals()
@@ -111,7 +111,7 @@ async def serve(
 
 
 def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
-    """Change at SIGHUP, to the settings and the DSN that `read_again` gives, if it does not raise ChangeError."""
+    """Change at SIGHUP, to the settings and the DSN that `read_again` gives, if it does not raise ReloadError."""
 
     async def changing(proxy: Proxy, again: asyncio.Event) -> None:
         while True:
@@ -120,7 +120,7 @@ def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
             systemd.notify(systemd.reloading())
             try:
                 await _apply(proxy, await proxy.prepare(*read_again()))
-            except ChangeError as error:
+            except ReloadError as error:
                 _log.error("the configuration stays as it was: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
                 _log.exception("the configuration could not be changed")
@@ -130,48 +130,48 @@ def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
 
 
 def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) -> Changing:
-    """Change as the supervisor says. `read` gives settings and DSN out of a configuration, or raises ChangeError.
+    """Change as the supervisor says. `read` gives settings and DSN out of a configuration, or raises ReloadError.
 
     SIGHUP, which a terminal or a service manager may send to all processes at once, is the supervisor's to hear.
     """
 
     async def changing(proxy: Proxy, _again: asyncio.Event) -> None:
-        prepared: Change | None = None
-        subordinate = await control_channel.subordinate(sock)
+        prepared: PreparedConfig | None = None
+        worker_end = await control_channel.worker_end(sock)
         try:
-            async for order in subordinate.orders():
+            async for order in worker_end.orders():
                 refused = ""
                 if order.kind == control_channel.OFFER:
                     try:
                         prepared = await _prepare(proxy, read, order.text)
-                    except ChangeError as error:
+                    except ReloadError as error:
                         refused = str(error)
                 elif prepared is not None:
                     change, prepared = prepared, None
                     await (_apply if order.kind == control_channel.APPLY else Proxy.abandon)(proxy, change)
-                subordinate.answer(refused)
+                worker_end.answer(refused)
         finally:
             if prepared is not None:
                 await proxy.abandon(prepared)
-            await subordinate.close()
+            await worker_end.close()
 
     return changing
 
 
-async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], text: str) -> Change:
+async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], text: str) -> PreparedConfig:
     try:
         async with asyncio.timeout(_PREPARE_SECONDS):
             return await proxy.prepare(*read(text))
     except TimeoutError:
-        raise ChangeError(f"it could not be made ready within {_PREPARE_SECONDS:g} s") from None
-    except ChangeError:
+        raise ReloadError(f"it could not be made ready within {_PREPARE_SECONDS:g} s") from None
+    except ReloadError:
         raise
     except Exception as error:  # the outermost boundary of an order: nobody is dropped for a defect in here
         _log.exception("the configuration could not be changed")
-        raise ChangeError("a defect of keyproxy: it is told above") from error
+        raise ReloadError("a defect of keyproxy: it is told above") from error
 
 
-async def _apply(proxy: Proxy, change: Change) -> None:
+async def _apply(proxy: Proxy, change: PreparedConfig) -> None:
     await proxy.apply(change)
     _allow_files(change.settings)
     logging.getLogger().setLevel(change.settings.log.level.upper())

@@ -28,9 +28,9 @@ from keyproxy.platform.process_registry import Presence
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
-from keyproxy.process.reload import ChangeError, bound, check_files, new_socket
+from keyproxy.process.reload import ReloadError, bound, check_files, new_socket
 from keyproxy.process.shutdown import Departure
-from keyproxy.process.worker_pool import Crew, Worker
+from keyproxy.process.worker_pool import Worker, WorkerPool
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Supervisor:
         self._dsn = dsn
         self._text = text
         self._command = command
-        self._crew = Crew(lambda: self._restarts)
+        self._crew = WorkerPool(lambda: self._restarts)
         self._tasks: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._failures = 0
@@ -71,10 +71,10 @@ class Supervisor:
     async def run(
         self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
     ) -> None:  # fmt: skip
-        """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ChangeError.
+        """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ReloadError.
 
         `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
-        may raise ChangeError.
+        may raise ReloadError.
         """
         departure, again = Departure(), asyncio.Event()
         departure.on_signals()
@@ -106,19 +106,19 @@ class Supervisor:
     # -- starting and ending
 
     async def _start_crew(self) -> None:
-        """As many workers as are configured; all serve when this returns, or, raising ChangeError, none is left."""
+        """As many workers as are configured; all serve when this returns, or, raising ReloadError, none is left."""
         number = count(self._settings.listen.workers)
         crew: list[Worker] = []
         try:
             while len(crew) < number:
                 crew.append(await self._start())
             if len(await self._crew.until_ready(crew)) < number:
-                raise ChangeError("a worker could not be started: it says above why")
-        except (ChangeError, OSError) as error:
+                raise ReloadError("a worker could not be started: it says above why")
+        except (ReloadError, OSError) as error:
             for worker in crew:
                 worker.is_leaving = True
                 worker.tell(signal.SIGTERM)
-            raise ChangeError(str(error)) from error
+            raise ReloadError(str(error)) from error
 
     async def _start(self) -> Worker:
         assert self._reserved is not None  # noqa: S101 - for the type checker: run() has bound it
@@ -212,7 +212,7 @@ class Supervisor:
                 async with self._changing:
                     await self._change(settings, text)
                 control.show(self._presence(settings))
-            except (ChangeError, sockets.BindError) as error:
+            except (ReloadError, sockets.BindError) as error:
                 _log.error("the configuration stays as it was: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
                 _log.exception("the configuration could not be changed")
@@ -222,7 +222,7 @@ class Supervisor:
             systemd.notify("READY=1")
 
     async def _change(self, settings: Settings, text: str) -> None:
-        """All workers change, or, raising ChangeError or BindError, none does."""
+        """All workers change, or, raising ReloadError or BindError, none does."""
         ready = await self._crew.offer(text)
         if _frame(settings) == _frame(self._settings):
             self._settings, self._text = settings, text
@@ -239,7 +239,7 @@ class Supervisor:
             self._settings, self._text, self._reserved = settings, text, listened or self._reserved
             try:
                 await self._start_crew()
-            except ChangeError:
+            except ReloadError:
                 self._settings, self._text, self._reserved = was
                 raise
             undo.pop_all()

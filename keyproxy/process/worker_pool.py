@@ -16,9 +16,9 @@ import orjson
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.platform import clock
 from keyproxy.process import control_channel
-from keyproxy.process.control_channel import Order, Superior
+from keyproxy.process.control_channel import Order, SupervisorEnd
 from keyproxy.process.ops_listener import Check, Verdict, worst
-from keyproxy.process.reload import ChangeError
+from keyproxy.process.reload import ReloadError
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _ORDER_SECONDS: Final = 30.0
 class Worker:
     """One process, and what it last told of itself."""
 
-    def __init__(self, process: asyncio.subprocess.Process, ops: bytes, superior: Superior) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, ops: bytes, supervisor_end: SupervisorEnd) -> None:
         """`ops`: the abstract name of the socket on which it serves its pages."""
         self.process = process
         self.started_mono = clock.monotonic()
@@ -42,7 +42,7 @@ class Worker:
         self.page = ""
         self.patience_seconds = _ORDER_SECONDS
         self._ops = ops
-        self._superior = superior
+        self._superior = supervisor_end
         self._is_lost = False
 
     @classmethod
@@ -59,9 +59,9 @@ class Worker:
             )  # fmt: skip
             name: bytes = ops.getsockname()
             undo.pop_all()
-        superior = await control_channel.superior(ours)
-        superior.begin(text)
-        return cls(process, name, superior)
+        supervisor_end = await control_channel.supervisor_end(ours)
+        supervisor_end.begin(text)
+        return cls(process, name, supervisor_end)
 
     async def ask(self, path: str) -> bytes | None:
         """A page of its ops listener, whatever its status; None if it does not answer."""
@@ -111,7 +111,7 @@ class Worker:
         await self._superior.close()
 
 
-class Crew:
+class WorkerPool:
     """The workers of one supervisor: those that serve, those that start, and those that leave."""
 
     def __init__(self, restarts: Callable[[], int]) -> None:
@@ -125,22 +125,22 @@ class Crew:
             self._fleet.ended(worker.page)
 
     async def until_ready(self, workers: Iterable[Worker]) -> list[Worker]:
-        """Wait until all of these either serve or have ended; those that serve. Raises ChangeError after a while."""
+        """Wait until all of these either serve or have ended; those that serve. Raises ReloadError after a while."""
         workers = list(workers)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await asyncio.gather(*(self._until_settled(worker) for worker in workers))
         except TimeoutError:
-            raise ChangeError(f"a worker does not serve after {_START_SECONDS:g} s") from None
+            raise ReloadError(f"a worker does not serve after {_START_SECONDS:g} s") from None
         return [worker for worker in workers if worker in self.members]
 
     async def offer(self, text: str) -> list[Worker]:
-        """The workers, each of which is ready for another configuration. Raises ChangeError if one cannot be: none is."""
+        """The workers, each of which is ready for another configuration. Raises ReloadError if one cannot be: none is."""
         serving = await self.until_ready(worker for worker in self.members if not worker.is_leaving)
         refusals = await asyncio.gather(*(worker.follows(Order(control_channel.OFFER, text)) for worker in serving))
         if any(refusals):
             await self.withdraw(serving)
-            raise ChangeError(next(filter(None, refusals)))
+            raise ReloadError(next(filter(None, refusals)))
         return serving
 
     async def apply(self, workers: Iterable[Worker]) -> None:

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _PAUSE_SECONDS: Final = 1.0
 
 
-class Lasting:
+class BackgroundTask:
     """The lasting work of one part of the store. `defects`: how often it ended in what nobody had foreseen."""
 
     def __init__(self, what: str) -> None:

@@ -35,7 +35,7 @@ SMALL_SECONDS: Final = 120.0
 Owner = tuple[str, str]
 
 
-class Room:
+class BodyMemory:
     """What bodies that are read whole take in this process."""
 
     def __init__(self, bytes_max: int = TOGETHER_BYTES_MAX) -> None:
@@ -69,10 +69,10 @@ class Room:
             self._held.pop(owner, None)
 
 
-class Collector:
+class BodyBuffer:
     """Takes a body in pieces; `wait` ends when it is whole, or the exchange is over."""
 
-    def __init__(self, room: Room, owner: Owner, started_mono: float, too_much: Refusal | None = None) -> None:
+    def __init__(self, room: BodyMemory, owner: Owner, started_mono: float, too_much: Refusal | None = None) -> None:
         """`too_much`: the refusal of a body that is too large."""
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
         self._content = bytearray()

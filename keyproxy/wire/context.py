@@ -9,8 +9,8 @@ from keyproxy.config.schema import Listen
 from keyproxy.http.error_responses import Problems
 from keyproxy.http.headers import TrustRule
 from keyproxy.ports import Gate, Recorder
-from keyproxy.wire.body_buffer import Room
-from keyproxy.wire.client.transport import ClientLine
+from keyproxy.wire.body_buffer import BodyMemory
+from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
 from keyproxy.wire.upstream.pool import Upstreams
@@ -27,16 +27,16 @@ class ServerContext:
     problems: Problems
     recorder: Recorder
     requests: RequestReader
-    room: Room
+    room: BodyMemory
     trust: TrustRule
     turns: ReadingTurns
     upstreams: Upstreams
 
-    def admit(self, connection: ClientLine) -> bool:
+    def admit(self, connection: ClientTransport) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
         raise NotImplementedError
 
-    def forget(self, connection: ClientLine) -> None:
+    def forget(self, connection: ClientTransport) -> None:
         """The connection is lost."""
         raise NotImplementedError
 

@@ -21,9 +21,9 @@ from keyproxy.http import headers
 from keyproxy.model import ANSWERED, Ending, Permit
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import response_heads
-from keyproxy.wire.body_buffer import Collector
+from keyproxy.wire.body_buffer import BodyBuffer
 from keyproxy.wire.parsing.framing import LAST_CHUNK, chunk
-from keyproxy.wire.response_writer import Answering
+from keyproxy.wire.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import UpstreamPool
 
@@ -41,10 +41,10 @@ _CLIENT_GONE_STATUS: Final = 499
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
-class Exchange(Answering):
+class Exchange(ResponseWriter):
     """See the module."""
 
-    _collector: Collector | None = None
+    _collector: BodyBuffer | None = None
     _is_held_up: bool = False
     _upstream: UpstreamConnection | None = None
     _pool: UpstreamPool | None = None
@@ -78,7 +78,7 @@ class Exchange(Answering):
         if self.is_complete or self.is_over or head is None or identity is None:
             return
         owner = (identity.tenant_id, identity.user_id)
-        collector = self._collector = Collector(self._server.room, owner, self._server.clock(), otherwise)
+        collector = self._collector = BodyBuffer(self._server.room, owner, self._server.clock(), otherwise)
         collector.expect(head.content_length)
         collector.take(self.body)
         self.body = b""
@@ -110,12 +110,12 @@ class Exchange(Answering):
         if self._is_held_up:
             self._is_held_up = False
             if not self._client.is_stalled:
-                self.resume_answer()
+                self.resume_response()
 
-    def hold_up(self) -> None:
+    def pause_stream(self) -> None:
         """Read no more of the answer until more is held for it."""
         self._is_held_up = True
-        self.pause_answer()
+        self.pause_response()
 
     # -- what the client connection tells
 
@@ -136,7 +136,7 @@ class Exchange(Answering):
             if self.permit is not None:
                 self._go()
 
-    def _collect(self, content: bytes, collector: Collector) -> None:
+    def _collect(self, content: bytes, collector: BodyBuffer) -> None:
         try:
             collector.take(content)
         except Refusal as refusal:
@@ -162,12 +162,12 @@ class Exchange(Answering):
         if self.is_tunnel and not self.is_over:
             self._end(ANSWERED, self._server.clock(), closes=True)
 
-    def pause_answer(self) -> None:
+    def pause_response(self) -> None:
         """The client does not read fast enough."""
         if self._upstream is not None:
             self._upstream.pause()
 
-    def resume_answer(self) -> None:
+    def resume_response(self) -> None:
         """The client reads again."""
         if self._upstream is not None and not self._is_held_up:
             self._upstream.resume()
@@ -196,7 +196,7 @@ class Exchange(Answering):
         self._is_waiting = False
         self._upstream = upstream
         block = head.block if self.block is None else self.block
-        data = headers.dress(
+        data = headers.build_upstream_head(
             head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
         body, self.body = self.body, b""
@@ -239,7 +239,7 @@ class Exchange(Answering):
         """Whether the client reads the response so slowly that it occupies the upstream connection."""
         return self._client.reads_slowly(now, for_seconds=for_seconds)
 
-    def give_way(self, refusal: Refusal) -> None:
+    def preempt_if_slow(self, refusal: Refusal) -> None:
         """End, to free the connection for other requests."""
         if self.is_tunnel:
             self.close_tunnel()
@@ -290,7 +290,7 @@ class Exchange(Answering):
         head = self.head
         return (
             refusal.reason is Reason.UPSTREAM_UNREACHABLE
-            and not self.has_answer
+            and not self.has_response
             and not self._has_interim
             and not self._is_retry
             and head is not None

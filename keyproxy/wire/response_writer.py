@@ -17,7 +17,7 @@ from keyproxy.http import headers
 from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import response_heads
-from keyproxy.wire.client.transport import ClientLine
+from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.parsing.framing import LAST_CHUNK, chunk
 from keyproxy.wire.parsing.head_parser import has_no_body
@@ -26,7 +26,7 @@ from keyproxy.wire.upstream.pool import PoolUser
 _CONTINUE: Final = 100
 
 
-class Answering(PoolUser):
+class ResponseWriter(PoolUser):
     """See the module. An exchange is one, and says what it is to have ended."""
 
     _answer: ResponseHead | None = None
@@ -41,7 +41,7 @@ class Answering(PoolUser):
 
     def __init__(
         self,
-        client: ClientLine,
+        client: ClientTransport,
         server: ServerContext,
         head: RequestHead | None,
         request_id: bytes,
@@ -80,7 +80,7 @@ class Answering(PoolUser):
         head, server = self.head, self._server
         answer = server.problems.answer(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
         if self.permit is not None and not refusal.applied:
-            answer = answer._replace(fields=answer.fields + self._gate.limit_fields(self.permit, server.clock()))
+            answer = answer._replace(fields=answer.fields + self._gate.limit_headers(self.permit, server.clock()))
         closes = (
             head is None
             or not self.is_complete
@@ -126,7 +126,7 @@ class Answering(PoolUser):
     # -- by the upstream
 
     @property
-    def has_answer(self) -> bool:
+    def has_response(self) -> bool:
         """Whether the upstream has begun to answer."""
         return self._answer is not None
 
@@ -145,8 +145,8 @@ class Answering(PoolUser):
         self._client.send(out.removeprefix(response_heads.BEGINNING) if self._has_begun_status_line else out)
         self._has_begun_status_line = False
 
-    def answer_begins(self, answer: ResponseHead, now: float) -> None:
-        """The head of the answer. It is written by `answer_arrived`, with what came with it."""
+    def response_begins(self, answer: ResponseHead, now: float) -> None:
+        """The head of the answer. It is written by `response_arrived`, with what came with it."""
         head = self.head
         assert head is not None  # noqa: S101 - for the type checker: it was forwarded
         self.answered_mono = now
@@ -193,15 +193,15 @@ class Answering(PoolUser):
         """The header lines for the client: the upstream's and ours. Where our limits apply, only ours state limits."""
         block, permit = answer.block, self.permit
         if permit is not None and permit.hold is not None:
-            limits = self._gate.limit_fields(permit, now)
+            limits = self._gate.limit_headers(permit, now)
             if limits and answer.fields.states_limits:
                 block = headers.without_limits(block)
             block += limits
         if self.identity is not None and self.identity.retiring_field is not None:
-            block += self._gate.retiring_line(self.identity)
+            block += self._gate.retiring_header(self.identity)
         return block
 
-    def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
+    def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the answer, and whether it was the last."""
         meter = self.meter
         if meter is not None:

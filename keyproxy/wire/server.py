@@ -22,9 +22,9 @@ from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.platform import clock as clock_room
 from keyproxy.ports import Gate, Recorder
 from keyproxy.wire import response_heads
-from keyproxy.wire.body_buffer import Room
+from keyproxy.wire.body_buffer import BodyMemory
 from keyproxy.wire.client.connection import ClientConnection
-from keyproxy.wire.client.transport import ClientLine
+from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.handshake import Accepted
@@ -82,7 +82,7 @@ class ProxyServer(ServerContext):
         self.loop = loop
         self.is_draining = False
         #: For bodies that are read whole.
-        self.room = Room()
+        self.room = BodyMemory()
         #: Schedules long work on requests in turns.
         self.turns = ReadingTurns()
         self._deadlines = deadlines
@@ -126,7 +126,7 @@ class ProxyServer(ServerContext):
             self._exhausted += before.exhausted
             before.stop()
 
-    def admit(self, connection: ClientLine) -> bool:
+    def admit(self, connection: ClientTransport) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
         admitted = cast("ClientConnection", connection)
         self._connections.add(admitted)
@@ -138,7 +138,7 @@ class ProxyServer(ServerContext):
         admitted.has_place = True
         return True
 
-    def forget(self, connection: ClientLine) -> None:
+    def forget(self, connection: ClientTransport) -> None:
         """The connection is lost."""
         lost = cast("ClientConnection", connection)
         self._deadlines.forget(lost)
@@ -299,7 +299,7 @@ class ProxyServer(ServerContext):
         known = [one for one in self._connections if one.exchange is not None or one.stream.last_head is not None]
         for connection in known:
             try:
-                connection.look_after(long_since=now - _LONG_SECONDS)
+                connection.check_liveness(long_since=now - _LONG_SECONDS)
             except Exception:  # noqa: BLE001 - the outermost boundary of one look: it is not verified any more
                 _log.exception("looking after a connection met a defect; it is cut")
                 connection.abort()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import Configure, Site
-from tests.rawhttp import Answering, Client, Message
+from tests.rawhttp import Client, Message, ResponseWriter
 from tests.wire.conftest import request
 
 _CHUNK = bytes(65_536)
@@ -74,7 +74,7 @@ async def test_a_large_body_is_not_held_on_its_way_either_way(configure: Configu
         assert _peak_bytes(process.pid) - before < _GROWTH_BYTES_MAX
 
 
-def _slow_both_ways(count: int) -> Answering:
+def _slow_both_ways(count: int) -> ResponseWriter:
     async def answer(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         taken = 0
         if message.one("Transfer-Encoding"):

@@ -13,8 +13,8 @@ import pytest
 
 from keyproxy.process import control_channel
 from keyproxy.process.control_channel import Order
-from keyproxy.process.reload import ChangeError
-from keyproxy.process.worker_pool import Crew, Worker
+from keyproxy.process.reload import ReloadError
+from keyproxy.process.worker_pool import Worker, WorkerPool
 
 #: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
 TEXTS = ["", '[listen]\nname = "hü \u2028 \\ \x00"\r\n', "# long\n" * 200_000]
@@ -32,32 +32,32 @@ def pair() -> Iterator[Pair]:
 
 @pytest.mark.parametrize("text", TEXTS, ids=["empty", "odd", "long"])
 async def test_a_worker_begins_with_the_text_and_is_offered_it_as_it_is(pair: Pair, text: str) -> None:
-    superior = await control_channel.superior(pair[0])
-    superior.begin(text)
+    supervisor_end = await control_channel.supervisor_end(pair[0])
+    supervisor_end.begin(text)
     assert await asyncio.to_thread(control_channel.begun_with, pair[1]) == text
-    subordinate = await control_channel.subordinate(pair[1])
+    worker_end = await control_channel.worker_end(pair[1])
     heard: list[Order] = []
 
     async def following() -> None:
-        async for order in subordinate.orders():
+        async for order in worker_end.orders():
             heard.append(order)
-            subordinate.answer("" if order.kind != control_channel.OFFER else "no\nway")
+            worker_end.answer("" if order.kind != control_channel.OFFER else "no\nway")
 
     task = asyncio.create_task(following())
-    assert await superior.ask(Order(control_channel.OFFER, text)) == "no\nway"
-    assert await superior.ask(Order(control_channel.WITHDRAW)) == ""
-    await superior.close()
+    assert await supervisor_end.ask(Order(control_channel.OFFER, text)) == "no\nway"
+    assert await supervisor_end.ask(Order(control_channel.WITHDRAW)) == ""
+    await supervisor_end.close()
     await asyncio.wait_for(task, 5)
     assert heard == [Order(control_channel.OFFER, text), Order(control_channel.WITHDRAW)]
-    await subordinate.close()
+    await worker_end.close()
 
 
 async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
-    superior = await control_channel.superior(pair[0])
+    supervisor_end = await control_channel.supervisor_end(pair[0])
     pair[1].close()
     with pytest.raises(ConnectionError):
-        await superior.ask(Order(control_channel.APPLY))
-    await superior.close()
+        await supervisor_end.ask(Order(control_channel.APPLY))
+    await supervisor_end.close()
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs, pytest.raises(ConnectionError, match="the supervisor is gone"):
@@ -68,14 +68,14 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
 async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from_changing(
     program: str, told: str
 ) -> None:
-    crew = Crew(lambda: 0)
+    crew = WorkerPool(lambda: 0)
     async with contextlib.AsyncExitStack() as stack:
         worker = await Worker.start(["sh", "-c", f"exec {program} 60"], os.environ, "")
         stack.push_async_callback(worker.closed)
         stack.callback(worker.tell, signal.SIGKILL)
         worker.is_ready, worker.patience_seconds = True, 0.1
         crew.members.add(worker)
-        with pytest.raises(ChangeError, match=told):
+        with pytest.raises(ReloadError, match=told):
             await crew.offer("")
         assert await asyncio.wait_for(worker.process.wait(), 5) == (-signal.SIGKILL if program == "sleep" else 0)
         assert await worker.follows(Order(control_channel.APPLY)), "it is not waited for once more"

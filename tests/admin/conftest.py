@@ -21,8 +21,8 @@ from keyproxy.admin.authentication import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import Terms
 from keyproxy.admin.listener import AdminListener, traffic
-from keyproxy.admin.metrics_page import Readings
-from keyproxy.admin.reminder_sender import Reminding
+from keyproxy.admin.metrics_page import MetricsPage
+from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
 from keyproxy.auth.api_key import KeyFormat
@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Reply:
+class LeaseGrant:
     """An answer."""
 
     status: int
@@ -83,7 +83,7 @@ class Api:
     async def call(
         self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
         headers: Mapping[str, str] | None = None, data: bytes | None = None,
-    ) -> Reply:  # fmt: skip
+    ) -> LeaseGrant:  # fmt: skip
         """Send one request. `content`: the body, as JSON; `data`: the body as it is."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
@@ -94,7 +94,7 @@ class Api:
         async with self.session.request(
             method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
         ) as response:  # fmt: skip
-            return Reply(response.status, response.headers.copy(), await response.read())
+            return LeaseGrant(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
         """The JSON of a request that has to succeed."""
@@ -165,10 +165,10 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, Terms(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = Reminding(Reminders(database))
+    reminding = ReminderSender(Reminders(database))
     counted = traffic()
     listener = AdminListener(
-        service, metrics=Readings(reminding, lambda: now[0], counted).page, traffic=counted,
+        service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

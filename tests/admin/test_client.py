@@ -11,8 +11,8 @@ import pytest
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.cli.remote.http_transport import Denied
-from keyproxy.cli.remote.remote_directory import AdminClient
-from keyproxy.cli.remote.remote_usage import UsageClient
+from keyproxy.cli.remote.remote_directory import RemoteDirectory
+from keyproxy.cli.remote.remote_usage import RemoteUsage
 from keyproxy.config.schema import Settings, Usage
 from keyproxy.model import TokenUse
 from keyproxy.platform import clock
@@ -33,7 +33,7 @@ from keyproxy.store.ledger.explain import Question
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.usage_queries import UsageFilter
-from keyproxy.store.usage.usage_service import UsageDesk, UsageOperations
+from keyproxy.store.usage.usage_service import UsageOperations, UsageService
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api
 from tests.store.usage.test_journal import ended, rows
@@ -45,7 +45,7 @@ async def operations(api: Api, request: pytest.FixtureRequest) -> AsyncIterator[
     if request.param == "database":
         yield api.directory
         return
-    async with AdminClient(api.url, FILE_TOKEN) as client:
+    async with RemoteDirectory(api.url, FILE_TOKEN) as client:
         yield client
 
 
@@ -196,7 +196,7 @@ async def test_keys_of_other_programs_are_imported_in_parts_and_what_cannot_be_i
 async def test_a_dry_run_in_parts_says_that_it_is_one(api: Api) -> None:
     await api.user()
     keys = [read_key("f", {"digest": f"{number:064x}", "user": "u_1"}, {}) for number in range(1001)]
-    async with AdminClient(api.url, FILE_TOKEN) as client:
+    async with RemoteDirectory(api.url, FILE_TOKEN) as client:
         await client.import_keys(keys[:1000], dry_run=True)
         assert list(client.warnings) == []
         assert (await client.import_keys(keys, dry_run=True)).imported == 1001
@@ -212,11 +212,11 @@ async def test_usage_limits_and_decisions_are_told_alike(api: Api, by: str) -> N
     key = (await api.user())["key"]["id"]
     await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5}})
     await api.done("PATCH", "/v1/users/u_1", {"plan": "five"})
-    desk = UsageDesk(api.database, Settings(), clock.now)
+    desk = UsageService(api.database, Settings(), clock.now)
     async with contextlib.AsyncExitStack() as stack:
         usage: UsageOperations = desk
         if by == "api":
-            usage = await stack.enter_async_context(UsageClient(api.url, FILE_TOKEN))
+            usage = await stack.enter_async_context(RemoteUsage(api.url, FILE_TOKEN))
         assert await usage.sums(UsageFilter(user="u_1"), ["user"], 10) == [
             {"user": "u_1", "requests": 3, "refusals": 0, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0}
         ]
@@ -262,7 +262,7 @@ async def test_what_is_refused_is_refused_alike(operations: Operations, api: Api
 
 async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: Api) -> None:
     await api.user()
-    async with AdminClient(api.url, FILE_TOKEN) as client:
+    async with RemoteDirectory(api.url, FILE_TOKEN) as client:
         key = await client.issue_key("u_1", KeyWish(expires_in=AS_CONFIGURED_THERE))
         forever = await client.issue_key("u_1", KeyWish(expires_in=None))
     assert key["expires_at"] is not None
@@ -270,10 +270,10 @@ async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: A
 
 
 async def test_a_token_that_may_not_is_told_so_and_a_server_that_is_away_is_no_answer(api: Api) -> None:
-    async with AdminClient(api.url, await api.token("keys:read")) as client:
+    async with RemoteDirectory(api.url, await api.token("keys:read")) as client:
         assert await client.tenants("", 10) == []
         with pytest.raises(Denied, match=r"needs admin:write \(insufficient_scope\)"):
             await client.create_tenant("acme", "")
-    async with AdminClient("http://127.0.0.1:1", "x") as client:
+    async with RemoteDirectory("http://127.0.0.1:1", "x") as client:
         with pytest.raises(StoreUnavailable, match="the admin API does not answer"):
             await client.tenants("", 10)

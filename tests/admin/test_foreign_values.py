@@ -23,7 +23,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_queries import DIMENSIONS, UsageFilter
-from keyproxy.store.usage.usage_service import UsageDesk
+from keyproxy.store.usage.usage_service import UsageService
 from tests.admin.conftest import Api
 
 TIMES = {
@@ -194,7 +194,7 @@ async def test_any_sum_of_usage_is_read(api: Api, sql: asyncpg.Connection, day: 
             day, route, count,
         )  # fmt: skip
     await _every_reader_goes_on(api)
-    usage = UsageDesk(api.database, Settings(), clock.now)
+    usage = UsageService(api.database, Settings(), clock.now)
     (total,) = await usage.sums(UsageFilter(), (), 10)
     assert total["requests"] == 3 * count
     assert len([row async for row in usage.all_sums(UsageFilter())]) == 3
@@ -212,7 +212,7 @@ async def test_usage_events_that_are_none_are_passed_over(api: Api, sql: asyncpg
             " VALUES ((now() AT TIME ZONE 'UTC')::date, '0123456789abcdef', $1, $2::text::json)", batch, content,
         )  # fmt: skip
     await _every_reader_goes_on(api)
-    usage = UsageDesk(api.database, Settings(), clock.now)
+    usage = UsageService(api.database, Settings(), clock.now)
     assert [event["request_id"] async for event in usage.events(UsageFilter())] == ["r"]
 
 
@@ -271,7 +271,7 @@ async def _keys_work(api: Api, *, expected: Any) -> None:
         assert found[0] is expected
     else:
         assert isinstance(found[0], expected or Identity)
-    usage = UsageDesk(database, Settings(), clock.now)
+    usage = UsageService(database, Settings(), clock.now)
     if not isinstance(expected, Reason):
         await usage.explained("key_odd", Question("GET", "/"))
 
@@ -288,7 +288,7 @@ async def _resolved(cache: IdentityCache, digest: KeyDigest) -> Identity | Reaso
             return cache.known(digest, clock.now())
         except Missing as missing:
             try:
-                await missing.bring()
+                await missing.fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
         except Refusal as refusal:

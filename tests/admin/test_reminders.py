@@ -23,7 +23,7 @@ import asyncpg
 import pytest
 from aiohttp import web
 
-from keyproxy.admin.reminder_sender import Outcome, Reminding
+from keyproxy.admin.reminder_sender import Outcome, ReminderSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli import main
 from keyproxy.config.schema import Reminders as Terms
@@ -98,9 +98,9 @@ async def sql(dsn: str) -> AsyncIterator[Any]:
 
 
 @pytest.fixture
-def reminding(database: Database) -> Reminding:
+def reminding(database: Database) -> ReminderSender:
     """A sender."""
-    return Reminding(Reminders(database))
+    return ReminderSender(Reminders(database))
 
 
 MakeKey = Callable[..., Any]
@@ -130,7 +130,7 @@ async def _later(sql: Any) -> None:
 
 
 async def test_a_reminder_is_signed_and_says_whose_key_ends_and_no_secret(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
 ) -> None:
     key = await make_key(2.5, name="nightly", is_test=True)
     before = int(time.time())
@@ -152,7 +152,7 @@ async def test_a_reminder_is_signed_and_says_whose_key_ends_and_no_secret(
 
 
 async def test_each_threshold_is_told_once_and_several_that_have_passed_are_one(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(13.9)
     await make_key(14.1)
@@ -171,7 +171,7 @@ async def test_each_threshold_is_told_once_and_several_that_have_passed_are_one(
 
 
 async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500, 404, 307, 301]
@@ -189,7 +189,7 @@ async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
 
 
 async def test_waits_between_attempts_grow_within_a_bound_and_end(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await make_key(2)
     receiver.statuses = [503] * 20
@@ -208,7 +208,7 @@ async def test_waits_between_attempts_grow_within_a_bound_and_end(
 
 
 async def test_a_receiver_that_is_gone_is_asked_no_more(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
 ) -> None:
     await make_key(2)
     receiver.statuses = [410]
@@ -216,7 +216,7 @@ async def test_a_receiver_that_is_gone_is_asked_no_more(
 
 
 async def test_silence_and_a_refused_connection_are_failures_that_are_told(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     silence = asyncio.Event()
@@ -236,7 +236,7 @@ async def test_silence_and_a_refused_connection_are_failures_that_are_told(
 
 
 async def test_a_receiver_that_takes_nothing_is_not_asked_for_all_of_many(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(2)
     await sql.execute(
@@ -254,7 +254,7 @@ async def test_of_several_senders_at_once_one_sends_each(
     make_key: MakeKey, database: Database, receiver: Receiver
 ) -> None:
     keys = [(await make_key(2))["id"] for _ in range(8)]
-    senders = [Reminding(Reminders(database)) for _ in range(4)]
+    senders = [ReminderSender(Reminders(database)) for _ in range(4)]
     told = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
     assert sum(outcome.sent for outcome in told) == 8
     assert sorted(told["data"]["key"] for told in receiver.told) == sorted(keys)
@@ -262,7 +262,7 @@ async def test_of_several_senders_at_once_one_sends_each(
 
 @pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
 async def test_nobody_is_reminded_of_a_key_that_ended_or_was_replaced_meanwhile(
-    act: str, make_key: MakeKey, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+    act: str, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     key = (await make_key(2))["id"]
     receiver.statuses = [500]
@@ -289,7 +289,7 @@ async def test_nobody_is_reminded_of_a_key_that_ended_or_was_replaced_meanwhile(
 
 
 async def test_a_user_who_is_enabled_again_is_reminded_under_the_same_id(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500]
@@ -303,7 +303,7 @@ async def test_a_user_who_is_enabled_again_is_reminded_under_the_same_id(
 
 
 async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = (await make_key(0.5))["id"]
     receiver.statuses = [500]
@@ -318,7 +318,7 @@ async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_
 
 
 async def test_a_reminder_has_its_id_again_in_a_database_that_was_restored(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     await reminding.turn(receiver.terms)
@@ -329,7 +329,7 @@ async def test_a_reminder_has_its_id_again_in_a_database_that_was_restored(
 
 
 async def test_what_is_long_over_is_forgotten(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     await reminding.turn(receiver.terms)
@@ -367,7 +367,7 @@ async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
 
 
 async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
-    make_token: MakeToken, make_key: MakeKey, reminding: Reminding, receiver: Receiver
+    make_token: MakeToken, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
 ) -> None:
     token, bound = await make_token(2.5), await make_token(13, tenant_id="acme")
     key = await make_key(2.5)
@@ -388,7 +388,7 @@ async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
 
 @pytest.mark.parametrize("act", ["revoke", "delete tenant", "disable tenant", "expire", "extend"])
 async def test_a_token_that_ended_meanwhile_is_no_reminder(
-    act: str, make_token: MakeToken, reminding: Reminding, receiver: Receiver, api: Api, sql: Any
+    act: str, make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     token = (await make_token(2, tenant_id="acme"))["id"]
     receiver.statuses = [500]
@@ -411,7 +411,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
 
 
 async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
-    make_token: MakeToken, reminding: Reminding, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminder_sender")
     token = (await make_token(0.5))["id"]
@@ -438,7 +438,7 @@ def _configured(directory: Path, dsn: str, receiver: Receiver) -> Path:
 
 
 async def test_a_sender_that_is_killed_between_sending_and_marking_is_followed_by_the_same_id(
-    make_key: MakeKey, reminding: Reminding, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
+    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
 ) -> None:
     await make_key(2)
     process = await asyncio.create_subprocess_exec(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from keyproxy.ai.requests import body_reading, request_bound
 from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.outline_scanner import DEPTH_MAX, PIECE_BYTES, STEPS_MAX, JsonError, OutlineScanner
-from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, ask_of
+from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, bound_of
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.token_accounting import BODY_BYTES_MAX
 from tests.ai.test_request_bound import JSON, head, read
@@ -85,7 +85,7 @@ def test_a_document_is_read_in_portions_as_it_is_at_once(
     others: dict[str, Any], given_options: dict[str, Any], is_ascii: bool, indent: int | None, kind: str
 ) -> None:
     body = json.dumps({**others, **given_options}, indent=indent, ensure_ascii=is_ascii).encode()
-    at_once, portions = outcome(lambda: ask_of(kind, head(), body)), outcome(lambda: read(body, kind=kind))
+    at_once, portions = outcome(lambda: bound_of(kind, head(), body)), outcome(lambda: read(body, kind=kind))
     assert portions == at_once
 
 
@@ -95,7 +95,7 @@ def test_a_document_is_read_in_portions_as_it_is_at_once(
 @example('{"type":"image_url","type":"text"}', JSON)
 def test_whatever_a_body_is_it_is_read_alike_or_refused_alike(text: str, block: bytes) -> None:
     body = text.encode("utf-8", "surrogatepass")
-    at_once, portions = outcome(lambda: ask_of("openai", head(block), body)), outcome(lambda: read(body, block))
+    at_once, portions = outcome(lambda: bound_of("openai", head(block), body)), outcome(lambda: read(body, block))
     if portions != at_once:
         # Only a number that no double holds, and a type that stands twice, may be read otherwise; never as less.
         assert "1e400" in text or text.count("type") > 1
@@ -226,7 +226,7 @@ def test_a_part_of_two_types_counts_with_its_bytes(types: tuple[str, str]) -> No
     assert _read(single).prompt_bound == len(single) + request_bound.MEDIA_TOKENS - 200_000
 
 
-def _read(content: bytes, block: bytes = JSON) -> request_bound.TokenAsk:
+def _read(content: bytes, block: bytes = JSON) -> request_bound.TokenBound:
     one = BodyReading("openai", head(block), content, bytes_max=BODY_BYTES_MAX)
     while not one.advance():
         pass

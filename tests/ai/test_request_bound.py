@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.forwarded_headers import for_metering
 from keyproxy.ai.requests.member_names import _MET_MAX, _met
-from keyproxy.ai.requests.request_bound import MEDIA_TOKENS, PARSED_BYTES_MAX, TOOLS_TOKENS, TokenAsk, ask_of
+from keyproxy.ai.requests.request_bound import MEDIA_TOKENS, PARSED_BYTES_MAX, TOOLS_TOKENS, TokenBound, bound_of
 from keyproxy.ai.responses.usage_objects import TOKENS_MAX
 from keyproxy.http.headers import FieldNames
 from keyproxy.model import RequestHead
@@ -30,14 +30,14 @@ def head(block: bytes = JSON, path: bytes = b"/v1/chat/completions") -> RequestH
     return RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
 
 
-def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenAsk:
-    return ask_of(kind, head(block, path), body) or read(body, block, kind=kind, path=path)
+def ask(body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions") -> TokenBound:
+    return bound_of(kind, head(block, path), body) or read(body, block, kind=kind, path=path)
 
 
 def read(
     body: bytes, block: bytes = JSON, *, kind: str = "openai", path: bytes = b"/v1/chat/completions"
-) -> TokenAsk:  # fmt: skip
-    """The same for a body of any length, in portions. The new body is where `ask_of` has it."""
+) -> TokenBound:  # fmt: skip
+    """The same for a body of any length, in portions. The new body is where `bound_of` has it."""
     reading = BodyReading(kind, head(block, path), body, bytes_max=100_000)
     while not reading.advance():
         pass
@@ -241,7 +241,7 @@ def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
         b"Sec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
     handshake = RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)
-    asked = ask_of(kind, handshake, b"")
+    asked = bound_of(kind, handshake, b"")
     assert asked is not None
     assert asked.maximum is None
 
@@ -289,7 +289,7 @@ def test_an_image_counts_without_its_bytes_however_its_url_is_escaped(
     spelt = url.replace(*escape)
     for part, said in (('{"url":"%s"}', "image_url"), ('"%s"', "input_image")):
         body = f'{{"messages":[{{"type":"{said}","image_url":{part % spelt}}}]}}'.encode()
-        bound = ask_of("openai", head(), body) if image_bytes < PARSED_BYTES_MAX else read(body)
+        bound = bound_of("openai", head(), body) if image_bytes < PARSED_BYTES_MAX else read(body)
         assert bound is not None
         assert abs(bound.prompt_bound - (len(body) + MEDIA_TOKENS - len(spelt))) < 12
 

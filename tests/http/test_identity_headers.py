@@ -38,7 +38,7 @@ def dressed(reader: RequestReader, raw: bytes) -> bytes | None:
         head = reader.read(raw, len(raw) - 4)
     except Refusal:
         return None
-    return headers.dress(
+    return headers.build_upstream_head(
         head, head.block, PERMIT, request_id=b"r-ours", forwarding=FORWARDING, host=b"upstream.example"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason, Refusal
@@ -40,7 +40,7 @@ class Process:
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
-        self.book = Book(self._wake)
+        self.book = LeaseTable(self._wake)
 
     def _wake(self) -> None:
         self.wakes += 1
@@ -75,7 +75,7 @@ class Process:
                 last = short
                 self.book.ask(short)
                 self.sync(everything=False)
-        self.book.asked_in_vain(last, self.now)
+        self.book.mark_exhausted(last, self.now)
         return self.book.take(allowance, self.now, tokens)
 
     def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
@@ -825,7 +825,7 @@ def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fle
     replies = fleet.ledger.sync(process.name, process.serial, lines)
     assert replies is not None
     assert process.book.apply(lines, replies, process.now, valid_seconds=9.0) == LEASE_SECONDS
-    process.book.tell_again()
+    process.book.resend_all()
     process.sync()
     assert fleet.row("requests_per_month", TENANT).spent == 2
     assert fleet.row("requests_per_day").held == hold.bundle.counted[0].outstanding > 0

@@ -97,7 +97,7 @@ def test_the_body_and_the_field_tell_the_same(state: LimitState) -> None:
     line = limit_state.state_line([state])
     found = re.search(rb";r=(\d+)(?:;t=(\d+))?\r\n\Z", line)
     assert found is not None
-    assert int(found[1]) == min(state.told_remaining, 10**15 - 1)
-    assert (None if found[2] is None else int(found[2])) == state.told_reset_seconds
+    assert int(found[1]) == min(state.remaining_shown, 10**15 - 1)
+    assert (None if found[2] is None else int(found[2])) == state.reset_seconds_shown
     if state.reset_seconds is not None:
-        assert state.told_reset_seconds == max(0, math.ceil(state.reset_seconds))
+        assert state.reset_seconds_shown == max(0, math.ceil(state.reset_seconds))

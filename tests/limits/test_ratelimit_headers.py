@@ -9,7 +9,7 @@ from keyproxy import limit_state
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.limits.ratelimit_headers import TOLD_MAX, Statement, state
+from keyproxy.limits.ratelimit_headers import TOLD_MAX, RateLimitHeaders, state
 
 PLAN = Plan(
     requests_per_day=10**12, requests_per_month=2_000, tokens_per_day=10**9, tokens_per_month=1_500, concurrency=7
@@ -29,7 +29,7 @@ def leases(count: int) -> list[Lease]:
 @given(st.integers(1, 5), st.lists(st.lists(AMOUNTS, min_size=5, max_size=5), min_size=1, max_size=8))
 def test_what_remains_is_told_as_it_is_at_that_moment(count: int, moments: list[list[int]]) -> None:
     of = leases(count)
-    statement = Statement(of)
+    statement = RateLimitHeaders(of)
     told = []
     for number, amounts in enumerate(moments):
         for lease, amount in zip(of, amounts, strict=False):
@@ -49,7 +49,7 @@ def test_which_limits_are_told_is_looked_at_again_after_a_second() -> None:
     of = leases(4)
     for lease in of:
         lease.seen_available = lease.limit
-    statement = Statement(of)
+    statement = RateLimitHeaders(of)
     assert b"tokens_per_month" not in statement.lines(0.0).partition(b"RateLimit: ")[2]
     of[3].seen_available = 1
     of[3].ends_mono = 100.0
@@ -58,4 +58,4 @@ def test_which_limits_are_told_is_looked_at_again_after_a_second() -> None:
 
 
 def test_no_limits_no_lines() -> None:
-    assert Statement([]).lines(0.0) == b""
+    assert RateLimitHeaders([]).lines(0.0) == b""

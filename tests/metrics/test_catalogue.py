@@ -17,7 +17,7 @@ from keyproxy.admin.listener import traffic
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.config.schema import Ledger as LedgerSettings
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
-from keyproxy.limits.lease_table import Book, Short
+from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import POLICIES, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.catalogue import CLASSES, Catalogue, Sources
@@ -150,7 +150,7 @@ def test_no_policy_of_a_plan_is_missing_in_what_is_counted_from_0_on() -> None:
         tokens_per_month=1,
         tokens_per_request=1,
     )
-    book = Book(lambda: None)
+    book = LeaseTable(lambda: None)
     for kind in ("tenant", "user", "key"):
         allowance = Allowance(((Pool(kind, "x", False), plan),))
         with pytest.raises(Short):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keyproxy.limits.ledger_protocol import Line, Reply
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.charge_dedup import Answer, Claim
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -131,9 +131,9 @@ class RemoteClaims(_Remote):
 class RemoteLedger(_Remote):
     """The ledger as one process reaches it. Implements the port LedgerBackend."""
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> list[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
         """See the port."""
-        replies: list[Reply] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
+        replies: list[LeaseGrant] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
         return replies
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:

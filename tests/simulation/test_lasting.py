@@ -12,14 +12,14 @@ import pytest
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
-from keyproxy.limits.ledger_protocol import Line, Pool, Reply
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity, Missing, Moment, Patience
+from keyproxy.model import NEVER, Identity, Missing, Moment, TimeBudget
 from keyproxy.ports import Exchange, Ledger
 from keyproxy.process.ops_listener import Check, Verdict
 from keyproxy.process.store_health import check_ledger
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
@@ -186,7 +186,7 @@ def test_who_asks_whether_a_request_was_charged_is_told_that_nobody_knows_and_th
 
     async def ask() -> None:
         try:
-            told.append(await claims.paid(bytes(32), Patience()))
+            told.append(await claims.paid(bytes(32), TimeBudget()))
         except Refusal as refusal:
             told.append(refusal.reason)
 
@@ -202,14 +202,14 @@ def test_who_asks_whether_a_request_was_charged_is_told_that_nobody_knows_and_th
 def test_claims_are_told_again_although_one_cannot_be_settled(site: Site) -> None:
     flaw = Flaw(1)
 
-    class Book:
+    class LeaseTable:
         def release(self, hold: Hold) -> Hold:
             return hold
 
         def settle(self, _hold: Hold, **_how: object) -> None:
             flaw.strike("settle")
 
-    claims = Claims(ReferenceClaims(), cast("Ledger", Book()), schema.Ledger(), site.now)
+    claims = Claims(ReferenceClaims(), cast("Ledger", LeaseTable()), schema.Ledger(), site.now)
     site.do(claims.start)
     for number in range(3):
         claims.add(_HOLD, bytes([number] * 32), 1, None)
@@ -232,7 +232,7 @@ def test_a_defect_is_logged_with_its_traceback_told_to_the_work_and_ends_nothing
         if is_clumsy:
             raise ValueError("and another one")
 
-    lasting = Lasting("something")
+    lasting = BackgroundTask("something")
     with caplog.at_level(logging.ERROR):
         site.do(lambda: lasting.start(work, failed))
         site.wait(1.5)
@@ -262,7 +262,7 @@ class FlawedBackend:
         self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=schema.Ledger().lease_seconds)
         self.flaw = flaw
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         self.flaw.strike("sync")
         return self.reference.sync(holder, serial, lines)
 
@@ -297,14 +297,14 @@ class Customers:
     async def _take(self, user: str, told: list[Reason | None]) -> None:
         plan = Plan(requests_per_day=100)
         allowance = self._allowances.setdefault(user, Allowance(((Pool("user", user, False), plan),)))
-        patience = Patience()
+        patience = TimeBudget()
         try:
             while True:
                 try:
                     self.holds.append(self.ledger.take(allowance, self.site.now()))
                     break
                 except Missing as missing:
-                    await missing.bring(patience)
+                    await missing.fetch_missing(patience)
         except Refusal as refusal:
             told.append(refusal.reason)
         else:

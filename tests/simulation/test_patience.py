@@ -10,9 +10,9 @@ import pytest
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.ledger_protocol import Line, Pool, Reply, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims
@@ -39,7 +39,7 @@ class SlowLedger:
         self.reference = ReferenceLedger(lambda: _NOON + clock.now, lease_seconds=_CONFIG.lease_seconds)
         self.seconds, self.is_deaf = seconds, is_deaf
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
         if self.is_deaf:
             await asyncio.sleep(2.0)
@@ -119,21 +119,23 @@ class Stage:
         self.clock.run(began + 60.0)
         return task.result(), ended[0] - began
 
-    async def take(self, plan: Plan, patience: Patience, need: TokenNeed | None = None) -> Hold:
+    async def take(self, plan: Plan, patience: TimeBudget, need: TokenNeed | None = None) -> Hold:
         """As the gateway does it."""
         allowance = Allowance(((USER, plan),))
         while True:
             try:
                 return self.ledger.take(allowance, self.now(), need)
             except Missing as missing:
-                await missing.bring(patience)
+                await missing.fetch_missing(patience)
 
     def others_hold(self, plan: Plan) -> None:
         """Another process holds all of a day's requests, and does not give them back."""
         assert plan.requests_per_day is not None
         window = Window(USER, "requests_per_day")
         most = plan.requests_per_day
-        self.backend.reference.sync("other", 1, [Line(1, window, 0, most, 0.0, 0, 0, 0, most, most, False, False)])
+        self.backend.reference.sync(
+            "other", 1, [LeaseReport(1, window, 0, most, 0.0, 0, 0, 0, most, most, False, False)]
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ class Stage:
 def test_a_request_is_decided_in_its_time_however_slowly_the_ledger_answers(seconds: float, reason: Reason) -> None:
     stage, plan = Stage(seconds), Plan(requests_per_day=1)
     stage.others_hold(plan)
-    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is reason
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
@@ -158,7 +160,7 @@ def test_a_request_is_decided_in_its_time_however_slowly_the_ledger_answers(seco
 def test_units_that_others_hold_are_waited_for_less_long_if_the_ledger_says_so_at_once() -> None:
     stage, plan = Stage(0.001), Plan(requests_per_day=1)
     stage.others_hold(plan)
-    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is Reason.QUOTA_EXHAUSTED
     assert 1.6 <= waited <= 1.6 + 0.3 + _TURNS_SECONDS
 
@@ -166,22 +168,22 @@ def test_units_that_others_hold_are_waited_for_less_long_if_the_ledger_says_so_a
 def test_who_comes_while_a_message_is_under_way_waits_no_longer_for_that() -> None:
     stage, plan = Stage(3.0), Plan(requests_per_day=1)
     stage.others_hold(plan)
-    stage.loop.create_task(stage.take(plan, Patience()))
+    stage.loop.create_task(stage.take(plan, TimeBudget()))
     stage.clock.run(0.1)
-    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
 
 def test_a_request_that_is_answered_in_the_last_moment_is_let_in() -> None:
     stage = Stage(3.95)
-    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), Patience()))
+    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
     assert isinstance(told, Hold)
     assert waited == pytest.approx(3.95, abs=_TURNS_SECONDS)
 
 
 def test_what_one_round_of_a_decision_has_waited_the_next_has_no_more() -> None:
-    stage, patience = Stage(1.5), Patience()
+    stage, patience = Stage(1.5), TimeBudget()
     _, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
     assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 1.5, abs=_TURNS_SECONDS)
     stage.backend.seconds = 50.0
@@ -196,7 +198,7 @@ def test_what_one_round_of_a_decision_has_waited_the_next_has_no_more() -> None:
 
 
 def test_to_hear_whether_it_was_charged_before_takes_of_the_same_time() -> None:
-    stage, patience = Stage(1.5, store_seconds=1.0), Patience()
+    stage, patience = Stage(1.5, store_seconds=1.0), TimeBudget()
     stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
     told, waited = stage.waited(lambda: stage.claims.paid(b"f", patience))
     assert told is None
@@ -213,13 +215,13 @@ def test_who_asks_whether_it_was_charged_is_told_although_requests_go_on_ending_
 
     async def ending() -> None:
         while stage.clock.now < 20.0:
-            hold = await stage.take(Plan(requests_per_day=10**6), Patience())
+            hold = await stage.take(Plan(requests_per_day=10**6), TimeBudget())
             stage.claims.add(hold, b"%d" % round(stage.clock.now * 1e6), 0, None)
             await asyncio.sleep(0.01)
 
     stage.loop.create_task(ending())
     stage.clock.run(2.0)
-    told, waited = stage.waited(lambda: stage.claims.paid(b"f", Patience()))
+    told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
     assert told is None
     # A batch that is under way, its own, and the question.
     assert waited <= 4 * 0.05 + _TURNS_SECONDS
@@ -227,10 +229,10 @@ def test_who_asks_whether_it_was_charged_is_told_although_requests_go_on_ending_
 
 def test_a_ledger_that_is_not_there_is_waited_for_once_and_then_by_nobody() -> None:
     stage, plan = Stage(0.0, is_deaf=True), Plan(requests_per_day=1)
-    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(2.0, abs=_TURNS_SECONDS)
-    told, waited = stage.waited(lambda: stage.take(plan, Patience()))
+    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
@@ -238,7 +240,7 @@ def test_a_ledger_that_is_not_there_is_waited_for_once_and_then_by_nobody() -> N
 def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.ledger.close)
-    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), Patience()))
+    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
@@ -246,14 +248,14 @@ def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
 def test_who_asks_whether_it_was_charged_when_nobody_is_asked_any_more_is_told_so_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.claims.close)
-    told, waited = stage.waited(lambda: stage.claims.paid(b"f", Patience()))
+    told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
 def test_who_waits_when_the_ledger_is_closed_is_told_so() -> None:
     stage = Stage(3.0)
-    waiting = stage.loop.create_task(stage.take(Plan(requests_per_day=1), Patience()))
+    waiting = stage.loop.create_task(stage.take(Plan(requests_per_day=1), TimeBudget()))
     stage.clock.run(0.1)
     stage.waited(stage.ledger.close)
     assert isinstance(waiting.exception(), Refusal)

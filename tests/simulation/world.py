@@ -18,7 +18,7 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.ledger import Ledger
@@ -230,7 +230,7 @@ class World:
     ) -> tuple[Hold, int | None]:
         """As the gateway does it."""
         failure: Refusal | None = None
-        paid, is_asked, patience = None, fingerprint is None, Patience()
+        paid, is_asked, patience = None, fingerprint is None, TimeBudget()
         for _ in range(_ROUNDS_MAX + 1):
             now = process.now()
             allowance = process.allowances.get(owner)
@@ -245,7 +245,7 @@ class World:
                 if failure is not None:
                     raise failure from None
                 try:
-                    await missing.bring(patience)
+                    await missing.fetch_missing(patience)
                 except Refusal as refusal:
                     failure = refusal
             except Refusal as refusal:
@@ -289,14 +289,14 @@ class World:
 
     async def _extended(self, process: Process, hold: Hold, tokens: int) -> Hold:
         """As the gateway does it."""
-        mark, patience = object(), Patience()
+        mark, patience = object(), TimeBudget()
         process.deciding[mark] = self.clock.now
         try:
             while True:
                 try:
                     return process.ledger.extend(hold, tokens)
                 except Missing as missing:
-                    await missing.bring(patience)
+                    await missing.fetch_missing(patience)
         finally:
             del process.deciding[mark]
 

@@ -311,10 +311,10 @@ class Rig:
     cache: IdentityCache
     feed: ChangeFeed
 
-    def hot(self, secret: SecretKey, *, is_first_look: bool = True) -> Identity | Reason | None:
+    def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:
         """What memory says at once: an identity, why not, or None if the store has to be asked."""
         try:
-            return self.cache.known(secret.digest(), self.clock(), is_first_look=is_first_look)
+            return self.cache.known(secret.digest(), self.clock(), is_first_lookup=is_first_lookup)
         except Refusal as refusal:
             return refusal.reason
         except Missing:
@@ -322,7 +322,7 @@ class Rig:
 
     def is_served(self, secret: SecretKey) -> bool:
         """Whether memory serves this key at once. Is not counted as a request."""
-        return isinstance(self.hot(secret, is_first_look=False), Identity)
+        return isinstance(self.hot(secret, is_first_lookup=False), Identity)
 
     async def resolve(self, secret: SecretKey) -> Identity | Reason:
         """What a request with this key is told, after waiting for what has to be fetched. As the gateway does it."""
@@ -330,19 +330,19 @@ class Rig:
         for _ in range(_ROUNDS_MAX):
             if found is not None:
                 return found
-            failure = await self.bring(secret)
-            found = self.hot(secret, is_first_look=False)
+            failure = await self.fetch_missing(secret)
+            found = self.hot(secret, is_first_lookup=False)
             if found is None and failure is not None:
                 return failure
         return Reason.INTERNAL_ERROR if found is None else found
 
-    async def bring(self, secret: SecretKey) -> Reason | None:
+    async def fetch_missing(self, secret: SecretKey) -> Reason | None:
         """Have the store asked for a key that memory misses; why not, if it could not be."""
         try:
-            self.cache.known(secret.digest(), self.clock(), is_first_look=False)
+            self.cache.known(secret.digest(), self.clock(), is_first_lookup=False)
         except Missing as missing:
             try:
-                await missing.bring()
+                await missing.fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
             return None

@@ -11,7 +11,7 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Missing, Patience
+from keyproxy.model import Missing, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.reasons import Refusal
 from keyproxy.store.outage import Outage
@@ -92,7 +92,7 @@ async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.
         with pytest.raises(Missing) as missing:
             store.ledger.take(allowance, clock.now())
         with pytest.raises(Refusal):
-            await missing.value.bring(Patience())
+            await missing.value.fetch_missing(TimeBudget())
         with pytest.raises(StoreUnavailable):
             await store.answers()
         async with asyncio.timeout(20):

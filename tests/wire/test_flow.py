@@ -9,7 +9,7 @@ import pytest
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.plan import Plan
-from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, Patience
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from tests import fakes
@@ -100,12 +100,12 @@ class Hesitant(fakes.FakeLedger):
     ) -> Hold:
         """See the port."""
 
-        async def bring(patience: Patience) -> None:
+        async def fetch_missing(patience: TimeBudget) -> None:
             self.seen.append(patience.seconds_left)
             patience.seconds_left -= 1.0
 
         if len(self.seen) % 4 < 3:
-            raise Missing("lease", bring)
+            raise Missing("lease", fetch_missing)
         self.seen.append(0.0)
         return super().take(allowance, now, tokens, may_be_paid=may_be_paid)
 

@@ -103,10 +103,10 @@ class _Gate(Gate):
 
     def watch(self, exchange: Exchange) -> None: ...
 
-    def retiring_line(self, identity: Identity) -> bytes:
+    def retiring_header(self, identity: Identity) -> bytes:
         return b""
 
-    def limit_fields(self, permit: Permit, now_mono: float) -> bytes:
+    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
         return b""
 
     def error_shape(self, head: RequestHead | None) -> str:

@@ -18,7 +18,7 @@ from keyproxy.admin.scopes import Scope
 from keyproxy.platform import clock
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, UsageFilter
-from keyproxy.store.usage.usage_service import UsageDesk
+from keyproxy.store.usage.usage_service import UsageService
 
 _USUAL_DAYS: Final = 30
 _LINES: Final = 500
@@ -185,8 +185,8 @@ async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[b
     yield b"".join(part)
 
 
-def _desk(call: Call) -> UsageDesk:
-    return UsageDesk(call.database, call.terms.settings, clock.now)
+def _desk(call: Call) -> UsageService:
+    return UsageService(call.database, call.terms.settings, clock.now)
 
 
 def _wanted(call: Call) -> UsageFilter | None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from keyproxy.ai.requests import request_bound
 from keyproxy.ai.requests.member_names import DECISIVE, outline_of
 from keyproxy.ai.requests.outline_scanner import PIECE_BYTES, JsonError, OutlineScanner, TooManyStepsError
-from keyproxy.ai.requests.request_bound import TokenAsk, malformed
+from keyproxy.ai.requests.request_bound import TokenBound, malformed
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 
@@ -43,7 +43,7 @@ class BodyReading:
 
     def __init__(self, kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> None:
         """`bytes_max`: how long the content may be. Raises a Refusal, as `advance` does."""
-        self.asked: TokenAsk | None = None
+        self.asked: TokenBound | None = None
         self._kind = kind
         self._head = head
         self.body = body
@@ -128,10 +128,10 @@ class BodyReading:
         bound += request_bound.MEDIA_TOKENS * scanner.parts - scanner.image_bytes
         streams = document.get("stream") is True
         if self._kind != "openai" or not streams or not request_bound.lacks_usage(document):
-            self.asked = TokenAsk(bound, maximum, streams=streams)
+            self.asked = TokenBound(bound, maximum, streams=streams)
             return True
         self._scanner = None
-        self.asked = TokenAsk(bound, maximum, streams=True, hides_usage=True)
+        self.asked = TokenBound(bound, maximum, streams=True, hides_usage=True)
         self._splice = _Splice(*_edit(scanner, document))
         if self._bits is not None:
             self._source = _Source(self.body, self._bits)

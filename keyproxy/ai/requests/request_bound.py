@@ -65,7 +65,7 @@ ENDS_ELSEWHERE: Final = "The body is longer or shorter than its compressed conte
 
 
 @mypyc_attr(acyclic=True)
-class TokenAsk(TokenNeed):
+class TokenBound(TokenNeed):
     """What one request may use.
 
     `prompt_bound`: of its prompt. `maximum`: the most tokens it lets the model put out; None if it does not say.
@@ -90,7 +90,7 @@ class TokenAsk(TokenNeed):
         self.body = body
 
 
-def ask_of(kind: str, head: RequestHead, body: bytes) -> TokenAsk | None:
+def bound_of(kind: str, head: RequestHead, body: bytes) -> TokenBound | None:
     """The tokens that a request with this complete body asks for; None: it is long, and `reading` has to scan it.
 
     `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything.
@@ -122,20 +122,20 @@ def ask_of(kind: str, head: RequestHead, body: bytes) -> TokenAsk | None:
     prompt_bound = _prompt_bound(kind, content, document, outline, has_escapes=has_escapes)
     streams = outline.has_stream and document["stream"] is True
     if kind != "openai" or not streams or not lacks_usage(document):
-        return TokenAsk(prompt_bound, maximum, streams=streams)
+        return TokenBound(prompt_bound, maximum, streams=streams)
     try:
         new = with_usage(content, has_options="stream_options" in document)
     except RecursionError as too_deep:  # another name: the compiled build gives a name one type
         raise malformed(_TOO_DEEP) from too_deep
     body = new if bits is None else _deflated(new, bits)
-    return TokenAsk(prompt_bound, maximum, streams=True, hides_usage=True, body=body)
+    return TokenBound(prompt_bound, maximum, streams=True, hides_usage=True, body=body)
 
 
-def unread(kind: str, head: RequestHead, content_bytes: int, *, is_blank: bool) -> TokenAsk:
+def unread(kind: str, head: RequestHead, content_bytes: int, *, is_blank: bool) -> TokenBound:
     """For content without an output maximum. The content of a tunnel passes unread."""
     if not is_blank:
-        return TokenAsk(content_bytes, None)
-    return TokenAsk(0, None if kind == "header" or head.fields.opens_tunnel else 0)
+        return TokenBound(content_bytes, None)
+    return TokenBound(0, None if kind == "header" or head.fields.opens_tunnel else 0)
 
 
 def maximum_of(document: Mapping[str, Any], outline: Outline, path: bytes, prompts: int) -> int | None:

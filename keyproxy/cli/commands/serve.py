@@ -34,49 +34,49 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     reloads the configuration: all of it is applied, or none.
     """
     from keyproxy.process import control_channel, run, supervisor
-    from keyproxy.process.reload import ChangeError, check_files
+    from keyproxy.process.reload import ReloadError, check_files
 
-    superior: socket.socket | None = None
+    supervisor_end: socket.socket | None = None
     if owner is not None:
         run.end_with(owner)
-        superior = socket.socket(fileno=sys.stdin.fileno())
-    text = loader.text(config_path) if superior is None else control_channel.begun_with(superior)
+        supervisor_end = socket.socket(fileno=sys.stdin.fileno())
+    text = loader.text(config_path) if supervisor_end is None else control_channel.begun_with(supervisor_end)
     loaded = load(config_path, is_serving=True, read=text)
     settings = loaded.settings
     check_addresses(settings)
     try:
         check_files(settings)
-    except ChangeError as error:
+    except ReloadError as error:
         raise ConfigError([str(error)]) from error
 
     def read(text: str) -> tuple[Settings, str]:
         try:
             other = loader.load(config_path, os.environ, read=text).settings
         except ConfigError as error:
-            raise ChangeError("; ".join(error.problems)) from error
+            raise ReloadError("; ".join(error.problems)) from error
         if wrong := sockets.conflicts(other):
-            raise ChangeError("; ".join(wrong))
+            raise ReloadError("; ".join(wrong))
         if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
-            raise ChangeError("listen.workers: one process does not become several: restart it")
+            raise ReloadError("listen.workers: one process does not become several: restart it")
         if other.store.dsn != "embedded":
             return other, other.store.dsn
         if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):
-            raise ChangeError("store: the embedded server is chosen when the process starts: restart it")
+            raise ReloadError("store: the embedded server is chosen when the process starts: restart it")
         return other, dsn
 
     def text_again() -> str:
         try:
             return loader.text(config_path)
         except ConfigError as error:
-            raise ChangeError("; ".join(error.problems)) from error
+            raise ReloadError("; ".join(error.problems)) from error
 
-    with store(loaded, creates=True, migrates=True, is_quiet=superior is not None) as dsn:
+    with store(loaded, creates=True, migrates=True, is_quiet=supervisor_end is not None) as dsn:
         try:
             uvloop.run(check_schema(dsn))
             if supervisor.count(settings.listen.workers) == 1:
                 changing = run.on_hangup(lambda: read(text_again()))
-                if superior is not None:
-                    changing = run.on_orders(superior, read)
+                if supervisor_end is not None:
+                    changing = run.on_orders(supervisor_end, read)
                 uvloop.run(
                     run.serve(
                         settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started, changing=changing,
@@ -89,7 +89,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
                 command += [] if config_path is None else ["--config", str(config_path)]
                 crew = supervisor.Supervisor(settings, dsn, text, command)
                 uvloop.run(crew.run(started=_started, text_again=text_again, read=lambda text: read(text)[0]))
-        except ChangeError as error:
+        except ReloadError as error:
             raise Failure(str(error)) from error
 
 

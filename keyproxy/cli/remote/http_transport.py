@@ -34,7 +34,7 @@ class Denied(DirectoryError):
     """The admin API does not let this token do it."""
 
 
-class Asking:
+class HttpTransport:
     """See the module. To be used as a context."""
 
     def __init__(self, url: str, token: str) -> None:

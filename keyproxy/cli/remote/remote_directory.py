@@ -16,7 +16,7 @@ import orjson
 from keyproxy.admin.schemas.request_models import PAGE_MAX
 from keyproxy.auth import key_scanner
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.cli.remote.http_transport import Asking
+from keyproxy.cli.remote.http_transport import HttpTransport
 from keyproxy.store.directory.bulk import BATCH_MAX
 from keyproxy.store.directory.directory import (
     AuditFilter,
@@ -35,7 +35,7 @@ from keyproxy.store.directory.interface import AS_CONFIGURED_THERE
 _PART_BYTES_MAX: Final = 1_000_000
 
 
-class AdminClient(Asking):
+class RemoteDirectory(HttpTransport):
     """See the module. To be used as a context."""
 
     def __init__(self, url: str, token: str) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Final
 from urllib.parse import quote
 
-from keyproxy.cli.remote.http_transport import Asking
+from keyproxy.cli.remote.http_transport import HttpTransport
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import UsageFilter
 
@@ -16,7 +16,7 @@ from keyproxy.store.usage.usage_queries import UsageFilter
 _EVER: Final = "1970-01-01T00:00:00Z"
 
 
-class UsageClient(Asking):
+class RemoteUsage(HttpTransport):
     """The methods of UsageDesk, which say what they mean. To be used as a context."""
 
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]:

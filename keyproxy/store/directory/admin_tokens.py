@@ -12,14 +12,14 @@ from datetime import timedelta
 from typing import Final
 
 from keyproxy.auth.api_key import ALPHABET, ENTROPY_BYTES
-from keyproxy.store.directory.base import Desk, Entity, NotFound, lifetime, reveal
+from keyproxy.store.directory.base import DirectoryBase, Entity, NotFound, lifetime, reveal
 from keyproxy.store.postgres.database import Row, StoreConflict
 from keyproxy.store.postgres.times import time_text
 
 _ID_DIGITS: Final = 20
 
 
-class AdminTokens(Desk):
+class AdminTokens(DirectoryBase):
     """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
 
     async def create(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from keyproxy.store.directory.base import Conflict, Desk, Entity, Invalid, Page
+from keyproxy.store.directory.base import Conflict, DirectoryBase, Entity, Invalid, Page
 from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
@@ -37,7 +37,7 @@ class AuditFilter:
     until: datetime | None = None
 
 
-class AuditTrail(Desk):
+class AuditTrail(DirectoryBase):
     """See the module."""
 
     async def audit(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> Page:

@@ -93,7 +93,7 @@ class Page(NamedTuple):
     next: str | None
 
 
-class Desk:
+class DirectoryBase:
     """See the module. All methods of the directory raise DirectoryError, StoreConflict or StoreUnavailable."""
 
     def __init__(self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None) -> None:

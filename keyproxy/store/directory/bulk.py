@@ -13,7 +13,16 @@ from datetime import timedelta
 from typing import Any, Final
 
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.store.directory.base import Desk, Entity, Invalid, KeyWish, NotFound, lifetime, new_key_id, reveal
+from keyproxy.store.directory.base import (
+    DirectoryBase,
+    Entity,
+    Invalid,
+    KeyWish,
+    NotFound,
+    lifetime,
+    new_key_id,
+    reveal,
+)
 from keyproxy.store.postgres.times import time_text
 
 BATCH_MAX: Final = 1000
@@ -37,7 +46,7 @@ class Revocation:
             raise Invalid("say which keys: of a user, of a tenant, older than, or unused for some time")
 
 
-class Bulk(Desk):
+class Bulk(DirectoryBase):
     """See the module."""
 
     async def count_to_revoke(self, wanted: Revocation) -> int:

@@ -17,7 +17,7 @@ from keyproxy.store.directory.base import (
     ENTITIES,
     Actor,
     Conflict,
-    Desk,
+    DirectoryBase,
     DirectoryError,
     Entity,
     Invalid,
@@ -43,7 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Tenants(Desk):
+class Tenants(DirectoryBase):
     """The customer organisations."""
 
     async def create_tenant(self, tenant_id: str, name: str, plan: str | None = None) -> Entity:
@@ -74,7 +74,7 @@ class Tenants(Desk):
         return await self._delete("tenant", tenant_id, if_match)
 
 
-class Users(Desk):
+class Users(DirectoryBase):
     """The accounts on whose behalf work is done."""
 
     async def create_user(

@@ -32,7 +32,7 @@ class KeyReused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class IdempotencyRecord:
     """One request: whose it is, the key it came with, and what it asks for, as bytes that no other request has."""
 
     token_id: str
@@ -51,7 +51,11 @@ class Asked:
 
 
 async def answer_once(
-    database: Database, asked: Asked, work: Callable[[Door], Awaitable[Kept]], *, without: Callable[[Kept], Kept]
+    database: Database,
+    asked: IdempotencyRecord,
+    work: Callable[[Door], Awaitable[Kept]],
+    *,
+    without: Callable[[Kept], Kept],
 ) -> tuple[Kept, bool]:
     """(the answer, whether it is one that was given before).
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
 from keyproxy.config.schema import is_scope
-from keyproxy.store.directory.base import Desk, Invalid, KeyWish, new_key_id
+from keyproxy.store.directory.base import DirectoryBase, Invalid, KeyWish, new_key_id
 from keyproxy.store.directory.bulk import BATCH_MAX
 from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.postgres.database import Transaction
@@ -74,7 +74,7 @@ class _DryRunEndsError(Exception):
     """Undoes a transaction whose outcome is known."""
 
 
-class Import(Desk):
+class Import(DirectoryBase):
     """See the module."""
 
     async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:

@@ -13,7 +13,7 @@ from keyproxy.auth.api_key import SecretKey
 from keyproxy.store.directory.base import (
     ENTITIES,
     Conflict,
-    Desk,
+    DirectoryBase,
     Entity,
     Invalid,
     KeyWish,
@@ -56,7 +56,7 @@ class KeyFilter:
             raise Invalid(f"{self.state!r} is no state of a key; there are {', '.join(STATES)}")
 
 
-class Keys(Desk):
+class Keys(DirectoryBase):
     """See the module."""
 
     async def issue_key(self, user_id: str, wish: KeyWish) -> Entity:

@@ -9,7 +9,7 @@ from keyproxy.auth import key_scanner
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.key_scanner import Scan
 from keyproxy.model import KeyDigest
-from keyproxy.store.directory.base import ENTITIES, Desk, Entity, Invalid
+from keyproxy.store.directory.base import ENTITIES, DirectoryBase, Entity, Invalid
 from keyproxy.store.identities import drf_api_keys
 
 #: How many keys `whose` lists.
@@ -25,7 +25,7 @@ _HINT_CHARACTERS_MIN: Final = 4
 _HASHES_MAX: Final = 100
 
 
-class Leaks(Desk):
+class Leaks(DirectoryBase):
     """See the module."""
 
     async def report_leaked_text(self, text: bytes, reason: str) -> Entity:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Mapping
 
 from keyproxy.limits.plan import LIMITS, InvalidPlanError, Plan
-from keyproxy.store.directory.base import Conflict, Desk, Entity, Invalid, NotFound
+from keyproxy.store.directory.base import Conflict, DirectoryBase, Entity, Invalid, NotFound
 from keyproxy.store.postgres.database import StoreConflict
 
 
-class Plans(Desk):
+class Plans(DirectoryBase):
     """See the module. Everybody may read them; a desk that is bound to a tenant changes none."""
 
     async def set_plan(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:

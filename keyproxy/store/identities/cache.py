@@ -30,14 +30,14 @@ from keyproxy.http.headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, Patience
+from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, TimeBudget
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities import drf_api_keys
-from keyproxy.store.identities.drf_api_keys import ForeignKeys
+from keyproxy.store.identities.drf_api_keys import DrfApiKeys
 from keyproxy.store.identities.groups import Group
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.identities.lookup_batcher import LookUps
+from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Database, Row
 
 #: An entry that was used lately is passed over this often when room is made, then the oldest goes all the same.
@@ -102,20 +102,20 @@ class IdentityCache(Identities):
         self._strangers: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
             cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
         )
-        self._foreign = ForeignKeys(database)
+        self._foreign = DrfApiKeys(database)
         self._users: WeakValueDictionary[str, Group] = WeakValueDictionary()
         self._tenants: WeakValueDictionary[str, Group] = WeakValueDictionary()
-        self._look_ups = LookUps(database, self._settle, look_ups_max=look_ups_max)
+        self._look_ups = LookupBatcher(database, self._settle, look_ups_max=look_ups_max)
 
     # -- the hot path
 
-    def known(self, digest: KeyDigest, now: Moment, *, is_first_look: bool = True) -> Identity:
+    def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """See the port."""
         entry = self._entries.get(digest)
         if entry is not None and entry.user.is_current and entry.tenant.is_current:
             mono = now.mono_seconds
             if mono < entry.fresh_until or self._may_serve_stale(entry, digest, mono):
-                if is_first_look:
+                if is_first_lookup:
                     if mono < entry.fresh_until:
                         self.counts.hit += 1
                     else:
@@ -124,15 +124,15 @@ class IdentityCache(Identities):
                     self._last_used.mark(entry, now)
                 return entry.identity
         elif entry is None and digest in self._strangers:
-            if is_first_look:
+            if is_first_lookup:
                 self.counts.unknown += 1
             raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
         if self._database.is_down:
             if entry is not None and _is_usable(entry, now.mono_seconds):
-                if is_first_look:
+                if is_first_lookup:
                     self.counts.stale += 1
                 return entry.identity
-            if is_first_look:
+            if is_first_lookup:
                 self.counts.refused += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
         raise Missing("identity", lambda _patience: self._bring(digest))
@@ -142,11 +142,11 @@ class IdentityCache(Identities):
         if drf_api_keys.prefix_of(key) is None or key.digest() in self._entries:
             return missing
 
-        async def bring(patience: Patience) -> None:
+        async def fetch_missing(patience: TimeBudget) -> None:
             await self._foreign.adopt(key)
-            await missing.bring(patience)
+            await missing.fetch_missing(patience)
 
-        return Missing("identity", bring)
+        return Missing("identity", fetch_missing)
 
     def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
         if mono >= entry.stale_until:
@@ -223,7 +223,9 @@ class IdentityCache(Identities):
 
     async def _bring(self, digest: KeyDigest) -> None:
         self.counts.miss += 1
-        await self._look_ups.bring(digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest))
+        await self._look_ups.fetch_missing(
+            digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest)
+        )
 
     def _is_kept(self, digest: KeyDigest) -> bool:
         return digest in self._entries or digest in self._strangers

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.model import KeyDigest, Moment
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.postgres.database import Database, Listener, Row, StoreConflict, StoreUnavailable
@@ -75,7 +75,7 @@ class ChangeFeed:
         self._moves = 0
         self._looked_at = now().mono_seconds
         self._server_seconds = 0.0
-        self.lasting = Lasting("change_feed")
+        self.lasting = BackgroundTask("change_feed")
         self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
         #: Changes before this snapshot are to be deleted; empty: none are.

@@ -31,7 +31,7 @@ _ROUNDS_MAX: Final = 3_000_000
 _WAITING_MAX: Final = 100
 
 
-class ForeignKeys:
+class DrfApiKeys:
     """See the module."""
 
     def __init__(self, database: Database) -> None:

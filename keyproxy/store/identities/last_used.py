@@ -12,7 +12,7 @@ from typing import Final, Protocol
 import orjson
 
 from keyproxy.model import Identity, Moment
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class LastUsed:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: dict[str, float] = {}
-        self.lasting = Lasting("last_used")
+        self.lasting = BackgroundTask("last_used")
 
     def mark(self, entry: Markable, now: Moment) -> None:
         """This key is being used. Called only when a note is due."""

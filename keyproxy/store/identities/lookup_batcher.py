@@ -51,7 +51,7 @@ class _Flight:
         self.settled_at_change = -1
 
 
-class LookUps:
+class LookupBatcher:
     """See the module."""
 
     def __init__(
@@ -72,7 +72,7 @@ class LookUps:
         """How many keys are being asked for."""
         return len(self._flights)
 
-    async def bring(self, digest: KeyDigest, *, is_known: bool, is_kept: Callable[[], bool]) -> None:
+    async def fetch_missing(self, digest: KeyDigest, *, is_known: bool, is_kept: Callable[[], bool]) -> None:
         """Ask for a key and wait until its answer is settled. Raises the Refusal that says why there is none.
 
         Full tables may forget the answer before its turn comes for everybody who waits for it; `is_kept` tells, and it is

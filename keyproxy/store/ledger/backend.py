@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from keyproxy.limits.ledger_protocol import Line, Reply
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
 
 #: Leases of dead holders that are charged in one statement.
 REAP_PORTION: Final = 1_000
@@ -17,7 +17,7 @@ class LedgerBackend(Protocol):
     All methods raise StoreUnavailable (or StoreConflict) if nobody knows what became of the call.
     """
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """One message of a holder. All of it counts or nothing. None: this holder has ended."""
         ...
 

@@ -28,10 +28,10 @@ from typing import Final, NamedTuple, Protocol
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import Moment, Patience
+from keyproxy.model import Moment, TimeBudget
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.ledger.deadline import within
 from keyproxy.store.outage import Outage
@@ -113,7 +113,7 @@ class Claims:
         self._asking: dict[bytes, list[asyncio.Future[int | None]]] = {}
         self._wake = asyncio.Event()
         self._is_closed = False
-        self.lasting = Lasting("claims")
+        self.lasting = BackgroundTask("claims")
         self.forgetting = Chore("claims", "delete charges older than a day", portion=_TEND_PORTION)
 
     def start(self) -> None:
@@ -151,7 +151,7 @@ class Claims:
         else:
             self._waiting.append(claim)
 
-    async def paid(self, fingerprint: bytes, patience: Patience) -> int | None:
+    async def paid(self, fingerprint: bytes, patience: TimeBudget) -> int | None:
         """See the port."""
         if self._is_closed:
             raise Refusal(Reason.LEDGER_UNAVAILABLE, "nobody is asked any more whether a request was charged before")

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from keyproxy.model import PATIENCE_SECONDS, Moment, Patience
+from keyproxy.model import PATIENCE_SECONDS, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
 
 
 @contextlib.asynccontextmanager
-async def within(patience: Patience, now: Callable[[], Moment]) -> AsyncIterator[None]:
+async def within(patience: TimeBudget, now: Callable[[], Moment]) -> AsyncIterator[None]:
     """Wait inside for as long as there is patience left, and take from it how long that took.
 
     Raises a Refusal (LEDGER_UNAVAILABLE) when there is none left: what did not answer in time has not said no.

@@ -18,9 +18,9 @@ from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, TokenNeed
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Line, Pool, Reply, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Patience
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.base import Invalid, NotFound
 from keyproxy.store.identities.cache import identity_of
@@ -68,7 +68,7 @@ class _DryBackend:
         self._now = now
         self.seen: dict[Window, WindowState] = {}
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
         del holder, serial
         states = await self.states([line.window for line in lines])
@@ -184,12 +184,12 @@ async def _taken(
     taking = Ledger(backend, ledger, now)
     taking.start()
     try:
-        patience = Patience()
+        patience = TimeBudget()
         for _ in range(_ROUNDS_MAX):
             try:
                 hold = taking.take(allowance, now(), need)
             except Missing as missing:
-                await missing.bring(patience)
+                await missing.fetch_missing(patience)
             else:
                 taking.settle(hold, was_sent=False)
                 return
@@ -255,7 +255,7 @@ def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any
     return told
 
 
-def _reply(line: Line, state: WindowState) -> Reply:
+def _reply(line: LeaseReport, state: WindowState) -> LeaseGrant:
     """What the ledger would answer, by the rules of tests/reference_ledger.py; to one who is alone."""
     if line.interval_seconds:
         left = _rate_available(line.limit, line.interval_seconds, state)
@@ -263,12 +263,12 @@ def _reply(line: Line, state: WindowState) -> Reply:
         wait = 0.0
         if line.want and not given:
             wait = max(0.0, state.ahead_seconds + (line.at_least - line.limit) * line.interval_seconds)
-        return Reply(line.lease, 0, given, 0, line.limit - max(0, left - given), math.inf, wait, False)
+        return LeaseGrant(line.lease, 0, given, 0, line.limit - max(0, left - given), math.inf, wait, False)
     ours = line.granted - line.used - line.returned
     left = line.limit - state.spent - state.held - ours
     given = 0 if left < line.at_least or not line.want else left if line.takes_all else min(line.want, left)
     held = state.held + ours + given
-    return Reply(line.lease, 0, line.granted + given, state.spent, held, state.ends_seconds, 0.0, False)
+    return LeaseGrant(line.lease, 0, line.granted + given, state.spent, held, state.ends_seconds, 0.0, False)
 
 
 def _rate_available(burst: int, interval_seconds: float, state: WindowState) -> int:

@@ -16,11 +16,11 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.lease_table import Short
 from keyproxy.limits.ledger_protocol import POLICIES
-from keyproxy.model import Missing, Moment, Patience
+from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.deadline import within
-from keyproxy.store.ledger.ledger_client import Conversation
+from keyproxy.store.ledger.ledger_client import LedgerClient
 
 #: How long a request waits for units that lie idle with other proxies; they come back within a second.
 _OTHERS_SECONDS: Final = 1.6
@@ -50,7 +50,7 @@ class Ledger(ports.Ledger):
     def __init__(
         self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
-        self.conversation = Conversation(backend, ledger, now)
+        self.conversation = LedgerClient(backend, ledger, now)
         self.book = self.conversation.book
         self.counts = Counts()
         #: Requests that a limit refused, by its policy.
@@ -161,7 +161,7 @@ class Ledger(ports.Ledger):
             policy = refusal.limit.policy.name
             self.refusals[policy] = self.refusals.get(policy, 0) + 1
 
-    async def _bring(self, short: Short, check: Callable[[], object], patience: Patience) -> None:
+    async def _bring(self, short: Short, check: Callable[[], object], patience: TimeBudget) -> None:
         """Have the ledger asked until the request can be decided. Raises a Refusal if it does not answer in time."""
         self.counts.waited += 1
         async with within(patience, self._now):
@@ -184,7 +184,7 @@ class Ledger(ports.Ledger):
                 return
             now = self._mono()
             if now >= give_up or now + pause >= ends_mono:
-                self.book.asked_in_vain(short, now)
+                self.book.mark_exhausted(short, now)
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)

@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.config import schema
-from keyproxy.limits.lease_table import Book, Short
-from keyproxy.limits.ledger_protocol import Line
+from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.ledger_protocol import LeaseReport
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.outage import Outage
@@ -55,7 +55,7 @@ _FORGET_PORTION: Final = 1_000
 _Waiting = tuple[asyncio.Future[None], Short]
 
 
-class Conversation:
+class LedgerClient:
     """See the module. What is said, and heard, is in `book`."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Conversation:
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Is told of every round-trip, in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None
-        self.book = Book(self._wake_up)
+        self.book = LeaseTable(self._wake_up)
         #: Why the ledger cannot be asked; empty if it answers.
         self.down_because = ""
         #: Logs outages. Of the store if the ledger is in it, else the ledger's own.
@@ -78,9 +78,9 @@ class Conversation:
         #: When the latest message was sent that was answered.
         self._answered = now()
         self._wake = asyncio.Event()
-        self._become_another()
+        self._replace_holder()
         self._settles = False
-        self.lasting = Lasting("ledger")
+        self.lasting = BackgroundTask("ledger")
         self.reaping = Chore("reap", "end holders that have died", portion=REAP_PORTION)
         self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
@@ -173,7 +173,7 @@ class Conversation:
                 # Those whose lines are in a later message wait for that.
                 everyone, self._listening = self._listening, []
                 for one in everyone:
-                    (self._waiting if self.book.is_to_be_asked(one[1]) else self._listening).append(one)
+                    (self._waiting if self.book.needs_sync(one[1]) else self._listening).append(one)
                 self._wake.set()
             if not (lines or self._listening or now >= heartbeat_at):
                 continue
@@ -192,7 +192,7 @@ class Conversation:
                 else:
                     self._heard()
 
-    async def _speak(self, lines: Sequence[Line]) -> float:
+    async def _speak(self, lines: Sequence[LeaseReport]) -> float:
         """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again.
 
         0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
@@ -222,15 +222,15 @@ class Conversation:
                     "the ledger has ended the leases of this process: they had expired and are charged in full"
                 )
             self.book.ended()
-            self._become_another()
+            self._replace_holder()
             return 0.0
         if settles_seconds and not self._settles:
-            self.book.tell_again()
+            self.book.resend_all()
         self._settles = settles_seconds > 0.0
         self._unsettled_since_mono = heard
         return settles_seconds
 
-    def _lines(self) -> list[Line]:
+    def _lines(self) -> list[LeaseReport]:
         """The lines of the next message.
 
         If this holder may have ended by now, they claim something. One clock that shows it is enough: the other one may
@@ -243,7 +243,7 @@ class Conversation:
         )
         return self.book.lines(now.mono_seconds, _LINES_MAX, must_claim=may_have_ended)
 
-    def _become_another(self) -> None:
+    def _replace_holder(self) -> None:
         self._holder, self._serial = secrets.token_hex(12), 0
 
     def _heard(self) -> None:

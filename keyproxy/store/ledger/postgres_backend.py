@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keyproxy.limits.ledger_protocol import Line, Reply, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.postgres.database import Database
 
@@ -27,7 +27,7 @@ class PostgresLedger:
         self._database = database
         self._lease_seconds = lease_seconds
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
         columns = zip(*(_flat(line) for line in lines), strict=True) if lines else ([] for _ in range(15))
         rows = await self._database.fetch(
@@ -36,7 +36,7 @@ class PostgresLedger:
         if not rows:
             return None
         # The row in front is told only when it says something: that the ledger settles.
-        return [Reply(*row) for row in rows if row["lease"] or row["wait_seconds"]]
+        return [LeaseGrant(*row) for row in rows if row["lease"] or row["wait_seconds"]]
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port."""
@@ -68,6 +68,6 @@ class PostgresLedger:
         """The database is the store's."""
 
 
-def _flat(line: Line) -> tuple[object, ...]:
+def _flat(line: LeaseReport) -> tuple[object, ...]:
     pool, measure = line.window
     return (line.lease, *pool, measure, *line[2:])

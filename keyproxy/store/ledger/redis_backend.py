@@ -32,7 +32,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from keyproxy.limits.ledger_protocol import Line, Reply, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger import redis_codec as wire
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
@@ -82,7 +82,7 @@ class RedisLedger:
         self._stocking = asyncio.Lock()
         self._stock_task: asyncio.Task[None] | None = None
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
         generation = await self._present()
         try:

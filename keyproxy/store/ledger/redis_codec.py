@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-from keyproxy.limits.ledger_protocol import Line, Pool, Reply, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.store.ledger.postgres_backend import WindowState
 
 #: Another one than before whenever ledger.lua keeps its values otherwise, or speaks otherwise: it is part of all keys, so
@@ -24,34 +24,34 @@ _LINE: Final = struct.Struct("<9d3B")
 _REPLY: Final = struct.Struct("<5q2dB")
 
 
-def packed_lines(lines: Sequence[Line]) -> bytes:
+def packed_lines(lines: Sequence[LeaseReport]) -> bytes:
     """The lines of a message, one behind the other."""
     return b"".join([_packed(line) for line in lines])
 
 
-def _packed(line: Line) -> bytes:
+def _packed(line: LeaseReport) -> bytes:
     (kind, owner, is_test), measure = line.window
     return _LINE.pack(line.lease, *line[2:], is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
 
 
-def replies(packed: bytes) -> list[Reply]:
+def replies(packed: bytes) -> list[LeaseGrant]:
     """What was answered, in the order of the lines."""
     return [
-        Reply(
+        LeaseGrant(
             lease, starts, granted, spent, held, math.inf if ends_seconds == -1 else ends_seconds, wait, bool(is_wanted)
         )
         for lease, starts, granted, spent, held, ends_seconds, wait, is_wanted in _REPLY.iter_unpack(packed)
     ]
 
 
-def share_line(row: Sequence[Any]) -> Line:
+def share_line(row: Sequence[Any]) -> LeaseReport:
     """What PostgreSQL is told of a share, and asked for: a row of the operation `stock`, without its first value."""
     number, kind, owner, is_test, measure, starts, limit, granted, used, returned, want, at_least, is_closing = row
     window = Window(Pool(kind, owner, is_test), measure)
-    return Line(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, False, is_closing)
+    return LeaseReport(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, False, is_closing)
 
 
-def told(name: str, line: Line, reply: Reply) -> tuple[object, ...]:
+def told(name: str, line: LeaseReport, reply: LeaseGrant) -> tuple[object, ...]:
     """A window's new share, and what of the window is others': a row of the operation `stocked`."""
     outstanding = 0 if line.is_closing else reply.granted - line.used - line.returned
     is_all = reply.granted - line.granted >= line.want

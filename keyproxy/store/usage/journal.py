@@ -27,7 +27,7 @@ import orjson
 from keyproxy.config import schema
 from keyproxy.model import Identity, Moment
 from keyproxy.ports import Exchange
-from keyproxy.store.background import Lasting
+from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.outage import Outage
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
@@ -133,7 +133,7 @@ class UsageJournal:
         self._sealed_groups = self._sealed_event_bytes = 0
         self._day = -1
         self._written_mono = now().mono_seconds
-        self.lasting = Lasting("usage")
+        self.lasting = BackgroundTask("usage")
         self.tending = Chore("usage", "delete old usage and windows", portion=_TEND_PORTION)
         self.sweeping = Chore("windows", "delete unused rates and slots", portion=_WINDOWS_PORTION)
         #: Up to which window the sweep has come.

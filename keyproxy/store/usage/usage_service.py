@@ -17,7 +17,7 @@ from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 
 
 class UsageOperations(Protocol):
-    """As the methods of UsageDesk, which say what they mean. All raise DirectoryError or StoreUnavailable."""
+    """As the methods of UsageService, which say what they mean. All raise DirectoryError or StoreUnavailable."""
 
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]: ...
     def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]: ...
@@ -26,7 +26,7 @@ class UsageOperations(Protocol):
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]: ...
 
 
-class UsageDesk(UsageReader):
+class UsageService(UsageReader):
     """See the module. All methods raise DirectoryError or StoreUnavailable."""
 
     def __init__(self, database: Database, configured: Settings, now: Callable[[], Moment]) -> None:

@@ -16,7 +16,7 @@ from typing import Final, cast
 
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.client.request_stream import RequestStream
-from keyproxy.wire.client.transport import OPEN, ClientLine, State
+from keyproxy.wire.client.transport import OPEN, ClientTransport, State
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
@@ -35,7 +35,7 @@ _BYTES_IN_ONE_GO: Final = 16_384
 _log = logging.getLogger(__name__)
 
 
-class ClientConnection(ClientLine):
+class ClientConnection(ClientTransport):
     """See the module."""
 
     def __init__(self, server: ServerContext) -> None:
@@ -95,13 +95,13 @@ class ClientConnection(ClientLine):
         self._outflow.stall(self._transport, self._clock())
         self._watch()
         if self.exchange is not None:
-            self.exchange.pause_answer()
+            self.exchange.pause_response()
 
     def resume_writing(self) -> None:
         self._outflow.flow()
         self._watch()
         if self.exchange is not None:
-            self.exchange.resume_answer()
+            self.exchange.resume_response()
         else:
             self.resume()
             self._pump()
@@ -182,7 +182,7 @@ class ClientConnection(ClientLine):
         if self._state is not State.CLOSING:
             self.close()
 
-    def look_after(self, *, long_since: float) -> None:
+    def check_liveness(self, *, long_since: float) -> None:
         """What takes long is looked at again now and then: by whom it was asked for, and whether anybody still waits.
 
         `long_since`: what began before this instant takes long. Where nothing is under way the last key is forgotten.

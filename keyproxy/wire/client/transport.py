@@ -44,7 +44,7 @@ class State(enum.Enum):
 OPEN: Final = State.OPEN
 
 
-class ClientLine(asyncio.Protocol):
+class ClientTransport(asyncio.Protocol):
     """See the module. `close_seconds`: how long a client that reads nothing may hold up the close."""
 
     forwarding: Forwarding

@@ -122,10 +122,10 @@ class UpstreamConnection(asyncio.Protocol):
         is_whole = self._body is not None and exc is None and self._body.ends_with_connection()
         if is_whole and (exchange.is_tunnel or was_closed(self._tls)):
             self._keeps_alive = False
-            exchange.answer_arrived(b"", self._clock(), is_last=True)
+            exchange.response_arrived(b"", self._clock(), is_last=True)
         else:
             self._exchange = None
-            where = "in the middle of its answer" if exchange.has_answer else "without an answer"
+            where = "in the middle of its answer" if exchange.has_response else "without an answer"
             exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"the upstream closed the connection {where}"))
 
     def pause_writing(self) -> None:
@@ -191,7 +191,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the upstream does not read as fast as the request is written."""
         return self._writer.is_full
 
-    def give_way(self, now: float, patience_seconds: float) -> None:
+    def preempt_if_slow(self, now: float, patience_seconds: float) -> None:
         """Others wait for a connection: end this exchange if its client is the only reason for the delay."""
         exchange = self._exchange
         if exchange is None:
@@ -201,22 +201,22 @@ class UpstreamConnection(asyncio.Protocol):
         pace = self._writer.body_pace
         if exchange.is_tunnel:
             return
-        if exchange.has_answer:
+        if exchange.has_response:
             if exchange.is_read_slowly(now, for_seconds=patience_seconds):
-                exchange.give_way(
+                exchange.preempt_if_slow(
                     Refusal(Reason.REQUEST_TIMEOUT, "the response was read too slowly while others waited")
                 )
             return
         if pace is None or self._writer.is_whole or self._writer.outflow.is_stalled:
             return
         if pace.seconds(now) > patience_seconds and pace.is_slow(now):
-            exchange.give_way(Refusal(Reason.REQUEST_TIMEOUT, "the body arrived too slowly while others waited"))
+            exchange.preempt_if_slow(Refusal(Reason.REQUEST_TIMEOUT, "the body arrived too slowly while others waited"))
 
     def end_for_others(self) -> None:
         """Others wait for a connection, and this exchange's user holds more than a share."""
         exchange = self._exchange
         if exchange is not None:
-            exchange.give_way(
+            exchange.preempt_if_slow(
                 Refusal(Reason.OVERLOADED, "the user held more than a share of the connections while others waited")
             )
 
@@ -246,7 +246,7 @@ class UpstreamConnection(asyncio.Protocol):
             return 0, -exchange.sent_mono
         if exchange.is_idempotent:
             return 2, -exchange.sent_mono
-        return (3 if exchange.has_answer else 4), -exchange.sent_mono
+        return (3 if exchange.has_response else 4), -exchange.sent_mono
 
     def finish(self, now: float) -> None:
         """The tunnel is over: close once everything is sent, within the time that silence is given."""
@@ -336,7 +336,7 @@ class UpstreamConnection(asyncio.Protocol):
                 # It will not read the rest of the request. RFC 9112 section 9.3: stop sending it.
                 self._writer.is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)
-                exchange.answer_begins(head, now)
+                exchange.response_begins(head, now)
             elif head.fields.opens_tunnel and exchange.asks_for_tunnel:
                 self._keeps_alive = False
                 body = self._body = EndlessBody()
@@ -349,10 +349,10 @@ class UpstreamConnection(asyncio.Protocol):
                 exchange.interim_arrived(head)
         content, self._buffer = body.feed(buffer)
         if body.is_complete:
-            exchange.answer_arrived(content, now, is_last=True)
+            exchange.response_arrived(content, now, is_last=True)
         else:
             self._watch(now)
-            exchange.answer_arrived(content, now, is_last=False)
+            exchange.response_arrived(content, now, is_last=False)
 
     def _body_of(self, head: ResponseHead) -> Body:
         if has_no_body(self._method, head.line):

@@ -34,7 +34,7 @@ def end_what_hardly_moves(
     for connection in list(connections):
         # Where a user waits that holds as many as it may, only its own can make room for it.
         if helps_all or (connection.owner is not None and turns.waits(connection.owner)):
-            connection.give_way(now, patience_seconds)
+            connection.preempt_if_slow(now, patience_seconds)
 
 
 def end_beyond_share(

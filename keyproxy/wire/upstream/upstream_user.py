@@ -18,7 +18,7 @@ class UpstreamUser(ports.Exchange):
         raise NotImplementedError
 
     @property
-    def has_answer(self) -> bool:
+    def has_response(self) -> bool:
         """Whether the upstream has begun to respond."""
         raise NotImplementedError
 
@@ -31,7 +31,7 @@ class UpstreamUser(ports.Exchange):
         """No connection could be had, or the upstream failed before its response was complete."""
         raise NotImplementedError
 
-    def answer_begins(self, answer: ResponseHead, now: float) -> None:
+    def response_begins(self, answer: ResponseHead, now: float) -> None:
         """The head of the response."""
         raise NotImplementedError
 
@@ -39,7 +39,7 @@ class UpstreamUser(ports.Exchange):
         """An interim (1xx) response."""
         raise NotImplementedError
 
-    def answer_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
+    def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
         """The next content of the response, and whether it was the last."""
         raise NotImplementedError
 
@@ -63,6 +63,6 @@ class UpstreamUser(ports.Exchange):
         """Whether the client has read the response so slowly for so long that it holds up the upstream's connection."""
         raise NotImplementedError
 
-    def give_way(self, refusal: Refusal) -> None:
+    def preempt_if_slow(self, refusal: Refusal) -> None:
         """End for the sake of others."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import Counts
-from keyproxy.store.identities.lookup_batcher import LookUps
+from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Row
 from tests import fakes
 from tests.store.conftest import MakeRig
@@ -228,7 +228,7 @@ async def test_what_is_known_to_have_changed_is_never_served_even_if_the_store_i
     for seconds in (0.0, FRESH, STALE - FRESH - 0.5, STALE):
         rig.clock.advance(seconds)
         assert rig.hot(known) is Reason.STORE_UNAVAILABLE
-        assert await rig.bring(known) is Reason.STORE_UNAVAILABLE
+        assert await rig.fetch_missing(known) is Reason.STORE_UNAVAILABLE
 
 
 _NEW_PLAN = "INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{}'); "
@@ -432,7 +432,7 @@ async def test_a_key_in_use_stays_in_a_full_table_and_an_unused_one_goes(make_ri
     await rig.resolve(used)
     for secret in others:
         # Brought into memory, and never asked for again.
-        await rig.bring(secret)
+        await rig.fetch_missing(secret)
         assert rig.is_served(used)
 
 
@@ -604,7 +604,7 @@ async def test_all_who_wait_are_told_when_the_connection_is_lost_in_the_middle(m
     assert rig.cache.sizes() == {"known": 0, "unknown": 0, "asked": 0}
 
 
-class Answering:
+class ResponseWriter:
     """A store whose only answer is given by the test, at an instant of its choosing."""
 
     def __init__(self) -> None:
@@ -622,8 +622,8 @@ class Answering:
 async def test_a_key_that_is_asked_for_in_the_instant_in_which_a_look_up_ends_is_not_left_waiting(
     look_ups_max: int,
 ) -> None:
-    store = Answering()
-    look_ups = LookUps(store, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
+    store = ResponseWriter()
+    look_ups = LookupBatcher(store, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
     loop = asyncio.get_running_loop()
     begun = []
     for number in range(look_ups_max):
@@ -797,7 +797,7 @@ async def test_each_request_is_counted_once_by_what_it_met(rig: Rig, known: Secr
     rig.clock.advance(STALE)
     await rig.resolve(known)
     counted(refused=2)
-    rig.hot(known, is_first_look=False)
+    rig.hot(known, is_first_lookup=False)
     counted()
 
 

@@ -594,7 +594,7 @@ async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> Live:
 def served_now(rig: Rig, secret: SecretKey) -> bool:
     """Whether memory serves this key at this real instant."""
     try:
-        rig.cache.known(secret.digest(), clock.now(), is_first_look=False)
+        rig.cache.known(secret.digest(), clock.now(), is_first_lookup=False)
     except Exception:  # noqa: BLE001 - a refusal or a need to ask: not served either way
         return False
     return True

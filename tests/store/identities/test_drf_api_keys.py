@@ -60,7 +60,7 @@ async def present(rig: Rig, key: str) -> Identity | Reason:
             return refusal.reason
         except Missing as missing:
             try:
-                await rig.cache.fetching(secret, missing).bring()
+                await rig.cache.fetching(secret, missing).fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
     raise AssertionError("no answer")

@@ -15,7 +15,7 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Missing, Moment, Patience
+from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
@@ -166,7 +166,7 @@ async def test_it_answers_as_the_reference_does(store: PostgresClaims, sql: Sql)
 # -- a proxy that claims
 
 
-class Book:
+class LeaseTable:
     """What claims are settled with: notes it."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Book:
         self.settled.append((hold, tokens, is_repeat))
 
 
-def claims_over(store: ClaimStore, book: Book, now: Callable[[], Moment], **config: Any) -> Claims:
+def claims_over(store: ClaimStore, book: LeaseTable, now: Callable[[], Moment], **config: Any) -> Claims:
     return Claims(store, cast("Ledger", book), schema.Ledger(**({"settle_seconds": 0.01} | config)), now)
 
 
@@ -199,7 +199,7 @@ class Proxy:
             try:
                 return self.ledger.take(self.allowance, clock.now(), TokenNeed(1, most))
             except Missing as missing:
-                await missing.bring()
+                await missing.fetch_missing()
         raise AssertionError("not decided")
 
     async def attempt(self, fingerprint: int, used: int) -> None:
@@ -292,19 +292,19 @@ async def test_a_process_that_dies_with_claims_is_charged_all_that_they_held(doo
 
 
 async def test_what_ends_before_a_request_asks_is_known_when_it_does(store: PostgresClaims) -> None:
-    claims = claims_over(store, Book(), clock.now, settle_seconds=60.0)
+    claims = claims_over(store, LeaseTable(), clock.now, settle_seconds=60.0)
     claims.start()
     claims.add(_NOTHING, claim(1).fingerprint, 12, None)
-    assert await claims.paid(claim(1).fingerprint, Patience()) == 12
-    assert await claims.paid(claim(2).fingerprint, Patience()) is None
+    assert await claims.paid(claim(1).fingerprint, TimeBudget()) == 12
+    assert await claims.paid(claim(2).fingerprint, TimeBudget()) is None
     await claims.close()
 
 
 async def test_many_who_ask_at_one_time_are_one_question(door: Door) -> None:
-    claims = claims_over(PostgresClaims(door), Book(), clock.now)
+    claims = claims_over(PostgresClaims(door), LeaseTable(), clock.now)
     claims.start()
     assert (
-        await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint, Patience()) for number in range(100)))
+        await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint, TimeBudget()) for number in range(100)))
         == [None] * 100
     )
     assert door.asked["charges_of"] == 1
@@ -320,7 +320,7 @@ def reference() -> ReferenceClaims:
 
 
 async def test_claims_that_cannot_be_asked_about_in_time_are_charged_in_full(reference: ReferenceClaims) -> None:
-    book, now = Book(), Clock()
+    book, now = LeaseTable(), Clock()
     claims = claims_over(reference, book, now, lease_seconds=5.0)
     await reference.claim("another", 1, [claim(1, 12)])
     reference.answers = False
@@ -345,7 +345,7 @@ async def test_claims_that_cannot_be_asked_about_in_time_are_charged_in_full(ref
 async def test_as_many_claims_wait_as_there_is_room_for_and_what_comes_then_is_charged(
     reference: ReferenceClaims,
 ) -> None:
-    book = Book()
+    book = LeaseTable()
     claims = claims_over(reference, book, clock.now)
     for _ in range(10_000):
         claims.add(_NOTHING, claim(1).fingerprint, 3, None)
@@ -358,11 +358,11 @@ async def test_as_many_claims_wait_as_there_is_room_for_and_what_comes_then_is_c
 
 
 async def test_as_many_ask_at_one_time_as_fit_in_a_question(reference: ReferenceClaims) -> None:
-    claims = claims_over(reference, Book(), clock.now)
-    asking = [asyncio.create_task(claims.paid(claim(number).fingerprint, Patience())) for number in range(1_000)]
+    claims = claims_over(reference, LeaseTable(), clock.now)
+    asking = [asyncio.create_task(claims.paid(claim(number).fingerprint, TimeBudget())) for number in range(1_000)]
     await asyncio.sleep(0)
     with pytest.raises(Refusal) as caught:
-        await claims.paid(claim(1_000).fingerprint, Patience())
+        await claims.paid(claim(1_000).fingerprint, TimeBudget())
     assert caught.value.reason is Reason.OVERLOADED
     await claims.close()
     assert set(await asyncio.gather(*asking)) == {None}
@@ -375,7 +375,7 @@ async def test_a_batch_that_the_store_refuses_is_charged_and_holds_nothing_up(re
                 raise StoreConflict("no", "")
             return await super().claim(process, number, claims)
 
-    book = Book()
+    book = LeaseTable()
     claims = claims_over(Refusing(), book, clock.now)
     claims.add(_NOTHING, claim(1).fingerprint, 3, None)
     await claims.tell()
@@ -389,7 +389,7 @@ async def test_a_batch_that_the_store_refuses_is_charged_and_holds_nothing_up(re
 async def test_whatever_is_lost_all_attempts_are_charged_as_the_largest_at_least(seed: int) -> None:
     chance, now = random.Random(seed), Clock()
     reference = ReferenceClaims(lambda: now.wall_seconds)
-    books = [Book() for _ in range(3)]
+    books = [LeaseTable() for _ in range(3)]
     proxies = [claims_over(reference, book, now, lease_seconds=5.0) for book in books]
     most, holds = dict[int, int](), dict[int, int]()
     for number in range(200):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keyproxy.limits.ledger_protocol import Line, Reply, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
 from keyproxy.store.ledger.redis_backend import RedisLedger
@@ -32,7 +32,7 @@ class _InMemory:
     def __init__(self, rules: ReferenceLedger) -> None:
         self.rules = rules
 
-    async def sync(self, holder: str, serial: int, lines: Sequence[Line]) -> Sequence[Reply] | None:
+    async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         try:
             return self.rules.sync(holder, serial, lines)
         except TimeoutError as error:

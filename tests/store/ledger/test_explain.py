@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
-from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import NotFound
 from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
@@ -38,7 +38,7 @@ async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0
     """Another proxy has used and holds so much of the user's window. The number of its lease."""
     window = Window(Pool("user", "u_42", False), measure)
     ledger = PostgresLedger(database, lease_seconds=60.0)
-    asked = Line(1, window, 0, limit, 0.0, 0, 0, 0, spent + held, spent + held, False, False)
+    asked = LeaseReport(1, window, 0, limit, 0.0, 0, 0, 0, spent + held, spent + held, False, False)
     (reply,) = await ledger.sync("other", 1, [asked]) or []
     assert reply.granted == spent + held
     await ledger.sync("other", 2, [asked._replace(granted=reply.granted, used=spent, want=0, at_least=0)])
@@ -96,7 +96,7 @@ async def test_what_other_proxies_hold_is_waited_for_as_a_proxy_waits(database: 
     done, _ = await asyncio.wait([asking], timeout=0.2)
     assert not done
     window = Window(Pool("user", "u_42", False), "requests_per_day")
-    back = Line(1, window, 0, 5, 0.0, 5, 2, 3, 0, 0, False, True)
+    back = LeaseReport(1, window, 0, 5, 0.0, 5, 2, 3, 0, 0, False, True)
     await PostgresLedger(database, lease_seconds=60.0).sync("other", 3, [back])
     assert (await asking).refusal is None
 

@@ -249,7 +249,7 @@ async def test_proxies_admit_no_more_than_the_limit_while_redis_loses_its_memory
                 hold = proxy.take(allowance, now())
             except Missing as missing:
                 with contextlib.suppress(Refusal):
-                    await missing.bring()
+                    await missing.fetch_missing()
                 continue
             except Refusal as refusal:
                 is_spent = refusal.reason is Reason.QUOTA_EXHAUSTED

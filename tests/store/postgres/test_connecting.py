@@ -19,7 +19,7 @@ import trustme
 
 from keyproxy.store.embedded import postgres_binaries
 from keyproxy.store.identities.change_feed import CHANNEL
-from keyproxy.store.identities.lookup_batcher import LookUps
+from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.connecting import Connection, Target, standing
 from keyproxy.store.postgres.database import Listener, StoreConflict, StoreUnavailable
@@ -350,13 +350,13 @@ async def test_what_a_server_returns_that_has_become_read_only_does_not_count(st
     secret = await add_key(sql)
     kept: list[object] = []
     async with opened(server.dsn()) as door:
-        look_ups = LookUps(door, lambda _digest, row: kept.append(row), look_ups_max=2)
+        look_ups = LookupBatcher(door, lambda _digest, row: kept.append(row), look_ups_max=2)
         await door.fetch("tenants", "", 1)
         moves = door.moves
         try:
             await _make_read_only(sql, server.dsn(), "on")
             with pytest.raises(Exception, match="read-only"):
-                await look_ups.bring(secret.digest(), is_known=False, is_kept=lambda: True)
+                await look_ups.fetch_missing(secret.digest(), is_known=False, is_kept=lambda: True)
             assert not kept
             assert door.moves > moves
             assert "read-only" in door.down_because
@@ -369,7 +369,7 @@ async def test_what_a_server_returns_that_has_become_read_only_does_not_count(st
             await _make_read_only(sql, server.dsn(), "off")
         await door.fetch("tenants", "", 1)
         assert door.is_up
-        await look_ups.bring(secret.digest(), is_known=False, is_kept=lambda: True)
+        await look_ups.fetch_missing(secret.digest(), is_known=False, is_kept=lambda: True)
         assert len(kept) == 1
         await look_ups.close()
         await sql.execute("DELETE FROM keyproxy.tenants")

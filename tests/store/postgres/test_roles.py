@@ -123,7 +123,7 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
         try:
             return cache.known(secret.digest(), clock())
         except Missing as missing:
-            await cache.fetching(secret, missing).bring()
+            await cache.fetching(secret, missing).fetch_missing()
     raise AssertionError("no answer")
 
 

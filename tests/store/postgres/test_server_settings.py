@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.limits.ledger_protocol import Line, Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.directory.directory import Actor, Directory, KeyFilter, KeyWish
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.connecting import Target
@@ -114,7 +114,7 @@ async def _spend(door: Door, holder: str) -> None:
     window = Window(Pool("user", "u_1", False), "requests_per_day")
     granted, starts = 0, 0
     for serial in range(1, MESSAGES + 1):
-        line = Line(1, window, starts, 10**6, 0.0, granted, granted, 0, 1, 1, False, False)
+        line = LeaseReport(1, window, starts, 10**6, 0.0, granted, granted, 0, 1, 1, False, False)
         replies: Sequence[object] | None = await ledger.sync(holder, serial, [line])
         assert replies is not None
         reply = replies[-1]

@@ -44,9 +44,9 @@ def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> Non
     if not terms.webhook_url:
         raise ConfigError(["reminders.webhook_url: is not set, so there is nobody to remind"])
     # What this needs takes longer to import than a command takes.
-    from keyproxy.admin.reminder_sender import Reminding
+    from keyproxy.admin.reminder_sender import ReminderSender
 
-    outcome = call.run_in_store(lambda database: Reminding(Reminders(database)).turn(terms))
+    outcome = call.run_in_store(lambda database: ReminderSender(Reminders(database)).turn(terms))
     call.tell(asdict(outcome), ())
     if outcome.failed or outcome.given_up:
         raise Failure("not all reminders were received: `keyproxy key remind --dry-run` says why")
