@@ -41,7 +41,7 @@ def main() -> None:
         os._exit(0)
     _take(Path(directory, "server"))
     _release(Path(directory, "pgdata"), Path(sockets))
-    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("pg_launcher.py")), str(os.getpid())]
+    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), str(os.getpid())]
     # Its output goes to the log, which is our stderr: the pipe on stdout is the keeper's alone.
     # A service manager sends SIGTERM to all processes of a service at once, and those that use the server have yet to
     # finish. The server itself ignores nothing, whatever its starter did: it has to hear of the keeper's end.
