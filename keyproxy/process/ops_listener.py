@@ -63,7 +63,7 @@ class Unreadable(logging.Filter):
         return not isinstance(error, HttpProcessingError)
 
 
-_http_log = logging.getLogger("keyproxy.process.ops_listener.http")
+_http_log = logging.getLogger("keyproxy.ops.http")
 _http_log.addFilter(Unreadable())
 
 

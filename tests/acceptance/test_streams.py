@@ -232,7 +232,7 @@ async def test_a_full_stdout_costs_log_lines_and_nothing_else(configure: Configu
 def test_missing_streams_are_opened_in_order_before_anything_else(tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from keyproxy import streams\n"
+        "from keyproxy.platform import standard_streams as streams\n"
         "streams.open_missing()\n"
         "names = [os.readlink(f'/proc/self/fd/{fd}') for fd in range(3)]\n"
         "open(sys.argv[1], 'w').write(repr((names, sys.stdin.read(), streams.is_stdout_missing())))\n"

@@ -34,7 +34,7 @@ _DEADLINE_SECONDS = 20.0
 USER = """
 import json, sys
 from pathlib import Path
-from keyproxy.store import embedded
+from keyproxy.store.embedded import embedded_postgres as embedded
 server = embedded.start(Path(sys.argv[1]), {"fsync": "off", "autovacuum": "off"})
 cluster = Path(server.socket_directory.parent, "pgdata")
 pid = int((cluster / "postmaster.pid").read_text().split()[0])
@@ -548,7 +548,7 @@ def _python_of_others() -> str:
         pytest.skip("not root: all other tests run as an ordinary user")
     for python in (sys.executable, shutil.which("python3", path=os.defpath)):
         try:
-            probe = [python or "", "-c", "import sys, keyproxy.store.embedded; sys.exit(sys.version_info < (3, 11))"]
+            probe = [python or "", "-c", "import sys, keyproxy.store.embedded.embedded_postgres; sys.exit(sys.version_info < (3, 11))"]
             if subprocess.run(probe, user=NOBODY, group=NOBODY, cwd=ROOT, check=False).returncode == 0:
                 return probe[0]
         except OSError:
