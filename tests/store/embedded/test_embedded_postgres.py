@@ -548,7 +548,8 @@ def _python_of_others() -> str:
         pytest.skip("not root: all other tests run as an ordinary user")
     for python in (sys.executable, shutil.which("python3", path=os.defpath)):
         try:
-            probe = [python or "", "-c", "import sys, keyproxy.store.embedded.embedded_postgres; sys.exit(sys.version_info < (3, 11))"]
+            program = "import sys, keyproxy.store.embedded.embedded_postgres; sys.exit(sys.version_info < (3, 11))"
+            probe = [python or "", "-c", program]
             if subprocess.run(probe, user=NOBODY, group=NOBODY, cwd=ROOT, check=False).returncode == 0:
                 return probe[0]
         except OSError:
