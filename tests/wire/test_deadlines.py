@@ -43,4 +43,4 @@ async def test_a_defect_at_one_timeout_keeps_no_other_from_its_end(caplog: pytes
     deadlines.stop()
     assert [item.passed for item in items] == [1] * len(items)
     assert all(item.is_aborted == item.is_broken for item in items)
-    assert caplog.text.count("a timeout met a defect") == len(items) // 2
+    assert caplog.text.count("handling a timeout failed") == len(items) // 2

@@ -212,7 +212,7 @@ async def test_what_meets_a_defect_when_it_is_looked_at_again_is_cut_and_nothing
         wire.identities.table[fakes.key(1).digest()] = cast("Identity", "a defect")
         async with asyncio.timeout(5):
             await client.ends()
-        assert "looking after a connection met a defect" in caplog.text
+        assert "reviewing a connection failed" in caplog.text
         for _ in range(3):
             await asyncio.wait_for(other.reader.readuntil(b"data: 1"), 2)
 
