@@ -40,7 +40,7 @@ class Short(Exception):
 
 
 class LeaseSync:
-    """See the module."""
+    """The state that this process synchronises with the ledger."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         """`wake` is called when a ledger request is due, at most once until it is made."""

@@ -29,7 +29,7 @@ __all__ = ["LeaseTable", "Short"]
 
 
 class LeaseTable(LeaseSync):
-    """See the module."""
+    """The leases of this process. Every operation is synchronous."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         """`wake` is called when a ledger request is due, at most once until it is made."""

@@ -135,7 +135,7 @@ def _why_unusable(error: BaseException, key_file: str) -> str:
     if isinstance(error, ssl.SSLError) and not error.reason:
         if key_file:
             return "the first contains no PEM certificate, or the second no private key"
-        return "it does not contain both a certificate and its private key in PEM; name the key's own file in tls_key_file"
+        return "it does not contain both a PEM certificate and its private key; name the key's own file in tls_key_file"
     return _why(error)
 
 

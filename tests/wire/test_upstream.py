@@ -313,7 +313,7 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
     assert "timed out" in wire.pool.unreachable_because
     # One line for the outage, which names the upstream.
     logged = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
-    assert logged == [f"the upstream cannot be reached: 127.0.0.1:{port}: timed out"]
+    assert logged == [f"upstream unreachable: 127.0.0.1:{port}: timed out"]
 
 
 async def test_an_upstream_that_does_not_accept_is_unreachable_also_when_the_event_loop_is_late(start: Start) -> None:
