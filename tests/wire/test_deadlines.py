@@ -31,7 +31,7 @@ class Item:
         self.deadline = NO_DEADLINE
 
 
-async def test_a_defect_at_one_timeout_keeps_no_other_from_its_end(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_at_one_timeout_does_not_prevent_others(caplog: pytest.LogCaptureFixture) -> None:
     deadlines = Deadlines(asyncio.get_running_loop(), time.monotonic, period_seconds=0.02)
     items = [Item(is_broken=number % 2 == 0) for number in range(60)]
     for item in items:

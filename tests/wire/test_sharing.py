@@ -95,7 +95,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("name", HELD)
-async def test_a_user_who_holds_all_connections_gives_one_back_for_another_user(shared: Wire, name: str) -> None:
+async def test_a_user_with_all_connections_loses_one_to_another_user(shared: Wire, name: str) -> None:
     raw = HELD[name]
     async with holding(shared, PLACES, raw, raw.replace(fakes.key(1).reveal(), SECOND_KEY)):
         assert "busy=4" in repr(shared.pool)

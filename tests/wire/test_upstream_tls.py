@@ -41,7 +41,7 @@ def _answer(listening: socket.socket, context: ssl.SSLContext, answer: bytes, *,
     ],
     ids=["ended", "ended by somebody else", "counted", "counted, and ended early"],
 )
-async def test_an_answer_is_whole_only_if_the_upstream_has_said_so(
+async def test_a_response_is_complete_only_if_the_upstream_closed_tls_properly(
     start: Start, listening: socket.socket, head: bytes, *, says_so: bool, is_whole: bool
 ) -> None:
     """RFC 9112 section 9.8: an end of the connection that TLS does not vouch for is no end of an answer."""
