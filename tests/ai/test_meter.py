@@ -1,4 +1,4 @@
-"""What an answer said was used is known, whatever its form and its pieces; what it did not say is not."""
+"""Reported usage is found in every form of response and in any pieces; unreported usage is not invented."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
         ("openai", b'\xef\xbb\xbf {"usage" :\n {"prompt_tokens":1,"completion_tokens":2} }', TokenUse(1, 2)),
         ("openai", b'{"usage":null,"usage":{"prompt_tokens":1,"completion_tokens":2}}', TokenUse(1, 2)),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"usage":null}', None),
-        # Cut short behind its usage: it was said.
+        # Truncated after its usage: it was reported.
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"choices":[{"mess', TokenUse(1, 2)),
         # Not said, or nonsense.
         ("openai", b"", None),

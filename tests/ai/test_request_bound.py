@@ -1,4 +1,4 @@
-"""What a request may use is bounded from above, and no two readers disagree about what bounds it."""
+"""The usage of a request is bounded from above, and no two parsers disagree about its bound."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_tools_add_the_tokens_that_anthropic_documents() -> None:
     assert ask(body, kind="openai").prompt_bound == len(body)
 
 
-# -- usage that is asked for on the client's behalf
+# -- usage that is requested on the client's behalf
 
 
 @pytest.mark.parametrize(

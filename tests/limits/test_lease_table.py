@@ -1,4 +1,4 @@
-"""The book of one process, rule by rule: what may be taken, what goes back, what is asked for."""
+"""The lease table of one process, rule by rule: what can be taken, what is returned, what is requested."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Fleet:
 
 
 class Process:
-    """A book with a clock of its own, and its conversation."""
+    """A lease table with its own clock, and its exchange with the ledger."""
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
@@ -51,7 +51,7 @@ class Process:
         return self.fleet.now + 5_000.0
 
     def sync(self, *, everything: bool = True, is_last: bool = False, answer_is_lost: bool = False) -> int:
-        """One message and its answer. How many lines it had."""
+        """Send one message and apply its reply. Return its number of lines."""
         if everything or is_last:
             self.book.gather(self.now, is_last=is_last)
         lines = self.book.lines(self.now, LINES_MAX)
@@ -67,7 +67,7 @@ class Process:
         return len(lines)
 
     def take(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Hold:
-        """As a request does it: the ledger is asked as often as it takes."""
+        """Take like a request: with as many ledger requests as necessary."""
         for _ in range(4):
             try:
                 return self.book.take(allowance, self.now, tokens)
@@ -79,7 +79,7 @@ class Process:
         return self.book.take(allowance, self.now, tokens)
 
     def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
-        """As a request does it that was charged before."""
+        """Take like a request that was charged before."""
         for _ in range(4):
             try:
                 return self.book.take_again(allowance, self.now, tokens, paid)
@@ -95,11 +95,11 @@ class Process:
         return caught.value
 
     def used(self, hold: Hold, tokens: int = 0) -> None:
-        """A request ends that was sent."""
+        """End a request that was sent."""
         self.book.settle(hold, was_sent=True, tokens=tokens)
 
     def leave(self) -> None:
-        """Everything goes back."""
+        """Return everything."""
         for _ in range(3):
             self.sync(is_last=True)
         assert not self.book.has_leases
@@ -143,7 +143,7 @@ def test_a_limit_that_just_refused_refuses_every_request(
     with pytest.raises(Refusal):
         process.book.check(allowance, process.now, TokenNeed(1, 1))
     assert not process.book.has_refused(other, process.now)
-    # The ledger is asked again after a while.
+    # The ledger request is retried after a while.
     fleet.now += 11.0
     assert not process.book.has_refused(allowance, process.now)
 
@@ -327,7 +327,7 @@ def test_slots_are_free_again_when_requests_end_however_they_end(process: Proces
 
 
 def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Process) -> None:
-    # Who asked for it may still wait for another lease: were it given back meanwhile, the two would never meet.
+    # The request may still wait for another lease: if this one were returned meanwhile, it might never hold both.
     allowance = under(Plan(requests_per_day=9))
     with pytest.raises(Short) as short:
         process.book.take(allowance, process.now)
@@ -349,7 +349,7 @@ def test_a_repeat_releases_its_request_and_is_charged_the_given_tokens(fleet: Fl
     allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
     process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
     process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
-    # Pace is pace: what came was served.
+    # Units of a rate stay used: the request was served.
     assert process.refused(allowance).reason is Reason.RATE_LIMITED
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 13)
@@ -409,7 +409,7 @@ def test_a_repeat_is_refused_if_the_budget_lacks_what_it_may_use_beyond_them(pro
 def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
     hold = process.again(allowance, TokenNeed(1, 50), 50)
-    # A lease that holds nothing: whoever speaks with the ledger has to know of it all the same.
+    # A lease that holds nothing: the ledger synchronisation has to know it nevertheless.
     assert process.wakes == 1
     process.book.settle(hold, was_sent=True, tokens=7, is_repeat=True)
     process.leave()
@@ -475,7 +475,7 @@ def test_the_known_maximum_is_held_and_what_was_not_used_is_free_again(fleet: Fl
     hold = process.take(allowance, TokenNeed(10, 60))
     assert hold.tokens == 60
     assert process.refused(allowance, TokenNeed(10, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
-    # What comes back is there at once, although no was said a moment ago.
+    # Released tokens are available immediately, although the ledger refused a moment ago.
     process.used(hold, tokens=0)
     hold = process.take(allowance, TokenNeed(10, 100))
     process.used(hold, tokens=100)
@@ -792,7 +792,7 @@ def test_units_taken_beyond_the_leases_are_charged_although_the_holder_was_ended
     fleet.ledger.end(process.name)
     process.book.is_lenient = False
     process.sync()
-    assert process.name.endswith("'"), "it was told that it has ended"
+    assert process.name.endswith("'"), "the process learnt that its holder ended"
     process.leave()
     # All leases were charged in full, and nothing else that was used is missing or counted twice.
     assert fleet.row("requests_per_day").spent == 51

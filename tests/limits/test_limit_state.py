@@ -1,4 +1,4 @@
-"""What a limit tells callers in header fields."""
+"""The state of a limit in header fields."""
 
 from __future__ import annotations
 

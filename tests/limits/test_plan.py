@@ -1,4 +1,4 @@
-"""Plans: what they say, what they refuse to say, and that storing one changes nothing."""
+"""Plans: valid and invalid limits, and that storing a plan changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answers say of limits: every number as it is at that moment, however it was put together."""
+"""Rate limit headers of responses: every number is current, however it was joined."""
 
 from __future__ import annotations
 

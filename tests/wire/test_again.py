@@ -1,4 +1,4 @@
-"""The same bytes again on one connection: they are read once, and decided upon each time."""
+"""The same bytes again on one connection: they are parsed once, and each request is decided on separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import fakes
 from tests.rawhttp import Client
 from tests.wire.conftest import KEY, Wire, request
 
-#: So often that a head is recognised, and then comes again.
+#: Enough repetitions for a head to be cached, and sent again.
 OFTEN = LEARNT_AFTER + 3
 SAME = request("POST", "/v1/ai/jobs", "X-Other-User: evil", body=b"{}")
 

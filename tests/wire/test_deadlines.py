@@ -1,4 +1,4 @@
-"""Timeouts are late by a moment at most, whatever the one before them did."""
+"""Timeouts are late by a moment at most, even if an earlier one failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An upstream that answers before the request has ended, and closes: its answer reaches the client all the same."""
+"""An upstream that responds before the request has ended, and closes: its response still reaches the client."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Hasty:
                 self._answer(accepted)
 
     def _answer(self, accepted: socket.socket) -> None:
-        # As servers do. Otherwise the answer waits behind TLS session tickets, and closing throws it away.
+        # As servers do. Otherwise the response waits behind TLS session tickets, and closing discards it.
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock = accepted if self.context is None else self.context.wrap_socket(accepted, server_side=True)
         with sock:

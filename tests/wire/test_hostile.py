@@ -1,4 +1,4 @@
-"""Clients and upstreams that break the rules: what they hold is bounded, what they get is well-formed."""
+"""Clients and upstreams that break the rules: their memory is bounded, the responses to them are well-formed."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ async def test_a_slow_upload_is_ended_once_others_wait(start: Start) -> None:
         async with asyncio.timeout(5):
             while len(wire.upstream.heads) < 3:
                 await asyncio.sleep(0.01)
-        # Nobody else wants their connection: they may take their time.
+        # No other request needs their connection: they may take their time.
         await asyncio.sleep(0.5)
         assert wire.recorder.seen == []
         async with wire.client() as other:
@@ -220,7 +220,7 @@ async def test_a_slow_upload_is_ended_once_others_wait(start: Start) -> None:
         assert (await quick.answer()).status == 200
 
 
-# -- defects of ours
+# -- internal errors
 
 
 class _Defect(Gate):

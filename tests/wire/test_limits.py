@@ -1,4 +1,4 @@
-"""Limits on the wire: what is refused, what is told, what is charged on every way out."""
+"""Limits on the wire: refusals, response headers, and the charge at every kind of end."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ HEADED = b"HTTP/1.1 %b\r\nX-Usage-Tokens: 12\r\n%b\r\n"
         (HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
         (HEADED % (b"500 Sorry", b"Content-Length: 0\r\n"), 12),
         (HEADED % (b"103 Early Hints", b"") + HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
-        # Said in an answer that was not the last word, or twice, or for the next hop alone: not said.
+        # Reported in an interim response, or twice, or hop-by-hop: no report.
         (HEADED % (b"103 Early Hints", b"") + OK, None),
         (HEADED % (b"200 OK", b"X-Usage-Tokens: 12\r\nContent-Length: 0\r\n"), None),
         (HEADED % (b"200 OK", b"x-usage-tokens: 13\r\nContent-Length: 0\r\n"), None),

@@ -1,4 +1,4 @@
-"""Connections are accepted within the bound, also those that are not open yet; who cannot be taken waits."""
+"""Connections are accepted within the bound, including those that are not open yet; any others wait."""
 
 from __future__ import annotations
 

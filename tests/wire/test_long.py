@@ -1,4 +1,4 @@
-"""What takes long: tunnels, streams, and clients that have said their last word or left."""
+"""Long exchanges: tunnels, streams, and clients that have half-closed or left."""
 
 from __future__ import annotations
 

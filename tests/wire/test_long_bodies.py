@@ -1,4 +1,4 @@
-"""Bodies that are read whole: limits come first, nothing holds the event loop, and one user leaves room for others."""
+"""Buffered bodies: limits come first, nothing blocks the event loop, and one user leaves memory for others."""
 
 from __future__ import annotations
 

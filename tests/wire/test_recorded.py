@@ -1,4 +1,4 @@
-"""What is recorded of a request for the log and the metrics: why it was refused, whose it was, what it waited for."""
+"""The record of a request for the log and the metrics: the refusal, the user, and the waits."""
 
 from __future__ import annotations
 

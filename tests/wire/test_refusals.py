@@ -1,4 +1,4 @@
-"""What is refused, how it is told, and that nothing of it reaches the upstream."""
+"""Refusals: the responses to them, and that nothing of a refused request reaches the upstream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests go upstream and answers come back, framed anew, in order, and whole."""
+"""Requests are forwarded and responses relayed, reframed, in order, and whole."""
 
 from __future__ import annotations
 

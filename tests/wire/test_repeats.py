@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on the wire: a request that is sent again is charged once, and nothing else passes for it."""
+"""`Idempotency-Key` on the wire: a retried request is charged once, and no other request passes for it."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ async def test_an_unavailable_claim_lookup_is_503_and_never_a_spent_quota(start:
 
 async def test_a_repeat_needs_no_tokens_that_it_has_paid_and_all_that_it_may_use_beyond_them(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=1_000), answer({"choices": []}))
-    # Its answer does not say, so that all that was held is charged: the prompt's bound and 900.
+    # Its response reports no usage, so everything held is charged: the prompt's bound and 900.
     assert await sent(wire, chat(max_tokens=900)) == [200]
     charged = await settled(wire, "tokens_per_day")
     assert await sent(wire, chat(max_tokens=900), chat(max_tokens=901)) == [200, 429]

@@ -1,4 +1,4 @@
-"""What one connection does in one turn of the event loop: everybody else waits for that long."""
+"""The work that one connection does in one iteration of the event loop, during which all others wait."""
 
 from __future__ import annotations
 
