@@ -1,4 +1,4 @@
-"""HTTP as bytes, for both ends of the wire: a client that sends what it is told, an upstream that does too.
+"""HTTP as bytes, for both ends of the wire: a client and an upstream that send exactly the given bytes.
 
 The reader here is a plain one of its own, so that a mistake in the product's cannot hide itself.
 """
@@ -88,17 +88,17 @@ class Client:
         await self.writer.drain()
 
     async def answers(self, *, method: str = "POST", seconds: float = 5.0) -> list[Message]:
-        """All answers to one request: interim ones, and last the final one."""
+        """All responses to one request: interim ones, and last the final one."""
         found = [await self.answer(method=method, seconds=seconds)]
         while found[-1].status < 200:
             found.append(await self.answer(method=method, seconds=seconds))
         return found
 
     async def answer(self, *, method: str = "POST", seconds: float = 5.0) -> Message:
-        """The next answer, interim or final. Fails at the end of the connection."""
+        """The next response, interim or final. Fails at the end of the connection."""
         async with asyncio.timeout(seconds):
             message = await read_head(self.reader)
-            assert message is not None, "the connection ended without an answer"
+            assert message is not None, "the connection ended without a response"
             if message.status < 200:
                 return message
             has_none = method == "HEAD" or message.status in (204, 304)
@@ -106,7 +106,7 @@ class Client:
             return message
 
     async def ends(self, *, seconds: float = 5.0) -> bytes:
-        """What still comes until the other side closes."""
+        """The remaining bytes until the other side closes."""
         async with asyncio.timeout(seconds):
             try:
                 return await self.reader.read()
@@ -114,7 +114,7 @@ class Client:
                 return b""
 
     def half_close(self) -> None:
-        """Send no more, but listen."""
+        """Close the sending side, but keep reading."""
         self.writer.write_eof()
 
     async def close(self) -> None:
@@ -138,12 +138,12 @@ async def connect(address: tuple[str, int] | str) -> AsyncIterator[Client]:
         await client.close()
 
 
-#: Answers one request on its connection. True: go on with the connection.
+#: Responds to one request on its connection. True: keep the connection.
 ResponseWriter = Callable[[Message, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
 
 
 def answer_with(raw: bytes, *, goes_on: bool = True) -> ResponseWriter:
-    """Answer every request with these bytes."""
+    """Respond to every request with these bytes."""
 
     async def answer(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(raw)
@@ -157,7 +157,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\
 
 @dataclass
 class Upstream:
-    """A compute server made of bytes. `requests` holds what it has seen whole, `heads` all heads."""
+    """A compute server that works on bytes. `requests`: all complete requests; `heads`: all heads."""
 
     answering: ResponseWriter = field(default_factory=lambda: answer_with(OK))
     requests: list[Message] = field(default_factory=list)
@@ -184,7 +184,7 @@ class Upstream:
             await self.stop()
 
     async def stop(self) -> None:
-        """Listen no more, and end every connection."""
+        """Stop listening, and close every connection."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):

@@ -1,8 +1,8 @@
-"""A second opinion on HTTP/1.1, written from RFC 9110 and RFC 9112 without looking at the product or at llhttp.
+"""A second parser for HTTP/1.1, written from RFC 9110 and RFC 9112 independently of the product and of llhttp.
 
-Slow and plain on purpose: it reads one byte after the other and allows only what is beyond doubt. `read` says which
-requests a stream of bytes holds. A server that finds another request in it, or a request that ends elsewhere, reads the
-stream differently; that is what request smuggling is made of.
+Slow and simple on purpose: it reads byte by byte and accepts only unambiguous input. `read` returns the requests in a
+stream of bytes. A server that finds another request in it, or a request that ends elsewhere, reads the stream
+differently, which makes request smuggling possible.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ VALUE = frozenset([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 DIGITS = frozenset(b"0123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
 
-#: What a path may hold without any doubt about how others read it.
+#: Path characters that all servers read alike.
 PLAIN = frozenset(b"-_~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 QUERY = frozenset(range(0x21, 0x7F)) - frozenset(b"\\#")
 
-#: More than these there are, but about these there is no doubt.
+#: There are more than these, but these are unambiguous.
 METHODS = (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH")
 
 SINGLE = (b"host", b"content-length", b"transfer-encoding")
@@ -35,7 +35,7 @@ class Incomplete(Exception):
 
 @dataclass
 class Request:
-    """One request. `is_certain`: whoever refuses it is too strict."""
+    """One request. `is_certain`: a server that refuses it is too strict."""
 
     method: bytes
     target: bytes
@@ -48,8 +48,10 @@ class Request:
 
 @dataclass
 class Reading:
-    """What a stream holds: whole requests in order, and how it ends (`clean`, `malformed` or `incomplete`; `ignored` if
-    bytes come after a request with `Connection: close`)."""
+    """The content of a stream: whole requests in order, and how it ends.
+
+    The end is `clean`, `malformed` or `incomplete`; `ignored` if bytes follow a request with `Connection: close`.
+    """
 
     requests: list[Request]
     ending: str
@@ -103,7 +105,7 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
         request.is_certain = False
     expected = {one.strip(b" \t").lower() for value in _all(fields, b"expect") for one in value.split(b",")}
     if expected - {b"100-continue", b""} or request.method == b"TRACE":
-        raise Malformed  # well-formed, and to be refused all the same
+        raise Malformed  # well-formed, but has to be refused
     request.says_close = b"close" in options
     return request, _body(stream, at, request, is_http_11=is_http_11)
 

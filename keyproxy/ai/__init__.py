@@ -1,1 +1,1 @@
-"""LLM tokens: what a request may use (`ask`), and what its answer says was used (`meter`)."""
+"""LLM tokens: bounds on what a request may use (`requests`), and the usage reported in its response (`responses`)."""

@@ -1,1 +1,1 @@
-"""Pure arithmetic of limits: plans, leases, holds. Time is an argument, nothing here waits."""
+"""Pure arithmetic of limits: plans, leases, holds. Time is an argument; nothing here waits."""

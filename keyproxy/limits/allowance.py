@@ -1,4 +1,4 @@
-"""What an identity's requests draw on: the pools they belong to, and the leases that this process has of them."""
+"""The pools that an identity's requests draw on, and this process's leases on them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from keyproxy.reasons import Reason, Refusal
 
 _COUNTED: Final = (RATE, *REQUESTS)
 
-#: No request holds so many tokens.
+#: More tokens than any request holds.
 _UNBOUNDED: Final = 10**18
 
 
 class Allowance:
-    """The limits that an identity's requests are under: pools with their plans. Made when its row enters the cache."""
+    """The limits that apply to an identity: pools with their plans. Made when its row enters the cache."""
 
     __slots__ = ("bundle", "pools")
 
     def __init__(self, pools: tuple[tuple[Pool, Plan], ...]) -> None:
         self.pools = pools
-        #: What a book keeps for it.
+        #: The lease table's bundle for it.
         self.bundle: Bundle | None = None
 
 
 @mypyc_attr(acyclic=True)
 class TokenNeed:
-    """What a request may use in tokens: `least` in any case, `most` at worst; None: it does not say."""
+    """Token bounds of a request: at least `least`, at most `most`; None if the request sets no bound."""
 
     __slots__ = ("least", "most")
 
@@ -48,9 +48,9 @@ class TokenNeed:
 class Hold:
     """What one request has taken: a unit of each of the bundle's `units`, and `tokens` of each of `budgets`.
 
-    `earlier`: what was held when a window ended in the middle of the request, of leases that are over.
-    `paid`: of a request that was charged before, what that was in tokens: it has taken units of `paced` alone, and those
-    tokens are not held again. Not `has_slots`: the request has ended, and they have gone back.
+    `earlier`: holds on leases that ended during the request, because their window ended. `paid`: for a request that was
+    charged before, the tokens of that charge. Such a request takes units of `paced` only, and does not hold these
+    tokens again. `has_slots` is false once the request has ended and released its slots.
     """
 
     __slots__ = ("budgets", "bundle", "earlier", "has_slots", "paid", "tokens")
@@ -68,16 +68,16 @@ class Hold:
 
     @property
     def covers(self) -> int:
-        """How many tokens it may use."""
+        """The number of tokens that the request may use."""
         return self.tokens + (self.paid or 0)
 
 
 class Bundle:
-    """Everything that requests under one allowance draw on, looked up once.
+    """All leases that requests under one allowance draw on, looked up once.
 
-    `units`: one of each is taken by every request; those `counted` are used then, the `slots` come back. `paced`: of
-    them, those that also a request takes which was charged before. `hold` is what all requests hold that count no tokens.
-    `told`: every lease that callers are told of, `statement`: how.
+    `units`: every request takes one of each; `counted` ones are used up, `slots` are released at the end. `paced`: the
+    units that a request takes even if it was charged before. Requests that count no tokens share one `hold`.
+    `told`: the leases reported to callers; `statement`: the headers that report them.
     """
 
     __slots__ = (
@@ -103,15 +103,15 @@ class Bundle:
             ),
             key=lambda told: told.remaining, default=None,
         )  # fmt: skip
-        #: The most tokens that a request may hold without being looked at carefully.
+        #: The most tokens that a request may hold without the slower check.
         self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
 
 
 def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
-    """How many tokens to hold for a request: its own bound, else the plan's, else all there is.
+    """Return how many tokens to hold for a request: its own bound, else the plan's, else the whole window.
 
-    Raises a Refusal if it may use more than one request is allowed to.
+    Raises a Refusal if the request may use more than the plan allows per request.
     """
     bound = bundle.tokens_per_request
     most = tokens.least if tokens.most is None else tokens.most
@@ -121,7 +121,7 @@ def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
             said=f"The request may use up to {most} tokens; the plan allows {bound.remaining} per request.",
             limit=bound,
         )
-    # At least one: what holds nothing would pass when nothing is left.
+    # At least one: a hold of 0 would pass even if no tokens are left.
     if tokens.most is not None:
         return max(1, tokens.most)
     if bound is not None:

@@ -1,9 +1,9 @@
-"""A lease: the slice of one window that this process may spend without asking, and how much of it is to lie ahead.
+"""A lease: the slice of one window that this process may spend without a ledger request, and how much to prefetch.
 
     window:   limit >= spent + held, always, in the ledger
     lease:    granted = free + in use + used + returned; held for it in the ledger: granted - used - returned
 
-Units of a rate are granted one by one and never go back: what is not used in time comes back with time.
+Units of a rate are granted one by one and never returned: unused units lapse, and the rate refills with time.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from keyproxy import limit_state
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Plan
 
-#: How long units of a rate may be used after they were asked for. What is admitted in any t seconds, over all proxies, is
-#: at most burst + rate * (t + RATE_SECONDS).
+#: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
+#: burst + rate * (t + RATE_SECONDS).
 RATE_SECONDS: Final = 1.0
 
-#: A lease is meant to last so long, at the pace at which it is used; it is asked for more when half of it is gone.
-#: Of a rate no more lies ahead than comes back in that time: what is not used of it is lost.
+#: How long a lease should last at its current pace. When half of it is used, more is requested.
+#: The most of a rate that is prefetched, as refill time: unused units are lost.
 _LASTS_SECONDS: Final = 2.0
 _RATE_LASTS_SECONDS: Final = 0.4
 
-#: What was not used for so long goes back. No lease ends sooner: a ledger that lost less than that hears of all of them.
+#: Units that stay unused for this long are returned. No lease ends sooner, so a ledger that lost less history than this
+#: receives every lease again.
 IDLE_SECONDS: Final = 1.0
 
-#: The pace is not measured over less than this. A burst shorter than that does not tell how much will be used.
+#: The shortest interval over which the pace is measured. A shorter burst does not predict future use.
 _PACE_SECONDS_MIN: Final = 0.05
 
-#: What is asked for at first beyond what is needed, when it is not known yet how much will be used. From there on what
-#: lies ahead at most doubles from one message to the next.
+#: The first prefetch, beyond the immediate need, while the pace is unknown. After that the prefetch at most doubles
+#: from one message to the next.
 _FIRST_UNITS: Final = 4
 
-#: Units of a rate that were granted so shortly after others lapse with them.
+#: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
 
 
@@ -46,9 +47,9 @@ _UNITS: Final = {CONCURRENCY: limit_state.CONCURRENT_REQUESTS, **dict.fromkeys(T
 
 
 class Lease:
-    """One lease as this process keeps it. `free` may be taken now, without asking.
+    """One lease as this process keeps it. `free` units can be taken without a ledger request.
 
-    Taking is `free -= 1`, spending it is `used += 1`, giving it back `free += 1`: what is in use is the difference.
+    Taking is `free -= 1`, spending is `used += 1`, releasing is `free += 1`: the difference is the number in use.
     Times are monotonic seconds.
     """
 
@@ -64,59 +65,59 @@ class Lease:
         self.window = window
         self.limit = 0
         self.interval_seconds = 0.0
-        #: What the ledger could still have granted when it last answered.
+        #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
         self.replan(plan)
-        #: In this holder's life; 0: nothing was asked for yet.
+        #: Unique within this holder's life; 0: nothing was requested yet.
         self.number = 0
         self.starts = 0
         self.free = self.granted = self.used = self.returned = 0
-        #: What of `used + returned` the ledger has confirmed.
+        #: The part of `used + returned` that the ledger has confirmed.
         self.confirmed = 0
-        #: When what is free here ends, or the first of it.
+        #: When the free units expire, or the first of them.
         self.ends_mono = math.inf
-        #: Of a rate: until when the units may be used that make up the first so many granted.
+        #: For a rate: expiry times, each with the cumulative grant up to which it applies.
         self.lapses: list[tuple[float, int]] = []
-        #: How much is to lie ahead, and below what it is time to ask for more.
+        #: How many units to keep ahead, and the level below which more are requested.
         self.ahead = self.low = 0
-        #: The largest part of it that one request has lately taken.
+        #: The largest amount that one request has recently taken.
         self.piece = 1
-        #: What those who wait need, all together, and the least that helps one of them.
+        #: What all waiting requests need together, and the least that satisfies one of them.
         self.need = 0
         self.at_least = 0
         self.takes_all = False
-        #: So much could not be had, which is remembered for a moment.
+        #: The amount that the ledger could not grant, remembered for a moment.
         self.empty_need = 0
         self.empty_until_mono = 0.0
         self.retry_mono = 0.0
         self.is_wanted_until = 0.0
-        #: What the window has spent beside `used`, as of the ledger's last reply: by others, and by earlier leases.
+        #: What the window has spent besides `used`, as of the ledger's last reply: by other holders and earlier leases.
         self.spent_apart = 0
         self.others_held = 0
-        #: Units per second, and since when and from what it was measured.
+        #: Units per second, and the time and count at which the measurement began.
         self.pace = 0.0
         self.paced_mono = now_mono
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
-        #: Whether it is to be looked at, because something has happened to it, or will be when it has been left alone.
+        #: Whether a review is due because the lease changed, or is scheduled for when it has been idle.
         self.is_noted = self.is_aging = False
-        #: False: its window is over, or its holder has ended. What is in use still ends here.
+        #: False: its window is over, or its holder has ended. Units in use are still settled here.
         self.is_current = True
 
     @property
     def is_rate(self) -> bool:
-        """Whether it is units of a rate."""
+        """Whether the lease holds units of a rate."""
         return self.interval_seconds > 0.0
 
     @property
     def spent(self) -> int:
-        """What is spent of the window, with what was used here since the ledger replied."""
+        """What is spent of the window, including local use since the ledger's last reply."""
         return self.spent_apart + self.used
 
     @property
     def outstanding(self) -> int:
-        """What the ledger holds for it."""
+        """What the ledger holds for the lease."""
         return self.granted - self.used - self.returned
 
     @property
@@ -126,7 +127,7 @@ class Lease:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of it is free or in use any more."""
+        """Whether none of it is free or in use."""
         return self.free <= 0 and (self.is_rate or self.free == self.outstanding)
 
     @property
@@ -135,29 +136,29 @@ class Lease:
         return not self.is_rate and self.outstanding < 0
 
     def is_busy(self, now_mono: float) -> bool:
-        """Whether something was taken of it lately."""
+        """Whether units were taken recently."""
         return now_mono - self.touched_mono < IDLE_SECONDS
 
     @property
     def has_news(self) -> bool:
-        """Whether the ledger has not confirmed all that it is to know."""
+        """Whether the lease has changes that the ledger has not confirmed."""
         return not self.is_rate and self.confirmed != self.used + self.returned
 
     @property
     def has_all(self) -> bool:
-        """Whether the ledger had nothing left to grant when it last answered."""
+        """Whether the ledger had nothing left to grant, as of its last reply."""
         return self.number != 0 and self.seen_available == 0
 
     @property
     def remaining(self) -> int:
-        """What a caller may still expect: what is free here, and what the ledger had when it last answered."""
+        """What a caller can still use: the free units here, and what the ledger had left as of its last reply."""
         return max(0, self.seen_available + self.free)
 
     def replan(self, plan: Plan) -> None:
-        """Another plan: its limit is in force from now on, and for all that lies free here too."""
+        """Switch to another plan. Its limit applies immediately, to the free units here too."""
         measure = self.window.measure
         if measure == RATE:
-            assert plan.rate is not None  # noqa: S101 - who asks has looked
+            assert plan.rate is not None  # noqa: S101 - callers check for a rate first
             limit, interval = plan.burst_requests, 1.0 / plan.rate
         else:
             limit, interval = getattr(plan, measure), 0.0
@@ -170,9 +171,9 @@ class Lease:
         self.policy = limit_state.policy(self.window.policy, limit, seconds, _UNITS.get(measure, limit_state.REQUESTS))
 
     def owed(self) -> Lease | None:
-        """What was taken beyond all that was granted, as a lease of its own; None if nothing was.
+        """Return what was taken beyond the grant, as a separate lease; None if nothing was.
 
-        The ledger charges a holder that ends for what it was granted. It has to be told of the rest.
+        The ledger charges a holder that ends for its grants. The rest has to be reported separately.
         """
         if self.free >= 0 or self.window.measure in (RATE, CONCURRENCY):
             return None
@@ -181,7 +182,7 @@ class Lease:
         return rest
 
     def reset(self) -> None:
-        """All of it was used or returned. The next lease of this window begins at zero."""
+        """Reset after everything was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
         self.spent_apart += self.used
         self.granted = self.used = self.returned = self.confirmed = self.free = 0
@@ -190,13 +191,13 @@ class Lease:
         self.lapses.clear()
 
     def give_back(self) -> None:
-        """What is free goes back to the ledger with the next line."""
+        """Return the free units to the ledger with the next line."""
         if self.free > 0:
             self.returned += self.free
             self.free = 0
 
     def lapse(self, now_mono: float) -> None:
-        """Units of a rate whose time is over are free no more. The oldest are used first."""
+        """Drop expired units of a rate. The oldest units are used first."""
         while self.lapses and now_mono >= self.lapses[0][0]:
             _, granted = self.lapses.pop(0)
             late = min(self.free, granted - (self.granted - self.free))
@@ -206,17 +207,17 @@ class Lease:
         self.ends_mono = self.lapses[0][0] if self.lapses else math.inf
 
     def is_refused(self, need: int, now_mono: float) -> bool:
-        """Whether the ledger has said a moment ago that so much cannot be had."""
+        """Whether the ledger recently refused this amount."""
         return now_mono < self.empty_until_mono and need >= self.empty_need
 
     def ask(self, need: int, *, takes_all: bool = False) -> None:
-        """Somebody waits for so much."""
+        """Record that a request waits for this amount."""
         self.at_least = min(need, self.at_least) if self.need else need
         self.need += need
         self.takes_all = self.takes_all or takes_all
 
     def line(self, now_mono: float, *, is_closing: bool = False) -> LeaseReport:
-        """What to tell the ledger now, and what to ask of it. Its reply belongs to `apply`."""
+        """Build the line to send to the ledger: changes, and a request for more. Pass the reply to `apply`."""
         want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
         line = LeaseReport(
             self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used,
@@ -227,11 +228,12 @@ class Lease:
         return line
 
     def _wanted(self, now_mono: float) -> tuple[int, int]:
-        """How much to ask for, and the least that helps."""
+        """Return how much to request, and the least that is useful."""
         elapsed = now_mono - self.paced_mono
         if elapsed >= _PACE_SECONDS_MIN:
             taken = self.taken
-            # It rises at once and falls by half in a second: a gap between requests is not their end.
+            # The pace rises immediately and halves within a second: a gap between requests does not mean that they
+            # ended.
             self.pace = max((taken - self.taken_before) / elapsed, self.pace * 0.5**elapsed)
             self.taken_before, self.paced_mono = taken, now_mono
         is_quiet = now_mono < self.is_wanted_until or not (self.need or self.is_busy(now_mono))
@@ -239,14 +241,14 @@ class Lease:
         self.low = self.ahead // 2
         want = max(max(self.ahead, self.need) - self.free, 0)
         if self.takes_all:
-            # Who takes all there is waits until the ledger has said that it has no more.
+            # A request that takes the whole rest waits until the ledger has confirmed that it has no more.
             want = max(want, 1)
-        # A caller who waits needs so much in one piece; what lies free here is part of it.
+        # A waiting request needs this amount in one piece; the free units count towards it.
         short = max(1, self.at_least - max(self.free, 0)) if self.need else 1
         return want, min(short, want)
 
     def _wanted_ahead(self) -> int:
-        """As much as will be used in a while at this pace, and no less than what two requests take."""
+        """Return the amount that lasts for a while at the current pace, and at least what two requests take."""
         if self.is_rate:
             lasts = min(self.pace, 1.0 / self.interval_seconds) * _RATE_LASTS_SECONDS
             return math.ceil(lasts) if self.interval_seconds < _RATE_LASTS_SECONDS else 0
@@ -257,13 +259,13 @@ class Lease:
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, asked_mono: float, heard_mono: float) -> None:
-        """What the ledger answered. `asked_mono`: when it was asked."""
+        """Apply the ledger's reply. `asked_mono`: when the line was sent."""
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
         if got > 0:
-            # Not idle, however long that took: who asked may still wait for another lease. Given back meanwhile, the two
-            # would never meet.
+            # Not idle, however long the reply took: the request may still wait for another lease. If this one were
+            # returned in the meantime, the request might never hold both.
             self.touched_mono = heard_mono
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
@@ -278,7 +280,7 @@ class Lease:
         else:
             self.ends_mono = self.retry_mono = asked_mono + reply.ends_seconds
         if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
-            # Granted under a plan that is not in force any more.
+            # Granted under a plan that no longer applies.
             self.give_back()
 
     def _note_lapse(self, got: int, asked_mono: float) -> None:

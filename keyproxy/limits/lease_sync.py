@@ -1,11 +1,11 @@
-"""The register of this process: which leases the ledger knows of, what it is to be told of them, what it has answered.
+"""Synchronise this process's leases with the ledger: build the lines to send, apply the replies.
 
-A lease is opened when something is first asked for it, told of whenever that is news, and closed when all of it was used
-or returned. Sans-IO, and one message at a time: the next lines may be made once the last ones were answered, or are lost.
+A lease is opened with its first request to the ledger, reported whenever it changed, and closed once all of it was used
+or returned. Sans-IO, one message at a time: the next lines are built after the last ones were answered or lost.
 
-Nothing here walks over all leases. A lease is looked at when somebody is short of it, when something has happened to it
-since the last time (`_note`), and when it has been left alone for a while. So the work grows with what happens, not with
-how many users have requests under way.
+Nothing here iterates over all leases. A lease is reviewed when a request is short of it, when it changed since the last
+review (`_note`), and when it has been idle for a while. So the work grows with the number of changes, not with the
+number of users that have requests in flight.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from keyproxy.limits.lease import IDLE_SECONDS, Lease
 from keyproxy.limits.ledger_protocol import TOKENS, LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.pool_leases import Account
 
-#: For how long "there is no more" is believed; a rate says itself when there will be.
+#: How long the ledger's "none left" is trusted; for a rate the reply includes the wait.
 _EMPTY_SECONDS: Final = 1.0
 _VAIN_SECONDS: Final = 0.5
 
-#: For how long a closed lease is remembered: a ledger that fails over may have lost that it was closed.
+#: How long a closed lease is remembered: a ledger that fails over may have lost the close.
 _REMEMBERED_SECONDS: Final = 30.0
 
 
 class Short(Exception):
-    """The ledger has to be asked: leases with what this request needs of each."""
+    """The request needs more than the leases have free: a ledger request is necessary for these."""
 
     def __init__(self, needs: Sequence[tuple[Lease, int]], *, takes_all: bool = False) -> None:
         super().__init__(", ".join(lease.window.policy for lease, _ in needs))
@@ -40,21 +40,21 @@ class Short(Exception):
 
 
 class LeaseSync:
-    """See the module."""
+    """The state that this process synchronises with the ledger."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when the ledger should be asked soon, at most once until it is."""
+        """`wake` is called when a ledger request is due, at most once until it is made."""
         self.valid_until_mono = 0.0
         self._wake = wake
         self._is_woken = False
         self._accounts: WeakValueDictionary[Pool, Account] = WeakValueDictionary()
-        #: The leases that the ledger has given something for, or is to give, each with the account it belongs to.
+        #: The leases that have a grant from the ledger, or a pending request, each with the account it belongs to.
         self._active: dict[Lease, Account | None] = {}
         self._urgent: dict[Lease, None] = {}
-        #: Something has happened to these; they are looked at when it is next time to settle, and then in this order.
+        #: Leases that changed; they are reviewed at the next settlement, in this order.
         self._changed: list[Lease] = []
         self._due: deque[Lease] = deque()
-        #: When those are to be looked at again that were busy when they were looked at last: a heap.
+        #: A heap of review times, for leases that were in use at their last review.
         self._aging: list[tuple[float, int, Lease]] = []
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, LeaseReport] = {}
@@ -62,14 +62,14 @@ class LeaseSync:
         self._numbers = 0
 
     def ask(self, short: Short) -> None:
-        """Ask the ledger soon for what a request was short of."""
+        """Schedule a ledger request for what a request was short of."""
         for lease, need in short.needs:
             if lease.is_current:
                 lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
                 self._soon(lease)
 
     def mark_exhausted(self, short: Short, now_mono: float) -> None:
-        """Others hold it and did not give it back in time: say no for a moment, instead of waiting with everyone."""
+        """Refuse for a moment instead of queueing: other holders did not return the units in time."""
         for lease, need in short.needs:
             if lease.free < need:
                 lease.empty_need = need
@@ -77,21 +77,21 @@ class LeaseSync:
 
     @property
     def has_leases(self) -> bool:
-        """Whether there is anything that would lapse."""
+        """Whether any lease would lapse."""
         return bool(self._active or self._closing)
 
     @property
     def has_news(self) -> bool:
-        """Whether there is anything that the ledger has not confirmed. Looks at every lease: for metrics."""
+        """Whether the ledger has not confirmed everything. Checks every lease: for metrics."""
         return bool(self._closing) or any(lease.has_news for lease in self._active)
 
     @property
     def outstanding(self) -> int:
-        """How many leases are outstanding."""
+        """The number of outstanding leases."""
         return len(self._active)
 
     def gather(self, now_mono: float, *, is_last: bool = False) -> None:
-        """It is time to settle: the next lines tell of all that has happened. `is_last`: everything goes back."""
+        """Settle: the next lines report all changes. `is_last`: return everything."""
         self._due.extend(self._changed)
         self._changed.clear()
         while self._aging and self._aging[0][0] <= now_mono:
@@ -109,11 +109,11 @@ class LeaseSync:
                     self._due.append(lease)
 
     def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
-        """What to tell the ledger now: of the leases that are short, then of what was gathered. So many, or that is all.
+        """Build the next lines, `at_most` this many: leases that are short first, then settlements. Fewer: none is left.
 
-        The next lines may be asked for once these were answered, or are lost. `must_claim`: if there is a lease that was
-        granted units, the first line is about one. A ledger that has ended this holder, and has deleted it since, takes a
-        message without such a line for a new holder's.
+        Build the next lines only after these were answered or lost. `must_claim`: if any lease was granted units, the
+        first line is about such a lease. A ledger that has ended this holder, and deleted it since, would take a
+        message without such a line for one from a new holder.
         """
         self._is_woken = False
         self._forget_closed(now_mono)
@@ -121,7 +121,7 @@ class LeaseSync:
         if must_claim:
             self._claim(now_mono, lines)
         lines += islice(self._closing.values(), at_most - len(lines))
-        # Who waits comes first; but who has spent is heard too, however many wait.
+        # Waiting requests come first, but settlements get lines too, however many requests wait.
         first = at_most - min(len(self._due), at_most // 4)
         while self._urgent and len(lines) < first:
             lease = next(iter(self._urgent))
@@ -143,13 +143,13 @@ class LeaseSync:
                 return
 
     def needs_sync(self, short: Short) -> bool:
-        """Whether there are leases that a request is short of, and that no line was made of yet."""
+        """Whether a request is short of a lease for which no line was built yet."""
         return any(lease in self._urgent for lease, _ in short.needs)
 
     def _look_at(self, lease: Lease, now_mono: float, lines: list[LeaseReport]) -> None:
-        """Make a line of a lease if there is anything to be said of it, and see that it is looked at again."""
+        """Build a line for a lease if it has changes to report, and schedule its next review."""
         if lease.number and lease.number in self._open:
-            return  # of which there is a line in this message: its answer has it looked at again
+            return  # this message has a line for it already; the reply triggers its next review
         self._tidy(lease, now_mono)
         line = self._line(lease, now_mono)
         if line is not None:
@@ -159,7 +159,7 @@ class LeaseSync:
             heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
 
     def _note(self, lease: Lease) -> None:
-        """Something has happened to a lease."""
+        """Queue a lease that changed for review."""
         if not lease.is_noted:
             lease.is_noted = True
             self._changed.append(lease)
@@ -167,7 +167,7 @@ class LeaseSync:
     def _line(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
-            # Told first, closed then: of a lease that it does not know, or has forgotten, the ledger hears no last word.
+            # Report first, close later: the ledger ignores the close of a lease that it does not know or has forgotten.
             is_needed = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
             if lease.is_done and not lease.owes and not lease.has_news and not is_needed:
                 return self._close(lease, now_mono)
@@ -188,7 +188,7 @@ class LeaseSync:
         self._active[lease] = self._accounts.get(lease.window.pool)
 
     def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
-        """All of it was used or returned: the ledger may forget it. The next one begins at zero."""
+        """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
         line = None
         if not lease.is_rate:
             line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
@@ -197,7 +197,7 @@ class LeaseSync:
         return line
 
     def _tidy(self, lease: Lease, now_mono: float) -> None:
-        """Give back what nobody needs here."""
+        """Return units that no request here needs."""
         self._lapse(lease, now_mono)
         taken = lease.taken
         if taken != lease.touched_taken:
@@ -205,7 +205,8 @@ class LeaseSync:
         is_wanted = now_mono < lease.is_wanted_until
         if is_wanted or not lease.is_busy(now_mono):
             lease.low = 0
-            # What is wanted goes back although it is needed here too: too little for one may be enough for another.
+            # Wanted units are returned although they are needed here too: they may suffice for another holder's
+            # request.
             if is_wanted or not lease.need:
                 lease.give_back()
 
@@ -218,9 +219,10 @@ class LeaseSync:
         valid_seconds: float,
         heard_mono: float | None = None,
     ) -> float:
-        """The ledger has answered. `valid_seconds`: for how long after it was asked the leases are ours.
+        """Apply the ledger's replies. `valid_seconds`: how long the leases are valid, from the time of the request.
 
-        0, or for how many seconds it grants nothing because it has lost history: then nobody is to be told no.
+        Returns 0, or for how many seconds the ledger grants nothing because it has lost history. During that time no
+        request should be refused for its limits.
         """
         self.valid_until_mono = asked_mono + valid_seconds
         heard = asked_mono if heard_mono is None else heard_mono
@@ -244,7 +246,7 @@ class LeaseSync:
         return settles_seconds
 
     def resend_all(self) -> None:
-        """The ledger has lost its latest history: tell it of every lease again, and of those that are closed."""
+        """Report every lease again, closed ones too: the ledger has lost its latest history."""
         for lease in self._active:
             lease.confirmed = -1
             self._note(lease)
@@ -266,16 +268,17 @@ class LeaseSync:
         lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
 
     def lost(self, lines: Sequence[LeaseReport] | None = None) -> None:
-        """Nobody knows what became of these lines, None: of any. They are told again: all in them is cumulative."""
+        """Send lines (None: all lines) again whose outcome is unknown. This is safe: their values are cumulative."""
         for number in list(self._open) if lines is None else [line.lease for line in lines]:
             lease = self._open.pop(number, None)
             if lease is not None:
                 self._note(lease)
 
     def ended(self) -> None:
-        """The ledger has ended this holder: its leases are charged in full. What is in use is paid for already.
+        """End this holder: the ledger has charged its leases in full, which includes the units in use.
 
-        What was taken beyond them, because that is the policy while the ledger cannot be asked, is told by the next one.
+        Units taken beyond the leases, if the policy allows that while the ledger is unavailable, are reported by the
+        next holder.
         """
         owed = [rest for lease in self._active if (rest := lease.owed()) is not None]
         for lease in self._active:
@@ -291,7 +294,7 @@ class LeaseSync:
             self._open_lease(rest)
 
     def _lapse(self, lease: Lease, now_mono: float) -> None:
-        """What is free of a lease whose time is over is free no more."""
+        """Drop the free units of expired leases."""
         if now_mono < lease.ends_mono:
             return
         if lease.is_rate:

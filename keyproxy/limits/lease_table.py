@@ -1,16 +1,16 @@
-"""The book of this process: every lease it holds, and who may take what of them. Sans-IO: it never waits or asks.
+"""The leases of this process, and what each request takes from them. Sans-IO: no waiting, no ledger requests.
 
-    take         one synchronous step over all limits that apply: all of them give, or none
+    take         one synchronous step over all limits that apply: takes from all of them, or from none
     take_again   the same for a request that was charged before
-    settle       what was taken was used, or not
+    settle       marks what was taken as used, or releases it
 
-What the ledger is told and asked, and what became of it, is the register's half of it.
+`lease_sync` exchanges the changes with the ledger.
 
-A request is admitted from leases alone. Where they do not suffice, `Short` says that the ledger has to be asked, and a
-Refusal that it has been asked a moment ago. The book lives by one clock, a monotonic one: which day it is, and when that
-day ends, it hears from the ledger. After `valid_until_mono` nothing is admitted, since the ledger may have charged our
-leases as those of a dead process by then. Even if a process that was stopped and woken spent one more unit before it
-noticed: what lapses was charged in full, so that nothing is ever spent twice.
+Requests are admitted from leases alone. If the leases do not suffice, `take` raises `Short` when a ledger request is
+necessary, and a Refusal when the ledger refused a moment ago. The table uses a monotonic clock only; the current day
+and its end come from the ledger. After `valid_until_mono` nothing is admitted, because the ledger may have charged the
+leases as those of a dead process by then. Even if a suspended process spends one more unit before it notices, nothing
+is spent twice: the ledger has charged lapsed leases in full.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["LeaseTable", "Short"]
 
 
 class LeaseTable(LeaseSync):
-    """See the module."""
+    """The leases of this process. Every operation is synchronous."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when the ledger should be asked soon, at most once until it is."""
+        """`wake` is called when a ledger request is due, at most once until it is made."""
         super().__init__(wake)
-        #: Take although there is nothing left, and settle it later: the ledger cannot be asked, and that is the policy.
+        #: Take even if nothing is left, and settle later: the policy for when the ledger is unavailable.
         self.is_lenient = False
 
     # -- the path of a request
 
     def take(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None) -> Hold:
-        """Take what a request needs of every limit it is under, or nothing.
+        """Take what a request needs from every limit that applies, or nothing.
 
-        Raises Short if the ledger has to be asked, a Refusal if it may not go on.
+        Raises Short if a ledger request is necessary, a Refusal if a limit is exceeded.
         """
         bundle = allowance.bundle or self._bound(allowance, now_mono)
         if now_mono >= self.valid_until_mono:
@@ -60,7 +60,7 @@ class LeaseTable(LeaseSync):
         return hold
 
     def _take_each(self, leases: tuple[Lease, ...], amount: int, now_mono: float) -> bool:
-        """Take so much of each. False: one has less, and nothing was taken."""
+        """Take this amount of each lease. False: one has less, and nothing was taken."""
         for number, lease in enumerate(leases):
             free = lease.free - amount
             if free < 0 or now_mono >= lease.ends_mono:
@@ -76,7 +76,7 @@ class LeaseTable(LeaseSync):
         return True
 
     def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
-        """Take what a request needs that was charged before: its pace, and tokens beyond the `paid` ones.
+        """Take what a request needs that was charged before: units of rates, and tokens beyond the `paid` ones.
 
         Raises what `take` raises.
         """
@@ -91,12 +91,12 @@ class LeaseTable(LeaseSync):
     def check(
         self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None, paid: int | None = None
     ) -> None:
-        """Raises what `take` would raise (`paid`: what `take_again` would), and takes nothing."""
+        """Raise what `take` would raise (with `paid`: what `take_again` would), and take nothing."""
         self._check_bound(allowance, now_mono)
         self._examined(allowance, now_mono, tokens, paid)
 
     def has_refused(self, allowance: Allowance, now_mono: float) -> bool:
-        """Whether the ledger has lately refused one unit of something that every request needs. Cheap."""
+        """Whether the ledger recently refused one unit of a lease that every request needs. Cheap."""
         bundle = allowance.bundle
         if bundle is None:
             return False
@@ -109,16 +109,16 @@ class LeaseTable(LeaseSync):
         return False
 
     def release(self, hold: Hold) -> Hold:
-        """The request is not under way any more, but what it is charged is not known yet. What is left to settle."""
+        """Release the slots of a request that has ended before its charge is known. Return what is left to settle."""
         for lease in hold.bundle.slots:
             self._restore(lease, 1)
         return Hold(hold.bundle, hold.budgets, hold.tokens, hold.earlier, paid=hold.paid, has_slots=False)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
-        """A request has ended. Not `was_sent`: the upstream saw nothing of it, and nothing is charged.
+        """Settle a request that has ended. Not `was_sent`: the upstream received none of it, and nothing is charged.
 
-        `tokens` is what it used. More than was held is charged too, and drawn from what comes next.
-        `is_repeat`: the request was charged before; of this attempt the tokens alone are.
+        `tokens` is what the request used. Usage beyond the hold is charged too, against later grants.
+        `is_repeat`: the request was charged before; this attempt is charged for its tokens only.
         """
         bundle = hold.bundle
         if hold.has_slots:
@@ -148,7 +148,7 @@ class LeaseTable(LeaseSync):
             if not lease.is_noted:
                 self._note(lease)
             if back > 0:
-                # What has come back may suffice for who was refused a moment ago.
+                # The released amount may suffice for a request that was refused a moment ago.
                 lease.empty_until_mono = 0.0
             if lease.is_current:
                 lease.free += back
@@ -156,14 +156,14 @@ class LeaseTable(LeaseSync):
                 self._restore(lease, back)
 
     def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
-        """Hold so many tokens more of every budget that is in force now. Raises Short or a Refusal, as `take` does."""
+        """Hold this many more tokens of every current budget. Raises Short or a Refusal, as `take` does."""
         hold = self.check_extension(hold, tokens, now_mono)
         for lease in hold.budgets:
             self._take_units(lease, tokens)
         return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier, paid=hold.paid)
 
     def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
-        """Raises what `extend` would raise, and takes nothing. The hold to be extended."""
+        """Raise what `extend` would raise, and take nothing. Return the hold to extend."""
         hold = self._continued(hold, now_mono)
         is_valid = now_mono < self.valid_until_mono
         short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
@@ -172,7 +172,7 @@ class LeaseTable(LeaseSync):
         return hold
 
     def _continued(self, hold: Hold, now_mono: float) -> Hold:
-        """The same hold, or one after it if a lease of it has ended: nothing more is drawn from one that is over."""
+        """Return the same hold, or its successor if one of its leases has ended: an ended lease cannot be drawn on."""
         budgets = []
         for account in hold.bundle.accounts:
             self._renew(account, now_mono)
@@ -186,7 +186,7 @@ class LeaseTable(LeaseSync):
         if lease.is_current or units < 0:
             lease.free += units
         else:
-            # Its window is over, or its holder has ended: nobody can use it any more.
+            # Its window is over, or its holder has ended: it cannot be used any more.
             lease.returned += units
 
     # -- when memory does not suffice
@@ -206,7 +206,7 @@ class LeaseTable(LeaseSync):
     def _examined(
         self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int | None = None
     ) -> tuple[Bundle, int]:
-        """What is to be taken, and how many tokens. Raises Short or a Refusal if it cannot be."""
+        """Return what to take, and how many tokens. Raises Short or a Refusal if that is not possible."""
         bundle = self._renewed(allowance, now_mono)
         is_valid = now_mono < self.valid_until_mono
         units = bundle.units if paid is None else bundle.paced
@@ -229,8 +229,8 @@ class LeaseTable(LeaseSync):
 
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
-            # Taken before the ledger was ever asked for it: it may not be there, and that is the policy; or nothing is
-            # held, and more may be used all the same.
+            # Taken before the first ledger request for it: it may exceed the limit, which is the policy; or nothing is
+            # held, and the request may still use more.
             self._open_lease(lease)
             self._soon(lease)
         lease.free -= units
@@ -241,10 +241,10 @@ class LeaseTable(LeaseSync):
     def _refuse_or_ask(
         self, short: Sequence[tuple[Lease, int]], leases: Sequence[Lease], now_mono: float, *, takes_all: bool
     ) -> None:
-        """Raises a Refusal if the ledger has just said no to one of them, else Short."""
+        """Raise a Refusal if the ledger just refused one of them, else Short."""
         refused = [(lease, need) for lease, need in short if lease.is_refused(need, now_mono)]
         if refused:
-            # The one that takes longest: who waits for it is let in by the others too.
+            # The limit with the longest wait: after it, the other limits admit the request too.
             lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
             raise refusals.refusal(lease, need, now_mono, leases)
         raise Short(short, takes_all=takes_all)
@@ -266,7 +266,7 @@ class LeaseTable(LeaseSync):
         return bundle
 
     def _replan(self, account: Account, plan: Plan, now_mono: float) -> None:
-        """Another plan: what lies free was granted under the old one and goes back."""
+        """Switch to another plan: free units were granted under the old one and are returned."""
         account.plan = plan
         before, account.leases = account.leases, {}
         for measure in (CONCURRENCY, RATE, *REQUESTS, *TOKENS):
@@ -285,9 +285,9 @@ class LeaseTable(LeaseSync):
             account.leases[measure] = lease
 
     def _renewed(self, allowance: Allowance, now_mono: float) -> Bundle:
-        """The bundle, with a new lease for each whose window or holder has ended."""
+        """Return the bundle, with new leases in place of those whose window or holder has ended."""
         bundle = allowance.bundle
-        assert bundle is not None  # noqa: S101 - who calls has bound it
+        assert bundle is not None  # noqa: S101 - callers bind it first
         for account in bundle.accounts:
             self._renew(account, now_mono)
         if not all(lease.is_current for lease in (*bundle.units, *bundle.budgets)):

@@ -1,8 +1,8 @@
-"""What a process and the ledger say to each other: a line for every lease that is news, and a reply to each line.
+"""The messages between a process and the ledger: a line for every lease that changed, and a reply to each line.
 
-Whoever keeps windows knows these words and nothing of how a lease is spent. All that travels is cumulative: how much was
-granted, used and returned since the lease began. So a message may be lost, repeated or answered twice without anything
-being counted twice, and a ledger that has lost its latest commits learns them again from those who hold the leases.
+A ledger implementation depends on these types only, not on how a lease is spent. All values are cumulative: how much
+was granted, used and returned since the lease began. So a message may be lost, repeated or answered twice without
+anything being counted twice, and a ledger that has lost its latest commits recovers them from the lease holders.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CONCURRENCY: Final = "concurrency"
 REQUESTS: Final = ("requests_per_day", "requests_per_month")
 TOKENS: Final = ("tokens_per_day", "tokens_per_month")
 
-#: Every policy that may refuse a request, by its name in responses: `user.requests_per_day`.
+#: Every policy that can refuse a request, by its name in responses: `user.requests_per_day`.
 POLICIES: Final = tuple(
     [
         f"{kind}.{measure}"
@@ -26,7 +26,7 @@ POLICIES: Final = tuple(
 
 
 class Pool(NamedTuple):
-    """Whose limits: a tenant's, a user's or a key's, in live or test mode. All keys of a user draw on one pool."""
+    """The owner of limits: a tenant, a user or a key, in live or test mode. All keys of a user draw on one pool."""
 
     kind: str
     owner: str
@@ -34,25 +34,25 @@ class Pool(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What is accounted: one measure of one pool. Which day or month it is, is the ledger's to say."""
+    """The unit of accounting: one measure of one pool. The ledger determines the current day or month."""
 
     pool: Pool
     measure: str
 
     @property
     def policy(self) -> str:
-        """The name that callers are told."""
+        """The name in responses."""
         return f"{self.pool.kind}.{self.measure}"
 
 
 class LeaseReport(NamedTuple):
-    """What a process tells the ledger of one lease, and asks of it.
+    """A process's report on one lease, and its request for more.
 
-    `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the present
-    one. `limit` is the window's; for a rate its burst, and `interval_seconds` the time in which one unit comes back.
-    `granted`, `used`, `returned` are cumulative; of a rate the ledger asks nothing of them.
-    At most `want` units are asked for, none rather than fewer than `at_least`; `takes_all`: whatever there is.
-    `is_closing`: the lease ends, all of it was used or returned.
+    `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the current
+    one. `limit` is the window's limit; for a rate it is the burst, and `interval_seconds` is the time in which one unit
+    is refilled. `granted`, `used`, `returned` are cumulative; for a rate the ledger ignores them. The line requests at
+    most `want` units, and none rather than fewer than `at_least`; `takes_all`: whatever is left. `is_closing`: the
+    lease ends, all of it was used or returned.
     """
 
     lease: int
@@ -70,13 +70,13 @@ class LeaseReport(NamedTuple):
 
 
 class LeaseGrant(NamedTuple):
-    """What the ledger says of one lease.
+    """The ledger's reply to one line.
 
-    `granted` is cumulative, for a rate what was granted now. `spent` and `held` are the whole window's, after this line;
-    for a rate `held` is what is not to be had at present. `ends_seconds`: until the window's end, by the ledger's clock.
-    `wait_seconds`: until `at_least` units of a rate can be had. `is_wanted`: another holder is short of what lies idle.
-    A reply whose `lease` is 0 is about the ledger itself: it has lost its latest history, wants to hear again all that
-    it was told lately, and grants nothing for `wait_seconds`.
+    `granted` is cumulative; for a rate it is the amount granted now. `spent` and `held` are those of the whole window,
+    after this line; for a rate `held` is the amount currently unavailable. `ends_seconds`: until the window's end, by
+    the ledger's clock. `wait_seconds`: until `at_least` units of a rate are available. `is_wanted`: another holder is
+    short of idle units. A reply with `lease` 0 is about the ledger itself: it has lost its latest history, needs all
+    recent lines again, and grants nothing for `wait_seconds`.
     """
 
     lease: int

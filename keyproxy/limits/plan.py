@@ -1,7 +1,7 @@
-"""A plan: a named set of limits, as it is stored and as it is counted.
+"""A plan: a named set of limits, as stored and as counted.
 
-Every limit is optional; one that is not there does not limit. Windows are calendar days and months in UTC. Zero is a
-limit like any other: nothing is let through.
+Every limit is optional; a missing limit does not restrict. Windows are calendar days and months in UTC. Zero is a limit
+like any other: it refuses every request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(?:/(s|m|min|h|d))?")
 
 
 class InvalidPlanError(ValueError):
-    """A set of limits that means nothing. The text says what is wrong, in one line."""
+    """An invalid set of limits. The message describes the fault in one line."""
 
 
 class Period(enum.Enum):
@@ -48,8 +48,8 @@ class Measure(enum.Enum):
 class Plan:
     """Limits by name. None: no such limit.
 
-    `rate` is in requests per second, `burst` the requests that may come at once (None: one second's worth),
-    `concurrency` the requests under way at one time.
+    `rate` is in requests per second, `burst` the number of requests admitted at once (None: one second's worth),
+    `concurrency` the number of requests in flight at one time.
     """
 
     rate: float | None = None
@@ -75,28 +75,28 @@ class Plan:
 
     @property
     def burst_requests(self) -> int:
-        """How many requests may come at once under `rate`."""
+        """The number of requests that `rate` admits at once."""
         if self.burst is not None:
             return self.burst
         return max(1, math.ceil(self.rate)) if self.rate is not None else 0
 
     def window(self, measure: Measure, period: Period) -> int | None:
-        """The limit of a calendar window, None if there is none."""
+        """The limit of a calendar window, or None."""
         limit: int | None = getattr(self, f"{measure.value}_per_{period.value}")
         return limit
 
     @property
     def has_limits(self) -> bool:
-        """Whether it limits anything."""
+        """Whether any limit is set."""
         return self != NO_LIMITS
 
     def to_json(self) -> dict[str, float | int]:
-        """The limits that are set, by name: what `plans.limits` holds."""
+        """The limits that are set, by name: the format of `plans.limits`."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     @classmethod
     def from_json(cls, limits: object) -> Plan:
-        """Read what `plans.limits` holds. Raises InvalidPlanError."""
+        """Parse `plans.limits`. Raises InvalidPlanError."""
         if not isinstance(limits, Mapping):
             raise InvalidPlanError("limits: must be an object")
         known = {field.name for field in fields(cls)}
@@ -124,7 +124,7 @@ NO_LIMITS: Final = Plan()
 
 
 def rate_per_second(text: str) -> float:
-    """A rate as people write it: `50/s`, `3000/min`, `10/h`, `50`. Raises InvalidPlanError."""
+    """Parse a rate: `50/s`, `3000/min`, `10/h`, `50`. Raises InvalidPlanError."""
     match = _RATE.fullmatch(text.strip())
     if match is None and _TOO_LARGE_RATE.match(text.strip()):
         raise InvalidPlanError(f"{text!r} is too large a rate: at most {_RATE_MAX:.0f}/s")

@@ -1,7 +1,7 @@
-"""The leases of one pool, under its present plan.
+"""The leases of one pool, under its current plan.
 
-A book knows an account for as long as somebody refers to it. That is why the class has a module of its own, which is not
-compiled: objects of compiled classes cannot be referred to weakly.
+The lease table holds accounts by weak reference. The class has its own module, which is not compiled, because mypyc
+classes do not support weak references.
 """
 
 from __future__ import annotations

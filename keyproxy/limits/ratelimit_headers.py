@@ -1,7 +1,8 @@
-"""What an answer says of the limits its request was under: the two header lines, made anew for every answer.
+"""Build the rate limit header lines of a response: `RateLimit-Policy` and `RateLimit`.
 
-Of many limits those nearest to their end are told, at most `TOLD_MAX`; which ones, and when they reset, is looked at once
-a second. How much remains is looked at for every answer. A time is never told too short: who waits for it is let in.
+If many limits apply, the headers name the ones nearest to exhaustion, at most `TOLD_MAX`. The selection and the reset
+times are refreshed once a second; the remaining amounts are current in every response. A reset time is never too short:
+a client that waits for it is admitted.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ TOLD_MAX: Final = 3
 
 _KEPT_SECONDS: Final = 1.0
 
-#: The last three digits of a number, and whole numbers of no more: put together a number is told without being formatted.
+#: The last three digits of a number, and whole numbers of up to three digits: a number is joined from these instead of
+#: formatted.
 _DIGITS: Final[tuple[bytes, ...]] = tuple([b"%03d" % number for number in range(1000)])
 _NUMBERS: Final[tuple[bytes, ...]] = tuple([b"%d" % number for number in range(1000)])
 
 
 class RateLimitHeaders:
-    """See the module. Belongs to one set of leases."""
+    """The header lines for one set of leases."""
 
     __slots__ = ("_beginning", "_leases", "_telling")
 
@@ -36,7 +38,7 @@ class RateLimitHeaders:
         self._telling: _Telling | None = None
 
     def lines(self, now_mono: float) -> bytes:
-        """The lines at this moment; empty if there are no limits to tell of."""
+        """Return the current lines; empty if no limits are reported."""
         telling = self._telling
         if telling is None or now_mono >= telling.until_mono:
             if not self._leases:
@@ -46,15 +48,15 @@ class RateLimitHeaders:
 
 
 class _Telling:
-    """Which limits are told for a second, and the lines as they were told last."""
+    """The limits selected for one second, and the lines as last sent."""
 
     __slots__ = ("_pieces", "_thousands", "_told", "until_mono")
 
     def __init__(self, leases: Sequence[Lease], beginning: bytes, now_mono: float) -> None:
         self._told = sorted(leases, key=_nearness)[:TOLD_MAX]
-        #: How much of each remained when its first piece was made, in whole thousands.
+        #: The remaining amount of each limit in whole thousands, as of its first piece.
         self._thousands = [lease.remaining // 1000 * 1000 for lease in self._told]
-        #: A beginning, then of each limit all but three digits, those, and what follows.
+        #: A prefix, then for each limit: all but the last three digits, those digits, and the suffix.
         self._pieces = [beginning]
         for lease in self._told:
             self._pieces += _lead(lease, lease.remaining), b"", _tail(lease, now_mono) + b", "
@@ -62,7 +64,7 @@ class _Telling:
         self.until_mono = now_mono + _KEPT_SECONDS
 
     def lines(self) -> bytes:
-        """The lines with what remains at this moment."""
+        """Return the lines with the current remaining amounts."""
         pieces, thousands, at = self._pieces, self._thousands, 1
         for number, lease in enumerate(self._told):
             left = lease.seen_available + lease.free
@@ -78,10 +80,11 @@ class _Telling:
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:
-    """How it stands with one limit."""
+    """The current state of one limit."""
     remaining = lease.remaining
     if lease.is_rate:
-        # What comes back since the ledger answered is not counted: who waits for it does not come too early.
+        # Units refilled since the ledger's reply are not counted, so that a client that waits does not return too
+        # early.
         return LimitState(lease.policy, remaining, (lease.limit - remaining) * lease.interval_seconds)
     is_known = lease.policy.window_seconds is not None and now_mono < lease.ends_mono < math.inf
     return LimitState(lease.policy, remaining, lease.ends_mono - now_mono if is_known else None)
@@ -93,16 +96,16 @@ def _nearness(lease: Lease) -> float:
 
 @lru_cache(maxsize=1_024)
 def _beginning(policies: tuple[LimitPolicy, ...]) -> bytes:
-    """What comes before the first limit's state. One for all who are under the same."""
+    """The text before the first limit's state. Shared by all responses under the same limits."""
     return limit_state.policy_line(policies) + b"RateLimit: "
 
 
 def _lead(lease: Lease, remaining: int) -> bytes:
-    """How a limit is told, up to the last three digits of what remains of it."""
+    """The text of a limit, up to the last three digits of its remaining amount."""
     return lease.policy.key + (b";r=" if remaining < 1000 else b";r=%d" % (remaining // 1000))
 
 
 def _tail(lease: Lease, now_mono: float) -> bytes:
-    """What is told of a limit after what remains of it."""
+    """The text of a limit after its remaining amount."""
     reset_seconds = state(lease, now_mono).reset_seconds_shown
     return b"" if reset_seconds is None else b";t=%d" % reset_seconds

@@ -15,7 +15,7 @@ _REASONS: Final = {RATE: Reason.RATE_LIMITED, CONCURRENCY: Reason.CONCURRENCY_LI
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
 _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
 
-#: A window that requests in flight reserve may be free again at any moment. Retries are spread over this many seconds.
+#: Reservations of requests in flight can be released at any moment. Retries are spread over this many seconds.
 _HELD_SECONDS_MAX: Final = 5
 
 
@@ -43,7 +43,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
 
 
 def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]) -> Refusal:
-    """The refusal of a request that needs more tokens than the whole window has."""
+    """Build the refusal of a request that needs more tokens than the whole window has."""
     return Refusal(
         Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=state(lease, now_mono),
@@ -58,5 +58,5 @@ def _said(need: int, *, is_held: bool) -> str:
 
 
 def _held_seconds(now_mono: float) -> int:
-    """Between 1 and `_HELD_SECONDS_MAX`, from the clock's milliseconds: requests refused together return apart."""
+    """Return 1 to `_HELD_SECONDS_MAX` from the clock's milliseconds, so that clients refused together retry apart."""
     return 1 + int(now_mono * 1000.0) % _HELD_SECONDS_MAX

@@ -1,10 +1,11 @@
-"""A request body that is needed for the decision, and the buffer space (room) that such bodies share.
+"""A request body that is needed for the decision, and the buffer memory that such bodies share.
 
-    collected -> read -> written upstream: its room is free again
+    collected -> read -> written upstream: its memory is free again
 
-The room is per process. A user's bodies may take at most as much of it as they leave free: one user at most half, two at
-most a third each. So however many connections a few users open, there is room for the next one. A body has to keep
-arriving at a minimum pace over the last seconds; the minimum is higher while the room is short.
+The memory is per process. A user's bodies may take at most as much of it as they leave free: one user at most half, two
+at most a third each. So however many connections a few users open, there is memory for the next user. A body has to
+keep arriving at a minimum pace over the last seconds; the minimum is higher while more than half of the memory is
+taken.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from typing import Final
 
 from keyproxy.reasons import Reason, Refusal
 
-#: More is not read whole: it would be memory that a client may have us hold for as long as it likes.
+#: A larger body is not buffered: a client could occupy the memory for as long as it likes.
 WHOLE_BYTES_MAX: Final = 33_554_432
 
-#: The size of the room in one process.
+#: The size of the buffer memory in one process.
 TOGETHER_BYTES_MAX: Final = 268_435_456
 
-#: A body has to arrive at this pace, over the last so many seconds; at the higher one while more than half of the room
+#: A body has to arrive at this pace over the last `PACE_SECONDS`; at the higher one while more than half of the memory
 #: is taken.
 PACE_SECONDS: Final = 10.0
 PACE_BYTES_PER_SECOND: Final = 8_192
 SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
 
-#: A smaller body takes hardly any room: it only has to arrive within this time.
+#: A smaller body takes hardly any memory: it only has to arrive within this time.
 SMALL_BYTES: Final = 65_536
 SMALL_SECONDS: Final = 120.0
 
@@ -36,7 +37,7 @@ Owner = tuple[str, str]
 
 
 class BodyMemory:
-    """What bodies that are read whole take in this process."""
+    """The memory taken by buffered bodies in this process."""
 
     def __init__(self, bytes_max: int = TOGETHER_BYTES_MAX) -> None:
         self.bytes_max = bytes_max
@@ -49,7 +50,7 @@ class BodyMemory:
         return 2 * self.held_bytes > self.bytes_max
 
     def take(self, owner: Owner, count: int) -> None:
-        """Take bytes of the room. Raises a Refusal (OVERLOADED), taking nothing, if they exceed the user's share."""
+        """Take memory. Raises a Refusal (OVERLOADED), taking nothing, if it exceeds the user's share."""
         held = self._held.get(owner, 0) + count
         if held + self.held_bytes + count > self.bytes_max:
             raise Refusal(
@@ -60,7 +61,7 @@ class BodyMemory:
         self.held_bytes += count
 
     def give_back(self, owner: Owner, count: int) -> None:
-        """Free bytes of the room."""
+        """Release memory."""
         self.held_bytes -= count
         left = self._held.get(owner, 0) - count
         if left > 0:
@@ -70,7 +71,7 @@ class BodyMemory:
 
 
 class BodyBuffer:
-    """Takes a body in pieces; `wait` ends when it is whole, or the exchange is over."""
+    """Collects a body in pieces; `wait` returns when it is complete, or the exchange is over."""
 
     def __init__(self, room: BodyMemory, owner: Owner, started_mono: float, too_much: Refusal | None = None) -> None:
         """`too_much`: the refusal of a body that is too large."""
@@ -84,12 +85,12 @@ class BodyBuffer:
         self._is_over = asyncio.get_running_loop().create_future()
 
     def expect(self, announced_bytes: int) -> None:
-        """Raises a Refusal if the body is announced to be too large."""
+        """Raise a Refusal if the announced length is too large."""
         if announced_bytes > WHOLE_BYTES_MAX:
             raise self._too_much
 
     def take(self, content: bytes) -> None:
-        """The next piece. Raises a Refusal if it becomes too much."""
+        """Add the next piece. Raises a Refusal if the body becomes too large."""
         if self._held_bytes + len(content) > WHOLE_BYTES_MAX:
             raise self._too_much
         self._room.take(self._owner, len(content))
@@ -97,7 +98,7 @@ class BodyBuffer:
         self._held_bytes += len(content)
 
     def is_slow(self, now: float) -> bool:
-        """Whether the body that is still arriving comes too slowly. To be called about every half second."""
+        """Whether the body is arriving too slowly. Call this about every half second."""
         if self._is_over.done():
             return False
         arrived = self._arrived
@@ -112,13 +113,13 @@ class BodyBuffer:
         return seconds >= PACE_SECONDS and self._held_bytes - before < pace * seconds
 
     def whole(self) -> bytes:
-        """The body. It takes its room until `leave`."""
+        """Return the body. Its memory stays taken until `leave`."""
         content, self._content = bytes(self._content), bytearray()
         self._end()
         return content
 
     def leave(self) -> None:
-        """The body is not held any more: it is on its way upstream, or the exchange is over."""
+        """Release the body: it was passed upstream, or the exchange is over."""
         if self._held_bytes:
             self._room.give_back(self._owner, self._held_bytes)
             self._held_bytes = 0
@@ -126,7 +127,7 @@ class BodyBuffer:
         self._end()
 
     async def wait(self) -> None:
-        """Until `whole` or `leave` was called."""
+        """Wait until `whole` or `leave` was called."""
         await self._is_over
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""What all connections of one proxied port share. `server` sets it, and replaces it on a reload."""
+"""The objects that all connections of one proxied port share. `server` sets them, and replaces them on a reload."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keyproxy.wire.upstream.pool import Upstreams
 
 
 class ServerContext:
-    """See the module."""
+    """The shared state of all connections of one proxied port."""
 
     clock: Callable[[], float]
     gate: Gate
@@ -33,11 +33,11 @@ class ServerContext:
     upstreams: Upstreams
 
     def admit(self, connection: ClientTransport) -> bool:
-        """Register a new connection. False if it is over the bound and has to be turned away."""
+        """Register a new connection. False if it is over the bound and has to be refused."""
         raise NotImplementedError
 
     def forget(self, connection: ClientTransport) -> None:
-        """The connection is lost."""
+        """Remove a lost connection."""
         raise NotImplementedError
 
     def date_line(self) -> bytes:

@@ -1,8 +1,8 @@
 """Timeouts for many connections at the cost of one comparison a second each.
 
 A connection keeps its own deadline as a number and moves it by writing that number: no timer is made or cancelled on
-the path of a request. It sits in one of a few slots for its life; the slots are swept in turn, so that each connection
-is looked at once per `period_seconds` and a sweep never holds the loop for all of them at once. A timeout is therefore
+the path of a request. It stays in one of a few slots for its life; the slots are swept in turn, so that each connection
+is checked once per `period_seconds` and a sweep never blocks the loop for all of them at once. A timeout is therefore
 late by at most the period, and never early.
 """
 
@@ -30,7 +30,7 @@ class Timed(Protocol):
         ...
 
     def abort(self) -> None:
-        """Called if the above met a defect: end it at once. Never raises."""
+        """Called if `deadline_passed` raised: end it immediately. Never raises."""
         ...
 
 
@@ -48,21 +48,21 @@ class Deadlines:
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to sweep."""
+        """Start sweeping."""
         self._handle = self._loop.call_later(self._tick_seconds, self._tick)
 
     def stop(self) -> None:
-        """Sweep no more."""
+        """Stop sweeping."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
 
     def watch(self, item: Timed) -> None:
-        """From now on `item.deadline` counts."""
+        """Watch `item.deadline` from now on."""
         self._slot(item).add(item)
 
     def forget(self, item: Timed) -> None:
-        """No longer."""
+        """Stop watching."""
         self._slot(item).discard(item)
 
     def _slot(self, item: Timed) -> set[Timed]:
@@ -76,5 +76,5 @@ class Deadlines:
             try:
                 item.deadline_passed(now)
             except Exception:  # noqa: BLE001 - the outermost boundary of one timeout: the others count too
-                _log.exception("a timeout met a defect; its connection is cut")
+                _log.exception("handling a timeout failed; cutting the connection")
                 item.abort()

@@ -1,14 +1,14 @@
-"""One request and its answer, between one client connection and at most one upstream connection.
+"""One request and its response, between one client connection and at most one upstream connection.
 
     reading head -> deciding -> (waiting for body, connecting) -> relaying (-> tunnel) -> over
 
-The exchange owns no socket. The client connection tells it what arrives of the request, the upstream connection what
-arrives of the answer; it frames both anew and pushes them on. How the client is answered is one half of it, `answering`;
-here the request is taken to the upstream, and the whole is ended. Whatever happens, `_end` is reached exactly once, and
-it is the one place that settles both connections' fate and has the outcome recorded.
+The exchange owns no socket. The client connection passes it the request as it arrives, the upstream connection the
+response; it reframes both and sends them on. `response_writer` writes to the client; this module sends the request to
+the upstream, and ends the exchange. In every case `_end` runs exactly once. It is the only place that closes or returns
+both connections and records the outcome.
 
-Nothing goes upstream before a Permit, and nothing before the first byte of an announced body: a client that sends a head
-and then dawdles holds no upstream connection, and a body that is malformed from its start is never begun.
+Nothing is sent upstream before a Permit, nor before the first byte of an announced body: a client that sends a head and
+then stalls occupies no upstream connection, and a body that is malformed from its start never begins there.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from keyproxy.wire.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import UpstreamPool
 
-#: Body bytes held while there is no upstream connection to write them to; then the client is read no further.
+#: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
 _PENDING_BYTES_MAX: Final = 65_536
 
-#: A body that is longer is written after the head, not joined to it: that would be a copy. One that was collected is
-#: written in portions, other work going on between them: TLS would encrypt 32 MiB for a tenth of a second.
+#: A longer body is written after the head, not joined to it: that would be a copy. A collected body is written in
+#: portions, with other work between them: TLS would encrypt 32 MiB for a tenth of a second.
 _JOINED_BYTES_MAX: Final = 65_536
 _PORTION_BYTES: Final = 262_144
 
-#: The status that is recorded where the client left before there was one. As nginx does.
+#: The status recorded if the client left before there was a response. As in nginx.
 _CLIENT_GONE_STATUS: Final = 499
 
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 
 class Exchange(ResponseWriter):
-    """See the module."""
+    """A request and its response; implements what both connections call."""
 
     _collector: BodyBuffer | None = None
     _is_held_up: bool = False
@@ -53,7 +53,7 @@ class Exchange(ResponseWriter):
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
-    #: A long body, how much of it is written, and whether more of it will be written in the loop's next turn.
+    #: A long body, how much of it is written, and whether more of it is due in the loop's next iteration.
     _long_body: bytes = b""
     _written_bytes: int = 0
     _will_write: bool = False
@@ -61,7 +61,7 @@ class Exchange(ResponseWriter):
     # -- what the gateway decides
 
     def forward(self, permit: Permit) -> None:
-        """Send the request upstream and relay the answer."""
+        """Send the request upstream and relay the response."""
         self.permit = permit
         head = self.head
         if head is None or self.is_over:
@@ -72,7 +72,7 @@ class Exchange(ResponseWriter):
         self._go()
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
-        """Wait until the body has arrived whole, or the exchange is over. `otherwise`: what one too large is told."""
+        """Wait until the whole body has arrived, or the exchange is over. `otherwise`: the refusal of one too large."""
         head = self.head
         identity = self.identity
         if self.is_complete or self.is_over or head is None or identity is None:
@@ -90,7 +90,7 @@ class Exchange(ResponseWriter):
         self.body_wait_seconds += self._server.clock() - since
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
-        """Call this until it returns True or the exchange is over, and let other work go on between two calls."""
+        """Call `advance` until it returns True or the exchange is over, with other work between two calls."""
         identity, turns = self.identity, self._server.turns
         assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
         owner = (identity.tenant_id, identity.user_id)
@@ -99,13 +99,13 @@ class Exchange(ResponseWriter):
             try:
                 if self.is_over or advance():
                     return
-                # The turn is kept until everything else has had one.
+                # Keep the turn until all other work has run once.
                 await asyncio.sleep(0)
             finally:
                 turns.leave()
 
     def extend(self, permit: Permit) -> None:
-        """Go on with a permit that holds more."""
+        """Continue with a permit that holds more."""
         self.permit = permit
         if self._is_held_up:
             self._is_held_up = False
@@ -113,14 +113,14 @@ class Exchange(ResponseWriter):
                 self.resume_response()
 
     def pause_stream(self) -> None:
-        """Read no more of the answer until more is held for it."""
+        """Stop reading the response until more tokens are held for it."""
         self._is_held_up = True
         self.pause_response()
 
-    # -- what the client connection tells
+    # -- called by the client connection
 
     def body_arrived(self, content: bytes, *, is_complete: bool) -> None:
-        """The next content of the request body, and whether it was the last."""
+        """Take the next content of the request body, and whether it was the last."""
         self.bytes_in += len(content)
         self.is_complete = is_complete
         if self.fingerprint is not None:
@@ -148,17 +148,17 @@ class Exchange(ResponseWriter):
     def check_pace(self) -> None:
         """Refuse a request whose awaited body arrives too slowly."""
         if self._collector is not None and self._collector.is_slow(self._server.clock()):
-            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "a body that has to be read whole arrived too slowly"))
+            self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body, which is needed whole, arrived too slowly"))
 
     def client_gone(self) -> None:
-        """The client connection is lost: whatever is under way upstream is ended."""
+        """The client connection is lost: end the upstream exchange."""
         if not self.is_over:
             if not self.status:
                 self.status = _CLIENT_GONE_STATUS
             self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
 
     def close_tunnel(self) -> None:
-        """One side of the tunnel has ended, or it has to end now. What is under way still arrives."""
+        """One side of the tunnel has ended, or it has to end now. Bytes in flight are still delivered."""
         if self.is_tunnel and not self.is_over:
             self._end(ANSWERED, self._server.clock(), closes=True)
 
@@ -172,7 +172,7 @@ class Exchange(ResponseWriter):
         if self._upstream is not None and not self._is_held_up:
             self._upstream.resume()
 
-    # -- what the upstream connection tells
+    # -- called by the upstream connection
 
     def pause_request(self) -> None:
         """The upstream does not read fast enough."""
@@ -189,7 +189,7 @@ class Exchange(ResponseWriter):
             self._client.resume()
 
     def connected(self, upstream: UpstreamConnection) -> None:
-        """An upstream connection is ours. Everything that is ready is written to it in one piece."""
+        """Take an upstream connection, and write everything that is ready in one piece."""
         head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
@@ -222,11 +222,11 @@ class Exchange(ResponseWriter):
             self._client.resume()
 
     def upstream_lost(self, refusal: Refusal) -> None:
-        """The upstream failed this exchange, before or in the middle of its answer; or could not be had."""
+        """The upstream failed before or during its response, or no connection was available."""
         upstream, self._upstream = self._upstream, None
         self._is_waiting = False
         if upstream is not None and upstream.is_reused and self._may_repeat(refusal):
-            # A connection that lay in the pool was closed by the other side as we took it.
+            # The upstream closed an idle connection just as the pool lent it.
             self._is_retry = True
             self._connection_since_mono = self.sent_mono
             self._go()
@@ -240,7 +240,7 @@ class Exchange(ResponseWriter):
         return self._client.reads_slowly(now, for_seconds=for_seconds)
 
     def preempt_if_slow(self, refusal: Refusal) -> None:
-        """End, to free the connection for other requests."""
+        """End the exchange, to free the connection for other requests."""
         if self.is_tunnel:
             self.close_tunnel()
         else:
@@ -248,7 +248,7 @@ class Exchange(ResponseWriter):
 
     @property
     def has_upstream(self) -> bool:
-        """Whether the request has begun to go upstream."""
+        """Whether bytes of the request were sent upstream."""
         return self._upstream is not None
 
     @property
@@ -264,7 +264,7 @@ class Exchange(ResponseWriter):
         return self.head is not None and self.head.fields.opens_tunnel
 
     def _go(self) -> None:
-        """Take an upstream connection, once there is something to send on it."""
+        """Request an upstream connection, once there is something to send on it."""
         permit = self.permit
         if permit is None or self._is_waiting:
             return
@@ -286,7 +286,7 @@ class Exchange(ResponseWriter):
             pool.wait(self, identity.owner)
 
     def _may_repeat(self, refusal: Refusal) -> bool:
-        """Whether a second attempt changes nothing: never answered, idempotent, and without a body to send again."""
+        """Whether a retry is safe: no response yet, an idempotent method, and no body to send again."""
         head = self.head
         return (
             refusal.reason is Reason.UPSTREAM_UNREACHABLE
@@ -304,7 +304,7 @@ class Exchange(ResponseWriter):
             self._server.loop.call_soon(self._write_on)
 
     def _write_on(self) -> None:
-        """Write the next portion of a long body. If the upstream is full, `resume_request` goes on with it."""
+        """Write the next portion of a long body. If the upstream is full, `resume_request` continues it."""
         self._will_write = False
         upstream, head, body = self._upstream, self.head, self._long_body
         if upstream is None or head is None or not body or upstream.is_full:

@@ -1,11 +1,11 @@
-"""TLS whose peers learn why a handshake failed: an alert, or for HTTP without TLS a plain response.
+"""Report failed TLS handshakes to the peer: by an alert, or for HTTP without TLS by a plain response.
 
-Also what is needed to read the end of a response over TLS after the event loop has given up its connection.
+Also reads the end of a response over TLS after the event loop has given up its connection.
 
 The event loop drops a connection whose handshake fails without sending what OpenSSL has written for the peer. So the
 context hands out objects that know the socket and the buffers of their connection: when a handshake fails, the object
-sends the alert itself. The loop then closes its descriptor of the socket; a duplicate stays open until the peer has read
-the alert, since closing with bytes unread would make the kernel send a reset after it.
+sends the alert itself. The loop then closes its descriptor of the socket; a duplicate stays open until the peer has
+read the alert, since closing with bytes unread would make the kernel send a reset after it.
 
 Object and socket are paired by a context variable: the loop makes the object in the context in which it was given the
 socket.
@@ -31,7 +31,7 @@ _PLAIN_HTTP: Final = ("HTTP_REQUEST", "HTTPS_PROXY_REQUEST")
 _IN_A_REQUEST_LINE: Final = b" HTTP/1."
 
 
-#: What is spoken over TLS here, and the alert for a client that does not offer it.
+#: The ALPN protocol of this port, and the alert for a client that does not offer it.
 PROTOCOL: Final = b"http/1.1"
 _NO_APPLICATION_PROTOCOL: Final = 120
 
@@ -41,7 +41,7 @@ _ALPN: Final = b"\x00\x10"
 
 
 class Accepted:
-    """An accepted socket whose handshake is under way. `plain_response`: makes the response to HTTP without TLS."""
+    """An accepted socket during its handshake. `plain_response` builds the response to HTTP without TLS."""
 
     def __init__(self, sock: socket.socket, plain_response: Callable[[], bytes]) -> None:
         self.plain_response: Final = plain_response
@@ -94,7 +94,7 @@ class TlsObject(ssl.SSLObject):
         return True
 
     def do_handshake(self) -> None:
-        """Go on with the handshake. If it fails, the peer is sent the reason."""
+        """Continue the handshake. If it fails, send the reason to the peer."""
         if self.server_side and self.incoming.pending and not self._has_hello():
             raise ssl.SSLWantReadError("the first record has not arrived whole")
         try:
@@ -110,7 +110,7 @@ class TlsObject(ssl.SSLObject):
             raise
 
     def decrypt(self, data: bytes) -> bytes:
-        """What was sent in these bytes, which the event loop has not read any more; empty if it is not all there."""
+        """Decrypt bytes that the event loop has not read any more; empty if they are incomplete."""
         self.incoming.write(data)
         content = b""
         with contextlib.suppress(ssl.SSLError):
@@ -120,13 +120,13 @@ class TlsObject(ssl.SSLObject):
 
 
 def refuse_other_protocols(tls: ssl.SSLObject, _server_name: str | None, _context: ssl.SSLContext) -> int | None:
-    """For `sni_callback`: the alert for a client that speaks nothing but other protocols. RFC 7301 section 3.2."""
+    """For `sni_callback`: the alert for a client that offers only other protocols. RFC 7301 section 3.2."""
     offered = tls.offered if isinstance(tls, TlsObject) else []
     return _NO_APPLICATION_PROTOCOL if offered and PROTOCOL not in offered else None
 
 
 def offered_protocols(record: bytes) -> list[bytes]:
-    """What a TLS record with a ClientHello offers by ALPN; empty if it offers nothing, or is no such record."""
+    """Return the ALPN offer of a TLS record with a ClientHello; empty if there is none, or for any other record."""
     try:
         # Record and handshake headers, version, random; then the session id, cipher suites and compression methods.
         hello = record[43:]
@@ -148,7 +148,7 @@ def offered_protocols(record: bytes) -> list[bytes]:
 
 
 def _split(data: bytes, length_bytes: int) -> tuple[bytes, bytes]:
-    """A vector of TLS, which begins with its length, and what follows it."""
+    """Split off a TLS vector, which begins with its length. Return it and the rest."""
     end = length_bytes + int.from_bytes(data[:length_bytes], "big")
     if len(data) < max(end, length_bytes):
         raise ValueError("the vector is cut off")

@@ -1,11 +1,11 @@
 """Choose the client connection to close when another one arrives at the bound.
 
-It is the one that has been idle longest among those without a request in flight: it is idle, has sent nothing yet, or has
-stalled in the middle of a request. Each is spared for a moment, so that a new client can send its request however fast
-others connect.
+It is the one that has been idle longest among those without a request in flight: it is idle, has sent nothing yet, or
+has stalled in the middle of a request. Each is spared for a moment, so that a new client can send its request however
+fast others connect.
 
-Looking for it costs nothing on the path of a request: all connections are looked through at the bound, for a batch of
-those that leave first.
+The search costs nothing on the path of a request: all connections are searched only at the bound, and each search
+returns a batch of candidates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Collection
 from typing import Final, Protocol
 
-#: For how long a connection keeps its place without a request, and with one, or a handshake, that goes no further.
+#: How long a connection keeps its place without a request, and with a stalled request or handshake.
 SPARED_SECONDS: Final = 0.02
 SPARED_UNFINISHED_SECONDS: Final = 1.0
 
@@ -27,22 +27,22 @@ _BATCH_DIVISOR: Final = 32
 
 
 class Place(Protocol):
-    """What is asked of a client connection. `quiet_since`: since when its client has done nothing to keep its place."""
+    """The interface of a client connection. `quiet_since`: the start of its client's inactivity."""
 
     has_place: bool
     quiet_since: float
 
     def spared_until(self, now: float) -> float:
-        """Until when it keeps its place though others want it."""
+        """Return until when the connection keeps its place at the bound."""
         ...
 
     def give_up_place(self) -> None:
-        """Another client gets the place: end at once."""
+        """End now: another client gets the place."""
         ...
 
 
 class Quiet:
-    """The connections that leave first. `is_soon`: there is none now, and in a moment there will be."""
+    """The candidates for eviction. `is_soon`: there is none now, but there will be one in a moment."""
 
     def __init__(self) -> None:
         self.is_soon = False

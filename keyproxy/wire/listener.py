@@ -1,8 +1,8 @@
-"""Accepts connections on one bound socket, and knows those that are not open yet: TLS handshakes under way.
+"""Accept connections on one bound socket, and track those that are not open yet: TLS handshakes in progress.
 
-The loop's own server accepts whatever comes. Out of file descriptors uvloop's closes connections without a word, and
-handshakes are in nobody's count, so that clients who never finish theirs would be held without a bound. Here who cannot
-be taken is left in the kernel's queue, where it waits its turn, and is looked at again a little later.
+The loop's own server accepts every connection. Out of file descriptors, uvloop's server closes connections silently,
+and it does not count handshakes, so clients that never finish theirs would accumulate without a bound. This listener
+leaves a connection that it cannot accept in the kernel's queue, and retries a little later.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 4096
 
-#: Connections taken in one go, before what is open gets its turn.
+#: Connections accepted in one go, before open connections are served.
 _AT_ONCE: Final = 64
 
-#: How long who cannot be taken is left in the queue before the next look.
+#: The delay before the next attempt to accept.
 _PAUSE_SECONDS: Final = 0.1
 
-#: Errors that say that nothing more can be opened here.
+#: Errors for exhausted resources: no further socket can be opened.
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 Opening = Callable[[socket.socket], Coroutine[Any, Any, None]]
 
 
 class Listener:
-    """See the module. `exhausted` counts the times that there was no file descriptor for a connection."""
+    """Accepts connections on one socket. `exhausted` counts failures for lack of a file descriptor."""
 
     def __init__(
         self, sock: socket.socket, loop: asyncio.AbstractEventLoop, *, open_: Opening, has_room: Callable[[], bool]
     ) -> None:
-        """`open_` makes a connection of an accepted socket; `has_room` says whether one more may be begun."""
+        """`open_` makes a connection of an accepted socket; `has_room`: whether another may be accepted."""
         self.exhausted = 0
         self._sock = sock
         self._loop = loop
@@ -47,13 +47,13 @@ class Listener:
         self._is_exhausted = False
 
     def start(self) -> None:
-        """Listen. Raises OSError if the address is taken by now."""
+        """Listen. Raises OSError if the address is in use by now."""
         self._sock.setblocking(False)
         self._sock.listen(_BACKLOG)
         self._resume()
 
     def stop(self) -> None:
-        """Take who has come already, and listen no more. The socket is closed."""
+        """Accept the connections in the queue, then stop listening. The socket is closed."""
         self._accept()
         if self._resuming is not None:
             self._resuming.cancel()
@@ -62,12 +62,12 @@ class Listener:
             self._sock.close()
 
     async def opened(self, seconds: float) -> None:
-        """Wait until who was accepted has a connection, or none comes about; for so long at most."""
+        """Wait until all accepted connections are open or have failed, at most this long."""
         if self._opening:
             await asyncio.wait(self._opening, timeout=seconds)
 
     def opening(self) -> int:
-        """How many accepted connections are not open yet."""
+        """The number of accepted connections that are not open yet."""
         return len(self._opening)
 
     def _accept(self) -> None:
@@ -95,7 +95,7 @@ class Listener:
         self.exhausted += 1
         if not self._is_exhausted:
             self._is_exhausted = True
-            _log.error("no connection can be accepted, those to come wait in the queue: %s", error.strerror)
+            _log.error("cannot accept connections, new ones wait in the queue: %s", error.strerror)
 
     def _pause(self) -> None:
         self._loop.remove_reader(self._sock.fileno())

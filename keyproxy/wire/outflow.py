@@ -16,7 +16,7 @@ from keyproxy.wire.pace import STILL_BYTES_PER_SECOND, Pace
 
 
 class Outflow:
-    """See the module. `written_bytes` is for the writer to count."""
+    """The outflow of one connection. The writer increments `written_bytes`."""
 
     __slots__ = ("_pace", "_seen_bytes", "_since_check_bytes", "written_bytes")
 

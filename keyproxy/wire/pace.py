@@ -1,21 +1,21 @@
-"""How fast bytes move over the last seconds. Pure: `now` is an argument.
+"""Measure throughput over the last seconds. Pure: `now` is an argument.
 
 An average since the start hides a peer that sends much at first and then hardly anything. So the bytes are counted in
-slots of one second, and a slot is forgotten once `WINDOW_SECONDS` have passed: whatever happened before has no weight.
+slots of one second, and slots older than `WINDOW_SECONDS` are dropped.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-#: What counts as "the last seconds".
+#: The length of "the last seconds".
 WINDOW_SECONDS: Final = 5
 
 #: A slower peer loses its upstream connection when others wait.
 SLOW_BYTES_PER_SECOND: Final = 1024
 
-#: A peer that takes less than this over its idle timeout counts as stalled: a byte now and then must not hold a
-#: connection for ever.
+#: A peer that takes less than this over its idle timeout counts as stalled: single bytes must not keep a connection
+#: open indefinitely.
 STILL_BYTES_PER_SECOND: Final = 32
 
 
@@ -37,7 +37,7 @@ class Pace:
         self._whole += amount
 
     def per_second(self, now: float) -> float:
-        """The pace. Less than a second after the start it is what a whole second would make of it."""
+        """Return the pace. Less than a second after the start, the bytes so far count for a whole second."""
         self._forget(now)
         seconds = now - self._started
         covered = WINDOW_SECONDS - 1 + max(0.0, seconds - self._slot)

@@ -1,8 +1,8 @@
-"""Whose turn it is to have a long body read: one portion at a time, users taking turns.
+"""Schedule the reading of long bodies: one portion at a time, users taking turns.
 
 Reading a dense body takes a second or two of processor time in all, and a user may have hundreds of them at once. A
 single queue would serve each of them as often as the only body of another user. So every user has a queue, and each
-portion goes to the next user: with n users, a body gets at least one portion in n, whatever the others have sent.
+portion goes to the next user: with n users, one portion in n goes to each of them, whatever the others have sent.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class ReadingTurns:
     """One turn at a time. `enter` waits for it, `leave` passes it on."""
 
     def __init__(self) -> None:
-        #: Whose body has the turn.
+        #: The owner of the body that has the turn.
         self._user: Owner | None = None
-        #: Users with bodies that wait, the next user first; within a user the body that has waited longest is first.
+        #: Users with waiting bodies, the next user first; within a user the body that has waited longest is first.
         self._waiting: Final[collections.OrderedDict[Owner, collections.deque[asyncio.Future[None]]]] = (
             collections.OrderedDict()
         )
@@ -40,7 +40,7 @@ class ReadingTurns:
             raise
 
     def leave(self) -> None:
-        """The turn is over: the next user has it, and all others have theirs before it is this user's again."""
+        """Pass the turn to the next user; all others have theirs before this user's next one."""
         waiting, last = self._waiting, self._user
         if last is not None and last in waiting:
             waiting.move_to_end(last)

@@ -1,4 +1,4 @@
-"""Bytes of the answers that go to a client: our own, and the head of one that is relayed."""
+"""Bytes of the responses to a client: our own, and the heads of relayed ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from keyproxy.http.error_responses import Answer
 from keyproxy.model import ResponseHead
 
-#: What every answer begins with.
+#: The first bytes of every response.
 BEGINNING = b"HTTP/1.1 "
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -67,7 +67,7 @@ def interim(head: ResponseHead, request_id: bytes) -> bytes:
 def relayed(
     head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:
-    """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: the client is."""
+    """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: of the client."""
     kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"".join(
         (

@@ -1,12 +1,12 @@
-"""How a client is answered: with a refusal of ours, or with what the upstream says, framed anew.
+"""Write the response to a client: a refusal of ours, or the upstream's response, reframed.
 
     nothing -> head held back -> begun -> whole, or cut off
 
-A client gets one answer. Its head is held back until the bytes that came with it are judged, so that both go out in one
-piece; for so long a refusal may still take its place. What has begun goes on as it began, or is cut off such that the
-client can tell: by a reset of the connection, or a stream of events by a last event that says why.
+A client gets one response. Its head is held back until the bytes that arrived with it are checked, so that both are
+sent in one write; until then a refusal can still replace it. A response that has begun continues, or is cut off
+visibly: by a reset of the connection, or for a stream of events by a last event with the reason.
 
-Where an answer comes from, and what becomes of the request meanwhile, is the exchange's half of it.
+The exchange handles the request and the upstream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONTINUE: Final = 100
 
 
 class ResponseWriter(PoolUser):
-    """See the module. An exchange is one, and says what it is to have ended."""
+    """Writes responses to the client. `Exchange` is the subclass, and defines how an exchange ends."""
 
     _answer: ResponseHead | None = None
     _has_begun_status_line: bool = False
@@ -36,7 +36,7 @@ class ResponseWriter(PoolUser):
     _has_interim: bool = False
     _is_chunked: bool = False
     _closes: bool = False
-    #: The head of the upstream's answer, until what came with it is judged.
+    #: The head of the upstream's response, until the bytes that arrived with it are checked.
     _held_back: bytes = b""
 
     def __init__(
@@ -52,11 +52,11 @@ class ResponseWriter(PoolUser):
     ) -> None:
         """`head` is None if it could not be read; then the request can only be refused.
 
-        `content`: what has arrived of the body already; `is_complete`: whether that is all of it.
+        `content`: what has arrived of the body so far; `is_complete`: whether that is all of it.
         """
         self._client = client
         self._server = server
-        #: The one that decides on this request is the one that settles it, whatever configuration comes into force.
+        #: The gate that decides on this request also settles it, even if the configuration is reloaded in between.
         self._gate = server.gate
         self.head = head
         self.peer = client.forwarding
@@ -64,13 +64,13 @@ class ResponseWriter(PoolUser):
         self.started_mono = started_mono
         self.bytes_in = len(content)
         self.is_complete = is_complete
-        #: What has arrived of the body and is not sent yet.
+        #: The part of the body that has arrived and is not sent yet.
         self.body = content
 
     # -- by us
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal. If an answer has begun already, it is cut off so that the client can tell."""
+        """Respond with a refusal. If a response has begun already, it is cut off visibly."""
         if self.is_over:
             return
         self._note(refusal)
@@ -102,7 +102,7 @@ class ResponseWriter(PoolUser):
             self.policy = refusal.limit.policy.name
 
     def end_stream(self, refusal: Refusal) -> None:
-        """End a stream of events here: its last event says why, and the answer ends as one that is whole does."""
+        """End a stream of events here: its last event has the reason, and the response ends like a complete one."""
         if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_chunked:
             self.refuse(refusal)
             return
@@ -114,10 +114,10 @@ class ResponseWriter(PoolUser):
         self._end(Ending.CUT, self._server.clock(), closes=self._closes, resets=False)
 
     def begin_status_line(self) -> None:
-        """Send what every answer begins with, if nothing of one was sent yet.
+        """Send the first bytes that all responses have in common, if nothing was sent yet.
 
-        For a client that has closed its side: if it has left altogether, this makes its kernel say so, and what nobody
-        waits for is ended. One that listens on gets the same answer, in two pieces.
+        For a client that has closed its sending side: if it has closed the connection entirely, its kernel responds
+        with a reset, and the abandoned exchange ends. A half-closed client gets the same response, in two pieces.
         """
         if not self._has_begun_status_line and self._answer is None and not self.is_over:
             self._has_begun_status_line = True
@@ -127,7 +127,7 @@ class ResponseWriter(PoolUser):
 
     @property
     def has_response(self) -> bool:
-        """Whether the upstream has begun to answer."""
+        """Whether the upstream has begun to respond."""
         return self._answer is not None
 
     def interim_arrived(self, answer: ResponseHead) -> None:
@@ -146,7 +146,7 @@ class ResponseWriter(PoolUser):
         self._has_begun_status_line = False
 
     def response_begins(self, answer: ResponseHead, now: float) -> None:
-        """The head of the answer. It is written by `response_arrived`, with what came with it."""
+        """Take the head of the response. `response_arrived` writes it, together with the first content."""
         head = self.head
         assert head is not None  # noqa: S101 - for the type checker: it was forwarded
         self.answered_mono = now
@@ -179,7 +179,7 @@ class ResponseWriter(PoolUser):
         self._held_back = out.removeprefix(response_heads.BEGINNING) if self._has_begun_status_line else out
 
     def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
-        """The upstream has taken up the WebSocket handshake: from now on bytes travel as they are, both ways."""
+        """The upstream accepted the WebSocket handshake: from now on bytes are relayed unchanged, both ways."""
         self.answered_mono = now
         self._answer = answer
         self.status = answer.line.status
@@ -190,7 +190,7 @@ class ResponseWriter(PoolUser):
         self._client.enter_tunnel()
 
     def _lines(self, answer: ResponseHead, now: float) -> bytes:
-        """The header lines for the client: the upstream's and ours. Where our limits apply, only ours state limits."""
+        """Return the client's header lines: the upstream's and ours. If our limits apply, only ours describe limits."""
         block, permit = answer.block, self.permit
         if permit is not None and permit.hold is not None:
             limits = self._gate.limit_headers(permit, now)
@@ -202,7 +202,7 @@ class ResponseWriter(PoolUser):
         return block
 
     def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
-        """The next content of the answer, and whether it was the last."""
+        """Take the next content of the response, and whether it was the last."""
         meter = self.meter
         if meter is not None:
             content = meter.feed(content)
@@ -223,5 +223,5 @@ class ResponseWriter(PoolUser):
             self._gate.watch(self)
 
     def _end(self, ending: Ending, now: float, *, closes: bool, resets: bool = True) -> None:
-        """The exchange is over. `closes`: so is the client's connection. Not `resets`: a cut that ends it cleanly."""
+        """End the exchange. `closes`: close the client's connection too. Not `resets`: a cut that ends it cleanly."""
         raise NotImplementedError

@@ -1,8 +1,7 @@
-"""The proxied port: accepts connections within the bound, knows them all, and drains them.
+"""The proxied port: accepts connections within the bound, tracks them, and drains them.
 
-Also the one place that a connection finds what it shares with all others, `Terms`: settings, header names, the gateway.
-They can be exchanged for others while connections are open; a request is served on the terms it began with, the next one
-on the new ones.
+Also holds what all connections share, `Terms`: settings, header names, the gateway. A reload replaces the terms while
+connections are open; a request is served on the terms that it began with, the next one on the new ones.
 """
 
 from __future__ import annotations
@@ -36,28 +35,28 @@ from keyproxy.wire.upstream.pool import Upstreams
 
 _log = logging.getLogger(__name__)
 
-#: Connections over the bound that are taken to be told so; more of them than this wait in the kernel's queue.
+#: Connections over the bound that are accepted to be refused; any beyond this number wait in the kernel's queue.
 _TURNED_AWAY_MAX: Final = 128
 
-#: For how long an accepted connection waits for another one to close.
+#: How long an accepted connection waits for another one to close.
 _PLACE_SECONDS_MAX: Final = 1.0
 
 #: A TLS connection that is being closed waits for its peer no longer than its deadline, which slow readers may move.
 _TLS_SHUTDOWN_SECONDS: Final = 3600.0
 
-#: How often exchanges that take long are looked at again, and what counts as long; and for how long at most a connection
-#: on which nothing is under way keeps its last head, with the key in it.
+#: How often long exchanges are reviewed, and what counts as long; also the longest time for which an idle connection
+#: keeps its last head, with the key in it.
 _REVIEW_SECONDS: Final = 0.5
 _LONG_SECONDS: Final = 0.5
 
-#: How long a connection that lies idle when draining begins may still be used for one request more. Its client may be
-#: sending it at this moment, and could not know.
+#: How long a connection that is idle when draining begins may still be used for one more request. Its client may be
+#: sending one at this moment.
 _LAST_REQUEST_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On what terms requests are served. `tls` None: in the clear."""
+    """The settings and objects with which requests are served. `tls` None: without TLS."""
 
     listen: Listen
     gate: Gate
@@ -69,7 +68,7 @@ class Terms:
 
 
 class ProxyServer(ServerContext):
-    """See the module."""
+    """The proxied port."""
 
     def __init__(
         self, terms: Terms, *, recorder: Recorder, deadlines: Deadlines, clock: Callable[[], float],
@@ -81,7 +80,7 @@ class ProxyServer(ServerContext):
         self._date = response_heads.DateField()
         self.loop = loop
         self.is_draining = False
-        #: For bodies that are read whole.
+        #: For bodies that are buffered whole.
         self.room = BodyMemory()
         #: Schedules long work on requests in turns.
         self.turns = ReadingTurns()
@@ -89,7 +88,7 @@ class ProxyServer(ServerContext):
         self._connections: set[ClientConnection] = set()
         self._listener: Listener | None = None
         self._unopened = 0
-        #: Connections that count towards the bound, handshakes under way with their start, and what leaves at the bound.
+        #: Connections that count towards the bound, handshakes in progress with their start, and eviction candidates.
         self._places = 0
         self._handshakes: dict[socket.socket, float] = {}
         self._quiet = Quiet()
@@ -111,12 +110,12 @@ class ProxyServer(ServerContext):
         self._tls = terms.tls
 
     def start(self, sock: socket.socket) -> None:
-        """Serve a bound socket, which is closed when draining begins, or when another takes its place."""
+        """Serve a bound socket, which is closed when draining begins, or when another replaces it."""
         self._listen(sock)
         self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
 
     def change(self, terms: Terms, sock: socket.socket | None) -> None:
-        """Serve on other terms from the next request on, and accept on this socket; None: on the same as before."""
+        """Use new terms from the next request on, and accept on this socket; None: keep the current socket."""
         before = self._listener
         if before is None:
             return
@@ -154,23 +153,24 @@ class ProxyServer(ServerContext):
         return self._date.line(self._wall())
 
     def open_connections(self) -> int:
-        """How many client connections there are."""
+        """The number of client connections."""
         return len(self._connections)
 
     def failed_connections(self) -> dict[str, int]:
-        """How many connections did not come about or had to leave, by reason.
+        """The number of connections that failed to open or were evicted, by reason.
 
-        `file_descriptors` counts again and again what waits for one; `evicted` what left at the bound for another.
+        `file_descriptors` counts every failed attempt, a connection perhaps several times; `evicted` counts connections
+        closed for another one at the bound.
         """
         exhausted = self._exhausted + (self._listener.exhausted if self._listener is not None else 0)
         return {"file_descriptors": exhausted, "handshake": self._unopened, "evicted": self._evicted}
 
     def open_requests(self) -> int:
-        """How many requests are under way."""
+        """The number of requests in flight."""
         return sum(not connection.is_idle for connection in self._connections)
 
     def open_tunnels(self) -> int:
-        """How many of them are tunnels."""
+        """The number of open tunnels."""
         return sum(one.exchange is not None and one.exchange.is_tunnel for one in self._connections)
 
     def leave(self) -> None:
@@ -178,12 +178,12 @@ class ProxyServer(ServerContext):
         self.is_draining = True
 
     async def drain(self, seconds: float) -> None:
-        """Accept no more; let what is under way finish, for so long; then cut what is left."""
+        """Stop accepting; give requests in flight this long to finish; then cut the rest."""
         self.is_draining = True
         listener = self._listener
         self._stop_listening()
         if listener is not None:
-            # Who has connected before is served, also if the handshake is not over yet.
+            # Connections accepted before are served, even if their handshake is not over yet.
             await listener.opened(min(seconds, _LAST_REQUEST_SECONDS))
         for connection in list(self._connections):
             if connection.exchange is not None:
@@ -193,7 +193,7 @@ class ProxyServer(ServerContext):
         for connection in list(self._connections):
             connection.close_if_idle()
         if not await self._are_gone(max(0.0, seconds - _LAST_REQUEST_SECONDS)):
-            _log.warning("draining took longer than %g s: %d connections are cut", seconds, len(self._connections))
+            _log.warning("draining timed out after %g s: cutting %d connections", seconds, len(self._connections))
             for connection in list(self._connections):
                 connection.abort()
 
@@ -208,10 +208,10 @@ class ProxyServer(ServerContext):
         self._listener.start()
 
     async def _open(self, sock: socket.socket) -> None:
-        """Make a connection of an accepted socket: at once in the clear, after the handshake with TLS."""
+        """Open a connection on an accepted socket: immediately without TLS, after the handshake with TLS."""
         await self._make_place()
         tls = self._tls
-        # In the clear too: until it is a connection it holds the place that was made for it.
+        # Without TLS too: the entry reserves the place until the connection is open.
         self._handshakes[sock] = self.clock()
         accepted = None
         if tls is not None:
@@ -224,7 +224,7 @@ class ProxyServer(ServerContext):
                 ssl_shutdown_timeout=None if tls is None else _TLS_SHUTDOWN_SECONDS,
             )  # fmt: skip
         except OSError:
-            # Of TLS alone: a client that speaks something else, shows no certificate, takes too long, or has left.
+            # With TLS only: the client uses another protocol, has no certificate, takes too long, or has left.
             self._unopened += sock in self._handshakes
             if accepted is not None:
                 await accepted.close(self.loop)
@@ -232,7 +232,7 @@ class ProxyServer(ServerContext):
             self._handshakes.pop(sock, None)
 
     def _without_tls(self) -> bytes:
-        """The response to a request that came without TLS to a port that speaks it."""
+        """Return the response to plain HTTP on a TLS port."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
         answer = Answer(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
         return response_heads.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
@@ -241,7 +241,7 @@ class ProxyServer(ServerContext):
         return self._listener.opening() if self._listener is not None else 0
 
     def _has_room(self) -> bool:
-        """Whether a connection may be accepted now. One that may not waits for a moment."""
+        """Whether a connection may be accepted now. Otherwise it waits in the kernel's queue for a moment."""
         if len(self._connections) + self._opening() < self.listen.connections_max + _TURNED_AWAY_MAX:
             return True
         while self._evict_handshake(self.clock()):
@@ -252,7 +252,7 @@ class ProxyServer(ServerContext):
         """At the bound: end the connection that has been idle longest, waiting until it may be closed if necessary."""
         waited_seconds = 0.0
         while self._places + len(self._handshakes) >= self.listen.connections_max and not self._evict(self.clock()):
-            # A handshake has its time too, and what is accepted in the same go is no connection yet.
+            # Handshakes are spared for a while too, and sockets accepted in the same go are not open yet.
             is_soon = self._quiet.is_soon or bool(self._handshakes)
             if not is_soon or waited_seconds >= _PLACE_SECONDS_MAX:
                 return
@@ -301,7 +301,7 @@ class ProxyServer(ServerContext):
             try:
                 connection.check_liveness(long_since=now - _LONG_SECONDS)
             except Exception:  # noqa: BLE001 - the outermost boundary of one look: it is not verified any more
-                _log.exception("looking after a connection met a defect; it is cut")
+                _log.exception("reviewing a connection failed; cutting it")
                 connection.abort()
 
     def _connection(self) -> ClientConnection:

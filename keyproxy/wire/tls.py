@@ -1,4 +1,4 @@
-"""TLS on both sides: TLS 1.2 or later, and nobody believed whose certificate does not verify."""
+"""TLS on both sides: TLS 1.2 or later, and certificates are always verified."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SHORT_NAMES: Final = {
     "userId": "UID",
 }
 
-#: What stands for itself in a header and in a distinguished name; all else is written as hexadecimal pairs.
+#: Characters that need no escape in a header or in a distinguished name; all others are written as hexadecimal pairs.
 _PLAIN = re.compile(r"[A-Za-z0-9._:@/ -]")
 
 
 class TlsError(Exception):
-    """A certificate, key or list of authorities that cannot be used. The text says which file and why."""
+    """A certificate, key or CA file that cannot be used. The message contains the file and the reason."""
 
 
 def server_context(certificate_file: str, key_file: str, client_ca_file: str = "") -> ssl.SSLContext:
-    """For the proxied port. `client_ca_file`: clients have to show a certificate of one of these. Raises TlsError."""
+    """For the proxied port. `client_ca_file`: clients need a certificate from one of these CAs. Raises TlsError."""
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A client that offers nothing but HTTP/2 learns that in the handshake and not by a 400. OpenSSL's own callback for
-    # ALPN, as Python sets it, goes on without a protocol.
+    # A client that offers only HTTP/2 gets an alert in the handshake, not a 400. OpenSSL's own callback for ALPN, as
+    # Python sets it, would continue without a protocol.
     context.set_alpn_protocols([PROTOCOL.decode("ascii")])
     context.sni_callback = refuse_other_protocols
     show(context, certificate_file, key_file)
@@ -50,7 +50,7 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
 
 
 def _context(protocol: int) -> TlsContext:
-    """As `ssl.create_default_context` makes it, which makes no subclass."""
+    """Create a context with the settings of `ssl.create_default_context`, which cannot create a subclass."""
     context = TlsContext(protocol)
     if sys.version_info >= (3, 13):
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
@@ -58,7 +58,7 @@ def _context(protocol: int) -> TlsContext:
 
 
 def show(context: ssl.SSLContext, certificate_file: str, key_file: str) -> None:
-    """From the next handshake on the context shows this certificate. Raises TlsError."""
+    """Use this certificate from the next handshake on. Raises TlsError."""
     try:
         context.load_cert_chain(certificate_file, key_file or None, password=_no_password)
     except (OSError, ssl.SSLError, ValueError) as error:
@@ -67,7 +67,7 @@ def show(context: ssl.SSLContext, certificate_file: str, key_file: str) -> None:
 
 
 def client_context(ca_file: str = "") -> ssl.SSLContext:
-    """For an https upstream: its name is verified. `ca_file`: instead of the system's authorities. Raises TlsError."""
+    """For an https upstream, with hostname checks. `ca_file`: replaces the system's CAs. Raises TlsError."""
     try:
         context = _context(ssl.PROTOCOL_TLS_CLIENT)
         if ca_file:
@@ -82,16 +82,16 @@ def client_context(ca_file: str = "") -> ssl.SSLContext:
 
 
 def upstream_context(upstream: schema.Upstream) -> ssl.SSLContext | None:
-    """How its certificates are verified; None if it has none. Raises TlsError.
+    """Return the context that verifies the upstream's certificates; None if it has none. Raises TlsError.
 
-    The system's authorities take a tenth of a second to load: only where they are needed.
+    Loading the system's CAs takes a tenth of a second, so they are loaded only if needed.
     """
     is_https = any(url.lower().startswith("https:") for url in (upstream.url, upstream.test_url))
     return client_context(upstream.tls_ca_file) if is_https or upstream.tls_ca_file else None
 
 
 def certificate_subject(tls: ssl.SSLObject) -> str | None:
-    """The subject of the peer's verified certificate as RFC 4514 writes it, most specific first; None without one."""
+    """Return the subject of the peer's verified certificate in RFC 4514 form, most specific first; None without one."""
     certificate = tls.getpeercert()
     if not certificate:
         return None
@@ -102,9 +102,9 @@ def certificate_subject(tls: ssl.SSLObject) -> str | None:
 
 
 def was_closed(tls: ssl.SSLObject | None) -> bool:
-    """Whether the end of a connection was said by the peer, and not made by somebody on the way.
+    """Whether the peer itself ended the connection, and not a third party on the network path.
 
-    Without TLS there is no telling; with it the peer says so. RFC 9112 section 9.8.
+    Only TLS can distinguish these, by the closure alert; without TLS this is always true. RFC 9112 section 9.8.
     """
     if tls is None:
         return True
@@ -120,22 +120,22 @@ def _escaped(value: str) -> str:
     text = "".join(
         one if _PLAIN.fullmatch(one) else "".join(f"\\{byte:02X}" for byte in one.encode("utf-8")) for one in value
     )
-    # Spaces at the edges would be taken for space around the value.
+    # Leading and trailing spaces would be read as padding around the value.
     return re.sub(r"^ | $", r"\\20", text)
 
 
 def _no_password() -> str:
-    raise ValueError("the key is encrypted, and there is nobody to ask for its password")
+    raise ValueError("the key is encrypted, and no password can be entered")
 
 
 def _why_unusable(error: BaseException, key_file: str) -> str:
-    """OpenSSL names its own functions; the two mistakes that operators make most are put into words."""
+    """Describe the two most frequent mistakes in words; OpenSSL's messages name its own functions."""
     if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
         return "the key does not belong to the certificate"
     if isinstance(error, ssl.SSLError) and not error.reason:
         if key_file:
-            return "the first holds no certificate in PEM, or the second no private key"
-        return "it does not hold both a certificate and its private key in PEM; name the key's own file in tls_key_file"
+            return "the first contains no PEM certificate, or the second no private key"
+        return "it does not contain both a PEM certificate and its private key; name the key's own file in tls_key_file"
     return _why(error)
 
 

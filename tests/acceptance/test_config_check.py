@@ -131,7 +131,7 @@ async def test_files_that_are_not_there_are_named(configure: Configure, dsn: str
     ("with_key", "sentence"),
     [
         ("other", "the key does not belong to the certificate"),
-        ("itself", "the first holds no certificate in PEM, or the second no private key"),
+        ("itself", "the first contains no PEM certificate, or the second no private key"),
         ("", "name the key's own file in tls_key_file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A long body is read in portions as a short one is at once, in little memory and in short portions of time."""
+"""A long body is read in portions with the same result as a short one, in little memory and short steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ options = st.fixed_dictionaries(
 
 
 def outcome(found: Any) -> Any:
-    """What was found in a body, or the reason for which it was refused."""
+    """Return the bounds found in a body, or the reason of its refusal."""
     try:
         asked = found()
     except Refusal as refusal:

@@ -1,4 +1,4 @@
-"""What an answer said was used is known, whatever its form and its pieces; what it did not say is not."""
+"""Reported usage is found in every form of response and in any pieces; unreported usage is not invented."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
         ("openai", b'\xef\xbb\xbf {"usage" :\n {"prompt_tokens":1,"completion_tokens":2} }', TokenUse(1, 2)),
         ("openai", b'{"usage":null,"usage":{"prompt_tokens":1,"completion_tokens":2}}', TokenUse(1, 2)),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"usage":null}', None),
-        # Cut short behind its usage: it was said.
+        # Truncated after its usage: it was reported.
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"choices":[{"mess', TokenUse(1, 2)),
         # Not said, or nonsense.
         ("openai", b"", None),
@@ -116,7 +116,7 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
     ],
 )
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "scanned"])
-def test_a_document_s_use_is_what_it_says_or_nothing(
+def test_a_document_has_the_usage_that_it_reports_or_none(
     kind: str, body: bytes, use: TokenUse | None, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
@@ -205,7 +205,7 @@ def test_a_usage_that_is_too_long_is_not_read_in_a_large_document(padding: int, 
         (JSON + b"Content-Encoding: gzip, gzip\r\n", None),
     ],
 )
-def test_only_an_answer_that_can_be_read_is_read(block: bytes, use: TokenUse | None) -> None:
+def test_only_readable_responses_are_read(block: bytes, use: TokenUse | None) -> None:
     assert use_of("openai", CHAT, block) == use
 
 
@@ -219,7 +219,7 @@ def test_only_an_answer_that_can_be_read_is_read(block: bytes, use: TokenUse | N
         (500, CHAT, TokenUse(11, 5)),
     ],
 )
-def test_an_error_used_nothing_unless_it_says_so(status: int, body: bytes, use: TokenUse | None) -> None:
+def test_an_error_used_nothing_unless_it_reports_usage(status: int, body: bytes, use: TokenUse | None) -> None:
     assert use_of("openai", body, status=status) == use
 
 
@@ -246,7 +246,7 @@ def test_an_error_used_nothing_unless_it_says_so(status: int, body: bytes, use: 
         (b"X-Usage-Tokens: " + b"9" * 5000 + b"\r\n", None),
     ],
 )
-def test_a_header_says_a_whole_number_once_or_nothing(block: bytes, use: TokenUse | None) -> None:
+def test_a_header_reports_one_whole_number_or_nothing(block: bytes, use: TokenUse | None) -> None:
     raw, reader = b"HTTP/1.1 200 OK\r\n%b\r\n" % block, ResponseReader(FieldNames())
     judged = reader.read(raw, len(raw) - 4)
     for _ in range(LEARNT_AFTER + 1):
@@ -327,11 +327,11 @@ def stream_use(kind: str, body: bytes, *, hides_usage: bool = False) -> tuple[To
         ("anthropic", MESSAGES.replace(b'"output_tokens":15', b'"output_tokens":null'), None),
     ],
 )
-def test_a_stream_s_use_is_what_it_said_last_or_nothing(kind: str, body: bytes, use: TokenUse | None) -> None:
+def test_a_stream_has_the_usage_that_it_reported_last_or_none(kind: str, body: bytes, use: TokenUse | None) -> None:
     assert stream_use(kind, body) == (use, body)
 
 
-def test_a_usage_chunk_that_the_client_did_not_ask_for_is_left_out_and_nothing_else() -> None:
+def test_only_a_usage_chunk_that_the_client_did_not_request_is_left_out() -> None:
     use, out = stream_use("openai", delta("Hi") + USAGE_CHUNK + DONE, hides_usage=True)
     assert (use, out) == (TokenUse(11, 2), delta("Hi") + DONE)
     # Azure's first chunk has no choices either; some servers put the usage into the last chunk with a choice.
@@ -340,7 +340,7 @@ def test_a_usage_chunk_that_the_client_did_not_ask_for_is_left_out_and_nothing_e
     assert stream_use("openai", first + last, hides_usage=True) == (TokenUse(11, 2), first + last)
 
 
-def test_nothing_is_left_out_of_an_answer_whose_length_is_announced_or_that_is_compressed() -> None:
+def test_nothing_is_left_out_of_a_response_with_a_length_or_a_coding() -> None:
     body = delta("Hi") + USAGE_CHUNK + DONE
     meter = meter_for("openai", head(EVENTS, has_content_length=True), hides_usage=True)
     assert fed(meter, [body]) == body
@@ -352,7 +352,7 @@ def test_nothing_is_left_out_of_an_answer_whose_length_is_announced_or_that_is_c
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_every_event_goes_on_with_the_piece_that_completes_it(end: bytes) -> None:
+def test_every_event_is_passed_on_with_the_piece_that_completes_it(end: bytes) -> None:
     events = [event.replace(b"\n", end) for event in (delta("Hi"), delta("!"), DONE)]
     meter = meter_for("openai", head(EVENTS), hides_usage=True)
     for event in events:
@@ -461,7 +461,7 @@ def packed(body: bytes, encoding: str) -> bytes:
 
 
 @given(st.sampled_from(["gzip", "zlib", "bare"]), st.lists(st.integers(0, 4000), max_size=9), st.booleans())
-def test_a_compressed_answer_is_read_and_passed_on_as_it_came(
+def test_a_compressed_response_is_read_and_passed_on_unchanged(
     encoding: str, places: list[int], is_stream: bool
 ) -> None:
     body = delta("Hi") + USAGE_CHUNK + DONE if is_stream else CHAT
@@ -538,7 +538,7 @@ HARD = {
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_no_answer_takes_long_to_read_and_all_of_it_goes_on(name: str, is_packed: bool) -> None:
+def test_no_response_takes_long_to_read_and_all_of_it_is_passed_on(name: str, is_packed: bool) -> None:
     block, body = HARD[name]
     raw = gzip.compress(body * 8, 1) if is_packed else body
     meter = meter_for("openai", head(block + b"Content-Encoding: gzip\r\n" * is_packed))
@@ -574,7 +574,7 @@ def test_a_stream_with_too_many_events_in_one_piece_is_charged_by_its_bytes_and_
     assert meter.use == TokenUse(11, 2)
 
 
-def test_a_compressed_answer_that_comes_faster_than_it_is_read_is_read_later() -> None:
+def test_a_compressed_response_that_arrives_faster_than_it_is_read_is_read_later() -> None:
     words = b"".join(b'"%d words and numbers",' % number for number in range(20_000))
     body = b'{"a":[%b1],"usage":{"prompt_tokens":11,"completion_tokens":5}}' % words
     assert inflating_meter.INFLATED_BYTES_MAX < len(body) < 2 * inflating_meter.INFLATED_BYTES_MAX
@@ -582,7 +582,7 @@ def test_a_compressed_answer_that_comes_faster_than_it_is_read_is_read_later() -
 
 
 @given(st.text("\r\nd:", max_size=60).map(str.encode), st.lists(st.integers(0, 60), max_size=9), st.booleans())
-def test_what_passes_unread_goes_on_once_whatever_the_pieces(raw: bytes, places: list[int], has_begun: bool) -> None:
+def test_unread_content_is_passed_on_once_whatever_the_pieces(raw: bytes, places: list[int], has_begun: bool) -> None:
     body = (b"data: {}\n\n" if has_begun else b"") + raw
     meter = meter_for("openai", head(EVENTS))
     before, sse_meter._EVENTS_MAX = sse_meter._EVENTS_MAX, 2  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What a request may use is bounded from above, and no two readers disagree about what bounds it."""
+"""The usage of a request is bounded from above, and no two parsers disagree about its bound."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_a_maximum_that_is_no_whole_number_is_refused(name: str, value: str) -> 
     ],
 )
 @pytest.mark.parametrize("is_long", [False, True])
-def test_a_maximum_that_is_no_whole_number_is_named_with_what_is_wrong_with_it(
-    name: str, value: str, fault: str, is_long: bool
-) -> None:
+def test_a_refused_maximum_is_named_with_its_fault(name: str, value: str, fault: str, is_long: bool) -> None:
     filler = "x" * 70_000 if is_long else "x"
     with pytest.raises(Refusal) as caught:
         ask(f'{{"model":"{filler}","{name}":{value}}}'.encode())
@@ -148,7 +146,7 @@ def test_a_maximum_that_is_no_whole_number_is_named_with_what_is_wrong_with_it(
          "The body is not well-formed JSON in UTF-8: it ends early or is invalid at character 14."),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_body_is_named(body: bytes, field: str | None, said: str) -> None:
+def test_the_fault_of_a_body_is_named(body: bytes, field: str | None, said: str) -> None:
     with pytest.raises(Refusal) as caught:
         ask(body)
     assert (caught.value.field, caught.value.said, caught.value.is_said_alone) == (field, said, True)
@@ -202,7 +200,7 @@ def test_a_body_that_is_broken_or_has_two_readings_is_refused(body: bytes) -> No
         b' \n{ "max_tokens" :\t5 }\n',
     ],
 )
-def test_what_does_not_count_may_be_there_as_it_likes(body: bytes) -> None:
+def test_insignificant_content_is_not_restricted(body: bytes) -> None:
     assert ask(body).maximum == 5
 
 
@@ -235,7 +233,7 @@ def test_embeddings_put_nothing_out_and_a_route_of_any_kind_may_put_out_without_
 
 
 @pytest.mark.parametrize("kind", ["openai", "anthropic", "header"])
-def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
+def test_the_output_of_a_tunnel_is_unknown(kind: str) -> None:
     raw = (
         b"GET /v1/realtime HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -246,7 +244,7 @@ def test_what_a_tunnel_may_put_out_nobody_knows(kind: str) -> None:
     assert asked.maximum is None
 
 
-def test_who_sends_ever_new_names_is_read_alike_and_fills_no_memory() -> None:
+def test_ever_new_names_are_read_alike_and_fill_no_memory() -> None:
     for number in range(_MET_MAX + 10):
         assert ask(b'{"name_%d":1,"n":3,"max_tokens":%d}' % (number, number)).maximum == 3 * number
         assert len(_met) <= _MET_MAX
@@ -294,13 +292,13 @@ def test_an_image_counts_without_its_bytes_however_its_url_is_escaped(
         assert abs(bound.prompt_bound - (len(body) + MEDIA_TOKENS - len(spelt))) < 12
 
 
-def test_tools_add_what_anthropic_says_of_them() -> None:
+def test_tools_add_the_tokens_that_anthropic_documents() -> None:
     body = chat(tools=[{"name": "t"}])
     assert ask(body, kind="anthropic").prompt_bound == len(body) + TOOLS_TOKENS
     assert ask(body, kind="openai").prompt_bound == len(body)
 
 
-# -- usage that is asked for on the client's behalf
+# -- usage that is requested on the client's behalf
 
 
 @pytest.mark.parametrize(
@@ -333,7 +331,7 @@ def test_tools_add_what_anthropic_says_of_them() -> None:
         ),
     ],
 )
-def test_a_stream_is_made_to_tell_its_usage_and_nothing_else_of_the_body_changes(body: bytes, new: bytes) -> None:
+def test_usage_is_requested_of_a_stream_and_nothing_else_of_the_body_changes(body: bytes, new: bytes) -> None:
     found = ask(body)
     assert (found.body, found.hides_usage, found.streams, found.prompt_bound) == (new, True, True, len(body))
 
@@ -352,7 +350,7 @@ def test_a_stream_is_made_to_tell_its_usage_and_nothing_else_of_the_body_changes
         (b'{"model":"m","prompt":{"id":"p"},"stream":true}', "openai"),
     ],
 )
-def test_no_usage_is_asked_for_where_it_comes_anyway_or_cannot_be_asked_for(body: bytes, kind: str) -> None:
+def test_no_usage_is_requested_where_it_is_reported_anyway_or_cannot_be_requested(body: bytes, kind: str) -> None:
     found = ask(body, kind=kind)
     assert (found.body, found.hides_usage) == (None, False)
 
@@ -390,7 +388,7 @@ def test_the_new_body_is_the_same_json_but_for_the_usage(
 
 
 @pytest.mark.parametrize(("encoding", "bits"), [(b"gzip", 31), (b"X-GZIP", 31), (b"deflate", 15), (b"deflate", -15)])
-def test_a_compressed_body_is_read_and_goes_on_compressed_alike(encoding: bytes, bits: int) -> None:
+def test_a_compressed_body_is_read_and_forwarded_in_the_same_coding(encoding: bytes, bits: int) -> None:
     compressor = zlib.compressobj(wbits=bits)
     body = chat(max_tokens=5, stream=True)
     raw = compressor.compress(body) + compressor.flush()
@@ -424,7 +422,7 @@ def test_a_compressed_body_may_grow_to_the_bound() -> None:
 
 
 @given(st.binary(max_size=80) | st.text('{}[]":,\\ntrue15max_tokens', max_size=80).map(str.encode))
-def test_no_body_whatever_raises_anything_but_a_refusal(body: bytes) -> None:
+def test_no_body_raises_anything_but_a_refusal(body: bytes) -> None:
     for block in (JSON, b"", JSON + b"Content-Encoding: gzip\r\n", JSON + b"Content-Encoding: deflate\r\n"):
         try:
             found = ask(body, block)
@@ -446,7 +444,7 @@ def test_no_body_whatever_raises_anything_but_a_refusal(body: bytes) -> None:
         ),
     ],
 )
-def test_a_metered_request_asks_for_an_answer_that_can_be_read(block: bytes, going: bytes) -> None:
+def test_a_metered_request_requests_a_readable_response(block: bytes, going: bytes) -> None:
     asks = going + b"Accept-Encoding: identity\r\n"
     assert for_metering(block, accepts_codings=True, content_length=None) == asks
     longer = b"content-length: 5\r\n" + block

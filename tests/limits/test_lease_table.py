@@ -1,4 +1,4 @@
-"""The book of one process, rule by rule: what may be taken, what goes back, what is asked for."""
+"""The lease table of one process, rule by rule: what can be taken, what is returned, what is requested."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Fleet:
 
 
 class Process:
-    """A book with a clock of its own, and its conversation."""
+    """A lease table with its own clock, and its exchange with the ledger."""
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
@@ -51,7 +51,7 @@ class Process:
         return self.fleet.now + 5_000.0
 
     def sync(self, *, everything: bool = True, is_last: bool = False, answer_is_lost: bool = False) -> int:
-        """One message and its answer. How many lines it had."""
+        """Send one message and apply its reply. Return its number of lines."""
         if everything or is_last:
             self.book.gather(self.now, is_last=is_last)
         lines = self.book.lines(self.now, LINES_MAX)
@@ -67,7 +67,7 @@ class Process:
         return len(lines)
 
     def take(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Hold:
-        """As a request does it: the ledger is asked as often as it takes."""
+        """Take like a request: with as many ledger requests as necessary."""
         for _ in range(4):
             try:
                 return self.book.take(allowance, self.now, tokens)
@@ -79,7 +79,7 @@ class Process:
         return self.book.take(allowance, self.now, tokens)
 
     def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
-        """As a request does it that was charged before."""
+        """Take like a request that was charged before."""
         for _ in range(4):
             try:
                 return self.book.take_again(allowance, self.now, tokens, paid)
@@ -95,11 +95,11 @@ class Process:
         return caught.value
 
     def used(self, hold: Hold, tokens: int = 0) -> None:
-        """A request ends that was sent."""
+        """End a request that was sent."""
         self.book.settle(hold, was_sent=True, tokens=tokens)
 
     def leave(self) -> None:
-        """Everything goes back."""
+        """Return everything."""
         for _ in range(3):
             self.sync(is_last=True)
         assert not self.book.has_leases
@@ -131,7 +131,7 @@ def under(*plans: Plan, pools: tuple[Pool, ...] = (USER, TENANT, KEY)) -> Allowa
         (Plan(tokens_per_day=5, tokens_per_request=5), TokenNeed(5, 5)),
     ],
 )
-def test_a_limit_that_has_just_refused_is_known_to_refuse_whatever_a_request_needs(
+def test_a_limit_that_just_refused_refuses_every_request(
     fleet: Fleet, process: Process, plan: Plan, tokens: TokenNeed | None
 ) -> None:
     allowance, other = under(plan), under(plan, pools=(TENANT,))
@@ -143,7 +143,7 @@ def test_a_limit_that_has_just_refused_is_known_to_refuse_whatever_a_request_nee
     with pytest.raises(Refusal):
         process.book.check(allowance, process.now, TokenNeed(1, 1))
     assert not process.book.has_refused(other, process.now)
-    # The ledger is asked again after a while.
+    # The ledger request is retried after a while.
     fleet.now += 11.0
     assert not process.book.has_refused(allowance, process.now)
 
@@ -190,9 +190,7 @@ def test_a_window_is_held_while_requests_in_flight_may_give_it_back_and_spent_wh
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_window_is_spent_as_soon_as_its_last_request_has_ended_also_if_the_ledger_has_not_heard_of_it(
-    process: Process, ends: bool
-) -> None:
+def test_a_window_is_spent_once_its_last_request_ends_even_before_it_is_settled(process: Process, ends: bool) -> None:
     allowance = under(Plan(requests_per_day=2))
     process.used(process.take(allowance))
     last = process.take(allowance)
@@ -218,7 +216,7 @@ def test_tokens_that_would_fit_if_all_in_flight_came_back_are_held(
 
 
 @pytest.mark.parametrize(("need", "reason"), [(100, None), (101, Reason.TOKEN_LIMIT_PER_REQUEST)])
-def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_asking_the_ledger(
+def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_a_ledger_request(
     process: Process, need: int, reason: Reason | None
 ) -> None:
     allowance = under(Plan(tokens_per_day=1_000, tokens_per_month=100))
@@ -234,7 +232,7 @@ def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_asking
     assert process.serial == 0
 
 
-def test_the_last_unit_is_spent_by_whichever_process_asks(fleet: Fleet) -> None:
+def test_the_last_unit_can_be_spent_by_any_process(fleet: Fleet) -> None:
     fleet_of_three = [fleet.process() for _ in range(3)]
     allowances = [under(Plan(requests_per_day=50)) for _ in range(3)]
     for number in range(50):
@@ -270,7 +268,7 @@ def test_what_is_free_of_a_window_that_is_over_is_not_taken_today(fleet: Fleet, 
         process.book.take(allowance, process.now)
 
 
-def test_a_lease_whose_first_answer_is_lost_at_midnight_stays_in_its_day(fleet: Fleet, process: Process) -> None:
+def test_a_lease_whose_first_reply_is_lost_at_midnight_stays_in_its_day(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as short:
         process.book.take(allowance, process.now)
@@ -310,7 +308,7 @@ def test_all_keys_of_a_user_draw_on_one_pool_and_test_keys_on_another(process: P
     process.used(process.take(test))
 
 
-def test_what_was_not_sent_is_given_back(fleet: Fleet, process: Process) -> None:
+def test_a_request_that_was_not_sent_is_released(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=1, concurrency=1, tokens_per_day=10))
     for _ in range(3):
         process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=False, tokens=10)
@@ -329,7 +327,7 @@ def test_slots_are_free_again_when_requests_end_however_they_end(process: Proces
 
 
 def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Process) -> None:
-    # Who asked for it may still wait for another lease: were it given back meanwhile, the two would never meet.
+    # The request may still wait for another lease: if this one were returned meanwhile, it might never hold both.
     allowance = under(Plan(requests_per_day=9))
     with pytest.raises(Short) as short:
         process.book.take(allowance, process.now)
@@ -347,13 +345,11 @@ def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Proces
 # -- requests that are sent again
 
 
-def test_a_repeat_gives_its_request_back_and_is_charged_the_tokens_that_are_said(
-    fleet: Fleet, process: Process
-) -> None:
+def test_a_repeat_releases_its_request_and_is_charged_the_given_tokens(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
     process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
     process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
-    # Pace is pace: what came was served.
+    # Units of a rate stay used: the request was served.
     assert process.refused(allowance).reason is Reason.RATE_LIMITED
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 13)
@@ -402,7 +398,7 @@ def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
 
 
 @pytest.mark.parametrize("paid", [0, 1, 49])
-def test_a_repeat_is_refused_if_what_it_may_use_beyond_them_is_not_there(process: Process, paid: int) -> None:
+def test_a_repeat_is_refused_if_the_budget_lacks_what_it_may_use_beyond_them(process: Process, paid: int) -> None:
     allowance = under(Plan(tokens_per_day=100))
     process.used(process.take(allowance, TokenNeed(1, 51 + paid)), tokens=51 + paid)
     with pytest.raises(Refusal) as caught:
@@ -413,7 +409,7 @@ def test_a_repeat_is_refused_if_what_it_may_use_beyond_them_is_not_there(process
 def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
     hold = process.again(allowance, TokenNeed(1, 50), 50)
-    # A lease that holds nothing: whoever speaks with the ledger has to know of it all the same.
+    # A lease that holds nothing: the ledger synchronisation has to know it nevertheless.
     assert process.wakes == 1
     process.book.settle(hold, was_sent=True, tokens=7, is_repeat=True)
     process.leave()
@@ -423,7 +419,7 @@ def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet,
 # -- plans that change
 
 
-def test_a_raised_limit_is_in_force_in_the_running_window(process: Process) -> None:
+def test_a_raised_limit_applies_in_the_current_window(process: Process) -> None:
     allowance = under(Plan(requests_per_day=1))
     process.used(process.take(allowance))
     process.refused(allowance)
@@ -433,7 +429,7 @@ def test_a_raised_limit_is_in_force_in_the_running_window(process: Process) -> N
     assert process.refused(raised).reason is Reason.QUOTA_EXHAUSTED
 
 
-def test_a_lowered_limit_is_in_force_at_once_though_more_was_leased(fleet: Fleet, process: Process) -> None:
+def test_a_lowered_limit_applies_immediately_although_more_was_leased(fleet: Fleet, process: Process) -> None:
     process.used(process.take(under(Plan(requests_per_day=100))))
     lowered = under(Plan(requests_per_day=2))
     process.used(process.take(lowered))
@@ -442,7 +438,7 @@ def test_a_lowered_limit_is_in_force_at_once_though_more_was_leased(fleet: Fleet
     assert fleet.row("requests_per_day").spent == 2
 
 
-def test_what_is_granted_under_a_plan_that_was_lowered_meanwhile_goes_back(fleet: Fleet, process: Process) -> None:
+def test_a_grant_under_a_plan_that_was_lowered_meanwhile_is_returned(fleet: Fleet, process: Process) -> None:
     before = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as short:
         process.book.take(before, process.now)
@@ -460,7 +456,7 @@ def test_what_is_granted_under_a_plan_that_was_lowered_meanwhile_goes_back(fleet
     assert process.refused(lowered).reason is Reason.QUOTA_EXHAUSTED
 
 
-def test_a_limit_that_is_removed_limits_no_more_and_one_that_is_added_does(process: Process) -> None:
+def test_a_removed_limit_stops_applying_and_an_added_one_starts(process: Process) -> None:
     process.used(process.take(under(Plan(requests_per_day=1))))
     without = under(Plan(concurrency=5))
     for _ in range(5):
@@ -479,7 +475,7 @@ def test_the_known_maximum_is_held_and_what_was_not_used_is_free_again(fleet: Fl
     hold = process.take(allowance, TokenNeed(10, 60))
     assert hold.tokens == 60
     assert process.refused(allowance, TokenNeed(10, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
-    # What comes back is there at once, although no was said a moment ago.
+    # Released tokens are available immediately, although the ledger refused a moment ago.
     process.used(hold, tokens=0)
     hold = process.take(allowance, TokenNeed(10, 100))
     process.used(hold, tokens=100)
@@ -487,7 +483,7 @@ def test_the_known_maximum_is_held_and_what_was_not_used_is_free_again(fleet: Fl
     assert fleet.row("tokens_per_day").spent == 100
 
 
-def test_without_a_maximum_the_plan_says_how_much_one_request_holds(process: Process) -> None:
+def test_without_a_maximum_the_plan_determines_how_much_one_request_holds(process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100, tokens_per_request=30))
     assert process.take(allowance, TokenNeed(5, None)).tokens == 30
     assert process.refused(allowance, TokenNeed(5, 31)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
@@ -504,7 +500,7 @@ def test_without_any_maximum_all_that_is_left_is_held_by_one_request_at_a_time(p
     assert process.take(allowance, TokenNeed(0, None)).tokens == 990
 
 
-def test_who_takes_all_that_is_left_asks_for_it_although_enough_for_others_lies_here(
+def test_a_request_for_all_that_is_left_goes_to_the_ledger_although_some_is_free_here(
     fleet: Fleet, process: Process
 ) -> None:
     allowance = under(Plan(tokens_per_day=2000))
@@ -516,7 +512,7 @@ def test_who_takes_all_that_is_left_asks_for_it_although_enough_for_others_lies_
 
 
 @pytest.mark.parametrize("need", [TokenNeed(0, None), TokenNeed(0, 0), TokenNeed(1, 1)])
-def test_a_budget_that_is_gone_lets_nothing_through_however_little_it_asks(process: Process, need: TokenNeed) -> None:
+def test_a_spent_budget_refuses_every_request_however_little_it_needs(process: Process, need: TokenNeed) -> None:
     allowance = under(Plan(tokens_per_day=10))
     process.used(process.take(allowance, TokenNeed(0, 10)), tokens=10)
     assert process.refused(allowance, need).reason is Reason.TOKEN_BUDGET_EXHAUSTED
@@ -608,7 +604,7 @@ def test_nothing_is_taken_of_leases_when_their_holders_time_is_over(fleet: Fleet
         process.book.take(allowance, process.now)
 
 
-def test_a_process_that_slept_past_its_leases_spends_none_of_them_and_begins_again(
+def test_a_process_suspended_past_its_leases_spends_none_of_them_and_starts_over(
     fleet: Fleet, process: Process
 ) -> None:
     allowance = under(Plan(requests_per_day=100))
@@ -624,7 +620,7 @@ def test_a_process_that_slept_past_its_leases_spends_none_of_them_and_begins_aga
     assert (row.spent, row.forfeited, row.held) == (held + 1, held, 0)
 
 
-def test_what_lies_idle_for_a_second_goes_back_and_the_lease_is_closed(fleet: Fleet, process: Process) -> None:
+def test_units_idle_for_a_second_are_returned_and_the_lease_is_closed(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     process.used(process.take(allowance))
     process.sync()
@@ -638,7 +634,7 @@ def test_what_lies_idle_for_a_second_goes_back_and_the_lease_is_closed(fleet: Fl
     assert process.sync() == 0
 
 
-def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fleet, process: Process) -> None:
+def test_long_holds_are_not_reviewed_repeatedly(fleet: Fleet, process: Process) -> None:
     plan, pools = Plan(tokens_per_day=1_000), [Pool("user", f"u_{number}", False) for number in range(50)]
     holds = [process.take(under(plan, pools=(pool,)), TokenNeed(10, 90)) for pool in pools]
     for _ in range(4):
@@ -651,9 +647,7 @@ def test_what_requests_hold_for_long_is_not_looked_at_again_and_again(fleet: Fle
     assert list(process.book._due) == list(holds[7].budgets)
 
 
-def test_a_message_that_has_to_claim_something_does_although_all_of_it_is_taken_up_by_what_closes(
-    process: Process, fleet: Fleet
-) -> None:
+def test_a_message_that_has_to_claim_does_so_even_if_closing_leases_fill_it(process: Process, fleet: Fleet) -> None:
     plan = Plan(requests_per_day=100)
     busy = process.take(under(plan, pools=(Pool("user", "busy", False),)))
     for number in range(20):
@@ -676,7 +670,7 @@ def test_a_message_that_has_to_claim_something_does_although_all_of_it_is_taken_
     assert sum(row.spent for row in fleet.ledger.rows.values()) == 21
 
 
-def test_of_many_leases_those_that_somebody_waits_for_are_told_first_and_the_rest_later(process: Process) -> None:
+def test_of_many_leases_those_with_waiting_requests_are_sent_first(process: Process) -> None:
     pools = [Pool("user", f"u_{number}", False) for number in range(20)]
     for pool in pools[:10]:
         process.used(process.take(under(Plan(requests_per_day=5), pools=(pool,))))
@@ -689,7 +683,7 @@ def test_of_many_leases_those_that_somebody_waits_for_are_told_first_and_the_res
     assert told == [*pools[10:16], *pools[:2]]
 
 
-def test_what_another_process_is_short_of_goes_back_at_the_next_message(fleet: Fleet) -> None:
+def test_units_that_another_process_needs_are_returned_with_the_next_message(fleet: Fleet) -> None:
     rich, poor = fleet.process(), fleet.process()
     allowance = under(Plan(requests_per_day=5))
     rich.used(rich.take(allowance))
@@ -703,7 +697,7 @@ def test_what_another_process_is_short_of_goes_back_at_the_next_message(fleet: F
     assert fleet.row("requests_per_day").held == 0
 
 
-def test_a_lost_answer_leaves_nothing_behind(fleet: Fleet, process: Process) -> None:
+def test_a_lost_reply_leaves_nothing_behind(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     process.used(process.take(allowance))
     for _ in range(3):
@@ -713,9 +707,7 @@ def test_a_lost_answer_leaves_nothing_behind(fleet: Fleet, process: Process) -> 
     assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (1, 0)
 
 
-def test_requests_that_arrive_while_the_first_answer_is_under_way_wait_for_the_same_lease(
-    fleet: Fleet, process: Process
-) -> None:
+def test_requests_that_arrive_before_the_first_reply_wait_for_the_same_lease(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as first:
         process.book.take(allowance, process.now)
@@ -737,7 +729,7 @@ def test_a_forgotten_identity_draws_on_the_same_lease_when_it_comes_back(process
     assert process.book.outstanding == 1
 
 
-def test_two_leases_of_one_window_in_one_message_are_not_both_granted_what_is_there_once(fleet: Fleet) -> None:
+def test_two_leases_of_one_window_in_one_message_are_not_granted_the_same_units(fleet: Fleet) -> None:
     process = fleet.process()
     process.used(process.take(under(Plan(requests_per_day=5))))
     process.book.gather(process.now)
@@ -756,7 +748,7 @@ def test_what_lies_ahead_at_most_doubles_so_that_a_spike_does_not_take_all(fleet
     assert fleet.row("requests_per_day").held + fleet.row("requests_per_day").spent <= 40
 
 
-def test_in_steady_state_nobody_waits(fleet: Fleet, process: Process) -> None:
+def test_no_request_waits_in_steady_state(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=1_000_000, rate=1000.0))
     waited = 0
     for number in range(2000):
@@ -775,7 +767,7 @@ def test_in_steady_state_nobody_waits(fleet: Fleet, process: Process) -> None:
 # -- when the ledger cannot be asked
 
 
-def test_lenient_takes_although_nothing_is_left_and_settles_it_all_later(fleet: Fleet, process: Process) -> None:
+def test_lenient_admits_although_nothing_is_left_and_settles_everything_later(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=3, tokens_per_day=10))
     process.book.is_lenient = True
     for _ in range(5):
@@ -788,7 +780,7 @@ def test_lenient_takes_although_nothing_is_left_and_settles_it_all_later(fleet: 
     assert process.refused(allowance, TokenNeed(1, 1)).reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
 
 
-def test_what_was_taken_beyond_its_leases_is_charged_although_the_holder_was_ended_meanwhile(
+def test_units_taken_beyond_the_leases_are_charged_although_the_holder_was_ended(
     fleet: Fleet, process: Process
 ) -> None:
     allowance = under(Plan(requests_per_day=100, tokens_per_day=1000, concurrency=2))
@@ -800,7 +792,7 @@ def test_what_was_taken_beyond_its_leases_is_charged_although_the_holder_was_end
     fleet.ledger.end(process.name)
     process.book.is_lenient = False
     process.sync()
-    assert process.name.endswith("'"), "it was told that it has ended"
+    assert process.name.endswith("'"), "the process learnt that its holder ended"
     process.leave()
     # All leases were charged in full, and nothing else that was used is missing or counted twice.
     assert fleet.row("requests_per_day").spent == 51
@@ -808,7 +800,9 @@ def test_what_was_taken_beyond_its_leases_is_charged_although_the_holder_was_end
     assert [fleet.row(measure).held for measure in ("requests_per_day", "tokens_per_day", "concurrency")] == [0, 0, 0]
 
 
-def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fleet: Fleet, process: Process) -> None:
+def test_a_ledger_that_lost_history_receives_all_held_used_and_closed_leases_again(
+    fleet: Fleet, process: Process
+) -> None:
     quiet, busy = under(Plan(requests_per_day=100)), under(Plan(requests_per_month=100), pools=(TENANT,))
     process.used(process.take(busy))
     process.sync()
@@ -834,7 +828,7 @@ def test_a_ledger_that_lost_history_hears_again_what_is_held_used_and_closed(fle
 # -- rates
 
 
-def test_a_rate_lets_its_burst_through_and_then_one_after_the_other(fleet: Fleet, process: Process) -> None:
+def test_a_rate_admits_its_burst_and_then_one_after_the_other(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(rate=0.5, burst=3))
     for _ in range(3):
         process.used(process.take(allowance))
@@ -848,9 +842,7 @@ def test_a_rate_lets_its_burst_through_and_then_one_after_the_other(fleet: Fleet
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.01, 10), (1.0, 5), (3.0, 3)])
-def test_units_of_a_slow_rate_are_not_lost_by_lying_here(
-    fleet: Fleet, process: Process, rate: float, burst: int
-) -> None:
+def test_idle_units_of_a_slow_rate_are_not_lost(fleet: Fleet, process: Process, rate: float, burst: int) -> None:
     allowance = under(Plan(rate=rate, burst=burst))
     for _ in range(burst):
         process.used(process.take(allowance))
@@ -858,7 +850,7 @@ def test_units_of_a_slow_rate_are_not_lost_by_lying_here(
         process.sync()
 
 
-def test_units_of_a_rate_lapse_a_second_after_they_were_asked_for(fleet: Fleet, process: Process) -> None:
+def test_units_of_a_rate_lapse_a_second_after_their_request(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(rate=100.0, burst=100))
     for _ in range(4):
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Several books over one ledger, whatever happens in whatever order: no window is overspent, nothing is counted twice.
+"""Several lease tables over one ledger, with events in any order: no window is overspent, nothing is counted twice.
 
 Hypothesis chooses the events (requests of every kind, messages, lost answers, processes that die or sleep, time that
 passes) and makes a sequence that breaks a rule as short as it can. What was admitted is counted here by the requests
@@ -32,19 +32,19 @@ LIMITS = st.one_of(
 
 
 class Request(NamedTuple):
-    """One that is under way, and the process that let it in."""
+    """A request in flight, and the process that admitted it."""
 
     process: Process
     hold: Hold
 
 
 def _need(least: int, more: int) -> TokenNeed:
-    # One that does not say how much it may use at most takes all there is; the others are to have a chance.
+    # A request without a maximum takes all that is left; the others should get a chance.
     return TokenNeed(least, None if (least, more) == (9, 9) else least + more)
 
 
 class Spending(RuleBasedStateMachine):
-    """See the module."""
+    """The state machine of processes, requests and one ledger."""
 
     requests = Bundle("requests")
 
@@ -60,7 +60,7 @@ class Spending(RuleBasedStateMachine):
 
     @initialize(limits=st.lists(LIMITS, min_size=1, max_size=6), number=st.integers(1, 3))
     def begin(self, limits: list[tuple[Pool, str, int]], number: int) -> None:
-        """Somebody's limits, and some processes."""
+        """Set the limits, and start some processes."""
         plans: dict[Pool, dict[str, int]] = {pool: {} for pool in POOLS}
         for pool, measure, limit in limits:
             plans[pool][measure] = limit
@@ -78,7 +78,7 @@ class Spending(RuleBasedStateMachine):
         needs=st.lists(st.builds(_need, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
     )  # fmt: skip
     def arrive(self, number: int, needs: list[TokenNeed]) -> object:
-        """Some arrive at once; what they wait for is asked for."""
+        """Several requests arrive at once; the units that they wait for are requested."""
         process = self._process(number)
         let_in = []
         for need in needs:
@@ -89,7 +89,7 @@ class Spending(RuleBasedStateMachine):
 
     @rule(answered=st.lists(consumes(requests), min_size=1, max_size=4), share=st.floats(0.0, 1.0))
     def are_answered(self, answered: list[Request], share: float) -> None:
-        """Some were answered, and used at most what they held."""
+        """Some requests completed, and used at most what they held."""
         for request in answered:
             self._answer(request, share)
 
@@ -105,7 +105,7 @@ class Spending(RuleBasedStateMachine):
 
     @rule(request=consumes(requests))
     def never_sent(self, request: Request) -> None:
-        """The upstream could not be had."""
+        """The upstream was unavailable."""
         self.under_way.remove(request)
         request.process.book.settle(request.hold, was_sent=False)
 
@@ -122,30 +122,30 @@ class Spending(RuleBasedStateMachine):
         self.under_way[self.under_way.index(request)] = longer
         return longer
 
-    # -- messages, and what becomes of processes
+    # -- messages, and the ends of processes
 
     @rule(number=st.integers(0, 2), everything=st.booleans(), answer_is_lost=st.booleans())
     def message(self, number: int, everything: bool, answer_is_lost: bool) -> None:
-        """A process and the ledger speak."""
+        """A process exchanges a message with the ledger."""
         self._process(number).sync(everything=everything, answer_is_lost=answer_is_lost)
 
     @rule(seconds=st.sampled_from([0.1, 0.1, 0.6, 1.1, 2.5, LEASE_SECONDS * 0.96, LEASE_SECONDS + 1, 43_200.0]))
     def time_passes(self, seconds: float) -> None:
-        """For all of them; whoever has not spoken for as long as a lease lasts is dead to the ledger."""
+        """Advance the time of all; the ledger ends holders that sent nothing for the duration of a lease."""
         self.fleet.now += seconds
         self.has_lapsed = self.has_lapsed or seconds >= LEASE_SECONDS * 0.9
         self.fleet.ledger.reap()
 
     @rule(number=st.integers(0, 2))
     def dies(self, number: int) -> None:
-        """Without a word. Another one comes; what requests of the dead one do is not heard of any more."""
+        """Kill a process and start another one; the dead one's requests are not reported any more."""
         self.has_lapsed = True
         dead = self._process(number)
         successor = self.fleet.process()
         self.processes[self.processes.index(dead)] = successor
         self.allowances[successor] = Allowance(self.pools)
 
-    # -- what holds
+    # -- invariants
 
     def _count(self, leases: tuple[Lease, ...], units: int) -> None:
         for lease in leases:
@@ -162,7 +162,7 @@ class Spending(RuleBasedStateMachine):
                 assert self.used[window, starts] <= row.spent + row.held, (window, row)
 
     def teardown(self) -> None:
-        """All is answered, all leave, the dead are buried: spent is what was used and what was forfeited."""
+        """All requests end, all processes leave, dead holders expire: spent is what was used or forfeited."""
         if not self.processes:
             return
         for request in list(self.under_way):

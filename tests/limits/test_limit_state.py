@@ -1,4 +1,4 @@
-"""What a limit tells callers in header fields."""
+"""The state of a limit in header fields."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_no_limit_no_line() -> None:
         (10**15, 5, b"r=999999999999999;t=5"),
     ],
 )
-def test_what_remains_is_never_below_zero_and_no_wait_is_told_too_short(
+def test_the_remaining_amount_is_never_negative_and_no_wait_is_too_short(
     remaining: int, reset_seconds: float | None, told: bytes
 ) -> None:
     state = LimitState(DAILY, remaining, reset_seconds)
@@ -65,7 +65,9 @@ def test_what_remains_is_never_below_zero_and_no_wait_is_told_too_short(
         ("a", 1, None, 'x"'),
     ],
 )
-def test_a_policy_that_could_not_be_told_cannot_be_made(name: str, quota: int, window: int | None, unit: str) -> None:
+def test_a_policy_that_cannot_be_serialised_cannot_be_created(
+    name: str, quota: int, window: int | None, unit: str
+) -> None:
     with pytest.raises(ValueError, match=r"name holds|negative"):
         LimitPolicy(name, quota, window, unit)
 
@@ -93,7 +95,7 @@ def test_every_line_is_a_list_of_strings_with_parameters(given_states: list[Limi
 
 
 @given(states)
-def test_the_body_and_the_field_tell_the_same(state: LimitState) -> None:
+def test_the_body_and_the_field_agree(state: LimitState) -> None:
     line = limit_state.state_line([state])
     found = re.search(rb";r=(\d+)(?:;t=(\d+))?\r\n\Z", line)
     assert found is not None

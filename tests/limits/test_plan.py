@@ -1,4 +1,4 @@
-"""Plans: what they say, what they refuse to say, and that storing one changes nothing."""
+"""Plans: valid and invalid limits, and that storing a plan changes nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAMES = [field.name for field in dataclasses.fields(Plan)]
     ("text", "per_second"),
     [("50/s", 50), ("50", 50), ("3000/min", 50), ("3000/m", 50), ("180/h", 0.05), ("86400/d", 1), ("0.5/s", 0.5)],
 )
-def test_a_rate_is_written_as_people_do(text: str, per_second: float) -> None:
+def test_common_spellings_of_a_rate_are_parsed(text: str, per_second: float) -> None:
     assert rate_per_second(text) == pytest.approx(per_second)
 
 
 @pytest.mark.parametrize("text", ["", "/s", "50/", "50/w", "-1/s", "1e3/s", "fast", "50 /s", "nan", "5,0/s"])
-def test_what_is_no_rate_is_told_how_to_write_one(text: str) -> None:
+def test_an_invalid_rate_is_refused_with_the_valid_forms(text: str) -> None:
     with pytest.raises(InvalidPlanError, match="50/s"):
         rate_per_second(text)
 
@@ -51,14 +51,14 @@ def test_a_stored_plan_is_the_same_plan(limits: dict[str, float | None]) -> None
         {"tokens_per_month": {}},
     ],
 )  # fmt: skip
-def test_limits_that_mean_nothing_are_refused(limits: object) -> None:
+def test_invalid_limits_are_refused(limits: object) -> None:
     with pytest.raises(InvalidPlanError):
         Plan.from_json(limits)
 
 
 @pytest.mark.parametrize(("plan", "burst"), [(Plan(rate=0.5), 1), (Plan(rate=50.0), 50), (Plan(rate=1.5), 2),
                                               (Plan(rate=50.0, burst=7), 7), (NO_LIMITS, 0)])  # fmt: skip
-def test_a_burst_is_one_seconds_worth_unless_it_is_said(plan: Plan, burst: int) -> None:
+def test_a_burst_defaults_to_one_seconds_worth(plan: Plan, burst: int) -> None:
     assert plan.burst_requests == burst
 
 

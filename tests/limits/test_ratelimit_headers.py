@@ -1,4 +1,4 @@
-"""What answers say of limits: every number as it is at that moment, however it was put together."""
+"""Rate limit headers of responses: every number is current, however it was joined."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def leases(count: int) -> list[Lease]:
 
 
 @given(st.integers(1, 5), st.lists(st.lists(AMOUNTS, min_size=5, max_size=5), min_size=1, max_size=8))
-def test_what_remains_is_told_as_it_is_at_that_moment(count: int, moments: list[list[int]]) -> None:
+def test_the_remaining_amount_is_current(count: int, moments: list[list[int]]) -> None:
     of = leases(count)
     statement = RateLimitHeaders(of)
     told = []
@@ -45,7 +45,7 @@ def test_what_remains_is_told_as_it_is_at_that_moment(count: int, moments: list[
         assert statement.lines(10.0 + number / 100) == expected
 
 
-def test_which_limits_are_told_is_looked_at_again_after_a_second() -> None:
+def test_the_reported_limits_are_selected_again_after_a_second() -> None:
     of = leases(4)
     for lease in of:
         lease.seen_available = lease.limit

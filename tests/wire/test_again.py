@@ -1,4 +1,4 @@
-"""The same bytes again on one connection: they are read once, and decided upon each time."""
+"""The same bytes again on one connection: they are parsed once, and each request is decided on separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import fakes
 from tests.rawhttp import Client
 from tests.wire.conftest import KEY, Wire, request
 
-#: So often that a head is recognised, and then comes again.
+#: Enough repetitions for a head to be cached, and sent again.
 OFTEN = LEARNT_AFTER + 3
 SAME = request("POST", "/v1/ai/jobs", "X-Other-User: evil", body=b"{}")
 
@@ -26,7 +26,7 @@ async def asked(client: Client, raw: bytes) -> int:
     return (await client.answer()).status
 
 
-async def test_a_key_that_is_revoked_is_refused_although_its_bytes_were_let_in_before(wire: Wire) -> None:
+async def test_a_revoked_key_is_refused_although_the_same_bytes_were_admitted_before(wire: Wire) -> None:
     digest = fakes.key(1).digest()
     async with wire.client() as client:
         assert [await asked(client, SAME) for _ in range(OFTEN)] == [200] * OFTEN
@@ -51,7 +51,7 @@ async def test_each_request_is_its_own_key_s_whatever_came_before_it_on_the_conn
     assert len({seen.one("X-Request-Id") for seen in wire.upstream.requests}) == len(sent)
 
 
-async def test_the_same_bytes_are_read_anew_once_other_terms_are_in_force(wire: Wire) -> None:
+async def test_the_same_bytes_are_parsed_again_after_a_reload(wire: Wire) -> None:
     server = wire.server
     async with wire.client() as client:
         for _ in range(OFTEN):

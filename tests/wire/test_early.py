@@ -1,4 +1,4 @@
-"""An upstream that answers before the request has ended, and closes: its answer reaches the client all the same."""
+"""An upstream that responds before the request has ended, and closes: its response still reaches the client."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Hasty:
                 self._answer(accepted)
 
     def _answer(self, accepted: socket.socket) -> None:
-        # As servers do. Otherwise the answer waits behind TLS session tickets, and closing throws it away.
+        # As servers do. Otherwise the response waits behind TLS session tickets, and closing discards it.
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock = accepted if self.context is None else self.context.wrap_socket(accepted, server_side=True)
         with sock:
@@ -107,7 +107,7 @@ async def upload(wire: Wire, *, is_chunked: bool, expects: bool = False) -> tupl
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["counted", "chunked"])
 @pytest.mark.parametrize("is_tls", [False, True], ids=["clear", "tls"])
-async def test_an_early_answer_is_relayed_whatever_is_still_being_sent(
+async def test_an_early_response_is_relayed_while_the_request_is_still_being_sent(
     start: Start, tmp_path: Path, *, is_chunked: bool, is_tls: bool
 ) -> None:
     authority, context, trusting = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), None
@@ -126,7 +126,7 @@ async def test_an_early_answer_is_relayed_whatever_is_still_being_sent(
         assert wire.pool.counts()["idle"] == wire.pool.counts()["busy"] == 0
 
 
-async def test_an_early_answer_that_is_large_is_relayed_whole_or_cut(start: Start) -> None:
+async def test_a_large_early_response_is_relayed_whole_or_cut(start: Start) -> None:
     """Bytes that the upstream's kernel has not sent before the reset are lost, visibly for the client."""
     size = 600_000
     with hasty(b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)) as upstream:
@@ -142,7 +142,7 @@ async def test_an_early_answer_that_is_large_is_relayed_whole_or_cut(start: Star
 
 
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
-async def test_a_request_goes_on_while_its_answer_has_begun(start: Start, closes: bytes) -> None:
+async def test_a_request_continues_after_its_response_has_begun(start: Start, closes: bytes) -> None:
     async def echo(_message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\n%bContent-Length: 300000\r\n\r\n" % closes)
         left = 300_000
@@ -188,7 +188,7 @@ def send_then_read(address: tuple[str, int], raw: list[bytes], context: ssl.SSLC
 
 @pytest.mark.parametrize("is_tls", [False, True], ids=["clear", "tls"])
 @pytest.mark.parametrize("key", [KEY, None], ids=["by the upstream", "by the proxy"])
-async def test_a_client_that_reads_only_once_it_has_sent_everything_gets_the_early_answer(
+async def test_a_client_that_reads_only_after_sending_everything_gets_the_early_response(
     start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], key: bytes | None, *, is_tls: bool
 ) -> None:
     with hasty(TOO_LARGE) as upstream:
@@ -205,7 +205,7 @@ async def test_a_client_that_reads_only_once_it_has_sent_everything_gets_the_ear
                 await asyncio.sleep(0.02)
 
 
-async def test_an_answer_that_ends_with_the_connection_ends_over_tls_too(
+async def test_a_response_that_ends_with_the_connection_ends_over_tls_too(
     start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     with hasty(b"HTTP/1.1 200 OK\r\n\r\nthe end") as upstream:
@@ -281,7 +281,7 @@ async def test_an_upstream_that_ends_its_side_and_reads_no_more_fails_the_reques
     assert {seen.reason for seen in wire.recorder.seen} == {Reason.UPSTREAM_UNREACHABLE}
 
 
-async def test_what_is_kept_back_is_not_looked_at_again_and_again_once_the_upstream_has_ended_its_side(
+async def test_held_back_bytes_are_not_polled_repeatedly_once_the_upstream_has_half_closed(
     start: Start,
 ) -> None:
     with deaf() as (port, accepted):

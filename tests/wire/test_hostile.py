@@ -1,4 +1,4 @@
-"""Clients and upstreams that break the rules: what they hold is bounded, what they get is well-formed."""
+"""Clients and upstreams that break the rules: their memory is bounded, the responses to them are well-formed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD_BYTES_MAX = 2_000_000
 # -- clients
 
 
-async def test_requests_sent_before_the_client_closed_its_side_are_all_answered(wire: Wire) -> None:
+async def test_requests_sent_before_a_half_close_all_get_responses(wire: Wire) -> None:
     async with wire.client() as client:
         await client.send(request("GET", "/1") + request("POST", "/2", body=b"two") + request("GET", "/3"))
         client.half_close()
@@ -39,9 +39,7 @@ async def test_requests_sent_before_the_client_closed_its_side_are_all_answered(
     ],
     ids=["head", "counted body", "chunks"],
 )
-async def test_a_request_that_its_client_broke_off_is_refused_after_the_whole_ones_are_answered(
-    wire: Wire, rest: bytes
-) -> None:
+async def test_a_truncated_request_is_refused_after_the_complete_ones_got_responses(wire: Wire, rest: bytes) -> None:
     async with wire.client() as client:
         await client.send(request("GET", "/1") + rest)
         client.half_close()
@@ -51,7 +49,7 @@ async def test_a_request_that_its_client_broke_off_is_refused_after_the_whole_on
 
 
 @pytest.mark.parametrize("key", [None, "known"], ids=["refused", "forwarded"])
-async def test_a_client_that_asks_and_asks_and_never_reads_is_held_back(
+async def test_a_client_that_sends_requests_and_never_reads_is_paused(
     start: Start, tmp_path: Path, key: str | None
 ) -> None:
     # A unix socket: the kernel holds much less for one than for a TCP connection.
@@ -78,7 +76,7 @@ async def test_a_client_that_asks_and_asks_and_never_reads_is_held_back(
         client.writer.transport.abort()
 
 
-async def test_a_client_that_was_held_back_is_answered_on_once_it_reads(start: Start, tmp_path: Path) -> None:
+async def test_a_paused_client_gets_further_responses_once_it_reads(start: Start, tmp_path: Path) -> None:
     wire = await start(listen={"address": f"unix:{tmp_path}/p.sock"})
     number = 4_000
     async with wire.client() as client:
@@ -116,7 +114,7 @@ async def test_an_empty_line_alone_does_not_hold_up_a_drain(wire: Wire) -> None:
             await wire.server.drain(30.0)
 
 
-async def test_an_empty_line_after_a_body_that_ends_the_connection_is_forgiven(wire: Wire) -> None:
+async def test_an_empty_line_after_a_body_that_ends_the_connection_is_tolerated(wire: Wire) -> None:
     """RFC 9112 section 2.2: old clients send one after a POST."""
     async with wire.client() as client:
         await client.send(request("POST", "/", "Connection: close", body=b"q=42") + b"\r\n")
@@ -167,9 +165,7 @@ async def test_a_chunk_that_can_never_be_taken_is_refused_before_anything_is_for
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"103 Early Hints"])
 @pytest.mark.parametrize("framing", [b"Content-Length: 9", b"Content-Length: 0", b"Transfer-Encoding: chunked"])
-async def test_a_length_on_an_answer_that_has_no_body_frames_nothing(
-    start: Start, status: bytes, framing: bytes
-) -> None:
+async def test_a_length_on_a_bodiless_response_frames_nothing(start: Start, status: bytes, framing: bytes) -> None:
     """RFC 9110 section 8.6, RFC 9112 section 6.1: not to be sent. A client may take it at its word and wait."""
     raw = b"HTTP/1.1 %b\r\n%b\r\nX: y\r\n\r\n" % (status, framing)
     if status.startswith(b"1"):
@@ -187,7 +183,7 @@ async def test_a_length_on_an_answer_that_has_no_body_frames_nothing(
     assert wire.upstream.connections == (1 if framing.endswith(b" 0") else 2)
 
 
-async def test_an_answer_s_head_that_trickles_is_504(start: Start) -> None:
+async def test_a_response_head_that_trickles_is_504(start: Start) -> None:
     async def trickles(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         for byte in b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100:
             writer.write(bytes([byte]))
@@ -200,7 +196,7 @@ async def test_an_answer_s_head_that_trickles_is_504(start: Start) -> None:
         assert (await client.answer(seconds=3)).status == 504
 
 
-async def test_who_hardly_sends_its_body_gives_way_once_others_wait(start: Start) -> None:
+async def test_a_slow_upload_is_ended_once_others_wait(start: Start) -> None:
     """slowhttptest -B with a key: a few bytes now and then, on as many connections as the upstream has."""
     wire = await start(upstream={"connections_max": 3, "connect_timeout_seconds": 0.3}, serving=Upstream())
     body = b"x" * 4096
@@ -213,7 +209,7 @@ async def test_who_hardly_sends_its_body_gives_way_once_others_wait(start: Start
         async with asyncio.timeout(5):
             while len(wire.upstream.heads) < 3:
                 await asyncio.sleep(0.01)
-        # Nobody else wants their connection: they may take their time.
+        # No other request needs their connection: they may take their time.
         await asyncio.sleep(0.5)
         assert wire.recorder.seen == []
         async with wire.client() as other:
@@ -224,7 +220,7 @@ async def test_who_hardly_sends_its_body_gives_way_once_others_wait(start: Start
         assert (await quick.answer()).status == 200
 
 
-# -- defects of ours
+# -- internal errors
 
 
 class _Defect(Gate):
@@ -244,7 +240,7 @@ class _Defect(Gate):
         raise RuntimeError(f"a defect while handling {exchange!r} {told!r}")
 
 
-async def test_a_defect_is_told_with_the_request_id_and_its_traceback_holds_no_key(
+async def test_an_internal_error_is_reported_with_the_request_id_and_its_traceback_has_no_key(
     wire: Wire, caplog: pytest.LogCaptureFixture
 ) -> None:
     wire.server.gate = _Defect(wire.gateway)

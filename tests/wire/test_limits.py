@@ -1,4 +1,4 @@
-"""Limits on the wire: what is refused, what is told, what is charged on every way out."""
+"""Limits on the wire: refusals, response headers, and the charge at every kind of end."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_concurrency_counts_requests_under_way_and_no_others(start: Start)
         assert (await other.answer()).status == 200
 
 
-async def test_a_ledger_that_cannot_be_asked_is_503_and_never_429(start: Start) -> None:
+async def test_an_unavailable_ledger_is_503_and_never_429(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=3))
     wire.ledger.answers = False
     async with wire.client() as client:
@@ -135,7 +135,7 @@ async def test_a_ledger_that_cannot_be_asked_is_503_and_never_429(start: Start) 
     assert refused.one("Retry-After")
 
 
-async def test_tokens_are_charged_as_the_answer_says(start: Start) -> None:
+async def test_tokens_are_charged_as_the_response_reports(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": [], "usage": USAGE}))
     async with wire.client() as client:
         await client.send(chat(max_tokens=50))
@@ -160,7 +160,7 @@ async def test_a_body_in_pieces_is_read_whole_and_forwarded_unchanged(start: Sta
     assert wire.upstream.requests[0].body == body
 
 
-async def test_expect_continue_is_answered_although_the_body_is_needed_for_the_decision(start: Start) -> None:
+async def test_expect_gets_100_continue_although_the_body_is_needed_for_the_decision(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"usage": USAGE}))
     head, _, body = chat(max_tokens=5).partition(b"\r\n\r\n")
     async with wire.client() as client:
@@ -232,7 +232,7 @@ async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:
     assert not wire.upstream.requests
 
 
-async def test_an_answer_that_does_not_say_is_charged_what_was_held(start: Start) -> None:
+async def test_a_response_without_a_report_is_charged_what_was_held(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": []}))
     async with wire.client() as client:
         await client.send(chat(max_tokens=50))
@@ -249,7 +249,7 @@ async def test_an_upstream_that_refuses_has_used_nothing(start: Start) -> None:
     assert spent(wire, "tokens_per_day") == (0, 10_000)
 
 
-async def test_usage_that_a_client_did_not_ask_for_is_asked_for_and_hidden(start: Start) -> None:
+async def test_usage_that_a_client_did_not_request_is_requested_and_hidden(start: Start) -> None:
     events = [delta("Hel"), delta("lo"), usage_event(), b"data: [DONE]\n\n"]
     raw = STREAM + b"".join(chunk(event) for event in events) + b"0\r\n\r\n"
     wire = await limited(start, Plan(tokens_per_day=10_000), Upstream(answer_with(raw)))
@@ -283,7 +283,7 @@ async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start
     assert 10 <= tokens < 100 < hold.tokens
 
 
-async def test_a_stream_whose_budget_ends_is_ended_with_an_event_that_says_so_and_charged(start: Start) -> None:
+async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is_charged(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM)
         while not writer.is_closing():
@@ -346,14 +346,14 @@ HEADED = b"HTTP/1.1 %b\r\nX-Usage-Tokens: 12\r\n%b\r\n"
         (HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
         (HEADED % (b"500 Sorry", b"Content-Length: 0\r\n"), 12),
         (HEADED % (b"103 Early Hints", b"") + HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
-        # Said in an answer that was not the last word, or twice, or for the next hop alone: not said.
+        # Reported in an interim response, or twice, or hop-by-hop: no report.
         (HEADED % (b"103 Early Hints", b"") + OK, None),
         (HEADED % (b"200 OK", b"X-Usage-Tokens: 12\r\nContent-Length: 0\r\n"), None),
         (HEADED % (b"200 OK", b"x-usage-tokens: 13\r\nContent-Length: 0\r\n"), None),
         (HEADED % (b"200 OK", b"Connection: X-Usage-Tokens\r\nContent-Length: 0\r\n"), None),
     ],
 )
-async def test_what_the_head_of_an_answer_says_was_used_is_charged_and_nothing_else_is_believed(
+async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
     start: Start, raw: bytes, charged: int | None
 ) -> None:
     routed = RouteTable([("* /{rest...}", Route("any", frozenset(), "problem", "header"))])
@@ -370,7 +370,7 @@ async def test_what_the_head_of_an_answer_says_was_used_is_charged_and_nothing_e
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("key", [(), ("Idempotency-Key: 7",)])
-async def test_a_body_that_is_changed_goes_upstream_framed_anew_with_all_else_as_it_came(
+async def test_a_changed_body_is_reframed_and_all_else_is_forwarded_unchanged(
     start: Start, is_chunked: bool, key: tuple[str, ...]
 ) -> None:
     wire = await start(
@@ -409,7 +409,7 @@ async def test_a_body_that_is_changed_goes_upstream_framed_anew_with_all_else_as
     assert spent(wire, "tokens_per_day")[0] == (12 if key else 36)
 
 
-async def test_a_metered_request_that_is_sent_again_for_a_lost_connection_is_the_same_and_charged_once(
+async def test_a_metered_request_retried_after_a_lost_connection_is_the_same_and_charged_once(
     start: Start,
 ) -> None:
     async def once(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -434,7 +434,7 @@ async def test_a_metered_request_that_is_sent_again_for_a_lost_connection_is_the
     assert spent(wire, "tokens_per_day")[0] == 24
 
 
-async def test_a_stream_that_cannot_be_extended_for_a_defect_is_cut_and_not_held_up_for_ever(
+async def test_a_stream_is_cut_and_does_not_hang_if_its_extension_fails(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(_patience: object) -> None:

@@ -1,4 +1,4 @@
-"""Connections are accepted within the bound, also those that are not open yet; who cannot be taken waits."""
+"""Connections are accepted within the bound, including those that are not open yet; any others wait."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_handshakes_under_way_are_bounded_and_end_in_time(
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b""])
-async def test_who_does_not_speak_tls_is_let_go_and_counted(
+async def test_a_client_that_does_not_use_tls_is_disconnected_and_counted(
     start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], said: bytes
 ) -> None:
     wire = await start(listen={"header_timeout_seconds": 0.3}, tls=certificate[0])
@@ -97,7 +97,7 @@ async def _raw(wire: Wire, sent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "CONNECT", "QUERY"])
-async def test_plain_http_on_a_tls_port_is_answered_in_plain_text(
+async def test_plain_http_on_a_tls_port_gets_a_plain_text_response(
     start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], method: str
 ) -> None:
     wire = await start(tls=certificate[0])
@@ -251,7 +251,7 @@ async def test_half_a_request_over_tls_is_refused_or_dropped_and_leaves_nothing(
     assert caplog.records == []
 
 
-async def test_who_has_connected_before_a_drain_is_served_though_the_handshake_comes_after(
+async def test_a_connection_made_before_a_drain_is_served_even_if_its_handshake_follows(
     start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     wire = await start(tls=certificate[0])

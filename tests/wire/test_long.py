@@ -1,4 +1,4 @@
-"""What takes long: tunnels, streams, and clients that have said their last word or left."""
+"""Long exchanges: tunnels, streams, and clients that have half-closed or left."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def tunnelled(start: Start) -> Wire:
     return await start(serving=Upstream(tunnel), upstream={"idle_timeout_seconds": 0.6})
 
 
-async def test_a_tunnel_tells_that_its_key_was_replaced(tunnelled: Wire) -> None:
+async def test_a_tunnel_response_reports_that_its_key_was_replaced(tunnelled: Wire) -> None:
     identity = fakes.identity(expires_wall_seconds=time.time() + 60.0)
     tunnelled.identities.add(fakes.key(1), dataclasses.replace(identity, retiring_field=b"X-Keyproxy-Key-Expires-In: "))
     async with tunnelled.client() as client:
@@ -68,7 +68,7 @@ async def test_a_tunnel_tells_that_its_key_was_replaced(tunnelled: Wire) -> None
     assert int(answer.one("X-Keyproxy-Key-Expires-In") or -1) in range(50, 60)
 
 
-async def test_bytes_travel_both_ways_through_a_tunnel_whose_handshake_has_the_identity(tunnelled: Wire) -> None:
+async def test_a_tunnel_relays_bytes_both_ways_and_its_handshake_has_the_identity(tunnelled: Wire) -> None:
     async with tunnelled.client() as client:
         await client.send(request("GET", "/ws", *HANDSHAKE))
         answer = await client.answer()
@@ -115,7 +115,7 @@ async def test_a_websocket_handshake_without_one_of_its_fields_is_refused_by_nam
 
 
 @pytest.mark.parametrize("head", [SWITCH, SWITCH.replace(b"WebSocket", b"h2c")], ids=["unasked", "another protocol"])
-async def test_an_upgrade_that_nobody_asked_for_is_an_invalid_answer(start: Start, head: bytes) -> None:
+async def test_an_unrequested_upgrade_is_an_invalid_response(start: Start, head: bytes) -> None:
     wire = await start(serving=Upstream(answer_with(head)))
     lines = () if head is SWITCH else HANDSHAKE
     async with wire.client() as client:
@@ -123,7 +123,7 @@ async def test_an_upgrade_that_nobody_asked_for_is_an_invalid_answer(start: Star
         assert (await client.answer()).status == 502
 
 
-async def test_a_handshake_may_be_refused_by_the_upstream_and_the_connection_goes_on(wire: Wire) -> None:
+async def test_a_connection_stays_open_after_the_upstream_refuses_a_handshake(wire: Wire) -> None:
     async with wire.client() as client:
         for _ in range(2):
             await client.send(request("GET", "/ws", *HANDSHAKE))
@@ -185,7 +185,7 @@ NO_MORE = {
 
 @pytest.mark.parametrize("why", NO_MORE)
 @pytest.mark.parametrize("kind", ["tunnel", "stream"])
-async def test_what_is_open_ends_when_its_key_would_not_be_let_in_any_more(start: Start, why: str, kind: str) -> None:
+async def test_an_open_exchange_ends_when_its_key_is_no_longer_valid(start: Start, why: str, kind: str) -> None:
     wire = await start(serving=Upstream(tunnel if kind == "tunnel" else stream))
     async with wire.client() as client:
         await client.send(request("GET", "/", *(HANDSHAKE if kind == "tunnel" else ())))
@@ -200,7 +200,7 @@ async def test_what_is_open_ends_when_its_key_would_not_be_let_in_any_more(start
         await wire.upstream.gone.wait()
 
 
-async def test_what_meets_a_defect_when_it_is_looked_at_again_is_cut_and_nothing_else(
+async def test_an_exchange_is_cut_if_its_review_fails_and_no_other_is(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     wire = await start(serving=Upstream(stream))
@@ -212,12 +212,12 @@ async def test_what_meets_a_defect_when_it_is_looked_at_again_is_cut_and_nothing
         wire.identities.table[fakes.key(1).digest()] = cast("Identity", "a defect")
         async with asyncio.timeout(5):
             await client.ends()
-        assert "looking after a connection met a defect" in caplog.text
+        assert "reviewing a connection failed" in caplog.text
         for _ in range(3):
             await asyncio.wait_for(other.reader.readuntil(b"data: 1"), 2)
 
 
-async def test_what_is_open_goes_on_while_the_store_cannot_be_asked(start: Start) -> None:
+async def test_open_exchanges_continue_while_the_store_is_unavailable(start: Start) -> None:
     wire = await start(serving=Upstream(stream))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
@@ -230,7 +230,7 @@ async def test_what_is_open_goes_on_while_the_store_cannot_be_asked(start: Start
     assert wire.identities.brought == 0
 
 
-async def test_a_client_that_only_closed_its_side_gets_its_answer(start: Start) -> None:
+async def test_a_client_that_only_closed_its_sending_side_gets_its_response(start: Start) -> None:
     async def slow(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(1.2)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -257,7 +257,7 @@ async def test_a_refusal_reaches_a_client_that_closed_its_side_while_it_waited(s
         assert (await client.ends()).startswith(b"401 ")
 
 
-async def test_a_client_that_left_ends_what_it_asked_for(start: Start) -> None:
+async def test_an_exchange_ends_when_its_client_has_left(start: Start) -> None:
     wire = await start(serving=Upstream(silence))
     async with wire.client() as client:
         await client.send(request("GET", "/"))

@@ -1,4 +1,4 @@
-"""Bodies that are read whole: limits come first, nothing holds the event loop, and one user leaves room for others."""
+"""Buffered bodies: limits come first, nothing blocks the event loop, and one user leaves memory for others."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_no_body_holds_the_event_loop(start: Start, name: str, coding: str
     await until(lambda: wire.server.room.held_bytes == 0, "the room is free")
 
 
-async def test_a_long_stream_reaches_the_upstream_whole_with_its_usage_asked_for(start: Start) -> None:
+async def test_a_long_stream_request_is_forwarded_whole_with_its_usage_requested(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10**12))
     body = hostile(4 * _MIB)["stream"]
     new = b'{"stream_options":{"include_usage":true},' + body[1:]
@@ -192,7 +192,7 @@ async def test_concurrency_refuses_before_the_body_arrives(start: Start) -> None
     [(b"[" * 200_000, ()), (gzip.compress(b"["), ("Content-Encoding: gzip",)), (b"[", ())],
     ids=["long", "compressed", "short"],
 )
-async def test_a_body_is_not_read_for_a_user_whose_quota_is_spent(
+async def test_a_body_is_not_read_for_a_user_with_a_spent_quota(
     start: Start, body: bytes, lines: tuple[str, ...]
 ) -> None:
     wire = await used_up(start, Plan(requests_per_day=1))
@@ -356,9 +356,7 @@ async def test_a_steady_body_is_waited_for_and_at_a_higher_pace_while_the_room_i
 
 
 @pytest.mark.parametrize("framing", ["Content-Length", "Transfer-Encoding"])
-async def test_a_connection_whose_upstream_answered_before_the_body_was_written_is_not_used_again(
-    start: Start, framing: str
-) -> None:
+async def test_a_connection_is_not_reused_after_a_response_before_the_whole_body(start: Start, framing: str) -> None:
     after = bytearray()
 
     async def early(request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -1,4 +1,4 @@
-"""At the bound on client connections the one that has been quiet longest leaves; a request under way never does."""
+"""At the bound on client connections the one idle longest is evicted; one with a request in flight never is."""
 
 from __future__ import annotations
 

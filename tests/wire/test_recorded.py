@@ -1,4 +1,4 @@
-"""What is recorded of a request for the log and the metrics: why it was refused, whose it was, what it waited for."""
+"""The record of a request for the log and the metrics: the refusal, the user, and the waits."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_slow_upload_is_not_our_time(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("expects", [False, True])
-async def test_a_slow_upload_of_a_body_that_is_read_whole_is_not_our_time(start: Start, *, expects: bool) -> None:
+async def test_a_slow_upload_of_a_buffered_body_is_not_our_time(start: Start, *, expects: bool) -> None:
     wire = await start(routes=RouteTable([(f"POST {CHAT}", Route("chat", tokens="openai"))]))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=100_000)))
     body = b'{"model": "m", "max_tokens": 5, "messages": []}'

@@ -1,4 +1,4 @@
-"""What is refused, how it is told, and that nothing of it reaches the upstream."""
+"""Refusals: the responses to them, and that nothing of a refused request reaches the upstream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MISTYPED = KEY[:-1] + (b"0" if KEY[-1:] != b"0" else b"1")
         (request("POST", "/", "Content-Length: 104857601"), 413, "body_too_large"),
     ],
 )
-async def test_a_refusal_is_told_as_a_problem_with_its_code_and_a_request_id(
+async def test_a_refusal_is_a_problem_document_with_its_code_and_a_request_id(
     wire: Wire, raw: bytes, status: int, code: str
 ) -> None:
     async with wire.client() as client:
@@ -79,7 +79,7 @@ async def test_a_refusal_has_the_error_shape_of_its_route(start: Start, shape: s
             assert content == code
 
 
-async def test_a_store_that_cannot_be_asked_is_503_and_says_when_to_retry(wire: Wire) -> None:
+async def test_an_unavailable_store_is_503_with_retry_after(wire: Wire) -> None:
     wire.identities.is_down = True
     async with wire.client() as client:
         await client.send(request("GET", "/", key=UNKNOWN))
@@ -230,7 +230,7 @@ async def test_a_head_that_does_not_end_is_a_timeout(start: Start) -> None:
         assert await client.ends() == b""
 
 
-async def test_a_head_that_trickles_is_a_timeout_all_the_same(start: Start) -> None:
+async def test_a_head_that_trickles_is_a_timeout_too(start: Start) -> None:
     wire = await start(listen={"header_timeout_seconds": 0.3})
     async with wire.client() as client:
 

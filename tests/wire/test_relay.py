@@ -1,4 +1,4 @@
-"""Requests go upstream and answers come back, framed anew, in order, and whole."""
+"""Requests are forwarded and responses relayed, reframed, in order, and whole."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_requests_cut_into_pieces_anywhere_are_the_same_requests(wire: Wir
     ]
 
 
-async def test_pipelined_requests_are_answered_in_their_order(start: Start) -> None:
+async def test_pipelined_requests_get_their_responses_in_order(start: Start) -> None:
     async def slow_first(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(0.1 if "/0" in message.start else 0)
         target = message.start.split(" ")[1].encode()
@@ -134,7 +134,7 @@ async def test_a_refused_request_in_a_pipeline_does_not_disturb_the_others(wire:
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", b"x"),
     ],
 )
-async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes, body: bytes) -> None:
+async def test_responses_are_relayed_however_they_end(start: Start, raw: bytes, body: bytes) -> None:
     wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
@@ -144,7 +144,7 @@ async def test_every_way_of_ending_an_answer_is_relayed(start: Start, raw: bytes
         assert (await client.answers())[-1].body == body
 
 
-async def test_the_answer_to_head_has_a_length_and_no_body(start: Start) -> None:
+async def test_the_response_to_head_has_a_length_and_no_body(start: Start) -> None:
     wire = await start(serving=Upstream(answer_with(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")))
     async with wire.client() as client:
         for _ in range(2):
@@ -154,7 +154,7 @@ async def test_the_answer_to_head_has_a_length_and_no_body(start: Start) -> None
     assert wire.upstream.connections == 1
 
 
-async def test_an_http_10_client_gets_an_answer_without_chunks_and_the_end_of_the_connection(start: Start) -> None:
+async def test_an_http_10_client_gets_an_unchunked_response_that_ends_with_the_connection(start: Start) -> None:
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
     wire = await start(serving=Upstream(answer_with(chunked)))
     async with wire.client() as client:
@@ -172,7 +172,7 @@ async def test_an_http_10_client_may_keep_its_connection(wire: Wire) -> None:
             assert (answer.status, answer.one("Connection")) == (200, "keep-alive")
 
 
-async def test_a_client_that_asks_before_sending_its_body_is_told_to_continue(wire: Wire) -> None:
+async def test_a_request_with_expect_gets_100_continue(wire: Wire) -> None:
     async with wire.client() as client:
         await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3"))
         assert (await client.answer()).status == 100
@@ -182,13 +182,13 @@ async def test_a_client_that_asks_before_sending_its_body_is_told_to_continue(wi
     assert wire.upstream.requests[0].one("Expect") is None
 
 
-async def test_a_client_that_asks_and_is_refused_is_not_told_to_continue(wire: Wire) -> None:
+async def test_a_refused_request_with_expect_gets_no_100_continue(wire: Wire) -> None:
     async with wire.client() as client:
         await client.send(request("POST", "/", "Expect: 100-continue", "Content-Length: 3", key=None))
         assert (await client.answer()).status == 401
 
 
-async def test_a_client_that_half_closes_still_gets_its_answer(wire: Wire) -> None:
+async def test_a_client_that_half_closes_still_gets_its_response(wire: Wire) -> None:
     async with wire.client() as client:
         await client.send(request("POST", "/", body=b"x"))
         client.half_close()
@@ -260,7 +260,7 @@ async def test_a_missing_identity_is_fetched_once_and_the_body_waits(wire: Wire)
 
 
 @pytest.mark.parametrize(("seconds_left", "result"), [(3600.4, "3600"), (0.9, "0")])
-async def test_the_holder_of_a_key_that_was_replaced_is_told_for_how_long_it_works(
+async def test_a_replaced_key_gets_its_remaining_lifetime_in_responses(
     wire: Wire, seconds_left: float, result: str
 ) -> None:
     # Made in advance: some of the time passes before it is rendered.
@@ -296,9 +296,7 @@ ELSEWHERE = [
 
 @pytest.mark.parametrize("line", ELSEWHERE)
 @pytest.mark.parametrize("presented", ["Authorization: Bearer", "X-Api-Key:"])
-async def test_the_presented_key_goes_upstream_in_no_field_whatever_its_name(
-    start: Start, line: str, presented: str
-) -> None:
+async def test_no_field_carries_the_presented_key_upstream(start: Start, line: str, presented: str) -> None:
     wire = await start(listen={"trusted_proxies": ["127.0.0.1"]})
     own = f"{presented} {KEY.decode()}"
     async with wire.client() as client:
@@ -352,7 +350,7 @@ FINAL = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 @pytest.mark.parametrize("cut", [None, 5])
-async def test_interim_answers_are_relayed_as_they_come(start: Start, cut: int | None) -> None:
+async def test_interim_responses_are_relayed_as_they_arrive(start: Start, cut: int | None) -> None:
     go_on = asyncio.Event()
 
     async def hints(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -390,7 +388,7 @@ async def test_interim_answers_are_relayed_as_they_come(start: Start, cut: int |
         (request("GET", "/").replace(b"HTTP/1.1", b"HTTP/1.0"), [200]),
     ],
 )
-async def test_an_interim_answer_goes_to_a_client_that_knows_it_and_has_not_got_it(
+async def test_an_interim_response_is_relayed_only_to_clients_that_support_it_and_only_once(
     start: Start, raw: bytes, relayed: list[int]
 ) -> None:
     continued = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -413,7 +411,7 @@ async def test_a_client_that_waits_for_100_gets_it_once(start: Start) -> None:
     assert wire.upstream.requests[0].one("Expect") is None
 
 
-async def test_an_interim_answer_reaches_a_client_that_closed_its_side(start: Start) -> None:
+async def test_an_interim_response_reaches_a_half_closed_client(start: Start) -> None:
     async def slowly(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(1.2)
         writer.write(HINTS)
@@ -429,14 +427,14 @@ async def test_an_interim_answer_reaches_a_client_that_closed_its_side(start: St
 
 
 @pytest.mark.parametrize(("number", "status"), [(16, 200), (17, 502)])
-async def test_interim_answers_are_bounded_in_number(start: Start, number: int, status: int) -> None:
+async def test_interim_responses_are_bounded_in_number(start: Start, number: int, status: int) -> None:
     wire = await start(serving=Upstream(answer_with(HINTS * number + FINAL)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
         assert [message.status for message in await client.answers()] == [103] * 16 + [status]
 
 
-async def test_a_request_with_an_interim_answer_is_not_sent_again(start: Start) -> None:
+async def test_a_request_with_an_interim_response_is_not_retried(start: Start) -> None:
     served = 0
 
     async def hints_and_goes(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on the wire: a request that is sent again is charged once, and nothing else passes for it."""
+"""`Idempotency-Key` on the wire: a retried request is charged once, and no other request passes for it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def settled(wire: Wire, measure: str = "requests_per_day") -> int:
     return spent(wire, measure)[0]
 
 
-async def test_a_request_that_is_sent_again_goes_upstream_again_and_is_charged_once(start: Start) -> None:
+async def test_a_retried_request_is_forwarded_again_and_charged_once(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=9))
     assert await sent(wire, job(), job(), job()) == [200] * 3
     assert [one.all("Idempotency-Key") for one in wire.upstream.requests] == [[KEY.partition(": ")[2]]] * 3
@@ -115,7 +115,7 @@ async def test_a_body_in_pieces_and_in_chunks_is_recognised(start: Start) -> Non
     assert await settled(wire) == 1
 
 
-async def test_a_body_that_did_not_arrive_whole_is_charged_as_any_other(start: Start) -> None:
+async def test_a_request_with_an_incomplete_body_is_charged_like_any_other(start: Start) -> None:
     async def hasty(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(OK)
         return False
@@ -238,7 +238,7 @@ async def test_a_body_too_large_to_be_held_is_refused_as_it_would_be_without_a_k
         assert refused.one("Retry-After")
 
 
-async def test_bodies_that_are_read_whole_have_so_much_room_together_and_leave_it_when_over(
+async def test_buffered_bodies_share_bounded_memory_and_release_it_when_over(
     start: Start,
 ) -> None:
     wire = await limited(start, Plan(requests_per_day=1))
@@ -262,7 +262,7 @@ async def test_bodies_that_are_read_whole_have_so_much_room_together_and_leave_i
     await until(lambda: room.held_bytes == 0, "all have left")
 
 
-async def test_what_cannot_be_asked_is_503_and_never_that_it_is_used_up(start: Start) -> None:
+async def test_an_unavailable_claim_lookup_is_503_and_never_a_spent_quota(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job()) == [200]
     await wire.claims.tell()
@@ -278,14 +278,14 @@ async def test_what_cannot_be_asked_is_503_and_never_that_it_is_used_up(start: S
 
 async def test_a_repeat_needs_no_tokens_that_it_has_paid_and_all_that_it_may_use_beyond_them(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=1_000), answer({"choices": []}))
-    # Its answer does not say, so that all that was held is charged: the prompt's bound and 900.
+    # Its response reports no usage, so everything held is charged: the prompt's bound and 900.
     assert await sent(wire, chat(max_tokens=900)) == [200]
     charged = await settled(wire, "tokens_per_day")
     assert await sent(wire, chat(max_tokens=900), chat(max_tokens=901)) == [200, 429]
     assert await settled(wire, "tokens_per_day") == charged
 
 
-async def test_what_a_client_has_broken_off_does_not_pay_for_the_whole_of_it(start: Start) -> None:
+async def test_an_aborted_attempt_does_not_pay_for_a_complete_one(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM + b"".join(chunk(delta("word ")) for _ in range(10)))
         while not writer.is_closing():
@@ -313,7 +313,7 @@ async def test_what_a_client_has_broken_off_does_not_pay_for_the_whole_of_it(sta
 # -- losses
 
 
-async def test_claims_that_were_not_asked_about_are_charged_when_the_proxy_ends(start: Start) -> None:
+async def test_claims_without_a_lookup_are_charged_when_the_proxy_ends(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=9))
     wire.charges.answers = False
     assert await sent(wire, job(), job()) == [200, 200]
@@ -325,7 +325,7 @@ async def test_claims_that_were_not_asked_about_are_charged_when_the_proxy_ends(
     assert spent(wire, "requests_per_day")[0] == 3
 
 
-async def test_an_answer_that_is_lost_charges_nothing_twice(start: Start) -> None:
+async def test_a_lost_reply_charges_nothing_twice(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=9))
     wire.charges.loses_answers = 2
     assert await sent(wire, job(), job(), job(OTHER)) == [200] * 3

@@ -398,7 +398,7 @@ def wrong_with_answer(stage: Stage, method: bytes, stream: bytes, pieces: Sequen
     return "the connection is used again" if is_reused and not said.is_clean else ""
 
 
-async def test_every_mutant_of_an_answer_is_relayed_as_the_second_reader_reads_it_or_not_at_all(
+async def test_every_mutant_of_a_response_is_relayed_as_the_second_reader_reads_it_or_not_at_all(
     stage: Stage,
 ) -> None:
     chance = random.Random(20261121)

@@ -1,4 +1,4 @@
-"""Connections to the upstream are shared between users: none keeps the others from it, however it holds them."""
+"""Connections to the upstream are shared between users: no user can block the others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def shared(start: Start) -> Wire:
 
 @contextlib.asynccontextmanager
 async def holding(wire: Wire, number: int, *raws: bytes) -> AsyncIterator[list[Client]]:
-    """So many clients that have asked and got a connection to the upstream each."""
+    """This many clients with a request in flight, each with an upstream connection."""
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         for place in range(number):
@@ -95,7 +95,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("name", HELD)
-async def test_a_user_who_holds_all_connections_gives_one_back_for_another_user(shared: Wire, name: str) -> None:
+async def test_a_user_with_all_connections_loses_one_to_another_user(shared: Wire, name: str) -> None:
     raw = HELD[name]
     async with holding(shared, PLACES, raw, raw.replace(fakes.key(1).reveal(), SECOND_KEY)):
         assert "busy=4" in repr(shared.pool)

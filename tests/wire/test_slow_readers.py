@@ -31,7 +31,7 @@ STEP_BYTES, STEP_SECONDS = 200_000, 0.15
 
 
 async def large(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """Answer with much."""
+    """Respond with a large body."""
     closes = b"Connection: close\r\n" if "close" in message.start else b""
     writer.write(b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n" % (closes, LARGE) + bytes(LARGE))
     await writer.drain()

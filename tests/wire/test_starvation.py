@@ -1,4 +1,4 @@
-"""What one connection does in one turn of the event loop: everybody else waits for that long."""
+"""The work that one connection does in one iteration of the event loop, during which all others wait."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_requests_that_are_refused_at_once_leave_turns_to_others(wire: Wir
         assert (await client.answer()).status == 200
 
 
-async def test_a_client_that_ends_its_side_after_many_requests_gets_all_answers(wire: Wire) -> None:
+async def test_a_client_that_half_closes_after_many_requests_gets_all_responses(wire: Wire) -> None:
     async with wire.client() as client, asyncio.timeout(60):
         await client.send(request("GET", "/", key=None) * 200 + request())
         client.half_close()

@@ -34,7 +34,7 @@ async def test_one_connection_serves_request_after_request(wire: Wire) -> None:
         b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}",
     ],
 )
-async def test_a_connection_is_not_reused_after_an_unclean_answer(start: Start, raw: bytes) -> None:
+async def test_a_connection_is_not_reused_after_an_unclean_response(start: Start, raw: bytes) -> None:
     wire = await start(serving=Upstream(answer_with(raw)))
     async with wire.client() as client:
         for _ in range(3):
@@ -43,7 +43,7 @@ async def test_a_connection_is_not_reused_after_an_unclean_answer(start: Start, 
     assert wire.upstream.connections == 3
 
 
-async def test_a_connection_that_speaks_unasked_is_not_used_again(start: Start) -> None:
+async def test_a_connection_with_unsolicited_bytes_is_not_reused(start: Start) -> None:
     said = asyncio.Event()
 
     async def and_more(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -84,7 +84,7 @@ async def test_a_connection_that_speaks_unasked_is_not_used_again(start: Start) 
         b"<html>not http</html>\r\n\r\n",
     ],
 )
-async def test_an_answer_that_is_not_well_formed_is_502(start: Start, raw: bytes) -> None:
+async def test_a_malformed_response_is_502(start: Start, raw: bytes) -> None:
     wire = await start(serving=Upstream(answer_with(raw)))
     async with wire.client() as client:
         await client.send(request("GET", "/"))
@@ -102,7 +102,7 @@ async def test_an_answer_that_is_not_well_formed_is_502(start: Start, raw: bytes
     ],
 )
 @pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
-async def test_a_client_can_tell_an_answer_that_was_cut(start: Start, raw: bytes, version: str) -> None:
+async def test_a_truncated_response_is_visible_to_the_client(start: Start, raw: bytes, version: str) -> None:
     wire = await start(serving=Upstream(answer_with(raw, goes_on=False)))
     async with wire.client() as client:
         await client.send(request("GET", "/").replace(b"HTTP/1.1", version.encode()))
@@ -115,7 +115,7 @@ async def test_a_client_can_tell_an_answer_that_was_cut(start: Start, raw: bytes
     assert wire.recorder.seen[0].ending is Ending.CUT
 
 
-async def test_an_upstream_that_closes_without_an_answer_is_502(start: Start) -> None:
+async def test_an_upstream_that_closes_without_a_response_is_502(start: Start) -> None:
     wire = await start(serving=Upstream(answer_with(b"", goes_on=False)))
     async with wire.client() as client:
         await client.send(request("POST", "/", body=b"x"))
@@ -188,7 +188,7 @@ async def test_a_request_that_is_not_idempotent_or_has_a_body_is_never_sent_twic
     assert [one.start.split(" ")[1] for one in wire.upstream.requests] == ["/1", "/2"]
 
 
-async def test_no_more_connections_than_the_bound_and_who_waits_is_served_in_turn(start: Start) -> None:
+async def test_connections_stay_within_the_bound_and_waiting_requests_are_served_in_turn(start: Start) -> None:
     async def slow(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(0.02)
         writer.write(OK)
@@ -206,7 +206,7 @@ async def test_no_more_connections_than_the_bound_and_who_waits_is_served_in_tur
     assert "max=2" in repr(wire.pool)
 
 
-async def test_who_waits_too_long_for_a_connection_is_told_that_it_is_overloaded(start: Start) -> None:
+async def test_waiting_too_long_for_a_connection_is_refused_as_overloaded(start: Start) -> None:
     release = asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -271,7 +271,7 @@ async def test_the_pool_recovers_when_the_upstream_comes_back(start: Start) -> N
             assert await wire.pool.reach()
 
 
-async def test_an_answer_before_the_request_is_finished_is_relayed_and_ends_both(start: Start) -> None:
+async def test_a_response_before_the_end_of_the_request_is_relayed_and_ends_both(start: Start) -> None:
     far = Upstream(answer_with(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno", goes_on=False), reads_bodies=False)
     wire = await start(serving=far)
     async with wire.client() as client:
@@ -313,7 +313,7 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
     assert "timed out" in wire.pool.unreachable_because
     # One line for the outage, which names the upstream.
     logged = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
-    assert logged == [f"the upstream cannot be reached: 127.0.0.1:{port}: timed out"]
+    assert logged == [f"upstream unreachable: 127.0.0.1:{port}: timed out"]
 
 
 async def test_an_upstream_that_does_not_accept_is_unreachable_also_when_the_event_loop_is_late(start: Start) -> None:
@@ -362,7 +362,9 @@ async def test_a_tls_upstream_that_never_finishes_its_handshake_is_unreachable(s
     ],
 )
 @pytest.mark.parametrize("cut", [None, 1, 7])
-async def test_what_can_never_become_an_answer_is_502_at_once(start: Start, raw: bytes, cut: int | None) -> None:
+async def test_bytes_that_cannot_become_a_response_are_502_immediately(
+    start: Start, raw: bytes, cut: int | None
+) -> None:
     async def answers(_request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         for at in range(0, len(raw), cut or len(raw)):
             writer.write(raw[at : at + (cut or len(raw))])

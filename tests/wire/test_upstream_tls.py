@@ -1,4 +1,4 @@
-"""An upstream behind TLS: whether its answer ended, or somebody on the way has ended it, shows."""
+"""An upstream behind TLS: a response that ended can be distinguished from one that was cut off on the network path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def listening() -> Iterator[socket.socket]:
 
 
 def _answer(listening: socket.socket, context: ssl.SSLContext, answer: bytes, *, says_so: bool) -> None:
-    """Answer one request and end the connection, with or without saying so in TLS."""
+    """Respond to one request and end the connection, with or without a TLS closure alert."""
     accepted, _ = listening.accept()
     with context.wrap_socket(accepted, server_side=True) as tls:
         tls.recv(65_536)
@@ -41,10 +41,10 @@ def _answer(listening: socket.socket, context: ssl.SSLContext, answer: bytes, *,
     ],
     ids=["ended", "ended by somebody else", "counted", "counted, and ended early"],
 )
-async def test_an_answer_is_whole_only_if_the_upstream_has_said_so(
+async def test_a_response_is_complete_only_if_the_upstream_closed_tls_properly(
     start: Start, listening: socket.socket, head: bytes, *, says_so: bool, is_whole: bool
 ) -> None:
-    """RFC 9112 section 9.8: an end of the connection that TLS does not vouch for is no end of an answer."""
+    """RFC 9112 section 9.8: an end of the connection without a TLS closure alert is no end of a response."""
     authority, serving = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(serving)
     trusting = ssl.create_default_context()

@@ -1,1 +1,1 @@
-"""Read what a request asks for in tokens, without keeping its body."""
+"""Read the token bounds of a request without keeping its body."""

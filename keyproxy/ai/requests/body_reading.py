@@ -1,10 +1,10 @@
-"""Read a long request body in portions, so that other work gets its turn between two of them.
+"""Read a long request body in portions, so that other work runs between two of them.
 
     scanning -> (splicing) -> asked
 
 Each call of `advance` does a bounded amount of work: a few milliseconds. Compressed content is inflated piece by piece,
-scanned and dropped; if the request has to ask for its usage, it is inflated a second time, and deflated again piece by
-piece. So reading takes the memory of a piece or two, and splicing that of one more body.
+scanned and dropped; if `include_usage` has to be added, the content is inflated a second time and deflated again piece
+by piece. So reading takes the memory of a piece or two, and splicing that of one more body.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from keyproxy.ai.requests.request_bound import TokenBound, malformed
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 
-#: What one call of `advance` may take: the steps of two to four milliseconds, and bytes that take as long.
+#: The work of one call of `advance`: the steps of two to four milliseconds, and bytes that take as long.
 _STEPS: Final = 2_048
 _BYTES: Final = 262_144
 
-#: Compressed content may be so long whatever its size, and grow so many times. Text that models read grows 3 to 20 times.
+#: The inflated length that is always allowed, and the largest expansion ratio beyond it. Prompt text expands 3 to 20
+#: times.
 INFLATED_BYTES_MAX: Final = 1_048_576
 INFLATED_TIMES_MAX: Final = 50
 
-#: Requests have a dozen names that matter. With more than this some of them are spelt in ways that are refused.
+#: Requests have a dozen significant names. If there are more than this, some have spellings that are refused.
 _MEMBERS_MAX: Final = 64
 
 _SPACE: Final = b" \t\r\n"
@@ -36,13 +37,13 @@ _COMMA: Final = b","
 
 
 class BodyReading:
-    """A body that is being read; it is stored nowhere else meanwhile.
+    """A body that is being read; it is stored nowhere else in the meantime.
 
-    `asked` is set once `advance` has returned True, and `body` is what goes upstream.
+    `asked` is set once `advance` has returned True; `body` is then the body to forward.
     """
 
     def __init__(self, kind: str, head: RequestHead, body: bytes, *, bytes_max: int) -> None:
-        """`bytes_max`: how long the content may be. Raises a Refusal, as `advance` does."""
+        """`bytes_max`: the maximum length of the content. Raises a Refusal, as `advance` does."""
         self.asked: TokenBound | None = None
         self._kind = kind
         self._head = head
@@ -59,7 +60,7 @@ class BodyReading:
         self._out: list[bytes] = []
 
     def advance(self) -> bool:
-        """Do the next portion. True: it was the last. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE)."""
+        """Read the next portion. True: it was the last. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE)."""
         if self._splice is not None and self._deflate is not None:
             return self._write(self._splice, self._deflate)
         scanner = self._scanner
@@ -156,7 +157,7 @@ class BodyReading:
 
 
 class _Source:
-    """The content of a body in pieces. Compressed: `bits` is zlib's name for how."""
+    """The content of a body in pieces. If it is compressed, `bits` is zlib's number for the format."""
 
     def __init__(self, body: bytes, bits: int | None) -> None:
         self._body = body
@@ -165,7 +166,7 @@ class _Source:
         self._left = b""
 
     def read(self) -> bytes:
-        """The next piece; empty: there is no more. Raises a Refusal for what cannot be inflated."""
+        """Return the next piece, empty at the end. Raises a Refusal for content that cannot be inflated."""
         inflate = self._inflate
         if inflate is None:
             return self._next()
@@ -192,7 +193,7 @@ class _Source:
 
 
 class _Splice:
-    """Puts `new` in place of the bytes from `start` to `end` of content that comes in pieces."""
+    """Replaces the bytes from `start` to `end` of content that arrives in pieces with `new`."""
 
     def __init__(self, start: int, end: int, new: bytes) -> None:
         self.at = 0
@@ -201,12 +202,12 @@ class _Splice:
         self._new = new
 
     def whole(self, content: bytes) -> bytes:
-        """The same for content that is there whole. It is copied once."""
+        """Replace the bytes in complete content. Copies it once."""
         view = memoryview(content)
         return b"".join((view[: self._start], self._new, view[self._end :]))
 
     def next(self, piece: bytes) -> bytes:
-        """What stands in place of the next piece."""
+        """Return the replacement for the next piece."""
         begin = self.at
         self.at = end = begin + len(piece)
         if end <= self._start or (begin > self._start and begin >= self._end):
@@ -217,7 +218,7 @@ class _Splice:
 
 
 def _edit(scanner: OutlineScanner, document: Mapping[str, Any]) -> tuple[int, int, bytes]:
-    """What is put in place of which bytes of the content."""
+    """A replacement, and the range of bytes that it replaces."""
     options = scanner.spans.get(("stream_options", ""))
     if options is None:
         at = scanner.opening + 1

@@ -1,13 +1,13 @@
-"""The header lines of a request whose answer will be metered."""
+"""The header lines of a request whose response will be metered."""
 
 from __future__ import annotations
 
 
 def for_metering(block: bytes, *, accepts_codings: bool, content_length: int | None) -> bytes:
-    """Header lines, each ended by CR LF, that ask for an answer that can be read.
+    """Return header lines, each ended by CR LF, that request a response with a readable encoding.
 
-    `accepts_codings`: an Accept-Encoding may be among them. `content_length`: the length of another body than the one
-    that they came with; None: the body is as it was.
+    `accepts_codings`: the lines may include Accept-Encoding. `content_length`: the length of the replaced body; None if
+    the body is unchanged.
     """
     if accepts_codings:
         block = _without(block, b"\naccept-encoding:")
@@ -17,7 +17,7 @@ def for_metering(block: bytes, *, accepts_codings: bool, content_length: int | N
 
 
 def _without(block: bytes, start: bytes) -> bytes:
-    """Header lines but for those that begin so. `start`: in lower case, with the end of the line before it."""
+    """Return header lines without those that begin with `start` (lower case, with the preceding line's end)."""
     lines = b"\n" + block.lower()
     at = lines.rfind(start)
     while at >= 0:

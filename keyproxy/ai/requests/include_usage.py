@@ -1,7 +1,7 @@
-"""Ask an upstream for the usage of a stream on the client's behalf, in the bytes of its request.
+"""Request a stream's usage from the upstream on the client's behalf, by editing the bytes of the request.
 
-Only what has to change is changed: `include_usage` is put in, everything else stays the client's bytes. Writing the
-document anew would change numbers that do not fit, the spelling of strings and the order of what came twice.
+The edit inserts `include_usage` and leaves all other bytes as the client sent them. Serialising the document again
+would change numbers beyond a double's range, the escapes in strings, and the order of duplicate names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _DECODER: Final = json.JSONDecoder()
 
 
 def with_usage(content: bytes, *, has_options: bool) -> bytes:
-    """The request with `stream_options.include_usage` set to true.
+    """Return the request with `stream_options.include_usage` set to true.
 
-    `content` is a well-formed JSON object, not empty. `has_options`: it has `stream_options`, once, an object or null.
-    Raises RecursionError if what stands before them is nested too deeply to be read.
+    `content` is a well-formed, non-empty JSON object. `has_options`: it has `stream_options` once, an object or null.
+    Raises RecursionError if the members before it are nested too deeply to be read.
     """
     text = content.decode("utf-8")
     opening = text.index("{")
@@ -40,7 +40,7 @@ def _put(text: str, start: int, end: int, new: str) -> bytes:
 
 
 def _member(text: str, opening: int, name: str) -> tuple[int, int] | None:
-    """Where the value of a member of the object that opens here begins and ends; None if there is no such member."""
+    """Return where a member's value begins and ends, in the object that opens here; None if there is no such member."""
     at = _behind_space(text, opening + 1)
     while text[at] == '"':
         key, at = _DECODER.raw_decode(text, at)

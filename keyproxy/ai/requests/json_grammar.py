@@ -1,4 +1,4 @@
-"""JSON's grammar in regular expressions, RFC 8259, as far as it has no nesting.
+"""The non-nested part of JSON's grammar (RFC 8259) as regular expressions.
 
 All quantifiers are possessive and all choices atomic: a match never backtracks, so that its time is linear in its text.
 """
@@ -31,14 +31,14 @@ RUN: Final = re.compile(rb"(?:%b%b%b,)*+" % (_SPACE_PATTERN, _nested(_SIMPLE_PAT
 SPACE: Final = re.compile(_SPACE_PATTERN)
 CHARACTERS: Final = re.compile(_CHARACTERS_PATTERN)
 PLAIN: Final = re.compile(_PLAIN_PATTERN)
-#: As much as may belong to a number or a literal.
+#: The characters of numbers and literals.
 WORD: Final = re.compile(rb"[-+.0-9A-Za-z]*+")
 NAME: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
 COLON: Final = re.compile(_SPACE_PATTERN + rb":")
 
 
 class Utf8:
-    """Checks text that comes in pieces. `is_whole`: no character was cut off by the end of the last piece."""
+    """Checks text that arrives in pieces. `is_whole`: no character was cut off by the end of the last piece."""
 
     __slots__ = ("_cut",)
 

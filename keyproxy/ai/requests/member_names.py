@@ -1,4 +1,4 @@
-"""The names in a request's JSON that determine what it may use, and spellings that some readers treat alike."""
+"""The names in a request's JSON that determine its token bound, and spellings that some parsers treat as equal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, Final
 
 _MAXIMUMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TIMES: Final = ("n", "best_of")
-#: Names that a request may have once, in this spelling only.
+#: Names that a request may contain once, in this spelling only.
 DECISIVE: Final = frozenset({*_MAXIMUMS, *_TIMES, "stream", "stream_options", "include_usage", "prompt"})
 #: Java's equalsIgnoreCase takes the Turkish i, with a dot or without, in capitals or not, for the Latin one.
 _DOT_ABOVE: Final = "\u0307"
-#: Names whose values matter, however often they appear.
+#: Names with significant values, however often they appear.
 _OTHERS: Final = frozenset({"messages", "input", "tools"})
 
 
@@ -30,23 +30,23 @@ class Outline:
         self.has_options: Final = "stream_options" in there
         self.has_prompt: Final = "prompt" in there
         self.has_type: Final = "type" in there
-        #: How those that matter stand in the body, if no other spelling does.
+        #: The significant names as they appear in the body, if no other spelling does.
         self.spelt: Final = tuple([f'"{name}"'.encode() for name in there if name in DECISIVE])
         self.is_ambiguous: Final = bool(found & _AMBIGUOUS)
         self.is_flat: Final = not found & _NESTED
 
 
-#: A bit for each name that means something here, one for all that some readers take for one that counts, and one for
-#: values that have members of their own.
+#: A bit for each significant name, one for all names that some parsers take for a significant one, and one for values
+#: that have members of their own.
 _BITS: Final[dict[str, int]] = {name: 1 << place for place, name in enumerate(sorted({*DECISIVE, "type"}))}
 _AMBIGUOUS: Final = 1 << len(_BITS)
 _NESTED: Final = 2 << len(_BITS)
 
-#: What each name means of those that were met: requests of one API have the same few. Full: all are forgotten.
+#: The bits of each name seen so far: requests to one API use the same few. Emptied when full.
 _met: Final[dict[str, int]] = {}
 _MET_MAX: Final = 4_096
 _MET_CHARACTERS_MAX: Final = 64
-#: By the bits of all members together.
+#: By the combined bits of all members.
 _outlines: Final[dict[int, Outline]] = {}
 
 
@@ -56,7 +56,7 @@ def outline_of(document: dict[str, Any]) -> Outline:
     for name, value in document.items():
         bits = _met.get(name)
         found |= _meet(name) if bits is None else bits
-        # One by one: the compiled build sees at once whether it is one, but makes a union anew each time.
+        # Separate checks: the compiled build tests each class directly, but would create a union type on every call.
         if isinstance(value, dict) or isinstance(value, list):  # noqa: SIM101
             found |= _NESTED
     outline = _outlines.get(found)
@@ -81,7 +81,7 @@ def matters(name: str) -> bool:
 
 
 def _is_ambiguous(name: str) -> bool:
-    """Whether readers differ in treating it as a significant name. For those in C a NUL ends a name."""
+    """Whether parsers differ in treating it as a significant name. For parsers in C a NUL ends a name."""
     if name in DECISIVE:
         return False
     return name.partition("\0")[0].upper().casefold().replace(_DOT_ABOVE, "") in DECISIVE

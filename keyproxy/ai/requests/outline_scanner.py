@@ -1,12 +1,12 @@
 """Read the outline of a request's JSON while it passes in pieces, without keeping the document.
 
 A parser builds a value for every element, which for a hostile document is 35 times its size, and holds the event loop
-until it is done. This scanner keeps the members of the outermost object that the caller asks for, the depth, and one
-piece. The caller feeds pieces of `PIECE_BYTES` and decides how many of them to read before other work gets its turn.
+until it is done. This scanner keeps the requested members of the outermost object, the depth, and one piece. The caller
+feeds pieces of `PIECE_BYTES` and decides how many of them to read before other work runs.
 
-It accepts what orjson accepts, with these differences: a number may exceed the range of a double, and a number or a name
-may be only so long (`_TOKEN_BYTES_MAX`). Strings, brackets and names are read strictly, so that no other reader can see
-a different member at the top.
+It accepts what orjson accepts, with these differences: a number may exceed the range of a double, and numbers and names
+have a maximum length (`_TOKEN_BYTES_MAX`). Strings, brackets and names are read strictly, so that no other parser can
+see a different member at the top level.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import orjson
 from keyproxy.ai.requests.content_parts import PART_NAMES, Container
 from keyproxy.ai.requests.json_grammar import CHARACTERS, COLON, NAME, PLAIN, RUN, SPACE, WORD, Utf8
 
-#: How much of a document is fed at once: the longest that one call works.
+#: The size of a piece, which bounds the work of one call.
 PIECE_BYTES: Final = 8_192
 
-#: A document may take so many steps. A step reads one name, value or bracket, or a whole run of simple elements.
-#: These many take one to two seconds.
+#: The most steps that a document may take. A step reads one name, value or bracket, or a whole run of simple elements.
+#: This many steps take one to two seconds.
 STEPS_MAX: Final = 2_000_000
 
-#: orjson refuses what is nested more deeply.
+#: orjson rejects deeper nesting.
 DEPTH_MAX: Final = 1_024
 
 #: A name or a number that is longer is refused; a string has no bound.
 _TOKEN_BYTES_MAX: Final = 4_096
 
-#: A string up to this length is kept if it is the value of a member that was asked for.
+#: A string up to this length is kept if it is the value of a requested member.
 _KEPT_BYTES_MAX: Final = 256
 
-#: With one of these a name may be `type`: its object is read member by member.
+#: If one of these occurs, a name may be `type`: its object is read member by member.
 _TYPE: Final = b'"type"'
 _ESCAPED_LETTER: Final = re.compile(rb"\\u00[67]")
 #: An escape may be cut off by the end of a piece.
@@ -72,14 +72,13 @@ class TooManyStepsError(Exception):
 
 
 class OutlineScanner:
-    """Fed with a document in pieces of at most `PIECE_BYTES`; `finish` ends it.
+    """Scans a document fed in pieces of at most `PIECE_BYTES`; `finish` ends it.
 
     `document`: None unless the document is an object; then those of its members that `watches` chose, the last one of
-    each name. A container is there as one of its kind that is empty, or has one element (true) if it is not empty; but
-    the object named `expanded` is there with its own members that `watches` chose. A string that is longer than a few
-    hundred bytes is there shortened.
-    `spans`: where the value of each member begins and ends; of members of `expanded` under (name, name).
-    `doubled`: names that `watches` chose and that stood twice in one object.
+    each name. A container is represented by one of its kind that is empty, or has one element (true) if it is not
+    empty; but the object named `expanded` appears with its own members that `watches` chose. A string that is longer
+    than a few hundred bytes is shortened. `spans`: where the value of each member begins and ends; of members of
+    `expanded` under (name, name). `doubled`: names that `watches` chose and that appeared twice in one object.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class OutlineScanner:
         self.document: dict[str, Any] | None = None
         self.spans: dict[tuple[str, str], tuple[int, int]] = {}
         self.doubled: list[str] = []
-        #: How many texts or lists the counted array has; 1 if it has others, or is something else.
+        #: The number of strings or arrays in the counted array; 1 if it has other elements, or is no array.
         self.elements = 1
         #: Objects whose type is one of `media`, and the bytes of images that came within them.
         self.parts = 0

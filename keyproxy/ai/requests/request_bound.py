@@ -1,13 +1,13 @@
-"""What a request may use: an upper bound of its prompt's tokens, and the most that it lets the model put out.
+"""Bound what a request may use: an upper bound of its prompt's tokens, and the maximum of its output tokens.
 
-The prompt's bound is the length of the request. A token of a byte-level vocabulary is a byte of text or more; JSON only
-makes text longer; and what a chat template puts around a message is less than the JSON around it. What is not text has
-bounds of its own, below. What the upstream adds from elsewhere (an earlier response, a stored prompt, a file named by
-its id, what a tool of its own finds) cannot be seen here: it is known when the answer reports it.
+The prompt's bound is the length of the request. A token of a byte-level vocabulary is at least one byte of text; JSON
+only makes text longer; and a chat template adds less around a message than the JSON around it. Content other than text
+has its own bounds, below. Content that the upstream adds (an earlier response, a stored prompt, a file referenced by
+its id, the results of a built-in tool) is not visible here: it is known when the response reports it.
 
-A request is only worth what its upstream reads in it. So a body that two parsers could read differently where it
-matters (a maximum given twice, or spelt with capitals, which some match) is refused, and so is a maximum that is no
-whole number. The prompt is looked at for its length and is kept nowhere.
+The bound is valid only if the upstream parses the request in the same way. So a body that two parsers could read
+differently in a significant place (a duplicate maximum, or one spelt with capitals, which some parsers match) is
+refused, and so is a maximum that is no whole number. Only the length of the prompt is used; it is stored nowhere.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from keyproxy.reasons import Reason, Refusal
 #: OpenAI's and Anthropic's current models see at most 1,445 and 4,784 tokens in an image (gpt-4o-mini: 48,169).
 MEDIA_TOKENS: Final = 5_000
 
-#: What Anthropic puts before a prompt with tools: 264 to 804 tokens by its documentation.
+#: What Anthropic adds before a prompt with tools: 264 to 804 tokens by its documentation.
 TOOLS_TOKENS: Final = 1_000
 
-#: Content up to this is parsed at once; a parser's values may take 35 times as much memory.
+#: Content up to this is parsed in one call; a parser's values may take 35 times as much memory.
 PARSED_BYTES_MAX: Final = 65_536
 
-#: Said here the compiled build need not look for it.
+#: A module constant, which saves the compiled build a lookup.
 _loads: Final = orjson.loads
 
-#: Larger products are told as this: no budget has so many.
+#: Larger products are clamped to this: no budget has so many.
 _MAXIMUM_MAX: Final = 10**15
 
-#: With it a name may be spelt in another way. A byte is found at once; sought with `in`, several take three times as long
-#: as with `find`, since they are tried as a number first.
+#: The start of an escape, with which a name can have another spelling. A single byte is found fast with `in`; a longer
+#: needle takes three times as long as with `find`, since `in` tries it as a number first.
 _ESCAPE: Final = b"\\u"
 _BACKSLASH: Final = 0x5C
 IMAGES: Final = frozenset({"image", "image_url", "input_image"})
@@ -66,11 +66,11 @@ ENDS_ELSEWHERE: Final = "The body is longer or shorter than its compressed conte
 
 @mypyc_attr(acyclic=True)
 class TokenBound(TokenNeed):
-    """What one request may use.
+    """The token bounds of one request.
 
-    `prompt_bound`: of its prompt. `maximum`: the most tokens it lets the model put out; None if it does not say.
-    `body`: what goes upstream instead of the client's body, None if that goes as it came, or once it is taken.
-    `hides_usage`: the client did not ask for the usage that will come.
+    `prompt_bound`: the bound of its prompt. `maximum`: its maximum of output tokens; None if it sets none.
+    `body`: the body to forward instead of the client's; None if that is unchanged, or once it is taken.
+    `hides_usage`: the client did not request the usage that the upstream will report.
     """
 
     __slots__ = ("body", "hides_usage", "maximum", "prompt_bound", "streams")
@@ -91,9 +91,9 @@ class TokenBound(TokenNeed):
 
 
 def bound_of(kind: str, head: RequestHead, body: bytes) -> TokenBound | None:
-    """The tokens that a request with this complete body asks for; None: it is long, and `reading` has to scan it.
+    """Return the token bounds of a request with this complete body; None: it is long, so `body_reading` must scan it.
 
-    `kind`: what the route's upstream speaks, "openai", "anthropic", or "header" for anything.
+    `kind`: the API of the route's upstream: "openai", "anthropic", or "header" for any other.
     Raises a Refusal (REQUEST_MALFORMED).
     """
     if len(body) > PARSED_BYTES_MAX:
@@ -103,7 +103,7 @@ def bound_of(kind: str, head: RequestHead, body: bytes) -> TokenBound | None:
     content = body if bits is None else _inflated(body, bits)
     if len(content) > PARSED_BYTES_MAX:
         return None
-    # Many a server reads JSON whatever it is called.
+    # Many servers parse JSON regardless of the Content-Type.
     if not fields.is_json and not content.lstrip(_SPACE).startswith(b"{"):
         return unread(kind, head, len(content), is_blank=not content.strip(_SPACE))
     try:
@@ -132,20 +132,20 @@ def bound_of(kind: str, head: RequestHead, body: bytes) -> TokenBound | None:
 
 
 def unread(kind: str, head: RequestHead, content_bytes: int, *, is_blank: bool) -> TokenBound:
-    """For content without an output maximum. The content of a tunnel passes unread."""
+    """The bounds of content without an output maximum. The content of a tunnel is not read."""
     if not is_blank:
         return TokenBound(content_bytes, None)
     return TokenBound(0, None if kind == "header" or head.fields.opens_tunnel else 0)
 
 
 def maximum_of(document: Mapping[str, Any], outline: Outline, path: bytes, prompts: int) -> int | None:
-    """The output maximum that the request sets, or None. `prompts`: the number of its prompts.
+    """Return the output maximum that the request sets, or None. `prompts`: the number of its prompts.
 
     Raises a Refusal for a maximum that is no whole number.
     """
     most = -1
     for name in outline.maximums:
-        # Which of several counts is the upstream's to say: the largest is an upper bound.
+        # The upstream decides which of several applies: the largest is an upper bound.
         most = max(most, _count(document, name, otherwise=-1))
     times = prompts
     for multiplier in outline.times:
@@ -156,7 +156,7 @@ def maximum_of(document: Mapping[str, Any], outline: Outline, path: bytes, promp
 
 
 def _prompts(document: Mapping[str, Any]) -> int:
-    """How many prompts are completed; a list of numbers is one prompt."""
+    """Return the number of prompts to complete; a list of numbers is one prompt."""
     prompts = document["prompt"]
     return len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
 
@@ -223,7 +223,7 @@ def _image_bytes(part: Mapping[str, Any]) -> int:
 
 
 def lacks_usage(document: Mapping[str, Any]) -> bool:
-    """Whether this asks for a stream of chat completions or completions that will not end with its usage."""
+    """Whether the request is for a stream of chat completions or completions that will not end with its usage."""
     is_prompt = isinstance(document.get("prompt"), str | list) and "input" not in document
     if "messages" not in document and not is_prompt:
         return False
@@ -234,7 +234,7 @@ def lacks_usage(document: Mapping[str, Any]) -> bool:
 
 
 def _check_names(content: bytes, outline: Outline, document: Mapping[str, Any], *, has_escapes: bool) -> None:
-    """Refuse what two readers could read differently."""
+    """Refuse content that two parsers could read differently."""
     spelt, is_ambiguous = outline.spelt, outline.is_ambiguous
     if outline.has_options and isinstance(options := document["stream_options"], dict):
         inner = outline_of(options)
@@ -248,7 +248,7 @@ def _check_names(content: bytes, outline: Outline, document: Mapping[str, Any], 
 
 
 def _check_for_doubles(content: bytes) -> None:
-    """The same, looking at each member. Most that is there twice is so in a place that does not matter."""
+    """Check each member for duplicates. Most duplicates are in insignificant places."""
     try:
         document = json.loads(content, object_pairs_hook=_Members)
     except (ValueError, RecursionError) as error:
@@ -261,7 +261,7 @@ def _check_for_doubles(content: bytes) -> None:
 
 
 class _Members:
-    """A JSON object as it stands, with what is there twice."""
+    """A JSON object as written, with its duplicate names."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         self.pairs = pairs

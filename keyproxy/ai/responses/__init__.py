@@ -1,1 +1,1 @@
-"""Read what a response used."""
+"""Read the usage that a response reports."""

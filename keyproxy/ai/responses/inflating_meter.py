@@ -1,8 +1,8 @@
-"""Read an answer in gzip or deflate: another meter is fed with what it holds, the client gets it as it came.
+"""Read a response in gzip or deflate: another meter gets the inflated content, the client the bytes unchanged.
 
 Inflated content is scanned in pieces and dropped, so the memory is zlib's window and one piece. Each call inflates
 at most `INFLATED_BYTES_MAX`; the rest waits, compressed, for the next call. Content that waits in a queue
-of more than `WAITING_BYTES_MAX`, or is still waiting when the answer has ended and the last call is over, is read no
+of more than `WAITING_BYTES_MAX`, or is still waiting when the response has ended and the last call is over, is read no
 further: it is a bomb, or as expensive to read as one. The same applies to content that zlib rejects. Usage reported
 before that counts.
 """
@@ -19,12 +19,12 @@ INFLATED_BYTES_MAX: Final = 262_144
 WAITING_BYTES_MAX: Final = 1_048_576
 
 _PIECE_BYTES: Final = 65_536
-#: Gzip members that may follow one another; a bomb may be of thousands of empty ones.
+#: The most gzip members in a row; a bomb may consist of thousands of empty ones.
 _MEMBERS_MAX: Final = 100
 
 
 class InflatingMeter(Meter):
-    """For an answer in gzip or deflate: another meter is fed with what it holds; the client gets it as it came."""
+    """For a response in gzip or deflate: another meter gets the inflated content, the client the bytes unchanged."""
 
     def __init__(self, inner: Meter, *, is_gzip: bool) -> None:
         super().__init__()
@@ -93,9 +93,9 @@ class InflatingMeter(Meter):
 
 
 def window_bits(content: bytes, *, is_gzip: bool) -> int:
-    """zlib's name for the format that some compressed bytes, not empty, begin in.
+    """Return zlib's number for the format of non-empty compressed bytes.
 
-    "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some send the bare one.
+    "deflate" means the zlib format, RFC 9110 section 8.4.1.2; some servers send the raw format.
     """
     if is_gzip:
         return 16 + zlib.MAX_WBITS

@@ -1,7 +1,7 @@
-"""Read what a JSON document says was used, while it passes.
+"""Read the usage that a JSON document reports, as it passes.
 
-A small one is kept (its pieces themselves, not a copy) and parsed at its end, which is the fastest there is; a larger one
-is scanned, which needs next to no memory. Both find the same, and the scanner also reads a document that was cut short.
+A small document is kept (its pieces themselves, not a copy) and parsed at its end, which is fastest; a larger one is
+scanned, which needs almost no memory. Both find the same usage, and the scanner also reads a truncated document.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from keyproxy.ai.responses.json_usage_scanner import UsageScanner
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.model import TokenUse
 
-#: A document up to this is kept.
+#: A document up to this size is kept.
 KEPT_BYTES_MAX: Final = 65_536
 
-#: What a kept piece costs beside its bytes: an upstream may send them one by one.
+#: The overhead of a kept piece: an upstream may send single bytes.
 _PIECE_BYTES: Final = 64
 
 
 class JsonMeter(Meter):
-    """For an answer that is one JSON document."""
+    """For a response that is one JSON document."""
 
     def __init__(self, read: Callable[[object], TokenUse | None]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class JsonMeter(Meter):
             try:
                 parsed = orjson.loads(document.removeprefix(b"\xef\xbb\xbf"))
             except ValueError:
-                self._scanned(document)  # cut short perhaps, after it had said what it had to say
+                self._scanned(document)  # perhaps truncated after its usage
             else:
                 self._said = self._read(parsed.get("usage")) if isinstance(parsed, dict) else None
         if self._scanner is not None:

@@ -1,14 +1,14 @@
 """Find the `usage` of a JSON document that arrives in pieces, without keeping the document.
 
-The only thing looked for is a member `usage` of the outermost object. A key is `"usage"` followed by a colon, and it is
-the outermost object's if one more bracket was opened than closed before it. So the text between two such keys need not
-be taken apart: its strings are cut out in one pass, and what brackets are left is counted. A client can have its own
-words in an answer, as strings and, where the upstream echoes what it was asked, as objects: neither is at that place.
+The scanner looks only for a member `usage` of the outermost object. A key is `"usage"` followed by a colon; it belongs
+to the outermost object if one more bracket was opened than closed before it. So the text between two such keys is not
+parsed: its strings are removed in one pass, and the remaining brackets are counted. Text from the client can appear in
+a response, as strings and, if the upstream echoes the request, as objects: neither is at that place.
 
-Memory: a piece being looked at, and at most `USAGE_BYTES_MAX` between pieces. Time: linear in the document. Rejected:
-keeping the document and parsing it whole, which for a batch of embeddings is tens of megabytes a request.
+Memory: the current piece, and at most `USAGE_BYTES_MAX` between pieces. Time: linear in the document. Rejected: keeping
+the document and parsing it whole, which for a batch of embeddings is tens of megabytes a request.
 
-A document that is no JSON yields nothing or what its `usage` seems to be; it never raises.
+For a document that is no JSON, the scanner finds nothing, or what looks like its `usage`; it never raises.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Final
 
 import orjson
 
-#: A usage object that is longer is not read.
+#: A longer usage object is not read.
 USAGE_BYTES_MAX: Final = 8192
 
-#: A document that has more usages, or comes with more keys in one piece, is read no further: it would take too long.
+#: A document with more usages, or more keys in one piece, is read no further: it would take too long.
 _VALUES_MAX: Final = 256
 _STEPS_MAX: Final = 8_192
 
 _KEY: Final = b'"usage"'
 _CANDIDATE = re.compile(rb'"usage"[ \t\r\n]*(?::|\Z)')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-#: All up to the first string that does not end. Found first: searching on inside such a string would be quadratic.
+#: Everything up to the first unterminated string. Found first: searching on inside such a string would be quadratic.
 _WHOLE = re.compile(rb'[^"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"]*+)*+', re.DOTALL)
-#: The rest of a string whose beginning is behind us, up to its closing quote, which is not part of it.
+#: The rest of a string that began in an earlier piece, up to its closing quote, which is excluded.
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SPACE: Final = re.compile(rb"[ \t\r\n]*+")
 _UNREADABLE: Final = object()
@@ -39,20 +39,20 @@ _DECODER: Final = json.JSONDecoder()
 
 
 class UsageScanner:
-    """Fed with a JSON document in pieces of any size; `usage` is the last one it had, None if none."""
+    """Scans a JSON document fed in pieces of any size; `usage` is the last one found, None if none."""
 
     def __init__(self) -> None:
         self.usage: object = None
         self._depth = 0
         self._is_in_string = False
-        #: Bytes that mean something only together with what follows: the beginning of a key, or a lone backslash.
+        #: Bytes that are meaningful only with the following ones: the beginning of a key, or a lone backslash.
         self._rest = b""
         self._value: bytes | None = None
         self._values = 0
         self._is_over = False
 
     def feed(self, content: bytes) -> None:
-        """The next piece."""
+        """Scan the next piece."""
         if self._is_over:
             return
         if self._value is not None:
@@ -80,7 +80,7 @@ class UsageScanner:
         return len(content)
 
     def _skip_structure(self, content: bytes, at: int) -> int:
-        """Go on to behind the next key, or to the end."""
+        """Advance past the next key, or to the end."""
         match = _CANDIDATE.search(content, at)
         end = len(content)
         limit = end if match is None else match.start()
@@ -103,7 +103,7 @@ class UsageScanner:
         return self._take_value(content, match.end()) if self._depth == 1 else match.end()
 
     def _take_value(self, content: bytes, at: int) -> int:
-        """Read the value of `usage`, as soon as all of it is there; returns where what follows it begins."""
+        """Read the value of `usage` once it is complete; return the offset after it."""
         self._values += 1
         if self._values > _VALUES_MAX:
             self._give_up()
@@ -129,7 +129,7 @@ class UsageScanner:
 
 
 def _decoded(content: bytes) -> tuple[object, int]:
-    """The value at the beginning and where it ends. Its end is looked for in Latin-1, where characters are bytes."""
+    """Return the value at the beginning, and its end. The end is searched in Latin-1, where characters are bytes."""
     try:
         _, end = _DECODER.raw_decode(content.decode("latin-1"))
     except (ValueError, RecursionError):

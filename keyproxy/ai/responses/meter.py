@@ -1,9 +1,9 @@
-"""What an answer says was used, read from its bytes as they pass. Sans-IO: fed with content, asked for the use.
+"""Read the usage that a response reports from its bytes as they pass. Sans-IO.
 
-A meter is made for one answer when its head is there (`answer`). It is fed with the content as it comes, whatever the
-boundaries, and gives back what goes on to the client: the same bytes, except that a stream is passed on in whole events,
-and that a usage chunk which the client did not ask for is left out. It never raises: an answer that cannot be read has
-said nothing, and that is charged as estimated.
+A meter is created for one response when its head has arrived (`select_meter`). It takes the content as it arrives, with
+any boundaries, and returns the bytes for the client: the same bytes, except that a stream is passed on in whole events,
+and that a usage chunk is left out if the client did not request it. It never raises: a response that cannot be read
+counts as one without a report, and is charged as estimated.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from keyproxy.model import TokenUse
 
 
 class Meter:
-    """Passes everything on and knows what it was told when it was made: for answers that report in the head, or nowhere.
+    """Passes everything on; its usage is known at creation: for responses that report it in the head, or not at all.
 
-    `is_stream`: server-sent events, so that an event of ours may end it. `tokens_in`: the tokens of the prompt, as soon
-    as they are known.
+    `is_stream`: server-sent events, which an event of ours can end. `tokens_in`: the tokens of the prompt, as soon as
+    they are known.
     """
 
     is_stream = False
@@ -23,38 +23,38 @@ class Meter:
 
     def __init__(self, said: TokenUse | None = None) -> None:
         self._said = said
-        #: What is the use if the answer does not say.
+        #: The usage if the response reports none.
         self.unsaid: TokenUse | None = None
 
     @property
     def use(self) -> TokenUse | None:
-        """What the answer has said was used; None: nothing, or nothing that can be believed.
+        """The usage that the response reported; None if there is no credible report.
 
-        Whole answers have said it when `finish` was called. A stream may say it again and again; the last counts.
+        Complete responses have reported it when `finish` is called. A stream may report it repeatedly; the last counts.
         """
         return self.unsaid if self._said is None else self._said
 
     @property
     def produced(self) -> int:
-        """About how many tokens a stream has brought until now: for one that ends before it says so. 0 if it is none."""
+        """Estimate a stream's tokens so far, in case it ends before it reports its usage. 0 if it is no stream."""
         return 0
 
     @property
     def produced_bound(self) -> int:
-        """More tokens than this a stream has not shown until now: a token is a byte at least. 0 if it is none."""
+        """An upper bound of a stream's tokens so far: a token is at least one byte. 0 if it is no stream."""
         return 0
 
     def feed(self, content: bytes) -> bytes:
-        """The next content of the answer; returns what goes on to the client now."""
+        """Read the next content of the response; return the bytes for the client."""
         return content
 
     def finish(self) -> bytes:
-        """The answer is complete; returns what was still held back."""
+        """End the response; return what was still held back."""
         return b""
 
     def cut(self, event: bytes) -> bytes:
-        """End the stream here: what has to be sent so that the client hears this event last. No more may be fed.
+        """End the stream here: return the bytes that make this event the client's last. Nothing may be fed after it.
 
         Raises ValueError if it is no stream.
         """
-        raise ValueError(f"an answer that is no stream cannot end with {len(event)} bytes of an event")
+        raise ValueError(f"a response that is no stream cannot end with {len(event)} bytes of an event")

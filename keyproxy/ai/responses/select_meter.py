@@ -1,4 +1,4 @@
-"""Which meter an answer needs, by its route and its head."""
+"""Select the meter for a response by its route and its head."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.sse_meter import StreamMeter
 from keyproxy.model import ResponseHead, TokenUse
 
-#: An answer with such a status was not worked on: without a report it used nothing. Vendors bill none either.
+#: The model did not process a request with such a status: without a report it used nothing. Vendors bill none either.
 _ERROR_STATUS: Final = 400
 
 
 def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Meter:
-    """The meter for one answer.
+    """Return the meter for one response.
 
-    `kind`: where the route's answers say what was used, "openai", "anthropic" or "header". `hides_usage`: the client did
-    not ask for the usage chunk of its stream; it is left out unless the length of the answer is announced already, or
-    it is compressed.
+    `kind`: how the route's responses report usage: "openai", "anthropic" or "header". `hides_usage`: the client did not
+    request the usage chunk of its stream; it is left out unless the response has a Content-Length or is compressed.
     """
     meter = _meter_for(kind, head, hides_usage=hides_usage and not head.fields.has_content_length)
     if head.line.status >= _ERROR_STATUS:

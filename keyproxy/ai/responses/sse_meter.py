@@ -1,11 +1,11 @@
-"""Read what a stream of server-sent events says was used, while its events pass.
+"""Read the usage that a stream of server-sent events reports, as its events pass.
 
-Streams bring an event for every token or two, and each passes here, so that most events are looked at once: does it have
-a `usage` that is not null? If none has, what is left to do is to count the text. Only events that have one are taken
-apart. Lines may end in CR, LF or both, data may span lines, comments and a byte order mark may stand between.
+Streams carry an event for every token or two, and each passes here, so most events get a single check: does it have a
+`usage` that is not null? If none has, only the text is counted. Only events with a usage are parsed. Lines may end in
+CR, LF or both, data may span lines, and comments and a byte order mark may occur.
 
-Events are passed on whole, which delays nothing that a client could use, so that a stream can be ended between two.
-An unfinished event is held back up to `HELD_BYTES_MAX`, and kept for reading up to `EVENT_BYTES_MAX`: that is the memory
+Events are passed on whole, which delays nothing that a client could use, so that a stream can be ended between two. An
+unfinished event is held back up to `HELD_BYTES_MAX`, and kept for reading up to `EVENT_BYTES_MAX`: that is the memory
 of a stream. A longer one passes unread.
 """
 
@@ -27,23 +27,23 @@ EVENT_BYTES_MAX: Final = 1_048_576
 #: A longer event is not parsed for its usage, which would take too long; its text is counted.
 PARSED_BYTES_MAX: Final = 262_144
 
-#: What a token is in most languages and code; a stream that is cut short is charged by this.
+#: The size of a token in most languages and code; a truncated stream is charged by this.
 _BYTES_A_TOKEN: Final = 4
 
 #: Two line ends, the longer spellings first: a CR LF is never taken for two.
 _EVENT_END = re.compile(rb"\r\n\r\n|\r\n\r|\r\n\n|\r\r\n|\r\r|\n\r\n|\n\r|\n\n")
 _EVENT_END_BYTES_MAX: Final = 4
 
-#: So many events of one piece are looked at one by one; the rest of a piece that has more passes unread, which is charged
-#: as if each byte were a token. And so often at most it is looked whether all that follow can be counted together.
+#: The most events of one piece that are read one by one; the rest of a longer piece passes unread, and is charged as if
+#: each byte were a token. And the most checks for whether all following events can be counted together.
 _EVENTS_MAX: Final = 1_024
 _TRIES_MAX: Final = 16
 
-#: A usage that may say something. With `include_usage` all chunks but the last have a null.
+#: A usage that may have a value. With `include_usage` all chunks but the last have a null.
 _USAGE = re.compile(rb'"usage"(?![ \t]*:[ \t]*null)')
 
 _TEXT_VALUE: Final = rb'"[ \t]*:[ \t]*"((?:[^"\\\r\n]|\\[^\r\n])++)"'
-#: What a model writes: in chunks of chat completions, completions and Anthropic's messages, and in responses' deltas.
+#: The model's output: in chunks of chat completions, completions and Anthropic's messages, and in responses' deltas.
 _TEXT = re.compile(
     rb'"(?:content|text|arguments|reasoning_content|reasoning|refusal|thinking|partial_json)' + _TEXT_VALUE
 )
@@ -51,7 +51,7 @@ _RESPONSES_TEXT = re.compile(rb'"delta' + _TEXT_VALUE)
 
 
 class StreamMeter(Meter):
-    """For an answer that is a stream of events."""
+    """For a response that is a stream of events."""
 
     is_stream = True
 
@@ -61,20 +61,20 @@ class StreamMeter(Meter):
         self._hides_usage = hides_usage
         self._pieces = 0
         self._text_bytes = 0
-        #: Which fields hold text is told by the first event.
+        #: The fields that contain text, determined by the first event.
         self._text: re.Pattern[bytes] | None = None
         self._started: Mapping[str, object] = {}
         self._event = bytearray()
-        #: How much of the unfinished event has gone to the client; and that it has become too long to be read.
+        #: How much of the unfinished event was sent to the client, and whether it has become too long to be read.
         self._passed = 0
         self._is_oversize = False
-        #: The last event ended in CR: an LF that comes next is part of it, and shares its fate.
+        #: The last event ended in CR: a following LF is part of it, and is passed on or left out with it.
         self._awaits_lf = False
         self._has_hidden = False
 
     @property
     def produced(self) -> int:
-        """See Meter. What the stream said last, and since then a token for a piece of text, or more for a long one."""
+        """See Meter. The last report, plus one token for each piece of text since then, or more for a long one."""
         return max(self._pieces, -(-self._text_bytes // _BYTES_A_TOKEN))
 
     @property
@@ -107,7 +107,7 @@ class StreamMeter(Meter):
         return b"\n\n" + event if begun else event
 
     def _count_plain(self, content: bytes | bytearray) -> int:
-        """Count the text of the whole events at the beginning, up to one with a usage; how many bytes they are."""
+        """Count the text of the whole events at the beginning, up to one with a usage; return their length in bytes."""
         if self._text is None:
             return 0
         match = _USAGE.search(content) if content.find(b'"usage"') >= 0 else None
@@ -120,7 +120,7 @@ class StreamMeter(Meter):
         return end
 
     def _feed_apart(self, content: bytes) -> bytes:
-        """The same, where an event is unfinished, or has a usage, or is the first: event by event."""
+        """Count event by event: where an event is unfinished, has a usage, or is the first."""
         out = []
         if self._awaits_lf and content:
             self._awaits_lf = False
@@ -157,7 +157,7 @@ class StreamMeter(Meter):
         return b"".join(out)
 
     def _drop(self, out: list[bytes]) -> None:
-        """Pass on what there is of the unfinished event, and all that may follow it here, unread."""
+        """Pass on what has arrived of the unfinished event, and any content after it, unread."""
         event = self._event
         out.append(bytes(event[self._passed :]))
         self._text_bytes += max(0, len(event) - _EVENT_END_BYTES_MAX)  # unread, so each byte may be a token
@@ -173,7 +173,7 @@ class StreamMeter(Meter):
         self._has_hidden = False
 
     def _read(self, block: bytes) -> bool:
-        """Take in one event; whether the client is to have it."""
+        """Read one event; return whether to send it to the client."""
         if self._text is None and b"data:" in block:
             self._text = _RESPONSES_TEXT if b'"response.' in block else _TEXT
         if self._text is not None:
@@ -210,7 +210,7 @@ class StreamMeter(Meter):
                 started = anthropic_use({**usage, "output_tokens": 0})
                 self.tokens_in = None if started is None else started.tokens_in
         elif event.get("type") == "message_delta" and isinstance(usage := event.get("usage"), dict):
-            # Cumulative. What it does not repeat is as it was at the start.
+            # Cumulative. Fields that are not repeated keep their values from the start of the stream.
             said = {name: value for name, value in usage.items() if value is not None}
             self._report(anthropic_use({**self._started, **said}) if "output_tokens" in said else None)
 
@@ -222,6 +222,6 @@ class StreamMeter(Meter):
 
 
 def _data(block: bytes) -> bytes:
-    """The data of an event: the values of its `data` lines, joined."""
+    """Return the data of an event: the values of its `data` lines, joined."""
     lines = block.removeprefix(b"\xef\xbb\xbf").splitlines()
     return b"\n".join([line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")])

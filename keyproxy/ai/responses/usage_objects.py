@@ -1,8 +1,8 @@
-"""What an upstream says was used: the `usage` objects of the APIs, and the `X-Usage-Tokens` header.
+"""Read reported usage: the `usage` objects of the APIs, and the `X-Usage-Tokens` header.
 
-Only a whole number of tokens is a report. A string, a float, a negative number or one that no model could have used is
-no report at all, and neither is an object that lacks what its API promises: what is not said is charged as estimated,
-which errs on the safe side. 0 is a report like any other.
+Only a whole number of tokens is a report. A string, a float, a negative number or an impossibly large one is not, and
+neither is an object that lacks the fields of its API: usage without a report is charged as estimated, which errs on the
+safe side. 0 is a report like any other.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Final
 
 from keyproxy.model import TokenUse
 
-#: More than this is nobody's use; it would overflow what is added up.
+#: A larger number is not credible, and would overflow the sums.
 TOKENS_MAX: Final = 10**12
 
 _DIGITS_MAX: Final = 13
 
-#: Anthropic counts what was read from or written to its cache apart from the other input.
+#: Anthropic counts tokens read from or written to its cache separately from the other input.
 _ANTHROPIC_INPUT: Final = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def openai_use(usage: object) -> TokenUse | None:
-    """The use in a `usage` object of chat completions, completions, embeddings or responses.
+    """Return the usage in a `usage` object of chat completions, completions, embeddings or responses.
 
-    What is in the total but in none of its parts (hidden reasoning, for some servers) counts as put out.
+    Tokens in the total but in none of its parts (hidden reasoning, for some servers) count as output.
     """
     if not isinstance(usage, Mapping):
         return None
@@ -41,7 +41,7 @@ def openai_use(usage: object) -> TokenUse | None:
 
 
 def anthropic_use(usage: object) -> TokenUse | None:
-    """The use in a `usage` object of Anthropic's messages. What came from its cache was used as well."""
+    """Return the usage in a `usage` object of Anthropic's messages. Tokens from its cache count as used."""
     if not isinstance(usage, Mapping):
         return None
     inputs = [usage.get(name) for name in _ANTHROPIC_INPUT]
@@ -52,7 +52,7 @@ def anthropic_use(usage: object) -> TokenUse | None:
 
 
 def header_use(said: bytes | None) -> TokenUse | None:
-    """The use in an answer's one `X-Usage-Tokens: <total>`; None: it has none, or several. A total counts as put out."""
+    """Return the total of a response's only `X-Usage-Tokens`, counted as output; None: it has none, or several."""
     if said is None or not said or len(said) > _DIGITS_MAX:
         return None
     total = 0
@@ -65,8 +65,8 @@ def header_use(said: bytes | None) -> TokenUse | None:
 
 
 def is_count(value: object) -> bool:
-    """Whether this is a number of tokens. `True` is an `int` to Python, and no number to anybody else."""
-    # Asked first: what the compiled build has taken for an int is a number to it, True is 1.
+    """Whether this is a number of tokens. In Python `True` is an `int`, but it is no number in JSON."""
+    # Checked first: the compiled build treats a value that it has narrowed to int as a number, and True as 1.
     if isinstance(value, bool) or not isinstance(value, int):
         return False
     count: int = value

@@ -1,11 +1,10 @@
-"""One connection from a client: reads requests one at a time, answers them in order.
+"""One connection from a client: reads requests one at a time, responds to them in order.
 
     idle -> head -> (exchange) -> idle …  -> tunnel, lingering or closed
 
-The connection knows what a client may take its time for. Where a message begins and ends is the stream's to say, what a
-request is worth the gateway's, what happens to it the exchange's. While an exchange is under way, bytes of the next
-request stay in the stream, and past a bound the socket is read no further: at most one request per connection is ever
-decided upon.
+The connection manages the client's timeouts. The stream finds where messages begin and end, the gateway decides on
+requests, the exchange carries them out. During an exchange, bytes of the next request stay in the stream, and past a
+bound the socket is not read: at most one request per connection is being decided on at any time.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECOND
 from keyproxy.wire.parsing.framing import FramingError
 from keyproxy.wire.tls import certificate_subject
 
-#: Bytes of later requests that are held while an answer is under way.
+#: Bytes of later requests that are buffered during an exchange.
 _PIPELINED_BYTES_MAX: Final = 65_536
 
-#: Requests that are begun in one go, and after how many of their bytes no more of them are. A client that has sent
-#: thousands, all refused at once, waits for its next turn as everybody else does.
+#: The most requests begun in one go, and the bytes of requests after which no more are begun. A client that has sent
+#: thousands, all refused immediately, waits for its next turn like all others.
 _REQUESTS_IN_ONE_GO: Final = 4
 _BYTES_IN_ONE_GO: Final = 16_384
 
@@ -36,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClientConnection(ClientTransport):
-    """See the module."""
+    """A client connection: its state, its deadlines, and the current exchange."""
 
     def __init__(self, server: ServerContext) -> None:
         super().__init__(server.clock, server.listen.body_idle_timeout_seconds)
@@ -47,7 +46,7 @@ class ClientConnection(ClientTransport):
         self.has_place = False
         self.quiet_since = server.clock()
         self._is_pumping = False
-        #: Whether the loop's next turn goes on with what is in the buffer. Until then nothing more is read.
+        #: Whether the loop's next iteration continues with the buffer. Until then nothing more is read.
         self._will_pump = False
 
     # -- asyncio
@@ -80,7 +79,7 @@ class ClientConnection(ClientTransport):
         self._has_ended = True
         if self._state is OPEN:
             self._pump()
-        # TLS has no half-closed connections: its transport closes whatever is answered here.
+        # TLS has no half-closed connections: its transport closes regardless of this return value.
         return self._transport is not None and self._transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -106,10 +105,10 @@ class ClientConnection(ClientTransport):
             self.resume()
             self._pump()
 
-    # -- what the exchange asks for
+    # -- called by the exchange
 
     def enter_tunnel(self) -> None:
-        """From now on bytes travel as they are, until either side ends the connection."""
+        """From now on bytes are relayed unchanged, until either side ends the connection."""
         self.stream.enter_tunnel()
         self.deadline = NO_DEADLINE
         self.resume()
@@ -117,7 +116,7 @@ class ClientConnection(ClientTransport):
             self._pump()
 
     def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
-        """The answer has been written, or given up. Go on with the next request, or close."""
+        """The response was written or abandoned. Continue with the next request, or close."""
         exchange, self.exchange = self.exchange, None
         if self._transport is None:
             return
@@ -147,18 +146,18 @@ class ClientConnection(ClientTransport):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way or has begun to arrive."""
+        """Whether no request is in flight or has begun to arrive."""
         return self.exchange is None and not self.stream.buffer
 
     def close_if_idle(self) -> None:
-        """Used while draining."""
+        """Close the connection if it is idle. Used while draining."""
         if self.is_idle:
             self.close()
 
     # -- the bound on connections
 
     def spared_until(self, now: float) -> float:
-        """Until when the connection is spared at the bound; NO_DEADLINE: until its request is over."""
+        """Return until when the connection is spared at the bound; NO_DEADLINE: until its request is over."""
         exchange = self.exchange
         if self._state is not OPEN:
             return 0.0  # it is already closing
@@ -171,7 +170,7 @@ class ClientConnection(ClientTransport):
         return self.quiet_since + SPARED_UNFINISHED_SECONDS if is_unfinished else NO_DEADLINE
 
     def give_up_place(self) -> None:
-        """Close at once, for another client."""
+        """Close immediately, for another client."""
         if self._state is OPEN and self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body did not arrive while others connected"))
         elif self._state is OPEN and self.stream.buffer and not self._outflow.is_stalled:
@@ -183,9 +182,9 @@ class ClientConnection(ClientTransport):
             self.close()
 
     def check_liveness(self, *, long_since: float) -> None:
-        """What takes long is looked at again now and then: by whom it was asked for, and whether anybody still waits.
+        """Review a long exchange: whether its key is still valid, and whether the client is still connected.
 
-        `long_since`: what began before this instant takes long. Where nothing is under way the last key is forgotten.
+        `long_since`: an exchange that began before this instant is long. An idle connection forgets its last key.
         """
         exchange = self.exchange
         if exchange is None:
@@ -220,9 +219,9 @@ class ClientConnection(ClientTransport):
     # -- reading
 
     def _pump(self) -> None:
-        """Go on with what is in the buffer, as far as it goes."""
+        """Process the buffer as far as possible."""
         if self._is_pumping or self._will_pump:
-            return  # a request was answered at once, further up: that loop goes on, or the next turn does
+            return  # called from a response further up the stack: that loop continues, or the next iteration does
         self._is_pumping = True
         stream = self.stream
         begun, before_bytes = 0, len(stream.buffer)
@@ -236,7 +235,7 @@ class ClientConnection(ClientTransport):
                         return
                     begun += 1
                     if self._outflow.is_stalled:
-                        # The client does not read what it has asked for already: its answers must not pile up here.
+                        # The client does not read the responses it has requested: more must not accumulate here.
                         self.pause()
                         break
                     if not self._read_head():
@@ -253,7 +252,7 @@ class ClientConnection(ClientTransport):
             self._is_pumping = False
 
     def _pump_later(self) -> None:
-        """Go on in the loop's next turn."""
+        """Continue in the loop's next iteration."""
         self._will_pump = True
         self.pause()
         self.server.loop.call_soon(self._pump_on)
@@ -267,7 +266,7 @@ class ClientConnection(ClientTransport):
             self._defect()
 
     def _no_more_comes(self) -> None:
-        """The client has closed its side. It may still listen: what it has asked for whole is answered."""
+        """The client has closed its sending side. It may still be reading: respond to its complete requests."""
         exchange = self.exchange
         if exchange is None:
             if self._outflow.is_stalled:
@@ -281,11 +280,11 @@ class ClientConnection(ClientTransport):
         elif not exchange.is_complete:
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
         else:
-            # Or it has left, which shows once something is sent to it.
+            # Or it has closed both directions, which only a write can reveal.
             exchange.begin_status_line()
 
     def _read_head(self) -> bool:
-        """Begin the next exchange. False if its head has not arrived whole."""
+        """Begin the next exchange. False if its head is incomplete."""
         stream, server = self.stream, self.server
         is_new = not stream.checked_bytes
         try:
@@ -333,7 +332,7 @@ class ClientConnection(ClientTransport):
             self._watch()
 
     def _is_too_large(self, exchange: Exchange, more_bytes: int = 0) -> bool:
-        """Refuse a body that is, or says that it will be, larger than it may be."""
+        """Refuse a body that exceeds the limit, or announces a length that does."""
         limit = self.server.listen.body_bytes_max
         body_bytes = exchange.bytes_in + more_bytes + self.stream.body.remaining_bytes
         if not limit or body_bytes <= limit or exchange.is_tunnel:
@@ -344,13 +343,13 @@ class ClientConnection(ClientTransport):
     # -- ending
 
     def _refuse_without_exchange(self, refusal: Refusal) -> None:
-        """Refuse what never became a request. It is recorded like any other."""
+        """Refuse bytes that never became a request. The refusal is recorded like any other."""
         server = self.server
         exchange = self.exchange = Exchange(self, server, None, server.gate.request_id(None), server.clock())
         exchange.refuse(refusal)
 
     def _defect(self) -> None:
-        """A defect of ours: say so to the client if it can still be told, and to the log."""
+        """Handle an internal error: log it, and respond to the client if that is still possible."""
         exchange = self.exchange
         request_id = exchange.request_id.decode("ascii") if exchange is not None else "-"
         _log.exception("handling a request failed", extra={"request_id": request_id})

@@ -1,11 +1,11 @@
-"""What a client has sent and nobody has acted upon yet: where its requests begin, and where they end. Sans-IO.
+"""The received bytes of a client that are not processed yet, split into requests. Sans-IO.
 
     head -> its body -> head …  -> tunnel
 
-All bytes that have arrived are judged before any of them is acted upon. So a request whose body turns out malformed, or
-that is followed by something that begins no request, has not been forwarded when that is found out.
+All bytes that have arrived are checked before any of them is acted upon. So if a request's body turns out malformed, or
+is followed by bytes that cannot begin a request, the request has not been forwarded when that is detected.
 
-What a request is worth, how long its bytes may take, and how many of them are held, is the connection's to say.
+The connection sets timeouts and buffer bounds.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ _NO_BODY: Final = NoBody()
 
 
 class RequestStream:
-    """See the module."""
+    """Splits the received bytes of one connection into requests."""
 
     __slots__ = ("_has_skipped_line", "body", "buffer", "checked_bytes", "last_head")
 
     def __init__(self) -> None:
-        #: What has arrived and is not read yet.
+        #: Received bytes that are not processed yet.
         self.buffer = b""
         #: The body of the request that was begun last.
         self.body: Body = _NO_BODY
-        #: What the next head is compared with. It holds a key: when nothing is under way it is soon forgotten.
+        #: The head that the next one is compared with. It contains a key, so it is dropped soon when the connection is
+        #: idle.
         self.last_head: RequestHead | None = None
-        #: How much of a head that has not arrived whole was looked at. 0: nothing of one is there.
+        #: How many bytes of an incomplete head were checked. 0: none has arrived.
         self.checked_bytes = 0
         self._has_skipped_line = False
 
     def begin(self, reader: RequestReader, bytes_max: int) -> tuple[RequestHead, bytes] | None:
-        """The next request: its head, and what has arrived of its content. None if its head has not arrived whole.
+        """Return the next request's head, and what has arrived of its content. None if the head is incomplete.
 
-        Raises FramingError or a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE), also for what follows the request.
+        Raises FramingError or a Refusal (REQUEST_MALFORMED, HEADERS_TOO_LARGE), also for bytes after the request.
         """
         buffer = self.buffer
         if buffer.startswith(b"\r\n") and not self._has_skipped_line:
-            # One empty line before a request is forgiven, RFC 9112 section 2.2; a second one is not.
+            # One empty line before a request is tolerated, RFC 9112 section 2.2; a second one is not.
             self._has_skipped_line = True
             buffer = self.buffer = buffer[2:]
         end = buffer.find(HEAD_END)
@@ -71,26 +72,26 @@ class RequestStream:
         return head, content
 
     def more(self) -> bytes:
-        """The next content of the request that was begun. Raises FramingError."""
+        """Return the next content of the current request. Raises FramingError."""
         data, self.buffer = self.buffer, b""
         content, self.buffer = self.body.feed(data)
         return content
 
     def enter_tunnel(self) -> None:
-        """From now on bytes are content as they are, and no request follows."""
+        """From now on all bytes are content, and no request follows."""
         self.body = EndlessBody()
 
     def forget(self) -> None:
-        """Nothing of it will be read any more."""
+        """Drop all received bytes."""
         self.buffer = b""
         self.last_head = None
 
     def _check_unfinished(self, buffer: bytes, reader: RequestReader, bytes_max: int) -> None:
-        """Raises a Refusal if this will never become a head."""
+        """Raise a Refusal if these bytes can never become a head."""
         if len(buffer) > bytes_max:
             raise Refusal(Reason.HEADERS_TOO_LARGE)
         if len(buffer) >= 2 * self.checked_bytes:
-            # Only once it has doubled: single bytes must not make us judge all that has come, for each.
+            # Only once the length has doubled: otherwise single bytes would each cause a check of all received bytes.
             self.checked_bytes = len(buffer)
             check_beginning(buffer, reader.methods)
 
@@ -100,10 +101,10 @@ def _chunked(reader: RequestReader) -> Body:
 
 
 def _check_surplus(head: RequestHead, rest: bytes, reader: RequestReader) -> None:
-    """Bytes after a request must be able to begin another one; else the two ends disagree where this one ends.
+    """Refuse bytes after a request that cannot begin another one: the two ends disagree about where this one ends.
 
-    After `Connection: close` they are no request, whatever they look like: they are not read, and so not forwarded
-    (RFC 9112 section 9.6). An HTTP/1.0 client without it may assume that it has sent another request.
+    After `Connection: close` further bytes are no request, whatever they look like: they are not read, and so not
+    forwarded (RFC 9112 section 9.6). An HTTP/1.0 client without it may assume that it has sent another request.
     """
     if head.fields.opens_tunnel:
         raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an upgrade request")
@@ -111,6 +112,7 @@ def _check_surplus(head: RequestHead, rest: bytes, reader: RequestReader) -> Non
         return
     if not head.fields.keeps_alive:
         raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an HTTP/1.0 request that ends the connection")
-    # The beginning of it: a client that sends thousands of requests at once must not make us parse all for each.
+    # Only the beginning: if a client sends thousands of requests at once, each must not cause a check of all the
+    # others.
     beginning = rest[:_SURPLUS_CHECKED_BYTES].removeprefix(b"\r\n")
     check_beginning(beginning, reader.methods, follows=True)

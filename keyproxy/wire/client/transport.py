@@ -1,4 +1,4 @@
-"""The socket to a client: written to, held up, and ended in such a way that the client can tell how it ended.
+"""The socket to a client: write, pause, and end in a way that shows the client whether the response is complete.
 
     open -> lingering -> closing
 
@@ -33,19 +33,19 @@ _GONE: Final = select.POLLHUP | select.POLLERR
 
 
 class State(enum.Enum):
-    """What may still happen on a line."""
+    """The state of a client connection."""
 
     OPEN = enum.auto()
     LINGERING = enum.auto()
     CLOSING = enum.auto()
 
 
-#: A member looked up on its class costs more than the comparison it is for.
+#: Looking up an enum member on its class costs more than the comparison.
 OPEN: Final = State.OPEN
 
 
 class ClientTransport(asyncio.Protocol):
-    """See the module. `close_seconds`: how long a client that reads nothing may hold up the close."""
+    """The socket to a client. `close_seconds`: how long a client that reads nothing may delay the close."""
 
     forwarding: Forwarding
 
@@ -65,7 +65,7 @@ class ClientTransport(asyncio.Protocol):
         """See `deadlines`."""
         raise NotImplementedError
 
-    # -- what the exchange on it calls
+    # -- called by the exchange
 
     @property
     def is_stalled(self) -> bool:
@@ -73,11 +73,11 @@ class ClientTransport(asyncio.Protocol):
         raise NotImplementedError
 
     def enter_tunnel(self) -> None:
-        """From now on bytes travel as they are."""
+        """From now on bytes are relayed unchanged."""
         raise NotImplementedError
 
     def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
-        """The response has been written, or given up."""
+        """The response was written or abandoned."""
         raise NotImplementedError
 
     def send(self, data: bytes) -> None:
@@ -87,21 +87,21 @@ class ClientTransport(asyncio.Protocol):
             self._transport.write(data)
 
     def pause(self) -> None:
-        """Read no further for now."""
+        """Pause reading."""
         if self._transport is not None and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
             self._watch()
 
     def resume(self) -> None:
-        """Read on."""
+        """Resume reading."""
         if self._transport is not None and self._is_paused and self._state is not State.CLOSING:
             self._is_paused = False
             self._transport.resume_reading()
             self._watch()
 
     def close(self) -> None:
-        """Close once everything is sent, within the time a stalled reader gets."""
+        """Close once everything is sent, within the time that a stalled reader gets."""
         self._state = State.CLOSING
         transport = self._transport
         if transport is not None:
@@ -112,7 +112,7 @@ class ClientTransport(asyncio.Protocol):
             transport.close()
 
     def abort(self) -> None:
-        """Cut the connection so that the peer can tell: a reset, never a clean end after half an answer."""
+        """Cut the connection visibly: a reset, never a clean end after a partial response."""
         self._state = State.CLOSING
         if self._transport is not None:
             sock = self._transport.get_extra_info("socket")
@@ -125,7 +125,7 @@ class ClientTransport(asyncio.Protocol):
         return self._outflow.is_slow(self._transport, now, for_seconds=for_seconds)
 
     def is_gone(self) -> bool:
-        """Whether a client that has said its last word has left altogether: it would not hear an answer."""
+        """Whether a client that has closed its sending side has closed the connection entirely."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         if sock is None or sock.fileno() < 0:
             return False
@@ -138,7 +138,7 @@ class ClientTransport(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        can_end = transport.can_write_eof()  # TLS cannot: there the client closes once it has read the answer
+        can_end = transport.can_write_eof()  # TLS cannot: there the client closes once it has read the response
         if not lingers or self._has_ended or (ends_answer and not can_end):
             self.close()
             return
@@ -151,7 +151,7 @@ class ClientTransport(asyncio.Protocol):
         self.deadline = now + _LINGER_IDLE_SECONDS
 
     def _throw_away(self, data: bytes) -> None:
-        """What arrives while lingering."""
+        """Discard bytes that arrive while lingering."""
         self._lingered_bytes += len(data)
         if self._lingered_bytes > _LINGER_BYTES_MAX:
             self.close()
@@ -162,14 +162,14 @@ class ClientTransport(asyncio.Protocol):
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def _goes_on_reading(self, now: float) -> bool:
-        """At a deadline: whether the client is still reading. If so, the deadline is extended."""
+        """At a deadline: return whether the client is still reading. If so, extend the deadline."""
         outflow, transport = self._outflow, self._transport
         if self._state is not OPEN and not outflow.is_outstanding(transport):
             return False
         if not outflow.is_stalled:
             if self._state is OPEN:
                 return False
-            # A reset now would discard the rest of a response that the kernel still holds.
+            # A reset now would discard the rest of a response in the kernel's buffer.
             outflow.stall(transport, now)
         elif not outflow.has_moved(transport, now, in_seconds=self._close_seconds):
             return False

@@ -1,7 +1,7 @@
 """Where a body ends: by count, by chunks, or with the connection. Sans-IO.
 
-Each body takes the bytes that follow a head and gives back what is content, and what is left over once it has ended.
-Content is what travels; framing is made anew on the other side. The chunked reader accepts what RFC 9112 section 7.1
+Each body takes the bytes that follow a head, and returns their content, and the bytes after its end. Only content is
+relayed; the other side is framed separately. The chunked reader accepts what RFC 9112 section 7.1
 allows and nothing that servers are known to read differently: no bare LF, no space around a size, no sign, no `0x`, no
 size beyond 16 digits; extensions and trailers are read, bounded, and dropped.
 
@@ -15,11 +15,11 @@ import re
 from collections.abc import Callable
 from typing import Final, Protocol
 
-#: All chunk extensions of one body together; and all its trailer fields.
+#: The maximum size of all chunk extensions of one body together; and of all its trailer fields.
 EXTENSION_BYTES_MAX: Final = 16_384
 TRAILER_BYTES_MAX: Final = 16_384
 
-#: Beyond this some servers count in numbers that wrap around or lose digits (CVE-2013-2028); no body is so long.
+#: Beyond this the counters of some servers wrap around or lose digits (CVE-2013-2028); no body is that long.
 CHUNK_BYTES_MAX: Final = 1 << 53
 
 _SIZE_LINE_BYTES_MAX: Final = EXTENSION_BYTES_MAX + 16
@@ -36,7 +36,7 @@ _TRAILER = re.compile(rb"(%b):[\t \x21-\x7e\x80-\xff]*" % _TOKEN)
 
 
 class FramingError(Exception):
-    """The bytes are not a body of the announced kind. The text says why, and holds none of them."""
+    """The bytes are not a body of the announced kind. The message has the reason, and none of the bytes."""
 
 
 class Body(Protocol):
@@ -46,11 +46,11 @@ class Body(Protocol):
     remaining_bytes: int
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """(content, bytes after the end of the body). Raises FramingError."""
+        """Return (content, bytes after the end of the body). Raises FramingError."""
         ...
 
     def ends_with_connection(self) -> bool:
-        """The connection has ended: whether that was the end of the body."""
+        """Return whether the body is complete, now that the connection has ended."""
         ...
 
 
@@ -68,7 +68,7 @@ class NoBody:
 
 
 class CountedBody:
-    """As many bytes as Content-Length said."""
+    """A body with a Content-Length."""
 
     __slots__ = ("is_complete", "remaining_bytes")
 
@@ -90,7 +90,7 @@ class CountedBody:
 
 
 class EndlessBody:
-    """Everything until the connection ends: a response without a length, and both directions of a tunnel."""
+    """A body that ends with the connection: a response without a length, and both directions of a tunnel."""
 
     is_complete = False
     remaining_bytes = 0
@@ -103,7 +103,7 @@ class EndlessBody:
 
 
 class ChunkedBody:
-    """Chunks, each checked; `forbids` names the trailer fields that make the whole message malformed."""
+    """A chunked body, each chunk checked; `forbids`: trailer fields that make the whole message malformed."""
 
     __slots__ = (
         "_at",
@@ -156,7 +156,7 @@ class ChunkedBody:
         self._at = at
 
     def _line(self, bytes_max: int) -> bytes | None:
-        """The next line without its CRLF; None if it has not arrived whole."""
+        """Return the next line without its CRLF; None if it is incomplete."""
         end = self._buffer.find(_CRLF, self._at)
         have = self._buffer[self._at : end if end >= 0 else None].removesuffix(b"\r")
         if len(have) > bytes_max:

@@ -31,8 +31,8 @@ def check_beginning(buffer: bytes, methods: Collection[bytes] = KNOWN_METHODS, *
 
     Called once per request that arrives in pieces: single bytes must not cause a parse each.
 
-    `follows`: the bytes come right after another request, and may as well be the rest of its body. Then the method has
-    to be one that is known; otherwise any token may become a request that is refused for its method.
+    `follows`: the bytes come right after another request, and may be the rest of its body. Then the method has to be a
+    known one; otherwise any token may become a request that is refused for its method.
     """
     if buffer.startswith(b"\r\n"):
         raise _malformed("more than one empty line before a request")

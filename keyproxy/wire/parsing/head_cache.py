@@ -1,17 +1,17 @@
-"""Read heads, remembering how heads like them were judged.
+"""Read heads, with a cache of the parse results of similar heads.
 
-Clients send nearly the same head again and again: what differs is the key, a length, a trace id. So lines are looked up
-among the lines seen before; the lines of a head together are its *shape*, and a shape that was judged once need not be
-judged again. Everything that is judged is judged by `heads`: a shape is remembered only from there, and any line that is
-not recognised beyond doubt sends the whole head back there.
+Clients send nearly the same head repeatedly: only the key, a length, a trace id differ. So lines are looked up among
+the lines seen before; the lines of a head together are its *shape*, and a shape that was parsed once need not be parsed
+again. All parsing is done by `head_parser`: a shape is cached only from its result, and any line that is not recognised
+with certainty sends the whole head to it.
 
-Within a remembered shape a line may differ only if its name was judged, its value holds nothing but field characters,
-and its meaning is one of those below, which all say "any value will do, and goes here". A Host, a Connection or a
-Transfer-Encoding never differs within a shape. No key is remembered: the line that holds it is cut out.
+Within a cached shape a line may differ only if its name was parsed before, its value consists of field characters only,
+and its kind is one of those below, for which every value is valid. A Host, a Connection or a Transfer-Encoding never
+differs within a shape. No key is cached: the line with the key is removed.
 
-Heads on one connection resemble each other, so the last one's is tried first: the same bytes are the same head, and what
-differs in values alone is mostly of the same shape. What is of another shape is taken apart into lines. It is the
-connection that keeps its last head, for as long as it is in use: a key is in there.
+Heads on one connection resemble each other, so the last one is compared first: equal bytes are the same head, and a
+head that differs in values only usually has the same shape. A head of another shape is split into lines. The connection
+keeps its last head, only as long as it is in use, because the head contains a key.
 
 Rejected: a table of whole heads, which a single trace header defeats and which keeps keys in memory.
 """
@@ -38,17 +38,17 @@ from keyproxy.reasons import Refusal
 from keyproxy.wire.parsing.head_parser import JudgedFields, judge_request, judge_response, request_line
 from keyproxy.wire.parsing.head_templates import CRLF, Meaning, Shape
 
-#: Full: all is forgotten and learnt anew. Whoever sends ever new heads pays for their judgement, nobody else for long.
+#: A full cache is emptied. A client that always sends new heads pays for parsing them; other clients only briefly.
 _LINES_MAX: Final = 2048
 _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
 
-#: A longer head is not kept to be compared with.
+#: A longer head is not kept for comparison.
 _RAW_BYTES_MAX: Final = 2048
 
-#: Lines with these names tend to be the same from one request to the next, and are remembered whole. The kinds other
-#: than PLAIN have to be: what they say is part of the shape.
+#: Lines with these names are usually the same from one request to the next, and are cached whole. For kinds other than
+#: PLAIN that is necessary: their values are part of the shape.
 _STABLE_NAMES: Final = frozenset(
     {
         b"accept",
@@ -71,10 +71,11 @@ _STABLE_NAMES: Final = frozenset(
 )
 _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCODING, Kind.EXPECT, Kind.UPGRADE})
 
-#: Kinds of which a line may differ within a shape of requests; of answers those with other names besides.
+#: Kinds of lines that may differ within a request shape; responses have further kinds.
 _VARYING_KINDS: Final = frozenset(
     {
-        Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID, Kind.USAGE,
+        Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID,
+        Kind.USAGE,
     }
 )  # fmt: skip
 
@@ -86,9 +87,9 @@ _Fields = TypeVar("_Fields")
 
 
 class _Reader(Generic[_Fields]):
-    """What request and response heads have in common: remembered lines, names and shapes."""
+    """The common part for request and response heads: cached lines, names and shapes."""
 
-    #: Kinds of which a line may differ within a shape.
+    #: Kinds of lines that may differ within a shape.
     _varies: frozenset[Kind] = frozenset()
 
     def __init__(self, names: FieldNames) -> None:
@@ -103,11 +104,11 @@ class _Reader(Generic[_Fields]):
         return self._names.kind(name)
 
     def _is_again(self, raw: bytes, fields: _Fields, buffer: bytes) -> bool:
-        """Whether a buffer begins with a head that this reader has read. It ends there too: its last line is empty."""
+        """Whether a buffer begins with a head that this reader has read. The head ends with an empty line."""
         return raw != b"" and buffer.startswith(raw) and fields in self._by_fields
 
     def _recognised(self, lines: list[bytes], minor_version: int) -> Shape[_Fields] | None:
-        """The shape of a head with these lines, the start line among them; None if it was not judged before."""
+        """Return the shape of a head with these lines, including the start line; None if it is not cached."""
         key: list[object] = [*map(self._lines.get, lines)]
         key[0] = minor_version
         while None in key:
@@ -122,7 +123,7 @@ class _Reader(Generic[_Fields]):
         return shape
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields) -> None:
-        """Remember a head that was judged just now, if all its lines can be recognised again."""
+        """Cache a head that was just parsed, if all its lines can be recognised again."""
         if any(len(line) > _LINE_BYTES_MAX for line in lines):
             return
         meanings = [self._meaning(line) for line in lines]
@@ -154,16 +155,16 @@ class RequestReader(_Reader[RequestFields]):
     def __init__(
         self, names: FieldNames, holds_key: Callable[[bytes], bool], methods: frozenset[bytes] = KNOWN_METHODS
     ) -> None:
-        """`holds_key`: whether a target has a key in it; such a line is not remembered. `methods`: those served."""
+        """`holds_key`: whether a target contains a key; such a line is not cached. `methods`: the served methods."""
         super().__init__(names)
         self.methods: Final = methods
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
     def read(self, buffer: bytes, end: int, like: RequestHead | None = None) -> RequestHead:
-        """The request head that stands at the beginning of a buffer; its empty line begins at `end`.
+        """Return the request head at the beginning of a buffer; its empty line begins at `end`.
 
-        `like`: the head that it is likely to resemble, the last one on this connection. The same bytes are the same head.
+        `like`: the head that it probably resembles, the last one on this connection. Equal bytes are the same head.
 
         Raises a Refusal, as `judge_request` does.
         """
@@ -191,7 +192,7 @@ class RequestReader(_Reader[RequestFields]):
         return head
 
     def _start_line(self, text: bytes) -> RequestLine | None:
-        """A request line that needs nothing else to be judged: any target in origin form."""
+        """Return a request line that can be parsed on its own: any target in origin form."""
         match = _PLAIN_REQUEST_LINE.fullmatch(text)
         if match is None:
             return None
@@ -207,11 +208,11 @@ class RequestReader(_Reader[RequestFields]):
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
-        # A query seldom comes twice, and may hold what should not be kept.
+        # A query is seldom repeated, and may contain secrets.
         is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
         if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
             self._start_lines[start] = line
-        # Handshakes are judged each time: that they are complete depends on the method and on values.
+        # Handshakes are parsed each time: their completeness depends on the method and on values.
         if not fields.opens_tunnel:
             self._remember(line.minor_version, fields, lines, judged)
         head = RequestHead(line, fields, _block(lines, judged), tuple(judged.credentials), judged.content_length or 0)
@@ -230,7 +231,7 @@ class ResponseReader(_Reader[ResponseFields]):
         self._start_lines: dict[bytes, StatusLine] = {}
 
     def read(self, buffer: bytes, end: int, like: ResponseHead | None = None) -> ResponseHead:
-        """The response head at the beginning of a buffer; its empty line begins at `end`. `like`: as for requests.
+        """Return the response head at the beginning of a buffer; its empty line begins at `end`. `like`: see requests.
 
         Raises a Refusal (UPSTREAM_INVALID).
         """
@@ -271,7 +272,7 @@ class ResponseReader(_Reader[ResponseFields]):
 
 
 def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[bytes]) -> RequestHead:
-    """A request head of a known shape."""
+    """Build a request head of a known shape."""
     credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
     content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
     head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
@@ -283,7 +284,7 @@ def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[byt
 
 
 def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
-    """The forwarded lines of a head that was judged just now, its length written as servers agree on it."""
+    """Return the forwarded lines of a head that was just parsed, with Content-Length in canonical form."""
     place = judged.content_length_place
     if place >= 0:
         lines = [*lines]

@@ -1,13 +1,13 @@
-"""Judge a complete head, request or response: the whole of it, from its bytes.
+"""Parse and validate a complete head, request or response, from its bytes.
 
-Two opinions have to agree on every head. llhttp parses it, strictly; and what llhttp is lenient about, or does not
-know, is checked on the raw bytes here: one space in the request line, no line that is not a field, one Host, one
+Two checks have to agree on every head. llhttp parses it, strictly; and what llhttp is lenient about, or does not know,
+is checked on the raw bytes here: one space in the request line, no line that is not a field, one Host, one
 Content-Length, a Transfer-Encoding that is exactly `chunked`, names that every server reads alike.
 
-llhttp gets the head alone. Where a body ends is `framing`'s to say: httptools does not tell how many bytes it has
-consumed, and a proxy must know that before it sends anything on.
+llhttp gets the head only. `framing` finds the end of the body: httptools does not report how many bytes it has
+consumed, and a proxy must know that before it forwards anything.
 
-This is the judgement; `readers` remembers it, since clients send nearly the same head again and again.
+`head_cache` caches the results, since clients send nearly the same head repeatedly.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Fields = Sequence[tuple[bytes, bytes]]
 
 
 class JudgedFields:
-    """The fields of one head, taken apart. `is_forwarded` says for each, in order, whether it goes on."""
+    """The parsed fields of one head. `is_forwarded`: for each field, in order, whether it is forwarded."""
 
     __slots__ = (
         "content_length",
@@ -67,7 +67,7 @@ class JudgedFields:
         self.request_id: bytes | None = None
         self.host: bytes | None = None
         self.content_length: int | None = None
-        #: Which of the fields it is; -1 without one.
+        #: The index of Content-Length among the fields; -1 without one.
         self.content_length_place = -1
         self.content_type: bytes | None = None
         self.is_chunked = False
@@ -79,12 +79,12 @@ class JudgedFields:
 
     @property
     def usage_tokens(self) -> bytes | None:
-        """The value of an X-Usage-Tokens; None if there is not exactly one."""
+        """The value of X-Usage-Tokens; None if there is not exactly one."""
         return self.usages[0] if len(self.usages) == 1 else None
 
     @property
     def opens_tunnel(self) -> bool:
-        """Whether this is one side of a WebSocket handshake. RFC 6455 section 4. Any other upgrade is not taken up."""
+        """Whether this is one side of a WebSocket handshake. RFC 6455 section 4. Any other upgrade is ignored."""
         return self.names_websocket and b"upgrade" in self.options and not self.is_chunked
 
     @property
@@ -93,7 +93,7 @@ class JudgedFields:
         return any(b"websocket" in [one.strip(_OWS) for one in value.split(b",")] for value in self.upgrades)
 
     def keeps_alive(self, minor_version: int) -> bool:
-        """Whether this side of the connection is to be used again. RFC 9112 section 9.3."""
+        """Whether this side of the connection is persistent. RFC 9112 section 9.3."""
         if b"close" in self.options:
             return False
         return minor_version == 1 or b"keep-alive" in self.options
@@ -102,11 +102,11 @@ class JudgedFields:
 def judge_request(
     raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool], methods: Collection[bytes] = KNOWN_METHODS
 ) -> tuple[RequestLine, RequestFields, JudgedFields]:
-    """A request head out of its bytes, which end with an empty line and hold nothing after it.
+    """Parse a request head from its bytes, which end with the empty line.
 
-    `holds_key`: whether a target has a key in it. `methods`: those that are served.
+    `holds_key`: whether a target contains a key. `methods`: the served methods.
 
-    Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and of a head that is well-formed METHOD_NOT_ALLOWED,
+    Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and for a well-formed head METHOD_NOT_ALLOWED,
     METHOD_NOT_IMPLEMENTED or EXPECTATION_FAILED.
     """
     parts = _Parts()
@@ -182,13 +182,13 @@ def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[by
 
 
 def request_line(method: bytes, going: request_target.Target, minor_version: int, *, holds_key: bool) -> RequestLine:
-    """A request line out of its judged parts."""
+    """Build a request line from its parsed parts."""
     start = b"%b %b HTTP/1.1\r\n" % (method, going.target)
     return RequestLine(method, going.target, going.path, minor_version, start, holds_key)
 
 
 def judge_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseFields, JudgedFields]:
-    """A response head out of its bytes. Raises a Refusal (UPSTREAM_INVALID)."""
+    """Parse a response head from its bytes. Raises a Refusal (UPSTREAM_INVALID)."""
     parts = _Parts()
     parser = httptools.HttpResponseParser(parts)
     try:
@@ -226,7 +226,7 @@ def has_no_body(method: bytes, line: StatusLine) -> bool:
 
 
 def without_length(head: ResponseHead) -> ResponseHead:
-    """The head without its Content-Length, which a client might wait for. RFC 9110 section 8.6."""
+    """Return the head without its Content-Length, for which a client might wait. RFC 9110 section 8.6."""
     lines = head.block.splitlines(keepends=True)
     block = b"".join(line for line in lines if not line.lower().startswith(b"content-length:"))
     without = ResponseHead(head.line, dataclasses.replace(head.fields, has_content_length=False), block, 0)
@@ -235,7 +235,7 @@ def without_length(head: ResponseHead) -> ResponseHead:
 
 
 class _Parts:
-    """What httptools calls back with."""
+    """Collects the callbacks of httptools."""
 
     __slots__ = ("fields", "is_complete", "start")
 
@@ -263,7 +263,7 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
         kind = names.kind(name)
         is_forwarded = False
         if kind is Kind.PLAIN or (kind is Kind.UNREADABLE and not is_request):
-            # An upstream may name its own fields as it likes: they go to the client, whom they do not mislead.
+            # An upstream's field names are not restricted: they are relayed to the client, which they do not mislead.
             is_forwarded = name.lower() not in hops
         elif kind is Kind.USAGE:
             is_forwarded = name.lower() not in hops
@@ -296,7 +296,7 @@ def _judge_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: 
 
 
 def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request: bool) -> bool:
-    """Take in a field that says where the message ends or what it is; whether it is forwarded."""
+    """Process a framing, Host or Content-Type field; return whether it is forwarded."""
     if kind is Kind.CONNECTION:
         judged.options += (option.strip(_OWS).lower() for option in value.split(b","))
         return False
@@ -326,7 +326,7 @@ def _judge_framing(judged: JudgedFields, kind: Kind, value: bytes, *, is_request
 
 
 def _content(fields: Fields, judged: JudgedFields) -> tuple[bytes, tuple[bytes, ...]]:
-    """The media type, without parameters, and the codings of the content, by the lines that go on."""
+    """Return the media type, without parameters, and the content codings, from the forwarded lines."""
     lines = zip(fields, judged.is_forwarded, strict=True)
     going = [(name.lower(), value.lower()) for (name, value), goes_on in lines if goes_on]
     types = [value for name, value in going if name == b"content-type"]
@@ -341,7 +341,7 @@ def _parse(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, p
         pass  # llhttp stops after a head with Upgrade; it has read all of it
     except httptools.HttpParserError as error:
         raise _malformed(f"llhttp: {error}") from error
-    # As many lines as fields: llhttp has folded nothing together, and no CR or LF stands anywhere else.
+    # As many lines as fields: llhttp has folded no lines, and there is no other CR or LF.
     lines = len(parts.fields) + 2
     if not parts.is_complete or not raw.count(b"\r\n") == raw.count(b"\n") == raw.count(b"\r") == lines:
         raise _malformed("a line ends in something other than CRLF, or is no header")

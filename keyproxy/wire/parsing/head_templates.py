@@ -1,11 +1,11 @@
-"""Shapes of heads: which lines are always the same, and where between them values stand that differ.
+"""Shapes of heads: the constant lines, and the places of the values that differ between them.
 
-A shape is made from a head that was judged. Whether another head is of that shape is told by one regular expression: all
-between the values must be the same, byte for byte, and a value must hold nothing but field characters (a Content-Length:
-nothing but digits). What is told of such a head is then what was judged, with its own values in their places.
+A shape is created from a parsed head. One regular expression tests whether another head has the same shape: everything
+between the values must be equal, byte for byte, and a value must consist of field characters only (a Content-Length: of
+digits only). The parse result of such a head is the cached one, with its own values in their places.
 
-Compiling an expression costs as much as ten judgements, so a shape is learnt when it has been seen a few times: who sends
-ever new heads pays for their judgement and seldom for more.
+Compiling an expression costs as much as parsing ten heads, so a shape is compiled only once it was seen a few times: a
+client that always sends new heads costs their parsing and seldom more.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from keyproxy.wire.parsing.head_parser import CONTENT_LENGTH_DIGITS_MAX, JudgedF
 
 CRLF: Final = b"\r\n"
 
-#: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. It never gives back what it has matched.
+#: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. The quantifier is possessive: no backtracking.
 _VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
 
-#: A length as it is forwarded. One that is written in another way is judged, and rewritten.
+#: A length in canonical form. Any other form is parsed each time, and rewritten.
 _NUMBER: Final = b"(0|[1-9][0-9]{0,%d})" % (CONTENT_LENGTH_DIGITS_MAX - 1)
 
 LEARNT_AFTER: Final = 8
 
-#: An expression takes ten times as much memory as its text. What is longer is judged each time.
+#: A compiled expression takes ten times as much memory as its text. Heads with a longer one are parsed each time.
 _PATTERN_BYTES_MAX: Final = 2048
 
 _Fields = TypeVar("_Fields")
 
 
 class Meaning:
-    """What any line with this name means, or (`is_whole_line`) what this very line does. Compared by identity."""
+    """The meaning of all lines with one name, or (`is_whole_line`) of one exact line. Compared by identity."""
 
     __slots__ = ("is_whole_line", "kind")
 
@@ -44,10 +44,10 @@ class Meaning:
 
 
 class Shape(Generic[_Fields]):
-    """A remembered judgement: the lines that are always the same, and between them the holes for values.
+    """A cached parse result: the constant lines, and the holes for values between them.
 
-    The places of holes that mean something are counted from 0, -1 for none; of fields that may come several times the
-    place and the name, in lower case. A shape is of use once it was seen often enough: `values` is None until then.
+    The indexes of significant holes count from 0, -1 for none; fields that may be repeated have the index and the name,
+    in lower case. `values` returns None until the shape was seen often enough.
     """
 
     __slots__ = (
@@ -84,7 +84,7 @@ class Shape(Generic[_Fields]):
             pattern += re.escape(CRLF + name + b": ") + (_NUMBER if meaning.kind is Kind.CONTENT_LENGTH else _VALUE)
             holes += 1
         self._pattern = pattern
-        #: The lines that go on: what comes first, then the places of values and what follows each.
+        #: The forwarded lines: the first constant part, then the index of each value and the constant part after it.
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
 
@@ -99,20 +99,20 @@ class Shape(Generic[_Fields]):
             self.forwarded.append((place, name))
 
     def sighted(self) -> None:
-        """A head of this shape has come. That often, it is worth learning how to recognise it."""
+        """Count a head of this shape. After enough of them, compile the expression."""
         self._sightings += 1
         if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
             self._match = re.compile(self._pattern).fullmatch
 
     def values(self, buffer: bytes, at: int, end: int) -> Sequence[bytes] | None:
-        """What stands in the holes, for a head whose lines are from `at` to `end`; None if it is of another shape."""
+        """Return the values in the holes, for a head with lines from `at` to `end`; None if it has another shape."""
         if self._match is None:
             return None
         match = self._match(buffer, at, end)
         return None if match is None else match.groups()
 
     def block(self, values: Sequence[bytes]) -> bytes:
-        """The forwarded lines of a head with these values."""
+        """Return the forwarded lines of a head with these values."""
         block = self._first
         for place, after in self._going:
             block += values[place] + after

@@ -1,8 +1,8 @@
-"""One connection to the upstream: writes a request, reads its answer, and is reused only after a clean exchange.
+"""One connection to the upstream: writes a request, reads its response, and is reused only after a clean exchange.
 
-Clean means: the request was written whole, the answer was read whole and well-formed, nothing came after it, and both
-sides want to go on. Anything else closes the connection: a byte that nobody asked for would be the start of somebody
-else's answer (CVE-2023-28859 is that mistake in another protocol).
+Clean means: the request was written whole, the response was read whole and well-formed, nothing came after it, and both
+sides keep the connection alive. Otherwise the connection is closed: an unexpected byte would become the start of
+another user's response (CVE-2023-28859 is that mistake in another protocol).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class ConnectionOwner:
-    """What a connection requires of the pool that owns it."""
+    """The interface of the pool that owns a connection."""
 
     host: bytes
     clock: Callable[[], float]
@@ -44,23 +44,23 @@ class ConnectionOwner:
     responses: ResponseReader
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
-        """A connection is free."""
+        """Take back a free connection."""
         raise NotImplementedError
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """A connection is lost."""
+        """Remove a lost connection."""
         raise NotImplementedError
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """See the module. Lives in exactly one place: lent to an exchange, idle in the pool, or closed."""
+    """An upstream connection. It is in exactly one state: lent to an exchange, idle in the pool, or closed."""
 
     def __init__(self, pool: ConnectionOwner, loop: asyncio.AbstractEventLoop) -> None:
         self.host = pool.host
         self.deadline = NO_DEADLINE
         self.idle_since = 0.0
         self.is_reused = False
-        #: Whose request it is lent to; None if it is lent to none.
+        #: The user of the exchange that it is lent to; None if it is not lent.
         self.owner: Owner | None = None
         self._pool = pool
         self._loop = loop
@@ -100,11 +100,11 @@ class UpstreamConnection(asyncio.Protocol):
         except FramingError as error:
             self._fail(Refusal(Reason.UPSTREAM_INVALID, str(error)))
         except Exception:  # noqa: BLE001 - the outermost boundary of this side
-            _log.exception("reading an answer failed", extra={"request_id": exchange.request_id.decode("ascii")})
+            _log.exception("reading a response failed", extra={"request_id": exchange.request_id.decode("ascii")})
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
     def eof_received(self) -> None:
-        """No more of a response comes. An upstream that reads the rest of the request no more must not hold it up."""
+        """The response has ended. An upstream that stops reading the rest of the request must not delay its end."""
         if self._exchange is not None and not self._exchange.is_tunnel:
             self.abort()
 
@@ -125,7 +125,7 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.response_arrived(b"", self._clock(), is_last=True)
         else:
             self._exchange = None
-            where = "in the middle of its answer" if exchange.has_response else "without an answer"
+            where = "in the middle of its response" if exchange.has_response else "without a response"
             exchange.upstream_lost(Refusal(Reason.UPSTREAM_UNREACHABLE, f"the upstream closed the connection {where}"))
 
     def pause_writing(self) -> None:
@@ -143,7 +143,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._exchange.resume_request()
             self._watch(now)
 
-    # -- what the exchange asks for
+    # -- called by the exchange
 
     def begin(self, exchange: UpstreamUser, data: bytes, method: bytes, now: float, *, is_last: bool) -> None:
         """Lend the connection to this exchange and write the first bytes of its request."""
@@ -152,12 +152,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._interim = 0
         self._is_suspect = False
-        # While the request is still being sent, how long that may take is the client side's to say.
+        # While the request is still being sent, the client connection's timeouts apply.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
         self._writer.begin(data, now, is_last=is_last)
 
     def send(self, data: bytes, *, is_last: bool) -> None:
-        """Write more of the request, or keep it back until what has arrived of a response is read."""
+        """Write more of the request, or hold it back until the arrived part of a response is read."""
         writer, now = self._writer, self._clock()
         writer.count(data, now, is_last=is_last)
         if not writer.outflow.is_stalled:
@@ -173,7 +173,7 @@ class UpstreamConnection(asyncio.Protocol):
             writer.write(data)
 
     def exchange_over(self, now: float, *, is_clean: bool) -> None:
-        """The exchange is over: the connection goes back to the pool if it can be reused."""
+        """The exchange is over: return the connection to the pool if it can be reused."""
         self._exchange = None
         body, self._body = self._body, None
         is_reusable = self._writer.end() and self._keeps_alive and self.is_open and not self._buffer
@@ -222,16 +222,16 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def is_for_tunnel(self) -> bool:
-        """Whether its exchange is a tunnel, or asks to become one."""
+        """Whether its exchange is a tunnel, or is a handshake for one."""
         return self._exchange is not None and self._exchange.asks_for_tunnel
 
     @property
     def is_lent(self) -> bool:
-        """Whether an exchange has it that could be ended."""
+        """Whether it is lent to an exchange that could be ended."""
         return self._exchange is not None and self.is_open
 
     def loss(self, now: float) -> tuple[int, float]:
-        """What is lost if the exchange is ended for the sake of others: the smaller, the less.
+        """Return the sort key for preemption: the smaller, the less is lost if the exchange is ended for others.
 
         First requests that the upstream has not received completely; then tunnels, the one silent longest first; then
         requests that are safe to retry. Last a request that is not idempotent, since its client could not know whether
@@ -249,7 +249,7 @@ class UpstreamConnection(asyncio.Protocol):
         return (3 if exchange.has_response else 4), -exchange.sent_mono
 
     def finish(self, now: float) -> None:
-        """The tunnel is over: close once everything is sent, within the time that silence is given."""
+        """The tunnel is over: close once everything is sent, within the idle timeout."""
         self._exchange = None
         self._is_finishing = True
         if self._transport is not None:
@@ -257,21 +257,21 @@ class UpstreamConnection(asyncio.Protocol):
             self.deadline = now + self._idle_seconds
 
     def pause(self) -> None:
-        """Read no further: the client does not keep up. Its own deadline counts meanwhile, not the upstream's."""
+        """Pause reading: the client does not keep up. Meanwhile its deadline applies, not the upstream's."""
         if self._transport is not None and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
             self.deadline = NO_DEADLINE
 
     def resume(self) -> None:
-        """Read on."""
+        """Resume reading."""
         if self._transport is not None and self._is_paused:
             self._is_paused = False
             self._transport.resume_reading()
             self._watch(self._clock())
 
     def abort(self) -> None:
-        """Close at once. What is unsent is not worth sending."""
+        """Close immediately and discard unsent bytes."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -281,9 +281,9 @@ class UpstreamConnection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def _send_kept(self) -> None:
-        """Write what was kept back; once more later if there is still something to read."""
+        """Write what was held back; try again later if there is still something to read."""
         if self._exchange is None or not self.is_open:
-            # Of one that is closing the end has been read, which a socket has to offer for ever: nothing more is written.
+            # A closing connection is at end of file, so its socket always polls readable: nothing more is written.
             self._writer.drop_kept()
         elif self._must_read_first():
             self._loop.call_soon(self._send_kept)
@@ -307,7 +307,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._exchange is not None and self._exchange.is_tunnel:
             self._exchange.close_tunnel()
             return
-        self._fail(Refusal(Reason.UPSTREAM_TIMEOUT, "no byte of an answer in time"))
+        self._fail(Refusal(Reason.UPSTREAM_TIMEOUT, "no byte of a response in time"))
 
     # -- reading
 
@@ -318,9 +318,9 @@ class UpstreamConnection(asyncio.Protocol):
             end = buffer.find(HEAD_END)
             if not 0 <= end <= HEAD_BYTES_MAX:
                 if len(buffer) > HEAD_BYTES_MAX:
-                    raise Refusal(Reason.UPSTREAM_INVALID, f"the answer's head has more than {HEAD_BYTES_MAX} bytes")
+                    raise Refusal(Reason.UPSTREAM_INVALID, f"the response head has more than {HEAD_BYTES_MAX} bytes")
                 check_response_beginning(buffer, checked_bytes)
-                # Its deadline stays: a head may not trickle for as long as it likes.
+                # Keep the deadline: a head must not trickle in indefinitely.
                 self._buffer = buffer
                 return
             head = self._pool.responses.read(buffer, end, self._like)
@@ -328,12 +328,13 @@ class UpstreamConnection(asyncio.Protocol):
             buffer, checked_bytes = buffer[end + 4 :], 0
             status = head.line.status
             if head.line.ends_with_head and (head.fields.has_content_length or head.fields.is_chunked):
-                # What it announces does not belong to it, and may come all the same: nobody else is to get that.
+                # A bodiless response may announce content, and a faulty upstream may send it: no other user may get
+                # that.
                 self._is_suspect = self._is_suspect or head.content_length > 0 or head.fields.is_chunked
                 head = without_length(head)
             if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
-                # It will not read the rest of the request. RFC 9112 section 9.3: stop sending it.
+                # The upstream will not read the rest of the request. RFC 9112 section 9.3: stop sending it.
                 self._writer.is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)
                 exchange.response_begins(head, now)
@@ -342,7 +343,7 @@ class UpstreamConnection(asyncio.Protocol):
                 body = self._body = EndlessBody()
                 exchange.tunnel_begins(head, now)
             elif status == SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:
-                raise Refusal(Reason.UPSTREAM_INVALID, "an upgrade nobody asked for, or endless interim answers")
+                raise Refusal(Reason.UPSTREAM_INVALID, "an unrequested upgrade, or too many interim responses")
             else:
                 self._interim += 1
                 self._watch(now)
@@ -367,7 +368,7 @@ class UpstreamConnection(asyncio.Protocol):
         return self._pool.responses.kind(name) in (Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING)
 
     def _still_takes_request(self, now: float) -> bool:
-        """At a deadline: whether the upstream is still reading. If so, the deadline is extended."""
+        """At a deadline: return whether the upstream is still reading. If so, extend the deadline."""
         waits_for_response = self._body is None and self._writer.is_whole
         seconds = self._first_byte_seconds if waits_for_response else self._idle_seconds
         goes_on = self._writer.goes_on(now, seconds, waits_for_response=waits_for_response)

@@ -4,9 +4,9 @@
     a place goes to a user who holds a share or more only if no other waits    always
     such users leave `spare` places free                                       while and shortly after others waited
 
-A place that becomes free goes to a waiting user that holds less than a share, users taking turns; only if there is none,
-to one that holds a share or more. A user at the cap waits until one of its own places becomes free. A user's requests
-are served in order. No state is kept for a user that holds nothing and waits for nothing.
+A place that becomes free goes to a waiting user that holds less than a share, users taking turns; only if there is
+none, to one that holds a share or more. A user at the cap waits until one of its own places becomes free. A user's
+requests are served in order. No state is kept for a user that holds nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 _WAITING_PER_PLACE: Final = 16
 
-#: For so long after a user below its share had to wait, users at theirs leave one place in so many free: the next request
-#: of the other finds one at once.
+#: How long, after a user below its share had to wait, users at their share leave places free, and the fraction of
+#: places (one in this many) that they leave: the next request of a user below its share gets one immediately.
 _SPARE_SECONDS: Final = 10.0
 _SPARE_DIVISOR: Final = 8
 
 
 class Rank(enum.Enum):
-    """How a waiting user stands."""
+    """The state of a waiting user."""
 
     BELOW_SHARE = 0
     BELOW_CAP = 1
@@ -36,7 +36,7 @@ class Rank(enum.Enum):
 
 
 class Turns(Generic[T]):
-    """See the module. `T` is what waits."""
+    """Shares the places of one pool between users. `T` is the type of queued items."""
 
     def __init__(self, places: int, per_user_max: int = 0) -> None:
         """`per_user_max`: both the share and the cap. 0: the share is half of the places, and there is no cap."""
@@ -48,19 +48,19 @@ class Turns(Generic[T]):
         self._held: dict[Owner, int] = {}
         self._total = 0
         self._spares_until = 0.0
-        #: Everything that waits, longest first; since when, and whose it is.
+        #: All queued items, longest wait first, with the time they were queued and their user.
         self._since: collections.OrderedDict[T, tuple[float, Owner]] = collections.OrderedDict()
         self._queues: dict[Owner, collections.OrderedDict[T, None]] = {}
         self._ranked: tuple[collections.OrderedDict[Owner, None], ...] = tuple(collections.OrderedDict() for _ in Rank)
         self._ranks: dict[Owner, Rank] = {}
 
     def may_take(self, user: Owner, now: float) -> bool:
-        """Whether the user may have a place that is free."""
+        """Whether the user may take a free place."""
         held = self._held.get(user, 0)
         return held < self.share or (held < self.cap and self._may_exceed_share(now))
 
     def take(self, user: Owner, now: float) -> None:
-        """The user got a place."""
+        """Record that the user got a place."""
         held = self._held.get(user, 0) + 1
         self._held[user] = held
         self._total += 1
@@ -70,7 +70,7 @@ class Turns(Generic[T]):
             self._spares_until = now + _SPARE_SECONDS
 
     def give_back(self, user: Owner) -> None:
-        """A place of the user is free again."""
+        """Record that a place of the user is free again."""
         held = self._held[user] - 1
         self._total -= 1
         if held:
@@ -81,11 +81,11 @@ class Turns(Generic[T]):
             self._rank(user)
 
     def held(self, user: Owner) -> int:
-        """How many places the user holds."""
+        """The number of places that the user holds."""
         return self._held.get(user, 0)
 
     def wait(self, user: Owner, one: T, now: float) -> bool:
-        """Queue what waits. False: the queue is full."""
+        """Queue an item. False: the queue is full."""
         if len(self._since) >= self.waiting_max:
             return False
         queue = self._queues.get(user)
@@ -99,7 +99,7 @@ class Turns(Generic[T]):
         return True
 
     def last_of_most(self, user: Owner) -> T | None:
-        """What leaves a full queue for a request of this user: the last one of the user with the most in it.
+        """Return the item to drop from a full queue for this user's: the last one of the user with the most items.
 
         None if this user would have as many.
         """
@@ -109,13 +109,13 @@ class Turns(Generic[T]):
         return next(reversed(self._queues[most]))
 
     def leave(self, one: T) -> None:
-        """Remove it from the queue."""
+        """Remove an item from the queue."""
         found = self._since.pop(one, None)
         if found is not None:
             self._left(found[1], one)
 
     def next(self, now: float) -> tuple[T, Owner] | None:
-        """What gets the next place, with its user; it has then left the queue. None if nothing may have one."""
+        """Dequeue the item that gets the next place, with its user. None if no item may have one."""
         user = self._next_user(now)
         if user is None:
             return None
@@ -123,38 +123,38 @@ class Turns(Generic[T]):
         del self._since[one]
         self._left(user, one)
         if user in self._ranks:
-            # The others have their turn before it is this user's again.
+            # All other users have their turn before this user's next one.
             self._ranked[self._ranks[user].value].move_to_end(user)
         return one, user
 
     def first(self) -> T | None:
-        """What has waited longest."""
+        """The item that has waited longest."""
         return next(iter(self._since), None)
 
     def since(self, one: T) -> float:
-        """Since when it waits."""
+        """The time at which an item was queued."""
         return self._since[one][0]
 
     def owner(self, one: T) -> Owner:
-        """Whose it is."""
+        """The user of an item."""
         return self._since[one][1]
 
     def may_have_place(self, now: float) -> bool:
-        """Whether anything that waits would get a place if one were free."""
+        """Whether any queued item would get a place if one were free."""
         return self._next_user(now) is not None
 
     def is_within_cap(self, user: Owner) -> bool:
-        """Whether the user could hold all that it holds and waits for."""
+        """Whether the user's places and queued items together stay within the cap."""
         return self.held(user) + len(self._queues.get(user, ())) <= self.cap
 
     def waits(self, user: Owner) -> bool:
-        """Whether anything of the user waits."""
+        """Whether any item of the user is queued."""
         return user in self._queues
 
     def starved(self, before: float, number: int) -> int:
-        """How many requests wait since before this instant whose users hold less than a share, `number` at most.
+        """Count the items, `number` at most, queued before this instant by users that hold less than a share.
 
-        No user counts for more requests than it takes to its share.
+        Each user counts for no more items than it needs to reach its share.
         """
         found = 0
         for user in self._ranked[Rank.BELOW_SHARE.value]:
@@ -177,7 +177,7 @@ class Turns(Generic[T]):
         return max(self._held.values(), default=0)
 
     def __len__(self) -> int:
-        """How many wait."""
+        """The number of queued items."""
         return len(self._since)
 
     def users(self) -> int:

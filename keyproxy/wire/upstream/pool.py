@@ -3,11 +3,11 @@
     lent + idle + connecting <= connections_max; an exchange waits only while all of them are lent or connecting, or its
     user holds as many as one user may.
 
-`take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, begins to connect; whichever
-connection becomes free first, new or returned, goes to the exchange whose turn it is. The queue is bounded in length and
-time. While exchanges wait, those under way are looked at again and again: what a client hardly moves gives way at once,
-and after a while so does what a user holds beyond a share. Tunnels have a bound of their own within that of all, so that
-those that lie idle leave connections for requests.
+`take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, starts to connect; whichever
+connection becomes free first, new or returned, goes to the next exchange in turn. The queue is bounded in length and
+time. While exchanges wait, those in flight are reviewed regularly: exchanges with a slow client are ended immediately,
+those of a user beyond its share after a while. Tunnels have a lower bound of their own, so that idle tunnels leave
+connections for requests.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ from keyproxy.wire.upstream.upstream_user import UpstreamUser
 
 _log = logging.getLogger(__name__)
 
-#: Shorter than the shortest usual keep-alive of a server (5 s: uvicorn, Node), so that it is us who close first.
+#: Shorter than the shortest usual keep-alive of a server (5 s: uvicorn, Node), so that the proxy closes first.
 IDLE_SECONDS: Final = 4.0
 
-#: A connection that has lain longer than this is asked whether the other side has closed it, before it is lent.
+#: A connection that was idle longer than this is checked for a close by the upstream before it is lent.
 _TRUSTED_IDLE_SECONDS: Final = 0.1
 
-#: How often all connections are looked through, while exchanges wait, for one that can be had back.
+#: How often connections are searched, while exchanges wait, for ones that can be freed.
 _LOOK_SECONDS: Final = 0.1
 
 _TOO_MANY: Final = "too many requests wait for an upstream connection"
 
-#: The fraction of the connections that tunnels may take, and for how long readiness reports that an exchange had to wait.
+#: The fraction of the connections that tunnels may take, and for how long readiness reports that an exchange had to
+#: wait.
 _TUNNELS_DIVISOR: Final = 2
 _PRESSED_SECONDS: Final = 5.0
 
-#: Errors that say nothing about the upstream: no file descriptors, ports or memory left here.
+#: Errors of this host, not of the upstream: no file descriptors, ports or memory left.
 _OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 
 class Address(NamedTuple):
-    """Where an upstream listens: `path` of a unix socket, or `host` and `port`. `authority` is for a missing Host."""
+    """An upstream's address: `path` of a unix socket, or `host` and `port`. `authority` is for a missing Host."""
 
     host: str
     port: int
@@ -65,7 +66,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """Of a checked `upstream.url`."""
+        """Parse a checked `upstream.url`."""
         if url.startswith("unix:"):
             return cls("", 0, url.removeprefix("unix:"), b"localhost")
         parts = urlsplit(url)
@@ -75,15 +76,15 @@ class Address(NamedTuple):
 
 
 class PoolUser(UpstreamUser):
-    """What the pool calls on an exchange besides what a connection does."""
+    """The interface that the pool requires of an exchange, in addition to a connection's."""
 
     def connected(self, upstream: UpstreamConnection) -> None:
-        """A connection is lent to this exchange."""
+        """Use a connection that is lent to this exchange."""
         raise NotImplementedError
 
 
 class UpstreamPool(ConnectionOwner):
-    """See the module. `repr` shows what it holds."""
+    """The connections to one upstream. `repr` shows their states."""
 
     def __init__(
         self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines, *,
@@ -104,7 +105,7 @@ class UpstreamPool(ConnectionOwner):
         self._open: set[UpstreamConnection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self._turns: Turns[PoolUser] = Turns(settings.connections_max, settings.connections_per_user_max)
-        #: Exchanges that wait and ask for a tunnel.
+        #: Waiting exchanges that are handshakes for a tunnel.
         self._tunnels_waiting: set[PoolUser] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
@@ -114,7 +115,7 @@ class UpstreamPool(ConnectionOwner):
         self.unreachable_because = ""
 
     def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
-        """An idle connection, the one used last first; None if there is none, or none for this user."""
+        """Take the most recently used idle connection; None if there is none, or none for this user."""
         if not self._idle or not self._turns.may_take(owner, now):
             return None
         connection = self._take_idle(now)
@@ -124,7 +125,7 @@ class UpstreamPool(ConnectionOwner):
         return connection
 
     def wait(self, exchange: PoolUser, owner: Owner) -> None:
-        """Tell the exchange when it has a connection, or why it gets none."""
+        """Queue the exchange. It gets a connection later, or the reason why there is none."""
         now = self.clock()
         if exchange.asks_for_tunnel:
             waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
@@ -146,12 +147,12 @@ class UpstreamPool(ConnectionOwner):
                 self._make_room(now)
 
     def wait_no_more(self, exchange: PoolUser) -> None:
-        """The exchange ended while it waited."""
+        """Remove an exchange that ended while it waited."""
         self._turns.leave(exchange)
         self._tunnels_waiting.discard(exchange)
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
-        """A connection is free: for the exchange whose turn it is, else it lies idle."""
+        """Lend a freed connection to the next exchange in turn, or keep it idle."""
         self._returned(connection)
         if len(self._turns) and self._lend(connection, now):
             return
@@ -164,7 +165,7 @@ class UpstreamPool(ConnectionOwner):
             self._expiry = self._loop.call_later(IDLE_SECONDS, self._expire)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """The connection is lost. A new one replaces it if exchanges wait."""
+        """Remove a lost connection. A new one replaces it if exchanges wait."""
         self._deadlines.forget(connection)
         self._open.discard(connection)
         self._returned(connection)
@@ -175,7 +176,7 @@ class UpstreamPool(ConnectionOwner):
             self._serve(self.clock())
 
     async def reach(self) -> bool:
-        """Whether the upstream accepts connections; asks it if no connection to it is open."""
+        """Whether the upstream accepts connections; opens one to check if none is open."""
         if not any(connection.is_open for connection in self._open):
             if not self._connecting:
                 self._connect()
@@ -183,12 +184,12 @@ class UpstreamPool(ConnectionOwner):
         return any(connection.is_open for connection in self._open)
 
     def counts(self) -> dict[str, int]:
-        """How many connections are in which state."""
+        """Return the number of connections in each state."""
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
     def held_up_because(self) -> str:
-        """Why requests have had to wait for a connection in the last seconds; empty if none has."""
+        """Describe why requests waited for a connection in the last seconds; empty if none did."""
         if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
             return ""
         turns, most = self._turns, self._turns.most_held()
@@ -196,7 +197,7 @@ class UpstreamPool(ConnectionOwner):
         return f"{why}; one user holds {most}" if most >= turns.share else why
 
     def retire(self) -> None:
-        """Another pool takes over: what is under way or waits is served, and no connection is kept after that."""
+        """Retire this pool in favour of another: serve requests in flight and queued ones, then keep no connection."""
         self._is_retired = True
         while self._idle:
             self._idle.popleft().abort()
@@ -238,7 +239,7 @@ class UpstreamPool(ConnectionOwner):
 
     def _connect_failed(self, why: str, *, is_our_limit: bool) -> None:
         if not self.unreachable_because:
-            _log.warning("the upstream cannot be reached: %s: %s", self._address.path or self.host.decode(), why)
+            _log.warning("upstream unreachable: %s: %s", self._address.path or self.host.decode(), why)
         self.unreachable_because = why
         # Without any open connection no waiting exchange can be served: waiting longer would not help.
         failed = 1 if self._open else len(self._turns)
@@ -251,7 +252,7 @@ class UpstreamPool(ConnectionOwner):
             exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
 
     def _waited_too_long(self, owner: Owner, now: float) -> Refusal:
-        """Why a request got no connection in time: all are in use, or connecting fails."""
+        """Build the refusal of a request that got no connection in time: all are in use, or connecting fails."""
         if self._has_room() and not self._turns.may_take(owner, now):
             return Refusal(Reason.OVERLOADED, "the user holds as many upstream connections as one user may")
         if len(self._open) >= self.settings.connections_max:
@@ -261,7 +262,7 @@ class UpstreamPool(ConnectionOwner):
     # -- lending
 
     def _queue(self, exchange: PoolUser, owner: Owner, now: float) -> bool:
-        """Have the exchange wait. If the queue is full of one user's, the last of those leaves. False: it is full."""
+        """Queue the exchange. If one user fills the queue, drop that user's last one. False: the queue is full."""
         if self._turns.wait(owner, exchange, now):
             return True
         last = self._turns.last_of_most(owner)
@@ -283,7 +284,7 @@ class UpstreamPool(ConnectionOwner):
         return None
 
     def _lend(self, connection: UpstreamConnection, now: float) -> bool:
-        """Lend a connection to the exchange whose turn it is; False if there is none."""
+        """Lend a connection to the next exchange in turn; False if there is none."""
         found = self._turns.next(now)
         if found is None:
             return False
@@ -295,7 +296,7 @@ class UpstreamPool(ConnectionOwner):
         return True
 
     def _lend_idle(self, now: float) -> bool:
-        """Lend an idle connection to the exchange whose turn it is; False if there is no such pair."""
+        """Lend an idle connection to the next exchange in turn; False if either is missing."""
         if not self._idle or not self._turns.may_have_place(now):
             return False
         connection = self._take_idle(now)
@@ -319,7 +320,7 @@ class UpstreamPool(ConnectionOwner):
         return len(self._open) + len(self._connecting) < self.settings.connections_max
 
     def _make_room(self, now: float) -> None:
-        """Exchanges wait and get no connection: see which of those under way have to end for them."""
+        """End exchanges in flight, if others wait and get no connection."""
         if now < self._next_look_mono:
             return
         self._next_look_mono = now + _LOOK_SECONDS
@@ -332,7 +333,7 @@ class UpstreamPool(ConnectionOwner):
             preemption.end_beyond_share(self._open, turns, now, patience, connecting=len(self._connecting))
 
     def _look_again(self) -> None:
-        """As long as exchanges wait: end those that have waited too long, and see what the others can get."""
+        """While exchanges wait: refuse those that have waited too long, and free connections for the others."""
         self._looking = None
         now, turns = self.clock(), self._turns
         patience = self.settings.connect_timeout_seconds
@@ -349,7 +350,7 @@ class UpstreamPool(ConnectionOwner):
     def _expire(self) -> None:
         self._expiry = None
         now = self.clock()
-        # The one used longest ago is first; what is left at the front is young enough.
+        # The least recently used one is first; what remains at the front is young enough.
         while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
             self._idle.popleft().abort()
         if self._idle:
@@ -361,7 +362,7 @@ class UpstreamPool(ConnectionOwner):
 
 
 def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
-    """Whether an idle connection became readable: the other side has closed it, or says what nobody asked for."""
+    """Whether an idle connection became readable: the upstream has closed it, or sent unexpected bytes."""
     fileno = connection.fileno()
     if fileno < 0:
         return True  # below TLS, whose transport does not know yet

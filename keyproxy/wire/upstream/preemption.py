@@ -1,10 +1,10 @@
-"""Which exchanges end when others wait for a connection to the upstream.
+"""Choose the exchanges that end when others wait for a connection to the upstream.
 
-    at once        requests whose client sends or reads too slowly
+    immediately    requests with a client that sends or reads too slowly
     after a while  requests of a user beyond its share, if a user below its share waits: the least loss first
 
-A request that makes progress, of a user within its share, is never ended for others. Nothing is resent to the upstream: a
-request that is ended is refused, or its response is visibly truncated, and a tunnel is closed cleanly.
+A request that makes progress, of a user within its share, is never ended for others. Nothing is resent to the upstream:
+a request that is ended is refused, or its response is visibly truncated, and a tunnel is closed cleanly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from keyproxy.wire.upstream.fair_queue import Turns
 
 User = TypeVar("User")
 
-#: How long connections may become free by themselves before what a user holds beyond a share ends: this part of the time
-#: that an exchange waits for a connection, and no longer than this.
+#: How long to wait for connections to become free before requests beyond a user's share end: this fraction of the queue
+#: timeout, and at most this long.
 _PATIENT_PART: Final = 0.5
 _PATIENT_SECONDS_MAX: Final = 1.0
 
@@ -29,10 +29,10 @@ def end_what_hardly_moves(
     connections: Collection[UpstreamConnection], turns: Turns[User], now: float, patience_seconds: float, *,
     is_full: bool,
 ) -> None:  # fmt: skip
-    """End what has hardly moved for longer than `patience_seconds`, as far as that helps an exchange that waits."""
+    """End exchanges that were too slow for longer than `patience_seconds`, as far as that helps a waiting exchange."""
     helps_all = is_full and turns.may_have_place(now)
     for connection in list(connections):
-        # Where a user waits that holds as many as it may, only its own can make room for it.
+        # For a waiting user at the cap, only the user's own connections can be freed.
         if helps_all or (connection.owner is not None and turns.waits(connection.owner)):
             connection.preempt_if_slow(now, patience_seconds)
 

@@ -19,16 +19,16 @@ from keyproxy.wire.handshake import TlsObject
 from keyproxy.wire.outflow import Outflow
 from keyproxy.wire.pace import Pace
 
-#: How much is kept back while a response is being read. Beyond that the client is not read any further.
+#: How much is held back while a response is being read. Beyond that the client is not read any further.
 KEPT_BYTES_MAX: Final = 65_536
 
-#: How much is read of a response whose upstream has reset the connection.
+#: How much of a response is read after the upstream has reset the connection.
 _LEFT_READ_BYTES: Final = 65_536
 _LEFT_READS_MAX: Final = 16
 
 
 class RequestWriter:
-    """See the module. One for each connection; `begin` starts the next request on it.
+    """Writes requests to one upstream connection; `begin` starts the next one.
 
     `is_whole`: nothing more of the request will come. `is_refused`: the upstream will not read the rest of it.
     `body_pace`: how fast the client sends a body that did not come with its head.
@@ -47,11 +47,11 @@ class RequestWriter:
         self._duplicate = -1
 
     def attach(self, transport: asyncio.Transport, tls: ssl.SSLObject | None) -> None:
-        """The connection is open."""
+        """Use an open connection."""
         self._transport, self._tls = transport, tls
 
     def detach(self) -> None:
-        """The connection is lost."""
+        """Handle the loss of the connection."""
         self._transport = None
         self._kept = b""
         self._forget_duplicate()
@@ -71,7 +71,7 @@ class RequestWriter:
             self.body_pace.add(len(data), now)
 
     def count(self, data: bytes, now: float, *, is_last: bool) -> None:
-        """More of the request has come."""
+        """Count more bytes of the request from the client."""
         self.is_whole = is_last
         if self.body_pace is not None:
             self.body_pace.add(len(data), now)
@@ -82,22 +82,22 @@ class RequestWriter:
             self._put(data)
 
     def keep(self, data: bytes) -> bool:
-        """Keep bytes back until the caller has read what has arrived. Whether these are the first ones."""
+        """Hold bytes back until the caller has read what has arrived. Return whether these are the first ones."""
         is_first = not self._kept
         self._kept += data
         return is_first
 
     def write_kept(self) -> None:
-        """Write what was kept back."""
+        """Write what was held back."""
         kept, self._kept = self._kept, b""
         self.write(kept)
 
     def drop_kept(self) -> None:
-        """Forget what was kept back: it will not be written."""
+        """Discard what was held back."""
         self._kept = b""
 
     def end(self) -> bool:
-        """The request is over. Whether all that was to be written has left our buffers."""
+        """End the request. Return whether all of it has left our buffers."""
         is_written, self._kept = not self._kept, b""
         self._forget_duplicate()
         if self.outflow.is_stalled:
@@ -112,7 +112,7 @@ class RequestWriter:
 
     @property
     def kept_bytes(self) -> int:
-        """How much is kept back."""
+        """The number of bytes held back."""
         return len(self._kept)
 
     @property
@@ -156,7 +156,7 @@ class RequestWriter:
         outflow, transport = self.outflow, self._transport
         if outflow.is_stalled:
             return outflow.has_moved(transport, now, in_seconds=seconds)
-        # The request has left our buffers, but megabytes of it may be in the kernel's.
+        # The request has left our buffers, but megabytes of it may be in the kernel's buffers.
         goes_on = waits_for_response and outflow.is_being_taken(transport, since_bytes=self._begun_at_bytes)
         if goes_on:
             outflow.stall(transport, now)

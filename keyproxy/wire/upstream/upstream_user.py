@@ -1,4 +1,4 @@
-"""What an upstream connection, and the pool that it comes from, call on an exchange. The exchange implements it."""
+"""The interface that an upstream connection and its pool require of an exchange. `Exchange` implements it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from keyproxy.reasons import Refusal
 
 
 class UpstreamUser(ports.Exchange):
-    """See the module."""
+    """An exchange, as seen by its upstream connection."""
 
     is_tunnel: bool = False
 
@@ -28,19 +28,19 @@ class UpstreamUser(ports.Exchange):
         raise NotImplementedError
 
     def upstream_lost(self, refusal: Refusal) -> None:
-        """No connection could be had, or the upstream failed before its response was complete."""
+        """No connection was available, or the upstream failed before its response was complete."""
         raise NotImplementedError
 
     def response_begins(self, answer: ResponseHead, now: float) -> None:
-        """The head of the response."""
+        """Take the head of the response."""
         raise NotImplementedError
 
     def interim_arrived(self, head: ResponseHead) -> None:
-        """An interim (1xx) response."""
+        """Take an interim (1xx) response."""
         raise NotImplementedError
 
     def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
-        """The next content of the response, and whether it was the last."""
+        """Take the next content of the response, and whether it was the last."""
         raise NotImplementedError
 
     def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
@@ -64,5 +64,5 @@ class UpstreamUser(ports.Exchange):
         raise NotImplementedError
 
     def preempt_if_slow(self, refusal: Refusal) -> None:
-        """End for the sake of others."""
+        """End the exchange, to free the connection for other requests."""
         raise NotImplementedError

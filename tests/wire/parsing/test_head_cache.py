@@ -96,7 +96,7 @@ def test_a_warm_reader_reads_every_request_as_a_cold_one_does(heads: list[bytes]
 @given(header_strategies.similar_heads(is_request=False))
 @example([one.replace(b"POST /a HTTP/1.1", b"HTTP/1.1 200 OK") for one in WITHOUT_COLON])
 @settings(max_examples=300)
-def test_a_warm_reader_reads_every_answer_as_a_cold_one_does(heads: list[bytes]) -> None:
+def test_a_warm_reader_reads_every_response_as_a_cold_one_does(heads: list[bytes]) -> None:
     warm, likes = responses(), Likes()
     expected = {raw: outcome(responses(), raw) for raw in heads}
     for raw in heads * OFTEN:

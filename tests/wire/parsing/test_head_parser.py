@@ -57,7 +57,7 @@ def refused(raw: bytes) -> Reason:
         (b"GET http://a.example HTTP/1.1", b"/", 1),
     ],
 )
-def test_a_request_line_goes_on_as_http_1_1_in_origin_form(start: bytes, target: bytes, minor: int) -> None:
+def test_a_request_line_is_forwarded_as_http_1_1_in_origin_form(start: bytes, target: bytes, minor: int) -> None:
     line, _, _ = accepted(request(start=start))
     method = start.partition(b" ")[0]
     assert (line.method, line.target, line.minor_version) == (method, target, minor)
@@ -125,7 +125,7 @@ def test_what_is_malformed_is_refused_as_that_whatever_its_method(start: bytes, 
     [b"a", b"a.example:80", b"[::1]:80", b"a:", b"[::1]:", b"  a", b"\ta\t"],
     ids=lambda host: host.decode().strip(),
 )
-def test_one_well_formed_host_is_asked_for(host: bytes) -> None:
+def test_exactly_one_well_formed_host_is_required(host: bytes) -> None:
     _, fields, _ = accepted(request(host=b"hOsT:%b\r\n" % host))
     assert (fields.host, fields.host_block) == (host.strip(), b"X-Forwarded-Host: %b\r\n" % host.strip())
 
@@ -297,7 +297,7 @@ def test_chunked_is_the_only_transfer_coding(value: bytes) -> None:
         b"Connection: transfer-encoding\r\nTransfer-Encoding: chunked",
     ],
 )  # fmt: skip
-def test_any_other_framing_is_refused_in_requests_and_answers(fields: bytes) -> None:
+def test_any_other_framing_is_refused_in_requests_and_responses(fields: bytes) -> None:
     assert refused(request(fields)) is Reason.REQUEST_MALFORMED
     with pytest.raises(Refusal) as error:
         answered(response(fields))
@@ -311,7 +311,7 @@ def test_an_http_1_0_request_has_no_chunks() -> None:
     assert refused(request(CHUNKED, start=b"POST / HTTP/1.0")) is Reason.REQUEST_MALFORMED
 
 
-def test_an_http_1_0_answer_in_chunks_is_refused_or_the_last_of_its_connection() -> None:
+def test_a_chunked_http_1_0_response_is_refused_or_the_last_of_its_connection() -> None:
     """RFC 9112 section 6.1: its framing is faulty, so nothing after it can be trusted."""
     try:
         _, fields, _ = answered(response(CHUNKED, start=b"HTTP/1.0 200 OK"))
@@ -340,7 +340,7 @@ def test_an_http_1_0_answer_in_chunks_is_refused_or_the_last_of_its_connection()
         (0, b"close", False),
     ],
 )
-def test_a_connection_is_kept_as_the_version_and_its_options_say(
+def test_a_connection_is_kept_according_to_its_version_and_options(
     minor: int, connection: bytes, keeps_alive: bool
 ) -> None:
     field = b"Connection: " + connection
@@ -442,7 +442,7 @@ def test_each_handshake_is_judged_by_its_own_method_and_fields() -> None:
         (b"GET", 304, True), (b"GET", 404, False), (b"HEAD", 200, True), (b"HEAD", 404, True), (b"POST", 200, False),
     ],
 )  # fmt: skip
-def test_an_answer_without_a_body_is_known_by_method_and_status(method: bytes, status: int, is_bodiless: bool) -> None:
+def test_a_bodiless_response_is_known_by_method_and_status(method: bytes, status: int, is_bodiless: bool) -> None:
     assert has_no_body(method, StatusLine(status, 1, b"")) is is_bodiless
 
 
@@ -460,7 +460,7 @@ def test_an_answer_without_a_body_is_known_by_method_and_status(method: bytes, s
         (b"HTTP/1.1 200 \xc3\xa9\t!", 200, 1, b"HTTP/1.1 200 \xc3\xa9\t!\r\n"),
     ],
 )
-def test_a_status_line_goes_on_as_http_1_1(start: bytes, status: int, minor: int, sent: bytes) -> None:
+def test_a_status_line_is_relayed_as_http_1_1(start: bytes, status: int, minor: int, sent: bytes) -> None:
     line, _, _ = answered(response(start=start))
     assert (line.status, line.minor_version, line.start) == (status, minor, sent)
 
@@ -524,7 +524,7 @@ def test_malformed_fields_of_an_upstream_are_refused(field: bytes) -> None:
         b"\x00", b"GET / HTTP/1.1\r\nX : a", b"GET / HTTP/1.1\r\n X: a", b"SSH-2.0-x\r\n",
     ],
 )  # fmt: skip
-def test_bytes_that_cannot_begin_a_request_are_not_waited_upon(beginning: bytes) -> None:
+def test_bytes_that_cannot_begin_a_request_are_refused_without_waiting_for_more(beginning: bytes) -> None:
     with pytest.raises(Refusal) as error:
         check_beginning(beginning)
     assert error.value.reason is Reason.REQUEST_MALFORMED
@@ -558,7 +558,7 @@ def test_the_beginning_of_a_request_may_follow_a_request(beginning: bytes) -> No
         b"Connection: upgrade\r\nUpgrade: h2c\r\n\r\nGET / HTTP/1.1\r\n\r\n",
     ],
 )
-def test_no_part_of_a_well_formed_request_is_taken_for_the_beginning_of_none(body: bytes) -> None:
+def test_no_prefix_of_a_well_formed_request_is_refused(body: bytes) -> None:
     whole = b"POST /a?b HTTP/1.1\r\nHost: a\r\nX:\r\n" + body
     for end in range(1, len(whole) + 1):
         check_beginning(whole[:end])

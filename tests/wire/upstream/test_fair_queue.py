@@ -107,7 +107,7 @@ TestSharing.settings = settings(max_examples=150, stateful_step_count=40, deadli
 
 
 @given(places=st.integers(1, 300), others=st.integers(1, 3))
-def test_users_who_wait_get_a_share_of_what_one_gives_back(places: int, others: int) -> None:
+def test_waiting_users_get_a_share_of_the_released_places(places: int, others: int) -> None:
     turns: Turns[str] = Turns(places)
     for _ in range(places):
         turns.take(USERS[0], 0.0)
