@@ -278,7 +278,7 @@ async def test_the_home_of_another_user_does_not_prevent_connecting(
     tmp_path.chmod(0o700)
     program = (
         "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\n"
-        "from keyproxy.store.connecting import Target\n"
+        "from keyproxy.store.postgres.connecting import Target\n"
         "async def connect():\n    await (await Target(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
         # Only now: the other user may not be allowed to run this Python.
         "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nasyncio.run(connect())\n"

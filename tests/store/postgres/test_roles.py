@@ -224,12 +224,12 @@ async def test_roles_that_are_there_get_what_they_may_and_lose_what_they_may_not
 
 @pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])
 async def test_a_prefix_that_is_no_name_is_refused(dsn: str, wrong: str) -> None:
-    with pytest.raises(MigrationError, match="no prefix for roles"):
+    with pytest.raises(MigrationError, match="not a valid prefix for roles"):
         await roles.create(dsn, wrong)
 
 
 async def test_roles_wait_for_a_schema(empty_dsn: str) -> None:
-    with pytest.raises(MigrationError, match="has to be brought up"):
+    with pytest.raises(MigrationError, match="pending migrations"):
         await roles.create(empty_dsn, "kp_none")
 
 
