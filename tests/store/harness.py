@@ -130,7 +130,7 @@ class Door(Database):
 
 
 class Bell(Listener):
-    """A listener whose notifications the test sends."""
+    """A listener that receives notifications from the test."""
 
     def __init__(self) -> None:
         super().__init__("", "")

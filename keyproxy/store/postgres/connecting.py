@@ -336,7 +336,9 @@ def _with_service(dsn: str, parsed: Dsn, service: str) -> Dsn:
         file.read_string(path.read_text(encoding="utf-8"))
         section = dict(file[service])
     except (OSError, RuntimeError, UnicodeDecodeError, configparser.Error) as error:
-        raise dsns.InvalidDsnError(f"has service={service}, whose file cannot be read: {first_line(error)}") from error
+        raise dsns.InvalidDsnError(
+            f"has service={service}, but the service file cannot be read: {first_line(error)}"
+        ) from error
     except KeyError as error:
-        raise dsns.InvalidDsnError(f"has service={service}, which {path} does not have") from error
+        raise dsns.InvalidDsnError(f"has service={service}, which is not in {path}") from error
     return dsns.parse(dsn, beneath=section)

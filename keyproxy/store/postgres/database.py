@@ -138,7 +138,7 @@ class Database:
     ) -> None:
         """`main`: the main part of the same store; this part borrows its connections while the server grants no more."""
         self._target = Target(dsn)
-        #: Whether the server grants all connections that the store asks for.
+        #: The shortage of connections, if the server grants fewer than configured; shared by all parts of one store.
         self.shortage: Shortage = Shortage() if main is None else main.shortage
         self.pool: Pool = Pool(
             self._target, pool_size_max, statement_timeout_seconds, shortage=self.shortage,

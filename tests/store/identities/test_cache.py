@@ -456,12 +456,12 @@ async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_lo
     first = asyncio.create_task(rig.resolve(fakes.key(1_000)))
     await hold.arrived.wait()
     crowd = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(2_000, 12_001)]
-    await until(lambda: crowd[-1].done(), "the last of the crowd is told something")
+    await until(lambda: crowd[-1].done(), "all waiting requests get a result")
     assert crowd[-1].result() is Reason.OVERLOADED
     assert [task.done() for task in crowd].count(True) == 1
     rig.cache.forget_key(secret.digest())
     customer = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being asked for")
+    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being looked up")
     hold.release()
     assert isinstance(await customer, Identity)
     assert set(await asyncio.gather(first, *crowd[:-1])) == {Reason.KEY_INVALID}
@@ -601,7 +601,7 @@ async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make
 
 
 class ResponseWriter:
-    """A store whose only response is controlled by the test."""
+    """A store with a single response that the test controls."""
 
     def __init__(self) -> None:
         self.asked: list[Sequence[object]] = []
@@ -632,12 +632,12 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
         answer.set_result([])
     loop.call_soon(lambda: joined.append(look_ups.ask(late, is_known=False)))
     try:
-        await until(lambda: [late] in store.asked, "the late key is asked for", seconds=2)
+        await until(lambda: [late] in store.asked, "the late key is looked up", seconds=2)
     finally:
         for answer in store.answers:
             if not answer.done():
                 answer.set_result([])
-        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all are answered")
+        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all requests get a result")
         await look_ups.close()
 
 

@@ -374,9 +374,9 @@ async def test_invalid_change_row_does_not_stop_the_feed(
     fed.feed.start()
     await fed.sql.execute("INSERT INTO keyproxy.changes (kind, subject) VALUES ($1, $2)", kind, subject)
     looks = fed.door.asked["changes_since"]
-    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed looks on", seconds=3)
+    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
     await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
-    await until(lambda: not fed.is_served(keys[1]), "the revocation is in force", seconds=3)
+    await until(lambda: not fed.is_served(keys[1]), "the revocation takes effect", seconds=3)
 
 
 # -- possibly missed changes
@@ -581,7 +581,7 @@ async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> Live:
             await until(lambda: rig.feed.is_listening, "the feed listens")
         if listening == "LISTEN connection ended":
             await rig.sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
-            await until(lambda: not rig.feed.is_listening, "the feed has noticed")
+            await until(lambda: not rig.feed.is_listening, "the feed has noticed the loss")
         return rig
 
     return starting
@@ -630,7 +630,7 @@ async def test_notifications_resume_after_a_lost_connection(make_rig: MakeRig, k
     await until(lambda: rig.feed.is_listening, "the feed listens")
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
     await rig.sql.execute(end)
-    await until(lambda: not rig.feed.is_listening, "the feed has noticed")
+    await until(lambda: not rig.feed.is_listening, "the feed has noticed the loss")
     await until(lambda: rig.feed.is_listening, "the feed listens again", seconds=8)
 
 
@@ -638,7 +638,7 @@ async def test_notification_triggers_a_poll_immediately(make_rig: MakeRig, keys:
     bell = Bell()
     rig = await make_rig(listener=bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     started = time.monotonic()
     for _ in range(20):
         looks = rig.door.asked["changes_since"]
@@ -652,7 +652,7 @@ async def test_notification_during_a_poll_causes_another_one(make_rig: MakeRig, 
     bell = Bell()
     rig = await make_rig(listener=bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     await resolved_by(rig, keys[1])
     hold = rig.door.hold("changes_since")
     bell.ring()
@@ -724,7 +724,7 @@ async def test_running_feed_survives_terminated_backends_at_any_moment(
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         await asyncio.sleep(0.003)
-    await until(lambda: rig.door.is_up, "the store answers again", seconds=3)
+    await until(lambda: rig.door.is_up, "the store responds again", seconds=3)
     await resolved_now(rig, keys[1])
     await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
     await until(lambda: not served_now(rig, keys[1]), "the change takes effect", seconds=3)
@@ -758,7 +758,7 @@ async def minded(make_rig: MakeRig, keys: dict[int, SecretKey]) -> tuple[Rig, Be
     rig = await make_rig(listener=bell)
     rig.door.before["changes_since"] = _ringing(bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     return rig, bell
 
 
@@ -778,7 +778,7 @@ async def test_changes_are_deleted_only_after_every_live_proxy_has_read_them(
     await _look_on(rig, bell, 19)
     assert rig.door.asked["forget_changes"] == 0
     await _look_on(rig, bell, 2)
-    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are forgotten")
+    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are deleted")
     await rig.feed.close()
     assert await change_rows(rig.sql) == 0
 
@@ -796,7 +796,7 @@ async def test_late_commit_is_not_deleted_before_it_was_delivered(
     assert rig.door.asked["forget_changes"] > 0
     await rig.resolve(keys[1])
     await transaction.commit()
-    await until(lambda: not rig.is_served(keys[1]), "the late change is in force")
+    await until(lambda: not rig.is_served(keys[1]), "the late change takes effect")
     await late.close()
 
 
@@ -809,7 +809,7 @@ async def test_snapshot_of_an_abandoned_history_deletes_no_unread_changes(
     future = (1 << 40) + 1_000
     rig.door.edit["changes_since"] = lambda rows: [{**rows[0], "snapshot": f"{future}:{future}:"}]  # type: ignore[list-item]
     rig.feed.start()
-    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has looked")
+    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has polled")
     await until(bell.is_open.is_set, "the feed listens")
     del rig.door.edit["changes_since"]
     rig.door.before["changes_since"] = _ringing(bell)

@@ -127,7 +127,7 @@ async def test_notes_of_many_keys_are_written_in_few_statements(rig: Rig, count:
 async def test_cost_of_a_note_does_not_grow_with_the_number_of_keys_with_outdated_statistics(
     sql: Sql, mode: str
 ) -> None:
-    """The keys are imported into a table whose statistics were collected when it was empty, but not small."""
+    """The keys are imported into a table with statistics collected when it was empty, but not small."""
     await add_user(sql)
     await sql.execute(
         "INSERT INTO keyproxy.api_keys (id, user_id, digest)"

@@ -80,7 +80,7 @@ def _with_tls() -> Path:
             and b"openssl" in subprocess.run([program, "--configure"], capture_output=True, check=True).stdout
         ):
             return found.directory
-    pytest.skip("no PostgreSQL here was built with TLS")
+    pytest.skip("no installed PostgreSQL was built with TLS")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ async def test_server_that_requires_tls_gets_it(secure: TcpServer, roots: Path, 
             await connected(secure.tcp(parameters))
         return
     if mode == "direct" and secure.major < 17:
-        pytest.skip("PostgreSQL takes TLS without its own greeting from 17 on")
+        pytest.skip("direct TLS needs PostgreSQL 17 or later")
     for _ in range(2):
         connection = await connected(secure.tcp(parameters))
         assert await connection.fetchval("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")

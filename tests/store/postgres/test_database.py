@@ -343,9 +343,9 @@ async def test_listener_receives_commits_and_reports_its_loss_once(dsn: str, sql
     await listener.open(lambda: heard.append(None), lambda: lost.append(None))
     await add_user(sql)
     await add_keys(sql, range(3))
-    await until(lambda: len(heard) >= 1, "the change is heard of")
+    await until(lambda: len(heard) >= 1, "the notification arrives")
     await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
-    await until(lambda: len(lost) == 1, "the loss is told")
+    await until(lambda: len(lost) == 1, "the loss is reported")
     await listener.close()
     assert len(lost) == 1
 
@@ -468,7 +468,7 @@ async def test_lookups_and_the_feed_work_through_a_pooler(
     await sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     committed = time.monotonic()
     for rig in rigs:
-        await until(lambda rig=rig: not rig.is_served(keys[1]), "the revocation is in force")  # type: ignore[misc]
+        await until(lambda rig=rig: not rig.is_served(keys[1]), "the revocation takes effect")  # type: ignore[misc]
     assert time.monotonic() - committed <= 1.0
     for rig in rigs:
         told = await rig.resolve(keys[1])

@@ -72,7 +72,7 @@ async def test_settings_of_the_database_break_nothing_behind_a_pooler(
     make_pooler: MakePooler, dsn: str, name: str, value: str
 ) -> None:
     if name == "idle_session_timeout":
-        pytest.skip("a pooler that loses idle server connections opens others")
+        pytest.skip("a pooler replaces lost idle server connections")
     admin: Sql = await asyncpg.connect(dsn)
     # The limits of the database apply until a transaction has set its own.
     await _alter(admin, f"SET {name} = {value.replace('1ms', '50ms')}")
