@@ -1,1 +1,1 @@
-"""PostgreSQL: the pool, the keys, the identity cache, the change feed. The only home of asyncpg and cachetools."""
+"""The store: PostgreSQL, identities, ledger, usage, directory. The only package that imports asyncpg and cachetools."""

@@ -1,8 +1,9 @@
-"""Work that lasts as long as the process does: whatever it fails of, it is begun again.
+"""Background tasks that run as long as the process does and are restarted after an unexpected error.
 
-A task that an exception has ended says so to nobody, and whoever waits for its work waits in vain from then on. What is
-foreseen, a store that cannot be asked, is each work's own to deal with; this is for what is not. The traceback is logged,
-the defect counted, the work told of it, so that nobody waits for what was under way; and after a pause it begins anew.
+An asyncio task that ends with an exception does so silently, and everything that depends on it waits forever. Each task
+handles expected failures, such as an unavailable store, by itself; this module handles unexpected ones. It logs the
+traceback, counts the failure, calls the task's `failed` callback, so that nothing waits for results that were under way,
+and restarts the task after a pause.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _PAUSE_SECONDS: Final = 1.0
 
 
 class BackgroundTask:
-    """The lasting work of one part of the store. `defects`: how often it ended in what nobody had foreseen."""
+    """The background tasks of one part of the store. `defects`: how often one failed unexpectedly."""
 
     def __init__(self, what: str) -> None:
-        """`what` it is, for the log and for metrics."""
+        """`what` is the name in the log and in metrics."""
         self.defects = 0
         self.what = what
         self._tasks: list[asyncio.Task[None]] = []
@@ -30,11 +31,11 @@ class BackgroundTask:
         self, work: Callable[[], Awaitable[None]], failed: Callable[[Exception], None] | None = None, *,
         pause_seconds: float = _PAUSE_SECONDS,
     ) -> None:  # fmt: skip
-        """Do some work, which never ends by itself, until `end`. `failed` is told of a defect before the pause."""
+        """Run `work`, which never returns, until `end`. After an unexpected error, call `failed` before the pause."""
         self._tasks.append(asyncio.get_running_loop().create_task(self._last(work, failed, pause_seconds)))
 
     async def end(self) -> None:
-        """Cancel all of it, and wait until it has ended."""
+        """Cancel all tasks and wait for them."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -52,10 +53,10 @@ class BackgroundTask:
 
     def _note(self, error: Exception, failed: Callable[[Exception], None] | None) -> None:
         self.defects += 1
-        _log.error("a defect ended the work of %s; it begins again", self.what, exc_info=error)
+        _log.error("background task %s failed; restarting", self.what, exc_info=error)
         if failed is None:
             return
         try:
             failed(error)
-        except Exception:  # noqa: BLE001 - the outermost boundary of a task, again: this must not end it
-            _log.exception("a defect while dealing with a defect of %s", self.what)
+        except Exception:  # noqa: BLE001 - the outermost boundary of a task: the callback must not end it
+            _log.exception("background task %s: the failure callback failed", self.what)

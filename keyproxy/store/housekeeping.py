@@ -1,7 +1,7 @@
-"""Background work on the store's tables: expired rows are ended or deleted, a portion at a time.
+"""Background cleanup of the store's tables: ends or deletes expired rows, one portion at a time.
 
 One statement never does all overdue work: once that took longer than the statement timeout, it would always fail, and
-the table would grow for ever. A failed portion is retried at half its size. Failures show in three places: a log line
+the table would grow forever. A failed portion is retried at half its size. Failures show in three places: a log line
 at warning when they begin and one when they end, `/readyz`, and the metric keyproxy_housekeeping_failures_total.
 """
 
@@ -19,12 +19,12 @@ _log = logging.getLogger(__name__)
 
 _PORTION_MIN: Final = 10
 
-#: Between two portions, so that a backlog leaves the database to the requests.
+#: Pause between two portions, so that a backlog leaves database capacity for requests.
 _PAUSE_SECONDS: Final = 0.2
 
 
 class Chore:
-    """One kind of such work. `failures`: how many portions failed; `failing_because`: why the latest did, or empty."""
+    """One kind of cleanup. `failures`: how many portions failed; `failing_because`: why the latest failed, or empty."""
 
     def __init__(self, name: str, what: str, *, portion: int) -> None:
         """`name` is the metric's label, `what` completes "cannot …" in the log."""
@@ -39,7 +39,7 @@ class Chore:
         return f"<Chore {self.name}: portion {self._portion}, {self.failures} failures>"
 
     async def finish(self, work: Callable[[int], Awaitable[bool]]) -> bool:
-        """Call `work` with a size, again as long as it returns that there is more. Whether none of the calls failed."""
+        """Call `work` with a size until it returns that nothing is left. Whether no call failed."""
         while await self.advance(work):
             if self.failing_because:
                 return False
@@ -47,7 +47,7 @@ class Chore:
         return True
 
     async def advance(self, work: Callable[[int], Awaitable[bool]]) -> bool:
-        """Call `work` once. Whether there is more to do, which there is if it failed."""
+        """Call `work` once. Whether more is left to do, which is always true after a failure."""
         try:
             is_more = await work(self._portion)
         except (StoreUnavailable, StoreConflict) as error:

@@ -1,8 +1,8 @@
 """One log line when a server stops responding and one when it is back, however many parts of the store use it.
 
-The change feed, the ledger, usage and look-ups each notice an outage by themselves, within moments of each other and
-again with every retry. The first one logs it. It is over once the server has responded for a while without another
-failure, so that a server that responds now and then has one outage and not hundreds.
+The change feed, the ledger, usage and lookups each notice an outage separately, within moments of each other and again
+with every retry. The first one logs it. It is over once the server has responded for a while without another failure, so
+that a server that responds intermittently has one outage and not hundreds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from keyproxy.platform import clock
 
 _log = logging.getLogger(__name__)
 
-#: For how long nothing may fail before an outage counts as over.
+#: How long there must be no failure before an outage counts as over.
 _QUIET_SECONDS: Final = 3.0
 
 #: The main part notices an outage within this time. If it does so later, earlier errors of other parts had another cause.
@@ -23,7 +23,7 @@ _SAME_SECONDS: Final = 5.0
 
 
 class Outage:
-    """See the module. One object for all parts of the store that use the same server."""
+    """The outage state of a server, shared by all parts of the store that use it: see the module."""
 
     def __init__(self, what: str, now_mono: Callable[[], float] | None = None) -> None:
         """`what` names the server in the log."""

@@ -1,4 +1,4 @@
-"""The parts of the store that a proxy uses, put together: opened and closed as one."""
+"""Assembles the parts of the store that a proxy uses, and opens and closes them together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keyproxy.store.usage.journal import UsageJournal
 
 
 class Store:
-    """See the module."""
+    """All parts of the store that a proxy uses."""
 
     def __init__(
         self, store: schema.Store, cache: schema.Cache, ledger: schema.Ledger, usage: schema.Usage, *,
@@ -27,13 +27,13 @@ class Store:
         self.database = Database(
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
         )
-        # The ledger's conversation is not to wait for look-ups, nor they for it.
+        # A separate pool, so that ledger sync and lookups do not wait for each other.
         self._ledger_database = Database(
             dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
         self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
-        # Nor is either to wait for a batch of usage.
+        # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(
             dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
@@ -47,26 +47,26 @@ class Store:
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
             self.database, cache, feed=state, last_used=self.last_used, header_prefix=header_prefix,
-            # One connection is left for the change feed, which tells of revocations.
+            # One connection is left for the change feed, which delivers revocations.
             look_ups_max=max(1, store.pool_size_max - 1), now=now,
         )  # fmt: skip
         self.feed = ChangeFeed(
             self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now
         )
-        #: All that goes on in here as long as the store is open.
+        #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,
             self.feed.lasting,
         )  # fmt: skip
 
-        #: Its work on what is over in the tables.
+        #: All cleanup of expired rows.
         self.chores = (
             self.ledger.conversation.reaping, self.ledger.conversation.forgetting, self.claims.forgetting,
             self.usage.tending, self.usage.sweeping, self.feed.forgetting,
         )  # fmt: skip
 
     async def open(self) -> None:
-        """Begin to follow the database, whether or not it answers."""
+        """Open the pools and start the background tasks, whether or not the database is available."""
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
@@ -77,8 +77,8 @@ class Store:
         self.usage.start()
 
     async def close(self) -> None:
-        """Write what there is, and let go of the database."""
-        # Before the ledger's: it settles what they are about.
+        """Flush what is pending and close all connections."""
+        # Claims before the ledger: closing the ledger settles what they refer to.
         await self.claims.close()
         await self.ledger.close()
         await self._ledger_database.close()
@@ -90,5 +90,5 @@ class Store:
         await self.database.close()
 
     async def answers(self) -> None:
-        """Raises StoreUnavailable if the database does not."""
+        """Check the database. Raises StoreUnavailable if it does not respond."""
         await self.database.fetch("tenants", "", 1)

@@ -606,5 +606,5 @@ def test_roles_are_made_once_and_named(shell: Shell) -> None:
     assert shell.told("migrate", "--roles", prefix)["roles_made"] == names
     again = shell.told("migrate", "--roles", prefix)
     assert (again["roles"], again["roles_made"]) == (names, [])
-    assert "no prefix for roles" in shell.refused("migrate", "--roles", "Two Words")
+    assert "not a valid prefix for roles" in shell.refused("migrate", "--roles", "Two Words")
     assert "--status" in shell.refused("migrate", "--roles", prefix, "--status", status=2)

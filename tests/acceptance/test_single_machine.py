@@ -44,7 +44,7 @@ async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_l
             assert await site.call(unseen.pop()) == (200, "")
             assert _server(home) == server
             os.kill(_keeper(home), signal.SIGKILL)
-            await said(site, "the embedded PostgreSQL had ended and is started again")
+            await said(site, "the embedded PostgreSQL had exited and was restarted")
             secret = unseen.pop()
 
             async def is_let_in() -> bool:

@@ -1,4 +1,4 @@
-"""A database that is emptied for each test; rigs over it; servers of one's own that may be stopped; a pooler."""
+"""Fixtures: a database that is emptied for each test, rigs over it, private servers that tests may stop, a pooler."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MakeRig = Callable[..., Awaitable[Rig]]
 StartServer = Callable[..., EmbeddedServer]
 
 
-#: Everything that a test may have left: who is connected, then the rows. As a replica, so that the audit log lets go.
+#: Removes what a test may leave behind: connections, then rows. The replica role allows deletes from the audit log.
 _EMPTY = """
 SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid();
@@ -79,7 +79,7 @@ def common_dsn(postgres: Server) -> Iterator[str]:
 
 @pytest.fixture
 async def dsn(common_dsn: str) -> str:
-    """A migrated, empty database. Cloning one takes a quarter of a second; emptying a shared one takes nothing."""
+    """A migrated, empty database. Emptying a shared one is much faster than cloning one, which takes 0.25 s."""
     connection = await asyncpg.connect(common_dsn)
     await connection.execute(_EMPTY)
     await connection.close()
@@ -95,7 +95,7 @@ async def own_dsn(empty_dsn: str) -> str:
 
 @pytest.fixture
 async def sql(dsn: str) -> AsyncIterator[Sql]:
-    """A raw connection to this test's database: any SQL client."""
+    """A raw connection to this test's database, in the place of any SQL client."""
     connection = await asyncpg.connect(dsn)
     yield connection
     await connection.close()
@@ -103,7 +103,7 @@ async def sql(dsn: str) -> AsyncIterator[Sql]:
 
 @pytest.fixture
 def short_directory() -> Iterator[Path]:
-    """A directory that a socket fits in, and that any user may enter."""
+    """A directory with a path short enough for sockets, accessible to all users."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         Path(directory).chmod(0o755)
         yield Path(directory)
@@ -111,7 +111,7 @@ def short_directory() -> Iterator[Path]:
 
 @pytest.fixture
 async def relay(dsn: str, short_directory: Path) -> AsyncIterator[Relay]:
-    """A wire to this test's database."""
+    """A relay to this test's database."""
     relay = Relay(short_directory, dsn)
     await relay.mend()
     yield relay
@@ -161,7 +161,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
 
 @pytest.fixture
 async def rig(make_rig: MakeRig) -> Rig:
-    """A rig as configured by default, whose feed has looked once."""
+    """A rig with the default configuration and a feed that has polled once."""
     rig = await make_rig()
     await rig.feed.look()
     return rig
@@ -169,7 +169,7 @@ async def rig(make_rig: MakeRig) -> Rig:
 
 @pytest.fixture(scope="session")
 def home() -> Iterator[Path]:
-    """The directory of an embedded server of the store tests' own. Whoever starts it stops it."""
+    """The directory of an embedded server for the store tests. A test that starts it stops it."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         embedded_postgres.start(Path(directory), _FAST).stop()
         yield Path(directory)
@@ -177,7 +177,7 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture
 def start_server(home: Path) -> Iterator[StartServer]:
-    """Start the embedded server of `home`. It is stopped at the end, whatever happens."""
+    """Start the embedded server of `home`. It is always stopped after the test."""
     with contextlib.ExitStack() as stack:
 
         def starting(settings: Mapping[str, str] | None = None) -> EmbeddedServer:
@@ -249,7 +249,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 @pytest.fixture
 def make_server(short_directory: Path) -> Iterator[MakeServer]:
-    """Start a Valkey of one's own."""
+    """Start private Valkey servers."""
     with servers(short_directory) as making:
         yield making
 

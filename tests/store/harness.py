@@ -1,4 +1,4 @@
-"""What store tests are played on: a clock that is set, a wire that is cut, a door that is watched, rows by raw SQL."""
+"""Test equipment: a clock set by the test, a relay that can be cut, an instrumented database, rows by raw SQL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from keyproxy.store.postgres.database import Database, Listener, Row, StoreUnava
 from tests import fakes
 from tests.server import address_of, password_of
 
-#: A raw connection: any SQL client.
+#: A raw connection, in the place of any SQL client.
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 DEADLINE_SECONDS = 10.0
@@ -32,7 +32,7 @@ _SOCKET_NAME = ".s.PGSQL.5432"
 
 
 async def until(condition: Callable[[], bool], what: str, *, seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until something is so. Fails, saying what, after the deadline."""
+    """Wait until the condition is true. Fails with `what` after the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -60,7 +60,7 @@ async def until_blocked(sql: Sql, text: str) -> None:
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.wall_seconds = 1_800_000_000.0
@@ -70,30 +70,30 @@ class Clock:
         return Moment(self.wall_seconds, self.mono_seconds)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, on both clocks."""
+        """Advance both clocks."""
         self.wall_seconds += seconds
         self.mono_seconds += seconds
 
 
 class Hold:
-    """Answers that are in hand and not yet handed on."""
+    """Results that have arrived and are held back."""
 
     def __init__(self) -> None:
         self.arrived = asyncio.Event()
         self._may_pass = asyncio.Event()
 
     async def passing(self) -> None:
-        """Wait to be let go."""
+        """Wait for the release."""
         self.arrived.set()
         await self._may_pass.wait()
 
     def release(self) -> None:
-        """Let go of all, and hold no more."""
+        """Release all results, and hold back no more."""
         self._may_pass.set()
 
 
 class Door(Database):
-    """The real door, watched: what goes through is counted, and its answers can be held back."""
+    """The real database, instrumented: statements are counted, and their results can be held back."""
 
     def __init__(self, dsn: str, *, pool_size_max: int = 4, statement_timeout_seconds: float = 5.0) -> None:
         super().__init__(dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds)
@@ -101,12 +101,12 @@ class Door(Database):
         self.arguments: dict[str, list[Sequence[object]]] = collections.defaultdict(list)
         #: Called before a statement of this name is sent.
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
-        #: Called with the answer of a statement of this name.
+        #: Called with the result of a statement of this name.
         self.edit: dict[str, Callable[[Sequence[Row]], Sequence[Row]]] = {}
         self._holds: dict[str, Hold] = {}
 
     def hold(self, name: str) -> Hold:
-        """Hold back the answers of a statement from now on."""
+        """Hold back the results of a statement from now on."""
         hold = self._holds[name] = Hold()
         return hold
 
@@ -125,12 +125,12 @@ class Door(Database):
 
     @property
     def look_ups(self) -> int:
-        """How many queries for identities there were."""
+        """How many queries for identities have been sent."""
         return self.asked["identities_by_digest"]
 
 
 class Bell(Listener):
-    """A listener that hears what the test says."""
+    """A listener that receives notifications from the test."""
 
     def __init__(self) -> None:
         super().__init__("", "")
@@ -143,7 +143,7 @@ class Bell(Listener):
 
 
 class Relay:
-    """A wire to PostgreSQL that can be cut, mended and stopped up. Its `dsn` leads through it."""
+    """A relay to PostgreSQL that can be cut, restored and stalled. Its `dsn` leads through it."""
 
     def __init__(self, directory: Path, dsn: str) -> None:
         self._directory = directory
@@ -152,18 +152,18 @@ class Relay:
         self._ends: set[_End] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self.is_frozen = False
-        #: How many connections were accepted.
+        #: How many connections it has accepted.
         self.accepted = 0
 
     @property
     def dsn(self) -> str:
-        """How to connect through the wire."""
+        """The DSN of the database through the relay."""
         password = password_of(self._target)
         who = f"keyproxy:{password}" if password else "keyproxy"
         return f"postgresql://{who}@/{urlsplit(self._target).path[1:]}?host={self._directory}&port=5432"
 
     def lead_to(self, dsn: str) -> None:
-        """Connections made from now on lead to another server."""
+        """Route new connections to another server."""
         self._target = dsn
 
     async def mend(self) -> None:
@@ -174,48 +174,48 @@ class Relay:
         path.chmod(0o777)
 
     async def cut(self) -> None:
-        """End all connections, and accept none."""
+        """Close all connections, and accept none."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
         (self._directory / _SOCKET_NAME).unlink(missing_ok=True)
-        await until(self._is_quiet, "the wire is quiet")
+        await until(self._is_quiet, "the relay is idle")
 
     def _is_quiet(self) -> bool:
-        # Again and again: one that was being accepted as the server closed comes only now.
+        # Repeatedly: a connection that was being accepted when the server closed appears only now.
         self.cut_connections()
         return not self._ends and not self._connecting
 
     def cut_connections(self) -> None:
-        """End all connections; new ones may be made."""
+        """Close all connections; new ones are accepted."""
         for end in list(self._ends):
             end.cut()
 
     def freeze(self) -> None:
-        """Let no byte through, as a network does that drops packets."""
+        """Forward no bytes, like a network that drops packets."""
         self.is_frozen = True
         for end in self._ends:
             end.pause()
 
     def thaw(self) -> None:
-        """Let bytes through again."""
+        """Forward bytes again."""
         self.is_frozen = False
         for end in self._ends:
             end.resume()
 
     def joined(self, near: _End) -> None:
-        """A client has come: connect it to the server."""
+        """A client has connected: connect to the server."""
         self.accepted += 1
         task = asyncio.get_running_loop().create_task(self._connect(near))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
     def opened(self, end: _End) -> None:
-        """One side of a connection is there."""
+        """One side of a connection is open."""
         self._ends.add(end)
 
     def left(self, end: _End) -> None:
-        """One side of a connection is gone."""
+        """One side of a connection is closed."""
         self._ends.discard(end)
 
     async def _connect(self, near: _End) -> None:
@@ -230,7 +230,7 @@ class Relay:
 
 
 class _End(asyncio.Protocol):
-    """One side of a relayed connection. The side to the server knows its peer when it is made."""
+    """One side of a relayed connection. The side to the server gets its peer at creation."""
 
     def __init__(self, relay: Relay, peer: _End | None = None) -> None:
         self._relay = relay
@@ -250,7 +250,7 @@ class _End(asyncio.Protocol):
             self._peer.meet(self)
 
     def meet(self, peer: _End) -> None:
-        """The other side is there."""
+        """The other side is open."""
         self._peer = peer
         if self._is_cut:
             peer.cut()
@@ -265,7 +265,7 @@ class _End(asyncio.Protocol):
             self._peer.send(data)
 
     def send(self, data: bytes) -> None:
-        """Pass bytes on."""
+        """Forward bytes."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
@@ -276,30 +276,30 @@ class _End(asyncio.Protocol):
             self._peer.close()
 
     def close(self) -> None:
-        """End this side after what was written."""
+        """Close this side after flushing."""
         if self._transport is not None:
             self._transport.close()
 
     def cut(self) -> None:
-        """End this side now."""
+        """Abort this side."""
         self._is_cut = True
         if self._transport is not None:
             self._transport.abort()
 
     def pause(self) -> None:
-        """Read no more."""
+        """Pause reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Read on."""
+        """Resume reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
 
 @dataclass
 class Rig:
-    """A cache and a feed over a real database, reached over a wire that can be cut; `sql` goes past all of it."""
+    """A cache and a feed over a real database behind a relay that can be cut; `sql` bypasses all of it."""
 
     dsn: str
     sql: Sql
@@ -312,7 +312,7 @@ class Rig:
     feed: ChangeFeed
 
     def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:
-        """What memory says at once: an identity, why not, or None if the store has to be asked."""
+        """The immediate result of the cache: an identity, a refusal, or None if a lookup is needed."""
         try:
             return self.cache.known(secret.digest(), self.clock(), is_first_lookup=is_first_lookup)
         except Refusal as refusal:
@@ -321,11 +321,11 @@ class Rig:
             return None
 
     def is_served(self, secret: SecretKey) -> bool:
-        """Whether memory serves this key at once. Is not counted as a request."""
+        """Whether the cache serves this key. Is not counted as a request."""
         return isinstance(self.hot(secret, is_first_lookup=False), Identity)
 
     async def resolve(self, secret: SecretKey) -> Identity | Reason:
-        """What a request with this key is told, after waiting for what has to be fetched. As the gateway does it."""
+        """The result of a request with this key, with the fetches that the gateway would do."""
         found = self.hot(secret)
         for _ in range(_ROUNDS_MAX):
             if found is not None:
@@ -337,7 +337,7 @@ class Rig:
         return Reason.INTERNAL_ERROR if found is None else found
 
     async def fetch_missing(self, secret: SecretKey) -> Reason | None:
-        """Have the store asked for a key that memory misses; why not, if it could not be."""
+        """Look up a key that is not cached; return the refusal if this fails."""
         try:
             self.cache.known(secret.digest(), self.clock(), is_first_lookup=False)
         except Missing as missing:
@@ -351,39 +351,39 @@ class Rig:
         return None
 
     async def goes_down(self) -> None:
-        """The store cannot be reached, and the feed has found that out."""
+        """Cut the relay and wait until the feed has noticed the outage."""
         await self.relay.cut()
         try:
             await self.feed.look()
         except StoreUnavailable:
             assert self.door.is_down
             return
-        raise AssertionError("the store answered over a cut wire")
+        raise AssertionError("the store responded through a cut relay")
 
     async def comes_back(self) -> None:
-        """The store can be reached, and the feed has found that out."""
+        """Restore the relay and wait until the feed has noticed the recovery."""
         await self.relay.mend()
         await self.feed.look()
         assert self.door.is_up
 
     async def is_quiet(self) -> None:
-        """Nothing is being asked for."""
+        """Wait until no lookup is under way."""
         await until(lambda: self.cache.sizes()["asked"] == 0, "no look-up is under way")
 
 
 async def add_tenant(sql: Sql, tenant: str = "acme") -> None:
-    """A tenant."""
+    """Insert a tenant."""
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ($1)", tenant)
 
 
 async def add_user(sql: Sql, user: str = "u_42", tenant: str = "acme") -> None:
-    """A user, and its tenant if need be."""
+    """Insert a user, and its tenant if it is missing."""
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
     await sql.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES ($1, $2)", user, tenant)
 
 
 async def add_keys(sql: Sql, numbers: Iterable[int], user: str = "u_42") -> list[SecretKey]:
-    """Live keys `key_<number>` of a user, in one statement."""
+    """Insert live keys `key_<number>` of a user, in one statement."""
     numbered = [(number, fakes.key(number)) for number in numbers]
     await sql.execute(
         "INSERT INTO keyproxy.api_keys (id, user_id, digest, scopes)"
@@ -396,18 +396,18 @@ async def add_keys(sql: Sql, numbers: Iterable[int], user: str = "u_42") -> list
 
 
 async def add_key(sql: Sql, number: int = 1, user: str = "u_42") -> SecretKey:
-    """One live key `key_<number>` of a user."""
+    """Insert one live key `key_<number>` of a user."""
     (secret,) = await add_keys(sql, [number], user)
     return secret
 
 
 async def change_rows(sql: Sql) -> int:
-    """How many rows the change feed has."""
+    """The number of rows of the change feed."""
     count: int = await sql.fetchval("SELECT count(*) FROM keyproxy.changes")
     return count
 
 
 async def audit_rows(sql: Sql) -> int:
-    """How many rows the audit log has."""
+    """The number of rows of the audit log."""
     count: int = await sql.fetchval("SELECT count(*) FROM keyproxy.audit_log")
     return count

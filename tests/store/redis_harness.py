@@ -1,4 +1,4 @@
-"""What tests of the ledger in Redis are played on: servers of one's own, and proxies' backends over them."""
+"""Test equipment for the ledger in Redis: private servers, and ledger backends that use them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.store.redis_server import RedisServer, program
 MakeServer = Callable[..., RedisServer]
 MakeLedger = Callable[..., RedisLedger]
 
-#: Windows of PostgreSQL's that are beyond a limit, `$1`.
+#: Windows in PostgreSQL that exceed the limit `$1`.
 PAST_LIMIT = "SELECT pool_id, measure, spent, held FROM keyproxy.windows WHERE spent + held > $1"
 
 
 @contextlib.contextmanager
 def servers(directory: Path) -> Iterator[MakeServer]:
-    """Start a Valkey of one's own, by name: `make_server("a", "--port", "1234")`."""
+    """Start private Valkey servers by name: `make_server("a", "--port", "1234")`."""
     with contextlib.ExitStack() as stack:
 
         def making(name: str = "r", *options: str, environment: dict[str, str] | None = None) -> RedisServer:
@@ -35,7 +35,7 @@ def servers(directory: Path) -> Iterator[MakeServer]:
 
 @contextlib.asynccontextmanager
 async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
-    """A proxy's backend: `make_ledger(server)`, over that database."""
+    """Make ledger backends over that database: `make_ledger(server)`."""
     async with contextlib.AsyncExitStack() as stack:
         database = Database(dsn, pool_size_max=4, statement_timeout_seconds=5.0)
         await database.open()
@@ -52,6 +52,6 @@ async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
 
 
 async def granted(ledger: RedisLedger, holder: str, serial: int, **told: Any) -> int:
-    """How much a holder has been granted of a day of 1000, after one message; -1: it has ended."""
+    """Send one message; return what the holder was granted of 1000 a day, or -1 if it has ended."""
     replies = await ledger.sync(holder, serial, [line(limit=1000, **told)])
     return -1 if replies is None else replies[0].granted

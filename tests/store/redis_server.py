@@ -1,4 +1,4 @@
-"""Real servers that speak Redis' protocol: Valkey out of its wheel, Redis where it is installed. Tests may break them."""
+"""Real servers with the Redis protocol: Valkey from its wheel, Redis if it is installed. Tests may break them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READY_SECONDS = 10.0
 
 
 def program(flavour: str) -> Path:
-    """The server's program. Skips the test, saying so, where there is none."""
+    """The path of the server's program. Skips the test if it is not installed."""
     if flavour == "redis":
         found = shutil.which("redis-server")
         if found is None:
@@ -33,28 +33,28 @@ def program(flavour: str) -> Path:
 
 
 class RedisServer:
-    """A server on a socket of its own, which keeps nothing on disk unless told to."""
+    """A server on its own socket, without persistence by default."""
 
     def __init__(
         self, program: Path, directory: Path, name: str = "r", environment: dict[str, str] | None = None
     ) -> None:
-        """`environment`: more of it than there is."""
+        """`environment`: additional environment variables."""
         self._program = program
         self._environment = {**os.environ, **(environment or {})}
         self._directory = directory
         self._socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
-        #: What it has kept, if it was told to save.
+        #: The dump file, if the server was configured to save.
         self.file = directory / f"{name}.rdb"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL of the server."""
         return f"unix://{self._socket}"
 
     def start(self, *options: str, until: bytes = b"+PONG") -> None:
-        """Start it, and wait until it answers a PING so."""
+        """Start the server and wait until its response to PING begins with `until`."""
         command = [
             str(self._program), "--unixsocket", str(self._socket), "--port", "0", "--dir", str(self._directory),
             "--dbfilename", self.file.name, "--save", "", *options,
@@ -66,34 +66,34 @@ class RedisServer:
         self.wait(until)
 
     def wait(self, until: bytes = b"+PONG") -> None:
-        """Wait until it answers a PING so."""
+        """Wait until the response to PING begins with `until`."""
         give_up = time.monotonic() + _READY_SECONDS
         while not self._said("PING").startswith(until):
             assert time.monotonic() < give_up, self._log.read_text()
             time.sleep(0.01)
 
     def command(self, *words: str) -> None:
-        """Have it do something that it says OK to."""
+        """Run a command that must succeed."""
         assert self._said(*words).startswith((b"+OK", b"+Background"))
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGTERM; the end, if it runs."""
+        """Stop the server with SIGTERM if it is running."""
         if self._process is not None:
             self.resume()
             self._end(signal.SIGTERM)
 
     def pause(self) -> None:
-        """SIGSTOP: it takes connections and says nothing."""
+        """Send SIGSTOP: the kernel accepts connections, but the server does not respond."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
@@ -105,7 +105,7 @@ class RedisServer:
         self._socket.unlink(missing_ok=True)
 
     def _said(self, *words: str) -> bytes:
-        """The first line of the answer to a command; nothing, if there is none."""
+        """The first line of the response to a command; empty without a response."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5.0)
             try:

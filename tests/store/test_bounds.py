@@ -1,4 +1,4 @@
-"""Tables that grow have a bound, and keeping to it never stops what requests need, however much is overdue."""
+"""Growing tables have a bound, and enforcing it never blocks requests, however much is overdue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.store.harness import Sql, until_blocked
 
 _TIMEOUT_SECONDS = 0.5
 
-#: Makes deleting from a table take so long that a statement has time for 20 rows or so.
+#: Slows deletes from a table down, so that a statement has time for about 20 rows.
 _SLOW_DELETES = """
 CREATE FUNCTION pg_temp.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.02); RETURN OLD; END $$;
 CREATE TRIGGER slow BEFORE DELETE ON keyproxy.{table} FOR EACH ROW EXECUTE FUNCTION pg_temp.slow();
@@ -32,7 +32,7 @@ CREATE TRIGGER slow BEFORE DELETE ON keyproxy.{table} FOR EACH ROW EXECUTE FUNCT
 
 @pytest.fixture
 async def door(dsn: str) -> AsyncIterator[Database]:
-    """A database that is asked with little patience."""
+    """A database with a short statement timeout."""
     database = Database(dsn, pool_size_max=3, statement_timeout_seconds=_TIMEOUT_SECONDS)
     await database.open()
     yield database
@@ -41,7 +41,7 @@ async def door(dsn: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def slow_deletes(dsn: str) -> AsyncIterator[None]:
-    """Deleting holders is slow."""
+    """Make deletes of holders slow."""
     async with _slow(dsn, "lease_holders"):
         yield
 
@@ -65,7 +65,7 @@ async def _add_ended(sql: Sql, count: int, age: str) -> None:
 
 
 async def _sums(sql: Sql) -> tuple[int, ...]:
-    """Spent, held and forfeited, of all windows."""
+    """The sums of spent, held and forfeited over all windows."""
     row = await sql.fetchrow("SELECT sum(spent), sum(held), sum(forfeited) FROM keyproxy.windows")
     assert row is not None
     return tuple(int(value) for value in row)
@@ -82,7 +82,7 @@ async def _reap(ledger: PostgresLedger) -> int:
 
 
 @pytest.mark.usefixtures("slow_deletes")
-async def test_dead_holders_end_in_time_however_slow_it_is_to_delete_old_ones(door: Database, sql: Sql) -> None:
+async def test_expired_holders_end_in_time_even_if_deleting_old_ones_is_slow(door: Database, sql: Sql) -> None:
     await _add_ended(sql, 1_000, "70 days")
     ledger = PostgresLedger(door, lease_seconds=0.0)
     await ledger.sync("dead", 1, [line(1, window("concurrency"), want=5)])
@@ -95,7 +95,7 @@ async def test_dead_holders_end_in_time_however_slow_it_is_to_delete_old_ones(do
 
 
 @pytest.mark.usefixtures("slow_deletes")
-async def test_a_portion_that_takes_too_long_is_tried_smaller_until_it_fits(
+async def test_portion_that_times_out_is_reduced_until_it_succeeds(
     door: Database, sql: Sql, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = "keyproxy.store.housekeeping"
@@ -114,9 +114,7 @@ async def test_a_portion_that_takes_too_long_is_tried_smaller_until_it_fits(
     assert lines[1] == "recovered, continuing to delete old holders"
 
 
-async def test_holders_that_ended_more_than_a_day_ago_are_deleted_a_portion_at_a_time(
-    database: Database, sql: Sql
-) -> None:
+async def test_holders_that_ended_over_a_day_ago_are_deleted_in_portions(database: Database, sql: Sql) -> None:
     await _add_ended(sql, 25, "25 hours")
     await _add_ended(sql, 5, "23 hours")
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
@@ -125,7 +123,7 @@ async def test_holders_that_ended_more_than_a_day_ago_are_deleted_a_portion_at_a
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.lease_holders") == 6
 
 
-async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_at_a_time(
+async def test_holder_with_many_leases_ends_immediately_and_is_charged_in_portions(
     database: Database, sql: Sql
 ) -> None:
     ledger = PostgresLedger(database, lease_seconds=0.0)
@@ -134,7 +132,7 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
     for first in range(1, count, 500):
         await ledger.sync("dead", first, [line(n, window(owner=f"u_{n}"), want=2) for n in range(first, first + 500)])
     assert await ledger.reap()
-    # What is not charged yet stays held, and no message of the holder is accepted any more.
+    # Leases that are not charged yet stay held, and messages of the holder are no longer accepted.
     assert await _sums(sql) == (2_000, 3_000, 2_000)
     assert await patient.sync("dead", count, [line(count, window(owner=f"u_{count}"), granted=2, used=1)]) is None
     await sql.execute("UPDATE keyproxy.lease_holders SET ended_at = now() - interval '2 days'")
@@ -146,10 +144,10 @@ async def test_a_holder_with_many_leases_ends_at_once_and_is_charged_a_portion_a
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.lease_holders") == 0
 
 
-async def test_charging_the_dead_is_tried_a_smaller_portion_at_a_time_until_it_fits(
+async def test_charging_expired_holders_reduces_its_portion_until_it_succeeds(
     door: Database, dsn: str, sql: Sql
 ) -> None:
-    """On a slow server 1,000 leases take longer than a statement may. Slots must become free all the same."""
+    """On a slow server, 1,000 leases exceed the statement timeout. Slots must still become free."""
     dead = PostgresLedger(door, lease_seconds=0.0)
     await dead.sync("dead", 1, [line(n, window("concurrency", owner=f"u_{n}"), want=2) for n in range(60)])
     chore = Chore("reap", "end holders that have died", portion=REAP_PORTION)
@@ -162,12 +160,10 @@ async def test_charging_the_dead_is_tried_a_smaller_portion_at_a_time_until_it_f
     assert await _sums(sql) == (0, 0, 0)
 
 
-async def test_a_database_that_was_restored_grants_nothing_before_it_knows_what_is_held(
-    database: Database, sql: Sql
-) -> None:
+async def test_restored_database_grants_nothing_before_it_knows_what_is_held(database: Database, sql: Sql) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("a", 1, [line(limit=100, want=1)])
-    # As if it was the dump's: the table that was restored is another one, and the server's timeline is the same.
+    # As after loading a dump: the restored table is a different one, while the server's timeline stays the same.
     await sql.execute("UPDATE keyproxy.ledger_history SET table_oid = 1")
     front, reply = await ledger.sync("b", 1, [line(limit=100, want=90)]) or ()
     assert front.lease == 0
@@ -179,7 +175,7 @@ async def test_a_database_that_was_restored_grants_nothing_before_it_knows_what_
 
 
 @pytest.mark.parametrize("column", ["table_oid = 1", "timeline = '0000000A'"])
-async def test_a_database_that_was_restored_accepts_for_a_day_claims_of_leases_that_it_does_not_have(
+async def test_restored_database_accepts_claims_of_unknown_leases_for_a_day(
     database: Database, sql: Sql, column: str
 ) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
@@ -201,9 +197,7 @@ async def test_a_database_that_was_restored_accepts_for_a_day_claims_of_leases_t
 # -- windows
 
 
-async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_stay(
-    database: Database, sql: Sql
-) -> None:
+async def test_only_unused_rates_and_slots_are_deleted(database: Database, sql: Sql) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     rate, slots = window("rate"), window("concurrency")
     await ledger.sync("a", 1, [line(1, rate, interval_seconds=60.0, want=1), line(2, slots, want=1), line(3, want=1)])
@@ -216,16 +210,14 @@ async def test_rates_and_slots_that_are_not_used_are_deleted_and_those_that_are_
     assert [await journal.sweep(16) for _ in range(3)] == [True, True, False]
     rows = await sql.fetch("SELECT measure FROM keyproxy.windows ORDER BY measure")
     assert [row["measure"] for row in rows] == ["concurrency", "rate", "requests_per_day"]
-    # It goes round: what is unused by then is found then.
+    # The search wraps around: windows that become unused later are found in the next round.
     await ledger.sync("a", 2, [line(2, slots, granted=1, returned=1, is_closing=True)])
     await sql.execute("UPDATE keyproxy.windows SET theoretical = 0, wanted_at = 0")
     assert not await journal.sweep(16)
     assert await sql.fetchval("SELECT array_agg(measure) FROM keyproxy.windows") == ["requests_per_day"]
 
 
-async def test_a_window_that_is_deleted_while_a_message_waits_for_it_is_made_again(
-    database: Database, sql: Sql
-) -> None:
+async def test_window_deleted_while_a_message_waits_for_it_is_created_again(database: Database, sql: Sql) -> None:
     ledger, slots = PostgresLedger(database, lease_seconds=LEASE_SECONDS), window("concurrency")
     await ledger.sync("a", 1, [line(1, slots, want=1)])
     await ledger.sync("a", 2, [line(1, slots, granted=1, returned=1, is_closing=True)])
@@ -239,10 +231,10 @@ async def test_a_window_that_is_deleted_while_a_message_waits_for_it_is_made_aga
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.windows") == 2
 
 
-# -- the rest
+# -- other tables
 
 
-async def test_old_changes_are_deleted_a_portion_between_two_looks(make_rig: MakeRig, sql: Sql) -> None:
+async def test_old_changes_are_deleted_one_portion_between_two_polls(make_rig: MakeRig, sql: Sql) -> None:
     rig = await make_rig()
     await rig.feed.look()
     await sql.execute("INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', 'x' FROM generate_series(1, 50)")
@@ -252,7 +244,7 @@ async def test_old_changes_are_deleted_a_portion_between_two_looks(make_rig: Mak
     assert await rig.door.fetch("forget_changes", snapshot, 30) == []
 
 
-async def test_what_processes_left_behind_is_deleted_a_portion_at_a_time(database: Database, sql: Sql) -> None:
+async def test_rows_of_exited_processes_are_deleted_in_portions(database: Database, sql: Sql) -> None:
     await sql.execute(
         "INSERT INTO keyproxy.claim_batches (process, batch, told_at)"
         " SELECT n, 1, now() - interval '2 days' FROM generate_series(1, 25) AS n;"
@@ -268,7 +260,7 @@ async def test_what_processes_left_behind_is_deleted_a_portion_at_a_time(databas
     assert [row["process"] for row in await sql.fetch("SELECT process FROM keyproxy.usage_writers")] == ["alive"]
 
 
-async def test_a_few_partitions_of_events_are_dropped_at_a_time(own_dsn: str) -> None:
+async def test_event_partitions_are_dropped_a_few_at_a_time(own_dsn: str) -> None:
     sql: Sql = await asyncpg.connect(own_dsn)
     database = Database(own_dsn, pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()

@@ -1,4 +1,4 @@
-"""The ports' suites, on the fakes and on the real things over a real PostgreSQL."""
+"""The contract suites of the ports, run against the fakes and the implementations over a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ class _CacheStage:
 
 
 class TestFakeIdentities(contracts.IdentitiesContract):
-    """The fake that the wire's tests are played on."""
+    """The fake that the tests of the wire use."""
 
     @pytest.fixture
     def stage(self) -> contracts.IdentitiesStage:
-        """In memory."""
+        """Make the fake in memory."""
         return _FakeStage()
 
 
 class TestIdentityCache(contracts.IdentitiesContract):
-    """The cache in front of the store."""
+    """The identity cache in front of the store."""
 
     @pytest.fixture
     def stage(self, rig: Rig) -> contracts.IdentitiesStage:
-        """Over a wire that can be cut."""
+        """Make it over a relay that can be cut."""
         return _CacheStage(rig)

@@ -1,4 +1,4 @@
-"""An outage is one line in the log, however many parts meet it and however often."""
+"""An outage is logged once, however many parts notice it and however often."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.store.usage.test_journal import ended, rows
 
 
 class Log:
-    """What an outage logs, by a clock that is set."""
+    """The log of an outage, with a clock set by the test."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self.now = 100.0
@@ -32,17 +32,17 @@ class Log:
 
     @property
     def lines(self) -> list[str]:
-        """Lines that operators see."""
+        """The logged lines at level warning or above."""
         return [record.getMessage() for record in self._caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Log:
-    """An outage that has not begun."""
+    """The log of an Outage that has not begun."""
     return Log(caplog)
 
 
-def test_an_outage_is_logged_when_it_begins_and_when_it_is_over(log: Log) -> None:
+def test_outage_is_logged_at_its_beginning_and_its_end(log: Log) -> None:
     log.outage.answered()
     for part in ("look-ups", "usage", "the ledger", "look-ups"):
         log.outage.met(f"{part} fail", is_main=part == "look-ups")
@@ -58,7 +58,7 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_is_over(log: Log) -> Non
     assert log.lines[2:] == ["look-ups fail again"]
 
 
-def test_a_server_that_answers_now_and_then_has_one_outage(log: Log) -> None:
+def test_intermittent_responses_are_one_outage(log: Log) -> None:
     for _ in range(500):
         log.outage.met("it fails", is_main=True)
         log.now += 0.5
@@ -67,7 +67,7 @@ def test_a_server_that_answers_now_and_then_has_one_outage(log: Log) -> None:
     assert log.lines == ["it fails"]
 
 
-def test_what_one_part_cannot_do_hides_no_outage_of_all(log: Log) -> None:
+def test_failure_of_one_part_hides_no_outage_of_the_server(log: Log) -> None:
     for _ in range(20):
         log.outage.met("usage may not be written")
         log.outage.answered()
@@ -98,7 +98,7 @@ async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.
         async with asyncio.timeout(20):
             while not (store.usage.down_because and store.ledger.conversation.down_because and store.database.is_down):
                 await asyncio.sleep(0.01)
-        # Time for retries: of the feed, the ledger, usage, and the search for dead holders.
+        # Time for retries of the feed, the ledger, usage, and the search for expired holders.
         await asyncio.sleep(2.5)
         (begun,) = [record.getMessage() for record in caplog.records]
         assert "is unavailable: " in begun

@@ -1,1 +1,1 @@
-"""A PostgreSQL server of our own, for trying things out and for single machines."""
+"""An embedded PostgreSQL server, for evaluation and for single machines."""

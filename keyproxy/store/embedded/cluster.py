@@ -1,4 +1,4 @@
-"""One cluster of the embedded PostgreSQL: making it, having a server started on it, and whether one runs."""
+"""One cluster of the embedded PostgreSQL: create it, start a server on it, find out whether one is running."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.02
 
-#: Of postmaster.pid: the pid is on the first line, the state on the eighth.
+#: In postmaster.pid, the pid is on the first line and the state on the eighth.
 _STATE_LINE: Final = 7
 
-#: What the server and its keeper, who may outlive their starter, are given of its environment: no secret among it.
+#: The environment variables that the server and its keeper inherit. Both may outlive the process that started them, so no
+#: secret is passed on.
 _ENVIRONMENT: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
 class Place(NamedTuple):
-    """Where a server lives: the cluster and all that belongs to it, and the socket, which needs a short path."""
+    """The directories of a server: one for the cluster and its files, one for the socket, which needs a short path."""
 
     directory: Path
     sockets: Path
@@ -47,16 +48,16 @@ class Place(NamedTuple):
 
 
 class Postmaster(NamedTuple):
-    """A server that runs. `state` is `ready`, `starting` or `stopping`, as it says itself."""
+    """A running server. `state` is `ready`, `starting` or `stopping`, read from postmaster.pid."""
 
     pid: int
     state: str
 
 
 def initialise(binaries: Binaries, cluster: Path) -> None:
-    """Make the cluster, with a database. Raises EmbeddedError, OSError, SubprocessError."""
-    # Made aside and renamed: a cluster is either whole or not there, whenever this is interrupted.
-    # Under a name of its own: what is left of an interrupted attempt may still be at work for a moment.
+    """Create the cluster and its database. Raises EmbeddedError, OSError, SubprocessError."""
+    # Create it elsewhere, then rename it: an interruption never leaves half a cluster behind.
+    # The name is unique because the processes of an interrupted attempt may still be running for a moment.
     for left in cluster.parent.glob("pgdata.new*"):
         shutil.rmtree(left, ignore_errors=True)
     draft = cluster.with_name(f"pgdata.new-{secrets.token_hex(4)}")
@@ -82,7 +83,7 @@ def _create_database(binaries: Binaries, cluster: Path) -> None:
 
 
 def launch(binaries: Binaries, place: Place, settings: Mapping[str, str]) -> None:
-    """Start a keeper with the server; it is ready when this returns. Raises EmbeddedError, OSError, SubprocessError."""
+    """Start a keeper with the server and wait until it is ready. Raises EmbeddedError, OSError, SubprocessError."""
     command = [str(binaries.directory / "postgres"), "-D", str(place.cluster), "-k", str(place.sockets)]
     for name, value in settings.items():
         command += ["-c", f"{name}={value}"]
@@ -101,7 +102,7 @@ def _launcher(command: list[str]) -> list[str]:
 
 
 def _wait_until_ready(cluster: Path, kept: IO[bytes], log: Path) -> None:
-    """`kept` ends with the keeper, and he with the server."""
+    """`kept` reaches its end when the keeper exits, and the keeper exits with the server."""
     deadline = time.monotonic() + _START_SECONDS
     ended = select.poll()
     ended.register(kept, select.POLLIN)
@@ -118,7 +119,7 @@ def _tail(log: Path) -> str:
 
 
 def wait_until_settled(cluster: Path) -> bool:
-    """Whether a server runs on this cluster already; one that is just stopping is waited for. Raises EmbeddedError."""
+    """Whether a server is already running on this cluster. Waits for one that is stopping. Raises EmbeddedError."""
     deadline = time.monotonic() + _STOP_SECONDS
     while (running := postmaster(cluster)) is not None:
         if running.state == "ready":
@@ -130,17 +131,17 @@ def wait_until_settled(cluster: Path) -> bool:
 
 
 def wait_until_gone(pid: int, cluster: Path) -> None:
-    """Wait until this server of the cluster has ended, as it is about to."""
+    """Wait for this server of the cluster, which is shutting down, to exit."""
     deadline = time.monotonic() + 2 * _STOP_SECONDS
     while is_postmaster(pid, cluster):
         if time.monotonic() > deadline:
-            _log.warning("the server of %s has not ended within %g s", cluster, 2 * _STOP_SECONDS)
+            _log.warning("the server of %s did not exit within %g s", cluster, 2 * _STOP_SECONDS)
             return
         time.sleep(_POLL_SECONDS)
 
 
 def postmaster(cluster: Path) -> Postmaster | None:
-    """The server that runs on this cluster, if there is one."""
+    """The server running on this cluster, or None."""
     try:
         lines = (cluster / "postmaster.pid").read_bytes().splitlines()
         pid = int(lines[0])
@@ -152,7 +153,7 @@ def postmaster(cluster: Path) -> Postmaster | None:
 
 
 def is_postmaster(pid: int, cluster: Path) -> bool:
-    """Whether this process is the server of this cluster, and not somebody else who has the pid by now."""
+    """Whether this process is the server of this cluster, rather than another process that reuses the pid."""
     try:
         if b"postgres" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return False
@@ -160,9 +161,9 @@ def is_postmaster(pid: int, cluster: Path) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     except PermissionError:
-        return True  # a PostgreSQL of another user: rather wait for it in vain than start a second one
+        return True  # another user's PostgreSQL: waiting in vain is better than starting a second one
 
 
 def opened(path: Path, flags: int = 0) -> int:
-    """A file of the directory, which may be that of a user who has less rights than we have: no link is followed."""
+    """Open a file of the directory without following links: a user with fewer rights may own the directory."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)

@@ -1,9 +1,9 @@
-"""A real PostgreSQL of our own, for trying things out, tests, and single machines: `store.dsn = "embedded"`.
+"""An embedded, real PostgreSQL server, for evaluation, tests, and single machines: `store.dsn = "embedded"`.
 
-One directory holds one cluster. Whoever comes first has its server started, who comes while it runs attaches, and all
-are alike: the server is kept by a process of its own (see pg_keeper) as long as anybody uses it, and ends when the last
-of them has stopped or ended, also by `kill -9`. Should it end under them, those who have it `watched` start it again.
-It listens on a unix socket in a directory that only its user can enter.
+One directory holds one cluster. The first process starts its server, later ones attach to it, and all are equal: a
+separate process (see server_keeper) keeps the server running while any process uses it, and shuts it down when the last
+one has stopped or exited, even by `kill -9`. If the server crashes, processes inside `watched` restart it. It listens on
+a unix socket in a directory that only its user can enter.
 
 Rejected: the wheel's own `get_server()`. As root it adds a system user and loosens permissions up to `/`.
 """
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 #: sun_path holds 108 bytes with its final NUL.
 _SOCKET_PATH_BYTES_MAX: Final = 107
 
-#: How often a server that is watched is looked at, and when it is tried again if it cannot be started.
+#: How often a watched server is checked, and the pauses between attempts to restart it.
 _LOOK_SECONDS: Final = 1.0
 _BACKOFF_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 _GIVE_UP_SECONDS: Final = 5.0
@@ -51,27 +51,27 @@ _SETTINGS: Final = {
 
 
 class EmbeddedServer:
-    """A running server. It is used by this process until `stop` is called, or the process ends."""
+    """A running server. This process uses it until `stop` is called or the process exits."""
 
     def __init__(self, place: Place, settings: Mapping[str, str], users: int) -> None:
-        """`users`: a file descriptor with the shared lock, which is closed in the end."""
+        """`users`: a file descriptor that holds the shared lock; `stop` closes it."""
         self.socket_directory = place.sockets
         self._place = place
         self._settings = settings
         self._users: int | None = users
 
     def dsn(self, database: str = DATABASE) -> str:
-        """How to connect."""
+        """The connection URI of a database."""
         return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(self.socket_directory))}&port={PORT}"
 
     def stop(self) -> None:
-        """Use the server no more. If nobody else does, it has ended when this returns: everything is on disk."""
+        """Stop using the server. If no other process uses it, wait for it to shut down, so that everything is on disk."""
         users, self._users = self._users, None
         if users is None:
             return
         running = postmaster(self._place.cluster)
         try:
-            # Nobody else uses it; or its keeper has found so in the moment between our two locks.
+            # No other process uses it, or its keeper found that out between our two lock calls.
             is_last = _is_locked(users, fcntl.LOCK_EX) or not _is_locked(users, fcntl.LOCK_SH)
         finally:
             os.close(users)
@@ -80,7 +80,7 @@ class EmbeddedServer:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While the context lasts, have the server started again whenever it ends although it is used."""
+        """Restart the server whenever it exits while the context is active."""
         over = threading.Event()
         watching = threading.Thread(target=self._watch, args=(over,), name="embedded-postgresql", daemon=True)
         watching.start()
@@ -88,7 +88,7 @@ class EmbeddedServer:
             yield
         finally:
             over.set()
-            # Bounded: a server that is just being started for us alone ends again when we have stopped using it.
+            # Bounded: a server that is being started for this process alone exits after `stop`.
             watching.join(_GIVE_UP_SECONDS)
 
     def _watch(self, over: threading.Event) -> None:
@@ -99,12 +99,12 @@ class EmbeddedServer:
                 continue
             try:
                 if _bring_up(self._place, self._settings, is_made=True):
-                    _log.warning("the embedded PostgreSQL had ended and is started again")
+                    _log.warning("the embedded PostgreSQL had exited and was restarted")
                 failures = 0
             except EmbeddedError as error:
                 pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
                 failures += 1
-                _log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; once more in %g s", error, pause)
+                _log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; retrying in %g s", error, pause)
 
 
 def default_directory(environment: Mapping[str, str]) -> Path:
@@ -115,7 +115,7 @@ def default_directory(environment: Mapping[str, str]) -> Path:
 
 
 def exists(directory: Path) -> bool:
-    """Whether this directory has a database, so that starting its server creates none. Raises EmbeddedError."""
+    """Whether this directory has a database already, so that `start` creates none. Raises EmbeddedError."""
     with _told(directory):
         directory = directory.resolve()
         if os.geteuid() == 0 and _launch_kind() == launcher.NOBODY:
@@ -126,7 +126,7 @@ def exists(directory: Path) -> bool:
 def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
     """Start the server of this directory, or attach to it. Raises EmbeddedError.
 
-    Who comes second has the server with the settings of whoever came first.
+    A process that attaches gets the server with the settings of the process that started it.
     """
     wanted = {**_SETTINGS, **(settings or {})}
     launch = _launch_kind()
@@ -135,7 +135,7 @@ def start(directory: Path, settings: Mapping[str, str] | None = None) -> Embedde
         place = Place(directory, _socket_directory(directory, launch))
         users = opened(directory / "users")
         undo.callback(os.close, users)
-        # Waits for the end of a server that is just ending because nobody used it.
+        # Waits while an unused server is shutting down.
         fcntl.flock(users, fcntl.LOCK_SH)
         _bring_up(place, wanted, is_made=False)
         undo.pop_all()
@@ -151,12 +151,12 @@ def _told(directory: Path) -> Iterator[None]:
 
 
 def _bring_up(place: Place, settings: Mapping[str, str], *, is_made: bool) -> bool:
-    """Have the server run; whether it had to be started. `is_made`: its data have to be there. Raises EmbeddedError."""
+    """Start the server if none is running; whether it did. `is_made`: its data must exist. Raises EmbeddedError."""
     with _told(place.directory), _only_one(place.directory):
         if cluster.wait_until_settled(place.cluster):
             return False
         if is_made and not (place.cluster / "PG_VERSION").exists():
-            raise EmbeddedError(f"the embedded PostgreSQL has ended, and {place.cluster} is gone")
+            raise EmbeddedError(f"the embedded PostgreSQL has exited, and {place.cluster} is gone")
         binaries = postgres_binaries.matching(place.cluster)
         if not (place.cluster / "PG_VERSION").exists():
             cluster.initialise(binaries, place.cluster)
@@ -169,14 +169,14 @@ def _launch_kind() -> int:
     launch = subprocess.run(probe, timeout=20, check=False).returncode
     if launch == launcher.NAMELESS:
         raise EmbeddedError(
-            f"PostgreSQL does not run as a user without a name, and user namespaces are denied: give uid {os.geteuid()}"
-            " an entry in /etc/passwd, or set store.dsn to a PostgreSQL of your own"
+            "PostgreSQL does not run as a user without a name, and user namespaces are not allowed: add uid"
+            f" {os.geteuid()} to /etc/passwd, or set store.dsn to your own PostgreSQL server"
         )
     return launch
 
 
 def _prepared(directory: Path, launch: int) -> Path:
-    """The directory, made if need be. One that `nobody` can use, if that is who the server has to run as."""
+    """The directory, created if missing. If the server has to run as `nobody`, a directory that this user can use."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory = directory.resolve()
     if launch == launcher.NOBODY:
@@ -199,7 +199,7 @@ def _of_nobody(directory: Path) -> Path:
 
 def _socket_directory(directory: Path, launch: int) -> Path:
     sockets = directory / "run"
-    # A comma ends a path, to PostgreSQL and to its clients.
+    # PostgreSQL and its clients treat a comma as the end of a path.
     if len(os.fsencode(sockets / f".s.PGSQL.{PORT}")) > _SOCKET_PATH_BYTES_MAX or "," in str(sockets):
         name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
         sockets = Path("/tmp") / f"keyproxy-{os.geteuid()}-{name}"  # noqa: S108 - checked to be ours alone, below
@@ -216,7 +216,7 @@ def _socket_directory(directory: Path, launch: int) -> Path:
 
 @contextlib.contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    """Of several processes that start at once, one starts the server while the others wait to attach."""
+    """Of several processes that start at once, only one starts the server; the others wait and attach."""
     lock = opened(directory / "lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -226,7 +226,7 @@ def _only_one(directory: Path) -> Iterator[None]:
 
 
 def _is_locked(file: int, kind: int) -> bool:
-    """Whether this lock is ours now. One of another kind that we had is gone, either way."""
+    """Try to take this lock; whether it is held now. A lock of the other kind is lost either way."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,13 +1,13 @@
-"""Become a PostgreSQL program that may run here and that does not outlive its owner: its keeper, or who initialises it.
+"""Exec a PostgreSQL program as a user that it accepts, and tie its lifetime to its owner: the keeper or the initialiser.
 
-Run as a script, `pg_launcher.py OWNER_PID PROGRAM [ARG ...]`, so that none of this happens in the owner's process.
-PostgreSQL refuses to run as root, and as a user that has no name, which is what a container with an arbitrary uid has. As
-either this process therefore moves into a user namespace of its own, in which it is `nobody` and whose files still belong
-to the same user outside; where namespaces are denied, root becomes `nobody`. Either way it asks the kernel to be sent
-SIGINT, PostgreSQL's fast shutdown, when its owner dies, however the owner dies.
+Run as a script, `launcher.py OWNER_PID PROGRAM [ARG ...]`, so that the owner's own process does not change.
+PostgreSQL refuses to run as root and as a user without a name, the usual case in a container with an arbitrary uid. For
+either, this process enters a new user namespace, in which it is `nobody` while its files still belong to the same user
+outside; where namespaces are not allowed, root becomes `nobody`. In every case the kernel sends it SIGINT, PostgreSQL's
+fast shutdown, when its owner dies, for whatever reason.
 
-`pg_launcher.py --probe` exits 0 if a namespace can be had, 3 if root has to become `nobody`, 4 if nothing is needed, 5 if
-the user has no name and nothing can be done about it.
+`launcher.py --probe` exits with 0 if a namespace can be created, 3 if root has to become `nobody`, 4 if nothing is
+needed, and 5 if the user has no name and namespaces are not allowed.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ def _become_nobody(program: str) -> None:
     os.setuid(nobody.pw_uid)
     if not os.access(program, os.X_OK):
         sys.exit(
-            "PostgreSQL does not run as root, user namespaces are denied, and the user nobody cannot reach "
-            f"{program}: open its directories to all users, or run as another user"
+            "PostgreSQL does not run as root, user namespaces are not allowed, and the user nobody cannot access "
+            f"{program}: make its directories accessible to all users, or run as another user"
         )
 
 
 def _die_with(owner: int) -> None:
-    # After the change of user, which clears the setting; before exec, which keeps it.
+    # Must follow the change of user, which clears the setting, and precede exec, which keeps it.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0) != 0:
         sys.exit("prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != owner:
-        sys.exit("the owner is gone already")
+        sys.exit("the owner has already exited")
 
 
 def main() -> None:
-    """See the module."""
+    """Probe, or change the user if needed and exec the program."""
     if sys.argv[1] == "--probe":
         if not _is_needed():
             sys.exit(PLAIN)

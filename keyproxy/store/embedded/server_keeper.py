@@ -1,17 +1,18 @@
-"""Keep one PostgreSQL for as long as anybody uses it, and end it when nobody does any more.
+"""Keep one PostgreSQL server running while any process uses it, and shut it down after the last one.
 
-Run as a script, `pg_keeper.py DIRECTORY SOCKETS PROGRAM [ARG ...]`. Who uses the server holds a shared lock on the file
-`users` of its directory; the kernel takes it from whoever ends, however he ends. The keeper waits for the exclusive lock,
-for which it sleeps in the kernel. While it holds it, until the server is gone, nobody can begin to use the server.
+Run as a script, `server_keeper.py DIRECTORY SOCKETS PROGRAM [ARG ...]`. Each process that uses the server has a shared
+lock on the file `users` of its directory; the kernel releases it when the process exits, for whatever reason. The keeper
+blocks on the exclusive lock, in the kernel. Once it has that lock, until the server is gone, no process can start using
+the server.
 
-There is one server for a directory: it inherits, with all its processes, the lock on the file `server`. The kernel knows
-that lock also where it does not know the processes, in another container that shares the volume.
+There is one server per directory: the server and all its processes inherit the lock on the file `server`. That lock also
+works across containers that share the volume, where the processes of the other container are not visible.
 
-The server has the keeper as its parent, and is told by the kernel to end in order should the keeper be killed. The keeper
-belongs to nobody: it is no child of whoever started it, has a session of its own, holds no file of its starter's but a
-pipe, whose end says that there is no server any more, and asks nobody's signals when to end but its users' locks.
+The keeper is the server's parent; if the keeper is killed, the kernel makes the server shut down in order. The keeper is
+independent of the process that started it: it is not its child, has its own session, and shares only a pipe with it,
+whose end-of-file means that the server is gone. It ignores signals; only the locks decide when it shuts the server down.
 
-Rejected: the first user as the owner, with whom the server ends under all others; asking again and again who still lives.
+Rejected: the first user as the owner, since its exit would stop the server for all others; polling for live users.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ import threading
 import time
 from pathlib import Path
 
-#: After which a server that is asked to end is told to, without writing out what it has: it recovers at its next start.
+#: Time for a shutdown. After it the server gets SIGQUIT, exits without a checkpoint, and recovers at its next start.
 _STOP_SECONDS = 20.0
 
-#: For which the processes of a server that was killed are waited for.
+#: How long to wait for the remaining processes of a killed server.
 _PREDECESSOR_SECONDS = 2.0
 
 _UNHEARD = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
-    """See the module."""
+    """Start the server, and run until it exits."""
     directory, sockets, *command = sys.argv[1:]
     users = os.open(Path(directory, "users"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     if os.fork() != 0:
@@ -42,9 +43,9 @@ def main() -> None:
     _take(Path(directory, "server"))
     _release(Path(directory, "pgdata"), Path(sockets))
     launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("launcher.py")), str(os.getpid())]
-    # Its output goes to the log, which is our stderr: the pipe on stdout is the keeper's alone.
-    # A service manager sends SIGTERM to all processes of a service at once, and those that use the server have yet to
-    # finish. The server itself ignores nothing, whatever its starter did: it has to hear of the keeper's end.
+    # The server's output goes to the log, our stderr: the pipe on stdout must end with the keeper.
+    # A service manager sends SIGTERM to all processes of a service at once, while those that use the server still have
+    # work to finish. The server itself must not ignore signals: SIGINT notifies it of the keeper's death.
     for number in _UNHEARD:
         signal.signal(number, signal.SIG_IGN)
     server = os.posix_spawn(
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def _take(path: Path) -> None:
-    """Lock the file for the server and this process. What is left of one that was killed is waited for."""
+    """Lock the file for the server and this process. Waits for the remaining processes of a killed server."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     os.set_inheritable(lock, True)
     deadline = time.monotonic() + _PREDECESSOR_SECONDS
@@ -68,7 +69,7 @@ def _take(path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 sys.exit(
-                    "a server of this directory runs where its processes are not to be seen: in another container?"
+                    "a server of this directory is running, but its processes are not visible: in another container?"
                 )
             time.sleep(0.02)
 
@@ -77,17 +78,17 @@ def _end_when_unused(users: int, server: int) -> None:
     try:
         fcntl.flock(users, fcntl.LOCK_EX)
     finally:
-        # Also if it cannot be waited for: rather no server than one that nobody ends.
+        # Also if taking the lock fails: no server is better than one that never stops.
         os.kill(server, signal.SIGINT)
     time.sleep(_STOP_SECONDS)
     os.kill(server, signal.SIGQUIT)
 
 
 def _release(cluster: Path, sockets: Path) -> None:
-    """Make what a server that was killed has left behind acceptable to the next one.
+    """Make the lock files of a killed server acceptable to the next one.
 
-    PostgreSQL refuses to start if the pid in the file is anybody's, except its parent's, which we are. The rest of the
-    file has to stay: by it PostgreSQL sees whether children of the old server are still at work.
+    PostgreSQL refuses to start if the pid in the file is that of any process except its parent, which is this one. The
+    rest of the file must stay: from it PostgreSQL detects whether children of the old server are still running.
     """
     for lock in sockets.glob(".s.PGSQL.*.lock"):
         lock.unlink()

@@ -1,1 +1,1 @@
-"""Which key is whose: the cache, its lookups, and the feed of changes."""
+"""Resolving keys to identities: the cache, its lookups, and the change feed."""

@@ -1,16 +1,17 @@
-"""What keys resolve to, remembered: the identity cache in front of the store.
+"""The identity cache in front of the store: the identities that keys resolve to.
 
-`known` answers from memory or says that the store has to be asked; it never waits. For how long an answer counts:
+`known` returns a cached identity or raises Missing, which fetches it from the store; it never waits. The states of an
+entry:
 
     fresh   younger than fresh_seconds: served.
-    stale   older: served while the change feed is current, and asked for again in the background; and served while the
-            store cannot be asked, up to stale_seconds. If the feed is not current but the store can be asked, it is asked
-            first: what the feed would have told may be a revocation.
-    changed the key, its user or its tenant changed, by the feed: never served again. If nothing but limits changed, it is
-            looked up again before it is served, and still served under the old limits while the store is down.
+    stale   older: served while the change feed is current, and refreshed in the background; also served while the store
+            is down, up to stale_seconds. If the feed is not current but the store is up, the key is looked up first,
+            since the feed may have missed a revocation.
+    changed the feed delivered a change of the key, its user or its tenant: never served again. If only limits changed,
+            the key is looked up again before it is served, and still served under the old limits while the store is down.
 
-Strangers, keys that do not exist, are remembered in a table of their own, so that a flood of them pushes out no
-known key. How the store is asked is `look_ups`' to say.
+Unknown keys, which do not exist in the store, are cached in a separate table, so that a flood of them evicts no known
+key. For the lookups see `lookup_batcher`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Database, Row
 
-#: An entry that was used lately is passed over this often when room is made, then the oldest goes all the same.
+#: How many recently used entries an eviction skips before it removes the oldest one anyway.
 _SECOND_CHANCES_MAX: Final = 16
 
 
@@ -60,7 +61,7 @@ class _Entry:
 
 
 class Counts:
-    """Look-ups by what they met. Attributes, for what is known is counted with every request."""
+    """Lookups by outcome. Attributes rather than a dict, since every request increments one."""
 
     __slots__ = ("hit", "miss", "refused", "stale", "unknown")
 
@@ -68,14 +69,14 @@ class Counts:
         self.hit = self.stale = self.miss = self.unknown = self.refused = 0
 
     def by_name(self) -> dict[str, int]:
-        """As they are now, by name."""
+        """The current counts by name."""
         return {
             "hit": self.hit, "stale": self.stale, "miss": self.miss, "unknown": self.unknown, "refused": self.refused,
         }  # fmt: skip
 
 
 class FeedState:
-    """Until when the change feed is known to be current, in monotonic seconds. The feed writes it."""
+    """The time until which the change feed counts as current, in monotonic seconds. The feed writes it."""
 
     __slots__ = ("current_until",)
 
@@ -84,7 +85,7 @@ class FeedState:
 
 
 class IdentityCache(Identities):
-    """See the module. Implements the port Identities."""
+    """The identity cache: see the module. Implements the port Identities."""
 
     def __init__(
         self, database: Database, cache: Cache, *, feed: FeedState, last_used: LastUsed, header_prefix: str,
@@ -110,7 +111,7 @@ class IdentityCache(Identities):
     # -- the hot path
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
-        """See the port."""
+        """The cached identity of a key: see the port."""
         entry = self._entries.get(digest)
         if entry is not None and entry.user.is_current and entry.tenant.is_current:
             mono = now.mono_seconds
@@ -126,7 +127,7 @@ class IdentityCache(Identities):
         elif entry is None and digest in self._strangers:
             if is_first_lookup:
                 self.counts.unknown += 1
-            raise Refusal(Reason.KEY_INVALID, "unknown, as the store has said")
+            raise Refusal(Reason.KEY_INVALID, "the store has no such key")
         if self._database.is_down:
             if entry is not None and _is_usable(entry, now.mono_seconds):
                 if is_first_lookup:
@@ -138,7 +139,7 @@ class IdentityCache(Identities):
         raise Missing("identity", lambda _patience: self._bring(digest))
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        """See the port. Off the hot path, and only for keys of a foreign form that have not been found before."""
+        """See the port. Off the hot path; only changes the fetch of keys of a foreign form that are not cached."""
         if drf_api_keys.prefix_of(key) is None or key.digest() in self._entries:
             return missing
 
@@ -158,10 +159,10 @@ class IdentityCache(Identities):
         self._look_ups.ask(digest, is_known=True)
         return True
 
-    # -- what the change feed tells
+    # -- called by the change feed
 
     def forget_key(self, digest: KeyDigest) -> None:
-        """This key changed, appeared or went."""
+        """This key was changed, created or deleted."""
         entry = self._entries.get(digest)
         if entry is not None:
             entry.fresh_until = entry.stale_until = 0.0
@@ -169,11 +170,11 @@ class IdentityCache(Identities):
         self._look_ups.key_changed(digest)
 
     def forget_user(self, user_id: str) -> None:
-        """This user changed or went: all of its keys are to be asked for again."""
+        """This user was changed or deleted: look up all of its keys again."""
         self._forget_group("user", user_id, self._users)
 
     def forget_tenant(self, tenant_id: str) -> None:
-        """This tenant changed or went: all keys of its users are to be asked for again."""
+        """This tenant was changed or deleted: look up all keys of its users again."""
         self._forget_group("tenant", tenant_id, self._tenants)
 
     def distrust_key(self, digest: KeyDigest) -> None:
@@ -193,7 +194,7 @@ class IdentityCache(Identities):
         self._distrust_group("tenant", tenant_id, self._tenants)
 
     def distrust_all(self) -> None:
-        """Changes may have been missed: every entry is asked for again before it is served, unless none can be."""
+        """Changes may have been missed: look up every key before it is served again, unless the store is down."""
         for entry in self._entries.values():
             entry.fresh_until = 0.0
             entry.is_distrusted = True
@@ -201,7 +202,7 @@ class IdentityCache(Identities):
         self._look_ups.all_changed()
 
     def forget_all(self) -> None:
-        """Any key may have changed or gone: none is served before it was looked up, not even while the store is down."""
+        """Any key may have been changed or deleted: serve none before it is looked up, even while the store is down."""
         for entry in self._entries.values():
             entry.fresh_until = entry.stale_until = 0.0
         self._strangers.clear()
@@ -253,7 +254,7 @@ class IdentityCache(Identities):
         self._strangers.pop(digest, None)
 
     def _make_room(self, now: float) -> None:
-        # Full: the oldest known key goes, unless it was used in the last minute; then the next one is looked at.
+        # Full: evict the oldest known key, but skip one that was used in the last minute.
         for _ in range(_SECOND_CHANCES_MAX):
             digest, entry = self._entries.popitem(last=False)
             if entry.mark_due <= now:
@@ -261,14 +262,14 @@ class IdentityCache(Identities):
             self._entries[digest] = entry
         self._entries.popitem(last=False)
 
-    # -- the rest
+    # -- statistics and shutdown
 
     def sizes(self) -> Mapping[str, int]:
         """How many entries the tables hold."""
         return {"known": len(self._entries), "unknown": len(self._strangers), "asked": len(self._look_ups)}
 
     async def close(self) -> None:
-        """End all look-ups."""
+        """Cancel all lookups."""
         await self._look_ups.close()
 
 
@@ -278,14 +279,14 @@ def _is_usable(entry: _Entry, mono: float) -> bool:
 
 
 def identity_of(row: Row, header_prefix: str) -> Identity:
-    """Everything that depends on the key alone, parsed and encoded once."""
+    """Build the identity: everything that depends on the key alone, parsed and encoded once."""
     standing = None
     if row["is_revoked"]:
         standing = Reason.KEY_REVOKED
     elif row["is_disabled"]:
         standing = Reason.ACCOUNT_DISABLED
     expires = row["expires_wall_seconds"]
-    # An expiry that is infinite is none that could be counted down to.
+    # There is no countdown to an infinite expiry.
     is_retiring = row["is_retiring"] and math.isfinite(expires)
     block = identity_block(header_prefix, (
         ("User", row["user_id"]),
@@ -309,12 +310,12 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
 
 
 def _allowance(row: Row) -> Allowance | None:
-    """The limits that requests with this key are under, None if there are none. Limits are the pool's, not the key's."""
+    """The limits of requests with this key, None if there are none. Limits belong to pools, not to keys."""
     pools = []
     for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
         limits = row[f"{kind}_limits"]
         if limits is not None:
-            # Raises for what is no plan, which the table does not let in: nobody passes for want of readable limits.
+            # Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
             plan = Plan.from_json(json.loads(limits))
             if plan.has_limits:
                 pools.append((Pool(kind, owner, row["is_test"]), plan))

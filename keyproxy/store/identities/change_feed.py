@@ -1,13 +1,13 @@
-"""The change feed: what any SQL client changes reaches this proxy within a second.
+"""The change feed: changes by any SQL client reach this proxy within a second.
 
-There is one way to learn of changes: ask which rows of `keyproxy.changes` are visible now and were not in the snapshot of
-the last look. A notification only says that it is worth asking now rather than at the next turn. So nothing is lost when
-notifications are: a pooler in transaction mode, a cut connection, a missed wake-up cost half a second at most. And since
-snapshots are compared rather than serial numbers, a transaction that began early and committed late is not overlooked.
+Each poll reads the rows of `keyproxy.changes` that are visible now and were not in the snapshot of the previous poll. A
+notification only triggers the next poll early. So lost notifications lose no changes: a pooler in transaction mode, a
+dropped connection or a missed wake-up costs half a second at most. And since snapshots are compared rather than serial
+numbers, a transaction that began early and committed late is not missed.
 
-After an outage the same question tells what happened meanwhile, as long as the rows are still there. Where they may not
-be, or the server's history is not the one we knew (a restored backup, a failover that lost something), the cache is told
-to distrust all it has.
+After an outage the same query returns the changes made meanwhile, as long as the rows still exist. If they may have been
+deleted, or the server has another history (a restored backup, a failover that lost commits), the cache is made to
+distrust all of its entries.
 
 Only the primary is polled. Other servers may be ahead of one that has become read-only but stays up: see `database`. When
 the database moves, the feed also listens for notifications on the server that the name now resolves to.
@@ -34,35 +34,35 @@ _log = logging.getLogger(__name__)
 CHANNEL: Final = "keyproxy_changes"
 _POLL_SECONDS: Final = 0.5
 
-#: For how long after a look the feed counts as current: the next look, and some time for it to be answered.
+#: How long the feed counts as current after a poll: until the next poll, plus time for its response.
 _CURRENT_SECONDS: Final = 1.5
 _RETRY_SECONDS: Final = (0.1, 0.2, 0.4, 0.8, 1.5)
 _LISTEN_RETRY_SECONDS: Final = 5.0
 
-#: More changes than this in one look: it is cheaper to ask anew for every key when it is next used.
+#: With more changes than this in one poll, looking up every key at its next use is cheaper.
 _CHANGES_MAX: Final = 20_000
 
-#: Changes of limits alone. The statement returns every other change before these.
+#: The kinds of changes of limits alone. The statement returns all other changes before these.
 _LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits")
 
-#: Changes are kept for `_KEPT_SECONDS` at least; a proxy that did not look for longer than `_GAP_SECONDS` may have missed
-#: some. The difference is for clocks that run differently.
+#: Changes are kept for at least `_KEPT_SECONDS`; a proxy that has not polled for longer than `_GAP_SECONDS` may have
+#: missed some. The difference allows for clock drift.
 _GAP_SECONDS: Final = 600.0
 _KEPT_SECONDS: Final = 1200.0
 _SAMPLE_SECONDS: Final = 60.0
 
-#: Changes deleted per statement, one statement between two polls: a bulk change may have left millions.
+#: How many changes one statement deletes, one statement between two polls: a bulk change may have left millions.
 _FORGET_PORTION: Final = 2_000
 
 
 class ChangeFeed:
-    """See the module."""
+    """Polls for changes and applies them to the identity cache: see the module."""
 
     def __init__(
         self, database: Database, listener: Listener | None, cache: IdentityCache, state: FeedState,
         now: Callable[[], Moment],
     ) -> None:  # fmt: skip
-        """`listener` None: no notifications, polling alone."""
+        """Without a `listener` the feed only polls."""
         self._database = database
         self._listener = listener
         self._cache = cache
@@ -78,19 +78,19 @@ class ChangeFeed:
         self.lasting = BackgroundTask("change_feed")
         self.forgetting = Chore("changes", "delete old rows of the change feed", portion=_FORGET_PORTION)
         self._samples: collections.deque[tuple[float, str]] = collections.deque()
-        #: Changes before this snapshot are to be deleted; empty: none are.
+        #: Changes before this snapshot are to be deleted; empty for none.
         self._forget_before = ""
         self.is_listening = False
 
     def start(self) -> None:
-        """Begin to follow."""
+        """Start polling, and listening for notifications."""
         self.lasting.start(self._follow)
         if self._listener is not None:
             listener = self._listener
             self.lasting.start(lambda: self._listen(listener), pause_seconds=_LISTEN_RETRY_SECONDS)
 
     async def close(self) -> None:
-        """Follow no more."""
+        """Stop polling and listening."""
         await self.lasting.end()
         if self._listener is not None:
             await self._listener.close()
@@ -100,17 +100,17 @@ class ChangeFeed:
         return max(0.0, self._now().mono_seconds - self._looked_at)
 
     def is_current(self) -> bool:
-        """Whether what has been cached may be relied upon."""
+        """Whether cached identities include all changes."""
         return self._now().mono_seconds < self._state.current_until
 
     async def look(self) -> None:
-        """Learn of all changes since the last look. Raises StoreUnavailable or StoreConflict."""
+        """Poll: apply all changes since the previous poll. Raises StoreUnavailable or StoreConflict."""
         asked_at = self._now().mono_seconds
         first, rows = await self._changes()
         snapshot: str = first["snapshot"]
         history: str = first["history"]
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):
-            # What was kept of another history says nothing about this one.
+            # Snapshots of another history do not apply to this one.
             self._samples.clear()
             self._forget_before = ""
             self._cache.distrust_all()
@@ -118,7 +118,7 @@ class ChangeFeed:
             self._cache.forget_all()
         else:
             if max(asked_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
-                # By the server's clock too: that of a machine which was suspended has not gone on.
+                # By the server's clock too: the monotonic clock stops while a machine is suspended.
                 self._cache.distrust_all()
             if first["kind"] is not None:
                 self._apply(rows)
@@ -127,9 +127,9 @@ class ChangeFeed:
         self._state.current_until = asked_at + _CURRENT_SECONDS
 
     async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
-        """The first row of `changes_since`, which has the present snapshot, and all rows; None: too many to read in time.
+        """The first row of `changes_since`, with the present snapshot, and all rows, or None if reading them timed out.
 
-        After a time-out the present is asked for alone before: a server that is slow with everything has no such answer.
+        After a timeout, the present snapshot is first read alone: on a server that is slow in general, this fails too.
         """
         present = None
         if self._was_slow and self._snapshot is not None:
@@ -140,7 +140,7 @@ class ChangeFeed:
             self._was_slow = took_too_long(error)
             if present is None or not self._was_slow:
                 raise
-            _log.warning("there are more changes than can be read in time: every key is looked up again")
+            _log.warning("reading changes timed out, there are too many: looking up every key again")
             self._was_slow = False
             return present, None
         self._was_slow = False
@@ -149,7 +149,7 @@ class ChangeFeed:
     def _apply(self, rows: Sequence[Row]) -> None:
         is_cut_off = len(rows) > _CHANGES_MAX
         if is_cut_off and rows[-1]["kind"] not in _LIMITS:
-            # One that is not among the rows may have ended any key.
+            # A change beyond these rows may have revoked any key.
             self._cache.forget_all()
             return
         concerns_all = is_cut_off
@@ -172,17 +172,17 @@ class ChangeFeed:
                 case "all" if row["subject"] == "plans":
                     concerns_all = True
                 case _:
-                    # A whole table, or what no trigger of ours writes: any key may have ended.
+                    # A whole table changed, or a kind that no trigger of ours writes: any key may have been revoked.
                     self._cache.forget_all()
                     return
         if concerns_all:
-            # Once, however many plans changed: it goes over every entry.
+            # Once for any number of plans: it visits every entry.
             self._cache.distrust_all()
 
     async def _follow(self) -> None:
         failures = 0
         while True:
-            # Cleared before the look: a notification during it means one more.
+            # Cleared before the poll, so that a notification during it causes another one.
             self._wake.clear()
             try:
                 await self.look()
@@ -190,7 +190,7 @@ class ChangeFeed:
                 failures = 0
                 pause = _POLL_SECONDS
             except (StoreUnavailable, StoreConflict) as error:
-                _log.debug("the change feed cannot be read: %s", error)
+                _log.debug("reading the change feed failed, retrying: %s", error)
                 pause = _retry_seconds(failures)
                 failures += 1
             if self._database.moves != self._moves:
@@ -212,13 +212,13 @@ class ChangeFeed:
                 self.is_listening = True
                 await ended.wait()
             except StoreUnavailable as error:
-                _log.debug("notifications cannot be had: %s", error)
+                _log.debug("listening for notifications failed, reconnecting: %s", error)
             finally:
                 self.is_listening = False
             await asyncio.sleep(_LISTEN_RETRY_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - spreads retries
 
     async def _forget_old(self) -> None:
-        """Remove changes that every living proxy has seen. By snapshot, so that a late commit is not cut off."""
+        """Delete changes that every live proxy has read. By snapshot, so that a late commit is not lost."""
         if self._snapshot is None:
             return
         if not self._samples or self._looked_at - self._samples[-1][0] >= _SAMPLE_SECONDS:
@@ -244,5 +244,5 @@ def _digest(subject: str) -> KeyDigest | None:
 
 
 def _is_older(snapshot: str, than: str) -> bool:
-    """Whether a snapshot, `xmin:xmax:…`, is of a history that has not come as far."""
+    """Whether a snapshot, `xmin:xmax:…`, is behind the other one, and so belongs to another history."""
     return int(snapshot.split(":")[1]) < int(than.split(":")[1])

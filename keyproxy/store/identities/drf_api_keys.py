@@ -1,11 +1,11 @@
-"""Keys that djangorestframework-api-key issued, known by its hash until they are first used here.
+"""Keys issued by djangorestframework-api-key, verified by their original hash until their first use here.
 
-Such a key is `<prefix>.<secret>`. Its row is imported with a digest that no key has; how it was hashed is kept beside
-it. Only a key of that form, which memory does not know, is tried here: its hash is made as the other program made it, and
-shown to the database, which compares it and fills in the SHA-256 digest if it is the one. From then on the key is like
-any other. So nothing on the path of a known key knows of this, and nobody is let in who did not show the whole key.
+Such a key is `<prefix>.<secret>`. Its row is imported with a digest that matches no key, next to the parameters of its
+hash. Only a key of this form that is not cached is tried here: its hash is computed as the other program did, and sent to
+the database, which compares it and, if it matches, stores the SHA-256 digest. From then on the key is like any other. So
+requests with a cached key never run this code, and a request needs the whole key to be accepted.
 
-One at a time, since the older of the two hashes is made to be slow; and no more wait than can be dealt with.
+Keys are verified one at a time, since the older of the two hashes is deliberately slow, and the queue is bounded.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _SHA512 = re.compile(r"sha512\$\$[0-9a-f]{128}")
 _PBKDF2 = re.compile(r"pbkdf2_sha256\$([0-9]{1,7})\$[!-#%-~]{1,64}\$[A-Za-z0-9+/]{43}=")
 _PREFIX = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
-#: A hash takes a second with so many; Django's newest default is a third of it.
+#: A hash with this many rounds takes about a second; Django's newest default is a third of it.
 _ROUNDS_MAX: Final = 3_000_000
 _WAITING_MAX: Final = 100
 
 
 class DrfApiKeys:
-    """See the module."""
+    """Verifies imported keys at their first use: see the module."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -40,15 +40,15 @@ class DrfApiKeys:
         self._under_way: dict[KeyDigest, asyncio.Future[None]] = {}
 
     async def adopt(self, key: SecretKey) -> None:
-        """Give the key its digest, if it is one of these and has none yet. Raises a Refusal if that cannot be known."""
+        """Store the digest of the key, if it is an imported one without a digest. Raises a Refusal if this fails."""
         digest = key.digest()
         others = self._under_way.get(digest)
         if others is not None:
-            # Whoever presents the same key waits for the one attempt; whatever came of it, the look-up will tell.
+            # Requests with the same key share one attempt; the lookup that follows shows its outcome.
             await asyncio.shield(others)
             return
         if len(self._under_way) >= _WAITING_MAX:
-            raise Refusal(Reason.OVERLOADED, "too many imported keys wait to be verified")
+            raise Refusal(Reason.OVERLOADED, "too many imported keys are waiting to be verified")
         done = self._under_way[digest] = asyncio.get_running_loop().create_future()
         try:
             async with self._turn:
@@ -60,7 +60,7 @@ class DrfApiKeys:
             done.set_result(None)
 
     async def _adopt(self, key: SecretKey, digest: KeyDigest) -> None:
-        # In a transaction, so that a right that is missing for this does not count as a store that is down.
+        # In a transaction, so that a missing privilege does not mark the store as down.
         async with self._database.transaction() as transaction:
             row = await transaction.fetch_row("foreign_recipe", prefix_of(key))
         if row is None:
@@ -72,13 +72,13 @@ class DrfApiKeys:
 
 
 def prefix_of(key: SecretKey) -> str | None:
-    """What a key of this form is found by; None for a key of another form."""
+    """The prefix by which a key of this form is found; None for a key of another form."""
     match = _FORM.fullmatch(key.reveal())
     return None if match is None else match[1].decode("ascii")
 
 
 def hashed(key: SecretKey, recipe: str) -> str | None:
-    """The hash of a key, made as `recipe` says: a stored hash without its last part. None for a recipe nobody knows."""
+    """The hash of a key by `recipe`, a stored hash without its last part. None for an unknown recipe."""
     if recipe == "sha512$$":
         return recipe + hashlib.sha512(key.reveal()).hexdigest()
     algorithm, _, rest = recipe.partition("$")
@@ -90,9 +90,9 @@ def hashed(key: SecretKey, recipe: str) -> str | None:
 
 
 def why_unusable(prefix: str, stored: str) -> str | None:
-    """Why a prefix and a stored hash cannot be imported; None if they can."""
+    """The reason a prefix and a stored hash cannot be imported; None if they can."""
     if not _PREFIX.fullmatch(prefix):
-        return "the prefix has other characters than letters, digits, _ and -, or more than 32"
+        return "the prefix must be 1 to 32 letters, digits, _ and -"
     match = _PBKDF2.fullmatch(stored)
     if match is not None and 1 <= int(match[1]) <= _ROUNDS_MAX:
         return None

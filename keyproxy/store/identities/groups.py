@@ -1,7 +1,7 @@
-"""Users and tenants as the identity cache sees them: what puts all entries of one of them out of date at once.
+"""Users and tenants in the identity cache: one write invalidates all entries of a user or tenant.
 
-A group lives as long as an entry refers to it: tables of groups hold them weakly. That is why the class has a module of
-its own, which is not compiled: objects of compiled classes cannot be referred to weakly.
+A group lives as long as an entry refers to it: tables of groups hold weak references. Therefore the class is in a module
+of its own that is not compiled: objects of compiled classes do not support weak references.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import weakref
 
 
 class Group:
-    """A user or a tenant. All entries of its keys refer to it: one write puts all of them out of date.
+    """A user or a tenant. All entries of its keys refer to it, so one write invalidates all of them.
 
-    `is_current`: entries may be served without asking the store. `is_usable`: entries that are out of date may still be
-    served while the store is down, because nothing changed but limits.
+    `is_current`: entries may be served without a lookup. `is_usable`: outdated entries may still be served while the
+    store is down, because only limits have changed.
     """
 
     __slots__ = ("__weakref__", "_newer", "_older", "is_current", "is_usable")
@@ -25,11 +25,11 @@ class Group:
         self._newer: Group | None = None
 
     def supersede(self) -> Group:
-        """Put the entries out of date; they stay usable. Return the group for entries that are read from now on.
+        """Mark the entries outdated but usable. Return the group for entries that are read from now on.
 
-        The new group knows the ones before it, so that `end` reaches entries which have not been read again yet. Each of
-        them keeps the new group alive: until the first entry is read again, nothing else refers to it. None keeps those
-        between: a group without entries goes, however often its user changes.
+        The new group knows the older ones, so that `end` reaches entries that have not been read again yet. Each older
+        group keeps the new one alive, since nothing else refers to it until the first entry is read again. None keeps the
+        ones in between, so groups without entries are freed, however often the user changes.
         """
         newer = Group()
         for reference in (*self._older, weakref.ref(self)):
@@ -42,11 +42,11 @@ class Group:
         return newer
 
     def keep(self, newer: Group) -> None:
-        """Keep the newest group alive, in place of the one that was the newest."""
+        """Keep the newest group alive instead of the previous newest one."""
         self._newer = newer
 
     def end(self) -> None:
-        """Put the entries out of date, of this group and of those before it; none of them is usable any more."""
+        """Mark the entries of this group and of the older ones outdated and unusable."""
         self.is_current = self.is_usable = False
         for reference in self._older:
             older = reference()

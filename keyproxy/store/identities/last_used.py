@@ -1,6 +1,6 @@
-"""Notes when keys were last used: gathered in memory, written every few seconds, once a minute per key at most.
+"""Records when keys were last used: collected in memory, flushed every two seconds, at most once a minute per key.
 
-Nothing depends on it: while the store is down the notes wait, within a bound, and past the bound the oldest go.
+Nothing depends on it: while the store is down the notes wait; at the bound the oldest are dropped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BATCH_MAX: Final = 5_000
 
 
 class Markable(Protocol):
-    """A cached key that knows when its next use is worth a note."""
+    """A cached key with the time from which its next use is recorded."""
 
     mark_due: float
     identity: Identity
 
 
 class LastUsed:
-    """See the module."""
+    """Collects and flushes the times of last use: see the module."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -39,25 +39,25 @@ class LastUsed:
         self.lasting = BackgroundTask("last_used")
 
     def mark(self, entry: Markable, now: Moment) -> None:
-        """This key is being used. Called only when a note is due."""
+        """Record a use of this key. Called only when a note is due."""
         entry.mark_due = now.mono_seconds + _MARK_SECONDS
-        # Full: the note that has waited longest goes; the key's next use makes a new one.
+        # Full: drop the oldest note; the key's next use makes a new one.
         if len(self._waiting) >= _WAITING_MAX:
             del self._waiting[next(iter(self._waiting))]
         self._waiting[entry.identity.key_id] = now.wall_seconds
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the periodic flush."""
         self.lasting.start(self._write_forever)
 
     async def close(self) -> None:
-        """Write what there is, if the store is up."""
+        """Stop, and flush if the store is up."""
         await self.lasting.end()
         if not self._database.is_down:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what has been gathered."""
+        """Write all collected notes, in batches."""
         while self._waiting:
             waiting, self._waiting = self._waiting, {}
             items = list(waiting.items())
@@ -66,7 +66,7 @@ class LastUsed:
                 times = orjson.dumps(dict(batch), option=orjson.OPT_NON_STR_KEYS).decode()
                 await self._database.fetch("mark_used", [key for key, _ in batch], times)
             except (StoreUnavailable, StoreConflict) as error:
-                _log.debug("last use of %d keys is not written yet: %s", len(items), error)
+                _log.debug("last use of %d keys could not be written, retrying: %s", len(items), error)
                 self._wait_again(waiting)
                 return
             except asyncio.CancelledError:
@@ -75,7 +75,7 @@ class LastUsed:
             self._wait_again(dict(rest))
 
     def _wait_again(self, notes: dict[str, float]) -> None:
-        """Notes that are not written yet go before those that were made meanwhile, within the bound."""
+        """Put notes that were not written before those made meanwhile, within the bound."""
         self._waiting = notes | self._waiting
         while len(self._waiting) > _WAITING_MAX:
             del self._waiting[next(iter(self._waiting))]

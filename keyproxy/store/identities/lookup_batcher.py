@@ -1,10 +1,10 @@
-"""Asks the store for keys: one question at a time for each key, one query for many of them.
+"""Looks keys up in the store: at most one lookup at a time for each key, and one query for a batch of keys.
 
-However many requests wait for a key, it is asked for once; however many keys wait, a few queries at a time ask for them
-in batches. So neither a flood of strangers nor the recovery of the store becomes a stampede.
+All requests with the same key share one lookup, and a few concurrent queries serve all waiting keys in batches. So
+neither a flood of unknown keys nor the recovery of the store becomes a stampede.
 
-An answer that was asked for before a change and arrives after it is thrown away and asked for again. The store's answers
-are ordered by the feed's: what is asked after a change has been heard of is answered with the change.
+If a change arrives from the feed while a lookup is under way, its result is discarded and the lookup repeated. A query
+that starts after the feed has delivered a change returns a result that includes the change.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _log = logging.getLogger(__name__)
 
 _BATCH_MAX: Final = 500
 
-#: Keys that wait to be asked for. Beyond this, strangers are refused rather than queued.
+#: How many keys may wait for a lookup. Beyond this, requests with keys that are not cached are refused, not queued.
 _WAITING_MAX: Final = 10_000
 
-#: A key that changes each time it is asked for is asked for this often, then there is no answer.
+#: How often to repeat the lookup of a key that changes during each one, before its requests are refused.
 _ATTEMPTS_MAX: Final = 5
 
 
-#: What reading a row fails of that holds what no row of ours does.
+#: The errors that reading a row raises if it contains values that this program never writes.
 UNUSABLE: Final = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 
 
 class _Flight:
-    """One key being asked for. `answer` is set to None, or to the Refusal that says why there is no answer.
+    """The lookup of one key. `answer` resolves to None on success, or to a Refusal with the reason of the failure.
 
-    `row` is the answer itself, as settled when `settled_at_change` changes had been heard of.
+    `row` is the result, settled when the feed had delivered `settled_at_change` changes.
     """
 
     __slots__ = ("answer", "asked_at_change", "attempts", "has_changed", "row", "settled_at_change")
@@ -52,12 +52,12 @@ class _Flight:
 
 
 class LookupBatcher:
-    """See the module."""
+    """Shares and batches the lookups of keys: see the module."""
 
     def __init__(
         self, database: Database, settle: Callable[[KeyDigest, Row | None], None], *, look_ups_max: int
     ) -> None:
-        """`settle` is told each answer, None for "no such key". `look_ups_max`: how many queries may run at once."""
+        """`settle` receives each result, None for "no such key". `look_ups_max`: how many queries may run at once."""
         self._database = database
         self._settle = settle
         self._look_ups_max = look_ups_max
@@ -69,19 +69,19 @@ class LookupBatcher:
         self._changed_groups: dict[tuple[str, str], int] = {}
 
     def __len__(self) -> int:
-        """How many keys are being asked for."""
+        """How many keys are being looked up."""
         return len(self._flights)
 
     async def fetch_missing(self, digest: KeyDigest, *, is_known: bool, is_kept: Callable[[], bool]) -> None:
-        """Ask for a key and wait until its answer is settled. Raises the Refusal that says why there is none.
+        """Look a key up and wait until the result is settled. Raises a Refusal if there is none.
 
-        Full tables may forget the answer before its turn comes for everybody who waits for it; `is_kept` tells, and it is
+        A full cache may evict the result before all waiting requests have run; if `is_kept` returns false, the result is
         settled again.
         """
         flight = self.ask(digest, is_known=is_known)
         if flight is None:
-            raise Refusal(Reason.OVERLOADED, "too many keys wait for a look-up")
-        # One request that goes away must not take the look-up from the others.
+            raise Refusal(Reason.OVERLOADED, "too many keys are waiting for a lookup")
+        # A cancelled request must not cancel the lookup for the others.
         refusal = await asyncio.shield(flight.answer)
         if refusal is not None:
             raise Refusal(refusal.reason, refusal.detail)
@@ -89,7 +89,7 @@ class LookupBatcher:
             self._settle(digest, flight.row)
 
     def ask(self, digest: KeyDigest, *, is_known: bool) -> _Flight | None:
-        """Join the flight for this key or begin one; None if too many wait already."""
+        """Join the lookup of this key or start one; None if too many are waiting already."""
         flight = self._flights.get(digest)
         if flight is not None:
             return flight
@@ -97,7 +97,7 @@ class LookupBatcher:
             return None
         loop = asyncio.get_running_loop()
         flight = self._flights[digest] = _Flight(loop.create_future())
-        # Known keys first: their callers are customers.
+        # Cached keys first: their callers are known customers.
         if is_known:
             self._waiting.appendleft(digest)
         else:
@@ -110,26 +110,26 @@ class LookupBatcher:
         return flight
 
     def key_changed(self, digest: KeyDigest) -> None:
-        """An answer for this key that is under way counts no more."""
+        """Discard the result of a lookup of this key that is under way."""
         self._changes += 1
         flight = self._flights.get(digest)
         if flight is not None:
             flight.has_changed = True
 
     def group_changed(self, kind: str, name: str) -> None:
-        """Answers under way that rest on this user or tenant count no more."""
+        """Discard the results of lookups under way that depend on this user or tenant."""
         self._changes += 1
         if self._flights:
             self._changed_groups[kind, name] = self._changes
 
     def all_changed(self) -> None:
-        """No answer under way counts."""
+        """Discard the results of all lookups under way."""
         self._changes += 1
         for flight in self._flights.values():
             flight.has_changed = True
 
     async def close(self) -> None:
-        """End all look-ups. Who waits for one is told that the store cannot be asked."""
+        """Cancel all lookups. Requests that wait for one are refused with STORE_UNAVAILABLE."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -139,7 +139,7 @@ class LookupBatcher:
         try:
             await self._ask_for_all()
         finally:
-            # At once, not when the task counts as done: a key that comes between would be left waiting.
+            # Here, not in a done callback, which runs later: a key that arrives in between would wait forever.
             self._working -= 1
 
     async def _ask_for_all(self) -> None:
@@ -153,14 +153,14 @@ class LookupBatcher:
                 rows = await self._database.fetch("identities_by_digest", batch)
                 self._install(batch, {KeyDigest(row["digest"]): row for row in rows})
             except (StoreUnavailable, StoreConflict) as error:
-                # The others would only wait for the same.
+                # The waiting keys would only meet the same failure.
                 self._answer([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
             except asyncio.CancelledError:
                 self._answer(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
                 raise
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task; nobody may wait forever
-                _log.exception("a look-up failed")
-                self._answer([*batch, *self._waiting], Refusal(Reason.INTERNAL_ERROR, "a look-up failed"))
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task; no request may wait forever
+                _log.exception("lookup of keys failed")
+                self._answer([*batch, *self._waiting], Refusal(Reason.INTERNAL_ERROR, "lookup of keys failed"))
 
     def _answer(self, digests: Sequence[KeyDigest], refusal: Refusal | None) -> None:
         for digest in digests:
@@ -181,7 +181,7 @@ class LookupBatcher:
                     self._settle(digest, row)
                 except UNUSABLE as error:
                     key_id = None if row is None else row["key_id"]
-                    _log.error("the row of key %s cannot be used, requests with it are refused: %s", key_id, error)
+                    _log.error("the row of key %s is invalid, refusing requests with this key: %s", key_id, error)
                     unusable.append(digest)
                     continue
                 flight.row, flight.settled_at_change = row, self._changes
@@ -193,12 +193,12 @@ class LookupBatcher:
                 given_up.append(digest)
         self._answer(settled, None)
         if unusable:
-            self._answer(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key cannot be used"))
+            self._answer(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key is invalid"))
         if given_up:
             self._answer(given_up, Refusal(Reason.STORE_UNAVAILABLE, "the key changes faster than it can be read"))
 
     def _is_outdated(self, flight: _Flight, row: Row | None) -> bool:
-        """Whether something that this answer rests on has changed since it was asked for."""
+        """Whether something that this result depends on has changed since the query started."""
         if flight.has_changed:
             return True
         if row is None or not self._changed_groups:

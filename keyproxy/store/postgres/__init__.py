@@ -1,1 +1,1 @@
-"""The one way to PostgreSQL: connections, statements, migrations."""
+"""Access to PostgreSQL: connections, statements, migrations, roles."""

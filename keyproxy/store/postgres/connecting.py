@@ -1,4 +1,4 @@
-"""Makes connections to the primary of a database: the only place that knows where it is and what a connection needs.
+"""Opens connections to the primary of a database. Server addresses and connection settings are handled here alone.
 
 Hosts are tried one after the other, from the one that worked last, each within its own time, and names are resolved for
 every connection. A server that is a standby, or read-only by its configuration, is not used: another server may be ahead
@@ -36,7 +36,7 @@ CONNECT_SECONDS: Final = 2.0
 _HOST_SECONDS_MIN: Final = 0.7
 _HOST_SECONDS_MAX: Final = 60.0
 
-#: Where a server on this machine listens, if nothing else is configured: see libpq.
+#: libpq's default addresses of a local server, if nothing else is configured.
 _LOCAL: Final = ("/run/postgresql", "/var/run/postgresql", "/tmp", "localhost")  # noqa: S108 - sockets are looked for there
 
 #: The settings that our statements need in any transaction.
@@ -51,10 +51,10 @@ NEEDED: Final = {
     "row_security": "on",
 }
 
-#: The server outlives a client that is gone, and ends its statement by itself a little later than the client would.
+#: If the client disappears, the server cancels the statement by itself, a little later than the client would.
 _STATEMENT_GRACE_SECONDS: Final = 1.0
 
-#: A pooler refuses settings that it does not know; a server, those of a newer one.
+#: A pooler refuses settings that it does not know; a server refuses those of newer versions.
 _SETTINGS_REFUSED: Final = (
     asyncpg.ProtocolViolationError,
     asyncpg.UndefinedObjectError,
@@ -66,7 +66,7 @@ _PINNED: Final = (
     " AND current_setting('search_path') = 'pg_catalog'"
 )
 
-#: Seconds of silence, between probes, and how many of them are lost before a peer counts as dead; libpq's names for them.
+#: TCP keepalive parameters by libpq's names: idle seconds, seconds between probes, lost probes until a peer is dead.
 _KEEPALIVES: Final = (
     ("keepalives_idle", getattr(socket, "TCP_KEEPIDLE", None)),
     ("keepalives_interval", getattr(socket, "TCP_KEEPINTVL", None)),
@@ -76,7 +76,7 @@ _KEEPALIVES: Final = (
 
 
 class Connection(asyncpg.Connection):
-    """Gives prepared statements names that no other client gives, as asyncpg's FAQ advises for poolers.
+    """Gives prepared statements globally unique names, as asyncpg's FAQ advises for poolers.
 
     `is_pinned`: its settings are ours, and the server reports when it becomes read-only. Otherwise each transaction
     handles both.
@@ -147,7 +147,7 @@ class Target:
     ) -> Connection:  # fmt: skip
         """A connection to the primary. Raises NotPrimaryError, StoreUnavailable, or what asyncpg raises.
 
-        `command_seconds`: for one statement; 0: as long as it takes. `is_read_only_enough`: any server will do.
+        `command_seconds`: the timeout of one statement; 0: none. `is_read_only_enough`: accept any server.
         """
         dsn = self._dsn
         if dsn is None:
@@ -158,7 +158,7 @@ class Target:
         failure: Exception | None = None
         count = len(self._hosts)
         for place in [(self._first + ahead) % count for ahead in range(count)]:
-            # A cancellation, too, makes the next attempt begin with another host.
+            # Set before the attempt, so that after a cancellation the next one begins with another host.
             self._first = (place + 1) % count
             host = self._hosts[place]
             connection: Connection | None = None
@@ -167,7 +167,7 @@ class Target:
                     connection = await self._connect_to(host, dsn, arguments)
             except NO_ANSWER as error:
                 if connection is not None:
-                    # The time was over in the moment in which it was there.
+                    # The timeout expired at the moment the connection was established.
                     connection.terminate()
                 failure = error
                 if isinstance(error, asyncpg.TooManyConnectionsError):
@@ -199,7 +199,7 @@ class Target:
         return await self._encrypted(host, dsn, {**arguments, "server_settings": _named(dsn, dsn.settings)})
 
     async def _pin(self, connection: Connection) -> None:
-        """Find out whether the settings were taken, and whether the server reports what it is."""
+        """Find out whether our settings were accepted and whether the server reports that it is read-only."""
         reported = connection.get_settings()
         if not hasattr(reported, "in_hot_standby") or not hasattr(reported, "default_transaction_read_only"):
             return
@@ -208,14 +208,14 @@ class Target:
             connection.is_pinned = await connection.fetchval(_PINNED) is True
             has_answered = True
         except POOLER_SIGNS:
-            # A pooler that has taken them and splits statements from their preparation.
+            # A pooler that accepted the settings, but runs statements on other connections than it prepared them on.
             has_answered = True
         finally:
             if not has_answered:
                 connection.terminate()
 
     async def _encrypted(self, host: tuple[str, int], dsn: Dsn, arguments: Mapping[str, Any]) -> Connection:
-        """Connect as `sslmode` asks for; with `prefer` and `allow`, the other way if the server wants that."""
+        """Connect by `sslmode`; with `prefer` and `allow`, the other way if the server requires it."""
         ways = [False] if host[0].startswith("/") else list(connection_tls.attempts(dsn.parameters))
         if len(ways) > 1 and self._takes_other.get(host):
             ways.reverse()
@@ -239,13 +239,13 @@ class Target:
         more: dict[str, Any] = {name: parameters.get(name) for name in ("passfile", "krbsrvname", "gsslib")}
         connection: Connection = await asyncpg.connect(
             **where, **more, password=dsn.password, ssl=way, connection_class=Connection,
-            # Otherwise the environment would decide.
+            # Otherwise PGTARGETSESSIONATTRS would apply.
             target_session_attrs=SessionAttribute.any,
             direct_tls=True if parameters.get("sslnegotiation") == "direct" else None, **arguments,
         )  # fmt: skip
         if not host[0].startswith("/"):
             _keep_alive(connection.wire, parameters)
-        # Without a round-trip: the types are PostgreSQL's own.
+        # Needs no round trip, since these are built-in types.
         for name, encoder, decoder in (
             ("timestamptz", times.encoded_instant, times.decoded_instant),
             ("date", times.encoded_day, times.decoded_day),
@@ -267,7 +267,7 @@ def _is_about_encryption(error: Exception) -> bool:
     return (
         type(error) is ConnectionError
         or isinstance(error, ssl.SSLError)
-        # Not a wrong password, which is of a class of its own below this one.
+        # Exactly this class: a wrong password raises a subclass.
         or type(error) is asyncpg.InvalidAuthorizationSpecificationError
     )
 
@@ -300,11 +300,11 @@ def _shown(host: tuple[str, int]) -> str:
 
 
 def _user(dsn: Dsn) -> str | None:
-    """Raises InvalidDsnError where neither the DSN nor the system has a name."""
+    """The user name. Raises InvalidDsnError if neither the DSN nor the system has one."""
     try:
         return dsn.user or os.environ.get("PGUSER") or getpass.getuser()
     except (KeyError, OSError) as error:
-        raise dsns.InvalidDsnError("names no user, and the user of this process has no name") from error
+        raise dsns.InvalidDsnError("contains no user name, and the user of this process has no name") from error
 
 
 def _database(dsn: Dsn) -> str | None:
@@ -312,7 +312,7 @@ def _database(dsn: Dsn) -> str | None:
 
 
 def _keep_alive(transport: Any, parameters: Mapping[str, str]) -> None:
-    """Have the kernel find out that a peer is gone, as libpq does."""
+    """Enable TCP keepalives, so that the kernel detects a dead peer, as libpq does."""
     sock = transport.get_extra_info("socket")
     if sock is None or parameters.get("keepalives", "1") == "0":
         return
@@ -328,7 +328,7 @@ def _keep_alive(transport: Any, parameters: Mapping[str, str]) -> None:
 
 
 def _with_service(dsn: str, parsed: Dsn, service: str) -> Dsn:
-    """The parameters that a service file adds to a DSN. Raises InvalidDsnError."""
+    """Add the parameters of a service file to a DSN. Raises InvalidDsnError."""
     named = parsed.parameters.get("servicefile") or os.environ.get("PGSERVICEFILE")
     try:
         path = Path(named) if named else Path.home() / ".pg_service.conf"
@@ -336,7 +336,9 @@ def _with_service(dsn: str, parsed: Dsn, service: str) -> Dsn:
         file.read_string(path.read_text(encoding="utf-8"))
         section = dict(file[service])
     except (OSError, RuntimeError, UnicodeDecodeError, configparser.Error) as error:
-        raise dsns.InvalidDsnError(f"has service={service}, whose file cannot be read: {first_line(error)}") from error
+        raise dsns.InvalidDsnError(
+            f"has service={service}, but the service file cannot be read: {first_line(error)}"
+        ) from error
     except KeyError as error:
-        raise dsns.InvalidDsnError(f"has service={service}, which {path} does not have") from error
+        raise dsns.InvalidDsnError(f"has service={service}, which is not in {path}") from error
     return dsns.parse(dsn, beneath=section)

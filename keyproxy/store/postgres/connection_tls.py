@@ -30,13 +30,13 @@ _VERSIONS: Final = {
 
 
 class TlsParameterError(ValueError):
-    """A parameter of TLS cannot be used. The text names it."""
+    """A TLS parameter is invalid. The message names it."""
 
 
 def attempts(parameters: Mapping[str, str]) -> Sequence[ssl.SSLContext | bool]:
     """How to connect over TCP, in the order in which libpq tries: with a context, or False: without TLS.
 
-    Raises TlsParameterError. Certificates are read each time, so that renewed ones count.
+    Raises TlsParameterError. Certificates are read each time, so that renewed ones take effect.
     """
     given = {
         name: value
@@ -65,7 +65,7 @@ def _context(mode: str, given: Mapping[str, str]) -> ssl.SSLContext:
     if maximum is not None:
         context.maximum_version = maximum
     _load_certificate(context, given)
-    # PostgreSQL 17 asks for it where TLS begins without PostgreSQL's own greeting.
+    # PostgreSQL 17 requires ALPN for direct TLS, which starts without PostgreSQL's SSLRequest.
     context.set_alpn_protocols(["postgresql"])
     return context
 
@@ -118,7 +118,7 @@ def _version(given: Mapping[str, str], name: str) -> ssl.TLSVersion | None:
 
 
 def _in_home(name: str) -> str | None:
-    """A file of ~/.postgresql, if there is one that may be read. HOME may be another user's."""
+    """A readable file in ~/.postgresql, or None. HOME may belong to another user."""
     try:
         path = Path.home() / ".postgresql" / name
     except (RuntimeError, KeyError):

@@ -3,10 +3,10 @@
 A read-only server is never used: see `connecting`. When a server becomes read-only or shuts down, or a connection drops,
 every connection is replaced, so that the database's name is resolved again; results read meanwhile are discarded.
 
-Behind a pooler in transaction mode a prepared statement may meet another server connection than the one it was prepared
-on. The first time that happens the way of asking changes: no statement is kept, and each runs in a transaction, which
-such a pooler does not split. Nobody has to configure that. Until then a statement that is not there must be noticed, and
-never be another client's of the same name: names are unique.
+Behind a pooler in transaction mode, a prepared statement may be executed on another server connection than the one it was
+prepared on. The first error of this kind switches the mode: no statement is kept, and each runs in a transaction, which
+such a pooler does not split. This needs no configuration. Until then a missing statement must cause an error rather than
+run another client's statement of the same name, so names are unique.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SELECT pg_catalog.pg_is_in_recovery() AS is_standby, pg_catalog.current_setting(
 
 
 def _settling(timeout_seconds: float) -> str:
-    """The statement that makes a transaction ours, whatever the role, the database or a pooler has set."""
+    """The statement that applies our settings to a transaction, overriding the role, the database or a pooler."""
     settings = {**NEEDED, **limits(timeout_seconds), "client_encoding": "UTF8"}
     # Skip settings that only matter outside a transaction.
     for name in ("default_transaction_isolation", "idle_session_timeout"):
@@ -64,7 +64,7 @@ Row = asyncpg.Record
 
 
 class Transaction:
-    """Statements inside one transaction. None of them is kept by the server: see the module."""
+    """Statements inside one transaction. The server keeps none of them prepared: see the module."""
 
     def __init__(self, connection: Any, statements: dict[str, str], where: str) -> None:
         self._connection = connection
@@ -85,13 +85,13 @@ class Transaction:
 
     @contextlib.asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
-        """What fails inside is undone, and the transaction can go on. Raises StoreUnavailable or StoreConflict."""
+        """Roll back a failure inside and let the transaction continue. Raises StoreUnavailable or StoreConflict."""
         with translated(self.where):
             async with self._connection.transaction():
                 yield
 
     async def settle(self, statement: str) -> None:
-        """Make the settings of this transaction ours. Raises NotPrimaryError."""
+        """Apply our settings to this transaction. Raises NotPrimaryError on a read-only server."""
         prepared = await self._connection.prepare(statement, name="")
         row = await prepared.fetchrow()
         if row is not None and row["is_standby"]:
@@ -101,44 +101,44 @@ class Transaction:
 
 
 class Door(Protocol):
-    """What takes statements: the database itself, or one transaction of it, see `Joined`."""
+    """Runs statements: the database itself, or one transaction of it, see `Joined`."""
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
         ...
 
     def transaction(self) -> contextlib.AbstractAsyncContextManager[Transaction]:
-        """Statements that count together or not at all. Raises StoreUnavailable or StoreConflict."""
+        """A transaction: its statements commit or roll back together. Raises StoreUnavailable or StoreConflict."""
         ...
 
 
 class Joined:
-    """A transaction in place of the database: whatever is done through this door counts together with the rest of it."""
+    """A transaction in place of the database: all statements through it commit or roll back together."""
 
     def __init__(self, transaction: Transaction) -> None:
         self._transaction = transaction
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        """As Database's."""
+        """Run a named statement in the transaction: see `Door`."""
         with translated(self._transaction.where):
             return await self._transaction.fetch(name, *arguments)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
-        """As Database's; it ends with the transaction that was joined."""
+        """A savepoint in the joined transaction: see `Door`."""
         async with self._transaction.savepoint():
             yield self._transaction
 
 
 class Database:
-    """See the module. A connection is made when it is first needed, so that opening never fails."""
+    """The database: see the module. Connections are made when first needed, so that opening never fails."""
 
     def __init__(
         self, dsn: str, *, pool_size_max: int, statement_timeout_seconds: float, main: Database | None = None
     ) -> None:
-        """`main`: the main part of the same store, whose connections this part uses while the server grants no more."""
+        """`main`: the main part of the same store; this part borrows its connections while the server grants no more."""
         self._target = Target(dsn)
-        #: Whether the server grants all connections that the store asks for.
+        #: The shortage of connections, if the server grants fewer than configured; shared by all parts of one store.
         self.shortage: Shortage = Shortage() if main is None else main.shortage
         self.pool: Pool = Pool(
             self._target, pool_size_max, statement_timeout_seconds, shortage=self.shortage,
@@ -149,11 +149,11 @@ class Database:
         self._keeps_statements = True
         #: How often every connection was replaced because the database may have moved.
         self.moves = 0
-        #: Whether the last statement was answered; neither, as long as none was sent.
+        #: Whether the last statement succeeded or failed; both are false before the first one.
         self.is_up = False
         self.is_down = False
         self.down_because = ""
-        #: Logs outages; parts of one store share it. `is_main`: this one is asked all the time.
+        #: Logs outages; parts of one store share it. `is_main`: this part is used continuously.
         self.outage = Outage("the store")
         self.is_main = True
 
@@ -163,7 +163,7 @@ class Database:
         return self._target.where
 
     async def open(self) -> None:
-        """Make the pool, without connecting."""
+        """Create the pool, without connecting."""
         await self.pool.open()
 
     async def close(self) -> None:
@@ -185,7 +185,7 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
-        """Statements that count together or not at all. Raises StoreUnavailable or StoreConflict."""
+        """A transaction: its statements commit or roll back together. Raises StoreUnavailable or StoreConflict."""
         async with self._connection() as connection, self._begun(connection) as transaction:
             yield transaction
 
@@ -220,7 +220,7 @@ class Database:
             except StoreUnavailable as error:
                 is_pooler = isinstance(error.__cause__, POOLER_SIGNS)
                 if is_pooler and self._keeps_statements:
-                    _log.info("the store is behind a pooler that shares connections: statements are not kept")
+                    _log.info("the store is behind a pooler in transaction mode: prepared statements disabled")
                     self._keeps_statements = False
                 elif not (isinstance(error.__cause__, TRY_AGAIN) or is_pooler) or attempt == _ATTEMPTS_MAX - 1:
                     raise
@@ -228,7 +228,7 @@ class Database:
         raise AssertionError("the last attempt is final")
 
     async def _fetch_once(self, name: str, *arguments: object, splits: bool) -> Sequence[Row]:
-        """`splits`: the statement may stand outside a transaction, where the connection is known to be ours."""
+        """`splits`: the statement may run outside a transaction if the connection has our settings."""
         async with self._connection() as connection:
             if self._keeps_statements and splits and connection.is_pinned:
                 rows: Sequence[Row] = await connection.fetch(self._statements[name], *arguments)
@@ -248,10 +248,10 @@ class Database:
 
 
 class Listener:
-    """A connection of its own that hears notifications. `lost` is called once, when it ends."""
+    """A dedicated connection that receives notifications. `lost` is called once, when it is closed."""
 
     def __init__(self, dsn: str, channel: str, *, shortage: Shortage | None = None) -> None:
-        """`shortage`: of connections, in which this one is let go."""
+        """`shortage`: during a shortage of connections, this one is released."""
         self._target = Target(dsn)
         self._channel = channel
         self._shortage = shortage
@@ -274,7 +274,7 @@ class Listener:
                 raise
 
     async def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._end()
 
     def _end(self) -> None:
@@ -284,7 +284,7 @@ class Listener:
 
 
 def _check_standing(connection: Any) -> None:
-    """Raises NotPrimaryError if the server has become one that may not be written to: its answer does not count."""
+    """Raises NotPrimaryError if the server has become read-only: its results must be discarded."""
     why = standing(connection) if connection.is_pinned else ""
     if why:
         raise NotPrimaryError(why)

@@ -21,7 +21,7 @@ NO_ANSWER: Final = (
     asyncpg.InternalClientError,
 )
 
-#: A prepared statement that is not there, or there already: signs of a pooler in transaction mode.
+#: A prepared statement does not exist, or exists already: signs of a pooler in transaction mode.
 POOLER_SIGNS: Final = (
     asyncpg.InvalidSQLStatementNameError,
     asyncpg.DuplicatePreparedStatementError,
@@ -31,7 +31,7 @@ POOLER_SIGNS: Final = (
 #: The statement had no effect and can be sent again as it was.
 TRY_AGAIN: Final = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 
-#: The server has judged the statement and refuses it. A value that Python cannot hold is one that no change fixes here.
+#: The server rejects the statement. A value that Python cannot encode belongs here too: a retry would not help.
 _CONFLICTS: Final = (
     asyncpg.IntegrityConstraintViolationError,
     asyncpg.DataError,
@@ -40,7 +40,7 @@ _CONFLICTS: Final = (
     UnicodeDecodeError,
 )
 
-#: PostgreSQL's own function behind RAISE: an error of one of our functions, not of the server.
+#: PostgreSQL's internal function behind RAISE: marks errors raised by our own functions, not by the server.
 _RAISED: Final = "exec_stmt_raise"
 
 
@@ -49,7 +49,7 @@ class StoreUnavailable(Exception):
 
 
 class StoreConflict(Exception):
-    """The store refused a change. `constraint` is the name of the constraint, if it was one."""
+    """The store refused a change. `constraint` is the name of the violated constraint, if any."""
 
     def __init__(self, message: str, constraint: str) -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class StoreConflict(Exception):
 
 
 class NotPrimaryError(Exception):
-    """The server is read-only, so another one may be ahead of it. Its results are not to be trusted."""
+    """The server is read-only, so another one may be ahead of it. Its results must not be used."""
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def means_move(error: BaseException | None) -> bool:
     if isinstance(error, TimeoutError | asyncpg.QueryCanceledError | asyncpg.TooManyConnectionsError):
         return False
     if isinstance(error, asyncpg.ObjectNotInPrerequisiteStateError):
-        # A standby refuses some functions with the code that our ledger raises about its own messages.
+        # A standby refuses some functions with the same code that our ledger raises for messages.
         return getattr(error, "server_source_function", None) != _RAISED
     return isinstance(
         error,
@@ -99,6 +99,6 @@ def took_too_long(error: StoreUnavailable) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error, without what follows its first line."""
+    """The first line of an error's message."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

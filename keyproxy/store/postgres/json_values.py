@@ -1,4 +1,4 @@
-"""JSON as PostgreSQL has it: its numbers may have thousands of digits, which no answer of an API can hold."""
+"""JSON from PostgreSQL: its numbers may have thousands of digits, more than an API response can represent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DIGITS_MAX: Final = 19
 
 
 def read_json(text: str) -> Any:
-    """The value of a column of JSON. A number that no answer could hold is its text."""
+    """Parse a JSON column. A number that an API response cannot represent becomes a string."""
     return json.loads(text, parse_int=_integer, parse_float=_number)
 
 

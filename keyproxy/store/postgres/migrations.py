@@ -1,8 +1,8 @@
-"""Brings the schema up to this program: numbered .sql files, forward only, each in a transaction of its own.
+"""Applies schema migrations: numbered .sql files, forward only, each in a transaction of its own.
 
-An applied file is never changed: its checksum is kept and compared. Concurrent runs wait for each other on an advisory
-lock that lives no longer than the transaction, so that a pooler cannot separate the two. A database that is newer than
-this program is left alone.
+An applied file must never change: its checksum is stored and compared. Concurrent runs wait for each other on an advisory
+lock of the transaction, so that a pooler cannot separate the two. A database that is newer than this program is left
+unchanged.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUn
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _LOCK: Final = 0x6B657970726F7879  # "keyproxy"
 
-#: What a migration meets that takes locks while proxies use the tables.
+#: Lock conflicts of a migration with proxies that use the tables.
 _IN_THE_WAY: Final = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 
-#: For how long a migration waits for one lock, well below any statement timeout: proxies that come then wait behind it.
+#: How long a migration waits for one lock: well below any statement timeout, since proxies queue behind it.
 _LOCK_MILLISECONDS: Final = 500
 
-#: How often, and for how long, a migration is begun again after that.
+#: The pause before a migration is retried after that, and for how long it is retried.
 _RETRY_SECONDS: Final = 0.5
 _LOCKS_SECONDS: Final = 60.0
 
@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS keyproxy.migrations (
 
 
 class MigrationError(Exception):
-    """The schema cannot be brought up to this program. The text says why."""
+    """The migrations cannot be applied. The message states the reason."""
 
 
 class Migration(NamedTuple):
@@ -56,7 +56,7 @@ class Migration(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a database has of what there is."""
+    """The migrations that a database has, and those that are pending."""
 
     applied: list[int]
     pending: list[Migration]
@@ -74,20 +74,20 @@ def available() -> list[Migration]:
 
 
 async def state(dsn: str) -> State:
-    """What is applied and what is pending; changes nothing. Raises MigrationError or StoreUnavailable."""
+    """Read which migrations are applied and which are pending. Raises MigrationError or StoreUnavailable."""
     connection = await connect(dsn)
     try:
         if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
             return State([], available())
         return await _compare(connection)
     except NO_ANSWER as error:
-        raise MigrationError(f"the schema cannot be read: {error}") from error
+        raise MigrationError(f"reading the schema failed: {error}") from error
     finally:
         await connection.close()
 
 
 async def migrate(dsn: str) -> list[Migration]:
-    """Apply what is pending; what was applied. Raises MigrationError or StoreUnavailable."""
+    """Apply all pending migrations and return them. Raises MigrationError or StoreUnavailable."""
     connection = await connect(dsn, writes=True)
     done: list[Migration] = []
     try:
@@ -95,16 +95,16 @@ async def migrate(dsn: str) -> list[Migration]:
             done.append(step)
         return done
     except NO_ANSWER as error:
-        raise MigrationError(f"migrating failed, nothing of the failed step was kept: {error}") from error
+        raise MigrationError(f"the migration failed and was rolled back: {error}") from error
     finally:
         await connection.close()
 
 
 async def _advance(connection: Connection) -> Migration | None:
-    """Apply the next pending migration; None: nothing is pending.
+    """Apply the next pending migration; None if nothing is pending.
 
-    Proxies go on meanwhile, and wait for every lock that the migration waits for. So it gives up a wait that takes long,
-    lets them pass, and begins again.
+    Proxies keep running meanwhile, and queue behind every lock that the migration waits for. So it times out a long wait,
+    rolls back, lets them proceed, and retries.
     """
     give_up = asyncio.get_running_loop().time() + _LOCKS_SECONDS
     while True:
@@ -113,8 +113,8 @@ async def _advance(connection: Connection) -> Migration | None:
         except _IN_THE_WAY as error:
             if asyncio.get_running_loop().time() > give_up:
                 raise MigrationError(
-                    f"a table is in use by a transaction that stays open, such as a dump's: {first_line(error)}; nothing"
-                    " of the failed step was kept, try again later"
+                    "a long transaction, such as a dump, holds a lock on a table: "
+                    f"{first_line(error)}; the migration was rolled back, retry later"
                 ) from error
         await asyncio.sleep(_RETRY_SECONDS)
 
@@ -122,7 +122,7 @@ async def _advance(connection: Connection) -> Migration | None:
 async def _apply_next(connection: Connection) -> Migration | None:
     async with connection.transaction(isolation="read_committed"):
         await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
-        # Read under the lock: somebody else may have been faster.
+        # Read under the lock: a concurrent run may have been faster.
         if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
             await connection.execute(_BOOK)
         pending = (await _compare(connection)).pending
@@ -146,7 +146,7 @@ async def _compare(connection: Any) -> State:
     unknown = [number for number in applied if number > newest]
     if unknown:
         raise MigrationError(
-            f"the database has migration {max(unknown)}, this program knows {newest}: it is newer, use a newer program"
+            f"the database has migration {max(unknown)}, newer than this program's {newest}: upgrade keyproxy"
         )
     for migration in migrations:
         row = applied.get(migration.number)
@@ -156,10 +156,10 @@ async def _compare(connection: Any) -> State:
 
 
 async def connect(dsn: str, *, writes: bool = False) -> Connection:
-    """Raises StoreUnavailable. `writes`: only the primary will do."""
+    """Connect. `writes`: to the primary only. Raises StoreUnavailable."""
     target = Target(dsn)
     try:
-        # A migration may take long, and is bounded by nobody.
+        # No statement timeout: a migration may take long.
         return await target.connect(command_seconds=0, caches_statements=False, is_read_only_enough=not writes)
     except StoreUnavailable:
         raise

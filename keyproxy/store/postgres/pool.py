@@ -1,7 +1,7 @@
-"""Connections of one part of the store: opened when they are needed, reused, and replaced when the database has moved.
+"""Connection pool of one part of the store: connections are opened on demand, reused, and replaced after a failover.
 
-A server may grant fewer connections than are configured (`CONNECTION LIMIT`, `max_connections`). Then a pool works with
-the connections it has, and its users take turns. A pool without any borrows from the pool of the store's main part and
+A server may grant fewer connections than are configured (`CONNECTION LIMIT`, `max_connections`). Then a pool uses the
+connections that it has, and its users take turns. A pool without any borrows from the pool of the store's main part and
 releases its own, so that the parts of a store do not starve each other. See `Shortage`.
 """
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _IDLE_CONNECTION_SECONDS: Final = 300.0
 
-#: For how long the store works with the connections it has before it tries to open another one.
+#: How long the store uses the existing connections before it tries to open another one.
 _SHORT_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.1
 
@@ -39,11 +39,11 @@ class Shortage:
 
     @property
     def is_felt(self) -> bool:
-        """Whether connections are to be saved now."""
+        """Whether to avoid opening connections now."""
         return bool(self.because) and asyncio.get_running_loop().time() < self._until
 
     def note(self, error: Exception) -> None:
-        """The server has refused a connection."""
+        """Record that the server refused a connection."""
         if not self.because:
             _log.warning("the server grants fewer connections than configured, continuing with fewer: %s", error)
         self.because = f"{first_line(error)} (SQLSTATE 53300)"
@@ -52,7 +52,7 @@ class Shortage:
             let_go()
 
     def end(self) -> None:
-        """A connection was granted."""
+        """Record that the server granted a connection."""
         if self.because and not self.is_felt:
             _log.warning("the server grants connections again")
             self.because = ""
@@ -82,7 +82,7 @@ class _Turns:
             raise
 
     def leave(self) -> None:
-        """The turn is over."""
+        """End the turn."""
         self._inside -= 1
         while self._waiting and self._inside < self.limit:
             turn = self._waiting.popleft()
@@ -92,7 +92,7 @@ class _Turns:
 
 
 class Pool:
-    """See the module. `lender`: the pool to borrow from while connections are short."""
+    """A pool of connections: see the module. `lender`: the pool to borrow from during a shortage."""
 
     def __init__(
         self, target: Target, size_max: int, command_seconds: float, *, shortage: Shortage, lender: Pool | None = None
@@ -109,7 +109,7 @@ class Pool:
             shortage.relief.append(self._let_go)
 
     async def open(self) -> None:
-        """Make the pool, without connecting."""
+        """Create the pool, without connecting."""
         if self._connections is None:
             self._connections = await self._made()
 
@@ -150,7 +150,7 @@ class Pool:
                 self._turns.leave()
 
     async def _take(self) -> tuple[asyncpg.Pool[asyncpg.Record], Any]:
-        """A connection, in its turn. Raises TooManyConnectionsError if this pool has none and gets none."""
+        """Wait for a turn and a connection. Raises TooManyConnectionsError if this pool has none and gets none."""
         refused: asyncpg.TooManyConnectionsError | None = None
         try:
             async with asyncio.timeout(self._target.seconds):
@@ -182,7 +182,7 @@ class Pool:
                 self._turns.leave()
 
     async def _make_do(self, error: asyncpg.TooManyConnectionsError) -> None:
-        """Work with the existing connections, or wait a little for one. Raises the error if none becomes available."""
+        """Continue with the existing connections, or wait briefly for one. Raises the error if the pool can borrow."""
         self._shortage.note(error)
         have = 0 if self._connections is None else self._connections.get_size()
         if have:
@@ -205,7 +205,7 @@ class Pool:
         )  # fmt: skip
 
     def _let_go(self) -> None:
-        """Leave the connections of this pool to the store's main part."""
+        """Release the connections of this pool to the store's main part."""
         task = asyncio.get_running_loop().create_task(self._replace())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

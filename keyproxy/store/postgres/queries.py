@@ -9,7 +9,7 @@ _NAME = re.compile(r"^-- name: ([a-z_]+)$", re.MULTILINE)
 
 
 def load() -> dict[str, str]:
-    """Every statement, by its name, without comments around it. Raises ValueError if a name is there twice."""
+    """All statements by name, without the comments around them. Raises ValueError for a duplicate name."""
     text = resources.files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
     _, *parts = _NAME.split(text)
     statements: dict[str, str] = {}

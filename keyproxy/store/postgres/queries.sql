@@ -1,7 +1,7 @@
--- Every statement of the data plane and the control plane, by name. Parameters are asyncpg's.
+-- All statements of the data plane and the control plane, by name. Parameters are asyncpg's.
 --
 -- name: identities_by_digest
--- What keys resolve to; unknown digests yield no row. One look-up serves many keys at once.
+-- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys.
 -- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id).
 SELECT
     k.digest,
@@ -27,12 +27,12 @@ LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.te
 WHERE k.digest = ANY($1::bytea[]);
 
 -- name: changes_since
--- The changes that are visible now and were not in the snapshot $1; null asks for the present snapshot alone.
--- Changes of limits alone come last: of the first $2 rows, the last one says whether all others are among them. Nothing is
--- sorted or made distinct: one statement of any client may have left millions of rows.
--- One row at least, so that the snapshot is always there, and the history that it belongs to. A table that was dropped and
--- restored, a server that was promoted and may lack the latest commits, and another cluster have another history, although
--- transaction numbers go on. Needs: changes (xid).
+-- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
+-- limits come last: if the last of the first $2 rows is one, all other changes are among them. The rows are not sorted
+-- or made distinct: one statement of any client may have left millions of rows. Returns at least one row, since each
+-- row contains the snapshot and the history that it belongs to. A table that was dropped and restored, a server that
+-- was promoted and may lack the latest commits, and another cluster have another history, even if their transaction
+-- numbers continue. Needs: changes (xid).
 WITH here AS (
     SELECT pg_current_snapshot() AS snapshot,
            concat_ws(
@@ -61,18 +61,18 @@ LEFT JOIN LATERAL (
 ) AS found ON true;
 
 -- name: forget_changes
--- Removes changes that every living proxy has seen: their transactions had ended by the snapshot $1. At most $2 of them; one
--- row for each. Needs: changes (xid).
+-- Deletes changes that every live proxy has read: their transactions had ended by the snapshot $1. At most $2 of them;
+-- one row for each. Needs: changes (xid).
 DELETE FROM keyproxy.changes WHERE ctid = ANY (ARRAY(
     SELECT c.ctid FROM keyproxy.changes AS c WHERE c.xid < pg_snapshot_xmin($1::text::pg_snapshot)
     ORDER BY c.xid LIMIT $2
 )) RETURNING 1;
 
 -- name: mark_used
--- Notes when keys were last used, ids $1, with their times as a JSON object $2 (Unix time by id), to the minute: rows noted
--- within the last minute are left alone, and so are rows that another transaction has locked: a note is not worth a wait,
--- nor a deadlock with another proxy. Without a join: one with the array is planned by what statistics say, and takes time with
--- the square of the number of keys if they were collected when the table was empty. Needs: api_keys (id).
+-- Records when the keys $1 were last used, with their times as a JSON object $2 (Unix time by id), to the minute: skips
+-- rows written within the last minute, and rows locked by another transaction, since a note is worth neither a wait nor
+-- a deadlock with another proxy. Rejected: a join with the array, whose plan depends on statistics and takes quadratic
+-- time if they were collected when the table was empty. Needs: api_keys (id).
 UPDATE keyproxy.api_keys AS k
 SET last_used_at = to_timestamp(((SELECT $2::text::jsonb) ->> k.id)::float8)
 WHERE k.id = ANY (ARRAY(
@@ -84,11 +84,11 @@ WHERE k.id = ANY (ARRAY(
 ));
 
 -- name: say_who_acts
--- For the audit log: who changes something in this transaction, and from where.
+-- Sets the actor and source of changes in this transaction, for the audit log.
 SELECT set_config('keyproxy.actor', $1, true), set_config('keyproxy.origin', $2, true);
 
 -- name: create_tenant
--- The tenant; if it is there already, no row.
+-- Returns the new tenant; no row if it exists already.
 INSERT INTO keyproxy.tenants (id, name, plan_id) VALUES ($1, $2, $3)
 ON CONFLICT (id) DO NOTHING
 RETURNING id;
@@ -110,11 +110,11 @@ ORDER BY t.id
 LIMIT $2;
 
 -- name: hold_tenant
--- Nobody else changes it until the transaction ends.
+-- Locks the tenant until the transaction ends.
 SELECT id FROM keyproxy.tenants WHERE id = $1 FOR NO KEY UPDATE;
 
 -- name: change_tenant
--- What $2 names is changed, the rest stays. Disabled is disabled since the first time.
+-- Changes the fields named in $2 only. Disabling again keeps the time of the first time.
 UPDATE keyproxy.tenants AS t
 SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE t.name END,
     plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE t.plan_id END,
@@ -129,8 +129,8 @@ WHERE t.id = $1;
 DELETE FROM keyproxy.tenants WHERE id = $1;
 
 -- name: create_user
--- The user with its first key in one statement: both or neither, once, whatever order concurrent callers arrive in.
--- $4 null: no key. A user that is there already yields no row and gets no second key.
+-- Creates the user with its first key in one statement: both or neither, and only once under concurrency.
+-- $4 null: no key. A user that exists already yields no row and gets no second key.
 WITH made AS (
     INSERT INTO keyproxy.users (id, tenant_id, plan_id) VALUES ($1, $2, $3)
     ON CONFLICT (id) DO NOTHING
@@ -178,7 +178,7 @@ WHERE u.id = $1;
 DELETE FROM keyproxy.users WHERE id = $1;
 
 -- name: issue_key
--- No row if there is no such user.
+-- No row if the user does not exist.
 INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
 SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9
 FROM keyproxy.users AS u
@@ -186,9 +186,9 @@ WHERE u.id = $2
 RETURNING id;
 
 -- name: issue_keys
--- Many keys in one statement, described by the JSON array $1. A user of a given tenant $2, if not null. A user who has a
--- working key of that name and mode gets no other: what was interrupted can be run again. One row for each key made.
--- Needs: users (id), api_keys (user_id).
+-- Creates many keys in one statement, described by the JSON array $1; only for users of tenant $2, if not null. A user
+-- with a working key of that name and mode gets no other, so that an interrupted run can be repeated. One row for each
+-- new key. Needs: users (id), api_keys (user_id).
 INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
 SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test,
        now() + make_interval(secs => w.life_seconds), w.plan
@@ -205,9 +205,9 @@ WHERE NOT EXISTS (
 RETURNING id, user_id, name, expires_at;
 
 -- name: revoke_unseen
--- Before issue_keys, with the same $1: revokes, for the reason $2, the working keys that it would find in the way, if each
--- of them is as the wish describes it, was issued and not rotated or imported, and was never used. One row for each.
--- Needs: api_keys (user_id), api_keys (replaces), usage (key_id), foreign_hashes (key_id).
+-- Run before issue_keys, with the same $1: revokes, for the reason $2, the working keys that would make it skip users,
+-- but only those that match the description, were issued and not rotated or imported, and were never used. One row for
+-- each. Needs: api_keys (user_id), api_keys (replaces), usage (key_id), foreign_hashes (key_id).
 WITH working AS (
     SELECT k.id, k.user_id, k.name, k.is_test,
            k.scopes = w.scopes AND k.plan_id IS NOT DISTINCT FROM w.plan AND k.last_used_at IS NULL
@@ -231,7 +231,7 @@ WHERE k.id = o.id
 RETURNING k.id, k.user_id, k.name, k.is_test;
 
 -- name: hold_users
--- Those of $1 who are there, in the order of their ids, so that two who do the same do not block each other.
+-- Locks the existing users of $1 in the order of their ids, so that concurrent calls do not deadlock.
 SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE;
 
 -- name: key
@@ -282,7 +282,7 @@ ORDER BY listed.id
 LIMIT $2;
 
 -- name: keys_by_time
--- As keys, in the order of a time: $10 says which (created, used, expires). After the key $1 at the time $11.
+-- As keys, in the order of the time $10 (created, used, expires). After the key $1 at the time $11.
 SELECT timed.*, timed.at::text AS cursor
 FROM (
     SELECT listed.*, CASE $10::text WHEN 'created' THEN listed.created_at
@@ -316,7 +316,7 @@ ORDER BY timed.at, timed.id
 LIMIT $2;
 
 -- name: hold_key
--- Its owner first: in that order who deletes the owner takes them too, and nobody waits for each other.
+-- Locks the key, its owner first: the same order as deleting the owner, to avoid deadlocks.
 WITH owner AS MATERIALIZED (
     SELECT u.id
     FROM keyproxy.api_keys AS k
@@ -337,15 +337,15 @@ FROM (SELECT $2::text::jsonb AS change) AS c
 WHERE k.id = $1;
 
 -- name: successor_of_key
--- The working key that replaces this one, if there is one. Needs: api_keys (replaces).
+-- The working key that replaces this one, if any. Needs: api_keys (replaces).
 SELECT id
 FROM keyproxy.api_keys
 WHERE replaces = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 LIMIT 1;
 
 -- name: replace_key
--- A new key like $1, as far as user, scopes, mode, plan and name go; it lives for $5, or forever if that is null.
--- The lineage is the trigger's to fill in.
+-- Creates a key with the user, scopes, mode, plan and name of $1; it expires after $5, or never if that is null.
+-- A trigger fills in the lineage.
 INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, plan_id, expires_at, replaces)
 SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.is_test, k.plan_id, now() + $5::interval, k.id
 FROM keyproxy.api_keys AS k
@@ -353,21 +353,21 @@ WHERE k.id = $1
 RETURNING id;
 
 -- name: retire_key
--- The key $1 works for $2 more, or for as long as it would have, if that is shorter.
+-- Makes the key $1 expire after $2, unless it expires earlier.
 UPDATE keyproxy.api_keys SET expires_at = least(expires_at, now() + $2::interval) WHERE id = $1
 RETURNING expires_at;
 
 -- name: revoke_key
--- Once: a key that is revoked already keeps its time and reason.
+-- A key that is revoked already keeps its time and reason.
 UPDATE keyproxy.api_keys
 SET revoked_at = now(), revoke_reason = nullif($2, '')
 WHERE id = $1 AND revoked_at IS NULL
 RETURNING id;
 
 -- name: revoke_keys
--- The next $2 keys after $1 that are not revoked, in the order of their ids: of one user $4, of one tenant $5, older than
--- $6, not used for $7, where not null. Judged by the rows it returns; what is revoked already is passed over, so that it
--- can be run again. Needs: api_keys (user_id), users (tenant_id).
+-- Revokes the next $2 keys after $1 that are not revoked, in the order of their ids: of one user $4, of one tenant $5,
+-- older than $6, not used for $7, where not null. Returns the revoked keys; skips those revoked already, so that it can
+-- be repeated. Needs: api_keys (user_id), users (tenant_id).
 WITH picked AS (
     SELECT k.id
     FROM keyproxy.api_keys AS k
@@ -388,7 +388,7 @@ WHERE k.id = picked.id
 RETURNING k.id;
 
 -- name: count_to_revoke
--- How many keys revoke_keys would revoke. Parameters as there, without its first three.
+-- How many keys revoke_keys would revoke. Same parameters, without the first three.
 SELECT count(*) AS keys
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
@@ -409,9 +409,9 @@ JOIN keyproxy.users AS u ON u.id = k.user_id
 WHERE k.digest = ANY($1::bytea[]) AND ($2::text IS NULL OR u.tenant_id = $2);
 
 -- name: keys_matching
--- Keys whose id, name or hint is $1, or whose hint begins with $2 and ends with $3 if one of these is not empty; of one
--- tenant $4, if not null. At most $5, in the order of their ids. Reads the whole table: an operator asks for this now and
--- then.
+-- Keys with the id, name or hint $1, or with a hint that begins with $2 and ends with $3 if one of these is not empty;
+-- of one tenant $4, if not null. At most $5, in the order of their ids. Reads the whole table, since only operators run
+-- this, and rarely.
 SELECT k.id
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
@@ -438,7 +438,7 @@ WHERE k.id = held.id
 RETURNING k.id;
 
 -- name: foreign_prefixes
--- Those of the prefixes $1 under which an imported key waits for its first use; of one tenant $2, if not null.
+-- Those of the prefixes $1 with an imported key that has not been used yet; of one tenant $2, if not null.
 -- Needs: foreign_hashes (prefix), api_keys (id).
 SELECT f.prefix
 FROM keyproxy.foreign_hashes AS f
@@ -450,15 +450,15 @@ WHERE f.prefix = ANY($1::text[]) AND f.hashed IS NOT NULL AND ($2::text IS NULL 
 DELETE FROM keyproxy.api_keys WHERE id = $1;
 
 -- name: create_plan
--- No row if there is a plan of this name.
+-- No row if a plan of this name exists.
 INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT (id) DO NOTHING RETURNING id;
 
 -- name: set_plan
--- The plan has the limits $2 and no others.
+-- Replaces all limits of the plan by $2.
 UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
 
 -- name: plan
--- With how many it is given to. Needs: the plan_id indexes.
+-- The plan with the numbers of tenants, users and keys that have it. Needs: the plan_id indexes.
 SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
@@ -484,9 +484,9 @@ SELECT id FROM keyproxy.plans WHERE id = $1 FOR UPDATE;
 DELETE FROM keyproxy.plans WHERE id = $1;
 
 -- name: audit
--- Rows after $1, at most $2, in the order in which they were written; about one kind of thing $3, one thing $4, one
--- tenant $5; by one actor $6; one action $7; from $8 until before $9, where not null. None after $10.
--- Needs: audit_log (id), (entity, entity_id, id), (tenant_id, id).
+-- Rows after $1, at most $2, in the order in which they were written; of one entity type $3, one entity $4, one tenant
+-- $5; by one actor $6; of one action $7; from $8 until before $9, where not null. None after $10. Needs: audit_log
+-- (id), (entity, entity_id, id), (tenant_id, id).
 SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, db_role, before::text AS before, after::text AS after
 FROM keyproxy.audit_log
 WHERE id > $1 AND id <= $10
@@ -516,8 +516,8 @@ ORDER BY id DESC
 LIMIT $2;
 
 -- name: audit_horizon
--- The newest serial number of the audit log, and the first transaction that has not begun. When none before that is under
--- way any more, all rows up to the number are there that ever will be.
+-- The newest serial number of the audit log, and the first transaction that has not begun. Once all earlier
+-- transactions have ended, the rows up to this number are complete.
 SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.audit_log_id_seq) AS newest,
        pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
 
@@ -526,7 +526,7 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.audi
 SELECT pg_snapshot_xmin(pg_current_snapshot()) >= $1::text::xid8 AS have_ended;
 
 -- name: import_users
--- Users $1 of tenants $2 who are not there yet.
+-- Creates the users $1 of tenants $2 that do not exist yet.
 INSERT INTO keyproxy.users (id, tenant_id)
 SELECT DISTINCT ON (w.id) w.id, w.tenant_id
 FROM unnest($1::text[], $2::text[]) AS w (id, tenant_id)
@@ -539,7 +539,7 @@ RETURNING id;
 SELECT id FROM keyproxy.plans WHERE id = ANY($1::text[]);
 
 -- name: imported_already
--- Those of the digests $1, prefixes $2 and ids $3 that there are, with whose keys they are.
+-- Those of the digests $1, prefixes $2 and ids $3 that exist, with the owners of their keys.
 -- Needs: api_keys (digest), api_keys (id), foreign_hashes (prefix).
 SELECT 'digest' AS known_by, encode(k.digest, 'hex') AS value, k.user_id
 FROM keyproxy.api_keys AS k WHERE k.digest = ANY($1::bytea[])
@@ -550,8 +550,8 @@ UNION ALL
 SELECT 'id', k.id, k.user_id FROM keyproxy.api_keys AS k WHERE k.id = ANY($3::text[]);
 
 -- name: import_keys
--- Keys that another program issued, described by the JSON array $1. One of a foreign format has no digest yet: until its
--- first use it has one that no key has. Needs: api_keys (digest).
+-- Imports keys that another program issued, described by the JSON array $1. A key of a foreign format has no digest
+-- yet: until its first use the column contains a value that matches no key. Needs: api_keys (digest).
 WITH wanted AS MATERIALIZED (
     SELECT * FROM jsonb_to_recordset($1::text::jsonb) AS w (
         id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, plan text,
@@ -573,11 +573,12 @@ WITH wanted AS MATERIALIZED (
 SELECT id FROM made;
 
 -- name: foreign_recipe
--- How the hash of the foreign key with this prefix is made: algorithm, rounds and salt, without the hash. No row: none.
+-- The hash parameters of the foreign key with this prefix: algorithm, rounds and salt, without the hash. No row: no
+-- such key.
 SELECT recipe FROM keyproxy.foreign_recipe($1) AS recipe WHERE recipe IS NOT NULL;
 
 -- name: adopt_foreign
--- The key with the prefix $1 gets its digest $3, if $2 is its hash. Its id; no row if it is not.
+-- Stores the digest $3 of the key with the prefix $1, if $2 is its hash. Returns its id; otherwise no row.
 SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS NOT NULL;
 
 -- name: key_of_foreign
@@ -585,7 +586,8 @@ SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS 
 SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = $2;
 
 -- name: sync_leases
--- One message of a holder to the ledger: see the function. $1 holder, $2 serial, $3 lease seconds, then the lines by column.
+-- One message of a holder to the ledger: see the function. $1 holder, $2 serial, $3 lease seconds, then the lines by
+-- column.
 SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
     SELECT coalesce(array_agg(l::keyproxy.lease_line), '{}')
     FROM unnest(
@@ -599,7 +601,7 @@ SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
 SELECT keyproxy.end_holders($1) AS ended;
 
 -- name: reap_holders
--- Ends holders whose time is over, and charges at most $1 of their leases: 0 when nothing is left to do.
+-- Ends expired holders and charges at most $1 of their leases; returns 0 when nothing is left to do.
 SELECT keyproxy.reap_holders() AS done FROM set_config('keyproxy.portion', $1::int::text, true);
 
 -- name: forget_holders
@@ -611,11 +613,11 @@ SELECT keyproxy.forget_holders($1) AS gone;
 SELECT next, gone FROM keyproxy.forget_windows($1, $2);
 
 -- name: ledger_id
--- The name of this ledger.
+-- The id of this ledger.
 SELECT id FROM keyproxy.ledger;
 
 -- name: windows_now
--- How the present windows stand, by pool kind $1, id $2, mode $3 and measure $4; those that nobody ever drew on yield no row.
+-- The state of the current windows by pool kind $1, id $2, mode $3 and measure $4; unused windows yield no row.
 -- Needs: windows (pool_kind, pool_id, is_test, measure, starts).
 SELECT a.number, w.spent, w.held, w.forfeited,
        keyproxy.window_end(w.measure, w.starts) - extract(epoch FROM clock_timestamp())::float8 AS ends_seconds,
@@ -645,7 +647,8 @@ ORDER BY a.id
 LIMIT $2;
 
 -- name: present_admin_token
--- What a token with the digest $1 may do; no row if there is none. Notes to the minute when it was last used.
+-- The permissions of the token with the digest $1; no row if there is none. Records to the minute when it was last
+-- used.
 WITH noted AS (
     UPDATE keyproxy.admin_tokens AS a SET last_used_at = now()
     WHERE a.digest = $1 AND a.revoked_at IS NULL AND (a.expires_at IS NULL OR a.expires_at > now())
@@ -661,7 +664,7 @@ LEFT JOIN keyproxy.tenants AS t ON t.id = a.tenant_id
 WHERE a.digest = $1;
 
 -- name: revoke_admin_token
--- Once, for good. Judged by what it returns: no row, no such token.
+-- Revokes the token permanently. No row: no such token.
 UPDATE keyproxy.admin_tokens SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1
 RETURNING id;
 
@@ -672,11 +675,11 @@ SELECT EXISTS (
 ) AS is_there;
 
 -- name: claim_request
--- Whether this transaction is the only one that deals with the request $1 (64 bits of its key).
+-- Takes a lock on the request $1 (64 bits of its key); false if another transaction has it.
 SELECT pg_try_advisory_xact_lock($1::int8) AS is_claimed;
 
 -- name: answered_request
--- The answer to the request with the key $2 of the token $1. Needs: answered_requests (token_id, request_key).
+-- The stored response to the request with the key $2 of the token $1. Needs: answered_requests (token_id, request_key).
 SELECT fingerprint, answer::text AS answer FROM keyproxy.answered_requests WHERE token_id = $1 AND request_key = $2;
 
 -- name: keep_answer
@@ -684,7 +687,7 @@ INSERT INTO keyproxy.answered_requests (token_id, request_key, fingerprint, answ
 VALUES ($1, $2, $3, $4::text::jsonb);
 
 -- name: forget_answers
--- A few of those that are older than $1: each request that is kept removes more than it adds.
+-- Deletes a few responses older than $1: each stored one removes more than it adds.
 -- Needs: answered_requests (at).
 DELETE FROM keyproxy.answered_requests AS a
 USING (
@@ -694,17 +697,17 @@ USING (
 WHERE (a.token_id, a.request_key) = (old.token_id, old.request_key);
 
 -- name: claim_charges
--- A batch of claims, counted once: see the function. $1 process, $2 batch, then the claims by column.
+-- Applies a batch of claims exactly once: see the function. $1 process, $2 batch, then the claims by column.
 SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::int8[], $5::int8[]);
 
 -- name: charges_of
--- Those of the fingerprints $1 that were charged in the last 24 hours, and how many tokens.
+-- Those of the fingerprints $1 that were charged in the last 24 hours, with their tokens.
 -- Needs: idempotent_charges (fingerprint).
 SELECT k.fingerprint, k.tokens FROM keyproxy.idempotent_charges AS k
 WHERE k.fingerprint = ANY($1::bytea[]) AND k.charged_at > clock_timestamp() - interval '24 hours';
 
 -- name: forget_charges
--- Let go of $1 charges at most that are too old to matter. Whoever waits for one makes it anew.
+-- Deletes at most $1 expired charges. A concurrent claim that waits for one inserts it again.
 -- Needs: idempotent_charges (charged_at).
 DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
     SELECT k.ctid FROM keyproxy.idempotent_charges AS k
@@ -713,27 +716,28 @@ DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
 )) RETURNING 1;
 
 -- name: forget_claim_batches
--- Delete the last answers of at most $1 processes that have not sent a batch for a day; one row for each. No index: there is
--- a row per process of the last day, and every batch changes told_at.
+-- Deletes the last results of at most $1 processes that have not sent a batch for a day; one row for each. No index:
+-- the table has one row per process of the last day, and every batch changes told_at.
 DELETE FROM keyproxy.claim_batches WHERE ctid = ANY (ARRAY(
     SELECT b.ctid FROM keyproxy.claim_batches AS b WHERE b.told_at < clock_timestamp() - interval '1 day'
     LIMIT $1 FOR UPDATE SKIP LOCKED
 )) RETURNING 1;
 
 -- name: record_usage
--- A batch of usage, counted once: see the function. $1 process, $2 batch, then the sums by column, and events as JSON.
+-- Writes a batch of usage exactly once: see the function. $1 process, $2 batch, then the sums by column, and events as
+-- JSON.
 SELECT keyproxy.record_usage(
     $1, $2, $3::date[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::int8[], $10::int8[], $11::int8[],
     $12::int8[], $13::int8[], $14::text::json
 ) AS is_new;
 
 -- name: tend_usage
--- Events are kept for $1 days, sums for $2; at most $3 rows at a time.
+-- Deletes events after $1 days and sums after $2; at most $3 rows per call.
 SELECT keyproxy.tend_usage($1, $2, $3) AS is_more;
 
 -- name: usage_by
--- Sums grouped by what $1 names, of one tenant $2, user $3, key $4, from the day $5 until before $6, where not null.
--- Needs: usage (day …), (tenant_id, day), (user_id, day), (key_id, day).
+-- Sums grouped by the dimensions $1, of one tenant $2, user $3, key $4, from the day $5 until before $6, where not
+-- null. Needs: usage (day …), (tenant_id, day), (user_id, day), (key_id, day).
 SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
        CASE WHEN 'tenant' = ANY($1) THEN u.tenant_id END AS tenant,
        CASE WHEN 'user' = ANY($1) THEN u.user_id END AS "user",
@@ -753,7 +757,7 @@ ORDER BY 1, 2, 3, 4, 5, 6
 LIMIT $7;
 
 -- name: usage_after
--- Rows after the one with the key $1 to $6, at most $12; filtered by $7 to $11 as usage_by is by $2 to $6.
+-- Rows after the one with the key $1 to $6, at most $12; $7 to $11 are the filters $2 to $6 of usage_by.
 -- Needs: usage (day …).
 SELECT u.day, u.tenant_id AS tenant, u.user_id AS "user", u.key_id AS key,
        CASE WHEN u.is_test THEN 'test' ELSE 'live' END AS mode, u.route,
@@ -788,7 +792,7 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
        pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
 
 -- name: digest_of_key
--- What identities_by_digest knows a key by.
+-- The digest of a key, the parameter of identities_by_digest.
 SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
 
 -- name: limits_of_user
@@ -801,7 +805,7 @@ LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN $2 THEN coalesce(t.test_plan
 WHERE u.id = $1;
 
 -- name: count_expiring_keys
--- How many keys end within each of the days $1, live and test apart. Needs: api_keys (expires_at), (replaces).
+-- How many keys expire within each of the days $1, by mode. Needs: api_keys (expires_at), (replaces).
 SELECT d.days, m.is_test, count(k.id) AS keys
 FROM unnest($1::int[]) AS d (days)
 CROSS JOIN (VALUES (false), (true)) AS m (is_test)
@@ -813,9 +817,10 @@ GROUP BY d.days, m.is_test
 ORDER BY d.days, m.is_test;
 
 -- name: reminders_due
--- Of which keys a reminder is due and not written, at most $2, for the thresholds $1. A threshold counts for keys that were
--- issued for longer than that. Of several that have passed the nearest to the end counts: who was not reminded for a while
--- is not told everything at once. Needs: api_keys (expires_at), (replaces); reminders (key_id, expires_at, before_days).
+-- The keys with a reminder that is due and not written, at most $2, for the thresholds $1. A threshold applies to keys
+-- that were issued for longer than that. Of several passed thresholds only the one nearest to the expiry applies, so
+-- that one key gets no burst of reminders after a pause. Needs: api_keys (expires_at), (replaces); reminders (key_id,
+-- expires_at, before_days).
 SELECT e.id AS key_id, e.user_id, e.tenant_id, e.hint, e.name, e.is_test, e.expires_at, due.before_days
 FROM keyproxy.expiring_keys AS e
 CROSS JOIN LATERAL (
@@ -832,8 +837,8 @@ ORDER BY e.expires_at, e.id
 LIMIT $2;
 
 -- name: write_reminders
--- Reminders of the keys $1 that end at $2, for the thresholds $3. Those that somebody else has written meanwhile are his.
--- An id is made of these three, so that it is the same again in a database that was restored from a backup.
+-- Writes reminders of the keys $1 that expire at $2, for the thresholds $3. Skips those that a concurrent run has
+-- written. The id is derived from these three, so that it is the same in a database that was restored from a backup.
 INSERT INTO keyproxy.reminders (id, key_id, expires_at, before_days)
 SELECT 'rem_' || left(encode(sha256(convert_to(
            w.key_id || ' ' || extract(epoch FROM w.expires_at)::text || ' ' || w.before_days, 'UTF8'
@@ -844,7 +849,7 @@ ON CONFLICT (key_id, expires_at, before_days) DO NOTHING
 RETURNING id;
 
 -- name: token_reminders_due
--- As reminders_due, of tokens of the admin API, which are few. Needs: reminders (token_id, expires_at, before_days).
+-- As reminders_due, for tokens of the admin API, which are few. Needs: reminders (token_id, expires_at, before_days).
 SELECT e.id AS token_id, e.tenant_id, e.hint, e.name, e.expires_at, due.before_days
 FROM keyproxy.expiring_admin_tokens AS e
 CROSS JOIN LATERAL (
@@ -860,7 +865,7 @@ ORDER BY e.expires_at, e.id
 LIMIT $2;
 
 -- name: write_token_reminders
--- As write_reminders, of tokens of the admin API.
+-- As write_reminders, for tokens of the admin API.
 INSERT INTO keyproxy.reminders (id, token_id, expires_at, before_days)
 SELECT 'rem_' || left(encode(sha256(convert_to(
            w.token_id || ' ' || extract(epoch FROM w.expires_at)::text || ' ' || w.before_days, 'UTF8'
@@ -871,7 +876,7 @@ ON CONFLICT (token_id, expires_at, before_days) DO NOTHING
 RETURNING id;
 
 -- name: count_expiring_tokens
--- How many tokens of the admin API end within each of the days $1.
+-- How many tokens of the admin API expire within each of the days $1.
 SELECT d.days, count(e.id) AS tokens
 FROM unnest($1::int[]) AS d (days)
 LEFT JOIN keyproxy.expiring_admin_tokens AS e ON e.expires_at <= now() + d.days * interval '24 hours'
@@ -879,7 +884,7 @@ GROUP BY d.days
 ORDER BY d.days;
 
 -- name: next_tokens_to_expire
--- At most $1 tokens of the admin API, those that end soonest, in Unix time.
+-- At most $1 tokens of the admin API that expire soonest, in Unix time.
 SELECT e.id, extract(epoch FROM e.expires_at)::float8 AS expires_at
 FROM keyproxy.expiring_admin_tokens AS e
 WHERE isfinite(e.expires_at)
@@ -887,9 +892,9 @@ ORDER BY e.expires_at, e.id
 LIMIT $1;
 
 -- name: claim_reminders
--- At most $1 that are to be sent, each to one caller, who has $2 to send it and to say what came of it. One whose key was
--- revoked, replaced or disabled, or ends at another time now, is left where it is, as is one of such a token.
--- Needs: reminders (next_at).
+-- Claims at most $1 due reminders; each goes to one caller, which has $2 to send it and record the outcome. Skips
+-- reminders of keys and tokens that were revoked, replaced or disabled, or have another expiry now. Needs: reminders
+-- (next_at).
 WITH free AS (
     SELECT r.id, e.user_id, coalesce(e.tenant_id, t.tenant_id) AS tenant_id, coalesce(e.hint, t.hint) AS hint,
            coalesce(e.name, t.name) AS name, e.is_test
@@ -911,15 +916,15 @@ RETURNING r.id, r.key_id, r.token_id, r.expires_at, r.before_days, r.created_at,
 UPDATE keyproxy.reminders SET sent_at = now(), given_up_at = NULL, last_error = NULL WHERE id = $1 AND sent_at IS NULL;
 
 -- name: reminder_failed
--- The attempt $2 of $1 failed for the reason $3; it is tried again after $4, or never if that is null. Whoever was
--- overtaken, so that its attempt is not the last one any more, changes nothing.
+-- Records that the attempt $2 of $1 failed for the reason $3; the next one is after $4, or never if that is null. Has
+-- no effect if a later attempt has begun.
 UPDATE keyproxy.reminders
 SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
     given_up_at = CASE WHEN $4::interval IS NULL THEN now() END
 WHERE id = $1 AND attempts = $2 AND sent_at IS NULL AND given_up_at IS NULL;
 
 -- name: give_up_late_reminders
--- The key or token has ended before its holder could be reminded. Excludes reminders that were not needed.
+-- Gives up reminders of keys and tokens that have expired before a delivery. Excludes reminders that were not needed.
 UPDATE keyproxy.reminders AS r SET given_up_at = now()
 WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND r.attempts > 0
   AND (
@@ -935,7 +940,7 @@ WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND r.expires_at <= now() AND 
 RETURNING r.id, r.key_id, r.token_id, r.last_error;
 
 -- name: forget_reminders
--- A few of those whose key ended longer ago than $1. Needs: reminders (expires_at).
+-- Deletes a few reminders of keys that expired longer ago than $1. Needs: reminders (expires_at).
 DELETE FROM keyproxy.reminders AS r
 USING (
     SELECT id FROM keyproxy.reminders WHERE expires_at < now() - $1::interval ORDER BY expires_at LIMIT 1000
@@ -944,7 +949,7 @@ USING (
 WHERE r.id = old.id;
 
 -- name: reminders_waiting
--- Those that are to be sent, now or later, at most $1. Needs: reminders (next_at).
+-- Reminders that are to be sent, now or later, at most $1. Needs: reminders (next_at).
 SELECT r.id, r.key_id, r.token_id, r.expires_at, r.before_days, r.attempts, r.last_error, e.user_id,
        coalesce(e.tenant_id, t.tenant_id) AS tenant_id, coalesce(e.hint, t.hint) AS hint, coalesce(e.name, t.name) AS name,
        e.is_test

@@ -1,11 +1,11 @@
-"""Roles of PostgreSQL with no more rights than they need: one for proxies, one for the admin API and the command line.
+"""Least-privilege PostgreSQL roles: one for proxies, one for the admin API and the command line.
 
-`<prefix>_proxy` reads keys, plans and what changes, notes when keys were last used, and writes the ledger and usage. It
-can change no key, no plan and no audit row. `<prefix>_admin` changes the directory; the audit log it only reads: the
-tables write it themselves. Neither owns anything, so neither can alter the schema or its triggers.
+`<prefix>_proxy` reads keys, plans and changes, records when keys were last used, and writes the ledger and usage. It can
+change no key, no plan and no audit row. `<prefix>_admin` changes the directory; it only reads the audit log, which
+triggers write. Neither owns anything, so neither can alter the schema or its triggers.
 
-Both may log in and have no password until they are given one. Rights are set anew as a whole each time, so that the list
-below is what they have; a table that is not in the list is nobody's, and a test fails.
+Both may log in and have no password until one is set. Each run revokes all privileges and grants the lists below, so that
+the roles have these and no others. A test fails if a table is missing from the list.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from keyproxy.store.postgres.migrations import MigrationError
 _PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 _ALL: Final = "SELECT, INSERT, UPDATE, DELETE"
 
-#: Table: what proxies may do with it, what the admin side may. Empty: nothing.
+#: Table: the privileges of proxies, those of the admin side. Empty: none.
 RIGHTS: Final = {
     "migrations": ("SELECT", "SELECT"),
     "tenants": ("SELECT", _ALL),
     "users": ("SELECT", _ALL),
     "api_keys": ("SELECT, UPDATE (last_used_at)", _ALL),
     "plans": ("SELECT", _ALL),
-    # Through two functions alone: see the migration that made the table.
+    # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
     "audit_log": ("", "SELECT"),
@@ -49,7 +49,7 @@ RIGHTS: Final = {
     "expiring_admin_tokens": ("", "SELECT"),
 }
 
-#: Functions that not everybody may call.
+#: Functions that PUBLIC must not call.
 _FUNCTIONS: Final = (
     "foreign_recipe(text)",
     "adopt_foreign(text, text, bytea)",
@@ -60,31 +60,33 @@ _SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": (
 
 
 def names(prefix: str) -> tuple[str, str]:
-    """The roles of a prefix: the proxies', the admin side's. Raises MigrationError for one that is no name."""
+    """The roles of a prefix: for proxies, for the admin side. Raises MigrationError for an invalid prefix."""
     if not _PREFIX.fullmatch(prefix):
-        raise MigrationError(f"{prefix!r} is no prefix for roles: lower-case letters, digits and _, 41 at most")
+        raise MigrationError(
+            f"{prefix!r} is not a valid prefix for roles: lower-case letters, digits and _, 41 at most"
+        )
     return f"{prefix}_proxy", f"{prefix}_admin"
 
 
 async def create(dsn: str, prefix: str) -> list[str]:
-    """Make the two roles if they are not there, and give them their rights and no others. What was made.
+    """Create missing roles and set the privileges of both. Return the roles that were created.
 
-    The schema has to be up to this program. Raises MigrationError or StoreUnavailable.
+    All migrations must have been applied. Raises MigrationError or StoreUnavailable.
     """
     roles = names(prefix)
     if (await migrations.state(dsn)).pending:
-        raise MigrationError("the schema has to be brought up to this program before roles are given rights on it")
+        raise MigrationError("the schema has pending migrations: apply them before creating roles")
     connection = await migrations.connect(dsn, writes=True)
     try:
         async with connection.transaction(isolation="read_committed"):
-            # One at a time: two who set the same rights would meet in the system's own tables.
+            # One run at a time: concurrent grants of the same privileges conflict in the system catalogs.
             await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('keyproxy.roles', 0))")
             made = [role for role in roles if await _make(connection, role)]
             for place, role in enumerate(roles):
                 await _grant(connection, role, place)
         return made
     except NO_ANSWER as error:
-        raise MigrationError(f"the roles were not made, nothing was changed: {error}") from error
+        raise MigrationError(f"creating the roles failed, nothing was changed: {error}") from error
     finally:
         await connection.close()
 
@@ -93,13 +95,13 @@ async def _make(connection: Any, role: str) -> bool:
     if await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role):
         return False
     await connection.execute(f'CREATE ROLE "{role}" LOGIN')
-    # No statement runs for long enough to be worth compiling; on a large database some seem to.
+    # No statement runs long enough for JIT to pay off, but on a large database the planner overestimates some.
     await connection.execute(f'ALTER ROLE "{role}" SET jit = off')
     return True
 
 
 async def _grant(connection: Any, role: str, place: int) -> None:
-    """`place` of this role's rights in the lists."""
+    """`place`: the index of this role's privileges in the lists."""
     for what in ("ALL TABLES", "ALL SEQUENCES", "ALL FUNCTIONS"):
         await connection.execute(f'REVOKE ALL ON {what} IN SCHEMA keyproxy FROM "{role}"')
     await connection.execute(f'REVOKE ALL ON SCHEMA keyproxy FROM "{role}"')

@@ -1,4 +1,4 @@
-"""Databases that come and go: one per run of the demo, one per test, cloned from a template."""
+"""Temporary databases: one per run of the demo, one per test, cloned from a template."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from keyproxy.store.postgres.connecting import Target
 
 
 async def create(maintenance_dsn: str, name: str, *, template: str | None = None) -> None:
-    """Create a database, empty or as a copy of `template`, which nobody may be connected to."""
+    """Create a database, empty or as a copy of `template`, which must have no connections."""
     connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         copied = f' TEMPLATE "{template}" STRATEGY FILE_COPY' if template is not None else ""
@@ -16,7 +16,7 @@ async def create(maintenance_dsn: str, name: str, *, template: str | None = None
 
 
 async def drop(maintenance_dsn: str, name: str) -> None:
-    """Drop a database, ending whatever is connected to it."""
+    """Drop a database and terminate its connections."""
     connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
@@ -25,7 +25,7 @@ async def drop(maintenance_dsn: str, name: str) -> None:
 
 
 async def drop_unused(maintenance_dsn: str, prefix: str) -> None:
-    """Drop the databases of this prefix that nobody is connected to: left behind by a run that was killed."""
+    """Drop the databases with this prefix that have no connections: leftovers of killed runs."""
     connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         names = await connection.fetch(

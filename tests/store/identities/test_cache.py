@@ -1,4 +1,4 @@
-"""The cache in front of the store: what is served from memory, when the store is asked, and what is never said."""
+"""The identity cache: which entries are served, when the store is queried, and which refusals must never happen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUTE = Route("*", frozenset())
 
 @pytest.fixture
 async def known(rig: Rig) -> SecretKey:
-    """A key that is in the cache since this very moment."""
+    """A key that has just been cached."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     await rig.feed.look()
@@ -36,11 +36,11 @@ async def known(rig: Rig) -> SecretKey:
     return secret
 
 
-# -- what a row becomes
+# -- from row to identity
 
 
 @pytest.mark.parametrize(("is_test", "mode"), [(False, b"false"), (True, b"true")])
-async def test_an_identity_says_what_the_tables_say(rig: Rig, is_test: bool, mode: bytes) -> None:
+async def test_identity_contains_the_values_of_the_tables(rig: Rig, is_test: bool, mode: bytes) -> None:
     await add_user(rig.sql, "u_42", "acme")
     secret = await add_key(rig.sql, 7)
     await rig.sql.execute("UPDATE keyproxy.api_keys SET is_test = $1, scopes = '{b:2,a:1}'", is_test)
@@ -67,7 +67,7 @@ async def test_an_identity_says_what_the_tables_say(rig: Rig, is_test: bool, mod
         ("DELETE FROM keyproxy.api_keys", Reason.KEY_INVALID),
     ],
 )
-async def test_the_holder_of_a_real_key_is_told_why_it_is_refused(
+async def test_refusal_of_an_existing_key_has_the_actual_reason(
     rig: Rig, known: SecretKey, statement: str, told: Reason | None
 ) -> None:
     await rig.sql.execute(statement)
@@ -76,7 +76,7 @@ async def test_the_holder_of_a_real_key_is_told_why_it_is_refused(
 
 
 def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
-    """Why a request is refused, None if it is not."""
+    """The reason of a refusal, None if the request is accepted."""
     if isinstance(found, Reason):
         return found
     try:
@@ -89,7 +89,7 @@ def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
 @pytest.mark.parametrize(
     ("seconds", "told"), [(-1.0, None), (-0.001, None), (0.0, Reason.KEY_EXPIRED), (0.001, Reason.KEY_EXPIRED)]
 )
-async def test_a_cached_key_stops_working_at_its_expiry_instant(rig: Rig, seconds: float, told: Reason | None) -> None:
+async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, told: Reason | None) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     expires = rig.clock.wall_seconds + 10
@@ -106,7 +106,7 @@ async def test_a_cached_key_stops_working_at_its_expiry_instant(rig: Rig, second
 HIT, STALE_HIT, ASKS = "hit", "stale", "asks"
 
 RULES = [
-    # age, feed is current, store is down -> what happens
+    # age, feed is current, store is down -> outcome
     (0.0, True, False, HIT),
     (0.0, False, True, HIT),
     (FRESH - 0.5, True, False, HIT),
@@ -126,7 +126,7 @@ RULES = [
 
 
 async def _bring_about(rig: Rig, *, is_current: bool, is_down: bool) -> None:
-    """The state of feed and store, at this very moment."""
+    """Set the state of feed and store now."""
     if is_down:
         await rig.goes_down()
     if is_current:
@@ -136,7 +136,7 @@ async def _bring_about(rig: Rig, *, is_current: bool, is_down: bool) -> None:
 
 
 def _what(rig: Rig, secret: SecretKey) -> object:
-    """What a request with this key meets, by what it is counted as."""
+    """The outcome of a request with this key, by its counter."""
     before = rig.cache.counts.by_name()
     found = rig.hot(secret)
     counted = [name for name, count in rig.cache.counts.by_name().items() if count != before[name]]
@@ -146,7 +146,7 @@ def _what(rig: Rig, secret: SecretKey) -> object:
 
 
 @pytest.mark.parametrize(("age", "is_current", "is_down", "expected"), RULES)
-async def test_how_long_an_answer_counts(
+async def test_how_long_an_entry_is_served(
     make_rig: MakeRig, age: float, is_current: bool, is_down: bool, expected: object
 ) -> None:
     rig = await make_rig()
@@ -155,7 +155,7 @@ async def test_how_long_an_answer_counts(
     await rig.feed.look()
     rig.clock.advance(5)
     await rig.resolve(secret)
-    # Looks on the way, so that the feed has no gap that would make it distrust everything.
+    # Poll in between, so that the feed has no gap after which it would distrust all entries.
     while age > 300:
         rig.clock.advance(300)
         await rig.feed.look()
@@ -165,13 +165,13 @@ async def test_how_long_an_answer_counts(
     assert _what(rig, secret) == expected
 
 
-async def test_a_fresh_answer_is_served_without_asking(rig: Rig, known: SecretKey) -> None:
+async def test_fresh_entry_is_served_without_a_query(rig: Rig, known: SecretKey) -> None:
     for _ in range(100):
         assert isinstance(rig.hot(known), Identity)
     assert rig.door.look_ups == 1
 
 
-async def test_a_stale_answer_is_served_and_refreshed_behind_the_request_once(rig: Rig, known: SecretKey) -> None:
+async def test_stale_entry_is_served_and_refreshed_once_in_the_background(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
     await rig.feed.look()
     hold = rig.door.hold("identities_by_digest")
@@ -181,13 +181,13 @@ async def test_a_stale_answer_is_served_and_refreshed_behind_the_request_once(ri
     await rig.is_quiet()
     assert rig.door.look_ups == 2
     assert _what(rig, known) == HIT
-    # Verified anew: the whole span counts again.
+    # The refresh restarts the whole span.
     rig.clock.advance(STALE - 0.5)
     await rig.goes_down()
     assert _what(rig, known) == STALE_HIT
 
 
-async def test_a_refresh_that_fails_is_tried_again_and_takes_nothing_away(rig: Rig, known: SecretKey) -> None:
+async def test_failed_refresh_is_retried_and_removes_nothing(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
     await rig.feed.look()
     await rig.relay.cut()
@@ -200,10 +200,10 @@ async def test_a_refresh_that_fails_is_tried_again_and_takes_nothing_away(rig: R
     assert _what(rig, known) == HIT
 
 
-async def test_a_request_that_had_to_ask_in_vain_is_served_what_is_stale(rig: Rig, known: SecretKey) -> None:
+async def test_request_after_a_failed_lookup_is_served_the_stale_entry(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
     await rig.relay.cut()
-    # Neither current nor known to be down: the store is asked first, and found to be down by that.
+    # The feed is not current and the outage not noticed yet: the store is queried first, which detects the outage.
     assert rig.hot(known) is None
     assert isinstance(await rig.resolve(known), Identity)
 
@@ -218,7 +218,7 @@ CHANGED = [
 
 
 @pytest.mark.parametrize("statement", CHANGED)
-async def test_what_is_known_to_have_changed_is_never_served_even_if_the_store_is_down(
+async def test_changed_key_is_never_served_even_while_the_store_is_down(
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
@@ -242,7 +242,7 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("statement", HARMLESS)
-async def test_a_key_whose_limits_changed_just_before_an_outage_is_served_under_the_old_ones(
+async def test_key_with_limits_changed_just_before_an_outage_is_served_under_the_old_ones(
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
@@ -257,9 +257,7 @@ async def test_a_key_whose_limits_changed_just_before_an_outage_is_served_under_
 
 
 @pytest.mark.parametrize("ending", [*CHANGED, "UPDATE keyproxy.api_keys SET scopes = '{}', plan_id = 'p'"])
-async def test_a_change_of_limits_hides_no_other_change_before_an_outage(
-    rig: Rig, known: SecretKey, ending: str
-) -> None:
+async def test_change_of_limits_hides_no_other_change_before_an_outage(rig: Rig, known: SecretKey, ending: str) -> None:
     await rig.sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{}'), ('q', '{}')")
     # Twice, so that the entry is two groups behind the newest one.
     for plan in ("p", "q"):
@@ -272,7 +270,7 @@ async def test_a_change_of_limits_hides_no_other_change_before_an_outage(
     assert rig.hot(known) is Reason.STORE_UNAVAILABLE
 
 
-async def test_a_change_of_limits_is_read_before_the_key_is_served_again(rig: Rig, known: SecretKey) -> None:
+async def test_changed_limits_are_read_before_the_key_is_served_again(rig: Rig, known: SecretKey) -> None:
     for number, table in enumerate(("tenants", "users", "api_keys"), start=1):
         await rig.sql.execute(
             "INSERT INTO keyproxy.plans (id, limits) VALUES ($1, jsonb_build_object('requests_per_day', $2::int))",
@@ -288,9 +286,7 @@ async def test_a_change_of_limits_is_read_before_the_key_is_served_again(rig: Ri
         assert _what(rig, known) == HIT
 
 
-async def test_what_is_distrusted_is_asked_for_first_and_served_if_the_store_is_down(
-    rig: Rig, known: SecretKey
-) -> None:
+async def test_distrusted_entry_is_looked_up_first_and_served_if_the_store_is_down(rig: Rig, known: SecretKey) -> None:
     rig.cache.distrust_all()
     assert rig.feed.is_current()
     assert rig.hot(known) is None
@@ -300,7 +296,7 @@ async def test_what_is_distrusted_is_asked_for_first_and_served_if_the_store_is_
     assert rig.hot(known) is Reason.STORE_UNAVAILABLE
 
 
-async def test_a_key_whose_user_changed_is_asked_for_and_then_fresh_again(rig: Rig, known: SecretKey) -> None:
+async def test_key_of_a_changed_user_is_looked_up_and_fresh_again(rig: Rig, known: SecretKey) -> None:
     for change in ("x", "y"):
         await rig.sql.execute("UPDATE keyproxy.tenants SET name = $1", change)
         await rig.feed.look()
@@ -309,7 +305,7 @@ async def test_a_key_whose_user_changed_is_asked_for_and_then_fresh_again(rig: R
         assert _what(rig, known) == HIT
 
 
-async def test_a_key_that_went_is_invalid_and_one_that_came_back_is_known(rig: Rig, known: SecretKey) -> None:
+async def test_deleted_key_is_invalid_and_restored_key_is_known(rig: Rig, known: SecretKey) -> None:
     await rig.sql.execute("DELETE FROM keyproxy.api_keys")
     await rig.feed.look()
     assert await rig.resolve(known) is Reason.KEY_INVALID
@@ -320,10 +316,10 @@ async def test_a_key_that_went_is_invalid_and_one_that_came_back_is_known(rig: R
     assert rig.cache.sizes() == {"known": 1, "unknown": 0, "asked": 0}
 
 
-# -- strangers
+# -- unknown keys
 
 
-async def test_an_unknown_key_is_remembered_for_its_span_and_then_asked_for_again(rig: Rig) -> None:
+async def test_unknown_key_is_cached_for_its_span_and_then_looked_up_again(rig: Rig) -> None:
     stranger = fakes.key(9)
     assert await rig.resolve(stranger) is Reason.KEY_INVALID
     rig.clock.advance(UNKNOWN - 0.5)
@@ -335,7 +331,7 @@ async def test_an_unknown_key_is_remembered_for_its_span_and_then_asked_for_agai
     assert rig.door.look_ups == 2
 
 
-async def test_being_asked_again_and_again_does_not_lengthen_the_memory_of_a_stranger(rig: Rig) -> None:
+async def test_repeated_requests_do_not_extend_the_caching_of_an_unknown_key(rig: Rig) -> None:
     stranger = fakes.key(9)
     await rig.resolve(stranger)
     for _ in range(10):
@@ -345,7 +341,7 @@ async def test_being_asked_again_and_again_does_not_lengthen_the_memory_of_a_str
 
 
 @pytest.mark.parametrize("was_known_to_be_unknown", [True, False])
-async def test_a_stranger_is_never_told_that_its_key_is_invalid_while_the_store_cannot_be_asked(
+async def test_unknown_key_is_never_called_invalid_while_the_store_is_down(
     rig: Rig, was_known_to_be_unknown: bool
 ) -> None:
     stranger = fakes.key(9)
@@ -359,11 +355,11 @@ async def test_a_stranger_is_never_told_that_its_key_is_invalid_while_the_store_
     looks = rig.door.look_ups
     assert rig.hot(stranger) is Reason.STORE_UNAVAILABLE
     assert rig.door.look_ups == looks
-    # Nor was anything learnt from it.
+    # Nothing was cached either.
     assert rig.cache.sizes()["unknown"] == 0
 
 
-async def test_a_store_without_a_schema_is_unavailable_rather_than_empty(
+async def test_store_without_a_schema_is_unavailable_rather_than_empty(
     empty_dsn: str, make_rig: MakeRig, rig: Rig
 ) -> None:
     rig.relay.lead_to(empty_dsn)
@@ -371,7 +367,7 @@ async def test_a_store_without_a_schema_is_unavailable_rather_than_empty(
     assert await bare.resolve(fakes.key(9)) is Reason.STORE_UNAVAILABLE
 
 
-async def test_service_returns_by_itself_when_the_store_does(rig: Rig) -> None:
+async def test_service_recovers_with_the_store(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     await rig.goes_down()
@@ -384,7 +380,7 @@ async def test_service_returns_by_itself_when_the_store_does(rig: Rig) -> None:
 # -- bounds
 
 
-async def test_a_flood_of_strangers_is_bounded_and_pushes_out_no_known_key(make_rig: MakeRig) -> None:
+async def test_flood_of_unknown_keys_is_bounded_and_evicts_no_known_key(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=5, unknown_entries_max=10))
     await rig.feed.look()
     await add_user(rig.sql)
@@ -396,12 +392,12 @@ async def test_a_flood_of_strangers_is_bounded_and_pushes_out_no_known_key(make_
         assert await rig.resolve(fakes.key(number)) is Reason.KEY_INVALID
     assert rig.cache.sizes() == {"known": 5, "unknown": 10, "asked": 0}
     assert all(rig.is_served(secret) for secret in keys)
-    # The newest are remembered.
+    # The newest ones are cached.
     assert rig.hot(fakes.key(399)) is Reason.KEY_INVALID
 
 
 @pytest.mark.parametrize("size", [1, 2, 10])
-async def test_who_waited_for_an_answer_gets_it_however_small_the_tables_are(make_rig: MakeRig, size: int) -> None:
+async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: MakeRig, size: int) -> None:
     rig = await make_rig(cache=Cache(entries_max=size, unknown_entries_max=size))
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(100))
@@ -413,7 +409,7 @@ async def test_who_waited_for_an_answer_gets_it_however_small_the_tables_are(mak
 
 
 @pytest.mark.parametrize("entries_max", [1, 2, 7])
-async def test_the_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: int) -> None:
+async def test_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: int) -> None:
     rig = await make_rig(cache=Cache(entries_max=entries_max))
     await rig.feed.look()
     await add_user(rig.sql)
@@ -424,19 +420,19 @@ async def test_the_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max
     assert rig.is_served(secret)
 
 
-async def test_a_key_in_use_stays_in_a_full_table_and_an_unused_one_goes(make_rig: MakeRig) -> None:
+async def test_full_table_keeps_keys_in_use_and_evicts_unused_ones(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=3))
     await rig.feed.look()
     await add_user(rig.sql)
     used, *others = await add_keys(rig.sql, range(10))
     await rig.resolve(used)
     for secret in others:
-        # Brought into memory, and never asked for again.
+        # Cached once, and never used again.
         await rig.fetch_missing(secret)
         assert rig.is_served(used)
 
 
-async def test_a_key_that_is_asked_for_again_takes_no_second_place(make_rig: MakeRig) -> None:
+async def test_refreshed_key_takes_no_second_place(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=2))
     await rig.feed.look()
     await add_user(rig.sql)
@@ -447,7 +443,7 @@ async def test_a_key_that_is_asked_for_again_takes_no_second_place(make_rig: Mak
     assert all(rig.is_served(secret) for secret in keys)
 
 
-async def test_more_strangers_than_may_wait_are_told_overloaded_and_known_keys_are_still_asked_for(
+async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_looked_up(
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
@@ -460,22 +456,22 @@ async def test_more_strangers_than_may_wait_are_told_overloaded_and_known_keys_a
     first = asyncio.create_task(rig.resolve(fakes.key(1_000)))
     await hold.arrived.wait()
     crowd = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(2_000, 12_001)]
-    await until(lambda: crowd[-1].done(), "the last of the crowd is told something")
+    await until(lambda: crowd[-1].done(), "all waiting requests get a result")
     assert crowd[-1].result() is Reason.OVERLOADED
     assert [task.done() for task in crowd].count(True) == 1
     rig.cache.forget_key(secret.digest())
     customer = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being asked for")
+    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being looked up")
     hold.release()
     assert isinstance(await customer, Identity)
     assert set(await asyncio.gather(first, *crowd[:-1])) == {Reason.KEY_INVALID}
     assert rig.door.look_ups <= 2 + 10_001 / 500 + 2
 
 
-# -- few questions
+# -- few queries
 
 
-async def test_a_key_that_many_wait_for_is_asked_for_once(rig: Rig) -> None:
+async def test_concurrent_requests_for_a_key_share_one_lookup(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     found = await asyncio.gather(*(rig.resolve(secret) for _ in range(300)))
@@ -484,7 +480,7 @@ async def test_a_key_that_many_wait_for_is_asked_for_once(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("look_ups_max", [1, 3])
-async def test_many_keys_are_asked_for_in_few_queries_and_few_at_once(make_rig: MakeRig, look_ups_max: int) -> None:
+async def test_many_keys_need_few_queries_and_few_at_once(make_rig: MakeRig, look_ups_max: int) -> None:
     rig = await make_rig(look_ups_max=look_ups_max)
     await rig.feed.look()
     await add_user(rig.sql)
@@ -511,7 +507,7 @@ async def test_many_keys_are_asked_for_in_few_queries_and_few_at_once(make_rig: 
 
 
 @pytest.mark.parametrize("feed_returns_first", [True, False])
-async def test_recovery_with_5000_stale_keys_is_no_stampede(make_rig: MakeRig, feed_returns_first: bool) -> None:
+async def test_recovery_with_5000_stale_keys_causes_no_stampede(make_rig: MakeRig, feed_returns_first: bool) -> None:
     rig = await make_rig()
     await rig.feed.look()
     await add_user(rig.sql)
@@ -535,7 +531,7 @@ async def test_recovery_with_5000_stale_keys_is_no_stampede(make_rig: MakeRig, f
     assert rig.door.look_ups - before <= 5_000 / 500 + 3
 
 
-async def test_nobody_asks_while_the_store_is_known_to_be_down(rig: Rig, known: SecretKey) -> None:
+async def test_no_query_is_sent_while_the_store_is_known_to_be_down(rig: Rig, known: SecretKey) -> None:
     await rig.goes_down()
     before = rig.door.look_ups
     rig.clock.advance(FRESH)
@@ -545,10 +541,10 @@ async def test_nobody_asks_while_the_store_is_known_to_be_down(rig: Rig, known: 
     assert rig.door.look_ups == before
 
 
-# -- one request that goes away, and the end of all
+# -- cancellation and shutdown
 
 
-async def test_a_request_that_goes_away_takes_the_answer_from_nobody(rig: Rig) -> None:
+async def test_cancelled_request_does_not_cancel_the_lookup_for_others(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     hold = rig.door.hold("identities_by_digest")
@@ -564,7 +560,7 @@ async def test_a_request_that_goes_away_takes_the_answer_from_nobody(rig: Rig) -
             await task
 
 
-async def test_an_answer_that_nobody_waits_for_any_more_is_kept(rig: Rig) -> None:
+async def test_result_is_cached_after_all_requests_were_cancelled(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     hold = rig.door.hold("identities_by_digest")
@@ -578,7 +574,7 @@ async def test_an_answer_that_nobody_waits_for_any_more_is_kept(rig: Rig) -> Non
     assert rig.is_served(secret)
 
 
-async def test_at_the_end_all_who_wait_are_told_that_the_store_cannot_be_asked(make_rig: MakeRig) -> None:
+async def test_close_refuses_all_waiting_requests_as_store_unavailable(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
     hold = rig.door.hold("identities_by_digest")
     asked = asyncio.create_task(rig.resolve(fakes.key(1)))
@@ -590,14 +586,14 @@ async def test_at_the_end_all_who_wait_are_told_that_the_store_cannot_be_asked(m
     assert rig.cache.sizes()["asked"] == 0
 
 
-async def test_all_who_wait_are_told_when_the_connection_is_lost_in_the_middle(make_rig: MakeRig) -> None:
+async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
     await rig.feed.look()
     async with rig.sql.transaction():
         await rig.sql.execute("LOCK TABLE keyproxy.api_keys IN ACCESS EXCLUSIVE MODE")
         waiting = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(700)]
         await until(lambda: rig.cache.sizes()["asked"] == 700, "all wait")
-        await until(lambda: rig.relay.accepted > 1 or rig.door.look_ups > 0, "the store is asked")
+        await until(lambda: rig.relay.accepted > 1 or rig.door.look_ups > 0, "the store is queried")
         await rig.relay.cut()
         told = await asyncio.gather(*waiting)
     assert set(told) == {Reason.STORE_UNAVAILABLE}
@@ -605,21 +601,21 @@ async def test_all_who_wait_are_told_when_the_connection_is_lost_in_the_middle(m
 
 
 class ResponseWriter:
-    """A store whose only answer is given by the test, at an instant of its choosing."""
+    """A store with a single response that the test controls."""
 
     def __init__(self) -> None:
         self.asked: list[Sequence[object]] = []
         self.answers: list[asyncio.Future[list[Row]]] = []
 
     async def fetch(self, _name: str, digests: Sequence[object]) -> list[Row]:
-        """Wait for the test's answer."""
+        """Wait for the test's response."""
         self.asked.append(digests)
         self.answers.append(asyncio.get_running_loop().create_future())
         return await self.answers[-1]
 
 
 @pytest.mark.parametrize("look_ups_max", [1, 2])
-async def test_a_key_that_is_asked_for_in_the_instant_in_which_a_look_up_ends_is_not_left_waiting(
+async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     look_ups_max: int,
 ) -> None:
     store = ResponseWriter()
@@ -628,24 +624,24 @@ async def test_a_key_that_is_asked_for_in_the_instant_in_which_a_look_up_ends_is
     begun = []
     for number in range(look_ups_max):
         begun.append(look_ups.ask(fakes.key(number).digest(), is_known=False))
-        await until(lambda number=number: len(store.asked) == number + 1, "the store is asked")  # type: ignore[misc]
+        await until(lambda number=number: len(store.asked) == number + 1, "the store is queried")  # type: ignore[misc]
     late = fakes.key(9).digest()
     joined = []
-    # All look-ups end, and what comes next on this turn of the loop is a request.
+    # All lookups end, and a request follows in the same iteration of the event loop.
     for answer in store.answers:
         answer.set_result([])
     loop.call_soon(lambda: joined.append(look_ups.ask(late, is_known=False)))
     try:
-        await until(lambda: [late] in store.asked, "the late key is asked for", seconds=2)
+        await until(lambda: [late] in store.asked, "the late key is looked up", seconds=2)
     finally:
         for answer in store.answers:
             if not answer.done():
                 answer.set_result([])
-        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all are answered")
+        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all requests get a result")
         await look_ups.close()
 
 
-# -- late answers
+# -- late results
 
 _WITH_A_PLAN = """
 INSERT INTO keyproxy.plans (id) VALUES ('p');
@@ -667,7 +663,7 @@ LATE_CHANGES = [
 
 @pytest.mark.parametrize("is_refresh", [False, True])
 @pytest.mark.parametrize(("statement", "told"), LATE_CHANGES)
-async def test_an_answer_from_before_a_change_never_counts_after_it(
+async def test_result_from_before_a_change_is_never_used_after_it(
     rig: Rig, statement: str, told: Reason, is_refresh: bool
 ) -> None:
     await add_user(rig.sql)
@@ -684,7 +680,7 @@ async def test_an_answer_from_before_a_change_never_counts_after_it(
     await rig.sql.execute(statement)
     await rig.feed.look()
     hold.release()
-    # A request that was answered from what was stale was answered before the change; the next one is not.
+    # A request served from the stale entry was served before the change; the next one is not.
     if isinstance(await request, Identity) and is_refresh:
         await rig.is_quiet()
         assert _admitted(await rig.resolve(secret), rig.clock()) is told
@@ -693,7 +689,7 @@ async def test_an_answer_from_before_a_change_never_counts_after_it(
     assert rig.door.look_ups - before == 2
 
 
-async def test_a_key_that_appears_while_it_is_asked_for_is_not_taken_for_unknown(rig: Rig) -> None:
+async def test_key_created_during_its_lookup_is_not_cached_as_unknown(rig: Rig) -> None:
     await add_user(rig.sql)
     hold = rig.door.hold("identities_by_digest")
     request = asyncio.create_task(rig.resolve(fakes.key(1)))
@@ -705,7 +701,7 @@ async def test_a_key_that_appears_while_it_is_asked_for_is_not_taken_for_unknown
     assert rig.cache.sizes()["unknown"] == 0
 
 
-async def test_only_what_changed_is_asked_for_a_second_time(rig: Rig) -> None:
+async def test_only_changed_keys_are_looked_up_a_second_time(rig: Rig) -> None:
     await add_user(rig.sql, "u_1")
     await add_user(rig.sql, "u_2")
     changed, other = await add_key(rig.sql, 1, "u_1"), await add_key(rig.sql, 2, "u_2")
@@ -724,7 +720,7 @@ async def test_only_what_changed_is_asked_for_a_second_time(rig: Rig) -> None:
     ]
 
 
-async def test_a_key_that_changes_whenever_it_is_asked_for_is_given_up_after_some_attempts(rig: Rig) -> None:
+async def test_lookup_of_a_constantly_changing_key_gives_up_after_some_attempts(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     await rig.feed.look()
@@ -742,7 +738,7 @@ async def test_a_key_that_changes_whenever_it_is_asked_for_is_given_up_after_som
     assert isinstance(await rig.resolve(secret), Identity)
 
 
-async def test_a_change_heard_of_while_a_key_waits_to_be_asked_for_costs_no_second_question(
+async def test_change_before_the_query_starts_costs_no_second_query(
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
@@ -765,7 +761,7 @@ async def test_a_change_heard_of_while_a_key_waits_to_be_asked_for_costs_no_seco
 # -- counters
 
 
-async def test_each_request_is_counted_once_by_what_it_met(rig: Rig, known: SecretKey) -> None:
+async def test_each_request_is_counted_once_by_its_outcome(rig: Rig, known: SecretKey) -> None:
     rig.cache.counts = Counts()
     counts = rig.cache.counts.by_name()
 
@@ -801,19 +797,17 @@ async def test_each_request_is_counted_once_by_what_it_met(rig: Rig, known: Secr
     counted()
 
 
-async def test_many_requests_for_one_missing_key_are_each_counted(rig: Rig) -> None:
+async def test_concurrent_requests_for_one_missing_key_are_each_counted(rig: Rig) -> None:
     await asyncio.gather(*(rig.resolve(fakes.key(9)) for _ in range(50)))
     assert sum(rig.cache.counts.by_name().values()) == rig.cache.counts.miss == 50
 
 
-# -- one bad row
+# -- invalid rows
 
 
 @pytest.mark.parametrize("bad_comes", ["first", "last"])
-async def test_a_row_that_cannot_be_read_harms_nobody_but_itself(
-    own_dsn: str, rig: Rig, make_rig: MakeRig, bad_comes: str
-) -> None:
-    """A restore with checks at rest may bring a scope or an id that is no header value."""
+async def test_invalid_row_affects_only_its_own_key(own_dsn: str, rig: Rig, make_rig: MakeRig, bad_comes: str) -> None:
+    """A restore with constraints disabled may load a scope or an id that is not a valid header value."""
     rig.relay.lead_to(own_dsn)
     odd = await make_rig()
     sql = await asyncpg.connect(own_dsn)
@@ -835,7 +829,7 @@ async def test_a_row_that_cannot_be_read_harms_nobody_but_itself(
     assert told["bad"] is not Reason.KEY_INVALID
 
 
-async def test_a_store_that_fails_one_statement_in_an_unforeseen_way_leaves_nobody_waiting(rig: Rig) -> None:
+async def test_unexpected_error_in_a_query_leaves_no_request_waiting(rig: Rig) -> None:
     async def fail() -> None:
         raise RuntimeError("unforeseen")
 

@@ -1,8 +1,8 @@
-"""Random changes, outages and looks: no key is served beyond what the guarantees allow.
+"""Random changes, outages and polls: no key is served beyond what the guarantees allow.
 
-The model knows the tables at every instant. What memory serves has to be a state that the tables had lately: within
-`fresh_seconds` while changes go unnoticed, and never one from before a look that has seen the key end or narrow. The
-clock is set by hand; the feed looks when the test calls it; PostgreSQL is real.
+The model knows the tables at every instant. What the cache serves must be a recent state of the tables: within
+`fresh_seconds` while changes are not noticed, and never one from before a poll that has read the revocation or
+restriction of the key. The test sets the clock and makes the feed poll; PostgreSQL is real.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TENANTS = ("t_1", "t_2")
 _USERS = {"u_1": "t_1", "u_2": "t_1", "u_3": "t_2"}
 _KEYS = {number: f"u_{1 + number % 3}" for number in range(9)}
 
-#: What memory may say of a key: not there, or what its requests are judged by.
+#: What the cache may return for a key: unknown, or the values that decide its requests.
 Fact = tuple[str, str, frozenset[str], bool, Reason | None, float] | None
 
 _FACTS = """
@@ -45,7 +45,7 @@ INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_{key}', '{user}
 ON CONFLICT (id) DO UPDATE SET scopes = '{{upserted}}'
 """
 
-#: Statements with the number of a key as {key}, and a user, another one and a tenant. Each of them may change nothing.
+#: Statements with the number of a key as {key}, a user, another one and a tenant. Each may turn out to change nothing.
 _ENDING = (
     "UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_{key}'",
     "UPDATE keyproxy.api_keys SET revoked_at = NULL WHERE id = 'key_{key}'",
@@ -76,25 +76,25 @@ _LIMITS = (
 
 @dataclass
 class Model:
-    """What each key was, from when on; and what the feed has seen."""
+    """The history of each key, and how far the feed has read it."""
 
     secrets: dict[int, SecretKey]
-    #: For each key: (from this instant on, what it was), the newest last.
+    #: For each key: (start time, state), the newest last.
     history: dict[int, list[tuple[float, Fact]]] = field(default_factory=dict)
-    #: For each key: which of these is the oldest that may still be served, since a look has seen that it came.
+    #: For each key: the oldest of these that may still be served, since a poll has read it.
     seen: dict[int, int] = field(default_factory=dict)
-    #: For each key: the newest of these when changes may have been lost.
+    #: For each key: the newest of these at the time when changes may have been lost.
     missed: dict[int, int] = field(default_factory=dict)
 
     def note(self, facts: dict[int, Fact], now: float) -> None:
-        """What the tables hold from now on."""
+        """Record the current state of the tables."""
         for number in self.secrets:
             past = self.history.setdefault(number, [])
             if not past or past[-1][1] != facts.get(number):
                 past.append((now, facts.get(number)))
 
     def looked(self, *, has_gap: bool) -> None:
-        """The feed has seen what changed; after a gap it may have missed some, and looks every key up again."""
+        """The feed has polled; after a gap it may have missed changes, and looks up every key again."""
         newest = {number: len(past) - 1 for number, past in self.history.items()}
         if has_gap:
             self.missed = newest
@@ -102,7 +102,7 @@ class Model:
             self.seen |= {number: place for number, place in newest.items() if place > self.missed.get(number, -1)}
 
     def may_be(self, number: int, since: float) -> list[Fact]:
-        """What the key was at any instant from `since` on, and not before what a look has seen."""
+        """The states of the key since `since`, without those older than the last poll."""
         past = self.history[number]
         return [
             fact
@@ -131,7 +131,7 @@ def _fact_of(identity: Identity) -> Fact:
 
 
 class Machine:
-    """One run."""
+    """One random run."""
 
     def __init__(self, rig: Rig, seed: int) -> None:
         self.rig = rig
@@ -139,7 +139,7 @@ class Machine:
         self.model = Model({number: fakes.key(number) for number in _KEYS})
         self.is_cut = False
         self.looked_at = float("-inf")
-        #: When the row of each key was last read, as far as the test can know.
+        #: When the row of each key was last read, as far as the test knows.
         self.read_at: dict[int, float] = {}
 
     @property
@@ -164,7 +164,7 @@ class Machine:
     async def change(self) -> None:
         key = self.dice.choice(list(_KEYS))
         kind = self.dice.choice((_ENDING, _LIMITS))
-        # The table is emptied now and then only, or nothing else would be tried.
+        # The table is emptied only rarely, so that the other statements get their turn.
         statement = self.dice.choice(
             kind if self.dice.random() < 0.05 else kind[: len(_LIMITS) if kind is _LIMITS else -1]
         )
@@ -188,7 +188,7 @@ class Machine:
         self.looked_at = self.now
 
     async def lose_changes(self) -> None:
-        """Others forget changes after this proxy did not look for a long time."""
+        """Delete changes, as other proxies do, after this one has not polled for a long time."""
         self.rig.clock.advance(601.0)
         await self.rig.sql.execute("DELETE FROM keyproxy.changes")
 
@@ -202,7 +202,7 @@ class Machine:
     async def use(self, number: int) -> None:
         told = await self.rig.resolve(self.model.secrets[number])
         if isinstance(told, Identity):
-            # An entry is at most `_STALE` old; how old it may be in this moment is judged by `judge`.
+            # An entry is at most `_STALE` old; `judge` checks how old it may be now.
             self.judge(number, _fact_of(told))
         elif told is Reason.KEY_INVALID:
             self.judge(number, None)
@@ -213,10 +213,10 @@ class Machine:
     def judge(self, number: int, fact: Fact) -> None:
         reach = _STALE if self.is_cut or self.rig.door.is_down else self.age()
         allowed = self.model.may_be(number, self.now - reach)
-        assert fact in allowed, f"key_{number} is served as {fact}, which it was not lately: {allowed}"
+        assert fact in allowed, f"key_{number} is served as {fact}, which is not a recent state: {allowed}"
 
     def age(self) -> float:
-        """How old an answer may be while the store can be asked: no older than the last look, or fresh."""
+        """The maximum age of an entry while the store is up: since the last poll, or fresh."""
         since_look = self.now - self.looked_at
         return max(since_look, 0.0) if since_look < _CURRENT else _FRESH
 
@@ -240,7 +240,7 @@ _SEEDS = int(os.environ.get("KEYPROXY_TEST_SEEDS", "4"))
 
 
 @pytest.mark.parametrize("seed", range(_SEEDS))
-async def test_no_sequence_of_changes_and_outages_serves_a_key_beyond_what_is_guaranteed(
+async def test_no_sequence_of_changes_and_outages_serves_a_key_beyond_the_guarantees(
     make_rig: MakeRig, seed: int
 ) -> None:
     cache = Cache(

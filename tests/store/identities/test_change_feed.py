@@ -1,4 +1,4 @@
-"""Whatever any SQL client changes is served no longer than a second, with notifications or without them."""
+"""Changes by any SQL client take effect within a second, with or without notifications."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
 from tests.store.harness import Bell, Relay, Rig, Sql, add_key, add_user, change_rows, until, until_row
 
-#: Three keys: 1 and 2 of two users of one tenant, 3 of another tenant's.
+#: Three keys: 1 and 2 of two users of one tenant, 3 of another tenant.
 OWNERS = {1: ("u_1", "acme"), 2: ("u_2", "acme"), 3: ("u_3", "other")}
 ALL = {1, 2, 3}
 
 
 @pytest.fixture
 async def keys(sql: Sql) -> dict[int, SecretKey]:
-    """The three keys in the database, and a plan that nobody has."""
+    """The three keys in the database, and an unused plan."""
     await sql.execute("INSERT INTO keyproxy.plans (id) VALUES ('basic')")
     made = {}
     for number, (user, tenant) in OWNERS.items():
@@ -44,7 +44,7 @@ async def keys(sql: Sql) -> dict[int, SecretKey]:
 
 @pytest.fixture
 async def fed(rig: Rig, keys: dict[int, SecretKey]) -> Rig:
-    """A rig that has the three keys in its cache, and a feed that has told it all there was to tell."""
+    """A rig with the three keys in its cache and a feed that has delivered all changes."""
     await rig.feed.look()
     for secret in keys.values():
         assert isinstance(await rig.resolve(secret), Identity)
@@ -52,12 +52,12 @@ async def fed(rig: Rig, keys: dict[int, SecretKey]) -> Rig:
 
 
 def not_served(rig: Rig, keys: dict[int, SecretKey]) -> set[int]:
-    """The keys that memory does not serve any more."""
+    """The keys that are not served from the cache any more."""
     return {number for number, secret in keys.items() if not rig.is_served(secret)}
 
 
 async def as_the_store_has_it(rig: Rig, secret: SecretKey) -> bool:
-    """Whether a request with this key is told what the tables say now."""
+    """Whether a request with this key sees the current state of the tables."""
     row = await rig.sql.fetchrow(
         "SELECT k.id, k.user_id, u.tenant_id, k.scopes, k.is_test, k.revoked_at IS NOT NULL AS is_revoked,"
         " coalesce(u.disabled_at, t.disabled_at) IS NOT NULL AS is_disabled"
@@ -118,7 +118,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("statement", "changed"), CHANGES)
-async def test_what_a_statement_changed_is_asked_for_again_and_nothing_else_is(
+async def test_exactly_the_changed_keys_are_looked_up_again(
     fed: Rig, keys: dict[int, SecretKey], statement: str, changed: set[int]
 ) -> None:
     await fed.sql.execute(statement)
@@ -129,7 +129,7 @@ async def test_what_a_statement_changed_is_asked_for_again_and_nothing_else_is(
         assert await as_the_store_has_it(fed, secret)
 
 
-#: One of each kind: without foreign keys and ordinary triggers, each trigger of the feed stands for itself.
+#: One of each kind: without foreign keys and ordinary triggers, each trigger of the feed must work alone.
 WITH_TRIGGERS_AT_REST = [
     (statement, changed)
     for statement, changed in CHANGES
@@ -139,7 +139,7 @@ WITH_TRIGGERS_AT_REST = [
 
 
 @pytest.mark.parametrize(("statement", "changed"), WITH_TRIGGERS_AT_REST)
-async def test_what_a_replica_session_changed_is_asked_for_again_too(
+async def test_changes_in_a_replica_session_are_looked_up_again_too(
     fed: Rig, keys: dict[int, SecretKey], statement: str, changed: set[int]
 ) -> None:
     await fed.sql.execute("SET session_replication_role = replica")
@@ -159,7 +159,7 @@ INSERTS = [
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
 @pytest.mark.parametrize("statement", INSERTS)
-async def test_a_stranger_whose_key_appears_is_known_after_the_next_look(fed: Rig, statement: str, role: str) -> None:
+async def test_key_cached_as_unknown_is_known_after_its_creation(fed: Rig, statement: str, role: str) -> None:
     stranger = fakes.key(5)
     assert await fed.resolve(stranger) is Reason.KEY_INVALID
     await fed.sql.execute(f"SET session_replication_role = {role}")
@@ -169,7 +169,7 @@ async def test_a_stranger_whose_key_appears_is_known_after_the_next_look(fed: Ri
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
-async def test_a_stranger_whose_key_is_copied_in_is_known_after_the_next_look(fed: Rig) -> None:
+async def test_key_cached_as_unknown_is_known_after_a_copy(fed: Rig) -> None:
     stranger = fakes.key(5)
     assert await fed.resolve(stranger) is Reason.KEY_INVALID
     await fed.sql.copy_records_to_table(
@@ -183,8 +183,8 @@ async def test_a_stranger_whose_key_is_copied_in_is_known_after_the_next_look(fe
 
 
 @pytest.mark.parametrize("late", ["users", "tenants"])
-async def test_a_stranger_whose_owner_arrives_after_its_key_is_known_after_the_next_look(fed: Rig, late: str) -> None:
-    # Replication and restores load table by table, in any order, with foreign keys at rest.
+async def test_key_cached_as_unknown_is_known_when_its_owner_arrives_after_it(fed: Rig, late: str) -> None:
+    # Replication and restores load table by table, in any order, with foreign keys disabled.
     await fed.sql.execute("SET session_replication_role = replica")
     stranger = await add_key(fed.sql, 5, "u_5")
     first = "INSERT INTO keyproxy.users (id, tenant_id) VALUES ('u_5', 't_5')"
@@ -199,7 +199,7 @@ async def test_a_stranger_whose_owner_arrives_after_its_key_is_known_after_the_n
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
-async def test_what_was_rolled_back_changes_nothing(fed: Rig, keys: dict[int, SecretKey]) -> None:
+async def test_rolled_back_change_has_no_effect(fed: Rig, keys: dict[int, SecretKey]) -> None:
     rows = await change_rows(fed.sql)
     for statement, _ in CHANGES:
         transaction = fed.sql.transaction()
@@ -211,7 +211,7 @@ async def test_what_was_rolled_back_changes_nothing(fed: Rig, keys: dict[int, Se
     assert await change_rows(fed.sql) == rows
 
 
-async def test_what_a_savepoint_took_back_changes_nothing_and_the_rest_counts(
+async def test_change_rolled_back_to_a_savepoint_has_no_effect_and_the_rest_has(
     fed: Rig, keys: dict[int, SecretKey]
 ) -> None:
     async with fed.sql.transaction():
@@ -225,7 +225,7 @@ async def test_what_a_savepoint_took_back_changes_nothing_and_the_rest_counts(
     assert not_served(fed, keys) == {2}
 
 
-async def test_a_change_that_commits_late_is_not_overlooked_because_later_ones_were_seen(
+async def test_late_commit_is_not_missed_after_later_changes_were_read(
     dsn: str, fed: Rig, keys: dict[int, SecretKey]
 ) -> None:
     late: Sql = await asyncpg.connect(dsn)
@@ -247,7 +247,7 @@ async def test_a_change_that_commits_late_is_not_overlooked_because_later_ones_w
     await late.close()
 
 
-async def test_a_change_is_told_once(fed: Rig, keys: dict[int, SecretKey]) -> None:
+async def test_change_is_delivered_once(fed: Rig, keys: dict[int, SecretKey]) -> None:
     await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
     await fed.feed.look()
     await fed.resolve(keys[1])
@@ -257,10 +257,10 @@ async def test_a_change_is_told_once(fed: Rig, keys: dict[int, SecretKey]) -> No
 
 
 @pytest.mark.parametrize(("count", "others_are_trusted"), [(20_000, True), (20_001, False)])
-async def test_more_changes_than_can_be_told_one_by_one_make_the_cache_distrust_all(
+async def test_too_many_changes_make_the_cache_distrust_all_entries(
     fed: Rig, keys: dict[int, SecretKey], count: int, others_are_trusted: bool
 ) -> None:
-    # The bulk goes to the feed alone: what is tested is how much of it can be read at once.
+    # The rows go to the feed table directly: the test is about how many it reads at once.
     await fed.sql.execute(
         "INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', encode(sha256(n::text::bytea), 'hex')"
         " FROM generate_series(1, $1::int) AS n",
@@ -278,7 +278,7 @@ SELECT $1, encode(sha256(n::text::bytea), 'hex') FROM generate_series(1, 20001) 
 """
 _REVOKE = "UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'"
 
-#: (a change of many rows, a change of one, the keys that may still be served if the store fails right afterwards)
+#: (a change of many rows, a change of one, the keys that may still be served in an outage right afterwards)
 JUST_BEFORE_AN_OUTAGE = [
     (None, _REVOKE, {2, 3}),
     ("key", _REVOKE, set()),
@@ -295,7 +295,7 @@ JUST_BEFORE_AN_OUTAGE = [
 
 
 @pytest.mark.parametrize(("bulk", "statement", "may_be_served"), JUST_BEFORE_AN_OUTAGE)
-async def test_a_change_that_may_have_ended_a_key_is_not_undone_by_an_outage_right_after_it(
+async def test_possible_revocation_survives_an_outage_right_after_it(
     fed: Rig, keys: dict[int, SecretKey], bulk: str | None, statement: str, may_be_served: set[int]
 ) -> None:
     if bulk is not None:
@@ -306,7 +306,7 @@ async def test_a_change_that_may_have_ended_a_key_is_not_undone_by_an_outage_rig
     assert not_served(fed, keys) == ALL - may_be_served
 
 
-async def test_changes_that_cannot_be_read_in_time_do_not_stop_the_feed(fed: Rig, keys: dict[int, SecretKey]) -> None:
+async def test_timeout_while_reading_changes_does_not_stop_the_feed(fed: Rig, keys: dict[int, SecretKey]) -> None:
     async def take_too_long() -> None:
         if fed.door.arguments["changes_since"][-1][0] is not None:
             raise StoreUnavailable("timeout") from TimeoutError()
@@ -327,7 +327,7 @@ async def test_changes_that_cannot_be_read_in_time_do_not_stop_the_feed(fed: Rig
     assert not_served(fed, keys) == {2}
 
 
-async def test_a_server_that_does_not_respond_for_a_while_costs_no_verified_key_its_service(
+async def test_unresponsive_server_does_not_stop_the_service_of_cached_keys(
     fed: Rig, keys: dict[int, SecretKey]
 ) -> None:
     async def take_too_long() -> None:
@@ -342,14 +342,14 @@ async def test_a_server_that_does_not_respond_for_a_while_costs_no_verified_key_
     assert not_served(fed, keys) == set()
 
 
-async def test_reading_changes_takes_no_longer_the_more_there_are(fed: Rig) -> None:
+async def test_duration_of_a_poll_does_not_grow_with_the_number_of_changes(fed: Rig) -> None:
     text = queries.load()["changes_since"]
     await fed.sql.execute(f"PREPARE look (text, int) AS {text}")
     plan = "\n".join(row[0] for row in await fed.sql.fetch("EXPLAIN EXECUTE look ('1:1:', 20001)"))
     assert not re.search("Sort|Aggregate|Unique", plan), plan
 
 
-async def test_many_changes_that_concern_all_keys_go_over_the_cache_once(rig: Rig) -> None:
+async def test_many_changes_that_affect_all_keys_visit_the_cache_once(rig: Rig) -> None:
     times = []
 
     class Cache:
@@ -368,21 +368,21 @@ async def test_many_changes_that_concern_all_keys_go_over_the_cache_once(rig: Ri
 
 
 @pytest.mark.parametrize(("kind", "subject"), [("key", "not hexadecimal"), ("key", ""), ("key", "abc"), ("user", "")])
-async def test_a_change_that_makes_no_sense_does_not_stop_the_feed(
+async def test_invalid_change_row_does_not_stop_the_feed(
     fed: Rig, keys: dict[int, SecretKey], kind: str, subject: str
 ) -> None:
     fed.feed.start()
     await fed.sql.execute("INSERT INTO keyproxy.changes (kind, subject) VALUES ($1, $2)", kind, subject)
     looks = fed.door.asked["changes_since"]
-    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed looks on", seconds=3)
+    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
     await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
-    await until(lambda: not fed.is_served(keys[1]), "the revocation is in force", seconds=3)
+    await until(lambda: not fed.is_served(keys[1]), "the revocation takes effect", seconds=3)
 
 
-# -- what may have been missed
+# -- possibly missed changes
 
 
-async def test_what_was_cached_before_the_first_look_is_asked_for_again(
+async def test_entries_from_before_the_first_poll_are_looked_up_again(
     make_rig: MakeRig, keys: dict[int, SecretKey]
 ) -> None:
     rig = await make_rig()
@@ -392,9 +392,7 @@ async def test_what_was_cached_before_the_first_look_is_asked_for_again(
     assert not_served(rig, {1: keys[1]}) == {1}
 
 
-async def test_changes_made_while_the_feed_could_not_look_are_told_afterwards(
-    fed: Rig, keys: dict[int, SecretKey]
-) -> None:
+async def test_changes_made_during_an_outage_are_delivered_afterwards(fed: Rig, keys: dict[int, SecretKey]) -> None:
     await fed.goes_down()
     await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     fed.clock.advance(20)
@@ -403,7 +401,7 @@ async def test_changes_made_while_the_feed_could_not_look_are_told_afterwards(
     assert not_served(fed, keys) == {1}
 
 
-async def test_a_revocation_that_is_found_after_a_gap_is_not_undone_by_the_next_outage(
+async def test_revocation_read_after_a_gap_survives_the_next_outage(
     make_rig: MakeRig, keys: dict[int, SecretKey]
 ) -> None:
     rig = await make_rig(cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
@@ -418,10 +416,10 @@ async def test_a_revocation_that_is_found_after_a_gap_is_not_undone_by_the_next_
 
 
 @pytest.mark.parametrize(("seconds", "trusts"), [(599.0, True), (601.0, False)])
-async def test_a_gap_is_noticed_by_the_clock_of_the_server_too(
+async def test_gap_is_also_detected_by_the_server_s_clock(
     fed: Rig, keys: dict[int, SecretKey], seconds: float, trusts: bool
 ) -> None:
-    """The clock of a machine that was suspended has not gone on meanwhile."""
+    """The monotonic clock stops while a machine is suspended."""
 
     def later(rows: Sequence[Row]) -> Sequence[Row]:
         return cast("Sequence[Row]", [{**row, "server_seconds": row["server_seconds"] + seconds} for row in rows])
@@ -433,7 +431,7 @@ async def test_a_gap_is_noticed_by_the_clock_of_the_server_too(
 
 
 @pytest.mark.parametrize(("gap_seconds", "trusts"), [(600.0, True), (600.5, False), (100_000.0, False)])
-async def test_a_feed_that_did_not_look_for_too_long_trusts_nothing(
+async def test_feed_that_has_not_polled_for_too_long_distrusts_all_entries(
     make_rig: MakeRig, keys: dict[int, SecretKey], gap_seconds: float, trusts: bool
 ) -> None:
     rig = await make_rig()
@@ -445,7 +443,7 @@ async def test_a_feed_that_did_not_look_for_too_long_trusts_nothing(
     assert rig.is_served(keys[1]) is trusts
 
 
-async def test_a_look_that_failed_leaves_the_next_one_to_tell_everything(fed: Rig, keys: dict[int, SecretKey]) -> None:
+async def test_poll_after_a_failed_one_delivers_all_changes(fed: Rig, keys: dict[int, SecretKey]) -> None:
     await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
     hold = fed.door.hold("changes_since")
     look = asyncio.create_task(fed.feed.look())
@@ -458,9 +456,7 @@ async def test_a_look_that_failed_leaves_the_next_one_to_tell_everything(fed: Ri
     assert not_served(fed, keys) == {1}
 
 
-async def test_a_look_whose_connection_is_lost_in_the_middle_leaves_the_next_one_to_tell_everything(
-    fed: Rig, keys: dict[int, SecretKey]
-) -> None:
+async def test_poll_after_a_lost_connection_delivers_all_changes(fed: Rig, keys: dict[int, SecretKey]) -> None:
     async with fed.sql.transaction():
         await fed.sql.execute("LOCK TABLE keyproxy.changes IN ACCESS EXCLUSIVE MODE")
         await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
@@ -475,10 +471,10 @@ async def test_a_look_whose_connection_is_lost_in_the_middle_leaves_the_next_one
     assert not_served(fed, keys) == {1}
 
 
-async def test_a_history_that_has_not_come_as_far_as_ours_makes_the_cache_distrust_all(
+async def test_older_history_makes_the_cache_distrust_all_entries(
     own_dsn: str, relay: Relay, make_rig: MakeRig, start_server: StartServer
 ) -> None:
-    """A restored backup: the server's transaction numbers are lower than those of the last look."""
+    """A restored backup: the server's transaction numbers are lower than those of the previous poll."""
     seeded: Sql = await asyncpg.connect(own_dsn)
     await add_user(seeded)
     secret = await add_key(seeded)
@@ -502,10 +498,10 @@ async def test_a_history_that_has_not_come_as_far_as_ours_makes_the_cache_distru
     await scratch_databases.drop(restored.dsn("postgres"), name)
 
 
-async def test_a_database_that_was_restored_in_place_makes_the_cache_distrust_all(
+async def test_database_restored_in_place_makes_the_cache_distrust_all_entries(
     postgres: Server, own_dsn: str, relay: Relay, make_rig: MakeRig
 ) -> None:
-    """`dropdb`, `createdb`, `pg_restore`: another history, although the server's transaction numbers went on."""
+    """`dropdb`, `createdb`, `pg_restore`: another history, although the server's transaction numbers continue."""
     seeded: Sql = await asyncpg.connect(own_dsn)
     await add_user(seeded)
     secret = await add_key(seeded)
@@ -527,7 +523,7 @@ async def test_a_database_that_was_restored_in_place_makes_the_cache_distrust_al
 # -- logical replication
 
 
-async def test_changes_that_arrive_by_logical_replication_are_told(
+async def test_changes_by_logical_replication_are_delivered(
     start_server: StartServer, relay: Relay, make_rig: MakeRig
 ) -> None:
     server = start_server({"wal_level": "logical"})
@@ -541,7 +537,7 @@ async def test_changes_that_arrive_by_logical_replication_are_told(
         secret = await add_key(publisher)
         tables = "keyproxy.tenants, keyproxy.users, keyproxy.plans, keyproxy.api_keys"
         await publisher.execute(f"CREATE PUBLICATION kp FOR TABLE {tables}")
-        # Of one server: the slot has to be there before, or the two sides wait for each other.
+        # Both sides are on one server: without an existing slot they would wait for each other.
         await publisher.execute("SELECT pg_create_logical_replication_slot('kp', 'pgoutput')")
         conninfo = f"host={server.socket_directory} port=5432 user=keyproxy dbname=publisher"
         await subscriber.execute(
@@ -575,7 +571,7 @@ Live = Callable[[str], Awaitable[Rig]]
 
 @pytest.fixture
 async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> Live:
-    """A rig on the real clock whose feed runs by itself and has told all there was to tell."""
+    """A rig on the real clock with a running feed that has delivered all changes."""
 
     async def starting(listening: str) -> Rig:
         rig = await make_rig(listener=None if listening == "without LISTEN" else "real", now=clock.now)
@@ -585,23 +581,23 @@ async def live(make_rig: MakeRig, keys: dict[int, SecretKey]) -> Live:
             await until(lambda: rig.feed.is_listening, "the feed listens")
         if listening == "LISTEN connection ended":
             await rig.sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
-            await until(lambda: not rig.feed.is_listening, "the feed has noticed")
+            await until(lambda: not rig.feed.is_listening, "the feed has noticed the loss")
         return rig
 
     return starting
 
 
 def served_now(rig: Rig, secret: SecretKey) -> bool:
-    """Whether memory serves this key at this real instant."""
+    """Whether this key is served from the cache now, by the real clock."""
     try:
         rig.cache.known(secret.digest(), clock.now(), is_first_lookup=False)
-    except Exception:  # noqa: BLE001 - a refusal or a need to ask: not served either way
+    except Exception:  # noqa: BLE001 - a refusal or a cache miss: not served either way
         return False
     return True
 
 
 async def resolved_now(rig: Rig, secret: SecretKey) -> None:
-    """Have this key in memory."""
+    """Bring this key into the cache."""
     now = clock.now()
     rig.clock.wall_seconds, rig.clock.mono_seconds = now.wall_seconds, now.mono_seconds
     assert isinstance(await rig.resolve(secret), Identity)
@@ -612,7 +608,7 @@ LISTENING = ["with LISTEN", "without LISTEN", "LISTEN connection ended"]
 
 
 @pytest.mark.parametrize("listening", LISTENING)
-async def test_a_revocation_is_in_force_within_a_second_of_its_commit(
+async def test_revocation_takes_effect_within_a_second_of_its_commit(
     live: Live, keys: dict[int, SecretKey], listening: str
 ) -> None:
     rig = await live(listening)
@@ -624,63 +620,61 @@ async def test_a_revocation_is_in_force_within_a_second_of_its_commit(
         await resolved_now(rig, keys[number])
         await rig.sql.execute(statement)
         committed = time.monotonic()
-        await until(lambda secret=keys[number]: not served_now(rig, secret), "the change is in force", seconds=2)  # type: ignore[misc]
+        await until(lambda secret=keys[number]: not served_now(rig, secret), "the change takes effect", seconds=2)  # type: ignore[misc]
         assert time.monotonic() - committed <= 1.0
 
 
-async def test_notifications_are_heard_again_after_their_connection_was_lost(
-    make_rig: MakeRig, keys: dict[int, SecretKey]
-) -> None:
+async def test_notifications_resume_after_a_lost_connection(make_rig: MakeRig, keys: dict[int, SecretKey]) -> None:
     rig = await make_rig(listener="real", now=clock.now)
     rig.feed.start()
     await until(lambda: rig.feed.is_listening, "the feed listens")
     end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
     await rig.sql.execute(end)
-    await until(lambda: not rig.feed.is_listening, "the feed has noticed")
+    await until(lambda: not rig.feed.is_listening, "the feed has noticed the loss")
     await until(lambda: rig.feed.is_listening, "the feed listens again", seconds=8)
 
 
-async def test_a_notification_makes_the_feed_look_at_once(make_rig: MakeRig, keys: dict[int, SecretKey]) -> None:
+async def test_notification_triggers_a_poll_immediately(make_rig: MakeRig, keys: dict[int, SecretKey]) -> None:
     bell = Bell()
     rig = await make_rig(listener=bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     started = time.monotonic()
     for _ in range(20):
         looks = rig.door.asked["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks, "the feed looks")  # type: ignore[misc]
-    # By polling alone it were 10 s.
+        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks, "the feed polls")  # type: ignore[misc]
+    # Polling alone would take 10 s.
     assert time.monotonic() - started < 4
 
 
-async def test_a_notification_during_a_look_means_one_more(make_rig: MakeRig, keys: dict[int, SecretKey]) -> None:
+async def test_notification_during_a_poll_causes_another_one(make_rig: MakeRig, keys: dict[int, SecretKey]) -> None:
     bell = Bell()
     rig = await make_rig(listener=bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     await resolved_by(rig, keys[1])
     hold = rig.door.hold("changes_since")
     bell.ring()
     await hold.arrived.wait()
-    # This look has its answer already; the change comes after it.
+    # This poll has its result already; the change follows.
     await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     bell.ring()
     released = time.monotonic()
     hold.release()
-    await until(lambda: not rig.is_served(keys[1]), "the change is in force")
+    await until(lambda: not rig.is_served(keys[1]), "the change takes effect")
     assert time.monotonic() - released < 0.4
 
 
 async def resolved_by(rig: Rig, secret: SecretKey) -> None:
-    """Have this key in memory."""
+    """Bring this key into the cache."""
     assert isinstance(await rig.resolve(secret), Identity)
 
 
-# -- what the feed says of itself
+# -- lag and state of the feed
 
 
-async def test_the_feed_is_current_from_its_first_look_until_one_and_a_half_seconds_after_its_last(rig: Rig) -> None:
+async def test_feed_is_current_from_its_first_poll_until_1_5_seconds_after_the_last(rig: Rig) -> None:
     assert rig.feed.is_current()
     rig.clock.advance(1.25)
     assert (rig.feed.is_current(), rig.feed.lag_seconds()) == (True, 1.25)
@@ -690,12 +684,12 @@ async def test_the_feed_is_current_from_its_first_look_until_one_and_a_half_seco
     assert (rig.feed.is_current(), rig.feed.lag_seconds()) == (True, 0.0)
 
 
-async def test_a_feed_that_never_looked_is_not_current(make_rig: MakeRig) -> None:
+async def test_feed_that_has_never_polled_is_not_current(make_rig: MakeRig) -> None:
     rig = await make_rig()
     assert not rig.feed.is_current()
 
 
-async def test_how_current_a_look_is_counts_from_when_it_was_asked_for(rig: Rig) -> None:
+async def test_currency_of_a_poll_counts_from_its_start(rig: Rig) -> None:
     hold = rig.door.hold("changes_since")
     look = asyncio.create_task(rig.feed.look())
     await hold.arrived.wait()
@@ -706,7 +700,7 @@ async def test_how_current_a_look_is_counts_from_when_it_was_asked_for(rig: Rig)
     assert rig.feed.lag_seconds() == 10
 
 
-async def test_a_running_feed_survives_an_outage_and_is_current_again_soon_after_it(make_rig: MakeRig) -> None:
+async def test_running_feed_survives_an_outage_and_is_current_soon_after_it(make_rig: MakeRig) -> None:
     rig = await make_rig(listener="real", now=clock.now)
     rig.feed.start()
     await until(rig.feed.is_current, "the feed is current")
@@ -716,7 +710,7 @@ async def test_a_running_feed_survives_an_outage_and_is_current_again_soon_after
     await until(rig.feed.is_current, "the feed is current again", seconds=3)
 
 
-async def test_a_running_feed_survives_the_end_of_its_backends_at_any_moment(
+async def test_running_feed_survives_terminated_backends_at_any_moment(
     make_rig: MakeRig, keys: dict[int, SecretKey]
 ) -> None:
     bell = Bell()
@@ -730,13 +724,13 @@ async def test_a_running_feed_survives_the_end_of_its_backends_at_any_moment(
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         await asyncio.sleep(0.003)
-    await until(lambda: rig.door.is_up, "the store answers again", seconds=3)
+    await until(lambda: rig.door.is_up, "the store responds again", seconds=3)
     await resolved_now(rig, keys[1])
     await rig.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
-    await until(lambda: not served_now(rig, keys[1]), "the change is in force", seconds=3)
+    await until(lambda: not served_now(rig, keys[1]), "the change takes effect", seconds=3)
 
 
-async def test_a_feed_can_be_closed_in_the_middle_of_a_look(make_rig: MakeRig) -> None:
+async def test_feed_can_be_closed_during_a_poll(make_rig: MakeRig) -> None:
     rig = await make_rig(listener="real")
     hold = rig.door.hold("changes_since")
     rig.feed.start()
@@ -745,38 +739,38 @@ async def test_a_feed_can_be_closed_in_the_middle_of_a_look(make_rig: MakeRig) -
     assert len(await rig.door.fetch("tenants", "", 1)) == 0
 
 
-# -- how long changes are kept
+# -- retention of changes
 
 
 async def _look_on(rig: Rig, bell: Bell, times: int) -> None:
-    """Let a running feed look once a minute."""
+    """Let a running feed poll once a minute."""
     for _ in range(times):
         rig.clock.advance(60)
         looks = rig.door.asked["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks + 1, "the feed looks twice")  # type: ignore[misc]
+        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks + 1, "the feed polls twice")  # type: ignore[misc]
 
 
 @pytest.fixture
 async def minded(make_rig: MakeRig, keys: dict[int, SecretKey]) -> tuple[Rig, Bell]:
-    """A running feed that looks when it is told to."""
+    """A running feed that polls under the control of the test."""
     bell = Bell()
     rig = await make_rig(listener=bell)
     rig.door.before["changes_since"] = _ringing(bell)
     rig.feed.start()
-    await until(rig.feed.is_current, "the feed has looked")
+    await until(rig.feed.is_current, "the feed has polled")
     return rig, bell
 
 
 def _ringing(bell: Bell) -> Callable[[], Awaitable[None]]:
     async def ring() -> None:
-        """Each look is followed by another one, without a pause."""
+        """Let the feed poll again without a pause."""
         bell.ring()
 
     return ring
 
 
-async def test_changes_are_forgotten_when_every_living_proxy_has_seen_them_and_not_before(
+async def test_changes_are_deleted_only_after_every_live_proxy_has_read_them(
     minded: tuple[Rig, Bell],
 ) -> None:
     rig, bell = minded
@@ -784,12 +778,12 @@ async def test_changes_are_forgotten_when_every_living_proxy_has_seen_them_and_n
     await _look_on(rig, bell, 19)
     assert rig.door.asked["forget_changes"] == 0
     await _look_on(rig, bell, 2)
-    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are forgotten")
+    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are deleted")
     await rig.feed.close()
     assert await change_rows(rig.sql) == 0
 
 
-async def test_a_change_that_commits_late_is_not_forgotten_before_it_was_told(
+async def test_late_commit_is_not_deleted_before_it_was_delivered(
     dsn: str, minded: tuple[Rig, Bell], keys: dict[int, SecretKey]
 ) -> None:
     rig, bell = minded
@@ -802,20 +796,20 @@ async def test_a_change_that_commits_late_is_not_forgotten_before_it_was_told(
     assert rig.door.asked["forget_changes"] > 0
     await rig.resolve(keys[1])
     await transaction.commit()
-    await until(lambda: not rig.is_served(keys[1]), "the late change is in force")
+    await until(lambda: not rig.is_served(keys[1]), "the late change takes effect")
     await late.close()
 
 
-async def test_forgetting_by_a_history_that_is_over_forgets_nothing_that_nobody_has_seen(
+async def test_snapshot_of_an_abandoned_history_deletes_no_unread_changes(
     make_rig: MakeRig, keys: dict[int, SecretKey]
 ) -> None:
-    """After a restored backup, what is kept from before says nothing about which changes have been seen."""
+    """After a restore, older snapshots do not show which changes have been read."""
     bell = Bell()
     rig = await make_rig(listener=bell, cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
     future = (1 << 40) + 1_000
     rig.door.edit["changes_since"] = lambda rows: [{**rows[0], "snapshot": f"{future}:{future}:"}]  # type: ignore[list-item]
     rig.feed.start()
-    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has looked")
+    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has polled")
     await until(bell.is_open.is_set, "the feed listens")
     del rig.door.edit["changes_since"]
     rig.door.before["changes_since"] = _ringing(bell)

@@ -1,4 +1,4 @@
-"""Keys of another program: imported as they were, verified by their own hash, and let in for nothing less."""
+"""Imported keys of another program: verified by their original hash, and accepted only if it matches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KEY = f"{PREFIX}.{'x9' * 16}"
 
 
 def sha512(key: str) -> str:
-    """As the library hashes since its third version."""
+    """The hash of the library since its third version."""
     return "sha512$$" + hashlib.sha512(key.encode()).hexdigest()
 
 
 def pbkdf2(key: str, rounds: int = 1000, salt: str = "s4lt") -> str:
-    """As Django, and with it older versions of the library, hashes."""
+    """The hash of Django, and with it of older versions of the library."""
     made = hashlib.pbkdf2_hmac("sha256", key.encode(), salt.encode(), rounds)
     return f"pbkdf2_sha256${rounds}${salt}${base64.b64encode(made).decode()}"
 
@@ -45,13 +45,13 @@ async def directory(rig: Rig) -> Directory:
 
 
 async def imported(directory: Directory, *rows: dict[str, Any], dry_run: bool = False) -> ImportReport:
-    """Import rows as a table has them; user u_42's where they do not say."""
+    """Import rows of a table; the user is u_42 unless a row contains one."""
     keys = [read_key(f"row {number}", row, {"user": "u_42"}) for number, row in enumerate(rows, start=1)]
     return await directory.import_keys(keys, dry_run=dry_run)
 
 
 async def present(rig: Rig, key: str) -> Identity | Reason:
-    """What a request with this key is told, as the gateway finds out."""
+    """The identity or refusal of a request with this key, fetched as the gateway does it."""
     secret = SecretKey(key.encode())
     for _ in range(4):
         try:
@@ -71,11 +71,11 @@ async def _strangers_are_forgotten(rig: Rig) -> None:
     await rig.feed.look()
 
 
-# -- verified, and adopted
+# -- verification and adoption
 
 
 @pytest.mark.parametrize("stored", [sha512(KEY), pbkdf2(KEY), pbkdf2(KEY, 3, "a.b/c+d")])
-async def test_an_imported_key_works_and_has_its_digest_from_its_first_use(
+async def test_imported_key_works_and_gets_its_digest_at_its_first_use(
     rig: Rig, directory: Directory, sql: Sql, stored: str
 ) -> None:
     row = {"prefix": PREFIX, "hashed_key": stored, "name": "old worker", "scopes": "jobs:write a"}
@@ -99,19 +99,21 @@ async def test_an_imported_key_works_and_has_its_digest_from_its_first_use(
         f"{PREFIX}.{sha512(KEY)}", sha512(KEY), f"{PREFIX}..{'x9' * 16}",
     ],
 )  # fmt: skip
-async def test_nobody_is_let_in_with_less_than_the_whole_key(
+async def test_anything_but_the_whole_key_is_refused(
     rig: Rig, directory: Directory, sql: Sql, stored: str, wrong: str
 ) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": stored})
     digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys")
     assert await present(rig, wrong) is Reason.KEY_INVALID
     assert await sql.fetchval("SELECT digest FROM keyproxy.api_keys") == digest
-    # Whoever tried before does not keep the real one out.
+    # An earlier failed attempt does not block the real key.
     await _strangers_are_forgotten(rig)
     assert isinstance(await present(rig, KEY), Identity)
 
 
-async def test_what_is_stored_before_the_first_use_opens_nothing(rig: Rig, directory: Directory, sql: Sql) -> None:
+async def test_stored_values_of_an_unused_key_are_not_accepted_as_keys(
+    rig: Rig, directory: Directory, sql: Sql
+) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     row = await sql.fetchrow("SELECT id, digest FROM keyproxy.api_keys")
     assert row is not None
@@ -132,7 +134,7 @@ async def test_what_is_stored_before_the_first_use_opens_nothing(rig: Rig, direc
         ("expiry_date", datetime(2020, 1, 1, tzinfo=UTC), None),
     ],
 )
-async def test_a_key_that_was_revoked_or_had_expired_stays_so(
+async def test_revoked_or_expired_key_stays_so_after_the_import(
     rig: Rig, directory: Directory, column: str, value: object, standing: Reason | None
 ) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY), column: value})
@@ -142,7 +144,7 @@ async def test_a_key_that_was_revoked_or_had_expired_stays_so(
     assert standing is not None or who.expires_wall_seconds < rig.clock().wall_seconds
 
 
-async def test_an_imported_key_can_be_revoked_before_its_first_use(rig: Rig, directory: Directory) -> None:
+async def test_imported_key_can_be_revoked_before_its_first_use(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     (key,) = await directory.keys("", 9)
     await directory.revoke_key(key["id"], "")
@@ -151,15 +153,13 @@ async def test_an_imported_key_can_be_revoked_before_its_first_use(rig: Rig, dir
     assert who.standing is Reason.KEY_REVOKED
 
 
-async def test_many_requests_that_come_with_the_first_use_are_all_let_in_by_one_verification(
-    rig: Rig, directory: Directory
-) -> None:
+async def test_concurrent_first_requests_share_one_verification(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
     told = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
     assert all(isinstance(one, Identity) for one in told)
 
 
-async def test_more_waiting_than_can_be_dealt_with_is_told_to_come_back(
+async def test_too_many_waiting_imported_keys_are_refused_as_overload(
     rig: Rig, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drf_api_keys, "_WAITING_MAX", 3)
@@ -169,7 +169,7 @@ async def test_more_waiting_than_can_be_dealt_with_is_told_to_come_back(
     assert told.count(Reason.KEY_INVALID) == 3
 
 
-async def test_a_store_that_cannot_be_asked_is_no_verdict_on_an_imported_key(rig: Rig, directory: Directory) -> None:
+async def test_imported_key_is_not_called_invalid_while_the_store_is_down(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     await rig.goes_down()
     assert await present(rig, KEY) is Reason.STORE_UNAVAILABLE
@@ -177,14 +177,14 @@ async def test_a_store_that_cannot_be_asked_is_no_verdict_on_an_imported_key(rig
     assert isinstance(await present(rig, KEY), Identity)
 
 
-async def test_keys_of_our_form_and_of_no_form_are_looked_up_without_a_question_more(rig: Rig) -> None:
+async def test_keys_of_other_forms_need_no_additional_query(rig: Rig) -> None:
     for key in ("kp_live_" + "x" * 49, "abcdefgh12345678", "a" * 40 + ".bbbbbbbbbbbb"):
         await present(rig, key)
     assert rig.door.look_ups == 3
     assert "foreign_recipe" not in rig.door.asked
 
 
-async def test_a_leaked_imported_key_is_found_before_its_first_use(directory: Directory) -> None:
+async def test_leaked_imported_key_is_found_before_its_first_use(directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     other = f"{PREFIX}.{'y' * 32}"
     assert (await directory.report_leaked_key(SecretKey(other.encode()), ""))["known"] is False
@@ -192,10 +192,10 @@ async def test_a_leaked_imported_key_is_found_before_its_first_use(directory: Di
     assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_42", "revoked")
 
 
-# -- what is imported
+# -- imports
 
 
-async def test_digests_are_imported_as_the_keys_they_are(rig: Rig, directory: Directory) -> None:
+async def test_keys_with_digests_are_imported_and_work(rig: Rig, directory: Directory) -> None:
     digest = hashlib.sha256(b"some-old-key").hexdigest()
     row = {
         "digest": digest.upper(), "id": "old_7", "name": "n", "hint": "some…key", "scopes": ["a", "b"], "is_test": "t",
@@ -212,7 +212,7 @@ async def test_digests_are_imported_as_the_keys_they_are(rig: Rig, directory: Di
 
 
 @pytest.mark.parametrize("is_used_between", [False, True])
-async def test_what_is_imported_again_is_passed_over(rig: Rig, directory: Directory, is_used_between: bool) -> None:
+async def test_repeated_import_skips_existing_keys(rig: Rig, directory: Directory, is_used_between: bool) -> None:
     rows: Sequence[dict[str, Any]] = [
         {"prefix": PREFIX, "hashed_key": sha512(KEY)}, {"digest": "ab" * 32}, {"digest": "AB" * 32},
     ]  # fmt: skip
@@ -226,7 +226,7 @@ async def test_what_is_imported_again_is_passed_over(rig: Rig, directory: Direct
     assert len(await directory.keys("", 9)) == 2
 
 
-async def test_no_problem_of_an_import_repeats_a_key_in_the_wrong_column(directory: Directory) -> None:
+async def test_import_problems_do_not_disclose_a_key_in_the_wrong_column(directory: Directory) -> None:
     secret = fakes.key(1).reveal().decode()
     rows = ({"digest": "ab" * 32, "user": secret}, {"digest": "cd" * 32, "user": "u_42", "plan": secret})
     problems = (await imported(directory, *rows)).problems
@@ -234,7 +234,7 @@ async def test_no_problem_of_an_import_repeats_a_key_in_the_wrong_column(directo
     assert secret[:24] not in str(problems)
 
 
-async def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(directory: Directory, sql: Sql) -> None:
+async def test_dry_run_reports_the_result_and_changes_nothing(directory: Directory, sql: Sql) -> None:
     before = await audit_rows(sql)
     rows = (
         {"prefix": PREFIX, "hashed_key": sha512(KEY), "user": "u_new", "tenant": "acme"}, {"digest": "ab" * 32},
@@ -248,7 +248,7 @@ async def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(directory: D
     assert (await directory.user("u_new"))["keys"] == 1
 
 
-async def test_rows_that_cannot_be_used_are_told_and_keep_no_other_out(directory: Directory) -> None:
+async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: Directory) -> None:
     await directory.create_tenant("other", "")
     await directory.create_user("u_7", "other", None)
     await imported(directory, {"digest": "ab" * 32, "id": "mine"})
@@ -266,7 +266,7 @@ async def test_rows_that_cannot_be_used_are_told_and_keep_no_other_out(directory
     ]  # fmt: skip
 
 
-async def test_a_tenants_desk_imports_for_its_own_users_alone(rig: Rig, directory: Directory) -> None:
+async def test_tenant_bound_directory_imports_only_for_its_own_users(rig: Rig, directory: Directory) -> None:
     await directory.create_tenant("other", "")
     await directory.create_user("u_7", "other", None)
     bound = Directory(rig.door, KeyFormat(), Actor("ann", "desk"), tenant_id="acme")
@@ -296,11 +296,11 @@ async def test_a_tenants_desk_imports_for_its_own_users_alone(rig: Rig, director
         ({"digest": "ab" * 32, "revoked": "perhaps"}, "no time"),
     ],
 )
-def test_a_row_that_means_nothing_is_refused(row: dict[str, Any], sentence: str) -> None:
+def test_invalid_row_is_rejected(row: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Invalid, match=sentence):
         read_key("row 1", row, {"user": "u_42"})
 
 
-def test_a_recipe_that_nobody_knows_or_that_takes_too_long_is_not_followed() -> None:
+def test_unknown_or_too_slow_hash_parameters_are_not_used() -> None:
     assert drf_api_keys.hashed(SecretKey(b"k"), "pbkdf2_sha256$99999999$s$") is None
     assert drf_api_keys.hashed(SecretKey(b"k"), "argon2$argon2id$v=19$") is None

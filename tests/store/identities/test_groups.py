@@ -1,4 +1,4 @@
-"""Users and tenants as the identity cache sees them."""
+"""Groups: users and tenants in the identity cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from keyproxy.store.identities.groups import Group
 
 
-def test_however_often_a_user_changes_only_groups_that_entries_refer_to_are_kept() -> None:
+def test_only_groups_with_entries_are_kept_however_often_a_user_changes() -> None:
     oldest = Group()
     newest, made = oldest, []
     for _ in range(1_000):
@@ -19,7 +19,7 @@ def test_however_often_a_user_changes_only_groups_that_entries_refer_to_are_kept
     assert not oldest.is_usable
 
 
-def test_the_newest_group_lives_as_long_as_an_entry_refers_to_an_older_one() -> None:
+def test_newest_group_lives_as_long_as_an_entry_refers_to_an_older_one() -> None:
     first = Group()
     second = first.supersede()
     third = weakref.ref(second.supersede())

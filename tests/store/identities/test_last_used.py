@@ -1,4 +1,4 @@
-"""When a key was last used is noted, seldom and late, and nothing else depends on it."""
+"""The time of last use is recorded, rarely and with a delay, and nothing else depends on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.store.harness import Rig, Sql, add_key, add_keys, add_user, audit_row
 
 @pytest.fixture
 async def key(rig: Rig) -> SecretKey:
-    """One key, which nobody has used."""
+    """One unused key."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     await rig.feed.look()
@@ -29,7 +29,7 @@ async def key(rig: Rig) -> SecretKey:
 
 
 async def noted(sql: Sql, key_id: str = "key_1") -> datetime | None:
-    """When this key was last used, as far as the store knows."""
+    """The time of last use of this key in the store."""
     at: datetime | None = await sql.fetchval("SELECT last_used_at FROM keyproxy.api_keys WHERE id = $1", key_id)
     return at
 
@@ -41,7 +41,7 @@ def wall(rig: Rig) -> datetime:
 
 @dataclass
 class Entry:
-    """A cached key, as far as a note of its use needs one."""
+    """A cached key with the attributes that LastUsed needs."""
 
     identity: Identity
     mark_due: float = 0.0
@@ -57,7 +57,7 @@ def entries(count: int) -> list[Entry]:
     return [used_key(f"key_of_{number}") for number in range(count)]
 
 
-async def test_a_use_is_noted_with_its_time(rig: Rig, key: SecretKey) -> None:
+async def test_use_is_recorded_with_its_time(rig: Rig, key: SecretKey) -> None:
     assert await noted(rig.sql) is None
     used = wall(rig)
     await rig.resolve(key)
@@ -66,14 +66,14 @@ async def test_a_use_is_noted_with_its_time(rig: Rig, key: SecretKey) -> None:
     assert await noted(rig.sql) == used
 
 
-async def test_a_key_that_was_not_used_or_not_let_in_has_no_note(rig: Rig, key: SecretKey) -> None:
+async def test_unused_or_refused_key_has_no_time_of_last_use(rig: Rig, key: SecretKey) -> None:
     await rig.resolve(fakes.key(2))
     await rig.last_used.flush()
     assert rig.door.asked["mark_used"] == 0
     assert await noted(rig.sql) is None
 
 
-async def test_a_key_in_steady_use_is_noted_once_a_minute(rig: Rig, key: SecretKey) -> None:
+async def test_key_in_steady_use_is_recorded_once_a_minute(rig: Rig, key: SecretKey) -> None:
     await rig.resolve(key)
     first = wall(rig)
     for seconds, expected in [(0.0, first), (59.5, first), (0.5, None)]:
@@ -87,7 +87,7 @@ async def test_a_key_in_steady_use_is_noted_once_a_minute(rig: Rig, key: SecretK
     assert rig.door.asked["mark_used"] == 2
 
 
-async def test_a_refreshed_answer_does_not_begin_the_minute_anew(rig: Rig, key: SecretKey) -> None:
+async def test_refresh_of_the_entry_does_not_restart_the_minute(rig: Rig, key: SecretKey) -> None:
     await rig.resolve(key)
     await rig.last_used.flush()
     rig.clock.advance(20)
@@ -97,7 +97,7 @@ async def test_a_refreshed_answer_does_not_begin_the_minute_anew(rig: Rig, key: 
     assert rig.door.asked["mark_used"] == 1
 
 
-async def test_an_older_use_does_not_replace_a_newer_one(rig: Rig, key: SecretKey) -> None:
+async def test_older_use_does_not_replace_a_newer_one(rig: Rig, key: SecretKey) -> None:
     newer = wall(rig)
     await rig.sql.execute("UPDATE keyproxy.api_keys SET last_used_at = $1", newer)
     rig.clock.wall_seconds -= 600
@@ -124,10 +124,10 @@ async def test_notes_of_many_keys_are_written_in_few_statements(rig: Rig, count:
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-async def test_the_work_of_a_note_does_not_grow_with_the_number_of_keys_whatever_statistics_say(
+async def test_cost_of_a_note_does_not_grow_with_the_number_of_keys_with_outdated_statistics(
     sql: Sql, mode: str
 ) -> None:
-    """Keys that were imported into a table whose statistics are of a time when it was empty, but not small."""
+    """The keys are imported into a table with statistics collected when it was empty, but not small."""
     await add_user(sql)
     await sql.execute(
         "INSERT INTO keyproxy.api_keys (id, user_id, digest)"
@@ -149,16 +149,16 @@ async def test_the_work_of_a_note_does_not_grow_with_the_number_of_keys_whatever
     rows = await sql.fetch(f"EXPLAIN (ANALYZE, TIMING OFF, SUMMARY OFF) EXECUTE mark_used ({given})")
     plan = [row[0] for row in rows]
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == 2_000
-    # Nothing is compared with every other key.
+    # The plan compares no key with every other one.
     assert [line for line in plan if "Nested Loop" in line or "Join Filter" in line] == []
 
 
-async def test_nothing_to_note_is_no_statement(rig: Rig) -> None:
+async def test_nothing_to_record_sends_no_statement(rig: Rig) -> None:
     await rig.last_used.flush()
     assert rig.door.asked["mark_used"] == 0
 
 
-async def test_a_key_that_went_before_its_use_was_written_keeps_no_other_note_back(rig: Rig) -> None:
+async def test_deleted_key_does_not_block_the_notes_of_others(rig: Rig) -> None:
     await add_user(rig.sql)
     gone, other = await add_keys(rig.sql, [1, 2])
     await rig.resolve(gone)
@@ -168,7 +168,7 @@ async def test_a_key_that_went_before_its_use_was_written_keeps_no_other_note_ba
     assert await noted(rig.sql, "key_2") == wall(rig)
 
 
-async def test_notes_wait_while_the_store_is_down_and_the_newest_counts(rig: Rig, key: SecretKey) -> None:
+async def test_notes_wait_while_the_store_is_down_and_the_newest_is_written(rig: Rig, key: SecretKey) -> None:
     await rig.resolve(key)
     await rig.goes_down()
     await rig.last_used.flush()
@@ -182,12 +182,12 @@ async def test_notes_wait_while_the_store_is_down_and_the_newest_counts(rig: Rig
 
 
 class KeyId(str):
-    """An id of a key that can be seen to be in memory still."""
+    """A key id that supports weak references, to detect whether it is still in memory."""
 
     __slots__ = ("__weakref__",)
 
 
-async def test_notes_that_wait_are_bounded_and_the_oldest_go_first(rig: Rig) -> None:
+async def test_waiting_notes_are_bounded_and_the_oldest_are_dropped_first(rig: Rig) -> None:
     await rig.relay.cut()
     for number in range(200_001):
         rig.last_used.mark(used_key(str(number)), rig.clock())
@@ -199,7 +199,7 @@ async def test_notes_that_wait_are_bounded_and_the_oldest_go_first(rig: Rig) -> 
     assert "1" in ids
 
 
-async def test_notes_that_come_while_a_write_fails_stay_within_the_bound(rig: Rig) -> None:
+async def test_notes_made_during_a_failing_write_stay_within_the_bound(rig: Rig) -> None:
     in_memory: weakref.WeakSet[KeyId] = weakref.WeakSet()
 
     def use(first: int, last: int) -> None:
@@ -220,7 +220,7 @@ async def test_notes_that_come_while_a_write_fails_stay_within_the_bound(rig: Ri
     assert "249999" in set(in_memory)
 
 
-async def test_the_running_writer_writes_within_seconds(rig: Rig, key: SecretKey) -> None:
+async def test_periodic_flush_writes_within_seconds(rig: Rig, key: SecretKey) -> None:
     rig.last_used.start()
     await rig.resolve(key)
     await until_row(rig.sql, "SELECT 1 FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL", seconds=4)
@@ -228,14 +228,14 @@ async def test_the_running_writer_writes_within_seconds(rig: Rig, key: SecretKey
     assert await noted(rig.sql) == wall(rig)
 
 
-async def test_what_was_noted_is_written_at_the_end(rig: Rig, key: SecretKey) -> None:
+async def test_close_flushes_waiting_notes(rig: Rig, key: SecretKey) -> None:
     rig.last_used.start()
     await rig.resolve(key)
     await rig.last_used.close()
     assert await noted(rig.sql) == wall(rig)
 
 
-async def test_the_end_does_not_wait_for_a_store_that_is_down(rig: Rig, key: SecretKey) -> None:
+async def test_close_does_not_wait_for_a_store_that_is_down(rig: Rig, key: SecretKey) -> None:
     rig.last_used.start()
     await rig.resolve(key)
     await rig.goes_down()
@@ -243,7 +243,7 @@ async def test_the_end_does_not_wait_for_a_store_that_is_down(rig: Rig, key: Sec
     assert rig.door.asked["mark_used"] == 0
 
 
-async def test_the_end_in_the_middle_of_a_write_loses_no_note(rig: Rig, key: SecretKey) -> None:
+async def test_close_during_a_write_loses_no_note(rig: Rig, key: SecretKey) -> None:
     writing = asyncio.Event()
 
     async def hang() -> None:
@@ -259,8 +259,8 @@ async def test_the_end_in_the_middle_of_a_write_loses_no_note(rig: Rig, key: Sec
     assert await noted(rig.sql) == wall(rig)
 
 
-async def test_a_use_that_cannot_be_noted_does_not_make_the_store_count_as_down(make_rig: MakeRig) -> None:
-    """Somebody holds a row for long, say an open transaction in psql: the store answers all else."""
+async def test_failing_note_does_not_mark_the_store_as_down(make_rig: MakeRig) -> None:
+    """A row is locked for long, for example by an open transaction in psql, while all else works."""
     rig = await make_rig(statement_timeout_seconds=0.3)
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
@@ -273,7 +273,7 @@ async def test_a_use_that_cannot_be_noted_does_not_make_the_store_count_as_down(
         assert await rig.resolve(fakes.key(9)) is Reason.KEY_INVALID
 
 
-async def test_a_row_that_somebody_holds_keeps_no_other_note_back(make_rig: MakeRig) -> None:
+async def test_locked_row_does_not_block_the_notes_of_others(make_rig: MakeRig) -> None:
     rig = await make_rig(statement_timeout_seconds=0.3)
     await add_user(rig.sql)
     for secret in await add_keys(rig.sql, [1, 2]):
@@ -284,7 +284,7 @@ async def test_a_row_that_somebody_holds_keeps_no_other_note_back(make_rig: Make
         assert await noted(rig.sql, "key_2") == wall(rig)
 
 
-async def test_two_proxies_that_note_the_same_keys_at_once_both_succeed(make_rig: MakeRig) -> None:
+async def test_two_proxies_recording_the_same_keys_concurrently_both_succeed(make_rig: MakeRig) -> None:
     one, two = await make_rig(), await make_rig()
     await add_user(one.sql)
     await one.sql.execute(
@@ -301,7 +301,7 @@ async def test_two_proxies_that_note_the_same_keys_at_once_both_succeed(make_rig
         assert (one.door.is_down, two.door.is_down) == (False, False)
 
 
-async def test_the_minute_is_measured_on_the_clock_that_never_jumps(rig: Rig) -> None:
+async def test_minute_is_measured_with_the_monotonic_clock(rig: Rig) -> None:
     entry, notes = Entry(fakes.identity()), LastUsed(rig.door)
     notes.mark(entry, Moment(1_800_000_000.0, 100.0))
     assert entry.mark_due == 160.0

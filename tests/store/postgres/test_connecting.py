@@ -1,4 +1,4 @@
-"""Connections by libpq's rules: parameters, TLS, several hosts, another user's home; and how failures name the server."""
+"""Connections by libpq's rules: parameters, TLS, several hosts, another user's home, names in error messages."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ class TcpServer(Server):
             self.port: int = sock.getsockname()[1]
 
     def configure(self, *lines: str) -> None:
-        """Add to its configuration."""
+        """Append to the configuration."""
         with (self.data / "postgresql.auto.conf").open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
     def hba(self, *lines: str) -> None:
-        """Who may connect, and how."""
+        """Write pg_hba.conf."""
         (self.data / "pg_hba.conf").write_text("".join(f"{line}\n" for line in ("local all all trust", *lines)))
 
     def start_tcp(self) -> None:
-        """Begin to start, on the port too."""
+        """Start, and listen on the port too."""
         self.configure("listen_addresses = '127.0.0.1'", f"unix_socket_directories = '{self.sockets}'")
-        # The command line of Server sets where to listen; another one adds TCP.
+        # Server's command line only sets the socket; this one adds TCP.
         command = self._command("postgres", "-D", str(self.data), "-k", str(self.sockets), "-p", str(self.port))
         with (self.data.parent / "log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     @property
     def major(self) -> int:
-        """Which PostgreSQL it is."""
+        """The PostgreSQL version."""
         return int((self.data / "PG_VERSION").read_text())
 
     @property
@@ -80,7 +80,7 @@ def _with_tls() -> Path:
             and b"openssl" in subprocess.run([program, "--configure"], capture_output=True, check=True).stdout
         ):
             return found.directory
-    pytest.skip("no PostgreSQL here was built with TLS")
+    pytest.skip("no installed PostgreSQL was built with TLS")
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,13 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Who signs."""
+    """The certificate authority."""
     return trustme.CA()
 
 
 @pytest.fixture(scope="module")
 def roots(home: Path, authority: trustme.CA) -> Path:
-    """The certificate of who signs."""
+    """The certificate of the authority."""
     file = home / "roots.pem"
     authority.cert_pem.write_to_path(str(file))
     file.chmod(0o644)
@@ -118,7 +118,7 @@ def plain(home: Path) -> Iterator[TcpServer]:
 
 @pytest.fixture(scope="module")
 def secure(home: Path, authority: trustme.CA) -> Iterator[TcpServer]:
-    """A server that takes nothing but TLS over TCP."""
+    """A server that requires TLS over TCP."""
     server = TcpServer(home, "secure", needs_tls=True)
     server.run("initdb", "--pgdata", str(server.data), "--username", "keyproxy", "--auth", "trust", "--no-locale")
     issued = authority.issue_cert("localhost")
@@ -138,13 +138,13 @@ async def _wait(server: TcpServer) -> None:
 
 
 async def connected(dsn: str) -> Connection:
-    """A connection, as the store makes one."""
+    """A connection like those of the store."""
     return await Target(dsn).connect(command_seconds=5.0)
 
 
 @contextlib.asynccontextmanager
 async def opened(dsn: str) -> AsyncIterator[Door]:
-    """A door that is open while the context lasts."""
+    """A database that is open in the context."""
     door = Door(dsn)
     await door.open()
     try:
@@ -169,7 +169,7 @@ async def opened(dsn: str) -> AsyncIterator[Door]:
         "options=-c%20default_transaction_isolation%3Dserializable", "default_transaction_isolation=serializable",
     ],
 )  # fmt: skip
-async def test_a_parameter_of_libpq_does_not_keep_from_connecting(plain: TcpServer, parameters: str) -> None:
+async def test_parameters_of_libpq_are_accepted(plain: TcpServer, parameters: str) -> None:
     connection = await connected(plain.tcp(parameters))
     assert connection.is_pinned
     assert await connection.fetchval("SHOW default_transaction_isolation") == "read committed"
@@ -194,7 +194,7 @@ async def test_keepalives_are_on_and_as_configured(plain: TcpServer) -> None:
         await connection.close()
 
 
-async def test_a_service_file_is_read(plain: TcpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_service_file_is_read(plain: TcpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "services"
     file.write_text(
         f"[db]\nhost=localhost\nport={plain.port}\nuser=keyproxy\ndbname=postgres\nchannel_binding=prefer\n"
@@ -212,17 +212,17 @@ async def test_a_service_file_is_read(plain: TcpServer, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("mode", ["", "prefer", "allow", "require", "verify-ca", "verify-full", "direct", "system"])
-async def test_a_server_that_wants_tls_gets_it(secure: TcpServer, roots: Path, mode: str) -> None:
+async def test_server_that_requires_tls_gets_it(secure: TcpServer, roots: Path, mode: str) -> None:
     parameters = {
         "": "", "direct": f"sslmode=require&sslrootcert={roots}&sslnegotiation=direct", "system": "sslrootcert=system",
     }.get(mode, f"sslmode={mode}" + (f"&sslrootcert={roots}" if mode.startswith("verify") else ""))  # fmt: skip
     if mode == "system":
-        # This machine does not know who signs.
+        # The test authority is not among the system's roots.
         with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
             await connected(secure.tcp(parameters))
         return
     if mode == "direct" and secure.major < 17:
-        pytest.skip("PostgreSQL takes TLS without its own greeting from 17 on")
+        pytest.skip("direct TLS needs PostgreSQL 17 or later")
     for _ in range(2):
         connection = await connected(secure.tcp(parameters))
         assert await connection.fetchval("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
@@ -230,19 +230,19 @@ async def test_a_server_that_wants_tls_gets_it(secure: TcpServer, roots: Path, m
 
 
 @pytest.mark.parametrize("mode", ["", "prefer", "allow", "disable"])
-async def test_a_server_without_tls_is_reached_where_tls_is_only_preferred(plain: TcpServer, mode: str) -> None:
+async def test_server_without_tls_is_accepted_if_tls_is_only_preferred(plain: TcpServer, mode: str) -> None:
     for _ in range(2):
         await (await connected(plain.tcp(f"sslmode={mode}" if mode else ""))).close()
 
 
 @pytest.mark.parametrize("mode", ["require", "verify-full"])
-async def test_a_server_without_tls_is_refused_where_tls_is_required(plain: TcpServer, roots: Path, mode: str) -> None:
+async def test_server_without_tls_is_rejected_if_tls_is_required(plain: TcpServer, roots: Path, mode: str) -> None:
     async with opened(plain.tcp(f"sslmode={mode}&sslrootcert={roots}")) as door:
         with pytest.raises(StoreUnavailable, match=f"localhost:{plain.port}, database 'postgres': .*SSL"):
             await door.fetch("tenants", "", 1)
 
 
-async def test_a_wrong_certificate_is_refused(secure: TcpServer, home: Path) -> None:
+async def test_wrong_certificate_is_rejected(secure: TcpServer, home: Path) -> None:
     other = home / "other.pem"
     trustme.CA().cert_pem.write_to_path(str(other))
     for mode in ("require", "verify-ca", "verify-full"):
@@ -260,7 +260,7 @@ async def test_a_wrong_certificate_is_refused(secure: TcpServer, home: Path) -> 
         ("sslmode=require&ssl_min_protocol_version=TLSv9", "ssl_min_protocol_version=TLSv9"),
     ],
 )  # fmt: skip
-async def test_a_file_that_cannot_be_read_is_named(
+async def test_error_message_names_an_unreadable_file(
     secure: TcpServer, parameters: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -270,17 +270,17 @@ async def test_a_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("mode", ["", "prefer", "require", "disable"])
-async def test_the_home_of_another_user_does_not_prevent_connecting(
+async def test_home_of_another_user_does_not_prevent_connecting(
     secure: TcpServer, plain: TcpServer, mode: str, tmp_path: Path
 ) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can run a process as somebody else")
+        pytest.skip("only root can run a process as another user")
     tmp_path.chmod(0o700)
     program = (
         "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\n"
         "from keyproxy.store.postgres.connecting import Target\n"
         "async def connect():\n    await (await Target(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
-        # Only now: the other user may not be allowed to run this Python.
+        # After the imports: the other user may lack access to this Python.
         "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nasyncio.run(connect())\n"
     )
     server = plain if mode == "disable" else secure
@@ -297,7 +297,7 @@ async def test_the_home_of_another_user_does_not_prevent_connecting(
 # -- several hosts
 
 
-async def test_a_host_that_answers_nothing_costs_its_time_once_and_the_next_one_is_asked(plain: TcpServer) -> None:
+async def test_unresponsive_host_times_out_once_and_the_next_one_is_used(plain: TcpServer) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -315,7 +315,7 @@ async def test_a_host_that_answers_nothing_costs_its_time_once_and_the_next_one_
 # -- messages
 
 
-async def test_failures_name_the_server_and_never_a_password(short_directory: Path) -> None:
+async def test_failures_name_the_server_and_never_the_password(short_directory: Path) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -342,7 +342,7 @@ async def test_failures_name_the_server_and_never_a_password(short_directory: Pa
 # -- a server that becomes read-only
 
 
-async def test_what_a_server_returns_that_has_become_read_only_does_not_count(start_server: StartServer) -> None:
+async def test_results_of_a_server_that_became_read_only_are_discarded(start_server: StartServer) -> None:
     server = start_server()
     await migrations.migrate(server.dsn())
     sql: Sql = await asyncpg.connect(server.dsn())
@@ -377,7 +377,7 @@ async def test_what_a_server_returns_that_has_become_read_only_does_not_count(st
 
 
 async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
-    """As an operator does in a switch-over; the server reports it to open connections soon after."""
+    """Make the server read-only, as in a switchover; it reports this to open connections soon after."""
     await sql.execute("SET default_transaction_read_only = off")
     await sql.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
     await sql.execute("SELECT pg_reload_conf()")
@@ -390,7 +390,7 @@ async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
                 return
 
 
-async def test_an_error_of_our_own_ledger_is_no_sign_that_the_database_moved(dsn: str) -> None:
+async def test_error_raised_by_our_ledger_does_not_count_as_a_failover(dsn: str) -> None:
     async with opened(dsn) as door:
         empty: list[list[object]] = [[] for _ in range(15)]
         await door.fetch("sync_leases", "holder", 5, 10.0, *empty)
@@ -399,20 +399,20 @@ async def test_an_error_of_our_own_ledger_is_no_sign_that_the_database_moved(dsn
         assert door.moves == 0
 
 
-async def test_a_statement_that_the_store_refuses_is_no_sign_that_the_database_moved(dsn: str) -> None:
+async def test_refused_statement_does_not_count_as_a_failover(dsn: str) -> None:
     async with opened(dsn) as door:
         with pytest.raises(StoreConflict):
             await door.fetch("create_tenant", "a b", "", None)
         assert door.moves == 0
 
 
-async def test_a_connection_that_is_lost_has_every_connection_replaced(dsn: str, sql: Sql) -> None:
+async def test_lost_connection_replaces_every_connection(dsn: str, sql: Sql) -> None:
     pids = "SELECT pid FROM pg_stat_activity WHERE application_name = 'keyproxy' AND datname = current_database()"
 
     async def lose(door: Door) -> None:
         async with door.transaction() as transaction:
             await transaction.fetch("tenants", "", 1)
-            # The only one that is in a transaction.
+            # The only connection in a transaction.
             await sql.execute(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE state LIKE 'idle in %'"
             )

@@ -1,4 +1,4 @@
-"""The one door: every way of failing is told in two words, within bounds, and the door opens again by itself."""
+"""Database: every failure is one of two exceptions, waits are bounded, and the database recovers without a restart."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_
 
 @contextlib.asynccontextmanager
 async def opened(dsn: str, *, pool_size_max: int = 2, timeout_seconds: float = 5.0) -> AsyncIterator[Door]:
-    """A door that is open while the context lasts."""
+    """A database that is open in the context."""
     door = Door(dsn, pool_size_max=pool_size_max, statement_timeout_seconds=timeout_seconds)
     await door.open()
     try:
@@ -36,17 +36,17 @@ async def opened(dsn: str, *, pool_size_max: int = 2, timeout_seconds: float = 5
         await door.close()
 
 
-# -- what the answers are
+# -- results
 
 
-async def test_a_statement_yields_its_rows(database: Database, sql: Sql) -> None:
+async def test_statement_returns_its_rows(database: Database, sql: Sql) -> None:
     assert await database.fetch("tenants", "", 10) == []
     await add_tenant(sql, "a")
     await add_tenant(sql, "b")
     assert [row["id"] for row in await database.fetch("tenants", "", 10)] == ["a", "b"]
 
 
-async def test_a_transaction_counts_as_a_whole_or_not_at_all(database: Database) -> None:
+async def test_transaction_commits_as_a_whole_or_not_at_all(database: Database) -> None:
     async with database.transaction() as transaction:
         assert await transaction.fetch_row("tenant", "a") is None
         row = await transaction.fetch_row("create_tenant", "a", "", None)
@@ -70,7 +70,7 @@ async def test_a_transaction_counts_as_a_whole_or_not_at_all(database: Database)
         ("tenants", ("", 1 << 70), ""),
     ],
 )
-async def test_what_the_store_refuses_is_a_conflict_and_not_an_outage(
+async def test_refused_change_is_a_conflict_and_not_an_outage(
     database: Database, statement: str, arguments: tuple[object, ...], constraint: str
 ) -> None:
     with pytest.raises(StoreConflict) as caught:
@@ -98,7 +98,7 @@ async def test_opening_and_closing_need_no_server(short_directory: str) -> None:
                 pass
 
 
-async def test_a_closed_door_says_so(database: Database) -> None:
+async def test_closed_database_raises_store_unavailable(database: Database) -> None:
     await database.close()
     await database.close()
     with pytest.raises(StoreUnavailable, match="closed"):
@@ -110,7 +110,7 @@ async def test_a_closed_door_says_so(database: Database) -> None:
     assert await database.fetch("tenants", "", 1) == []
 
 
-async def test_closing_does_not_wait_for_a_statement_that_does_not_end(dsn: str, sql: Sql) -> None:
+async def test_closing_does_not_wait_for_a_stuck_statement(dsn: str, sql: Sql) -> None:
     door = Door(dsn, statement_timeout_seconds=30.0)
     await door.open()
     other: Sql = await asyncpg.connect(dsn)
@@ -127,7 +127,7 @@ async def test_closing_does_not_wait_for_a_statement_that_does_not_end(dsn: str,
 
 
 @pytest.mark.parametrize("is_server_there", [False, True])
-async def test_a_server_or_database_that_is_not_there_is_unavailable(postgres: Server, is_server_there: bool) -> None:
+async def test_missing_server_or_database_is_unavailable(postgres: Server, is_server_there: bool) -> None:
     nowhere = "postgresql://keyproxy@/nowhere?host=/tmp/kp-nobody&port=5432"
     async with opened(postgres.dsn("db_that_is_not_there") if is_server_there else nowhere) as door:
         with pytest.raises(StoreUnavailable):
@@ -135,7 +135,7 @@ async def test_a_server_or_database_that_is_not_there_is_unavailable(postgres: S
         assert door.is_down
 
 
-async def test_a_database_without_our_schema_is_unavailable_until_it_is_migrated(empty_dsn: str) -> None:
+async def test_database_without_our_schema_is_unavailable_until_it_is_migrated(empty_dsn: str) -> None:
     async with opened(empty_dsn) as door:
         with pytest.raises(StoreUnavailable):
             await door.fetch("tenants", "", 1)
@@ -144,12 +144,10 @@ async def test_a_database_without_our_schema_is_unavailable_until_it_is_migrated
         assert door.is_up
 
 
-# -- time
+# -- timeouts
 
 
-async def test_a_statement_that_takes_too_long_is_given_up_in_time_and_its_connection_stays_good(
-    dsn: str, sql: Sql
-) -> None:
+async def test_slow_statement_times_out_and_its_connection_stays_usable(dsn: str, sql: Sql) -> None:
     async with opened(dsn, pool_size_max=1, timeout_seconds=0.2) as door:
         other: Sql = await asyncpg.connect(dsn)
         async with other.transaction():
@@ -166,7 +164,7 @@ async def test_a_statement_that_takes_too_long_is_given_up_in_time_and_its_conne
         assert await door.fetch("tenants", "", 1) == []
 
 
-async def test_when_all_connections_are_busy_the_wait_for_one_is_bounded(dsn: str, sql: Sql) -> None:
+async def test_wait_for_a_free_connection_is_bounded(dsn: str, sql: Sql) -> None:
     async with opened(dsn, pool_size_max=1, timeout_seconds=30.0) as door:
         async with door.transaction():
             started = time.monotonic()
@@ -176,21 +174,21 @@ async def test_when_all_connections_are_busy_the_wait_for_one_is_bounded(dsn: st
         assert await door.fetch("tenants", "", 1) == []
 
 
-async def test_a_network_that_drops_everything_is_noticed_in_bounded_time_and_service_returns(relay: Relay) -> None:
+async def test_network_that_drops_all_packets_is_detected_in_bounded_time_and_service_recovers(relay: Relay) -> None:
     async with opened(relay.dsn, timeout_seconds=0.3) as door:
         await door.fetch("tenants", "", 1)
         relay.freeze()
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await door.fetch("tenants", "", 1)
-        # The statement's time, and some for cancelling it over the same dead network.
+        # The statement timeout, plus some time to cancel it over the same dead network.
         assert time.monotonic() - started < 5
         relay.thaw()
         await until_answered(door)
 
 
 async def until_answered(door: Database, *, seconds: float = 8.0) -> None:
-    """Wait until the store answers."""
+    """Wait until the store responds."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -203,10 +201,10 @@ async def until_answered(door: Database, *, seconds: float = 8.0) -> None:
             return
 
 
-# -- connections that are lost
+# -- lost connections
 
 
-async def test_a_connection_lost_in_the_middle_is_an_outage_and_the_next_statement_finds_another(
+async def test_connection_lost_during_a_statement_is_an_outage_and_the_next_statement_gets_another(
     relay: Relay, dsn: str, sql: Sql
 ) -> None:
     async with opened(relay.dsn) as door:
@@ -222,17 +220,17 @@ async def test_a_connection_lost_in_the_middle_is_an_outage_and_the_next_stateme
         assert await door.fetch("tenants", "", 1) == []
 
 
-async def test_idle_connections_that_the_server_closed_cost_no_statement(relay: Relay) -> None:
+async def test_idle_connections_closed_by_the_server_fail_no_statement(relay: Relay) -> None:
     async with opened(relay.dsn, pool_size_max=3) as door:
         for _ in range(3):
             await asyncio.gather(*(door.fetch("tenants", "", 1) for _ in range(3)))
             relay.cut_connections()
-            # As soon as the loop has heard of it.
+            # Once the event loop has noticed it.
             await asyncio.sleep(0.05)
             assert await door.fetch("tenants", "", 1) == []
 
 
-async def test_a_transaction_whose_connection_is_lost_is_an_outage(relay: Relay) -> None:
+async def test_lost_connection_in_a_transaction_is_an_outage(relay: Relay) -> None:
     async def change(door: Door) -> None:
         async with door.transaction() as transaction:
             await transaction.fetch("create_tenant", "a", "", None)
@@ -245,7 +243,7 @@ async def test_a_transaction_whose_connection_is_lost_is_an_outage(relay: Relay)
         assert await door.fetch("tenants", "", 10) == []
 
 
-async def test_a_server_that_stops_is_an_outage_and_one_that_starts_again_is_found(start_server: StartServer) -> None:
+async def test_stopped_server_is_an_outage_and_a_restarted_one_is_used_again(start_server: StartServer) -> None:
     server = start_server()
     await migrations.migrate(server.dsn())
     async with opened(server.dsn()) as door:
@@ -262,7 +260,7 @@ async def test_a_server_that_stops_is_an_outage_and_one_that_starts_again_is_fou
         assert (door.is_up, door.is_down, door.down_because) == (True, False, "")
 
 
-async def test_a_server_that_is_shutting_down_is_an_outage_at_every_moment_of_it(start_server: StartServer) -> None:
+async def test_server_shutdown_is_an_outage_at_every_moment(start_server: StartServer) -> None:
     server = start_server()
     await migrations.migrate(server.dsn())
     async with opened(server.dsn(), timeout_seconds=1.0) as door:
@@ -277,7 +275,7 @@ async def test_a_server_that_is_shutting_down_is_an_outage_at_every_moment_of_it
             await door.fetch("users", "", 1, None)
 
 
-async def test_a_backend_that_ends_is_an_outage_whatever_it_was_just_doing(dsn: str, sql: Sql) -> None:
+async def test_terminated_backend_is_an_outage_at_every_moment(dsn: str, sql: Sql) -> None:
     others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> $1"
     ending = asyncio.create_task(_again_and_again(sql, others))
     answered = 0
@@ -301,10 +299,10 @@ async def _again_and_again(sql: Sql, statement: str) -> None:
         await asyncio.sleep(0.003)
 
 
-# -- cancelled
+# -- cancellation
 
 
-async def test_the_answer_to_a_cancelled_statement_is_handed_to_nobody_else(dsn: str, sql: Sql) -> None:
+async def test_result_of_a_cancelled_statement_goes_to_no_other_statement(dsn: str, sql: Sql) -> None:
     await add_tenant(sql, "a")
     await add_tenant(sql, "b")
     async with opened(dsn, pool_size_max=1) as door:
@@ -319,7 +317,7 @@ async def test_the_answer_to_a_cancelled_statement_is_handed_to_nobody_else(dsn:
                 await asking
 
 
-async def test_a_cancelled_statement_does_not_make_the_store_count_as_down(dsn: str, sql: Sql) -> None:
+async def test_cancelled_statement_does_not_mark_the_store_as_down(dsn: str, sql: Sql) -> None:
     async with opened(dsn, pool_size_max=1) as door:
         await door.fetch("tenants", "", 1)
         other: Sql = await asyncpg.connect(dsn)
@@ -338,21 +336,21 @@ async def test_a_cancelled_statement_does_not_make_the_store_count_as_down(dsn: 
 # -- notifications
 
 
-async def test_a_listener_hears_what_is_committed_and_tells_once_that_it_was_lost(dsn: str, sql: Sql) -> None:
+async def test_listener_receives_commits_and_reports_its_loss_once(dsn: str, sql: Sql) -> None:
     listener = Listener(dsn, CHANNEL)
     heard: list[None] = []
     lost: list[None] = []
     await listener.open(lambda: heard.append(None), lambda: lost.append(None))
     await add_user(sql)
     await add_keys(sql, range(3))
-    await until(lambda: len(heard) >= 1, "the change is heard of")
+    await until(lambda: len(heard) >= 1, "the notification arrives")
     await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
-    await until(lambda: len(lost) == 1, "the loss is told")
+    await until(lambda: len(lost) == 1, "the loss is reported")
     await listener.close()
     assert len(lost) == 1
 
 
-async def test_a_listener_that_cannot_connect_says_that_the_store_is_unavailable(relay: Relay) -> None:
+async def test_listener_that_cannot_connect_raises_store_unavailable(relay: Relay) -> None:
     await relay.cut()
     listener = Listener(relay.dsn, CHANNEL)
     with pytest.raises(StoreUnavailable):
@@ -369,9 +367,7 @@ async def pooled_dsn(request: pytest.FixtureRequest, make_pooler: MakePooler) ->
     return (await make_pooler(request.param)).dsn
 
 
-async def test_many_statements_at_once_through_a_pooler_are_all_answered_also_at_first_contact(
-    pooled_dsn: str, sql: Sql
-) -> None:
+async def test_concurrent_statements_through_a_pooler_all_succeed_from_the_start(pooled_dsn: str, sql: Sql) -> None:
     for number in range(20):
         await add_tenant(sql, f"t_{number}")
     async with opened(pooled_dsn, pool_size_max=8) as door:
@@ -387,7 +383,7 @@ async def test_many_statements_at_once_through_a_pooler_are_all_answered_also_at
             assert [len(one) for one in rows[20:]] == list(range(20))
 
 
-async def test_several_doors_share_a_pooler(pooled_dsn: str, sql: Sql) -> None:
+async def test_several_databases_share_a_pooler(pooled_dsn: str, sql: Sql) -> None:
     await add_tenant(sql, "a")
     async with opened(pooled_dsn) as one, opened(pooled_dsn) as two, opened(pooled_dsn) as three:
         for _ in range(5):
@@ -398,7 +394,7 @@ async def test_several_doors_share_a_pooler(pooled_dsn: str, sql: Sql) -> None:
             assert {rows[0]["id"] for rows in told} == {"a"}
 
 
-async def test_discovering_a_pooler_never_makes_the_store_count_as_down(pooled_dsn: str, sql: Sql) -> None:
+async def test_detecting_a_pooler_never_marks_the_store_as_down(pooled_dsn: str, sql: Sql) -> None:
     states: list[str] = []
 
     class Watched(Door):
@@ -431,7 +427,7 @@ async def test_transactions_work_through_a_pooler(pooled_dsn: str, sql: Sql) -> 
     assert await sql.fetchval("SELECT count(DISTINCT actor) FROM keyproxy.audit_log") == 1
 
 
-async def test_one_process_after_another_can_change_things_through_a_pooler(pooled_dsn: str, sql: Sql) -> None:
+async def test_consecutive_processes_can_write_through_a_pooler(pooled_dsn: str, sql: Sql) -> None:
     for number in range(4):
         environment = {**os.environ, "KEYPROXY_STORE__DSN": pooled_dsn}
         process = await asyncio.create_subprocess_exec(
@@ -443,18 +439,18 @@ async def test_one_process_after_another_can_change_things_through_a_pooler(pool
         assert json.loads(out)["id"] == f"t_{number}"
 
 
-async def test_migrating_works_through_a_pooler(pooled_dsn: str) -> None:
+async def test_migrations_work_through_a_pooler(pooled_dsn: str) -> None:
     assert await asyncio.gather(*(migrations.migrate(pooled_dsn) for _ in range(4))) == [[]] * 4
 
 
 @pytest.mark.parametrize("listener", ["real", None])
-async def test_look_ups_and_the_feed_work_through_a_pooler(
+async def test_lookups_and_the_feed_work_through_a_pooler(
     make_pooler: MakePooler, make_rig: MakeRig, relay: Relay, sql: Sql, listener: str | None
 ) -> None:
     pooler = await make_pooler(1)
     await add_user(sql)
     keys = await add_keys(sql, range(30))
-    # The rig's own wire goes around the pooler; its door and its listener go through it.
+    # The rig's relay bypasses the pooler; its database and its listener use it.
     first, second = Door(pooler.dsn), Door(pooler.dsn)
     rigs = []
     for door in (first, second):
@@ -472,7 +468,7 @@ async def test_look_ups_and_the_feed_work_through_a_pooler(
     await sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     committed = time.monotonic()
     for rig in rigs:
-        await until(lambda rig=rig: not rig.is_served(keys[1]), "the revocation is in force")  # type: ignore[misc]
+        await until(lambda rig=rig: not rig.is_served(keys[1]), "the revocation takes effect")  # type: ignore[misc]
     assert time.monotonic() - committed <= 1.0
     for rig in rigs:
         told = await rig.resolve(keys[1])
@@ -481,7 +477,7 @@ async def test_look_ups_and_the_feed_work_through_a_pooler(
         await rig.last_used.close()
 
 
-async def test_a_key_added_through_a_pooler_is_usable(pooled_dsn: str, make_rig: MakeRig, sql: Sql) -> None:
+async def test_key_added_through_a_pooler_works(pooled_dsn: str, make_rig: MakeRig, sql: Sql) -> None:
     rig = await make_rig(door=Door(pooled_dsn))
     await add_user(sql)
     secret = await add_key(sql)

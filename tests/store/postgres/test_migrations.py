@@ -1,4 +1,4 @@
-"""The schema is brought up once, in whole steps, and never by a program older than it."""
+"""Migrations are applied once, each as a whole, and never by a program older than the schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def tables(dsn: str) -> set[str]:
 
 
 async def run(dsn: str, *statements: str) -> None:
-    """Statements of any SQL client."""
+    """Run statements as any SQL client."""
     connection = await asyncpg.connect(dsn)
     try:
         for statement in statements:
@@ -40,13 +40,13 @@ def test_migrations_are_numbered_from_one_without_gaps() -> None:
     assert list(range(1, len(ALL) + 1)) == ALL
 
 
-async def test_a_fresh_database_gets_every_migration_in_order(empty_dsn: str) -> None:
+async def test_fresh_database_gets_every_migration_in_order(empty_dsn: str) -> None:
     assert [one.number for one in await migrations.migrate(empty_dsn)] == ALL
     assert await migrations.state(empty_dsn) == (ALL, [])
     assert {"tenants", "users", "api_keys", "plans", "audit_log"} <= await tables(empty_dsn)
 
 
-async def test_a_second_run_applies_nothing_and_keeps_the_rows(own_dsn: str) -> None:
+async def test_second_run_applies_nothing_and_keeps_the_rows(own_dsn: str) -> None:
     await run(own_dsn, "INSERT INTO keyproxy.tenants (id) VALUES ('acme')")
     assert await migrations.migrate(own_dsn) == []
     await run(own_dsn, "UPDATE keyproxy.tenants SET name = 'x' WHERE id = 'acme'")
@@ -59,7 +59,7 @@ async def test_concurrent_runs_apply_each_migration_once(empty_dsn: str) -> None
     assert await migrations.state(empty_dsn) == (ALL, [])
 
 
-async def test_a_migration_that_was_changed_after_it_was_applied_is_refused(own_dsn: str) -> None:
+async def test_migration_changed_after_it_was_applied_is_an_error(own_dsn: str) -> None:
     await run(own_dsn, "UPDATE keyproxy.migrations SET checksum = repeat('0', 64) WHERE number = 1")
     for ask in (migrations.migrate, migrations.state):
         with pytest.raises(MigrationError, match="0001_identities was changed"):
@@ -67,14 +67,14 @@ async def test_a_migration_that_was_changed_after_it_was_applied_is_refused(own_
 
 
 @pytest.mark.parametrize("number", [ALL[-1] + 1, 9999])
-async def test_a_database_newer_than_this_program_is_left_alone(own_dsn: str, number: int) -> None:
+async def test_database_newer_than_this_program_is_left_unchanged(own_dsn: str, number: int) -> None:
     await run(own_dsn, f"INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ({number}, 'later', 'x')")
     for ask in (migrations.migrate, migrations.state):
         with pytest.raises(MigrationError, match=f"{number}.*newer"):
             await ask(own_dsn)
 
 
-async def test_asking_for_the_state_changes_nothing(empty_dsn: str) -> None:
+async def test_reading_the_state_changes_nothing(empty_dsn: str) -> None:
     state = await migrations.state(empty_dsn)
     assert state.applied == []
     assert [one.number for one in state.pending] == ALL
@@ -83,10 +83,10 @@ async def test_asking_for_the_state_changes_nothing(empty_dsn: str) -> None:
     await connection.close()
 
 
-async def test_a_failing_step_leaves_nothing_behind_and_can_be_repeated(empty_dsn: str) -> None:
-    # In the way of something that the step makes late.
+async def test_failed_migration_is_rolled_back_and_can_be_repeated(empty_dsn: str) -> None:
+    # Conflicts with a table that the migration creates near its end.
     await run(empty_dsn, "CREATE SCHEMA keyproxy", "CREATE TABLE keyproxy.audit_log (x int)")
-    with pytest.raises(MigrationError, match=r"nothing of the failed step was kept.*audit_log"):
+    with pytest.raises(MigrationError, match=r"the migration failed and was rolled back: .*audit_log"):
         await migrations.migrate(empty_dsn)
     assert await tables(empty_dsn) == {"audit_log"}
     assert (await migrations.state(empty_dsn)).applied == []
@@ -94,7 +94,7 @@ async def test_a_failing_step_leaves_nothing_behind_and_can_be_repeated(empty_ds
     assert [one.number for one in await migrations.migrate(empty_dsn)] == ALL
 
 
-async def test_a_run_that_is_cut_off_leaves_nothing_behind_and_does_not_block_the_next(empty_dsn: str) -> None:
+async def test_interrupted_run_is_rolled_back_and_does_not_block_the_next(empty_dsn: str) -> None:
     in_the_way: Sql = await asyncpg.connect(empty_dsn)
     watch: Sql = await asyncpg.connect(empty_dsn)
     transaction = in_the_way.transaction()
@@ -113,7 +113,7 @@ async def test_a_run_that_is_cut_off_leaves_nothing_behind_and_does_not_block_th
     await watch.close()
 
 
-async def test_a_role_without_the_right_to_make_a_schema_is_told_so(empty_dsn: str) -> None:
+async def test_role_without_the_privilege_to_create_a_schema_gets_an_error(empty_dsn: str) -> None:
     await run(
         empty_dsn, "DROP ROLE IF EXISTS kp_powerless", "CREATE ROLE kp_powerless", may_log_in(empty_dsn, "kp_powerless")
     )
@@ -124,14 +124,14 @@ async def test_a_role_without_the_right_to_make_a_schema_is_told_so(empty_dsn: s
         await run(empty_dsn, "DROP ROLE kp_powerless")
 
 
-async def test_a_store_that_cannot_be_reached_is_unavailable_rather_than_wrong(relay: Relay) -> None:
+async def test_unreachable_store_is_unavailable_and_not_a_migration_error(relay: Relay) -> None:
     await relay.cut()
     for ask in (migrations.migrate, migrations.state):
         with pytest.raises(StoreUnavailable):
             await ask(relay.dsn)
 
 
-# -- while proxies go on
+# -- with running proxies
 
 
 async def _migrated_up_to(dsn: str, number: int) -> None:
@@ -146,8 +146,8 @@ async def _migrated_up_to(dsn: str, number: int) -> None:
     await connection.close()
 
 
-async def test_a_migration_does_not_deadlock_with_the_messages_of_proxies(empty_dsn: str) -> None:
-    """A message reads the ledger's history first, and then writes its holder. 0010 is the last one before both change."""
+async def test_migration_does_not_deadlock_with_ledger_messages(empty_dsn: str) -> None:
+    """A message reads the ledger's history, then writes its holder. 0010 is the last migration before both change."""
     await _migrated_up_to(empty_dsn, 10)
     proxy, other = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
     message = proxy.transaction()
@@ -167,8 +167,8 @@ async def test_a_migration_does_not_deadlock_with_the_messages_of_proxies(empty_
     await other.close()
 
 
-async def test_a_migration_that_has_to_wait_for_a_lock_does_not_keep_proxies_waiting(empty_dsn: str) -> None:
-    """A dump reads every table for as long as it takes. Whoever comes behind a migration that waits for it waits too."""
+async def test_migration_waiting_for_a_lock_does_not_block_proxies(empty_dsn: str) -> None:
+    """A dump locks every table until it ends. Statements queued behind a migration that waits for it wait too."""
     await _migrated_up_to(empty_dsn, 10)
     dump, proxy = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
     await proxy.execute("SET statement_timeout = '2s'")

@@ -1,4 +1,4 @@
-"""Each side of keyproxy can do its work with a role of its own, and nothing else."""
+"""Each side of keyproxy works with a role of its own that can do nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
 
 @pytest.fixture
 async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
-    """Roles are the server's, not the database's: a prefix that is nobody else's, and no role is left behind."""
+    """A unique prefix, since roles belong to the server and not the database. Drops the roles in the end."""
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
     for role in roles.names(prefix):
@@ -50,7 +50,7 @@ async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def as_proxy(dsn: str, prefix: str) -> AsyncIterator[Database]:
-    """The store as the proxies' role has it."""
+    """The store with the proxies' role."""
     database = Database(as_role(dsn, f"{prefix}_proxy"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     yield database
@@ -59,21 +59,21 @@ async def as_proxy(dsn: str, prefix: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def as_admin(dsn: str, prefix: str) -> AsyncIterator[Database]:
-    """The store as the admin side's role has it."""
+    """The store with the admin side's role."""
     database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     yield database
     await database.close()
 
 
-async def test_what_the_roles_run_is_not_compiled(dsn: str, prefix: str) -> None:
+async def test_roles_have_jit_disabled(dsn: str, prefix: str) -> None:
     for role in roles.names(prefix):
         client: Sql = await asyncpg.connect(as_role(dsn, role))
         assert await client.fetchval("SELECT current_setting('jit')") == "off"
         await client.close()
 
 
-async def test_every_table_is_in_the_list_of_rights(sql: Sql) -> None:
+async def test_every_table_is_in_the_list_of_privileges(sql: Sql) -> None:
     rows = await sql.fetch(
         "SELECT c.relname FROM pg_class AS c WHERE c.relnamespace = 'keyproxy'::regnamespace"
         " AND c.relkind IN ('r', 'p', 'v', 'm') AND NOT c.relispartition"
@@ -81,7 +81,7 @@ async def test_every_table_is_in_the_list_of_rights(sql: Sql) -> None:
     assert {row["relname"] for row in rows} - set(roles.RIGHTS) == set()
 
 
-async def test_proxies_resolve_keys_follow_changes_and_note_use(as_proxy: Database, sql: Sql) -> None:
+async def test_proxies_resolve_keys_read_changes_and_record_use(as_proxy: Database, sql: Sql) -> None:
     await add_user(sql)
     secret = await add_key(sql)
     clock, state = Clock(), FeedState()
@@ -100,7 +100,7 @@ async def test_proxies_resolve_keys_follow_changes_and_note_use(as_proxy: Databa
     await feed.close()
 
 
-async def test_proxies_adopt_an_imported_key_that_is_presented_and_no_other(
+async def test_proxies_adopt_only_the_imported_key_that_is_presented(
     as_admin: Database, as_proxy: Database, sql: Sql
 ) -> None:
     await add_user(sql)
@@ -178,7 +178,7 @@ async def test_proxies_can_change_neither_keys_nor_audit_rows_nor_the_schema(
         "SET session_replication_role = replica",
     ],
 )
-async def test_the_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_the_schema(
+async def test_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_the_schema(
     dsn: str, prefix: str, statement: str
 ) -> None:
     client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_admin"))
@@ -187,7 +187,7 @@ async def test_the_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_t
     await client.close()
 
 
-async def test_the_admin_side_does_all_that_the_directory_offers_and_is_in_the_audit_log(as_admin: Database) -> None:
+async def test_admin_side_can_use_the_whole_directory_and_is_in_the_audit_log(as_admin: Database) -> None:
     directory = Directory(as_admin, KeyFormat(), Actor("ann", "desk"))
     await directory.set_plan("basic", {"requests_per_day": 1})
     await directory.create_tenant("acme", "", "basic")
@@ -204,9 +204,7 @@ async def test_the_admin_side_does_all_that_the_directory_offers_and_is_in_the_a
     assert len(rows) >= 10
 
 
-async def test_roles_that_are_there_get_what_they_may_and_lose_what_they_may_not(
-    dsn: str, prefix: str, sql: Sql
-) -> None:
+async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: str, prefix: str, sql: Sql) -> None:
     proxy, admin = roles.names(prefix)
     await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
     await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
@@ -223,17 +221,17 @@ async def test_roles_that_are_there_get_what_they_may_and_lose_what_they_may_not
 
 
 @pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])
-async def test_a_prefix_that_is_no_name_is_refused(dsn: str, wrong: str) -> None:
-    with pytest.raises(MigrationError, match="no prefix for roles"):
+async def test_invalid_prefix_is_rejected(dsn: str, wrong: str) -> None:
+    with pytest.raises(MigrationError, match="not a valid prefix for roles"):
         await roles.create(dsn, wrong)
 
 
-async def test_roles_wait_for_a_schema(empty_dsn: str) -> None:
-    with pytest.raises(MigrationError, match="has to be brought up"):
+async def test_roles_require_a_migrated_schema(empty_dsn: str) -> None:
+    with pytest.raises(MigrationError, match="pending migrations"):
         await roles.create(empty_dsn, "kp_none")
 
 
-async def test_proxies_claim_charges_and_clean_them_up_and_the_admin_side_sees_none(
+async def test_proxies_claim_and_delete_charges_and_the_admin_side_cannot_read_them(
     as_proxy: Database, as_admin: Database
 ) -> None:
     claims = PostgresClaims(as_proxy)
@@ -246,7 +244,7 @@ async def test_proxies_claim_charges_and_clean_them_up_and_the_admin_side_sees_n
         await PostgresClaims(as_admin).claim("p", 2, [claim(1)])
 
 
-async def test_proxies_write_usage_and_clean_it_up_and_the_admin_side_reads_it(
+async def test_proxies_write_and_delete_usage_and_the_admin_side_reads_it(
     as_proxy: Database, as_admin: Database, sql: Sql
 ) -> None:
     journal = UsageJournal(as_proxy, Usage(), Clock(), settle_seconds=0.5)

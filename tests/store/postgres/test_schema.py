@@ -1,4 +1,4 @@
-"""What the tables themselves guarantee, whichever SQL client writes to them."""
+"""Guarantees of the tables themselves, for any SQL client that writes to them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_ids_stay_safe_when_they_are_changed(directory: Sql, table: str) -
 
 
 @pytest.mark.parametrize("table", ["tenants", "users", "plans", "api_keys"])
-async def test_an_id_is_there_once(directory: Sql, table: str) -> None:
+async def test_ids_are_unique(directory: Sql, table: str) -> None:
     await directory.execute(_statement(table), "once")
     with pytest.raises(asyncpg.UniqueViolationError):
         await directory.execute(_statement(table), "once")
@@ -74,12 +74,12 @@ async def test_an_id_is_there_once(directory: Sql, table: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, 31, 33, 64])
-async def test_a_digest_of_another_length_than_32_is_refused(directory: Sql, length: int) -> None:
+async def test_digest_must_have_32_bytes(directory: Sql, length: int) -> None:
     with pytest.raises(asyncpg.CheckViolationError):
         await directory.execute(_INSERT_KEY, "key_1", "u_42", b"x" * length, [])
 
 
-async def test_a_digest_is_there_and_is_there_once(directory: Sql) -> None:
+async def test_digest_is_required_and_unique(directory: Sql) -> None:
     await directory.execute(_INSERT_KEY, "key_1", "u_42", DIGEST, [])
     with pytest.raises(asyncpg.UniqueViolationError):
         await directory.execute(_INSERT_KEY, "key_2", "u_42", DIGEST, [])
@@ -108,7 +108,7 @@ async def test_scopes_are_single_words_without_wildcards(directory: Sql) -> None
         await directory.execute(_INSERT_KEY, "key_1", "u_42", DIGEST, None)
 
 
-async def test_scopes_of_several_dimensions_are_refused(directory: Sql) -> None:
+async def test_multidimensional_scopes_are_rejected(directory: Sql) -> None:
     with pytest.raises(asyncpg.PostgresError):
         await directory.execute(_INSERT_KEY, "key_1", "u_42", DIGEST, [["a", "b"], ["c", "d e"]])
 
@@ -129,7 +129,7 @@ async def test_scopes_of_several_dimensions_are_refused(directory: Sql) -> None:
         "UPDATE keyproxy.api_keys SET user_id = 'nobody'",
     ],
 )
-async def test_no_row_is_without_an_owner(directory: Sql, statement: str) -> None:
+async def test_every_row_needs_an_owner(directory: Sql, statement: str) -> None:
     await add_key(directory)
     with pytest.raises((asyncpg.ForeignKeyViolationError, asyncpg.NotNullViolationError)):
         await directory.execute(statement)
@@ -139,7 +139,7 @@ async def _ids(sql: Sql, table: str) -> list[str]:
     return [row["id"] for row in await sql.fetch(f"SELECT id FROM keyproxy.{table} ORDER BY id")]
 
 
-async def test_what_belongs_to_a_tenant_or_user_goes_with_it_and_nothing_else_does(sql: Sql) -> None:
+async def test_deleting_a_tenant_or_user_deletes_exactly_its_rows(sql: Sql) -> None:
     for number, (user, tenant) in enumerate([("u_1", "acme"), ("u_2", "acme"), ("u_3", "other")], start=1):
         await add_user(sql, user, tenant)
         await add_key(sql, number, user)
@@ -149,7 +149,7 @@ async def test_what_belongs_to_a_tenant_or_user_goes_with_it_and_nothing_else_do
     assert (await _ids(sql, "users"), await _ids(sql, "api_keys")) == (["u_3"], ["key_3"])
 
 
-async def test_a_plan_that_is_given_to_somebody_cannot_be_deleted(directory: Sql) -> None:
+async def test_plan_in_use_cannot_be_deleted(directory: Sql) -> None:
     await add_key(directory)
     given = ("tenants", "plan_id"), ("users", "plan_id"), ("api_keys", "plan_id")
     for table, column in (*given, ("tenants", "test_plan_id"), ("users", "test_plan_id")):
@@ -160,7 +160,7 @@ async def test_a_plan_that_is_given_to_somebody_cannot_be_deleted(directory: Sql
     await directory.execute("DELETE FROM keyproxy.plans WHERE id = 'basic'")
 
 
-async def test_deleting_a_key_that_was_replaced_keeps_its_successor(directory: Sql) -> None:
+async def test_deleting_a_replaced_key_keeps_its_successor(directory: Sql) -> None:
     await add_keys(directory, [1, 2])
     await directory.execute("UPDATE keyproxy.api_keys SET replaces = 'key_1' WHERE id = 'key_2'")
     await directory.execute("DELETE FROM keyproxy.api_keys WHERE id = 'key_1'")
@@ -178,7 +178,7 @@ async def test_deleting_a_key_that_was_replaced_keeps_its_successor(directory: S
         ("revoke_reason", "x" * 500, "x" * 501),
     ],
 )
-async def test_texts_for_people_are_bounded(directory: Sql, column: str, good: str, bad: str) -> None:
+async def test_free_texts_are_bounded(directory: Sql, column: str, good: str, bad: str) -> None:
     await add_key(directory)
     update = f"UPDATE keyproxy.api_keys SET revoked_at = now(), {column} = $1"
     await directory.execute(update, good)
@@ -186,7 +186,7 @@ async def test_texts_for_people_are_bounded(directory: Sql, column: str, good: s
         await directory.execute(update, bad)
 
 
-async def test_only_a_revoked_key_has_a_reason_for_it(directory: Sql) -> None:
+async def test_only_a_revoked_key_has_a_revocation_reason(directory: Sql) -> None:
     await add_key(directory)
     with pytest.raises(asyncpg.CheckViolationError):
         await directory.execute("UPDATE keyproxy.api_keys SET revoke_reason = 'lost'")
@@ -197,7 +197,7 @@ async def test_only_a_revoked_key_has_a_reason_for_it(directory: Sql) -> None:
     ("limits", "is_good"),
     [("{}", True), ('{"requests_per_day": 1}', True), ("[]", False), ("1", False), ('{"a": 1}', False)],
 )
-async def test_limits_of_a_plan_are_an_object(sql: Sql, limits: str, is_good: bool) -> None:
+async def test_limits_of_a_plan_must_be_an_object(sql: Sql, limits: str, is_good: bool) -> None:
     insert = "INSERT INTO keyproxy.plans (id, limits) VALUES ('p', $1::text::jsonb)"
     if is_good:
         await sql.execute(insert, limits)
@@ -206,7 +206,7 @@ async def test_limits_of_a_plan_are_an_object(sql: Sql, limits: str, is_good: bo
             await sql.execute(insert, limits)
 
 
-# -- what leaves a change row
+# -- change rows
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ async def test_limits_of_a_plan_are_an_object(sql: Sql, limits: str, is_good: bo
         ("id = id", False),
     ],
 )
-async def test_a_key_is_news_exactly_if_something_changed_that_proxies_remember(
+async def test_key_change_is_in_the_feed_exactly_if_proxies_cache_the_column(
     directory: Sql, assignment: str, is_news: bool
 ) -> None:
     await add_user(directory, "u_2")
@@ -240,7 +240,7 @@ async def test_a_key_is_news_exactly_if_something_changed_that_proxies_remember(
     assert (await change_rows(directory) > before) is is_news
 
 
-async def test_a_changed_digest_is_news_for_the_old_and_the_new_one(directory: Sql) -> None:
+async def test_changed_digest_is_in_the_feed_for_the_old_and_the_new_one(directory: Sql) -> None:
     secret = await add_key(directory)
     await directory.execute("DELETE FROM keyproxy.changes")
     await directory.execute("UPDATE keyproxy.api_keys SET digest = $1", DIGEST)
@@ -249,14 +249,14 @@ async def test_a_changed_digest_is_news_for_the_old_and_the_new_one(directory: S
 
 
 @pytest.mark.parametrize("table", ["tenants", "users"])
-async def test_a_test_plan_that_is_given_or_taken_is_news(directory: Sql, table: str) -> None:
+async def test_change_of_a_test_plan_is_in_the_feed(directory: Sql, table: str) -> None:
     for plan in ("basic", None):
         before = await change_rows(directory)
         await directory.execute(f"UPDATE keyproxy.{table} SET test_plan_id = $1", plan)
         assert await change_rows(directory) == before + 1
 
 
-async def test_a_successor_that_comes_or_goes_is_news_for_the_key_it_replaces(directory: Sql) -> None:
+async def test_creating_or_deleting_a_successor_is_in_the_feed_for_the_replaced_key(directory: Sql) -> None:
     old, new = await add_keys(directory, [1, 2])
     for change in ("replaces = 'key_1'", "replaces = NULL"):
         await directory.execute("DELETE FROM keyproxy.changes")
@@ -275,7 +275,7 @@ async def test_a_successor_that_comes_or_goes_is_news_for_the_key_it_replaces(di
 
 
 async def _rotated(sql: Sql, new: str, old: str, user: str = "u_42", *, is_test: bool = False) -> str | None:
-    """The lineage of a new key that some SQL client says replaces an old one."""
+    """The lineage of a new key that an SQL client inserts as the successor of an old one."""
     lineage: str | None = await sql.fetchval(
         "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces, is_test)"
         " VALUES ($1, $3, sha256($1::text::bytea), $2, $4) RETURNING lineage",
@@ -284,7 +284,7 @@ async def _rotated(sql: Sql, new: str, old: str, user: str = "u_42", *, is_test:
     return lineage
 
 
-async def test_keys_that_replace_each_other_are_of_one_lineage_whichever_sql_client_rotates(directory: Sql) -> None:
+async def test_rotated_keys_share_a_lineage_whichever_sql_client_rotates(directory: Sql) -> None:
     await add_key(directory)
     assert await directory.fetchval("SELECT lineage FROM keyproxy.api_keys") is None
     assert await _rotated(directory, "key_2", "key_1") == "key_1"
@@ -293,7 +293,7 @@ async def test_keys_that_replace_each_other_are_of_one_lineage_whichever_sql_cli
     assert await _rotated(directory, "key_4", "key_3") == "key_1"
 
 
-async def test_a_key_is_not_of_the_lineage_of_another_users_key_or_of_another_mode(directory: Sql) -> None:
+async def test_keys_of_different_users_or_modes_never_share_a_lineage(directory: Sql) -> None:
     await add_user(directory, "u_2")
     await add_key(directory)
     assert await _rotated(directory, "key_2", "key_1", "u_2") is None
@@ -301,7 +301,7 @@ async def test_a_key_is_not_of_the_lineage_of_another_users_key_or_of_another_mo
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
-async def test_a_lineage_is_an_id(directory: Sql, bad: str) -> None:
+async def test_lineage_must_be_an_id(directory: Sql, bad: str) -> None:
     await add_key(directory)
     with pytest.raises(asyncpg.CheckViolationError):
         await directory.execute("UPDATE keyproxy.api_keys SET lineage = $1", bad)
@@ -356,7 +356,7 @@ async def test_emptying_a_table_is_in_the_audit_log(directory: Sql, table: str) 
     assert await audit_rows(directory) > before
 
 
-async def test_an_audit_row_tells_who_what_and_how_it_was_before(directory: Sql) -> None:
+async def test_audit_row_contains_actor_action_and_previous_values(directory: Sql) -> None:
     await directory.execute("UPDATE keyproxy.users SET disabled_at = '2030-01-01Z'")
     row = await directory.fetchrow(
         "SELECT actor, origin, before ->> 'disabled_at' AS was, after ->> 'disabled_at' AS becomes"
@@ -367,7 +367,7 @@ async def test_an_audit_row_tells_who_what_and_how_it_was_before(directory: Sql)
     assert row["becomes"].startswith("2030-01-01")
 
 
-async def test_who_acts_may_be_said_for_one_transaction(directory: Sql) -> None:
+async def test_actor_can_be_set_for_one_transaction(directory: Sql) -> None:
     async with directory.transaction():
         await directory.execute(
             "SELECT set_config('keyproxy.actor', 'ann', true), set_config('keyproxy.origin', 'x', true)"
@@ -379,11 +379,11 @@ async def test_who_acts_may_be_said_for_one_transaction(directory: Sql) -> None:
 
 
 async def _here(client: Sql) -> str:
-    """Where this client comes from, as the log writes it: over a socket, or from an address."""
+    """The origin of this client in the audit log: a socket or an address."""
     return str(await client.fetchval("SELECT coalesce(host(inet_client_addr()), 'local')"))
 
 
-async def test_an_audit_row_has_the_role_that_is_logged_in_whatever_the_client_claims(dsn: str, directory: Sql) -> None:
+async def test_audit_row_contains_the_login_role_whatever_actor_the_client_sets(dsn: str, directory: Sql) -> None:
     role = f"kp_client_{secrets.token_hex(4)}"
     await directory.execute(f'CREATE ROLE "{role}"')
     await directory.execute(may_log_in(dsn, role))
@@ -409,7 +409,7 @@ async def test_an_audit_row_has_the_role_that_is_logged_in_whatever_the_client_c
     assert [tuple(row) for row in rows] == [("sql:keyproxy", "keyproxy"), ("cli:root", role), ("cli:root", role)]
 
 
-async def test_audit_rows_of_before_have_no_role(own_dsn: str) -> None:
+async def test_audit_rows_from_before_the_migration_have_no_role(own_dsn: str) -> None:
     client = await asyncpg.connect(own_dsn)
     try:
         await client.execute("ALTER TABLE keyproxy.audit_log DROP COLUMN db_role")
@@ -423,13 +423,13 @@ async def test_audit_rows_of_before_have_no_role(own_dsn: str) -> None:
     assert [tuple(row) for row in rows] == [("before", None), ("after", "keyproxy")]
 
 
-async def test_no_audit_row_holds_a_digest(directory: Sql) -> None:
+async def test_audit_rows_contain_no_digest(directory: Sql) -> None:
     secret = await add_key(directory)
     await directory.execute("UPDATE keyproxy.api_keys SET digest = $1", DIGEST)
     await directory.execute("DELETE FROM keyproxy.api_keys")
     rows = await directory.fetch("SELECT to_jsonb(a)::text AS text FROM keyproxy.audit_log AS a WHERE entity = 'key'")
     text = "\n".join(row["text"] for row in rows)
-    # The change itself is told, although it is not shown.
+    # The change is recorded, but not the value.
     assert len(rows) == 3
     assert "digest" not in text
     for digest in (secret.digest(), DIGEST):
@@ -449,14 +449,14 @@ async def test_no_audit_row_holds_a_digest(directory: Sql) -> None:
         "TRUNCATE keyproxy.tenants, keyproxy.audit_log CASCADE",
     ],
 )
-async def test_the_audit_log_is_only_ever_added_to(directory: Sql, statement: str) -> None:
+async def test_audit_log_is_append_only(directory: Sql, statement: str) -> None:
     before = await directory.fetch("SELECT * FROM keyproxy.audit_log")
     with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
         await directory.execute(statement)
     assert await directory.fetch("SELECT * FROM keyproxy.audit_log") == before
 
 
-async def test_an_audit_row_tells_whose_tenant_it_is_about_also_of_what_goes_with_it(directory: Sql) -> None:
+async def test_audit_row_contains_the_tenant_even_for_cascading_deletes(directory: Sql) -> None:
     await add_key(directory)
     await add_user(directory, "u_2", "other")
     await directory.execute("UPDATE keyproxy.api_keys SET name = 'x'")
@@ -471,20 +471,20 @@ async def test_an_audit_row_tells_whose_tenant_it_is_about_also_of_what_goes_wit
     }  # fmt: skip
 
 
-async def test_what_was_deleted_stays_in_the_audit_log(directory: Sql) -> None:
+async def test_deleted_objects_stay_in_the_audit_log(directory: Sql) -> None:
     await add_key(directory)
     await directory.execute("DELETE FROM keyproxy.tenants")
     assert ("insert", "key", "key_1") in await _audit(directory)
 
 
-async def test_use_alone_leaves_neither_a_change_nor_an_audit_row(directory: Sql) -> None:
+async def test_use_of_a_key_writes_neither_a_change_nor_an_audit_row(directory: Sql) -> None:
     await add_keys(directory, [1, 2])
     before = await change_rows(directory), await audit_rows(directory)
     await directory.execute("UPDATE keyproxy.api_keys SET last_used_at = now()")
     assert (await change_rows(directory), await audit_rows(directory)) == before
 
 
-async def test_a_change_that_was_rolled_back_leaves_neither_a_change_nor_an_audit_row(directory: Sql) -> None:
+async def test_rolled_back_change_leaves_neither_a_change_nor_an_audit_row(directory: Sql) -> None:
     before = await change_rows(directory), await audit_rows(directory)
     transaction = directory.transaction()
     await transaction.start()
@@ -493,7 +493,7 @@ async def test_a_change_that_was_rolled_back_leaves_neither_a_change_nor_an_audi
     assert (await change_rows(directory), await audit_rows(directory)) == before
 
 
-async def test_a_client_needs_no_rights_on_the_feed_and_the_log_to_be_heard_by_them(dsn: str, directory: Sql) -> None:
+async def test_client_needs_no_privileges_on_the_feed_and_the_audit_log(dsn: str, directory: Sql) -> None:
     role = f"kp_client_{secrets.token_hex(4)}"
     await directory.execute(f'CREATE ROLE "{role}"')
     await directory.execute(may_log_in(dsn, role))

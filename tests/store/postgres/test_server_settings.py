@@ -1,4 +1,4 @@
-"""What a server, a role, a database or a pooler sets does not change what our statements mean."""
+"""Settings of a server, a role, a database or a pooler do not affect our statements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.store.harness import Door, Sql, add_keys, add_user, until_blocked
 HOLDERS, MESSAGES = 6, 20
 _HOUR = timedelta(hours=1)
 
-#: Settings that operators give to roles and databases, for good reasons of their own.
+#: Settings that operators use for roles and databases, for good reasons.
 SETTINGS = {
     "default_transaction_isolation": ("serializable", "'repeatable read'"),
     "default_transaction_deferrable": ("on",),
@@ -49,7 +49,7 @@ CASES = [(name, value) for name, values in SETTINGS.items() for value in values]
 
 @contextlib.asynccontextmanager
 async def opened(dsn: str) -> AsyncIterator[Door]:
-    """A door that is open while the context lasts."""
+    """A database that is open in the context."""
     door = Door(dsn, pool_size_max=4)
     await door.open()
     try:
@@ -59,7 +59,7 @@ async def opened(dsn: str) -> AsyncIterator[Door]:
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value}" for name, value in CASES])
-async def test_a_setting_of_the_database_breaks_nothing(own_dsn: str, name: str, value: str) -> None:
+async def test_settings_of_the_database_break_nothing(own_dsn: str, name: str, value: str) -> None:
     admin: Sql = await asyncpg.connect(own_dsn)
     await _alter(admin, f"SET {name} = {value}")
     await admin.close()
@@ -68,13 +68,13 @@ async def test_a_setting_of_the_database_breaks_nothing(own_dsn: str, name: str,
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value}" for name, value in CASES])
-async def test_a_setting_of_the_database_breaks_nothing_behind_a_pooler(
+async def test_settings_of_the_database_break_nothing_behind_a_pooler(
     make_pooler: MakePooler, dsn: str, name: str, value: str
 ) -> None:
     if name == "idle_session_timeout":
-        pytest.skip("a pooler that loses idle server connections opens others")
+        pytest.skip("a pooler replaces lost idle server connections")
     admin: Sql = await asyncpg.connect(dsn)
-    # Until a transaction has begun and set its own limits, those of the database count.
+    # The limits of the database apply until a transaction has set its own.
     await _alter(admin, f"SET {name} = {value.replace('1ms', '50ms')}")
     try:
         pooler = await make_pooler(2)
@@ -122,10 +122,10 @@ async def _spend(door: Door, holder: str) -> None:
     await ledger.end(holder)
 
 
-async def test_a_statement_that_meets_a_deadlock_is_sent_again(dsn: str, sql: Sql) -> None:
+async def test_statement_is_retried_after_a_deadlock(dsn: str, sql: Sql) -> None:
     await add_user(sql)
     await add_keys(sql, [1, 2])
-    # Ours notices the deadlock first, and is the one that is ended.
+    # Our connection detects the deadlock first, so its statement is aborted.
     await sql.execute("SET deadlock_timeout = '20s'")
     async with opened(dsn) as door:
         async with sql.transaction():
@@ -139,7 +139,7 @@ async def test_a_statement_that_meets_a_deadlock_is_sent_again(dsn: str, sql: Sq
         assert not door.moves
 
 
-async def test_a_server_that_has_become_read_only_for_the_database_is_not_written_to(own_dsn: str) -> None:
+async def test_database_that_became_read_only_is_not_written_to(own_dsn: str) -> None:
     admin: Sql = await asyncpg.connect(own_dsn)
     await _alter(admin, "SET default_transaction_read_only = on")
     target = Target(own_dsn)
@@ -151,7 +151,7 @@ async def test_a_server_that_has_become_read_only_for_the_database_is_not_writte
     await admin.close()
 
 
-async def test_behind_a_pooler_a_read_only_database_is_not_trusted_either(
+async def test_read_only_database_behind_a_pooler_is_not_used_either(
     make_pooler: MakePooler, dsn: str, sql: Sql
 ) -> None:
     await _alter(sql, "SET default_transaction_read_only = on")

@@ -1,4 +1,4 @@
-"""Times and dates as PostgreSQL has them, against its own arithmetic; JSON with numbers that no answer holds."""
+"""Times and dates are compared with PostgreSQL's own arithmetic; JSON may contain numbers of any size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from keyproxy.store.postgres.times import (
         "0401-02-29 12:00:00+00 BC", "12000-02-29 01:02:03+00", "infinity", "-infinity",
     ],
 )  # fmt: skip
-async def test_a_time_matches_postgresql_and_round_trips(dsn: str, instant: str) -> None:
+async def test_time_matches_postgresql_and_round_trips(dsn: str, instant: str) -> None:
     connection = await Target(dsn).connect(command_seconds=5.0)
     row = await connection.fetchrow(
         "SELECT t.at, (t.at AT TIME ZONE 'UTC')::date AS day, extract(year FROM t.at) AS year,"
@@ -53,7 +53,7 @@ async def test_a_time_matches_postgresql_and_round_trips(dsn: str, instant: str)
     assert text.startswith(f"{day}T")
 
 
-def test_what_python_has_a_time_for_is_one() -> None:
+def test_times_within_python_s_range_are_datetimes() -> None:
     assert decoded_instant((0,)) == datetime(2000, 1, 1, tzinfo=UTC)
     assert decoded_day((0,)) == date(2000, 1, 1)
     assert encoded_day(date(1999, 12, 31)) == (-1,)
@@ -65,7 +65,7 @@ def test_what_python_has_a_time_for_is_one() -> None:
             encode("2026-01-01")
 
 
-def test_days_beyond_the_calendar() -> None:
+def test_days_beyond_python_s_calendar() -> None:
     assert decoded_day((2**31 - 1,)) == FarTime("infinity", 2**31 - 1)
     assert decoded_day((-(2**31),)) == FIRST_DAY
     far = decoded_day((100_000_000,))
@@ -80,5 +80,5 @@ def test_days_beyond_the_calendar() -> None:
         ('{"a": [null, true, "x"]}', {"a": [None, True, "x"]}),
     ],
 )  # fmt: skip
-def test_json_is_read_whatever_its_numbers(text: str, value: object) -> None:
+def test_json_is_read_with_any_numbers(text: str, value: object) -> None:
     assert read_json(text) == value
