@@ -157,7 +157,7 @@ def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, k
     assert (user["plan"], user["test_plan"]) == (None, "sandbox")
     assert shell.told("user", "set-plan", "u_42", "basic")["plan"] == "basic"
     assert shell.told("key", "set-plan", key["id"], "basic")["plan"] == "basic"
-    assert "given to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
+    assert "assigned to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
     for arguments in (("tenant", "set-plan", "acme"), ("user", "set-plan", "u_42"), ("key", "set-plan", key["id"])):
         assert shell.told(*arguments, "--none")["plan"] is None
     shell.told("plan", "delete", "basic", "--yes")
