@@ -284,7 +284,7 @@ async def test_export_of_the_audit_log_waits_for_open_transactions_and_misses_no
     # It has its serial number already, but is not visible yet.
     await late.execute("INSERT INTO keyproxy.tenants (id) VALUES ('late')")
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('early')")
-    with pytest.raises(Conflict, match="still under way"):
+    with pytest.raises(Conflict, match="still open"):
         await directory.audit_horizon(seconds=0.0)
     horizon = asyncio.create_task(directory.audit_horizon())
     await transaction.commit()
