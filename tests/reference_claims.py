@@ -1,7 +1,7 @@
-"""The rules of claims in plain Python: what was charged, and what a batch is answered.
+"""The rules of claims in plain Python: what is charged, and the response to a batch.
 
-The fake of ClaimStore for tests that need no server. PostgreSQL is held to the same by
-tests/store/ledger/test_charge_dedup.py.
+The fake of ClaimStore for tests that need no server. tests/store/ledger/test_charge_dedup.py checks PostgreSQL against
+the same rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEPT_SECONDS = 24 * 3600.0
 
 @dataclass
 class ReferenceClaims:
-    """See the module. Not `answers`: it cannot be asked. `loses_answers`: so many of them, of batches that were heard."""
+    """A ClaimStore in memory. Not `answers`: it is unavailable. `loses_answers`: how many responses to lose."""
 
     wall: Callable[[], float] = time.time
     answers: bool = True
@@ -33,11 +33,11 @@ class ReferenceClaims:
         answers = self.hear(process, number, claims)
         if self.loses_answers:
             self.loses_answers -= 1
-            raise StoreUnavailable("the answer was lost")
+            raise StoreUnavailable("the response was lost")
         return answers
 
     def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """A batch of a process."""
+        """Process a batch."""
         last, answers = self.batches.get(process, (0, []))
         if number <= last:
             return answers if number == last else None
@@ -50,7 +50,7 @@ class ReferenceClaims:
         return answers
 
     def _judge(self, claim: Claim, used_here: int) -> Answer:
-        """`used_here`: the most that those before it in its batch used."""
+        """`used_here`: the most that earlier claims in its batch used."""
         before = self._charged(claim.fingerprint)
         if before is not None:
             tokens, at = self.charges[claim.fingerprint]
@@ -70,7 +70,7 @@ class ReferenceClaims:
         return self.look(fingerprints)
 
     def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """Those that were charged in the last 24 hours, and how many tokens."""
+        """The fingerprints that were charged in the last 24 hours, with their tokens."""
         return {one: tokens for one in fingerprints if (tokens := self._charged(one)) is not None}
 
     async def forget(self, portion: int) -> bool:

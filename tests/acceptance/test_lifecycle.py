@@ -110,7 +110,7 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("plan", "set", "p", "--rate", "fast"), 2, "is no rate"),
         (("plan", "set", "p", "--burst", "5"), 1, "burst: means nothing without a rate"),
         (("plan", "set", "p", "--requests-per-day", "-1"), 2, "requests-per-day"),
-        (("plan", "set", "two words"), 1, "an id begins with"),
+        (("plan", "set", "two words"), 1, "an id starts with"),
         (("plan", "show", "p"), 1, "there is no plan 'p'"),
         (("plan", "delete", "p", "--yes"), 1, "there is no plan 'p'"),
         (("key", "issue", "--user", "u_42", "--plan", "p"), 1, "there is no plan 'p'"),
@@ -157,7 +157,7 @@ def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, k
     assert (user["plan"], user["test_plan"]) == (None, "sandbox")
     assert shell.told("user", "set-plan", "u_42", "basic")["plan"] == "basic"
     assert shell.told("key", "set-plan", key["id"], "basic")["plan"] == "basic"
-    assert "given to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
+    assert "assigned to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
     for arguments in (("tenant", "set-plan", "acme"), ("user", "set-plan", "u_42"), ("key", "set-plan", key["id"])):
         assert shell.told(*arguments, "--none")["plan"] is None
     shell.told("plan", "delete", "basic", "--yes")
@@ -463,7 +463,7 @@ def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell:
     again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
     assert again.out.count("kp_live_") == 1
     assert "1 keys issued, 2 were there" in again.err
-    assert "wanted.csv:2: it has no user" in _refused_table(shell, table, "user,name\n,x\n")
+    assert "wanted.csv:2: the row has no user" in _refused_table(shell, table, "user,name\n,x\n")
     assert "there is no user 'nobody'" in _refused_table(shell, table, '{"user": "nobody"}\n')
 
 
@@ -479,7 +479,7 @@ def test_keys_are_revoked_in_bulk_after_a_look_at_how_many(shell: Shell, key: di
     assert shell.told("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen", "--yes") == {"revoked": 1}
     assert shell.told("key", "show", key["id"])["revoke_reason"] == "laptop stolen"
     assert shell.told("key", "revoke-all", "--tenant", "acme", "--yes") == {"revoked": 1}
-    assert "say which keys" in shell.refused("key", "revoke-all", status=2)
+    assert "select the keys to revoke" in shell.refused("key", "revoke-all", status=2)
     assert "there is no user 'nobody'" in shell.refused("key", "revoke-all", "--user", "nobody")
 
 
@@ -496,9 +496,9 @@ def test_the_table_of_djangorestframework_api_key_is_taken_over_after_a_dry_run(
     arguments = ("key", "import", str(table), "--map", str(owners), "--tenant", "acme", "--scope", "jobs:write")
     dry = shell.run(*arguments, "--dry-run", "--json")
     assert dry.status == 1
-    problem = {"place": f"{table}:3", "problem": "it has no user"}
+    problem = {"place": f"{table}:3", "problem": "the row has no user"}
     assert dry.json == {"dry_run": True, "imported": 1, "present": 0, "users": 1, "problems": [problem]}
-    assert f"{table}:3: it has no user" in dry.err
+    assert f"{table}:3: the row has no user" in dry.err
     assert len(shell.told("key", "list")) == 1
     table.write_text("\n".join(table.read_text().splitlines()[:2]) + "\n")
     assert shell.told(*arguments) == {"dry_run": False, "imported": 1, "present": 0, "users": 1, "problems": []}

@@ -217,8 +217,8 @@ async def test_a_bound_token_imports_digests_for_users_of_its_tenant_and_learns_
     assert told["problems"] == [
         {"index": 2, "problem": "there is no user 'u_3' and no tenant 'other'"},
         {"index": 3, "problem": "there is no user 'o_1'"},
-        {"index": 4, "problem": "the key is there and belongs to somebody else"},
-        {"index": 5, "problem": "who is bound to a tenant imports keys by their digests alone"},
+        {"index": 4, "problem": "the key exists and belongs to another user"},
+        {"index": 5, "problem": "an actor bound to a tenant can import keys by digest only"},
     ]
     assert await _all_of(api, "other") == before
 

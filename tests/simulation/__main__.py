@@ -13,10 +13,10 @@ from tests.simulation.world import World
 
 
 def main() -> int:
-    """0: all of them held."""
+    """Return 0 if all invariants held."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
-    parser.add_argument("--seed", type=int, help="this one alone, and say what it was")
-    parser.add_argument("--seeds", type=int, default=1000, help="how many")
+    parser.add_argument("--seed", type=int, help="run only this seed, and print its scenario")
+    parser.add_argument("--seeds", type=int, default=1000, help="number of seeds")
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("keyproxy").setLevel(logging.CRITICAL if options.seed is None else logging.WARNING)

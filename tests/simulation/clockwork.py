@@ -1,7 +1,7 @@
-"""Virtual time: many event loops, one per process of the simulated fleet, and one clock that moves as they work and wait.
+"""Virtual time: one event loop for each simulated process, and one clock that advances as they work and wait.
 
-Each process has a loop of its own, so that it can be stopped (SIGSTOP: none of its callbacks run, its timers fire late)
-and killed (SIGKILL: nothing of it ever runs again). Everything happens in one order, which the seed decides.
+Each process has its own loop, so that it can be stopped (SIGSTOP: none of its callbacks run, its timers fire late) and
+killed (SIGKILL: none of its callbacks ever runs again). Everything happens in one order, which the seed determines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TURN_SECONDS = 1e-6
 
 
 class Clock:
-    """What happens when. Times are seconds since the simulation began."""
+    """The schedule of events. Times are seconds since the start of the simulation."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,17 +28,17 @@ class Clock:
         self._numbers = itertools.count()
 
     def at(self, when: float, happens: Callable[[], None]) -> None:
-        """Something that happens outside of all processes."""
+        """Schedule an event outside of all processes."""
         heapq.heappush(self._events, (max(when, self.now), next(self._numbers), happens))
 
     def run(self, until: float) -> None:
-        """Let time pass."""
+        """Advance to a time, and run everything that is due."""
         while True:
             busy = [loop for loop in self.loops if loop.runs and loop.has_ready]
             for loop in busy:
                 if loop.runs:
                     loop.run_ready()
-            # Work takes time too: who asks for the time again and again sees it pass.
+            # Work takes time too: code that polls the clock sees it advance.
             self.now += _TURN_SECONDS
             if busy:
                 continue
@@ -54,7 +54,7 @@ class Clock:
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
-    """The event loop of one process: as much of one as code without sockets needs."""
+    """The event loop of one process: the part that code without sockets needs."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -65,21 +65,21 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._numbers = itertools.count()
         clock.loops.append(self)
 
-    # -- what the clock drives
+    # -- driven by the clock
 
     @property
     def has_ready(self) -> bool:
-        """Whether there is something to do at this instant."""
+        """Whether a callback is due now."""
         return bool(self._ready) or self.next_at() <= self._clock.now
 
     def next_at(self) -> float:
-        """When there is something to do next."""
+        """The time of the next timer."""
         while self._timers and self._timers[0][2].cancelled():
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else math.inf
 
     def run_ready(self) -> None:
-        """Do what there is to do now, as one turn of a loop does."""
+        """Run the callbacks that are due, as one iteration of a loop does."""
         while self.next_at() <= self._clock.now:
             self._ready.append(heapq.heappop(self._timers)[2])
         asyncio._set_running_loop(self)
@@ -91,7 +91,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         finally:
             asyncio._set_running_loop(None)
 
-    # -- what asyncio asks of a loop
+    # -- the interface that asyncio uses
 
     def time(self) -> float:
         """See AbstractEventLoop."""
@@ -102,7 +102,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Errors that nobody handled are kept, and fail the simulation; processes that are killed leave tasks behind."""
+        """Record unhandled errors, which fail the simulation. Pending tasks of killed processes are no errors."""
         if self.runs and "was destroyed but it is pending" not in context["message"]:
             self.errors.append(context)
 
@@ -129,7 +129,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Cancelled timers are dropped when their time comes."""
+        """Do nothing: cancelled timers are dropped when they are due."""
 
     def create_future(self) -> asyncio.Future[Any]:
         """See AbstractEventLoop."""

@@ -15,7 +15,7 @@ from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 
-#: As of a proxy that waits for the database.
+#: The database timeout of a proxy.
 _TIMEOUT_SECONDS = 2.0
 _FORGOTTEN_SECONDS = 10.0
 
@@ -33,19 +33,19 @@ class Weather:
 
 
 class Network:
-    """Between the ledger and everyone."""
+    """The network between the ledger and all processes."""
 
     def __init__(self, clock: Clock, chance: random.Random, ledger: ReferenceLedger, weather: Weather) -> None:
         self.clock, self.ledger, self.weather = clock, ledger, weather
         self.claims = ReferenceClaims(lambda: 1e9 + clock.now)
         self.is_down = False
-        #: What is heard now will be forgotten: there is a replica that does not receive it, and is about to be promoted.
+        #: The latest history will be lost: a replica that does not receive it is about to be promoted.
         self.is_lagging = False
         self.after_message: Callable[[], None] = lambda: None
         self._chance = chance
 
     def send(self, call: Callable[[], Any], answer: Callable[[Any], None], *, is_cut: bool) -> None:
-        """Have the ledger called some time, and the answer brought back some time."""
+        """Call the ledger after a delay, and deliver the response after another one."""
         chance, weather = self._chance, self.weather
         for _ in range(2 if chance.random() < weather.doubled else 1):
             if is_cut or chance.random() < weather.lost:
@@ -71,11 +71,11 @@ class Network:
 
 
 class _Remote:
-    """What one process reaches over the network."""
+    """A server that one process reaches over the network."""
 
     def __init__(self, network: Network, loop: VirtualLoop) -> None:
         self._network, self._loop = network, loop
-        #: A partition: nothing of this process arrives, and nothing arrives here.
+        #: A partition: no message of this process arrives, nor any response.
         self.is_cut = False
         self.is_dead = False
 
@@ -84,7 +84,7 @@ class _Remote:
 
         def heard() -> Any:
             if self.is_dead and self._network.is_lagging:
-                # It would be forgotten, and nobody says it again: docs/ledger.md says what that costs.
+                # It would be lost and never sent again: docs/ledger.md describes the cost.
                 raise TimeoutError
             return call()
 
@@ -98,7 +98,7 @@ class _Remote:
 
         def give_up() -> None:
             if not answered.done():
-                answered.set_exception(StoreUnavailable("no answer"))
+                answered.set_exception(StoreUnavailable("no response"))
 
         timer = self._loop.call_later(_TIMEOUT_SECONDS, give_up)
         self._network.send(heard, answer, is_cut=self.is_cut)
@@ -109,7 +109,7 @@ class _Remote:
 
 
 class RemoteClaims(_Remote):
-    """What was charged, as one process reaches it. Implements ClaimStore."""
+    """The record of charges as one process reaches it. Implements ClaimStore."""
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         """See ClaimStore."""
@@ -123,7 +123,7 @@ class RemoteClaims(_Remote):
         return found
 
     async def forget(self, portion: int) -> bool:
-        """See ClaimStore. Nothing grows old here."""
+        """See ClaimStore. Nothing expires here."""
         del portion
         return False
 
@@ -143,9 +143,9 @@ class RemoteLedger(_Remote):
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. Sooner than in earnest, and later than any message arrives.
+        """See the port. Sooner than in production, but later than any message arrives.
 
-        Not after history was lost: what a process claims that was suspended before that counts twice then, see
+        Does nothing after history was lost: claims of a process that was suspended before that would count twice, see
         docs/ledger.md.
         """
         del portion

@@ -1,4 +1,4 @@
-"""From a seed to a run: whose limits, which plans, what goes wrong."""
+"""Generate the scenario of a seed: owners, plans and faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DAY_ENDS, _MONTH_ENDS = 1_705_363_180.0, 1_706_745_580.0
 
 
 def scenario(seed: int) -> Scenario:
-    """The run of this seed. Every eighth is one in which nothing goes wrong."""
+    """The scenario of this seed. Every eighth one has no faults."""
     chance = random.Random(f"scenario {seed}")
     owners, plans = _owners(chance)
     return Scenario(

@@ -1,4 +1,4 @@
-"""Work in the background outlives what nobody has foreseen: it is logged, counted, and done again."""
+"""Background tasks survive unexpected exceptions: these are logged and counted, and the task is restarted."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _LOOK = {"snapshot": "1:1:", "history": "1", "server_seconds": 1.0, "kind": None
 
 
 class Site:
-    """A process whose time is virtual."""
+    """A process with virtual time."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.loop = VirtualLoop(self.clock)  # type: ignore[abstract]  # as much of a loop as is needed
-        #: For how long the clock that never jumps has stood still.
+        #: How long the monotonic clock has stood still.
         self.stood_still = 0.0
 
     def now(self) -> Moment:
         return Moment(1_800_000_000.0 + self.clock.now, 5_000.0 + self.clock.now - self.stood_still)
 
     def do(self, work: Callable[[], object]) -> None:
-        """In the loop of the process."""
+        """Run in the loop of the process."""
         asyncio._set_running_loop(self.loop)
         try:
             work()
@@ -62,7 +62,7 @@ class Site:
 
 
 class Flaw:
-    """What answers, and what fails `times` times of something that is no outage, having gone well `skips` times."""
+    """A store that, after `skips` successes, fails `times` times for a reason other than an outage."""
 
     is_down = False
     moves = 0
@@ -86,7 +86,7 @@ class Flaw:
 
 
 class FlawedListener(Listener):
-    """One that cannot be opened, for a reason that is no outage."""
+    """A listener that cannot be opened, for a reason other than an outage."""
 
     def __init__(self, flaw: Flaw) -> None:
         super().__init__("", "")
@@ -97,7 +97,7 @@ class FlawedListener(Listener):
 
 
 class FlawedClaims(ReferenceClaims):
-    """A store of claims with a flaw."""
+    """A claim store with a flaw."""
 
     def __init__(self, flaw: Flaw) -> None:
         super().__init__()
@@ -124,14 +124,14 @@ def site() -> Iterator[Site]:
 def feed(site: Site, flaw: Flaw, listener: Listener | None = None) -> ChangeFeed:
     class Cache:
         def distrust_all(self) -> None:
-            """Nothing is cached."""
+            """Do nothing: nothing is cached."""
 
     made = ChangeFeed(cast("Database", flaw), listener, cast("IdentityCache", Cache()), FeedState(), site.now)
     site.do(made.start)
     return made
 
 
-def test_the_change_feed_is_followed_again(site: Site) -> None:
+def test_change_feed_is_restarted(site: Site) -> None:
     flaw = Flaw(3)
     followed = feed(site, flaw)
     site.wait(5.0)
@@ -139,7 +139,7 @@ def test_the_change_feed_is_followed_again(site: Site) -> None:
     assert (followed.lasting.defects, flaw.asked["changes_since"] > 6) == (3, True)
 
 
-def test_notifications_are_listened_for_again(site: Site) -> None:
+def test_listening_for_notifications_is_restarted(site: Site) -> None:
     flaw = Flaw(2)
     listening = feed(site, Flaw(0), FlawedListener(flaw))
     heard = []
@@ -150,7 +150,7 @@ def test_notifications_are_listened_for_again(site: Site) -> None:
     assert (listening.lasting.defects, flaw.asked["listen"]) == (2, 3)
 
 
-def test_uses_of_keys_are_noted_again(site: Site) -> None:
+def test_recording_uses_of_keys_is_restarted(site: Site) -> None:
     flaw = Flaw(1)
     notes = LastUsed(cast("Database", flaw))
     site.do(notes.start)
@@ -160,7 +160,7 @@ def test_uses_of_keys_are_noted_again(site: Site) -> None:
     assert (notes.lasting.defects, flaw.asked["mark_used"]) == (1, 3)
 
 
-def test_usage_is_written_all_the_same_and_readiness_has_a_reason_until_then(site: Site) -> None:
+def test_usage_is_written_after_a_defect_and_readiness_has_a_reason_until_then(site: Site) -> None:
     flaw = Flaw(4)
     usage = UsageJournal(cast("Database", flaw), schema.Usage(event_days=0), site.now, settle_seconds=0.5)
     exchange = Exchange()
@@ -172,11 +172,11 @@ def test_usage_is_written_all_the_same_and_readiness_has_a_reason_until_then(sit
     site.wait(9.0)
     assert usage.down_because == ""
     assert usage.unwritten_seconds() == 0.0
-    # One of the four was in what cleans up, which is not tried again at once.
+    # One of the four was in the cleanup, which is not retried at once.
     assert (usage.lasting.defects, usage.counts["batches"], flaw.asked["tend_usage"]) == (4, 1, 1)
 
 
-def test_who_asks_whether_a_request_was_charged_is_told_that_nobody_knows_and_the_next_one_hears_it(
+def test_defect_fails_pending_lookups_of_charges_and_the_next_one_succeeds(
     site: Site,
 ) -> None:
     flaw = Flaw(1)
@@ -199,7 +199,7 @@ def test_who_asks_whether_a_request_was_charged_is_told_that_nobody_knows_and_th
     assert (claims.lasting.defects, claims.down_because) == (1, "")
 
 
-def test_claims_are_told_again_although_one_cannot_be_settled(site: Site) -> None:
+def test_claims_are_sent_again_although_one_cannot_be_settled(site: Site) -> None:
     flaw = Flaw(1)
 
     class LeaseTable:
@@ -218,7 +218,7 @@ def test_claims_are_told_again_although_one_cannot_be_settled(site: Site) -> Non
 
 
 @pytest.mark.parametrize("is_clumsy", [False, True])
-def test_a_defect_is_logged_with_its_traceback_told_to_the_work_and_ends_nothing(
+def test_defect_is_logged_with_its_traceback_and_passed_to_the_task_which_restarts(
     site: Site, caplog: pytest.LogCaptureFixture, is_clumsy: bool
 ) -> None:
     flaw, told = Flaw(2), list[Exception]()
@@ -256,7 +256,7 @@ def test_a_defect_is_logged_with_its_traceback_told_to_the_work_and_ends_nothing
 
 
 class FlawedBackend:
-    """A ledger that is never away. Implements LedgerBackend."""
+    """A ledger that is always available. Implements LedgerBackend."""
 
     def __init__(self, site: Site, flaw: Flaw) -> None:
         self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=schema.Ledger().lease_seconds)
@@ -280,11 +280,11 @@ class FlawedBackend:
         self.reference.end(holder)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class Customers:
-    """Those who want something of a ledger, under a limit of 100 a day each."""
+    """Users of a ledger, each with a limit of 100 requests per day."""
 
     def __init__(self, site: Site, flaw: Flaw) -> None:
         self.site = site
@@ -311,7 +311,7 @@ class Customers:
             told.append(None)
 
     def ask(self, *users: str, seconds: float = 0.1) -> list[Reason | None]:
-        """What requests of theirs, at one time, have heard after so many seconds."""
+        """The outcomes of concurrent requests after `seconds`: None, or the reason of a refusal."""
         told: list[Reason | None] = []
         for user in users:
             self.site.do(lambda user=user: self.site.loop.create_task(self._take(user, told)))  # type: ignore[misc]
@@ -319,7 +319,7 @@ class Customers:
         return told
 
     def end(self) -> int:
-        """They all go; what is spent of their windows when it is all settled."""
+        """End all requests. Return what is spent of their windows when everything is settled."""
         for hold in self.holds:
             self.ledger.settle(hold, was_sent=True)
         self.site.wait(5.0)
@@ -331,7 +331,7 @@ class Customers:
 
 
 class Flawed:
-    """In place of a method of the book: strikes first, then does what it did."""
+    """Replaces a method of the lease table: may fail first, then calls the method."""
 
     def __init__(self, flaw: Flaw, method: Callable[..., Any]) -> None:
         self.flaw, self.method = flaw, method
@@ -341,13 +341,13 @@ class Flawed:
         return self.method(*args, **how)
 
 
-#: Where a conversation can be broken off: before a message, while it is said, when its answer is there.
+#: Where the client's task can fail: before a message, during it, after its response.
 PLACES = ["gather", "lines", "_look_at", "apply", "sync"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("has_leases", [True, False])
-def test_a_defect_anywhere_in_the_ledger_s_conversation_is_heard_by_who_waits_and_by_nobody_after_it(
+def test_defect_anywhere_in_the_ledger_client_fails_waiting_requests_but_no_later_ones(
     site: Site, place: str, has_leases: bool
 ) -> None:
     flaw = Flaw(0)
@@ -358,7 +358,7 @@ def test_a_defect_anywhere_in_the_ledger_s_conversation_is_heard_by_who_waits_an
     conversation = customers.ledger.conversation
     if place != "sync":
         setattr(conversation.book, place, Flawed(flaw, getattr(conversation.book, place)))
-    # Of two that travel together, one line is made already.
+    # Of two lines in one message, one has been built already.
     flaw.left, flaw.skips = 1, int(place == "_look_at")
     assert customers.ask("u_2", "u_3", seconds=0.9) == [Reason.LEDGER_UNAVAILABLE] * 2
     assert flaw.left == 0
@@ -370,7 +370,7 @@ def test_a_defect_anywhere_in_the_ledger_s_conversation_is_heard_by_who_waits_an
     assert customers.end() == 3 + has_leases
 
 
-def test_a_process_that_is_idle_now_and_then_stays_one_holder_and_waits_for_one_answer(site: Site) -> None:
+def test_process_that_is_idle_now_and_then_stays_one_holder_and_needs_one_round_trip(site: Site) -> None:
     customers = Customers(site, Flaw(0))
     counts = customers.ledger.conversation.counts
     for gaps in range(1, 6):
@@ -387,10 +387,10 @@ def test_a_process_that_is_idle_now_and_then_stays_one_holder_and_waits_for_one_
 
 @pytest.mark.parametrize("is_still", [True, False])
 @pytest.mark.parametrize("users", [[], ["u_2"]])
-def test_a_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
+def test_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
     site: Site, users: list[str], is_still: bool
 ) -> None:
-    """Its first message has nothing to report: a request has been under way for long, and others are new."""
+    """Its first message has nothing to report: one request has been running for long, and others are new."""
     customers = Customers(site, Flaw(0))
     assert customers.ask("u_1") == [None]
     site.wait(5.0)
@@ -409,7 +409,7 @@ def test_a_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
     assert {holder.has_ended or holder.rests for holder in reference.holders.values()} <= {True}
 
 
-def test_a_defect_in_looking_for_dead_holders_does_not_end_it(site: Site) -> None:
+def test_defect_in_reaping_does_not_end_reaping(site: Site) -> None:
     flaw = Flaw(0)
     customers = Customers(site, flaw)
     flaw.left = 1
@@ -419,7 +419,7 @@ def test_a_defect_in_looking_for_dead_holders_does_not_end_it(site: Site) -> Non
     assert customers.end() == 1
 
 
-def test_readiness_says_when_leases_have_lapsed_for_nothing_is_heard_and_not_because_nothing_was_said(
+def test_readiness_reports_expired_leases_after_missing_responses_but_not_after_idleness(
     site: Site,
 ) -> None:
     flaw = Flaw(0)

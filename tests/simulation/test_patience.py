@@ -1,4 +1,4 @@
-"""How long a request waits for its limits: so long and no longer, however slow the ledger and the store are."""
+"""The wait of a request for its limits is bounded, however slow the ledger and the store are."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ T = TypeVar("T")
 USER = Pool("user", "u_42", False)
 _NOON = 1_705_320_000.0
 _CONFIG = schema.Ledger(lease_seconds=10.0, settle_seconds=0.5)
-#: What a turn of the virtual loop takes, many times over.
+#: A tolerance: many times the duration of one iteration of the virtual loop.
 _TURNS_SECONDS = 0.01
 
 
 class SlowLedger:
-    """A ledger that answers after so many seconds. `is_deaf`: never, noticed after 2. Implements LedgerBackend."""
+    """A ledger that responds after `seconds`. `is_deaf`: never, with a timeout of 2. Implements LedgerBackend."""
 
     def __init__(self, clock: Clock, seconds: float, *, is_deaf: bool = False) -> None:
         self.reference = ReferenceLedger(lambda: _NOON + clock.now, lease_seconds=_CONFIG.lease_seconds)
@@ -43,17 +43,17 @@ class SlowLedger:
         """See the port."""
         if self.is_deaf:
             await asyncio.sleep(2.0)
-            raise StoreUnavailable("no answer")
+            raise StoreUnavailable("no response")
         await asyncio.sleep(self.seconds)
         return self.reference.sync(holder, serial, lines)
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """See the port. Nobody dies here."""
+        """See the port. No holder expires here."""
         del portion
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. Nothing grows old here."""
+        """See the port. No holder is deleted here."""
         del portion
         return False
 
@@ -66,7 +66,7 @@ class SlowLedger:
 
 
 class SlowClaims(ReferenceClaims):
-    """What was charged, as a store knows it that answers after so many seconds."""
+    """A record of charges that responds after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class SlowClaims(ReferenceClaims):
 
 
 class Stage:
-    """One process on a clock of its own."""
+    """One process with its own clock."""
 
     def __init__(self, seconds: float, *, is_deaf: bool = False, store_seconds: float = 0.01) -> None:
         self.clock = Clock()
@@ -103,7 +103,7 @@ class Stage:
         return Moment(_NOON + self.clock.now, 5_000.0 + self.clock.now)
 
     def waited(self, work: Callable[[], Awaitable[T]]) -> tuple[T | Reason, float]:
-        """What comes of it, a Refusal by its reason, and after how many seconds."""
+        """The result, or the reason of a Refusal, and the seconds that it took."""
         began = self.clock.now
         ended: list[float] = []
 
@@ -120,7 +120,7 @@ class Stage:
         return task.result(), ended[0] - began
 
     async def take(self, plan: Plan, patience: TimeBudget, need: TokenNeed | None = None) -> Hold:
-        """As the gateway does it."""
+        """Take as the gateway does."""
         allowance = Allowance(((USER, plan),))
         while True:
             try:
@@ -129,7 +129,7 @@ class Stage:
                 await missing.fetch_missing(patience)
 
     def others_hold(self, plan: Plan) -> None:
-        """Another process holds all of a day's requests, and does not give them back."""
+        """Let another process hold all of a day's requests, and never return them."""
         assert plan.requests_per_day is not None
         window = Window(USER, "requests_per_day")
         most = plan.requests_per_day
@@ -149,7 +149,7 @@ class Stage:
         (50.0, Reason.LEDGER_UNAVAILABLE),
     ],
 )
-def test_a_request_is_decided_in_its_time_however_slowly_the_ledger_answers(seconds: float, reason: Reason) -> None:
+def test_request_is_decided_within_its_budget_however_slow_the_ledger_is(seconds: float, reason: Reason) -> None:
     stage, plan = Stage(seconds), Plan(requests_per_day=1)
     stage.others_hold(plan)
     told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
@@ -157,7 +157,7 @@ def test_a_request_is_decided_in_its_time_however_slowly_the_ledger_answers(seco
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
 
-def test_units_that_others_hold_are_waited_for_less_long_if_the_ledger_says_so_at_once() -> None:
+def test_wait_for_units_of_others_is_shorter_if_the_ledger_responds_at_once() -> None:
     stage, plan = Stage(0.001), Plan(requests_per_day=1)
     stage.others_hold(plan)
     told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
@@ -165,7 +165,7 @@ def test_units_that_others_hold_are_waited_for_less_long_if_the_ledger_says_so_a
     assert 1.6 <= waited <= 1.6 + 0.3 + _TURNS_SECONDS
 
 
-def test_who_comes_while_a_message_is_under_way_waits_no_longer_for_that() -> None:
+def test_request_that_arrives_during_a_message_waits_no_longer() -> None:
     stage, plan = Stage(3.0), Plan(requests_per_day=1)
     stage.others_hold(plan)
     stage.loop.create_task(stage.take(plan, TimeBudget()))
@@ -175,14 +175,14 @@ def test_who_comes_while_a_message_is_under_way_waits_no_longer_for_that() -> No
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
 
-def test_a_request_that_is_answered_in_the_last_moment_is_let_in() -> None:
+def test_response_at_the_last_moment_admits_the_request() -> None:
     stage = Stage(3.95)
     told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
     assert isinstance(told, Hold)
     assert waited == pytest.approx(3.95, abs=_TURNS_SECONDS)
 
 
-def test_what_one_round_of_a_decision_has_waited_the_next_has_no_more() -> None:
+def test_all_rounds_of_a_decision_share_one_budget() -> None:
     stage, patience = Stage(1.5), TimeBudget()
     _, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
     assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 1.5, abs=_TURNS_SECONDS)
@@ -190,14 +190,14 @@ def test_what_one_round_of_a_decision_has_waited_the_next_has_no_more() -> None:
     told, more = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited + more == pytest.approx(PATIENCE_SECONDS, abs=2 * _TURNS_SECONDS)
-    # And then none at all.
+    # Then the budget is spent.
     stage.backend.seconds = 0.001
     told, waited = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
     assert told is Reason.LEDGER_UNAVAILABLE
     assert waited <= _TURNS_SECONDS
 
 
-def test_to_hear_whether_it_was_charged_before_takes_of_the_same_time() -> None:
+def test_lookup_of_earlier_charges_uses_the_same_budget() -> None:
     stage, patience = Stage(1.5, store_seconds=1.0), TimeBudget()
     stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
     told, waited = stage.waited(lambda: stage.claims.paid(b"f", patience))
@@ -210,7 +210,7 @@ def test_to_hear_whether_it_was_charged_before_takes_of_the_same_time() -> None:
     assert waited == pytest.approx(0.4, abs=_TURNS_SECONDS)
 
 
-def test_who_asks_whether_it_was_charged_is_told_although_requests_go_on_ending_without_a_pause() -> None:
+def test_lookup_of_earlier_charges_is_not_starved_by_a_stream_of_claims() -> None:
     stage = Stage(0.01, store_seconds=0.05)
 
     async def ending() -> None:
@@ -223,11 +223,11 @@ def test_who_asks_whether_it_was_charged_is_told_although_requests_go_on_ending_
     stage.clock.run(2.0)
     told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
     assert told is None
-    # A batch that is under way, its own, and the question.
+    # The batch in flight, its own batch, and the lookup.
     assert waited <= 4 * 0.05 + _TURNS_SECONDS
 
 
-def test_a_ledger_that_is_not_there_is_waited_for_once_and_then_by_nobody() -> None:
+def test_only_the_first_request_waits_for_an_unavailable_ledger() -> None:
     stage, plan = Stage(0.0, is_deaf=True), Plan(requests_per_day=1)
     told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
     assert told is Reason.LEDGER_UNAVAILABLE
@@ -237,7 +237,7 @@ def test_a_ledger_that_is_not_there_is_waited_for_once_and_then_by_nobody() -> N
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
-def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
+def test_closed_ledger_refuses_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.ledger.close)
     told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
@@ -245,7 +245,7 @@ def test_who_comes_to_a_ledger_that_was_closed_is_told_so_at_once() -> None:
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
-def test_who_asks_whether_it_was_charged_when_nobody_is_asked_any_more_is_told_so_at_once() -> None:
+def test_closed_claims_refuse_a_lookup_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.claims.close)
     told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
@@ -253,7 +253,7 @@ def test_who_asks_whether_it_was_charged_when_nobody_is_asked_any_more_is_told_s
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
-def test_who_waits_when_the_ledger_is_closed_is_told_so() -> None:
+def test_closing_the_ledger_refuses_waiting_requests() -> None:
     stage = Stage(3.0)
     waiting = stage.loop.create_task(stage.take(Plan(requests_per_day=1), TimeBudget()))
     stage.clock.run(0.1)
@@ -261,13 +261,13 @@ def test_who_waits_when_the_ledger_is_closed_is_told_so() -> None:
     assert isinstance(waiting.exception(), Refusal)
 
 
-def test_lost_answers_evictions_and_repeats_together_keep_nobody_waiting_for_longer() -> None:
-    # Here a request was refused, asked whether it was charged before, was not, and found the refusal forgotten: three
-    # waits, each with a time of its own.
+def test_lost_responses_evictions_and_repeats_together_do_not_exceed_the_budget() -> None:
+    # With this seed a request was refused, then looked up as not charged before, and then its refusal had expired:
+    # three waits, each with its own budget.
     World(scenario(202_013)).run()
 
 
-def test_a_simulation_in_which_somebody_waits_for_longer_is_found_out() -> None:
+def test_simulation_detects_a_request_that_waits_too_long() -> None:
     world = World(scenario(202_013))
     for process in world.fleet:
         process.deciding[object()] = 0.0

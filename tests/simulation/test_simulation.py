@@ -1,4 +1,4 @@
-"""The simulation holds for some seeds here; `make simulate` runs thousands. And it would notice if it did not hold."""
+"""The simulation with some seeds; `make simulate` runs thousands. It also detects faulty ledgers and stores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AT_NOON = 1_705_320_000.0
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """Thousands of warnings are what is to be expected here."""
+    """Suppress the thousands of warnings that are expected here."""
     logger = logging.getLogger("keyproxy")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -33,7 +33,7 @@ def _quiet() -> Iterator[None]:
 
 
 def kind(plan: Plan, *, seed: int = 1, seconds: float = 20.0, requests_per_second: float = 10.0) -> Scenario:
-    """Three proxies and one user, and nothing goes wrong."""
+    """Three proxies, one user, no faults."""
     return Scenario(
         seed,
         {USER: plan},
@@ -46,11 +46,11 @@ def kind(plan: Plan, *, seed: int = 1, seconds: float = 20.0, requests_per_secon
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_nothing_overspends_leaks_or_waits_for_ever_whatever_goes_wrong(seed: int) -> None:
+def test_nothing_overspends_leaks_or_waits_for_ever_under_any_fault(seed: int) -> None:
     World(scenario(seed)).run()
 
 
-def test_a_seed_decides_everything_that_happens() -> None:
+def test_seed_determines_the_whole_run() -> None:
     worlds = [World(scenario(21)) for _ in range(2)]
     for world in worlds:
         world.run()
@@ -74,7 +74,7 @@ def test_with_no_faults_a_token_budget_is_spent_until_the_smallest_request_does_
     assert 2_000 - 5 < world.upstream.used[Window(USER, "tokens_per_day")] <= 2_000
 
 
-def test_in_steady_state_of_a_hundred_requests_ninety_nine_wait_for_nothing() -> None:
+def test_in_steady_state_99_of_100_requests_do_not_wait() -> None:
     plan = Plan(rate=1000.0, requests_per_day=10**9, requests_per_month=10**9, concurrency=1000)
     world = World(kind(plan, seconds=40.0, requests_per_second=30.0))
     world.run()
@@ -93,7 +93,7 @@ def test_with_no_faults_all_attempts_at_a_request_are_charged_as_one() -> None:
 
 
 class Forgetful(ReferenceClaims):
-    """A store with a fault: a batch that is told twice counts twice."""
+    """A faulty store: a batch that is sent twice counts twice."""
 
     def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         """See ReferenceClaims."""
@@ -101,7 +101,7 @@ class Forgetful(ReferenceClaims):
         return super().hear(process, number, claims)
 
 
-def test_a_store_with_a_fault_is_found_out() -> None:
+def test_faulty_store_is_detected() -> None:
     plan = Plan(requests_per_day=400)
     fate = Fate(weather=Weather(doubled=0.5, delay_seconds=0.02))
     world = World(replace(kind(plan), fate=fate, repeats=0.7))
@@ -111,7 +111,7 @@ def test_a_store_with_a_fault_is_found_out() -> None:
 
 
 class Generous(ReferenceLedger):
-    """A ledger with a fault: it believes every limit to be one more than it is."""
+    """A faulty ledger: it treats every limit as one higher."""
 
     def sync(self, holder, serial, lines):  # type: ignore[no-untyped-def]
         """See ReferenceLedger."""
@@ -119,7 +119,7 @@ class Generous(ReferenceLedger):
 
 
 class Forgiving(ReferenceLedger):
-    """A ledger with a fault: what a dead process held is free again, although it may have been used."""
+    """A faulty ledger: it releases the units of a dead process, although they may have been used."""
 
     def end(self, name: str) -> None:
         """See ReferenceLedger."""
@@ -130,7 +130,7 @@ class Forgiving(ReferenceLedger):
 
 
 @pytest.mark.parametrize("faulty", [Generous, Forgiving])
-def test_a_ledger_with_a_fault_is_found_out(faulty: type[ReferenceLedger]) -> None:
+def test_faulty_ledger_is_detected(faulty: type[ReferenceLedger]) -> None:
     world = World(replace(kind(Plan(requests_per_day=400)), fate=Fate(kills=0.3), seconds=30.0, hold_seconds=2.0))
     world.reference.__class__ = faulty
     with pytest.raises(BrokenError, match="seed 1"):

@@ -1,4 +1,4 @@
-"""What the upstream sees, counted by itself: the truth that the ledger is compared with."""
+"""The upstream's own count of requests: the truth that the ledger is compared with."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from tests.simulation.clockwork import Clock
     from tests.simulation.world import Process, Scenario
 
-#: A lease of yesterday ends here a little later than there: clocks of different speed.
+#: A lease of yesterday ends a little later here than in the ledger: clocks run at different speeds.
 _MIDNIGHT_SECONDS = 0.1
 
 
 class BrokenError(AssertionError):
-    """Something that must hold does not."""
+    """An invariant is violated."""
 
 
 @dataclass(eq=False)
 class Work:
-    """One request under way."""
+    """One request in flight."""
 
     process: Process
     hold: Hold
@@ -36,27 +36,27 @@ class Work:
 
 
 class Upstream:
-    """See the module."""
+    """Count requests and tokens, and check them against the limits and the ledger."""
 
     def __init__(self, clock: Clock, ledger: ReferenceLedger, scenario: Scenario) -> None:
         self._clock, self._ledger, self._scenario = clock, ledger, scenario
         self._works: dict[Work, None] = {}
-        #: Requests sent and tokens used, by window, whichever day it was.
+        #: Requests sent and tokens used, by window, over all days.
         self.used: Counter[Window] = Counter()
-        #: Of requests with a fingerprint: the tokens of the largest attempt that was answered; how many of all attempts
-        #: were charged as requests, and the tokens that they were charged.
+        #: For requests with a fingerprint: the tokens of the largest finished attempt; the number of attempts that were
+        #: charged as requests, and the tokens charged to all attempts.
         self.most: dict[bytes, int] = {}
         self.charged: dict[bytes, tuple[int, int]] = {}
         self._by_day: Counter[tuple[Window, int]] = Counter()
         self._sent_at: dict[Window, list[float]] = {}
         self._limits: dict[Window, int] = {}
-        #: While the ledger has forgotten what it was told, and hears it again.
+        #: The periods in which the ledger has lost history, and leases are reported again.
         self._forgetful: list[tuple[float, float]] = []
         for pool, plan in scenario.plans.items():
             self.note_plan(pool, plan)
 
     def note_plan(self, pool: Pool, plan: Plan) -> None:
-        """A plan is in force. What counts is the largest limit that ever was."""
+        """Record a plan. The largest limit that ever applied counts."""
         for measure in (CONCURRENCY, "requests_per_day", "requests_per_month", *TOKENS):
             limit = getattr(plan, measure)
             if limit is not None:
@@ -64,13 +64,13 @@ class Upstream:
                 self._limits[window] = max(limit, self._limits.get(window, 0))
 
     def history_lost(self, since: float, until: float) -> None:
-        """The ledger forgets what it was told in a while."""
+        """Record that the ledger loses the history between two times."""
         self._forgetful.append((since, until))
 
     # -- requests
 
     def admit(self, process: Process, hold: Hold, fingerprint: bytes | None = None) -> Work:
-        """A request arrives."""
+        """Count a request that arrives."""
         work = Work(process, hold, fingerprint)
         self._works[work] = None
         for lease in _counted(hold):
@@ -91,7 +91,7 @@ class Upstream:
         self._by_day[window, starts] += 1
         work.counted.append((window, starts))
         if self._by_day[window, starts] > self._limits[window]:
-            raise BrokenError(f"{window}: {self._by_day[window, starts]} came, {self._limits[window]} are allowed")
+            raise BrokenError(f"{window}: {self._by_day[window, starts]} received, {self._limits[window]} allowed")
 
     def _check_slots(self, window: Window) -> None:
         under_way = 0
@@ -100,14 +100,14 @@ class Upstream:
             if work.is_answered:
                 continue
             if holder is None or holder.has_ended:
-                # What runs at a process that the ledger has given up is not counted by anybody.
+                # Requests of a process that the ledger has ended are not counted.
                 continue
             under_way += sum(1 for lease in work.hold.bundle.slots if lease.window == window and lease.is_current)
         if under_way > self._limits[window]:
-            raise BrokenError(f"{window}: {under_way} at one time, {self._limits[window]} are allowed")
+            raise BrokenError(f"{window}: {under_way} concurrent, {self._limits[window]} allowed")
 
     def finish(self, work: Work, tokens: int, *, is_repeat: bool = False) -> None:
-        """A request has ended and is charged so many tokens. `is_repeat`: and for no request."""
+        """Count a finished request with the tokens that it is charged. `is_repeat`: it is charged no request."""
         del self._works[work]
         for window in _budgets(work.hold):
             self.used[window] += tokens
@@ -121,30 +121,30 @@ class Upstream:
             self.charged[work.fingerprint] = (requests + (not is_repeat), charged + tokens)
 
     def answer(self, work: Work, used: int) -> None:
-        """It has used so many tokens; what it is charged is known later, and it holds no slot until then."""
+        """Record the tokens that a request used. Its charge is decided later; it holds no slot until then."""
         assert work.fingerprint is not None
         work.is_answered = True
         self.most[work.fingerprint] = max(used, self.most.get(work.fingerprint, 0))
 
     def lose(self, process: Process) -> None:
-        """A process is gone, with all that it was doing. Nobody knows what that has used: all that it was allowed."""
+        """Count the requests of a dead process as having used everything that they were allowed."""
         for work in [work for work in self._works if work.process is process]:
             self.finish(work, total(work.hold))
 
     def is_serving(self, process: Process) -> bool:
-        """Whether a request of this process is under way."""
+        """Whether a request of this process is in flight."""
         return any(work.process is process for work in self._works)
 
-    # -- what must hold
+    # -- invariants
 
     def check(self) -> None:
-        """At every instant: nothing is beyond its limit, and all that was let through is spent or held."""
+        """At every instant: no window exceeds its limit, and everything admitted is spent or held."""
         accounted: Counter[Window] = Counter()
         is_forgetful = any(since <= self._clock.now <= until for since, until in self._forgetful)
         for (window, starts), row in self._ledger.rows.items():
             accounted[window] += row.spent + row.held
             limit = self._limits.get(window)
-            # What one returned and another got may be held twice until the first has told again that it returned it.
+            # Units that one process returned and another got may be held twice until the first reports the return again.
             if limit is not None and not is_forgetful and row.spent + row.held > limit:
                 raise BrokenError(f"{window} {starts}: {row.spent} spent + {row.held} held > {limit}")
         if is_forgetful:
@@ -155,10 +155,10 @@ class Upstream:
                 under_way[window] += total(work.hold)
         for window, used in (self.used + under_way).items():
             if window.measure != RATE and used > accounted[window]:
-                raise BrokenError(f"{window}: {used} were let through, {accounted[window]} are accounted")
+                raise BrokenError(f"{window}: {used} admitted, {accounted[window]} accounted")
 
     def check_end(self, *, is_kind: bool) -> None:
-        """When all is quiet: what is spent was used, or was charged because its holder died with it."""
+        """At the end: everything spent was used, or was charged because its holder died."""
         for window, times in self._sent_at.items():
             self._check_rate(window, times)
         self._check_repeats(is_kind=is_kind)
@@ -174,17 +174,17 @@ class Upstream:
             if not spent[window] - forfeited[window] <= used <= spent[window]:
                 raise BrokenError(f"{window}: {used} used, {spent[window]} spent, {forfeited[window]} forfeited")
             if is_kind and forfeited[window]:
-                raise BrokenError(f"{window}: {forfeited[window]} forfeited, and nobody died")
+                raise BrokenError(f"{window}: {forfeited[window]} forfeited although no process died")
 
     def _check_repeats(self, *, is_kind: bool) -> None:
-        """All attempts at a request are charged as the largest of them; where nothing goes wrong, exactly so."""
+        """All attempts at a request are charged at least as the largest one; without faults, exactly so."""
         for fingerprint, most in self.most.items():
             requests, tokens = self.charged[fingerprint]
             if requests < 1 or tokens < most or (is_kind and (requests, tokens) != (1, most)):
-                raise BrokenError(f"{fingerprint!r}: charged {requests} requests, {tokens} tokens; {most} were used")
+                raise BrokenError(f"{fingerprint!r}: charged {requests} requests, {tokens} tokens; {most} used")
 
     def _check_rate(self, window: Window, times: list[float]) -> None:
-        """In any t seconds at most burst + rate * (t + RATE_SECONDS), and a burst more for each lost history."""
+        """In any t seconds at most burst + rate * (t + RATE_SECONDS), plus one burst for each lost history."""
         plan = self._scenario.plans[window.pool]
         assert plan.rate is not None
         slack = RATE_SECONDS * (1 + 2 * self._scenario.fate.drift)
@@ -194,18 +194,16 @@ class Upstream:
             fewest = min(fewest, number - plan.rate * at)
             most = number + 1 - plan.rate * at - fewest
             if most > bound + 1e-6:
-                raise BrokenError(
-                    f"{window}: {most:.1f} more than rate * t within some seconds, {bound:.1f} are allowed"
-                )
+                raise BrokenError(f"{window}: {most:.1f} more than rate * t within some seconds, {bound:.1f} allowed")
 
 
 def _counted(hold: Hold) -> list[Lease]:
-    """Of what this request has taken a unit that does not come back."""
+    """The leases from which this request took a unit that is not returned."""
     return [lease for lease in hold.bundle.counted if lease.is_rate or hold.paid is None]
 
 
 def total(hold: Hold) -> int:
-    """Everything that a request holds of each budget."""
+    """The tokens that a request holds of each budget, in all."""
     return hold.tokens + (total(hold.earlier) if hold.earlier is not None else 0)
 
 

@@ -1,7 +1,7 @@
-"""A fleet of proxies that draws on one ledger, everything that may go wrong, and what must hold after every step.
+"""A fleet of proxies on one ledger, all possible faults, and the invariants that are checked after every step.
 
-The proxies run the real keyproxy.store.ledger.Ledger. The world plays the gateway, the upstream, which counts what it
-sees, the network, the ledger's server and fate. A seed decides all of it.
+The proxies run the real keyproxy.store.ledger.Ledger. The world simulates the gateway, an upstream that counts what it
+receives, the network, the ledger's server and faults. A seed determines all of it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tests.simulation.network import Network, RemoteClaims, RemoteLedger, Weathe
 from tests.simulation.upstream import BrokenError, Upstream, Work, total
 
 LEASE_SECONDS = 3.0
-#: No request may wait longer for its answer, whatever happens, unless its process is stopped. Clocks drift a little.
+#: No decision may take longer, whatever happens, unless its process is stopped. Clocks drift a little.
 DECIDED_SECONDS = PATIENCE_SECONDS + 0.05
-#: By when the last of those that were let in has ended.
+#: When the last admitted request has ended.
 LONGEST_SECONDS = 120.0
 _ROUNDS_MAX = 8
 
 
 @dataclass
 class Fate:
-    """What may go wrong in one run: how often per second, over all processes."""
+    """The faults of one run: how many per second, over all processes."""
 
     weather: Weather = field(default_factory=Weather)
     kills: float = 0.0
@@ -71,12 +71,12 @@ class Scenario:
     starts_wall: float = 1_706_745_580.0  # 20 seconds before February 2024
     hold_seconds: float = 0.3
     settle_seconds: float = 0.5
-    #: The share of requests that come with an Idempotency-Key, of which there are few.
+    #: The share of requests with an Idempotency-Key, of which there are few different ones.
     repeats: float = 0.0
 
 
 class Told(ports.Ledger):
-    """A ledger as claims settle with it. What they settle, the upstream hears too."""
+    """A ledger for claims that also reports their settlements to the upstream."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
         self.work: Work | None = None
@@ -130,12 +130,12 @@ class Process:
 
     @property
     def holder(self) -> str:
-        """As whom it speaks with the ledger."""
+        """The holder under which it talks to the ledger."""
         return self.ledger.conversation._holder
 
 
 class World:
-    """See the module."""
+    """The simulation of one scenario."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -156,7 +156,7 @@ class World:
             self._start()
 
     def wall(self) -> float:
-        """Unix time as the ledger's server has it, which is the true one here."""
+        """The Unix time of the ledger's server, which is the true one here."""
         return self.scenario.starts_wall + self.clock.now
 
     # -- processes
@@ -228,7 +228,7 @@ class World:
     async def _decided(
         self, process: Process, owner: tuple[Pool, ...], need: TokenNeed | None, fingerprint: bytes | None
     ) -> tuple[Hold, int | None]:
-        """As the gateway does it."""
+        """Decide as the gateway does."""
         failure: Refusal | None = None
         paid, is_asked, patience = None, fingerprint is None, TimeBudget()
         for _ in range(_ROUNDS_MAX + 1):
@@ -288,7 +288,7 @@ class World:
         self.upstream.finish(work, used)
 
     async def _extended(self, process: Process, hold: Hold, tokens: int) -> Hold:
-        """As the gateway does it."""
+        """Extend as the gateway does."""
         mark, patience = object(), TimeBudget()
         process.deciding[mark] = self.clock.now
         try:
@@ -304,7 +304,7 @@ class World:
 
     @property
     def is_calm(self) -> bool:
-        """No process is stopped or cut off around a failover: what it holds could not be told again in time."""
+        """Whether a failover is near: stopped or cut off then, a process could not report its leases in time."""
         return self.calm_from <= self.clock.now <= self.calm_until
 
     def _again(self, per_second: float, happens: Callable[[], None]) -> None:
@@ -366,7 +366,7 @@ class World:
                 self.clock.at(self.clock.now + seconds, lambda remote=remote: setattr(remote, "is_cut", False))  # type: ignore[misc]
 
     def _restart(self) -> None:
-        """A rolling restart: one drains while another takes its place."""
+        """A rolling restart: one process drains while its replacement starts."""
         process = self._victim()
         if process is not None:
             process.is_closing = True
@@ -410,7 +410,7 @@ class World:
             self.network.weather = self.scenario.fate.weather
 
     def _fail_over(self, lag: float) -> None:
-        """A replica is promoted that has not received the last of it. Nobody who knows it may die meanwhile."""
+        """Promote a replica that lacks the latest history. No process that knows this history may die meanwhile."""
         midnight = self.clock.now < 20.0 < self.clock.now + 3 * LEASE_SECONDS
         if (
             midnight
@@ -420,7 +420,7 @@ class World:
             self.clock.at(self.clock.now + 1.0, lambda: self._fail_over(lag))
             return
         self.calm_from, self.calm_until = self.clock.now, self.clock.now + lag + 3 * LEASE_SECONDS
-        # Who cannot be heard for as long as the ledger settles is as one who died: docs/ledger.md says what that costs.
+        # A process that is cut off while the ledger settles counts as dead: docs/ledger.md describes the cost.
         self.network.weather = Weather()
         self.network.is_lagging = True
         self.clock.at(self.calm_until, self._break_the_calm)
@@ -439,8 +439,8 @@ class World:
     # -- the run
 
     def run(self) -> None:
-        """All of it. Raises BrokenError, naming the seed."""
-        # What is forgotten goes at once or when it says so here: never as the collector pleases.
+        """Run the scenario. Raises BrokenError, which names the seed."""
+        # Objects are freed by reference count or by an explicit collection, for deterministic runs.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -459,11 +459,11 @@ class World:
             gc.unfreeze()
 
     def _settle_down(self) -> None:
-        """No more requests, and nothing goes wrong any more: after a while nothing is held."""
+        """Stop requests and faults: after a while no units may be held."""
         self.is_quiet = True
         self.network.weather = Weather()
         self.clock.run(self.clock.now + 4 * LEASE_SECONDS)
-        # Some requests take very long, and extend what they hold to the end.
+        # Some requests take very long, and extend their holds until their end.
         gives_up = self.clock.now + LONGEST_SECONDS
         while self.clock.now < gives_up and any(map(self.upstream.is_serving, self.fleet)):
             self.clock.run(self.clock.now + 1.0)
@@ -476,7 +476,7 @@ class World:
                 raise BrokenError("requests still run")
         for key, row in self.reference.rows.items():
             if row.held:
-                raise BrokenError(f"{row.held} of {key} is held by nobody")
+                raise BrokenError(f"{row.held} of {key} are still held")
         for process in self.fleet:
             if process.ledger.book.has_leases:
                 raise BrokenError(f"leases are left: {process.ledger.book.outstanding}")
@@ -489,12 +489,12 @@ class World:
                     raise BrokenError(f"a request waits since {since:.3f}")
 
     def check(self) -> None:
-        """What must hold at every instant."""
+        """Check the invariants that hold at every instant."""
         held = dict.fromkeys(self.reference.rows, 0)
         for holder in self.reference.holders.values():
             for account in holder.leases.values():
                 held[account.key] += account.outstanding
         for key, row in self.reference.rows.items():
             if row.held != held[key] or row.held < 0 or row.spent < 0:
-                raise BrokenError(f"{key}: {row.held} is held, the leases say {held[key]}")
+                raise BrokenError(f"{key}: {row.held} held, but {held[key]} in leases")
         self.upstream.check()

@@ -1,1 +1,1 @@
-"""Tenants, users, keys and plans, as operators change them."""
+"""The directory: tenants, users, keys and plans, with their audit log."""

@@ -1,7 +1,7 @@
-"""Tokens of the admin API: made, listed, revoked on the host; looked up for each request.
+"""Tokens of the admin API: created, listed and revoked on the host; looked up for each request.
 
-A token is made like a key and is none: the proxied port refuses it without asking anyone. What it may do are its scopes;
-which these are is the admin API's to say.
+A token has the format of a key but is not one: the proxied port refuses it without a lookup. Its scopes are its
+permissions; the admin API defines them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _ID_DIGITS: Final = 20
 
 
 class AdminTokens(DirectoryBase):
-    """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
+    """The operations on tokens. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
 
     async def create(
         self, name: str, scopes: Sequence[str], *, tenant_id: str | None, expires_in: timedelta | None
     ) -> Entity:
-        """A new token, with its `secret`. `tenant_id`: the one tenant that it sees and touches; None: all."""
+        """Create a token, and return it with its `secret`. `tenant_id`: the tenant it is bound to, if any."""
         secret = self._format.make_admin_token(secrets.token_bytes(ENTROPY_BYTES))
         token_id = "tok_" + "".join(chr(secrets.choice(ALPHABET)) for _ in range(_ID_DIGITS))
         try:
@@ -44,11 +44,11 @@ class AdminTokens(DirectoryBase):
         return {**_token(row), "secret": reveal(secret)}
 
     async def tokens(self, after: str, limit: int) -> list[Entity]:
-        """Tokens in the order of their ids, without their secrets."""
+        """List tokens, ordered by id, without their secrets."""
         return [_token(row) for row in await self._database.fetch("admin_tokens", after, limit, None)]
 
     async def revoke(self, token_id: str) -> Entity:
-        """Revoke a token for good; the next request with it is refused. One that is revoked already stays as it is."""
+        """Revoke a token permanently; the next request with it is refused. A revoked token stays unchanged."""
         async with self._acting() as transaction:
             done = await transaction.fetch_row("revoke_admin_token", token_id)
             row = await transaction.fetch_row("admin_tokens", "", 1, token_id)
@@ -57,12 +57,12 @@ class AdminTokens(DirectoryBase):
         return _token(row)
 
     async def presented(self, digest: bytes) -> Entity | None:
-        """The token with this SHA-256 digest, whether or not it works: see its `state`."""
+        """The token with this SHA-256 digest, even if it does not work any more: see its `state`."""
         row = await self._one("present_admin_token", digest)
         return None if row is None else _token(row)
 
     async def are_there_any(self) -> bool:
-        """Whether some token works."""
+        """Whether there is a working token."""
         row = await self._one("is_there_a_working_admin_token")
         return row is not None and row["is_there"]
 

@@ -1,4 +1,4 @@
-"""The audit log, read: by whom, from where, what was changed, before and after. The tables themselves write it."""
+"""Read the audit log: author, origin and values before and after each change. Database triggers write it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
 
-#: What changes are about, as the triggers of the tables write it.
+#: The kinds of changed entities, as the triggers write them.
 ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
 ACTIONS: Final = ("insert", "update", "delete", "truncate")
 
@@ -22,10 +22,10 @@ _LOOK_SECONDS: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which rows to read: all that is given has to hold.
+    """Which rows to read. All given conditions apply.
 
-    `entity`: one of ENTITIES. `action`: one of ACTIONS. `since` and `until`: aware times;
-    the first is included, the second is not.
+    `entity`: one of ENTITIES. `action`: one of ACTIONS. `since` and `until`: aware times; the first is inclusive, the
+    second exclusive.
     """
 
     entity: str | None = None
@@ -38,26 +38,26 @@ class AuditFilter:
 
 
 class AuditTrail(DirectoryBase):
-    """See the module."""
+    """Read the audit log in pages."""
 
     async def audit(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> Page:
-        """Audit rows, the newest first."""
+        """List audit rows, newest first."""
         return await self._audit("audit_newest", cursor, limit, wanted)
 
     async def audit_export(
         self, cursor: str | None, limit: int, wanted: AuditFilter | None = None, *, horizon: int
     ) -> Page:
-        """Audit rows in the order in which they were written, none after `horizon`, see `audit_horizon`.
+        """List audit rows in the order of writing, up to `horizon` (see `audit_horizon`).
 
-        Whoever goes on from the last row's id with a later horizon misses none.
+        Resuming from the id of the last row with a later horizon misses no row.
         """
         return await self._audit("audit", cursor or "0", limit, wanted, horizon)
 
     async def audit_horizon(self, seconds: float = 10.0) -> int:
-        """The id up to which the audit log is complete: whatever comes later has a greater one.
+        """The id up to which the audit log is complete: rows that are committed later have greater ids.
 
-        Serial numbers are taken before transactions commit. So the newest one is noted, and then those who might hold an
-        earlier one are waited for. Raises Conflict if some transaction does not end within that time.
+        Serial numbers are assigned before transactions commit. So this notes the newest one, then waits for all
+        transactions that might have an earlier one. Raises Conflict if one of them does not end within `seconds`.
         """
         row = await self._one("audit_horizon")
         if row is None:
@@ -69,14 +69,14 @@ class AuditTrail(DirectoryBase):
                 newest: int = row["newest"]
                 return newest
             if asyncio.get_running_loop().time() > deadline:
-                raise Conflict("a transaction that may have changed something is still under way: try again later")
+                raise Conflict("timeout: a transaction that may have changed something is still open; try again later")
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _audit(
         self, statement: str, cursor: str | None, limit: int, wanted: AuditFilter | None, *more: object
     ) -> Page:  # fmt: skip
         if cursor is not None and not (cursor.isdecimal() and int(cursor) <= _ID_MAX):
-            raise Invalid(f"{cursor!r} is no cursor of the audit log")
+            raise Invalid(f"invalid cursor {cursor!r} for the audit log")
         filters = self._audit_filters(wanted or AuditFilter())
         if filters is None:
             return Page([], None)
@@ -117,7 +117,7 @@ def _object(text: str | None) -> Any:
 
 
 def _changed(before: Any, after: Any) -> list[str]:
-    """What an update has changed. Our triggers write objects; the columns take any JSON."""
+    """The fields that an update has changed. Our triggers write objects, but the columns accept any JSON."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return []
     return sorted(name for name in after if before.get(name) != after[name])

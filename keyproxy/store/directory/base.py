@@ -1,7 +1,7 @@
-"""What all changes of the directory share: who acts, on whose behalf, in one transaction with its audit rows.
+"""The base of all directory operations: the actor, the tenant binding, and transactions that include their audit rows.
 
-A desk may be bound to one tenant: then nothing outside it can be seen or touched, and what is outside is said not to be
-there. The rule is here, once, so that no caller has to remember it.
+A directory may be bound to one tenant. Then nothing outside that tenant can be read or changed; it is reported as not
+found. The rule is implemented once, here, so that callers cannot forget it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Entity = dict[str, Any]
 _ID_DIGITS: Final = 20
 _LIFE_MAX: Final = timedelta(days=36_525)
 
-#: What an ETag does not cover: what traffic writes, and what is counted or judged when it is asked for.
+#: Fields that an ETag does not cover: those that traffic writes, and those that are computed on reading.
 _NOT_VERSIONED: Final = frozenset(
     {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "secret", "key"}
 )
 
 _ID_RULE: Final = (
-    "an id begins with a letter or digit, goes on with those and . _ : @ | + -, and has at most 128 characters"
+    "an id starts with a letter or digit, contains only those and . _ : @ | + -, and has at most 128 characters"
 )
 _RULES: Final = (
     (re.compile(r"tenants_id_check|users_id_check|api_keys_id_check"), _ID_RULE),
@@ -41,35 +41,35 @@ _RULES: Final = (
     (re.compile(r"api_keys_revoke_reason_check"), "a reason has at most 500 characters"),
     (
         re.compile(r"api_keys_scopes_check"),
-        "a scope is one word such as jobs:write, without wildcards, and a key has 64 of them at most",
+        "a scope is one word such as jobs:write, without wildcards, and a key has at most 64 of them",
     ),
 )
 _PLAN_REFERENCE = re.compile(r"\w+_plan_id_fkey")
 
 
 class DirectoryError(Exception):
-    """The change was refused, or there is no such thing. The text says it in one sentence."""
+    """The operation was refused, or its subject does not exist. The text explains it in one sentence."""
 
 
 class NotFound(DirectoryError):
-    """There is no such thing, or none that this desk may see."""
+    """It does not exist, or is outside the tenant that this directory is bound to."""
 
 
 class Invalid(DirectoryError):
-    """What was asked for means nothing: an id, a name, a scope, a limit that cannot be."""
+    """An argument is invalid: an id, a name, a scope, a limit."""
 
 
 class Conflict(DirectoryError):
-    """It is not in the state for that: revoked already, in use, somebody else's."""
+    """Its state does not allow the operation: already revoked, in use, owned by another user or tenant."""
 
 
 class Outdated(DirectoryError):
-    """It has changed since the caller looked: its ETag is another one."""
+    """It has changed since the caller read it: its ETag differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts, for the audit log: a name, and where they act from."""
+    """The author of changes, for the audit log: a name, and the origin of the request."""
 
     name: str
     origin: str
@@ -77,7 +77,7 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class KeyWish:
-    """What a key is to be. `expires_in` None: never. `plan` None: no limits of its own."""
+    """The properties of a new key. `expires_in` None: it never expires. `plan` None: it has no limits of its own."""
 
     name: str = ""
     scopes: Sequence[str] = ()
@@ -87,17 +87,17 @@ class KeyWish:
 
 
 class Page(NamedTuple):
-    """A part of a list. `next` asks for what follows; None: nothing does."""
+    """A page of a list. `next` is the cursor of the next page; None after the last one."""
 
     items: list[Entity]
     next: str | None
 
 
 class DirectoryBase:
-    """See the module. All methods of the directory raise DirectoryError, StoreConflict or StoreUnavailable."""
+    """Shared operations. All methods of the directory raise DirectoryError, StoreConflict or StoreUnavailable."""
 
     def __init__(self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None) -> None:
-        """`tenant_id`: the one tenant this desk is bound to; None: it is bound to none."""
+        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound."""
         self._database = database
         self._format = key_format
         self._actor = actor
@@ -109,7 +109,7 @@ class DirectoryBase:
 
     @contextlib.asynccontextmanager
     async def _acting(self, plan: str | None = None) -> AsyncIterator[Transaction]:
-        """A transaction that the audit log knows the actor of. `plan`: the plan that is being given, for the error."""
+        """Open a transaction with the actor set for the audit log. `plan`: the assigned plan, for the error text."""
         try:
             async with self._database.transaction() as transaction:
                 await transaction.fetch("say_who_acts", self._actor.name, self._actor.origin)
@@ -121,8 +121,8 @@ class DirectoryBase:
             raise told from error
 
     async def _held(self, transaction: Transaction, kind: str, subject: str, if_match: str | None) -> Entity:
-        """The thing as it is, held until the transaction ends. Raises NotFound, or Outdated if `if_match` is not it."""
-        # Not read without the lock: one that was created between the two statements could be changed by others as well.
+        """Lock an entity until the transaction ends, and read it. Raises NotFound, or Outdated if `if_match` differs."""
+        # Not read without the lock: another transaction could change a row that was created between the two statements.
         is_held = await transaction.fetch(f"hold_{kind}", subject)
         row = await transaction.fetch_row(kind, subject) if is_held else None
         entity = None if row is None else ENTITIES[kind](row)
@@ -133,20 +133,20 @@ class DirectoryBase:
         return entity
 
     def _sees(self, kind: str, entity: Mapping[str, Any]) -> bool:
-        # Plans are everybody's.
+        # Plans are shared by all tenants.
         if self._bound_to is None or kind == "plan":
             return True
         return bool(entity["id" if kind == "tenant" else "tenant"] == self._bound_to)
 
     def _only_tenant(self, wanted: str | None) -> tuple[bool, str | None]:
-        """(whether there can be anything, the tenant to ask for) when a list of this tenant's is wanted."""
+        """Return whether a list for this tenant can have rows, and the tenant to filter by."""
         if self._bound_to is None or wanted == self._bound_to:
             return True, wanted
         return wanted is None, self._bound_to
 
     def _must_be_unbound(self, act: str) -> None:
         if self._bound_to is not None:
-            raise Conflict(f"who is bound to tenant {self._bound_to!r} cannot {act}")
+            raise Conflict(f"an actor bound to tenant {self._bound_to!r} cannot {act}")
 
     async def _thing(self, kind: str, subject: str) -> Entity:
         row = await self._one(kind, subject)
@@ -159,7 +159,7 @@ class DirectoryBase:
         return [ENTITIES[kind](row) for row in await self._database.fetch(statement, *arguments)]
 
     async def _change(self, kind: str, subject: str, changes: Mapping[str, Any], if_match: str | None) -> Entity:
-        """Apply what `change_<kind>` knows of; the thing as it is then."""
+        """Apply changes with `change_<kind>`, and return the changed entity."""
         unknown = set(changes) - CHANGEABLE[kind]
         if unknown:
             raise Invalid(f"{min(unknown)} of a {kind} cannot be changed; {', '.join(sorted(CHANGEABLE[kind]))} can")
@@ -183,25 +183,25 @@ class DirectoryBase:
 
 
 def etag(entity: Mapping[str, Any]) -> str:
-    """The version of a thing: another one whenever something was changed in it by anybody. For If-Match."""
+    """The version of an entity, for If-Match: differs after every change to it."""
     kept = {name: value for name, value in entity.items() if name not in _NOT_VERSIONED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def new_key_id() -> str:
-    """An id for a key. Nobody has it yet."""
+    """A new, random id for a key."""
     return "key_" + "".join(chr(secrets.choice(ALPHABET)) for _ in range(_ID_DIGITS))
 
 
 def lifetime(expires_in: timedelta | None) -> timedelta | None:
-    """A lifetime that the store can add to its clock. Raises Invalid."""
+    """Check that a lifetime is positive and at most 100 years. Raises Invalid."""
     if expires_in is not None and not timedelta(0) < expires_in <= _LIFE_MAX:
-        raise Invalid("a key lives for longer than nothing and for a hundred years at most")
+        raise Invalid("the lifetime of a key must be positive and at most 100 years")
     return expires_in
 
 
 def reveal(secret: SecretKey) -> str:
-    """The plaintext of a key that was made just now, for the answer to who asked for it."""
+    """The plaintext of a key that was just created, for the response to the caller."""
     return secret.reveal().decode("ascii")
 
 
@@ -270,10 +270,10 @@ def _plan(row: Row) -> Entity:
     }
 
 
-#: How a row of each kind is told.
+#: Convert a row of each kind to an entity.
 ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan}
 
-#: What of each kind can be changed once it is there.
+#: The fields of each kind that can be changed.
 CHANGEABLE: Final = {
     "tenant": frozenset({"name", "plan", "test_plan", "disabled"}),
     "user": frozenset({"plan", "test_plan", "disabled"}),

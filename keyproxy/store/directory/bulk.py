@@ -1,7 +1,7 @@
-"""Many keys at once: issued, revoked, imported. In batches, each a transaction that counts or does not.
+"""Issue and revoke many keys, in batches of one transaction each.
 
-All of it can be interrupted and run again: what is done already is passed over. The caller drives the batches, so that it
-can tell how far it has come, and stop between any two.
+Every operation can be interrupted and run again: what is done already is skipped. The caller drives the batches, so that
+it can report progress, and stop between any two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _REISSUED: Final = "issued again: its secret was lost before it was used"
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """Which keys to revoke, of those that are not: all that is given has to hold, and something has to be given."""
+    """Which keys to revoke. All given conditions apply, and at least one is required."""
 
     user: str | None = None
     tenant: str | None = None
@@ -43,14 +43,14 @@ class Revocation:
     def __post_init__(self) -> None:
         """Raises Invalid."""
         if self.user is None and self.tenant is None and self.older_than is None and self.unused_for is None:
-            raise Invalid("say which keys: of a user, of a tenant, older than, or unused for some time")
+            raise Invalid("select the keys to revoke: by user, tenant, age or time without use")
 
 
 class Bulk(DirectoryBase):
-    """See the module."""
+    """The operations on many keys."""
 
     async def count_to_revoke(self, wanted: Revocation) -> int:
-        """How many keys `revoke_keys` would revoke. Raises NotFound for a user or tenant that is not there."""
+        """How many keys `revoke_keys` would revoke. Raises NotFound for an unknown user or tenant."""
         await self._check_owner(wanted)
         row = await self._one("count_to_revoke", *self._revocation(wanted))
         return 0 if row is None else row["keys"]
@@ -58,7 +58,7 @@ class Bulk(DirectoryBase):
     async def revoke_keys(
         self, wanted: Revocation, reason: str, *, batch: int = BATCH_MAX
     ) -> AsyncGenerator[list[str], None]:
-        """Revoke keys for good; after each batch, the ids of its keys. Keys that are revoked already stay as they are."""
+        """Revoke keys permanently; yield the ids of each batch. Keys that are already revoked stay unchanged."""
         await self._check_owner(wanted)
         last = ""
         while True:
@@ -71,10 +71,10 @@ class Bulk(DirectoryBase):
             yield ids
 
     async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
-        """Issue a key for each (user id, wish), all or none of them, BATCH_MAX at most.
+        """Issue a key for each (user id, wish), all or none of them, at most BATCH_MAX.
 
-        A user who has a working key of that name and mode gets no other, so that the same wishes can be sent again. In
-        the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
+        A user with a working key of that name and mode gets no other, so that the same wishes can be sent again. Return,
+        in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
         `reissues`; `created`: whether a key was issued; the other fields are present only if so. Raises NotFound for an
         unknown user.
 
@@ -82,7 +82,7 @@ class Bulk(DirectoryBase):
         its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
         """
         if len(wishes) > BATCH_MAX:
-            raise Invalid(f"at most {BATCH_MAX} keys are issued at once")
+            raise Invalid(f"at most {BATCH_MAX} keys can be issued at once")
         first = {(user, wish.name, wish.is_test): number for number, (user, wish) in reversed([*enumerate(wishes)])}
         made: list[tuple[dict[str, Any], SecretKey]] = []
         for number, (user, wish) in enumerate(wishes):

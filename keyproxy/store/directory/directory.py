@@ -1,10 +1,11 @@
-"""Tenants, users, keys, plans and the audit log: what people change and look up.
+"""The directory of tenants, users, keys and plans, and its audit log.
 
-Every change is one transaction, with its audit rows in it. Provisioning is idempotent: who is created again is found, and
-gets no second key. The plaintext of a key exists in the return value of the call that made it, and nowhere else.
+Every change is one transaction that includes its audit rows. Provisioning is idempotent: creating an existing user again
+returns it, without a second key. The plaintext of a key exists in the return value of the call that created it, and
+nowhere else.
 
-One class made of parts: each part is about one kind of thing; what they share is `directory_desk`. The command line and
-the admin API call nothing else.
+One class made of parts: each part handles one kind of entity; `DirectoryBase` is what they share. The command line and
+the admin API use nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Tenants(DirectoryBase):
     """The customer organisations."""
 
     async def create_tenant(self, tenant_id: str, name: str, plan: str | None = None) -> Entity:
-        """The tenant, new or as it was."""
+        """Create a tenant, or return the existing one unchanged."""
         if self._bound_to != tenant_id:
             self._must_be_unbound("create a tenant")
         async with self._acting(plan) as transaction:
@@ -55,17 +56,17 @@ class Tenants(DirectoryBase):
         return {**await self.tenant(tenant_id), "created": row is not None}
 
     async def tenant(self, tenant_id: str) -> Entity:
-        """One tenant, with the number of its users."""
+        """Return one tenant, with the number of its users."""
         return await self._thing("tenant", tenant_id)
 
     async def tenants(self, after: str, limit: int) -> list[Entity]:
-        """Tenants in the order of their ids."""
+        """List tenants, ordered by id."""
         if self._bound_to is not None:
             return [await self.tenant(self._bound_to)] if after < self._bound_to and limit > 0 else []
         return await self._list("tenant", "tenants", after, limit)
 
     async def change_tenant(self, tenant_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan`, `test_plan` (None: none) or `disabled`; the rest stays. The tenant as it is then."""
+        """Change `name`, `plan`, `test_plan` (None removes it) or `disabled`, and return the changed tenant."""
         return await self._change("tenant", tenant_id, changes, if_match)
 
     async def delete_tenant(self, tenant_id: str, *, if_match: str | None = None) -> Entity:
@@ -75,12 +76,12 @@ class Tenants(DirectoryBase):
 
 
 class Users(DirectoryBase):
-    """The accounts on whose behalf work is done."""
+    """The accounts that keys belong to."""
 
     async def create_user(
         self, user_id: str, tenant_id: str, first_key: KeyWish | None, *, plan: str | None = None
     ) -> Entity:
-        """The user, new or as it was; a new one with its first key, unless `first_key` is None."""
+        """Create a user, with a first key unless `first_key` is None; or return the existing user unchanged."""
         if self._bound_to not in (None, tenant_id):
             raise NotFound(f"there is no tenant {tenant_id!r}")
         secret = self._new_secret(is_test=False) if first_key is not None else None
@@ -111,22 +112,22 @@ class Users(DirectoryBase):
         return {**user, "created": row is not None, "key": key}
 
     async def user(self, user_id: str) -> Entity:
-        """One user, with the number of its keys."""
+        """Return one user, with the number of its keys."""
         return await self._thing("user", user_id)
 
     async def users(self, after: str, limit: int, tenant_id: str | None) -> list[Entity]:
-        """Users in the order of their ids, of one tenant if given."""
+        """List users, ordered by id; only those of one tenant, if given."""
         may_be, tenant = self._only_tenant(tenant_id)
         return await self._list("user", "users", after, limit, tenant) if may_be else []
 
     async def change_user(self, user_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `plan`, `test_plan` (None: none) or `disabled`; the rest stays. The user as it is then."""
+        """Change `plan`, `test_plan` (None removes it) or `disabled`, and return the changed user."""
         return await self._change("user", user_id, changes, if_match)
 
     async def delete_user(self, user_id: str, *, if_match: str | None = None) -> Entity:
-        """Delete a user with all keys."""
+        """Delete a user with all its keys."""
         return await self._delete("user", user_id, if_match)
 
 
 class Directory(Tenants, Users, Keys, Leaks, Plans, AuditTrail, Bulk, Import):
-    """See the module. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
+    """All operations. Every method raises DirectoryError, StoreConflict or StoreUnavailable."""

@@ -1,10 +1,9 @@
-"""Requests that are answered once: whoever sends one again, with the same Idempotency-Key, gets the same answer.
+"""Idempotent requests: a request that is repeated with the same Idempotency-Key gets the same response.
 
-The answer is written in the transaction of what the request changes: there is no moment at which the change counts and
-the answer is not known, and a crash leaves both or neither. A request that is refused changes nothing and is not kept:
-sent again, it is judged again.
+The response is stored in the transaction of the request's changes, so a crash leaves both or neither. A refused request
+changes nothing and is not stored: repeated, it is processed again.
 
-The key that a client chose and the request itself are kept as SHA-256 only.
+The client's key and the request itself are stored as SHA-256 only.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ Kept = dict[str, Any]
 
 
 class InProgress(Exception):
-    """The same request is being dealt with right now."""
+    """The same request is being processed at the moment."""
 
 
 class KeyReused(Exception):
-    """The key came with another request before."""
+    """The key was used with a different request before."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyRecord:
-    """One request: whose it is, the key it came with, and what it asks for, as bytes that no other request has."""
+    """One request: the id of its token, its Idempotency-Key, and its content as unambiguous bytes."""
 
     token_id: str
     key: str
@@ -41,12 +40,12 @@ class IdempotencyRecord:
 
     @property
     def key_digest(self) -> bytes:
-        """SHA-256 of the key and whose it is."""
+        """SHA-256 of the token's id and the key."""
         return hashlib.sha256(f"{self.token_id}\n{self.key}".encode()).digest()
 
     @property
     def fingerprint(self) -> bytes:
-        """SHA-256 of what is asked for."""
+        """SHA-256 of the content."""
         return hashlib.sha256(self.request).digest()
 
 
@@ -57,10 +56,10 @@ async def answer_once(
     *,
     without: Callable[[Kept], Kept],
 ) -> tuple[Kept, bool]:
-    """(the answer, whether it is one that was given before).
+    """Return the response, and whether it was stored by an earlier request.
 
-    `work` does everything through the door it is given. `without` takes out of an answer what may not be kept. Raises
-    InProgress, KeyReused, and what `work` raises: then nothing of it counts.
+    `work` must use the `Door` that it gets for all statements. `without` removes from a response what must not be stored.
+    Raises InProgress, KeyReused, and what `work` raises: then the transaction is rolled back.
     """
     async with database.transaction() as transaction:
         door = Joined(transaction)
@@ -68,7 +67,7 @@ async def answer_once(
         claimed = await door.fetch("claim_request", lock)
         if not claimed[0]["is_claimed"]:
             raise InProgress
-        # Whoever held the claim before has committed, or has left nothing.
+        # An earlier holder of the lock has committed or rolled back.
         found = await door.fetch("answered_request", asked.token_id, asked.key_digest)
         if found:
             if found[0]["fingerprint"] != asked.fingerprint:

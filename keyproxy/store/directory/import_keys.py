@@ -1,7 +1,7 @@
-"""Keys that other programs issued, taken over: their SHA-256 digests, or the hashes of djangorestframework-api-key.
+"""Import keys that other programs issued, by SHA-256 digest or by hash of djangorestframework-api-key.
 
-A row that cannot be used is told with its place and why, and does not keep the others from being imported. A key that is
-there already is passed over, so that what was interrupted can be run again. A dry run does the same, and undoes it.
+An invalid row is reported with its place and the reason, and does not prevent the import of the others. A key that exists
+already is skipped, so that an interrupted import can be run again. A dry run does the same, and rolls back.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _BOOLS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ImportedKey:
-    """One key as the other program had it. `digest`: 64 hexadecimal digits, or else `prefix` and `hashed` are given.
+    """One key of the other program. Either `digest` (64 hexadecimal digits) or `prefix` and `hashed` are given.
 
-    `place`: where it came from, for messages. `tenant`: a user who is not there is made in it; None: no user is made.
+    `place`: its source, for messages. `tenant`: where a missing user is created; None: no user is created.
     """
 
     place: str
@@ -55,7 +55,7 @@ class ImportedKey:
 
 @dataclass(slots=True)
 class ImportReport:
-    """What an import did, or would do: how many keys and users were made, how many keys were there, what was wrong."""
+    """The result of an import or dry run: keys and users created, keys that existed, and problems."""
 
     imported: int = 0
     present: int = 0
@@ -63,7 +63,7 @@ class ImportReport:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, other: ImportReport) -> None:
-        """Count another part of the same import."""
+        """Add another part of the same import."""
         self.imported += other.imported
         self.present += other.present
         self.users += other.users
@@ -71,14 +71,14 @@ class ImportReport:
 
 
 class _DryRunEndsError(Exception):
-    """Undoes a transaction whose outcome is known."""
+    """Rolls back the transaction of a dry run."""
 
 
 class Import(DirectoryBase):
-    """See the module."""
+    """The import of keys."""
 
     async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
-        """Import what is usable of these, in one transaction. A dry run is best made of all keys there are at once."""
+        """Import the valid ones of these keys, in one transaction. For a dry run, pass all keys at once."""
         report = ImportReport()
         try:
             async with self._acting() as transaction:
@@ -113,8 +113,8 @@ class Import(DirectoryBase):
             by = ("digest", key.digest.lower()) if key.digest else ("prefix", key.prefix or "")
             problem = self._problem(key, tenants, plans)
             if problem is None and owners.get(by, key.user) != key.user:
-                whose = f"user {owners[by]!r}" if self._bound_to is None else "somebody else"
-                problem = f"the key is there and belongs to {whose}"
+                whose = f"user {owners[by]!r}" if self._bound_to is None else "another user"
+                problem = f"the key exists and belongs to {whose}"
             elif problem is None and by not in owners and ("id", key.id) in owners:
                 problem = f"another key has the id {key.id!r}"
             if problem is not None:
@@ -131,12 +131,12 @@ class Import(DirectoryBase):
 
     def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
         if key.digest is None and self._bound_to is not None:
-            # Prefixes are everybody's, and a hash may be made to cost the proxies a second for each attempt.
-            return "who is bound to a tenant imports keys by their digests alone"
+            # Prefixes are shared by all tenants, and a hash can be crafted to cost the proxies a second per attempt.
+            return "an actor bound to a tenant can import keys by digest only"
         if key.user not in tenants:
             return f"there is no user {key.user!r}" + ("" if key.tenant is None else f" and no tenant {key.tenant!r}")
         if key.tenant is not None and tenants[key.user] != key.tenant:
-            return f"user {key.user!r} belongs to another tenant than {key.tenant!r}"
+            return f"user {key.user!r} belongs to a tenant other than {key.tenant!r}"
         if key.plan is not None and key.plan not in plans:
             return f"there is no plan {key.plan!r}"
         return None
@@ -147,7 +147,7 @@ def _row(key: ImportedKey) -> dict[str, Any]:
     return {
         "id": key.id or new_key_id(),
         "user_id": key.user,
-        # Until its first use: nobody can present a key that has it, since it was made from none.
+        # A random placeholder until the first use: no key has this digest.
         "digest": secrets.token_bytes(32).hex() if key.digest is None else key.digest.lower(),
         "hint": key.hint or (f"{key.prefix}.…" if is_foreign else ""),
         "name": key.name,
@@ -163,7 +163,7 @@ def _row(key: ImportedKey) -> dict[str, Any]:
 
 
 def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImportedKey:
-    """An ImportedKey out of a row of a table, as CSV or JSON has it. `defaults` hold where the row says nothing.
+    """Read an ImportedKey from a row of CSV or JSON. `defaults` apply where the row has no value.
 
     Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `is_test`, `plan`, `created`,
     `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
@@ -173,16 +173,16 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     digest, prefix = _text(told, "digest"), _text(told, "prefix")
     stored = _text(told, "hashed_key", "hashed")
     if digest is not None and not _DIGEST.fullmatch(digest):
-        raise Invalid("the digest is not 64 hexadecimal digits")
+        raise Invalid("the digest must have 64 hexadecimal digits")
     if digest is None:
         if prefix is None or stored is None:
-            raise Invalid("it has neither a digest nor a prefix and a hashed_key")
+            raise Invalid("the row has neither a digest nor a prefix and a hashed_key")
         why = drf_api_keys.why_unusable(prefix, stored)
         if why is not None:
             raise Invalid(why)
     key_id = _text(told, "id") if digest is not None else None
     if key_id is not None and not _ID.fullmatch(key_id):
-        raise Invalid(f"{key_id!r} is no id of a key")
+        raise Invalid(f"invalid key id {key_id!r}")
     return ImportedKey(
         place, user, _tenant(told), digest, prefix, stored, key_id, name,
         _name(told, "hint", 40), _scopes(told.get("scopes")), _bool(told, "is_test", "test"),
@@ -193,7 +193,7 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 
 
 def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, KeyWish]:
-    """Whose key is wished for, and what it is to be, out of a row of a table: `user`, `name`, `scopes`, `test`, `plan`.
+    """Read the user and the properties of a new key from a row: `user`, `name`, `scopes`, `test`, `plan`.
 
     Raises Invalid.
     """
@@ -211,21 +211,21 @@ def _told(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]
 def _user(told: Mapping[str, Any]) -> str:
     user = _text(told, "user", "user_id")
     if user is None or not _ID.fullmatch(user):
-        raise Invalid("it has no user" if user is None else f"{user!r} is no id of a user")
+        raise Invalid("the row has no user" if user is None else f"invalid user id {user!r}")
     return user
 
 
 def _tenant(told: Mapping[str, Any]) -> str | None:
     tenant = _text(told, "tenant", "tenant_id")
     if tenant is not None and not _ID.fullmatch(tenant):
-        raise Invalid(f"{tenant!r} is no id of a tenant")
+        raise Invalid(f"invalid tenant id {tenant!r}")
     return tenant
 
 
 def _name(told: Mapping[str, Any], column: str, length_max: int) -> str:
     name = _text(told, column) or ""
     if len(name) > length_max or _UNPRINTABLE.search(name):
-        raise Invalid(f"its {column} has more than {length_max} characters, or one that cannot be printed")
+        raise Invalid(f"the {column} has more than {length_max} characters, or an unprintable one")
     return name
 
 
@@ -237,7 +237,7 @@ def _scopes(value: object) -> tuple[str, ...]:
     words = value if isinstance(value, list | tuple) else str(value or "").strip("{}").replace(",", " ").split()
     found = tuple(dict.fromkeys(str(word) for word in words))
     if len(found) > 64 or not all(is_scope(word) for word in found):
-        raise Invalid("its scopes are not single words such as jobs:write, or more than 64")
+        raise Invalid("scopes must be single words such as jobs:write, at most 64 of them")
     return found
 
 
@@ -246,7 +246,7 @@ def _bool(row: Mapping[str, Any], name: str, other: str) -> bool:
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower()
-    # A column that says since when is as good as one that says whether.
+    # A column with a time counts as true.
     return _BOOLS[text] if text in _BOOLS else _time(row, name, other) is not None
 
 
@@ -257,5 +257,5 @@ def _time(row: Mapping[str, Any], *names: str) -> datetime | None:
     try:
         when = datetime.fromisoformat(text)
     except ValueError as error:
-        raise Invalid(f"{text!r} is no time in ISO 8601") from error
+        raise Invalid(f"invalid ISO 8601 time {text!r}") from error
     return when if when.tzinfo is not None else when.replace(tzinfo=UTC)

@@ -1,6 +1,6 @@
-"""What can be done to tenants, users, keys, plans and the audit log, whoever does it: the port of the command line.
+"""The operations on tenants, users, keys, plans and the audit log: the port that the command line uses.
 
-`store.directory.Directory` does it in the database, `admin.client.AdminClient` asks the admin API to. One suite of tests
+`store.directory.Directory` implements it on the database, `admin.client.AdminClient` on the admin API. One test suite
 runs on both.
 """
 
@@ -22,12 +22,12 @@ from keyproxy.store.directory.directory import (
     Revocation,
 )
 
-#: The lifetime of a key that says: as long as it is configured where it is issued. For the admin API alone.
+#: Stands for the default lifetime of the server that issues the key. Only for the admin API.
 AS_CONFIGURED_THERE: Final = timedelta(days=-1)
 
 
 class Operations(Protocol):
-    """As the methods of Directory, which say what they mean. All raise DirectoryError or StoreUnavailable."""
+    """The interface of Directory, which documents the methods. All raise DirectoryError or StoreUnavailable."""
 
     async def create_tenant(self, tenant_id: str, name: str, plan: str | None = None) -> Entity: ...
     async def tenant(self, tenant_id: str) -> Entity: ...

@@ -1,4 +1,4 @@
-"""Keys: issued, shown, rotated, revoked, reported as leaked."""
+"""Issue, list, change, rotate, revoke and delete keys; report them as leaked."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from keyproxy.store.postgres.times import time_text
 
 STATES: Final = ("active", "retiring", "disabled", "expired", "revoked")
 
-#: By which time keys can be listed, oldest first. A key that was never used counts as used before all others, one that
-#: never expires as expiring after them.
+#: The times that keys can be ordered by, oldest first. A key that was never used comes first, one that never expires
+#: comes last.
 ORDERS: Final = ("created", "used", "expires")
 
 _NOBODYS: Final[Entity] = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
@@ -40,7 +40,7 @@ _CURSOR = re.compile(r"(-?infinity|\d{4,6}-\d\d-\d\d \d\d:\d\d:\d\d[0-9.]*[+-][0
 
 @dataclass(frozen=True, slots=True)
 class KeyFilter:
-    """Which keys to list: all that is given has to hold."""
+    """Which keys to list. All given conditions apply."""
 
     user: str | None = None
     tenant: str | None = None
@@ -53,14 +53,14 @@ class KeyFilter:
     def __post_init__(self) -> None:
         """Raises Invalid."""
         if self.state is not None and self.state not in STATES:
-            raise Invalid(f"{self.state!r} is no state of a key; there are {', '.join(STATES)}")
+            raise Invalid(f"unknown key state {self.state!r}; valid states: {', '.join(STATES)}")
 
 
 class Keys(DirectoryBase):
-    """See the module."""
+    """The operations on single keys."""
 
     async def issue_key(self, user_id: str, wish: KeyWish) -> Entity:
-        """A new key, with its secret."""
+        """Issue a key, and return it with its secret."""
         secret, key_id = self._new_secret(is_test=wish.is_test), new_key_id()
         async with self._acting(wish.plan) as transaction:
             if self._bound_to is not None:
@@ -74,23 +74,23 @@ class Keys(DirectoryBase):
         return {**await self.key(key_id), "secret": reveal(secret)}
 
     async def key(self, key_id: str) -> Entity:
-        """One key, without its secret, which nobody has."""
+        """Return one key, without its secret, which is not stored."""
         return await self._thing("key", key_id)
 
     async def keys(self, after: str, limit: int, wanted: KeyFilter | None = None) -> list[Entity]:
-        """Keys in the order of their ids."""
+        """List keys, ordered by id."""
         filters = self._filters(wanted or KeyFilter())
         if filters is None:
             return []
         return await self._list("key", "keys", after, limit, *filters)
 
     async def keys_by_time(self, order: str, cursor: str | None, limit: int, wanted: KeyFilter | None = None) -> Page:
-        """Keys in one of ORDERS, oldest first. `cursor` None: from the beginning, else the page before's `next`."""
+        """List keys in one of ORDERS, oldest first. `cursor`: the previous page's `next`, None for the first page."""
         if order not in ORDERS:
-            raise Invalid(f"{order!r} is no order of keys; there are {', '.join(ORDERS)}")
+            raise Invalid(f"unknown order of keys {order!r}; valid orders: {', '.join(ORDERS)}")
         match = _CURSOR.fullmatch("-infinity/" if cursor is None else cursor)
         if match is None:
-            raise Invalid(f"{cursor!r} is no cursor of a list of keys")
+            raise Invalid(f"invalid cursor {cursor!r} for a list of keys")
         filters = self._filters(wanted or KeyFilter())
         if filters is None:
             return Page([], None)
@@ -101,21 +101,21 @@ class Keys(DirectoryBase):
         return Page([ENTITIES["key"](row) for row in rows], following)
 
     async def change_key(self, key_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan` (None: none) or `scopes`; the rest stays. The key as it is then."""
+        """Change `name`, `plan` (None removes it) or `scopes`, and return the changed key."""
         return await self._change("key", key_id, changes, if_match)
 
     async def rotate_key(
         self, key_id: str, *, grace: timedelta, expires_in: timedelta | None, if_match: str | None = None
     ) -> Entity:
-        """A new key in place of one that works for `grace` longer, or as long as it would have if that is shorter.
+        """Replace a key by a new one. The old key works for `grace` longer, or until its expiry if that is sooner.
 
-        User, scopes, mode, plan and name go on, and both draw on one pool of limits. `expires_in`: the new key's life,
-        None for ever; a key that never expires is replaced by one that never expires. The answer is the new key with its
-        `secret` and the `old_expires_at` of the one it replaces. Raises Conflict for a key that is revoked, has expired,
-        or has a working successor already: of several who rotate a key at once, one gets the new one.
+        The new key takes over user, scopes, mode, plan and name, and both share one pool of limits. `expires_in`: the
+        lifetime of the new key, None for ever; a key that never expires is replaced by one that never expires. Return the
+        new key with its `secret` and the `old_expires_at` of the old one. Raises Conflict if the key is revoked, has
+        expired, or has a working successor: of several concurrent rotations, exactly one succeeds.
         """
         if grace < timedelta(0):
-            raise Invalid("a grace is not negative")
+            raise Invalid("the grace period must not be negative")
         new_id = new_key_id()
         async with self._acting() as transaction:
             old = await self._held(transaction, "key", key_id, if_match)
@@ -141,23 +141,23 @@ class Keys(DirectoryBase):
         }
 
     async def revoke_key(self, key_id: str, reason: str, *, if_match: str | None = None) -> Entity:
-        """Revoke a key for good. One that is revoked already stays as it is."""
+        """Revoke a key permanently. A revoked key stays unchanged."""
         async with self._acting() as transaction:
             await self._held(transaction, "key", key_id, if_match)
             await transaction.fetch("revoke_key", key_id, reason)
         return await self.key(key_id)
 
     async def report_leaked(self, digest: bytes, reason: str) -> Entity:
-        """Revoke the key of a SHA-256 digest, 32 bytes, that was found where it should not be, and say whose it was.
+        """Revoke the leaked key with this SHA-256 digest (32 bytes), and return its owner.
 
-        `known` says whether there is such a key; `revoked_now` whether it had been working until now.
+        `known`: whether there is such a key. `revoked_now`: whether this call revoked it.
         """
         if len(digest) != 32:
-            raise Invalid("the digest of a key is 32 bytes: 64 hexadecimal digits")
+            raise Invalid("the digest of a key must have 32 bytes (64 hexadecimal digits)")
         return await self._leaked(await self._one("key_of_digest", digest), reason)
 
     async def report_leaked_key(self, key: SecretKey, reason: str) -> Entity:
-        """As `report_leaked`, of a key in plaintext: one that another program issued may not have its digest yet."""
+        """As `report_leaked`, for a key in plaintext: an imported key may not have its digest stored yet."""
         row = await self._one("key_of_digest", key.digest())
         prefix = drf_api_keys.prefix_of(key)
         if row is None and prefix is not None:
@@ -174,7 +174,7 @@ class Keys(DirectoryBase):
                 before = await self._held(transaction, "key", row["id"], None)
                 await transaction.fetch("revoke_key", row["id"], reason)
         except NotFound:
-            # Deleted since, or another tenant's: to this desk there is no such key.
+            # Deleted meanwhile, or another tenant's: this directory cannot see the key.
             return dict(_NOBODYS)
         key = await self.key(row["id"])
         return {
@@ -186,7 +186,7 @@ class Keys(DirectoryBase):
         }
 
     async def delete_key(self, key_id: str, *, if_match: str | None = None) -> Entity:
-        """Delete a key. Revoking leaves a trace in the table that deleting does not."""
+        """Delete a key. Unlike a revoked one, a deleted key leaves no row in the table."""
         return await self._delete("key", key_id, if_match)
 
     def _filters(self, wanted: KeyFilter) -> tuple[object, ...] | None:

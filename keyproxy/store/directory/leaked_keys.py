@@ -26,13 +26,13 @@ _HASHES_MAX: Final = 100
 
 
 class Leaks(DirectoryBase):
-    """See the module."""
+    """The lookup and revocation of leaked keys."""
 
     async def report_leaked_text(self, text: bytes, reason: str) -> Entity:
-        """Revoke every key in a text, in whatever notation. Raises Invalid if the text is too long.
+        """Revoke every key in a text, in any notation. Raises Invalid if the text is too long.
 
-        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`). `incomplete`: how many starts of a key are not
-        followed by the whole of it. `unknown`: how many keys are not in this store.
+        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`). `incomplete`: the number of truncated keys.
+        `unknown`: the number of keys that are not in this store.
         """
         scan = await self._scan(text)
         ids, unknown = await self._matched(scan)
@@ -72,7 +72,7 @@ class Leaks(DirectoryBase):
             raise Invalid(str(error)) from error
 
     async def _matched(self, scan: Scan) -> tuple[list[str], int]:
-        """(the ids of the keys that the text names, how many keys it names that this store does not have)."""
+        """Return the ids of the keys in the text, and the number of keys in it that this store does not have."""
         secrets = {secret.digest(): secret for secret in (*scan.keys, *scan.foreign)}
         digests = dict.fromkeys((*secrets, *map(KeyDigest, scan.digests)))
         ids = await self._ids_of(list(digests))
@@ -91,7 +91,7 @@ class Leaks(DirectoryBase):
         return ids
 
     async def _never_used(self, candidates: list[SecretKey]) -> dict[KeyDigest, str]:
-        """Imported keys that have no digest yet: their hash is made as the other program made it."""
+        """Match imported keys that have no digest yet, by computing the hash of the other program."""
         by_prefix = [
             (prefix, secret) for secret in candidates if (prefix := drf_api_keys.prefix_of(secret)) is not None
         ]
@@ -114,7 +114,7 @@ class Leaks(DirectoryBase):
         return ids
 
     def _hint_of(self, name: str) -> tuple[str, str]:
-        """What a hint begins and ends with, if this is one or a part of a key; else nothing."""
+        """The start and end of a hint, if `name` is a hint or part of a key; otherwise empty."""
         for mark in ("…", "..."):
             start, found, end = name.partition(mark)
             if found:

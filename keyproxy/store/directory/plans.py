@@ -1,4 +1,4 @@
-"""Plans: named sets of limits, given to tenants, users and keys."""
+"""Plans: named sets of limits, assigned to tenants, users and keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keyproxy.store.postgres.database import StoreConflict
 
 
 class Plans(DirectoryBase):
-    """See the module. Everybody may read them; a desk that is bound to a tenant changes none."""
+    """The operations on plans. A directory that is bound to a tenant can read plans but not change them."""
 
     async def set_plan(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
         """Replace the plan: limits that are not in `limits` are removed. Takes effect within a second.
@@ -43,7 +43,7 @@ class Plans(DirectoryBase):
                 row = await transaction.fetch_row("create_plan", name, _checked(limits_of({})))
                 created = row is not None
                 if not created:
-                    # Another transaction has created it meanwhile.
+                    # Another transaction has created it in the meantime.
                     before = (await self._held(transaction, "plan", name, None))["limits"]
             limits = json.loads(_checked(limits_of(before)))
             if not created and limits != before:
@@ -56,15 +56,15 @@ class Plans(DirectoryBase):
         return {**await self.plan(name), "created": created, "changed": changed}
 
     async def plan(self, name: str) -> Entity:
-        """One plan, with its limits and how many it is given to."""
+        """Return one plan, with its limits and the numbers of its tenants, users and keys."""
         return await self._thing("plan", name)
 
     async def plans(self, after: str, limit: int) -> list[Entity]:
-        """Plans in the order of their names."""
+        """List plans, ordered by name."""
         return await self._list("plan", "plans", after, limit)
 
     async def delete_plan(self, name: str, *, if_match: str | None = None) -> Entity:
-        """Delete a plan that nobody has. Raises Conflict if somebody does."""
+        """Delete a plan. Raises Conflict if it is assigned to a tenant, user or key."""
         self._must_be_unbound("delete a plan")
         try:
             return await self._delete("plan", name, if_match)
@@ -74,11 +74,13 @@ class Plans(DirectoryBase):
             plan = await self.plan(name)
             counts = ((kind, plan[f"{kind}s"]) for kind in ("tenant", "user", "key"))
             given = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
-            raise Conflict(f"plan {name!r} is given to {given or 'somebody'}: give them another one first") from error
+            raise Conflict(
+                f"plan {name!r} is assigned to {given or 'other objects'}: assign another plan first"
+            ) from error
 
 
 def _checked(limits: object) -> str:
-    """Limits as `plans.limits` holds them. Raises Invalid."""
+    """Validate limits, and return them as the JSON of the column `plans.limits`. Raises Invalid."""
     try:
         return json.dumps(Plan.from_json(limits).to_json())
     except InvalidPlanError as error:

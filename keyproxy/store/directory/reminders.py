@@ -1,10 +1,10 @@
 """Reminders of keys and admin tokens that expire soon: written before they are sent, claimed by one sender, marked once
 received.
 
-One reminder for each key or token, expiry and threshold, with one id for as long as it lives. A sender claims it for a
-while. If it dies on its way, another one sends the same id again when that has passed: a reminder is sent at least once,
-and the receiver recognises a duplicate by its id. Claiming skips reminders that are no longer needed: their key is
-revoked, replaced by a key that works, expired, or of a disabled user or tenant.
+There is one reminder for each key or token, expiry and threshold, with a permanent id. A sender claims it for a limited
+time. If the sender dies, another one sends the same id again after that time: a reminder is sent at least once, and the
+receiver recognises a duplicate by its id. Claiming skips reminders that are no longer needed: their key is revoked,
+replaced by a key that works, expired, or of a disabled user or tenant.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from keyproxy.store.postgres.times import Instant, time_text
 
 _WRITTEN_MAX: Final = 500
 _REASON_CHARACTERS_MAX: Final = 500
-#: Longer than anybody tries again, so that what is forgotten is never written anew.
+#: Longer than any retry, so that a deleted reminder is never written again.
 _KEPT: Final = timedelta(days=30)
 
 
 @dataclass(frozen=True, slots=True)
 class Reminder:
-    """One that was claimed: to be sent now, for the `attempts`-th time. `created_at`: when it became due.
+    """A claimed reminder, to be sent now as attempt number `attempts`. `created_at`: when it became due.
 
-    It is of a key, which belongs to a `user`, or of a token of the admin API, which may be bound to a tenant.
+    Its subject is a key, which belongs to a `user`, or a token of the admin API, which may be bound to a tenant.
     """
 
     id: str
@@ -45,18 +45,18 @@ class Reminder:
 
 
 class Reminders:
-    """See the module. All methods raise StoreUnavailable."""
+    """The queue of reminders. All methods raise StoreUnavailable."""
 
     def __init__(self, database: Door) -> None:
         self._database = database
 
     @property
     def is_store_down(self) -> bool:
-        """Whether the store is known to be down, which has been logged then."""
+        """Whether the store is known to be down; the outage has been logged."""
         return isinstance(self._database, Database) and self._database.is_down
 
     async def write(self, before_days: Sequence[int]) -> int:
-        """Write what is due and not written yet; how many there were. Several may do so at once."""
+        """Write the reminders that are due, and return their number. Several processes may do so at once."""
         written = 0
         while rows := await self._database.fetch("reminders_due", list(before_days), _WRITTEN_MAX):
             made = await self._database.fetch(
@@ -74,52 +74,52 @@ class Reminders:
         return written
 
     async def claim(self, limit: int, lease: timedelta) -> list[Reminder]:
-        """What is to be sent now, at most `limit`. Nobody else gets these before the lease ends."""
+        """Claim at most `limit` reminders to send now. No other sender gets them before the lease ends."""
         rows = await self._database.fetch("claim_reminders", limit, lease)
         return [_reminder(row) for row in rows]
 
     async def sent(self, reminder: Reminder) -> None:
-        """It was received."""
+        """Mark a reminder as received."""
         await self._database.fetch("reminder_sent", reminder.id)
 
     async def failed(self, reminder: Reminder, why: str, again_in: timedelta | None) -> None:
-        """It was not received, as far as is known; None: it is given up."""
+        """Record a failed attempt, and retry after `again_in`; None gives up."""
         await self._database.fetch(
             "reminder_failed", reminder.id, reminder.attempts, why[:_REASON_CHARACTERS_MAX], again_in
         )
 
     async def given_up_late(self) -> list[tuple[str, str, str]]:
-        """(id, key or token, why the last attempt failed) of those that have expired meanwhile; they are given up."""
+        """Give up reminders whose subject has expired. Return (id, key or token, last error) of each."""
         rows = await self._database.fetch("give_up_late_reminders")
         return [(row["id"], subject(row["key_id"], row["token_id"]), row["last_error"] or "") for row in rows]
 
     async def waiting(self, limit: int) -> list[dict[str, Any]]:
-        """What is written and still to be sent."""
+        """The reminders that are written and not sent yet."""
         return [_told(row) for row in await self._database.fetch("reminders_waiting", limit)]
 
     async def due(self, before_days: Sequence[int], limit: int) -> list[dict[str, Any]]:
-        """What would be written now."""
+        """The reminders that `write` would write now."""
         keys = await self._database.fetch("reminders_due", list(before_days), limit)
         tokens = await self._database.fetch("token_reminders_due", list(before_days), limit)
         return [_told(row) for row in (*keys, *tokens)]
 
     async def count_waiting(self) -> int:
-        """How many are written and still to be sent."""
+        """The number of reminders that are written and not sent yet."""
         waiting: int = (await self._database.fetch("count_reminders_waiting"))[0]["waiting"]
         return waiting
 
     async def expiring(self, days: Sequence[int]) -> dict[tuple[int, bool], int]:
-        """How many working keys end within so many days, by (days, whether they are test keys)."""
+        """The number of working keys that expire within each number of days, by (days, whether test keys)."""
         rows = await self._database.fetch("count_expiring_keys", list(days))
         return {(row["days"], row["is_test"]): row["keys"] for row in rows}
 
     async def expiring_tokens(self, days: Sequence[int]) -> dict[int, int]:
-        """How many working tokens of the admin API end within so many days."""
+        """The number of working admin tokens that expire within each number of days."""
         rows = await self._database.fetch("count_expiring_tokens", list(days))
         return {row["days"]: row["tokens"] for row in rows}
 
     async def token_expiries(self, limit: int) -> dict[str, float]:
-        """When the working tokens of the admin API end, in Unix time; those that end soonest."""
+        """The expiry of working admin tokens as Unix time; at most `limit`, the earliest ones."""
         rows = await self._database.fetch("next_tokens_to_expire", limit)
         return {row["id"]: row["expires_at"] for row in rows}
 
@@ -137,7 +137,7 @@ def _reminder(row: Row) -> Reminder:
 
 
 def _told(row: Row) -> dict[str, Any]:
-    is_written = "id" in row.keys()  # noqa: SIM118 - a record's keys are not what it contains
+    is_written = "id" in row.keys()  # noqa: SIM118 - `in` on a record searches its values, not its keys
     return {
         "id": row["id"] if is_written else None,
         "key": row.get("key_id"),

@@ -1,1 +1,1 @@
-"""Where limits are accounted: the client, its backends, charges that count once."""
+"""The accounting of limits: the ledger client, its backends, and the deduplication of charges."""

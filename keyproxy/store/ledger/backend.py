@@ -1,4 +1,4 @@
-"""What the ledger's conversation needs of where windows are accounted."""
+"""The port of a ledger backend, as the ledger client uses it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ REAP_PORTION: Final = 1_000
 
 
 class LedgerBackend(Protocol):
-    """Where windows are accounted. Contract: tests/reference_ledger.py says the rules, tests/contracts.py holds to them.
+    """Account for windows. tests/reference_ledger.py defines the rules, tests/contracts.py checks backends against them.
 
-    All methods raise StoreUnavailable (or StoreConflict) if nobody knows what became of the call.
+    All methods raise StoreUnavailable (or StoreConflict) if the outcome of the call is unknown.
     """
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """One message of a holder. All of it counts or nothing. None: this holder has ended."""
+        """Process one message of a holder, completely or not at all. None: this holder has ended."""
         ...
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """End holders whose time is over: what they have not returned is charged, at most `portion` leases at a time.
+        """End expired holders: what they have not returned is charged, at most `portion` leases at a time.
 
-        Whether there may be more to do.
+        Return whether there may be more to do.
         """
         ...
 
     async def forget(self, portion: int) -> bool:
-        """Delete holders that ended long ago, at most `portion`. Whether there may be more."""
+        """Delete up to `portion` holders that ended long ago. Return whether there may be more."""
         ...
 
     async def end(self, holder: str) -> None:
@@ -37,5 +37,5 @@ class LedgerBackend(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...

@@ -1,19 +1,20 @@
-"""Requests with an Idempotency-Key are charged once: the store knows which were, and is asked when they have ended.
+"""Charge requests with an Idempotency-Key once: the store records the charges, and is consulted when requests end.
 
-A request is admitted as any other. When it has ended, its slots of concurrency go back at once, and a *claim* waits for
-the store in place of the charge. Claims are told in batches, one at a time, every `settle_seconds`: the first of a
-fingerprint is charged; one that comes later gives its units back and is charged the tokens that it used beyond all those
-before it. A batch has a number and is told as it is until its answer is there, and the store keeps the last answer: told
-twice, it counts once.
+Such a request is admitted like any other. When it ends, its concurrency slots are released at once, and a *claim* is
+queued for the store in place of the charge. Claims are sent in batches, one batch at a time, every `settle_seconds`. The
+first claim of a fingerprint is charged; a later one releases its units and is charged only the tokens that it used beyond
+all earlier attempts. A batch has a number and is resent unchanged until the store responds, and the store keeps its last
+response: a batch that is sent twice counts once.
 
-    add    a request has ended; what it holds is settled when the store has answered
+    add    a request has ended; what it holds is settled when the store has responded
     paid   before a refusal: was this request charged before?
 
-What holds whatever goes wrong: an attempt is charged, or another one of the same request was. Until it is settled, what
-it took stays taken, in a lease like any other: a process that dies is charged in full. So is what cannot be asked about.
+The invariant under any failure: an attempt is charged, or another attempt at the same request was. Until a claim is
+settled, its units stay reserved in a lease like any other, so a process that dies is charged in full. A claim that the
+store cannot decide is charged in full too.
 
-Rejected: to wait for the store before a request is let in. It would make every one of them as slow as the database, and
-tell two attempts at one time no better apart.
+Rejected: waiting for the store before a request is admitted. It would make each of these requests as slow as the
+database, and would not distinguish two concurrent attempts any better.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _log = logging.getLogger(__name__)
 
 _BATCH_MAX: Final = 1_000
 
-#: Claims that wait while the store is away. Full: the next is charged in full, without asking whether it is a repeat.
+#: Claims that wait while the store is unavailable. If full, the next claim is charged in full without a lookup.
 _WAITING_MAX: Final = 10_000
 
-#: Requests that are asked about in one statement. Full: who comes next is told that this proxy is overloaded.
+#: Fingerprints in one lookup. If full, further requests are refused as OVERLOADED.
 _ASKED_MAX: Final = 1_000
 
 _RETRY_SECONDS: Final = 0.2
@@ -54,9 +55,9 @@ _TEND_PORTION: Final = 2_000
 
 
 class Claim(NamedTuple):
-    """One attempt at a request, over. Tokens: `used`, and what it was told that was `paid` when it was let in for that.
+    """One finished attempt at a request. `used` tokens; `paid`: what the lookup returned if it was admitted as a repeat.
 
-    `hold` is what is left to settle. `since_mono`: when it ended.
+    `hold` is what is left to settle. `since_mono`: when the attempt ended.
     """
 
     fingerprint: bytes
@@ -67,30 +68,30 @@ class Claim(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a claim is charged: a request, if it `is_first`, and tokens."""
+    """What a claim is charged: one request if it `is_first`, and tokens."""
 
     is_first: bool
     charged: int
 
 
 class ClaimStore(Protocol):
-    """Where it is known what was charged. All methods raise StoreUnavailable (or StoreConflict)."""
+    """The record of charges. All methods raise StoreUnavailable (or StoreConflict)."""
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """A batch of a process, counted once. Answers in its order; None: a later batch was heard already."""
+        """Process a batch once. The answers are in its order; None if a later batch was processed already."""
         ...
 
     async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """Those that were charged in the last 24 hours, and how many tokens."""
+        """The fingerprints that were charged in the last 24 hours, with their tokens."""
         ...
 
     async def forget(self, portion: int) -> bool:
-        """Let go of what is too old, so much at most; whether there is more."""
+        """Delete up to `portion` expired charges. Return whether there may be more."""
         ...
 
 
 class Claims:
-    """See the module. Implements the port Claims."""
+    """Queue claims and send them to the store. Implements the port Claims."""
 
     def __init__(self, store: ClaimStore, ledger: Ledger, config: schema.Ledger, now: Callable[[], Moment]) -> None:
         #: `repeats` that were charged no request, and claims that were charged `unasked`.
@@ -101,7 +102,7 @@ class Claims:
         self._store = store
         self._ledger = ledger
         self._settle_seconds = config.settle_seconds
-        # By then a ledger that is in the same store has charged them already.
+        # After that, a ledger in the same store has charged the expired leases already.
         self._patience_seconds = config.lease_seconds
         self._now = now
         self._process = secrets.token_hex(8)
@@ -117,12 +118,12 @@ class Claims:
         self.forgetting = Chore("claims", "delete charges older than a day", portion=_TEND_PORTION)
 
     def start(self) -> None:
-        """Begin to tell and to ask."""
+        """Start the background tasks."""
         self.lasting.start(self._converse, self._note_failure)
         self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
 
     async def close(self) -> None:
-        """Settle everything. What the store cannot be asked about now is charged in full."""
+        """Settle everything. Claims that the store does not decide now are charged in full."""
         self._is_closed = True
         await self.lasting.end()
         for fingerprint, waiting in self._asking.items():
@@ -154,23 +155,23 @@ class Claims:
     async def paid(self, fingerprint: bytes, patience: TimeBudget) -> int | None:
         """See the port."""
         if self._is_closed:
-            raise Refusal(Reason.LEDGER_UNAVAILABLE, "nobody is asked any more whether a request was charged before")
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, "shutting down: the lookup of earlier charges is closed")
         if len(self._asked) >= _ASKED_MAX:
-            raise Refusal(Reason.OVERLOADED, f"{len(self._asked)} requests wait to hear whether they were charged")
+            raise Refusal(Reason.OVERLOADED, f"{len(self._asked)} requests are waiting for a lookup of earlier charges")
         answer: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(fingerprint, []).append(answer)
         self._wake.set()
         async with within(patience, self._now):
             return await answer
 
-    # -- the conversation
+    # -- exchange with the store
 
     async def tell(self) -> None:
-        """Tell the store of every claim, then ask it what is to be asked: so that it knows of what has ended here.
+        """Send all claims, then run the pending lookups: so that these see the requests that have ended here.
 
-        Raises StoreUnavailable; what was told is then told again.
+        Raises StoreUnavailable; the batch is then sent again.
         """
-        # What ends meanwhile is told the next time: else who asks waits for as long as requests go on ending.
+        # Claims added meanwhile are sent the next time; otherwise a steady stream of them would starve the lookups.
         self._asking, self._asked = self._asked, {}
         self._settle_answered()
         untold = len(self._waiting)
@@ -182,8 +183,10 @@ class Claims:
             try:
                 answers = await self._store.claim(self._process, self._number, self._begun)
             except StoreConflict as error:
-                # It would be refused for ever, and everything behind it would wait.
-                _log.error("%d claims were refused by the store: %s", len(self._begun), error)
+                # A retry would be rejected every time, and block all later claims.
+                _log.error(
+                    "the store rejected a batch of %d claims, charging them in full: %s", len(self._begun), error
+                )
                 answers = None
             begun, self._begun = self._begun, []
             if answers is None:
@@ -200,7 +203,7 @@ class Claims:
             self._asking = {}
 
     def _settle_answered(self) -> None:
-        # One at a time: what one of them may fail of is nothing to the others.
+        # One at a time: a failure to settle one does not affect the others.
         while self._answered:
             claim, (is_first, charged) = self._answered.popleft()
             self.counts["repeats"] += not is_first
@@ -211,7 +214,7 @@ class Claims:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settle_seconds):
                     await self._wake.wait()
-            # Whoever arrives in this turn of the loop travels along.
+            # Requests that arrive in this iteration of the event loop join this batch.
             await asyncio.sleep(0)
             self._wake.clear()
             if not (self._begun or self._waiting or self._asked or self._answered):
@@ -225,7 +228,7 @@ class Claims:
                 self.down_because = ""
 
     def _note_failure(self, error: Exception) -> None:
-        self.outage.met(f"claims cannot be settled yet: {error or type(error).__name__}")
+        self.outage.met(f"claims cannot be settled, retrying: {error or type(error).__name__}")
         self.down_because = str(error) or type(error).__name__
         for waiting in (*self._asking.values(), *self._asked.values()):
             for answer in waiting:
@@ -234,7 +237,7 @@ class Claims:
         self._asking, self._asked = {}, {}
         too_old = self._now().mono_seconds - self._patience_seconds
         if self._begun and self._begun[0].since_mono <= too_old:
-            # Whether it was heard, nobody knows: at worst a repeat is charged in full too.
+            # It is unknown whether the batch was processed: at worst a repeat is charged in full too.
             self._give_up(self._begun)
             self._begun = []
         while self._waiting and self._waiting[0].since_mono <= too_old:

@@ -1,4 +1,4 @@
-"""What was charged, in PostgreSQL: a batch of claims is one transaction. See migrations/0009_claims.sql."""
+"""The record of charges in PostgreSQL: a batch of claims is one transaction. See migrations/0009_claims.sql."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keyproxy.store.postgres.database import Database
 
 
 class PostgresClaims:
-    """See the module. Implements ClaimStore."""
+    """Record charges in PostgreSQL. Implements ClaimStore."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -1,8 +1,8 @@
-"""What would become of a request with this key, now, and why: the decision of a proxy, made without a request.
+"""Explain how a proxy would decide a request with a given key now, without such a request.
 
-The same functions decide: the route table, `admission`, and the ledger's own `take` with all its patience, over a
-backend that answers as the real one would and writes nothing. So nothing is charged, held, or put on record; and what is
-free with other proxies is waited for, as a proxy waits for it that has no leases yet.
+The same functions decide: the route table, `admission`, and the ledger's own `take` with its full time budget, over a
+backend that responds as the real one would and writes nothing. So nothing is charged, reserved or recorded; units that
+are idle in other proxies' leases are waited for, as a proxy without any leases does.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _MONTHS: Final = 12
 
 
 class Windows(Protocol):
-    """Who can say how windows stand."""
+    """A source of the current state of windows."""
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        """The current state of windows, in their order; None for a window that was never used."""
         ...
 
 
 class Question(NamedTuple):
-    """The request that is asked about. `tokens`: what it may use, None if it does not say."""
+    """The request to explain. `tokens`: the maximum that it may use; None if it does not state one."""
 
     method: str
     path: str
@@ -53,7 +53,7 @@ class Question(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The answer. `refusal` None: it would go upstream. `limits`: how each limit stands, and whether it would refuse."""
+    """The decision. `refusal` None: it would be forwarded. `limits`: the state of each, and whether it would refuse."""
 
     route: str | None
     refusal: Refusal | None
@@ -61,7 +61,7 @@ class Explanation(NamedTuple):
 
 
 class _DryBackend:
-    """Answers as the ledger would, out of how its windows stand, and changes nothing. Implements LedgerBackend."""
+    """Reply as the ledger would, from the state of its windows, and change nothing. Implements LedgerBackend."""
 
     def __init__(self, windows: Windows, now: Callable[[], Moment]) -> None:
         self._windows = windows
@@ -75,7 +75,7 @@ class _DryBackend:
         return [_reply(line, state) for line, state in zip(lines, states, strict=True)]
 
     async def states(self, windows: Sequence[Window]) -> Sequence[WindowState]:
-        """How windows stand."""
+        """The current state of windows; an unused one has its initial state."""
         found = await self._windows.windows(windows)
         wall = self._now().wall_seconds
         states = [
@@ -86,26 +86,26 @@ class _DryBackend:
         return states
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """Nobody is ended."""
+        """End no holder."""
         del portion
         return False
 
     async def forget(self, portion: int) -> bool:
-        """Nothing is deleted."""
+        """Delete nothing."""
         del portion
         return False
 
     async def end(self, holder: str) -> None:
-        """Nobody was there."""
+        """Do nothing: there is no holder."""
 
     async def close(self) -> None:
-        """The windows are somebody else's."""
+        """Do nothing: the caller closes the windows."""
 
 
 async def explain_key(
     database: Database, key_id: str, question: Question, configured: schema.Settings, *, now: Callable[[], Moment]
 ) -> tuple[Identity, Explanation]:
-    """Whose key it is, and the decision on a request with it. Raises NotFound, StoreUnavailable."""
+    """The identity of a key, and the decision on a request with it. Raises NotFound, Invalid, StoreUnavailable."""
     digests = await database.fetch("digest_of_key", key_id)
     rows = await database.fetch("identities_by_digest", [row["digest"] for row in digests])
     if not rows:
@@ -113,7 +113,7 @@ async def explain_key(
     try:
         identity = identity_of(rows[0], configured.identity.header_prefix)
     except UNUSABLE as error:
-        raise Invalid(f"key {key_id!r} is refused, because its row cannot be used: {error}") from error
+        raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
         told = await explain(
@@ -127,7 +127,7 @@ async def explain_key(
 async def windows_of_user(
     database: Database, user_id: str, configured: schema.Settings, *, is_test: bool, now: Callable[[], Moment]
 ) -> list[dict[str, Any]]:
-    """How the limits of a user and its tenant stand. Raises NotFound, StoreUnavailable."""
+    """The current state of the limits of a user and its tenant. Raises NotFound, Invalid, StoreUnavailable."""
     rows = await database.fetch("limits_of_user", user_id, is_test)
     if not rows:
         raise NotFound(f"there is no user {user_id!r}")
@@ -139,7 +139,7 @@ async def windows_of_user(
             for kind, owner in owners if row[f"{kind}_limits"] is not None
         ]  # fmt: skip
     except UNUSABLE as error:
-        raise Invalid(f"the plan of user {user_id!r} or of its tenant cannot be used: {error}") from error
+        raise Invalid(f"the plan of user {user_id!r} or of its tenant is invalid: {error}") from error
     wanted = [
         (Window(pool, measure), plan)
         for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
@@ -180,7 +180,7 @@ async def _taken(
     backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.Ledger,
     now: Callable[[], Moment],
 ) -> None:  # fmt: skip
-    """As the gateway does it: take, fetch what is missing, take again. Raises a Refusal."""
+    """Proceed as the gateway does: take, fetch what is missing, take again. Raises a Refusal."""
     taking = Ledger(backend, ledger, now)
     taking.start()
     try:
@@ -207,7 +207,7 @@ def _need(tokens: int | None, *, counts_tokens: bool) -> TokenNeed | None:
 async def _limits(
     allowance: Allowance | None, backend: _DryBackend, need: TokenNeed | None, refusal: Refusal | None
 ) -> list[dict[str, Any]]:
-    """How each limit stands, as the decision found it; whether it `refuses`."""
+    """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
     wanted = [
         (Window(pool, measure), plan)
@@ -236,7 +236,7 @@ async def _limits(
 
 
 def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
-    """How one window stands, for people and programs. Times in seconds from now; None: no time changes it."""
+    """The state of one window, for display and JSON. Times in seconds from now; None if time does not change it."""
     if window.measure == RATE:
         interval = 1.0 / (plan.rate or math.inf)
         left = _rate_available(plan.burst_requests, interval, state)
@@ -256,7 +256,7 @@ def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any
 
 
 def _reply(line: LeaseReport, state: WindowState) -> LeaseGrant:
-    """What the ledger would answer, by the rules of tests/reference_ledger.py; to one who is alone."""
+    """The ledger's reply to the only holder, by the rules of tests/reference_ledger.py."""
     if line.interval_seconds:
         left = _rate_available(line.limit, line.interval_seconds, state)
         given = 0 if left < line.at_least or not line.want else min(line.want, left)
@@ -276,7 +276,7 @@ def _rate_available(burst: int, interval_seconds: float, state: WindowState) -> 
 
 
 def _until_end(measure: str, wall_seconds: float) -> float:
-    """Until the end of the present day or month, UTC."""
+    """Seconds until the end of the current day or month, UTC."""
     now = datetime.fromtimestamp(wall_seconds, UTC)
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     if measure.endswith("_per_day"):

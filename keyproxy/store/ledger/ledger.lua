@@ -1,18 +1,18 @@
--- The ledger in Redis or Valkey: one call is one operation, all of it or nothing. The rules are those of 0004_ledger.sql
--- and tests/reference_ledger.py; ledger_redis.py says what a generation and a share are. Time is the server's.
+-- The ledger in Redis or Valkey: one call is one atomic operation. The rules are those of 0004_ledger.sql and
+-- tests/reference_ledger.py; redis_backend.py defines generations and shares. Time is the server's.
 --
--- KEYS[1]  hash: the present generation. All other keys begin with it, and end some days after their use does.
--- ARGV     operation, generation, its arguments as JSON, a message's lines. Numbers come back as JSON of our own making:
---          cjson rounds.
+-- KEYS[1]  hash: the current generation. It is the prefix of all other keys, which expire some days after their last use.
+-- ARGV     operation, generation, its arguments as JSON, a message's lines. Numbers are returned as JSON that is formatted
+--          here, because cjson rounds.
 --
---   <1>:<g>:holders   sorted set: holders by when their time is over
+--   <1>:<g>:holders   sorted set: holders by expiry
 --   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, and its leases
 --   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:owner
---   <1>:<g>:due       sorted set: windows by when PostgreSQL is to be told of them
+--   <1>:<g>:due       sorted set: windows by when they are reported to PostgreSQL
 --
--- Time is what this must not take, for a server has one thread. So lines, leases and windows travel and are kept as
--- structs, and are arrays here, with a name for each place: in Lua tables with keys take twice as long to make and to collect,
--- cmsgpack twice as long to read, small hashes in Redis longer still.
+-- This must be fast, because a server has one thread. So lines, leases and windows are sent and stored as structs, and are
+-- arrays here, with a named index for each field: Lua tables with keys take twice as long to create and to collect,
+-- cmsgpack takes twice as long to read, and small hashes in Redis take even longer.
 
 local call, floor, max, min, pack, unpacked = redis.call, math.floor, math.max, math.min, struct.pack, struct.unpack
 local marker, operation, generation = KEYS[1], ARGV[1], ARGV[2]
@@ -24,29 +24,29 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 
 local DAY, WANTED_SECONDS = 86400, 2
 local KEPT_SECONDS = 40 * DAY             -- longer than any window
-local OVER_SECONDS = 2 * DAY              -- what has ended is remembered for so long
-local SLACK_SECONDS = 3600                -- and so much longer, so that a key's end need not be moved at every turn
-local TOLD_SECONDS = 30                   -- PostgreSQL hears of a window that changes so often
-local SOON_SECONDS = 1                    -- and of one that was drawn on beyond its share
-local IDLE_SECONDS = 30                   -- a window's share goes back when nobody has drawn on it for so long
-local STOCK_SECONDS = 60                  -- a share lasts so long, at the pace of late
+local OVER_SECONDS = 2 * DAY              -- how long ended holders and windows are kept
+local SLACK_SECONDS = 3600                -- extra lifetime, so that a key's expiry need not be updated at every call
+local TOLD_SECONDS = 30                   -- interval of reports to PostgreSQL for a window that changes
+local SOON_SECONDS = 1                    -- delay of the report for a window that was used beyond its share
+local IDLE_SECONDS = 30                   -- a window's share is returned after this time without use
+local STOCK_SECONDS = 60                  -- a share is sized to last this long at the recent pace
 local HEARTBEAT_SECONDS = 300
 local TURN_SECONDS = 5
-local URGENT = 1                          -- due before all that is due at some time
+local URGENT = 1                          -- due before everything with a time
 
 local function number(value) return tonumber(value) or 0 end
 local format = string.format
--- For how long something has been so. What is so since a time to come was written before the clock was set back.
+-- The time since `at`. A time in the future was written before the clock was set back.
 local function since(at) return at > now and math.huge or now - at end
 local function text(value) return value % 1 == 0 and format('%d', value) or format('%.17g', value) end
 
--- The history in this process' memory is whole, or it is not ours: a restart, a failover and a full copy of another
--- server's data each give the server another replication id, and nothing else may be believed to have kept our last write.
--- A replica has the id of its primary, and may be one that can be written to: two servers of one history.
+-- Identify the data set in this server's memory. A restart, a failover and a full sync from another server each change the
+-- server's replication id; nothing else proves that our last write was kept. Replicas are rejected: a replica has the id of
+-- its primary and may be writable, so two servers would share one history.
 local function history()
     local said = call('INFO', 'replication')
     if not string.find(said, 'role:master', 1, true) then error('this server is a replica') end
-    return string.match(said, 'master_replid:(%x+)') or error('this server does not tell its replication id')
+    return string.match(said, 'master_replid:(%x+)') or error('this server reports no replication id')
 end
 
 local function is_present()
@@ -54,13 +54,13 @@ local function is_present()
     return known[1] == generation and known[2] == history()
 end
 
--- Something that was kept is gone: the generation is over.
+-- Stored data is missing: end the generation.
 local function lose()
     call('DEL', marker)
     return '"lost"'
 end
 
--- How many keys the server has forgotten of its own accord, whosever they were.
+-- The number of keys that the server has evicted, including other applications' keys.
 local function evicted() return number(string.match(call('INFO', 'stats'), 'evicted_keys:(%d+)')) end
 
 -- The day of the month of a day since 1970 (Howard Hinnant, chrono-compatible low-level date algorithms).
@@ -86,10 +86,11 @@ local function span(measure, at)
     return 0, nil
 end
 
--- A window, by place. Of this call: OWN is what the leases in this message hold of it, ASKER the latest of those that ask,
--- LASTS how long a rate takes to be as new. Kept: SHARE and GIVEN_BACK, what PostgreSQL has granted this generation of it and
--- has got back; OTHERS_*, what is others' of the window. Below LOW it is time to ask PostgreSQL, for NEED units, and no fewer
--- than LEAST; STOCKED_*: when it was last. DUE is when PostgreSQL is told of it, EXPIRES when its key ends.
+-- The fields of a window, by index. For this call only: OWN is what the leases in this message hold of it, ASKER the
+-- latest lease that wants units, LASTS how long a rate takes to recover. Stored: SHARE and GIVEN_BACK are what PostgreSQL
+-- has granted this generation and what was returned; OTHERS_* is what other holders have of the window. Below LOW, NEED units are
+-- requested from PostgreSQL, and no fewer than LEAST; STOCKED_* is the last such request. DUE is the time of the next report
+-- to PostgreSQL, EXPIRES that of the key's expiry.
 local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, LOW, NEED,
     LEAST, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, WANTED_BY =
@@ -97,7 +98,7 @@ local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIV
 local WINDOW = '<' .. string.rep('d', 19) .. 's'
 local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
 
--- Windows that this call has looked at. They are written at the end, if at all.
+-- Windows that this call has read. They are written at the end, if at all.
 local windows, names = {}, {}
 
 local function looked_at(packed, name, measure, starts, ends)
@@ -122,42 +123,42 @@ local function write(window)
     if is_late then
         call('SET', at_window .. window[NAME], packed, 'EX', text(math.ceil(window[EXPIRES] - now)))
     else
-        -- In its place, for half of what setting it takes. Where it was longer the rest stands behind, and is not read.
+        -- Overwrite in place, at half the cost of SET. A longer old value leaves a tail, which is not read.
         call('SETRANGE', at_window .. window[NAME], '0', packed)
     end
 end
 
 local function room(window) return window[SHARE] - window[GIVEN_BACK] - window[SPENT] - window[HELD] end
 
--- As it is told to holders: what other shares hold is not what comes back in a moment, as what other leases hold is.
+-- Spent, as reported to holders: units in other shares count as spent, because they do not return soon as leased ones do.
 local function spent_of(window) return window[SPENT] + window[OTHERS_SPENT] + window[OTHERS_HELD] end
 
--- When PostgreSQL is to be told of a window, 0: it is not.
+-- Set when a window is reported to PostgreSQL; 0: it is not.
 local function set_due(window, at)
     window[DUE] = at
     call('ZADD', base .. 'due', text(at), window[NAME])
 end
 
--- Have PostgreSQL told of a window: in a while, or next if its share runs low. Whether it is next.
+-- Schedule the report of a window to PostgreSQL: later, or next if its share runs low. Returns whether it is next.
 local function schedule(window)
     if not window[ENDS] then return false end
     local left = room(window)
     local is_urgent = window[LOW] > 0 and left < window[LOW]
-    -- Drawn on beyond its share; or refused for what others may have given back by now.
+    -- Used beyond its share; or refused for units that others may have returned by now.
     local is_soon = left < 0 or (window[IS_REFUSED] and window[OTHERS_HELD] > 0)
     local at = is_urgent and URGENT or now + (is_soon and SOON_SECONDS or TOLD_SECONDS)
     if window[DUE] == 0 or at < window[DUE] then
         set_due(window, at)
     elseif window[DUE] < now - TOLD_SECONDS then
-        -- PostgreSQL cannot be asked, or the list of what is due is gone.
+        -- PostgreSQL is unavailable, or the set of due windows is gone.
         set_due(window, window[DUE])
     end
     return is_urgent
 end
 
--- A line, by place. Of this call: its window, what it is given; of a rate how far AHEAD it is and what is AVAILABLE; of a
--- lease whether another holder IS_WANTED to give, and whether it COUNTS. What is kept of the lease, raised by what is told:
--- HAD granted, CONSUMED, BACK. The rest is as Line in limits/ledger_protocol.py says.
+-- The fields of a line, by index. For this call only: its window and the units granted; for a rate how far AHEAD it is and
+-- what is AVAILABLE; for a lease IS_WANTED, whether another holder is short of units, and whether it COUNTS. Stored for the
+-- lease, raised to what is reported: HAD granted, CONSUMED, BACK. The rest is LeaseReport in limits/ledger_protocol.py.
 local OF, GIVEN, AHEAD, AVAILABLE, IS_WANTED, COUNTS, FIELD, HAD, CONSUMED, BACK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, TAKES_ALL, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
     OWNER, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26
@@ -175,10 +176,10 @@ local function read_lines(packed)
     return lines
 end
 
--- The windows of each measure that are present now, worked out once a call: start, end, what stands amid their names.
+-- The current window of each measure, computed once per call: start, end, and the middle parts of its names.
 local present = {}
 
--- Which window a line is about: its name, when it starts and ends.
+-- The window of a line: its name, start and end.
 local function window_of(line)
     local measure, at = line[OF_MEASURE], line[AT]
     local today = present[measure]
@@ -195,7 +196,7 @@ local function window_of(line)
     return table.concat({line[KIND], line[IS_TEST], measure, text(starts), line[OWNER]}, ':'), starts, ends
 end
 
--- Give each line its window and what is kept of its lease. False: what holds something is gone, the memory has gaps.
+-- Attach to each line its window and its stored lease. False: a window with reserved units is missing, so data was lost.
 local function find(lines, kept)
     local seen, keys, firsts, all_starts, all_ends = {}, {}, {}, {}, {}
     for i, line in ipairs(lines) do
@@ -206,8 +207,8 @@ local function find(lines, kept)
             line[HAD], line[CONSUMED], line[BACK], began_in = unpacked(LEASE_KEPT, packed)
             line[COUNTS] = true
             if began_in ~= name and line[AT] == 0 then
-                -- A lease whose first answer got lost stays in the window that it began in, though its holder cannot say
-                -- which.
+                -- A lease whose first reply was lost stays in the window in which it started, though its holder does not
+                -- know which.
                 name = began_in
                 starts, ends = span(line[OF_MEASURE], tonumber(string.match(name, '^%a+:%d:[%a_]+:(%d+):')))
             end
@@ -227,26 +228,26 @@ local function find(lines, kept)
     return true
 end
 
--- GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
+-- GCRA: the theoretical arrival time is ahead of now by what was taken and has not been replenished.
 local function settle_rate(line, window)
     local tolerance = line[BOUND] * line[INTERVAL]
-    -- Never further ahead than that: the clock may have been set back, or the burst lowered.
+    -- Capped: the clock may have been set back, or the burst lowered.
     line[AHEAD] = min(max(window[THEORETICAL], now) - now, tolerance)
     line[AVAILABLE] = floor((tolerance - line[AHEAD]) / line[INTERVAL] + 1e-6)
     window[LASTS] = max(window[LASTS], tolerance)
 end
 
--- What became of a lease. What is told is cumulative; more used than was granted is granted by that.
+-- Apply a lease's report. Its figures are cumulative; use beyond the grant counts as granted.
 local function settle(line)
     local window = line[OF]
     if line[WANT] > 0 and not (window[ASKER] and window[ASKER][LEASE] > line[LEASE]) then window[ASKER] = line end
     window[LIMIT] = line[BOUND]
     if line[INTERVAL] > 0 then return settle_rate(line, window) end
     line[IS_WANTED] = since(window[WANTED_AT]) < WANTED_SECONDS and window[WANTED_BY] ~= ask.holder and 1 or 0
-    -- A lease that is closed already is closed.
+    -- A lease that is closed already stays closed.
     if not line[COUNTS] and line[IS_CLOSING] == 1 then return end
     local consumed, back = max(line[CONSUMED], line[USED]), max(line[BACK], line[RETURNED])
-    -- Closing returns also what was granted in an answer that got lost.
+    -- Closing also returns what was granted in a reply that was lost.
     local had = line[IS_CLOSING] == 1 and consumed + back or max(line[HAD], line[GRANTED], consumed + back)
     local outstanding = had - consumed - back
     window[SPENT] = window[SPENT] + consumed - line[CONSUMED]
@@ -260,16 +261,16 @@ local function granted_of(line, available, alive)
     local want, at_least = line[WANT], line[AT_LEAST]
     if want == 0 or available < at_least then return 0 end
     if line[TAKES_ALL] == 1 then return available end
-    -- Whoever asks leaves something for the others, the less there is the less they take.
+    -- A holder leaves units for the others: the fewer are available, the fewer it gets.
     local part = want
     if alive > 1 then part = max(at_least, floor(available / (2 * alive))) end
     return min(want, available, part)
 end
 
--- Windows whose share is too small for what is asked of them, by how much, and by how much for the least of it.
+-- Windows whose share is too small for a request: by how much, and by how much for its minimum.
 local lacking = {}
 
--- What may be granted: what the limit leaves, and no more than there is of the share. Whether the share was too small.
+-- What may be granted: what the limit leaves, at most what the share leaves. Also whether the share was too small.
 local function judged(window, line, alive)
     if window[ENDS] and now >= window[ENDS] then return 0, false end
     local available = line[BOUND] - spent_of(window) - window[HELD]
@@ -284,8 +285,8 @@ local function judged(window, line, alive)
     return granted, true
 end
 
--- What is free now, to the line that asks for it: of those that ask of one window to the latest lease alone. Whether the
--- share was too small.
+-- Grant available units to the line that wants them; if several leases of one window do, only to the latest one. Returns
+-- whether the share was too small.
 local function grant(window, alive)
     local line = window[ASKER]
     if line[INTERVAL] > 0 then
@@ -304,7 +305,7 @@ end
 local function rate_reply(line)
     local window = line[OF]
     local ahead = line[AHEAD] + line[GIVEN] * line[INTERVAL]
-    -- As the furthest of its lines leaves it.
+    -- The maximum over its lines.
     window[THEORETICAL] = max(window[HAS_MOVED] and window[THEORETICAL] or 0, now + ahead)
     window[HAS_MOVED], window[TOUCHED] = true, now
     local wait = 0
@@ -319,7 +320,7 @@ local function reply(line)
         spent_of(window), window[HELD], window[ENDS] and window[ENDS] - now or -1, 0, line[IS_WANTED])
 end
 
--- Nothing has happened, but that PostgreSQL will be asked for what is lacking.
+-- Change nothing except that PostgreSQL is asked for what is lacking.
 local function note_lacking()
     windows = {}
     for _, lack in ipairs(lacking) do
@@ -331,7 +332,7 @@ local function note_lacking()
     end
 end
 
--- The holder and its leases, as this message leaves them.
+-- Store the holder and its leases after this message.
 local function write_leases(holder, lines)
     local kept, closed = {'serial', text(ask.serial)}, {}
     for _, line in ipairs(lines) do
@@ -349,14 +350,14 @@ local function write_leases(holder, lines)
     call('EXPIRE', base .. 'holders', KEPT_SECONDS)
 end
 
--- How many holders live, whoever speaks among them.
+-- The number of live holders, including the sender of this message.
 local function living()
     local alive = call('ZCOUNT', base .. 'holders', '(' .. text(now), '+inf')
     local mine = call('ZSCORE', base .. 'holders', ask.holder)
     return (mine and tonumber(mine) > now or ask.lease_seconds <= 0) and alive or alive + 1
 end
 
--- Whether a holder has been granted units. If it is not stored, or rests, they were charged when it ended, or it was forgotten.
+-- Whether a holder claims granted units. If it is not stored, or rests, they were charged when it ended or was deleted.
 local function has_leases(lines)
     for _, line in ipairs(lines) do
         if line[GRANTED] > 0 and line[INTERVAL] == 0 and line[IS_CLOSING] == 0 then return true end
@@ -364,7 +365,7 @@ local function has_leases(lines)
     return false
 end
 
--- All lines are settled first, then what is free is granted. A head as JSON, and behind a line feed the replies.
+-- Settle all lines first, then grant what is available. Returns a JSON header, a line feed, and the replies.
 local function sync()
     local holder, lines, fields = base .. 'h:' .. ask.holder, read_lines(ARGV[4]), {'serial', 'ended', 'rests'}
     for i, line in ipairs(lines) do fields[i + 3] = line[FIELD] end
@@ -392,7 +393,7 @@ local function sync()
     return '{"is_low":' .. tostring(is_low) .. ',"short":' .. short .. '}\n' .. table.concat(replies)
 end
 
--- The holders whose time is over. A server that has forgotten keys may have forgotten any.
+-- The expired holders. A server that has evicted keys may have evicted any of ours.
 local function dead()
     local known, counted = number(call('HGET', marker, 'evicted')), evicted()
     if counted > known then return lose() end
@@ -412,20 +413,20 @@ local function opened_by(name)
     return opened(name, measure, starts, ends)
 end
 
--- End a holder, a slice of its leases at a time: what it has not returned is charged, slots are free again.
+-- End a holder, a slice of its leases at a time: what it has not returned is charged, concurrency slots are released.
 local function end_holder()
     local holder = base .. 'h:' .. ask.holder
     local expires = call('ZSCORE', base .. 'holders', ask.holder)
     if ask.only_dead and (not expires or tonumber(expires) > now) then return '0' end
     if not ask.only_dead and not expires then return '0' end
     if ask.only_dead and call('HLEN', holder) <= 1 then
-        -- It has its serial alone, and holds nothing: it rests, and its next message makes it speak again.
+        -- Only its serial is stored, and no lease: the holder rests until its next message.
         call('HSET', holder, 'rests', '1')
         call('EXPIRE', holder, OVER_SECONDS)
         call('ZREM', base .. 'holders', ask.holder)
         return '0'
     end
-    -- Dead at once for everyone; whoever looks for the dead goes on if we do not.
+    -- Ended at once for all callers. If this process stops halfway, the next reaper continues.
     call('HSET', holder, 'ended', '1')
     call('ZADD', base .. 'holders', '0', ask.holder)
     local found = call('HSCAN', holder, ask.cursor, 'COUNT', '500')
@@ -454,7 +455,7 @@ local function end_holder()
     return found[1]
 end
 
--- What PostgreSQL is to be asked for a window, in units.
+-- How many units of a window to request from PostgreSQL.
 local function wanted(window)
     local is_low = window[LOW] > 0 and room(window) < window[LOW]
     window[NEED] = max(window[NEED], -room(window))
@@ -466,9 +467,9 @@ local function wanted(window)
     return max(window[NEED], ahead)
 end
 
--- The turn to speak with PostgreSQL, and what there is to say: one process at a time, its messages in an order.
+-- Take the turn to sync with PostgreSQL, and collect the lines: one process at a time, with ordered messages.
 local function stock()
-    -- When the last holder has ended, everything goes back.
+    -- When the last holder has ended, all shares are returned.
     local is_deserted = call('ZCARD', base .. 'holders') == 0
     if ask.is_last and not is_deserted then return '"done"' end
     local turn = call('HMGET', marker, 'turn_by', 'turn_since', 'told_at')
@@ -486,7 +487,7 @@ local function stock()
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
             local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
             if is_over or is_deserted or (window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS) then
-                -- First it is not ours any more, then PostgreSQL hears of it.
+                -- Give units up here first, then report it to PostgreSQL.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
             local want = wanted(window)
@@ -496,7 +497,7 @@ local function stock()
                 window[LIMIT], window[SHARE], window[SPENT], window[GIVEN_BACK], want,
                 want > 0 and min(max(1, window[LEAST]), want) or 0, tostring(is_over))
             window[NEED], window[LEAST], window[STOCKED_AT], window[STOCKED_USED] = 0, 0, now, window[SPENT] + window[HELD]
-            -- If we say it to nobody, somebody else will.
+            -- If this report is not sent, another process sends it.
             set_due(window, now + TURN_SECONDS)
             write(window)
         else
@@ -506,7 +507,7 @@ local function stock()
     return '{"serial":' .. serial .. ',"lines":[' .. table.concat(lines, ',') .. ']}'
 end
 
--- What PostgreSQL has answered: name, granted, what is others' (spent, held), whether we got all, whether it is over.
+-- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended.
 local function stocked()
     for _, row in ipairs(ask.rows) do
         local name, granted, is_over = row[1], row[2], row[6]
@@ -519,7 +520,7 @@ local function stocked()
             local got = max(0, granted - window[SHARE])
             window[SHARE] = window[SHARE] + got
             window[OTHERS_SPENT], window[OTHERS_HELD] = row[3], row[4]
-            -- Half of what came is left: it is time to ask. Where there was less than was asked for, there is no more.
+            -- Ask again when half of the grant is left. If less was granted than requested, there is no more.
             if got > 0 or not row[5] then window[LOW] = row[5] and floor(got / 2) or 0 end
             local is_settled = room(window) == 0 and window[HELD] == 0 and window[NEED] == 0
             set_due(window, window[NEED] > 0 and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
@@ -531,7 +532,7 @@ local function stocked()
     return '"done"'
 end
 
--- How windows stand: spent, held, forfeited, until their end, of a rate until it is as new; null: nobody drew on it.
+-- The state of windows: spent, held, forfeited, seconds to the end, seconds to a rate's recovery; null: never used.
 local function stand()
     local rows = {}
     for i, asked in ipairs(ask.windows) do

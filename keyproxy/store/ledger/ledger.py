@@ -1,7 +1,8 @@
-"""The ledger as a request sees it: takes from leases in memory, and waits for what is missing no longer than it may.
+"""The ledger as requests use it: take units from leases in memory, and wait for missing ones within the time budget.
 
-Two parts do the work: the book has the leases, and the conversation has them granted and accounted for. Decided here: how
-long a request waits for units that other proxies hold, what counts as refused, and when nothing is held any more.
+Two parts do the work: the lease table (`book`) holds the leases, and the ledger client (`conversation`) has them granted
+and settled. This module decides how long a request waits for units that other proxies hold, which refusals are counted,
+and when no hold is open any more.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.deadline import within
 from keyproxy.store.ledger.ledger_client import LedgerClient
 
-#: How long a request waits for units that lie idle with other proxies; they come back within a second.
+#: How long a request waits for units that are idle in other proxies' leases; they are returned within a second.
 _OTHERS_SECONDS: Final = 1.6
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
 
-#: What every request on a route with tokens needs at least.
+#: The least that any request on a route with tokens needs.
 _ONE_TOKEN: Final = TokenNeed(1, 1)
 
 
 class Counts:
-    """Requests that took of limits, and how often one waited for the ledger. Attributes: each request is counted."""
+    """Requests that took units, and waits for the ledger. Attributes, because every request increments one."""
 
     __slots__ = ("taken", "waited")
 
@@ -40,12 +41,12 @@ class Counts:
         self.taken = self.waited = 0
 
     def by_name(self) -> dict[str, int]:
-        """As they are now."""
+        """The current values."""
         return {"taken": self.taken, "waited": self.waited}
 
 
 class Ledger(ports.Ledger):
-    """See the module. Implements the port Ledger."""
+    """Take, check, extend and settle holds. Implements the port Ledger."""
 
     def __init__(
         self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
@@ -57,19 +58,19 @@ class Ledger(ports.Ledger):
         self.refusals: dict[str, int] = dict.fromkeys(POLICIES, 0)
         self._now = now
         self._open_holds = 0
-        #: What is set when no request is under way any more; None if nobody waits for that.
+        #: Set when the last hold is settled; None if nothing waits for that.
         self._settled: asyncio.Event | None = None
 
     def start(self) -> None:
-        """Begin the conversation."""
+        """Start the ledger client."""
         self.conversation.start()
 
     async def close(self) -> None:
-        """Settle what there is, give everything back, and end the conversation."""
+        """Settle everything, return all leases, and stop the ledger client."""
         await self.conversation.close()
 
     async def all_settled(self) -> None:
-        """Wait until no request is under way that holds something."""
+        """Wait until all holds are settled."""
         while self._open_holds:
             self._settled = self._settled or asyncio.Event()
             await self._settled.wait()
@@ -151,7 +152,7 @@ class Ledger(ports.Ledger):
 
     def _missing(self, short: Short, check: Callable[[], object]) -> Missing:
         if self.conversation.down_because:
-            # Whoever needs it has it asked for again; nobody waits for that.
+            # Each such request has it requested again, but does not wait for the response.
             self.book.ask(short)
             raise Refusal(Reason.LEDGER_UNAVAILABLE, self.conversation.down_because)
         return Missing("lease", lambda patience: self._bring(short, check, patience))
@@ -162,17 +163,17 @@ class Ledger(ports.Ledger):
             self.refusals[policy] = self.refusals.get(policy, 0) + 1
 
     async def _bring(self, short: Short, check: Callable[[], object], patience: TimeBudget) -> None:
-        """Have the ledger asked until the request can be decided. Raises a Refusal if it does not answer in time."""
+        """Query the ledger until the request can be decided. Raises a Refusal if it does not respond in time."""
         self.counts.waited += 1
         async with within(patience, self._now):
             await self._ask(short, check, self._mono() + patience.seconds_left)
 
     async def _ask(self, short: Short, check: Callable[[], object], ends_mono: float) -> None:
-        """Ask until the request can be decided, or others have been waited for long enough. Ends before `ends_mono`."""
+        """Query until the request can be decided, or the wait for other proxies is over. Ends before `ends_mono`."""
         give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
         while True:
             await self.conversation.ask(short)
-            # From the first answer on: a ledger that is slow to say anything has not said no.
+            # Starts with the first response: a slow ledger is not a refusal.
             give_up = min(give_up, self._mono() + _OTHERS_SECONDS)
             try:
                 check()

@@ -1,12 +1,13 @@
-"""The conversation with the ledger: one task speaks for this process, one message at a time.
+"""The ledger client: one task exchanges messages with the ledger for this process, one message at a time.
 
-What was used, what goes back, what is needed. It speaks when a request waits or a lease runs low, and at every
-`settle_seconds` of what else has happened. Nothing is done per user who is idle: no lease, no line. What to say, and what
-an answer means, is the book's to know; who speaks, when, and what a silence means, is decided here. Who speaks is a
-*holder*: this process, until the ledger has ended it, or may have; then it is another.
+A message reports what was used and returned, and requests what is needed. The client sends one as soon as a request waits
+or a lease runs low; everything else is reported every `settle_seconds`. An idle user costs nothing: no lease, no line.
+The lease table (`book`) builds the lines and applies the replies; this module decides when to send and how to handle a
+missing response. The process identifies itself as a *holder*. When the ledger has ended the holder, or may have, the
+process continues under a new one.
 
-While the ledger cannot be asked, leases go on being spent until they lapse, `lease_seconds` after the last answer. Then
-`unreachable` decides: `refuse` (503, never 429), or `allow`: what is taken then is settled when the ledger answers again.
+While the ledger is unavailable, leases can be spent until they lapse, `lease_seconds` after the last response. Then
+`unreachable` decides: `refuse` (503, never 429), or `allow`: what is taken then is settled when the ledger is back.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
-#: Lines in one message. More travel in several, and whoever is short meanwhile in the next.
+#: Lines in one message. More lines are sent in several messages.
 _LINES_MAX: Final = 200
 
 _RETRY_SECONDS: Final = 0.2
@@ -42,32 +43,32 @@ _LOOK_SECONDS: Final = 1.0
 
 _CLOSED: Final = "the ledger is closed"
 
-#: A holder's time is over a little earlier here than there: clocks run at slightly different speeds.
+#: A lease expires a little earlier here than in the ledger, because clocks run at slightly different speeds.
 _VALID_SHARE: Final = 0.95
 
-#: Dead holders are looked for by every proxy, so often per `lease_seconds`.
+#: Every proxy looks for dead holders, this many times per `lease_seconds`.
 _REAPS_PER_LEASE: Final = 4.0
 
 #: Holders deleted in one statement.
 _FORGET_PORTION: Final = 1_000
 
-#: A request that waits: for the answer to what it is short of.
+#: A waiting request: its future, and what it is short of.
 _Waiting = tuple[asyncio.Future[None], Short]
 
 
 class LedgerClient:
-    """See the module. What is said, and heard, is in `book`."""
+    """Exchange messages with the ledger. `book` holds the leases."""
 
     def __init__(
         self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
-        #: Is told of every round-trip, in seconds.
+        #: Called after every round trip, with its duration in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None
         self.book = LeaseTable(self._wake_up)
-        #: Why the ledger cannot be asked; empty if it answers.
+        #: Why the ledger is unavailable; empty if it responds.
         self.down_because = ""
-        #: Logs outages. Of the store if the ledger is in it, else the ledger's own.
+        #: Logs outages: the store's if the ledger is in the store, otherwise the ledger's own.
         self.outage = Outage("the ledger")
         self._is_main = True
         self._backend = backend
@@ -75,7 +76,7 @@ class LedgerClient:
         self._settle_seconds = ledger.settle_seconds
         self._is_lenient = ledger.unreachable == "allow"
         self._now = now
-        #: When the latest message was sent that was answered.
+        #: When the latest message that got a response was sent.
         self._answered = now()
         self._wake = asyncio.Event()
         self._replace_holder()
@@ -84,48 +85,48 @@ class LedgerClient:
         self.reaping = Chore("reap", "end holders that have died", portion=REAP_PORTION)
         self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
-        #: Those whom the message under way is to answer.
+        #: Requests that wait for the response to the message in flight.
         self._listening: list[_Waiting] = []
         self._is_closed = False
         self._unsettled_since_mono = now().mono_seconds
-        #: Since when something is to be said and no answer was heard.
+        #: Since when a message has been due without a response.
         self._unheard_since_mono = math.inf
 
     def share(self, outage: Outage) -> None:
-        """The ledger is in the store: its outages are the store's."""
+        """Report outages as the store's: the ledger is in the store."""
         self.outage, self._is_main = outage, False
 
     def start(self) -> None:
-        """Begin to speak."""
+        """Start the background tasks."""
         self.lasting.start(self._converse, self._broken_off)
         self.lasting.start(self._reap)
         self.lasting.start(self._forget)
 
     async def close(self) -> None:
-        """Settle what there is, give everything back, and end."""
+        """Settle everything, return all leases, and stop."""
         self._is_closed = True
         await self.lasting.end()
         for answer, _ in (*self._listening, *self._waiting):
             if not answer.done():
                 answer.set_exception(Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED))
         try:
-            # Told, closed; and once more for what was granted meanwhile.
+            # Report, close, and once more for what was granted in between.
             for _ in range(3):
                 if self._serial and self.book.has_leases:
                     self.book.gather(self._mono(), is_last=True)
                     while (lines := self._lines()) and self._serial:
                         await self._speak(lines)
-            # One that holds nothing and whose time is over rests: there is nothing to end.
+            # A holder without leases whose time has expired rests in the ledger: there is nothing to end.
             if self._serial and (self.book.has_leases or self._mono() < self.book.valid_until_mono):
                 await self._backend.end(self._holder)
         except (StoreUnavailable, StoreConflict) as error:
-            _log.warning("leases could not be given back, they will be charged when they lapse: %s", error)
+            _log.warning("could not return leases; they will be charged when they expire: %s", error)
         await self._backend.close()
 
     async def ask(self, short: Short) -> None:
-        """Have the ledger asked for what a request is short of, and wait for its answer, whatever that is.
+        """Request from the ledger what a request is short of, and wait for the response, whatever it is.
 
-        Raises a Refusal (LEDGER_UNAVAILABLE) if there is none.
+        Raises a Refusal (LEDGER_UNAVAILABLE) if there is no response.
         """
         self.book.ask(short)
         if self._is_closed:
@@ -136,15 +137,15 @@ class LedgerClient:
         await answer
 
     def unsettled_seconds(self) -> float:
-        """For how long at most something has been spent that the ledger has not confirmed; 0.0 if nothing has."""
+        """The age of the oldest spending that the ledger may not have confirmed; 0.0 if everything is confirmed."""
         return max(0.0, self._mono() - self._unsettled_since_mono) if self.book.has_news else 0.0
 
     @property
     def has_lapsed(self) -> bool:
-        """Whether leases are over: something was to be said, and for longer than they last no answer was heard."""
+        """Whether leases have expired: a message has been without a response for longer than a lease lasts."""
         return self._mono() - self._unheard_since_mono >= self._lease_seconds
 
-    # -- speaking
+    # -- sending messages
 
     def _wake_up(self) -> None:
         self._wake.set()
@@ -154,13 +155,13 @@ class LedgerClient:
         while True:
             now = self._mono()
             if self.book.has_leases or self.down_because:
-                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the wake-up.
+                # Not wait_for: before Python 3.12 it loses a cancellation that coincides with the wake-up.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(0.0, min(settle_at, heartbeat_at) - now)):
                         await self._wake.wait()
             else:
                 await self._wake.wait()
-            # Whoever arrives in this turn of the loop travels along.
+            # Requests that arrive in this iteration of the event loop join this message.
             await asyncio.sleep(0)
             self._wake.clear()
             now = self._mono()
@@ -170,7 +171,7 @@ class LedgerClient:
             lines = self._lines()
             self._listening, self._waiting = self._waiting, []
             if len(lines) == _LINES_MAX:
-                # Those whose lines are in a later message wait for that.
+                # Requests whose lines are in a later message wait for that one.
                 everyone, self._listening = self._listening, []
                 for one in everyone:
                     (self._waiting if self.book.needs_sync(one[1]) else self._listening).append(one)
@@ -187,15 +188,15 @@ class LedgerClient:
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 if settles_seconds:
-                    self._failed(StoreUnavailable("the ledger has failed over and hears first what is held"))
+                    self._failed(StoreUnavailable("the ledger has failed over and waits for lease reports"))
                     heartbeat_at = min(heartbeat_at, now + _LOOK_SECONDS)
                 else:
                     self._heard()
 
     async def _speak(self, lines: Sequence[LeaseReport]) -> float:
-        """Send lines and apply what is answered. Raises StoreUnavailable; what was said is then said again.
+        """Send lines and apply the replies. Raises StoreUnavailable; the lines are then sent again.
 
-        0, or for how many seconds the ledger grants nothing, because it has lost its latest history.
+        Return 0, or for how many seconds the ledger grants nothing because it has lost its latest history.
         """
         now = self._now()
         asked = now.mono_seconds
@@ -233,8 +234,8 @@ class LedgerClient:
     def _lines(self) -> list[LeaseReport]:
         """The lines of the next message.
 
-        If this holder may have ended by now, they claim something. One clock that shows it is enough: the other one may
-        have stood still while the machine was suspended.
+        If this holder may have ended by now, at least one line claims a lease, so that the response shows it. Either
+        clock is sufficient evidence: the other one may have stood still while the machine was suspended.
         """
         now, answered = self._now(), self._answered
         may_have_ended = (
@@ -257,19 +258,19 @@ class LedgerClient:
                 answer.set_result(None)
 
     def _broken_off(self, error: Exception) -> None:
-        """A defect has ended the conversation, wherever it was: nobody who waits hears of it in any other way."""
+        """Fail all waiting requests after a defect has ended the task; otherwise they would wait for their timeout."""
         self._unheard_since_mono = min(self._mono(), self._unheard_since_mono)
         self._listening += self._waiting
         self._waiting = []
         self._failed(error)
         self.book.lost()
-        # The book may have woken us already, and would not do so again.
+        # The lease table may have set the event already, and would not set it again.
         self._wake_up()
 
     def _failed(self, error: Exception) -> None:
         self.outage.met(f"the ledger is unavailable: {error or type(error).__name__}", is_main=self._is_main)
         self.down_because = str(error) or type(error).__name__
-        # Leases that are still ours are spent first; a request waits for this answer only when there are none.
+        # Remaining leases are spent first; only requests without one wait for this response.
         self.book.is_lenient = self._is_lenient
         listening, self._listening = self._listening, []
         for answer, _ in listening:
@@ -286,7 +287,7 @@ class LedgerClient:
             await self.reaping.finish(self._backend.reap)
 
     async def _forget(self) -> None:
-        """Delete old holders. Apart from ending those that died, so that neither waits for the other."""
+        """Delete old holders. Separate from reaping dead ones, so that neither waits for the other."""
         while True:
             await asyncio.sleep(self._lease_seconds)
             if not self.reaping.failing_because:

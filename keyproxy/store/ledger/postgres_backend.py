@@ -11,7 +11,7 @@ from keyproxy.store.postgres.database import Database
 
 
 class WindowState(NamedTuple):
-    """How a present window stands. `ends_seconds` from now; `ahead_seconds`, of a rate: until it is as new."""
+    """The state of a current window. `ends_seconds` from now; `ahead_seconds`: until a rate is fully recovered."""
 
     spent: int
     held: int
@@ -21,7 +21,7 @@ class WindowState(NamedTuple):
 
 
 class PostgresLedger:
-    """See the module. Implements the port LedgerBackend."""
+    """Account for windows in PostgreSQL. Implements the port LedgerBackend."""
 
     def __init__(self, database: Database, *, lease_seconds: float) -> None:
         self._database = database
@@ -35,7 +35,7 @@ class PostgresLedger:
         )
         if not rows:
             return None
-        # The row in front is told only when it says something: that the ledger settles.
+        # The first row is passed on only if the ledger grants nothing for now (`wait_seconds`).
         return [LeaseGrant(*row) for row in rows if row["lease"] or row["wait_seconds"]]
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
@@ -53,7 +53,7 @@ class PostgresLedger:
         await self._database.fetch("end_holders", [holder])
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        """The current state of windows, in their order; None for a window that was never used."""
         rows = await self._database.fetch(
             "windows_now",
             [window.pool.kind for window in windows],
@@ -65,7 +65,7 @@ class PostgresLedger:
         return [found.get(number) for number in range(1, len(windows) + 1)]
 
     async def close(self) -> None:
-        """The database is the store's."""
+        """Do nothing: the store closes the database."""
 
 
 def _flat(line: LeaseReport) -> tuple[object, ...]:

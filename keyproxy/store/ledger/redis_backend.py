@@ -1,18 +1,18 @@
 """The ledger in Redis or Valkey, for fleets whose lease traffic one database cannot carry. See docs/ledger-redis.md.
 
-PostgreSQL stays where windows are accounted. Redis is a wholesaler: it holds *shares* of windows from PostgreSQL, as any
-holder of leases does, in large steps, and leases to proxies in small ones, out of its shares only. So
+Windows are still accounted in PostgreSQL. Redis is a wholesaler: like any lease holder it reserves *shares* of windows in
+PostgreSQL, in large steps, and grants leases to proxies in small steps, only out of its shares. So
 
     in PostgreSQL   spent + held <= limit, where held covers all that Redis may still grant or has granted
-    in Redis        spent + held <= share, as long as its memory is whole
+    in Redis        spent + held <= share, as long as its memory is intact
 
-A *generation* is one life of that memory: it ends when the memory is lost, or may have lost a write: a restart, even from
-a file, a failover, FLUSHALL. Its shares then lapse in PostgreSQL and are charged in full; its leases are spent by who has
-them, for they are paid; the next generation begins with nothing. So what Redis forgets is never given twice. What is lost
-to callers is what was left of the shares, which ledger.lua keeps small.
+A *generation* is one lifetime of that memory. It ends when the memory is lost or may have lost a write: a restart (even
+from a file), a failover, FLUSHALL. Its shares then expire in PostgreSQL and are charged in full; proxies go on spending
+its leases, which are paid for; the next generation starts with nothing. So units that Redis forgets are never granted
+twice. Callers lose what was left of the shares, which ledger.lua keeps small.
 
-Rejected: to mirror Redis' counts into PostgreSQL now and then and to begin anew from there. What was granted between the
-last mirroring and the loss would be given twice.
+Rejected: copying the counts from Redis to PostgreSQL periodically and restoring them from there. What was granted between
+the last copy and the loss would be granted twice.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _log = logging.getLogger(__name__)
 _SCRIPT: Final = Path(__file__).with_suffix("").with_name("ledger.lua").read_bytes()
 _SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 
-#: Shares of a generation that nobody speaks for are charged after so long. It speaks at least every five minutes.
+#: Shares expire and are charged when their generation is silent for this long. It syncs at least every five minutes.
 _SHARE_SECONDS: Final = 3600.0
 
 #: Windows in one message to PostgreSQL.
 _WINDOWS_MAX: Final = 200
 
-#: How often a message is said anew that needs a larger share than there is; others may take what was fetched for it.
+#: Attempts to send a message that needs a larger share: other proxies may take what was fetched for it.
 _ATTEMPTS: Final = 4
 
 _BUSY_SECONDS: Final = 0.004
@@ -57,19 +57,19 @@ _CONNECTIONS_MAX: Final = 8
 
 
 class _Lost(Exception):
-    """The generation that was spoken to is not there any more."""
+    """The generation does not exist any more."""
 
 
 class RedisLedger:
-    """See the module. Implements the port LedgerBackend."""
+    """Leases from Redis, shares from PostgreSQL. Implements the port LedgerBackend."""
 
     def __init__(self, url: str, database: Database, *, lease_seconds: float, timeout_seconds: float = 2.0) -> None:
-        """`timeout_seconds` bounds one call of Redis. Nothing is connected to yet. Raises ValueError: no such URL."""
+        """`timeout_seconds` bounds one call to Redis. Opens no connection. Raises ValueError if the URL is invalid."""
         self._database = database
         self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS)
         self._lease_seconds = lease_seconds
         self._timeout_seconds = timeout_seconds
-        # No retries: a message that is sent twice is told to be late. Whoever speaks says it anew.
+        # No retries: a repeated message is rejected as late. The ledger client sends a new one.
         self._client = Redis.from_url(
             url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_CONNECTIONS_MAX,
             socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds,
@@ -77,7 +77,7 @@ class RedisLedger:
         self._name = secrets.token_hex(8)
         self._key = ""
         self._generation = ""
-        #: The generation that each holder of this process has spoken to.
+        #: The generation that each holder of this process uses.
         self._spoken: dict[str, str] = {}
         self._stocking = asyncio.Lock()
         self._stock_task: asyncio.Task[None] | None = None
@@ -87,7 +87,7 @@ class RedisLedger:
         generation = await self._present()
         try:
             if self._spoken.setdefault(holder, generation) != generation:
-                # What it holds was paid for by a generation that is over.
+                # Its leases were paid for by a generation that has ended.
                 raise _Lost
             answer = await self._said(generation, holder, serial, wire.packed_lines(lines))
         except _Lost:
@@ -101,7 +101,7 @@ class RedisLedger:
         return wire.replies(replies)
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """See the port. Also has PostgreSQL told what is due."""
+        """See the port. Also sends PostgreSQL the reports that are due."""
         generation = await self._present()
         dead: list[str] = []
         with contextlib.suppress(_Lost):
@@ -112,7 +112,7 @@ class RedisLedger:
         return await self._shares.reap(portion) or bool(dead)
 
     async def forget(self, portion: int) -> bool:
-        """See the port. In Redis keys expire by themselves."""
+        """See the port. Keys in Redis have an expiry."""
         return await self._shares.forget(portion)
 
     async def end(self, holder: str) -> None:
@@ -121,11 +121,11 @@ class RedisLedger:
         if generation and generation == await self._present():
             with contextlib.suppress(_Lost):
                 await self._end(generation, holder, only_dead=False)
-                # The last one to leave gives the shares back.
+                # The last holder to end returns the shares.
                 await self._stock(generation, is_urgent=False, is_last=True)
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        """How windows stand at present, in their order; None for one that nobody ever drew on."""
+        """The current state of windows, in their order; None for a window that was never used."""
         in_database = await self._shares.windows(windows)
         generation = await self._present()
         try:
@@ -137,7 +137,7 @@ class RedisLedger:
         return [wire.window_state(row, known) for row, known in zip(rows, in_database, strict=True)]
 
     async def close(self) -> None:
-        """Let go of connections. The database is the store's."""
+        """Close connections to Redis. The store closes the database."""
         if self._stock_task is not None:
             self._stock_task.cancel()
             await asyncio.gather(self._stock_task, return_exceptions=True)
@@ -146,9 +146,9 @@ class RedisLedger:
     # -- leases, out of shares
 
     async def _said(self, generation: str, holder: str, serial: int, lines: bytes) -> tuple[bool, bytes] | None:
-        """Say a message until it has been heard, with shares large enough for it.
+        """Send a message until it is processed with sufficient shares.
 
-        Whether a share has run low, and the replies; None: this holder has ended.
+        Return whether a share has run low, and the replies; None if this holder has ended.
         """
         message = {"holder": holder, "serial": serial, "lease_seconds": self._lease_seconds}
         failure: StoreUnavailable | None = None
@@ -156,18 +156,18 @@ class RedisLedger:
             is_final = attempt == _ATTEMPTS or failure is not None
             answer, replies = await self._run("sync", generation, lines, {**message, "is_final": is_final})
             if answer == "late":
-                raise StoreUnavailable("a later message of this holder was heard already")
+                raise StoreUnavailable("a later message of this holder was processed already")
             if answer == "short":
                 try:
                     await self._stock(generation)
                 except StoreUnavailable as error:
-                    # What does not need PostgreSQL is heard nevertheless.
+                    # The final attempt still processes what does not need PostgreSQL.
                     failure = error
             elif answer == "ended":
                 return None
             elif answer["short"]:
-                # "We could not ask" is not "no": whoever waits for these hears that. It is all said again.
-                raise failure or StoreUnavailable("shares of windows could not be had in time")
+                # "Could not ask" is not "no": waiting requests fail with that reason. All lines are sent again.
+                raise failure or StoreUnavailable("timeout: could not fetch shares of windows in time")
             else:
                 return answer["is_low"], replies
         raise AssertionError("the last attempt is final")
@@ -187,13 +187,13 @@ class RedisLedger:
         try:
             await self._stock(generation)
         except (StoreUnavailable, StoreConflict, _Lost) as error:
-            # Whoever needs it finds out: nothing is granted that was not fetched.
-            _log.debug("shares were not fetched ahead of need: %s", error)
-        except Exception:  # noqa: BLE001 - the outermost boundary of this task, for which nobody waits
-            _log.exception("shares were not fetched ahead of need")
+            # A request that needs the share gets the error itself: nothing is granted that was not fetched.
+            _log.debug("could not prefetch shares: %s", error)
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task, which is never awaited
+            _log.exception("prefetching shares failed")
 
     async def _stock(self, generation: str, *, is_urgent: bool = True, is_last: bool = False) -> None:
-        """Fetch shares that are needed; unless that is all that is urgent, tell PostgreSQL what is due, too.
+        """Fetch the shares that are needed; unless `is_urgent`, also send PostgreSQL the reports that are due.
 
         `is_last`: only if no holder is left. Raises StoreUnavailable, _Lost.
         """
@@ -210,12 +210,12 @@ class RedisLedger:
                     if len(turn["lines"]) < _WINDOWS_MAX or now() >= give_up:
                         return
                 elif now() >= give_up:
-                    raise StoreUnavailable("another proxy speaks with PostgreSQL for too long")
+                    raise StoreUnavailable("timeout: another proxy has not finished its exchange with PostgreSQL")
                 else:
                     await asyncio.sleep(_BUSY_SECONDS)
 
     async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> None:
-        """One message of this generation to PostgreSQL, and what it answers to Redis."""
+        """Send one message of this generation to PostgreSQL, and store the reply in Redis."""
         lines = {row[1]: (row[0], wire.share_line(row[1:])) for row in rows}
         told: list[tuple[object, ...]] = []
         is_heard = False
@@ -223,25 +223,23 @@ class RedisLedger:
             replies = await self._shares.sync(f"redis:{generation}", serial, [line for _, line in lines.values()])
             is_heard = True
             if replies is None:
-                _log.warning(
-                    "PostgreSQL has ended the shares of Redis: nobody spoke for them; they are charged in full"
-                )
+                _log.warning("PostgreSQL has expired the shares of Redis after a silence; they are charged in full")
                 await self._call("void", generation)
                 self._forget(generation)
                 raise _Lost
             if any(not reply.lease for reply in replies):
-                # It has heard what our shares are, and "we could not ask" is not "there is no more".
-                raise StoreUnavailable("PostgreSQL has failed over and hears first what is held")
+                # PostgreSQL now has our shares on record, and "could not ask" is not "used up".
+                raise StoreUnavailable("PostgreSQL has failed over and waits for lease reports")
             told = [wire.told(*lines[reply.lease], reply) for reply in replies]
         finally:
-            # Also when PostgreSQL has not answered: it is somebody else's turn.
+            # Also when PostgreSQL has not responded: this ends the turn, so that another proxy can try.
             if told or not is_heard or not rows:
                 await self._call("stocked", generation, by=self._name, rows=told, is_heard=is_heard)
 
     # -- the server
 
     async def _present(self) -> str:
-        """The present generation; where there is none, one begins."""
+        """The current generation; starts one if there is none."""
         if not self._key:
             (row,) = await self._database.fetch("ledger_id")
             self._key = f"keyproxy:{{{row['id']}}}:{wire.VERSION}"
@@ -259,16 +257,16 @@ class RedisLedger:
         policy = memory.get("maxmemory_policy", "noeviction")
         if int(memory.get("maxmemory", 0)) and policy != "noeviction":
             raise StoreUnavailable(
-                f"Redis may forget keys (maxmemory-policy {policy}): a ledger needs noeviction, or no maxmemory"
+                f"Redis may evict keys (maxmemory-policy {policy}): the ledger requires noeviction, or no maxmemory"
             )
 
     async def _call(self, operation: str, generation: str, /, **ask: object) -> Any:
-        """One operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation is not there any more."""
+        """Run one operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation has ended."""
         answer, _ = await self._run(operation, generation, b"", ask)
         return answer
 
     async def _run(self, operation: str, generation: str, lines: bytes, ask: Mapping[str, object]) -> tuple[Any, bytes]:
-        """As `_call`, with the lines of a message; the answer, and the replies behind it."""
+        """As `_call`, with the lines of a message. Return the result, and the packed replies after it."""
         arguments = (1, self._key, operation, generation, orjson.dumps(ask), lines)
         try:
             answered = await self._command("EVALSHA", _SCRIPT_SHA, *arguments)
@@ -277,14 +275,14 @@ class RedisLedger:
         head, _, replies = answered.partition(b"\n")
         answer = orjson.loads(head)
         if answer == "lost":
-            _log.warning("Redis has lost its memory, or may have: its leases end, and are paid for")
+            _log.warning("Redis has lost its memory, or may have: starting a new generation, existing leases end")
             self._forget(generation)
             raise _Lost
         return answer, replies
 
     async def _command(self, *words: object) -> Any:
         try:
-            # Cancelled or too late: redis-py closes the connection, whose next reply would be this one's.
+            # On cancellation or timeout redis-py closes the connection: its next reply would belong to this command.
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
         except NoScriptError:

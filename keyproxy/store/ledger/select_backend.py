@@ -1,4 +1,4 @@
-"""Which ledger a configuration asks for."""
+"""Select the ledger backend that a configuration names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from keyproxy.store.postgres.database import Database
 
 
 def ledger_backend(database: Database, ledger: schema.Ledger) -> PostgresLedger | RedisLedger:
-    """Where windows are accounted, as `ledger.backend` says. Nothing is connected to yet.
+    """Build the backend that `ledger.backend` names. Opens no connection.
 
-    The database stays the caller's; it is asked for shares of windows also where leases are Redis'.
+    The caller still owns the database. The Redis backend uses it too, for shares of windows.
     """
     if ledger.backend == "postgres":
         return PostgresLedger(database, lease_seconds=ledger.lease_seconds)

@@ -1,1 +1,1 @@
-"""Who used what: written in batches, read as sums and events."""
+"""Usage by key: written in batches, read as sums and events."""

@@ -1,15 +1,15 @@
-"""What was used, by whom: gathered in memory from what has ended, written in batches, each of which counts once.
+"""Usage by key: collected in memory from finished exchanges, written in batches, each of which counts once.
 
-    take    exchanges that have ended are summed by (day, key, mode, route), and told one by one as events
-    seal    what was gathered becomes a batch with a number: it is sent as it is, until it is known to be written
-    write   one statement, one transaction; the number of the last batch of this process is kept beside the sums
+    take    sum finished exchanges by (day, key, mode, route), and keep each as an event
+    seal    turn what was collected into a numbered batch, which is resent unchanged until the write is confirmed
+    write   one statement, one transaction; the number of this process' last batch is stored with the sums
 
-A batch whose answer is lost is sent again under its number, and counts once. While the store is away what comes is
-summed into what waits already, so that it takes up room by the number of keys and not of requests. A process that dies
-takes with it what it gathered since it last wrote: attribution of `settle_seconds`, never money. What is spent of limits
-is the ledger's, and is not taken from here.
+A batch whose response is lost is sent again under its number, and counts once. While the store is unavailable, exchanges
+are added to the sums that wait already, so that memory grows with the number of keys and not of requests. A process that
+dies loses what it collected since its last write: `settle_seconds` of attribution, never money. Limits are charged by the
+ledger, independently of this module.
 
-Nobody is attributed what cannot be: requests without a known key are counted in the metrics alone.
+Requests without a known key are attributed to no key: they are counted in the metrics only.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnava
 
 _log = logging.getLogger(__name__)
 
-#: A batch is sealed at either, so that writing one stays far within a statement's time.
+#: A batch is sealed at either bound, so that writing one stays far below the statement timeout.
 _BATCH_GROUPS_MAX: Final = 5_000
 _BATCH_EVENT_BYTES_MAX: Final = 1 << 20
 
-#: What may wait while the store is away. Full: requests of keys and routes that do not wait already are not recorded, nor
-#: is any event, but counted in `dropped`. What does wait goes on being summed.
+#: How much may wait while the store is unavailable. If full, events and requests of further keys and routes are not
+#: recorded, but counted in `dropped`. Sums that wait already go on being updated.
 _WAITING_GROUPS_MAX: Final = 100_000
 _WAITING_EVENT_BYTES_MAX: Final = 16 << 20
 
-#: What events have in common is remembered up to here for each group; then all of it is forgotten.
+#: Cached common parts of events per group; the cache is cleared when it is full.
 _ALIKE_MAX: Final = 64
 
 _TEND_SECONDS: Final = 1_800.0
@@ -88,7 +88,7 @@ class _Group:
         )
 
     def _alike(self, key: tuple[bytes, int, str, str]) -> orjson.Fragment:
-        # Methods are the callers' to choose.
+        # Clients can send any method, so this needs a bound.
         if len(self.alike) >= _ALIKE_MAX:
             self.alike.clear()
         who, (method, status, code, policy) = self.identity, key
@@ -99,7 +99,7 @@ class _Group:
 
 
 class _Batch:
-    """What is written in one piece. `events`: JSON arrays without their brackets."""
+    """The unit of writing. `events`: JSON arrays without their brackets."""
 
     __slots__ = ("by_key", "event_bytes", "event_count", "events", "groups", "number")
 
@@ -112,13 +112,13 @@ class _Batch:
 
 
 class UsageJournal:
-    """See the module."""
+    """Collect usage and write it in batches."""
 
     def __init__(
         self, database: Database, usage: schema.Usage, now: Callable[[], Moment], *, settle_seconds: float
     ) -> None:
         self.counts = dict.fromkeys(("batches", "events", "failures"), 0)
-        #: What was not recorded, since too much waits.
+        #: What was not recorded because too much was waiting.
         self.dropped = dict.fromkeys(("requests", "events"), 0)
         self.down_because = ""
         #: Logs outages of the store.
@@ -136,36 +136,36 @@ class UsageJournal:
         self.lasting = BackgroundTask("usage")
         self.tending = Chore("usage", "delete old usage and windows", portion=_TEND_PORTION)
         self.sweeping = Chore("windows", "delete unused rates and slots", portion=_WINDOWS_PORTION)
-        #: Up to which window the sweep has come.
+        #: The last window that the sweep has visited.
         self._swept = 0
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the background tasks."""
         self.lasting.start(self._write_forever, self._note_failure)
         self.lasting.start(self._tend_forever, pause_seconds=_TEND_SECONDS)
 
     async def close(self) -> None:
-        """Write what there is. What cannot be written now is lost, and said so."""
+        """Write everything. What cannot be written now is lost, and the loss is logged."""
         await self.lasting.end()
         await self.flush()
         if self._sealed:
             requests = sum(group.requests for batch in self._sealed for group in batch.groups)
-            _log.error("the usage of %d requests could not be written: %s", requests, self.down_because)
+            _log.error("lost the usage of %d requests: could not write it at shutdown: %s", requests, self.down_because)
 
     @property
     def pending_events(self) -> int:
-        """How many events wait to be written."""
+        """The number of events that wait to be written."""
         return self._batch.event_count + sum(batch.event_count for batch in self._sealed)
 
     def unwritten_seconds(self) -> float:
-        """How old what waits to be written may be; 0.0 if nothing waits."""
+        """The maximum age of unwritten usage; 0.0 if nothing waits."""
         is_waiting = bool(self._sealed or self._batch.groups)
         return self._now().mono_seconds - self._written_mono if is_waiting else 0.0
 
-    # -- gathering
+    # -- collecting
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Exchanges that have ended. Never waits."""
+        """Record finished exchanges. Never waits."""
         now = self._now()
         day = int(now.wall_seconds // _DAY_SECONDS)
         if day != self._day:
@@ -233,7 +233,7 @@ class UsageJournal:
     # -- writing
 
     async def flush(self) -> None:
-        """Write all that has been gathered so far, if the store can be asked."""
+        """Write everything that has been collected so far, if the store is available."""
         for batch in self._to_write():
             try:
                 await self._database.fetch("record_usage", self._process, *_columns(batch))
@@ -241,9 +241,9 @@ class UsageJournal:
                 self._note_failure(error)
                 return
             except StoreConflict as error:
-                # It would be refused for ever, and everything behind it would wait.
+                # A retry would be rejected every time, and block all later batches.
                 requests = sum(group.requests + group.refusals for group in batch.groups)
-                _log.error("the usage of %d requests was refused by the store: %s", requests, error)
+                _log.error("the store rejected the usage of %d requests, dropping it: %s", requests, error)
                 self.dropped["requests"] += requests
                 self.dropped["events"] += batch.event_count
             else:
@@ -255,7 +255,7 @@ class UsageJournal:
             self._sealed_event_bytes -= batch.event_bytes
 
     def _to_write(self) -> Iterator[_Batch]:
-        """What was sealed already, then what has been gathered since; each until it is sealed no more."""
+        """The sealed batches, then the current one, sealed; each is repeated until the caller has removed it."""
         while self._sealed:
             yield self._sealed[0]
         self._seal()
@@ -264,7 +264,7 @@ class UsageJournal:
 
     def _note_failure(self, error: Exception) -> None:
         self.counts["failures"] += 1
-        self.outage.met(f"usage cannot be written yet: {error or type(error).__name__}")
+        self.outage.met(f"usage cannot be written, retrying: {error or type(error).__name__}")
         self.down_because = str(error) or type(error).__name__
 
     def _note_success(self) -> None:
@@ -280,20 +280,20 @@ class UsageJournal:
             await self.flush()
 
     async def _tend_forever(self) -> None:
-        """Make place for days to come, and let go of days that are over."""
+        """Prepare partitions for coming days, and delete expired ones."""
         while True:
             is_done = await self.tending.finish(self.tend)
             is_done = await self.sweeping.finish(self.sweep) and is_done
             await asyncio.sleep(_TEND_SECONDS if is_done else _TEND_RETRY_SECONDS)
 
     async def tend(self, portion: int = _TEND_PORTION) -> bool:
-        """Clean up once, a portion; whether there is more."""
+        """Clean up one portion. Return whether there is more."""
         usage = self._usage
         rows = await self._database.fetch("tend_usage", usage.event_days, usage.days, portion)
         return bool(rows[0]["is_more"])
 
     async def sweep(self, portion: int = _WINDOWS_PORTION) -> bool:
-        """Delete the unused of the next windows that never end; whether the ones behind are worth a look at once."""
+        """Delete unused windows among the next `portion` endless ones. Return whether to continue at once."""
         rows = await self._database.fetch("forget_windows", self._swept, portion)
         following: int | None = rows[0]["next"]
         self._swept = following or 0

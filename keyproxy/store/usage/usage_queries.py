@@ -1,7 +1,7 @@
-"""Usage, read: sums for people and bills, events for export, and how the windows of limits stand.
+"""Read usage: sums for reports and billing, events for export.
 
-Everything long comes in pages by key, so that no transaction stays open and an export that broke off goes on where it
-was. Events are told at least once, each under an id that never changes; whoever goes on after an id misses none.
+Long results are read in pages by key, so that no transaction stays open and an interrupted export can be resumed. Events
+are delivered at least once, each under an id that never changes; resuming after an id misses no event.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from keyproxy.store.postgres.times import FIRST_DAY, day_text
 
 _log = logging.getLogger(__name__)
 
-#: What sums can be grouped by, in the order in which they are told.
+#: What sums can be grouped by, in output order.
 DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route")
 MEASURES: Final = ("requests", "refusals", "tokens_in", "tokens_out", "tokens_estimated")
 
@@ -33,21 +33,21 @@ _HORIZON_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 
-#: An event as keyproxy.usage_event_batches holds it: what is alike in many of them stands in the third place. The policy
-#: is there only if a limit refused the request.
+#: The fields of the third element of an event in keyproxy.usage_event_batches: those that many events share. The policy
+#: is present only if a limit refused the request.
 _ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code", "policy")
 
 
 class NoSuchEventError(Invalid):
-    """The event to go on after is not there: never was, or is kept no more."""
+    """The event to resume after does not exist, or is no longer retained."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageFilter:
-    """What to read: all that is given has to hold.
+    """What to read. All given conditions apply.
 
-    `since` and `until`: aware times; the first is included, the second is not. Sums are by whole days: those that hold
-    any of that time.
+    `since` and `until`: aware times; the first is inclusive, the second exclusive. Sums cover whole days: every day that
+    overlaps that time.
     """
 
     tenant: str | None = None
@@ -58,34 +58,34 @@ class UsageFilter:
 
     @property
     def first_day(self) -> date | None:
-        """The first day that counts."""
+        """The first day that is included."""
         return None if self.since is None else self.since.astimezone(UTC).date()
 
     @property
     def end_day(self) -> date | None:
-        """The first day that does not count any more."""
+        """The day after the last one that is included."""
         if self.until is None:
             return None
         until = self.until.astimezone(UTC)
         is_whole = until.time() == time.min
-        # The first and the last day of the calendar have none before and none after them.
+        # date.max has no following day.
         return until.date() if is_whole or until.date() == date.max else until.date() + timedelta(days=1)
 
 
 class UsageReader:
-    """See the module. All methods raise StoreUnavailable."""
+    """Read sums and events. All methods raise StoreUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]:
-        """What was used, summed by some of DIMENSIONS and in their order; at most `limit` rows."""
+        """Usage grouped by some of DIMENSIONS, in their order; at most `limit` rows."""
         rows = await self._database.fetch("usage_by", list(by), *_filters(wanted), limit)
         kept = [name for name in DIMENSIONS if name in by]
         return [_sum(row, kept) for row in rows]
 
     async def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]:
-        """Every row, day by day."""
+        """All rows, in the order of days."""
         after: tuple[object, ...] = (FIRST_DAY, "", "", "", False, "")
         while rows := await self._database.fetch("usage_after", *after, *_filters(wanted), _ROWS):
             for row in rows:
@@ -94,13 +94,13 @@ class UsageReader:
             after = (last["day"], last["tenant"], last["user"], last["key"], last["mode"] == "test", last["route"])
 
     async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
-        """Every event that was written by now, in the order of writing; those after the one with the id `after`.
+        """All events that have been written by now, in the order of writing; only those after the id `after`, if given.
 
         Raises NoSuchEventError.
         """
         serial, skipped = (0, 0) if after is None else await self._place(after)
         horizon = await self._horizon()
-        # Written on the day it ended or later; a day for clocks that do not agree.
+        # Events are written on the day of their end or later; one day of tolerance for clock differences.
         first = wanted.first_day or date.min
         first -= timedelta(days=first > date.min)
         start = serial - 1 if skipped else serial
@@ -114,20 +114,22 @@ class UsageReader:
             start = rows[-1]["serial"]
 
     async def _place(self, event_id: str) -> tuple[int, int]:
-        """(serial of its batch, its place there)."""
+        """The serial of the event's batch, and its place in that batch."""
         match = _EVENT_ID.fullmatch(event_id)
         rows = await self._database.fetch("event_batch_serial", match[1], int(match[2])) if match else []
         if match is None or not rows:
-            raise NoSuchEventError(f"there is no event {event_id!r}, or it is kept no more")
+            raise NoSuchEventError(f"there is no event {event_id!r}, or it is no longer retained")
         return rows[0]["serial"], int(match[3])
 
     async def _horizon(self) -> int:
-        """The serial up to which all is there that ever will be: numbers are taken before transactions commit."""
+        """The serial up to which batches are complete: serials are assigned before transactions commit."""
         row = (await self._database.fetch("event_horizon"))[0]
         deadline = asyncio.get_running_loop().time() + _HORIZON_SECONDS
         while not (await self._database.fetch("have_all_ended", row["not_begun"]))[0]["have_ended"]:
             if asyncio.get_running_loop().time() > deadline:
-                raise StoreUnavailable("a transaction that may have written events is still under way: try again later")
+                raise StoreUnavailable(
+                    "timeout: a transaction that may have written events is still open; try again later"
+                )
             await asyncio.sleep(_LOOK_SECONDS)
         newest: int = row["newest"]
         return newest
@@ -151,9 +153,9 @@ def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
     for place, told in enumerate(events if isinstance(events, list) else [], start=1):
         try:
             event = _event(f"{batch}:{place}", told)
-            orjson.dumps(event)  # fails for half of a surrogate pair, which no response can hold
+            orjson.dumps(event)  # fails for half of a surrogate pair, which no JSON response can contain
         except (ValueError, TypeError, ArithmeticError, OSError) as error:
-            _log.warning("the usage event %s:%d cannot be read and is skipped: %s", batch, place, error)
+            _log.warning("skipping invalid usage event %s:%d: %s", batch, place, error)
         else:
             yield place, event
 

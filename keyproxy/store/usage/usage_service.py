@@ -1,6 +1,6 @@
-"""Usage, how limits stand, and what would become of a request: what is looked up of traffic.
+"""Queries about traffic: usage, the state of limits, and the decision on a hypothetical request.
 
-`admin.client_usage.UsageClient` is the same, asked of a running admin API. One suite of tests runs on both.
+`admin.client_usage.UsageClient` has the same interface over a running admin API. One test suite runs on both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 
 
 class UsageOperations(Protocol):
-    """As the methods of UsageService, which say what they mean. All raise DirectoryError or StoreUnavailable."""
+    """The interface of UsageService, which documents the methods. All raise DirectoryError or StoreUnavailable."""
 
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]: ...
     def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]: ...
@@ -27,7 +27,7 @@ class UsageOperations(Protocol):
 
 
 class UsageService(UsageReader):
-    """See the module. All methods raise DirectoryError or StoreUnavailable."""
+    """Query the database. All methods raise DirectoryError or StoreUnavailable."""
 
     def __init__(self, database: Database, configured: Settings, now: Callable[[], Moment]) -> None:
         super().__init__(database)
@@ -35,11 +35,11 @@ class UsageService(UsageReader):
         self._now = now
 
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]:
-        """How the limits of a user and of its tenant stand."""
+        """The current state of the limits of a user and of its tenant."""
         return await windows_of_user(self._database, user_id, self._configured, is_test=is_test, now=self._now)
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
-        """What would become of a request with this key, and how each limit stands. Nothing is charged or sent."""
+        """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
         identity, told = await explain_key(self._database, key_id, question, self._configured, now=self._now)
         refusal, errors = told.refusal, self._configured.errors
         content: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Plans, who is disabled, versions, desks bound to one tenant, the audit log as it is read."""
+"""Plans, disabling, versions, directories bound to one tenant, and reading the audit log."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def directory(database: Database) -> Directory:
 # -- plans
 
 
-async def test_a_plan_is_what_was_said_last_all_of_it(directory: Directory) -> None:
+async def test_setting_a_plan_replaces_all_its_limits(directory: Directory) -> None:
     made = await directory.set_plan("big", {"rate": 50, "burst": 100})
     assert (made["id"], made["limits"], made["created"]) == ("big", {"rate": 50.0, "burst": 100}, True)
     again = await directory.set_plan("big", {"tokens_per_day": 7})
@@ -59,17 +59,17 @@ async def test_a_plan_is_what_was_said_last_all_of_it(directory: Directory) -> N
     ("limits", "sentence"),
     [({"rat": 1}, "there is no such limit"), ({"burst": 1}, "nothing without a rate"), ([], "an object")],
 )
-async def test_limits_that_mean_nothing_are_refused(directory: Directory, limits: object, sentence: str) -> None:
+async def test_invalid_limits_are_refused(directory: Directory, limits: object, sentence: str) -> None:
     with pytest.raises(Invalid, match=sentence):
         await directory.set_plan("basic", limits)
     assert (await directory.plan("basic"))["limits"] == {"requests_per_day": 5}
 
 
-async def test_a_plan_that_somebody_has_is_not_deleted_and_it_is_said_who(directory: Directory) -> None:
+async def test_assigned_plan_cannot_be_deleted_and_the_error_counts_its_owners(directory: Directory) -> None:
     await directory.change_tenant("acme", {"plan": "basic", "test_plan": "basic"})
     await directory.change_user("u_42", {"test_plan": "basic"})
     key = await directory.issue_key("u_42", KeyWish(plan="basic"))
-    with pytest.raises(Conflict, match="plan 'basic' is given to 1 tenant and 1 user and 1 key"):
+    with pytest.raises(Conflict, match="plan 'basic' is assigned to 1 tenant and 1 user and 1 key"):
         await directory.delete_plan("basic")
     await directory.change_tenant("acme", {"plan": None, "test_plan": None})
     await directory.change_user("u_42", {"test_plan": None})
@@ -77,7 +77,7 @@ async def test_a_plan_that_somebody_has_is_not_deleted_and_it_is_said_who(direct
     await directory.delete_plan("basic")
 
 
-async def test_a_plan_is_given_and_taken_and_what_is_not_named_stays(directory: Directory) -> None:
+async def test_plan_is_assigned_and_removed_and_other_fields_stay(directory: Directory) -> None:
     await directory.change_tenant("acme", {"plan": "basic"})
     tenant = await directory.change_tenant("acme", {"name": "Other"})
     assert (tenant["plan"], tenant["test_plan"], tenant["name"]) == ("basic", None, "Other")
@@ -88,7 +88,7 @@ async def test_a_plan_is_given_and_taken_and_what_is_not_named_stays(directory: 
     assert (await directory.change_key(key["id"], {"plan": None}))["name"] == "n"
 
 
-async def test_a_plan_that_is_not_there_can_be_given_to_nobody(directory: Directory) -> None:
+async def test_unknown_plan_cannot_be_assigned(directory: Directory) -> None:
     key = await directory.issue_key("u_42", KeyWish())
     for asked in (
         directory.change_tenant("acme", {"plan": "gold"}), directory.change_user("u_42", {"test_plan": "gold"}),
@@ -102,7 +102,7 @@ async def test_a_plan_that_is_not_there_can_be_given_to_nobody(directory: Direct
     assert len(await directory.users("", 9, None)) == 1
 
 
-async def test_what_is_created_with_a_plan_has_it(directory: Directory) -> None:
+async def test_entity_that_is_created_with_a_plan_has_it(directory: Directory) -> None:
     assert (await directory.create_tenant("other", "", "basic"))["plan"] == "basic"
     user = await directory.create_user("u_1", "acme", KeyWish(), plan="basic")
     assert (user["plan"], user["key"]["plan"]) == ("basic", None)
@@ -113,7 +113,7 @@ async def test_what_is_created_with_a_plan_has_it(directory: Directory) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tenant", "user"])
-async def test_who_is_disabled_stays_disabled_since_the_first_time_until_enabled(rig: Rig, kind: str) -> None:
+async def test_disabled_at_is_the_first_time_until_enabled_again(rig: Rig, kind: str) -> None:
     directory = Directory(rig.door, FORMAT, ANN)
     await directory.create_tenant("acme", "")
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
@@ -129,7 +129,7 @@ async def test_who_is_disabled_stays_disabled_since_the_first_time_until_enabled
 
 
 @pytest.mark.parametrize("changes", [{"id": "x"}, {"name": "x", "created_at": "2020-01-01"}])
-async def test_what_cannot_be_changed_is_said(directory: Directory, changes: dict[str, object]) -> None:
+async def test_error_names_the_field_that_cannot_be_changed(directory: Directory, changes: dict[str, object]) -> None:
     with pytest.raises(Invalid, match="of a tenant cannot be changed; disabled, name, plan, test_plan can"):
         await directory.change_tenant("acme", changes)
 
@@ -137,9 +137,7 @@ async def test_what_cannot_be_changed_is_said(directory: Directory, changes: dic
 # -- versions
 
 
-async def test_a_change_that_rests_on_an_older_version_is_refused_and_changes_nothing(
-    directory: Directory, sql: Sql
-) -> None:
+async def test_change_based_on_an_older_version_is_refused_and_changes_nothing(directory: Directory, sql: Sql) -> None:
     tenant, user = await directory.tenant("acme"), await directory.user("u_42")
     key, plan = await directory.issue_key("u_42", KeyWish()), await directory.plan("basic")
     versions = {kind: etag(thing) for kind, thing in
@@ -166,7 +164,7 @@ async def test_a_change_that_rests_on_an_older_version_is_refused_and_changes_no
     assert await audit_rows(sql) == before
 
 
-async def test_of_two_changes_of_one_version_at_once_one_is_made(directory: Directory) -> None:
+async def test_of_two_concurrent_changes_of_one_version_one_succeeds(directory: Directory) -> None:
     version = etag(await directory.tenant("acme"))
     told = await asyncio.gather(
         *(directory.change_tenant("acme", {"name": f"n_{number}"}, if_match=version) for number in range(8)),
@@ -175,24 +173,24 @@ async def test_of_two_changes_of_one_version_at_once_one_is_made(directory: Dire
     assert sum(isinstance(one, Outdated) for one in told) == 7
 
 
-async def test_use_does_not_make_another_version_of_a_key(directory: Directory, sql: Sql) -> None:
+async def test_use_does_not_change_the_version_of_a_key(directory: Directory, sql: Sql) -> None:
     key = await directory.issue_key("u_42", KeyWish())
     await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now()")
     assert etag(await directory.key(key["id"])) == etag(key)
 
 
-# -- one tenant's desk
+# -- directories bound to one tenant
 
 
 @pytest.fixture
 async def bound(database: Database, directory: Directory) -> Directory:
-    """A desk of tenant acme, in a directory with another tenant beside it."""
+    """A directory bound to tenant acme, in a store with another tenant."""
     await directory.create_tenant("other", "")
     await directory.create_user("u_other", "other", KeyWish())
     return Directory(database, FORMAT, ANN, tenant_id="acme")
 
 
-async def test_a_tenants_desk_sees_and_touches_its_tenant_alone(
+async def test_bound_directory_sees_and_changes_only_its_tenant(
     directory: Directory, bound: Directory, sql: Sql
 ) -> None:
     (theirs,) = await directory.keys("", 9, KeyFilter(tenant="other"))
@@ -227,7 +225,7 @@ async def test_a_tenants_desk_sees_and_touches_its_tenant_alone(
     assert (await bound.audit(None, 99, AuditFilter(tenant="other"))).items == []
 
 
-async def test_a_tenants_desk_revokes_no_key_of_others_in_bulk(directory: Directory, bound: Directory) -> None:
+async def test_bound_directory_revokes_no_key_of_other_tenants_in_bulk(directory: Directory, bound: Directory) -> None:
     mine = await bound.issue_key("u_42", KeyWish())
     wanted = Revocation(unused_for=timedelta())
     assert await bound.count_to_revoke(wanted) == 1
@@ -235,7 +233,7 @@ async def test_a_tenants_desk_revokes_no_key_of_others_in_bulk(directory: Direct
     assert (await directory.keys("", 9, KeyFilter(tenant="other")))[0]["state"] == "active"
 
 
-async def test_a_tenants_desk_does_everything_within_its_tenant(bound: Directory) -> None:
+async def test_bound_directory_can_do_everything_within_its_tenant(bound: Directory) -> None:
     made = await bound.create_user("u_1", "acme", KeyWish())
     key = await bound.rotate_key(made["key"]["id"], grace=timedelta(hours=1), expires_in=None)
     assert (await bound.revoke_key(key["id"], "x"))["state"] == "revoked"
@@ -271,22 +269,22 @@ async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
 
 
 @pytest.mark.parametrize("cursor", ["x", "-1", "1.5", "9" * 30, ""])
-async def test_a_cursor_that_is_none_is_refused(directory: Directory, cursor: str) -> None:
+async def test_invalid_cursor_is_refused(directory: Directory, cursor: str) -> None:
     for asked in (directory.audit(cursor, 1), directory.keys_by_time("used", cursor, 1)):
-        with pytest.raises(DirectoryError, match="no cursor"):
+        with pytest.raises(DirectoryError, match="invalid cursor"):
             await asked
 
 
-async def test_an_export_of_the_audit_log_waits_for_what_is_being_written_and_misses_nothing(
+async def test_export_of_the_audit_log_waits_for_open_transactions_and_misses_nothing(
     directory: Directory, dsn: str, sql: Sql
 ) -> None:
     late: Sql = await asyncpg.connect(dsn)
     transaction = late.transaction()
     await transaction.start()
-    # It has its serial number already, and is not to be seen yet.
+    # It has its serial number already, but is not visible yet.
     await late.execute("INSERT INTO keyproxy.tenants (id) VALUES ('late')")
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('early')")
-    with pytest.raises(Conflict, match="still under way"):
+    with pytest.raises(Conflict, match="still open"):
         await directory.audit_horizon(seconds=0.0)
     horizon = asyncio.create_task(directory.audit_horizon())
     await transaction.commit()

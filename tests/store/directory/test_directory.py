@@ -1,4 +1,4 @@
-"""What people change: once, as a whole, by somebody, and without a secret anywhere but in the answer."""
+"""Changes are idempotent, atomic and attributed to an actor; secrets appear only in the return value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def count(sql: Sql, table: str) -> int:
 # -- provisioning is idempotent
 
 
-async def test_a_tenant_that_is_created_again_is_found_as_it_was(directory: Directory, sql: Sql) -> None:
+async def test_creating_a_tenant_again_returns_it_unchanged(directory: Directory, sql: Sql) -> None:
     again = await directory.create_tenant("acme", "Another name")
     assert (again["created"], again["name"], again["users"]) == (False, "Acme Inc.", 0)
     fresh = await directory.create_tenant("other", "")
@@ -48,9 +48,7 @@ async def test_a_tenant_that_is_created_again_is_found_as_it_was(directory: Dire
     assert await count(sql, "tenants") == 2
 
 
-async def test_a_new_user_has_its_first_key_and_one_created_again_gets_no_second_one(
-    directory: Directory, sql: Sql
-) -> None:
+async def test_new_user_gets_a_first_key_and_creating_it_again_adds_none(directory: Directory, sql: Sql) -> None:
     made = await directory.create_user("u_42", "acme", KeyWish(scopes=("jobs:write",)))
     assert (made["created"], made["id"], made["tenant"]) == (True, "u_42", "acme")
     assert made["key"]["secret"].startswith("kp_live_")
@@ -60,13 +58,13 @@ async def test_a_new_user_has_its_first_key_and_one_created_again_gets_no_second
     assert await count(sql, "api_keys") == 1
 
 
-async def test_a_user_can_be_made_without_a_key(directory: Directory, sql: Sql) -> None:
+async def test_user_can_be_created_without_a_key(directory: Directory, sql: Sql) -> None:
     made = await directory.create_user("u_42", "acme", None)
     assert (made["created"], made["key"]) == (True, None)
     assert await count(sql, "api_keys") == 0
 
 
-async def test_of_fifty_who_create_the_same_user_at_once_one_gets_a_key(directory: Directory, sql: Sql) -> None:
+async def test_of_fifty_concurrent_creations_of_a_user_one_gets_a_key(directory: Directory, sql: Sql) -> None:
     told = await asyncio.gather(*(directory.create_user("u_42", "acme", KeyWish()) for _ in range(50)))
     assert sum(one["created"] for one in told) == 1
     assert sum(one["key"] is not None for one in told) == 1
@@ -76,13 +74,13 @@ async def test_of_fifty_who_create_the_same_user_at_once_one_gets_a_key(director
     assert await sql.fetchval("SELECT digest FROM keyproxy.api_keys") == hashlib.sha256(secret.encode()).digest()
 
 
-async def test_of_many_who_create_the_same_tenant_at_once_all_find_it(directory: Directory, sql: Sql) -> None:
+async def test_concurrent_creations_of_a_tenant_all_return_it(directory: Directory, sql: Sql) -> None:
     told = await asyncio.gather(*(directory.create_tenant("new", str(number)) for number in range(30)))
     assert sum(one["created"] for one in told) == 1
     assert len({one["name"] for one in told}) == 1
 
 
-async def test_of_many_who_create_a_user_under_two_tenants_at_once_one_side_is_told(
+async def test_concurrent_creations_of_a_user_under_two_tenants_conflict_for_one_tenant(
     directory: Directory, sql: Sql
 ) -> None:
     await directory.create_tenant("other", "")
@@ -97,7 +95,7 @@ async def test_of_many_who_create_a_user_under_two_tenants_at_once_one_side_is_t
 # -- what is refused
 
 
-async def test_a_user_of_another_tenant_is_refused_and_named(directory: Directory, sql: Sql) -> None:
+async def test_user_of_another_tenant_is_refused_and_named(directory: Directory, sql: Sql) -> None:
     await directory.create_tenant("other", "")
     await directory.create_user("u_42", "acme", KeyWish())
     for tenant in ("other", "nobody"):
@@ -106,13 +104,13 @@ async def test_a_user_of_another_tenant_is_refused_and_named(directory: Director
     assert await count(sql, "api_keys") == 1
 
 
-async def test_a_user_needs_a_tenant_that_exists(directory: Directory, sql: Sql) -> None:
+async def test_user_needs_an_existing_tenant(directory: Directory, sql: Sql) -> None:
     with pytest.raises(DirectoryError, match="no tenant 'nobody'"):
         await directory.create_user("u_42", "nobody", KeyWish())
     assert (await count(sql, "users"), await count(sql, "api_keys")) == (0, 0)
 
 
-async def test_what_does_not_exist_is_said_not_to_exist(directory: Directory) -> None:
+async def test_unknown_entities_are_not_found(directory: Directory) -> None:
     for asked in (
         directory.tenant("x"), directory.user("x"), directory.key("x"), directory.delete_tenant("x"),
         directory.delete_user("x"), directory.delete_key("x"), directory.revoke_key("x", ""),
@@ -136,7 +134,7 @@ async def test_what_does_not_exist_is_said_not_to_exist(directory: Directory) ->
         ("u_42", KeyWish(scopes=tuple(f"s{number}" for number in range(65)))),
     ],
 )
-async def test_a_user_and_its_first_key_are_made_together_or_not_at_all(
+async def test_user_and_first_key_are_created_together_or_not_at_all(
     directory: Directory, sql: Sql, user: str, wish: KeyWish
 ) -> None:
     before = await audit_rows(sql)
@@ -149,7 +147,7 @@ async def test_a_user_and_its_first_key_are_made_together_or_not_at_all(
 # -- keys
 
 
-async def test_issued_keys_are_as_wished(directory: Directory) -> None:
+async def test_issued_keys_have_the_requested_properties(directory: Directory) -> None:
     await directory.create_user("u_42", "acme", None)
     wish = KeyWish(name="nightly", scopes=("a", "b"), is_test=True, expires_in=timedelta(days=90))
     key = await directory.issue_key("u_42", wish)
@@ -167,7 +165,7 @@ async def test_issued_keys_are_as_wished(directory: Directory) -> None:
     assert (await directory.issue_key("u_42", KeyWish()))["expires_at"] is None
 
 
-async def test_what_was_issued_works_and_what_was_revoked_does_not(rig: Rig) -> None:
+async def test_issued_key_works_and_revoked_key_does_not(rig: Rig) -> None:
     directory = Directory(rig.door, FORMAT, Actor("ann", "desk"))
     await directory.create_tenant("acme", "")
     made = await directory.create_user("u_42", "acme", KeyWish(scopes=("jobs:write",)))
@@ -190,11 +188,11 @@ class _Presented:
         self._plaintext = plaintext
 
     def digest(self) -> bytes:
-        """What the proxy makes of it."""
+        """The digest that the proxy looks up."""
         return hashlib.sha256(self._plaintext.encode()).digest()
 
 
-async def test_a_key_is_revoked_once_and_for_good(directory: Directory) -> None:
+async def test_key_is_revoked_once_and_permanently(directory: Directory) -> None:
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
     first = await directory.revoke_key(key["id"], "lost")
     assert (first["revoked_at"] is not None, first["revoke_reason"]) == (True, "lost")
@@ -202,13 +200,13 @@ async def test_a_key_is_revoked_once_and_for_good(directory: Directory) -> None:
     assert (again["revoked_at"], again["revoke_reason"]) == (first["revoked_at"], "lost")
 
 
-async def test_a_key_may_be_revoked_without_a_reason_and_gets_none_later(directory: Directory) -> None:
+async def test_key_can_be_revoked_without_a_reason_and_gets_none_later(directory: Directory) -> None:
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
     assert (await directory.revoke_key(key["id"], ""))["revoke_reason"] is None
     assert (await directory.revoke_key(key["id"], "later"))["revoke_reason"] is None
 
 
-async def test_deleting_takes_what_belongs_to_it(directory: Directory, sql: Sql) -> None:
+async def test_deleting_cascades_to_users_and_keys(directory: Directory, sql: Sql) -> None:
     key = (await directory.create_user("u_1", "acme", KeyWish()))["key"]
     await directory.create_user("u_2", "acme", KeyWish())
     assert await directory.delete_key(key["id"]) == {"id": key["id"], "deleted": True}
@@ -231,7 +229,7 @@ def time_zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("time_zone")
 @pytest.mark.parametrize("time_zone", ["UTC", "America/New_York", "Asia/Tokyo"], indirect=True)
 @pytest.mark.parametrize("expires", ["infinity", "-infinity"])
-async def test_a_key_to_which_another_client_gave_no_finite_expiry_can_be_shown(
+async def test_key_with_an_infinite_expiry_from_another_client_can_be_shown(
     directory: Directory, sql: Sql, expires: str
 ) -> None:
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
@@ -243,7 +241,7 @@ async def test_a_key_to_which_another_client_gave_no_finite_expiry_can_be_shown(
 # -- lists
 
 
-async def test_lists_come_in_pages_in_the_order_of_ids(directory: Directory) -> None:
+async def test_lists_are_paged_in_the_order_of_ids(directory: Directory) -> None:
     for number in range(5):
         await directory.create_tenant(f"t_{number}", "")
         await directory.create_user(f"u_{number}", f"t_{number % 2}", KeyWish())
@@ -260,22 +258,22 @@ async def test_lists_come_in_pages_in_the_order_of_ids(directory: Directory) -> 
     assert await directory.keys("", 10, KeyFilter(user="u_4", tenant="t_1")) == []
 
 
-# -- who did it
+# -- the actor
 
 
-async def test_who_acts_is_in_the_audit_log_of_everything_done(directory: Directory, sql: Sql) -> None:
+async def test_actor_is_in_the_audit_log_of_every_change(directory: Directory, sql: Sql) -> None:
     key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
     await directory.issue_key("u_42", KeyWish())
     await directory.revoke_key(key["id"], "lost")
     await directory.delete_tenant("acme")
     rows = await sql.fetch("SELECT DISTINCT actor, origin FROM keyproxy.audit_log")
     assert [tuple(row) for row in rows] == [("ann", "desk")]
-    # Said for one transaction, and not for what the connection does next.
+    # Set for one transaction, not for the next one on the connection.
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('other')")
     assert await sql.fetchval("SELECT actor FROM keyproxy.audit_log ORDER BY id DESC LIMIT 1") == "sql:keyproxy"
 
 
-async def test_who_acts_does_not_stick_to_the_connection(dsn: str) -> None:
+async def test_actor_does_not_persist_on_the_connection(dsn: str) -> None:
     database = Database(dsn, pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()
     ann, ben = (Directory(database, FORMAT, Actor(name, name)) for name in ("ann", "ben"))
@@ -293,10 +291,10 @@ async def test_who_acts_does_not_stick_to_the_connection(dsn: str) -> None:
     assert [row["actor"] for row in actors] == ["ann", "sql:keyproxy", "ben"]
 
 
-# -- what is cut off
+# -- interrupted changes
 
 
-async def test_a_change_that_is_cancelled_in_the_middle_leaves_nothing_and_harms_nobody(dsn: str, sql: Sql) -> None:
+async def test_cancelled_change_leaves_nothing_and_does_not_affect_other_requests(dsn: str, sql: Sql) -> None:
     database = Database(dsn, pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()
     directory = Directory(database, FORMAT, Actor("ann", "desk"))
@@ -317,7 +315,7 @@ async def test_a_change_that_is_cancelled_in_the_middle_leaves_nothing_and_harms
     await database.close()
 
 
-async def test_a_change_whose_connection_is_lost_in_the_middle_leaves_nothing(dsn: str, relay: Relay, sql: Sql) -> None:
+async def test_change_whose_connection_is_lost_leaves_nothing(dsn: str, relay: Relay, sql: Sql) -> None:
     database = Database(relay.dsn, pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     directory = Directory(database, FORMAT, Actor("ann", "desk"))
@@ -360,7 +358,7 @@ async def test_a_secret_is_in_no_column_of_any_table(directory: Directory, sql: 
     await directory.revoke_key(issued["id"], "lost")
     await directory.delete_key(made["key"]["id"])
     text = await _everything(sql)
-    # What is looked for would be found: the hint and the digest are there.
+    # The search works: it finds the hint and the digest.
     assert issued["hint"] in text
     assert hashlib.sha256(secrets[1].encode()).hexdigest() in text
     for secret in secrets:
@@ -368,7 +366,7 @@ async def test_a_secret_is_in_no_column_of_any_table(directory: Directory, sql: 
             assert part not in text
 
 
-async def test_a_secret_is_told_once(directory: Directory) -> None:
+async def test_secret_is_returned_once(directory: Directory) -> None:
     made = await directory.create_user("u_42", "acme", KeyWish())
     secret = made["key"]["secret"]
     shown = [
@@ -383,10 +381,10 @@ async def test_a_secret_is_told_once(directory: Directory) -> None:
     assert '"secret"' not in text
 
 
-async def test_an_error_holds_no_secret(directory: Directory) -> None:
+async def test_error_contains_no_secret(directory: Directory) -> None:
     await directory.create_user("u_42", "acme", None)
     with pytest.raises(Invalid, match="a scope is one word") as caught:
         await directory.issue_key("u_42", KeyWish(scopes=("*",)))
-    # PostgreSQL tells the failing row, with the digest; the hint is all that may be seen of the key.
+    # PostgreSQL reports the failing row, with the digest; only the hint of the key may be visible.
     assert "kp_live_" not in str(caught.value)
     assert "\\x" not in str(caught.value)

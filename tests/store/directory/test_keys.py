@@ -1,4 +1,4 @@
-"""Keys through their life: rotated, retired, revoked, reported, listed, many at once."""
+"""The life of keys: rotation, retirement, revocation, leak reports, lists, and bulk operations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def directory(database: Database) -> Directory:
 
 
 async def _aged(sql: Sql, key_id: str, **ages: timedelta | None) -> None:
-    """Say that a key's times lie so far back."""
+    """Move a key's times into the past."""
     for column, age in ages.items():
         await sql.execute(f"UPDATE keyproxy.api_keys SET {column} = now() - $2::interval WHERE id = $1", key_id, age)
 
@@ -53,7 +53,7 @@ def _seconds_until(text: str) -> float:
 # -- rotation
 
 
-async def test_a_rotated_key_is_followed_by_one_like_it_and_works_until_the_grace_ends(
+async def test_rotated_key_is_replaced_by_an_equal_one_and_works_until_the_grace_ends(
     directory: Directory, sql: Sql
 ) -> None:
     await directory.set_plan("basic", {})
@@ -78,18 +78,18 @@ async def test_a_rotated_key_is_followed_by_one_like_it_and_works_until_the_grac
     ("life", "grace", "left_seconds"),
     [(HOUR, DAY, 3600), (None, DAY, 86_400), (DAY, HOUR, 3600), (DAY, timedelta(), 0)],
 )
-async def test_the_old_key_never_lives_longer_for_being_rotated(
+async def test_rotation_never_extends_the_lifetime_of_the_old_key(
     directory: Directory, life: timedelta | None, grace: timedelta, left_seconds: float
 ) -> None:
     old = await directory.issue_key("u_42", KeyWish(expires_in=life))
     new = await directory.rotate_key(old["id"], grace=grace, expires_in=90 * DAY)
     assert abs(_seconds_until(new["old_expires_at"]) - left_seconds) < 60
-    # What never expires is followed by what never expires.
+    # A key that never expires is replaced by one that never expires.
     assert (new["expires_at"] is None) is (life is None)
     assert ((await directory.key(old["id"]))["state"] == "expired") is (left_seconds == 0)
 
 
-async def test_a_key_that_does_not_work_is_not_rotated(directory: Directory, sql: Sql) -> None:
+async def test_key_that_does_not_work_cannot_be_rotated(directory: Directory, sql: Sql) -> None:
     revoked, expired = [await directory.issue_key("u_42", KeyWish()) for _ in range(2)]
     await directory.revoke_key(revoked["id"], "")
     await _aged(sql, expired["id"], expires_at=timedelta())
@@ -104,7 +104,7 @@ async def test_a_key_that_does_not_work_is_not_rotated(directory: Directory, sql
     assert await audit_rows(sql) == before
 
 
-async def test_of_many_who_rotate_a_key_at_once_one_gets_the_new_one(directory: Directory, sql: Sql) -> None:
+async def test_of_concurrent_rotations_of_a_key_one_succeeds(directory: Directory, sql: Sql) -> None:
     old = await directory.issue_key("u_42", KeyWish())
     told = await asyncio.gather(
         *(directory.rotate_key(old["id"], grace=DAY, expires_in=None) for _ in range(12)), return_exceptions=True
@@ -128,7 +128,7 @@ async def test_a_key_whose_successor_was_lost_and_revoked_can_be_rotated_again(d
     assert again["replaces"] == new["id"]
 
 
-async def test_a_rotation_is_made_whole_or_not_at_all(dsn: str, directory: Directory, sql: Sql) -> None:
+async def test_rotation_is_atomic(dsn: str, directory: Directory, sql: Sql) -> None:
     old = await directory.issue_key("u_42", KeyWish())
     before = await directory.key(old["id"]), await audit_rows(sql)
     other: Sql = await asyncpg.connect(dsn)
@@ -144,7 +144,7 @@ async def test_a_rotation_is_made_whole_or_not_at_all(dsn: str, directory: Direc
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 1
 
 
-async def test_who_rotates_keys_and_who_deletes_their_user_at_once_do_not_block_each_other(
+async def test_rotating_keys_and_deleting_their_user_concurrently_does_not_deadlock(
     directory: Directory, sql: Sql
 ) -> None:
     for number in range(5):
@@ -152,30 +152,30 @@ async def test_who_rotates_keys_and_who_deletes_their_user_at_once_do_not_block_
         keys = [await directory.issue_key(f"u_{number}", KeyWish()) for _ in range(4)]
         rotating = [directory.rotate_key(key["id"], grace=DAY, expires_in=None) for key in keys]
         told = await asyncio.gather(*rotating, directory.delete_user(f"u_{number}"), return_exceptions=True)
-        # A deadlock would be told as a store that cannot be asked.
+        # A deadlock would be raised as StoreUnavailable.
         assert [one for one in told if isinstance(one, Exception) and not isinstance(one, NotFound)] == []
         assert told[-1] == {"id": f"u_{number}", "deleted": True}
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 0
 
 
-# -- lives
+# -- lifetimes
 
 
 @pytest.mark.parametrize("life", [timedelta(), -DAY, timedelta(days=40_000)])
-async def test_a_life_that_cannot_be_is_refused(directory: Directory, life: timedelta) -> None:
+async def test_invalid_lifetime_is_refused(directory: Directory, life: timedelta) -> None:
     for asked in (
         directory.issue_key("u_42", KeyWish(expires_in=life)),
         directory.create_user("u_1", "acme", KeyWish(expires_in=life)),
         directory.issue_keys([("u_42", KeyWish(expires_in=life))]),
     ):
-        with pytest.raises(Invalid, match="a key lives"):
+        with pytest.raises(Invalid, match="the lifetime of a key"):
             await asked
 
 
 # -- a leak
 
 
-async def test_a_leaked_key_is_revoked_by_its_digest_and_it_is_said_whose_it_was(directory: Directory) -> None:
+async def test_leaked_key_is_revoked_by_its_digest_and_its_owner_is_returned(directory: Directory) -> None:
     key = await directory.issue_key("u_42", KeyWish())
     digest = hashlib.sha256(key["secret"].encode()).digest()
     told = await directory.report_leaked(digest, "on a public page")
@@ -231,7 +231,7 @@ async def five(directory: Directory, sql: Sql) -> dict[str, dict[str, Any]]:
         (KeyFilter(expires_within=7 * DAY, state="active"), {"test"}),
     ],
 )
-async def test_keys_are_listed_by_what_holds_for_them(directory: Directory, wanted: KeyFilter, names: set[str]) -> None:
+async def test_keys_are_filtered_by_their_properties(directory: Directory, wanted: KeyFilter, names: set[str]) -> None:
     assert {key["name"] for key in await directory.keys("", 9, wanted)} == names
     for order in ("created", "used", "expires"):
         assert {key["name"] for key in (await directory.keys_by_time(order, None, 9, wanted)).items} == names
@@ -265,17 +265,17 @@ async def test_keys_are_listed_by_age_last_use_and_expiry_in_pages(
     assert found == []
 
 
-async def test_an_order_or_a_state_that_there_is_not_is_refused(directory: Directory) -> None:
-    with pytest.raises(Invalid, match="no order"):
+async def test_unknown_order_or_state_is_refused(directory: Directory) -> None:
+    with pytest.raises(Invalid, match="unknown order of keys"):
         await directory.keys_by_time("size", None, 1)
-    with pytest.raises(Invalid, match="no state"):
+    with pytest.raises(Invalid, match="unknown key state"):
         KeyFilter(state="lost")
 
 
-# -- many at once
+# -- bulk operations
 
 
-async def test_bulk_revocation_reaches_exactly_the_keys_that_were_meant(directory: Directory, sql: Sql) -> None:
+async def test_bulk_revocation_revokes_exactly_the_selected_keys(directory: Directory, sql: Sql) -> None:
     await directory.create_tenant("other", "")
     await directory.create_user("u_other", "other", None)
     keys = {}
@@ -296,15 +296,15 @@ async def test_bulk_revocation_reaches_exactly_the_keys_that_were_meant(director
     assert reasons == {"a": "bulk", "b": "before", "old": "bulk", "theirs": "bulk"}
 
 
-async def test_bulk_revocation_says_which_keys_or_is_refused(directory: Directory) -> None:
-    with pytest.raises(Invalid, match="say which keys"):
+async def test_bulk_revocation_without_a_selection_is_refused(directory: Directory) -> None:
+    with pytest.raises(Invalid, match="select the keys to revoke"):
         Revocation()
     for wanted in (Revocation(user="nobody"), Revocation(tenant="nobody")):
         with pytest.raises(NotFound):
             await anext(directory.revoke_keys(wanted, ""))
 
 
-async def test_bulk_revocation_that_was_interrupted_goes_on_where_it_was(directory: Directory, sql: Sql) -> None:
+async def test_interrupted_bulk_revocation_can_be_resumed(directory: Directory, sql: Sql) -> None:
     await directory.issue_keys([("u_42", KeyWish(str(number))) for number in range(25)])
     wanted = Revocation(user="u_42")
     revoking = directory.revoke_keys(wanted, "first", batch=10)
@@ -316,7 +316,7 @@ async def test_bulk_revocation_that_was_interrupted_goes_on_where_it_was(directo
     assert [tuple(row) for row in counts] == [("first", 10), ("second", 15)]
 
 
-async def test_keys_issued_in_bulk_are_as_wished_and_work(rig: Rig) -> None:
+async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: Rig) -> None:
     directory = Directory(rig.door, FORMAT, Actor("ann", "desk"))
     await directory.create_tenant("acme", "")
     await directory.create_user("u_42", "acme", None)
@@ -347,11 +347,11 @@ class _Presented:
         self._plaintext = plaintext
 
     def digest(self) -> bytes:
-        """What the proxy makes of it."""
+        """The digest that the proxy looks up."""
         return hashlib.sha256(self._plaintext.encode()).digest()
 
 
-async def test_bulk_issuing_that_is_run_again_issues_only_what_is_missing(directory: Directory, sql: Sql) -> None:
+async def test_repeated_bulk_issuing_issues_only_missing_keys(directory: Directory, sql: Sql) -> None:
     wishes = [("u_42", KeyWish(str(number))) for number in range(4)]
     first = await directory.issue_keys(wishes[:2])
     again = await directory.issue_keys(wishes + wishes[3:])
@@ -359,7 +359,7 @@ async def test_bulk_issuing_that_is_run_again_issues_only_what_is_missing(direct
     await directory.revoke_key(first[0]["id"], "")
     await _aged(sql, first[1]["id"], expires_at=HOUR)
     assert [one["created"] for one in await directory.issue_keys(wishes)] == [True, True, False, False]
-    # Of another mode it is another key.
+    # In another mode it is a different key.
     assert (await directory.issue_keys([("u_42", KeyWish("3", is_test=True))]))[0]["created"] is True
 
 
@@ -379,7 +379,7 @@ async def test_keys_whose_secrets_were_lost_are_reissued_if_they_were_never_used
     await sql.execute("UPDATE keyproxy.api_keys SET scopes = '{a,b}' WHERE id = $1", first["wider"]["id"])
     await directory.set_plan("gold", {})
     await directory.change_key(first["planned"]["id"], {"plan": "gold"})
-    # One of two that work was used: neither is touched, since the user has what was asked for.
+    # One of two working keys was used: neither is reissued, because the user has a usable one.
     beside = await directory.issue_key("u_42", KeyWish("beside", ("a",)))
     await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now() WHERE id = $1", beside["id"])
     again = {key["name"]: key for key in await directory.issue_keys(wishes, reissue_unseen=True)}
@@ -388,20 +388,18 @@ async def test_keys_whose_secrets_were_lost_are_reissued_if_they_were_never_used
     assert (await directory.key(first["lost"]["id"]))["state"] == "revoked"
     assert (await directory.key(again["lost"]["id"]))["state"] == "active"
     assert (await directory.key(first["beside"]["id"]))["state"] == "active"
-    # Without being asked to, nothing of it.
+    # Without `reissue_unseen`, nothing is reissued.
     assert [key["created"] for key in await directory.issue_keys(wishes)] == [False] * len(names)
 
 
-async def test_of_those_who_issue_the_same_keys_in_bulk_at_once_each_key_is_issued_once(
-    directory: Directory, sql: Sql
-) -> None:
+async def test_concurrent_bulk_issuing_issues_each_key_once(directory: Directory, sql: Sql) -> None:
     wishes = [("u_42", KeyWish(str(number))) for number in range(50)]
     told = await asyncio.gather(*(directory.issue_keys(wishes) for _ in range(4)))
     assert sum(one["created"] for part in told for one in part) == 50
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 50
 
 
-async def test_a_batch_with_a_user_who_is_not_there_issues_nothing(directory: Directory, sql: Sql) -> None:
+async def test_batch_with_an_unknown_user_issues_nothing(directory: Directory, sql: Sql) -> None:
     with pytest.raises(NotFound, match="there is no user 'nobody'"):
         await directory.issue_keys([("u_42", KeyWish()), ("nobody", KeyWish())])
     with pytest.raises(DirectoryError, match="a scope is one word"):

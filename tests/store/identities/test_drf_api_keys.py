@@ -261,8 +261,8 @@ async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: 
     assert report.imported == 1
     assert report.problems == [
         ("row 1", "there is no user 'nobody'"), ("row 2", "there is no user 'u_new' and no tenant 'nowhere'"),
-        ("row 3", "user 'u_7' belongs to another tenant than 'acme'"), ("row 4", "there is no plan 'gold'"),
-        ("row 5", "the key is there and belongs to user 'u_42'"), ("row 6", "another key has the id 'mine'"),
+        ("row 3", "user 'u_7' belongs to a tenant other than 'acme'"), ("row 4", "there is no plan 'gold'"),
+        ("row 5", "the key exists and belongs to user 'u_42'"), ("row 6", "another key has the id 'mine'"),
     ]  # fmt: skip
 
 
@@ -288,12 +288,12 @@ async def test_tenant_bound_directory_imports_only_for_its_own_users(rig: Rig, d
         ({"prefix": PREFIX, "hashed_key": sha512(KEY)[:-1]}, "neither sha512"),
         ({"prefix": PREFIX, "hashed_key": pbkdf2(KEY).replace("$1000$", "$9999999$")}, "neither sha512"),
         ({"prefix": PREFIX, "hashed_key": pbkdf2(KEY).replace("$1000$", "$0$")}, "neither sha512"),
-        ({"digest": "ab" * 32, "user": "two words"}, "no id of a user"),
-        ({"digest": "ab" * 32, "id": "two words"}, "no id of a key"),
-        ({"digest": "ab" * 32, "scopes": "jobs:*"}, "its scopes"),
-        ({"digest": "ab" * 32, "name": "x" * 201}, "its name"),
-        ({"digest": "ab" * 32, "expires_at": "soon"}, "no time"),
-        ({"digest": "ab" * 32, "revoked": "perhaps"}, "no time"),
+        ({"digest": "ab" * 32, "user": "two words"}, "invalid user id"),
+        ({"digest": "ab" * 32, "id": "two words"}, "invalid key id"),
+        ({"digest": "ab" * 32, "scopes": "jobs:*"}, "scopes must be"),
+        ({"digest": "ab" * 32, "name": "x" * 201}, "the name"),
+        ({"digest": "ab" * 32, "expires_at": "soon"}, "invalid ISO 8601 time"),
+        ({"digest": "ab" * 32, "revoked": "perhaps"}, "invalid ISO 8601 time"),
     ],
 )
 def test_invalid_row_is_rejected(row: dict[str, Any], sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Claims over a real PostgreSQL: of all attempts at a request one is charged, whoever tells of them and how often."""
+"""Claims over a real PostgreSQL: of all attempts at a request one is charged, however often they are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLAIM = "SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3, $4, $
 
 
 def claim(fingerprint: int, used: int = 0, paid: int | None = None) -> Claim:
-    """What became of a request, known by a number."""
+    """A finished request, identified by a number."""
     return Claim(fingerprint.to_bytes(32, "big"), used, paid, _NOTHING, 0.0)
 
 
@@ -43,10 +43,10 @@ def store(database: Database) -> PostgresClaims:
     return PostgresClaims(database)
 
 
-# -- what the store answers
+# -- responses of the store
 
 
-async def test_the_first_is_charged_and_who_comes_later_for_what_it_used_beyond_all_before(
+async def test_first_claim_is_charged_and_a_later_one_only_for_tokens_beyond_all_earlier_ones(
     store: PostgresClaims,
 ) -> None:
     told = [(12, Answer(True, 12)), (12, REPEAT), (20, Answer(False, 8)), (15, REPEAT), (21, Answer(False, 1))]
@@ -55,14 +55,14 @@ async def test_the_first_is_charged_and_who_comes_later_for_what_it_used_beyond_
     assert await store.charged([claim(1).fingerprint, claim(2).fingerprint]) == {claim(1).fingerprint: 21}
 
 
-async def test_attempts_at_one_request_in_one_batch_are_told_apart_in_their_order(store: PostgresClaims) -> None:
+async def test_attempts_at_one_request_in_one_batch_are_charged_in_their_order(store: PostgresClaims) -> None:
     batch = [claim(1, 5), claim(2, 7), claim(1, 9), claim(1, 8), claim(1, 10)]
     answers = [Answer(True, 5), Answer(True, 7), Answer(False, 4), REPEAT, Answer(False, 1)]
     assert await store.claim("p", 1, batch) == answers
     assert await store.claim("p", 2, batch) == [REPEAT] * 5
 
 
-async def test_a_batch_that_is_told_again_is_answered_as_it_was_whatever_came_between(store: PostgresClaims) -> None:
+async def test_repeated_batch_gets_the_same_response_whatever_happened_in_between(store: PostgresClaims) -> None:
     await store.claim("a", 1, [claim(1, 10)])
     told = await store.claim("b", 1, [claim(1, 12), claim(2, 3)])
     assert told == [Answer(False, 2), Answer(True, 3)]
@@ -71,13 +71,13 @@ async def test_a_batch_that_is_told_again_is_answered_as_it_was_whatever_came_be
     assert await store.claim("a", 3, [claim(1, 50)]) == [REPEAT]
 
 
-async def test_a_batch_is_not_heard_after_a_later_one(store: PostgresClaims) -> None:
+async def test_batch_is_rejected_after_a_later_one(store: PostgresClaims) -> None:
     await store.claim("a", 2, [claim(1)])
     assert await store.claim("a", 1, [claim(2)]) is None
     assert await store.charged([claim(2).fingerprint]) == {}
 
 
-async def test_a_request_is_another_one_after_24_hours(store: PostgresClaims, sql: Sql) -> None:
+async def test_fingerprint_is_charged_again_after_24_hours(store: PostgresClaims, sql: Sql) -> None:
     await store.claim("a", 1, [claim(1, 10)])
     await sql.execute(_AGE, timedelta(hours=23.9))
     assert await store.claim("a", 2, [claim(1, 11)]) == [Answer(False, 1)]
@@ -87,7 +87,7 @@ async def test_a_request_is_another_one_after_24_hours(store: PostgresClaims, sq
     assert await store.charged([claim(1).fingerprint]) == {claim(1).fingerprint: 4}
 
 
-async def test_who_was_let_in_because_it_was_paid_begins_no_other_24_hours(store: PostgresClaims, sql: Sql) -> None:
+async def test_repeat_that_was_admitted_as_paid_does_not_extend_the_24_hours(store: PostgresClaims, sql: Sql) -> None:
     await store.claim("a", 1, [claim(1, 10)])
     await sql.execute(_AGE, timedelta(hours=25))
     assert await store.claim("a", 2, [claim(1, 13, paid=10), claim(1, 9, paid=10)]) == [Answer(False, 3), REPEAT]
@@ -95,7 +95,7 @@ async def test_who_was_let_in_because_it_was_paid_begins_no_other_24_hours(store
     assert await store.claim("a", 3, [claim(1, 6)]) == [Answer(True, 6)]
 
 
-async def test_what_is_too_old_is_let_go_in_portions_and_nothing_else(store: PostgresClaims, sql: Sql) -> None:
+async def test_only_expired_charges_are_deleted_and_in_portions(store: PostgresClaims, sql: Sql) -> None:
     await store.claim("a", 1, [claim(number) for number in range(5)])
     await sql.execute(_AGE, timedelta(hours=25))
     await store.claim("b", 1, [claim(7)])
@@ -108,7 +108,7 @@ async def test_what_is_too_old_is_let_go_in_portions_and_nothing_else(store: Pos
     assert await sql.fetchval("SELECT array_agg(process) FROM keyproxy.claim_batches") == ["b"]
 
 
-async def test_two_who_claim_at_one_time_are_not_both_the_first(dsn: str, store: PostgresClaims, sql: Sql) -> None:
+async def test_of_two_concurrent_claims_only_one_is_the_first(dsn: str, store: PostgresClaims, sql: Sql) -> None:
     other: Sql = await asyncpg.connect(dsn)
     async with sql.transaction():
         held = await sql.fetchrow(_CLAIM, "a", 1, [claim(1).fingerprint], [5], [None])
@@ -120,7 +120,7 @@ async def test_two_who_claim_at_one_time_are_not_both_the_first(dsn: str, store:
     await other.close()
 
 
-async def test_many_who_claim_the_same_in_any_order_charge_each_once_and_do_not_hold_each_other_up(dsn: str) -> None:
+async def test_concurrent_batches_in_any_order_charge_each_fingerprint_once_without_deadlock(dsn: str) -> None:
     chance = random.Random(7)
     database = Database(dsn, pool_size_max=8, statement_timeout_seconds=10.0)
     await database.open()
@@ -142,7 +142,7 @@ async def test_many_who_claim_the_same_in_any_order_charge_each_once_and_do_not_
     assert charged == most
 
 
-async def test_it_answers_as_the_reference_does(store: PostgresClaims, sql: Sql) -> None:
+async def test_responses_match_the_reference(store: PostgresClaims, sql: Sql) -> None:
     chance = random.Random(11)
     wall = [0.0]
     reference = ReferenceClaims(lambda: 1e9 + wall[0])
@@ -167,7 +167,7 @@ async def test_it_answers_as_the_reference_does(store: PostgresClaims, sql: Sql)
 
 
 class LeaseTable:
-    """What claims are settled with: notes it."""
+    """A ledger that records how claims are settled."""
 
     def __init__(self) -> None:
         self.settled: list[tuple[Hold, int, bool]] = []
@@ -194,7 +194,7 @@ class Proxy:
         self.allowance = Allowance(((Pool("user", "u_42", False), Plan(requests_per_day=9, tokens_per_day=900)),))
 
     async def take(self, most: int = 50) -> Hold:
-        """As a request does it."""
+        """Take as a request does."""
         for _ in range(9):
             try:
                 return self.ledger.take(self.allowance, clock.now(), TokenNeed(1, most))
@@ -203,7 +203,7 @@ class Proxy:
         raise AssertionError("not decided")
 
     async def attempt(self, fingerprint: int, used: int) -> None:
-        """A request that ends."""
+        """Run one request to its end."""
         self.claims.add(await self.take(), claim(fingerprint).fingerprint, used, None)
 
     async def close(self) -> None:
@@ -225,7 +225,7 @@ async def charged(sql: Sql) -> dict[str, tuple[int, int]]:
     return {measure: (spent, held) for measure, spent, held in rows}
 
 
-async def test_a_request_that_goes_through_two_proxies_is_charged_once_as_the_larger(door: Door, sql: Sql) -> None:
+async def test_request_through_two_proxies_is_charged_once_as_the_larger_attempt(door: Door, sql: Sql) -> None:
     one, other = Proxy(door), Proxy(door)
     for proxy in (one, other):
         proxy.ledger.start()
@@ -239,7 +239,7 @@ async def test_a_request_that_goes_through_two_proxies_is_charged_once_as_the_la
 
 
 @pytest.mark.parametrize("losses", [1, 3])
-async def test_an_answer_that_is_lost_charges_nothing_twice(door: Door, sql: Sql, losses: int) -> None:
+async def test_lost_response_charges_nothing_twice(door: Door, sql: Sql, losses: int) -> None:
     proxy = Proxy(door)
     proxy.ledger.start()
     left = [losses]
@@ -260,7 +260,7 @@ async def test_an_answer_that_is_lost_charges_nothing_twice(door: Door, sql: Sql
     assert await charged(sql) == {"requests_per_day": (1, 0), "tokens_per_day": (20, 0)}
 
 
-async def test_claims_wait_while_the_store_is_away(relay: Relay, sql: Sql) -> None:
+async def test_claims_wait_while_the_store_is_unavailable(relay: Relay, sql: Sql) -> None:
     database = Database(relay.dsn, pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     proxy = Proxy(database)
@@ -278,7 +278,7 @@ async def test_claims_wait_while_the_store_is_away(relay: Relay, sql: Sql) -> No
     assert await charged(sql) == {"requests_per_day": (1, 0), "tokens_per_day": (12, 0)}
 
 
-async def test_a_process_that_dies_with_claims_is_charged_all_that_they_held(door: Door, sql: Sql) -> None:
+async def test_process_that_dies_with_claims_is_charged_everything_that_they_held(door: Door, sql: Sql) -> None:
     dead, alive = Proxy(door), Proxy(door)
     dead.ledger.start()
     await dead.attempt(1, 12)
@@ -291,7 +291,7 @@ async def test_a_process_that_dies_with_claims_is_charged_all_that_they_held(doo
     assert {held for _, held in spent.values()} == {0}
 
 
-async def test_what_ends_before_a_request_asks_is_known_when_it_does(store: PostgresClaims) -> None:
+async def test_lookup_sees_every_request_that_ended_before_it(store: PostgresClaims) -> None:
     claims = claims_over(store, LeaseTable(), clock.now, settle_seconds=60.0)
     claims.start()
     claims.add(_NOTHING, claim(1).fingerprint, 12, None)
@@ -300,7 +300,7 @@ async def test_what_ends_before_a_request_asks_is_known_when_it_does(store: Post
     await claims.close()
 
 
-async def test_many_who_ask_at_one_time_are_one_question(door: Door) -> None:
+async def test_concurrent_lookups_share_one_query(door: Door) -> None:
     claims = claims_over(PostgresClaims(door), LeaseTable(), clock.now)
     claims.start()
     assert (
@@ -311,7 +311,7 @@ async def test_many_who_ask_at_one_time_are_one_question(door: Door) -> None:
     await claims.close()
 
 
-# -- what is not asked about
+# -- claims that the store does not decide
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def reference() -> ReferenceClaims:
     return ReferenceClaims()
 
 
-async def test_claims_that_cannot_be_asked_about_in_time_are_charged_in_full(reference: ReferenceClaims) -> None:
+async def test_claims_that_the_store_does_not_decide_in_time_are_charged_in_full(reference: ReferenceClaims) -> None:
     book, now = LeaseTable(), Clock()
     claims = claims_over(reference, book, now, lease_seconds=5.0)
     await reference.claim("another", 1, [claim(1, 12)])
@@ -342,7 +342,7 @@ async def test_claims_that_cannot_be_asked_about_in_time_are_charged_in_full(ref
     await claims.close()
 
 
-async def test_as_many_claims_wait_as_there_is_room_for_and_what_comes_then_is_charged(
+async def test_waiting_claims_are_bounded_and_further_ones_are_charged(
     reference: ReferenceClaims,
 ) -> None:
     book = LeaseTable()
@@ -357,7 +357,7 @@ async def test_as_many_claims_wait_as_there_is_room_for_and_what_comes_then_is_c
     assert [is_repeat for _, _, is_repeat in book.settled].count(False) == 2
 
 
-async def test_as_many_ask_at_one_time_as_fit_in_a_question(reference: ReferenceClaims) -> None:
+async def test_concurrent_lookups_are_bounded(reference: ReferenceClaims) -> None:
     claims = claims_over(reference, LeaseTable(), clock.now)
     asking = [asyncio.create_task(claims.paid(claim(number).fingerprint, TimeBudget())) for number in range(1_000)]
     await asyncio.sleep(0)
@@ -368,7 +368,9 @@ async def test_as_many_ask_at_one_time_as_fit_in_a_question(reference: Reference
     assert set(await asyncio.gather(*asking)) == {None}
 
 
-async def test_a_batch_that_the_store_refuses_is_charged_and_holds_nothing_up(reference: ReferenceClaims) -> None:
+async def test_batch_that_the_store_rejects_is_charged_and_does_not_block_later_ones(
+    reference: ReferenceClaims,
+) -> None:
     class Refusing(ReferenceClaims):
         async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
             if claims[0].fingerprint == claim(1).fingerprint:
@@ -386,7 +388,7 @@ async def test_a_batch_that_the_store_refuses_is_charged_and_holds_nothing_up(re
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_whatever_is_lost_all_attempts_are_charged_as_the_largest_at_least(seed: int) -> None:
+async def test_whatever_is_lost_attempts_are_charged_at_least_as_the_largest(seed: int) -> None:
     chance, now = random.Random(seed), Clock()
     reference = ReferenceClaims(lambda: now.wall_seconds)
     books = [LeaseTable() for _ in range(3)]

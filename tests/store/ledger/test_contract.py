@@ -1,4 +1,4 @@
-"""Every backend of the ledger does what the reference does, message for message."""
+"""Every ledger backend behaves as the reference does, message by message."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ class _InMemory:
 
 
 class TestReference(contracts.LedgerContract):
-    """The rules in plain Python, which simulations are played on."""
+    """The rules in plain Python, which the simulations use."""
 
     @pytest.fixture
     def ledger_stage(self) -> contracts.LedgerStage:
-        """In memory."""
+        """The reference, in memory."""
         rules, brief = (ReferenceLedger(time.time, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
         brief.rows, brief.holders = rules.rows, rules.holders
         return _Stage(_InMemory(rules), _InMemory(brief))
 
 
 class TestPostgres(contracts.LedgerContract):
-    """One statement a message."""
+    """PostgreSQL: one statement for each message."""
 
     @pytest.fixture
     async def ledger_stage(self, dsn: str) -> AsyncIterator[contracts.LedgerStage]:
-        """Over an empty database."""
+        """The backend over an empty database."""
         database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
         await database.open()
         yield _Stage(*(PostgresLedger(database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0)))
@@ -88,7 +88,7 @@ class TestPostgres(contracts.LedgerContract):
 
 @pytest.fixture(scope="module", params=["valkey", "redis"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server of either make."""
+    """A server of either kind."""
     server = RedisServer(program(request.param), Path(tmp_path_factory.mktemp("r")))
     server.start()
     yield server
@@ -96,11 +96,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 class TestRedis(contracts.LedgerContract):
-    """One script a message, out of shares in PostgreSQL."""
+    """Redis: one script call for each message, with shares from PostgreSQL."""
 
     @pytest.fixture
     async def ledger_stage(self, dsn: str, server: RedisServer) -> AsyncIterator[contracts.LedgerStage]:
-        """Over an empty database and an empty server."""
+        """The backend over an empty database and an empty server."""
         server.command("FLUSHALL")
         database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
         await database.open()

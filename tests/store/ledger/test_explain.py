@@ -1,4 +1,4 @@
-"""What would become of a request is told as a proxy would decide it, and nothing is charged for the telling."""
+"""The explanation of a request matches the decision of a proxy, and charges nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def give(sql: Sql, limits: str, *, to: str = "user") -> None:
 
 
 async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0, limit: int = 100) -> int:
-    """Another proxy has used and holds so much of the user's window. The number of its lease."""
+    """Let another proxy use and hold units of the user's window. Return the number of its lease."""
     window = Window(Pool("user", "u_42", False), measure)
     ledger = PostgresLedger(database, lease_seconds=60.0)
     asked = LeaseReport(1, window, 0, limit, 0.0, 0, 0, 0, spent + held, spent + held, False, False)
@@ -58,7 +58,7 @@ def refusals(told: Explanation) -> set[str]:
     return {limit["policy"] for limit in told.limits if limit["refuses"]}
 
 
-async def test_what_is_within_its_limits_is_allowed_and_every_limit_is_told(database: Database, sql: Sql) -> None:
+async def test_request_within_its_limits_is_allowed_and_every_limit_is_reported(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 100, "rate": 5, "burst": 10, "concurrency": 3}')
     await give(sql, '{"tokens_per_month": 5000}', to="tenant")
     await use(database, "requests_per_day", spent=7, held=2)
@@ -76,7 +76,7 @@ async def test_what_is_within_its_limits_is_allowed_and_every_limit_is_told(data
     assert refusals(told) == set()
 
 
-async def test_a_used_up_window_refuses_and_is_named(database: Database, sql: Sql) -> None:
+async def test_exhausted_window_refuses_and_is_named(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 5, "concurrency": 3}')
     await use(database, "requests_per_day", spent=5, limit=5)
     told = await explained(database)
@@ -87,7 +87,7 @@ async def test_a_used_up_window_refuses_and_is_named(database: Database, sql: Sq
     assert refusals(told) == {"user.requests_per_day"}
 
 
-async def test_what_other_proxies_hold_is_waited_for_as_a_proxy_waits(database: Database, sql: Sql) -> None:
+async def test_units_of_other_proxies_are_waited_for_as_a_proxy_does(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 5}')
     await use(database, "requests_per_day", spent=2, held=3, limit=5)
     told = await explained(database)
@@ -109,7 +109,7 @@ async def test_what_other_proxies_hold_is_waited_for_as_a_proxy_waits(database: 
         (51, "token_limit_per_request", {"user.tokens_per_day", "user.tokens_per_request"}),
     ],
 )
-async def test_tokens_are_held_against_budgets(
+async def test_tokens_are_checked_against_budgets(
     database: Database, sql: Sql, tokens: int, code: str | None, refusing: set[str]
 ) -> None:
     await give(sql, '{"tokens_per_day": 100, "tokens_per_request": 50}')
@@ -132,7 +132,7 @@ async def test_tokens_are_held_against_budgets(
         (Question("POST", "/v1/ai/jobs?next=1"), "SELECT 1", None),
     ],
 )
-async def test_admission_comes_before_limits_and_limits_are_told_all_the_same(
+async def test_admission_comes_before_limits_and_limits_are_still_reported(
     database: Database, sql: Sql, question: Question, change: str, code: str | None
 ) -> None:
     await give(sql, '{"requests_per_month": 9}')
@@ -142,7 +142,7 @@ async def test_admission_comes_before_limits_and_limits_are_told_all_the_same(
     assert [limit["policy"] for limit in told.limits] == ["user.requests_per_month"]
 
 
-async def test_asking_changes_nothing_in_the_ledger(database: Database, sql: Sql) -> None:
+async def test_explaining_changes_nothing_in_the_ledger(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 5, "rate": 1, "tokens_per_day": 10}')
     for _ in range(8):
         told = await explained(database, Question("POST", "/v1/chat", 5))
@@ -151,14 +151,14 @@ async def test_asking_changes_nothing_in_the_ledger(database: Database, sql: Sql
         assert await sql.fetchval(f"SELECT count(*) FROM keyproxy.{table}") == 0
 
 
-async def test_there_has_to_be_such_a_key_and_user(database: Database) -> None:
+async def test_unknown_key_or_user_is_not_found(database: Database) -> None:
     with pytest.raises(NotFound, match="there is no key 'key_1'"):
         await explained(database)
     with pytest.raises(NotFound, match="there is no user 'u_42'"):
         await windows_of_user(database, "u_42", CONFIGURED, is_test=False, now=clock.now)
 
 
-async def test_windows_of_a_user_are_its_own_and_its_tenants_in_one_mode(database: Database, sql: Sql) -> None:
+async def test_windows_of_a_user_are_its_own_and_its_tenant_s_in_one_mode(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 50}')
     await give(sql, '{"tokens_per_month": 70}', to="tenant")
     await use(database, "requests_per_day", spent=4, held=1, limit=50)

@@ -1,4 +1,4 @@
-"""No statement on a request's way is compiled by LLVM, and none depends on what the planner believes of a table."""
+"""No statement on the path of a request is JIT-compiled, and none depends on the planner's statistics of a table."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_every_function_that_pins_the_planner_pins_jit(sql: Sql) -> None:
 
 
 @pytest.mark.parametrize("analyzed", [False, True])
-async def test_no_part_of_a_message_is_compiled_or_scans_a_table(sql: Sql, analyzed: bool) -> None:
+async def test_no_part_of_a_message_is_jit_compiled_or_scans_a_table(sql: Sql, analyzed: bool) -> None:
     if analyzed:
         await sql.execute("ANALYZE")
     plans: list[str] = []
@@ -74,8 +74,8 @@ async def test_no_part_of_a_message_is_compiled_or_scans_a_table(sql: Sql, analy
     assert [plan for plan in plans if re.search(r"Seq Scan on (?!pg_)", plan)] == []
 
 
-async def test_the_server_compiles_what_seems_costly_where_it_can(sql: Sql) -> None:
-    """So that the tests of this file mean something."""
+async def test_server_with_jit_compiles_costly_statements(sql: Sql) -> None:
+    """The precondition of the other tests of this file."""
     if not await sql.fetchval("SELECT pg_jit_available()"):
         pytest.skip("this PostgreSQL is built without LLVM: make test-postgres")
     assert await sql.fetchval("SELECT current_setting('jit')") == "on"

@@ -1,4 +1,4 @@
-"""What only the ledger in PostgreSQL does; what every backend does is in test_ledger_contract."""
+"""Behaviour that only the PostgreSQL backend has; test_contract.py covers what all backends share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.store.harness import Sql
 
 @pytest.fixture
 async def ledger(dsn: str) -> AsyncIterator[PostgresLedger]:
-    """Over an empty database."""
+    """The backend over an empty database."""
     database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     yield PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await database.close()
 
 
-async def test_two_leases_of_one_window_in_one_message_share_what_is_there(ledger: PostgresLedger) -> None:
+async def test_two_leases_of_one_window_in_one_message_share_what_is_available(ledger: PostgresLedger) -> None:
     replies = await ledger.sync("a", 1, [line(1, want=8), line(2, want=8)])
     assert replies is not None
     assert {reply.lease: reply.granted for reply in replies} == {1: 0, 2: 8}
@@ -47,7 +47,7 @@ async def test_two_lines_of_one_rate_in_one_message_share_its_burst(ledger: Post
     assert sum(reply.granted for reply in replies) == 5
 
 
-async def test_a_lease_whose_first_answer_was_lost_stays_in_its_window(ledger: PostgresLedger, sql: Sql) -> None:
+async def test_lease_whose_first_reply_was_lost_stays_in_its_window(ledger: PostgresLedger, sql: Sql) -> None:
     await ledger.sync("a", 1, [line(want=4)])
     await sql.execute("UPDATE keyproxy.windows SET starts = starts - 86400")
     replies = await ledger.sync("a", 2, [line(used=0, want=4)])
@@ -57,7 +57,7 @@ async def test_a_lease_whose_first_answer_was_lost_stays_in_its_window(ledger: P
     assert await ledger.windows([window()]) == [None]
 
 
-async def test_a_database_that_lost_history_grants_nothing_until_it_has_heard_of_all_leases(
+async def test_database_that_lost_history_grants_nothing_until_all_leases_are_reported(
     ledger: PostgresLedger, sql: Sql
 ) -> None:
     await ledger.sync("a", 1, [line(want=4)])
@@ -70,7 +70,7 @@ async def test_a_database_that_lost_history_grants_nothing_until_it_has_heard_of
     assert about_itself.lease == 0
     assert about_itself.wait_seconds == pytest.approx(60.0, abs=5)
     assert (requests.granted, rate.granted) == (0, 1)
-    # What it has forgotten, it hears from who holds it, and counts it.
+    # Holders report the leases that it has lost, and it counts them.
     replies = await ledger.sync("c", 7, [line(granted=6, used=2, want=3)])
     assert replies is not None
     assert [reply.granted for reply in replies if reply.lease] == [6]
@@ -87,9 +87,7 @@ async def test_a_database_that_lost_history_grants_nothing_until_it_has_heard_of
     assert [reply.granted for reply in replies] == [1]
 
 
-async def test_the_first_message_of_a_database_and_longer_leases_are_no_lost_history(
-    ledger: PostgresLedger, dsn: str
-) -> None:
+async def test_first_message_and_longer_leases_do_not_count_as_lost_history(ledger: PostgresLedger, dsn: str) -> None:
     assert await ledger.sync("a", 1, []) == []
     database = Database(dsn, pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()
@@ -97,7 +95,7 @@ async def test_the_first_message_of_a_database_and_longer_leases_are_no_lost_his
     await database.close()
 
 
-async def test_a_clock_that_is_set_back_does_not_close_a_rate(ledger: PostgresLedger, sql: Sql) -> None:
+async def test_clock_that_is_set_back_does_not_block_a_rate(ledger: PostgresLedger, sql: Sql) -> None:
     rate = window("rate")
     await ledger.sync("a", 1, [line(1, rate, limit=5, want=5, interval_seconds=60.0)])
     await sql.execute("UPDATE keyproxy.windows SET theoretical = theoretical + 7200")
@@ -108,11 +106,11 @@ async def test_a_clock_that_is_set_back_does_not_close_a_rate(ledger: PostgresLe
 
 @pytest.mark.parametrize("analyzed", ["leases", "windows"])
 @pytest.mark.parametrize("is_closing", [False, True])
-async def test_a_message_reads_what_it_is_about_and_nothing_else_although_tables_were_empty_when_they_were_analyzed(
+async def test_message_reads_only_its_own_rows_even_if_tables_were_empty_when_analyzed(
     sql: Sql, is_closing: bool, analyzed: str
 ) -> None:
     ledger = PostgresLedger(cast("Database", _Plain(sql)), lease_seconds=LEASE_SECONDS)
-    # As autovacuum does it in a quiet hour.
+    # As autovacuum does in a quiet hour.
     await sql.execute(f"ANALYZE keyproxy.{analyzed}")
     held, told = 1_000, 20
     lines = [line(number, window(owner=f"u_{number}"), want=1) for number in range(1, held + 1)]
@@ -131,7 +129,7 @@ async def test_a_message_reads_what_it_is_about_and_nothing_else_although_tables
 
 
 async def _rows_read(sql: Sql) -> Counter[str]:
-    """Of leases and of windows, so far."""
+    """The numbers of rows read so far, of leases and of windows."""
     await sql.execute("SELECT pg_stat_force_next_flush()")
     rows = await sql.fetch(
         "SELECT relname, coalesce(idx_tup_fetch, 0) + seq_tup_read AS rows FROM pg_stat_user_tables"
@@ -147,7 +145,7 @@ class _Plain:
         self._sql, self._statements = sql, queries.load()
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        """As Database's."""
+        """See Database."""
         rows: Sequence[Row] = await self._sql.fetch(self._statements[name], *arguments)
         return rows
 

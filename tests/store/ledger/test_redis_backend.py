@@ -1,4 +1,4 @@
-"""Redis under the ledger: whatever it forgets is not given twice, and what cannot be asked is never "no"."""
+"""The Redis backend: lost units are never granted twice, and "could not ask" is never "no"."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.store.redis_server import RedisServer
 
 @pytest.fixture
 async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
-    """A proxy's backend. The wire to PostgreSQL is `relay`."""
+    """A proxy's backend, connected to PostgreSQL through `relay`."""
     async with ledgers(relay.dsn) as making:
         yield making
 
@@ -41,29 +41,29 @@ def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
 
 
 async def make_due(server: RedisServer) -> None:
-    """Have PostgreSQL told now of what it would be told of in half a minute."""
+    """Report to PostgreSQL now what would be reported within half a minute."""
     async with Redis.from_url(server.url) as client:
         (key,) = [key async for key in client.scan_iter("*:due")]
         assert await client.zunionstore(key, {key: 0}) > 0
 
 
-# -- memory that is lost
+# -- loss of memory
 
 
 async def flushed(server: RedisServer) -> None:
-    """All keys are gone."""
+    """Delete all keys."""
     server.command("FLUSHALL")
 
 
 async def killed(server: RedisServer) -> None:
-    """A new process without any keys."""
+    """Restart the server without any keys."""
     server.kill()
     server.file.unlink(missing_ok=True)
     server.start()
 
 
 async def restored(server: RedisServer) -> None:
-    """A new process with the keys that a file has kept."""
+    """Restart the server with the keys from its file."""
     server.kill()
     server.start()
 
@@ -72,7 +72,7 @@ LOSSES = [flushed, killed, restored]
 
 
 @pytest.mark.parametrize("lose", LOSSES)
-async def test_after_a_loss_holders_end_and_what_was_granted_stays_charged(
+async def test_after_memory_loss_holders_end_and_granted_units_stay_charged(
     ledger: RedisLedger, server: RedisServer, sql: Sql, lose: Callable[[RedisServer], Awaitable[None]]
 ) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
@@ -81,7 +81,7 @@ async def test_after_a_loss_holders_end_and_what_was_granted_stays_charged(
     await lose(server)
     try:
         told = await granted(ledger, "a", 3, granted=100, used=100)
-    except StoreUnavailable:  # a connection that the server's end has cut
+    except StoreUnavailable:  # the server's exit has closed the connection
         told = await granted(ledger, "a", 4, granted=100, used=100)
     assert told == -1
     assert await granted(ledger, "b", 1, want=1000, at_least=1) <= 900
@@ -91,7 +91,7 @@ async def test_after_a_loss_holders_end_and_what_was_granted_stays_charged(
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_is_lost_and_whenever_no_unit_is_given_twice_and_few_are_lost(
+async def test_no_unit_is_granted_twice_and_few_are_lost_whenever_memory_is_lost(
     server: RedisServer, make_ledger: MakeLedger, sql: Sql, seed: int
 ) -> None:
     chance, limit = random.Random(seed), 2000
@@ -106,7 +106,7 @@ async def test_whatever_is_lost_and_whenever_no_unit_is_given_twice_and_few_are_
             await chance.choice(LOSSES)(server)
         elif chance.random() < 0.05:
             server.command("SAVE")
-        # What it holds it uses in one go, then asks for more. It hears of a loss when it next speaks.
+        # It uses all its units at once, then asks for more. It notices a loss with its next message.
         lines = [line(limit=limit, granted=held[number], used=held[number], want=chance.choice([1, 5, 20]))]
         try:
             replies = await proxies[number].sync(holders[number], serial, lines)
@@ -121,14 +121,14 @@ async def test_whatever_is_lost_and_whenever_no_unit_is_given_twice_and_few_are_
         assert not await sql.fetch(PAST_LIMIT, limit)
     assert losses > 0
     assert used <= limit
-    # A loss costs at most an eighth of what was left, and what went with answers that were not heard.
+    # A loss costs at most an eighth of what was left, plus the grants in lost replies.
     assert used >= limit * (7 / 8) ** losses - 20 * losses - 100
 
 
-# -- shares, and PostgreSQL behind them
+# -- shares from PostgreSQL
 
 
-async def test_without_postgresql_what_was_fetched_is_granted_and_then_it_is_unavailable_not_refused(
+async def test_without_postgresql_fetched_shares_are_granted_then_requests_are_unavailable_not_refused(
     ledger: RedisLedger, relay: Relay
 ) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
@@ -145,7 +145,7 @@ async def test_without_postgresql_what_was_fetched_is_granted_and_then_it_is_una
     assert await granted(ledger, "a", 500, granted=fetched, used=fetched, want=1) == fetched + 1
 
 
-async def test_what_was_spent_is_told_to_postgresql_and_what_nobody_draws_on_goes_back(
+async def test_spent_units_are_reported_to_postgresql_and_unused_shares_are_returned(
     ledger: RedisLedger, server: RedisServer, sql: Sql
 ) -> None:
     assert await granted(ledger, "a", 1, want=100) == 100
@@ -158,7 +158,7 @@ async def test_what_was_spent_is_told_to_postgresql_and_what_nobody_draws_on_goe
     assert row["held"] >= 10
     async with Redis.from_url(server.url) as client:
         (key,) = [key async for key in client.scan_iter("*:w:*")]
-        # The fifth of its values is when it was last drawn on.
+        # The fifth of its values is the time of the last use.
         packed = await client.getrange(key, 32, 39)
         assert isinstance(packed, bytes)
         (drawn_on,) = struct.unpack("<d", packed)
@@ -170,7 +170,7 @@ async def test_what_was_spent_is_told_to_postgresql_and_what_nobody_draws_on_goe
     assert (row["spent"], row["held"]) == (60, 10)
 
 
-async def test_the_last_proxy_to_leave_gives_all_shares_back(ledger: RedisLedger, sql: Sql) -> None:
+async def test_last_proxy_to_end_returns_all_shares(ledger: RedisLedger, sql: Sql) -> None:
     lines = [line(number + 1, window(owner=f"u_{number}"), limit=1000, want=20) for number in range(250)]
     for holder in ("a", "b"):
         assert await ledger.sync(holder, 1, lines) is not None
@@ -183,9 +183,7 @@ async def test_the_last_proxy_to_leave_gives_all_shares_back(ledger: RedisLedger
     assert (row["spent"], row["held"]) == (250 * 21, 0)
 
 
-async def test_shares_that_nobody_spoke_for_are_charged_and_their_generation_is_over(
-    ledger: RedisLedger, sql: Sql
-) -> None:
+async def test_expired_shares_are_charged_and_end_their_generation(ledger: RedisLedger, sql: Sql) -> None:
     assert await granted(ledger, "a", 1, want=100) == 100
     async with sql.transaction():
         await sql.execute("UPDATE keyproxy.lease_holders SET expires_at = now() - interval '1 s'")
@@ -219,7 +217,7 @@ async def test_many_leases_of_a_dead_holder_are_charged_in_slices(ledger: RedisL
     assert all(state is not None and (state.spent, state.held, state.forfeited) == (2, 0, 2) for state in states)
 
 
-# -- the whole ledger over it
+# -- the complete ledger on this backend
 
 
 @pytest.mark.parametrize("lose", LOSSES)
@@ -265,7 +263,7 @@ async def test_proxies_admit_no_more_than_the_limit_while_redis_loses_its_memory
         server.command("SAVE")
         await lose(server)
     await asyncio.wait_for(asyncio.gather(*workers), 40.0)
-    # What leases held when the memory was lost is lost with it; at this pace that is much.
+    # Units in leases are lost together with the memory; at this pace that is a lot.
     assert 300 <= admitted <= limit
     assert not await sql.fetch(PAST_LIMIT, limit)
     for proxy in proxies:

@@ -1,6 +1,6 @@
-"""A Redis that does not answer, or not well, or has another idea of the time: unavailable, never generous; and it passes.
+"""Faults of Redis: no responses, errors, clock jumps. The ledger is unavailable, never grants too much, and recovers.
 
-Servers are real. Whatever is done to them, afterwards the ledger goes on by itself, and PostgreSQL's line holds.
+Servers are real. After each fault the ledger recovers by itself, and PostgreSQL's bound holds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
 
 
 async def spent_out(ledger: RedisLedger, sql: Sql, *, holder: str = "z") -> int:
-    """A holder asks for more until there is no more; how much it got. PostgreSQL's line holds all the while."""
+    """Take units until none are left, and return how many. PostgreSQL's bound holds throughout."""
     got = serial = 0
     while True:
         serial += 1
@@ -72,7 +72,7 @@ async def test_a_paused_server_is_unavailable_in_bounded_time_and_right_when_it_
 
 
 async def answers(ledger: RedisLedger, holder: str, *, first_serial: int, expected: int) -> None:
-    """What was said to a server that slept may be heard late, and counts once: 10 were granted, then 5 thrice."""
+    """A paused server may process messages late; each counts once: 10 units were granted, then 5 three times."""
     for serial in range(first_serial, first_serial + 20):
         try:
             assert (
@@ -87,7 +87,9 @@ async def answers(ledger: RedisLedger, holder: str, *, first_serial: int, expect
     assert await granted(ledger, holder, first_serial + 21, granted=10, used=3, want=want, at_least=want) == expected
 
 
-async def test_the_reply_to_a_call_that_was_given_up_is_nobody_elses(ledger: RedisLedger, server: RedisServer) -> None:
+async def test_late_reply_to_an_abandoned_call_is_not_delivered_to_another_call(
+    ledger: RedisLedger, server: RedisServer
+) -> None:
     assert await granted(ledger, "a", 1, want=1) == 1
     server.pause()
     calls = [asyncio.create_task(granted(ledger, f"h{number}", 1, want=7)) for number in range(4)]
@@ -112,15 +114,13 @@ async def test_a_slow_server_is_waited_for(ledger: RedisLedger, server: RedisSer
     assert time.monotonic() - before > 0.2
 
 
-async def test_a_server_that_has_forgotten_the_script_is_told_it_again(
-    ledger: RedisLedger, server: RedisServer
-) -> None:
+async def test_script_is_resent_to_a_server_that_has_forgotten_it(ledger: RedisLedger, server: RedisServer) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
     server.command("SCRIPT", "FLUSH")
     assert await granted(ledger, "a", 2, granted=10, want=5) == 15
 
 
-async def test_a_server_that_is_full_counts_nothing_and_says_so(ledger: RedisLedger, server: RedisServer) -> None:
+async def test_full_server_changes_nothing_and_reports_an_error(ledger: RedisLedger, server: RedisServer) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
     server.command("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(StoreUnavailable, match=r"OOM|OutOfMemory"):
@@ -129,7 +129,7 @@ async def test_a_server_that_is_full_counts_nothing_and_says_so(ledger: RedisLed
     assert await granted(ledger, "a", 2, granted=10, want=5) == 15
 
 
-async def test_a_server_that_may_forget_keys_is_no_ledger(ledger: RedisLedger, server: RedisServer) -> None:
+async def test_server_that_may_evict_keys_is_rejected(ledger: RedisLedger, server: RedisServer) -> None:
     server.command("CONFIG", "SET", "maxmemory", "100mb")
     server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
     with pytest.raises(StoreUnavailable, match="noeviction"):
@@ -146,7 +146,7 @@ async def test_no_server_is_unavailable(ledger: RedisLedger, server: RedisServer
         await ledger.reap()
 
 
-async def test_a_server_that_loads_its_file_is_unavailable_and_then_begins_anew(
+async def test_server_that_loads_its_file_is_unavailable_and_then_starts_a_new_generation(
     ledger: RedisLedger, server: RedisServer, sql: Sql
 ) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
@@ -155,9 +155,9 @@ async def test_a_server_that_loads_its_file_is_unavailable_and_then_begins_anew(
     server.command("SAVE")
     assert await granted(ledger, "a", 2, granted=10, used=10, want=90) == 100
     server.kill()
-    # Half a second, in which it answers now and then.
+    # Half a second, in which it responds now and then.
     server.start("--key-load-delay", "250", "--loading-process-events-interval-bytes", "1024", until=b"-LOADING")
-    with pytest.raises(StoreUnavailable):  # the connection is gone
+    with pytest.raises(StoreUnavailable):  # the connection is closed
         await granted(ledger, "a", 3, granted=100, used=100, want=5)
     with pytest.raises(StoreUnavailable, match="BusyLoading"):
         await granted(ledger, "a", 4, granted=100, used=100, want=5)
@@ -166,13 +166,13 @@ async def test_a_server_that_loads_its_file_is_unavailable_and_then_begins_anew(
     assert await spent_out(ledger, sql) <= 900
 
 
-async def test_a_server_that_becomes_a_replica_and_a_primary_again_begins_anew(
+async def test_server_that_becomes_a_replica_and_a_primary_again_starts_a_new_generation(
     ledger: RedisLedger, server: RedisServer, sql: Sql
 ) -> None:
     assert await granted(ledger, "a", 1, want=100) == 100
     server.command("REPLICAOF", "127.0.0.1", "1")
     for may_write in ("no", "yes"):
-        # One that may be written to would have its primary's history, and its shares.
+        # A writable replica would have its primary's history and shares.
         server.command("CONFIG", "SET", "replica-read-only", may_write)
         with pytest.raises(StoreUnavailable, match="replica"):
             await granted(ledger, "a", 2, granted=100, used=100, want=5)
@@ -181,7 +181,7 @@ async def test_a_server_that_becomes_a_replica_and_a_primary_again_begins_anew(
     assert await spent_out(ledger, sql) <= 900
 
 
-async def test_a_server_that_is_busy_with_anothers_script_is_unavailable_until_that_has_ended(
+async def test_server_busy_with_another_client_s_script_is_unavailable_until_it_ends(
     ledger: RedisLedger, server: RedisServer
 ) -> None:
     assert await granted(ledger, "a", 1, want=10) == 10
@@ -193,12 +193,12 @@ async def test_a_server_that_is_busy_with_anothers_script_is_unavailable_until_t
             await granted(ledger, "a", 2, granted=10, want=5)
         server.command("SCRIPT", "KILL")
         await asyncio.gather(busy, return_exceptions=True)
-    # What is said again was not heard before.
+    # The repeated message was not processed before.
     assert await granted(ledger, "a", 3, granted=10, want=5) == 15
 
 
 async def is_busy(client: Redis) -> None:
-    """Wait until the server answers that it is busy with a script."""
+    """Wait until the server responds that it is busy with a script."""
     give_up = time.monotonic() + 10
     while time.monotonic() < give_up:
         try:
@@ -211,7 +211,7 @@ async def is_busy(client: Redis) -> None:
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru"])
-async def test_a_server_that_has_evicted_keys_is_no_ledger_until_it_is_told_not_to_and_gives_nothing_twice(
+async def test_server_that_has_evicted_keys_is_rejected_until_reconfigured_and_grants_nothing_twice(
     ledger: RedisLedger, server: RedisServer, sql: Sql, policy: str
 ) -> None:
     assert await granted(ledger, "a", 1, want=100) == 100
@@ -221,7 +221,7 @@ async def test_a_server_that_has_evicted_keys_is_no_ledger_until_it_is_told_not_
     with pytest.raises(StoreUnavailable, match=r"noeviction|OOM|OutOfMemory"):
         await granted(ledger, "b", 1, want=5)
     server.command("CONFIG", "SET", "maxmemory", "100mb")
-    # Whoever looks for the dead finds out that something is gone, whatever it was.
+    # The check for dead holders notices that a key is missing, whichever it is.
     with contextlib.suppress(StoreUnavailable):
         await ledger.reap()
     with pytest.raises(StoreUnavailable, match="noeviction"):
@@ -232,7 +232,7 @@ async def test_a_server_that_has_evicted_keys_is_no_ledger_until_it_is_told_not_
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("gone", ["*:h:*", "*:w:*", "*:holders", "*:due", "keyproxy:*}:?"])
-async def test_whichever_key_is_gone_nothing_is_given_twice(
+async def test_nothing_is_granted_twice_whichever_key_is_missing(
     server: RedisServer, make_ledger: MakeLedger, sql: Sql, gone: str, seed: int
 ) -> None:
     chance = random.Random(seed)
@@ -256,16 +256,14 @@ async def test_whichever_key_is_gone_nothing_is_given_twice(
     assert given + await spent_out(ledger, sql) <= 1000
 
 
-async def test_a_replica_that_takes_over_begins_a_generation_of_its_own(
-    make_server: MakeServer, make_ledger: MakeLedger
-) -> None:
+async def test_promoted_replica_starts_its_own_generation(make_server: MakeServer, make_ledger: MakeLedger) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     first = make_server("a", "--port", str(port), "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
     second = make_server("b", "--replicaof", f"127.0.0.1 {port}")
     old, new = make_ledger(first), make_ledger(second)
-    # The first replica gives the primary another history: the generation begins after it.
+    # The first replica changes the primary's history: the generation starts after that.
     async with Redis.from_url(second.url) as client:
         give_up = time.monotonic() + 20
         while (await client.info("replication"))["master_link_status"] != "up":
@@ -274,7 +272,7 @@ async def test_a_replica_that_takes_over_begins_a_generation_of_its_own(
     assert await granted(old, "a", 1, want=10) == 10
     with pytest.raises(StoreUnavailable, match="replica"):
         await granted(new, "b", 1, want=1)
-    # Whether or not it has heard of the ten, it does not grant them; both of them go on, each out of its own share.
+    # Whether or not it has received the ten, it does not grant them; both go on, each from its own share.
     second.command("REPLICAOF", "NO", "ONE")
     taken = 10 + await granted(new, "b", 2, want=1000, at_least=1)
     taken += max(0, await granted(old, "a", 2, granted=10, want=1000, at_least=1) - 10)
@@ -287,13 +285,13 @@ async def test_a_replica_that_takes_over_begins_a_generation_of_its_own(
 DAY = 86_400
 
 
-#: Puts a server's clock so many seconds ahead of ours.
+#: Sets a server's clock ahead of ours by this many seconds.
 Jump = Callable[[int], Awaitable[None]]
 
 
 @pytest.fixture
 def jumping(make_server: MakeServer, short_directory: Path) -> tuple[RedisServer, Jump]:
-    """A server, and what has its clock jump."""
+    """A server, and a function that makes its clock jump."""
     if not _FAKETIME:
         pytest.skip("libfaketime is not installed")
     file = short_directory / "ahead"
@@ -306,7 +304,7 @@ def jumping(make_server: MakeServer, short_directory: Path) -> tuple[RedisServer
 
     async def jump(seconds: int) -> None:
         file.write_text(f"{seconds:+d}")
-        # The library may go by what it read before for one more call.
+        # libfaketime may use the previous offset for one more call.
         give_up = time.monotonic() + 5
         async with Redis.from_url(server.url) as client:
             while abs(int((await client.eval("return redis.call('TIME')", 0))[0]) - time.time() - seconds) > 2:
@@ -316,7 +314,7 @@ def jumping(make_server: MakeServer, short_directory: Path) -> tuple[RedisServer
 
 
 @pytest.mark.parametrize("ahead", [-3_600, 3 * DAY, -3 * DAY, 45 * DAY])
-async def test_a_clock_that_jumps_and_comes_back_gives_nothing_twice_and_the_window_can_be_spent_to_its_end(
+async def test_clock_that_jumps_and_returns_grants_nothing_twice_and_the_window_can_be_spent_completely(
     jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger, sql: Sql, ahead: int
 ) -> None:
     server, jump = jumping
@@ -326,19 +324,19 @@ async def test_a_clock_that_jumps_and_comes_back_gives_nothing_twice_and_the_win
         await jump(seconds)
         await other.reap()
         for holder in ("a", "b"):
-            # Of this day or of another: each window's line holds. There is nothing to be had of a day that is over.
+            # Whichever day it is, each window's bound holds. A day that has ended grants nothing.
             with contextlib.suppress(StoreUnavailable):
                 await ledger.sync(f"{holder}{step}", 2, [line(limit=1000, want=10)])
         await other.reap()
         assert not await sql.fetch(PAST_LIMIT, 1000)
-    # A hundred are the first one's; what was granted meanwhile to others of this day is charged to it.
+    # The first holder has a hundred; what others were granted of this day meanwhile is charged to it.
     assert await spent_out(ledger, sql) <= 900
     (state,) = await ledger.windows([window()])
     assert state is not None
     assert state.spent + state.held == 1000
 
 
-async def test_a_turn_and_a_rate_from_a_time_to_come_hold_nobody_up(
+async def test_turn_and_rate_with_a_future_time_do_not_block(
     jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger
 ) -> None:
     server, jump = jumping
@@ -348,7 +346,7 @@ async def test_a_turn_and_a_rate_from_a_time_to_come_hold_nobody_up(
     assert await granted(ledger, "a", 1, want=10) == 10
     assert await ledger.sync("a", 2, [rate]) is not None
     async with Redis.from_url(server.url) as client:
-        # As a proxy leaves it that dies while it speaks with PostgreSQL.
+        # The state that a proxy leaves if it dies during its exchange with PostgreSQL.
         (marker,) = [key async for key in client.scan_iter("keyproxy:*}:?")]
         await client.hset(marker, mapping={"turn_by": "dead", "turn_since": str(time.time() + 7200)})
     await jump(0)
@@ -358,7 +356,7 @@ async def test_a_turn_and_a_rate_from_a_time_to_come_hold_nobody_up(
     assert replies[0].granted or replies[0].wait_seconds <= 0.05
 
 
-async def test_what_was_due_is_told_though_the_list_of_it_is_gone(
+async def test_due_windows_are_reported_although_the_set_of_them_is_missing(
     jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger, sql: Sql
 ) -> None:
     server, jump = jumping

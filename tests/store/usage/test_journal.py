@@ -1,4 +1,4 @@
-"""Who used what is written exactly once, whatever becomes of the answers; what is too old goes."""
+"""Usage is written exactly once, even if responses are lost; expired usage is deleted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ended(
     identity: Identity | None, *, was_sent: bool = True, reason: Reason | None = None,
     use: TokenUse | None = None, is_estimated: bool = False,
 ) -> Exchange:  # fmt: skip
-    """An exchange that has ended, as far as usage is concerned."""
+    """A finished exchange, as far as usage is concerned."""
     one = Exchange()
     one.identity = identity
     line = RequestLine(b"POST", b"/v1/ai/jobs", b"/v1/ai/jobs", 1, b"POST /v1/ai/jobs HTTP/1.1\r\n")
@@ -43,7 +43,7 @@ def ended(
 
 
 def rows(*exchanges: Exchange) -> list[tuple[Exchange, str, str, str]]:
-    """What the recorder tells of them."""
+    """The rows that the recorder passes on."""
     return [
         (
             one,
@@ -64,12 +64,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def journal(database: Database, clock: Clock) -> UsageJournal:
-    """A journal that writes when the test says so."""
+    """A journal that writes only when the test calls it."""
     return UsageJournal(database, Usage(), clock, settle_seconds=0.5)
 
 
 async def usage(sql: Sql) -> list[dict[str, Any]]:
-    """All sums, without what they are about where that is alike."""
+    """All rows of the table of sums, ordered."""
     found = await sql.fetch("SELECT * FROM keyproxy.usage ORDER BY day, user_id, is_test, route")
     return [dict(row) for row in found]
 
@@ -106,16 +106,14 @@ async def test_requests_refusals_and_tokens_are_summed_by_day_key_mode_and_route
     ]  # fmt: skip
 
 
-async def test_batches_of_one_day_add_up_also_those_of_an_identity_that_was_read_anew(
-    journal: UsageJournal, sql: Sql
-) -> None:
+async def test_batches_of_one_day_add_up_even_if_the_identity_was_reloaded(journal: UsageJournal, sql: Sql) -> None:
     for _ in range(3):
         journal.take(rows(ended(fakes.identity()), ended(fakes.identity())))
         await journal.flush()
     assert [row["requests"] for row in await usage(sql)] == [6]
 
 
-async def test_a_day_begins_at_midnight_utc(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
+async def test_day_starts_at_midnight_utc(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
     who = fakes.identity()
     clock.wall_seconds = datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC).timestamp()
     journal.take(rows(ended(who)))
@@ -128,7 +126,7 @@ async def test_a_day_begins_at_midnight_utc(journal: UsageJournal, sql: Sql, clo
     ]
 
 
-async def test_requests_of_unknown_keys_are_attributed_to_nobody(journal: UsageJournal, sql: Sql) -> None:
+async def test_requests_of_unknown_keys_are_attributed_to_no_key(journal: UsageJournal, sql: Sql) -> None:
     journal.take(rows(ended(None, was_sent=False, reason=Reason.KEY_INVALID)))
     await journal.flush()
     assert await usage(sql) == []
@@ -136,7 +134,7 @@ async def test_requests_of_unknown_keys_are_attributed_to_nobody(journal: UsageJ
 
 
 @pytest.mark.parametrize("losses", [1, 3])
-async def test_a_batch_whose_answer_is_lost_counts_once(dsn: str, sql: Sql, clock: Clock, losses: int) -> None:
+async def test_batch_whose_response_is_lost_counts_once(dsn: str, sql: Sql, clock: Clock, losses: int) -> None:
     door = Door(dsn)
     await door.open()
     journal = UsageJournal(door, Usage(), clock, settle_seconds=0.5)
@@ -159,7 +157,7 @@ async def test_a_batch_whose_answer_is_lost_counts_once(dsn: str, sql: Sql, cloc
     assert not journal.down_because
 
 
-async def test_what_is_used_while_the_store_is_away_is_written_when_it_is_back(
+async def test_usage_during_an_outage_of_the_store_is_written_when_it_is_back(
     relay: Relay, sql: Sql, clock: Clock
 ) -> None:
     database = Database(relay.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
@@ -179,14 +177,14 @@ async def test_what_is_used_while_the_store_is_away_is_written_when_it_is_back(
     assert journal.unwritten_seconds() == 0.0
 
 
-async def test_closing_writes_what_there_is(journal: UsageJournal, sql: Sql) -> None:
+async def test_closing_writes_everything(journal: UsageJournal, sql: Sql) -> None:
     journal.start()
     journal.take(rows(ended(fakes.identity())))
     await journal.close()
     assert await total(sql) == 1
 
 
-async def test_it_is_written_every_settle_seconds(database: Database, sql: Sql, clock: Clock) -> None:
+async def test_usage_is_written_every_settle_seconds(database: Database, sql: Sql, clock: Clock) -> None:
     journal = UsageJournal(database, Usage(), clock, settle_seconds=0.01)
     journal.start()
     journal.take(rows(ended(fakes.identity())))
@@ -194,7 +192,7 @@ async def test_it_is_written_every_settle_seconds(database: Database, sql: Sql, 
     await journal.close()
 
 
-async def test_processes_that_write_the_same_rows_in_any_order_do_not_hold_each_other_up(
+async def test_processes_that_write_the_same_rows_in_any_order_do_not_deadlock(
     database: Database, sql: Sql, clock: Clock
 ) -> None:
     people = [fakes.identity(f"u_{number}") for number in range(50)]
@@ -208,9 +206,7 @@ async def test_processes_that_write_the_same_rows_in_any_order_do_not_hold_each_
     assert [journal.counts["failures"] for journal in journals] == [0, 0, 0, 0]
 
 
-async def test_what_waits_for_the_store_is_bounded_and_what_does_not_fit_is_counted(
-    relay: Relay, sql: Sql, clock: Clock
-) -> None:
+async def test_waiting_usage_is_bounded_and_dropped_usage_is_counted(relay: Relay, sql: Sql, clock: Clock) -> None:
     database = Database(relay.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()
     await relay.cut()
@@ -226,7 +222,7 @@ async def test_what_waits_for_the_store_is_bounded_and_what_does_not_fit_is_coun
     assert await total(sql) == 100_000
 
 
-async def test_events_that_wait_are_bounded_and_sums_are_not_touched_by_it(journal: UsageJournal, sql: Sql) -> None:
+async def test_waiting_events_are_bounded_without_affecting_sums(journal: UsageJournal, sql: Sql) -> None:
     who = fakes.identity()
     same = rows(*(ended(who) for _ in range(500)))
     told = 0
@@ -239,7 +235,7 @@ async def test_events_that_wait_are_bounded_and_sums_are_not_touched_by_it(journ
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.usage_events") == told - journal.dropped["events"]
 
 
-async def test_an_event_tells_one_request(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
+async def test_event_describes_one_request(journal: UsageJournal, sql: Sql, clock: Clock) -> None:
     clock.mono_seconds = 5_000.0
     began = datetime.fromtimestamp(clock.wall_seconds, UTC)
     one = ended(fakes.identity(), use=TokenUse(7, 0), is_estimated=True)
@@ -282,7 +278,7 @@ async def test_without_event_days_there_are_sums_and_no_events(database: Databas
 
 
 async def partitions(sql: Sql) -> set[str]:
-    """The days that there is place for events of."""
+    """The days that have a partition for events."""
     found = await sql.fetch(
         "SELECT c.relname FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid"
         " WHERE i.inhparent = 'keyproxy.usage_event_batches'::regclass"
@@ -291,14 +287,14 @@ async def partitions(sql: Sql) -> set[str]:
 
 
 async def make_partition(sql: Sql, day: date) -> None:
-    """Place for a day that is over."""
+    """Create the partition of a past day."""
     await sql.execute(
         f"CREATE TABLE keyproxy.usage_event_batches_{day:%Y%m%d} PARTITION OF keyproxy.usage_event_batches"
         f" FOR VALUES FROM ('{day}') TO ('{day + timedelta(days=1)}')"
     )
 
 
-async def test_place_is_made_ahead_and_days_beyond_the_retention_are_dropped(journal: UsageJournal, sql: Sql) -> None:
+async def test_partitions_are_created_ahead_and_dropped_after_the_retention(journal: UsageJournal, sql: Sql) -> None:
     today = datetime.now(UTC).date()
     kept, old = today - timedelta(days=7), today - timedelta(days=8)
     for day in (kept, old):
@@ -309,7 +305,7 @@ async def test_place_is_made_ahead_and_days_beyond_the_retention_are_dropped(jou
     await sql.execute(f"DROP TABLE keyproxy.usage_event_batches_{kept:%Y%m%d}")
 
 
-async def test_a_day_that_is_being_read_is_dropped_the_next_time(
+async def test_partition_that_is_being_read_is_dropped_the_next_time(
     journal: UsageJournal, database: Database, sql: Sql
 ) -> None:
     old = datetime.now(UTC).date() - timedelta(days=30)
@@ -325,7 +321,7 @@ async def test_a_day_that_is_being_read_is_dropped_the_next_time(
     assert await total(sql) == 1
 
 
-async def test_sums_and_windows_beyond_their_time_are_forgotten_in_portions(journal: UsageJournal, sql: Sql) -> None:
+async def test_expired_sums_and_windows_are_deleted_in_portions(journal: UsageJournal, sql: Sql) -> None:
     await sql.execute(
         "INSERT INTO keyproxy.usage SELECT current_date - 450 + d, 't', 'u', 'k', false, 'r', 1, 0, 0, 0, 0"
         " FROM generate_series(0, 100) AS d"

@@ -1,4 +1,4 @@
-"""Usage as it is read: sums by anything, events each once and in order, an export that goes on where it broke off."""
+"""Reading usage: sums by any dimension, events once and in order, exports that resume after an interruption."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def listed(found: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("three_days")
-async def test_sums_are_by_what_is_asked_for(reader: UsageReader) -> None:
+async def test_sums_are_grouped_by_the_requested_dimensions(reader: UsageReader) -> None:
     assert await reader.sums(NOBODY, ["user"], 10) == [
         {
             "user": "ann", "requests": 3, "refusals": 1, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0,
@@ -82,12 +82,12 @@ async def test_sums_are_by_what_is_asked_for(reader: UsageReader) -> None:
         (UsageFilter(until=datetime(2020, 3, 2, 0, 0, 1, tzinfo=UTC)), 4),
     ],
 )
-async def test_sums_are_of_whom_and_when_is_asked_for(reader: UsageReader, wanted: UsageFilter, requests: int) -> None:
+async def test_sums_cover_the_requested_owner_and_time(reader: UsageReader, wanted: UsageFilter, requests: int) -> None:
     assert sum(row["requests"] for row in await reader.sums(wanted, ["day"], 10)) == requests
     assert sum([row["requests"] async for row in reader.all_sums(wanted)]) == requests
 
 
-async def test_all_sums_come_once_however_many_pages_they_take(reader: UsageReader, sql: Sql) -> None:
+async def test_each_sum_is_returned_once_over_any_number_of_pages(reader: UsageReader, sql: Sql) -> None:
     await sql.execute(
         "INSERT INTO keyproxy.usage SELECT '2026-01-01'::date + n % 3, 't' || n % 7, 'u' || n % 100, 'k' || n,"
         " n % 2 = 0, 'r', 1, 0, 0, 0, 0 FROM generate_series(1, 2500) AS n"
@@ -97,7 +97,7 @@ async def test_all_sums_come_once_however_many_pages_they_take(reader: UsageRead
     assert [row["day"] for row in found] == sorted(row["day"] for row in found)
 
 
-async def test_every_event_comes_once_and_in_order(reader: UsageReader, three_days: UsageJournal) -> None:
+async def test_every_event_is_returned_once_and_in_order(reader: UsageReader, three_days: UsageJournal) -> None:
     found = await listed(reader.events(NOBODY))
     assert [event["user"] for event in found] == ["ann", "bob"] * 3 + ["ann"]
     assert len({event["id"] for event in found}) == 7
@@ -110,7 +110,7 @@ async def test_every_event_comes_once_and_in_order(reader: UsageReader, three_da
     assert await listed(reader.events(late)) == found[2:4]
 
 
-async def test_an_export_goes_on_after_any_event_and_misses_none(reader: UsageReader, three_days: UsageJournal) -> None:
+async def test_export_resumes_after_any_event_and_misses_none(reader: UsageReader, three_days: UsageJournal) -> None:
     found = await listed(reader.events(NOBODY))
     for place, event in enumerate(found):
         assert await listed(reader.events(NOBODY, event["id"])) == found[place + 1 :]
@@ -122,15 +122,15 @@ async def test_an_export_goes_on_after_any_event_and_misses_none(reader: UsageRe
 
 @pytest.mark.usefixtures("three_days")
 @pytest.mark.parametrize("event_id", ["", "x", "0123456789abcdef:1:1", "0123456789abcdef:1", "a:b:c"])
-async def test_to_go_on_after_an_event_that_is_not_there_is_an_error(reader: UsageReader, event_id: str) -> None:
+async def test_resuming_after_an_unknown_event_is_an_error(reader: UsageReader, event_id: str) -> None:
     with pytest.raises(NoSuchEventError, match="there is no event"):
         await listed(reader.events(NOBODY, event_id))
 
 
-async def test_what_is_being_written_is_waited_for_so_that_nobody_goes_on_past_it(
+async def test_export_waits_for_open_transactions_so_that_a_reader_cannot_skip_their_events(
     reader: UsageReader, three_days: UsageJournal, database: Database, dsn: str, clock: Clock
 ) -> None:
-    """A batch takes its serial before it commits: a later one may be there already."""
+    """A batch gets its serial before it commits: a later one may be visible already."""
     slow = await asyncpg.connect(dsn)
     transaction = slow.transaction()
     await transaction.start()
