@@ -442,7 +442,7 @@ def test_readiness_says_when_leases_have_lapsed_for_nothing_is_heard_and_not_bec
         told.append(check_ledger(parts))
     assert {check.verdict for check in told} == {Verdict.DEGRADED}
     assert [check.reason.partition(":")[0] for check in told] == [
-        "limits are spent from leases until they lapse", "leases have lapsed", "leases have lapsed",
+        "requests use existing leases until they expire", "leases have expired", "leases have expired",
     ]  # fmt: skip
     assert conversation.lasting.defects > 50
     flaw.left = 0
