@@ -204,7 +204,7 @@ def test_a_secret_set_in_place_and_by_its_twin_is_refused(reader: Reader, order:
     else:
         problems = reader.wrong(**{f"KEYPROXY_STORE__{name}".upper(): both[name] for name in order})
     assert len(problems) == 1
-    assert "store.dsn: set both in place and by dsn_file" in problems[0]
+    assert "store.dsn: set both directly and by dsn_file" in problems[0]
 
 
 @pytest.mark.parametrize("value", ['"/nowhere/secret"', '"/"', "7", '"a\\u0000b"', '""'])
@@ -457,7 +457,7 @@ def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: R
 def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
     text = f'[reminders]\nwebhook_url = "{url}"\n'
     (problem,) = reader.wrong(text)
-    assert problem.startswith("reminders.webhook_secret: is needed with reminders.webhook_url")
+    assert problem.startswith("reminders.webhook_secret: is required with reminders.webhook_url")
     assert reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings.reminders.webhook_url == url
 
 

@@ -142,12 +142,12 @@ def test_a_request_that_can_never_fit_is_a_permission_that_both_sdks_see_denied(
     reason = Reason.TOKEN_LIMIT_PER_REQUEST
     with (
         ask_openai(answering(refused(reason, "openai"))) as client,
-        pytest.raises(openai.PermissionDeniedError, match="more tokens than one request"),
+        pytest.raises(openai.PermissionDeniedError, match="more tokens than the plan allows per request"),
     ):
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}])
     with (
         ask_anthropic(answering(refused(reason, "anthropic"))) as other,
-        pytest.raises(anthropic.PermissionDeniedError, match="more tokens than one request"),
+        pytest.raises(anthropic.PermissionDeniedError, match="more tokens than the plan allows per request"),
     ):
         other.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}])
 
