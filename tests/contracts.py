@@ -1,4 +1,4 @@
-"""One suite per port, run on the fake and on the real thing: what holds for both is what may be built on."""
+"""One contract suite per port, run against the fake and the real implementation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KNOWN, OTHER, STRANGER = (fakes.key(number) for number in (1, 2, 3))
 
 
 class IdentitiesStage(Protocol):
-    """An implementation of the port, over a store that can be filled and taken away."""
+    """An implementation of the port over a store that the test can fill and disconnect."""
 
     @property
     def identities(self) -> Identities:
@@ -34,26 +34,26 @@ class IdentitiesStage(Protocol):
         ...
 
     def now(self) -> Moment:
-        """This moment."""
+        """The current moment."""
         ...
 
     async def add(self, secret: SecretKey, user: str, *, is_test: bool = False, standing: Reason | None = None) -> None:
-        """The store has this key of a user of `acme`, of which memory has not heard."""
+        """Add a key of a user of `acme` to the store, but not to the cache."""
         ...
 
     async def goes_down(self) -> None:
-        """The store cannot be asked."""
+        """Make the store unavailable."""
         ...
 
     async def comes_back(self) -> None:
-        """The store can be asked again."""
+        """Make the store available again."""
         ...
 
 
 class IdentitiesContract:
     """The port Identities."""
 
-    async def test_what_memory_lacks_is_missing_until_it_has_been_brought(self, stage: IdentitiesStage) -> None:
+    async def test_uncached_key_is_missing_until_it_is_fetched(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
         with pytest.raises(Missing) as error:
             self._look(stage, KNOWN)
@@ -61,17 +61,17 @@ class IdentitiesContract:
         await error.value.fetch_missing()
         assert self._look(stage, KNOWN, is_first_lookup=False).user_id == "u_42"
 
-    async def test_whether_it_is_a_first_look_changes_no_answer(self, stage: IdentitiesStage) -> None:
+    async def test_first_and_later_lookups_return_the_same(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
         with pytest.raises(Missing):
             self._look(stage, KNOWN, is_first_lookup=False)
         await self._told(stage, KNOWN)
-        # One value, not two that are equal: what depends on the key is looked up by it.
+        # The same object, not an equal one: values that depend on the key are looked up by identity.
         assert self._look(stage, KNOWN) is self._look(stage, KNOWN, is_first_lookup=False)
 
     @pytest.mark.parametrize("is_test", [False, True])
     @pytest.mark.parametrize("standing", [None, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED])
-    async def test_a_real_key_has_an_identity_with_its_headers_whatever_its_standing(
+    async def test_existing_key_has_an_identity_with_headers_whatever_its_standing(
         self, stage: IdentitiesStage, is_test: bool, standing: Reason | None
     ) -> None:
         await stage.add(KNOWN, "u_42", is_test=is_test, standing=standing)
@@ -94,14 +94,14 @@ class IdentitiesContract:
         told = [await self._told(stage, secret) for secret in (KNOWN, OTHER, KNOWN)]
         assert [who.user_id for who in told if isinstance(who, Identity)] == ["u_1", "u_2", "u_1"]
 
-    async def test_a_stranger_is_told_that_the_key_is_invalid(self, stage: IdentitiesStage) -> None:
+    async def test_unknown_key_is_refused_as_invalid(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
         assert await self._told(stage, STRANGER) is Reason.KEY_INVALID
         with pytest.raises(Refusal) as error:
             self._look(stage, STRANGER)
         assert error.value.reason is Reason.KEY_INVALID
 
-    async def test_an_outage_refuses_strangers_as_unknowable_and_serves_whom_memory_knows(
+    async def test_store_outage_refuses_uncached_keys_as_unavailable_and_serves_cached_ones(
         self, stage: IdentitiesStage
     ) -> None:
         await stage.add(KNOWN, "u_42")
@@ -112,7 +112,7 @@ class IdentitiesContract:
         assert await self._told(stage, STRANGER) is Reason.STORE_UNAVAILABLE
         assert await self._told(stage, KNOWN) is who
 
-    async def test_after_an_outage_everybody_is_told_the_truth(self, stage: IdentitiesStage) -> None:
+    async def test_all_keys_resolve_correctly_after_an_outage(self, stage: IdentitiesStage) -> None:
         await stage.add(OTHER, "u_43")
         await stage.goes_down()
         for secret in (OTHER, STRANGER):
@@ -123,7 +123,7 @@ class IdentitiesContract:
         assert who.user_id == "u_43"
         assert await self._told(stage, STRANGER) is Reason.KEY_INVALID
 
-    async def test_who_leaves_while_waiting_takes_nothing_from_who_stays(self, stage: IdentitiesStage) -> None:
+    async def test_cancelled_lookup_does_not_affect_others_of_the_same_key(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
         leaving, staying = (asyncio.create_task(self._told(stage, KNOWN)) for _ in range(2))
         await asyncio.sleep(0)
@@ -136,7 +136,7 @@ class IdentitiesContract:
         return stage.identities.known(secret.digest(), stage.now(), is_first_lookup=is_first_lookup)
 
     async def _told(self, stage: IdentitiesStage, secret: SecretKey) -> Identity | Reason:
-        """What a request with this key is told, after waiting once for what is missing."""
+        """The result of a lookup of this key, after fetching the missing value once."""
         try:
             try:
                 return self._look(stage, secret)
@@ -153,14 +153,14 @@ BURST, INTERVAL_SECONDS = 400, 1e6
 
 
 def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
-    """A user's window."""
+    """The window of a user."""
     return Window(Pool("user", owner, False), measure)
 
 
 def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int = 0, at_least: int = 1,
          granted: int = 0, used: int = 0, returned: int = 0, interval_seconds: float = 0.0,
          takes_all: bool = False, is_closing: bool = False) -> LeaseReport:  # fmt: skip
-    """What a holder says of a lease; by default of a day's requests."""
+    """The line of a holder's message about a lease; by default of daily requests."""
     return LeaseReport(
         lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
         takes_all, is_closing,
@@ -168,17 +168,17 @@ def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int
 
 
 async def granted_to(ledger: LedgerBackend, serial: int, *lines: LeaseReport) -> dict[int, int]:
-    """What each lease of one holder has been granted in all, after one message."""
+    """The total grant of each lease of one holder, after one message."""
     replies = await ledger.sync("a", serial, lines)
     assert replies is not None
     return {reply.lease: reply.granted for reply in replies}
 
 
 class InspectedBackend(LedgerBackend, Protocol):
-    """A backend that tells how windows stand."""
+    """A backend that exposes the state of windows."""
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        """How present windows stand."""
+        """The state of the current windows."""
         ...
 
 
@@ -192,12 +192,12 @@ class LedgerStage(Protocol):
 
     @property
     def brief(self) -> LedgerBackend:
-        """The same ledger, as spoken to by those whose leases are over at once."""
+        """The same ledger for holders with leases that expire immediately."""
         ...
 
 
 class Holders:
-    """Processes that hold leases and say at random what holders may say: also of two leases of one window at once."""
+    """Lease holders that send random valid messages, also about two leases of one window at once."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -207,7 +207,7 @@ class Holders:
         self.numbers = 0
 
     def message(self) -> tuple[str, int, list[LeaseReport]]:
-        """Who speaks next, and what."""
+        """The next holder and its message."""
         name = self.random.choice(self.names)
         self.serials[name] = self.serials.get(name, 0) + 1
         keys = [f"{measure} {place}" for measure in LIMITS for place in range(2) if self.random.random() < 0.45]
@@ -217,14 +217,14 @@ class Holders:
         return name, self.serials[name], lines
 
     def replace(self) -> str:
-        """One of them ends, and another one takes its place."""
+        """Replace one of the holders."""
         name = self.names.pop(self.random.randrange(2))
         self.leases = {key: lease for key, lease in self.leases.items() if key[0] != name}
         self.names.append(name + "'")
         return name
 
     def hear(self, name: str, lease: int, granted: int, starts: int) -> None:
-        """What a lease was granted."""
+        """The grant of a lease."""
         for key, known in self.leases.items():
             if key[0] == name and known[0] == lease:
                 known[1], known[4] = granted, starts
@@ -247,7 +247,7 @@ class Holders:
             del self.leases[name, key]
         want = 0 if is_closing else self.random.choice([0, 1, 5, 30])
         at_least = self.random.randint(1, want) if want else 0
-        # Two leases of one window may be of two plans.
+        # Two leases of one window may belong to two plans.
         limit = LIMITS[measure] - (self.random.random() < 0.1)
         return LeaseReport(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
                     want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
@@ -255,13 +255,13 @@ class Holders:
     def _rate_line(self, name: str, place: int) -> LeaseReport:
         want = self.random.choice([0, 1, 20, 90])
         burst = BURST - 100 * (self.random.random() < 0.1)
-        # A rate has no lease that is remembered: any number will do that is not another's in this message.
+        # The ledger keeps no lease for a rate: any number that is unique in this message will do.
         return LeaseReport(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
                     self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
 
 
 class LedgerContract:
-    """The port LedgerBackend: message for message what the reference says."""
+    """The port LedgerBackend: the same response to each message as the reference ledger."""
 
     @pytest.fixture
     def ledger(self, ledger_stage: LedgerStage) -> InspectedBackend:
@@ -269,7 +269,7 @@ class LedgerContract:
         return ledger_stage.ledger
 
     @pytest.mark.parametrize("seed", range(12))
-    async def test_every_message_is_answered_as_the_reference_answers_it(
+    async def test_every_response_equals_that_of_the_reference_ledger(
         self, ledger: InspectedBackend, seed: int
     ) -> None:
         reference, holders = ReferenceLedger(time.time, lease_seconds=LEASE_SECONDS), Holders(seed)
@@ -299,7 +299,7 @@ class LedgerContract:
             assert (row.spent, row.held, row.forfeited) == (state.spent, state.held, state.forfeited), measure
             assert state.held == 0
 
-    async def test_a_message_that_comes_after_a_later_one_changes_nothing(self, ledger: InspectedBackend) -> None:
+    async def test_late_message_changes_nothing(self, ledger: InspectedBackend) -> None:
         await ledger.sync("a", 2, [line(want=4)])
         with pytest.raises(StoreUnavailable):
             await ledger.sync("a", 2, [line(want=4)])
@@ -309,7 +309,7 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held) == (0, 4)
 
-    async def test_a_message_that_is_repeated_counts_once(self, ledger: InspectedBackend) -> None:
+    async def test_repeated_message_counts_once(self, ledger: InspectedBackend) -> None:
         replies = await ledger.sync("a", 1, [line(want=4)])
         assert replies is not None
         assert replies[0].granted == 4
@@ -319,9 +319,7 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held) == (3, 0)
 
-    async def test_a_holder_that_has_ended_is_told_so_and_what_it_held_is_charged(
-        self, ledger: InspectedBackend
-    ) -> None:
+    async def test_ended_holder_is_rejected_and_its_units_are_charged(self, ledger: InspectedBackend) -> None:
         await ledger.sync("a", 1, [line(want=4), line(2, window("concurrency"), want=2)])
         await ledger.end("a")
         assert await ledger.sync("a", 2, [line(granted=4, used=1)]) is None
@@ -331,7 +329,7 @@ class LedgerContract:
         assert (requests.spent, requests.held, requests.forfeited) == (4, 0, 4)
         assert (slots.spent, slots.held, slots.forfeited) == (0, 0, 0)
 
-    async def test_only_holders_whose_time_is_over_are_ended(self, ledger_stage: LedgerStage) -> None:
+    async def test_only_expired_holders_are_ended(self, ledger_stage: LedgerStage) -> None:
         ledger = ledger_stage.ledger
         await ledger_stage.brief.sync("dead", 1, [line(want=4)])
         await ledger.sync("alive", 1, [line(want=4)])
@@ -342,7 +340,7 @@ class LedgerContract:
         assert await ledger_stage.brief.sync("dead", 2, [line(granted=4, used=1)]) is None
         assert await ledger.sync("alive", 2, [line(granted=4, used=1)]) is not None
 
-    async def test_a_holder_that_held_nothing_when_its_time_was_over_goes_on(self, ledger_stage: LedgerStage) -> None:
+    async def test_expired_holder_without_units_continues(self, ledger_stage: LedgerStage) -> None:
         ledger, brief, rate = ledger_stage.ledger, ledger_stage.brief, window("rate")
         await brief.sync("a", 1, [line(want=4), line(2, rate, interval_seconds=60.0, want=1)])
         await brief.sync("a", 2, [line(granted=4, used=1, returned=3, is_closing=True)])
@@ -358,9 +356,7 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held, state.forfeited) == (1, 0, 0)
 
-    async def test_a_holder_that_rests_or_is_not_stored_and_claims_units_has_ended(
-        self, ledger_stage: LedgerStage
-    ) -> None:
+    async def test_resting_or_unknown_holder_that_claims_units_has_ended(self, ledger_stage: LedgerStage) -> None:
         ledger = ledger_stage.ledger
         await ledger_stage.brief.sync("resting", 1, [])
         await ledger.reap()
@@ -368,19 +364,19 @@ class LedgerContract:
             assert await ledger.sync(holder, 7, [line(granted=4, used=1)]) is None, holder
         (state,) = await ledger.windows([window()])
         assert state is None
-        # Its successor, or one whose first answers were lost, has been granted nothing.
+        # Its successor, or a holder that lost its first responses, has been granted nothing.
         assert await ledger.sync("new", 7, [line(want=1)]) is not None
 
-    async def test_of_leases_that_ask_of_one_window_in_one_message_the_latest_alone_is_granted_anything(
+    async def test_only_the_latest_lease_of_a_window_in_a_message_is_granted_units(
         self, ledger: InspectedBackend
     ) -> None:
         assert await granted_to(ledger, 1, line(2, want=8), line(1, want=8)) == {1: 0, 2: 8}
-        # What the one gives back in a message the other may have in the same one, in whichever order they stand.
+        # Units that one lease returns are available to the other in the same message, in either order.
         told = line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=9, at_least=5)
         assert await granted_to(ledger, 2, *told) == {1: 0, 2: 8, 3: 5}
         told = line(4, want=1), line(3, granted=5, used=2, returned=3), line(2, granted=8, returned=3)
         assert await granted_to(ledger, 3, *told) == {2: 8, 3: 5, 4: 1}
-        # Enough for both makes no difference, and another window is another matter.
+        # The same holds if there are enough units for both; other windows are independent.
         told = (
             line(5, want=1),
             line(6, window(owner="u_43"), want=1),
@@ -391,9 +387,7 @@ class LedgerContract:
         assert state is not None
         assert (state.spent, state.held) == (2, 5 + 1 + 1)
 
-    async def test_every_line_of_a_window_is_told_how_it_stands_after_the_message(
-        self, ledger: InspectedBackend
-    ) -> None:
+    async def test_every_line_gets_the_state_of_its_window_after_the_message(self, ledger: InspectedBackend) -> None:
         replies = await ledger.sync("a", 1, [line(1, want=4), line(2, limit=9, want=5)])
         assert replies is not None
         assert [(reply.spent, reply.held) for reply in replies] == [(0, 5), (0, 5)]
@@ -401,7 +395,7 @@ class LedgerContract:
         assert replies is not None
         assert [(reply.spent, reply.held) for reply in replies] == [(2, 6), (2, 6)]
 
-    async def test_two_that_ask_of_one_rate_in_one_message_share_its_burst(self, ledger: InspectedBackend) -> None:
+    async def test_two_lines_of_one_rate_in_a_message_share_its_burst(self, ledger: InspectedBackend) -> None:
         rate = window("rate")
         told = [line(number, rate, limit=5, want=4, interval_seconds=60.0) for number in (2, 1)]
         replies = await ledger.sync("a", 1, told)
@@ -411,7 +405,7 @@ class LedgerContract:
         assert replies is not None
         assert {one.lease: (one.granted, one.held) for one in replies} == {1: (0, 4), 2: (1, 5)}
 
-    async def test_a_rate_gives_its_burst_and_then_says_how_long_the_next_takes(self, ledger: InspectedBackend) -> None:
+    async def test_rate_grants_its_burst_and_then_returns_the_wait(self, ledger: InspectedBackend) -> None:
         rate = window("rate")
         replies = await ledger.sync("a", 1, [line(1, rate, limit=5, want=9, interval_seconds=0.5)])
         assert replies is not None
@@ -421,7 +415,7 @@ class LedgerContract:
         assert replies[0].granted == 0
         assert 0.0 < replies[0].wait_seconds <= 0.5
 
-    async def test_what_one_holder_lacks_is_wanted_of_the_others(self, ledger: InspectedBackend) -> None:
+    async def test_shortage_of_one_holder_is_requested_from_the_others(self, ledger: InspectedBackend) -> None:
         await ledger.sync("a", 1, [line(want=10)])
         replies = await ledger.sync("b", 1, [line(want=1)])
         assert replies is not None

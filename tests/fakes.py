@@ -1,4 +1,4 @@
-"""Fakes of ports, for tests of what lies above or beside them. Each is held to its port's suite in contracts.py."""
+"""Fakes of ports. Each passes its port's contract suite in contracts.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = KeyFormat()
 
 
 def holds_key(target: bytes) -> bool:
-    """Whether a request target has a key in it."""
+    """Whether a request target contains a key."""
     return credentials.holds_key(target, FORMAT)
 
 
@@ -56,7 +56,7 @@ def identity(
 
 
 class FakeIdentities(Identities):
-    """Identities in memory. A `slow` digest is missing until it has been brought; `is_down` refuses strangers."""
+    """Identities in memory. A `slow` digest is missing until it is fetched; `is_down` refuses uncached keys."""
 
     def __init__(self) -> None:
         self.table: dict[KeyDigest, Identity] = {}
@@ -67,7 +67,7 @@ class FakeIdentities(Identities):
         self.may_bring.set()
 
     def add(self, secret: SecretKey, who: Identity) -> None:
-        """This key resolves to this identity."""
+        """Make this key resolve to this identity."""
         self.table[secret.digest()] = who
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
@@ -94,7 +94,7 @@ class FakeIdentities(Identities):
 
 
 class FakeLedger(Ledger):
-    """A book and the reference ledger, which answers at once. Not `answers`: it cannot be asked."""
+    """A lease table over the reference ledger, which responds at once. `answers` False: it is unavailable."""
 
     def __init__(self) -> None:
         self.reference = ReferenceLedger(time.time, lease_seconds=1000.0)
@@ -173,7 +173,7 @@ class FakeLedger(Ledger):
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a recorder is told of one exchange."""
+    """The record of one exchange."""
 
     method: bytes
     path: bytes
@@ -187,20 +187,20 @@ class Recorded:
     bytes_out: int
     policy: str
     client: bytes
-    #: From its head to its first byte upstream, and how much of that it waited for its body and for a connection.
+    #: Time from the head to the first byte upstream, and the waits for body and connection within it.
     before_sent_seconds: float
     body_wait_seconds: float
     connection_wait_seconds: float
 
     @property
     def overhead_seconds(self) -> float:
-        """Our own time before it was sent."""
+        """The proxy's own time before the request was sent."""
         return self.before_sent_seconds - self.body_wait_seconds - self.connection_wait_seconds
 
 
 @dataclass
 class FakeRecorder(Recorder):
-    """Keeps what it is told."""
+    """Keeps all records."""
 
     seen: list[Recorded] = field(default_factory=list)
 

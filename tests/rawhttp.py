@@ -1,6 +1,6 @@
-"""HTTP as bytes, for both ends of the wire: a client that sends what it is told, an upstream that does too.
+"""HTTP as bytes, for both ends of the wire: a client and an upstream that send exactly the given bytes.
 
-The reader here is a plain one of its own, so that a mistake in the product's cannot hide itself.
+The parser here is a simple, separate one, so that a bug in the product's parser cannot hide itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Message:
         return [value for one, value in self.headers if one.lower() == name.lower()]
 
     def one(self, name: str) -> str | None:
-        """The value of a header that is there once or not at all."""
+        """The value of a header that occurs at most once."""
         values = self.all(name)
         assert len(values) <= 1, f"{name} is there {len(values)} times"
         return values[0] if values else None
@@ -88,14 +88,14 @@ class Client:
         await self.writer.drain()
 
     async def answers(self, *, method: str = "POST", seconds: float = 5.0) -> list[Message]:
-        """All answers to one request: interim ones, and last the final one."""
+        """All responses to one request: interim ones, then the final one."""
         found = [await self.answer(method=method, seconds=seconds)]
         while found[-1].status < 200:
             found.append(await self.answer(method=method, seconds=seconds))
         return found
 
     async def answer(self, *, method: str = "POST", seconds: float = 5.0) -> Message:
-        """The next answer, interim or final. Fails at the end of the connection."""
+        """The next response, interim or final. Fails at the end of the connection."""
         async with asyncio.timeout(seconds):
             message = await read_head(self.reader)
             assert message is not None, "the connection ended without an answer"
@@ -106,7 +106,7 @@ class Client:
             return message
 
     async def ends(self, *, seconds: float = 5.0) -> bytes:
-        """What still comes until the other side closes."""
+        """All bytes until the other side closes."""
         async with asyncio.timeout(seconds):
             try:
                 return await self.reader.read()
@@ -114,7 +114,7 @@ class Client:
                 return b""
 
     def half_close(self) -> None:
-        """Send no more, but listen."""
+        """Close the sending side only."""
         self.writer.write_eof()
 
     async def close(self) -> None:
@@ -157,7 +157,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\
 
 @dataclass
 class Upstream:
-    """A compute server made of bytes. `requests` holds what it has seen whole, `heads` all heads."""
+    """A compute server that sends given bytes. `requests` has all complete requests, `heads` all heads."""
 
     answering: ResponseWriter = field(default_factory=lambda: answer_with(OK))
     requests: list[Message] = field(default_factory=list)
@@ -184,7 +184,7 @@ class Upstream:
             await self.stop()
 
     async def stop(self) -> None:
-        """Listen no more, and end every connection."""
+        """Stop listening, and close every connection."""
         if self._server is not None:
             self._server.close()
         for task in list(self._tasks):

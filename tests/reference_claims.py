@@ -1,6 +1,6 @@
-"""The rules of claims in plain Python: what was charged, and what a batch is answered.
+"""The rules of claims in plain Python: charges, and the response to a batch.
 
-The fake of ClaimStore for tests that need no server. PostgreSQL is held to the same by
+The fake of ClaimStore for tests without a server. PostgreSQL is tested against the same rules by
 tests/store/ledger/test_charge_dedup.py.
 """
 
@@ -18,12 +18,12 @@ KEPT_SECONDS = 24 * 3600.0
 
 @dataclass
 class ReferenceClaims:
-    """See the module. Not `answers`: it cannot be asked. `loses_answers`: so many of them, of batches that were heard."""
+    """The fake store. `answers` False: unavailable. `loses_answers`: the number of responses to lose after processing."""
 
     wall: Callable[[], float] = time.time
     answers: bool = True
     loses_answers: int = 0
-    #: By fingerprint: the most tokens that any attempt used, and when the first was charged.
+    #: By fingerprint: the maximum tokens of any attempt, and the time of the first charge.
     charges: dict[bytes, tuple[int, float]] = field(default_factory=dict)
     batches: dict[str, tuple[int, list[Answer]]] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class ReferenceClaims:
         return answers
 
     def _judge(self, claim: Claim, used_here: int) -> Answer:
-        """`used_here`: the most that those before it in its batch used."""
+        """`used_here`: the maximum of the earlier attempts in its batch."""
         before = self._charged(claim.fingerprint)
         if before is not None:
             tokens, at = self.charges[claim.fingerprint]
@@ -70,7 +70,7 @@ class ReferenceClaims:
         return self.look(fingerprints)
 
     def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """Those that were charged in the last 24 hours, and how many tokens."""
+        """The requests charged in the last 24 hours, with their tokens."""
         return {one: tokens for one in fingerprints if (tokens := self._charged(one)) is not None}
 
     async def forget(self, portion: int) -> bool:

@@ -1,4 +1,4 @@
-"""The ledger's rules in plain Python, as short as they can be said: what every backend is compared with.
+"""The ledger's rules in plain Python, as short as possible: the reference for every backend.
 
 Also the fake of the port LedgerBackend, for tests and simulations that need no server. Its clock is an argument.
 """
@@ -15,7 +15,7 @@ from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport
 
 _WANTED_SECONDS = 2.0
 
-#: For so long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
+#: The time for which a ledger that lost history accepts leases claimed by resting or unknown holders.
 _CLAIMED_SECONDS = 86_400.0
 
 
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass
 class Account:
-    """One lease: cumulative since it began. Held for it: granted - used - returned."""
+    """One lease, with cumulative figures. Units held: granted - used - returned."""
 
     key: tuple[Window, int]
     granted: int = 0
@@ -43,13 +43,13 @@ class Account:
 
     @property
     def outstanding(self) -> int:
-        """What is held for it."""
+        """The units held by the lease."""
         return self.granted - self.used - self.returned
 
 
 @dataclass
 class Holder:
-    """One process that holds leases. It `rests` when its time was over and it held nothing, until its next message."""
+    """A process that holds leases. It `rests` after expiring without units, until its next message."""
 
     serial: int
     expires_at: float
@@ -70,11 +70,11 @@ class ReferenceLedger:
         self.settles_until = self.lost_at = -math.inf
 
     def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
-        """See the port. None: this holder has ended. A message older than one that was heard counts as lost."""
+        """See the port. None: this holder has ended. A message older than the latest one counts as lost."""
         now = self._clock()
         known = self.holders.get(holder)
         if known is None or known.rests:
-            # What it was granted is not there any more: it was charged when the holder ended. Or it is in lost history.
+            # Its grants no longer exist: they were charged when the holder ended, or are part of lost history.
             claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
             if claims and now >= self.lost_at + _CLAIMED_SECONDS:
                 return None
@@ -93,10 +93,10 @@ class ReferenceLedger:
         return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
 
     def reap(self) -> None:
-        """End the holders whose time is over."""
+        """End the expired holders."""
         now = self._clock()
         if now < self.settles_until:
-            # Who seems dead may have been heard in the history that was lost.
+            # A holder that seems expired may have sent messages that are part of the lost history.
             return
         for name, holder in self.holders.items():
             if not (holder.has_ended or holder.rests) and holder.expires_at <= now:
@@ -106,14 +106,14 @@ class ReferenceLedger:
                     holder.rests = True
 
     def forget(self, after_seconds: float) -> None:
-        """Delete the holders that rest or have ended, so long after their time was over."""
+        """Delete resting and ended holders, this long after their expiry."""
         before = self._clock() - after_seconds
         for name, holder in list(self.holders.items()):
             if (holder.rests or holder.has_ended) and holder.expires_at < before:
                 del self.holders[name]
 
     def end(self, name: str) -> None:
-        """End a holder: what it has not returned is charged. Slots are free again."""
+        """End a holder: charge the units that it has not returned, and free its slots."""
         holder = self.holders.get(name)
         if holder is None or holder.has_ended:
             return
@@ -130,22 +130,22 @@ class ReferenceLedger:
 
     @property
     def has_lost_history(self) -> bool:
-        """Whether a replica has ever taken its place."""
+        """Whether a replica has ever taken over."""
         return self.lost_at > -math.inf
 
     def copy(self) -> tuple[dict[tuple[Window, int], Row], dict[str, Holder]]:
-        """What a replica has received."""
+        """The state that a replica has received."""
         return copy.deepcopy((self.rows, self.holders))
 
     def fail_over(self, replica: tuple[dict[tuple[Window, int], Row], dict[str, Holder]]) -> None:
-        """A replica takes its place, which has not received all: for as long as a lease lasts nothing is granted."""
+        """Fail over to a replica with incomplete history: nothing is granted for the duration of a lease."""
         self.rows, self.holders = copy.deepcopy(replica)
         self.lost_at = self._clock()
         self.settles_until = self.lost_at + self._lease_seconds
 
 
 class _Message:
-    """One message: all of it is settled first, then whatever is free is granted, then it is answered."""
+    """Handle one message: settle all lines, then grant free units, then respond."""
 
     def __init__(self, ledger: ReferenceLedger, name: str, now: float) -> None:
         self._rows, self._name, self._now = ledger.rows, name, now
@@ -162,7 +162,7 @@ class _Message:
         self._moved: dict[tuple[Window, int], float] = {}
 
     def settle(self, line: LeaseReport) -> None:
-        """What became of a lease."""
+        """Settle a lease."""
         key = self._keys[line.lease] = self._key(line)
         row = self._rows.setdefault(key, Row())
         row.limit = line.limit
@@ -171,24 +171,24 @@ class _Message:
         if line.interval_seconds:
             self._rates[line.lease] = self._rate(row, line)
             return
-        # A lease that is closed already is closed.
+        # A closed lease stays closed.
         if line.is_closing and not is_known:
             return
         account = self._leases.setdefault(line.lease, Account(key))
         self._told.add(line.lease)
         row.held -= account.outstanding
         row.spent += max(0, line.used - account.used)
-        # What the ledger has forgotten, it hears again from who holds it. More used than was granted is granted by that.
+        # The holder reports leases that the ledger has lost. Use beyond the known grant counts as granted.
         account.used, account.returned = max(account.used, line.used), max(account.returned, line.returned)
         account.granted = max(account.granted, line.granted, account.used + account.returned)
         if line.is_closing:
-            # Also what was granted in an answer that got lost.
+            # Including a grant in a lost response.
             account.granted = account.used + account.returned
             del self._leases[line.lease]
         row.held += account.outstanding
 
     def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
-        """The lines that may be granted something: of those that ask of one window the last lease alone."""
+        """The lines that may be granted units: for each window only the latest lease."""
         latest: dict[tuple[Window, int], LeaseReport] = {}
         for line in sorted(lines):
             if line.want:
@@ -196,7 +196,7 @@ class _Message:
         return list(latest.values())
 
     def grant(self, line: LeaseReport) -> int:
-        """How much of what it asks for it gets."""
+        """The granted part of the requested units."""
         key = self._keys[line.lease]
         row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
         if line.interval_seconds:
@@ -213,7 +213,7 @@ class _Message:
         return grant
 
     def reply(self, line: LeaseReport, grant: int) -> LeaseGrant:
-        """What is said of a lease."""
+        """The response line of a lease."""
         key = self._keys[line.lease]
         row = self._rows[key]
         if line.interval_seconds:
@@ -226,17 +226,17 @@ class _Message:
         )
 
     def _key(self, line: LeaseReport) -> tuple[Window, int]:
-        # A lease whose first answer got lost stays in the window that it began in, though its holder cannot say which.
+        # If its first response was lost, a lease stays in its original window, which its holder does not know.
         if line.lease in self._leases:
             return self._leases[line.lease].key
         return line.window, span(line.window.measure, line.starts or self._now)[0]
 
-    # GCRA: the theoretical arrival time is ahead of now by what was taken and has not come back.
+    # GCRA: the theoretical arrival time is ahead of now by the units taken and not yet replenished.
 
     def _reply_rate(self, row: Row, line: LeaseReport, grant: int) -> LeaseGrant:
         ahead, available = self._rates[line.lease]
         ahead += grant * line.interval_seconds
-        # As the furthest of its lines leaves it.
+        # The furthest of its lines applies.
         key = self._keys[line.lease]
         row.theoretical = self._moved[key] = max(self._now + ahead, self._moved.get(key, -math.inf))
         short = ahead + (line.at_least - line.limit) * line.interval_seconds
@@ -246,7 +246,7 @@ class _Message:
 
     def _rate(self, row: Row, line: LeaseReport) -> tuple[float, int]:
         interval, tolerance = line.interval_seconds, line.limit * line.interval_seconds
-        # Never further ahead than that: the clock may have been set back, or the burst lowered.
+        # A maximum applies because the clock may have been set back, or the burst lowered.
         ahead = min(max(row.theoretical, self._now) - self._now, tolerance)
         return ahead, math.floor((tolerance - ahead) / interval + 1e-6)
 
@@ -256,13 +256,13 @@ def _grant(line: LeaseReport, available: int, alive: int) -> int:
         return 0
     if line.takes_all:
         return available
-    # Whoever asks leaves something for the others, the less there is the less they take.
+    # A holder leaves units for the others: the fewer remain, the fewer it is granted.
     share = line.want if alive <= 1 else max(line.at_least, available // (2 * alive))
     return min(line.want, available, share)
 
 
 def span(measure: str, at: float) -> tuple[int, float]:
-    """The calendar window that an instant is in: when it starts and when it ends, Unix time."""
+    """The start and end of the calendar window of an instant, in Unix time."""
     day = datetime.fromtimestamp(at, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     if measure.endswith("_per_day"):
         return int(day.timestamp()), (day + timedelta(days=1)).timestamp()

@@ -1,4 +1,4 @@
-"""A second opinion on HTTP/1.1, written from RFC 9110 and RFC 9112 without looking at the product or at llhttp.
+"""An independent HTTP/1.1 parser, written from RFC 9110 and RFC 9112 without reference to the product or llhttp.
 
 Slow and plain on purpose: it reads one byte after the other and allows only what is beyond doubt. `read` says which
 requests a stream of bytes holds. A server that finds another request in it, or a request that ends elsewhere, reads the
@@ -15,7 +15,7 @@ VALUE = frozenset([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 DIGITS = frozenset(b"0123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
 
-#: What a path may hold without any doubt about how others read it.
+#: Path characters that every server reads alike.
 PLAIN = frozenset(b"-_~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 QUERY = frozenset(range(0x21, 0x7F)) - frozenset(b"\\#")
 
@@ -26,7 +26,7 @@ SINGLE = (b"host", b"content-length", b"transfer-encoding")
 
 
 class Malformed(Exception):
-    """No request, or one that could be read in more than one way."""
+    """Not a request, or an ambiguous one."""
 
 
 class Incomplete(Exception):
@@ -35,7 +35,7 @@ class Incomplete(Exception):
 
 @dataclass
 class Request:
-    """One request. `is_certain`: whoever refuses it is too strict."""
+    """One request. `is_certain`: a server that refuses it is too strict."""
 
     method: bytes
     target: bytes
@@ -88,7 +88,7 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
         if not name or not colon or set(name) - NAME or set(value) - VALUE:
             raise Malformed
         fields.append((name.lower(), value.strip(b" \t")))
-        is_odd = is_odd or value.endswith(b"\t")  # llhttp, for one, does not take every space for one
+        is_odd = is_odd or value.endswith(b"\t")  # llhttp, for one, does not accept every kind of space
     request = Request(parts[0], parts[1], fields=fields, is_certain=not is_odd)
     is_http_11 = parts[2] == b"HTTP/1.1"
     for name in SINGLE:
@@ -103,7 +103,7 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
         request.is_certain = False
     expected = {one.strip(b" \t").lower() for value in _all(fields, b"expect") for one in value.split(b",")}
     if expected - {b"100-continue", b""} or request.method == b"TRACE":
-        raise Malformed  # well-formed, and to be refused all the same
+        raise Malformed  # well-formed, but still to be refused
     request.says_close = b"close" in options
     return request, _body(stream, at, request, is_http_11=is_http_11)
 

@@ -63,7 +63,7 @@ def test_each_shadowed_route_is_named_once() -> None:
         ([["a"]], ["a", "x"], "no route requires the scope 'x'"),
     ],
 )
-def test_a_key_that_no_route_accepts_is_warned_of(
+def test_key_that_no_route_accepts_causes_a_warning(
     routes: list[list[str]], scopes: list[str], warning: str | None
 ) -> None:
     rows = [RouteRow(f"GET /{number}", wanted) for number, wanted in enumerate(routes)]
