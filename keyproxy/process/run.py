@@ -123,7 +123,7 @@ def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
             except ReloadError as error:
                 _log.error("reload rejected: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task: a failed reload drops no request
-                _log.exception("reload failed")
+                _log.exception("reload failed with an internal error")
             systemd.notify("READY=1")
 
     return changing
@@ -167,7 +167,7 @@ async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], te
     except ReloadError:
         raise
     except Exception as error:  # the outermost boundary of an order: a failed reload drops no request
-        _log.exception("reload failed")
+        _log.exception("reload failed with an internal error")
         raise ReloadError("internal error, logged above") from error
 
 

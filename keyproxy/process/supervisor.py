@@ -216,7 +216,7 @@ class Supervisor:
             except (ReloadError, sockets.BindError) as error:
                 _log.error("reload rejected: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
-                _log.exception("reload failed")
+                _log.exception("reload failed with an internal error")
             else:
                 logging.getLogger().setLevel(settings.log.level.upper())
                 _log.info("configuration reloaded")
