@@ -1,3 +1,3 @@
-"""keyproxy: tells a compute server, for every request, on whose behalf it comes."""
+"""keyproxy: a reverse proxy that authenticates requests and identifies the user to the compute server behind it."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """The life of a request, top to bottom: decide without waiting; fetch only what is missing; decide again.
 
-`decide` is one synchronous function over values in memory. When it misses one it says which; the cold path fetches that
-and calls the same function again, so it cannot decide differently from the hot one. On the hot path no task is made and
-nothing is awaited between the request and the bytes that go upstream.
+`decide` is one synchronous function over values in memory. If a value is missing it raises Missing; the cold path
+fetches the value and calls the same function again, so both paths decide alike. The hot path creates no task and awaits
+nothing between the request and the bytes that go upstream.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
 
-#: A decision misses an identity, a body, a payment, a lease, and what was brought may be gone when it is looked for.
+#: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.
 _ROUNDS_MAX: Final = 8
 
 
@@ -41,7 +41,7 @@ class Gateway(Gate):
         self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, claims: Claims,
         routes: RouteTable, now: Callable[[], Moment], instance: bytes,
     ) -> None:  # fmt: skip
-        """`instance`: a few random characters that make this process's request ids its own."""
+        """`instance`: a few random characters that make the request ids of this process unique."""
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger
@@ -54,7 +54,7 @@ class Gateway(Gate):
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
-        """Decide on a request, now if memory suffices, else as soon as what is missing has been fetched."""
+        """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
             permit = self.decide(exchange)
         except Missing as missing:
@@ -65,19 +65,19 @@ class Gateway(Gate):
             exchange.forward(permit)
 
     def decide(self, exchange: Exchange, *, is_first_lookup: bool = True) -> Permit:
-        """May this request go upstream, and as whom? Never waits.
+        """Decide whether this request may go upstream, and with which identity. Never waits.
 
-        Raises Missing for a value that has to be fetched first, a Refusal if it may not.
+        Raises Missing for a value that has to be fetched first, a Refusal if the request is not admitted.
         """
         head = exchange.head
         if head is None:
-            raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be decided")
+            raise Refusal(Reason.INTERNAL_ERROR, "cannot decide on a request without a head")
         now = self._now()
         digest = exchange.digest = credentials.digest(head)
         try:
             identity = self._identities.known(digest, now, is_first_lookup=is_first_lookup)
         except Refusal:
-            # Whatever memory or the store may say: a key that cannot exist is told so, and nobody is asked.
+            # A malformed key is refused as such, without a lookup, whatever the state of cache and store.
             credentials.checked(head, self._key_format)
             raise
         except Missing as missing:
@@ -87,7 +87,7 @@ class Gateway(Gate):
         grant = authorization.admit(identity, exchange.route, now)
         allowance = identity.allowance
         if head.fields.has_idempotency_key and allowance is not None and exchange.fingerprint is None:
-            # Of the body as it came: before anything is read or changed of it.
+            # The fingerprint covers the body as received: compute it before the body is read or changed.
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         need = None
         if grant.route.tokens is not NO_TOKENS:
@@ -101,7 +101,7 @@ class Gateway(Gate):
         return Permit(grant, self._ledger.take(allowance, now, need))
 
     def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
-        """Refuse a request that a limit refuses regardless of its body, before waiting for the body or reading it."""
+        """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
         fingerprint = exchange.fingerprint
         asks = exchange.reading is None and not token_accounting.is_read_at_once(exchange)
         if fingerprint is None:
@@ -115,7 +115,7 @@ class Gateway(Gate):
     def _take_once(
         self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: TokenNeed | None
     ) -> Hold:
-        """As the ledger's `take`, but a request that was charged before is not refused for what it has paid already."""
+        """Like the ledger's `take`, but a retry of a charged request is not refused for what it was charged already."""
         now = self._now()
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
@@ -125,7 +125,7 @@ class Gateway(Gate):
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
     def _unless_paid(self, exchange: Exchange, fingerprint: Fingerprint, refusal: Refusal) -> Exception:
-        """The refusal, or what is missing if the request may have been charged before."""
+        """The refusal, or a Missing for the earlier charge if the request may have been charged before."""
         if not fingerprint.may_be_paid(refusal.reason):
             return refusal
         return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
@@ -133,7 +133,7 @@ class Gateway(Gate):
     async def _ask_whether_paid(
         self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
     ) -> None:
-        """Have the store asked, once all of the request is there to be recognised. Too much to hold: it is refused."""
+        """Look up an earlier charge once the whole request has arrived. A body too large to buffer is refused."""
         await exchange.whole_body(spent)
         if not exchange.is_over:
             fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
@@ -141,16 +141,16 @@ class Gateway(Gate):
 
     @property
     def is_deciding(self) -> bool:
-        """Whether a request waits in here for what its decision is missing."""
+        """Whether any decision is waiting for a missing value."""
         return bool(self._undecided)
 
     async def all_decided(self) -> None:
-        """Wait until none does."""
+        """Wait until no decision is pending."""
         while waiting := [task for task in self._undecided if not task.done()]:
             await asyncio.wait(waiting)
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
-        """The cold path. Ends with the exchange forwarded, refused, or found to be over already."""
+        """The cold path. Returns when the exchange was forwarded or refused, or is already over."""
         patience = TimeBudget()
         try:
             for _ in range(_ROUNDS_MAX):
@@ -160,8 +160,8 @@ class Gateway(Gate):
                 try:
                     permit = self.decide(exchange, is_first_lookup=False)
                 except Missing as still:
-                    # What could not be fetched may have become unnecessary: a stale value serves while the store is
-                    # down. Only if the decision still needs it is the failure the answer.
+                    # A value that could not be fetched may no longer be needed: stale values are used while the store
+                    # is down. The failure becomes the refusal only if the decision still needs the value.
                     if failure is not None:
                         raise failure from still
                     missing = still
@@ -172,14 +172,14 @@ class Gateway(Gate):
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
-            _log.exception("deciding failed", extra={"request_id": exchange.request_id.decode("ascii")})
+            _log.exception("request decision failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
 
     def review(self, exchange: Exchange) -> None:
-        """Look again at an exchange that is under way: refuse it if its key would not be let in any more.
+        """Recheck an exchange in flight: refuse it if its key is no longer valid for it.
 
-        What was asked for stays asked for, so only the key, its owners and the route are looked at. That the store
-        cannot be asked ends nothing that was verified when it began.
+        Only the key, its owners and the route can have changed, so only they are checked. A store outage does not end
+        an exchange that was verified when it began.
         """
         try:
             self._review(exchange)
@@ -204,12 +204,12 @@ class Gateway(Gate):
 
     async def _fetch_and_review(self, exchange: Exchange, missing: Missing) -> None:
         await _fetched(missing, TimeBudget())
-        # Missing again: the next review asks again.
+        # If the value is missing again, the next review retries.
         with contextlib.suppress(Missing):
             self._review(exchange)
 
     def settle(self, exchange: Exchange) -> None:
-        """What an exchange held is charged if the upstream saw anything of it, else given back."""
+        """Charge the exchange's hold if the upstream received any of the request, else release it."""
         permit = exchange.permit
         if permit is None:
             return
@@ -223,13 +223,13 @@ class Gateway(Gate):
             self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens)
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        """What reads the answer to a request that asks for tokens."""
+        """The meter that reads the response to a request on a metered route."""
         kind = NO_TOKENS if exchange.route is None else exchange.route.tokens
         hides_usage = exchange.ask is not None and exchange.ask.hides_usage
         return meter_for(kind, answer, hides_usage=hides_usage)
 
     def watch(self, exchange: Exchange) -> None:
-        """A metered stream has gone on: extend what is held for it if it needs more, end it if there is no more."""
+        """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""
         self._watch(exchange)
 
     def _watch(self, exchange: Exchange, patience: TimeBudget | None = None) -> None:
@@ -257,37 +257,37 @@ class Gateway(Gate):
                 exchange.end_stream(refusal)
             else:
                 self._watch(exchange, patience)
-        except Exception:  # noqa: BLE001 - the outermost boundary of this task: the stream is held up until it says so
-            _log.exception("extending failed", extra={"request_id": exchange.request_id.decode("ascii")})
+        except Exception:  # noqa: BLE001 - the outermost boundary of this task, which has paused the stream
+            _log.exception("stream hold extension failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
 
     def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        """Header lines that tell how it stands with the limits a request is under."""
+        """The RateLimit header lines for the limits that apply to a request."""
         return b"" if permit.hold is None else permit.hold.bundle.statement.lines(now_mono)
 
     def retiring_header(self, identity: Identity) -> bytes:
-        """The header line that tells for how many seconds a key that was replaced still works."""
+        """The header line with the number of seconds for which a replaced key still works."""
         if identity.retiring_field is None:
             return b""
         left = max(0, math.floor(identity.expires_wall_seconds - self._now().wall_seconds))
         return b"%b%d\r\n" % (identity.retiring_field, left)
 
     def holds_key(self, target: bytes) -> bool:
-        """Whether a request target has a key in it."""
+        """Whether a request target contains a key."""
         return credentials.holds_key(target, self._key_format)
 
     def request_id(self, head: RequestHead | None) -> bytes:
-        """The client's own request id if it is sane, else a new one: unique, not secret."""
+        """The client's request id if it is well-formed, else a new one: unique, not secret."""
         sent = head.request_id if head is not None else None
         if head is not None and sent is not None and headers.sane_request_id(sent):
-            # A key in this place would be logged and echoed.
+            # A key in this field would be logged and echoed.
             keys = (token for field in head.credentials for token in field.value.split()[-1:])
             if not self._key_format.is_within(sent) and not any(key in sent for key in keys):
                 return sent
         return b"%b%010x" % (self._instance, next(self._serial))
 
     def error_shape(self, head: RequestHead | None) -> str:
-        """The shape in which a refusal of this request is told."""
+        """The response format for a refusal of this request."""
         if head is not None:
             try:
                 route = self._routes.match(head.line.method, head.line.path)
@@ -299,7 +299,7 @@ class Gateway(Gate):
 
 
 async def _fetched(missing: Missing, patience: TimeBudget) -> Refusal | None:
-    """Fetch what is missing; the Refusal that says why not, if it could not be had."""
+    """Fetch a missing value. Returns the Refusal if that fails."""
     try:
         await missing.fetch_missing(patience)
     except Refusal as refusal:

@@ -1,8 +1,8 @@
-"""What a limit says of itself: the state it was found in, and the header fields that tell a caller.
+"""Limits as callers see them: policy, remaining quota, and the RateLimit header fields.
 
-`RateLimit-Policy` names the limits that apply, `RateLimit` what is left of them: draft-ietf-httpapi-ratelimit-headers,
-lists of RFC 9651 strings with parameters. A policy never changes, so its item is made once; per request there is one
-short format for each limit, and a join.
+`RateLimit-Policy` lists the limits that apply, `RateLimit` what remains of each: draft-ietf-httpapi-ratelimit-headers,
+lists of RFC 9651 strings with parameters. A policy never changes, so its item is formatted once; each request costs one
+short format per limit and a join.
 
     RateLimit-Policy: "requests-per-day";q=1000;w=86400, "concurrency";q=8;qu="concurrent-requests"
     RateLimit: "requests-per-day";r=412;t=3600, "concurrency";r=7
@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-#: Units of the draft's registry, and ours for token budgets; a policy in requests does not name its unit.
+#: Units of the draft's registry, and our own for token budgets; a policy in requests omits its unit.
 REQUESTS: Final = "requests"
 CONCURRENT_REQUESTS: Final = "concurrent-requests"
 TOKENS: Final = "tokens"
 
-#: The largest Integer of RFC 9651 section 3.3.1. What is larger is told as this: it is as good as unlimited.
+#: The largest Integer of RFC 9651 section 3.3.1. Larger values are clamped to it: they are as good as unlimited.
 _INTEGER_MAX: Final = 999_999_999_999_999
 
-#: So many policies and lines of them are kept to be shared.
+#: The number of policies, and of RateLimit-Policy lines, that are cached and shared.
 _KEPT_MAX: Final = 1_024
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
@@ -33,9 +33,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class LimitPolicy:
-    """One limit as it was set: at most `quota` of `unit` in `window_seconds`; None: at any time.
+    """One configured limit: at most `quota` of `unit` in `window_seconds`; None: at any one time.
 
-    Raises ValueError for a name that is no plain word, and for a quota or a window below what can be.
+    Raises ValueError for a name that is not a plain word, a negative quota, or a window shorter than a second.
     """
 
     name: str
@@ -47,9 +47,9 @@ class LimitPolicy:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or not _NAME.fullmatch(self.unit):
-            raise ValueError(f"{self.name!r} in {self.unit!r}: a name holds letters, digits and _ . : / - only")
+            raise ValueError(f"{self.name!r} in {self.unit!r}: a name may contain only letters, digits and _ . : / -")
         if self.quota < 0 or (self.window_seconds is not None and self.window_seconds < 1):
-            raise ValueError(f"{self.name}: the quota is negative, or the window shorter than a second")
+            raise ValueError(f"{self.name}: the quota is negative, or the window is shorter than a second")
         key = f'"{self.name}"'
         window = "" if self.window_seconds is None else f";w={_integer(self.window_seconds)}"
         unit = "" if self.unit == REQUESTS else f';qu="{self.unit}"'
@@ -59,14 +59,14 @@ class LimitPolicy:
 
 @lru_cache(maxsize=_KEPT_MAX)
 def policy(name: str, quota: int, window_seconds: int | None = None, unit: str = REQUESTS) -> LimitPolicy:
-    """A LimitPolicy, one for all who are under the same: plans are few, users many. Raises what LimitPolicy raises."""
+    """A LimitPolicy, shared by all users with the same limit: plans are few, users many. Raises ValueError."""
     return LimitPolicy(name, quota, window_seconds, unit)
 
 
 class LimitState(NamedTuple):
-    """A limit at one moment. `remaining` may be below zero after a plan has shrunk: that is told as 0.
+    """A limit at one moment. `remaining` may be negative after a plan was reduced; callers see 0.
 
-    `reset_seconds`: from now until the quota is whole again, or grows; None if no time will bring that.
+    `reset_seconds`: the time until the quota is replenished, in full or in part; None if it never is by time alone.
     """
 
     policy: LimitPolicy
@@ -75,32 +75,32 @@ class LimitState(NamedTuple):
 
     @property
     def remaining_shown(self) -> int:
-        """What remains, as callers are told."""
+        """The remaining quota as callers see it."""
         return max(0, self.remaining)
 
     @property
     def reset_seconds_shown(self) -> int | None:
-        """The reset in whole seconds, rounded up: who waits so long does not come too early."""
+        """The reset in whole seconds, rounded up so that a client that waits this long does not retry too early."""
         return None if self.reset_seconds is None else max(0, math.ceil(self.reset_seconds))
 
 
 @lru_cache(maxsize=_KEPT_MAX)
 def policy_line(policies: tuple[LimitPolicy, ...]) -> bytes:
-    """The RateLimit-Policy line of these limits; nothing for none. One for all who are under the same."""
+    """The RateLimit-Policy line of these limits, shared by all users with the same ones; empty if there are none."""
     if not policies:
         return b""
     return b"RateLimit-Policy: %b\r\n" % b", ".join([policy.item for policy in policies])
 
 
 def state_line(states: Sequence[LimitState]) -> bytes:
-    """The RateLimit line of these limits as they are; nothing for none."""
+    """The RateLimit line of these limits in their current state; empty if there are none."""
     if not states:
         return b""
     return b"RateLimit: %b\r\n" % b", ".join([_state_item(*state) for state in states])
 
 
 def lines(states: Sequence[LimitState]) -> bytes:
-    """Both lines."""
+    """The RateLimit-Policy and RateLimit lines."""
     return policy_line(tuple([state.policy for state in states])) + state_line(states)
 
 

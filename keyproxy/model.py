@@ -1,8 +1,9 @@
-"""The values that travel through a request's life. None knows where it came from or where it goes. What is shared
-between requests is compared by identity, so that it can be looked up by at the cost of a pointer.
+"""The values of a request's life, independent of their source and use. Values that requests share are compared by
+identity, so that a lookup costs no more than hashing a pointer.
 
-Each phase consumes the type that the phase before it made: a `RequestHead` is judged, an `Identity` is known, a `Grant`
-says that this identity may use this route now, a `Permit` is what forwarding asks for. There is no other way to make one.
+Each phase consumes the type that the phase before it made: a `RequestHead` is validated, an `Identity` is resolved, a
+`Grant` states that this identity may use this route now, a `Permit` is required for forwarding. There is no other way
+to make one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from keyproxy.limits.allowance import Allowance, Hold
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason
 
-#: SHA-256 of the whole key, 32 bytes. What is cached, stored and compared; the key itself goes no further.
+#: SHA-256 of the whole key, 32 bytes. The digest is cached, stored and compared, never the key itself.
 KeyDigest = NewType("KeyDigest", bytes)
 
-#: Whose a request is: tenant, user and mode. All keys of a user count together, and test traffic apart from live.
+#: The owner of a request: tenant, user and mode. All keys of a user count together, test and live traffic separately.
 Owner = tuple[str, str, str]
 
 NEVER = math.inf
@@ -33,7 +34,7 @@ _NO_CONTENT: Final = 204
 
 @mypyc_attr(acyclic=True, free_list_len=1)
 class Moment:
-    """One instant on both clocks. `wall_seconds` is Unix time, for dates people set; `mono_seconds` never jumps."""
+    """One instant on both clocks. `wall_seconds` is Unix time, for configured dates; `mono_seconds` never jumps."""
 
     # Made for every request, as Grant and Permit are: a NamedTuple takes twice as long to make.
     __slots__ = ("mono_seconds", "wall_seconds")
@@ -47,7 +48,7 @@ class Moment:
 
 
 class CredentialField(NamedTuple):
-    """One header that may hold a key, its name in lower case. The value is plaintext: only `credential` looks at it."""
+    """A header that may contain a key, its name in lower case. The value is plaintext: only `credentials` reads it."""
 
     name: bytes
     value: bytes
@@ -58,9 +59,9 @@ class CredentialField(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestLine:
-    """A judged request line. `start` is the line as it goes upstream; `path` the target's part before `?`.
+    """A validated request line. `start` is the line as it goes upstream; `path` the part of the target before `?`.
 
-    `holds_key`: the target has a key in it; the line is shown to nobody.
+    `holds_key`: the target contains a key, so the line must not be displayed or logged.
     """
 
     method: bytes
@@ -73,14 +74,14 @@ class RequestLine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestFields:
-    """What a request's header fields say about it, apart from the values that differ from request to request.
+    """The properties of a request that follow from its header fields, without values that differ between requests.
 
-    `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is how the
-    head that goes upstream ends: what frames the body, and the empty line. `says_close`: `close` is among the options of
-    Connection, so that nothing that follows is a request. `opens_tunnel`: a WebSocket handshake.
-    `media_type`, without parameters, and `codings`, the values of Content-Encoding, are of what goes on, in lower case;
-    `is_json`: the type is of JSON, or there is none. `accepts_codings`: an Accept-Encoding is there.
-    `has_idempotency_key`, `has_traceparent`: exactly one field of that name, whatever its value.
+    `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is the end
+    of the head that goes upstream: the body framing and the empty line. `says_close`: Connection has the option
+    `close`, so no further request follows. `opens_tunnel`: a WebSocket handshake.
+    `media_type`, without parameters, and `codings`, the values of Content-Encoding, describe the forwarded body, in
+    lower case; `is_json`: the media type is JSON or missing. `accepts_codings`: Accept-Encoding is present.
+    `has_idempotency_key`, `has_traceparent`: there is exactly one field of that name, whatever its value.
     """
 
     host: bytes | None
@@ -110,20 +111,19 @@ class RequestFields:
 
 
 def _is_json(media_type: bytes) -> bool:
-    """Whether content of this type is to be read as JSON; without a type it is."""
+    """Whether to read content of this type as JSON; also if it has no type."""
     return not media_type or media_type == b"application/json" or media_type.endswith(b"+json")
 
 
 class RequestHead:
-    """A request line and fields that are well-formed HTTP/1.1, judged and taken apart.
+    """A parsed and validated request line with fields, well-formed HTTP/1.1.
 
-    `line` and `fields` are shared between requests that are alike; the whole of it between requests on one connection
-    that are the same, byte for byte. So nothing of it changes once `credential` has found the key. `block` holds the
-    end-to-end header lines as they came and in the order they came, without anything that ends at this proxy.
-    `forwarded` holds X-Forwarded-* and related fields, lower-case names, believed only from a trusted peer. `raw` is
-    the head as it came, empty if it is not to be compared with. `credential` keeps three things here: `digest`;
-    `key_part`, the bytes by which the key is found wherever else it stands; `is_free_of_key` once no other field holds
-    them any more.
+    Similar requests share `line` and `fields`; byte-for-byte identical requests on one connection share the whole head.
+    So it must not change once `credentials` has found the key. `block` contains the end-to-end header lines, unchanged
+    and in their original order, without fields that end at this proxy. `forwarded` contains X-Forwarded-* and related
+    fields with names in lower case, trusted only from a trusted peer. `raw` is the head as received, empty if it must
+    not be compared. `credentials` stores three values here: `digest`; `key_part`, the search pattern for other
+    occurrences of the key; `is_free_of_key`, set once no other field contains it.
     """
 
     __slots__ = (
@@ -159,7 +159,7 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StatusLine:
-    """A judged status line. `start` is the line as it goes to the client.
+    """A validated status line. `start` is the line as it goes to the client.
 
     `ends_with_head`: a response with this status has no body and must not announce one. RFC 9110 section 8.6.
     """
@@ -175,8 +175,8 @@ class StatusLine:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseFields:
-    """What a response's header fields say about its framing. `media_type`, `codings` and `is_json` as in
-    `RequestFields`. `states_limits`: a RateLimit field or one like it is there."""
+    """The properties of a response that follow from its header fields. `media_type`, `codings` and `is_json` are as in
+    `RequestFields`. `states_limits`: a RateLimit field, or an equivalent one, is present."""
 
     has_content_length: bool = False
     is_chunked: bool = False
@@ -193,10 +193,10 @@ class ResponseFields:
 
 
 class ResponseHead:
-    """An upstream's status line and fields, judged. `block` and `raw` as in `RequestHead`.
+    """A validated status line and fields from an upstream. `block` and `raw` are as in `RequestHead`.
 
-    `usage_tokens`: the value of X-Usage-Tokens, None if there is not one, or more than one.
-    Neither a length nor chunked: the body, if the status allows one, ends with the connection.
+    `usage_tokens`: the value of X-Usage-Tokens, None unless there is exactly one.
+    With neither a length nor chunks, the body, if the status allows one, ends with the connection.
     """
 
     __slots__ = ("block", "content_length", "fields", "line", "raw", "usage_tokens")
@@ -215,13 +215,13 @@ class ResponseHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
-    """What a key resolves to, made once when its row enters the cache.
+    """The identity behind a key, computed once when its row enters the cache.
 
-    `header_block` is the identity headers as ready bytes. `standing` is None, or why this real key is refused whatever
-    it asks for. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
-    `allowance` is the limits its requests are under, None if there are none. `retiring_field` is the start of the header
-    line with the remaining lifetime of the key, None unless another key has replaced it. `owner` is what requests
-    are counted by where users share something of a bounded number.
+    `header_block` is the identity headers as ready bytes. `standing` is None, or the reason for refusing every request
+    with this key. `expires_wall_seconds` is Unix time, NEVER if the key has no expiry. `mode` is `live` or `test`.
+    `allowance` is the limits that apply to its requests, None if there are none. `retiring_field` is the start of the
+    header line with the remaining lifetime of the key, None unless another key has replaced it. `owner` is the unit by
+    which requests are counted where users share a bounded resource.
     """
 
     key_id: str
@@ -247,7 +247,7 @@ class Identity:
 class Route:
     """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics.
 
-    `tokens`: where the answers say what was used, NO_TOKENS if they don't.
+    `tokens`: the format of the token usage in responses; NO_TOKENS: no metering.
     """
 
     name: str
@@ -269,7 +269,7 @@ class Grant:
 
 @mypyc_attr(acyclic=True)
 class Permit:
-    """A decision to forward. Nothing is written upstream without one. `hold`: what it has taken of limits."""
+    """A decision to forward. Nothing is written upstream without one. `hold`: the request's reservation under limits."""
 
     __slots__ = ("grant", "hold")
 
@@ -280,7 +280,7 @@ class Permit:
 
 @mypyc_attr(acyclic=True)
 class TokenUse:
-    """Tokens that a request used: of its prompt, and of what was produced for it; `total` is charged."""
+    """The tokens of a request: of its prompt (in) and its completion (out); `total` is charged."""
 
     __slots__ = ("tokens_in", "tokens_out", "total")
 
@@ -304,22 +304,22 @@ class TokenUse:
 class Ending(enum.Enum):
     """How an exchange ended."""
 
-    ANSWERED = "answered"  # the upstream's answer was relayed whole
-    REFUSED = "refused"  # answered by us
-    CUT = "cut"  # the answer had begun and could not be completed; the client was made to notice
-    CLIENT_GONE = "client_gone"  # the client left before its answer was complete
+    ANSWERED = "answered"  # the upstream's response was relayed completely
+    REFUSED = "refused"  # the proxy sent its own response
+    CUT = "cut"  # the response broke off; its framing is left incomplete, so that the client notices
+    CLIENT_GONE = "client_gone"  # the client disconnected before the response was complete
 
 
-#: How nearly all end. A member looked up on its class costs more than the comparison it is for.
+#: The most frequent ending. An attribute lookup on the enum class would cost more than the comparison itself.
 ANSWERED: Final = Ending.ANSWERED
 
 
-#: How long one request waits to hear how it stands with its limits, in all rounds of its decision together.
+#: The maximum time for which one request waits for the ledger, over all rounds of its decision.
 PATIENCE_SECONDS: Final = 4.0
 
 
 class TimeBudget:
-    """How long one request still waits to hear how it stands with its limits: each wait takes from it what it took."""
+    """The remaining time for which a request may wait for the ledger. Each wait is subtracted from it."""
 
     __slots__ = ("seconds_left",)
 
@@ -335,5 +335,5 @@ class Missing(Exception):
         self._bring = fetch_missing
 
     async def fetch_missing(self, patience: TimeBudget | None = None) -> None:
-        """Fetch it. `patience` is the request's, of which earlier rounds of its decision may have taken; None: all."""
+        """Fetch the value. `patience`: the request's time budget, which earlier rounds may have reduced; None: full."""
         await self._bring(TimeBudget() if patience is None else patience)

@@ -1,10 +1,10 @@
-"""What the sources say to mypyc, which makes the compiled build of them; to Python it means nothing.
+"""`mypyc_attr`: class options for mypyc, which makes the compiled build; a no-op in plain Python.
 
-    acyclic                       the garbage collector need not look at instances: none is ever part of a cycle
-    free_list_len                 so many that are not needed any more are kept for the next ones
-    allow_interpreted_subclasses  tests, which are not compiled, may extend it
+    acyclic                       instances are never part of a cycle, so the garbage collector need not track them
+    free_list_len                 the number of released instances that are kept for reuse
+    allow_interpreted_subclasses  tests, which are not compiled, may extend the class
 
-A room of its own, which is not compiled: at run time the name is there, whether or not mypy is.
+This module is not compiled: at run time the name exists whether or not mypy is installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The closed vocabulary of refusal: every way in which a request is not answered by the upstream.
+"""The closed set of refusal reasons: every outcome other than a relayed upstream response.
 
-One row says all that is fixed about an outcome: the code for machines, the status, whose fault it is, and what the
-caller hears. A `Refusal` is one occurrence: it may add words for the caller and, apart from them, a detail that only our
-own log sees. Nothing else in the program maps a cause to a status.
+One row holds everything fixed about an outcome: the code for programs, the status, the party at fault, and the sentence
+for the caller. A `Refusal` is one occurrence: it may add text for the caller, and a separate detail for the operator's
+log only. Nothing else in the program maps a cause to a status.
 
 A new outcome is one row here, one entry in docs/failure-modes.md, one test.
 """
@@ -18,7 +18,7 @@ from keyproxy.limit_state import LimitState
 
 
 class Blame(enum.Enum):
-    """Who has to act for the next request to succeed."""
+    """The party that has to act before the next request can succeed."""
 
     CALLER = "caller"
     US = "us"
@@ -26,7 +26,7 @@ class Blame(enum.Enum):
 
 
 class Row(NamedTuple):
-    """What is fixed about an outcome. `retry_after_seconds` is the usual wait; None: retrying as it is won't help."""
+    """The fixed part of an outcome. `retry_after_seconds`: the default wait; None: an unchanged retry cannot succeed."""
 
     code: str
     status: int
@@ -37,92 +37,92 @@ class Row(NamedTuple):
 
 
 class Reason(enum.Enum):
-    """Why a request was refused, or its answer could not be had. The values are unique; `code` is a public name."""
+    """Why a request was refused or got no upstream response. The values are unique; `code` is a public name."""
 
     KEY_MISSING = Row(
         "api_key_missing",
         401,
         Blame.CALLER,
         "API key missing",
-        "No API key was presented. Send it as 'Authorization: Api-Key <KEY>'.",
+        "The request has no API key. Send one as 'Authorization: Api-Key <KEY>'.",
     )
     KEY_INVALID = Row(
         "api_key_invalid",
         401,
         Blame.CALLER,
         "API key invalid",
-        "This API key is malformed or unknown.",
+        "The API key is malformed or does not exist.",
     )
     KEY_EXPIRED = Row(
         "api_key_expired",
         401,
         Blame.CALLER,
         "API key expired",
-        "This API key has expired. Ask for a new one.",
+        "The API key has expired. Request a new one.",
     )
     KEY_REVOKED = Row(
         "api_key_revoked",
         401,
         Blame.CALLER,
         "API key revoked",
-        "This API key has been revoked. Ask for a new one.",
+        "The API key has been revoked. Request a new one.",
     )
     ACCOUNT_DISABLED = Row(
         "account_disabled",
         401,
         Blame.CALLER,
         "Account disabled",
-        "The user or tenant this API key belongs to is disabled.",
+        "The user or tenant that owns the API key is disabled.",
     )
     CREDENTIALS_AMBIGUOUS = Row(
         "credentials_ambiguous",
         400,
         Blame.CALLER,
         "Credentials ambiguous",
-        "The request carries more than one credential. Send exactly one API key.",
+        "The request has more than one credential. Send exactly one API key.",
     )
     KEY_IN_URL = Row(
         "key_in_url",
         400,
         Blame.CALLER,
         "API key in the URL",
-        "An API key must not be part of the URL: URLs are logged by everything they pass. Send it as a header, "
-        "and replace this key: it may have been recorded already.",
+        "The URL contains an API key. Send the key in a header instead, "
+        "and replace this key: servers and proxies log URLs, so it may already have been recorded.",
     )
     REQUEST_MALFORMED = Row(
         "request_malformed",
         400,
         Blame.CALLER,
         "Request malformed",
-        "The request is not well-formed HTTP/1.1, or two servers could read it differently.",
+        "The request is not well-formed HTTP/1.1, or is ambiguous: two servers could parse it differently.",
     )
     METHOD_NOT_ALLOWED = Row(
         "method_not_allowed",
         405,
         Blame.CALLER,
         "Method not allowed",
-        "This proxy does not serve TRACE: its response would repeat the request's headers.",
+        "TRACE is not supported, because its response would echo the request headers.",
     )
     METHOD_NOT_IMPLEMENTED = Row(
         "method_not_implemented",
         501,
         Blame.CALLER,
         "Method not implemented",
-        "The request method is not registered for HTTP, and no route of this proxy names it.",
+        "The request method is not a registered HTTP method, and no route of this proxy allows it.",
     )
     EXPECTATION_FAILED = Row(
         "expectation_failed",
         417,
         Blame.CALLER,
         "Expectation failed",
-        "The Expect header names something other than 100-continue.",
+        "The only supported value of the Expect header is 100-continue.",
     )
     SCOPE_INSUFFICIENT = Row(
         "insufficient_scope",
         403,
         Blame.CALLER,
         "Insufficient scope",
-        "This API key lacks a scope that the route asks for.",
+        "The API key lacks a scope that the route requires.",
     )
     ROUTE_NOT_ALLOWED = Row(
         "route_not_allowed",
@@ -136,7 +136,7 @@ class Reason(enum.Enum):
         429,
         Blame.CALLER,
         "Rate limited",
-        "Requests come faster than a limit on this API key, its user or its tenant allows. Slow down.",
+        "The request rate exceeds a limit of the API key, its user or its tenant. Slow down.",
         1,
     )
     CONCURRENCY_LIMITED = Row(
@@ -144,7 +144,8 @@ class Reason(enum.Enum):
         429,
         Blame.CALLER,
         "Concurrency limited",
-        "As many requests are under way at once as a limit on this API key, its user or its tenant allows.",
+        "The API key, its user or its tenant has reached its limit of concurrent requests. "
+        "Retry when one of them has finished.",
         1,
     )
     QUOTA_EXHAUSTED = Row(
@@ -152,7 +153,7 @@ class Reason(enum.Enum):
         429,
         Blame.CALLER,
         "Quota exhausted",
-        "The requests of this window are used up.",
+        "The request quota of the current window is exhausted.",
         60,
     )
     TOKEN_BUDGET_EXHAUSTED = Row(
@@ -160,7 +161,7 @@ class Reason(enum.Enum):
         429,
         Blame.CALLER,
         "Token budget exhausted",
-        "What is left of this window's token budget does not cover the tokens that the request may use.",
+        "The request may use more tokens than remain in the token budget of the current window.",
         60,
     )
     TOKEN_LIMIT_PER_REQUEST = Row(
@@ -168,35 +169,35 @@ class Reason(enum.Enum):
         403,
         Blame.CALLER,
         "Token limit per request",
-        "The request may use more tokens than one request is allowed. Ask for fewer, or send a shorter prompt.",
+        "The request may use more tokens than the plan allows per request. Lower its maximum or send a shorter prompt.",
     )
     BODY_TOO_LARGE = Row(
         "body_too_large",
         413,
         Blame.CALLER,
         "Body too large",
-        "The request body is larger than this proxy accepts.",
+        "The request body exceeds the maximum size.",
     )
     HEADERS_TOO_LARGE = Row(
         "headers_too_large",
         431,
         Blame.CALLER,
         "Headers too large",
-        "The request line and headers are larger than this proxy accepts.",
+        "The request line and headers exceed the maximum size.",
     )
     REQUEST_TIMEOUT = Row(
         "request_timeout",
         408,
         Blame.CALLER,
         "Request timeout",
-        "The request did not arrive in time.",
+        "The request timed out before it arrived completely.",
     )
     STORE_UNAVAILABLE = Row(
         "store_unavailable",
         503,
         Blame.US,
         "Store unavailable",
-        "API keys cannot be checked right now. This says nothing about yours; retry shortly.",
+        "API keys cannot be verified right now; yours may well be valid. Retry shortly.",
         2,
     )
     LEDGER_UNAVAILABLE = Row(
@@ -204,7 +205,7 @@ class Reason(enum.Enum):
         503,
         Blame.US,
         "Ledger unavailable",
-        "What is left of your limits cannot be found out right now. Nothing was charged; retry shortly.",
+        "Limits cannot be checked right now. Nothing was charged. Retry shortly.",
         2,
     )
     OVERLOADED = Row(
@@ -212,7 +213,7 @@ class Reason(enum.Enum):
         503,
         Blame.US,
         "Overloaded",
-        "This proxy is at one of its bounds. Retry shortly.",
+        "The proxy is overloaded. Retry shortly.",
         1,
     )
     DRAINING = Row(
@@ -220,7 +221,7 @@ class Reason(enum.Enum):
         503,
         Blame.US,
         "Draining",
-        "This proxy is shutting down. Retry on a new connection.",
+        "The proxy is shutting down. Retry on a new connection.",
         1,
     )
     UPSTREAM_UNREACHABLE = Row(
@@ -228,28 +229,28 @@ class Reason(enum.Enum):
         502,
         Blame.UPSTREAM,
         "Upstream unreachable",
-        "The compute server could not be reached, or closed the connection without an answer.",
+        "The compute server is unreachable, or closed the connection without sending a response.",
     )
     UPSTREAM_INVALID = Row(
         "upstream_invalid",
         502,
         Blame.UPSTREAM,
-        "Upstream answer invalid",
-        "The compute server's answer is not well-formed HTTP/1.1.",
+        "Upstream response invalid",
+        "The response of the compute server is not well-formed HTTP/1.1.",
     )
     UPSTREAM_TIMEOUT = Row(
         "upstream_timeout",
         504,
         Blame.UPSTREAM,
         "Upstream timeout",
-        "The compute server did not answer in time.",
+        "The compute server did not respond in time.",
     )
     INTERNAL_ERROR = Row(
         "internal_error",
         500,
         Blame.US,
         "Internal error",
-        "A defect of this proxy. Its log names the request id.",
+        "The proxy failed to handle the request. Its log has the details under the request id.",
     )
 
     @property
@@ -258,7 +259,7 @@ class Reason(enum.Enum):
         return self.value.code
 
 
-#: A window is used up. The operator may set their status with `errors.spent_status`.
+#: An exhausted window. The operator may set the status of these reasons with `errors.spent_status`.
 SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
 
 
@@ -267,14 +268,14 @@ NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
 
 
 class Refusal(Exception):
-    """One request's refusal. `said` is added to what the caller hears, `detail` goes to our log alone.
+    """The refusal of one request. `said` is appended to the sentence for the caller; `detail` goes only to the log.
 
     `is_said_alone`: `said` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
-    `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that refused, in the state it was found in;
-    `applied` all limits that the request was held against, which the caller is told of as well. Unless said otherwise
-    the wait is until the limit's reset. `is_held`: a window is not spent; requests in flight reserve what is left of it,
-    and may give it back at any moment. Neither text may hold anything that came with the request unless it was
-    checked for secrets: see docs/threat-model.md.
+    `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that was exceeded, with its state at that time;
+    `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
+    to the limit's reset. `is_held`: the window is not exhausted; requests in flight reserve the rest of it and may
+    release it at any time. Neither text may contain anything from the request that was not checked for secrets: see
+    docs/threat-model.md.
     """
 
     def __init__(
@@ -305,7 +306,7 @@ class Refusal(Exception):
 
     @property
     def is_futile(self) -> bool:
-        """Whether a client should not retry on its own: its window is spent, or the request can never fit."""
+        """Whether an automatic retry is pointless: the window is exhausted, or the request can never fit."""
         return self.reason in NEVER_FITS or (self.reason in SPENT and not self.is_held)
 
 
@@ -313,5 +314,5 @@ def _wait(reason: Reason, limit: LimitState | None) -> int | None:
     usual = reason.value.retry_after_seconds
     if usual is None or limit is None or limit.reset_seconds is None:
         return usual
-    # A whole second at least: "0" would be an invitation to come back at once.
+    # At least one second: "0" would invite an immediate retry.
     return max(1, math.ceil(limit.reset_seconds))

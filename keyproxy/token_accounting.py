@@ -1,10 +1,10 @@
-"""Tokens of one request: what to hold before it is forwarded, what to charge when it has ended.
+"""Tokens of one request: how many to reserve before it is forwarded, how many to charge when it has ended.
 
-    hold     prompt's bound + the maximum it asks for; without one: what its plan allows a request, or all that is left
-    charge   what the answer says was used; of a stream that was broken off, what had come by then; else what was held
+    reserve  bound of the prompt + requested maximum; without a maximum: the plan's limit per request, or all that remains
+    charge   the usage in the response; for an interrupted stream, the tokens received so far; else the reservation
 
-Whatever is not said by the answer is marked as estimated. What is held is a bound, so that the charge fits into it; a
-stream that outlives its hold has it extended (`extension_needed`).
+A charge that does not come from the response is marked as estimated. The reservation is an upper bound, so the charge
+fits into it; the hold of a stream that outgrows it is extended (`extension_needed`).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from keyproxy.reasons import Reason, Refusal
 #: The maximum size of a body's content, after decompression.
 BODY_BYTES_MAX: Final = 33_554_432
 
-#: What a token is in most languages and code; for estimates of what nobody has said.
+#: The average size of a token in most languages and code; for estimates where the response reports no usage.
 _BYTES_A_TOKEN: Final = 4
 
-#: A stream's hold is extended before the last of it is reached, and by so much at a time, or a quarter of it.
+#: A stream's hold is extended when no more than the reserve remains of it, by the extension or a quarter of the hold.
 _RESERVE_TOKENS: Final = 32
 _EXTENSION_TOKENS: Final = 256
 
 
 def need(exchange: Exchange, route: Route) -> TokenBound:
-    """The needs of a request on a route with tokens. Raises Missing until its body has arrived and is parsed."""
+    """The tokens to reserve for a request on a metered route. Raises Missing until its body has arrived and is parsed."""
     ask = exchange.ask
     if ask is None:
         head = exchange.head
         if head is None:
-            raise Refusal(Reason.INTERNAL_ERROR, "a request without a head was to be metered")
+            raise Refusal(Reason.INTERNAL_ERROR, "cannot meter a request without a head")
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
         ask = _read(exchange, head, route)
@@ -78,7 +78,7 @@ def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead,
 
 
 def charge(exchange: Exchange, permit: Permit) -> int:
-    """How many tokens a request that has ended is charged. Notes them on the exchange."""
+    """The number of tokens to charge for a request that has ended. Stores the usage in the exchange."""
     ask = exchange.ask
     if ask is None or not exchange.sent_mono:
         return 0
@@ -98,7 +98,7 @@ def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenU
         so_far = TokenUse(0, 0) if said is None else said
         use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
         if hold is not None and hold.budgets and use.total > hold.covers:
-            # It is ended when its budget is; that an event has more than one token is no reason to overspend.
+            # A stream ends with its budget; an event with more than one token must not exceed it.
             tokens_in = min(use.tokens_in, hold.covers)
             use = TokenUse(tokens_in, hold.covers - tokens_in)
         return use, True
@@ -111,9 +111,9 @@ def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenU
 
 
 def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
-    """By how many tokens the hold of a stream is to be extended, 0 for not yet; and whether it is used up already.
+    """The number of tokens by which to extend a stream's hold, 0 for not yet; and whether the hold is used up already.
 
-    Towards the end of its budget by whatever is left there.
+    Near the end of the budget, the extension is whatever remains of it.
     """
     ask, meter = exchange.ask, exchange.meter
     if ask is None or meter is None or not hold.budgets:

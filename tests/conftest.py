@@ -1,4 +1,4 @@
-"""What tests of several rooms share: a real PostgreSQL, a database per test, the loop that the product runs on."""
+"""Shared fixtures: a real PostgreSQL, a database per test, the event loop of the product."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ _IS_COMPILED = not gateway.__file__.endswith(".py")
 
 
 def pytest_configure() -> None:
-    """With EXPECT_COMPILED=1, no build but the compiled one is tested."""
+    """With EXPECT_COMPILED=1, refuse to test any build but the compiled one."""
     if os.environ.get("EXPECT_COMPILED") == "1" and not _IS_COMPILED:
         raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
 
 
 def pytest_report_header() -> str:
-    """Which build is tested, on which PostgreSQL."""
+    """The tested build and PostgreSQL."""
     place = "a given server" if os.environ.get(servers.VARIABLE) else "embedded"
     build = "compiled" if _IS_COMPILED else "pure Python"
     return f"keyproxy: {build}, {Path(gateway.__file__).parent}; PostgreSQL: {place}"
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Tests run on the loop that the product runs on."""
+    """Run tests on the event loop of the product."""
     return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """A PostgreSQL server for the whole run: a given one, or one in a short path, since the socket's is bounded."""
+    """A PostgreSQL server for the whole run: an existing one, or one in a short path, since socket paths are bounded."""
     given = servers.given()
     if given is not None:
         asyncio.run(_make_template(given))
@@ -73,7 +73,7 @@ def postgres() -> Iterator[Server]:
 
 @pytest.fixture
 async def dsn(postgres: Server) -> AsyncIterator[str]:
-    """A migrated, empty database of this test's own."""
+    """A migrated, empty database for this test."""
     name = f"test_{secrets.token_hex(6)}"
     await scratch_databases.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
     yield postgres.dsn(name)
@@ -82,7 +82,7 @@ async def dsn(postgres: Server) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def empty_dsn(postgres: Server) -> AsyncIterator[str]:
-    """A database of this test's own, without any schema."""
+    """A database for this test, without any schema."""
     name = f"test_{secrets.token_hex(6)}"
     await scratch_databases.create(postgres.dsn("postgres"), name)
     yield postgres.dsn(name)
@@ -91,7 +91,7 @@ async def empty_dsn(postgres: Server) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def database(dsn: str) -> AsyncIterator[Database]:
-    """An open door to this test's database."""
+    """An open Database on this test's database."""
     database = Database(dsn, pool_size_max=4, statement_timeout_seconds=5.0)
     await database.open()
     yield database
@@ -100,7 +100,7 @@ async def database(dsn: str) -> AsyncIterator[Database]:
 
 @pytest.fixture(scope="session")
 def corpora() -> Path:
-    """The directory of raw requests that other projects wrote. Skips, saying so, where it is absent."""
+    """The directory of raw requests from other projects. Skips the test with a message if it is absent."""
     named = os.environ.get("KEYPROXY_TEST_CORPORA")
     directory = Path(named) if named else Path(__file__).parents[2] / "shared" / "corpora"
     if not directory.is_dir():

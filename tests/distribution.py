@@ -1,7 +1,8 @@
 """Run tests on the distribution's PostgreSQL, with JIT: `python -m tests.distribution [pytest's arguments]`.
 
-The embedded server is built without LLVM. Debian's, Ubuntu's and RDS' are not, and compile whatever the planner believes
-to be costly. The server runs on a free port, as a user who is not root, asks for a password, and ends with this process.
+The embedded server is built without LLVM. Those of Debian, Ubuntu and RDS have it, and compile every query that the
+planner estimates as expensive. The server runs on a free port as a user other than root, requires a password, and ends
+with this process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests import server
 
 _START_SECONDS = 60.0
 
-#: As the embedded server of the tests, but for JIT, which stays as the distribution has it: on, above the usual cost.
+#: Like the embedded server of the tests, except for JIT, which keeps the distribution's default: on, above a cost.
 _SETTINGS = {
     "jit": "on", "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300",
     "listen_addresses": "127.0.0.1", "unix_socket_directories": "",

@@ -1,4 +1,4 @@
-"""Heads as a client might send them who tries everything: strategies shared by the properties of heads."""
+"""Hypothesis strategies for request heads, including hostile ones."""
 
 from __future__ import annotations
 

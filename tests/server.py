@@ -1,4 +1,4 @@
-"""The PostgreSQL that tests run on: an embedded one of their own, or a given one, `make test-postgres DSN=…`."""
+"""The PostgreSQL server for tests: an embedded one, or an existing one, `make test-postgres DSN=…`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from typing import Final, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
-#: The DSN of a given server.
+#: The DSN of an existing server.
 VARIABLE: Final = "KEYPROXY_TEST_POSTGRES"
 
-#: Tests compare what the database writes of the role that is logged in.
+#: Tests compare what the database records about the current role.
 ROLE: Final = "keyproxy"
 
 
 class Server(Protocol):
-    """A server that tests make databases on."""
+    """A server on which tests create databases."""
 
     def dsn(self, database: str) -> str:
         """How to connect to one of its databases, as a superuser."""
@@ -22,10 +22,10 @@ class Server(Protocol):
 
 
 class GivenServer:
-    """A server that is started and stopped by somebody else."""
+    """A server that is managed externally."""
 
     def __init__(self, dsn: str) -> None:
-        """Raises ValueError if this is no DSN that tests can use."""
+        """Raises ValueError if tests cannot use this DSN."""
         self._parts = urlsplit(dsn)
         if self._parts.scheme not in ("postgresql", "postgres") or self._parts.username != ROLE:
             raise ValueError(
@@ -39,7 +39,7 @@ class GivenServer:
 
 
 def given() -> GivenServer | None:
-    """The server that the environment gives. Raises ValueError."""
+    """The server configured by the environment. Raises ValueError."""
     dsn = os.environ.get(VARIABLE)
     return GivenServer(dsn) if dsn else None
 
@@ -58,7 +58,7 @@ def address_of(dsn: str) -> str | tuple[str, int]:
 
 
 def as_role(dsn: str, role: str) -> str:
-    """How another role connects. On a server that asks for passwords the role needs the same one: see `may_log_in`."""
+    """The DSN for another role. If the server requires passwords, the role needs the same one: see `may_log_in`."""
     parts = urlsplit(dsn)
     password = f":{parts.password}" if parts.password else ""
     place = parts.netloc.rpartition("@")[2]
@@ -66,6 +66,6 @@ def as_role(dsn: str, role: str) -> str:
 
 
 def may_log_in(dsn: str, role: str) -> str:
-    """The statement that gives a role the password of this DSN; harmless on a server that asks for none."""
+    """The statement that gives a role the password of this DSN; harmless on a server that requires none."""
     password = password_of(dsn).replace("'", "''")
     return f"ALTER ROLE \"{role}\" LOGIN PASSWORD '{password}'" if password else f'ALTER ROLE "{role}" LOGIN'

@@ -1,4 +1,4 @@
-"""What the compiled build compiles: every module of the path of a request, and in that build all of it for real."""
+"""The compiled build compiles every module on the path of a request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_exceptions_exist_within_the_compiled_folders(setup: ModuleType) -> None
         assert name.partition("/")[0] in setup.FOLDERS
 
 
-def test_the_compiled_build_compiles_just_these(setup: ModuleType) -> None:
+def test_compiled_build_compiles_exactly_these_modules(setup: ModuleType) -> None:
     if gateway.__file__.endswith(".py"):
         pytest.skip("the pure build: make test-compiled")
     for name in (*setup.compiled_modules(PACKAGE), *setup.NOT_COMPILED):

@@ -1,4 +1,4 @@
-"""The documentation says what is: every code has its entry, every link its file."""
+"""The documentation matches the program: every code has an entry, every link a target."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _text(page: Path) -> str:
 
 
 def _links(page: Path) -> Iterator[tuple[str, str]]:
-    """(file, fragment) of every link to a file of ours."""
+    """(file, fragment) of every link to a file of the repository."""
     for target in _LINK.findall(_INLINE_CODE.sub("", _FENCED.sub("", _text(page)))):
         if not re.match(r"[a-z][a-z0-9+.-]*:", target):
             path, _, fragment = target.partition("#")
@@ -42,7 +42,7 @@ def _links(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def _anchors(page: Path) -> set[str]:
-    """The fragments that headings can be linked by, as forges make them."""
+    """The link fragments of the headings, as code forges generate them."""
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(_text(page))}
 
 
@@ -62,12 +62,12 @@ def test_every_code_has_one_entry_in_the_failure_modes_with_its_status(reason: R
     assert [status for code, status in _entries() if code == reason.code] == [reason.value.status]
 
 
-def test_the_failure_modes_have_no_entry_for_a_code_that_is_never_told() -> None:
+def test_failure_modes_have_no_entry_for_a_code_that_does_not_exist() -> None:
     assert {code for code, _ in _entries()} - {reason.code for reason in Reason} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+def test_every_link_leads_to_an_existing_file_and_heading(page: Path) -> None:
     for path, fragment in _links(page):
         target = (page.parent / path).resolve() if path else page
         assert target.is_relative_to(ROOT), f"{path} leads out"
@@ -77,12 +77,12 @@ def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_every_file_of_ours_that_is_named_is_there(page: Path) -> None:
+def test_every_named_file_exists(page: Path) -> None:
     named = {name for name in _NAMED_FILE.findall(_text(page)) if "NNNN" not in name}
     assert {name for name in named if not any(ROOT.glob(name))} == set()
 
 
-def test_every_guarantee_of_the_readme_is_shown_by_tests_that_are_there() -> None:
+def test_every_guarantee_of_the_readme_names_existing_tests() -> None:
     rows = re.findall(r"(?m)^\| (P\d+) \| [^|]+ \| ([^|]*) \|$", _text(ROOT / "README.md"))
     assert len({number for number, _ in rows}) == len(rows) > 0
     for number, shown_by in rows:
@@ -92,14 +92,14 @@ def test_every_guarantee_of_the_readme_is_shown_by_tests_that_are_there() -> Non
             assert re.search(r"(?m)^(async )?def test_|^class Test", _text(ROOT / file)), f"{file} holds no test"
 
 
-def test_the_two_commands_of_the_readme_are_there() -> None:
+def test_the_two_commands_of_the_readme_exist() -> None:
     targets = set(re.findall(r"(?m)^([a-z][\w-]*(?: [a-z][\w-]*)*):", _text(ROOT / "Makefile")))
     there = {name for line in targets for name in line.split()}
     wanted = set(re.findall(r"(?m)(?:^ +|`)make ([a-z][\w-]*)", _text(ROOT / "README.md")))
     assert {"demo", "test"} <= wanted <= there
 
 
-def test_the_page_of_the_admin_api_tells_every_problem_and_every_scope() -> None:
+def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     page = _text(ROOT / "docs" / "admin-api.md")
     told = {
         (code, int(status))
@@ -116,6 +116,6 @@ GROUPS = [cli.root, *(one for one in cli.root.commands.values() if isinstance(on
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=[group.name or "" for group in GROUPS])
-def test_lists_of_commands_are_not_cut_in_a_terminal_of_80_columns(group: click.Group) -> None:
+def test_command_lists_fit_a_terminal_of_80_columns(group: click.Group) -> None:
     listed = group.get_help(click.Context(group, terminal_width=80)).partition("Commands:")[2]
     assert [line for line in listed.splitlines() if line.endswith("...")] == []

@@ -1,6 +1,6 @@
-"""The architecture, held by the syntax tree: which room may see which, where libraries live, how large things get.
+"""Architecture rules, checked on the syntax tree: allowed imports, the home of each library, size limits.
 
-This is the document of the rooms that cannot go stale. docs/decisions/ says why they are as they are.
+This is the documentation of the layers that cannot go stale. docs/decisions/ has the reasons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "keyproxy"
 
-#: A module imports only what stands on a strictly lower rank; the modules of one folder may see each other.
+#: A module imports only modules of a strictly lower rank; the modules of one folder may import each other.
 RANKS = {
     "": 0,
     "limit_state": 0,
@@ -43,7 +43,7 @@ RANKS = {
     "__main__": 14,
 }
 
-#: Below this rank nothing waits, logs, reads a clock or touches the system, and nothing is a third-party library's.
+#: Below this rank there is no waiting, logging, clock, system call or third-party library.
 PURE_BELOW = 7
 IMPURE = {
     "asyncio",
@@ -59,7 +59,7 @@ IMPURE = {
     "datetime",
 }
 
-#: The only rooms that may import a library.
+#: The only modules that may import a library.
 HOMES = {
     "aiohttp": {"admin", "cli", "demo", "process"},
     "asyncpg": {"store"},
@@ -116,7 +116,7 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_a_module_imports_only_lower_rooms(path: Path) -> None:
+def test_module_imports_only_lower_ranks(path: Path) -> None:
     here = _room(path)
     for imported in _imports(path):
         if imported.partition(".")[0] != "keyproxy":
@@ -127,7 +127,7 @@ def test_a_module_imports_only_lower_rooms(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_a_library_is_imported_only_in_its_home_and_never_below_the_edges(path: Path) -> None:
+def test_library_is_imported_only_in_its_home_and_never_below_the_edges(path: Path) -> None:
     here = _room(path)
     for imported in _imports(path):
         library = imported.partition(".")[0]
@@ -140,7 +140,7 @@ def test_a_library_is_imported_only_in_its_home_and_never_below_the_edges(path: 
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_modules_functions_and_signatures_keep_their_bounds(path: Path) -> None:
+def test_modules_functions_and_signatures_are_within_their_size_limits(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MODULE_LINES_MAX
     for function in _functions(path):
         assert function.end_lineno is not None
@@ -153,7 +153,7 @@ def test_modules_functions_and_signatures_keep_their_bounds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_every_module_and_public_name_says_what_it_is(path: Path) -> None:
+def test_every_module_and_public_name_has_a_docstring(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "the module has no docstring"
     for node in tree.body:
@@ -162,7 +162,7 @@ def test_every_module_and_public_name_says_what_it_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_nothing_is_caught_blindly_below_an_outermost_boundary(path: Path) -> None:
+def test_no_blind_except_below_an_outermost_boundary(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.ExceptHandler):
@@ -173,7 +173,7 @@ def test_nothing_is_caught_blindly_below_an_outermost_boundary(path: Path) -> No
 
 
 def test_no_import_cycles() -> None:
-    """Neither between rooms nor inside one, also not behind TYPE_CHECKING."""
+    """Neither between folders nor within one, nor under TYPE_CHECKING."""
     names = {_module(path): path for path in MODULES}
     imports = {
         name: {target for imported in _imports(path) if (target := _known(imported, names)) not in (None, name)}
@@ -188,16 +188,16 @@ def _module(path: Path) -> str:
 
 
 def _known(imported: str, names: Mapping[str, Path]) -> str | None:
-    """The module of ours that an import statement loads."""
+    """The keyproxy module that an import statement loads."""
     for candidate in (imported, imported.rpartition(".")[0]):
         if candidate in names and candidate != "keyproxy":
             return candidate
     return None
 
 
-def test_type_checking_hides_no_imports_of_ours() -> None:
+def test_type_checking_blocks_contain_no_keyproxy_imports() -> None:
     hiding = {_name(path) for path in MODULES if "TYPE_CHECKING" in path.read_text(encoding="utf-8")}
-    # Commands import late what takes long to import; the other needs the type checker's view of a decorator.
+    # Commands defer slow imports; the other one needs the type checker's view of a decorator.
     assert hiding == TYPE_CHECKING_USERS
 
 
@@ -207,7 +207,7 @@ def test_folders_stay_small_enough_to_read() -> None:
     assert {_name(folder): size for folder, size in sizes.items() if size > FOLDER_MODULES_MAX} == {}
 
 
-def test_no_module_is_called_after_nothing() -> None:
+def test_no_module_has_a_meaningless_name() -> None:
     assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "manager", "misc", "data", "info"}
 
 
@@ -215,8 +215,8 @@ def test_every_module_has_a_rank() -> None:
     assert {_room(path) for path in MODULES} == set(RANKS)
 
 
-def test_secrets_are_revealed_only_where_a_key_is_handed_to_its_owner_or_checked() -> None:
-    """`reveal()` is the only way to a key's plaintext; who calls it is a short list."""
+def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
+    """`reveal()` is the only access to a key's plaintext; few modules call it."""
     callers = {
         _name(path)
         for path in MODULES

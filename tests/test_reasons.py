@@ -1,4 +1,4 @@
-"""The vocabulary of refusal is the public one."""
+"""Refusal reasons: public codes, statuses and texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from keyproxy.reasons import Blame, Reason, Refusal
 
-#: Every public code with its status; those of limits come with the limits.
+#: Every public code with its status.
 PUBLIC_STATUSES = {
     "api_key_missing": 401,
     "api_key_invalid": 401,
@@ -45,18 +45,18 @@ each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reaso
 
 
 @each_reason
-def test_a_reason_has_a_public_code_and_its_status(reason: Reason) -> None:
+def test_reason_has_its_public_code_and_status(reason: Reason) -> None:
     assert reason.value.status == PUBLIC_STATUSES[reason.code]
 
 
 def test_codes_and_titles_are_unique() -> None:
-    # Two members with equal rows would be one member with two names.
+    # An enum would merge two members with equal rows into one.
     assert len(Reason.__members__) == len({reason.code for reason in Reason})
     assert len({reason.value.title for reason in Reason}) == len(Reason)
 
 
 @each_reason
-def test_texts_are_whole_sentences_under_a_title(reason: Reason) -> None:
+def test_reason_has_a_title_and_a_complete_sentence(reason: Reason) -> None:
     row = reason.value
     assert re.fullmatch(r"[A-Z][A-Za-z]*( [A-Za-z]+)*", row.title)
     assert re.fullmatch(r"[A-Z][\x20-\x7e]*[^ .]\.", row.sentence)
@@ -64,16 +64,16 @@ def test_texts_are_whole_sentences_under_a_title(reason: Reason) -> None:
 
 
 @each_reason
-def test_blame_agrees_with_the_status(reason: Reason) -> None:
+def test_blame_matches_the_status(reason: Reason) -> None:
     status = reason.value.status
-    if reason is Reason.METHOD_NOT_IMPLEMENTED:  # the one status of the 5xx range that is about the request
+    if reason is Reason.METHOD_NOT_IMPLEMENTED:  # the only 5xx status that is the caller's fault
         status = 400
     expected = Blame.CALLER if status < 500 else Blame.US if status in (500, 503) else Blame.UPSTREAM
     assert reason.value.blame is expected
 
 
 @each_reason
-def test_a_wait_is_told_exactly_where_waiting_helps(reason: Reason) -> None:
+def test_reason_has_a_default_wait_if_and_only_if_a_retry_can_succeed(reason: Reason) -> None:
     wait = reason.value.retry_after_seconds
     assert (wait is not None) == (reason.value.status in (429, 503))
     assert wait is None or wait > 0
@@ -88,7 +88,5 @@ def test_a_wait_is_told_exactly_where_waiting_helps(reason: Reason) -> None:
         (Reason.KEY_INVALID, None, None),
     ],
 )
-def test_a_refusal_waits_as_its_reason_does_unless_it_says_otherwise(
-    reason: Reason, own: int | None, told: int | None
-) -> None:
+def test_refusal_overrides_the_default_wait_of_its_reason(reason: Reason, own: int | None, told: int | None) -> None:
     assert Refusal(reason, retry_after_seconds=own).retry_after_seconds == told

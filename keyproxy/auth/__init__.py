@@ -1,1 +1,1 @@
-"""Who is this, and may it? API keys, credentials, authorization. Pure."""
+"""API keys, credentials, authorization. Pure: no I/O."""

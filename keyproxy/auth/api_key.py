@@ -2,9 +2,9 @@
 
     <prefix>_<live|test>_<43 base62 digits of 256 random bits><6 base62 digits of a CRC-32>
 
-The checksum covers everything before it, so that a mistyped or cut key is told from an unknown one without asking
-anyone, and secret scanners find real keys only. It is no secret and no protection. Only the digest of a key is ever
-stored or compared: SHA-256 without salt is right for 256 random bits, which cannot be guessed from their hash.
+The checksum covers everything before it, so that a mistyped or truncated key can be distinguished from an unknown one
+without a lookup, and secret scanners report only real keys. It is not a secret and not a protection. Only the digest of
+a key is ever stored or compared: unsalted SHA-256 suffices for 256 random bits, which cannot be guessed from their hash.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ RANDOM_DIGITS: Final = 43
 CHECKSUM_DIGITS: Final = 6
 ENTROPY_BYTES: Final = 32
 
-#: The longest thing that is looked up as a key. Ours have 57 characters with the usual prefix.
+#: The maximum length of a key that is looked up. Our own keys have 57 characters with the default prefix.
 KEY_BYTES_MAX: Final = 512
 
-#: Field characters a foreign key may use: what RFC 9110 allows in a token68 or a token, and nothing that separates.
+#: The characters of a foreign key: those that RFC 9110 allows in a token68 or a token, and no separators.
 _FOREIGN = re.compile(rb"[A-Za-z0-9!#$%%&'*+\-./:=?@^_`|~]{8,%d}" % KEY_BYTES_MAX)
 
 _HINT_TAIL: Final = 4
 
-#: Of a shorter foreign key even eight characters would be too many.
+#: For a shorter foreign key, a hint of eight characters would reveal too much.
 _HINT_SHOWS_TAIL_FROM: Final = 32
 
-#: A cut key is still worth hiding; `/docs/kp_live_keys` is no key.
+#: A truncated key must still be masked; `/docs/kp_live_keys` is not a key.
 _RECOGNISABLE_DIGITS: Final = 16
 
 
@@ -63,7 +63,7 @@ class SecretKey:
         return repr(self)
 
     def __reduce__(self) -> str | tuple[object, ...]:
-        raise TypeError("a SecretKey is not serialised")
+        raise TypeError("a SecretKey cannot be serialised")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -88,19 +88,19 @@ class KeyFormat:
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
 
     def make(self, entropy: bytes, *, is_test: bool) -> SecretKey:
-        """A new key out of 32 random bytes."""
+        """Make a key from 32 random bytes."""
         return self._made(b"test" if is_test else b"live", entropy)
 
     def make_admin_token(self, entropy: bytes) -> SecretKey:
-        """A new token of the admin API out of 32 random bytes: in the format of a key, and none."""
+        """Make a token for the admin API from 32 random bytes: in the format of a key, but not valid as one."""
         return self._made(b"admin", entropy)
 
     def may_be_admin_token(self, plaintext: bytes) -> bool:
-        """Whether it is worth asking the store for an admin token: not a key of ours, not one that was mistyped."""
+        """Whether to look this up as an admin token: well-formed, with a correct checksum."""
         return self._admin.fullmatch(plaintext) is not None and _is_whole(plaintext)
 
     def may_exist(self, plaintext: bytes) -> bool:
-        """Whether it is worth asking the store: well-formed with a right checksum, or a foreign key where allowed."""
+        """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed."""
         if self._start.match(plaintext):
             return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
         return self._accepts_foreign and _FOREIGN.fullmatch(plaintext) is not None
@@ -116,16 +116,16 @@ class KeyFormat:
 
     def _made(self, kind: bytes, entropy: bytes) -> SecretKey:
         if len(entropy) != ENTROPY_BYTES:
-            raise ValueError(f"a key is made of {ENTROPY_BYTES} random bytes, not {len(entropy)}")
+            raise ValueError(f"a key requires {ENTROPY_BYTES} random bytes, not {len(entropy)}")
         body = b"%b_%b_%b" % (self._prefix, kind, _base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS))
         return SecretKey(body + _checksum(body))
 
     def is_within(self, text: bytes) -> bool:
-        """Whether one of our keys, or enough of one to be worth hiding, stands anywhere in these bytes, in any case."""
+        """Whether these bytes contain one of our keys, or enough of one to require masking, in upper or lower case."""
         return self._recognisable.search(text) is not None
 
     def hint(self, key: SecretKey) -> str:
-        """What people may see of a key to tell it from others: its start and its last four characters."""
+        """The part of a key that may be displayed to identify it: its start and its last four characters."""
         plaintext = key.reveal()
         start = self._start.match(plaintext)
         if start is None and len(plaintext) < _HINT_SHOWS_TAIL_FROM:
@@ -141,7 +141,7 @@ class KeyFormat:
 
 
 def masked(text: str) -> str:
-    """A text for people, in which whatever looks like a key under any prefix is cut to its start."""
+    """The text, with everything that looks like a key under any prefix truncated to its start."""
     return _LIKE_A_KEY.sub(r"\1…", text)
 
 

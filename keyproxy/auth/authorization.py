@@ -1,7 +1,7 @@
-"""May this identity use this route now? Expired, revoked, disabled, scope, route: the answer is a Grant or a Refusal.
+"""Decide whether an identity may use a route now: expired, revoked, disabled, scope, route. A Grant or a Refusal.
 
-Pure. The caller has shown a real key by the time it is asked, so it may be told which of these it was; a stranger never
-gets here and never learns which routes there are.
+Pure. The caller has presented a real key at this point, so the refusal may name the reason; a request without one never
+gets here and never reveals which routes exist.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from keyproxy.reasons import Reason, Refusal
 
 
 def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
-    """A Grant for this identity on this route. Raises the Refusal that says why not."""
+    """Grant this identity the use of this route. Raises a Refusal."""
     if identity.standing is not None:
         raise Refusal(identity.standing)
-    # At the instant itself the key has expired: `expires_at` is the first moment at which it does not work.
+    # `expires_at` is the first instant at which the key no longer works.
     if now.wall_seconds >= identity.expires_wall_seconds:
         raise Refusal(Reason.KEY_EXPIRED)
     if route is None:
@@ -25,7 +25,7 @@ def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
 
 
 def _insufficient(missing: list[str]) -> Refusal:
-    """All of them are named: fetching one after the other would take a request for each."""
+    """The refusal names all missing scopes, so that the caller need not find them one request at a time."""
     named = ", ".join([f"'{scope}'" for scope in missing])
     noun = "scope" if len(missing) == 1 else "scopes"
-    return Refusal(Reason.SCOPE_INSUFFICIENT, said=f"It needs the {noun} {named}.", missing_scopes=missing)
+    return Refusal(Reason.SCOPE_INSUFFICIENT, said=f"Missing {noun}: {named}.", missing_scopes=missing)

@@ -1,17 +1,17 @@
-"""Find the one key that a request presents. Plaintext comes in, a digest goes out, and nothing else leaves.
+"""Find the one key of a request. Takes plaintext, returns a digest, and nothing else leaves this module.
 
 A key is `Authorization: Api-Key <KEY>` (scheme in any case), `Authorization: Bearer <KEY>` or `X-Api-Key: <KEY>`. The
-same key said twice is one credential; two different ones are refused, because which of them counts is what two servers
-would read differently. A key in the URL is refused even if another one is in a header: the URL has been logged already
-by whatever the request passed through.
+same key given twice is one credential; two different ones are refused, because two servers could disagree on which of
+them counts. A key in the URL is refused even if a header has another one: everything that the request passed through has
+already logged the URL.
 
-Not decided here: whether the key exists. `checked` tells a key that cannot exist, without asking anyone; it is called
-only for a digest that memory does not know, so that a known key costs one hash. The digest stays with the head, so that a
-client that presents the same bytes again on its connection costs none.
+Whether the key exists is not decided here. `checked` refuses a key that cannot exist, without a lookup; it is called
+only for a digest that is not in the cache, so that a known key costs one hash. The digest is stored in the head, so that
+identical bytes on the same connection cost none.
 
-The presented key is not forwarded in any other field either, whatever its name: a client library may also send it as
-`Api-Key`, in a cookie or in a Referer. Such a line is dropped. If the key is in a field that the decision depends on,
-dropping the field would change the request, so the request is refused.
+The key is not forwarded in any other field either, whatever its name: a client library may also send it as `Api-Key`,
+in a cookie or in a Referer. Such a line is dropped. If the key is in a field that the decision depends on, dropping the
+field would change the request, so the request is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.model import CredentialField, KeyDigest, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 
-#: Query parameters whose value is a credential wherever they are used. Compared lower-case, `-` for `_`.
+#: Query parameters with a value that is always a credential. Compared in lower case, with `-` for `_`.
 _KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"access-token"})
 
 _DECODINGS_MAX: Final = 8
@@ -50,7 +50,7 @@ _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
 def digest(head: RequestHead) -> KeyDigest:
-    """What the one key of this request is known by. Raises the Refusal for none, several, or one in the URL."""
+    """The digest of the request's one key. Raises a Refusal for no key, several keys, or a key in the URL."""
     if head.line.holds_key:
         raise Refusal(Reason.KEY_IN_URL)
     found = head.digest
@@ -64,10 +64,10 @@ def digest(head: RequestHead) -> KeyDigest:
 
 
 def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
-    """The one key of a request whose digest nobody knows. Raises the Refusal for one that cannot exist."""
+    """The one key of a request, for the lookup of an unknown digest. Raises a Refusal for a key that cannot exist."""
     key = _presented(head)
     if not key_format.may_exist(key.reveal()):
-        raise Refusal(Reason.KEY_INVALID, "malformed, or its checksum is wrong")
+        raise Refusal(Reason.KEY_INVALID, "malformed, or wrong checksum")
     return key
 
 
@@ -89,17 +89,17 @@ def _plaintext(name: bytes, value: bytes) -> bytes:
     if match is not None:
         return match[1]
     if _OUR_SCHEME.match(value):
-        raise Refusal(Reason.KEY_INVALID, "the Authorization header holds no key, or more than a key")
-    raise Refusal(Reason.KEY_MISSING, "the Authorization header is of another scheme")
+        raise Refusal(Reason.KEY_INVALID, "the Authorization header contains no key, or more than a key")
+    raise Refusal(Reason.KEY_MISSING, "the Authorization header has another scheme")
 
 
 def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
     try:
         first, *others = (_plaintext(*credential) for credential in credentials)
     except Refusal:
-        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, "several credentials, not all of them a key") from None
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, "several credentials, not all of them keys") from None
     if any(other != first for other in others):
-        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, f"{len(credentials)} credentials that differ")
+        raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, f"{len(credentials)} different credentials")
     return first
 
 
@@ -115,7 +115,7 @@ def _take_out(head: RequestHead, part: bytes) -> None:
     block = head.block
     # `find` takes less than half the time of `in`, which first tries its operand as an integer.
     if head.line.target.find(part) >= 0 and _stands_in(head.line.target, part):
-        # A key of another format, which the target alone does not reveal.
+        # A foreign key, which cannot be recognised in the target by its format.
         line = head.line
         head.line = RequestLine(line.method, line.target, line.path, line.minor_version, line.start, holds_key=True)
         raise Refusal(Reason.KEY_IN_URL)
@@ -157,17 +157,17 @@ def _stands_in(text: bytes, part: bytes) -> bool:
 
 
 def holds_key(target: bytes, key_format: KeyFormat) -> bool:
-    """Whether a request target has a key in it, or a parameter that is meant for one."""
+    """Whether a request target contains a key, or a parameter for one."""
     if b"?" not in target and b"%" not in target:
         return key_format.is_within(target)
-    # Decoded to the end: a key that was encoded on its way through template engines and redirects is still a key.
+    # Decode repeatedly: template engines and redirects may have encoded a key several times.
     decoded = target
     for _ in range(_DECODINGS_MAX):
         before, decoded = decoded, unquote_to_bytes(decoded)
         if decoded == before:
             break
     else:
-        return True  # nobody encodes so often who has nothing to hide
+        return True  # so many levels of encoding can only serve to hide something
     if key_format.is_within(decoded):
         return True
     for parameter in decoded.partition(b"?")[2].replace(b";", b"&").split(b"&"):

@@ -1,7 +1,7 @@
-"""Find the keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
+"""Find keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
 
-A keyproxy key is recognised by its checksum, wherever it is and however the text was encoded or wrapped. A key of another
-program has no such mark: every word that may be one is a candidate, which the store confirms or rejects.
+A keyproxy key is recognised by its checksum, wherever it is and however the text was encoded or wrapped. A key of
+another program has no checksum: every word that may be one is a candidate, which the store confirms or rejects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from keyproxy.auth.api_key import CHECKSUM_DIGITS, KEY_BYTES_MAX, RANDOM_DIGITS, KeyFormat, SecretKey
 
-#: The longest text that is searched at once.
+#: The maximum size of a text for one scan.
 TEXT_BYTES_MAX: Final = 512 * 1024
 TOO_LONG: Final = f"the text has more than {TEXT_BYTES_MAX // 1024} KiB: send it in parts"
 
@@ -54,10 +54,10 @@ _SCHEMES: Final = (b"api-key", b"bearer", b"x-api-key", b"authorization")
 class Scan(NamedTuple):
     """The keys in a text.
 
-    `keys`: keys with a right checksum, under any prefix. `admin_tokens`: how many tokens of the admin API.
-    `incomplete`: how many starts of a key have no whole key behind them. `foreign`: words that may be another program's
-    keys. `presented`: those that are certainly meant as keys, by position or because the text has nothing else.
-    `digests`: what may be the SHA-256 of a key.
+    `keys`: keys with a correct checksum, under any prefix. `admin_tokens`: the number of tokens of the admin API.
+    `incomplete`: the number of truncated keys. `foreign`: words that may be keys of other programs. `presented`: those
+    that are certainly meant as keys, by position or because the text contains nothing else. `digests`: values that may
+    be the SHA-256 of a key.
     """
 
     keys: list[SecretKey]
@@ -69,7 +69,7 @@ class Scan(NamedTuple):
 
 
 def scan(text: bytes, key_format: KeyFormat) -> Scan:
-    """Find the keys in a text. Raises ValueError if it is longer than TEXT_BYTES_MAX."""
+    """Find the keys in a text. Raises ValueError if it exceeds TEXT_BYTES_MAX."""
     if len(text) > TEXT_BYTES_MAX:
         raise ValueError(TOO_LONG)
     readings = _readings(text)
@@ -100,13 +100,13 @@ def scan(text: bytes, key_format: KeyFormat) -> Scan:
 
 
 def as_text(text: bytes) -> str:
-    """Text in whatever encoding it was saved; PowerShell, for one, redirects into UTF-16."""
+    """Decode text as UTF-8, or UTF-16 if it has a byte order mark: PowerShell, for one, redirects output in UTF-16."""
     is_wide = text[:2] in (b"\xff\xfe", b"\xfe\xff")
     return text.decode("utf-16" if is_wide else "utf-8", "replace").replace("\0", "")
 
 
 def _readings(text: bytes) -> list[bytes]:
-    """The decoded text, verbatim, and with everything removed that may have been inserted into a key."""
+    """The text decoded, verbatim, and without any characters that may have been inserted into a key."""
     text = _COLOURS.sub(b"", as_text(text).encode("utf-8"))
     decoded = text
     for _ in range(_DECODINGS_MAX):
@@ -121,7 +121,7 @@ def _readings(text: bytes) -> list[bytes]:
 
 
 def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Every key with a right checksum, and whether it is a token of the admin API."""
+    """Every key with a correct checksum, and whether it is a token of the admin API."""
     for mark in _MARK.finditer(text):
         run = text[mark.end() : mark.end() + _DIGITS]
         before = _BEFORE.search(text, max(0, mark.start() - _PREFIX_CHARACTERS_MAX), mark.start())
@@ -137,13 +137,13 @@ def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 def _incomplete(text: bytes, key_format: KeyFormat, whole: Iterable[bytes]) -> int:
-    """How many different starts of a key have no whole key behind them."""
+    """The number of distinct truncated keys."""
     keys = sorted(whole)
     starts = set()
     for match in key_format.starts(text):
         run = _RUN.match(text, match.end())
         if run is not None and run[0]:
-            # A key with more behind it is the key.
+            # Characters after a whole key are not part of it.
             starts.add((match[0] + run[0])[: len(match[0]) + _DIGITS])
     return sum(not _begins_one_of(start, keys) for start in starts)
 

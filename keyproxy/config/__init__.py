@@ -1,1 +1,1 @@
-"""The configuration: its schema, and how it is loaded and checked."""
+"""The configuration: schema, loading and checks."""

@@ -1,7 +1,7 @@
-"""Which addresses of the configuration lead to the same socket. Pure: names are resolved by a function of the caller.
+"""Find addresses in the configuration that lead to the same socket. Pure: the caller passes a function to resolve names.
 
-Ports are shared on purpose (SO_REUSEPORT), so the kernel does not refuse a second listener on the same port: it spreads
-connections over both. Two listeners with different purposes must therefore never overlap, wildcards included.
+Ports are shared on purpose (SO_REUSEPORT), so the kernel does not reject a second listener on a port but distributes
+connections over both. Listeners with different purposes must therefore never overlap, wildcards included.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-#: The IP addresses of a host. A name that cannot be resolved stays as it is.
+#: Resolves a host to its IP addresses. A name that cannot be resolved is returned unchanged.
 Resolve: TypeAlias = Callable[[str], frozenset[IpAddress | str]]
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
@@ -25,7 +25,7 @@ _LOOPBACK: Final[frozenset[IpAddress | str]] = frozenset(
 
 
 class Place(NamedTuple):
-    """Where an address leads: hosts and a port, or the path of a unix socket."""
+    """The target of an address: hosts and a port, or the path of a unix socket."""
 
     hosts: frozenset[IpAddress | str]
     port: int
@@ -56,7 +56,7 @@ def wrong_with_upstream(value: str) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_sane:
         return "must be 'http://host[:port]', 'https://host[:port]' or 'unix:/path'"
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
-        return "must name a server only: the path of a request is forwarded as it is"
+        return "must name only a server: the path of a request is forwarded unchanged"
     return None
 
 
@@ -84,7 +84,7 @@ def plain(address: IpAddress) -> IpAddress:
 
 
 def of_listener(address: str, resolve: Resolve = literal) -> Place:
-    """Where a listener's `host:port`, `[ipv6]:port` or `unix:/path` leads."""
+    """The Place of a listener's `host:port`, `[ipv6]:port` or `unix:/path`."""
     if address.startswith("unix:"):
         return Place(frozenset(), 0, _normal(address[5:]))
     host, _, port = address.rpartition(":")
@@ -92,7 +92,7 @@ def of_listener(address: str, resolve: Resolve = literal) -> Place:
 
 
 def of_url(url: str, resolve: Resolve = literal) -> Place:
-    """Where an upstream's `http://host[:port]`, `https://host[:port]` or `unix:/path` leads."""
+    """The Place of an upstream's `http://host[:port]`, `https://host[:port]` or `unix:/path`."""
     if url.startswith("unix:"):
         return Place(frozenset(), 0, _normal(url[5:]))
     parts = urlsplit(url)
@@ -109,7 +109,7 @@ def overlap(one: Place, other: Place) -> bool:
 
 
 def reaches(target: Place, listener: Place, is_local: Callable[[IpAddress], bool]) -> bool:
-    """Whether connecting to `target` ends at `listener`. `is_local`: whether an address is one of this machine."""
+    """Whether connecting to `target` ends at `listener`. `is_local`: whether an address belongs to this machine."""
     if target.path or listener.path:
         return target.path == listener.path
     if target.port != listener.port:
@@ -129,9 +129,9 @@ def conflicts(
     listeners: Mapping[str, str], upstreams: Mapping[str, str], *,
     resolve: Resolve = literal, is_local: Callable[[IpAddress], bool] = lambda address: address.is_loopback,
 ) -> list[str]:  # fmt: skip
-    """A sentence for each two listeners that overlap, and for each upstream that is one of the listeners.
+    """One sentence for each pair of overlapping listeners, and for each upstream that leads back to a listener.
 
-    Both map the name of a key to its value.
+    Both mappings are from configuration key to value.
     """
     wrong = []
     places = {name: of_listener(address, resolve) for name, address in listeners.items()}

@@ -1,9 +1,8 @@
-"""A PostgreSQL connection URI, with every parameter that libpq knows: honoured, ignored because it changes nothing, or
-refused.
+"""Parse a PostgreSQL connection URI. Every parameter of libpq is applied, ignored because it has no effect, or rejected.
 
-A parameter that this program cannot honour and that protects something (`channel_binding=require`) is refused: a
-connection with less protection than configured is worse than none. libpq's names are kept; any other name is taken as a
-setting of the server, as in `?work_mem=16MB`. Passwords are never part of an error.
+A security parameter that cannot be applied (`channel_binding=require`) is rejected: a connection with less protection
+than configured is worse than none. The names are those of libpq; any other name is a server setting, as in
+`?work_mem=16MB`. Passwords are never part of an error.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _HONOURED: Final = frozenset({
     "krbsrvname", "gsslib",
 })  # fmt: skip
 
-#: Parameters that change nothing here, whatever their value: what they ask for happens anyway, or is only a preference.
+#: Parameters without effect here, whatever their value: they request the default behaviour, or are only a preference.
 _IGNORED: Final = frozenset({
     "client_encoding", "sslcompression", "sslkeylogfile", "gssdelegation", "load_balance_hosts", "max_protocol_version",
 })  # fmt: skip
 
-#: Parameters that are harmless with these values and cannot be honoured with another one.
+#: Parameters that have no effect with these values and cannot be applied with any other.
 _ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     "channel_binding": ("disable", "prefer"),
     "gssencmode": ("disable", "prefer"),
@@ -49,9 +48,9 @@ _ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     "oauth_scope": ("",),
 }
 
-#: What to write in place of a parameter that is refused.
+#: Alternatives to rejected parameters.
 _INSTEAD: Final = {
-    "channel_binding": "; remove it, and use sslmode=verify-full so that the server has to prove who it is",
+    "channel_binding": "; remove it, and use sslmode=verify-full so that the server has to prove its identity",
     "gssencmode": "; use sslmode for encryption",
     "sslcertmode": "; set sslcert and sslkey where a client certificate is needed",
     "sslcrldir": "; use sslcrl",
@@ -72,12 +71,12 @@ _HOST = re.compile(r"\[([^\]]+)\](?::([0-9]*))?|([^:]*)(?::([0-9]*))?")
 
 
 class InvalidDsnError(ValueError):
-    """A connection URI that cannot be used. The text names the parameter and holds no secret."""
+    """A connection URI that cannot be used. The text names the parameter and contains no secret."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dsn:
-    """A connection URI, taken apart.
+    """A parsed connection URI.
 
     `hosts`: names, addresses or directories of sockets, each with a port; empty if the URI names none.
     `parameters`: the libpq parameters that are applied. `settings`: other names after the `?`, for the server.
@@ -116,7 +115,7 @@ def parse(uri: str, beneath: Mapping[str, str] | None = None) -> Dsn:
 
 
 def from_keywords(given: Mapping[str, str]) -> Dsn:
-    """The same from libpq's keywords and values, as a service file holds them. Raises InvalidDsnError."""
+    """Make a Dsn from libpq's keywords and values, as in a service file. Raises InvalidDsnError."""
     parameters: dict[str, str] = {}
     settings: dict[str, str] = {}
     for name, value in given.items():
@@ -141,7 +140,7 @@ def from_keywords(given: Mapping[str, str]) -> Dsn:
 
 
 def _is_applied(name: str, value: str) -> bool:
-    """Whether libpq's parameter is one that is applied. Raises InvalidDsnError for one that cannot be."""
+    """Whether a parameter of libpq is applied. Raises InvalidDsnError for one that is not supported."""
     allowed = _ONLY.get(name)
     if allowed is not None and value not in allowed:
         shown = name if name in ("require_auth", "requirepeer") or allowed == ("",) else f"{name}={value}"
@@ -157,14 +156,14 @@ def _is_applied(name: str, value: str) -> bool:
 def _check_together(parameters: Mapping[str, str]) -> None:
     wanted = parameters.get("target_session_attrs")
     if wanted in _NOT_WRITABLE:
-        raise InvalidDsnError(f"has target_session_attrs={wanted}, but keyproxy writes: it needs the primary")
+        raise InvalidDsnError(f"has target_session_attrs={wanted}, but keyproxy needs the primary, because it writes")
     mode = parameters.get("sslmode")
     if parameters.get("sslrootcert") == "system" and mode not in (None, "verify-full"):
         raise InvalidDsnError(f"has sslrootcert=system, which needs sslmode=verify-full, not {mode}")
     if parameters.get("sslnegotiation") == "direct" and mode not in ("require", "verify-ca", "verify-full"):
         raise InvalidDsnError("has sslnegotiation=direct, which needs sslmode=require, verify-ca or verify-full")
     if "hostaddr" in parameters and mode == "verify-full":
-        raise InvalidDsnError("has hostaddr, which cannot be combined with sslmode=verify-full: name the host alone")
+        raise InvalidDsnError("has hostaddr, which cannot be combined with sslmode=verify-full: set only host")
 
 
 def _hosts(parameters: dict[str, str]) -> tuple[tuple[str, int | None], ...]:

@@ -1,12 +1,11 @@
 """Read TOML and environment into `Settings`: the only reader of either.
 
-The environment overrides the file, and the file overrides the defaults. An image or a package may bring its own defaults
-in the file that KEYPROXY_DEFAULTS names; any configuration overrides them.
-Nothing is guessed: an unknown key, a wrong type or a value out of bounds is an
-error that names the key, where it was set, and the closest key there is. All errors are told at once. Every value keeps
-its origin, so that `keyproxy config show` can say where it came from.
+The environment overrides the file, and the file overrides the defaults. An image or a package may set its own defaults
+in the file named by KEYPROXY_DEFAULTS; any configuration overrides them. Nothing is guessed: an unknown key, a wrong
+type or a value out of bounds is an error that names the key, its source, and the closest known key. All errors are
+reported together. Every value keeps its origin, which `keyproxy config show` prints.
 
-A secret may stand in a file of its own: `store.dsn_file` instead of `store.dsn`.
+A secret may be read from a separate file: `store.dsn_file` instead of `store.dsn`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from keyproxy.config.schema import TABLES, Check, RouteRow, Settings, cross_chec
 
 ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
 
-#: Names under the prefix that are not keys of the configuration.
+#: Environment variables with the prefix that are not configuration keys.
 _OTHER_VARIABLES: Final = frozenset(
     {
         "KEYPROXY_CONFIG",
@@ -37,10 +36,10 @@ _OTHER_VARIABLES: Final = frozenset(
     }
 )
 
-#: Values of secrets that are none.
+#: Values of secret keys that are not secret.
 _TELLING_NOTHING: Final = ("", "embedded", "postgres")
 
-#: Far beyond every bound, and well within what a float holds.
+#: Far beyond every bound, and exact as a float.
 _NUMBER_MAX: Final = 10**15
 _DIGITS_MAX: Final = 18
 _TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
@@ -61,7 +60,7 @@ class ConfigError(Exception):
 
 
 class Origin(NamedTuple):
-    """Where a value came from: `default`, `file` or the environment variable's name; `secret` values are masked."""
+    """The source of a value: `default`, a file or an environment variable; `secret` values are masked."""
 
     source: str
     secret: bool
@@ -75,7 +74,7 @@ class Config(NamedTuple):
 
 
 class _Reading:
-    """One pass over all sources; collects values, origins and what is wrong."""
+    """One pass over all sources; collects values, origins and problems."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
@@ -114,7 +113,7 @@ class _Reading:
             self.wrong.append(f"{table}.{name}_file: must be a path (set in {source})")
             return
         if self._ranks.get(f"{table}.{name}") == self.rank:
-            self.wrong.append(f"{table}.{name}: set both in place and by {name}_file (in {source})")
+            self.wrong.append(f"{table}.{name}: set both directly and by {name}_file (in {source})")
             return
         try:
             secret = Path(value).read_text(encoding="utf-8").strip()
@@ -129,7 +128,7 @@ class _Wrong(NamedTuple):
 
 
 def text(path: Path | None) -> str:
-    """What the file holds; nothing without one. Raises ConfigError."""
+    """The content of the file; empty without one. Raises ConfigError."""
     try:
         return "" if path is None else path.read_text(encoding="utf-8")
     except OSError as error:
@@ -139,9 +138,9 @@ def text(path: Path | None) -> str:
 
 
 def load(path: Path | None, environment: Mapping[str, str], *, read: str | None = None) -> Config:
-    """Settings out of a TOML file (None: no file) and the environment. Raises ConfigError with all that is wrong.
+    """Load settings from a TOML file (None: no file) and the environment. Raises ConfigError with all problems.
 
-    `read`: what the file held when it was read; without it, it is read now.
+    `read`: the content of the file; None: read it now.
     """
     reading = _Reading()
     route_rows: object = []
@@ -180,14 +179,14 @@ def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
 
 
 def mask(value: object) -> object:
-    """A secret as it may be shown: what it is, without the password in it."""
+    """A secret value for display, with its passwords masked."""
     if not isinstance(value, str):
         return value
     if "://" not in value:
-        # What is no address has no part that may be shown; a word such as `embedded` tells nothing, and is.
+        # Without an address there is no part that may be shown, except for words such as `embedded`.
         return value if value in _TELLING_NOTHING else "***"
     address, question, query = value.partition("?")
-    # Up to the last @: a password may hold anything, also what should have been encoded.
+    # Up to the last @: a password may contain any character, even one that should have been encoded.
     address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)
     return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
 
@@ -225,8 +224,8 @@ def _read_variable(reading: _Reading, variable: str, value: str) -> None:
     table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
     if separator and table in TABLES:
         reading.set(table, name, value, variable, is_text=True)
-    # Without the double underscore it is somebody else's, such as the KEYPROXY_PORT that Kubernetes sets for a
-    # service of this name; unless it is one of ours but for the missing underscore.
+    # A variable without a double underscore is not ours, such as the KEYPROXY_PORT that Kubernetes sets for a service
+    # of this name, unless it differs from a known key only by the missing underscore.
     elif separator or variable.upper() in {one.replace("__", "_") for one in known}:
         reading.unknown(variable, known, "the environment")
 
@@ -255,7 +254,7 @@ def _routes(reading: _Reading, rows: object) -> Iterator[RouteRow]:
 
 
 def _checked(value: object, wanted: object, check: Check | None, *, is_text: bool) -> object:
-    """The value in its key's type (from text, if it came from the environment), or what is wrong with it."""
+    """The value in the type of its key (parsed from text, if it came from the environment), or its fault."""
     typed = _typed(value, str(wanted), is_text=is_text)
     if isinstance(typed, _Wrong):
         return typed
@@ -274,7 +273,7 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
             return value if isinstance(value, bool) else _Wrong("must be true or false")
         case "int":
             if text is not None and re.fullmatch(r"-?[0-9]+", text):
-                # Counted before it is read: Python refuses to read thousands of digits.
+                # Check the length first: Python refuses to parse thousands of digits.
                 value = int(text) if len(text) <= _DIGITS_MAX else _NUMBER_MAX
             if not isinstance(value, int) or isinstance(value, bool):
                 return _Wrong("must be a whole number")
@@ -299,7 +298,7 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
 
 
 def _switch(value: object, text: str | None) -> object:
-    """True, false, a number or a word. `text`: what stands for it in the environment."""
+    """True, false, a number or a word. `text`: its form in the environment."""
     if text is None:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
     for wanted in ("bool", "float"):

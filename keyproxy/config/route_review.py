@@ -11,14 +11,14 @@ from keyproxy.config.schema import RouteRow
 
 
 def shadowed(routes: Sequence[RouteRow]) -> list[str]:
-    """Return a sentence for each route that an earlier one shadows completely."""
+    """Return one sentence for each route that an earlier one shadows completely."""
     found = []
     for number, row in enumerate(routes, start=1):
         for earlier_number, earlier in enumerate(routes[: number - 1], start=1):
             if _covers(earlier.match, row.match):
                 found.append(
-                    f"routes[{number}]: {row.match!r} never matches: routes[{earlier_number}] {earlier.match!r} stands"
-                    " before it and matches the same requests; move the narrower one up"
+                    f"routes[{number}]: {row.match!r} never matches, because routes[{earlier_number}] {earlier.match!r}"
+                    " precedes it and matches the same requests; move the narrower one up"
                 )
                 break
     return found
@@ -29,12 +29,12 @@ def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[
     if not routes:
         return []
     asked_for = {scope for row in routes for scope in row.scopes}
-    unknown = [f"no route asks for the scope {scope!r}" for scope in scopes if scope not in asked_for]
+    unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in asked_for]
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown
     if not scopes:
-        return ["the key has no scope and every route needs one: all its requests will be refused"]
-    return ["no route accepts a key with these scopes alone: all its requests will be refused"]
+        return ["the key has no scopes and every route requires one: all its requests will be refused"]
+    return ["no route accepts a key with only these scopes: all its requests will be refused"]
 
 
 def _covers(wide: str, narrow: str) -> bool:

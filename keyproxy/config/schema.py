@@ -1,7 +1,7 @@
 """The configuration as values: every table and key of config.example.toml, its type, default and bounds.
 
-Only the shape is here; `config` reads the file and the environment into it. A key is declared once: its default, what
-it may be, and whether it is a secret. Units are the last word of a name and the same as in the metrics.
+`loader` reads the file and the environment into these types. A key is declared once, with its default, its check, and
+whether it is a secret. A name ends with its unit, the same as in the metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keyproxy.http.headers import TrustRule
 from keyproxy.http.routes import InvalidPatternError, RouteTable
 from keyproxy.model import Route
 
-#: Says what is wrong with a value, or None.
+#: Returns the fault of a value, or None.
 Check = Callable[[Any], str | None]
 
 
@@ -46,7 +46,7 @@ def _one_of(*choices: object) -> Check:
 
 
 def _not_yet(default: object) -> Check:
-    return lambda value: None if value == default else f"this version supports {default!r} only"
+    return lambda value: None if value == default else f"this version supports only {default!r}"
 
 
 def _optional_upstream_url(value: str) -> str | None:
@@ -65,7 +65,7 @@ def _dsn(value: str) -> str | None:
     return None
 
 
-#: Header names that mean something else to this proxy: no prefix of ours may cover them.
+#: Header names with another meaning to this proxy, which the prefix must not cover.
 _TAKEN_NAMES: Final = ("x-forwarded-", "x-api-key", "x-request-id", "x-real-ip")
 
 
@@ -73,14 +73,14 @@ def _header_prefix(value: str) -> str | None:
     if not re.fullmatch(r"X-[A-Za-z0-9-]{1,40}-", value):
         return "must look like 'X-Name-'"
     taken = [name for name in _TAKEN_NAMES if name.startswith(value.lower()) or value.lower().startswith(name)]
-    return f"would swallow {taken[0]}" if taken else None
+    return f"would cover {taken[0]}" if taken else None
 
 
 def _key_prefix(value: str) -> str | None:
     return None if re.fullmatch(r"[a-z][a-z0-9]{0,15}", value) else "must be 1 to 16 of a-z and 0-9"
 
 
-#: What may stand behind the ? of a Redis URL.
+#: The options allowed in the query of a Redis URL.
 _REDIS_OPTIONS: Final = frozenset(
     {"db", "username", "password", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 )
@@ -98,9 +98,9 @@ def _ledger_backend(value: str) -> str | None:
     if parts.scheme not in ("redis", "rediss", "unix") or not has_address or parts.fragment:
         return wanted
     if parts.scheme != "unix" and not re.fullmatch(r"/?[0-9]*", parts.path):
-        return "must have a database's number behind the host, or nothing"
+        return "must have a database number after the host, or nothing"
     unknown = {name.partition("=")[0] for name in parts.query.split("&")} - _REDIS_OPTIONS - {""}
-    return f"has options that are not known; those that are: {', '.join(sorted(_REDIS_OPTIONS))}" if unknown else None
+    return f"has unknown options; known options: {', '.join(sorted(_REDIS_OPTIONS))}" if unknown else None
 
 
 def _webhook_url(value: str) -> str | None:
@@ -128,7 +128,7 @@ REFUSALS: Final = "refusals"
 def _access(value: bool | str | float) -> str | None:
     if isinstance(value, bool) or value == REFUSALS or (isinstance(value, float) and 0.0 < value <= 1.0):
         return None
-    return f"must be true, false, {REFUSALS!r}, or the share of successes to log, above 0 and at most 1"
+    return f"must be true, false, {REFUSALS!r}, or the fraction of successes to log, above 0 and at most 1"
 
 
 def _networks(value: list[str]) -> str | None:
@@ -206,7 +206,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """What is remembered of the store."""
+    """The cache of identities from the store."""
 
     fresh_seconds: float = _setting(30.0, _within(0.1))
     stale_seconds: float = _setting(600.0, _within(0.1))
@@ -224,7 +224,7 @@ class IdentityHeaders:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The format and life of keys."""
+    """The format and lifetime of keys."""
 
     prefix: str = _setting("kp", _key_prefix)
     age_days_max: int = _setting(90, _within(0, 36_500))
@@ -233,7 +233,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Where windows are accounted."""
+    """The ledger, which accounts for the windows of limits."""
 
     backend: str = _setting("postgres", _ledger_backend, secret=True)
     lease_seconds: float = _setting(10.0, _within(0.5))
@@ -243,16 +243,16 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How long it is kept who used what."""
+    """The retention of usage data."""
 
-    #: Events by the day they were written on; sums by the day they are about.
+    #: Events are kept by the day they were written, sums by the day they cover.
     event_days: int = _setting(7, _within(0, 3_650))
     days: int = _setting(400, _within(1, 36_500))
 
 
 @dataclass(frozen=True, slots=True)
 class Reminders:
-    """Who is told of keys that expire soon, and when. Without a URL nobody is."""
+    """Webhook reminders about keys that expire soon. Without a URL none are sent."""
 
     webhook_url: str = _setting("", _webhook_url)
     webhook_secret: str = _setting("", _webhook_secret, secret=True)
@@ -269,15 +269,15 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """What is logged."""
+    """Log levels and the access log."""
 
     level: str = _setting("info", _one_of("debug", "info", "warning", "error"))
-    #: Which requests are logged: all, none, refusals and failures, or those and a fraction of the others.
+    #: The requests to log: all, none, refusals and failures, or these and a fraction of the others.
     access: bool | str | float = _setting(True, _access)
 
     @property
     def success_share(self) -> float:
-        """The fraction of the successes that the access log contains, if there is a log."""
+        """The fraction of successes in the access log, if it is enabled."""
         return float(self.access) if isinstance(self.access, float) else float(self.access != REFUSALS)
 
 
@@ -291,7 +291,7 @@ def _route_match(value: str) -> str | None:
 
 def _route_scopes(value: list[str]) -> str | None:
     bad = [scope for scope in value if not is_scope(scope)]
-    return f"{bad[0]!r} is no scope" if bad else None
+    return f"{bad[0]!r} is not a valid scope" if bad else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,18 +352,18 @@ _SCOPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 
 
 def is_scope(text: str) -> bool:
-    """Whether this may be a scope: `jobs:write`; no wildcards, no spaces."""
+    """Whether this is a valid scope, such as `jobs:write`; no wildcards, no spaces."""
     return _SCOPE.fullmatch(text) is not None
 
 
 def cross_checks(settings: Settings) -> list[str]:
-    """What is wrong between keys that are right one by one."""
+    """The contradictions between keys that are valid individually."""
     wrong = []
     if settings.cache.stale_seconds < settings.cache.fresh_seconds:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
     wrong += addresses.conflicts(settings.listeners(), settings.upstream_urls())
     if settings.listen.address.startswith("unix:") and settings.listen.workers != 1:
-        wrong.append("listen.workers: must be 1 with a unix socket: only a port is shared by several processes")
+        wrong.append("listen.workers: must be 1 with a unix socket: only a port can be shared by several processes")
     if settings.listen.tls_key_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_key_file: is set without listen.tls_certificate_file")
     if settings.admin.tls_key_file and not settings.admin.tls_certificate_file:
@@ -372,12 +372,12 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
     if settings.reminders.webhook_url and not settings.reminders.webhook_secret:
         wrong.append(
-            "reminders.webhook_secret: is needed with reminders.webhook_url; make one with"
+            "reminders.webhook_secret: is required with reminders.webhook_url; generate one with"
             " `echo whsec_$(openssl rand -base64 32)`"
         )
     matches = [row.match for row in settings.routes]
     wrong += [
-        f"routes: {match!r} is there twice; the first one wins always"
+        f"routes: {match!r} is configured twice; the first one always wins"
         for match in {match for match in matches if matches.count(match) > 1}
     ]
     return wrong

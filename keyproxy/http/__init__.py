@@ -1,1 +1,1 @@
-"""Rules of HTTP that need nothing else: headers, targets, routes, error responses. Pure."""
+"""HTTP rules without I/O: headers, targets, routes, error responses. Pure."""

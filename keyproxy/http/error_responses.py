@@ -1,7 +1,7 @@
-"""What a caller hears of a Refusal: one place that turns a reason into an HTTP answer.
+"""Build the HTTP response for a Refusal: the only place that does.
 
-The usual shape is `application/problem+json` (RFC 9457) with a stable `code`. A route may ask for the error shape of
-the API that its callers' SDKs speak, so that the SDK raises its own exception; the code is the same.
+The default format is `application/problem+json` (RFC 9457) with a stable `code`. A route may select the error format of
+the API that its callers' SDKs expect, so that the SDK raises its own exception; the code is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from keyproxy import limit_state
 from keyproxy.reasons import SPENT, Reason, Refusal, Row
 
-#: Reasons whose status the operator may set with `errors.invalid_key_status`: a key was shown and is not accepted.
+#: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
 
 #: The Allow field of a 405. RFC 9110 section 15.5.6.
@@ -35,7 +35,7 @@ _ANTHROPIC_TYPES: Final = {
 
 
 class Answer(NamedTuple):
-    """A complete answer of our own. `fields` are header lines, without framing and X-Request-Id."""
+    """A complete response of the proxy. `fields` are header lines, without framing and X-Request-Id."""
 
     status: int
     reason_phrase: bytes
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 
 class Problems:
-    """Renders refusals, with the statuses that the operator chose."""
+    """Renders refusals with the configured statuses."""
 
     def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
         self._statuses: Mapping[Reason, int] = {
@@ -53,7 +53,7 @@ class Problems:
         }
 
     def status(self, reason: Reason) -> int:
-        """The HTTP status that this reason is answered with."""
+        """The HTTP status for a reason."""
         return self._statuses.get(reason, reason.value.status)
 
     def status_of(self, refusal: Refusal) -> int:
@@ -61,7 +61,7 @@ class Problems:
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
     def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:
-        """The answer for one refusal in the route's error shape."""
+        """The response for one refusal in the route's error format."""
         status = self.status_of(refusal)
         media_type = "application/problem+json" if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
@@ -75,8 +75,8 @@ class Problems:
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
         if refusal.is_futile:
-            # The SDKs of OpenAI and Anthropic obey it and raise at once. Without it they sleep and retry; Anthropic's
-            # sleeps for the whole of Retry-After, even if that is a day.
+            # The SDKs of OpenAI and Anthropic honour this and raise immediately. Without it they sleep and retry;
+            # Anthropic's sleeps for all of Retry-After, even if that is a day.
             fields.append("x-should-retry: false")
         block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
         return Answer(
@@ -87,10 +87,10 @@ class Problems:
         )
 
     def last_event(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
-        """The server-sent event that ends a stream which may not go on, in the route's error shape.
+        """The server-sent event that ends a refused stream, in the route's error format.
 
-        It has to begin where an event may begin. What SDKs make of it: OpenAI's raises on any data with an `error`,
-        Anthropic's on an event named `error`. No `[DONE]` follows: the stream is not done.
+        Must be sent at the start of an event. OpenAI's SDK raises on any data with an `error`, Anthropic's on an event
+        named `error`. No `[DONE]` follows, because the stream is incomplete.
         """
         body = self._body(refusal, request_id, error_shape)
         return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
@@ -127,7 +127,7 @@ def _problem(row: Row, status: int, sentence: str) -> dict[str, object]:
 
 
 def _limit_members(refusal: Refusal) -> dict[str, object]:
-    """What is told of the limit that refused. `retryable`: the same request can be let in later."""
+    """The members that describe the exceeded limit. `retryable`: the same request can be admitted later."""
     limit = refusal.limit
     if limit is None:
         return {}

@@ -1,13 +1,13 @@
-"""Header fields: one canonicaliser, what ends at this proxy, and the head that goes upstream.
+"""Header fields: one canonicaliser, the fields that end at this proxy, and the head that goes upstream.
 
-`FieldNames.kind` is the only place that knows what a header name means here. It judges a name once and remembers the
-judgement, since the same few names come with every request. A name is compared in canonical form, lower-case with `-`
-for `_`: servers that hand headers to CGI, WSGI or PHP programs fold the two, so `X_Keyproxy_User` is as much ours as
+`FieldNames.kind` is the only place that maps header names to their meaning. It classifies a name once and caches the
+result, since the same few names come with every request. A name is compared in canonical form, in lower case with `-`
+for `_`: servers that pass headers to CGI, WSGI or PHP programs fold the two, so `X_Keyproxy_User` is as reserved as
 `X-Keyproxy-User`. Reserved names are dropped in any spelling; any other name outside `[A-Za-z0-9-]` is refused, because
-`Content_Length` would be one thing to us and another to such a server.
+such a server could take `Content_Length` for a field that this proxy ignores.
 
-The identity headers are ready bytes that come with the identity; they are appended after everything the client sent has
-been filtered, so no field, repetition or Connection option of the client can replace, double or remove them.
+The identity headers are precomputed bytes of the identity. They are appended after the client's fields were filtered,
+so no field, repetition or Connection option of the client can replace, duplicate or remove them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Kind(enum.Enum):
 
     PLAIN = enum.auto()  # end-to-end: forwarded
     HOP = enum.auto()  # ends here
-    RESERVED = enum.auto()  # set by us alone: dropped in any spelling
+    RESERVED = enum.auto()  # set only by this proxy: dropped in any spelling
     CREDENTIAL = enum.auto()
     HOST = enum.auto()
     CONTENT_LENGTH = enum.auto()
@@ -34,10 +34,10 @@ class Kind(enum.Enum):
     CONTENT_TYPE = enum.auto()  # forwarded, but refused if repeated
     CONNECTION = enum.auto()
     EXPECT = enum.auto()
-    UPGRADE = enum.auto()  # ends here; a WebSocket handshake is made anew
+    UPGRADE = enum.auto()  # ends here; a new one is written for a WebSocket handshake
     REQUEST_ID = enum.auto()
-    FORWARDED = enum.auto()  # believed only from a trusted peer
-    USAGE = enum.auto()  # forwarded; in an answer it says what was used
+    FORWARDED = enum.auto()  # accepted only from a trusted peer
+    USAGE = enum.auto()  # forwarded; in a response, the number of tokens used
     UNREADABLE = enum.auto()  # a name that two servers could read differently
 
 
@@ -62,17 +62,17 @@ _KINDS: Final[dict[bytes, Kind]] = {
     ),
 }  # fmt: skip
 
-#: Fields that a Connection option may not name: without them the message would be another one. RFC 9110 section 7.6.1.
-#: By name, in lower case: a client may name thousands of options.
+#: Fields that a Connection option must not name: removing them would change the message. RFC 9110 section 7.6.1.
+#: Names in lower case, in a set: a client may name thousands of options.
 NOT_HOP_BY_HOP: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"content-type"})
 
-#: Fields that must not come after the body, where they could change what was judged. RFC 9110 section 6.5.1.
+#: Fields that must not appear in trailers, after the decision that depends on them. RFC 9110 section 6.5.1.
 NOT_IN_TRAILERS: Final = frozenset(
     {Kind.HOST, Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING, Kind.CONTENT_TYPE, Kind.CREDENTIAL, Kind.CONNECTION,
      Kind.EXPECT, Kind.UNREADABLE}
 )  # fmt: skip
 
-#: The older names of the same fields, which clients read as the server's own limits.
+#: Older names of the RateLimit fields, which clients take for limits of this server.
 _LIMIT_NAMES: Final = frozenset(
     {
         b"x-ratelimit", b"x-ratelimit-policy", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset",
@@ -94,15 +94,15 @@ _TRACEPARENT: Final = b"traceparent:"
 _LF: Final = 0x0A
 _TRACE_IDS: Final = rb"(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACE = re.compile(rb"[ \t]*00-" + _TRACE_IDS + rb"[ \t]*\r")
-#: Of a version that does not exist yet: it begins alike, and more may follow.
+#: A future version: it starts with the same fields, and more may follow.
 _LATER_TRACE = re.compile(rb"[ \t]*(?!00|ff)[0-9a-f]{2}-" + _TRACE_IDS + rb"(?:-[!-~]*)?[ \t]*\r")
 
-#: A client's request id is kept if it is one: no spaces, no controls, nothing that a log or a header could trip over.
+#: A client's request id is kept if it has no spaces, controls, or characters that are unsafe in a log or a header.
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class FieldNames:
-    """Knows every header name's Kind, with the identity headers under one configured prefix."""
+    """Maps header names to their Kind, with the identity headers under one configured prefix."""
 
     def __init__(self, header_prefix: str = "X-Keyproxy-") -> None:
         self._prefix = canonical(header_prefix.encode("ascii"))
@@ -115,7 +115,7 @@ class FieldNames:
         except KeyError:
             pass
         kind = self._judge(name)
-        # Full: forget all. A caller who sends thousands of names costs itself the judgement, and no one else for long.
+        # Clear the cache when it is full. A client that sends thousands of names slows down other requests only briefly.
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
         if len(name) <= _REMEMBERED_BYTES_MAX:
@@ -128,7 +128,7 @@ class FieldNames:
             return Kind.RESERVED
         kind = Kind.FORWARDED if plain.startswith(b"x-forwarded-") else _KINDS.get(plain, Kind.PLAIN)
         if not _NAME.fullmatch(name):
-            # Ours to set in any spelling: dropped. What else it may be, two servers could read differently.
+            # Set by this proxy, so dropped in any spelling. Any other such name is ambiguous between servers.
             return Kind.RESERVED if kind in (Kind.REQUEST_ID, Kind.FORWARDED) else Kind.UNREADABLE
         return kind
 
@@ -139,17 +139,17 @@ def canonical(name: bytes) -> bytes:
 
 
 def states_limits(name: bytes) -> bool:
-    """Whether a response field with this name, in any spelling, states limits as ours do.
+    """Whether a response field with this name, in any spelling, would be confused with the proxy's RateLimit fields.
 
-    A provider's fields that name what they limit (`x-ratelimit-remaining-tokens`, `anthropic-ratelimit-…`) do not: they
-    are about the provider's own account, and programs read them as that.
+    A provider's fields that name the limited unit (`x-ratelimit-remaining-tokens`, `anthropic-ratelimit-…`) are not:
+    they describe the provider's own account, and clients read them that way.
     """
     plain = canonical(name).replace(b".", b"-")
     return plain == b"ratelimit" or plain.startswith(b"ratelimit-") or plain in _LIMIT_NAMES
 
 
 def without_limits(block: bytes) -> bytes:
-    """Header lines without those that state limits."""
+    """The header lines without RateLimit fields."""
     lines = block.split(b"\r\n")[:-1]
     return b"".join([line + b"\r\n" for line in lines if not states_limits(line.partition(b":")[0])])
 
@@ -160,10 +160,10 @@ def sane_request_id(value: bytes) -> bool:
 
 
 def trace_id(block: bytes) -> bytes:
-    """The trace id of the traceparent among these header lines; empty if it is not as W3C Trace Context has it."""
+    """The trace id of the traceparent among these header lines; empty if it is not valid W3C Trace Context."""
     start = block.find(_TRACEPARENT)
     if start < 0 or (start and block[start - 1] != _LF):
-        # In another case, or as the suffix of another name.
+        # The name is in another case, or this is the suffix of another name.
         lines = block.lower()
         start = 0 if lines.startswith(_TRACEPARENT) else lines.find(b"\n" + _TRACEPARENT) + 1
         if not lines.startswith(_TRACEPARENT, start):
@@ -178,7 +178,7 @@ def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
     lines = []
     for name, value in values:
         if not value.isascii() or not value.isprintable() or value != value.strip():
-            raise ValueError(f"{name}: not printable ASCII, or with space around it")
+            raise ValueError(f"{name}: not printable ASCII, or surrounded by spaces")
         lines.append(f"{prefix}{name}: {value}\r\n")
     return "".join(lines).encode("ascii")
 
@@ -186,8 +186,8 @@ def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
 class Forwarding:
     """The X-Forwarded-* fields for requests of one connection, by the trust rule.
 
-    A trusted peer's X-Forwarded-For is kept and extended by the peer's own address; any other peer's is dropped. Empty
-    fields and empty elements of the list are no claims, and are left out (RFC 9110 section 5.6.1).
+    A trusted peer's X-Forwarded-For is kept and extended with the address of that peer; any other is dropped. Empty
+    fields and empty list elements are left out (RFC 9110 section 5.6.1).
     """
 
     __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_rule", "_scheme")
@@ -214,7 +214,7 @@ class Forwarding:
     def client_address(self, head: RequestHead | None) -> bytes:
         """The client's IP address; empty for a unix socket's.
 
-        That is the peer's address; behind trusted proxies the right-most one of X-Forwarded-For that is not theirs.
+        The address of the peer; behind trusted proxies the right-most untrusted address of X-Forwarded-For.
         """
         if self._is_trusted and self._rule is not None and head is not None and head.forwarded:
             return self._rule.client_address(head.forwarded, self._address)
@@ -239,14 +239,14 @@ class Forwarding:
 
 
 class TrustRule:
-    """Which peers' X-Forwarded-* are believed: networks, and `unix` for the peers of a unix socket."""
+    """The peers with X-Forwarded-* fields that are trusted: networks, and `unix` for the peers of a unix socket."""
 
     def __init__(self, trusted_proxies: Sequence[str], header_prefix: str = "X-Keyproxy-") -> None:
         """Raises ValueError for an entry that is neither a network nor `unix`."""
         self._header_prefix = header_prefix
         self._trusts_unix = "unix" in trusted_proxies
         self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
-        #: Hops of X-Forwarded-For: the address, empty if it is none, and whether it is a trusted proxy's.
+        #: Hops of X-Forwarded-For: the address, empty if invalid, and whether it is that of a trusted proxy.
         self._hops: dict[bytes, tuple[bytes, bool]] = {}
 
     def client_address(self, forwarded: Sequence[tuple[bytes, bytes]], peer: bytes) -> bytes:
@@ -277,7 +277,7 @@ class TrustRule:
         return known
 
     def _judged_hop(self, text: bytes) -> tuple[bytes, bool]:
-        # Some proxies write the port too: 192.0.2.1:8080, [2001:db8::1]:8080.
+        # Some proxies include the port: 192.0.2.1:8080, [2001:db8::1]:8080.
         match = _HOP.fullmatch(text)
         try:
             peer = _unmapped((match[1] or match[2]).decode("ascii")) if match is not None else None
@@ -304,7 +304,7 @@ class TrustRule:
 
 
 def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address without its zone; of one that maps an IPv4 address, that. Raises ValueError."""
+    """An IP address without its zone; an IPv4-mapped address as IPv4. Raises ValueError."""
     parsed = ipaddress.ip_address(text.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
     return mapped if mapped is not None else parsed
@@ -313,7 +313,7 @@ def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def build_upstream_head(
     head: RequestHead, block: bytes, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes
 ) -> bytes:
-    """The head that goes upstream, with these of its lines. `host` is sent if the client, an HTTP/1.0 one, sent none."""
+    """The head that goes upstream, with the header lines `block`. `host` is used if an HTTP/1.0 client sent none."""
     fields = head.fields
     return b"".join(
         (

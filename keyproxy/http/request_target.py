@@ -1,8 +1,8 @@
-"""Judge a request target and its Host: what is judged is what is forwarded.
+"""Validate a request target and its Host. The validated target is the one that is forwarded.
 
-A target is refused if another server could read it differently than we do, because then the upstream would serve
-something other than what the route table allowed. The rules are for the path; in a query only bytes that are not
-allowed in a target at all are refused, since `?next=%2Fa%2F..` is everybody's own business.
+A target is refused if another server could parse it differently, because the upstream would then serve something other
+than the route table allowed. The rules apply to the path; in a query only bytes that are invalid in any target are
+refused, since values such as `?next=%2Fa%2F..` do not affect routing.
 
 Precedents: RFC 9112 section 3.2 (forms), RFC 3986 section 6.2.2 (what normalisers fold), CVE-2021-41773 (`%2e`),
 CVE-2018-11759 (`;`), the overlong `%c0%af` of 2000, double decoding (`%252e`).
@@ -27,14 +27,14 @@ class Target(NamedTuple):
 
 _PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@/-]*)?")
 _FORBIDDEN_ANYWHERE = re.compile(rb"[\x00-\x20\x7f-\xff\\#]")
-#: As sent: no encoding at all, or one of `. / \\`, a control, or a first byte of overlong UTF-8.
+#: In the path as sent: an invalid encoding, or that of `. / \\`, a control, or a first byte of overlong UTF-8.
 _BAD_ENCODING = re.compile(rb"%(?![0-9a-f]{2})|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
 
-#: As sent, and as a server has it that has decoded it: an empty first segment, which a URL parser takes for a host;
-#: dot segments, also with a path parameter.
+#: In the path as sent and as decoded: an empty first segment, which a URL parser takes for a host; dot segments, also
+#: with a path parameter.
 _BAD_SEGMENTS = re.compile(rb"\A//|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)")
 
-#: Only as decoded: what a server that decodes once more would make something else of.
+#: In the decoded path only: sequences that a server with another round of decoding would change.
 _BAD_DECODED = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])|[\x00-\x1f\x7f\\]", re.IGNORECASE)
 _DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
@@ -43,14 +43,14 @@ _PORT_MAX = 65_535
 
 
 def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
-    """The target as it goes upstream. Raises the Refusal (REQUEST_MALFORMED) that says what is wrong with it."""
+    """The target as it goes upstream. Raises a Refusal (REQUEST_MALFORMED) with the fault."""
     if _PLAIN_PATH.fullmatch(target):
         return Target(target, target)
     if _FORBIDDEN_ANYWHERE.search(target):
-        raise _refusal("the target holds a byte that no target may hold")
+        raise _refusal("the target contains a byte that is invalid in a target")
     if target == b"*":
         if method != b"OPTIONS":
-            raise _refusal("the target * is for OPTIONS alone")
+            raise _refusal("the target * is valid only for OPTIONS")
         return Target(target, target)
     if not target.startswith(b"/"):
         target = _origin_form(method, target, host)
@@ -62,7 +62,7 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
 
 
 def check_host(host: bytes) -> None:
-    """Raise the Refusal for a Host that is no name or bracketed IPv6 address, with or without a port.
+    """Raise a Refusal unless Host is a name or a bracketed IPv6 address, with or without a port.
 
     The port may be empty: RFC 3986 section 3.2.3.
     """
@@ -73,7 +73,7 @@ def check_host(host: bytes) -> None:
         try:
             ipaddress.IPv6Address(match[1].decode("ascii"))
         except ValueError as error:
-            raise _refusal("the Host header holds no IPv6 address") from error
+            raise _refusal("the Host header has an invalid IPv6 address") from error
 
 
 def _check_path(path: bytes) -> None:
@@ -86,9 +86,9 @@ def _check_path(path: bytes) -> None:
         try:
             path.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _refusal("the path is not UTF-8 once decoded") from error
+            raise _refusal("the decoded path is not UTF-8") from error
     if is_bad:
-        raise _refusal("the path could be read in more than one way")
+        raise _refusal("the path is ambiguous")
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
@@ -98,7 +98,7 @@ def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:
     authority, rest = match.groups()
     check_host(authority)
     if host is None or host.lower() != authority.lower():
-        raise _refusal("the Host header disagrees with the absolute target")
+        raise _refusal("the Host header does not match the absolute target")
     if method == b"OPTIONS" and not rest:
         return b"*"  # RFC 9112 section 3.2.4
     return rest if rest.startswith(b"/") else b"/" + rest

@@ -1,11 +1,11 @@
-"""The route table: compiled once, matched per request. First match wins; what matches none is not allowed.
+"""The route table: compiled once, matched per request. The first match wins; a request without a match is refused.
 
-A pattern is `METHOD /path` or `* /path`; `{name}` stands for one segment, `{rest...}` at the end for the remainder.
-No routes at all means: any path, for any valid key.
+A pattern is `METHOD /path` or `* /path`; `{name}` matches one segment, `{rest...}` at the end the remainder. Without
+any routes, every path is allowed for any valid key.
 
-What is matched must be what the upstream will understand. A path may still be spelt in ways that some servers fold
-(`%61` for `a`, `//` for `/`, `;matrix=parameters` cut off), so such a path is matched both as sent and folded, and if
-the two readings meet different routes it is refused: a broad route below must not open what a narrow one above guards.
+The proxy must match the path that the upstream will see. Some servers normalise a path (`%61` for `a`, `//` for `/`,
+`;matrix=parameters` removed), so such a path is matched both as sent and normalised, and refused if the two match
+different routes: a broad route further down must not expose what a narrow one above it protects.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from urllib.parse import unquote_to_bytes
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
-#: Methods that are served without being named by a route: those registered for HTTP (RFC 9110 section 16.1.1), and some
-#: that are in wide use. Not CONNECT, which is for a forward proxy, and not TRACE, which repeats credentials.
+#: Methods that are served even if no route names them: those registered for HTTP (RFC 9110 section 16.1.1), and some in
+#: wide use. Not CONNECT, which is for forward proxies, and not TRACE, which echoes credentials.
 KNOWN_METHODS: Final = frozenset(
     b"""
     GET HEAD POST PUT PATCH DELETE OPTIONS QUERY
@@ -30,41 +30,41 @@ KNOWN_METHODS: Final = frozenset(
     """.split()
 )
 
-#: Methods that are refused before any route is looked at.
+#: Methods that are refused before routes are matched.
 _NEVER_SERVED: Final = ("CONNECT", "TRACE")
 
 ANY_ROUTE: Final = Route(name="any")
 
 _METHOD = re.compile(r"\*|[A-Z][A-Z-]{0,19}")
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(\.\.\.)?\}")
-#: Without `%` and `;`, and never a dot segment or an empty one: what a lenient server reads otherwise is refused before
-#: it is matched, or meets two routes, so that such a pattern could match nothing.
+#: No `%` or `;`, and no dot segment or empty one: a path with these is refused before it is matched, or matches two
+#: routes, so such a pattern could never match.
 _LITERAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9\-._~!$&'()*+,=:@]+")
 _PARAMETERS = re.compile(rb";[^/]*")
 _SLASHES = re.compile(rb"/{2,}")
 _FOLDED_BY_SOME: Final = (b"%", b"//", b";")
 
-#: Paths that were matched are remembered up to here; then all are forgotten. Paths hold ids, so most never come back.
+#: The number of matched paths that are cached; then the cache is cleared. Paths contain ids, so most never recur.
 _REMEMBERED_MAX: Final = 4096
 _REMEMBERED_BYTES_MAX: Final = 256
 
 
 class InvalidPatternError(ValueError):
-    """A route pattern that cannot be compiled; the text says what is wrong with it."""
+    """A route pattern that cannot be compiled. The text names the fault."""
 
 
 class RouteTable:
     """Compiled routes. `match` never waits and keeps no state that a decision depends on."""
 
     def __init__(self, routes: Sequence[tuple[str, Route]]) -> None:
-        """`routes`: patterns with what they lead to, in order. Raises InvalidPatternError."""
+        """`routes`: patterns with their routes, in order. Raises InvalidPatternError."""
         self._compiled = [(*_compile(pattern), route) for pattern, route in routes]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
 
     def match(self, method: bytes, path: bytes) -> Route | None:
         """The first route for this method and raw path, None if there is none.
 
-        Raises a Refusal (REQUEST_MALFORMED) for a path whose two readings meet different routes.
+        Raises a Refusal (REQUEST_MALFORMED) for a path that matches different routes as sent and normalised.
         """
         if not self._compiled:
             return ANY_ROUTE
@@ -75,7 +75,7 @@ class RouteTable:
         route = self._first(method, path)
         is_folded = any(mark in path for mark in _FOLDED_BY_SOME)
         if is_folded and any(self._first(method, reading) is not route for reading in readings(path)):
-            raise Refusal(Reason.REQUEST_MALFORMED, "the path, as some servers fold it, is another route's")
+            raise Refusal(Reason.REQUEST_MALFORMED, "the path matches another route once it is normalised")
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
         if len(path) <= _REMEMBERED_BYTES_MAX:
@@ -98,8 +98,8 @@ class RouteTable:
 
 
 def readings(path: bytes) -> set[bytes]:
-    """The path as lenient servers may read it: percent-decoded or not, repeated slashes joined or not, with
-    `;parameters` cut or not, in every combination.
+    """The path as lenient servers may read it: percent-decoded or not, repeated slashes merged or not, `;parameters`
+    removed or not, in every combination.
     """
     found = {path, _PARAMETERS.sub(b"", path)}
     found |= {unquote_to_bytes(one) for one in found}
@@ -112,7 +112,7 @@ def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
     if not space or not path.startswith("/") or " " in path:
         raise InvalidPatternError(f"{text!r} is not 'METHOD /path'")
     if not _METHOD.fullmatch(method):
-        raise InvalidPatternError(f"{method!r} in {text!r} is no method: use upper case, or * for any")
+        raise InvalidPatternError(f"{method!r} in {text!r} is not a method: use upper case, or * for any")
     if method in _NEVER_SERVED:
         raise InvalidPatternError(f"{text!r} can never match: {method} is refused")
     segments = path[1:].split("/")

@@ -1,9 +1,9 @@
-"""Webhooks as Standard Webhooks 1.0.0 has them: which addresses and secrets there may be, and how a message is signed.
+"""Webhooks according to Standard Webhooks 1.0.0: valid URLs and secrets, and the signature of a message.
 
 https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
 
-What is signed is the id, the time of the attempt and the body, so that a receiver can refuse what was altered, what is
-replayed later, and what it has already.
+The signature covers the id, the time of the attempt and the body, so that a receiver can reject altered, replayed and
+duplicate messages.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ _KEY_BYTES_MAX: Final = 64
 
 
 class InvalidSecretError(ValueError):
-    """No secret of a webhook. The text says why, without it."""
+    """An invalid webhook secret. The text names the fault, not the secret."""
 
 
 def key_of(secret: str) -> bytes:
-    """The 24 to 64 bytes that messages are signed with, out of `whsec_` and their base64. Raises InvalidSecretError."""
+    """The signing key, 24 to 64 bytes, from `whsec_` and its base64. Raises InvalidSecretError."""
     if not secret.startswith(_PREFIX):
-        raise InvalidSecretError(f"must be {_PREFIX} and the base64 of {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes")
+        raise InvalidSecretError(
+            f"must be {_PREFIX} followed by the base64 of {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes"
+        )
     try:
         key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidSecretError(f"has something behind {_PREFIX} that is not base64") from error
+        raise InvalidSecretError(f"must have valid base64 after {_PREFIX}") from error
     if not _KEY_BYTES_MIN <= len(key) <= _KEY_BYTES_MAX:
-        raise InvalidSecretError(f"must hold {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes, and holds {len(key)}")
+        raise InvalidSecretError(f"must encode {_KEY_BYTES_MIN} to {_KEY_BYTES_MAX} bytes, not {len(key)}")
     return key
 
 
 def headers(key: bytes, message_id: str, wall_seconds: int, body: bytes) -> dict[str, str]:
-    """What goes with a message. `wall_seconds`: Unix time of this attempt."""
+    """The headers of a signed message. `wall_seconds`: Unix time of this attempt."""
     signed = f"{message_id}.{wall_seconds}.".encode() + body
     signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
     return {
@@ -51,7 +53,7 @@ def headers(key: bytes, message_id: str, wall_seconds: int, body: bytes) -> dict
 
 
 def what_is_wrong_with(url: str) -> str | None:
-    """Why nothing is sent to this URL, None if it may be: https, or http to this host alone."""
+    """The fault of a webhook URL, or None. It must be https, or http to this host only."""
     if not re.fullmatch(r"[!-~]+", url):
         return "contains a space or another character that is invalid in a URL"
     try:
@@ -62,9 +64,9 @@ def what_is_wrong_with(url: str) -> str | None:
     if parts.scheme not in ("http", "https") or not is_whole:
         return "must be 'https://host[:port]/path'"
     if parts.username is not None or parts.password is not None:
-        return "must not hold a name or password: receivers verify the signature"
+        return "must not contain a user name or password: receivers verify the signature"
     if parts.scheme == "http" and not _is_here(parts.hostname or ""):
-        return "must be https:// unless it leads to this host: what is sent tells whose keys there are"
+        return "must be https:// unless it leads to this host: messages contain details of keys and their owners"
     return None
 
 

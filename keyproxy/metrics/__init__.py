@@ -1,1 +1,1 @@
-"""Counting and logging: the catalogue of metrics, the recorder, the access log. The only home of prometheus_client."""
+"""Metrics and access log. Only this package imports prometheus_client."""

@@ -1,11 +1,10 @@
-"""The access log: one JSON line a request on stdout, never in a request's way.
+"""The access log: one JSON line per request on stdout, written without delaying requests.
 
-Lines are made a few times a second from what has ended meanwhile, and handed to a thread of its own, which is the only
-one to write: a reader of stdout that stands still holds up nobody. What the thread has yet to write is bounded; what does
-not fit is dropped and counted.
+Lines are formatted in batches several times a second and passed to a writer thread, so a stalled reader of stdout delays
+no request. The thread's backlog is bounded; lines beyond the bound are dropped and counted.
 
 Logged: the outcome, the identity, and the reason for a refusal. Never logged: a header value other than a valid request
-id, a trace id or an address, a query, a body, a key, or a path that contains one.
+id, a trace id or an address; a query, a body, a key, or a path that contains one.
 
 The log may be limited to a fraction of the successes; refusals and failures are always logged.
 """
@@ -49,7 +48,7 @@ _OK: Final = "ok"
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 
-#: The parts of lines that are alike are remembered up to here; then all are forgotten.
+#: The number of shared parts of lines that are cached; then the cache is cleared.
 _REMEMBERED_MAX: Final = 4096
 
 #: An exchange with its labels: route, mode, code.
@@ -57,32 +56,32 @@ Row = tuple[Exchange, str, str, str]
 
 
 class AccessLog:
-    """See the module."""
+    """Writes the access log. Lines beyond the bound are dropped and counted."""
 
     def __init__(self, fd: int, *, wall_offset: Callable[[], float]) -> None:
-        """`fd`: where lines go. `wall_offset`: what to add to the exchanges' clock to get Unix time."""
+        """`fd`: the output. `wall_offset`: the difference between Unix time and the clock of the exchanges."""
         self.dropped = 0
-        #: The fraction of the successes that is logged.
+        #: The fraction of successes that is logged.
         self.success_share = 1.0
         self._fd = fd
         self._wall_offset = wall_offset
-        # Each has one writer, the loop and the thread; their difference is what the thread has yet to write.
+        # The loop alone writes the first and the thread alone the second; their difference is the backlog.
         self._queued_bytes = 0
         self._written_bytes = 0
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="access-log", daemon=True)
         self._alike: dict[tuple[object, ...], bytes] = {}
-        # Of a pipe that several workers write to, only so much is kept together.
+        # Several workers may write to one pipe, where only writes of up to PIPE_BUF are atomic.
         self._is_shared = stat.S_ISFIFO(os.fstat(fd).st_mode)
         self._second = 0
         self._second_text = b""
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the writer thread."""
         self._writer.start()
 
     def close(self) -> None:
-        """Write what there is, within a moment, and stop."""
+        """Flush the backlog, within a timeout, and stop."""
         if self._writer.is_alive():
             self._queue.put(None)
             self._writer.join(_CLOSE_SECONDS)
@@ -123,14 +122,14 @@ class AccessLog:
                 for portion in _portions(lines) if self._is_shared else (lines,):
                     view = memoryview(portion)
                     while view:
-                        # A name for it: mypyc evaluates the bound of a slice twice, and would write twice.
+                        # Bound to a name, because mypyc evaluates the bound of a slice twice and would write twice.
                         written_bytes = os.write(self._fd, view)
                         view = view[written_bytes:]
                 is_failing = False
             except OSError as error:
                 self.dropped += lines.count(b"\n")
                 if not is_failing:
-                    _log.warning("the access log cannot be written: %s; lines are dropped until it can", error)
+                    _log.warning("cannot write the access log: %s; dropping lines until it is writable", error)
                 is_failing = True
             self._written_bytes += len(lines)
 
@@ -175,7 +174,7 @@ class AccessLog:
 
 
 def _portions(lines: bytes) -> Iterator[bytes]:
-    """Whole lines, as many at a time as a pipe takes in one piece. pipe(7), PIPE_BUF."""
+    """Split into groups of whole lines that a pipe writes atomically. pipe(7), PIPE_BUF."""
     start = 0
     while len(lines) - start > _PIPE_BYTES:
         end = lines.rfind(b"\n", start, start + _PIPE_BYTES) + 1 or lines.index(b"\n", start) + 1
@@ -202,7 +201,7 @@ def _scrubbed(detail: str, head: RequestHead | None) -> str:
 
 
 def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:
-    """The part of a log line that is the same for requests that are alike, as it stands within the line."""
+    """The part of a log line that similar requests share, as JSON members."""
     route, mode, code = labels
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {

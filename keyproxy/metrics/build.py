@@ -11,7 +11,7 @@ from keyproxy.metrics import recorder
 
 
 def build_info() -> Metric:
-    """The version, the Python that runs it, and whether it is compiled."""
+    """The version, the Python version, and whether the build is compiled."""
     kind = "pure" if recorder.__file__.endswith(".py") else "compiled"
     build = InfoMetricFamily("keyproxy_build", "The running build.")
     build.add_metric([], {"version": __version__, "python": platform.python_version(), "build": kind})

@@ -1,6 +1,6 @@
-"""Every metric of keyproxy, with its name, help and labels, rendered for Prometheus when somebody scrapes.
+"""Every metric of keyproxy, with its name, help and labels, rendered for Prometheus at each scrape.
 
-The numbers live where they arise: in the recorder, and behind the callables of `Sources`, which `app` fills in.
+The values live in the recorder and behind the callables of `Sources`, which `app` provides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MODES: Final = ("live", "test")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Numbers that are asked for at scrape time."""
+    """Values that are read at scrape time."""
 
     identity_lookups: Callable[[], Mapping[str, int]]
     identities: Callable[[], Mapping[str, int]]
@@ -62,7 +62,7 @@ class Catalogue(Collector):
     def __init__(self, recorder: Recorder, sources: Sources) -> None:
         self._recorder = recorder
         self._sources = sources
-        #: Messages to the ledger and their answers.
+        #: The time from a message to the ledger to its response.
         self.ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -77,19 +77,20 @@ class Catalogue(Collector):
         cells, sources = self._recorder.cells(), self._sources
         yield from _requests(cells)
         retiring = CounterMetricFamily(
-            "keyproxy_retiring_key_requests", "Requests with a key that was rotated and will end with its grace."
+            "keyproxy_retiring_key_requests",
+            "Requests with a rotated key, which expires at the end of its grace period.",
         )
         retiring.add_metric([], self._recorder.retiring_count)
         yield retiring
         yield _histogram(
             "keyproxy_request_seconds",
-            "From a request's head to the end of its response, by outcome.",
+            "Time from a request's head to the end of its response, by outcome.",
             ("route", "mode", "outcome"),
             [((cell.route, cell.mode, cell.outcome), cell.request_seconds) for cell in cells],
         )
         yield _histogram(
             "keyproxy_upstream_seconds",
-            "From the first byte sent upstream to the first byte of the answer.",
+            "Time from the first byte sent upstream to the first byte of the response.",
             ("route",),
             [((cell.route,), cell.upstream_seconds) for cell in cells],
         )
@@ -107,12 +108,14 @@ class Catalogue(Collector):
             [((), self._recorder.connection_wait_seconds)],
         )
         yield _counter(
-            "keyproxy_identity_lookups", "Look-ups of a key's identity.", "result", sources.identity_lookups()
+            "keyproxy_identity_lookups", "Lookups of a key's identity.", "result", sources.identity_lookups()
         )
-        yield _gauge("keyproxy_identities", "Entries of the identity cache.", "table", sources.identities())
-        yield _value("keyproxy_store_up", "Whether the store answered last time.", float(sources.store_is_up()))
+        yield _gauge("keyproxy_identities", "Entries in the identity cache.", "table", sources.identities())
         yield _value(
-            "keyproxy_change_feed_lag_seconds", "For how long the change feed has not been known to be current.",
+            "keyproxy_store_up", "Whether the last request to the store succeeded.", float(sources.store_is_up())
+        )
+        yield _value(
+            "keyproxy_change_feed_lag_seconds", "Time since the change feed was last known to be current.",
             sources.change_feed_lag_seconds(),
         )  # fmt: skip
         yield from _process(sources)
@@ -120,7 +123,7 @@ class Catalogue(Collector):
         yield from families(sources.spending)
         yield _histogram(
             "keyproxy_ledger_round_trip_seconds",
-            "From a message to the ledger to its answer.",
+            "Time from a message to the ledger to its response.",
             (),
             [((), self.ledger_round_trips)],
         )
@@ -136,18 +139,18 @@ def _process(sources: Sources) -> Iterator[Metric]:
     yield _value("keyproxy_open_tunnels", "Requests in flight that are WebSocket tunnels.", sources.open_tunnels())
     yield _value("keyproxy_client_connections", "Open connections from clients.", sources.client_connections())
     yield _counter(
-        "keyproxy_failed_connections", "Client connections that could not be accepted, or were closed for others.", "why",
+        "keyproxy_failed_connections", "Client connections that were not accepted, or were closed to make room.", "why",
         sources.failed_connections(),
     )  # fmt: skip
     dropped = CounterMetricFamily("keyproxy_access_log_dropped", "Access log lines that were dropped.")
     dropped.add_metric([], sources.access_log_dropped())
     yield dropped
     yield _counter(
-        "keyproxy_task_defects", "Background tasks that failed with a defect and were restarted.", "task",
+        "keyproxy_task_defects", "Failures of background tasks, which were restarted.", "task",
         sources.defects(),
     )  # fmt: skip
     yield _counter(
-        "keyproxy_housekeeping_failures", "Failed statements that end dead holders or delete old rows.", "work",
+        "keyproxy_housekeeping_failures", "Failed statements that remove dead lease holders or old rows.", "work",
         sources.housekeeping_failures(),
     )  # fmt: skip
 
@@ -177,10 +180,10 @@ def _requests(cells: Sequence[Cell]) -> Iterator[Metric]:
 def _tokens(cells: Sequence[Cell], routes: Sequence[str]) -> Iterator[Metric]:
     """Tokens of requests that have ended, by route and mode; series of `routes` start at 0."""
     labels = ("route", "mode")
-    held = CounterMetricFamily("keyproxy_tokens_held", "Tokens held for requests that have ended.", labels=labels)
+    held = CounterMetricFamily("keyproxy_tokens_held", "Tokens reserved for requests that have ended.", labels=labels)
     settled = CounterMetricFamily("keyproxy_tokens_settled", "Tokens charged.", labels=(*labels, "direction"))
     estimated = CounterMetricFamily(
-        "keyproxy_tokens_estimated", "The part of the tokens charged of which no answer said what was used.",
+        "keyproxy_tokens_estimated", "Tokens charged by estimate, because the response reported no usage.",
         labels=labels,
     )  # fmt: skip
     sums: dict[tuple[str, str], list[int]] = {(route, mode): [0, 0, 0, 0] for route in routes for mode in _MODES}

@@ -1,7 +1,7 @@
-"""The metrics of an admin process: what the store says of keys and reminders, and what this process has sent.
+"""The metrics of an admin process: keys and reminders in the store, and the work of this process.
 
-Gauges are the store's, and so the same in every admin process; counters are this process's own. Only an admin process
-has them: if proxies exported them, they would be counted once per proxy.
+Gauges are read from the store and so are the same in every admin process; counters are per process. Proxies do not
+export them, because they would then be counted once per proxy.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Traffic:
 
 
 class ControlCatalogue(Collector):
-    """See the module."""
+    """The metrics of an admin process."""
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
@@ -71,7 +71,7 @@ class ControlCatalogue(Collector):
         ProcessCollector(registry=self._registry)
 
     def render(self, standing: Standing | None, reminders: Mapping[str, int]) -> bytes:
-        """The page in the text format of Prometheus. `standing` None: the store cannot be asked."""
+        """The page in the text format of Prometheus. `standing` None: the store is unavailable."""
         self._standing, self._reminders = standing, reminders
         return generate_latest(self._registry)
 
@@ -79,12 +79,12 @@ class ControlCatalogue(Collector):
         """Called by the registry for every scrape."""
         standing = self._standing
         yield GaugeMetricFamily(
-            "keyproxy_store_up", "Whether the store answered last time.", value=float(standing is not None)
+            "keyproxy_store_up", "Whether the last request to the store succeeded.", value=float(standing is not None)
         )
         if standing is not None:
             yield from _expiring(standing)
         reminders = CounterMetricFamily(
-            "keyproxy_reminders", "Reminders by what came of sending: sent, failed (an attempt), given_up.",
+            "keyproxy_reminders", "Reminders by result: sent, failed (one attempt), given_up.",
             labels=("result",),
         )  # fmt: skip
         for result, count in self._reminders.items():
@@ -107,14 +107,14 @@ class ControlCatalogue(Collector):
 
 def _expiring(standing: Standing) -> Iterator[Metric]:
     keys = GaugeMetricFamily(
-        "keyproxy_keys_expiring", "Working keys without a working successor that expire within that time.",
+        "keyproxy_keys_expiring", "Working keys without a working successor that expire within this time.",
         labels=("within", "mode"),
     )  # fmt: skip
     for (days, is_test), count in standing.keys.items():
         keys.add_metric((f"{days}d", "test" if is_test else "live"), count)
     yield keys
     tokens = GaugeMetricFamily(
-        "keyproxy_admin_tokens_expiring", "Working tokens of the admin API that expire within that time.",
+        "keyproxy_admin_tokens_expiring", "Working tokens of the admin API that expire within this time.",
         labels=("within",),
     )  # fmt: skip
     for days, count in standing.tokens.items():
@@ -122,7 +122,7 @@ def _expiring(standing: Standing) -> Iterator[Metric]:
     yield tokens
     expiries = GaugeMetricFamily(
         "keyproxy_admin_token_expires_timestamp_seconds",
-        "When a working token of the admin API expires, in Unix time; the tokens that expire soonest.",
+        "Expiry of a working token of the admin API, in Unix time; only the tokens that expire soonest.",
         labels=("token",),
     )
     for token, seconds in standing.token_expiries.items():

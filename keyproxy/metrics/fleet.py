@@ -1,7 +1,7 @@
-"""One page of metrics out of those of several processes, with correct sums.
+"""Combine the metrics pages of several processes into one.
 
-Counters and histograms are summed, those of processes that have ended too: a sum never goes back because a worker
-crashed. Gauges are summed over the living, but for the few that are no amounts.
+Counters and histograms are summed, including those of processes that have exited, so that a crash never decreases a
+sum. Gauges are summed over running processes, except for the few that are not amounts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-#: Gauges of which the sum says nothing.
+#: Gauges with a meaningless sum, and how to combine them.
 _NOT_SUMMED: Final[Mapping[str, Callable[[float, float], float]]] = {
     "keyproxy_store_up": min,
     "keyproxy_change_feed_lag_seconds": max,
@@ -50,10 +50,10 @@ class _Family:
 
 
 class Fleet(Collector):
-    """The metrics of all workers. Keeps what was counted by those that have ended."""
+    """The metrics of all workers. Keeps the counters of workers that have exited."""
 
     def __init__(self, workers: Callable[[], Mapping[str, int]], restarts: Callable[[], int]) -> None:
-        """`workers`: how many are in which state. `restarts`: how many had to be started again."""
+        """`workers`: the number of workers by state. `restarts`: the number of restarts after crashes."""
         self._workers = workers
         self._restarts = restarts
         self._ended: dict[str, _Family] = {}
@@ -62,11 +62,11 @@ class Fleet(Collector):
         self._registry.register(self)
 
     def ended(self, page: str) -> None:
-        """A process has ended; this is the last page it was known to have."""
+        """Keep the counters of a process that has exited, from its last known page."""
         _add(self._ended, (one for one in text_string_to_metric_families(page) if one.type in _KEPT_OF_THE_DEAD))
 
     def render(self, pages: Iterable[str]) -> bytes:
-        """The page that sums these, and what has ended."""
+        """The combined page of these processes and those that have exited."""
         self._pages = list(pages)
         return generate_latest(self._registry)
 
@@ -87,7 +87,7 @@ class Fleet(Collector):
         for state, count in self._workers().items():
             states.add_metric((state,), count)
         yield states
-        restarts = CounterMetricFamily("keyproxy_worker_restarts", "Workers that ended unasked and were started again.")
+        restarts = CounterMetricFamily("keyproxy_worker_restarts", "Workers that were restarted after a crash.")
         restarts.add_metric((), self._restarts())
         yield restarts
 

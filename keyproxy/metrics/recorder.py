@@ -1,8 +1,8 @@
-"""Counts every exchange that has ended, and has it logged. On the path of a request this is one append.
+"""Count and log every exchange that has ended. A request pays for one list append.
 
-What has ended is kept for a fraction of a second and then counted in one go, which costs less than counting one by one;
-whoever reads the numbers has what is pending counted first, so that they are exact at every scrape. No label value comes
-from a caller: routes, modes and codes are closed sets, statuses lie between 100 and 599.
+Ended exchanges are kept for a fraction of a second and counted in batches, which costs less than counting one by one.
+Every scrape counts the pending batch first, so the values are exact. No label value comes from a client: routes, modes
+and codes are closed sets, statuses lie between 100 and 599.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ OUTCOMES: Final = tuple(_CODES.values())
 
 _PENDING_SECONDS: Final = 0.01
 
-#: More than this pending is counted at once, so that memory stays bounded between two turns.
+#: A batch of this size is counted immediately, which bounds memory.
 _PENDING_MAX: Final = 250
 
 
 class Histogram:
-    """Counts per bucket, not yet cumulative; the last is for what is above every bound. Seconds."""
+    """Counts per bucket, not cumulative; the last bucket is for values above every bound. Seconds."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -74,32 +74,32 @@ class Cell:
         self.route = route
         self.mode = mode
         self.status = status
-        #: `ok`, a Reason's, or else the outcome.
+        #: `ok`, the code of a Reason, or else the outcome.
         self.code = code
         #: One of OUTCOMES.
         self.outcome = outcome
         self.count = 0
-        #: Those that are to be counted in this turn.
+        #: The exchanges to count in this batch.
         self.ended: list[Exchange] = []
-        #: From the request's head to the end of its answer.
+        #: From the request's head to the end of its response.
         self.request_seconds = Histogram(REQUEST_BOUNDS)
-        #: From the first byte sent upstream to the first byte of the answer.
+        #: From the first byte sent upstream to the first byte of the response.
         self.upstream_seconds = Histogram(REQUEST_BOUNDS)
-        #: Whether any of them was charged in tokens; what was held and charged, and how much of that was estimated.
+        #: Whether any of them was charged in tokens; the tokens reserved, charged, and charged by estimate.
         self.is_metered = False
         self.tokens_held = self.tokens_in = self.tokens_out = self.tokens_estimated = 0
 
 
 class Recorder(ports.Recorder):
-    """See the module. Implements the port Recorder."""
+    """Counts and logs exchanges in batches. Implements the port Recorder."""
 
     def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[Row]], None]) -> None:
-        """`access_log` None: nothing is logged per request. `sinks` are told all that has ended, in turns."""
+        """`access_log` None: requests are not logged. `sinks` receive all ended exchanges, in batches."""
         #: From the request's head to its first byte upstream, without waiting for its body or for a connection.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
         #: For requests that had to wait for a connection to the upstream.
         self.connection_wait_seconds = Histogram(REQUEST_BOUNDS)
-        #: Requests with a key that another one has replaced.
+        #: Requests with a key that was replaced by another one.
         self.retiring_count = 0
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
@@ -109,19 +109,19 @@ class Recorder(ports.Recorder):
         self._turn: asyncio.TimerHandle | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to count in turns."""
+        """Start to count in batches."""
         self._loop = loop
         self._turn = loop.call_later(_PENDING_SECONDS, self._count_in_turns)
 
     def close(self) -> None:
-        """Count what is pending, and no more turns."""
+        """Count the pending batch, and stop."""
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
         self.count_pending()
 
     def log_to(self, access_log: AccessLog | None) -> None:
-        """From now on requests are logged here; None: nowhere."""
+        """Log further requests to this access log; None: do not log them."""
         self.count_pending()
         self._sinks = self._all_sinks(access_log)
 
@@ -137,7 +137,7 @@ class Recorder(ports.Recorder):
         return list(self._cells.values())
 
     def count_pending(self) -> None:
-        """Count and log what has ended since the last time."""
+        """Count and log the pending batch."""
         pending, self._pending = self._pending, []
         cells = self._cells
         rows = []

@@ -1,1 +1,1 @@
-"""The operating system as every process needs it: clock, sockets, standard streams, systemd."""
+"""Operating system interfaces that every process uses: clock, sockets, standard streams, systemd."""

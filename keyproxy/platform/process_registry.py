@@ -42,7 +42,7 @@ _ANSWER_SECONDS: Final = 2.0
 
 
 class Presence(NamedTuple):
-    """What a process serves: its purpose, its listeners as `encoded`, and a digest of where requests go and keys are."""
+    """What a process serves: its purpose, its listeners as `encoded`, and a digest of its upstreams and database."""
 
     purpose: str
     main: str
@@ -56,7 +56,7 @@ class Presence(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A process that was found. `pid` 0: it is in another pid namespace, as a container beside this one."""
+    """A running process. `pid` 0: it is in another pid namespace, such as that of another container."""
 
     presence: Presence
     name: str
@@ -113,7 +113,7 @@ def here(*purposes: str) -> list[Running]:
 
 
 def of_addresses(mains: Mapping[str, str]) -> list[Running]:
-    """The running processes of a purpose that listen on that purpose's address. Raises OSError: one is no address."""
+    """The running processes that listen on the address of their purpose. Raises OSError for an invalid address."""
     wanted = {(purpose, encoded(address)) for purpose, address in mains.items()}
     return [one for one in running() if (one.presence.purpose, one.presence.main) in wanted]
 

@@ -38,7 +38,7 @@ def bind(address: str, *, mode: int = _MODE, is_shared: bool = True) -> socket.s
 
 
 def told(sock: socket.socket) -> str:
-    """The address that a bound socket really has: with the port it got where 0 was asked for."""
+    """The actual address of a bound socket: if the configured port is 0, with the port that the kernel chose."""
     name = sock.getsockname()
     if isinstance(name, bytes):
         return "a private socket"
@@ -48,7 +48,7 @@ def told(sock: socket.socket) -> str:
 
 
 def conflicts(settings: Settings) -> list[str]:
-    """A sentence for each address that overlaps another one. Resolves names, unlike `settings.cross_checks`."""
+    """One sentence for each address that overlaps another one. Resolves names, unlike `settings.cross_checks`."""
     listeners = {
         name: f"unix:{os.path.realpath(address[5:])}" if address.startswith("unix:") else address
         for name, address in settings.listeners().items()
@@ -73,7 +73,7 @@ def resolved(host: str) -> frozenset[IpAddress | str]:
 
 
 def is_local(address: IpAddress) -> bool:
-    """Whether an address is one of this machine: it can be bound."""
+    """Whether an address belongs to this machine, so that it can be bound."""
     if address.is_loopback:
         return True
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
@@ -122,7 +122,7 @@ def _bind_unix(path: Path, mode: int) -> socket.socket:
         path.unlink()  # left behind by a process that was killed
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Linux makes the file with the mode of the socket less the umask: it is never wider than asked for.
+        # Linux creates the file with the mode of the socket less the umask: never wider than configured.
         os.fchmod(sock.fileno(), mode)
         sock.bind(str(path))
         if stat.S_IMODE(path.stat().st_mode) != mode:

@@ -1,4 +1,4 @@
-"""Tell systemd how things stand, if it asked to be told (`Type=notify`). One datagram, as sd_notify(3) sends it."""
+"""State notifications to systemd (`Type=notify`): one datagram each, in the format of sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 def notify(state: str) -> None:
-    """Send a state, such as `READY=1`. Without NOTIFY_SOCKET in the environment nothing happens."""
+    """Send a state, such as `READY=1`. A no-op without NOTIFY_SOCKET in the environment."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -21,7 +21,7 @@ def notify(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode("ascii"), where)
     except OSError as error:
-        _log.warning("systemd cannot be told %s: %s", state.partition("=")[0], error)
+        _log.warning("cannot notify systemd of %s: %s", state.partition("=")[0], error)
 
 
 def reloading() -> str:

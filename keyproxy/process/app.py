@@ -1,7 +1,7 @@
-"""The composition root: builds everything in order, introduces the edges to each other, closes in reverse.
+"""The composition root: builds all parts in order, connects them, and closes them in reverse.
 
-Another configuration is prepared by building what it changes beside what there is, and applied by exchanging the two, in
-which nothing can fail: so all of it is applied, or none. Nothing here decides anything about a request.
+A reload first builds the changed parts beside the running ones, then swaps the two. The swap cannot fail, so either the
+whole configuration is applied or none of it. Nothing here decides on a request.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 
 _log = logging.getLogger(__name__)
 
-#: What has begun before another configuration was applied gets as long as draining gets to be decided, or this.
+#: After a reload, decisions that began before it may take as long as draining may, but at least this long.
 _UNDECIDED_SECONDS: Final = 10.0
 
 
@@ -59,7 +59,7 @@ class Proxy:
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
         self.upstreams = self._upstreams(settings)
-        #: Those that decide over the store, and those before them that have not decided on everything yet.
+        #: The gateway in use, and earlier ones over the same store with pending decisions.
         self._gateways: list[Gateway] = []
         terms = self._terms(settings, self.store, self.upstreams, new_tls(settings))
         self.server = ProxyServer(
@@ -68,7 +68,7 @@ class Proxy:
         self._catalogue = Catalogue(self._recorder, self._sources())
         self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
         self._ops = self._ops_listener()
-        #: The socket that identifies this process; None: its supervisor has it, or nothing does.
+        #: The control socket of this process; None: its supervisor has it, or there is none.
         self.control: Control | None = None
         self._leaving: set[asyncio.Task[None]] = set()
         self._retired: list[UpstreamPool] = []
@@ -93,7 +93,7 @@ class Proxy:
             yield
 
     async def prepare(self, settings: Settings, dsn: str) -> PreparedConfig:
-        """Make another configuration ready, to be applied or abandoned. Raises ReloadError: it cannot be."""
+        """Prepare a new configuration, to be applied or abandoned. Raises ReloadError if it cannot be applied."""
         was = self._settings
         with contextlib.ExitStack() as undo:
             try:
@@ -110,7 +110,7 @@ class Proxy:
         return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store)
 
     async def abandon(self, change: PreparedConfig) -> None:
-        """Let go of what was prepared."""
+        """Release the resources of a prepared configuration."""
         for sock in (change.proxy, change.ops):
             if sock is not None:
                 sock.close()
@@ -118,7 +118,7 @@ class Proxy:
             await change.store.close()
 
     async def apply(self, change: PreparedConfig) -> None:
-        """Put what was prepared in force. Nothing fails, and no request is dropped."""
+        """Switch to a prepared configuration. Cannot fail, and drops no request."""
         settings, upstreams, store = change.settings, change.upstreams, change.store
         self._settings, self._dsn = settings, change.dsn
         before, self._gateways = self._gateways, []
@@ -144,7 +144,7 @@ class Proxy:
 
     @property
     def listen(self) -> Listen:
-        """The listen settings of the configuration that was applied last."""
+        """The listen settings of the current configuration."""
         return self._settings.listen
 
     # -- building
@@ -206,7 +206,7 @@ class Proxy:
             spending=spending_of(lambda: self.store),
         )
 
-    # -- changing and closing
+    # -- reloading and closing
 
     async def _store_for(self, settings: Settings, dsn: str) -> Store:
         was = self._settings
@@ -222,9 +222,9 @@ class Proxy:
         return store
 
     def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
-        """Close a store that another one has replaced, once nothing that has begun needs it any more.
+        """Close a replaced store once no pending decision or request in flight needs it.
 
-        Who takes longer to send what a decision needs than draining may take is told that the store cannot be asked.
+        A decision that is still pending after the drain time is refused with STORE_UNAVAILABLE.
         """
         seconds = max(_UNDECIDED_SECONDS, self._settings.listen.drain_seconds)
 
@@ -233,7 +233,7 @@ class Proxy:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds):
                         await asyncio.gather(*(gateway.all_decided() for gateway in gateways))
-                # What is under way settles where it was let in.
+                # Requests in flight settle in the store that admitted them.
                 await store.ledger.all_settled()
             finally:
                 await store.close()
@@ -246,7 +246,7 @@ class Proxy:
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
-        # What has ended is to be in the usage that is written last.
+        # Requests that have ended must be included in the last write of usage.
         self._recorder.count_pending()
         await self.store.close()
 
@@ -269,7 +269,7 @@ class Proxy:
     def _note_usage(self, rows: Sequence[Row]) -> None:
         self.store.usage.take(rows)
 
-    # -- what is told
+    # -- metrics and checks
 
     def _upstream_connections(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -298,17 +298,17 @@ class Proxy:
         if database.is_up:
             shortage = database.shortage.because
             return Check(Verdict.DEGRADED if shortage else Verdict.OK, shortage and f"too few connections: {shortage}")
-        why = database.down_because or "not asked yet"
-        # Nothing verified to go on with, or too old by now: nobody can be served.
+        why = database.down_because or "no query made yet"
+        # Without verified identities in the cache, or with ones that are too old, no request can be served.
         too_old = self.store.feed.lag_seconds() > self._settings.cache.stale_seconds
         if too_old or not self.store.identities.sizes()["known"]:
             return Check(Verdict.FAILED, why)
-        return Check(Verdict.DEGRADED, f"verified identities are served, strangers refused: {why}")
+        return Check(Verdict.DEGRADED, f"cached identities are served, other keys refused: {why}")
 
     async def _check_feed(self) -> Check:
         feed = self.store.feed
         if feed.is_current():
-            return Check(Verdict.OK, "" if feed.is_listening else "no notifications: polling alone")
+            return Check(Verdict.OK, "" if feed.is_listening else "no notifications: polling only")
         return Check(Verdict.DEGRADED, f"not current for {feed.lag_seconds():.1f} s")
 
     async def _check_ledger(self) -> Check:
@@ -320,10 +320,10 @@ class Proxy:
     async def _check_upstream(self) -> Check:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
-                return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'cannot be reached'}")
+                return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'unreachable'}")
         held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
         if any(held_up.values()):
-            # Others are served all the same, and another proxy has the same users.
+            # Other users are still served, and another proxy would have the same users.
             return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
         return Check(Verdict.OK)
 

@@ -1,11 +1,12 @@
-"""What a supervisor and a worker say to each other about the configuration, on a socket that only the two have.
+"""The reload protocol between supervisor and worker, on a private socket pair.
 
-All workers change or none does, so a change has two steps. The supervisor *offers* a configuration; the worker makes
-ready all that it needs, beside what it has, and says so, or why it cannot. When all are ready they are told to *apply*
-it, in which nothing fails any more; else to *withdraw* it. The first order on a socket is to *begin*, with what was
-applied last: whatever the file holds by then, a worker that is started later is like the others.
+A reload changes all workers or none, so it has two phases. The supervisor *offers* a configuration; the worker prepares
+everything that it needs, beside what is running, and replies with success or the reason for its refusal. If all workers
+are ready, the supervisor sends *apply*, which cannot fail; else *withdraw*. The first order on a socket is *begin*, with
+the configuration that was applied last, so that a worker that is started later runs the same one as the others, even if
+the file has changed since.
 
-A message is a line of JSON. The supervisor waits for one answer before it gives the next order.
+A message is a line of JSON. The supervisor waits for the reply before it sends the next order.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ OFFER: Final = "offer"
 APPLY: Final = "apply"
 WITHDRAW: Final = "withdraw"
 
-#: Of a message. Far more than a configuration has.
+#: The maximum size of a message: far more than any configuration.
 _BYTES_MAX: Final = 16 * 1024 * 1024
 
 
 class Order(NamedTuple):
-    """What a worker is to do; `text`: the configuration that it is about."""
+    """An order to a worker; `text`: the configuration that it applies to."""
 
     kind: str
     text: str = ""
@@ -41,19 +42,19 @@ class SupervisorEnd:
         self._writer = writer
 
     def begin(self, text: str) -> None:
-        """Give the first order, which is answered by serving, or by ending."""
+        """Send the first order. It has no reply: the worker either serves or exits."""
         _send(self._writer, Order(BEGIN, text)._asdict())
 
     async def ask(self, order: Order) -> str:
-        """Why the worker does not follow; empty if it does. Raises ConnectionError if it has ended."""
+        """Send an order. Returns the reason for a refusal, else "". Raises ConnectionError if the worker has exited."""
         _send(self._writer, order._asdict())
         answer = await self._reader.readline()
         if not answer:
-            raise ConnectionError("the worker has ended")
+            raise ConnectionError("the worker has exited")
         return str(json.loads(answer)["refused"])
 
     async def close(self) -> None:
-        """Ask nothing any more."""
+        """Close the socket: no more orders follow."""
         await _close(self._writer)
 
 
@@ -65,16 +66,16 @@ class WorkerEnd:
         self._writer = writer
 
     async def orders(self) -> AsyncIterator[Order]:
-        """The orders as they come, until the supervisor is gone. Each has to be answered."""
+        """Yield orders as they arrive, until the supervisor exits. Each requires a reply."""
         while line := await self._reader.readline():
             yield Order(**json.loads(line))
 
     def answer(self, refused: str = "") -> None:
-        """Say that the order was followed, or why not."""
+        """Send the reply to an order: empty for success, else the reason for the refusal."""
         _send(self._writer, {"refused": refused})
 
     async def close(self) -> None:
-        """Follow no order any more."""
+        """Close the socket: no more orders are accepted."""
         await _close(self._writer)
 
 
@@ -89,23 +90,23 @@ async def worker_end(sock: socket.socket) -> WorkerEnd:
 
 
 def begun_with(sock: socket.socket) -> str:
-    """The configuration to begin with; waits for it. Raises ConnectionError if the supervisor is gone."""
+    """Wait for the initial configuration and return it. Raises ConnectionError if the supervisor has exited."""
     line = bytearray()
     while not line.endswith(b"\n"):
         chunk = sock.recv(65_536)
         if not chunk:
-            raise ConnectionError("the supervisor is gone")
+            raise ConnectionError("the supervisor has exited")
         line += chunk
     return Order(**json.loads(line)).text
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
     writer.close()
-    with contextlib.suppress(OSError):  # as which it ended, if the other end was gone before
+    with contextlib.suppress(OSError):  # raised if the other end was closed before
         await writer.wait_closed()
 
 
 def _send(writer: asyncio.StreamWriter, message: dict[str, str]) -> None:
-    # Who is gone is noticed by reading. Writing to him is an error of the program's, to uvloop.
+    # A closed peer is detected by reading. uvloop treats a write to a closing transport as a bug and logs it.
     if not writer.is_closing():
         writer.write(json.dumps(message).encode("ascii") + b"\n")

@@ -1,9 +1,9 @@
 """The control socket of a process: `keyproxy health` and `keyproxy drain` connect to it.
 
     health   -> live
-    drain    -> draining, and when all is drained: drained. The connection ends with the process.
+    drain    -> draining; then, after the last request has ended: drained. The connection ends with the process.
 
-It is also the socket that makes the process discoverable (`presence`). It serves only the same user and root.
+The socket also makes the process discoverable (`process_registry`). It serves only the same user and root.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PAUSE_SECONDS: Final = 0.1
 
 
 class Control:
-    """See the module."""
+    """The control socket of this process."""
 
     def __init__(self, on_drain: Callable[[], None] | None = None) -> None:
         """`on_drain` is called for every request to drain; None: this process cannot be drained."""
@@ -64,7 +64,7 @@ class Control:
     def check(self, what: Presence) -> None:
         """Raises BindError if the new presence conflicts with a running process.
 
-        Only where an address changes: of two that share a port, each may be given another upstream.
+        Checks only a change of address: each of two processes that share a port may get another upstream.
         """
         if self._shown is None or (self._shown.main, self._shown.ops) != (what.main, what.ops):
             startup_conflicts.check(what, self._name)
@@ -82,7 +82,7 @@ class Control:
         except OSError as error:
             sock.close()
             _log.warning(
-                "no control socket, `keyproxy health` and `keyproxy drain` cannot find this process: %s", error
+                "no control socket; `keyproxy health` and `keyproxy drain` cannot find this process: %s", error
             )
             return
         before, accepting = self._sock, self._accepting
@@ -98,7 +98,7 @@ class Control:
             try:
                 sock, _ = await self._loop.sock_accept(listening)
             except OSError:
-                # No file descriptor is free now; one may be later.
+                # No file descriptor is free at the moment: retry.
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
             if not process_registry.is_trusted(sock) or len(self._talks) >= _TALKS_MAX:

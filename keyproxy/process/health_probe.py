@@ -19,7 +19,7 @@ _MISUSED: Final = 2
 
 
 class NotLive(Exception):
-    """No process of this configuration runs here, or one does not respond. The text names it."""
+    """No process of this configuration is running, or one does not respond. The text names it."""
 
 
 class Misused(Exception):
@@ -31,13 +31,13 @@ class Misused(Exception):
 
 
 def check(path: str) -> list[process_registry.Running]:
-    """The processes of this configuration, all of which are live. Empty: all that run here, as in a container.
+    """The processes of the configuration at `path`, all of them live. Empty path: all that run here, as in a container.
 
     Raises NotLive, Misused.
     """
     found = _of_file(path) if path else process_registry.here()
     if not found:
-        raise NotLive("no `keyproxy serve` or `keyproxy admin` of this user runs here")
+        raise NotLive("no `keyproxy serve` or `keyproxy admin` of this user is running here")
     for one in found:
         if not process_registry.is_live(one):
             raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not respond")
@@ -67,7 +67,7 @@ def _of_file(path: str) -> list[process_registry.Running]:
         raise NotLive(f"{mains}: {error.strerror or error}") from error
     if not found:
         raise NotLive(
-            f"no `keyproxy serve` of this user runs on {mains[SERVE]}, and no `keyproxy admin` on {mains[ADMIN]}"
+            f"no `keyproxy serve` of this user is running on {mains[SERVE]}, and no `keyproxy admin` on {mains[ADMIN]}"
         )
     return found
 
@@ -91,12 +91,12 @@ def _stated(path: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_plain(arguments: Sequence[str]) -> bool:
-    """Whether these are `health` or `health --config FILE`, which need no parser."""
+    """Whether the arguments are `health` or `health --config FILE`, which need no parser."""
     return list(arguments) == ["health"] or (len(arguments) == 3 and list(arguments[:2]) == ["health", "--config"])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `keyproxy health` with arguments that are plain; its status."""
+    """Run `keyproxy health` with plain arguments. Returns the exit status."""
     try:
         found = check(arguments[2] if len(arguments) == 3 else os.environ.get("KEYPROXY_CONFIG", ""))
     except NotLive as error:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def told(found: Sequence[process_registry.Running]) -> str:
-    """One line for people: which processes are live."""
+    """One line that names the live processes."""
     return ", ".join(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) is live" for one in found)
 
 
@@ -116,6 +116,6 @@ def _end(status: int, *lines: str) -> int:
         for line in lines:
             print(f"keyproxy: {line}", file=sys.stderr)  # noqa: T201
     except OSError:
-        # The status is the answer, whether or not there is room for the message.
+        # The exit status is the result, even if the message cannot be written.
         standard_streams.abandon(sys.stderr.fileno())
     return status

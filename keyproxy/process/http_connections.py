@@ -50,7 +50,7 @@ def date_line() -> bytes:
 
 
 def _without_tls() -> bytes:
-    """The response to a request that came without TLS to a port that speaks it."""
+    """The response to a request without TLS on a TLS port."""
     content = b"This port speaks TLS. Use https:// in the URL.\n"
     return (
         b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n%bContent-Length: %d\r\n"
@@ -59,10 +59,10 @@ def _without_tls() -> bytes:
 
 
 class Connections:
-    """Accepts connections for one aiohttp server; see the module."""
+    """Accepts connections for one aiohttp server, within bounds."""
 
     def __init__(self, server: web.Server, bounds: Bounds, *, full: Callable[[], bytes], log: logging.Logger) -> None:
-        """`full`: makes the response to a client beyond the bound. `log`: the logger for aiohttp."""
+        """`full`: makes the response to a connection beyond the bound. `log`: the logger for aiohttp."""
         self.evicted = 0
         self._server = server
         self._bounds = bounds
@@ -180,7 +180,7 @@ class _Connection(web.RequestHandler):
 
 
 class _TurnedAway(asyncio.Protocol):
-    """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes or a moment has passed."""
+    """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes, or after a second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, full: bytes) -> None:
         self._loop = loop

@@ -3,9 +3,9 @@
     /livez   the process runs its event loop. Restart it if this fails.
     /readyz  200 while requests can be served, also with `"status": "degraded"`; 503 while none can.
 
-Whether a check makes the proxy unready is its own to say. A store that is down does not, as long as verified identities
-can be served: every proxy has the same store, and taking all of them out of rotation would turn a database outage into
-one for every customer. An upstream that is down does: another proxy may have one that is up.
+Each check defines whether its failure makes the proxy unready. A store that is down does not, as long as verified
+identities can be served: every proxy has the same store, and taking all of them out of rotation would turn a database
+outage into one for every customer. An upstream that is down does: another proxy may have one that is up.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _full() -> bytes:
 
 
 class Verdict(enum.Enum):
-    """What a check means for the readiness of the whole."""
+    """The effect of a check on the readiness of the process."""
 
     OK = "ok"
     DEGRADED = "degraded"
@@ -55,7 +55,7 @@ class Check(NamedTuple):
 
 
 class Unreadable(logging.Filter):
-    """Keeps out of the log what aiohttp says of a request that is no HTTP: it repeats its bytes, which may hold a key."""
+    """Drops aiohttp's log records about malformed requests: they quote the bytes, which may contain a key."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is logged."""
@@ -68,7 +68,7 @@ _http_log.addFilter(Unreadable())
 
 
 class OpsListener:
-    """See the module."""
+    """The HTTP server for /livez, /readyz and /metrics."""
 
     def __init__(
         self, *, checks: Callable[[], Awaitable[Mapping[str, Check]]], metrics: Callable[[], Awaitable[bytes]],
@@ -91,7 +91,7 @@ class OpsListener:
 
     async def start(self, sock: socket.socket) -> None:
         """Serve a bound socket."""
-        # An abstract name has no file mode that would keep other users out.
+        # An abstract socket has no file mode that could exclude other users.
         is_private = sock.family == socket.AF_UNIX and isinstance(sock.getsockname(), bytes)
         self._runner = web.AppRunner(
             self.application(is_private=is_private), access_log=None, handle_signals=False, shutdown_timeout=1.0,
@@ -99,12 +99,12 @@ class OpsListener:
         )  # fmt: skip
         await self._runner.setup()
         if self._runner.server is None:
-            raise RuntimeError("the runner was set up and has no server")
+            raise RuntimeError("the runner has no server after its setup")
         self._connections = Connections(self._runner.server, self._bounds, full=_full, log=_http_log)
         await self._connections.start(sock, None)
 
     async def close(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         if self._connections is not None:
             self._connections.stop()
         if self._runner is not None:
@@ -145,7 +145,7 @@ async def _only_this_user(
 
 
 async def gathered(checks: Mapping[str, Callable[[], Awaitable[Check]]]) -> Mapping[str, Check]:
-    """The outcomes of checks that are made side by side."""
+    """Run checks concurrently and return their outcomes."""
     outcomes = await asyncio.gather(*(_checked(check) for check in checks.values()))
     return dict(zip(checks, outcomes, strict=True))
 
@@ -161,7 +161,7 @@ async def _checked(check: Callable[[], Awaitable[Check]]) -> Check:
         async with asyncio.timeout(_CHECK_SECONDS):
             return await check()
     except TimeoutError:
-        return Check(Verdict.FAILED, "the check itself took too long")
+        return Check(Verdict.FAILED, "the check timed out")
 
 
 def _json(status: int, content: object) -> web.Response:

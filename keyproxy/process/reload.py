@@ -1,4 +1,4 @@
-"""Another configuration, made ready beside the one that is in force: what it takes, and how it can fail."""
+"""Reload: the resources of a new configuration, prepared beside the current one, and the ways in which this can fail."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from keyproxy.wire.upstream.pool import Upstreams
 
 
 class ReloadError(Exception):
-    """Another configuration cannot be applied. The text says why."""
+    """A new configuration cannot be applied. The text gives the reason."""
 
 
 class PreparedConfig(NamedTuple):
-    """All that another configuration takes, ready for use. `proxy`, `ops`: sockets, None where the address stays."""
+    """A new configuration with its resources, ready for use. `proxy`, `ops`: None if the address is unchanged."""
 
     settings: Settings
     dsn: str
@@ -31,7 +31,7 @@ class PreparedConfig(NamedTuple):
 
 
 def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops) -> socket.socket | None:
-    """A socket for a new address; None if it is the old one. Raises BindError, ReloadError."""
+    """A socket for a changed address; None if it is unchanged. Raises BindError, ReloadError."""
     if was.address == now.address:
         if was.socket_mode != now.socket_mode and now.address.startswith("unix:"):
             raise ReloadError("socket_mode: applies when the socket is created: restart, or change the address too")
@@ -53,7 +53,7 @@ def new_store(settings: Settings, dsn: str) -> Store:
 
 
 def new_tls(settings: Settings) -> ssl.SSLContext | None:
-    """What clients are greeted with, None without TLS. Raises TlsError."""
+    """The TLS context for client connections; None without TLS. Raises TlsError."""
     listen = settings.listen
     if not listen.tls_certificate_file:
         return None
@@ -61,7 +61,7 @@ def new_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def check_files(settings: Settings) -> None:
-    """Read what the configuration names, without using it. Raises ReloadError."""
+    """Check that the TLS files of the configuration can be loaded. Raises ReloadError."""
     try:
         new_tls(settings)
         upstream_context(settings.upstream)

@@ -1,4 +1,4 @@
-"""The data plane as a process: signals, file descriptors, and what the service manager is told."""
+"""The data plane as a process: signals, file descriptors, notifications to the service manager."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from keyproxy.process.shutdown import Departure
 
 _log = logging.getLogger(__name__)
 
-#: For what takes file descriptors beside connections: the store, listeners, logs, and some in reserve.
+#: File descriptors for everything except proxied connections: the store, listeners, logs, and a reserve.
 _OTHER_FILES: Final = 64
 
 _PR_SET_PDEATHSIG: Final = 1
 
-#: Within which a worker has to be ready for another configuration, or says that it cannot be.
+#: The time in which a worker has to prepare a new configuration, or refuses it.
 _PREPARE_SECONDS: Final = 20.0
 
-#: Applies other configurations to the proxy as they come, whose event is set by SIGHUP; runs until it is cancelled.
+#: Applies new configurations to the proxy until it is cancelled. SIGHUP sets the event.
 Changing: TypeAlias = Callable[[Proxy, asyncio.Event], Coroutine[Any, Any, None]]
 
-#: So many more objects that may be part of a cycle are made than go, before the youngest are looked through.
+#: The garbage collector runs on the youngest generation after this many net allocations.
 _YOUNG_OBJECTS: Final = 20_000
 
 
@@ -45,14 +45,14 @@ def end_with(owner: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != owner:
-        sys.exit("the supervisor is gone already")
+        sys.exit("the supervisor has already exited")
 
 
 def _settle_memory() -> None:
-    """Have the collector of cycles look at what requests make, seldom, and at what is there by now never again.
+    """Make the garbage collector ignore all objects that exist now, and collect rarely.
 
-    A request leaves no cycles: its objects go when they are let go. Looking through a hundred thousand cached keys for
-    some shows in the tail of its latency.
+    A request leaves no cycles: reference counting frees its objects. Scanning a hundred thousand cached keys for cycles
+    is visible in the tail latency.
     """
     gc.collect()
     gc.freeze()
@@ -60,14 +60,14 @@ def _settle_memory() -> None:
 
 
 def _allow_files(settings: Settings) -> None:
-    """Have as many file descriptors as the bounds on connections may take, or say that there are not so many."""
+    """Raise the limit of file descriptors to what the bounds on connections require; warn if that is not possible."""
     needed = settings.listen.connections_max + 2 * settings.upstream.connections_max + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
         if allowed < needed:
-            _log.warning("%d file descriptors are allowed, %d may be needed: raise LimitNOFILE", allowed, needed)
+            _log.warning("only %d file descriptors allowed, up to %d needed: raise LimitNOFILE", allowed, needed)
 
 
 async def serve(
@@ -92,7 +92,7 @@ async def serve(
         proxy.control = control
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
         ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
-        # Before anybody can connect: it holds the loop for as long as some hundred requests take.
+        # Before the first connection: it blocks the event loop for the time of several hundred requests.
         _settle_memory()
         async with proxy.running(proxy_socket, ops_socket):
             started(sockets.told(proxy_socket), sockets.told(ops_socket))
@@ -111,7 +111,7 @@ async def serve(
 
 
 def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
-    """Change at SIGHUP, to the settings and the DSN that `read_again` gives, if it does not raise ReloadError."""
+    """Reload at SIGHUP. `read_again` returns the new settings and DSN, or raises ReloadError."""
 
     async def changing(proxy: Proxy, again: asyncio.Event) -> None:
         while True:
@@ -121,18 +121,18 @@ def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
             try:
                 await _apply(proxy, await proxy.prepare(*read_again()))
             except ReloadError as error:
-                _log.error("the configuration stays as it was: %s", error)
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task: nobody is dropped for a defect in here
-                _log.exception("the configuration could not be changed")
+                _log.error("reload rejected: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: a failed reload drops no request
+                _log.exception("reload failed with an internal error")
             systemd.notify("READY=1")
 
     return changing
 
 
 def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) -> Changing:
-    """Change as the supervisor says. `read` gives settings and DSN out of a configuration, or raises ReloadError.
+    """Reload on orders of the supervisor. `read` parses a configuration into settings and DSN, or raises ReloadError.
 
-    SIGHUP, which a terminal or a service manager may send to all processes at once, is the supervisor's to hear.
+    A worker ignores SIGHUP, which a terminal or a service manager may send to all processes: the supervisor handles it.
     """
 
     async def changing(proxy: Proxy, _again: asyncio.Event) -> None:
@@ -163,16 +163,16 @@ async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], te
         async with asyncio.timeout(_PREPARE_SECONDS):
             return await proxy.prepare(*read(text))
     except TimeoutError:
-        raise ReloadError(f"it could not be made ready within {_PREPARE_SECONDS:g} s") from None
+        raise ReloadError(f"timeout: not prepared within {_PREPARE_SECONDS:g} s") from None
     except ReloadError:
         raise
-    except Exception as error:  # the outermost boundary of an order: nobody is dropped for a defect in here
-        _log.exception("the configuration could not be changed")
-        raise ReloadError("a defect of keyproxy: it is told above") from error
+    except Exception as error:  # the outermost boundary of an order: a failed reload drops no request
+        _log.exception("reload failed with an internal error")
+        raise ReloadError("internal error, logged above") from error
 
 
 async def _apply(proxy: Proxy, change: PreparedConfig) -> None:
     await proxy.apply(change)
     _allow_files(change.settings)
     logging.getLogger().setLevel(change.settings.log.level.upper())
-    _log.info("another configuration is in force")
+    _log.info("configuration reloaded")

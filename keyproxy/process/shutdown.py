@@ -1,7 +1,7 @@
-"""When a process leaves: SIGTERM and `keyproxy drain` start it, SIGINT starts it and leaves out the lingering.
+"""Graceful shutdown: SIGTERM and `keyproxy drain` start it, SIGINT starts it and skips the lingering.
 
-Further SIGTERMs change nothing: a service manager may send one to each process of a group, and the supervisor sends one
-to its workers besides. What there is to wait for is bounded by listen.linger_seconds and listen.drain_seconds.
+Further SIGTERMs have no effect: a service manager may send one to each process of a group, and the supervisor sends one
+to each worker as well. listen.linger_seconds and listen.drain_seconds bound the time that a shutdown takes.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import signal
 
 
 class Departure:
-    """See the module. To be made in the event loop of the process."""
+    """The shutdown state of a process. Create it in the event loop of the process."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self.is_urgent = asyncio.Event()
 
     def on_signals(self) -> None:
-        """Begin at SIGTERM and SIGINT."""
+        """Start the shutdown at SIGTERM and SIGINT."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.begin)
         loop.add_signal_handler(signal.SIGINT, self.hurry)
 
     def begin(self) -> None:
-        """Leave, after lingering."""
+        """Start the shutdown, with lingering."""
         self.begun.set()
 
     def hurry(self) -> None:
-        """Leave, or stop lingering."""
+        """Start the shutdown without lingering, or end the lingering of one that has started."""
         self.begun.set()
         self.is_urgent.set()
 
@@ -39,7 +39,7 @@ class Departure:
         return signal.SIGINT if self.is_urgent.is_set() else signal.SIGTERM
 
     async def linger(self, seconds: float) -> None:
-        """Wait for so long, or until it is urgent."""
+        """Wait for this time, or until the shutdown is urgent."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.is_urgent.wait()

@@ -1,7 +1,7 @@
 """The presence that a process publishes, and the running processes that it conflicts with.
 
-Ports are shared on purpose, by workers and by the two proxies of a rolling restart. What must not be shared is refused
-here, before anything is bound.
+Workers share a port on purpose, and so do the two proxies of a rolling restart. Any other overlap is refused here,
+before a socket is bound.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def places(what: Presence) -> dict[str, Place]:
 
 
 def check(mine: Presence, own_name: str) -> None:
-    """Raises BindError if another process of ours has an address of this one, unless the two may share it.
+    """Raises BindError if another process of this user has an address of this one, unless the two may share it.
 
     Two proxies share a port if both have the same upstream and database: a rolling restart. They share an ops listener
     only if they share the port too.
@@ -70,9 +70,9 @@ def _why(key: str, their_key: str, other: Running) -> str:
     if key != their_key or other.presence.purpose == ADMIN:
         return f"{key}: {who} has this address as its {their_key}"
     if key == "ops.address":
-        return f"{key}: {who} has this address, and proxies on another one: give each an ops.address of its own"
+        return f"{key}: {who} has this address but another listen.address: give each proxy its own ops.address"
     return (
-        f"{key}: {who} has this address, with another upstream or store: proxies that share a port have to agree."
+        f"{key}: {who} has this address, with another upstream or store: proxies on one port must have the same."
         " Stop it first, or change its configuration and send it SIGHUP"
     )
 

@@ -1,4 +1,4 @@
-"""What the metrics read of a store, and what readiness says of it: where the two edges are introduced to each other."""
+"""The metrics and readiness checks of a store: connects the store to metrics and ops listener."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keyproxy.store.store import Store
 
 
 def spending_of(store: Callable[[], Store]) -> Spending:
-    """The numbers of limits, ledger and usage, of whichever store is in use when they are asked for."""
+    """The figures of limits, ledger and usage, read from the store in use at the time of the scrape."""
     return Spending(
         limit_refusals=lambda: store().ledger.refusals,
         ledger_counts=lambda: {**store().ledger.counts.by_name(), **store().ledger.conversation.counts},
@@ -26,7 +26,7 @@ def spending_of(store: Callable[[], Store]) -> Spending:
 
 
 def carry_over(before: Store, after: Store) -> None:
-    """What has been counted goes on being counted by the store that takes over: metrics never go back."""
+    """Carry the counters over to the new store, so that metrics never decrease."""
     after.identities.counts = before.identities.counts
     after.ledger.counts, after.ledger.refusals = before.ledger.counts, before.ledger.refusals
     was, now = before.ledger.conversation, after.ledger.conversation
@@ -40,22 +40,22 @@ def carry_over(before: Store, after: Store) -> None:
 
 
 def check_ledger(store: Store) -> Check:
-    """Whether the ledger answers, and usage can be written. Leases last for a while: never a reason to be unready."""
+    """Whether the ledger responds and usage can be written. Never makes the proxy unready: leases bridge an outage."""
     conversation = store.ledger.conversation
     if conversation.down_because or conversation.has_lapsed:
-        why = "leases have lapsed" if conversation.has_lapsed else "limits are spent from leases until they lapse"
-        return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'the ledger has not been heard of'}")
+        why = "leases have expired" if conversation.has_lapsed else "requests use existing leases until they expire"
+        return Check(Verdict.DEGRADED, f"{why}: {conversation.down_because or 'no response from the ledger'}")
     if conversation.reaping.failing_because:
         why = conversation.reaping.failing_because
-        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}, their units stay reserved: {why}")
+        return Check(Verdict.DEGRADED, f"cannot {conversation.reaping.what}, the units stay reserved: {why}")
     if store.usage.down_because:
-        return Check(Verdict.DEGRADED, f"usage waits to be written: {store.usage.down_because}")
+        return Check(Verdict.DEGRADED, f"usage not written yet: {store.usage.down_because}")
     return Check(Verdict.OK)
 
 
 def check_housekeeping(store: Store) -> Check:
     """Whether old rows are deleted. Growing tables do not affect requests yet, so this never makes the proxy unready."""
-    # The ledger's check already reports this one.
+    # `check_ledger` already reports this one.
     chores = [chore for chore in store.chores if chore is not store.ledger.conversation.reaping]
     failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in chores if chore.failing_because]
     return Check(Verdict.DEGRADED, "; ".join(failing)) if failing else Check(Verdict.OK)

@@ -1,13 +1,14 @@
-"""Several processes on one port: starts them, starts a crashed one again, and answers health and metrics for all.
+"""Several worker processes on one port: starts them, restarts crashed ones, serves health and metrics for all.
 
-Each worker is a `keyproxy serve` of its own that binds the same port (SO_REUSEPORT) and answers its supervisor on a
-private socket without a file, so that nothing has to be writable. The supervisor holds the port without listening on it,
-so that a port that was chosen stays chosen, and touches no request: when it is killed the workers drain and end, and a
-worker that crashes takes down only what it was serving.
+Each worker is a `keyproxy serve` process that binds the same port (SO_REUSEPORT) and responds to its supervisor on an
+abstract socket, so that no directory has to be writable. The supervisor binds the port without listening on it, so that
+a port chosen by the kernel stays reserved, and handles no request: if it is killed, the workers drain and exit; if a
+worker crashes, only its own requests are lost.
 
-Another configuration is read here first. Where it changes what all share (addresses, the number of workers), a whole new
-crew is started and the old one is let go once the new one serves; else it is offered to the workers, which keep what they
-have cached, and applied if all of them can. A worker that is started later begins with the one that was applied last.
+The supervisor reads a new configuration first. If it changes what all workers share (addresses, the number of workers),
+the supervisor starts a new set of workers and stops the old set once the new one serves. Otherwise it offers the
+configuration to the workers, which keep their caches, and applies it if all of them accept it. A worker that is started
+later begins with the configuration that was applied last.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ _log = logging.getLogger(__name__)
 _STOP_SECONDS: Final = 5.0  # beyond listen.drain_seconds
 _LOOK_SECONDS: Final = 1.0
 
-#: A worker that ended unasked is started again after the first of these, the next time after the second, and so on.
+#: A crashed worker is restarted after the first of these delays, after another crash after the second, and so on.
 _BACKOFF_SECONDS: Final = (0.1, 0.5, 1.0, 2.0, 5.0)
 
-#: A worker that has served this long has started well: the next crash is the first one again.
+#: A crash after this much uptime resets the backoff.
 _STEADY_SECONDS: Final = 30.0
 
 
 def count(workers: int) -> int:
-    """How many processes `listen.workers` stands for; 0: one per core."""
+    """The number of processes for a value of `listen.workers`; 0: one per core."""
     return workers or len(os.sched_getaffinity(0))
 
 
 class Supervisor:
-    """See the module. `command` starts a worker, which is configured by `environment` over it."""
+    """Starts and supervises the workers. `command` starts one."""
 
     def __init__(self, settings: Settings, dsn: str, text: str, command: Sequence[str]) -> None:
-        """`text`: what the settings were read from."""
+        """`text`: the configuration that the settings were read from."""
         self._settings = settings
         self._dsn = dsn
         self._text = text
@@ -73,8 +74,8 @@ class Supervisor:
     ) -> None:  # fmt: skip
         """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ReloadError.
 
-        `started` is told both addresses. At SIGHUP `text_again` gives a configuration, and `read` what is in it; either
-        may raise ReloadError.
+        `started` is called with both addresses. At SIGHUP `text_again` returns a configuration, and `read` parses it;
+        either may raise ReloadError.
         """
         departure, again = Departure(), asyncio.Event()
         departure.on_signals()
@@ -103,17 +104,17 @@ class Supervisor:
             settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn
         )
 
-    # -- starting and ending
+    # -- starting and stopping
 
     async def _start_crew(self) -> None:
-        """As many workers as are configured; all serve when this returns, or, raising ReloadError, none is left."""
+        """Start the configured number of workers and wait until all serve. Raises ReloadError; then none is left."""
         number = count(self._settings.listen.workers)
         crew: list[Worker] = []
         try:
             while len(crew) < number:
                 crew.append(await self._start())
             if len(await self._crew.until_ready(crew)) < number:
-                raise ReloadError("a worker could not be started: it says above why")
+                raise ReloadError("a worker did not start: see its log messages above")
         except (ReloadError, OSError) as error:
             for worker in crew:
                 worker.is_leaving = True
@@ -126,7 +127,7 @@ class Supervisor:
             **os.environ,
             "KEYPROXY_LISTEN__ADDRESS": sockets.told(self._reserved),
             "KEYPROXY_LISTEN__WORKERS": "1",
-            # Never bound there; another one does not concern a worker.
+            # A worker never binds this address; passing it keeps the configuration valid.
             "KEYPROXY_OPS__ADDRESS": self._settings.ops.address,
         }
         environment.pop("NOTIFY_SOCKET", None)
@@ -136,7 +137,7 @@ class Supervisor:
         return worker
 
     async def _mind(self, worker: Worker) -> None:
-        """Wait for the end of a worker; start another one in its place if nobody asked for that."""
+        """Wait for a worker to exit, and replace it unless it was stopped on purpose."""
         status = await worker.process.wait()
         self._crew.ended(worker)
         await worker.closed()
@@ -146,14 +147,14 @@ class Supervisor:
             self._failures = 0
         pause = _BACKOFF_SECONDS[min(self._failures, len(_BACKOFF_SECONDS) - 1)]
         self._failures += 1
-        _log.error("worker %d ended with status %d; another one starts in %g s", worker.process.pid, status, pause)
+        _log.error("worker %d exited with status %d; restarting in %g s", worker.process.pid, status, pause)
         await asyncio.sleep(pause)
-        while not await self._is_replaced():  # noqa: ASYNC110 - it is tried again, not asked
+        while not await self._is_replaced():  # noqa: ASYNC110 - a retry, not polling
             await asyncio.sleep(_BACKOFF_SECONDS[-1])
 
     async def _is_replaced(self) -> bool:
-        """Whether there is a worker in the place of one that ended, or none is wanted."""
-        # Not with a configuration that is just being changed.
+        """Start a replacement for a worker that exited. Returns whether none is missing any more."""
+        # Never during a reload: the worker would start with the old configuration.
         async with self._changing:
             staying = sum(not worker.is_leaving for worker in self._crew.members)
             if self._is_stopping or staying >= count(self._settings.listen.workers):
@@ -161,8 +162,8 @@ class Supervisor:
             try:
                 await self._start()
             except OSError as error:
-                # No process, memory or file descriptor to be had now: there may be later.
-                _log.error("a worker cannot be started: %s; once more in %g s", error, _BACKOFF_SECONDS[-1])
+                # No process, memory or file descriptor is available at the moment.
+                _log.error("cannot start a worker: %s; retry in %g s", error, _BACKOFF_SECONDS[-1])
                 return False
             self._restarts += 1
             return True
@@ -178,7 +179,7 @@ class Supervisor:
             async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
                 await asyncio.gather(*waiting)
         for worker in list(self._crew.members):
-            _log.error("worker %d did not end and is killed", worker.process.pid)
+            _log.error("worker %d did not exit in time; killing it", worker.process.pid)
             worker.tell(signal.SIGKILL)
         for task in self._tasks:
             task.cancel()
@@ -195,7 +196,7 @@ class Supervisor:
         for worker in self._crew.members:
             worker.tell(departure.signal)
 
-    # -- another configuration
+    # -- reloading
 
     async def _change_on(
         self, again: asyncio.Event, control: Control, text_again: Callable[[], str], read: Callable[[str], Settings]
@@ -213,16 +214,16 @@ class Supervisor:
                     await self._change(settings, text)
                 control.show(self._presence(settings))
             except (ReloadError, sockets.BindError) as error:
-                _log.error("the configuration stays as it was: %s", error)
+                _log.error("reload rejected: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task
-                _log.exception("the configuration could not be changed")
+                _log.exception("reload failed with an internal error")
             else:
                 logging.getLogger().setLevel(settings.log.level.upper())
-                _log.info("another configuration is in force")
+                _log.info("configuration reloaded")
             systemd.notify("READY=1")
 
     async def _change(self, settings: Settings, text: str) -> None:
-        """All workers change, or, raising ReloadError or BindError, none does."""
+        """Reload all workers, or none. Raises ReloadError or BindError in the second case."""
         ready = await self._crew.offer(text)
         if _frame(settings) == _frame(self._settings):
             self._settings, self._text = settings, text
@@ -254,7 +255,7 @@ class Supervisor:
         if listened is not None and was[2] is not None:
             was[2].close()
 
-    # -- what is told of all
+    # -- metrics and checks
 
     async def _look_on(self) -> None:
         while True:
@@ -275,5 +276,5 @@ class Supervisor:
 
 
 def _frame(settings: Settings) -> tuple[str, str, int]:
-    """What the workers share and cannot change one by one."""
+    """The settings that all workers share, so that they cannot change one by one."""
     return settings.listen.address, settings.ops.address, count(settings.listen.workers)

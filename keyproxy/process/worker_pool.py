@@ -1,4 +1,4 @@
-"""The workers as their supervisor sees them: processes with an ops listener, and a socket on which they take orders."""
+"""The supervisor's view of its workers: processes with an ops listener and a socket for orders."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _START_SECONDS: Final = 60.0
 
 _ASK_SECONDS: Final = 2.0
 
-#: For making ready what another configuration needs, which is asking a database that may not answer, at most.
+#: The maximum time for an order. Preparing a configuration may wait for a database that does not respond.
 _ORDER_SECONDS: Final = 30.0
 
 
 class Worker:
-    """One process, and what it last told of itself."""
+    """One worker process, and its last known state."""
 
     def __init__(self, process: asyncio.subprocess.Process, ops: bytes, supervisor_end: SupervisorEnd) -> None:
-        """`ops`: the abstract name of the socket on which it serves its pages."""
+        """`ops`: the abstract name of its ops socket."""
         self.process = process
         self.started_mono = clock.monotonic()
         self.is_ready = False
@@ -47,7 +47,7 @@ class Worker:
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], text: str) -> Self:
-        """Start one with an ops listener of its own and this configuration. Raises OSError."""
+        """Start a worker with its own ops listener and this configuration. Raises OSError."""
         ours, theirs = socket.socketpair()
         ops = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as undo, theirs, ops:
@@ -64,7 +64,7 @@ class Worker:
         return cls(process, name, supervisor_end)
 
     async def ask(self, path: str) -> bytes | None:
-        """A page of its ops listener, whatever its status; None if it does not answer."""
+        """The body of a response of its ops listener, whatever its status; None if it does not respond."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
@@ -77,26 +77,26 @@ class Worker:
             sock.close()
 
     async def look(self) -> None:
-        """Take note of how it is."""
+        """Update readiness and metrics."""
         page = await self.ask("/metrics")
         if page is not None:
             self.is_ready, self.page = True, page.decode("utf-8")
 
     async def follows(self, order: Order) -> str:
-        """Give an order. Why it is not followed; empty if it is.
+        """Send an order. Returns the reason for a refusal, else "".
 
-        Who does not answer is killed: nobody knows what it has, and the one that takes its place has what all have.
+        A worker that does not respond is killed: its configuration is unknown, and its replacement has the current one.
         """
         if self._is_lost:
-            return "it is killed"
+            return "the worker was killed"
         try:
             async with asyncio.timeout(self.patience_seconds):
                 return await self._superior.ask(order)
         except TimeoutError:
-            why = f"worker {self.process.pid} has not answered for {self.patience_seconds:g} s"
+            why = f"timeout: worker {self.process.pid} has not responded for {self.patience_seconds:g} s"
         except (OSError, ValueError) as error:
-            why = f"worker {self.process.pid} does not answer: {error}"
-        _log.error("%s: it is killed", why)
+            why = f"worker {self.process.pid} does not respond: {error}"
+        _log.error("%s; killing it", why)
         self._is_lost = True
         self.tell(signal.SIGKILL)
         return why
@@ -107,35 +107,35 @@ class Worker:
             self.process.send_signal(number)
 
     async def closed(self) -> None:
-        """Nothing will be asked of it any more."""
+        """Close its socket for orders."""
         await self._superior.close()
 
 
 class WorkerPool:
-    """The workers of one supervisor: those that serve, those that start, and those that leave."""
+    """The workers of one supervisor: starting, serving and stopping ones."""
 
     def __init__(self, restarts: Callable[[], int]) -> None:
         self.members: set[Worker] = set()
         self._fleet = Fleet(self._states, restarts)
 
     def ended(self, worker: Worker) -> None:
-        """It is no member any more; what it has counted stays."""
+        """Remove a worker that has exited. Its counters are kept."""
         self.members.discard(worker)
         if worker.page:
             self._fleet.ended(worker.page)
 
     async def until_ready(self, workers: Iterable[Worker]) -> list[Worker]:
-        """Wait until all of these either serve or have ended; those that serve. Raises ReloadError after a while."""
+        """Wait until all these workers serve or have exited. Returns those that serve. Raises ReloadError on timeout."""
         workers = list(workers)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await asyncio.gather(*(self._until_settled(worker) for worker in workers))
         except TimeoutError:
-            raise ReloadError(f"a worker does not serve after {_START_SECONDS:g} s") from None
+            raise ReloadError(f"timeout: a worker does not serve after {_START_SECONDS:g} s") from None
         return [worker for worker in workers if worker in self.members]
 
     async def offer(self, text: str) -> list[Worker]:
-        """The workers, each of which is ready for another configuration. Raises ReloadError if one cannot be: none is."""
+        """Have all workers prepare a configuration; return them. If one refuses, withdraw it and raise ReloadError."""
         serving = await self.until_ready(worker for worker in self.members if not worker.is_leaving)
         refusals = await asyncio.gather(*(worker.follows(Order(control_channel.OFFER, text)) for worker in serving))
         if any(refusals):
@@ -144,24 +144,24 @@ class WorkerPool:
         return serving
 
     async def apply(self, workers: Iterable[Worker]) -> None:
-        """Have these workers apply what they are ready for."""
+        """Have these workers apply the prepared configuration."""
         await asyncio.gather(*(worker.follows(Order(control_channel.APPLY)) for worker in workers))
 
     async def withdraw(self, workers: Iterable[Worker]) -> None:
-        """Have these workers forget what was offered."""
+        """Have these workers abandon the prepared configuration."""
         await asyncio.gather(*(worker.follows(Order(control_channel.WITHDRAW)) for worker in workers))
 
     async def look(self) -> None:
-        """Take note of how all are."""
+        """Update readiness and metrics of all workers."""
         await asyncio.gather(*(worker.look() for worker in self.members))
 
     async def metrics(self) -> bytes:
-        """One page for all."""
+        """The combined metrics page of all workers."""
         await self.look()
         return self._fleet.render(worker.page for worker in self.members if worker.page)
 
     async def checks(self, wanted: int) -> dict[str, Check]:
-        """The worst of each check, and how many of the wanted number serve."""
+        """The worst result of each check, and whether the wanted number of workers serve."""
         pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self.members if not worker.is_leaving))
         told: dict[str, list[Check]] = {}
         for page in pages:
@@ -182,7 +182,7 @@ class WorkerPool:
 
 
 async def _page(sock: socket.socket, path: str) -> bytes | None:
-    """The content of the answer to one request; None if it is cut off. Raises OSError."""
+    """The body of the response to a GET; None if it is truncated. Raises OSError."""
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, f"GET {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n".encode("ascii"))
     received = bytearray()
@@ -196,7 +196,7 @@ async def _page(sock: socket.socket, path: str) -> bytes | None:
 def _check_number(answering: int, wanted: int) -> Check:
     if answering >= wanted:
         return Check(Verdict.OK)
-    return Check(Verdict.DEGRADED if answering else Verdict.FAILED, f"{answering} of {wanted} serve")
+    return Check(Verdict.DEGRADED if answering else Verdict.FAILED, f"{answering} of {wanted} workers serve")
 
 
 def _worst(checks: Sequence[Check]) -> Check:

@@ -357,6 +357,6 @@ async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(confi
             before = site.config.read_text(encoding="utf-8")
             site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
             process.send_signal(signal.SIGHUP)
-            await said(site, "the configuration stays as it was: socket_mode: applies when the socket is created")
+            await said(site, "reload rejected: socket_mode: applies when the socket is created")
             assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
             assert (await site.run("drain", "--wait")).status == 0

@@ -43,10 +43,10 @@ async def test_out_of_file_descriptors_who_comes_waits_and_is_served_later(site:
     assert b"Traceback" not in b"".join(site.printed)
 
 
-async def test_a_process_that_may_have_few_files_says_so_and_serves(site: Site) -> None:
+async def test_process_with_too_few_file_descriptors_logs_a_warning_and_serves(site: Site) -> None:
     secret = (await site.key())["secret"]
     async with site.serving(files_max=96) as process, contextlib.AsyncExitStack() as stack:
-        assert b"file descriptors are allowed" in b"".join(site.printed)
+        assert b"file descriptors allowed" in b"".join(site.printed)
         for _ in range(2):
             crowd = [await stack.enter_async_context(site.client()) for _ in range(150)]
             await asyncio.gather(*(client.close() for client in crowd))

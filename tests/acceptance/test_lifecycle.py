@@ -338,7 +338,7 @@ def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, k
         file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
     output = shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:wirte", "--json")
     assert (output.status, output.json["scopes"]) == (0, ["jobs:write", "jobs:wirte"])
-    assert output.err == "keyproxy: warning: no route asks for the scope 'jobs:wirte'\n"
+    assert output.err == "keyproxy: warning: no route requires the scope 'jobs:wirte'\n"
     assert key["scopes"] == ["jobs:write"]
 
 
@@ -346,7 +346,9 @@ def test_a_key_that_every_route_refuses_is_warned_of(shell: Shell, site: Site, k
     with site.config.open("a", encoding="utf-8") as file:
         file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
     rows = "user,name,scopes\nu_42,a,jobs:write\nu_42,b,\nu_42,c,\n"
-    warning = "keyproxy: warning: the key has no scope and every route needs one: all its requests will be refused\n"
+    warning = (
+        "keyproxy: warning: the key has no scopes and every route requires one: all its requests will be refused\n"
+    )
     for arguments, stdin in (
         (("key", "issue", "--user", "u_42"), ""),
         (("user", "create", "u_7", "--tenant", "acme"), ""),

@@ -60,11 +60,11 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
     await supervisor_end.close()
     ours, theirs = socket.socketpair()
     ours.close()
-    with theirs, pytest.raises(ConnectionError, match="the supervisor is gone"):
+    with theirs, pytest.raises(ConnectionError, match="the supervisor has exited"):
         control_channel.begun_with(theirs)
 
 
-@pytest.mark.parametrize(("program", "told"), [("sleep", "has not answered for 0.1 s"), ("true", "does not answer")])
+@pytest.mark.parametrize(("program", "told"), [("sleep", "has not responded for 0.1 s"), ("true", "does not respond")])
 async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from_changing(
     program: str, told: str
 ) -> None:

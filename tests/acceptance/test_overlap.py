@@ -103,7 +103,7 @@ async def test_a_second_proxy_on_the_port_has_to_have_the_same_upstream_and_stor
 
 
 async def has_applied(site: Site) -> bool:
-    return b"another configuration is in force" in b"".join(site.printed)
+    return b"configuration reloaded" in b"".join(site.printed)
 
 
 async def test_purposes_do_not_mix_across_processes(configure: Configure, dsn: str) -> None:
@@ -122,7 +122,7 @@ async def test_purposes_do_not_mix_across_processes(configure: Configure, dsn: s
             output = await refused(another(apart, "mixed.toml", *change), *command)
             assert f"{key}: a running `keyproxy serve` (pid {process.pid}) has this address as its" in output.err
         same_ops = another(apart, "ops.toml", str(other["ops"]), str(site.ops_port))
-        assert "give each an ops.address of its own" in (await refused(same_ops, "serve")).err
+        assert "give each proxy its own ops.address" in (await refused(same_ops, "serve")).err
         async with administering(site, admin_port) as admin:
             mixed = another(apart, "mixed.toml", str(admin_port), str(free_port()))
             mixed = another(mixed, "mixed.toml", str(other["listen"]), str(admin_port))

@@ -183,7 +183,7 @@ async def test_every_request_has_one_line_in_the_access_log_and_one_count_in_the
     assert (refused["status"], refused["code"], refused["user"]) == (401, "api_key_invalid", None)
     assert (malformed["status"], malformed["code"]) == (400, "request_malformed")
     assert [line["client"] for line in (good, refused, malformed)] == ["127.0.0.1"] * 3
-    assert refused["detail"] == "malformed, or its checksum is wrong"
+    assert refused["detail"] == "malformed, or wrong checksum"
     assert malformed["detail"].startswith("llhttp: ")
 
 

@@ -226,7 +226,7 @@ async def test_a_full_stdout_costs_log_lines_and_nothing_else(configure: Configu
         err = (await asyncio.wait_for(process.communicate(), STUCK_SECONDS))[1].decode()
     assert process.returncode == 0
     # Once for an outage, not once for each line.
-    assert 1 <= err.count("the access log cannot be written: [Errno 28] No space left on device") <= workers
+    assert 1 <= err.count("cannot write the access log: [Errno 28] No space left on device") <= workers
 
 
 def test_missing_streams_are_opened_in_order_before_anything_else(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ async def test_a_scope_that_no_route_asks_for_is_warned_of(database: Database) -
     async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
         await api.user()
         key = await api.done("POST", "/v1/keys", {"user": "u_1", "scopes": ["jobs:write", "job:write"]})
-        assert key["warnings"] == ["no route asks for the scope 'job:write'"]
+        assert key["warnings"] == ["no route requires the scope 'job:write'"]
 
 
 async def test_a_key_that_every_route_refuses_is_warned_of_wherever_keys_get_scopes(database: Database) -> None:
@@ -90,7 +90,7 @@ async def test_a_key_that_every_route_refuses_is_warned_of_wherever_keys_get_sco
         ]
         for answer in answers:
             (warning,) = answer["warnings"]
-            assert "has no scope and every route needs one" in warning
+            assert "has no scopes and every route requires one" in warning
         good = await api.done("PATCH", f"/v1/keys/{key_id}", {"scopes": ["jobs:write", "jobs:write"]})
         assert (good["warnings"], good["scopes"]) == ([], ["jobs:write"])
         assert (await api.done("PATCH", f"/v1/keys/{key_id}", {"name": "n"}))["scopes"] == ["jobs:write"]

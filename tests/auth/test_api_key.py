@@ -30,7 +30,7 @@ def test_the_format_never_changes(entropy: bytes, is_test: bool, key: bytes) -> 
 
 
 @given(entropies, st.booleans(), st.sampled_from(["kp", "a", "x1234567890abcde"]))
-def test_a_key_that_was_made_may_exist_and_holds_all_of_its_entropy(entropy: bytes, is_test: bool, prefix: str) -> None:
+def test_made_key_may_exist_and_contains_all_of_its_entropy(entropy: bytes, is_test: bool, prefix: str) -> None:
     key_format = KeyFormat(prefix, accepts_foreign=False)
     key = key_format.make(entropy, is_test=is_test).reveal()
     digits = key[-49:-6]
@@ -56,7 +56,7 @@ def test_a_mistyped_key_may_not_exist(entropy: bytes, place: int, digit: int, mi
         "swap": key[:place] + key[place : place + 2][::-1] + key[place + 2 :],
     }[mistake]
     assert OURS_ONLY.may_exist(wrong) == (wrong == key)
-    # With its start intact it is still one of ours, and not taken for somebody else's.
+    # With an intact start it still counts as a keyproxy key, not as a foreign one.
     if place >= len(b"kp_live_"):
         assert OURS.may_exist(wrong) == (wrong == key)
 
@@ -129,7 +129,7 @@ def test_a_hint_leaves_at_least_half_of_the_secret_unknown(plaintext: bytes) -> 
         lambda key: str([key, {1: key}]), lambda key: str(ValueError(key)), lambda key: str(dir(key)),
     ],
 )  # fmt: skip
-def test_a_key_is_not_shown(show: Callable[[SecretKey], str]) -> None:
+def test_key_is_never_displayed(show: Callable[[SecretKey], str]) -> None:
     assert ZERO[8:].decode() not in show(SecretKey(ZERO))
 
 
@@ -140,7 +140,7 @@ def test_a_key_is_not_shown(show: Callable[[SecretKey], str]) -> None:
         lambda key: key == SecretKey(ZERO), lambda key: key != ZERO, [ZERO].count,
     ],
 )  # fmt: skip
-def test_a_key_is_not_copied_stored_or_compared(leak: Callable[[SecretKey], object]) -> None:
+def test_key_cannot_be_copied_serialised_or_compared(leak: Callable[[SecretKey], object]) -> None:
     with pytest.raises(TypeError) as error:
         leak(SecretKey(ZERO))
     assert ZERO[8:].decode() not in str(error.value)

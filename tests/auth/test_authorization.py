@@ -1,4 +1,4 @@
-"""Who may use which route, and when."""
+"""Authorization: expiry, standing, routes and scopes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPEN = Route("GET /a")
         (0.0, False),
     ],
 )
-def test_a_key_stops_working_at_its_expiry_instant(expires_wall_seconds: float, is_admitted: bool) -> None:
+def test_key_stops_working_at_its_expiry(expires_wall_seconds: float, is_admitted: bool) -> None:
     who = fakes.identity(expires_wall_seconds=expires_wall_seconds)
     if is_admitted:
         grant = admit(who, OPEN, NOW)
@@ -51,7 +51,7 @@ def test_a_key_stops_working_at_its_expiry_instant(expires_wall_seconds: float, 
         (["c", "b", "a"], ["a"], ["b", "c"]),
     ],
 )
-def test_all_scopes_of_a_route_are_needed_to_the_letter(
+def test_all_scopes_of_a_route_are_required_exactly(
     needed: list[str], held: list[str], missing: list[str] | None
 ) -> None:
     who, route = fakes.identity(scopes=frozenset(held)), Route("GET /a", frozenset(needed))
@@ -78,7 +78,7 @@ EXPIRED, STRIPPED = NOW.wall_seconds - 1, frozenset[str]()
         (None, NEVER, Route("GET /a", frozenset({"x"})), Reason.SCOPE_INSUFFICIENT),
     ],
 )
-def test_of_several_reasons_the_one_about_the_key_comes_first(
+def test_reason_about_the_key_takes_precedence(
     standing: Reason | None, expires_wall_seconds: float, route: Route | None, reason: Reason
 ) -> None:
     who = fakes.identity(standing=standing, expires_wall_seconds=expires_wall_seconds, scopes=STRIPPED)

@@ -1,4 +1,4 @@
-"""Which key a request presents, and that it presents it where a key belongs."""
+"""Credentials of a request: exactly one key, in a header."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def refused(request: RequestHead) -> Refusal:
         ([(X_KEY, KEY), (AUTH, b"Bearer " + KEY), (X_KEY, KEY)], KEY),
     ],
 )
-def test_one_key_is_presented_however_often_it_is_said(shown: list[tuple[bytes, bytes]], key: bytes) -> None:
+def test_repeated_identical_key_is_one_credential(shown: list[tuple[bytes, bytes]], key: bytes) -> None:
     assert credentials.digest(head(*shown)) == hashlib.sha256(key).digest()
 
 
@@ -126,7 +126,7 @@ def test_a_key_in_the_url_is_refused_even_beside_one_in_a_header(
         "*",
     ],
 )
-def test_what_only_resembles_a_key_may_stand_in_the_url(target: str) -> None:
+def test_text_that_resembles_a_key_is_allowed_in_the_url(target: str) -> None:
     credentials.digest(head((X_KEY, KEY), target=target.encode()))
 
 
@@ -141,7 +141,7 @@ def test_what_only_resembles_a_key_may_stand_in_the_url(target: str) -> None:
         (b"a b c d e f", True, False),
     ],
 )
-def test_a_key_that_cannot_exist_is_told_without_asking(
+def test_key_that_cannot_exist_is_refused_without_a_lookup(
     plaintext: bytes, accepts_foreign: bool, may_exist: bool
 ) -> None:
     request, key_format = head((X_KEY, plaintext)), KeyFormat(accepts_foreign=accepts_foreign)
@@ -153,13 +153,13 @@ def test_a_key_that_cannot_exist_is_told_without_asking(
     assert error.value.reason is Reason.KEY_INVALID
 
 
-def test_a_key_in_the_url_is_refused_whatever_was_found_out_about_a_head_like_it() -> None:
+def test_key_in_the_url_is_refused_even_if_a_similar_head_is_cached() -> None:
     request = head((X_KEY, KEY), target=b"/" + KEY)
     request.digest = credentials.digest(head((X_KEY, KEY)))
     assert refused(request).reason is Reason.KEY_IN_URL
 
 
-def test_no_value_on_the_way_shows_the_key() -> None:
+def test_no_intermediate_value_displays_the_key() -> None:
     request = head((X_KEY, KEY), target=b"/" + KEY)
     key = credentials.checked(head((X_KEY, KEY)), fakes.FORMAT)
     assert TEXT[8:] not in f"{request!r} {request.credentials!r} {key!r}"
@@ -174,5 +174,5 @@ def test_a_key_in_the_url_is_found_however_often_its_start_was_encoded(times: in
 
 
 @pytest.mark.parametrize("target", [b"/a%25252525", b"/?next=%252Fa%252Fb%25", b"/%E2%82%AC?%", b"/a?" + b"%25" * 4000])
-def test_a_url_that_was_encoded_now_and_then_holds_no_key(target: bytes) -> None:
+def test_repeatedly_encoded_url_without_a_key_is_accepted(target: bytes) -> None:
     assert not fakes.holds_key(target)

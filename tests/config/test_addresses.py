@@ -1,4 +1,4 @@
-"""Which listeners overlap, and which upstream is the proxy itself."""
+"""Overlapping listeners, and upstreams that lead back to the proxy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from keyproxy.config import addresses
 from keyproxy.platform import sockets
 
-#: An address of this machine that is no loopback address, as a stand-in.
+#: Stands for a non-loopback address of this machine.
 OWN = ipaddress.ip_address("192.0.2.7")
 
 

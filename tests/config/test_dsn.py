@@ -1,4 +1,4 @@
-"""Connection URIs: every parameter of libpq is applied, ignored because it changes nothing, or refused by name."""
+"""Connection URIs: every parameter of libpq is applied, ignored because it has no effect, or rejected by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_parameter_of_libpq_is_taken_for_a_setting_of_the_server(name: str) -
 
 
 def _settings(query: str) -> object:
-    """What of a query is for the server; nothing if it is refused."""
+    """The server settings in a query; none if it is rejected."""
     try:
         return dsn.parse(f"postgresql://h/d?{query}").settings
     except InvalidDsnError:
@@ -58,7 +58,7 @@ def _settings(query: str) -> object:
         ("postgresql://h?sslmode=", Dsn((("h", None),))),
     ],
 )  # fmt: skip
-def test_a_uri_is_taken_apart(uri: str, expected: Dsn) -> None:
+def test_uri_is_parsed(uri: str, expected: Dsn) -> None:
     assert dsn.parse(uri) == expected
 
 
@@ -89,7 +89,7 @@ def test_a_uri_is_taken_apart(uri: str, expected: Dsn) -> None:
         ("a%20b=1", "'a b'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_refused_by_name_and_without_secrets(query: str, named: str) -> None:
+def test_unsupported_parameter_is_rejected_by_name_without_secrets(query: str, named: str) -> None:
     with pytest.raises(InvalidDsnError) as caught:
         dsn.parse(f"postgresql://u:hunter2@h/d?{query}")
     assert named in str(caught.value)
@@ -103,7 +103,7 @@ def test_what_cannot_be_honoured_is_refused_by_name_and_without_secrets(query: s
         "postgresql:///?host=a,b&port=1,2,3", "postgresql://a,b?hostaddr=10.0.0.1", "postgresql:///?port=x",
     ],
 )  # fmt: skip
-def test_what_is_no_uri_is_refused(uri: str) -> None:
+def test_invalid_uri_is_rejected(uri: str) -> None:
     with pytest.raises(InvalidDsnError):
         dsn.parse(uri)
 

@@ -1,4 +1,4 @@
-"""The configuration: what may be set, where, and what is said of a mistake."""
+"""The configuration: sources, valid values, and error messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from keyproxy.config.loader import Config, ConfigError
 from keyproxy.config.schema import TABLES, RouteRow, Settings
 
 EXAMPLE = (Path(__file__).parents[2] / "config.example.toml").read_text(encoding="utf-8")
-#: The same with the example of a route in force.
+#: The same with the example route uncommented.
 EXAMPLE_WITH_ROUTE = re.sub(r"(?m)^# (?=\[\[routes\]\]|\w+ = )", "", EXAMPLE)
 
-#: Every key that a file may hold, with its default.
+#: Every key of the file, with its default.
 DEFAULTS = {
     (table, key.name): getattr(cls(), key.name) for table, cls in TABLES.items() for key in dataclasses.fields(cls)
 }
@@ -167,7 +167,7 @@ def test_routes_may_come_from_the_environment(reader: Reader) -> None:
         "STORE__DSN", "XKEYPROXY_STORE__DSN",
     ],
 )  # fmt: skip
-def test_variables_that_others_set_are_ignored(reader: Reader, variable: str) -> None:
+def test_variables_of_other_programs_are_ignored(reader: Reader, variable: str) -> None:
     assert reader.load(**{variable: "tcp://10.0.0.1:8080"}).settings == Settings()
 
 
@@ -204,16 +204,16 @@ def test_a_secret_set_in_place_and_by_its_twin_is_refused(reader: Reader, order:
     else:
         problems = reader.wrong(**{f"KEYPROXY_STORE__{name}".upper(): both[name] for name in order})
     assert len(problems) == 1
-    assert "store.dsn: set both in place and by dsn_file" in problems[0]
+    assert "store.dsn: set both directly and by dsn_file" in problems[0]
 
 
 @pytest.mark.parametrize("value", ['"/nowhere/secret"', '"/"', "7", '"a\\u0000b"', '""'])
-def test_a_twin_that_names_no_readable_file_is_told(reader: Reader, value: str) -> None:
+def test_unreadable_secret_file_is_reported(reader: Reader, value: str) -> None:
     (problem,) = reader.wrong(f"[store]\ndsn_file = {value}")
     assert problem.startswith("store.dsn_file: ")
 
 
-def test_what_is_wrong_with_a_secret_is_said_without_it(reader: Reader) -> None:
+def test_error_about_a_secret_does_not_contain_it(reader: Reader) -> None:
     path = reader.file("hunter2-in-file")
     (in_place,) = reader.wrong('[store]\ndsn = "hunter2"')
     (in_variable,) = reader.wrong(KEYPROXY_STORE__DSN="hunter2")
@@ -271,7 +271,7 @@ def test_no_part_of_a_password_is_shown_however_it_is_written(dsn: str) -> None:
         ("", {"KEYPROXY_LISTEN__TLS_KEY_FILES": "x"}, "listen.tls_key_files", "listen.tls_key_file"),
     ],
 )
-def test_an_unknown_name_is_an_error_with_the_closest_name_there_is(
+def test_unknown_name_is_an_error_with_the_closest_known_name(
     reader: Reader, text: str, environment: dict[str, str], name: str, suggestion: str | None
 ) -> None:
     (problem,) = reader.wrong(text, **environment)
@@ -387,7 +387,7 @@ def test_text_of_the_environment_is_read_strictly(reader: Reader, variable: str,
         'match = "GET /a"\n[[routes]]\nmatch = "GET /a"',
     ],
 )  # fmt: skip
-def test_a_route_that_cannot_be_used_is_told(reader: Reader, route: str) -> None:
+def test_invalid_route_is_reported(reader: Reader, route: str) -> None:
     (problem,) = reader.wrong(f"[[routes]]\n{route}")
     assert problem.startswith("routes")
 
@@ -407,11 +407,11 @@ def test_a_route_that_cannot_be_used_is_told(reader: Reader, route: str) -> None
         ("a = 1\na = 2", {}),
     ],
 )
-def test_what_has_another_form_is_told(reader: Reader, text: str, environment: dict[str, str]) -> None:
+def test_wrong_structure_is_reported(reader: Reader, text: str, environment: dict[str, str]) -> None:
     assert len(reader.wrong(text, **environment)) >= 1
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_unreadable_file_is_reported(tmp_path: Path) -> None:
     not_utf8 = tmp_path / "latin.toml"
     not_utf8.write_bytes(b"# \xe9")
     for path in (tmp_path / "absent.toml", tmp_path, not_utf8):
@@ -420,7 +420,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         assert error.value.problems[0].startswith(f"{path}: ")
 
 
-def test_all_that_is_wrong_is_told_at_once(reader: Reader) -> None:
+def test_all_problems_are_reported_together(reader: Reader) -> None:
     problems = reader.wrong(
         """
         typo = 1
@@ -457,7 +457,7 @@ def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: R
 def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
     text = f'[reminders]\nwebhook_url = "{url}"\n'
     (problem,) = reader.wrong(text)
-    assert problem.startswith("reminders.webhook_secret: is needed with reminders.webhook_url")
+    assert problem.startswith("reminders.webhook_secret: is required with reminders.webhook_url")
     assert reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings.reminders.webhook_url == url
 
 
@@ -484,7 +484,7 @@ def test_a_number_above_the_general_bound_is_reported_as_too_large(reader: Reade
     assert "must be a number" in problem
 
 
-def test_a_configuration_that_contradicts_itself_can_still_be_looked_at(reader: Reader) -> None:
+def test_contradictory_configuration_can_still_be_displayed(reader: Reader) -> None:
     with pytest.raises(ConfigError) as error:
         reader.load("[cache]\nfresh_seconds = 5\nstale_seconds = 1")
     assert error.value.loaded is not None

@@ -41,7 +41,7 @@ def test_a_route_is_shadowed_by_an_earlier_one_that_matches_all_it_does(
     found = shadowed([RouteRow(earlier), RouteRow(later)])
     assert bool(found) is is_shadowed
     if is_shadowed:
-        assert found[0].startswith(f"routes[2]: {later!r} never matches: routes[1] {earlier!r}")
+        assert found[0].startswith(f"routes[2]: {later!r} never matches, because routes[1] {earlier!r} precedes it")
 
 
 def test_each_shadowed_route_is_named_once() -> None:
@@ -56,14 +56,14 @@ def test_each_shadowed_route_is_named_once() -> None:
         ([], [], None),
         ([], ["x"], None),
         ([["a"]], ["a"], None),
-        ([["a"]], [], "has no scope and every route needs one"),
+        ([["a"]], [], "has no scopes and every route requires one"),
         ([["a"], []], [], None),
-        ([["a", "b"]], ["a"], "no route accepts a key with these scopes alone"),
+        ([["a", "b"]], ["a"], "no route accepts a key with only these scopes"),
         ([["a", "b"]], ["a", "b"], None),
-        ([["a"]], ["a", "x"], "no route asks for the scope 'x'"),
+        ([["a"]], ["a", "x"], "no route requires the scope 'x'"),
     ],
 )
-def test_a_key_that_no_route_accepts_is_warned_of(
+def test_key_that_no_route_accepts_causes_a_warning(
     routes: list[list[str]], scopes: list[str], warning: str | None
 ) -> None:
     rows = [RouteRow(f"GET /{number}", wanted) for number, wanted in enumerate(routes)]

@@ -1,4 +1,4 @@
-"""What a caller hears of a refusal."""
+"""Responses to refused requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fields(answer: Answer) -> dict[str, str]:
 
 
 @each_reason
-def test_a_problem_says_what_the_contract_says(reason: Reason) -> None:
+def test_problem_has_the_documented_members(reason: Reason) -> None:
     answer = Problems().answer(Refusal(reason, "for our log", said="And this."), "r-1")
     row = reason.value
     assert answer.status == row.status
@@ -44,7 +44,7 @@ def test_a_problem_says_what_the_contract_says(reason: Reason) -> None:
 
 
 @each_shape
-def test_a_refusal_in_words_of_its_own_names_the_member_at_fault(shape: str) -> None:
+def test_refusal_with_its_own_sentence_names_the_member_at_fault(shape: str) -> None:
     refusal = Refusal(
         Reason.REQUEST_MALFORMED, said="'max_tokens' is a string.", is_said_alone=True, field="max_tokens"
     )
@@ -57,7 +57,7 @@ def test_a_refusal_in_words_of_its_own_names_the_member_at_fault(shape: str) -> 
 
 @each_reason
 @each_shape
-def test_every_shape_has_the_code_and_never_what_is_for_our_log(reason: Reason, shape: str) -> None:
+def test_every_format_has_the_code_and_never_the_log_detail(reason: Reason, shape: str) -> None:
     answer = Problems().answer(Refusal(reason, "for our log"), "r-1", shape)
     content = json.loads(answer.body)
     error = content if shape == "problem" else content["error"]
@@ -69,7 +69,7 @@ def test_every_shape_has_the_code_and_never_what_is_for_our_log(reason: Reason, 
 
 @each_reason
 @each_shape
-def test_the_fields_that_a_status_asks_for_are_there_and_no_others(reason: Reason, shape: str) -> None:
+def test_response_has_exactly_the_fields_that_its_status_requires(reason: Reason, shape: str) -> None:
     told = fields(Problems().answer(Refusal(reason), "r-1", shape))
     status, wait = reason.value.status, reason.value.retry_after_seconds
     assert told.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
@@ -84,13 +84,13 @@ def test_all_missing_scopes_are_named_in_the_challenge(missing: list[str]) -> No
 
 
 @pytest.mark.parametrize(("wait", "told"), [(0, "0"), (1, "1"), (3600, "3600")])
-def test_a_wait_of_one_refusal_is_told_instead_of_the_usual(wait: int, told: str) -> None:
+def test_wait_of_a_refusal_overrides_the_default(wait: int, told: str) -> None:
     answer = Problems().answer(Refusal(Reason.OVERLOADED, retry_after_seconds=wait), "r-1")
     assert fields(answer)["Retry-After"] == told
 
 
 @each_reason
-def test_the_operator_s_status_is_for_keys_that_were_shown_and_not_accepted(reason: Reason) -> None:
+def test_configured_status_applies_to_rejected_keys(reason: Reason) -> None:
     problems = Problems(invalid_key_status=403)
     expected = 403 if reason in KEY_REFUSALS else reason.value.status
     answer = problems.answer(Refusal(reason), "r-1")
@@ -113,7 +113,7 @@ def test_the_operator_s_status_is_for_keys_that_were_shown_and_not_accepted(reas
         (Reason.UPSTREAM_TIMEOUT, "server_error", "timeout_error"),
     ],
 )
-def test_an_sdk_finds_the_type_that_its_exceptions_go_by(reason: Reason, openai: str, anthropic: str) -> None:
+def test_error_has_the_type_that_the_sdk_expects(reason: Reason, openai: str, anthropic: str) -> None:
     problems = Problems()
     openai_answer = problems.answer(Refusal(reason), "r-1", "openai")
     assert json.loads(openai_answer.body)["error"]["type"] == openai
@@ -136,7 +136,7 @@ def told_error(answer: Answer, shape: str) -> dict[str, object]:
 
 
 @each_shape
-def test_a_refusal_by_a_limit_names_the_limit_what_is_left_and_when_more_is(shape: str) -> None:
+def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
     daily, tokens = LimitState(DAILY, 0, 61.2), LimitState(TOKENS, 4000, 1000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, applied=[daily, tokens])
     answer = Problems().answer(refusal, "r-1", shape)
@@ -150,7 +150,7 @@ def test_a_refusal_by_a_limit_names_the_limit_what_is_left_and_when_more_is(shap
 
 
 @each_shape
-def test_a_request_that_can_never_fit_is_not_told_to_come_back(shape: str) -> None:
+def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
     limit = LimitState(LimitPolicy("key.tokens-per-request", 1000, unit="tokens"), 1000)
     answer = Problems().answer(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
     error = told_error(answer, shape)
@@ -161,14 +161,14 @@ def test_a_request_that_can_never_fit_is_not_told_to_come_back(shape: str) -> No
 
 @each_reason
 @each_shape
-def test_clients_are_asked_not_to_retry_what_is_spent_or_can_never_fit(reason: Reason, shape: str) -> None:
+def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reason, shape: str) -> None:
     futile = {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST}
     told = fields(Problems().answer(Refusal(reason), "r-1", shape))
     assert told.get("x-should-retry") == ("false" if reason in futile else None)
 
 
 @each_shape
-def test_a_window_that_is_only_reserved_is_429_whatever_the_operator_s_status_for_spent_ones(shape: str) -> None:
+def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
     daily = LimitState(DAILY, 0, 40_000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
     answer = Problems(spent_status=402).answer(refusal, "r-1", shape)
@@ -178,13 +178,13 @@ def test_a_window_that_is_only_reserved_is_429_whatever_the_operator_s_status_fo
 
 
 @pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
-def test_who_waits_as_long_as_told_does_not_come_too_early(reset: float | None, told: str) -> None:
+def test_retry_after_the_stated_wait_is_not_too_early(reset: float | None, told: str) -> None:
     answer = Problems().answer(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
     assert fields(answer)["Retry-After"] == told
 
 
 @each_reason
-def test_the_operator_s_status_of_what_is_spent_is_for_windows_that_are_used_up(reason: Reason) -> None:
+def test_spent_status_applies_to_exhausted_windows(reason: Reason) -> None:
     problems = Problems(spent_status=402)
     spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED}
     assert problems.status(reason) == (402 if spent else reason.value.status)
@@ -196,7 +196,7 @@ def test_the_operator_s_status_of_what_is_spent_is_for_windows_that_are_used_up(
 
 
 @each_shape
-def test_the_last_event_of_a_cut_stream_holds_what_the_answer_would(shape: str) -> None:
+def test_last_event_of_an_aborted_stream_has_the_body_of_the_refusal(shape: str) -> None:
     refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LimitState(TOKENS, 0, 10))
     event = Problems().last_event(refusal, "r-1", shape)
     name, _, data = event.rpartition(b"data: ")

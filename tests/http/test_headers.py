@@ -1,4 +1,4 @@
-"""Header names and what they mean here; request ids; the identity block; X-Forwarded-*."""
+"""Classification of header names; request ids; the identity block; X-Forwarded-*."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_name_means_the_same_in_any_case(kind: Kind, names: str) -> None:
 
 
 @pytest.mark.parametrize("name", [b"", b" X", b"X ", b"X\xc3\xa9", b"X\x00", b"X:", b"X-Keyproxy\xadUser"])
-def test_what_is_no_name_is_unreadable(name: bytes) -> None:
+def test_invalid_name_is_unreadable(name: bytes) -> None:
     assert FieldNames().kind(name) is Kind.UNREADABLE
 
 
@@ -49,7 +49,7 @@ def test_reserved_names_follow_the_configured_prefix(name: bytes, kind: Kind) ->
     assert FieldNames("X-Acme-").kind(name) is kind
 
 
-def test_names_are_remembered_up_to_a_bound() -> None:
+def test_name_cache_is_bounded() -> None:
     names, sizes = FieldNames(), []
     for number in range(5_000):
         names.kind(b"X-%d" % number)
@@ -58,7 +58,7 @@ def test_names_are_remembered_up_to_a_bound() -> None:
     assert names.kind(b"X-Keyproxy-User") is Kind.RESERVED
 
 
-def test_a_long_name_is_not_remembered() -> None:
+def test_long_name_is_not_cached() -> None:
     names = FieldNames()
     assert names.kind(b"X-Keyproxy-" + b"a" * 30_000) is Kind.RESERVED
     assert names.kind(b"a" * 30_000) is Kind.PLAIN
@@ -83,7 +83,7 @@ def test_a_long_name_is_not_remembered() -> None:
         (b"<b>", False),
     ],
 )
-def test_a_request_id_is_kept_if_no_log_or_header_can_trip_over_it(value: bytes, is_sane: bool) -> None:
+def test_request_id_is_kept_if_it_is_safe_in_logs_and_headers(value: bytes, is_sane: bool) -> None:
     assert sane_request_id(value) is is_sane
 
 
@@ -94,7 +94,7 @@ def test_an_identity_block_is_one_line_for_each_value() -> None:
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-K-Test: true", "a\n", "a\r", "\x00", "\t", "\x7f", "ü", "\u2028"])
-def test_an_identity_that_is_unsafe_in_a_header_makes_no_block(value: str) -> None:
+def test_identity_with_an_unsafe_value_is_rejected(value: str) -> None:
     with pytest.raises(ValueError, match="Scope"):
         identity_block("X-K-", [("User", "u"), ("Scope", value)])
 
@@ -118,9 +118,7 @@ OURS = b"X-Forwarded-For: 10.0.0.1\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Hos
 
 @pytest.mark.parametrize("trusted", [[], ["10.0.0.2"], ["11.0.0.0/8"], ["unix"], ["::/0"]])
 @pytest.mark.parametrize("claims", [(), CLAIMS], ids=["silent", "claiming"])
-def test_an_untrusted_peer_is_told_of_as_it_is_whatever_it_claims(
-    trusted: list[str], claims: tuple[tuple[bytes, bytes], ...]
-) -> None:
+def test_claims_of_an_untrusted_peer_are_dropped(trusted: list[str], claims: tuple[tuple[bytes, bytes], ...]) -> None:
     forwarding = TrustRule(trusted).forwarding("10.0.0.1", is_tls=False)
     assert forwarding.block(head(*claims)) == OURS
 
@@ -153,7 +151,7 @@ def test_a_trusted_peer_s_claims_are_kept_and_its_address_added(trusted: list[st
         ([b"192.0.2.1", b"", b"unknown"], b"192.0.2.1, unknown, 10.0.0.1"),
     ],
 )
-def test_an_empty_claim_of_a_trusted_peer_is_none(sent: list[bytes], forwarded: bytes) -> None:
+def test_empty_claim_of_a_trusted_peer_is_left_out(sent: list[bytes], forwarded: bytes) -> None:
     claims = [(b"x-forwarded-for", value) for value in sent]
     empty = [(name, b"") for name in (b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded")]
     block = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: http\r\nX-Forwarded-Host: a.example\r\n" % forwarded
@@ -172,7 +170,7 @@ def test_an_empty_claim_of_a_trusted_peer_is_none(sent: list[bytes], forwarded: 
         ("", ["0.0.0.0/0", "::/0"], False, b"X-Forwarded-Proto: http\r\n"),
     ],
 )
-def test_trust_goes_by_the_address_that_the_peer_really_has(
+def test_trust_depends_on_the_actual_address_of_the_peer(
     address: str, trusted: list[str], is_tls: bool, block: bytes
 ) -> None:
     forwarding = TrustRule(trusted).forwarding(address, is_tls=is_tls)
@@ -180,6 +178,6 @@ def test_trust_goes_by_the_address_that_the_peer_really_has(
 
 
 @pytest.mark.parametrize("entry", ["", "localhost", "10.0.0.1/33", "10.0.0.1/8", "unix:/run/x", "10.0.0.0-10.0.0.9"])
-def test_what_is_no_network_is_not_trusted_but_refused(entry: str) -> None:
+def test_invalid_network_is_rejected(entry: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         TrustRule(["10.0.0.0/8", entry])

@@ -1,4 +1,4 @@
-"""A request is recognised when it is sent again, and no other is taken for it."""
+"""A retried request is recognised, and no other request is mistaken for it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_same_request_has_the_same_fingerprint_whatever_other_headers_it_has
     assert len(one.digest()) == 32
 
 
-def test_whatever_differs_makes_another_request() -> None:
+def test_any_difference_makes_another_request() -> None:
     users = [
         fakes.identity("u_1"),
         fakes.identity("u_2"),
@@ -65,7 +65,7 @@ def test_a_body_in_pieces_is_the_same_body() -> None:
     for piece in (b"2", b"", b"345", b"6789"):
         pieces.feed(piece)
     assert pieces.digest() == whole.digest()
-    # To look at it changes nothing.
+    # Reading the digest does not change it.
     assert pieces.digest() == whole.digest()
 
 
@@ -84,16 +84,16 @@ def test_a_body_in_pieces_is_the_same_body() -> None:
         ("Idempotency-Key: a", "Connection: idempotency-key"),
     ],
 )
-def test_what_has_no_sane_key_or_several_is_charged_as_any_other(lines: tuple[str, ...]) -> None:
+def test_request_without_exactly_one_valid_key_has_no_fingerprint(lines: tuple[str, ...]) -> None:
     assert fingerprint(fakes.identity(), head(*lines), b"") is None
 
 
-def test_a_websocket_handshake_is_charged_as_any_other() -> None:
+def test_websocket_handshake_has_no_fingerprint() -> None:
     lines = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: a", "Sec-WebSocket-Version: 13", KEY)
     assert fingerprint(fakes.identity(), head(*lines, method="GET"), b"") is None
 
 
-def test_heads_that_are_read_by_their_shape_keep_their_own_keys() -> None:
+def test_heads_parsed_by_template_keep_their_own_keys() -> None:
     reader = RequestReader(FieldNames(), fakes.holds_key)
     digests: dict[str, set[bytes]] = {"a": set(), "b": set(), "c": set()}
     for key in [*"abc"] * LEARNT_AFTER:
@@ -105,12 +105,12 @@ def test_heads_that_are_read_by_their_shape_keep_their_own_keys() -> None:
         digests[key].add(found.digest())
     assert [len(each) for each in digests.values()] == [1, 1, 1]
     assert len(set.union(*digests.values())) == 3
-    # The last ones were not judged any more.
+    # The last heads were not parsed in full.
     assert one.fields is head("X-A: 1", "Idempotency-Key: d", reader=reader).fields
     assert not head("X-A: 1", reader=reader).fields.has_idempotency_key
 
 
-def test_only_a_spent_window_may_be_paid_already_and_that_is_asked_once() -> None:
+def test_only_an_exhausted_window_triggers_a_lookup_and_only_once() -> None:
     asked = made()
     for reason in Reason:
         spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)

@@ -1,4 +1,4 @@
-"""The upstream sees exactly one of each identity header, and it is ours: from the client's bytes to the upstream's."""
+"""The upstream gets exactly one of each identity header, set by the proxy, whatever the client sends."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def lines_of(head: bytes) -> list[bytes]:
 
 
 def canonical(line: bytes) -> bytes:
-    """The line's name as the most forgiving of servers reads it: any case, `_` for `-`, spaces around it."""
+    """The line's name as the most lenient server reads it: any case, `_` for `-`, spaces around it."""
     return line.partition(b":")[0].strip().lower().replace(b"_", b"-")
 
 
 def end_to_end(head: bytes) -> list[bytes]:
-    """The lines of a client's head that are the upstream's business."""
+    """The end-to-end lines of a client's head."""
     options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
     gone = ENDS_HERE | {option.strip().lower() for option in options.split(b",")}
     ours = (b"x-keyproxy-", b"x-forwarded-", b"x-request-id")
@@ -62,7 +62,7 @@ def end_to_end(head: bytes) -> list[bytes]:
         name = canonical(line)
         if name in gone or name.startswith(ours):
             continue
-        if name == b"content-length":  # goes on as plain digits
+        if name == b"content-length":  # forwarded as plain digits
             line = b"%b: %d" % (line.partition(b":")[0], int(line.partition(b":")[2]))
         if name == b"content-type" and name in map(canonical, kept):
             continue  # repeated, and equal
@@ -84,7 +84,7 @@ def check(sent: bytes, head: bytes) -> None:
 
 @given(st.lists(header_strategies.hostile_heads(), min_size=1, max_size=3))
 @settings(max_examples=150)
-def test_no_spelling_of_a_reserved_name_gets_past_us(heads: list[bytes]) -> None:
+def test_no_spelling_of_a_reserved_name_reaches_the_upstream(heads: list[bytes]) -> None:
     reader = RequestReader(FieldNames(), fakes.holds_key)
     for raw in heads * 2:
         head = dressed(reader, raw)
@@ -96,7 +96,7 @@ def test_no_spelling_of_a_reserved_name_gets_past_us(heads: list[bytes]) -> None
 @given(header_strategies.similar_heads())
 @example([b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a.example\r\nX-A\r\n\r\n"])
 @settings(max_examples=150)
-def test_no_other_head_does_either(heads: list[bytes]) -> None:
+def test_no_arbitrary_head_does_either(heads: list[bytes]) -> None:
     reader = RequestReader(FieldNames(), fakes.holds_key)
     for raw in heads * 2:
         head = dressed(reader, raw)

@@ -1,4 +1,4 @@
-"""Request targets and Hosts: what is forwarded can be read in one way only."""
+"""Request targets and Hosts: only unambiguous ones are forwarded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def accepts(sent: bytes, *, method: bytes = b"GET", host: bytes | None = b"a.exa
 
 
 def accepted(forms: list[bytes], part: bytes) -> list[bytes]:
-    """Those of the targets with this part in them that are accepted."""
+    """The accepted ones of the targets with this part."""
     return [form % part for form in forms if accepts(form % part)]
 
 
@@ -86,12 +86,12 @@ def test_any_other_form_or_a_disagreeing_host_is_refused(sent: bytes, host: byte
 
 
 @pytest.mark.parametrize(("method", "is_accepted"), [(b"OPTIONS", True), (b"GET", False), (b"POST", False)])
-def test_the_asterisk_is_for_options_alone(method: bytes, is_accepted: bool) -> None:
+def test_asterisk_is_valid_only_for_options(method: bytes, is_accepted: bool) -> None:
     assert accepts(b"*", method=method) is is_accepted
 
 
 @pytest.mark.parametrize("byte", [*range(0x21), 0x7F, 0x80, 0xC3, 0xFF, ord("\\"), ord("#")])
-def test_a_byte_that_no_target_may_hold_is_refused_anywhere(byte: int) -> None:
+def test_byte_that_is_invalid_in_a_target_is_refused_anywhere(byte: int) -> None:
     assert not accepted([b"/a%bb", b"/a?b%b", b"/%b", b"%b/a", b"*%b"], bytes([byte]))
 
 
@@ -101,7 +101,7 @@ def test_a_byte_that_no_target_may_hold_is_refused_anywhere(byte: int) -> None:
         b".", b"..", b"%2e", b"%2E%2e", b".%2e", b"%2e.", b"a%2fb", b"a%2Fb", b"a%5cb", b"%5C", b"%00", b"%0d%0a",
         b"%1f", b"%7f", b"%c0%af", b"%C0%AE", b"%c1%9c", b"%252e", b"%252F", b"%255c", b"%2500", b"..;", b".;x=1",
         b"..;a;b", b"%", b"%4", b"%g0", b"%u002e", b"%%32e",
-        # A second decoding, however the first one is spelt.
+        # A second decoding, whatever the spelling of the first.
         b"%25%32%65", b"%252%65", b"%25%32e", b"%25%32f", b"%25%35c", b"%25%30%30",
         # Cutting off a parameter after decoding.
         b"..%3b", b".%3Bx", b"..%3bx=1",
@@ -115,7 +115,7 @@ def test_a_path_that_another_server_may_read_differently_is_refused(segment: byt
 
 @pytest.mark.parametrize("sent", [b"//b.example/admin", b"//", b"http://a.example//b.example/admin"])
 def test_a_target_that_could_name_another_host_is_refused(sent: bytes) -> None:
-    """`//b/admin` is host b and path /admin for everything that resolves it as a reference, RFC 3986 section 4.2."""
+    """`//b/admin` is host b and path /admin if it is resolved as a reference, RFC 3986 section 4.2."""
     assert not accepts(sent)
 
 

@@ -1,4 +1,4 @@
-"""The route table: what it matches, and that no spelling of a path leads around it."""
+"""The route table: matching, and that no spelling of a path bypasses it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_first_match_wins(patterns: tuple[str, ...], first: str) -> None:
         "GET /{rest..}", "GET /é", "GET /a\n", "GET http://a/b", "*/a", "** /a",
     ],
 )  # fmt: skip
-def test_what_is_no_pattern_is_refused_at_the_start(pattern: str) -> None:
+def test_invalid_pattern_is_rejected_at_start(pattern: str) -> None:
     with pytest.raises(InvalidPatternError):
         table(pattern)
 
@@ -130,7 +130,7 @@ def test_a_path_has_the_reading_of_a_lenient_server(path: bytes, reading: bytes)
         (b"/admin//x", "refused"),
         (b"/admin;v=1/x", "refused"),
         (b"/admin%3bv/x", "refused"),
-        (b"/x/../admin/x", "* /{rest...}"),  # never comes here: see the tests of targets
+        (b"/x/../admin/x", "* /{rest...}"),  # never reaches the route table: see the tests of targets
     ],
 )
 def test_a_narrow_route_is_not_evaded_by_spelling_its_path_otherwise(path: bytes, name: str) -> None:
@@ -158,7 +158,7 @@ def readings(path: bytes) -> set[bytes]:
 @example(b"/a/;")
 @example(b"%61/;x")
 @settings(max_examples=500)
-def test_all_readings_of_a_matched_path_meet_the_same_route(tail: bytes) -> None:
+def test_all_readings_of_a_matched_path_match_the_same_route(tail: bytes) -> None:
     name = matched(table("GET /a/{id}", "GET /b", "* /{rest...}"), b"/" + tail)
     if name != "refused":
         assert {taken_literally(reading) for reading in readings(b"/" + tail)} == {name}
@@ -171,13 +171,13 @@ def taken_literally(path: bytes) -> str:
 
 
 @given(st.lists(st.sampled_from([b"/a", b"/b", b"/a/1", b"/%61", b"//a", b"/c"]), max_size=12))
-def test_what_was_matched_before_changes_no_match(paths: list[bytes]) -> None:
+def test_cached_matches_do_not_affect_others(paths: list[bytes]) -> None:
     patterns = ("GET /a", "GET /b", "GET /a/{id}")
     used = table(*patterns)
     assert [matched(used, path) for path in paths] == [matched(table(*patterns), path) for path in paths]
 
 
-def test_paths_are_remembered_up_to_a_bound() -> None:
+def test_path_cache_is_bounded() -> None:
     routes_ = table("GET /{id}")
     sizes = []
     for number in range(10_000):
@@ -187,7 +187,7 @@ def test_paths_are_remembered_up_to_a_bound() -> None:
     assert routes_._remembered
 
 
-def test_a_long_path_is_not_remembered() -> None:
+def test_long_path_is_not_cached() -> None:
     routes_ = table("GET /{id}")
     routes_.match(b"GET", b"/" + b"a" * 30_000)
     assert sum(len(path) for _, path in routes_._remembered) < 4096

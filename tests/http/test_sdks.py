@@ -1,4 +1,4 @@
-"""What the vendors' own SDKs make of our refusals: their users' `except RateLimitError` has to work."""
+"""The vendors' SDKs handle refusals: `except RateLimitError` of their users has to work."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def refused(reason: Reason, shape: str) -> Answer:
 
 
 class Counting:
-    """A server that counts the requests it gets."""
+    """A server that counts its requests."""
 
     def __init__(self, server: Server) -> None:
         self.requests = 0
@@ -69,7 +69,7 @@ class Counting:
 
 
 def with_default_retries(server: Server, shape: str) -> tuple[type[Exception], Callable[[], object]]:
-    """The exception of a status, and a call that raises it, of a client that retries as its vendor has it."""
+    """The exception for a status, and a call that raises it, with the default retries of the SDK."""
     http = httpx2.Client(transport=httpx2.MockTransport(server))
     if shape == "openai":
         client = openai.OpenAI(api_key="k", base_url="http://proxy/v1", http_client=http)
@@ -106,7 +106,7 @@ def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
 
 
 @pytest.mark.parametrize("shape", ["openai", "anthropic"])
-def test_an_sdk_with_default_retries_comes_back_when_requests_in_flight_reserve_the_window(shape: str) -> None:
+def test_an_sdk_with_default_retries_retries_when_requests_in_flight_reserve_the_window(shape: str) -> None:
     refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT, retry_after_seconds=1, is_held=True)
     server = Counting(answering(Problems(spent_status=402).answer(refusal, "r-1", shape)))
     error, call = with_default_retries(server, shape)
@@ -138,21 +138,21 @@ def test_the_anthropic_sdk_raises_its_rate_limit_error(reason: Reason) -> None:
     assert caught.value.response.headers["Retry-After"] == "30"
 
 
-def test_a_request_that_can_never_fit_is_a_permission_that_both_sdks_see_denied() -> None:
+def test_request_that_can_never_fit_raises_permission_denied_in_both_sdks() -> None:
     reason = Reason.TOKEN_LIMIT_PER_REQUEST
     with (
         ask_openai(answering(refused(reason, "openai"))) as client,
-        pytest.raises(openai.PermissionDeniedError, match="more tokens than one request"),
+        pytest.raises(openai.PermissionDeniedError, match="more tokens than the plan allows per request"),
     ):
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}])
     with (
         ask_anthropic(answering(refused(reason, "anthropic"))) as other,
-        pytest.raises(anthropic.PermissionDeniedError, match="more tokens than one request"),
+        pytest.raises(anthropic.PermissionDeniedError, match="more tokens than the plan allows per request"),
     ):
         other.messages.create(model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}])
 
 
-def test_the_openai_sdk_gives_what_came_and_raises_when_a_stream_is_cut() -> None:
+def test_the_openai_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = Problems().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "openai")
     heard: list[str | None] = []
     with ask_openai(streaming(CHUNK + last)) as client:
@@ -164,7 +164,7 @@ def test_the_openai_sdk_gives_what_came_and_raises_when_a_stream_is_cut() -> Non
     assert caught.value.type == "rate_limit_error"
 
 
-def test_the_anthropic_sdk_gives_what_came_and_raises_when_a_stream_is_cut() -> None:
+def test_the_anthropic_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = Problems().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "anthropic")
     heard: list[str] = []
     with ask_anthropic(streaming(MESSAGE_START + last)) as client:

@@ -1,4 +1,4 @@
-"""Messages are signed as Standard Webhooks says."""
+"""Messages are signed according to Standard Webhooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 def test_a_message_is_signed_with_its_id_and_its_time() -> None:
-    # The example of the reference implementations, whose signature they all make.
+    # The example of the reference implementations, with the signature that all of them produce.
     signed = webhook_signature.headers(
         webhook_signature.key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
     )
@@ -28,7 +28,7 @@ def test_a_message_is_signed_with_its_id_and_its_time() -> None:
 @pytest.mark.parametrize(
     ("message_id", "wall_seconds", "body"), [("rem_2", 1, b"{}"), ("rem_1", 2, b"{}"), ("rem_1", 1, b"{} ")]
 )
-def test_whatever_is_altered_alters_the_signature(message_id: str, wall_seconds: int, body: bytes) -> None:
+def test_any_change_alters_the_signature(message_id: str, wall_seconds: int, body: bytes) -> None:
     key = webhook_signature.key_of(SECRET)
     right = webhook_signature.headers(key, "rem_1", 1, b"{}")["Webhook-Signature"]
     assert webhook_signature.headers(key, message_id, wall_seconds, body)["Webhook-Signature"] != right

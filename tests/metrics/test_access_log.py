@@ -87,7 +87,7 @@ def test_a_line_names_the_policy_of_the_limit_that_refused(logged: Logged) -> No
     assert (line["code"], line["detail"], line["policy"]) == ("quota_exhausted", None, "user.requests_per_day")
 
 
-def test_a_request_that_was_answered_has_neither(logged: Logged) -> None:
+def test_relayed_request_has_neither_policy_nor_detail(logged: Logged) -> None:
     line = line_of(logged, ended(head_of()))
     assert not {"detail", "policy"} & set(line)
 
@@ -99,7 +99,7 @@ def test_a_request_that_was_answered_has_neither(logged: Logged) -> None:
         "hunter22 is no number", "sk-proj-abcdefghijklmnopqrstuvwx is no number",
     ],
 )  # fmt: skip
-def test_no_detail_holds_a_key_or_a_part_of_one(logged: Logged, detail: str) -> None:
+def test_no_detail_contains_a_key_or_a_part_of_one(logged: Logged, detail: str) -> None:
     head = head_of(f"Authorization: Api-Key {KEY}", "X-Api-Key: hunter22")
     line = line_of(logged, ended(head, reason=Reason.REQUEST_MALFORMED, detail=detail))
     assert "***" in line["detail"]
@@ -113,7 +113,7 @@ def test_a_detail_is_one_line_of_bounded_length_whatever_it_is_made_of(logged: L
     assert line["detail"].startswith("\\udcff\nno no")
 
 
-# -- whose request it was
+# -- the client of a request
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_detail_is_one_line_of_bounded_length_whatever_it_is_made_of(logged: L
         ("", ["198.51.100.7"], "198.51.100.7"),
     ],
 )
-def test_the_client_is_the_rightmost_address_that_no_trusted_proxy_has(
+def test_client_is_the_rightmost_untrusted_address(
     logged: Logged, peer: str, forwarded: list[str], client: str | None
 ) -> None:
     one = ended(head_of(*(f"X-Forwarded-For: {value}" for value in forwarded)))
@@ -153,11 +153,11 @@ def test_the_client_is_the_rightmost_address_that_no_trusted_proxy_has(
     assert line_of(logged, one)["client"] == client
 
 
-def test_a_request_whose_head_could_not_be_read_is_its_peer_s(logged: Logged) -> None:
+def test_client_of_an_unparsable_request_is_the_peer(logged: Logged) -> None:
     assert line_of(logged, ended(reason=Reason.REQUEST_MALFORMED))["client"] == "192.0.2.9"
 
 
-def test_hops_are_remembered_within_a_bound() -> None:
+def test_hop_cache_is_bounded() -> None:
     rule = TrustRule(["10.0.0.0/8"])
     forwarding = rule.forwarding("10.0.0.1", is_tls=False)
     for number in range(5_000):

@@ -1,4 +1,4 @@
-"""Lines of several workers on one pipe: a pipe keeps 4,096 bytes together, so no line may be cut by more."""
+"""Lines of several workers on one pipe: writes of up to 4,096 bytes are atomic, so longer ones must not split lines."""
 
 from __future__ import annotations
 

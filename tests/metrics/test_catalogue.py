@@ -114,7 +114,7 @@ def series(text: str, name: str) -> dict[tuple[str, ...], float]:
 # -- from 0 on
 
 
-def test_every_refusal_is_there_from_0_on_with_who_has_to_act() -> None:
+def test_every_refusal_starts_at_0_with_its_blame() -> None:
     before = series(page(), "keyproxy_refusals_total")
     assert before == {(reason.value.blame.value, reason.code): 0.0 for reason in Reason}
     after = series(page(exchange(reason=Reason.INTERNAL_ERROR)), "keyproxy_refusals_total")
@@ -140,7 +140,7 @@ async def test_the_ledger_counts_every_policy_from_0_on() -> None:
     assert ledger.refusals == dict.fromkeys(POLICIES, 0)
 
 
-def test_no_policy_of_a_plan_is_missing_in_what_is_counted_from_0_on() -> None:
+def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
     plan = Plan(
         rate=1.0,
         concurrency=1,
@@ -162,7 +162,7 @@ def test_no_policy_of_a_plan_is_missing_in_what_is_counted_from_0_on() -> None:
         assert names == {policy for policy in POLICIES if policy.startswith(f"{kind}.")}
 
 
-def test_what_was_there_from_0_on_stays_over_workers_that_come_and_go() -> None:
+def test_series_that_start_at_0_survive_worker_restarts() -> None:
     fleet = Fleet(lambda: {"ready": 2}, lambda: 0)
     first, second = page(exchange(reason=Reason.KEY_INVALID)), page()
     merged = series(fleet.render([first, second]).decode(), "keyproxy_refusals_total")
@@ -215,7 +215,7 @@ def test_a_code_and_a_status_that_end_in_two_ways_are_one_series_of_requests() -
         ({"body_wait_seconds": 0.5, "connection_wait_seconds": 0.25}, 0.25),
     ],
 )
-def test_overhead_is_our_own_time(waits: dict[str, float], overhead: float) -> None:
+def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhead: float) -> None:
     text = page(exchange(seconds=waits))
     assert series(text, "keyproxy_overhead_seconds_sum") == {(): pytest.approx(overhead)}
     waited = waits.get("connection_wait_seconds", 0.0)
@@ -327,7 +327,7 @@ def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None
     "path", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "config.example.toml"]),
     ids=lambda path: path.name,
 )  # fmt: skip
-def test_every_metric_that_is_named_somewhere_is_there(path: Path) -> None:
+def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
     known = {row[0].strip("`") for rows in tables().values() for row in rows}
     histograms = {row[0].strip("`") for rows in tables().values() for row in rows if row[1] == "histogram"}
     known |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
@@ -343,7 +343,7 @@ def test_every_metric_that_is_named_somewhere_is_there(path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
 @pytest.mark.parametrize("kind", ["proxy", "proxy before anything", "workers", "admin"])
-def test_promtool_finds_nothing_wrong(kind: str) -> None:
+def test_promtool_reports_no_problems(kind: str) -> None:
     pages: dict[str, Callable[[], str]] = {
         "proxy": populated, "proxy before anything": page, "admin": admin_page,
         "workers": lambda: Fleet(lambda: {"ready": 1}, lambda: 1).render([populated(), page()]).decode(),

@@ -28,7 +28,7 @@ keyproxy_limit_refusals_total{{policy="user.rate"}} {requests}
 
 
 def page(requests: int, *, going: int = 0, up: int = 1, lag: float = 0.0) -> str:
-    """What one worker tells."""
+    """The page of one worker."""
     return PAGE.format(requests=requests, open=going, up=up, lag=lag)
 
 
@@ -43,11 +43,11 @@ def values(text: bytes) -> dict[str, float]:
 
 
 def fleet() -> Fleet:
-    """A fleet of two, of which one was started again."""
+    """A fleet of two workers, one of them restarted."""
     return Fleet(lambda: {"ready": 2}, lambda: 1)
 
 
-def test_what_is_counted_is_summed_and_what_is_a_state_is_the_worst() -> None:
+def test_counters_are_summed_and_states_show_the_worst() -> None:
     told = values(fleet().render([page(3, going=1, lag=0.5), page(4, going=2, up=0, lag=0.25)]))
     assert told["keyproxy_requests_total"] == 7
     assert told["keyproxy_request_seconds_count"] == 7
@@ -60,7 +60,7 @@ def test_what_is_counted_is_summed_and_what_is_a_state_is_the_worst() -> None:
     assert told["keyproxy_worker_restarts_total"] == 1
 
 
-def test_what_a_worker_counted_stays_when_it_has_ended_and_its_gauges_go() -> None:
+def test_counters_of_an_exited_worker_stay_and_its_gauges_go() -> None:
     several = fleet()
     several.ended(page(5, going=9))
     several.ended(page(6, going=9))
@@ -69,7 +69,7 @@ def test_what_a_worker_counted_stays_when_it_has_ended_and_its_gauges_go() -> No
         assert (told["keyproxy_requests_total"], told["keyproxy_open_requests"]) == (12, 1)
 
 
-def test_without_any_worker_what_was_counted_is_told_all_the_same() -> None:
+def test_counters_are_exported_even_without_workers() -> None:
     several = fleet()
     several.ended(page(5))
     assert values(several.render([]))["keyproxy_requests_total"] == 5

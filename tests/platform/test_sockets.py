@@ -1,4 +1,4 @@
-"""Sockets as they are bound: modes of unix sockets, ports that are shared and that are not."""
+"""Bound sockets: modes of unix sockets, shared and exclusive ports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keyproxy.platform import sockets
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """In a short path: a socket's is bounded."""
+    """A short path, since the length of a socket path is bounded."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as name:
         yield Path(name)
 
@@ -33,7 +33,7 @@ def test_a_unix_socket_has_its_mode_whatever_the_umask(directory: Path, mode: in
 
 
 def test_a_unix_socket_is_never_wider_than_its_mode(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even between the making of its file and the change of its mode, which is what is cut out here."""
+    """Not even between the creation of its file and the chmod, which the test disables."""
     monkeypatch.setattr(Path, "chmod", lambda *_: None)
     before = os.umask(0)
     try:
@@ -43,7 +43,7 @@ def test_a_unix_socket_is_never_wider_than_its_mode(directory: Path, monkeypatch
         os.umask(before)
 
 
-def test_a_port_that_is_not_shared_is_refused_beside_one_that_is(directory: Path) -> None:
+def test_exclusive_bind_to_a_shared_port_is_refused(directory: Path) -> None:
     with contextlib.closing(sockets.bind("127.0.0.1:0")) as shared:
         shared.listen()
         address = sockets.told(shared)

@@ -1,4 +1,4 @@
-"""The ops listener holds so many connections and no more, and a probe gets one whatever others do."""
+"""The ops listener bounds its connections, and a probe always gets one."""
 
 from __future__ import annotations
 

@@ -442,7 +442,7 @@ def test_readiness_reports_expired_leases_after_missing_responses_but_not_after_
         told.append(check_ledger(parts))
     assert {check.verdict for check in told} == {Verdict.DEGRADED}
     assert [check.reason.partition(":")[0] for check in told] == [
-        "limits are spent from leases until they lapse", "leases have lapsed", "leases have lapsed",
+        "requests use existing leases until they expire", "leases have expired", "leases have expired",
     ]  # fmt: skip
     assert conversation.lasting.defects > 50
     flaw.left = 0
