@@ -60,7 +60,7 @@ def read(texts: Sequence[str]) -> Granted:
     scopes = list(dict.fromkeys(text for text in texts if not text.startswith(_TENANT)))
     unknown = [text for text in scopes if text not in set(Scope)]
     if unknown:
-        raise InvalidScopes(f"{unknown[0]!r} is no scope; there are {', '.join(Scope)} and tenant:ID")
+        raise InvalidScopes(f"{unknown[0]!r} is not a scope; the scopes are {', '.join(Scope)} and tenant:ID")
     if len(tenants) > 1:
         raise InvalidScopes("a token is bound to one tenant at most")
     if not scopes:

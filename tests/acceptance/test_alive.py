@@ -167,7 +167,7 @@ async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it
 #: (what is changed, what is told of it)
 MISTAKES = [
     (("listen", "worker = 2"), "listen.worker: no such key"),
-    (("listen", "workers = 2"), "listen.workers: one process does not become several"),
+    (("listen", "workers = 2"), "listen.workers: a reload cannot change between one worker and several"),
     (("listen", 'tls_certificate_file = "/nowhere.pem"'), "/nowhere.pem"),
     (("listen", 'trusted_proxies = ["nonsense"]'), "trusted_proxies"),
     (("listen", 'address = "192.0.2.1:80"'), "cannot listen on 192.0.2.1:80"),

@@ -48,8 +48,8 @@ async def test_provisioning_says_what_the_contract_says(site: Site) -> None:
         (("key", "revoke", "key_x"), 1, "there is no key 'key_x'"),
         (("tenant", "delete", "nobody", "--yes"), 1, "there is no tenant 'nobody'"),
         (("tenant", "create", "two words"), 1, "id"),
-        (("key", "issue", "--user", "u", "--scope", "jobs:*"), 2, "no scope"),
-        (("key", "issue", "--user", "u", "--expires-in", "soon"), 2, "no duration"),
+        (("key", "issue", "--user", "u", "--scope", "jobs:*"), 2, "not a scope"),
+        (("key", "issue", "--user", "u", "--expires-in", "soon"), 2, "not a duration"),
         (("key", "issue"), 2, "--user"),
         (("tenants",), 2, "No such command"),
     ],
@@ -176,7 +176,7 @@ async def test_a_store_that_cannot_be_reached_is_told_in_one_line_without_its_pa
     output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp").run(*arguments, "--json")
     assert (output.status, output.out) == (1, "")
     assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("keyproxy: the store cannot be asked: ")
+    assert output.err.startswith("keyproxy: the database is unavailable: ")
     assert "hunter2" not in output.err
 
 

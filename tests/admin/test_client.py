@@ -200,7 +200,7 @@ async def test_a_dry_run_in_parts_says_that_it_is_one(api: Api) -> None:
         await client.import_keys(keys[:1000], dry_run=True)
         assert list(client.warnings) == []
         assert (await client.import_keys(keys, dry_run=True)).imported == 1001
-        assert list(client.warnings) == ["a dry run through the admin API judges each 1,000 keys by themselves"]
+        assert list(client.warnings) == ["a dry run through the admin API checks each batch of 1,000 keys separately"]
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
@@ -275,5 +275,5 @@ async def test_a_token_that_may_not_is_told_so_and_a_server_that_is_away_is_no_a
         with pytest.raises(Denied, match=r"needs admin:write \(insufficient_scope\)"):
             await client.create_tenant("acme", "")
     async with RemoteDirectory("http://127.0.0.1:1", "x") as client:
-        with pytest.raises(StoreUnavailable, match="the admin API does not answer"):
+        with pytest.raises(StoreUnavailable, match="the admin API does not respond"):
             await client.tenants("", 10)

@@ -122,7 +122,7 @@ async def test_a_token_that_was_made_on_the_host_opens_the_api_until_it_is_revok
 @pytest.mark.parametrize(
     ("scopes", "said"),
     [
-        (["keys:*"], "no scope; there are admin:read"),
+        (["keys:*"], "not a scope; the scopes are admin:read"),
         (["tenant:acme"], "may do nothing"),
         (["keys:read", "tenant:a", "tenant:b"], "one tenant at most"),
         (["keys:read", "tenant:"], "the id of a tenant"),
@@ -247,8 +247,8 @@ async def test_commands_that_know_nothing_but_the_api_go_through_it(host: Host) 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "needs a token"),
-        (["tenant", "list", "--admin-url", "ftp://a"], "is no URL"),
+        (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "requires a token"),
+        (["tenant", "list", "--admin-url", "ftp://a"], "is not a valid URL"),
     ],
 )
 def test_an_admin_url_without_a_token_or_that_is_none_is_misuse(arguments: list[str], said: str) -> None:

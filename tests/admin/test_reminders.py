@@ -502,7 +502,7 @@ async def test_the_command_lists_what_is_due_sends_it_and_says_what_was_not_rece
     receiver.statuses = [500]
     status, told, err = await run()
     assert (status, told) == (1, {"sent": 0, "failed": 1, "given_up": 0})
-    assert err.splitlines()[-1].startswith("keyproxy: not all reminders were received")
+    assert err.splitlines()[-1].startswith("keyproxy: some reminders were not delivered")
     _, listed, _ = await run("--dry-run")
     assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver answers 500")]
     Path(config).write_text(f"[store]\ndsn = {json.dumps(dsn)}")
