@@ -272,7 +272,7 @@ async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: A
 async def test_a_token_that_may_not_is_told_so_and_a_server_that_is_away_is_no_answer(api: Api) -> None:
     async with RemoteDirectory(api.url, await api.token("keys:read")) as client:
         assert await client.tenants("", 10) == []
-        with pytest.raises(Denied, match=r"needs admin:write \(insufficient_scope\)"):
+        with pytest.raises(Denied, match=r"required scope is admin:write \(insufficient_scope\)"):
             await client.create_tenant("acme", "")
     async with RemoteDirectory("http://127.0.0.1:1", "x") as client:
         with pytest.raises(StoreUnavailable, match="the admin API does not respond"):

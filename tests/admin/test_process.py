@@ -139,7 +139,7 @@ async def test_without_any_token_it_does_not_start_off_loopback(host: Host) -> N
     host.configure(address="0.0.0.0:0")
     output = await host.run("admin")
     assert (output.status, output.out) == (2, "")
-    assert "is not loopback, and there is no token" in output.err
+    assert "is not loopback, and no admin token exists" in output.err
     assert len(output.err.splitlines()) == 1
 
 

@@ -204,7 +204,7 @@ async def test_waits_between_attempts_grow_within_a_bound_and_end(
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 9
     assert reminding.total == Outcome(sent=0, failed=9, given_up=1)
-    assert f"the reminder of key {key['id']} is given up: the receiver answers 503" in caplog.text
+    assert f"reminder of key {key['id']} abandoned: the receiver responded with status 503" in caplog.text
 
 
 async def test_a_receiver_that_is_gone_is_asked_no_more(
@@ -223,7 +223,7 @@ async def test_silence_and_a_refused_connection_are_failures_that_are_told(
     receiver.on_request = silence.wait
     reminding.attempt_seconds = 0.1
     assert await reminding.turn(receiver.terms) == Outcome(failed=1)
-    assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "no answer within 0.1 s"
+    assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "timeout: no response within 0.1 s"
     await _later(sql)
     nobody = Terms(f"http://127.0.0.1:{free_port()}/", SECRET, DAYS)
     assert await reminding.turn(nobody) == Outcome(failed=1)
@@ -313,7 +313,7 @@ async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_
         "UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.api_keys WHERE id = $1)", key
     )
     assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
-    assert f"the reminder of key {key} is given up: it has expired; the receiver answers 500" in caplog.text
+    assert f"reminder of key {key} abandoned: already expired; the receiver responded with status 500" in caplog.text
     assert await reminding.turn(receiver.terms) == Outcome()
 
 
@@ -418,11 +418,11 @@ async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
     assert [(row["token"], row["key"]) for row in await reminding.reminders.waiting(9)] == [(token, None)]
-    assert f"the reminder of admin token {token} was not received, attempt 1" in caplog.text
+    assert f"reminder of admin token {token} failed, attempt 1" in caplog.text
     await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now()")
     await sql.execute("UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.admin_tokens)")
     assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
-    assert f"the reminder of admin token {token} is given up: it has expired" in caplog.text
+    assert f"reminder of admin token {token} abandoned: already expired" in caplog.text
 
 
 # -- the command, and processes that die
@@ -504,7 +504,7 @@ async def test_the_command_lists_what_is_due_sends_it_and_says_what_was_not_rece
     assert (status, told) == (1, {"sent": 0, "failed": 1, "given_up": 0})
     assert err.splitlines()[-1].startswith("keyproxy: some reminders were not delivered")
     _, listed, _ = await run("--dry-run")
-    assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver answers 500")]
+    assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver responded with status 500")]
     Path(config).write_text(f"[store]\ndsn = {json.dumps(dsn)}")
     assert (await run())[0] == 2
 
