@@ -31,8 +31,8 @@ _IF_NONE_MATCH: Final = {
 }  # fmt: skip
 _IDEMPOTENCY_KEY: Final = {
     "name": "Idempotency-Key", "in": "header",
-    "description": "Repeated with the same key within 24 hours, a request is not executed again; the response is the same, "
-    "with each `secret` null.",
+    "description": "A request repeated with the same key within 24 hours is not executed again. It gets the same "
+    "response, with each `secret` null.",
     "schema": {"type": "string", "pattern": '^[!#-~]{1,255}$'},
 }  # fmt: skip
 
