@@ -1,4 +1,4 @@
-"""Real processes, a real PostgreSQL, load, and what may happen to them: the upstream's own count beside the ledger's.
+"""Real processes, a real PostgreSQL, load and faults: compares the upstream's own count with the ledger's.
 
 `make crash` runs it longer: KEYPROXY_TEST_CRASH_SECONDS.
 """
@@ -63,7 +63,7 @@ async def test_whatever_dies_sleeps_or_is_cut_off_nothing_is_overspent_and_nothi
 
 
 async def _storm(fleet: Fleet, sql: asyncpg.Connection, requests: int, tokens: int) -> None:
-    """Load, everything that may happen, and a look at the ledger all the while."""
+    """Load and all faults, with continuous checks of the ledger."""
     now = asyncio.get_running_loop().time
     ends = now() + SECONDS
     clients = [asyncio.create_task(fleet.load(ends)) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""The lifecycle by commands: plans, rotation, revocation, leaks, the audit log. In this process, so that it is quick."""
+"""The lifecycle by commands: plans, rotation, revocation, leaks, the audit log. In this process, for speed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.acceptance.conftest import Output, Site
 
 
 class _Terminal(io.TextIOWrapper):
-    """A stdin that a person types into."""
+    """A stdin that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Shell:
-    """Runs commands in this process, as `main` does for a program whose stdin is no terminal."""
+    """Runs commands in this process, as `main` does when stdin is not a terminal."""
 
     def __init__(self, config: Path, capture: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._config = config
@@ -44,13 +44,13 @@ class Shell:
         return Output(status, out, err)
 
     def told(self, *arguments: str, stdin: str = "") -> Any:
-        """Run one command that has to succeed and say nothing but its JSON."""
+        """Run one command that must succeed and print only its JSON."""
         output = self.run(*arguments, "--json", stdin=stdin)
         assert (output.status, output.err) == (0, "")
         return output.json
 
     def refused(self, *arguments: str, status: int = 1, stdin: str = "") -> str:
-        """Run one command that has to fail and say why in one line; the line."""
+        """Run one command that must fail with one line of error; returns the line."""
         output = self.run(*arguments, stdin=stdin)
         assert (output.status, output.out) == (status, "")
         if status == 1:
@@ -141,7 +141,7 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
     ],
 )
 @pytest.mark.usefixtures("key")
-def test_what_cannot_be_done_is_told_with_its_status(
+def test_errors_have_a_message_and_an_exit_status(
     shell: Shell, arguments: tuple[str, ...], status: int, sentence: str
 ) -> None:
     assert sentence in shell.refused(*arguments, status=status)
@@ -174,7 +174,7 @@ def test_what_is_created_with_a_plan_has_it(shell: Shell) -> None:
 # -- disabled, rotated, revoked
 
 
-def test_who_is_disabled_is_enabled_again(shell: Shell, key: dict[str, Any]) -> None:
+def test_a_disabled_user_can_be_enabled(shell: Shell, key: dict[str, Any]) -> None:
     for kind, name in (("tenant", "acme"), ("user", "u_42")):
         assert shell.told(kind, "disable", name)["disabled_at"] is not None
         assert shell.told("key", "show", key["id"])["state"] == "disabled"
@@ -197,7 +197,7 @@ def test_a_key_is_rotated_with_grace(shell: Shell, key: dict[str, Any]) -> None:
     assert "was revoked" in shell.refused("key", "rotate", last["id"])
 
 
-def test_the_grace_is_a_day_if_nothing_is_said(shell: Shell, key: dict[str, Any]) -> None:
+def test_the_default_grace_is_a_day(shell: Shell, key: dict[str, Any]) -> None:
     assert abs(_seconds_until(shell.told("key", "rotate", key["id"])["old_expires_at"]) - 86_400) < 60
 
 
@@ -205,7 +205,7 @@ def test_the_grace_is_a_day_if_nothing_is_said(shell: Shell, key: dict[str, Any]
 
 
 @pytest.mark.parametrize("by", ["key", "digest on stdin", "digest"])
-def test_a_leaked_key_is_revoked_and_it_is_said_whose_it_was(shell: Shell, key: dict[str, Any], by: str) -> None:
+def test_a_leaked_key_is_revoked_and_its_owner_printed(shell: Shell, key: dict[str, Any], by: str) -> None:
     digest = hashlib.sha256(key["secret"].encode()).hexdigest()
     stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
     options = ("--digest", digest) if by == "digest" else ()
@@ -399,16 +399,14 @@ def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[
     assert shell.told("audit", "list", "--tenant", "acme", "--since", "1h", "--action", "delete") != []
 
 
-def test_the_audit_log_is_exported_whole_and_goes_on_where_it_stopped(
-    shell: Shell, tmp_path: Path, key: dict[str, Any]
-) -> None:
+def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path: Path, key: dict[str, Any]) -> None:
     printed = shell.run("audit", "export").out.splitlines()
     assert [json.loads(line)["entity"] for line in printed] == ["tenant", "user", "key"]
     file = tmp_path / "audit.jsonl"
     assert shell.run("audit", "export", "--output", str(file)).err == f"keyproxy: 3 rows added to {file}\n"
     assert file.read_text("utf-8").splitlines() == printed
     shell.told("key", "revoke", key["id"])
-    # The last row was written in part when the run before was interrupted.
+    # The previous run was interrupted while it wrote the last row.
     with file.open("a", encoding="utf-8") as cut_off:
         cut_off.write('{"id":99,"at"')
     assert shell.run("audit", "export", "--output", str(file)).status == 0
@@ -428,7 +426,7 @@ def test_a_file_that_is_no_export_is_left_as_it_is(shell: Shell, tmp_path: Path,
 # -- for people
 
 
-def test_shells_are_told_how_to_complete(shell: Shell) -> None:
+def test_completion_scripts_are_printed_for_each_shell(shell: Shell) -> None:
     for name in ("bash", "zsh", "fish"):
         output = cli.main(["completion", name])
         assert output == 0
@@ -583,7 +581,7 @@ def test_help_is_shown_once_if_there_is_no_command(group: list[str], capsys: pyt
     assert "Error" not in out + err
 
 
-def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
+def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
     shell: Shell, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""What a supervisor and a worker say to each other arrives whole, in order, and their ends are noticed."""
+"""Messages between a supervisor and a worker arrive complete and in order, and both detect the other's exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keyproxy.process.control_channel import Order
 from keyproxy.process.reload import ReloadError
 from keyproxy.process.worker_pool import Worker, WorkerPool
 
-#: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
+#: Configurations: empty; with characters that break JSON or lines; larger than a socket buffer.
 TEXTS = ["", '[listen]\nname = "hü \u2028 \\ \x00"\r\n', "# long\n" * 200_000]
 
 Pair = tuple[socket.socket, socket.socket]

@@ -1,4 +1,4 @@
-"""`keyproxy serve` beside a real PostgreSQL: what a black-box driver can see."""
+"""`keyproxy serve` with a real PostgreSQL, as a black-box client sees it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_a_key_made_by_the_command_line_is_let_through_with_its_identity(s
         ("TRUNCATE keyproxy.tenants CASCADE", "api_key_invalid"),
     ],
 )
-async def test_a_change_by_any_sql_client_is_in_force_within_a_second(
+async def test_a_change_by_any_sql_client_takes_effect_within_a_second(
     configure: Configure, dsn: str, statement: str, code: str
 ) -> None:
     site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]}])
@@ -135,7 +135,7 @@ async def test_it_starts_without_a_store_refuses_strangers_and_recovers(configur
     server.stop()
 
 
-async def test_readiness_fails_and_says_why_while_the_upstream_is_down(site: Site) -> None:
+async def test_readiness_fails_with_a_reason_while_the_upstream_is_down(site: Site) -> None:
     async with site.serving():
         await site.upstream.stop()
 
@@ -249,7 +249,7 @@ async def test_last_use_is_written_within_seconds_and_changes_nothing_else(site:
         ({"store": {"dsn": "postgresql://127.0.0.1:1/x"}}, 1, "cannot be reached"),
     ],
 )
-async def test_a_mistake_is_told_in_one_line_that_says_what_to_do(
+async def test_a_startup_error_is_one_line_with_a_remedy(
     configure: Configure, dsn: str, tables: dict[str, dict[str, str]], status: int, sentence: str
 ) -> None:
     output = await configure(dsn, **tables).run("migrate")
@@ -258,7 +258,7 @@ async def test_a_mistake_is_told_in_one_line_that_says_what_to_do(
     assert sentence in output.err
 
 
-async def test_a_schema_that_is_not_there_is_told_with_the_command_that_makes_it(
+async def test_a_missing_schema_is_reported_with_the_command_that_creates_it(
     configure: Configure, empty_dsn: str
 ) -> None:
     output = await configure(empty_dsn).run("serve")
@@ -266,7 +266,7 @@ async def test_a_schema_that_is_not_there_is_told_with_the_command_that_makes_it
     assert "keyproxy migrate" in output.err
 
 
-async def test_a_port_that_is_another_program_s_is_told(site: Site) -> None:
+async def test_a_port_in_use_is_reported(site: Site) -> None:
     with socket.create_server(("127.0.0.1", site.proxy_port)):
         output = await site.run("serve")
     assert output.status == 1

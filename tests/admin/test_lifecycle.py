@@ -1,4 +1,4 @@
-"""Each act of the lifecycle through the API: what it answers, what it changes, and what the audit log says of it."""
+"""Each operation of the lifecycle through the API: its response, its effect, and its audit rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_no_first_key_is_issued_if_none_is_wanted(api: Api) -> None:
 @pytest.mark.parametrize(
     ("wanted", "days"), [({}, 90), ({"expires_in_seconds": 86_400}, 1), ({"expires_in_seconds": None}, None)]
 )
-async def test_a_key_lives_as_long_as_was_said_or_as_configured(
+async def test_a_key_has_the_requested_or_the_configured_lifetime(
     api: Api, wanted: dict[str, int | None], days: int | None
 ) -> None:
     await api.user()
@@ -55,7 +55,7 @@ async def test_a_key_lives_as_long_as_was_said_or_as_configured(
         assert _seconds_until(key["expires_at"]) == pytest.approx(days * 86_400, abs=60)
 
 
-async def test_a_secret_is_told_once_and_never_again(api: Api) -> None:
+async def test_a_secret_is_shown_only_once(api: Api) -> None:
     await api.user()
     secret = (await api.done("POST", "/v1/keys", {"user": "u_1"}))["secret"]
     rotated = (await api.done("GET", "/v1/keys"))["items"]
@@ -202,7 +202,7 @@ async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> 
     assert (renamed["before"]["name"], renamed["after"]["name"], renamed["changed"]) == ("", "Acme", ["name"])
 
 
-async def test_the_audit_log_is_exported_whole_and_goes_on_where_it_ended(api: Api) -> None:
+async def test_the_audit_log_is_exported_completely_and_resumes(api: Api) -> None:
     for number in range(30):
         await api.directory.create_tenant(f"t_{number}", "")
     first = (await api.call("GET", "/v1/audit/export?entity=tenant")).body.splitlines()

@@ -1,4 +1,4 @@
-"""How requests are read and answered: bodies, queries, pages, versions, repetitions, methods, bounds."""
+"""Handling of requests: bodies, queries, pages, versions, repetitions, methods, bounds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ from tests.admin.conftest import Api
         ([], "body", "valid dictionary"),
     ],
 )
-async def test_a_body_that_means_nothing_is_refused_with_what_is_wrong(
-    api: Api, content: object, field: str, said: str
-) -> None:
+async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, said: str) -> None:
     await api.user()
     reply = await api.call("POST", "/v1/keys", content)
     assert (reply.status, reply.code) == (422, "invalid")
@@ -62,7 +60,7 @@ async def test_a_body_that_cannot_be_read_is_refused(api: Api, raw: bytes, code:
     assert (await api.call("POST", "/v1/tenants", data=raw)).code == code
 
 
-async def test_a_body_is_json_and_says_so(api: Api) -> None:
+async def test_a_body_must_be_json_with_its_content_type(api: Api) -> None:
     reply = await api.call("POST", "/v1/tenants", data=b'{"id": "a"}', headers={"Content-Type": "text/plain"})
     assert (reply.status, reply.code) == (415, "media_type_not_supported")
 
@@ -88,7 +86,7 @@ async def test_a_query_that_means_nothing_is_refused(api: Api, query: str, field
     assert reply.json["errors"][0]["field"] == field
 
 
-async def test_what_nobody_can_be_called_is_not_found(api: Api) -> None:
+async def test_an_impossible_id_is_not_found(api: Api) -> None:
     for path in ("/v1/users/%00", "/v1/users/a%20b", "/v1/users/%C3%A9", "/v1/nothing", "/v1/users/a/b"):
         reply = await api.call("GET", path)
         assert (reply.status, reply.code) == (404, "not_found"), path
@@ -150,7 +148,7 @@ async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: 
     assert (await api.call(method, path, change, headers={"If-Match": "no tag"})).code == "request_malformed"
 
 
-async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> None:
+async def test_a_plan_is_written_only_if_its_precondition_holds(api: Api) -> None:
     body: dict[str, object] = {"limits": {}}
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": "*"})).code == "outdated"
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": '"x"'})).code == "outdated"
@@ -158,7 +156,7 @@ async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> N
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-None-Match": "*"})).code == "outdated"
 
 
-async def test_of_many_who_make_a_plan_that_has_to_be_new_one_does(api: Api) -> None:
+async def test_of_concurrent_requests_that_require_a_new_plan_one_succeeds(api: Api) -> None:
     wanted = [
         api.call("PUT", "/v1/plans/a", {"limits": {"concurrency": number}}, headers={"If-None-Match": "*"})
         for number in range(8)
@@ -201,7 +199,7 @@ async def test_a_key_that_came_with_another_request_is_refused(api: Api) -> None
     reply = await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers)
     assert (reply.status, reply.code) == (422, "idempotency_key_reused")
     assert (await api.call("POST", "/v1/users", {"id": "a", "tenant": "a"}, headers=headers)).status == 422
-    # Another token's keys are its own.
+    # Idempotency keys are separate for each token.
     other = await api.token("admin:write")
     assert (await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers, token=other)).status == 201
 
@@ -224,7 +222,7 @@ async def test_of_the_same_request_sent_many_times_at_once_one_is_done(api: Api)
 
 
 async def test_what_fails_after_its_change_changes_nothing(api: Api, dsn: str) -> None:
-    """The answer cannot be kept: neither the key nor its audit row counts."""
+    """The response cannot be stored: neither the key nor its audit row is committed."""
     await api.user()
     connection = await asyncpg.connect(dsn)
     try:
@@ -245,7 +243,7 @@ async def test_an_idempotency_key_is_one_word(api: Api, key: str) -> None:
     assert reply.code == "request_malformed"
 
 
-async def test_head_says_what_get_would_and_options_what_there_is(api: Api) -> None:
+async def test_head_matches_get_and_options_lists_the_methods(api: Api) -> None:
     await api.user()
     got, headed = await api.call("GET", "/v1/users/u_1"), await api.call("HEAD", "/v1/users/u_1")
     assert (headed.status, headed.body) == (200, b"")
@@ -302,7 +300,7 @@ async def test_no_refusal_repeats_a_key_that_was_given_where_something_else_belo
             assert private[:24].encode() not in reply.body
 
 
-async def test_a_store_that_cannot_be_asked_is_no_answer(api: Api) -> None:
+async def test_an_unavailable_store_is_a_503(api: Api) -> None:
     await api.database.close()
     for method, path in (("GET", "/v1/tenants"), ("DELETE", "/v1/tenants/a")):
         reply = await api.call(method, path)
@@ -327,7 +325,7 @@ async def test_what_is_no_request_is_refused_and_not_logged(
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(raw % (secret.encode(), b"a" * 70_000))
-        # What is not read any more may be reset.
+        # The server may reset a connection whose input it no longer reads.
         with contextlib.suppress(ConnectionResetError):
             assert (await reader.readline()).split()[1] == b"400"
     finally:
@@ -365,7 +363,7 @@ async def test_a_number_that_is_too_large_is_reported_as_such(
     assert "a number is too large" in endless.json["detail"]
 
 
-async def test_a_plan_is_changed_limit_by_limit_and_created_if_it_is_not_there(api: Api) -> None:
+async def test_a_plan_is_changed_limit_by_limit_and_created_if_missing(api: Api) -> None:
     made = await api.call("PATCH", "/v1/plans/p", {"limits": {"rate": 5, "burst": 9}})
     assert (made.status, made.json["created"], made.json["limits"]) == (201, True, {"rate": 5.0, "burst": 9})
     changed = await api.call("PATCH", "/v1/plans/p", {"limits": {"burst": None, "concurrency": 3}})
