@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class RefusedToStart(Exception):
-    """The admin API does not start with this configuration. The text says why."""
+    """The admin API does not start with this configuration. The text is the reason."""
 
 
 class Admin:

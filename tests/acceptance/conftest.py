@@ -99,7 +99,7 @@ class Site:
     async def key(
         self, user: str = "u_42", *, scopes: Sequence[str] = (), is_test: bool = False, tenant: str = "acme"
     ) -> dict[str, Any]:
-        """A key of a user, who is created if missing. Created as the commands do it, without a subprocess."""
+        """A key of a user; creates the user if missing. Created as the commands do it, without a subprocess."""
         database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
         await database.open()
         try:

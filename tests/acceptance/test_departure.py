@@ -269,7 +269,7 @@ def test_health_loads_none_of_the_libraries_that_take_long() -> None:
     assert result.stdout.strip() == ""
 
 
-# -- who may
+# -- access control
 
 
 #: Connects as another user to each name in its arguments, and prints the responses.

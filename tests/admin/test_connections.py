@@ -117,7 +117,7 @@ async def test_a_client_beyond_the_bound_is_refused_and_the_others_continue(data
             assert b'"code":"overloaded"' in result
             assert (b"\r\nDate: " in result, b"\r\nX-Request-Id: " in result) == (True, True)
             async with _connected(api) as (reader, _):
-                assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
+                assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that sends nothing"
             held[0][1].write(b" " * 99)
             assert b" 400 " in await _answer(held[0][0])
             held[1][1].close()

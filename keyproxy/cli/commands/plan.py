@@ -18,7 +18,7 @@ _COLUMNS: Final = ("id", *LIMITS)
 _NONE: Final = "none"
 _NUMBER = re.compile(r"[0-9]+")
 _HELP: Final = {
-    "burst": "Maximum burst of requests above the rate. [one second of the rate]",
+    "burst": "Burst size in requests; requires a rate. [one second of the rate]",
     "concurrency": "Maximum number of requests in flight.",
     "requests_per_day": "Requests per calendar day, UTC.",
     "requests_per_month": "Requests per calendar month, UTC.",
@@ -59,7 +59,7 @@ def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("plan")
 def plan_group() -> None:
-    """Manage plans: named sets of limits for tenants, users and keys."""
+    """Manage plans: named sets of limits."""
 
 
 @plan_group.command("set")

@@ -86,9 +86,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
 
 
 @usage_group.command("windows", short_help="Show the state of a user's and its tenant's limits.")
-@click.option(
-    "--user", required=True, metavar="USER", help="The user whose limits, and whose tenant's limits, to show."
-)
+@click.option("--user", required=True, metavar="USER", help="Show the limits of this user and its tenant.")
 @click.option("--test", "is_test", is_flag=True, help="Show the limits of test traffic.")
 @takes_call
 def usage_windows(call: Call, user: str, *, is_test: bool) -> None:

@@ -40,7 +40,7 @@ _file_argument = click.argument(
     "--older-than", callback=span, metavar="TIME", help="Only keys issued longer ago than this, such as 365d."
 )
 @click.option("--unused", callback=span, metavar="TIME", help="Only keys not used for this long, such as 30d.")
-@click.option("--reason", default="", help="The reason, kept with the key and in the audit log.")
+@click.option("--reason", default="", help="The reason, kept with the keys.")
 @click.option("--dry-run", is_flag=True, help="Only count the keys; revoke nothing.")
 @yes_option
 @takes_call

@@ -153,7 +153,7 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
 @key_group.command("rotate")
 @_id_argument
 @click.option("--grace", "left", default="24h", show_default=True, callback=grace, metavar="TIME",
-              help="How long the old key keeps working; 0s: revoke it now.")  # fmt: skip
+              help="How long the old key keeps working; 0s: it stops immediately.")  # fmt: skip
 @click.option("--expires-in", callback=duration, metavar="TIME", help="The new key's lifetime. [keys.age_days_max]")
 @takes_call
 def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta | str | None) -> None:
@@ -172,7 +172,7 @@ def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta |
 
 @key_group.command("revoke")
 @_id_argument
-@click.option("--reason", default="", help="The reason, kept with the key and in the audit log.")
+@click.option("--reason", default="", help="The reason, kept with the key.")
 @click.option("--yes", is_flag=True, hidden=True)
 @takes_call
 def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:

@@ -24,7 +24,7 @@ _COLUMNS: Final = (
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Only list reminders that would be sent, including those that failed and are due for a retry.",
+    help="Only list the reminders to send, including failed ones that will be retried.",
 )
 @config_option
 @json_option
