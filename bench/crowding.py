@@ -136,7 +136,7 @@ async def held(port: int, attack: Attack, over: asyncio.Event) -> None:
 
 
 async def ask(port: int, secret: str) -> int:
-    """The status of one request on a connection of its own; 0 if there is none."""
+    """The status of one request on its own connection; 0 if there is no response."""
     writer = None
     try:
         async with asyncio.timeout(10):

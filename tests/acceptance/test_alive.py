@@ -198,7 +198,7 @@ async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site)
         await said(site, "another configuration is in force")
 
 
-async def test_workers_change_all_or_none_and_those_that_start_later_are_like_the_others(
+async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
     configure: Configure, dsn: str, tmp_path: Path
 ) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))

@@ -106,7 +106,7 @@ async def test_help_has_examples(site: Site) -> None:
         assert text in output.out
 
 
-async def test_what_is_made_is_shown_listed_and_deleted(site: Site) -> None:
+async def test_created_objects_are_shown_listed_and_deleted(site: Site) -> None:
     await site.told("tenant", "create", "acme", "--name", "Acme Ltd")
     bare = await site.told("user", "create", "u_1", "--tenant", "acme", "--no-key")
     assert (bare["key"], bare["tenant"]) == (None, "acme")

@@ -150,7 +150,7 @@ async def test_a_certificate_without_its_key_is_reported(
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-async def test_before_migrate_every_command_asks_for_it(configure: Configure, empty_dsn: str, is_old: bool) -> None:
+async def test_every_command_requires_migrate_first(configure: Configure, empty_dsn: str, is_old: bool) -> None:
     site = configure(empty_dsn)
     if is_old:
         await site.run("migrate")

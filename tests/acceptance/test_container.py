@@ -133,7 +133,7 @@ def pins(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_it_serves_where_nothing_can_be_written(configure: Configure, dsn: str, workers: int) -> None:
+async def test_it_serves_on_a_read_only_file_system(configure: Configure, dsn: str, workers: int) -> None:
     if not can_be_read_only():
         pytest.skip("no mount namespace can be made here")
     site = configure(dsn, listen={"workers": workers})

@@ -27,7 +27,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Usage-Tokens: %d\r\n\r\nok
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(1_000_000, 10**9), (500, 2_800)])
-async def test_whatever_dies_sleeps_or_is_cut_off_nothing_is_overspent_and_nothing_is_lost(
+async def test_crashes_pauses_and_partitions_overspend_and_lose_nothing(
     configure: Configure, dsn: str, requests: int, tokens: int
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:

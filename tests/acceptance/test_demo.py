@@ -103,7 +103,7 @@ def played(stage: Stage) -> Output:
     return asyncio.run(stage.once())
 
 
-def test_it_succeeds_and_has_nothing_to_complain_of(played: Output) -> None:
+def test_it_succeeds_without_warnings(played: Output) -> None:
     assert (played.status, played.err) == (0, "")
     assert f"All {len(STEPS)} steps passed." in played.out
     assert "FAILED" not in played.out
@@ -119,7 +119,7 @@ def test_the_steps_are_printed_in_order(played: Output) -> None:
         assert "\n   ok\n" in text
 
 
-def test_nothing_of_what_a_worker_claims_to_be_arrives(played: Output) -> None:
+def test_no_identity_header_of_a_worker_reaches_the_upstream(played: Output) -> None:
     (claimed,) = re.findall(r"claims to be another user\n(.*)\n(.*)\n", played.out)
     assert "u_root" in claimed[0]
     assert "evil" in claimed[0]
@@ -141,7 +141,7 @@ def test_the_output_names_the_commands_for_calls_metrics_and_health(played: Outp
     assert "Ctrl-C" not in played.out
 
 
-def test_one_secret_is_shown_once_and_none_is_kept(stage: Stage, played: Output) -> None:
+def test_one_secret_is_shown_once_and_none_is_stored(stage: Stage, played: Output) -> None:
     (shown,) = SECRET.findall(played.out)
     kept = [path for path in stage.data.rglob("*") if path.is_file()]
     assert {"access.log", "demo.toml", "server.log"} <= {path.name for path in kept}
@@ -151,15 +151,13 @@ def test_one_secret_is_shown_once_and_none_is_kept(stage: Stage, played: Output)
         assert path.is_relative_to(stage.data / "pgdata") or not SECRET.search(content.decode()), path
 
 
-async def test_it_leaves_no_process_and_nothing_but_its_data_directory(stage: Stage, played: Output) -> None:
+async def test_it_leaves_no_process_and_only_its_data_directory(stage: Stage, played: Output) -> None:
     assert played.status == 0
     await stage.is_left_alone()
     assert stage.data.stat().st_mode & 0o777 == 0o700
 
 
-async def test_a_second_run_stays_up_beside_others_keeps_its_promises_and_ends_with_ctrl_c(
-    stage: Stage, played: Output
-) -> None:
+async def test_a_second_run_coexists_with_other_proxies_and_stops_with_ctrl_c(stage: Stage, played: Output) -> None:
     assert played.status == 0
     with contextlib.ExitStack() as taken:
         for port in (8080, 9090):

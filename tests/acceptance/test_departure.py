@@ -254,7 +254,7 @@ async def test_health_with_a_configuration_that_cannot_be_used_is_misused(site: 
     assert "listen.port: no such key" in result.err
 
 
-def test_health_loads_none_of_the_libraries_that_take_long() -> None:
+def test_health_imports_no_slow_library() -> None:
     import subprocess
 
     heavy = "asyncio, asyncpg, aiohttp, uvloop, click, pydantic, orjson, prometheus_client, redis, httptools"
@@ -294,7 +294,7 @@ def unnamed_sockets() -> set[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
-async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(configure: Configure, dsn: str) -> None:
+async def test_another_user_can_neither_drain_a_proxy_nor_query_its_workers(configure: Configure, dsn: str) -> None:
     site = configure(dsn, listen={"workers": 2})
     before = unnamed_sockets()
     async with site.serving() as process:
@@ -314,7 +314,7 @@ async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(config
         assert process.returncode is None
 
 
-def test_a_name_that_another_user_made_is_not_taken_for_a_proxy() -> None:
+def test_a_socket_name_of_another_user_is_not_mistaken_for_a_proxy() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("\0keyproxy/1/serve/not-a-name")
         sock.listen()

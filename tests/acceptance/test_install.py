@@ -61,7 +61,7 @@ async def run(installed: Path, cwd: Path, *arguments: str) -> Output:
     return Output(process.returncode or 0, out.decode(), err.decode())
 
 
-def test_the_example_is_printed_as_it_stands_at_the_top_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_example_is_the_file_in_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "example"]) == 0
     assert capsys.readouterr().out == EXAMPLE
 

@@ -164,7 +164,7 @@ def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, k
 
 
 @pytest.mark.usefixtures("key")
-def test_what_is_created_with_a_plan_has_it(shell: Shell) -> None:
+def test_objects_created_with_a_plan_have_it(shell: Shell) -> None:
     shell.told("plan", "set", "basic", "--requests-per-day", "5")
     assert shell.told("tenant", "create", "other", "--plan", "basic")["plan"] == "basic"
     assert shell.told("user", "create", "u_1", "--tenant", "acme", "--plan", "basic")["plan"] == "basic"
@@ -333,7 +333,7 @@ def test_keys_are_listed_by_use_age_and_expiry(shell: Shell, key: dict[str, Any]
     assert shell.told("key", "stale", "--unused", "30d") == []
 
 
-def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, key: dict[str, Any]) -> None:
+def test_a_scope_that_no_route_requires_causes_a_warning(shell: Shell, site: Site, key: dict[str, Any]) -> None:
     with site.config.open("a", encoding="utf-8") as file:
         file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
     output = shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:wirte", "--json")
@@ -416,7 +416,7 @@ def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path
 
 
 @pytest.mark.parametrize("content", ["notes\n", "no newline", '{"id":1}\nnotes'])
-def test_a_file_that_is_no_export_is_left_as_it_is(shell: Shell, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_an_export_is_left_unchanged(shell: Shell, tmp_path: Path, content: str) -> None:
     file = tmp_path / "notes"
     file.write_text(content)
     assert "not an audit log row" in shell.refused("audit", "export", "--output", str(file))
@@ -598,7 +598,7 @@ def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
     ]  # fmt: skip
 
 
-def test_roles_are_made_once_and_named(shell: Shell) -> None:
+def test_roles_are_created_once_and_named(shell: Shell) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
     names = [f"{prefix}_proxy", f"{prefix}_admin"]
     assert shell.told("migrate", "--roles", prefix)["roles_made"] == names

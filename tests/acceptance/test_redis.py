@@ -13,7 +13,7 @@ from tests.store.redis_server import RedisServer, program
 LIMIT = 120
 
 
-async def test_a_redis_that_dies_forgets_and_comes_back_old_overspends_nothing_and_needs_no_restart_of_a_proxy(
+async def test_a_redis_that_crashes_or_loses_data_overspends_nothing_and_requires_no_proxy_restart(
     configure: Configure, dsn: str
 ) -> None:
     server_program = program("valkey")

@@ -19,7 +19,7 @@ from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, Site, until
 
 
-async def test_a_key_made_by_the_command_line_is_let_through_with_its_identity(site: Site) -> None:
+async def test_a_key_from_the_command_line_is_accepted_with_its_identity(site: Site) -> None:
     await site.told("tenant", "create", "acme")
     await site.told("user", "create", "u_42", "--tenant", "acme", "--no-key")
     key = await site.told("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:read")
@@ -68,7 +68,7 @@ async def test_a_change_by_any_sql_client_takes_effect_within_a_second(
     await connection.close()
 
 
-async def test_a_key_that_was_unknown_works_within_a_second_of_being_made(site: Site, dsn: str) -> None:
+async def test_an_unknown_key_works_within_a_second_of_its_creation(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)
     row = await connection.fetchrow("DELETE FROM keyproxy.api_keys RETURNING *")
@@ -227,7 +227,7 @@ async def test_which_requests_are_logged_changes_with_the_configuration(configur
     assert {line["code"] for line in site.log()} == {"api_key_invalid"}
 
 
-async def test_last_use_is_written_within_seconds_and_changes_nothing_else(site: Site, dsn: str) -> None:
+async def test_last_use_is_written_within_seconds_without_other_changes(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)
     async with site.serving():

@@ -195,7 +195,7 @@ async def test_secrets_lost_on_a_full_disk_are_issued_again_and_used_keys_stay(s
 
 @needs_full
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_a_full_stdout_costs_log_lines_and_nothing_else(configure: Configure, dsn: str, workers: int) -> None:
+async def test_a_full_stdout_loses_only_log_lines(configure: Configure, dsn: str, workers: int) -> None:
     site = configure(dsn, listen={"workers": workers})
     secret = (await site.key())["secret"]
     with FULL.open("wb") as full:

@@ -119,7 +119,7 @@ async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_o
     await replica.close()
 
 
-async def test_a_proxy_that_starts_on_a_standby_trusts_none_of_it_and_finds_the_primary(
+async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_primary(
     configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
 ) -> None:  # fmt: skip
     primary, second = servers

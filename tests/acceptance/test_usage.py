@@ -89,7 +89,7 @@ async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was
     assert window["spent"] + window["held"] >= reached
 
 
-async def test_a_used_up_quota_is_explained_as_it_is_refused(configure: Configure, dsn: str) -> None:
+async def test_an_exhausted_quota_is_explained_as_it_is_refused(configure: Configure, dsn: str) -> None:
     site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs"}])
     key = await site.key()
     await site.told("plan", "set", "two", "--requests-per-day", "2", "--rate", "100/s")

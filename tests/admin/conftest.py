@@ -158,7 +158,7 @@ async def dsn(common_dsn: str) -> str:
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
 ) -> AsyncIterator[Api]:  # fmt: skip
-    """An admin API on a port of its own, over this database."""
+    """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)

@@ -69,7 +69,7 @@ async def test_every_request_needs_a_working_token(api: Api, shown: str | None, 
     assert reply.headers["WWW-Authenticate"].startswith("Bearer ")
 
 
-async def test_every_endpoint_asks_for_a_token_before_anything_else(api: Api) -> None:
+async def test_every_endpoint_checks_the_token_first(api: Api) -> None:
     for endpoint in ENDPOINTS:
         api.now[0] += 60
         reply = await api.call(endpoint.method, _path(endpoint, "x"), data=b"{broken", token=None)
@@ -90,7 +90,7 @@ async def test_a_token_works_until_it_expires_or_is_revoked_or_its_tenant_is_dis
     assert (await api.call("GET", "/v1/token", token=bound)).code == "account_disabled"
 
 
-async def test_a_token_is_kept_as_its_digest_and_its_life_is_audited(api: Api) -> None:
+async def test_a_token_is_stored_as_its_digest_and_its_changes_are_audited(api: Api) -> None:
     secret = await api.token("keys:read")
     (token,) = await api.tokens.tokens("", 10)
     assert token["last_used_at"] is None
@@ -198,7 +198,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     assert await _all_of(api, "other") == before
 
 
-async def test_a_bound_token_imports_digests_for_users_of_its_tenant_and_learns_nothing_of_others(api: Api) -> None:
+async def test_a_tenant_token_imports_digests_for_its_users_and_learns_nothing_of_others(api: Api) -> None:
     other = await _two_tenants(api)
     bound = await api.token("keys:write", "users:write", tenant="acme")
     digest = hashlib.sha256(other.secret.encode()).hexdigest()

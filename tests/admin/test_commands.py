@@ -135,7 +135,7 @@ async def test_each_change_of_a_key_is_in_the_audit_log_with_its_actor(run: Run,
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
-async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history(
+async def test_an_export_resumes_after_its_last_row_but_not_in_another_history(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:
     file = tmp_path / "audit.jsonl"
@@ -164,9 +164,7 @@ async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history
         assert file.read_text() == text
 
 
-async def test_an_export_that_was_begun_before_rows_had_a_role_goes_on(
-    run: Run, api: Api, dsn: str, tmp_path: Path
-) -> None:
+async def test_an_export_from_before_rows_had_a_role_resumes(run: Run, api: Api, dsn: str, tmp_path: Path) -> None:
     file = tmp_path / "audit.jsonl"
     await api.user()
     client = await asyncpg.connect(dsn)

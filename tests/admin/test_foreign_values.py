@@ -203,7 +203,7 @@ async def test_any_sum_of_usage_is_read(api: Api, sql: asyncpg.Connection, day: 
 @pytest.mark.parametrize("events", ["null", "[]", "{}", "[1]", "[[]]", '[[1e300, "", [], 0, 0, 0, 0, 0, false]]', '"x"',
                                     '["\\ud800"]', '[[0, "\\ud800", [1,2,3,4,5,6,7,8], 0, 0, 0, 0, 0, false]]',
                                     '[["a", null, [1,2,3,4,5,6,7,8], 0, 0, "x", 0, 0, false]]'])  # fmt: skip
-async def test_usage_events_that_are_none_are_passed_over(api: Api, sql: asyncpg.Connection, events: str) -> None:
+async def test_invalid_usage_events_are_skipped(api: Api, sql: asyncpg.Connection, events: str) -> None:
     await sql.execute("SELECT keyproxy.make_event_days()")
     good = '[1800000000000, "r", ["acme", "u_1", "key_1", "live", "GET /", "GET", 200, ""], 1, 1, 1, null, null, false]'
     for batch, content in enumerate((events, f"[{good}]"), start=1):

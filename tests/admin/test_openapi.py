@@ -88,7 +88,7 @@ async def test_the_document_and_its_page_need_no_token(api: Api) -> None:
         assert f"id='{endpoint.name}'" in page.body.decode()
 
 
-async def test_the_page_loads_nothing_and_its_policy_allows_nothing_but_its_style(api: Api) -> None:
+async def test_the_page_loads_nothing_and_its_policy_allows_only_its_style(api: Api) -> None:
     page = await api.call("GET", "/docs", token=None)
     text, policy = page.body.decode(), page.headers["Content-Security-Policy"]
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)

@@ -98,7 +98,7 @@ def host(tmp_path: Path, dsn: str) -> Host:
     return host
 
 
-async def test_a_token_that_was_made_on_the_host_opens_the_api_until_it_is_revoked(host: Host) -> None:
+async def test_a_token_created_on_the_host_works_until_it_is_revoked(host: Host) -> None:
     made = await host.run("admin", "token", "create", "--name", "ann", "--scope", "admin:read", "--json")
     assert made.status == 0, made.err
     token = made.json
@@ -231,7 +231,7 @@ async def test_a_certificate_that_cannot_be_used_keeps_the_process_from_starting
     )
 
 
-async def test_commands_that_know_nothing_but_the_api_go_through_it(host: Host) -> None:
+async def test_commands_without_a_database_use_the_admin_api(host: Host) -> None:
     file = host.directory / "token"
     file.write_text(TOKEN)
     host.configure(token_file=str(file))

@@ -77,7 +77,7 @@ class Receiver:
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on a port of its own."""
+    """A receiver on its own port."""
     receiver, app = Receiver(), web.Application()
     app.router.add_post("/{path:.*}", receiver.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -317,7 +317,7 @@ async def test_a_key_that_ended_before_its_reminder_was_delivered_is_logged(
     assert await reminding.turn(receiver.terms) == Outcome()
 
 
-async def test_a_reminder_has_its_id_again_in_a_database_that_was_restored(
+async def test_a_reminder_has_the_same_id_in_a_restored_database(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
@@ -549,7 +549,7 @@ async def test_metrics_are_for_tokens_that_may_read_them_and_see_all_tenants(api
     assert (await api.call("GET", "/metrics", token=await api.token("admin:read"))).status == 200
 
 
-async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> None:
+async def test_metrics_report_an_unavailable_store_and_no_stale_values(api: Api) -> None:
     await api.database.close()
     page = (await api.call("GET", "/metrics")).body.decode()
     assert "keyproxy_store_up 0.0" in page

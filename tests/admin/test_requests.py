@@ -36,7 +36,7 @@ async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: obj
     assert said in reply.json["errors"][0]["detail"]
 
 
-async def test_a_suggestion_is_made_inside_of_nested_values_too(api: Api) -> None:
+async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:
     reply = await api.call("PUT", "/v1/plans/basic", {"limits": {"request_per_day": 5, "rate": "fast"}})
     result = {error["field"]: error["detail"] for error in reply.json["errors"]}
     assert result["body.limits.request_per_day"] == "unknown field; did you mean requests_per_day?"
@@ -80,7 +80,7 @@ async def test_a_body_must_be_json_with_its_content_type(api: Api) -> None:
         ("sort=age", "query.sort"),
     ],
 )
-async def test_a_query_that_means_nothing_is_refused(api: Api, query: str, field: str) -> None:
+async def test_an_invalid_query_is_refused(api: Api, query: str, field: str) -> None:
     reply = await api.call("GET", f"/v1/keys?{query}")
     assert (reply.status, reply.code) == (422, "invalid")
     assert reply.json["errors"][0]["field"] == field
@@ -167,7 +167,7 @@ async def test_of_concurrent_requests_that_require_a_new_plan_one_succeeds(api: 
     assert (await api.done("GET", "/v1/plans/a"))["limits"] == made.json["limits"]
 
 
-async def test_a_request_that_is_sent_again_has_the_same_answer_and_is_done_once(api: Api) -> None:
+async def test_a_repeated_request_gets_the_same_response_and_is_executed_once(api: Api) -> None:
     await api.user()
     headers = {"Idempotency-Key": '"7d5c"'}
     first = await api.call("POST", "/v1/keys", {"user": "u_1"}, headers=headers)
@@ -180,7 +180,7 @@ async def test_a_request_that_is_sent_again_has_the_same_answer_and_is_done_once
     assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
 
 
-async def test_no_secret_is_kept_with_an_answer(api: Api, dsn: str) -> None:
+async def test_no_secret_is_stored_with_a_response(api: Api, dsn: str) -> None:
     await api.directory.create_tenant("acme", "")
     made = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, headers={"Idempotency-Key": "a-secret"})
     await api.done("POST", "/v1/leaked-keys", {"key": made["key"]["secret"]}, headers={"Idempotency-Key": "b"})
@@ -221,7 +221,7 @@ async def test_of_the_same_request_sent_many_times_at_once_one_is_done(api: Api)
     assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
 
 
-async def test_what_fails_after_its_change_changes_nothing(api: Api, dsn: str) -> None:
+async def test_a_failure_after_the_change_rolls_it_back(api: Api, dsn: str) -> None:
     """The response cannot be stored: neither the key nor its audit row is committed."""
     await api.user()
     connection = await asyncpg.connect(dsn)
@@ -255,7 +255,7 @@ async def test_head_matches_get_and_options_lists_the_methods(api: Api) -> None:
     assert "PATCH" in wrong.headers["Allow"]
 
 
-async def test_every_answer_has_an_id_and_is_kept_by_no_cache(api: Api) -> None:
+async def test_every_response_has_an_id_and_is_not_cacheable(api: Api) -> None:
     for path in ("/v1/tenants", "/v1/nothing", "/docs", "/openapi.json", "/livez", "/v1/audit/export"):
         reply = await api.call("GET", path)
         assert len(reply.headers["X-Request-Id"]) == 32
