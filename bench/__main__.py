@@ -1,7 +1,7 @@
-"""`make bench`: what keyproxy costs per request, beside other proxies, in one run.
+"""`make bench`: CPU per request of keyproxy and other proxies, measured in one run.
 
-All peers stand before the same nginx, take the same load from wrk (keep-alive, a JSON POST of 90 bytes with a key), with
-one worker each, in turn and several times. Figures are medians over the rounds; a ratio is the median of the rounds'
+All peers proxy the same nginx and get the same load from wrk (keep-alive, a JSON POST of 90 bytes with a key), with one
+worker each, in turn and several times. Figures are medians over the rounds; a ratio is the median of the rounds'
 ratios, so that a machine whose speed drifts does not distort it.
 """
 
@@ -29,7 +29,7 @@ _COMPILED = "keyproxy, compiled"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the comparison and print its tables. 0 if wrk was there to run it."""
+    """Run the comparison and print its tables. Returns 0 if wrk is installed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="of load per peer and round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -78,7 +78,7 @@ def compare(ours: Site, options: argparse.Namespace) -> None:
             for peer in chosen:
                 url = f"http://127.0.0.1:{ports[peer.name]}{peer.path}"
                 warm = 1.0 if number == 1 else 0.0
-                # Asked for now: a worker may have been started after its parent had begun to listen.
+                # List the processes now: a worker may have started after its parent began to listen.
                 measured = family(pids[peer.name][0])
                 result = load.run(url, scripts[peer.name], measured, seconds=options.seconds, warm_seconds=warm)
                 if result.refused:
@@ -88,7 +88,7 @@ def compare(ours: Site, options: argparse.Namespace) -> None:
 
 
 def misses(ours: Site, options: argparse.Namespace) -> None:
-    """The table of what a known key does not cost: a first look-up, and a stranger's refusal."""
+    """The table of costs that a known key avoids: a first lookup, and the refusal of an unknown key."""
     rows = []
     known = ours.home / "known.txt"
     known.write_text("\n".join(ours.keys(options.keys)) + "\n", encoding="ascii")
@@ -118,7 +118,7 @@ def misses(ours: Site, options: argparse.Namespace) -> None:
 
 
 def _builds(ours: Site, options: argparse.Namespace) -> list[Peer]:
-    """Both builds; with --limits each once more, its requests under windows of their key, their user and their tenant."""
+    """Both builds; with --limits each again, with windows on the key, the user and the tenant."""
     python = Path(options.compiled) / "bin" / "python"
     missing = "" if python.exists() else f"{options.compiled} (make compiled)"
     builds = [
@@ -137,7 +137,7 @@ def _builds(ours: Site, options: argparse.Namespace) -> list[Peer]:
 
 
 def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:
-    """Our CPU over another's, round by round: the median, and how far the rounds lie apart."""
+    """keyproxy's CPU relative to a peer's by round: the median and the range."""
     pairs = zip(mine, others, strict=True)
     ratios = [one.cpu_microseconds / max(other.cpu_microseconds, 1e-9) for one, other in pairs]
     return f"{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -1,4 +1,4 @@
-"""The plain reverse proxy that one would write with aiohttp: its low-level server in front of its client."""
+"""A minimal reverse proxy with aiohttp: its low-level server in front of its client."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the identity cache costs: memory per key, and how a known key fares while strangers flood in.
+"""The identity cache: memory per key, and lookup time of a known key under a flood of unknown keys.
 
-Run as `python -m bench.cache`. A real PostgreSQL, the real cache, in one process without a wire.
+Run as `python -m bench.cache`. A real PostgreSQL and the real cache, in one process without sockets.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ async def _measure(dsn: str, keys: int, strangers: int) -> None:
         await _ask(store, "stranger", start, min(start + _BATCH, strangers))
         seconds += _looks(store, keys, 200)
     sizes = store.identities.sizes()
-    print(f"known key, among strangers:  {_told(seconds)}")
-    print(f"after {strangers} strangers: {sizes['known']} known and {sizes['unknown']} unknown keys are cached")
+    print(f"known key, with a flood:     {_told(seconds)}")
+    print(f"after {strangers} unknown keys: {sizes['known']} known and {sizes['unknown']} unknown keys are cached")
     await store.close()
 
 
@@ -90,7 +90,7 @@ async def fill(dsn: str, keys: int) -> None:
 
 
 async def _ask(store: Store, kind: str, start: int, end: int) -> None:
-    """Have these keys brought into the cache, side by side."""
+    """Load these keys into the cache concurrently."""
 
     async def one(presented: KeyDigest) -> None:
         try:
@@ -104,7 +104,7 @@ async def _ask(store: Store, kind: str, start: int, end: int) -> None:
 
 
 def _looks(store: Store, keys: int, times: int) -> list[float]:
-    """How long looking up a known key takes, in seconds, so often."""
+    """Lookup times of known keys in seconds, one per lookup."""
     digests = [digest("key", number * 7919 % keys) for number in range(times)]
     taken = []
     for one in digests:
@@ -116,7 +116,7 @@ def _looks(store: Store, keys: int, times: int) -> list[float]:
 
 
 def digest(kind: str, number: int) -> KeyDigest:
-    """What a key of this kind is looked up by."""
+    """The digest of a key of this kind."""
     return KeyDigest(hashlib.sha256(f"{kind}{number}".encode()).digest())
 
 

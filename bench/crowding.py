@@ -1,6 +1,6 @@
 """`python -m bench.crowding`: the effect of one client that occupies every connection on the others.
 
-One client, with or without a key, takes all it can get in one way after the other; meanwhile a second user sends five
+One client, with or without a key, occupies as much as it can in several ways in turn; meanwhile a second user sends five
 requests per second, each on a new connection. A row has the number and duration of its successful requests. The last rows
 are clients that read a large response slowly: how much of it they received.
 """
@@ -27,7 +27,7 @@ from bench.site import machine, site
 _POOL = 64
 _CONNECTIONS = 500
 
-#: More than there are connections to the upstream.
+#: More than the number of upstream connections.
 _ATTACKERS = 96
 
 _LARGE = 64 << 20
@@ -136,7 +136,7 @@ async def held(port: int, attack: Attack, over: asyncio.Event) -> None:
 
 
 async def ask(port: int, secret: str) -> int:
-    """The status of one request on a connection of its own; 0 if there is none."""
+    """The status of one request on its own connection; 0 if there is no response."""
     writer = None
     try:
         async with asyncio.timeout(10):
@@ -181,9 +181,9 @@ async def crowd(port: int, name: str, attack: Attack, *, victim: str, seconds: f
 
 
 async def read_slowly(port: int, secret: str, per_second: int, seconds: float) -> None:
-    """Read a large answer at a steady pace; 8 MiB at once before, so that the kernels have made their buffers large."""
+    """Read a large response at a steady pace, after 8 MiB at full speed so that the kernels grow their buffers."""
     sock = socket.socket()
-    # What its own kernel holds for it hides for long from a client that its connection was reset.
+    # Data in the client's receive buffer delays the moment when it notices a reset.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 131_072)
     sock.setblocking(False)
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
@@ -221,7 +221,7 @@ async def show(port: int, secrets: Sequence[str], options: argparse.Namespace) -
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Play all attacks before one proxy and print a table."""
+    """Run all attacks against one proxy and print a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.crowding", description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each attack")
     parser.add_argument("--reading-seconds", type=float, default=120.0, help="for the slow readers")

@@ -1,7 +1,7 @@
-"""The compute server of the metered regime: answers whatever is asked with a stream of events as LLM servers send them.
+"""The compute server of the metered regime: responds to every request with a stream of events, as LLM servers do.
 
-Run as `python -m bench.events PORT`. Each event is written on its own and in a turn of its own; the last one but the end
-says what was used.
+Run as `python -m bench.events PORT`. Each event is written separately, in its own turn of the loop; the
+second to last contains the usage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             for event in _PRODUCED:
                 writer.write(event)
                 await asyncio.sleep(0)
-            # Who does not ask for it is not told, as it is with those whose answers these are.
+            # Usage is sent only on request, as LLM servers do.
             writer.write(_USED + _DONE if b"include_usage" in body else _DONE)
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):

@@ -1,9 +1,9 @@
-"""How many leases a second the ledger's backends carry, and what each costs whom.
+"""Leases per second of the ledger's backends, and their CPU cost by process.
 
-Run as `python -m bench.ledger`. Each holder is a process, as a proxy is; it tells what it used of some users' windows and
-asks for more of each, one message after another, as fast as they are answered. All holders draw on the same users. The
-servers are real, PostgreSQL with fsync as it is installed. Holders and servers share this machine's cores, so that it is
-the CPU per lease, each process' own, that says how far a server scales.
+Run as `python -m bench.ledger`. Each holder is a process, like a proxy; it reports its usage of some users' windows and
+requests more of each, one message after another, without pauses. All holders share the same users. The servers are real,
+PostgreSQL with its default fsync. Holders and servers share this machine's cores, so a server's scalability follows from
+the CPU per lease of each process.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _USERS = 2_000
 _UNITS = 20
 _LEASE_LASTS_SECONDS = 2.0
 _WARM_SECONDS = 5.0
-#: What PostgreSQL calls those of its processes that write behind the backends.
+#: PostgreSQL's names for the processes that write in the background.
 _WRITERS = (b"walwriter", b"checkpointer", b"background writer", b"autovacuum", b"io worker")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Run(NamedTuple):
-    """What one holder did: messages, how long each took, and its own CPU for them."""
+    """The results of one holder: messages, their durations, and its CPU."""
 
     seconds: float
     cpu_seconds: float
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 class Cpu(NamedTuple):
-    """CPU seconds of the servers so far: what serves PostgreSQL's clients, what writes behind them, Redis."""
+    """CPU seconds of the servers so far: PostgreSQL's backends, its background writers, Redis."""
 
     postgres: float
     writers: float
@@ -62,7 +62,7 @@ class Cpu(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One backend under one load. The CPU is per lease, in microseconds; the holders' is theirs alone."""
+    """One backend under one load. CPU is in microseconds per lease; the holders' column is their own CPU only."""
 
     messages_per_second: float
     p50_ms: float
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 class Servers(NamedTuple):
-    """What is measured: where they listen, and the processes."""
+    """The measured servers: their addresses and processes."""
 
     dsn: str
     postgres: int
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     names = options.backends.split(",")
     if unknown := set(names) - {"postgres", "redis"}:
-        parser.error(f"there is no backend {', '.join(sorted(unknown))}: there are postgres and redis")
+        parser.error(f"unknown backend {', '.join(sorted(unknown))}: choose from postgres and redis")
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}")
     with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory, contextlib.ExitStack() as stack:
         servers = _servers(stack, Path(directory), options.redis_server if "redis" in names else "")
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             if name in servers.backends
         ]
         if len({name for name, _, _ in loads}) < len(names):
-            print("redis is left out: there is no redis-server or valkey-server")
+            print("redis is skipped: neither redis-server nor valkey-server is installed")
         rows: dict[tuple[str, int, int], list[Row]] = {load: [] for load in loads}
         for _ in range(options.rounds):
             for load in loads:
@@ -148,7 +148,7 @@ def _servers(stack: contextlib.ExitStack, home: Path, redis_server: str) -> Serv
 def _measure(servers: Servers, load: tuple[str, int, int], seconds: float) -> Row:
     name, holders, lines = load
     with ProcessPoolExecutor(holders, multiprocessing.get_context("spawn")) as processes:
-        # They take a while to come up; whoever is up waits for the same moment.
+        # Holders start at different speeds, so all wait for the same start time.
         list(processes.map(abs, range(holders)))
         start = time.time() + _WARM_SECONDS
         futures = [
@@ -209,7 +209,7 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
 
     for first in range(0, _USERS, 200):
         await say(range(first, first + 200))
-    # Leases and shares find their size: as much as is used in a while.
+    # Warm-up: leases and shares adapt their size to the usage.
     while time.time() < start:
         first = chance.randrange(_USERS - 200)
         await say(range(first, first + 200))
@@ -222,7 +222,7 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
         before, now = now, time.perf_counter()
         latencies.append(now - before)
     cpu = time.process_time() - cpu
-    # Its leases lapse: a fleet goes on, and so do the shares it has found.
+    # The leases expire; the shares remain, as in a running fleet.
     await ledger.close()
     await database.close()
     return Run(now - began, cpu, latencies)
@@ -242,7 +242,7 @@ def _redis(program: str, home: Path) -> Iterator[tuple[str, int]]:
 
 
 def _cpu(servers: Servers) -> Cpu:
-    """A backend that has ended counts with its parent. What is not known as a writer serves clients."""
+    """An exited backend counts with its parent. Every process that is not a known writer counts as a backend."""
     family = {servers.postgres: 0}
     cpu: dict[int, float] = {}
     parents: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Load by wrk, and what it cost the processes that bore it."""
+"""Load by wrk, and the cost to the processes under it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ end
 
 @dataclass(frozen=True)
 class Result:
-    """What one run of load showed. CPU and memory are those of the measured processes together."""
+    """The results of one run. CPU and memory are totals of the measured processes."""
 
     requests: int
     per_second: float
@@ -59,12 +59,12 @@ def cpu_ticks(pids: Sequence[int]) -> tuple[int, int]:
 
 
 def peak_mib(pids: Sequence[int]) -> float:
-    """The most memory the processes have held, in MiB."""
+    """Peak memory of the processes, in MiB."""
     return sum(_status(pid, "VmHWM") for pid in pids) / 1024
 
 
 def rss_mib(pids: Sequence[int]) -> float:
-    """The memory the processes hold now, in MiB."""
+    """Current memory of the processes, in MiB."""
     return sum(_status(pid, "VmRSS") for pid in pids) / 1024
 
 
@@ -75,7 +75,7 @@ def _status(pid: int, name: str) -> int:
 
 
 def script(path: Path, *, header: str, method: str = "POST", body: str = "x" * 90, keys: Path | None = None) -> Path:
-    """A wrk script: one header for all requests, or a key of its own for each."""
+    """A wrk script: one header for all requests, or a different key for each."""
     name, _, value = header.partition(": ")
     text = _SCRIPT.format(method=method, body=body, header="" if keys else f'wrk.headers["{name}"] = "{value}"')
     path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")
@@ -114,7 +114,7 @@ def _wrk(url: str, lua: Path, seconds: float, connections: int) -> str:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"wrk said nothing like {pattern!r}: {text}")
+        raise RuntimeError(f"wrk's output does not match {pattern!r}: {text}")
     return match[1]
 
 
@@ -124,7 +124,7 @@ def _latency(percentile: str, output: str) -> float:
 
 
 class MemoryWatch:
-    """The most memory some processes hold while the context lasts, sampled."""
+    """Peak memory of processes during the context, sampled."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self.peak_mib = 0.0
@@ -146,7 +146,7 @@ class MemoryWatch:
 
 
 def rounds(number: int) -> Iterator[int]:
-    """1 to number, telling which one it is."""
+    """Yield 1 to number and print the progress."""
     for one in range(1, number + 1):
         print(f"  round {one} of {number}", flush=True)
         yield one

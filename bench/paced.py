@@ -1,8 +1,8 @@
-"""Requests at a fixed rate, whatever the answers take: latency as callers have it who do not wait for each other.
+"""Requests at a fixed rate, regardless of response times: the latency of independent callers.
 
-wrk sends the next request when the last one is answered, so a proxy that stands still is asked less, and its p99 looks
-better than it was ("coordinated omission"). Here each request has its time; its latency counts from then, also if all
-connections were busy and it went out later.
+wrk sends the next request after the previous response, so a stalled proxy gets fewer requests and its p99 looks better
+than it is ("coordinated omission"). Here each request has a scheduled time, and its latency counts from then, even if all
+connections were busy and it was sent later.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _CONNECTIONS = 64
 
 
 def latencies(port: int, request: bytes, *, per_second: float, seconds: float) -> list[float]:
-    """Seconds from each request's time to the last byte of its answer, in order of size.
+    """Seconds from each request's scheduled time to the last byte of its response, sorted.
 
-    Raises RuntimeError if an answer is not a 200, a connection is lost, or answers stop coming.
+    Raises RuntimeError if a response is not a 200, a connection is lost, or responses stop.
     """
     return sorted(uvloop.run(_Paced(port, request, per_second).run(seconds)))
 
@@ -65,7 +65,7 @@ class _Paced:
 
 
 class _Connection(asyncio.Protocol):
-    """Asks one thing at a time."""
+    """A connection with one request at a time."""
 
     def __init__(self, paced: _Paced) -> None:
         self._paced = paced
@@ -87,7 +87,7 @@ class _Connection(asyncio.Protocol):
             return
         length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
         if not head.startswith(b"HTTP/1.1 200") or not length:
-            paced.complaint = f"not an answer that was expected: {head[:200]!r}"
+            paced.complaint = f"unexpected response: {head[:200]!r}"
         elif len(body) >= int(length):
             self._have = b""
             paced.taken.append(time.monotonic() - self._due)

@@ -1,12 +1,12 @@
-"""The proxies that are compared, each set up for the same job with one worker: check the key, count, forward.
+"""The compared proxies, each configured for the same job with one worker: check the key, count, forward.
 
-    nginx bare    no key at all: what relaying costs
+    nginx bare    no key check: the cost of relaying
     nginx + Lua   SHA-256 through libcrypto, shared dictionary, counter, identity headers
     HAProxy       sha2, map, stick table, identity header
     Envoy         api_key_auth and local_ratelimit
     aiohttp       a plain proxy, no key
 
-All stand before the same nginx. A peer that is not installed is named and left out.
+All proxy the same nginx. A peer that is not installed is reported and skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 ANSWER = '{"ok":true,"job":"42","state":"queued"}'
 PATH = "/v1/ai/jobs"
 
-#: A path whose answers say how many tokens were used, and a request to it, as long as the others.
+#: A path whose responses contain the token usage, and a request to it of the same length as the others.
 METERED_PATH = "/v1/ai/metered"
 METERED_BODY = '{"max_tokens": 16, "input": "%s"}' % ("x" * 59)
 
@@ -116,7 +116,7 @@ backend far
 
 @dataclass(frozen=True)
 class Peer:
-    """A proxy that can be started. `start` gets its port and yields the processes whose CPU is its own."""
+    """A proxy to measure. `start` gets its port and yields the processes whose CPU counts."""
 
     name: str
     missing: str
@@ -135,7 +135,7 @@ def free_port() -> int:
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
-    """Until somebody listens on a port. Raises RuntimeError if the process ends before, or nobody does in time."""
+    """Wait until a port accepts connections. Raises RuntimeError if the process ends first, or on timeout."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with socket.socket() as sock:
@@ -145,7 +145,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float = 15.0)
         if process.poll() is not None:
             raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
         time.sleep(0.05)
-    raise RuntimeError(f"nobody listens on {port}")
+    raise RuntimeError(f"nothing listens on {port}")
 
 
 def family(pid: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""What each phase of a request costs, without sockets: so that a regression shows which phase it came from.
+"""CPU of each phase of a request, without sockets, to locate regressions.
 
-Prints microseconds of CPU per request, best of several rounds. The numbers of one run compare with each other only. What
-limits add is told apart: a proxy without, one whose requests are under windows of their key, their user and their tenant,
-and one where these have token budgets too.
+Prints microseconds of CPU per request, best of several rounds. Numbers are comparable within one run only. The
+cost of limits is shown separately: a proxy without limits, one with windows on the key, the user and the tenant, and one
+with token budgets on these as well.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SECRET = FORMAT.make(bytes(32), is_test=False)
 
 
 def requests(secret: SecretKey) -> dict[str, list[bytes]]:
-    """Two kinds: the same plain request always, and requests as an instrumented worker sends them, no two alike."""
+    """Two kinds: identical plain requests, and requests of an instrumented worker, which all differ."""
     body = b'{"max_tokens": 16, "input": "%b"}' % (b"x" * 59)
     plain = (
         b"POST /v1/ai/jobs HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nAuthorization: Api-Key %b\r\n"
@@ -79,7 +79,7 @@ RESPONSE = (
 
 
 class _OneKey:
-    """A database of one key, whose plan its user and its tenant have too."""
+    """A database with one key; its user and its tenant have the same plan."""
 
     is_down = False
 
@@ -97,7 +97,7 @@ class _OneKey:
 
 
 def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCache:
-    """The cache that a proxy has, with one key in it, fresh for as long as this takes."""
+    """A proxy's cache with one key that stays fresh during the run."""
     database = cast("Database", _OneKey(plan))
     cache = IdentityCache(
         database, schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
@@ -115,7 +115,7 @@ async def _fetched(missing: Missing) -> None:
 
 
 class _Transport:
-    """Takes bytes and forgets them."""
+    """Discards bytes."""
 
     def __init__(self) -> None:
         self.written = 0
@@ -136,7 +136,7 @@ class _Transport:
     close = pause_reading = resume_reading = abort
 
 
-#: The plan that the key, its user and its tenant have, each. No unit of these runs out here.
+#: The plan of the key, its user and its tenant. None of the limits is reached.
 _MANY: Final = 10**9
 PLANS: Final = {
     "no limits": None,
@@ -150,7 +150,7 @@ NEED: Final = TokenNeed(90, 106)
 
 
 def grant(book: LeaseTable, limits: Allowance) -> None:
-    """Lease everything to this book, for longer than this takes."""
+    """Lease everything to this book for longer than the run."""
     for _ in range(2):
         now = clock.monotonic()
         try:
@@ -173,7 +173,7 @@ class Bench:
         tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
         rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
         self.routes = schema.Settings(routes=rows).route_table()
-        # None of them is started, so that nothing is said to a database or a ledger.
+        # None of them is started, so that no database or ledger is contacted.
         self.ledger = Ledger(cast("LedgerBackend", None), schema.Ledger(), clock.now)
         claims = Claims(cast("ClaimStore", None), self.ledger, schema.Ledger(), clock.now)
         self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
@@ -202,12 +202,12 @@ class Bench:
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
 
     def whole(self, request: bytes) -> None:
-        """One request and its answer."""
+        """One request and its response."""
         self.client.data_received(request)
         self.upstream.data_received(RESPONSE)
 
     def take_and_settle(self) -> None:
-        """What one request takes of its limits, and what becomes of it."""
+        """Reserve and settle the limits of one request."""
         if self.limits is not None:
             self.ledger.settle(self.ledger.take(self.limits, clock.now(), NEED), was_sent=True, tokens=NEED.least)
 
@@ -216,13 +216,13 @@ class Bench:
         self.log.close()
 
     def forget(self) -> None:
-        """Let go of the usage that was gathered, as if it had been written."""
+        """Discard the collected usage, as if it had been written."""
         self.recorder.count_pending()
         self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
 
 
 def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object]]:
-    """Each phase as a call of its own, on values as the phase before leaves them."""
+    """Each phase as a separate call, on the previous phase's results."""
     reader, responses = RequestReader(bench.names, bench.gateway.holds_key), ResponseReader(bench.names)
     head_bytes = raws[0][: raws[0].index(b"\r\n\r\n") + 4]
     response_bytes = RESPONSE[: RESPONSE.index(b"\r\n\r\n") + 4]
@@ -238,7 +238,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
     return {
         "(an empty call)": lambda: None,
         "1 read": lambda: reader.read(other_head, end + 1, head),
-        "1 read, the same bytes again": lambda: reader.read(head_bytes, end, head),
+        "1 read, repeated bytes": lambda: reader.read(head_bytes, end, head),
         "2 present": lambda: present(head),
         "4 admit": lambda: authorization.admit(
             bench.identity, bench.routes.match(head.line.method, head.line.path), now
@@ -246,14 +246,14 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
-        "7 read the answer": lambda: responses.read(other_response, response_end + 1, answer),
-        "7 the same bytes again": lambda: responses.read(response_bytes, response_end, answer),
+        "7 read response": lambda: responses.read(other_response, response_end + 1, answer),
+        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, answer),
         "the whole": lambda: bench.whole(next_raw()),
     }
 
 
 def present(head: RequestHead) -> None:
-    """As on a connection that has not presented this key before."""
+    """As on a connection that has not sent this key before."""
     head.digest = None
     credentials.digest(head)
 

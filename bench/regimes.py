@@ -1,7 +1,7 @@
-"""What keyproxy costs otherwise: at a fixed rate, with two workers, for long bodies, for metered streams, and in memory.
+"""keyproxy in other regimes: at a fixed rate, with two workers, for long bodies, for metered streams, and in memory.
 
-Run as `python -m bench.regimes [latency] [workers] [streaming] [metered] [memory]`; without a name, all of them. Beside
-the peers that are installed; the compiled build too if it is there (`make compiled`).
+Run as `python -m bench.regimes [latency] [workers] [streaming] [metered] [memory]`; without a name, all of them.
+Measures the installed peers too, and the compiled build if it exists (`make compiled`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MIB = 1_048_576
 
 
 class Stage:
-    """What all regimes have: a site, its key, our builds and the peers that are there."""
+    """Shared by all regimes: a site, its key, keyproxy's builds and the installed peers."""
 
     def __init__(self, ours: Site, options: argparse.Namespace) -> None:
         self.site = ours
@@ -42,11 +42,11 @@ class Stage:
             self.builds["keyproxy, compiled"] = str(compiled)
 
     def ours(self) -> list[Peer]:
-        """Our builds as peers."""
+        """keyproxy's builds as peers."""
         return [Peer(name, "", self._serving(python)) for name, python in self.builds.items()]
 
     def chosen(self, *names: str) -> list[Peer]:
-        """These peers, as far as they are installed, and our builds."""
+        """keyproxy's builds, and those of these peers that are installed."""
         return [*(self.peers[name] for name in names if name in self.peers), *self.ours()]
 
     def script(self, peer: Peer, method: str = "POST", body_bytes: int = 90) -> Path:
@@ -67,7 +67,7 @@ def started(chosen: Sequence[Peer]) -> Iterator[list[tuple[Peer, int, list[int]]
 
 
 def latency(stage: Stage) -> None:
-    """p50 and p99 at shares of our own maximum, and what was added over the upstream asked directly."""
+    """p50 and p99 at shares of keyproxy's maximum rate, and the latency added to direct upstream requests."""
     seconds = stage.options.seconds
     direct = Peer("direct", "", lambda _: contextlib.nullcontext([]))
     with started([direct, *stage.chosen("HAProxy", "Envoy")]) as running:
@@ -104,7 +104,7 @@ def workers(stage: Stage) -> None:
             for _ in range(stage.options.rounds):
                 for number, port in ports.items():
                     url, script = f"http://127.0.0.1:{port}{PATH}", stage.script(stage.ours()[0])
-                    pids = family(first[number])  # asked now: all workers have been started by now
+                    pids = family(first[number])  # list the processes now: all workers have started
                     runs[number].append(load.run(url, script, pids, seconds=stage.options.seconds))
         cpu = {number: statistics.median(one.cpu_microseconds for one in those) for number, those in runs.items()}
         for number, those in runs.items():
@@ -137,7 +137,7 @@ def streaming(stage: Stage) -> None:
 
 
 def metered(stage: Stage) -> None:
-    """CPU of a stream whose usage is read, beside the same stream that is only relayed."""
+    """CPU of a metered stream, and of the same stream without metering."""
     print(f"\nstreams of {EVENTS} events          µs CPU per stream    streams/s   metered / plain")
     body = '{"model":"m","stream":true,"max_tokens":400,"messages":[{"role":"user","content":"What does it cost?"}]}'
     keys = {"plain": stage.secret, "metered": stage.secret, "metered, limits": stage.site.limited_key()}
@@ -167,7 +167,7 @@ def metered(stage: Stage) -> None:
 
 
 def memory(stage: Stage) -> None:
-    """The process after its start, and what an idle connection takes. Per cached key: `python -m bench.cache`."""
+    """Memory of the process after its start, and per idle connection. Per cached key: `python -m bench.cache`."""
     print("\nmemory                      after start, MiB   per idle connection, bytes")
     for peer in stage.chosen("nginx bare", "HAProxy", "Envoy"):
         with started([peer]) as [(_, port, pids)]:
@@ -183,7 +183,7 @@ def memory(stage: Stage) -> None:
 
 
 def _ask_once(port: int, request: bytes) -> socket.socket:
-    """A connection that was used once and lies idle."""
+    """A connection that was used once and is idle."""
     sock = socket.create_connection(("127.0.0.1", port), 10)
     sock.sendall(request)
     answer = b""
@@ -210,7 +210,7 @@ REGIMES = {"latency": latency, "workers": workers, "streaming": streaming, "mete
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure what was asked for."""
+    """Measure the selected regimes."""
     parser = argparse.ArgumentParser(prog="python -m bench.regimes", description=__doc__)
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []], help="which of them")
     parser.add_argument("--seconds", type=float, default=4.0)

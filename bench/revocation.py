@@ -1,8 +1,8 @@
-"""How long after the commit of a revocation a request with the key was still let in, over many proxies under load.
+"""Time from the commit of a revocation to the last accepted request with the key, over many proxies under load.
 
-Run as `python -m bench.revocation`. All proxies are processes over one PostgreSQL; each is asked, on a connection of its
-own and at a fixed pace, with the same key, until it refuses it. Then comes the next key. The time is that at which the
-last request that was let in was *sent*; 0 if it was sent before the commit returned.
+Run as `python -m bench.revocation`. All proxies are processes over one PostgreSQL. Each gets requests with
+the same key, on its own connection and at a fixed rate, until it refuses the key. Then the next key follows. The time is
+when the last accepted request was *sent*; 0 if it was sent before the commit returned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.postgres.database import Database
 
-#: How long a key is used before it is revoked: every proxy knows it by then.
+#: How long a key is used before its revocation, so that every proxy has it cached.
 _KNOWN_SECONDS = 0.5
 _GIVE_UP_SECONDS = 5.0
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         late = sorted(uvloop.run(_revocations(ours, ports, options)))
     number = options.proxies * options.revocations
     print(f"{options.proxies} proxies, {options.per_second:g} requests/s each, {options.revocations} revocations:")
-    print(f"milliseconds from commit to the last request let in, {number} times:", end=" ")
+    print(f"milliseconds from commit to the last accepted request, {number} times:", end=" ")
     points = {"p50": 0.5, "p99": 0.99}
     print(*(f"{name} {late[int(len(late) * share)] * 1e3:.1f}" for name, share in points.items()), end=" ")
     print(f"max {late[-1] * 1e3:.1f}")
@@ -70,7 +70,7 @@ async def _revocations(ours: Site, ports: Sequence[int], options: argparse.Names
                 asyncio.create_task(_last_let_in(session, port, key["secret"], 1 / options.per_second, share))
                 for port, share in ((port, at / len(ports)) for at, port in enumerate(ports))
             ]
-            # Not in step with anything that ticks.
+            # A random pause, so that revocations are not in step with periodic work.
             await asyncio.sleep(_KNOWN_SECONDS + (number * 0.137) % 1.0)
             await directory.revoke_key(key["id"], "measured")
             committed = time.monotonic()
@@ -80,7 +80,7 @@ async def _revocations(ours: Site, ports: Sequence[int], options: argparse.Names
 
 
 async def _last_let_in(session: aiohttp.ClientSession, port: int, secret: str, gap: float, share: float) -> float:
-    """Ask until it is refused; when the last request that was let in was sent."""
+    """Send requests until one is refused. Returns when the last accepted one was sent."""
     last = 0.0
     await asyncio.sleep(gap * share)
     due = time.monotonic()

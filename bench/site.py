@@ -1,4 +1,4 @@
-"""keyproxy as it is measured: `keyproxy serve` over an embedded PostgreSQL, with routes, access log and metrics on."""
+"""keyproxy for measurements: `keyproxy serve` over an embedded PostgreSQL, with routes, access log and metrics on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ match = "POST /files/{{rest...}}"
 """
 
 
-#: None of these is ever used up; a rate and concurrency would have wrk refused.
+#: None of these is ever reached. No rate or concurrency: they would refuse wrk's requests.
 _LIMITS = {
     "requests_per_day": 10**9, "requests_per_month": 10**9,
     "tokens_per_request": 10_000, "tokens_per_day": 10**10, "tokens_per_month": 10**10,
@@ -60,7 +60,7 @@ _LIMITS = {
 
 
 class Site:
-    """A database with keys, before which proxies are started."""
+    """A database with keys, for proxies started on it."""
 
     def __init__(self, home: Path, server: embedded_postgres.EmbeddedServer, upstream: int) -> None:
         self.home = home
@@ -69,11 +69,11 @@ class Site:
         self.ops_port = 0
 
     def keys(self, number: int) -> list[str]:
-        """Secrets of so many keys, each of a user of its own."""
+        """Secrets of new keys, each of its own user."""
         return uvloop.run(self._keys(number))
 
     def limited_key(self) -> str:
-        """The secret of a key that, like its user and its tenant, is under windows of requests and of tokens."""
+        """The secret of a key that, like its user and its tenant, has request and token windows."""
         return uvloop.run(self._limited_key())
 
     @contextlib.contextmanager
@@ -81,9 +81,9 @@ class Site:
         self, port: int, *, cache: str = "", listen: str = "", python: str = sys.executable,
         environment: dict[str, str] | None = None, upstream: int = 0,
     ) -> Iterator[list[int]]:  # fmt: skip
-        """`keyproxy serve` on a port, as it is installed for this Python; yields its processes.
+        """`keyproxy serve` on a port, as installed for this Python; yields its processes.
 
-        `cache`, `listen`: more lines of these tables of the configuration. `upstream`: another compute server's port.
+        `cache`, `listen`: additional lines of these configuration tables. `upstream`: another compute server's port.
         """
         self.ops_port = free_port()
         text = _CONFIG.format(
@@ -98,7 +98,7 @@ class Site:
         )
         config = self.home / f"keyproxy-{port}.toml"
         config.write_text(text, encoding="utf-8")
-        # stdout is the access log: written to a file, as it would be.
+        # stdout is the access log; write it to a file, as in production.
         command = [python, "-P", "-m", "keyproxy", "serve", "--config", str(config)]
         os.environ.update(environment or {})
         with running(command, port, self.home / f"keyproxy-{port}.log") as pids:
@@ -146,7 +146,7 @@ def site(home: Path, upstream: int) -> Iterator[Site]:
 
 
 def machine() -> str:
-    """What this machine is, in one line."""
+    """Describe this machine in one line."""
     lscpu = subprocess.run(["lscpu", "--json"], capture_output=True, text=True, check=False).stdout
     fields = {row["field"]: row["data"] for row in json.loads(lscpu)["lscpu"]} if lscpu else {}
     model = fields.get("Model name:", "unknown processor")

@@ -1,8 +1,8 @@
-"""`make soak`: the memory of keyproxy while its peers are hostile, slow, or many.
+"""`make soak`: the memory of keyproxy with hostile, slow, or many peers.
 
-Ten thousand connections that lie idle; slowhttptest's four modes; 1 GiB uploaded in chunks to an upstream that takes its
-time; 1 GiB downloaded by a client that takes its time. Before each the kernel's record of the peak (VmHWM) is reset, so
-that every row tells what its own show took. All the while another client asks once in a while, and has to be answered.
+Ten thousand idle connections; slowhttptest's four modes; 1 GiB uploaded in chunks to a slow upstream; 1 GiB downloaded by
+a slow client. Before each scenario the kernel's record of the peak (VmHWM) is reset, so every row is for that scenario
+only. Meanwhile another client sends a request from time to time, which must succeed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MODES = (
     ("slow read", "-X", "/files/1000000", True),
 )
 
-#: What slowhttptest puts where an Accept header goes; a key belongs into the head as well.
+#: The value of slowhttptest's Accept header, which also adds the key to the head.
 _ACCEPT = "*/*\r\nAuthorization: Api-Key {secret}"
 
 
 class Upstream:
-    """Answers GET /files/N with N bytes, and takes any body, pausing after each so many bytes."""
+    """Responds to GET /files/N with N bytes, and reads any body, with a pause after each batch of bytes."""
 
     def __init__(self, *, pause_bytes: int = 4 << 20, pause_seconds: float = 0.01) -> None:
         self.taken_bytes = 0
@@ -80,7 +80,7 @@ class Upstream:
 
 
 class Watch:
-    """The proxy's memory during one show, and how long somebody else waited for an answer meanwhile."""
+    """The proxy's memory during one scenario, and the response times of another client meanwhile."""
 
     def __init__(self, pids: Sequence[int], port: int, secret: str) -> None:
         self._pids = pids
@@ -129,7 +129,7 @@ def _head(method: str, path: str, secret: str) -> str:
 
 
 async def ask(port: int, raw: bytes) -> int:
-    """The status of the answer to one request on a connection of its own."""
+    """The status of one request on its own connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(raw)
@@ -139,7 +139,7 @@ async def ask(port: int, raw: bytes) -> int:
 
 
 async def idle(port: int, secret: str, *, number: int, watch: Watch) -> None:
-    """Connections that have asked once and lie idle."""
+    """Connections that made one request and are idle."""
     raw = f"{_head('GET', '/files/2', secret)}\r\n".encode()
     places = asyncio.Semaphore(64)
     writers: list[asyncio.StreamWriter] = []
@@ -174,7 +174,7 @@ async def slow(port: int, secret: str, mode: tuple[str, str, str, bool], *, seco
 
 
 async def upload(port: int, secret: str, *, bytes_: int, watch: Watch) -> None:
-    """A body in chunks, as fast as it is taken."""
+    """A body in chunks, as fast as it is read."""
     async with watch.over(f"{bytes_ >> 20:,} MiB uploaded in chunks"):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"{_head('POST', '/files/2', secret)}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -189,7 +189,7 @@ async def upload(port: int, secret: str, *, bytes_: int, watch: Watch) -> None:
 
 
 async def download(port: int, secret: str, *, bytes_: int, pause_seconds: float, watch: Watch) -> None:
-    """A body that is read in pieces, with a pause after each 4 MiB."""
+    """A body read in pieces, with a pause after each 4 MiB."""
     async with watch.over(f"{bytes_ >> 20:,} MiB downloaded by a slow reader"):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(f"{_head('GET', f'/files/{bytes_}', secret)}\r\n".encode())
@@ -208,13 +208,13 @@ async def download(port: int, secret: str, *, bytes_: int, pause_seconds: float,
 
 
 async def show(ours: Site, upstream: Upstream, options: argparse.Namespace) -> None:
-    """Every show in turn, each before the same proxy."""
+    """Every scenario in turn, with the same proxy."""
     secret = (await asyncio.to_thread(ours.keys, 1))[0]
     server = await asyncio.start_server(upstream.connection, "127.0.0.1", ours.upstream)
     port = free_port()
     async with server:
         stack = contextlib.ExitStack()
-        # Room for those who ask meanwhile.
+        # Room for the other client.
         bound = str(options.connections + 100)
         environment = {"KEYPROXY_LISTEN__BODY_BYTES_MAX": "0", "KEYPROXY_LISTEN__CONNECTIONS_MAX": bound}
         pids = await asyncio.to_thread(lambda: stack.enter_context(ours.serving(port, environment=environment)))
@@ -230,15 +230,15 @@ async def show(ours: Site, upstream: Upstream, options: argparse.Namespace) -> N
                 for mode in _MODES:
                     await slow(port, secret, mode, seconds=options.seconds, watch=watch)
             else:
-                print("slowhttptest is left out: it is not installed")
-            # Last: what Python has taken once it keeps, and this takes the most.
+                print("slowhttptest is skipped: it is not installed")
+            # Last: Python does not return memory to the system, and this scenario needs the most.
             await idle(port, secret, number=options.connections, watch=watch)
         finally:
             await asyncio.to_thread(stack.close)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Play all shows and print a table."""
+    """Run all scenarios and print a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--connections", type=int, default=10_000, help="that lie idle")
     parser.add_argument("--mib", type=int, default=1024, help="to upload and to download")
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}\n")
-    print("| show | MiB before | peak MiB | MiB after | seconds | others answered | longest wait, ms |")
+    print("| scenario | MiB before | peak MiB | MiB after | seconds | others served | longest wait, ms |")
     print("|---|---|---|---|---|---|---|")
     with (
         tempfile.TemporaryDirectory(prefix="kps-", dir="/tmp") as directory,

@@ -1,7 +1,7 @@
-"""What active users cost one proxy under limits: memory per user, and work per second once they are idle.
+"""The cost of active users with limits to one proxy: memory per user, and CPU per second once they are idle.
 
-Run as `python -m bench.users`. A real PostgreSQL, the real cache and ledger, in one process without a wire. Every user
-has a request under way at the same time, under a concurrency, a daily quota and a daily token budget; then they end.
+Run as `python -m bench.users`. A real PostgreSQL, the real cache and ledger, in one process without sockets. Every user
+has a request in flight at the same time, with a concurrency limit, a daily quota and a daily token budget; then they end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PLAN = '{"concurrency": 100, "requests_per_day": 1000000, "tokens_per_day": 100
 _NEED = TokenNeed(100, 1_100)
 _IDLE_SECONDS = 5.0
 
-#: All come at once here, and each is waited for.
+#: All requests start at once, and each must succeed.
 _PATIENCE_SECONDS = 120.0
 
 
@@ -61,7 +61,7 @@ async def _measure(dsn: str, users: int) -> None:
     await connection.execute("UPDATE keyproxy.users SET plan_id = 'p'")
     await connection.close()
     store = Store(
-        # A look-up is waited for by 2,000 at once here; leases are held for as long as it takes.
+        # Up to 2,000 requests wait for a lookup here; leases last for the whole run.
         schema.Store(statement_timeout_seconds=30.0), schema.Cache(fresh_seconds=600.0),
         schema.Ledger(lease_seconds=60.0), schema.Usage(),
         dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
@@ -90,7 +90,7 @@ async def _measure(dsn: str, users: int) -> None:
 
 
 async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
-    # Until what was asked for ahead has gone back, and nothing is left but what the requests hold.
+    # Wait until prefetched leases are released and only those of the requests remain.
     told = -1
     while told != store.ledger.conversation.counts["round_trips"]:
         told = store.ledger.conversation.counts["round_trips"]

@@ -1,1 +1,1 @@
-"""The control plane: the admin API, what it accepts and answers, who may do what, and its client."""
+"""The control plane: the admin API, its schemas, authentication and scopes, and the reminder sender."""

@@ -1,4 +1,4 @@
-"""The admin process: a listener over a store, until SIGTERM; SIGHUP reads the configuration and the token again."""
+"""The admin process: a listener over a store, until SIGTERM; SIGHUP reloads the configuration and the token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class RefusedToStart(Exception):
-    """The admin API does not start with this configuration. The text says why."""
+    """The admin API does not start with this configuration. The text is the reason."""
 
 
 class Admin:
@@ -55,7 +55,7 @@ class Admin:
 
     def _made(self, settings: Settings) -> Service:
         key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
-        # Nobody changes anything through this one: it looks tokens up.
+        # This instance only looks tokens up; it makes no changes, so its actor is never logged.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
         terms = Terms(settings.keys.age_days_max, settings)
@@ -64,7 +64,7 @@ class Admin:
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
     ) -> None:
-        """Serve until SIGTERM or SIGINT. `started` is told the address. Raises BindError, RefusedToStart."""
+        """Serve until SIGTERM or SIGINT. Calls `started` with the address. Raises BindError, RefusedToStart."""
         stop, again = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -101,11 +101,11 @@ class Admin:
         _log.info("stopped")
 
     def _warn_of_what_is_read_by_others(self) -> None:
-        # Not refused: behind something that speaks TLS, and in a pod or a container, this is how it has to be.
+        # Only a warning: a TLS proxy in front, a pod or a container requires this setup.
         if self._tls is None and not is_loopback(self._settings.admin.address):
             _log.warning(
-                "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys can be"
-                " read on their way, unless something that speaks TLS stands in front", self._settings.admin.address,
+                "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys cross"
+                " the network unencrypted unless a TLS proxy is in front", self._settings.admin.address,
             )  # fmt: skip
 
     async def _check_tokens(self) -> None:
@@ -117,12 +117,12 @@ class Admin:
         except StoreUnavailable as error:
             raise RefusedToStart(
                 f"admin.address: {self._settings.admin.address} is not loopback, admin.token_file is not set, and the"
-                f" store cannot be asked for tokens: {error}"
+                f" database is unavailable, so tokens cannot be checked: {error}"
             ) from error
         if not is_there:
             raise RefusedToStart(
-                f"admin.address: {self._settings.admin.address} is not loopback, and there is no token: set"
-                f" admin.token_file, or make one with `keyproxy admin token create`"
+                f"admin.address: {self._settings.admin.address} is not loopback, and no admin token exists: set"
+                f" admin.token_file, or create one with `keyproxy admin token create`"
             )
 
     async def _change_on(
@@ -134,24 +134,26 @@ class Admin:
             systemd.notify(systemd.reloading())
             try:
                 listener.service = self._changed(read_again())
-                _log.info("another configuration is in force")
+                _log.info("configuration reloaded")
             except (TokenFileError, TlsError, RefusedToStart) as error:
-                _log.error("the configuration stays as it was: %s", error)
-            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the admin API goes on
-                _log.exception("the configuration could not be changed")
+                _log.error("reload rejected: %s", error)
+            except Exception:  # noqa: BLE001 - the outermost boundary of this task: the admin API keeps running
+                _log.exception("reload failed with an internal error")
             systemd.notify("READY=1")
 
     def _changed(self, settings: Settings) -> Service:
-        """The service under another configuration. Raises TokenFileError, TlsError, RefusedToStart."""
+        """Apply a new configuration and return its service. Raises TokenFileError, TlsError, RefusedToStart."""
         was = self._settings
         if _fixed(settings) != _fixed(was):
             raise RefusedToStart(
-                "store, log, admin.address, admin.socket_mode, admin.connections_max and whether there is a certificate"
-                " are read when the admin API starts: restart it"
+                "store, log, admin.address, admin.socket_mode, admin.connections_max and the presence of a certificate"
+                " cannot change in a reload: restart the admin API"
             )
         if was.admin.token_file and not settings.admin.token_file and not is_loopback(settings.admin.address):
-            raise RefusedToStart("admin.token_file: cannot be taken away off loopback: restart the admin API")
-        _tls(settings)  # is tried before anything is changed
+            raise RefusedToStart(
+                "admin.token_file: a reload cannot remove it while admin.address is not loopback: restart the admin API"
+            )
+        _tls(settings)  # validate before changing anything
         service = self._made(settings)
         if self._tls is not None:
             show(self._tls, settings.admin.tls_certificate_file, settings.admin.tls_key_file)
@@ -160,12 +162,12 @@ class Admin:
 
 
 def _bound(settings: Settings) -> socket.socket:
-    """Raises BindError. The port is not shared, so a request to the admin API never reaches another process."""
+    """Raises BindError. The port is not shared, so that admin requests cannot reach another process."""
     return sockets.bind(settings.admin.address, mode=int(settings.admin.socket_mode, 8), is_shared=False)
 
 
 def _fixed(settings: Settings) -> tuple[object, ...]:
-    """What is read once."""
+    """The settings that a reload cannot change."""
     admin = settings.admin
     return (
         settings.store,
@@ -189,7 +191,7 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this host reaches an address of the configuration."""
+    """Whether a configured address is reachable from this host only."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -1,8 +1,8 @@
-"""Who may in: a bearer token, looked up by its digest for each request. A revocation is in force with the next one.
+"""Bearer token authentication. Each request looks its token up by digest, so a revocation applies to the next request.
 
-The token of `admin.token_file` is compared in constant time and may do everything; the others are looked up by a hash of
-what is shown, which tells nothing about the hashes that there are. Failures are counted by peer; a valid token is let in
-however many there were.
+The token of `admin.token_file` is compared in constant time and has every permission. Other tokens are looked up by the
+hash of the presented value, whose timing reveals nothing about stored hashes. Failures are counted per peer; a valid
+token is accepted regardless of earlier failures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STATES: Final = {
     "disabled": Problem.ACCOUNT_DISABLED,
 }
 
-#: What the token of the file is to the audit log and to itself.
+#: The token of admin.token_file, as the audit log and `/v1/token` show it.
 _FILE_TOKEN: Final[Entity] = {
     "id": "file", "name": "admin.token_file", "state": "active", "hint": "", "scopes": [Scope.ADMIN_WRITE.value],
     "tenant": None, "created_at": None, "expires_at": None, "revoked_at": None, "last_used_at": None,
@@ -36,11 +36,11 @@ _FILE_TOKEN: Final[Entity] = {
 
 
 class TokenFileError(Exception):
-    """The file holds no token. The text says why."""
+    """The file does not contain a valid token. The text is the reason."""
 
 
 def file_digest(path: str) -> bytes | None:
-    """The SHA-256 of the token in a file, None without one. Raises TokenFileError."""
+    """Return the SHA-256 of the token in a file; None if no file is configured. Raises TokenFileError."""
     if not path:
         return None
     try:
@@ -48,17 +48,17 @@ def file_digest(path: str) -> bytes | None:
     except (OSError, UnicodeDecodeError) as error:
         raise TokenFileError(f"admin.token_file: cannot be read: {error}") from error
     if not (text.isascii() and text.isprintable() and " " not in text):
-        raise TokenFileError("admin.token_file: holds something that is no token: one line of visible ASCII")
+        raise TokenFileError("admin.token_file: not a token: expected one line of visible ASCII characters")
     if not _TOKEN_CHARACTERS_MIN <= len(text) <= _TOKEN_CHARACTERS_MAX:
         raise TokenFileError(
-            f"admin.token_file: a token has {_TOKEN_CHARACTERS_MIN} to {_TOKEN_CHARACTERS_MAX} characters,"
-            f" such as `openssl rand -hex 32` prints"
+            f"admin.token_file: a token must have {_TOKEN_CHARACTERS_MIN} to {_TOKEN_CHARACTERS_MAX} characters,"
+            f" for example the output of `openssl rand -hex 32`"
         )
     return bytes(SecretKey(text.encode("ascii")).digest())
 
 
 class Access:
-    """See the module."""
+    """Authenticates requests to the admin API."""
 
     def __init__(
         self, tokens: AdminTokens, key_format: KeyFormat, throttle: Throttle, *, file_digest: bytes | None
@@ -69,7 +69,7 @@ class Access:
         self._file_digest = file_digest
 
     async def token(self, authorization: list[str], peer: str, now_mono: float) -> Entity:
-        """The token that these Authorization fields show. Raises Refused or StoreUnavailable."""
+        """Authenticate the values of Authorization and return the token. Raises Refused or StoreUnavailable."""
         try:
             return await self._token(authorization)
         except Refused as refused:
@@ -82,7 +82,7 @@ class Access:
         if not authorization:
             raise Refused(Problem.TOKEN_MISSING)
         if len(authorization) > 1:
-            raise Refused(Problem.TOKEN_INVALID, "There are several Authorization fields.")
+            raise Refused(Problem.TOKEN_INVALID, "The request has several Authorization headers.")
         scheme, _, shown = authorization[0].partition(" ")
         if scheme.lower() != "bearer":
             raise Refused(Problem.TOKEN_MISSING)

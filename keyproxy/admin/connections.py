@@ -1,4 +1,4 @@
-"""The bounds on connections to the admin API, and the response to a client beyond the bound."""
+"""The bounds on connections to the admin API, and the response to connections beyond them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BOUNDS", "Bounds", "Connections"]
 _http_log = logging.getLogger("keyproxy.admin.http")
 _http_log.addFilter(Unreadable())
 
-#: As they are outside of tests.
+#: The bounds in production.
 BOUNDS: Final = Bounds()
 
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page for people. It loads nothing from anywhere, runs no script, and its policy says so."""
+"""The OpenAPI document as an HTML page. It loads no external resources and runs no script; its policy enforces both."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ def page(document: Mapping[str, Any]) -> tuple[str, str]:
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>keyproxy admin API</title><style>{_STYLE}</style>",
         "<h1>keyproxy admin API</h1>",
-        "<p>Send <code>Authorization: Bearer TOKEN</code>; <code>keyproxy admin token create</code> makes a token.",
-        "The same for programs: <a href=/openapi.json>openapi.json</a>.</p>",
-        _table(
-            ("scope", "a token that has it"), [(_code(scope), _text(tells)) for scope, tells in openapi.told_scopes()]
-        ),
+        "<p>Send <code>Authorization: Bearer TOKEN</code>; <code>keyproxy admin token create</code> creates a token.",
+        "The same as a machine-readable document: <a href=/openapi.json>openapi.json</a>.</p>",
+        _table(("scope", "allows"), [(_code(scope), _text(tells)) for scope, tells in openapi.told_scopes()]),
         "<nav><ul>",
     ]
     operations = [
@@ -100,7 +98,7 @@ def _fields(schema: dict[str, Any], where: str) -> list[tuple[str, str, str, str
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """A schema in a few words."""
+    """A short description of a schema."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"<a href='#schema-{_text(name)}'>{_text(name)}</a>"
@@ -111,7 +109,7 @@ def _kind(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {_kind(schema.get('items', {}))}"
     bounds = [f"{word} {schema[name]:g}" for name, word in (("minimum", "from"), ("maximum", "to")) if name in schema]
-    default = f", without it {_code(str(schema['default']))}" if schema.get("default") not in (None, "", [], {}) else ""
+    default = f", default {_code(str(schema['default']))}" if schema.get("default") not in (None, "", [], {}) else ""
     return " ".join([_text(str(schema.get("type", "anything"))), *bounds]) + default
 
 
@@ -126,7 +124,7 @@ def _code(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text with `code` in it."""
+    """Render text that contains `code`."""
     pieces = text.split("`")
     return "".join(_code(piece) if place % 2 else _text(piece) for place, piece in enumerate(pieces))
 

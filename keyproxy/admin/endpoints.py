@@ -1,4 +1,4 @@
-"""An endpoint as it is declared: once, for the router, the checks and the OpenAPI alike."""
+"""Endpoint declarations: one per endpoint, used by the router, the validation and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
     settings: Settings
 
     def life(self, said: Mapping[str, Any]) -> timedelta | None:
-        """How long a new key lives, None for ever."""
+        """The lifetime of a new key; None: no expiry."""
         seconds = said.get("expires_in_seconds", self.age_days_max * 86_400 or None)
         return None if seconds is None else timedelta(seconds=seconds)
 
@@ -40,10 +40,10 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request that was let in and understood. `database` is for what `directory` does not tell: usage.
+    """An authorized and validated request. `database` is for data outside the directory: usage.
 
-    `path`: its parameters. `query` and `body`: what the endpoint's models made of them. `if_match`: the version that it
-    is about, None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was.
+    `path`: the path parameters. `query` and `body`: instances of the endpoint's models. `if_match`: the expected version,
+    None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was `*`.
     """
 
     directory: Directory
@@ -59,13 +59,13 @@ class Call:
 
     @property
     def is_bound(self) -> bool:
-        """Whether the token sees one tenant alone."""
+        """Whether the token is restricted to one tenant."""
         return self.token["tenant"] is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is answered. `is_version_of`: the thing whose ETag goes with it."""
+    """A response. `is_version_of`: the object whose ETag is sent."""
 
     content: Entity
     status: int = 200
@@ -74,7 +74,7 @@ class Answer:
 
 
 class Stream(NamedTuple):
-    """An answer that goes on for as long as there is something: lines of JSON."""
+    """A streamed response: lines of JSON."""
 
     lines: Any  # an asynchronous iterator of bytes
 
@@ -84,9 +84,9 @@ Handler = Callable[[Call], Awaitable[Answer | Stream]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """See the module. `path` as `/v1/keys/{id}`; `answers` says which model goes with which status.
+    """One endpoint. `path`: such as `/v1/keys/{id}`. `answers`: the response model of each status.
 
-    `refuses`: the problems beyond those that every endpoint has. `is_global`: nothing for who is bound to a tenant.
+    `refuses`: problems beyond those common to all endpoints. `is_global`: tokens restricted to a tenant are refused.
     """
 
     method: str
@@ -107,12 +107,12 @@ class Endpoint:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it takes an Idempotency-Key."""
+        """Whether the endpoint accepts an Idempotency-Key."""
         return self.method == "POST"
 
     @property
     def problems(self) -> frozenset[Problem]:
-        """Every way in which it refuses."""
+        """All problems that the endpoint can return."""
         every = {
             Problem.REQUEST_MALFORMED, Problem.INVALID, Problem.TOKEN_MISSING, Problem.TOKEN_INVALID,
             Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED, Problem.ACCOUNT_DISABLED, Problem.INSUFFICIENT_SCOPE,
@@ -130,9 +130,9 @@ class Endpoint:
 
 
 def needs(scope: Scope) -> Refused:
-    """The refusal of who does not have this scope."""
+    """The refusal of a token without this scope."""
     return Refused(
-        Problem.INSUFFICIENT_SCOPE, f"It needs {scope}.",
+        Problem.INSUFFICIENT_SCOPE, f"The required scope is {scope}.",
         headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
     )  # fmt: skip
 
@@ -141,14 +141,14 @@ _POSITION_BYTES_MAX: Final = 600
 
 
 def cursor(query: Paged, position: str | None) -> str | None:
-    """An opaque cursor for what follows this position of the list that `query` asks for."""
+    """An opaque cursor for the items after this position of the list that `query` selects."""
     if position is None:
         return None
     return base64.urlsafe_b64encode(json.dumps([_list_of(query), position]).encode()).decode().rstrip("=")
 
 
 def position(query: Paged) -> str | None:
-    """The position that the query's cursor stands for, None for the beginning. Raises Refused."""
+    """Decode the position from the query's cursor; None: the start of the list. Raises Refused."""
     if not query.cursor:
         return None
     padded = query.cursor + "=" * (-len(query.cursor) % 4)
@@ -158,22 +158,24 @@ def position(query: Paged) -> str | None:
         content = None
     is_one = isinstance(content, list) and len(content) == 2 and isinstance(content[1], str)
     if not is_one or "\0" in content[1] or len(content[1].encode("utf-8", "replace")) > _POSITION_BYTES_MAX:
-        raise Refused(Problem.INVALID, "There is no such cursor.", errors=[FieldError("query.cursor", "is none")])
+        raise Refused(
+            Problem.INVALID, "The cursor is invalid.", errors=[FieldError("query.cursor", "is not a valid cursor")]
+        )
     if content[0] != _list_of(query):
-        error = FieldError("query.cursor", "comes from a list with other filters")
+        error = FieldError("query.cursor", "is from a list with other filters")
         raise Refused(Problem.INVALID, "The cursor belongs to another list.", errors=[error])
     found: str = content[1]
     return found
 
 
 def _list_of(query: Paged) -> int:
-    """Which list a query asks for, whatever part of it. It tells mistakes, and protects nothing: nothing needs that."""
+    """Identify the list that a query selects, whatever the page. It detects mistakes; it is not a security check."""
     filters = query.model_dump_json(exclude={"cursor", "limit"})
     return zlib.crc32(f"{type(query).__name__} {filters}".encode())
 
 
 async def page(query: Paged, listed: Callable[[str, int], Awaitable[list[Entity]]]) -> Answer:
-    """A page of a list in the order of ids."""
+    """Return one page of a list ordered by id."""
     rows = await listed(position(query) or "", query.limit + 1)
     following = rows[query.limit - 1]["id"] if len(rows) > query.limit else None
     return Answer({"items": rows[: query.limit], "next": cursor(query, following)})

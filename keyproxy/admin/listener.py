@@ -34,7 +34,7 @@ _REQUEST_ID: Final = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-#: What is served beside the endpoints.
+#: Paths served in addition to the endpoints.
 _PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
 
 _FAILED_LOGINS: Final = (
@@ -50,7 +50,7 @@ def traffic() -> Traffic:
 
 
 class AdminListener:
-    """See the module. The service may be exchanged while requests are under way."""
+    """The admin API's HTTP server. The service can be replaced while requests are in flight."""
 
     def __init__(
         self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
@@ -95,7 +95,7 @@ class AdminListener:
         await self._connections.start(sock, tls)
 
     async def close(self) -> None:
-        """Take nothing new; what is under way finishes, within bounds."""
+        """Stop accepting connections; requests in flight finish within a time limit."""
         if self._connections is not None:
             self._connections.stop()
         if self._runner is not None:
@@ -104,10 +104,10 @@ class AdminListener:
 
     @property
     def open_connections(self) -> int:
-        """How many clients are connected."""
+        """The number of open connections."""
         return 0 if self._connections is None else len(self._connections.open)
 
-    # -- the pages that are no endpoints; all but the metrics need no token
+    # -- pages outside the endpoints; only the metrics require a token
 
     def _pages(self) -> dict[str, Handler]:
         return {
@@ -116,7 +116,7 @@ class AdminListener:
         }  # fmt: skip
 
     async def _scrape(self, request: web.Request) -> web.Response:
-        # They are about all tenants.
+        # The metrics cover all tenants.
         await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -188,7 +188,7 @@ class AdminListener:
 
 @functools.cache
 def _told() -> tuple[bytes, str, str]:
-    """(the OpenAPI document, the page of it, the page's policy)."""
+    """(the OpenAPI document, its HTML page, the page's Content-Security-Policy)."""
     document = openapi.document(ENDPOINTS)
     return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)
 
@@ -204,13 +204,13 @@ def _refusal(error: Exception, request_id: str) -> Refused:
         case web.HTTPRequestEntityTooLarge():
             return Refused(Problem.BODY_TOO_LARGE)
         case web.HTTPNotFound():
-            return Refused(Problem.NOT_FOUND, "There is no such path.")
+            return Refused(Problem.NOT_FOUND, "The path does not exist.")
         case web.HTTPException():
             return Refused(Problem.REQUEST_MALFORMED)
         case ConnectionResetError():
-            return Refused(Problem.REQUEST_MALFORMED, "The client left.")
+            return Refused(Problem.REQUEST_MALFORMED, "The client disconnected.")
         case _:
-            _log.error("a defect, request_id=%s", request_id, exc_info=error)
+            _log.error("internal error, request_id=%s", request_id, exc_info=error)
             return Refused(Problem.INTERNAL_ERROR)
 
 

@@ -1,4 +1,4 @@
-"""What the metrics of an admin process are made of: asked of the store, and remembered for a moment."""
+"""The metrics of an admin process: queried from the database and cached briefly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keyproxy.store.postgres.database import StoreUnavailable
 _WITHIN_DAYS: Final = (1, 7, 30)
 _REMEMBERED_SECONDS: Final = 15.0
 
-#: At most this many tokens have a series: those that expire soonest.
+#: Maximum number of tokens with a series: those that expire first.
 _TOKENS_MAX: Final = 100
 
 
 class MetricsPage:
-    """The page of metrics. However often it is asked for, the store is asked once in a quarter of a minute."""
+    """The metrics page. It queries the database at most once every 15 seconds."""
 
     def __init__(self, reminding: ReminderSender, now_mono: Callable[[], float], traffic: Traffic) -> None:
         self._reminding = reminding
@@ -30,7 +30,7 @@ class MetricsPage:
         self._good_until_mono = 0.0
 
     async def page(self) -> bytes:
-        """In the text format of Prometheus."""
+        """Return the page in the Prometheus text format."""
         async with self._asking:
             if self._standing is None or self._now_mono() >= self._good_until_mono:
                 self._standing = await self._asked()

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made of the declarations that requests are checked with."""
+"""The OpenAPI 3.1 document, generated from the declarations that validate requests."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from keyproxy.admin.schemas.response_models import ProblemDetails
 _REFERENCE: Final = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
-_ETAG: Final = {"description": "The version, for If-Match.", "schema": {"type": "string"}}
+_ETAG: Final = {"description": "The version, for use in If-Match.", "schema": {"type": "string"}}
 _IF_MATCH: Final = {
-    "name": "If-Match", "in": "header", "description": "Only if this is its version still, an ETag; or `*`.",
+    "name": "If-Match", "in": "header", "description": "Requires this ETag as the current version; `*`: any.",
     "schema": {"type": "string", "pattern": r'^(\*|"[!#-~]*")$'},
 }  # fmt: skip
 _IF_NONE_MATCH: Final = {
-    "name": "If-None-Match", "in": "header", "description": "`*`: only if there is none yet.",
+    "name": "If-None-Match", "in": "header", "description": "`*`: the object must not exist.",
     "schema": {"type": "string", "pattern": r"^\*$"},
 }  # fmt: skip
 _IDEMPOTENCY_KEY: Final = {
     "name": "Idempotency-Key", "in": "header",
-    "description": "Sent again with the same key within 24 hours, the request is not done again and has the same answer, "
-    "in which each `secret` is null.",
+    "description": "A request repeated with the same key within 24 hours is not executed again. It gets the same "
+    "response, with each `secret` null.",
     "schema": {"type": "string", "pattern": '^[!#-~]{1,255}$'},
 }  # fmt: skip
 
@@ -48,21 +48,25 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "info": {
             "title": "keyproxy admin API",
             "version": __version__,
-            "description": "Tenants, users, keys, plans, and what happened to them.",
+            "description": "Manage tenants, users, keys and plans, and read the audit log and usage.",
         },
         "security": [{"token": []}],
         "paths": paths,
         "components": {
             "schemas": definitions,
             "securitySchemes": {
-                "token": {"type": "http", "scheme": "bearer", "description": "`keyproxy admin token create` makes one."}
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "Create one with `keyproxy admin token create`.",
+                }
             },
         },
     }
 
 
 def told_scopes() -> list[tuple[str, str]]:
-    """(scope, what it allows) of every scope."""
+    """(scope, what it allows) for every scope."""
     return [(scope.value, tells) for scope, tells in scopes.TELLS.items()]
 
 
@@ -83,7 +87,7 @@ def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[type[BaseModel], Any],
 
 
 def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:
-    needs = "" if endpoint.scope is None else f" Needs `{endpoint.scope}`."
+    needs = "" if endpoint.scope is None else f" Requires `{endpoint.scope}`."
     operation: dict[str, Any] = {
         "operationId": endpoint.name,
         "summary": endpoint.tells.split(". ")[0].split(": ")[0].rstrip("."),
@@ -113,7 +117,7 @@ def _query_parameters(model: type[Accepted]) -> list[dict[str, Any]]:
     schema = model.model_json_schema()
     parameters = []
     for name, described in schema["properties"].items():
-        # Not to give a parameter is what null would be: in a query there is none.
+        # Queries have no null: an omitted parameter means the same.
         kinds = [one for one in described.pop("anyOf", []) if one.get("type") != "null"]
         described = {**described, **(kinds[0] if kinds else {})}
         described.pop("title", None)

@@ -1,4 +1,4 @@
-"""Every way in which the admin API refuses: one row each, told as application/problem+json (RFC 9457)."""
+"""All refusals of the admin API, one row each, sent as application/problem+json (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHALLENGE: Final = 'Bearer realm="keyproxy admin"'
 
 
 class Row(NamedTuple):
-    """What is told: a code for programs, a status, a sentence for people."""
+    """A code for programs, a status, and a sentence for the caller."""
 
     code: str
     status: int
@@ -24,30 +24,32 @@ class Row(NamedTuple):
 
 
 class Problem(enum.Enum):
-    """The closed vocabulary."""
+    """The complete set of problems."""
 
-    REQUEST_MALFORMED = Row("request_malformed", 400, "The request cannot be read.")
-    TOKEN_MISSING = Row("token_missing", 401, "Send Authorization: Bearer with a token of the admin API.")
-    TOKEN_INVALID = Row("token_invalid", 401, "There is no such token.")
+    REQUEST_MALFORMED = Row("request_malformed", 400, "The request is malformed.")
+    TOKEN_MISSING = Row("token_missing", 401, "Send an admin API token as Authorization: Bearer TOKEN.")
+    TOKEN_INVALID = Row("token_invalid", 401, "The token is not valid.")
     TOKEN_EXPIRED = Row("token_expired", 401, "The token has expired.")
     TOKEN_REVOKED = Row("token_revoked", 401, "The token was revoked.")
     ACCOUNT_DISABLED = Row("account_disabled", 401, "The tenant that the token is bound to is disabled.")
-    INSUFFICIENT_SCOPE = Row("insufficient_scope", 403, "The token may not do this.")
-    TENANT_BOUND = Row("tenant_bound", 403, "This is about all tenants; the token is bound to one.")
-    NOT_FOUND = Row("not_found", 404, "There is no such thing.")
-    METHOD_NOT_ALLOWED = Row("method_not_allowed", 405, "This cannot be done to that.")
-    REQUEST_TIMEOUT = Row("request_timeout", 408, "The body took too long to arrive.")
-    CONFLICT = Row("conflict", 409, "It is not in the state for that.")
-    IN_PROGRESS = Row("idempotency_in_progress", 409, "The same request is being dealt with: retry shortly.")
-    OUTDATED = Row("outdated", 412, "It has changed since it was read.")
+    INSUFFICIENT_SCOPE = Row("insufficient_scope", 403, "The token lacks the required scope.")
+    TENANT_BOUND = Row("tenant_bound", 403, "This operation covers all tenants, but the token is restricted to one.")
+    NOT_FOUND = Row("not_found", 404, "The object does not exist.")
+    METHOD_NOT_ALLOWED = Row("method_not_allowed", 405, "The method is not supported for this path.")
+    REQUEST_TIMEOUT = Row("request_timeout", 408, "The request body did not arrive in time.")
+    CONFLICT = Row("conflict", 409, "The object's state does not allow this operation.")
+    IN_PROGRESS = Row(
+        "idempotency_in_progress", 409, "A request with this Idempotency-Key is in progress; retry shortly."
+    )
+    OUTDATED = Row("outdated", 412, "The object has changed since it was read.")
     BODY_TOO_LARGE = Row("body_too_large", 413, "The body is too large.")
     MEDIA_TYPE = Row("media_type_not_supported", 415, "Send application/json.")
-    INVALID = Row("invalid", 422, "The request means nothing.")
-    KEY_REUSED = Row("idempotency_key_reused", 422, "This Idempotency-Key came with another request before.")
+    INVALID = Row("invalid", 422, "The request is invalid.")
+    KEY_REUSED = Row("idempotency_key_reused", 422, "This Idempotency-Key was used with a different request.")
     TOO_MANY_FAILURES = Row("too_many_failures", 429, "Too many requests without a valid token.")
-    INTERNAL_ERROR = Row("internal_error", 500, "A defect; the log has it under this request's id.")
-    OVERLOADED = Row("overloaded", 503, "There are too many connections; retry shortly.")
-    STORE_UNAVAILABLE = Row("store_unavailable", 503, "The database cannot be asked right now; retry shortly.")
+    INTERNAL_ERROR = Row("internal_error", 500, "Internal error; see the log for this request's id.")
+    OVERLOADED = Row("overloaded", 503, "Too many connections; retry shortly.")
+    STORE_UNAVAILABLE = Row("store_unavailable", 503, "The database is unavailable; retry shortly.")
 
     @property
     def code(self) -> str:
@@ -61,14 +63,14 @@ class Problem(enum.Enum):
 
 
 class FieldError(NamedTuple):
-    """One thing that is wrong: where (`body.limits.rate`, `query.limit`), and what."""
+    """One validation error: the field (`body.limits.rate`, `query.limit`) and the reason."""
 
     field: str
     detail: str
 
 
 class Refused(Exception):
-    """A request is refused. `detail` is one more sentence for the caller."""
+    """A refused request. `detail` is an additional sentence for the caller."""
 
     def __init__(
         self, problem: Problem, detail: str = "", *, errors: Sequence[FieldError] = (),
@@ -82,9 +84,9 @@ class Refused(Exception):
 
 
 def body(refused: Refused, request_id: str) -> bytes:
-    """The body of the answer to a refused request.
+    """Build the response body for a refused request.
 
-    Masked: a client may have given a key where its id belongs, and errors end up in logs.
+    Keys are masked: a client may send a key where an id belongs, and errors end up in logs.
     """
     row = refused.problem.value
     content: dict[str, Any] = {
@@ -101,7 +103,7 @@ def body(refused: Refused, request_id: str) -> bytes:
 
 
 def rendered(refused: Refused, request_id: str) -> web.Response:
-    """The answer to a refused request."""
+    """Build the response for a refused request."""
     row = refused.problem.value
     headers = dict(refused.headers)
     if row.status == 401:

@@ -1,8 +1,8 @@
 """Sends reminders of keys and admin tokens that expire soon to the webhook: signed, retried for most of a day, then
 abandoned.
 
-A reminder is claimed, sent and marked. Whoever dies in between, or cannot mark it, leaves it to be sent again under the
-same id; see `store.reminders`. So there may be as many senders as there are admin processes, and a cron job beside them.
+A reminder is claimed, sent and marked. If the sender dies in between or cannot mark it, it is sent again under the same
+id; see `store.directory.reminders`. This allows one sender per admin process, and a cron job as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 30.0
 _ATTEMPT_SECONDS: Final = 15.0
 _BATCH: Final = 20
-#: Well beyond an attempt: who still holds a claim then is dead, or may as well be.
+#: Well beyond the duration of an attempt: a sender with an older claim is presumed dead.
 _LEASE: Final = timedelta(seconds=60)
 
 #: Attempts are made after 10 s, 1 min, 6 min, 36 min, 3.6 h, and then every 6 h: nine of them in 22 h.
@@ -39,13 +39,13 @@ _FIRST_DELAY_SECONDS: Final = 10.0
 _DELAY_GROWTH: Final = 6
 _DELAY_SECONDS_MAX: Final = 6 * 3600.0
 
-#: The receiver wants no more of it. Standard Webhooks, "Responding to webhooks".
+#: The receiver unsubscribes. Standard Webhooks, "Responding to webhooks".
 _GONE: Final = 410
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of sending: reminders received, attempts that failed, reminders given up."""
+    """The results of sending: delivered reminders, failed attempts, abandoned reminders."""
 
     sent: int = 0
     failed: int = 0
@@ -60,7 +60,7 @@ class _Failed:
 
 @dataclass(slots=True)
 class ReminderSender:
-    """See the module. `total` counts all that this process did."""
+    """Sends due reminders. `total` counts the results since the process started."""
 
     reminders: Reminders
     lease: timedelta = _LEASE
@@ -68,7 +68,7 @@ class ReminderSender:
     total: Outcome = field(default_factory=Outcome)
 
     async def run(self, terms: Callable[[], schema.Reminders]) -> None:
-        """Remind whoever is to be reminded, for ever. `terms` may change; nothing is sent while they have no URL."""
+        """Send due reminders until cancelled. `terms` may change; nothing is sent while they have no URL."""
         was_down = False
         while True:
             try:
@@ -77,29 +77,29 @@ class ReminderSender:
                 was_down = False
             except (StoreUnavailable, StoreConflict) as error:
                 if not was_down and not self.reminders.is_store_down:
-                    _log.warning("reminders of what expires cannot be sent: %s", error)
+                    _log.warning("cannot send reminders, will retry: %s", error)
                 was_down = True
             except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
-                _log.exception("sending reminders failed because of a defect")
+                _log.exception("sending reminders failed with an internal error")
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def turn(self, terms: schema.Reminders) -> Outcome:
-        """Write what is due and send what is to be sent by now. Raises StoreUnavailable, StoreConflict."""
+        """Record due reminders and send those whose time has come. Raises StoreUnavailable, StoreConflict."""
         turn = Outcome()
         await self.reminders.write(terms.before_days)
         for _, what, why in await self.reminders.given_up_late():
-            self._note_given_up(what, f"it has expired; {why}", turn)
+            self._note_given_up(what, f"already expired; {why}", turn)
         timeout = aiohttp.ClientTimeout(total=self.attempt_seconds)
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
             while claimed := await self.reminders.claim(_BATCH, self.lease):
                 sent_before = turn.sent
                 sending = (self._send(session, terms, reminder, turn) for reminder in claimed)
-                # Each is sent and marked, also if another one cannot be marked.
+                # Send and mark each reminder even if marking another one fails.
                 for ended in await asyncio.gather(*sending, return_exceptions=True):
                     if isinstance(ended, BaseException):
                         raise ended
                 if turn.sent == sent_before:
-                    break  # a receiver that takes none of them is not asked for the rest before the next turn
+                    break  # if the receiver accepts none of a batch, the rest waits for the next round
         return turn
 
     async def _send(
@@ -120,18 +120,18 @@ class ReminderSender:
         again_in = _delay(reminder.attempts)
         await self.reminders.failed(reminder, failed.why, again_in)
         _log.warning(
-            "the reminder of %s was not received, attempt %d: %s; again in %d s",
+            "reminder of %s failed, attempt %d: %s; retry in %d s",
             subject(reminder.key, reminder.token), reminder.attempts, failed.why, again_in.total_seconds(),
         )  # fmt: skip
 
     def _note_given_up(self, what: str, why: str, turn: Outcome) -> None:
         self.total.given_up += 1
         turn.given_up += 1
-        _log.error("the reminder of %s is given up: %s", what, why)
+        _log.error("reminder of %s abandoned: %s", what, why)
 
 
 def body(reminder: Reminder) -> bytes:
-    """What is sent: no secret, and the same for each attempt as long as the key is the same."""
+    """The webhook's payload: contains no secret, and is the same for each attempt unless the key changes."""
     if reminder.token is not None:
         what: dict[str, object] = {"token": reminder.token, "tenant": reminder.tenant}
     else:
@@ -159,19 +159,19 @@ async def _attempted(
     )
     headers = {**signed, "Content-Type": "application/json", "User-Agent": "keyproxy"}
     try:
-        # Redirects are not followed: what is signed for one receiver is no other's. The answer's body is not read.
+        # Redirects are not followed: the signature is for one receiver only. The response body is not read.
         async with session.post(terms.webhook_url, data=content, headers=headers, allow_redirects=False) as response:
             status = response.status
     except TimeoutError:
-        return _Failed(f"no answer within {session.timeout.total:g} s")
+        return _Failed(f"timeout: no response within {session.timeout.total:g} s")
     except (aiohttp.ClientError, OSError) as error:
         return _Failed(f"{type(error).__name__}: {error}")
     if 200 <= status < 300:
         return None
-    return _Failed(f"the receiver answers {status}", is_final=status == _GONE)
+    return _Failed(f"the receiver responded with status {status}", is_final=status == _GONE)
 
 
 def _delay(attempts: int) -> timedelta:
-    """How long to wait after so many attempts, a fifth more or less so that not all come at once."""
+    """The pause after a number of attempts, with 20 % jitter so that retries spread out."""
     seconds = min(_DELAY_SECONDS_MAX, _FIRST_DELAY_SECONDS * _DELAY_GROWTH ** (attempts - 1))
     return timedelta(seconds=seconds * (0.8 + secrets.randbelow(4001) / 10_000))

@@ -1,4 +1,4 @@
-"""A request of the admin API, read: its path, query, body and conditions, checked by the endpoint's models."""
+"""Parsing of admin API requests: path, query, body and conditions, validated by the endpoint's models."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _PATH_ID = re.compile(ID)
 
 _Model = TypeVar("_Model", bound=Accepted)
 
-#: What a pattern says, to people.
+#: Descriptions of the patterns for error messages.
 _MEANINGS = {
-    ID: "an id is letters, digits and . _ : @ | + -, begins with one of the first two, and has 128 of them at most",
-    PLAN_ID: "a plan's name is letters, digits and . _ : @ -, begins with one of the first two, and has 128 at most",
+    ID: "an id has up to 128 letters, digits and . _ : @ | + -, and starts with a letter or digit",
+    PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
     PRINTABLE: "control characters are not allowed",
-    SCOPE: "a scope is one word such as jobs:write, without wildcards, of 64 characters at most",
+    SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
 }
 
 
 def path_of(request: web.Request) -> dict[str, str]:
-    """The parameters of the path. What can be nobody's id is not there. Raises Refused."""
+    """Parse the path parameters. A value that cannot be an id is a 404. Raises Refused."""
     for value in request.match_info.values():
         if not _PATH_ID.fullmatch(value):
             raise Refused(Problem.NOT_FOUND)
@@ -45,7 +45,7 @@ def path_of(request: web.Request) -> dict[str, str]:
 
 
 def query_of(request: web.Request, model: type[_Model]) -> _Model:
-    """The query. Raises Refused."""
+    """Parse the query. Raises Refused."""
     twice = [name for name in request.query if len(request.query.getall(name)) > 1]
     if twice:
         raise Refused(Problem.INVALID, errors=[FieldError(f"query.{twice[0]}", "is given more than once")])
@@ -53,7 +53,7 @@ def query_of(request: web.Request, model: type[_Model]) -> _Model:
 
 
 async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Accepted | None]:
-    """The body as it came, and what it means. Raises Refused."""
+    """Read the body: its bytes and the validated model. Raises Refused."""
     if endpoint.body is None:
         return b"", None
     try:
@@ -62,7 +62,7 @@ async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Acce
     except TimeoutError as error:
         raise Refused(Problem.REQUEST_TIMEOUT) from error
     except web.HTTPRequestEntityTooLarge as error:
-        raise Refused(Problem.BODY_TOO_LARGE, f"A body has {BODY_BYTES_MAX} bytes at most.") from error
+        raise Refused(Problem.BODY_TOO_LARGE, f"The maximum is {BODY_BYTES_MAX} bytes.") from error
     if not raw and endpoint.may_be_empty:
         return raw, _checked(endpoint.body, {}, "body")
     if request.content_type != "application/json":
@@ -71,7 +71,7 @@ async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Acce
 
 
 def if_match(request: web.Request) -> str | None:
-    """The version that the request is about: None for any, `*` if it only has to be there. Raises Refused."""
+    """Parse If-Match: None for any version, `*` if the object must exist. Raises Refused."""
     fields = request.headers.getall("If-Match", [])
     if not fields:
         return None
@@ -79,25 +79,25 @@ def if_match(request: web.Request) -> str | None:
         return "*"
     match = _ENTITY_TAG.fullmatch(fields[0].strip()) if len(fields) == 1 else None
     if match is None:
-        raise Refused(Problem.REQUEST_MALFORMED, 'If-Match is one ETag in quotes, or "*".')
+        raise Refused(Problem.REQUEST_MALFORMED, 'If-Match must be one quoted ETag or "*".')
     if match[1]:
         # RFC 9110, 13.1.1: a weak tag never matches.
-        raise Refused(Problem.OUTDATED, "A weak ETag matches nothing.")
+        raise Refused(Problem.OUTDATED, "A weak ETag never matches.")
     return match[2]
 
 
 def must_be_new(request: web.Request, endpoint: Endpoint) -> bool:
-    """Whether If-None-Match says that the thing may not be there yet. Raises Refused."""
+    """Parse If-None-Match: whether the object must not exist. Raises Refused."""
     fields = request.headers.getall("If-None-Match", [])
     if not endpoint.may_be_new_only or not fields:
         return False
     if fields != ["*"]:
-        raise Refused(Problem.REQUEST_MALFORMED, "If-None-Match is understood as * only.")
+        raise Refused(Problem.REQUEST_MALFORMED, "If-None-Match supports only *.")
     return True
 
 
 def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
-    """The Idempotency-Key, quoted or not, None without one. Raises Refused."""
+    """Parse the Idempotency-Key, quoted or not; None without one. Raises Refused."""
     fields = request.headers.getall("Idempotency-Key", [])
     if not endpoint.is_kept or not fields:
         return None
@@ -106,7 +106,7 @@ def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
         key = key[1:-1]
     if len(fields) > 1 or not _IDEMPOTENCY_KEY.fullmatch(key):
         raise Refused(
-            Problem.REQUEST_MALFORMED, "Idempotency-Key is one word of visible ASCII, 255 characters at most."
+            Problem.REQUEST_MALFORMED, "Idempotency-Key must be one word of up to 255 visible ASCII characters."
         )
     return key
 
@@ -119,14 +119,14 @@ def _json(raw: bytes) -> object:
     except RecursionError as error:
         raise Refused(Problem.REQUEST_MALFORMED, "The body is nested too deeply.") from error
     except ValueError as error:
-        raise Refused(Problem.REQUEST_MALFORMED, f"The body is no JSON: {_one_line(error)}.") from error
+        raise Refused(Problem.REQUEST_MALFORMED, f"The body is not valid JSON: {_one_line(error)}.") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        # Which one counts is what two readers would read differently.
-        raise ValueError("an object names a member twice")
+        # Parsers disagree on which one wins.
+        raise ValueError("an object contains a member twice")
     return found
 
 
@@ -137,11 +137,11 @@ def _integer(text: str) -> int:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _one_line(error: Exception) -> str:
-    # The decoder's own errors tell what they met; of a body nothing is repeated.
+    # The decoder's own errors quote the input; the response must not repeat any of the body.
     return error.msg.lower() if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
 
 
@@ -160,16 +160,16 @@ def _told(error: Any, model: type[Accepted], where: str) -> FieldError:
         known = list(_fields_at(model, error["loc"][:-1]))
         name = str(error["loc"][-1])
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        # An unknown name may be anything, a secret even: the closest known one is told, the unknown one is cut.
+        # An unknown name may be a secret: suggest the closest known name and truncate the unknown one.
         hint = f"; did you mean {close[0]}?" if close else ""
-        return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"there is no such field{hint}")
+        return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"unknown field{hint}")
     meaning = _MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
     message: str = meaning or error["msg"].removeprefix("Value error, ")
     return FieldError(location[:200], message[:1].lower() + message[1:])
 
 
 def _fields_at(model: type[Accepted], location: Iterable[str | int]) -> Iterable[str]:
-    """The fields of the model at this place."""
+    """The fields of the model at this location."""
     here: type[Accepted] | None = model
     for step in location:
         field = here.model_fields.get(str(step)) if here is not None else None

@@ -1,8 +1,8 @@
-"""What tokens of the admin API may do.
+"""Scopes of admin API tokens.
 
-A scope names a kind of thing and whether it may be read or changed. `admin:read` reads everything, `admin:write` may do
-everything. Writing does not imply reading: a provisioning job that creates users need not see those of others.
-`tenant:acme` is a bound rather than a right: the token sees and touches that tenant alone.
+A scope names a kind of object and read or write access. `admin:read` reads everything, `admin:write` grants everything.
+Write access does not imply read access: a provisioning job that creates users need not see other users.
+`tenant:acme` restricts rather than grants: the token reads and changes that tenant only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 
 class Scope(enum.StrEnum):
-    """What a token may do."""
+    """A permission of a token."""
 
     ADMIN_READ = "admin:read"
     ADMIN_WRITE = "admin:write"
@@ -29,13 +29,13 @@ class Scope(enum.StrEnum):
 
 TELLS: Final = {
     Scope.ADMIN_READ: "reads everything",
-    Scope.ADMIN_WRITE: "may do everything",
+    Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys and plans",
     Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys",
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
-    Scope.PLANS_WRITE: "makes, changes and deletes plans",
+    Scope.PLANS_WRITE: "creates, changes and deletes plans",
     Scope.AUDIT_READ: "reads the audit log",
-    Scope.USAGE_READ: "reads usage, how limits stand, and what would become of a request",
+    Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
     Scope.LEAKS_WRITE: "reports leaked keys",
     Scope.METRICS_READ: "reads the metrics of the admin process",
 }
@@ -44,35 +44,35 @@ _TENANT: Final = "tenant:"
 
 
 class InvalidScopes(ValueError):
-    """Scopes that no token can have. The text says why."""
+    """Invalid scopes for a token. The text is the reason."""
 
 
 class Granted(NamedTuple):
-    """Scopes, and the tenant they are bound to."""
+    """Scopes, and the tenant that they are restricted to."""
 
     scopes: list[str]
     tenant: str | None
 
 
 def read(texts: Sequence[str]) -> Granted:
-    """Scopes as they are written on the command line, each once. Raises InvalidScopes."""
+    """Parse scopes from the command line and remove duplicates. Raises InvalidScopes."""
     tenants = {text.removeprefix(_TENANT) for text in texts if text.startswith(_TENANT)}
     scopes = list(dict.fromkeys(text for text in texts if not text.startswith(_TENANT)))
     unknown = [text for text in scopes if text not in set(Scope)]
     if unknown:
-        raise InvalidScopes(f"{unknown[0]!r} is no scope; there are {', '.join(Scope)} and tenant:ID")
+        raise InvalidScopes(f"{unknown[0]!r} is not a scope; the scopes are {', '.join(Scope)} and tenant:ID")
     if len(tenants) > 1:
-        raise InvalidScopes("a token is bound to one tenant at most")
+        raise InvalidScopes("a token can be restricted to one tenant only")
     if not scopes:
-        raise InvalidScopes("a token without any scope may do nothing")
+        raise InvalidScopes("a token needs at least one scope besides tenant:ID")
     tenant = tenants.pop() if tenants else None
     if tenant == "":
-        raise InvalidScopes("tenant: is followed by the id of a tenant")
+        raise InvalidScopes("tenant: must be followed by a tenant's id")
     return Granted(scopes, tenant)
 
 
 def allows(held: Sequence[str], needed: Scope) -> bool:
-    """Whether who holds these scopes may do what needs that one."""
+    """Whether these scopes include the required one."""
     if needed in held or Scope.ADMIN_WRITE in held:
         return True
     return needed.endswith(":read") and Scope.ADMIN_READ in held

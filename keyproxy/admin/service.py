@@ -1,7 +1,7 @@
-"""The life of a request to the admin API: let in, understood, done in one transaction, answered.
+"""The handling of a request to the admin API: authenticate, validate, execute in one transaction, respond.
 
-A request that changes something is one transaction, with its audit rows and, if it came with an Idempotency-Key, with its
-answer: all of it counts or none.
+A request that changes something is one transaction that includes its audit rows and, with an Idempotency-Key, the stored
+response: all or nothing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _DIRECTORY_PROBLEMS: Final = {
 }
 _SECRETS: Final = ("secret",)
 
-#: Whose a request is, once that is known.
+#: The id of the request's token, once it is authenticated.
 TOKEN_ID: Final = web.RequestKey("token_id", str)
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What requests are served with."""
+    """Serves requests under one configuration."""
 
     database: Database
     key_format: KeyFormat
@@ -62,7 +62,7 @@ class Service:
     now_mono: Callable[[], float]
 
     async def answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        """The answer to a request. Raises Refused, StoreUnavailable."""
+        """Respond to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
         token = await self.let_in(request, endpoint.scope, is_global=endpoint.is_global)
         raw, body = await request_parsing.body_of(request, endpoint)
@@ -83,11 +83,11 @@ class Service:
                 problem = Problem.OUTDATED
             raise Refused(problem, _sentence(str(error))) from error
         except StoreConflict as error:
-            _log.warning("the store refuses a change that no rule here does: %s", error.constraint or error)
-            raise Refused(Problem.CONFLICT, "The database refuses the change.") from error
+            _log.warning("the database refused a change that validation allows: %s", error.constraint or error)
+            raise Refused(Problem.CONFLICT, "The database refused the change.") from error
 
     async def let_in(self, request: web.Request, scope: Scope | None, *, is_global: bool) -> Entity:
-        """The token of a request, which may do what needs this scope. Raises Refused, StoreUnavailable."""
+        """Authenticate a request and require this scope. Raises Refused, StoreUnavailable."""
         authorization = request.headers.getall("Authorization", [])
         token = await self.access.token(authorization, request.remote or "unix", self.now_mono())
         request[TOKEN_ID] = token["id"]
@@ -133,7 +133,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A call, before it is known through which door."""
+    """Build the call, still without a transaction."""
 
     token: Entity
     path: dict[str, str]
@@ -168,7 +168,7 @@ def _response(kept: Kept) -> web.Response:
 
 
 def _without_secrets(kept: Kept) -> Kept:
-    """The same answer, each secret in it replaced by null."""
+    """The same response, with each secret replaced by null."""
     return {**kept, "content": _blanked(kept["content"])}
 
 
@@ -181,7 +181,7 @@ def _blanked(content: Any) -> Any:
 
 
 async def _streamed(request: web.Request, stream: Stream) -> web.StreamResponse:
-    # The first part is made before the status goes out: what fails at once is told.
+    # Build the first part before sending the status, so that an immediate failure is reported.
     first = await anext(stream.lines, b"")
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
@@ -190,7 +190,7 @@ async def _streamed(request: web.Request, stream: Stream) -> web.StreamResponse:
         async for lines in stream.lines:
             await response.write(lines)
     except StoreUnavailable:
-        # Without its last chunk the answer is not complete, and the client can tell.
+        # Omit the last chunk, so that the client detects an incomplete response.
         if request.transport is not None:
             request.transport.abort()
         raise

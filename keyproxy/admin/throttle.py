@@ -1,7 +1,6 @@
-"""Failed attempts to get in, by peer: a few are let go, a stream of them is told to wait. Who gets in is never counted.
+"""Throttling of failed authentication by peer: a burst is allowed, a steady stream must wait. Successes never count.
 
-A token bucket per peer, pure arithmetic over a clock that is given. An IPv6 host has a whole /64 to come from, and is
-counted as that.
+A token bucket per peer, pure arithmetic over the given clock. An IPv6 host can use a whole /64, so each /64 is one peer.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ _PEERS_MAX: Final = 10_000
 
 
 class Throttle:
-    """See the module."""
+    """Counts authentication failures by peer."""
 
     def __init__(
         self, *, burst: int = _BURST, seconds_each: float = _SECONDS_EACH, peers_max: int = _PEERS_MAX
     ) -> None:
-        """`burst` failures are let go at once, then one in `seconds_each`."""
+        """Allows `burst` failures at once, then one every `seconds_each`."""
         self._burst = burst
         self._seconds_each = seconds_each
         self._peers_max = peers_max
-        # The monotonic time at which the peer has made good for all its failures.
+        # The monotonic time at which the peer's bucket is full again.
         self._good_from: OrderedDict[str, float] = OrderedDict()
 
     def failed(self, peer: str, now_mono: float) -> int:
-        """Count a failure. Seconds that the peer is told to wait, 0 for none."""
+        """Count a failure. Returns the seconds that the peer must wait, 0 for none."""
         name = whole(peer)
         good_from = max(self._good_from.pop(name, now_mono), now_mono)
         ahead = good_from - now_mono
@@ -39,7 +38,7 @@ class Throttle:
             good_from += self._seconds_each
         self._good_from[name] = good_from
         if len(self._good_from) > self._peers_max:
-            # Full: the peer that has failed longest ago is forgotten.
+            # Full: evict the peer with the oldest failure.
             self._good_from.popitem(last=False)
         return math.ceil(over) if over > 0 else 0
 
@@ -48,7 +47,7 @@ class Throttle:
 
 
 def whole(peer: str) -> str:
-    """What a peer is counted as."""
+    """The throttling key of a peer: its address, or its /64."""
     try:
         address = ipaddress.ip_address(peer)
     except ValueError:

@@ -33,11 +33,11 @@ from keyproxy.store.postgres.database import StoreUnavailable
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Every command takes --config FILE (or KEYPROXY_CONFIG) and says more with --help.",
+    epilog="Every command takes --config FILE (or KEYPROXY_CONFIG) and explains itself with --help.",
 )
 @click.version_option(__version__, prog_name="keyproxy")
 def root() -> None:
-    """A reverse proxy that tells a compute server, for every request, on whose behalf it comes.
+    """A reverse proxy that authenticates API keys, enforces limits and forwards the caller's identity upstream.
 
     \b
     Try it:          keyproxy demo
@@ -61,7 +61,7 @@ for _command in (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done, 1 refused or failed, 2 bad usage or bad configuration."""
+    """Run one command. Exit code 0: done; 1: refused or failed; 2: bad usage or bad configuration."""
     try:
         status = root.main(None if argv is None else list(argv), prog_name="keyproxy", standalone_mode=False)
         sys.stdout.flush()
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return FAILED
     except StoreUnavailable as error:
-        _say(f"the store cannot be asked: {' '.join(str(error).split())}")
+        _say(f"the database is unavailable: {' '.join(str(error).split())}")
         return FAILED
     except refusals() as error:
         _say(" ".join(str(error).split()))
@@ -103,5 +103,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    # Somebody may have given a key where its id belongs; terminals and the logs of jobs are read by others.
+    # An argument may be a key where an id belongs, and other people can read terminals and job logs.
     say(masked(text))

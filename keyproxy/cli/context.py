@@ -1,4 +1,4 @@
-"""What commands on tenants, users, keys, plans and the audit log share: options, the directory, how results are told."""
+"""Shared by the commands on tenants, users, keys, plans and the audit log: options, the directory, and output."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ KEY_COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a command: which configuration, and how to tell the result."""
+    """One run of a command: its configuration and its output format."""
 
     config_path: Path | None
     as_json: bool
@@ -77,10 +77,10 @@ class Call:
         return self.run(work)
 
     def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
-        """Do something, in the database or, with --admin-url, through the admin API."""
+        """Run an operation in the database or, with --admin-url, through the admin API."""
         url, token = self.admin_url, self.admin_token
         if url is not None:
-            # What this needs takes longer to import than a command takes.
+            # These imports take longer than a command runs.
             from keyproxy.cli.remote.remote_directory import RemoteDirectory
 
             return self._asked(lambda: RemoteDirectory(url, token), work)
@@ -89,7 +89,7 @@ class Call:
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
 
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
-        """Look something up of usage and limits, as `run`."""
+        """As `run`, for queries of usage and limits."""
         url, token = self.admin_url, self.admin_token
         if url is not None:
             from keyproxy.cli.remote.remote_usage import RemoteUsage
@@ -109,7 +109,7 @@ class Call:
         return uvloop.run(asked())
 
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
-        """Do something in the configured store itself."""
+        """Run an operation in the configured store itself."""
         loaded = load(self.config_path)
 
         async def worked(dsn: str) -> _T:
@@ -133,12 +133,12 @@ class Call:
         self, name: str, scopes: Sequence[str], expires_in: timedelta | str | None, *, is_test: bool = False,
         plan: str | None = None,
     ) -> KeyWish:  # fmt: skip
-        """What a key is to be. `expires_in` None: as long as the configuration says; `never`: for ever."""
+        """The properties of a new key. `expires_in` None: the configured lifetime; `never`: no expiry."""
         self.warn_of_scopes(scopes)
         return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
 
     def life(self, expires_in: timedelta | str | None) -> timedelta | None:
-        """How long a key lives, None for ever."""
+        """The key's lifetime; None: no expiry."""
         if isinstance(expires_in, timedelta):
             return expires_in
         if expires_in is None and self.admin_url is not None:
@@ -149,7 +149,7 @@ class Call:
     def warn_of_scopes(self, *keys: Sequence[str]) -> None:
         """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each."""
         if self.admin_url is not None:
-            return  # its routes are another process's, which warns of them
+            return  # the routes are those of the admin process, which returns its own warnings
         routes = self.settings().routes
         warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
         for warning in dict.fromkeys(warnings):
@@ -184,7 +184,9 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--yes."""
-    return click.option("--yes", is_flag=True, help="Do not ask. Needed if stdin is not a terminal.")(command)
+    return click.option("--yes", is_flag=True, help="Skip the confirmation. Required if stdin is not a terminal.")(
+        command
+    )
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -197,7 +199,7 @@ def confirm(question: str, *, yes: bool) -> None:
 
 
 async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Entity]:
-    """All of a list that comes in pages by id."""
+    """Return all pages of a list."""
     found: list[Entity] = []
     while rows := await page(found[-1]["id"] if found else ""):
         found += rows
@@ -205,21 +207,21 @@ async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Enti
 
 
 def chosen_plan(plan: str | None, named: str | None, *, none: bool) -> str | None:
-    """The plan out of PLAN, --plan PLAN and --none, of which there has to be one. None: no plan."""
+    """The plan from PLAN, --plan PLAN or --none; exactly one is required. None: no plan."""
     if (plan is not None) + (named is not None) + none != 1:
-        raise click.UsageError("name one plan, or give --none")
+        raise click.UsageError("pass one plan, or --none")
     return plan or named
 
 
 def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """PLAN, --plan PLAN and --none."""
-    command = click.option("--none", "none", is_flag=True, help="Take the plan away.")(command)
-    command = click.option("--plan", "named", metavar="PLAN", help="The same as the argument.")(command)
+    command = click.option("--none", "none", is_flag=True, help="Remove the plan.")(command)
+    command = click.option("--plan", "named", metavar="PLAN", help="Same as the argument PLAN.")(command)
     return click.argument("plan", metavar="[PLAN]", required=False)(command)
 
 
 class Progress:
-    """How far long work has come, on stderr, in one line that is written over. Nothing if that is no terminal."""
+    """Progress of a long operation, on one line of stderr that is overwritten. Silent if stderr is not a terminal."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self._what = what
@@ -227,11 +229,11 @@ class Progress:
         self._is_shown = sys.stderr.isatty()
 
     def at(self, count: int) -> None:
-        """It has come so far."""
+        """Report progress."""
         if self._is_shown:
             click.echo(f"\r{count}{self._total} {self._what}", err=True, nl=False)
 
     def end(self) -> None:
-        """It is done, or has been interrupted."""
+        """End the line: the operation is done or interrupted."""
         if self._is_shown:
             click.echo(err=True)

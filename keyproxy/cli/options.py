@@ -1,4 +1,4 @@
-"""What commands share: the configuration, the store, and how results and failures are told."""
+"""Shared by all commands: the configuration, the store, and the output of results and failures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ UNWRITABLE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EI
 
 
 class Failure(Exception):
-    """A command that failed, told in one line."""
+    """A failed command. The text is one line for the operator."""
 
 
 class NoDatabase(Failure):
@@ -64,7 +64,7 @@ class NoDatabase(Failure):
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What ends a command with one line on stderr and status 1."""
+    """Exceptions that end a command with one line on stderr and status 1."""
     return (
         DirectoryError, StoreConflict, StoreUnavailable, EmbeddedError, migrations.MigrationError, BindError,
     )  # fmt: skip
@@ -74,13 +74,13 @@ def config_option(command: _Decorated) -> _Decorated:
     """--config FILE."""
     return click.option(
         "--config", "config_path", envvar="KEYPROXY_CONFIG", metavar="FILE",
-        type=click.Path(dir_okay=False, path_type=Path), help="Configuration in TOML. Without it: the defaults.",
+        type=click.Path(dir_okay=False, path_type=Path), help="Configuration file (TOML). [defaults only]",
     )(command)  # fmt: skip
 
 
 def json_option(command: _Decorated) -> _Decorated:
     """--json."""
-    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def admin_options(command: _Decorated) -> _Decorated:
@@ -88,9 +88,9 @@ def admin_options(command: _Decorated) -> _Decorated:
     for option in (
         click.option("--admin-token-file", "token_path", envvar="KEYPROXY_ADMIN_TOKEN_FILE", metavar="FILE",
                      type=click.Path(dir_okay=False, path_type=Path),
-                     help="Its token. Without it: KEYPROXY_ADMIN_TOKEN."),
+                     help="File with the token for --admin-url. [KEYPROXY_ADMIN_TOKEN]"),
         click.option("--admin-url", envvar="KEYPROXY_ADMIN_URL", metavar="URL", callback=_admin_url,
-                     help="Ask a running `keyproxy admin` instead of the database."),
+                     help="Use a running `keyproxy admin` instead of the database."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -101,21 +101,21 @@ def admin_token(path: Path | None) -> str:
     try:
         token = os.environ.get("KEYPROXY_ADMIN_TOKEN", "") if path is None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"--admin-token-file cannot be read: {error}") from error
+        raise click.UsageError(f"cannot read --admin-token-file: {error}") from error
     token = token.strip()
     if not re.fullmatch(r"[!-~]{1,512}", token):
-        raise click.UsageError("--admin-url needs a token: in KEYPROXY_ADMIN_TOKEN, or in --admin-token-file")
+        raise click.UsageError("--admin-url requires a token: set KEYPROXY_ADMIN_TOKEN, or pass --admin-token-file")
     return token
 
 
 def _admin_url(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"https?://[!-~]+|unix:/[!-~]+", value):
-        raise click.BadParameter(f"{value!r} is no URL: http://host:port, https://host:port or unix:/path")
+        raise click.BadParameter(f"{value!r} is not a valid URL: use http://host:port, https://host:port or unix:/path")
     return value
 
 
 def load(path: Path | None, *, is_serving: bool = False, read: str | None = None) -> loader.Config:
-    """The configuration; logging is set up with it. A command that ends by itself says why it failed, once: no log."""
+    """Load the configuration and set up logging. Short commands print their failure once and do not log."""
     loaded = loader.load(path, os.environ, read=read)
     level = loaded.settings.log.level
     _set_up_logging(level if is_serving or level == "debug" else "error")
@@ -174,7 +174,8 @@ async def require_schema(dsn: str) -> None:
 
 
 async def check_schema(dsn: str) -> None:
-    """A schema that is too old is a mistake to be told; a store that cannot be asked is a day like any other."""
+    """Raise Failure for a schema that is too old, which the operator must fix. An unavailable database only logs a
+    warning, because it comes back without a restart."""
     try:
         state = await migrations.state(dsn)
     except StoreUnavailable as error:
@@ -213,7 +214,7 @@ def showing_secret(if_lost: str) -> Iterator[None]:
 
 
 def actor() -> Actor:
-    """Who runs this command, for the audit log."""
+    """The user that runs this command, for the audit log."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -222,7 +223,7 @@ def actor() -> Actor:
 
 
 def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bool, columns: Sequence[str]) -> None:
-    """A result: JSON for programs; for people a table of rows, or one thing's fields below each other."""
+    """Print a result: JSON, a table of rows, or the fields of one object below each other."""
     if as_json:
         click.echo(orjson.dumps(result).decode("utf-8"))
     elif isinstance(result, Mapping):
@@ -237,7 +238,7 @@ def tell(result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bo
 
 
 def duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> timedelta | str | None:
-    """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta; `never` as it is."""
+    """A click callback: `90d`, `24h`, `30m`, `45s`, `2w` as a timedelta; `never` unchanged."""
     return value if value is None or value == "never" else _timedelta(value, "or never", least=1)
 
 
@@ -247,12 +248,12 @@ def span(_context: click.Context, _parameter: click.Parameter, value: str | None
 
 
 def grace(_context: click.Context, _parameter: click.Parameter, value: str) -> timedelta:
-    """A click callback: as `span`, and `0s`."""
+    """A click callback: as `span`, but accepts `0s`."""
     return _timedelta(value, "or 0s", least=0)
 
 
 def instant(_context: click.Context, _parameter: click.Parameter, value: str | None) -> datetime | None:
-    """A click callback: a date or time in ISO 8601, UTC if it does not say, or a duration: so long ago."""
+    """A click callback: an ISO 8601 date or time, UTC by default, or a duration before now."""
     if value is None:
         return None
     if _DURATION.fullmatch(value):
@@ -260,7 +261,7 @@ def instant(_context: click.Context, _parameter: click.Parameter, value: str | N
     try:
         when = datetime.fromisoformat(value)
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is no time: write 2026-01-31, 2026-01-31T12:00Z or 7d") from error
+        raise click.BadParameter(f"{value!r} is not a time: use 2026-01-31, 2026-01-31T12:00Z or 7d") from error
     return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
 
 
@@ -268,23 +269,23 @@ def _timedelta(value: str, more: str, *, least: int) -> timedelta:
     match = _DURATION.fullmatch(value)
     digits = "" if match is None else match[1].lstrip("0") or "0"
     if match is None or (len(digits) == 1 and int(digits) < least):
-        raise click.BadParameter(f"{value!r} is no duration: write 90d, 24h, 30m, 45s, 2w {more}")
+        raise click.BadParameter(f"{value!r} is not a duration: use 90d, 24h, 30m, 45s, 2w {more}")
     try:
-        # Counted before it is read: Python refuses to read thousands of digits.
+        # Check the length before parsing: int() refuses thousands of digits.
         long = timedelta(**{_UNITS[match[2]]: int(digits[:_DURATION_DIGITS_MAX])})
         is_too_long = len(digits) > _DURATION_DIGITS_MAX or long > _DURATION_MAX
     except OverflowError:
         is_too_long = True
     if is_too_long:
-        raise click.BadParameter(f"{value[:30]!r} is too long: a hundred years at most")
+        raise click.BadParameter(f"{value[:30]!r} is too long: the maximum is 100 years")
     return long
 
 
 def scopes(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """A click callback: checked scopes, each once."""
+    """A click callback: validated scopes without duplicates."""
     for value in values:
         if not is_scope(value):
-            raise click.BadParameter(f"{value!r} is no scope: a word such as jobs:write, without wildcards")
+            raise click.BadParameter(f"{value!r} is not a scope: use a word such as jobs:write, without wildcards")
     return tuple(dict.fromkeys(values))
 
 
@@ -314,5 +315,5 @@ def _set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    # What asyncio logs at its usual level are tasks and handles, whose repr may hold a request's bytes.
+    # At its usual level asyncio logs tasks and handles, and their repr may contain a request's bytes.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL if level != "debug" else logging.WARNING)

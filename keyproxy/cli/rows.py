@@ -28,7 +28,7 @@ _OTHER_SEPARATORS: Final = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_rows(path: Path, *, needs: Sequence[Sequence[str]], beside: Sequence[str] = ()) -> Rows:
-    """Every row of a file with its place, `FILE:line`; `-` is stdin. Raises Failure.
+    """Read every row of a file with its place, `FILE:line`; `-` is stdin. Raises Failure.
 
     `needs`: groups of columns; the header must name one group in full. `beside`: columns that it must also name.
     """
@@ -91,10 +91,10 @@ def _json_rows(name: str, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for place, item in enumerate(found, start=1) if is_array else [(number, found)]:
             if not isinstance(item, dict):
                 raise Failure(f"{name}:{place}: this is not a JSON object")
-            # Django's dumpdata keeps the columns below `fields`; its key, `pk`, holds a hash and is no id of ours.
+            # Django's dumpdata puts the columns into `fields`; its `pk` contains a hash and is not a valid key id.
             columns = item.get("fields", item) if is_array else item
             if not isinstance(columns, dict):
-                raise Failure(f"{name}:{place}: its `fields` are no JSON object")
+                raise Failure(f"{name}:{place}: `fields` is not a JSON object")
             yield place, columns
 
 
@@ -114,7 +114,7 @@ def _csv_rows(
                 continue
             if len(line) != len(header):
                 raise Failure(
-                    f"{name}:{reader.line_num}: the row has {len(line)} fields, and the header line {len(header)}"
+                    f"{name}:{reader.line_num}: the row has {len(line)} fields, but the header line has {len(header)}"
                 )
             yield reader.line_num, {column: value for column, value in zip(header, line, strict=True) if column}
     except csv.Error as error:

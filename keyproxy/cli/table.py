@@ -1,7 +1,7 @@
-"""Tables for people: as wide as they need to be, or as narrow as a terminal wants them.
+"""Text tables that fit the terminal where possible.
 
-What does not fit is narrowed where that loses least: columns that say nothing in any row go, then what people wrote
-(names, scopes, errors) is cut short. Ids, times and numbers are never cut: half of one is worse than a line that wraps.
+A table that is too wide first loses columns that are empty in every row, then free text (names, scopes, errors) is
+truncated. Ids, times and numbers are never truncated: a partial one is worse than a line that wraps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PROSE_CHARACTERS_MIN: Final = 8
 
 
 def lines(rows: Sequence[Sequence[str]], columns: Sequence[str], width: int | None) -> list[str]:
-    """The lines of a table with its heading. `width`: characters of the terminal; None: it is no terminal."""
+    """The lines of a table with its heading. `width`: columns of the terminal; None: not a terminal."""
     chosen = list(range(len(columns)))
     if width is not None and _width(rows, columns, chosen) > width:
         chosen = [place for place in chosen if not rows or any(row[place] != NOTHING for row in rows)]

@@ -1,7 +1,7 @@
-"""`keyproxy demo`: the whole thing on one machine, told as a story and checked step by step.
+"""`keyproxy demo`: the complete system on one machine, demonstrated and checked step by step.
 
-Everything in it is real: a PostgreSQL, a compute server on a socket of its own, the proxy as `serve` runs it. What is
-left behind is the data directory; the database of a run is dropped with it.
+Every part is real: a PostgreSQL, a compute server on its own socket, the proxy as `serve` runs it. Only the data
+directory remains; the database of a run is dropped at its end.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _PORTS: Final = {"proxy": 8080, "ops": 9090}
 #: With X-Keyproxy-Key-Id.
 _IDENTITY_HEADERS: Final = 5
 
-#: A revocation is in force everywhere within this time of its commit.
+#: A revocation takes effect everywhere within this time after its commit.
 _REVOKED_SECONDS_MAX: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 def run(directory: Path | None, *, once: bool) -> int:
-    """Play the story. 0 if every step did what it should."""
+    """Run the demo. Returns 0 if every step passed."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started = time.monotonic()
     home = directory or embedded_postgres.default_directory(os.environ).with_name("demo")
@@ -117,7 +117,7 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
 
 
 class Stage(NamedTuple):
-    """What the story is played on. `proxies`: the addresses of all that serve."""
+    """The environment of the demo. `proxies`: the addresses of all proxies."""
 
     settings: Settings
     compute: Compute
@@ -126,7 +126,7 @@ class Stage(NamedTuple):
 
 
 class Story:
-    """A worker's day. `failures` names the steps that did not do what they should."""
+    """The demo's steps. `failures` names those that failed."""
 
     def __init__(self, stage: Stage, directory: Directory, session: aiohttp.ClientSession) -> None:
         self.failures: list[str] = []
@@ -149,42 +149,42 @@ class Story:
         await self._step("A worker calls with alice's key", self._key, 200, sees=alice)
         await self._step("No key", None, 401, code="api_key_missing")
         await self._step(
-            "A mistyped key: its checksum is wrong, nobody is asked", mistyped, 401, code="api_key_invalid"
+            "A mistyped key: its checksum is wrong, so no lookup is made", mistyped, 401, code="api_key_invalid"
         )
         await self._step("A well-formed key that does not exist", unknown, 401, code="api_key_invalid")
         await self._step(
-            "bob's key may read jobs, not write them", keys["bob"]["secret"], 403, code="insufficient_scope"
+            "bob's key can read jobs but not write them", keys["bob"]["secret"], 403, code="insufficient_scope"
         )
         await self._step(
-            "alice's test key: the same user, told apart", keys["test"]["secret"], 200,
+            "alice's test key: the same user, counted separately", keys["test"]["secret"], 200,
             sees={**alice, "X-Keyproxy-Test": "true"},
         )  # fmt: skip
         await self._step(
-            "A worker claims to be somebody else", self._key, 200, sees=alice,
+            "A worker claims to be another user", self._key, 200, sees=alice,
             extra={"X-Keyproxy-User": "u_root", "x_keyproxy_tenant": "evil", "Connection": "X-Keyproxy-User"},
         )  # fmt: skip
         await self._revocation(keys["revoked"])
         await self._budget(keys["carol"]["secret"])
 
     def sum_up(self) -> None:
-        """Say how it went."""
+        """Print the result."""
         click.echo()
         if self.failures:
             click.echo(f"{len(self.failures)} of {self._steps} steps FAILED: {'; '.join(self.failures)}")
         else:
-            click.echo(f"All {self._steps} steps did what they should.")
+            click.echo(f"All {self._steps} steps passed.")
 
     def invite(self, *, stays: bool) -> None:
-        """Say what to try by hand, now or when it stays up."""
+        """Print commands to try by hand, now or with the demo kept running."""
         ops = f"http://{self._settings.ops.address}"
-        click.echo("\nTry it yourself:\n" if stays else "\nIt is over now. Without --once it stays up:\n")
-        # Not --json, which curl has had only since 2022.
+        click.echo("\nTry it yourself:\n" if stays else "\nThe demo has ended. Without --once it keeps running:\n")
+        # Not --json, which curl supports only since 2022.
         headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
         click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
         click.echo(f"  {_program()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:
-            click.echo("\nCtrl-C ends it.")
+            click.echo("\nPress Ctrl-C to stop.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
         click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
@@ -213,7 +213,7 @@ class Story:
         self, title: str, key: str | None, status: int, *, code: str | None = None,
         sees: Mapping[str, str] | None = None, extra: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """One call, told and checked."""
+        """Make one call, print it and check it."""
         self._steps += 1
         headers = dict(extra or {})
         shown = [f"{name}: {value}" for name, value in headers.items()]
@@ -228,8 +228,8 @@ class Story:
             wrong += [] if body.get("code") == code else [f"code {body.get('code')} instead of {code}"]
         else:
             saw: Mapping[str, list[str]] = body.get("identity", {})
-            click.echo(f"   < {answered} the compute server saw " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
-            wrong += [f"{n} was {saw.get(n)}" for n, value in (sees or {}).items() if saw.get(n) != [value]]
+            click.echo(f"   < {answered} the compute server received " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
+            wrong += [f"{n} is {saw.get(n)}" for n, value in (sees or {}).items() if saw.get(n) != [value]]
             if body.get("identity_headers") != _IDENTITY_HEADERS:
                 wrong.append(f"{body.get('identity_headers')} identity headers instead of {_IDENTITY_HEADERS}")
             if body.get("credential_seen"):
@@ -237,7 +237,7 @@ class Story:
         self._judge(title, wrong)
 
     async def _revocation(self, key: Mapping[str, Any]) -> None:
-        """Calls run while their key is revoked: how long after the commit was the last one let through?"""
+        """Revoke a key during calls: how long after the commit was the last accepted call sent?"""
         self._steps += 1
         title = "A key is revoked while calls run"
         click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   again and again")
@@ -261,24 +261,22 @@ class Story:
         await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
         stop.set()
         await asyncio.gather(*workers)
-        # Since it was asked for: a little earlier than the commit.
+        # Measured from the revocation request, which is slightly earlier than the commit.
         delay = max(0.0, max(accepted, default=asked) - asked)
-        click.echo(f"   < {answers}; the last call let through was sent at most {delay * 1000:.1f} ms after the commit")
+        click.echo(f"   < {answers}; the last accepted call was sent at most {delay * 1000:.1f} ms after the commit")
         wrong = [] if delay <= _REVOKED_SECONDS_MAX else [f"{delay:.3f} s"]
-        wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"answers were {answers}"]
+        wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"responses were {answers}"]
         self._judge(title, wrong)
 
     async def _budget(self, key: str) -> None:
-        """Two proxies, one budget."""
+        """Two proxies share one budget."""
         self._steps += 1
-        title = (
-            f"carol may spend {budget.BUDGET} tokens a day; two proxies let her, each call takes {budget.TOKENS_EACH}"
-        )
+        title = f"carol may spend {budget.BUDGET} tokens a day over two proxies; each call takes {budget.TOKENS_EACH}"
         click.echo(f"\n{self._steps}. {title}\n   > POST {COMPLETIONS}   again and again, to both")
         urls = [f"http://{address}" for address in self._stage.proxies]
         answers, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
         told = ", ".join(f"{count} x {what}" for what, count in sorted(answers.items()))
-        click.echo(f"   < {told}\n   < the compute server has worked for {self._stage.compute.tokens} tokens")
+        click.echo(f"   < {told}\n   < the compute server has processed {self._stage.compute.tokens} tokens")
         self._judge(title, wrong)
 
     async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
@@ -299,7 +297,7 @@ def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
 
 
 def _program() -> str:
-    """How to run keyproxy from any directory, with the environment of the shell that started the demo."""
+    """The command that runs keyproxy from any directory, in the environment of the shell that started the demo."""
     script = Path(sys.argv[0])
     if script.name != "keyproxy" or not script.is_file():
         return f"{shlex.quote(sys.executable)} -m keyproxy"
@@ -308,7 +306,7 @@ def _program() -> str:
 
 
 def _preferably(port: int) -> socket.socket:
-    """This port, or any other if somebody has it already. Never one that is shared: a proxy may be serving on it."""
+    """This port, or any free one if it is in use. Never a shared port: a proxy may serve on it."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:

@@ -1,4 +1,4 @@
-"""A scene of the demo: two proxies let a budget be spent to its last token, and not beyond."""
+"""A step of the demo: two proxies spend a shared budget to its last token and no further."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _WORKERS: Final = 3
 _PAUSE_SECONDS: Final = 0.02
 
 BODY: Final = orjson.dumps({"prompt": "Once upon a time", "max_tokens": _MAX_TOKENS})
-#: What every call uses: each byte of its prompt, and as much as it allows.
+#: The usage of each call: every byte of its prompt, and its maximum.
 TOKENS_EACH: Final = len(BODY) + _MAX_TOKENS
-#: Enough for fifty calls, to the token.
+#: Exactly enough for fifty calls.
 BUDGET: Final = _CALLS * TOKENS_EACH
 
 
 async def spend(
     session: aiohttp.ClientSession, urls: Sequence[str], key: str, compute: Compute
 ) -> tuple[Mapping[str, int], list[str]]:
-    """Call over all proxies at once until each refuses. What was answered by which, and what went wrong."""
+    """Call all proxies concurrently until each refuses. Returns the responses by proxy, and the errors."""
     answers: dict[str, int] = {}
 
     async def worker(number: int, url: str) -> None:
@@ -45,7 +45,7 @@ async def spend(
     if compute.tokens != BUDGET:
         wrong.append(f"{compute.tokens} tokens were spent of {BUDGET}")
     if not all(f"200 from proxy {number}" in answers for number, _ in enumerate(urls, 1)):
-        wrong.append("one proxy had nothing of it")
+        wrong.append("one proxy accepted no call")
     refusals = {told.partition(" ")[0] for told in answers} - {"200"}
     if refusals != {"token_budget_exhausted"}:
         wrong.append(f"refused as {', '.join(sorted(refusals)) or 'nothing'}")

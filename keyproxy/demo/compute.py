@@ -1,4 +1,4 @@
-"""The compute server of the demo: answers with the identity it saw, and counts what it was let to spend."""
+"""The compute server of the demo: returns the identity that it received, and counts the tokens that it processed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Compute:
 
     def __init__(self) -> None:
         self.address = ""
-        #: What it has worked on, by its own count.
+        #: Processed tokens, by its own count.
         self.completions = self.tokens = 0
 
     @contextlib.asynccontextmanager
@@ -53,7 +53,7 @@ class Compute:
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
     async def _completion(self, request: web.Request) -> web.Response:
-        """A model that is as wordy as it may be, and whose every byte is a token."""
+        """A model that uses the whole maximum, with one token per byte."""
         body = await request.read()
         used = len(body) + int(orjson.loads(body)["max_tokens"])
         self.completions += 1

@@ -1,4 +1,4 @@
-"""keyproxy as its users run it: processes, a configuration file, signals, a PostgreSQL given by DSN."""
+"""keyproxy as users run it: processes, a configuration file, signals, a PostgreSQL by DSN."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[2]
 
 Environment = dict[str, str]
 
-#: What takes longer than this is stuck. It says nothing about speed: on a machine that is busy with other work a process
-#: may need half a minute to start. Where a time is promised, a test names that time instead.
+#: Anything that takes longer is stuck. This is no promise of speed: on a busy machine a process may need half a minute to
+#: start. Tests of a promised time name that time instead.
 STUCK_SECONDS = 120.0
 
-#: Becomes the program that is named after a number of files, which may open no more than so many.
+#: Sets the limit of open files to the first argument, then executes the rest of the command line.
 _LIMITED = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
@@ -47,14 +47,14 @@ def free_port() -> int:
 
 
 def clean_environment(home: Path) -> Environment:
-    """An environment without anybody's configuration of keyproxy."""
+    """An environment without any keyproxy configuration."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KEYPROXY_", "XDG_"))}
     return kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
 
 
 @dataclass
 class Output:
-    """What a command printed, and how it ended."""
+    """A command's output and exit status."""
 
     status: int
     out: str
@@ -68,7 +68,7 @@ class Output:
 
 @dataclass
 class Site:
-    """One configuration, and everything that is run with it."""
+    """One configuration, and every process that runs with it."""
 
     config: Path
     environment: Environment
@@ -79,7 +79,7 @@ class Site:
     printed: list[bytes] = field(default_factory=list)
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> Output:
-        """Run a command to its end."""
+        """Run a command to completion."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config), env=self.environment,
             stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
@@ -91,7 +91,7 @@ class Site:
         return Output(process.returncode or 0, out.decode(), err.decode())
 
     async def told(self, *arguments: str) -> Any:
-        """Run a command that has to succeed; its JSON."""
+        """Run a command that must succeed; returns its JSON."""
         output = await self.run(*arguments, "--json")
         assert output.status == 0, output.err
         return output.json
@@ -99,7 +99,7 @@ class Site:
     async def key(
         self, user: str = "u_42", *, scopes: Sequence[str] = (), is_test: bool = False, tenant: str = "acme"
     ) -> dict[str, Any]:
-        """A key of a user, who is made if need be. Made as the commands make it, without starting one."""
+        """A key of a user; creates the user if missing. Created as the commands do it, without a subprocess."""
         database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
         await database.open()
         try:
@@ -115,7 +115,7 @@ class Site:
         return connect(("127.0.0.1", self.proxy_port))
 
     async def call(self, secret: str, method: str = "POST", path: str = "/v1/ai/jobs") -> tuple[int, str]:
-        """(status, code) of one call; the code is empty if the upstream answered."""
+        """(status, code) of one call; the code is empty if the upstream responded."""
         async with aiohttp.ClientSession() as session:
             url = f"http://127.0.0.1:{self.proxy_port}{path}"
             headers = {"Authorization": f"Api-Key {secret}"}
@@ -130,7 +130,7 @@ class Site:
             return response.status, await response.text()
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, 0.0 if it is not there."""
+        """The value of one series, 0.0 if it is missing."""
         _, page = await self.ops("/metrics")
         for line in page.splitlines():
             series, _, value = line.rpartition(" ")
@@ -142,7 +142,7 @@ class Site:
 
     @contextlib.asynccontextmanager
     async def serving(self, *, files_max: int = 0) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`keyproxy serve`, until the end of the context or its own. `files_max`: it may open no more than so many."""
+        """`keyproxy serve`, until the context or the process ends. `files_max`: its limit of open files."""
         limited = [sys.executable, "-c", _LIMITED, str(files_max)] if files_max else []
         process = await asyncio.create_subprocess_exec(
             *limited, sys.executable, "-m", "keyproxy", "serve", "--config", str(self.config), env=self.environment,
@@ -181,7 +181,7 @@ async def until(
     holds: Callable[[], Awaitable[bool]], *, seconds: float = STUCK_SECONDS,
     while_running: asyncio.subprocess.Process | None = None,
 ) -> None:  # fmt: skip
-    """Wait until something holds, asking again and again; fail if it does not in time."""
+    """Poll until a condition holds; fail on timeout."""
     async with asyncio.timeout(seconds):
         while not await holds():
             assert while_running is None or while_running.returncode is None, "the process has ended"

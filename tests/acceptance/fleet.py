@@ -1,4 +1,4 @@
-"""Several processes of one configuration, and load on all of them while things happen to them."""
+"""Several processes of one configuration, and load on all of them during faults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Fleet:
             raise
 
     async def kill(self, number: int) -> None:
-        """As the kernel does when memory is gone."""
+        """SIGKILL, as the kernel sends it when memory runs out."""
         process = self.processes[number]
         assert process is not None
         process.kill()
@@ -49,19 +49,19 @@ class Fleet:
         process.send_signal(signal.SIGCONT)
 
     async def lose_packets(self, number: int, seconds: float) -> None:
-        """A black hole between a process and the database."""
+        """Packets between a process and the database are lost."""
         self.relays[number].freeze()
         await asyncio.sleep(seconds)
         self.relays[number].thaw()
 
     async def cut(self, number: int, seconds: float) -> None:
-        """No way to the database."""
+        """The database cannot be reached."""
         await self.relays[number].cut()
         await asyncio.sleep(seconds)
         await self.relays[number].mend()
 
     async def load(self, until_mono: float) -> None:
-        """One client that asks again and again, whichever proxy there is."""
+        """One client that sends requests to any running proxy."""
         now = asyncio.get_running_loop().time
         timeout = aiohttp.ClientTimeout(total=8.0)
         async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -76,13 +76,13 @@ class Fleet:
                     await asyncio.sleep(0.05)
 
     async def close(self) -> None:
-        """SIGTERM to all: leases go back."""
+        """SIGTERM to all: they release their leases."""
         for stack in self._stacks:
             await stack.aclose()
 
 
 def beside(site: Site, dsn: str) -> Site:
-    """Another process of the same configuration, on ports and a wire of its own."""
+    """Another process of the same configuration, on its own ports and connection."""
     proxy_port, ops_port = free_port(), free_port()
     environment = site.environment | {
         "KEYPROXY_LISTEN__ADDRESS": f"127.0.0.1:{proxy_port}",

@@ -1,4 +1,4 @@
-"""Workers, reloads and restarts: the process as its operators handle it, under load."""
+"""Workers, reloads and restarts under load."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.rawhttp import Client
 from tests.store.harness import Sql
 from tests.wire.conftest import request
 
-#: Between two requests on a connection. Without a pause they would take from the processes that start what they need to
-#: start, and no connection would ever lie idle.
+#: Between two requests on a connection. Without a pause, starting processes would lack CPU, and no connection would ever
+#: be idle.
 _PAUSE_SECONDS = 0.005
 
 
 class Load:
-    """Requests one after the other on connections that are used again; what went wrong is kept."""
+    """Sequential requests on reused connections; collects failures."""
 
     def __init__(self, site: Site, secret: str) -> None:
         self.answered = 0
@@ -68,7 +68,7 @@ class Load:
 
 
 async def more(load: Load, number: int = 200) -> None:
-    """Wait until so many more requests were answered."""
+    """Wait for a number of further responses."""
     goal = load.answered + number
 
     async def is_reached() -> bool:
@@ -102,7 +102,8 @@ async def test_a_rolling_restart_fails_no_request(configure: Configure, dsn: str
 
 
 async def have_started(site: Site, number: int, latest: asyncio.subprocess.Process) -> None:
-    """Wait until so many processes, with the latest, have said that they serve; of workers, their supervisor says it."""
+    """Wait until the logs of this number of processes, including the latest, report that they serve; for workers the
+    supervisor logs it."""
 
     async def is_so() -> bool:
         return b"".join(site.printed).count(b"ops on 127.0.0.1:") == number
@@ -110,7 +111,7 @@ async def have_started(site: Site, number: int, latest: asyncio.subprocess.Proce
     await until(is_so, while_running=latest)
 
 
-async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Configure, dsn: str) -> None:
+async def test_a_reload_takes_effect_immediately_and_fails_no_request(configure: Configure, dsn: str) -> None:
     site = configure(dsn)
     load = Load(site, (await site.key())["secret"])
     async with site.serving() as process, load.running():
@@ -124,7 +125,7 @@ async def test_a_reload_is_in_force_at_once_and_fails_no_request(configure: Conf
     assert load.wrong == []
 
 
-#: One for each store that is open.
+#: One per open store.
 _LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
 
 
@@ -150,7 +151,7 @@ async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it
             return await site.metric("keyproxy_open_requests") == 1
 
         await until(has_begun)
-        # First with other routes, then with another ledger: what is under way is two configurations old.
+        # First other routes, then another ledger: requests in flight are two configurations old.
         for changed in ('[[routes]]\nmatch = "GET /other"\n', "[ledger]\nsettle_seconds = 0.3\n"):
             with site.config.open("a", encoding="utf-8") as config:
                 config.write(changed)
@@ -164,10 +165,10 @@ async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it
     await sql.close()
 
 
-#: (what is changed, what is told of it)
+#: (the change, the logged error)
 MISTAKES = [
     (("listen", "worker = 2"), "listen.worker: no such key"),
-    (("listen", "workers = 2"), "listen.workers: one process does not become several"),
+    (("listen", "workers = 2"), "listen.workers: a reload cannot change between one worker and several"),
     (("listen", 'tls_certificate_file = "/nowhere.pem"'), "/nowhere.pem"),
     (("listen", 'trusted_proxies = ["nonsense"]'), "trusted_proxies"),
     (("listen", 'address = "192.0.2.1:80"'), "cannot listen on 192.0.2.1:80"),
@@ -176,7 +177,7 @@ MISTAKES = [
 ]
 
 
-async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site) -> None:
+async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site) -> None:
     secret = (await site.key())["secret"]
     before = site.config.read_text(encoding="utf-8")
     async with site.serving() as process:
@@ -193,11 +194,11 @@ async def test_a_reload_with_a_mistake_changes_nothing_and_says_why(site: Site) 
         await said(site, str(site.config))
         site.config.write_text(before, encoding="utf-8")
         process.send_signal(signal.SIGHUP)
-        # Told at level info, which no mistake has changed.
+        # Logged at level info, which no rejected configuration has changed.
         await said(site, "configuration reloaded")
 
 
-async def test_workers_change_all_or_none_and_those_that_start_later_are_like_the_others(
+async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
     configure: Configure, dsn: str, tmp_path: Path
 ) -> None:
     trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -221,7 +222,7 @@ async def test_workers_change_all_or_none_and_those_that_start_later_are_like_th
 
             await until(is_replaced)
 
-        # A worker that cannot have a file any more cannot read the new one; the other one could.
+        # A worker without free file descriptors cannot read the new file; the other worker can.
         limited = workers_of(process.pid)[1]
         allowed = resource.prlimit(limited, resource.RLIMIT_NOFILE)
         resource.prlimit(limited, resource.RLIMIT_NOFILE, (3, allowed[1]))
@@ -229,7 +230,7 @@ async def test_workers_change_all_or_none_and_those_that_start_later_are_like_th
         await said(site, "keyproxy.process.supervisor: reload rejected")
         resource.prlimit(limited, resource.RLIMIT_NOFILE, allowed)
         assert await answers(site, secret) == {(200, "")}
-        # What all refuse, only they can find.
+        # An error that only the workers can detect.
         unreachable = _with(before, "store", 'dsn = "postgresql://nobody@127.0.0.1:1/none"') + only
         await change(unreachable, "keyproxy.process.supervisor: reload rejected: 127.0.0.1:1")
         await replace_one(1)
@@ -244,12 +245,12 @@ async def test_workers_change_all_or_none_and_those_that_start_later_are_like_th
 
 
 async def answers(site: Site, secret: str) -> set[tuple[int, str]]:
-    """What so many calls are answered, each on a connection of its own, that all workers have had some."""
+    """The responses to enough calls, each on its own connection, to reach every worker."""
     return set(await asyncio.gather(*(site.call(secret, "GET", "/other") for _ in range(24))))
 
 
 def _with(content: str, table: str, line: str) -> str:
-    """A configuration with this line in this table, in place of the one that was there."""
+    """Replace a line in a table of the configuration."""
     lines, key, here = [], line.partition(" ")[0], ""
     for one in content.splitlines():
         here = one.strip("[]") if one.startswith("[") else here
@@ -259,7 +260,7 @@ def _with(content: str, table: str, line: str) -> str:
 
 
 async def said(site: Site, text: str) -> None:
-    """Wait until the process has said so."""
+    """Wait until the process has logged the text."""
 
     async def is_said() -> bool:
         return text.encode() in b"".join(site.printed)
@@ -288,7 +289,7 @@ async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Confi
         for _ in range(10):
             assert (await site.call(secret))[0] == 200
         assert await site.metric("keyproxy_requests_total", status="200") == 30
-        # A moment in which no process can be started is not the end of it.
+        # A temporary failure to start a process must not be final.
         allowed = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, allowed[1]))
         os.kill(workers_of(process.pid)[0], signal.SIGKILL)
@@ -321,7 +322,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-async def test_systemd_is_told_when_it_serves_reloads_and_stops(site: Site) -> None:
+async def test_systemd_is_notified_of_readiness_reloads_and_stopping(site: Site) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
@@ -339,7 +340,7 @@ async def test_systemd_is_told_when_it_serves_reloads_and_stops(site: Site) -> N
             assert await asyncio.to_thread(sock.recv, 256) == b"STOPPING=1"
 
 
-async def test_tls_with_client_certificates_tells_the_upstream_who_called(
+async def test_the_subject_of_a_client_certificate_is_forwarded_upstream(
     configure: Configure, dsn: str, tmp_path: Path
 ) -> None:
     authority = trustme.CA()
@@ -359,7 +360,7 @@ async def test_tls_with_client_certificates_tells_the_upstream_who_called(
         seen = site.upstream.requests[-1]
         assert str(seen.one("X-Keyproxy-Client-Cert-Subject")).startswith(r"CN=w\C3\B6rk\2Cer,")
         assert seen.one("X-Forwarded-Proto") == "https"
-        # A renewed certificate is shown from the next handshake on.
+        # A renewed certificate is used from the next handshake.
         other = trustme.CA()
         other.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
         process.send_signal(signal.SIGHUP)

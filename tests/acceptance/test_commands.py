@@ -1,4 +1,4 @@
-"""The commands, as people and programs call them."""
+"""The commands, for people and for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.conftest import Configure, Site, free_port
 
 
-async def test_provisioning_says_what_the_contract_says(site: Site) -> None:
+async def test_provisioning_prints_what_the_contract_specifies(site: Site) -> None:
     assert (await site.told("tenant", "create", "acme"))["id"] == "acme"
     user = await site.told("user", "create", "u_42", "--tenant", "acme")
     assert (user["id"], user["tenant"]) == ("u_42", "acme")
@@ -48,13 +48,13 @@ async def test_provisioning_says_what_the_contract_says(site: Site) -> None:
         (("key", "revoke", "key_x"), 1, "there is no key 'key_x'"),
         (("tenant", "delete", "nobody", "--yes"), 1, "there is no tenant 'nobody'"),
         (("tenant", "create", "two words"), 1, "id"),
-        (("key", "issue", "--user", "u", "--scope", "jobs:*"), 2, "no scope"),
-        (("key", "issue", "--user", "u", "--expires-in", "soon"), 2, "no duration"),
+        (("key", "issue", "--user", "u", "--scope", "jobs:*"), 2, "not a scope"),
+        (("key", "issue", "--user", "u", "--expires-in", "soon"), 2, "not a duration"),
         (("key", "issue"), 2, "--user"),
         (("tenants",), 2, "No such command"),
     ],
 )
-async def test_what_cannot_be_done_is_told_on_stderr_with_its_status(
+async def test_errors_go_to_stderr_with_their_exit_status(
     site: Site, arguments: tuple[str, ...], status: int, sentence: str
 ) -> None:
     output = await site.run(*arguments)
@@ -75,7 +75,7 @@ async def test_people_get_tables_and_the_secret_once(site: Site) -> None:
     assert secret not in listed.out + listed.err + made.err
 
 
-async def test_migrate_says_what_it_did_and_what_is_pending(configure: Configure, empty_dsn: str) -> None:
+async def test_migrate_prints_applied_and_pending_migrations(configure: Configure, empty_dsn: str) -> None:
     site = configure(empty_dsn)
     before = await site.told("migrate", "--status")
     assert before["applied"] == []
@@ -85,7 +85,7 @@ async def test_migrate_says_what_it_did_and_what_is_pending(configure: Configure
     assert (after["applied"], after["pending"]) == (before["pending"], [])
 
 
-async def test_config_show_tells_every_value_its_origin_and_no_password(configure: Configure) -> None:
+async def test_config_show_prints_every_value_with_its_origin_and_no_password(configure: Configure) -> None:
     site = configure("postgresql://kp:hunter2@db/kp", cache={"fresh_seconds": 5})
     site.environment["KEYPROXY_LOG__LEVEL"] = "debug"
     output = await site.run("config", "show")
@@ -106,7 +106,7 @@ async def test_help_has_examples(site: Site) -> None:
         assert text in output.out
 
 
-async def test_what_is_made_is_shown_listed_and_deleted(site: Site) -> None:
+async def test_created_objects_are_shown_listed_and_deleted(site: Site) -> None:
     await site.told("tenant", "create", "acme", "--name", "Acme Ltd")
     bare = await site.told("user", "create", "u_1", "--tenant", "acme", "--no-key")
     assert (bare["key"], bare["tenant"]) == (None, "acme")
@@ -138,20 +138,18 @@ async def test_what_is_made_is_shown_listed_and_deleted(site: Site) -> None:
         (("--expires-in", "never"), None),
     ],
 )
-async def test_a_key_lives_as_long_as_was_asked_for(
-    site: Site, arguments: tuple[str, ...], seconds: int | None
-) -> None:
+async def test_a_key_has_the_requested_lifetime(site: Site, arguments: tuple[str, ...], seconds: int | None) -> None:
     await site.key()
     key = await site.told("key", "issue", "--user", "u_42", *arguments)
     if seconds is None:
         assert key["expires_at"] is None
         return
     created, expires = (datetime.fromisoformat(key[name]) for name in ("created_at", "expires_at"))
-    # The one is the database's clock, the other ours.
+    # One time is by the database's clock, the other by this machine's.
     assert abs((expires - created).total_seconds() - seconds) <= 5
 
 
-async def test_with_json_there_is_one_line_of_it_on_stdout_and_nothing_beside(site: Site) -> None:
+async def test_json_output_is_one_line_on_stdout(site: Site) -> None:
     await site.key()
     for arguments in (("key", "issue", "--user", "u_42"), ("key", "list"), ("tenant", "show", "acme"), ("migrate",)):
         output = await site.run(*arguments, "--json")
@@ -160,7 +158,7 @@ async def test_with_json_there_is_one_line_of_it_on_stdout_and_nothing_beside(si
         assert isinstance(output.json, dict | list)
 
 
-async def test_people_are_told_which_migrations_are_pending(configure: Configure, empty_dsn: str) -> None:
+async def test_pending_migrations_are_listed_as_text(configure: Configure, empty_dsn: str) -> None:
     site = configure(empty_dsn)
     for state in ("pending", "applied"):
         status = await site.run("migrate", "--status")
@@ -170,18 +168,18 @@ async def test_people_are_told_which_migrations_are_pending(configure: Configure
 
 
 @pytest.mark.parametrize("arguments", [("tenant", "create", "acme"), ("key", "list"), ("migrate", "--status")])
-async def test_a_store_that_cannot_be_reached_is_told_in_one_line_without_its_password(
+async def test_an_unreachable_database_is_reported_in_one_line_without_its_password(
     configure: Configure, arguments: tuple[str, ...]
 ) -> None:
     output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp").run(*arguments, "--json")
     assert (output.status, output.out) == (1, "")
     assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("keyproxy: the store cannot be asked: ")
+    assert output.err.startswith("keyproxy: the database is unavailable: ")
     assert "hunter2" not in output.err
 
 
 @pytest.mark.parametrize("arguments", [("tenant", "list"), ("migrate", "--status"), ("config", "check"), ("serve",)])
-async def test_a_configuration_that_cannot_be_used_is_told_line_by_line(
+async def test_every_configuration_error_is_reported_on_its_own_line(
     configure: Configure, arguments: tuple[str, ...]
 ) -> None:
     site = configure("embedded", cache={"fresh": 5}, listen={"workers": -1})
@@ -193,7 +191,7 @@ async def test_a_configuration_that_cannot_be_used_is_told_line_by_line(
         assert line.startswith(f"keyproxy: {key}: ")
 
 
-async def test_a_configuration_file_that_is_not_there_is_bad_configuration(site: Site) -> None:
+async def test_a_missing_configuration_file_is_a_configuration_error(site: Site) -> None:
     site.config.unlink()
     output = await site.run("config", "show")
     assert (output.status, output.out) == (2, "")
@@ -201,7 +199,7 @@ async def test_a_configuration_file_that_is_not_there_is_bad_configuration(site:
     assert len(output.err.splitlines()) == 1
 
 
-async def test_the_embedded_store_needs_a_directory_and_keeps_what_it_is_told(configure: Configure) -> None:
+async def test_the_embedded_store_needs_a_directory_and_persists_data(configure: Configure) -> None:
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         site = configure("embedded", store={"embedded_dir": directory})
         assert (await site.told("migrate"))["pending"] == []

@@ -1,4 +1,4 @@
-"""`keyproxy config check`: everything that keeps a configuration from working, all at once."""
+"""`keyproxy config check`: reports all problems of a configuration at once."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_a_certificate_counts_by_its_times(
     assert (output.status, output.err) == (2, f"keyproxy: listen.tls_certificate_file: {certificate}: {sentence}\n")
 
 
-async def test_files_that_are_not_there_are_named(configure: Configure, dsn: str) -> None:
+async def test_missing_files_are_named(configure: Configure, dsn: str) -> None:
     site = configure(
         dsn, listen={"tls_certificate_file": "/nowhere/a.pem", "tls_client_ca_file": "/nowhere/b.pem"},
         upstream={"tls_ca_file": "/nowhere/c.pem"},
@@ -135,7 +135,7 @@ async def test_files_that_are_not_there_are_named(configure: Configure, dsn: str
         ("", "name the key's own file in tls_key_file"),
     ],
 )
-async def test_a_certificate_without_its_key_is_bad_configuration_and_says_so(
+async def test_a_certificate_without_its_key_is_reported(
     configure: Configure, dsn: str, make_certificate: MakeCertificate, workers: int, with_key: str, sentence: str
 ) -> None:
     certificate, _ = make_certificate("one")
@@ -150,7 +150,7 @@ async def test_a_certificate_without_its_key_is_bad_configuration_and_says_so(
 
 
 @pytest.mark.parametrize("is_old", [False, True])
-async def test_before_migrate_every_command_asks_for_it(configure: Configure, empty_dsn: str, is_old: bool) -> None:
+async def test_every_command_requires_migrate_first(configure: Configure, empty_dsn: str, is_old: bool) -> None:
     site = configure(empty_dsn)
     if is_old:
         await site.run("migrate")

@@ -1,4 +1,4 @@
-"""A server that grants fewer connections than a proxy would use: it works with those, and reports the shortage."""
+"""A server with fewer connections than a proxy would use: the proxy works with those and reports the shortage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def sql(dsn: str) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 async def role(dsn: str, sql: asyncpg.Connection) -> AsyncIterator[str]:
-    """The proxies' role of this test's own."""
+    """A proxy role for this test only."""
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
     yield f"{prefix}_proxy"
@@ -40,7 +40,7 @@ async def role(dsn: str, sql: asyncpg.Connection) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
-async def test_no_request_fails_for_want_of_connections_and_readiness_says_that_they_are_few(
+async def test_no_request_fails_with_few_connections_and_readiness_reports_the_shortage(
     configure: Configure, dsn: str, sql: asyncpg.Connection, role: str, limit: int
 ) -> None:
     site = configure(dsn)
@@ -54,7 +54,7 @@ async def test_no_request_fails_for_want_of_connections_and_readiness_says_that_
 
     async def ask(number: int) -> None:
         for turn in range(REQUESTS_EACH):
-            # Half of the requests come with a key that has not been seen before.
+            # Half of the requests use a key that is not cached.
             answers[await site.call(keys[(number * REQUESTS_EACH + turn) // 2])] += 1
 
     async with site.serving():

@@ -1,4 +1,4 @@
-"""What the container image promises, as far as it can be tested without a container engine."""
+"""The properties of the container image that can be tested without a container engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "
 IMAGE = DOCKERFILE.rpartition("\nFROM ")[2]
 IMAGE_DEFAULTS = ROOT / "container.toml"
 
-#: Becomes the program that its arguments name, on a machine of which nothing can be written.
+#: Executes the program in its arguments with every file system read-only.
 READ_ONLY = """
 set -e
 cut -d' ' -f5 /proc/self/mountinfo | while read -r mounted; do
@@ -108,7 +108,7 @@ def test_defaults_are_checked_like_any_configuration(tmp_path: Path) -> None:
         loader.load(None, {"KEYPROXY_DEFAULTS": str(tmp_path / "nothing.toml")})
 
 
-# -- what it is installed from
+# -- the pinned requirements
 
 
 @pytest.mark.parametrize(("pinned", "hashed"), [("base", "container"), ("compile", "container-build")])
@@ -129,11 +129,11 @@ def pins(text: str) -> set[str]:
     return set(re.findall(r"(?m)^([a-z0-9-]+==[^\s\\]+)", text))
 
 
-# -- a file system of which nothing can be written
+# -- a read-only file system
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_it_serves_where_nothing_can_be_written(configure: Configure, dsn: str, workers: int) -> None:
+async def test_it_serves_on_a_read_only_file_system(configure: Configure, dsn: str, workers: int) -> None:
     if not can_be_read_only():
         pytest.skip("no mount namespace can be made here")
     site = configure(dsn, listen={"workers": workers})

@@ -1,4 +1,4 @@
-"""Real processes, a real PostgreSQL, load, and what may happen to them: the upstream's own count beside the ledger's.
+"""Real processes, a real PostgreSQL, load and faults: compares the upstream's own count with the ledger's.
 
 `make crash` runs it longer: KEYPROXY_TEST_CRASH_SECONDS.
 """
@@ -27,7 +27,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Usage-Tokens: %d\r\n\r\nok
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(1_000_000, 10**9), (500, 2_800)])
-async def test_whatever_dies_sleeps_or_is_cut_off_nothing_is_overspent_and_nothing_is_lost(
+async def test_crashes_pauses_and_partitions_overspend_and_lose_nothing(
     configure: Configure, dsn: str, requests: int, tokens: int
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
@@ -63,7 +63,7 @@ async def test_whatever_dies_sleeps_or_is_cut_off_nothing_is_overspent_and_nothi
 
 
 async def _storm(fleet: Fleet, sql: asyncpg.Connection, requests: int, tokens: int) -> None:
-    """Load, everything that may happen, and a look at the ledger all the while."""
+    """Load and all faults, with continuous checks of the ledger."""
     now = asyncio.get_running_loop().time
     ends = now() + SECONDS
     clients = [asyncio.create_task(fleet.load(ends)) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""`keyproxy demo`: the story it tells, what it leaves behind, and that what it invites to works."""
+"""`keyproxy demo`: its steps, what it leaves behind, and that the commands it suggests work."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from tests.acceptance.conftest import Output, clean_environment, until
 
 SECRET = re.compile(r"kp_(?:live|test)_[0-9A-Za-z]{20,}")
 
-#: Every step, by its title: what is said of it, in this order.
+#: Every step, by its title, and the expected output, in order.
 STEPS = {
     "A worker calls with alice's key": ["< 200", "User u_alice, Tenant acme, Scope jobs:read jobs:write, Test false"],
     "No key": ["< 401 api_key_missing"],
     "A mistyped key": ["< 401 api_key_invalid"],
     "A well-formed key that does not exist": ["< 401 api_key_invalid"],
-    "bob's key may read jobs, not write them": ["< 403 insufficient_scope", "'jobs:write'"],
+    "bob's key can read jobs but not write them": ["< 403 insufficient_scope", "'jobs:write'"],
     "alice's test key": ["< 200", "User u_alice", "Test true"],
-    "A worker claims to be somebody else": ["X-Keyproxy-User: u_root", "< 200", "User u_alice, Tenant acme"],
+    "A worker claims to be another user": ["X-Keyproxy-User: u_root", "< 200", "User u_alice, Tenant acme"],
     "A key is revoked while calls run": ["'200'", "'api_key_revoked'"],
     "carol may spend": ["200 from proxy 1", "200 from proxy 2", "token_budget_exhausted", "tokens"],
 }
 
 
 class Stage:
-    """Where demos are played: a data directory, and all that they might touch beside it."""
+    """The environment of a demo: its data directory, and everything else that it might touch."""
 
     def __init__(self, root: Path) -> None:
         self.data = root / "data"
@@ -49,7 +49,7 @@ class Stage:
 
     @contextlib.asynccontextmanager
     async def playing(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """A demo in a session of its own, as a terminal starts it. Over at the end of the context."""
+        """A demo in its own session, as a terminal starts it. It ends with the context."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "keyproxy", "demo", "--directory", str(self.data), *arguments,
             env=self.environment, cwd=self.surroundings["cwd"], start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
@@ -64,13 +64,13 @@ class Stage:
             await process.wait()
 
     async def once(self) -> Output:
-        """A demo that plays its story once."""
+        """A demo that runs its steps once."""
         async with self.playing("--once") as process:
             out, err = await process.communicate()
             return Output(process.returncode or 0, out.decode(), err.decode())
 
     def processes(self) -> list[str]:
-        """The command lines of the processes that know of the data directory, or work in it."""
+        """The command lines of the processes that name the data directory or have it as working directory."""
         found = []
         for process in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ class Stage:
         return found
 
     async def is_left_alone(self) -> None:
-        """Everything that was started has ended, and nothing was written but to the data directory."""
+        """Every started process has ended, and only the data directory was written to."""
         await until(self._is_quiet, seconds=20)
         left = {name: [*path.iterdir()] for name, path in self.surroundings.items()}
         assert not any(left.values()), left
@@ -92,7 +92,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    """In a short path: a socket's is bounded."""
+    """Uses a short path: socket paths have a maximum length."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         yield Stage(Path(directory))
 
@@ -103,13 +103,13 @@ def played(stage: Stage) -> Output:
     return asyncio.run(stage.once())
 
 
-def test_it_succeeds_and_has_nothing_to_complain_of(played: Output) -> None:
+def test_it_succeeds_without_warnings(played: Output) -> None:
     assert (played.status, played.err) == (0, "")
-    assert f"All {len(STEPS)} steps did what they should." in played.out
+    assert f"All {len(STEPS)} steps passed." in played.out
     assert "FAILED" not in played.out
 
 
-def test_the_story_is_told_step_by_step(played: Output) -> None:
+def test_the_steps_are_printed_in_order(played: Output) -> None:
     _, *result = re.split(r"(?m)^\d+\. ", played.out)
     assert len(result) == len(STEPS)
     for text, (title, parts) in zip(result, STEPS.items(), strict=True):
@@ -119,8 +119,8 @@ def test_the_story_is_told_step_by_step(played: Output) -> None:
         assert "\n   ok\n" in text
 
 
-def test_nothing_of_what_a_worker_claims_to_be_arrives(played: Output) -> None:
-    (claimed,) = re.findall(r"claims to be somebody else\n(.*)\n(.*)\n", played.out)
+def test_no_identity_header_of_a_worker_reaches_the_upstream(played: Output) -> None:
+    (claimed,) = re.findall(r"claims to be another user\n(.*)\n(.*)\n", played.out)
     assert "u_root" in claimed[0]
     assert "evil" in claimed[0]
     assert "u_root" not in claimed[1]
@@ -128,11 +128,11 @@ def test_nothing_of_what_a_worker_claims_to_be_arrives(played: Output) -> None:
 
 
 def test_the_delay_of_a_revocation_is_measured_and_within_a_second(played: Output) -> None:
-    (delay,) = re.findall(r"let through was sent at most (\d+\.\d) ms after the commit", played.out)
+    (delay,) = re.findall(r"accepted call was sent at most (\d+\.\d) ms after the commit", played.out)
     assert float(delay) <= 1000.0
 
 
-def test_it_says_how_to_call_and_where_metrics_and_health_are(played: Output) -> None:
+def test_the_output_names_the_commands_for_calls_metrics_and_health(played: Output) -> None:
     assert re.search(
         r"(?m)^ +curl -i http://127\.0\.0\.1:\d+/v1/ai/jobs -H 'Authorization: Api-Key kp_live_", played.out
     )
@@ -141,7 +141,7 @@ def test_it_says_how_to_call_and_where_metrics_and_health_are(played: Output) ->
     assert "Ctrl-C" not in played.out
 
 
-def test_one_secret_is_shown_once_and_none_is_kept(stage: Stage, played: Output) -> None:
+def test_one_secret_is_shown_once_and_none_is_stored(stage: Stage, played: Output) -> None:
     (shown,) = SECRET.findall(played.out)
     kept = [path for path in stage.data.rglob("*") if path.is_file()]
     assert {"access.log", "demo.toml", "server.log"} <= {path.name for path in kept}
@@ -151,28 +151,26 @@ def test_one_secret_is_shown_once_and_none_is_kept(stage: Stage, played: Output)
         assert path.is_relative_to(stage.data / "pgdata") or not SECRET.search(content.decode()), path
 
 
-async def test_it_leaves_no_process_and_nothing_but_its_data_directory(stage: Stage, played: Output) -> None:
+async def test_it_leaves_no_process_and_only_its_data_directory(stage: Stage, played: Output) -> None:
     assert played.status == 0
     await stage.is_left_alone()
     assert stage.data.stat().st_mode & 0o777 == 0o700
 
 
-async def test_a_second_run_stays_up_beside_others_keeps_its_promises_and_ends_with_ctrl_c(
-    stage: Stage, played: Output
-) -> None:
+async def test_a_second_run_coexists_with_other_proxies_and_stops_with_ctrl_c(stage: Stage, played: Output) -> None:
     assert played.status == 0
     with contextlib.ExitStack() as taken:
         for port in (8080, 9090):
-            # As a proxy that serves here does: it would share its port, and its callers would meet the demo.
+            # Like a proxy that serves here: with a shared port its callers would reach the demo.
             with contextlib.suppress(OSError):
                 taken.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
         async with stage.playing() as process:
-            result = await _told_until(process, "Ctrl-C ends it.")
+            result = await _told_until(process, "Press Ctrl-C to stop.")
             assert "FAILED" not in result
             assert not re.search(r":(8080|9090)\b", result)
             assert SECRET.findall(result) != SECRET.findall(played.out)
             await _try_what_it_says(stage, result)
-            # As a terminal does: to the whole group.
+            # To the whole process group, as a terminal does.
             os.killpg(process.pid, signal.SIGINT)
             out, err = await process.communicate()
             assert (process.returncode, err) == (0, b"")
@@ -210,7 +208,7 @@ async def _try_what_it_says(stage: Stage, result: str) -> None:
 
 
 async def _run_as_printed(stage: Stage, result: str) -> None:
-    """Every command of the invitation, in a shell that stands somewhere else."""
+    """Run every suggested command in a shell in another directory."""
     invitation = result.partition("Try it yourself:")[2]
     commands = [line.strip() for line in invitation.splitlines() if line.startswith("  ")]
     assert len(commands) == 4

@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("workers", [1, 2])
 
 
 class Visitors:
-    """Requests, each on a new connection, as they come while a load balancer still sends them here."""
+    """Requests on new connections, as a load balancer sends them until it notices the shutdown."""
 
     def __init__(self, site: Site, secret: str) -> None:
         self.served = 0
@@ -96,7 +96,7 @@ async def test_a_connection_while_lingering_is_served_and_then_closed(
             await kept_alive.send(request("GET", "/", key=secret.encode()))
             answer = await kept_alive.answer()
             assert (answer.status, answer.one("Connection")) == (200, "close")
-            # Until shortly before the end of it.
+            # Until shortly before its end.
             await asyncio.sleep(left + LINGER_SECONDS - 1.0 - time.monotonic())
         assert (await site.ops("/livez"))[0] == 200
         assert (visitors.refused, visitors.wrong) == (0, [])
@@ -114,7 +114,7 @@ async def test_further_sigterms_change_nothing_and_sigint_ends_the_lingering(
     site = configure(dsn, listen={"workers": workers, "linger_seconds": 600.0})
     async with site.serving() as process:
         for _ in range(3):
-            # As a service manager does that sends one to every process of a group.
+            # Like a service manager that signals every process of a group.
             for pid in (process.pid, *workers_of(process.pid)):
                 os.kill(pid, signal.SIGTERM)
             await asyncio.sleep(0.2)
@@ -254,7 +254,7 @@ async def test_health_with_a_configuration_that_cannot_be_used_is_misused(site: 
     assert "listen.port: no such key" in result.err
 
 
-def test_health_loads_none_of_the_libraries_that_take_long() -> None:
+def test_health_imports_no_slow_library() -> None:
     import subprocess
 
     heavy = "asyncio, asyncpg, aiohttp, uvloop, click, pydantic, orjson, prometheus_client, redis, httptools"
@@ -269,10 +269,10 @@ def test_health_loads_none_of_the_libraries_that_take_long() -> None:
     assert result.stdout.strip() == ""
 
 
-# -- who may
+# -- access control
 
 
-#: Connects as another user to each of the names that are its arguments, and prints what is answered.
+#: Connects as another user to each name in its arguments, and prints the responses.
 _STRANGER = """
 import os, socket, sys
 os.setgid(65534); os.setuid(65534)
@@ -293,8 +293,8 @@ def unnamed_sockets() -> set[str]:
     return set(re.findall(r"(?m)@([0-9a-f]{5})$", Path("/proc/net/unix").read_text(encoding="utf-8")))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(configure: Configure, dsn: str) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
+async def test_another_user_can_neither_drain_a_proxy_nor_query_its_workers(configure: Configure, dsn: str) -> None:
     site = configure(dsn, listen={"workers": 2})
     before = unnamed_sockets()
     async with site.serving() as process:
@@ -306,7 +306,7 @@ async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(config
         out, _ = await asyncio.wait_for(other.communicate(), STUCK_SECONDS)
         drained, *asked = out.decode().splitlines()
         assert process_registry.DRAINING.decode().strip() not in drained
-        # Other programs on this machine may have made such a name meanwhile.
+        # Other programs on this machine may have created such a name meanwhile.
         assert asked.count("HTTP/1.1 403 Forbidden") >= 2
         assert "HTTP/1.1 200 OK" not in asked
         assert (await site.ops("/readyz"))[0] == 200
@@ -314,14 +314,14 @@ async def test_another_user_can_neither_drain_a_proxy_nor_ask_its_workers(config
         assert process.returncode is None
 
 
-def test_a_name_that_another_user_made_is_not_taken_for_a_proxy() -> None:
+def test_a_socket_name_of_another_user_is_not_mistaken_for_a_proxy() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("\0keyproxy/1/serve/not-a-name")
         sock.listen()
         assert not [one for one in process_registry.running() if "not-a-name" in one.name]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch to another user")
 async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Site) -> None:
     other = process_registry.Presence(
         "serve", process_registry.encoded(f"127.0.0.1:{site.proxy_port}"), process_registry.NOWHERE, "0" * 16

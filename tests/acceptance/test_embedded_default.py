@@ -1,4 +1,4 @@
-"""Without a configured database: what creates the embedded one, what notes that it is used, and what only looks."""
+"""Without a configured database: which commands create the embedded one, which report its use, and which only read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Home:
     environment: Environment
 
     async def run(self, *arguments: str, stdin: bytes = b"") -> Output:
-        """Run a command to its end."""
+        """Run a command to completion."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "keyproxy", *arguments, env=self.environment, stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -38,14 +38,14 @@ class Home:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no database was created, here or in the directory that the user `nobody` would use."""
+        """Whether no database was created, here or in the default directory of the user `nobody`."""
         name = hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:16]
         return not list(self.directory.glob("*")) and not Path("/var/tmp", f"keyproxy-{name}").exists()
 
 
 @pytest.fixture
 async def home() -> AsyncIterator[Home]:
-    """A home in a short path: the socket of the server has to fit."""
+    """A home with a short path, because socket paths have a maximum length."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         data = Path(directory, "data")
         data.mkdir(mode=0o755)

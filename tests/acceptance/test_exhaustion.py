@@ -1,4 +1,4 @@
-"""A process that has no file descriptors left serves whom it has, says so, and goes on once there are some again."""
+"""A process without free file descriptors serves its existing connections, logs the shortage, and recovers from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.rawhttp import OK, answer_with
 from tests.wire.conftest import request
 
 
-async def test_out_of_file_descriptors_who_comes_waits_and_is_served_later(site: Site) -> None:
+async def test_without_file_descriptors_new_connections_wait_and_are_served_later(site: Site) -> None:
     site.upstream.answering = answer_with(OK)
     secret = (await site.key())["secret"].encode()
     async with site.serving() as process, contextlib.AsyncExitStack() as stack:
@@ -27,10 +27,10 @@ async def test_out_of_file_descriptors_who_comes_waits_and_is_served_later(site:
             return b"no connection can be accepted" in b"".join(site.printed)
 
         await until(is_exhausted, seconds=10)
-        # The last one has connected, as far as it can tell, and asks.
+        # The kernel has accepted the last connection, so its client sends a request.
         late = crowd.pop()
         await late.send(request("GET", "/", key=secret))
-        # Who was there before is served or told that there is no room; never cut, never left waiting.
+        # Existing connections get a response or a 503; none is reset and none hangs.
         await first.send(request("GET", "/", key=secret))
         assert (await first.answer()).status in (200, 503)
         assert process.returncode is None
@@ -43,7 +43,7 @@ async def test_out_of_file_descriptors_who_comes_waits_and_is_served_later(site:
     assert b"Traceback" not in b"".join(site.printed)
 
 
-async def test_process_with_too_few_file_descriptors_logs_a_warning_and_serves(site: Site) -> None:
+async def test_a_process_with_a_low_file_limit_logs_it_and_serves(site: Site) -> None:
     secret = (await site.key())["secret"]
     async with site.serving(files_max=96) as process, contextlib.AsyncExitStack() as stack:
         assert b"file descriptors allowed" in b"".join(site.printed)

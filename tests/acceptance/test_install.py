@@ -1,4 +1,4 @@
-"""The package as it is installed: what a wheel holds, and that it works outside of the checkout."""
+"""The installed package: the wheel's contents, and that it works outside of the checkout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLE = (ROOT / "config.example.toml").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout. It is built from a copy, since building leaves things behind."""
+    """A wheel of this checkout. It is built from a copy, because a build leaves files behind."""
     directory = tmp_path_factory.mktemp("wheel")
     source = directory / "source"
     names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "config.example.toml", "keyproxy"]
@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """The wheel as it lies in an environment."""
+    """The wheel installed in an environment."""
     target = wheel.parent / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
@@ -61,7 +61,7 @@ async def run(installed: Path, cwd: Path, *arguments: str) -> Output:
     return Output(process.returncode or 0, out.decode(), err.decode())
 
 
-def test_the_example_is_printed_as_it_stands_at_the_top_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_example_is_the_file_in_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "example"]) == 0
     assert capsys.readouterr().out == EXAMPLE
 
@@ -98,7 +98,7 @@ def test_a_wheel_names_its_author_and_license(wheel: Path) -> None:
     assert result["License-Expression"] == "Apache-2.0"
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
-    # The project has no public address: one that is made up would lead to somebody else.
+    # The project has no public address: an invented one would belong to a third party.
     assert result.get_all("Project-URL") == ["License, https://www.apache.org/licenses/LICENSE-2.0"]
     assert result["Author"]
     assert result["Description-Content-Type"] == "text/markdown"

@@ -1,4 +1,4 @@
-"""The lifecycle by commands: plans, rotation, revocation, leaks, the audit log. In this process, so that it is quick."""
+"""The lifecycle by commands: plans, rotation, revocation, leaks, the audit log. In this process, for speed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.acceptance.conftest import Output, Site
 
 
 class _Terminal(io.TextIOWrapper):
-    """A stdin that a person types into."""
+    """A stdin that is a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Shell:
-    """Runs commands in this process, as `main` does for a program whose stdin is no terminal."""
+    """Runs commands in this process, as `main` does when stdin is not a terminal."""
 
     def __init__(self, config: Path, capture: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._config = config
@@ -44,13 +44,13 @@ class Shell:
         return Output(status, out, err)
 
     def told(self, *arguments: str, stdin: str = "") -> Any:
-        """Run one command that has to succeed and say nothing but its JSON."""
+        """Run one command that must succeed and print only its JSON."""
         output = self.run(*arguments, "--json", stdin=stdin)
         assert (output.status, output.err) == (0, "")
         return output.json
 
     def refused(self, *arguments: str, status: int = 1, stdin: str = "") -> str:
-        """Run one command that has to fail and say why in one line; the line."""
+        """Run one command that must fail with one line of error; returns the line."""
         output = self.run(*arguments, stdin=stdin)
         assert (output.status, output.out) == (status, "")
         if status == 1:
@@ -117,12 +117,12 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("user", "create", "u_1", "--tenant", "acme", "--plan", "p"), 1, "there is no plan 'p'"),
         (("tenant", "create", "other", "--plan", "p"), 1, "there is no plan 'p'"),
         (("tenant", "set-plan", "acme", "p"), 1, "there is no plan 'p'"),
-        (("user", "set-plan", "u_42", "p", "--none"), 2, "name one plan"),
-        (("user", "set-plan", "u_42"), 2, "name one plan"),
+        (("user", "set-plan", "u_42", "p", "--none"), 2, "pass one plan"),
+        (("user", "set-plan", "u_42"), 2, "pass one plan"),
         (("user", "set-plan", "nobody", "--none"), 1, "there is no user 'nobody'"),
         (("tenant", "disable", "nobody"), 1, "there is no tenant 'nobody'"),
         (("key", "rotate", "key_x"), 1, "there is no key 'key_x'"),
-        (("key", "rotate", "key_x", "--grace", "soon"), 2, "no duration"),
+        (("key", "rotate", "key_x", "--grace", "soon"), 2, "not a duration"),
         (("key", "list", "--state", "lost"), 2, "lost"),
         (("key", "stale"), 2, "--unused"),
         (("key", "report-leaked", "--digest", "xyz"), 2, "hexadecimal"),
@@ -137,11 +137,11 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("plan", "set", "p", "--rate", "9" * 30), 2, "too large a rate"),
         (("key", "stale", "--unused", "9" * 30 + "d"), 2, "is too long"),
         (("key", "stale", "--unused", "999999999d"), 2, "is too long"),
-        (("audit", "list", "--since", "yesterday"), 2, "is no time"),
+        (("audit", "list", "--since", "yesterday"), 2, "is not a time"),
     ],
 )
 @pytest.mark.usefixtures("key")
-def test_what_cannot_be_done_is_told_with_its_status(
+def test_errors_have_a_message_and_an_exit_status(
     shell: Shell, arguments: tuple[str, ...], status: int, sentence: str
 ) -> None:
     assert sentence in shell.refused(*arguments, status=status)
@@ -164,7 +164,7 @@ def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, k
 
 
 @pytest.mark.usefixtures("key")
-def test_what_is_created_with_a_plan_has_it(shell: Shell) -> None:
+def test_objects_created_with_a_plan_have_it(shell: Shell) -> None:
     shell.told("plan", "set", "basic", "--requests-per-day", "5")
     assert shell.told("tenant", "create", "other", "--plan", "basic")["plan"] == "basic"
     assert shell.told("user", "create", "u_1", "--tenant", "acme", "--plan", "basic")["plan"] == "basic"
@@ -174,7 +174,7 @@ def test_what_is_created_with_a_plan_has_it(shell: Shell) -> None:
 # -- disabled, rotated, revoked
 
 
-def test_who_is_disabled_is_enabled_again(shell: Shell, key: dict[str, Any]) -> None:
+def test_a_disabled_user_can_be_enabled(shell: Shell, key: dict[str, Any]) -> None:
     for kind, name in (("tenant", "acme"), ("user", "u_42")):
         assert shell.told(kind, "disable", name)["disabled_at"] is not None
         assert shell.told("key", "show", key["id"])["state"] == "disabled"
@@ -197,7 +197,7 @@ def test_a_key_is_rotated_with_grace(shell: Shell, key: dict[str, Any]) -> None:
     assert "was revoked" in shell.refused("key", "rotate", last["id"])
 
 
-def test_the_grace_is_a_day_if_nothing_is_said(shell: Shell, key: dict[str, Any]) -> None:
+def test_the_default_grace_is_a_day(shell: Shell, key: dict[str, Any]) -> None:
     assert abs(_seconds_until(shell.told("key", "rotate", key["id"])["old_expires_at"]) - 86_400) < 60
 
 
@@ -205,7 +205,7 @@ def test_the_grace_is_a_day_if_nothing_is_said(shell: Shell, key: dict[str, Any]
 
 
 @pytest.mark.parametrize("by", ["key", "digest on stdin", "digest"])
-def test_a_leaked_key_is_revoked_and_it_is_said_whose_it_was(shell: Shell, key: dict[str, Any], by: str) -> None:
+def test_a_leaked_key_is_revoked_and_its_owner_printed(shell: Shell, key: dict[str, Any], by: str) -> None:
     digest = hashlib.sha256(key["secret"].encode()).hexdigest()
     stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
     options = ("--digest", digest) if by == "digest" else ()
@@ -308,7 +308,7 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     assert third["changed"] == {"tokens_per_day": {"old": 7, "new": None}}
     assert "burst: means nothing without a rate" in shell.refused("plan", "set", "p", "--rate", "none")
     again = shell.run("plan", "set", "p", "--burst", "200")
-    assert (again.status, again.err) == (0, "keyproxy: plan 'p' has these limits already: nothing was changed\n")
+    assert (again.status, again.err) == (0, "keyproxy: plan 'p' already has these limits: nothing was changed\n")
     shown = shell.run("plan", "set", "p", "--burst", "300")
     assert re.search(r"burst +200 -> 300\n", shown.out)
     last = shell.told("plan", "set", "p", "--replace", "--requests-per-month", "5")
@@ -333,7 +333,7 @@ def test_keys_are_listed_by_use_age_and_expiry(shell: Shell, key: dict[str, Any]
     assert shell.told("key", "stale", "--unused", "30d") == []
 
 
-def test_a_scope_that_no_route_asks_for_is_warned_of(shell: Shell, site: Site, key: dict[str, Any]) -> None:
+def test_a_scope_that_no_route_requires_causes_a_warning(shell: Shell, site: Site, key: dict[str, Any]) -> None:
     with site.config.open("a", encoding="utf-8") as file:
         file.write('[[routes]]\nmatch = "POST /v1/ai/jobs"\nscopes = ["jobs:write"]\n')
     output = shell.run("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:wirte", "--json")
@@ -401,16 +401,14 @@ def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[
     assert shell.told("audit", "list", "--tenant", "acme", "--since", "1h", "--action", "delete") != []
 
 
-def test_the_audit_log_is_exported_whole_and_goes_on_where_it_stopped(
-    shell: Shell, tmp_path: Path, key: dict[str, Any]
-) -> None:
+def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path: Path, key: dict[str, Any]) -> None:
     printed = shell.run("audit", "export").out.splitlines()
     assert [json.loads(line)["entity"] for line in printed] == ["tenant", "user", "key"]
     file = tmp_path / "audit.jsonl"
     assert shell.run("audit", "export", "--output", str(file)).err == f"keyproxy: 3 rows added to {file}\n"
     assert file.read_text("utf-8").splitlines() == printed
     shell.told("key", "revoke", key["id"])
-    # The last row was written in part when the run before was interrupted.
+    # The previous run was interrupted while it wrote the last row.
     with file.open("a", encoding="utf-8") as cut_off:
         cut_off.write('{"id":99,"at"')
     assert shell.run("audit", "export", "--output", str(file)).status == 0
@@ -420,17 +418,17 @@ def test_the_audit_log_is_exported_whole_and_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("content", ["notes\n", "no newline", '{"id":1}\nnotes'])
-def test_a_file_that_is_no_export_is_left_as_it_is(shell: Shell, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_an_export_is_left_unchanged(shell: Shell, tmp_path: Path, content: str) -> None:
     file = tmp_path / "notes"
     file.write_text(content)
-    assert "no row of the audit log" in shell.refused("audit", "export", "--output", str(file))
+    assert "not an audit log row" in shell.refused("audit", "export", "--output", str(file))
     assert file.read_text() == content
 
 
 # -- for people
 
 
-def test_shells_are_told_how_to_complete(shell: Shell) -> None:
+def test_completion_scripts_are_printed_for_each_shell(shell: Shell) -> None:
     for name in ("bash", "zsh", "fish"):
         output = cli.main(["completion", name])
         assert output == 0
@@ -464,7 +462,7 @@ def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell:
     ]  # fmt: skip
     again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
     assert again.out.count("kp_live_") == 1
-    assert "1 keys issued, 2 were there" in again.err
+    assert "1 keys issued, 2 already existed" in again.err
     assert "wanted.csv:2: the row has no user" in _refused_table(shell, table, "user,name\n,x\n")
     assert "there is no user 'nobody'" in _refused_table(shell, table, '{"user": "nobody"}\n')
 
@@ -546,7 +544,7 @@ def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path
         ("\nDate,Amount\n2026,5\n", "2: the header line has no column"),
         ("user;name\nu_1;n\n", "1: the header line is separated by semicolons"),
         ("user,user\nu_1,u_2\n", "1: the header line names 'user' twice"),
-        ("user,name\nu_42,a\nu_42,b,c\n", "3: the row has 3 fields, and the header line 2"),
+        ("user,name\nu_42,a\nu_42,b,c\n", "3: the row has 3 fields, but the header line has 2"),
         ('user,name\nu_42,"a\n', "2: this is not valid CSV"),
         ('{"user": "u_42"}\n{"user" "u_42"}\n', "2: this is not valid JSON"),
         ('{"user": "u_42"}\n[1]\n', "2: this is not a JSON object"),
@@ -585,7 +583,7 @@ def test_help_is_shown_once_if_there_is_no_command(group: list[str], capsys: pyt
     assert "Error" not in out + err
 
 
-def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
+def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
     shell: Shell, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -602,7 +600,7 @@ def test_what_is_destroyed_is_asked_for_on_a_terminal_and_nowhere_else(
     ]  # fmt: skip
 
 
-def test_roles_are_made_once_and_named(shell: Shell) -> None:
+def test_roles_are_created_once_and_named(shell: Shell) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
     names = [f"{prefix}_proxy", f"{prefix}_admin"]
     assert shell.told("migrate", "--roles", prefix)["roles_made"] == names

@@ -1,4 +1,4 @@
-"""What many or slow peers make the process hold. `make soak` shows the same with more of everything."""
+"""Memory with many or slow peers. `make soak` is the same at a larger scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.wire.conftest import request
 _CHUNK = bytes(65_536)
 _MIB = 1 << 20
 
-#: Beside what a process of Python needs anyhow: buffers of the loop, garbage that waits to be collected.
+#: Allowance for the interpreter: buffers of the loop, uncollected garbage.
 _GROWTH_BYTES_MAX = 24 * _MIB
 _IDLE_BYTES_MAX = 40 * 1024
 
@@ -50,7 +50,7 @@ async def test_an_idle_connection_costs_little_memory(site: Site) -> None:
 
 
 async def test_a_large_body_is_not_held_on_its_way_either_way(configure: Configure, dsn: str) -> None:
-    """64 MiB each way, to an upstream and to a client that pause again and again."""
+    """64 MiB each way, to an upstream and to a client that pause repeatedly."""
     count = 1024
     site = configure(dsn)
     site.upstream.reads_bodies = False
@@ -93,7 +93,7 @@ def _slow_both_ways(count: int) -> ResponseWriter:
 
 
 def _hostile(size: int) -> dict[str, bytes]:
-    """Long documents: a parser makes 35 times as much of the first, and four times as much of the last."""
+    """Long documents: a parser needs 35 times the size of the first, and four times that of the last."""
     return {
         "empty arrays": b'{"max_tokens":5,"messages":[%b1]}' % (b'{"a":[]},' * (size // 9)),
         "members": b'{"max_tokens":5,%b"b":1}' % (b'"a":1,' * (size // 6)),
@@ -130,7 +130,7 @@ async def test_a_long_body_that_is_read_takes_no_more_than_three_times_its_size(
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.5], ids=["at once", "when leases have gone back"])
-async def test_a_user_whose_quota_is_spent_is_refused_before_a_body_is_sent(
+async def test_a_user_with_an_exhausted_quota_is_refused_before_the_body(
     configure: Configure, dsn: str, seconds: float
 ) -> None:
     site = configure(dsn, routes=_ROUTES)
@@ -155,7 +155,7 @@ async def test_a_user_whose_quota_is_spent_is_refused_before_a_body_is_sent(
 
 
 async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(configure: Configure, dsn: str) -> None:
-    """Of a user whose quota is spent: its requests have keys, and may have been charged before."""
+    """Requests of a user with an exhausted quota; their idempotency keys may have been charged before."""
     site = configure(dsn, routes=_ROUTES)
     secret, other = [(await site.key(user))["secret"].encode() for user in ("u_42", "u_43")]
     await site.told("plan", "set", "none", "--requests-per-day", "0")
@@ -182,7 +182,7 @@ async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(c
         seconds = time.monotonic() - begun
         grown = _peak_bytes(process.pid) - before
         print(f"slow ones: {statuses} after {seconds:.1f} s; the process grew by {grown / _MIB:.0f} MiB")
-        # Of those that were refused while they sent some may have missed the answer.
+        # Clients that were refused while sending may have missed the response.
         assert statuses.count(408) in (3, 4)
         assert set(statuses) <= {408, 503, 0}
         assert seconds < 20
@@ -190,7 +190,7 @@ async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(c
 
 
 async def _status_of(client: Client) -> int:
-    """Of a client that sends a byte now and then; 0: the connection ended without an answer."""
+    """The status for a client that sends a byte now and then; 0: the connection ended without a response."""
     answering = asyncio.ensure_future(client.answer(seconds=60))
     while not answering.done():
         await asyncio.wait([answering], timeout=1.0)

@@ -1,4 +1,4 @@
-"""One client that occupies all it can get does not stop the others."""
+"""One client that occupies every resource does not block the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POOL = 8
 
 
 async def compute(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """Answer some requests at once, and others never."""
+    """Respond to some requests immediately, and never to others."""
     path = message.start.split(" ")[1]
     if path == "/v1/ai/jobs":
         writer.write(OK)
@@ -91,7 +91,7 @@ async def test_connections_without_a_key_do_not_keep_a_client_with_one_out(confi
         for _ in range(10):
             assert await site.call(secret) == (200, "")
         assert await site.metric("keyproxy_failed_connections_total", why="evicted") >= 10
-        # Another one comes as soon as the next request does.
+        # The next request opens a new connection.
         assert await silent[1].ends() == b""
 
 

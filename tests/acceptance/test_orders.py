@@ -1,4 +1,4 @@
-"""What a supervisor and a worker say to each other arrives whole, in order, and their ends are noticed."""
+"""Messages between a supervisor and a worker arrive complete and in order, and both detect the other's exit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keyproxy.process.control_channel import Order
 from keyproxy.process.reload import ReloadError
 from keyproxy.process.worker_pool import Worker, WorkerPool
 
-#: Of a configuration: nothing; what JSON and lines would break; more than a socket holds.
+#: Configurations: empty; with characters that break JSON or lines; larger than a socket buffer.
 TEXTS = ["", '[listen]\nname = "hü \u2028 \\ \x00"\r\n', "# long\n" * 200_000]
 
 Pair = tuple[socket.socket, socket.socket]
@@ -31,7 +31,7 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=["empty", "odd", "long"])
-async def test_a_worker_begins_with_the_text_and_is_offered_it_as_it_is(pair: Pair, text: str) -> None:
+async def test_a_worker_starts_with_the_configuration_text_unchanged(pair: Pair, text: str) -> None:
     supervisor_end = await control_channel.supervisor_end(pair[0])
     supervisor_end.begin(text)
     assert await asyncio.to_thread(control_channel.begun_with, pair[1]) == text
@@ -65,9 +65,7 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("program", "told"), [("sleep", "has not responded for 0.1 s"), ("true", "does not respond")])
-async def test_a_worker_that_does_not_answer_is_killed_and_keeps_the_others_from_changing(
-    program: str, told: str
-) -> None:
+async def test_an_unresponsive_worker_is_killed_and_blocks_the_reload(program: str, told: str) -> None:
     crew = WorkerPool(lambda: 0)
     async with contextlib.AsyncExitStack() as stack:
         worker = await Worker.start(["sh", "-c", f"exec {program} 60"], os.environ, "")

@@ -1,4 +1,4 @@
-"""Addresses that processes of keyproxy do not share: within a configuration, and between running processes."""
+"""Addresses that keyproxy processes must not share: within a configuration, and between running processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_a_unix_socket_is_recognised_through_a_symbolic_link(
 
 
 def another(site: Site, name: str, old: str, new: str) -> Site:
-    """A site with a configuration of its own that is like another one but for one value."""
+    """A site whose configuration differs from another one in one value."""
     config = site.config.with_name(name)
     content = site.config.read_text(encoding="utf-8")
     assert old in content
@@ -72,7 +72,7 @@ def another(site: Site, name: str, old: str, new: str) -> Site:
 
 
 async def refused(site: Site, *command: str) -> Output:
-    """A process that has to end by itself, refusing to start."""
+    """A process that must refuse to start and exit."""
     output = await asyncio.wait_for(site.run(*command), STUCK_SECONDS)
     assert (output.status, output.out) == (1, ""), output.err
     return output
@@ -171,7 +171,7 @@ async def says(site: Site, text: str) -> bool:
     return text.encode() in b"".join(site.printed)
 
 
-# -- the published presence
+# -- the process registry
 
 
 SAME = Settings(listen=Listen(address="127.0.0.1:1"), upstream=Upstream(url="http://a"))

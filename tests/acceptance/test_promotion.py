@@ -29,7 +29,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Usage-Tokens: %d\r\n\r\nok
 
 
 class Server:
-    """A PostgreSQL on a unix socket of its own."""
+    """A PostgreSQL on its own unix socket."""
 
     def __init__(self, home: Path, name: str) -> None:
         self.data, self.sockets = home / name, home / f"{name}-run"
@@ -43,7 +43,7 @@ class Server:
         return f"postgresql://keyproxy@/postgres?host={self.sockets}&port=5432"
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run one of its programs to its end."""
+        """Run one of its programs to completion."""
         done = subprocess.run(
             self._command(program, *arguments), capture_output=True, text=True, check=False, timeout=60
         )
@@ -55,20 +55,20 @@ class Server:
         self.run("pg_basebackup", *source, "-D", str(self.data), "-R", "-c", "fast")
 
     def start(self) -> None:
-        """Begin to start."""
+        """Start without waiting."""
         command = self._command("postgres", "-D", str(self.data), "-k", str(self.sockets), "-c", "listen_addresses=")
         with (self.data.parent / f"{self.data.name}.log").open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def crash(self) -> None:
-        """No checkpoint, no farewell."""
+        """Kill the server without a checkpoint or a shutdown."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(20)
             self._process = None
 
     async def connect(self) -> asyncpg.Connection:
-        """Wait until it answers."""
+        """Wait until it accepts connections."""
         async with asyncio.timeout(30):
             while True:
                 try:
@@ -90,7 +90,7 @@ class Server:
 
 @pytest.fixture
 def servers() -> Iterator[tuple[Server, Server]]:
-    """A primary that runs, and what is to be its replica."""
+    """A running primary and its future replica."""
     if not (postgres_binaries.find_binaries(os.environ)[0].directory / "pg_basebackup").exists():
         pytest.skip("this PostgreSQL comes without pg_basebackup")
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
@@ -135,7 +135,7 @@ async def test_a_replica_that_is_promoted_without_the_latest_commits_overspends_
         ends = asyncio.get_running_loop().time() + 2 * LEASE_SECONDS + 3
         clients = [asyncio.create_task(fleet.load(ends)) for _ in range(3)]
 
-        # What the primary commits from here on, the replica does not hear.
+        # The replica does not receive any later commit.
         await until(lambda: _has_spent(copied, 100), seconds=20)
         await copied.execute("ALTER SYSTEM SET primary_conninfo = ''")
         await copied.execute("SELECT pg_reload_conf()")
@@ -151,7 +151,7 @@ async def test_a_replica_that_is_promoted_without_the_latest_commits_overspends_
         await relay.mend()
 
         await asyncio.gather(*clients)
-        # Everything that is left is spent in the new history.
+        # Spend the rest on the new timeline.
         await until(lambda: _is_spent(fleet), seconds=60)
         await fleet.close()
         rows = {row["measure"]: row for row in await copied.fetch("SELECT * FROM keyproxy.windows")}

@@ -1,4 +1,4 @@
-"""A proxy whose leases come out of Redis, as a process: Redis dies, comes back with an old file, and loses all."""
+"""A proxy process with leases from Redis: Redis dies, restarts with an old file, and loses all data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.store.redis_server import RedisServer, program
 LIMIT = 120
 
 
-async def test_a_redis_that_dies_forgets_and_comes_back_old_overspends_nothing_and_needs_no_restart_of_a_proxy(
+async def test_a_redis_that_crashes_or_loses_data_overspends_nothing_and_requires_no_proxy_restart(
     configure: Configure, dsn: str
 ) -> None:
     server_program = program("valkey")
@@ -46,7 +46,7 @@ async def _lost_and_spent(site: Site, secret: str, server: RedisServer) -> None:
     server.command("SAVE")
     assert await is_answered(200, "")
     server.kill()
-    # Leases are spent until they lapse. Then nobody can say whether there is more: that is not "no".
+    # Leases are spent until they expire. Then the remaining limit is unknown, which is not "exhausted".
     await until(lambda: is_answered(503, "ledger_unavailable"))
     _, page = await site.ops("/readyz")
     assert "ledger" in page

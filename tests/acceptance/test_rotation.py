@@ -1,4 +1,4 @@
-"""Keys that come and go while a proxy serves: rotated, imported, reported as leaked."""
+"""Keys that change while a proxy serves: rotated, imported, reported as leaked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def _expires_in(site: Site, secret: str) -> tuple[int, str | None]:
             return response.status, response.headers.get("X-Keyproxy-Key-Expires-In")
 
 
-async def test_the_use_of_a_rotated_key_is_told_to_its_holder_and_counted(site: Site) -> None:
+async def test_the_use_of_a_rotated_key_is_shown_in_responses_and_counted(site: Site) -> None:
     old = await site.key()
     async with site.serving():
         assert await _expires_in(site, old["secret"]) == (200, None)

@@ -1,4 +1,4 @@
-"""P3: a key, presented in every position and form, is found in no output, table, metric, command line or environment."""
+"""P3: a key, sent in every position and form, appears in no output, table, metric, command line or environment."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.rawhttp import connect
 
 CANARY = KeyFormat().make(b"canary canary canary canary 1234", is_test=False).reveal().decode()
 
-#: So many characters in a row of a key's random part are a leak: more than its hint shows.
+#: This many consecutive characters of a key's random part are a leak: more than its hint contains.
 TELLING = 12
 
 
 def _encoded(text: str, times: int) -> str:
-    """Every character percent-encoded, so often."""
+    """Percent-encode every character repeatedly."""
     text = "".join(f"%{ord(sign):02x}" for sign in text)
     for _ in range(times - 1):
         text = quote(text, safe="")
@@ -28,7 +28,7 @@ def _encoded(text: str, times: int) -> str:
 
 
 def _start_encoded(text: str, times: int) -> str:
-    """Only what a key is recognised by is encoded: the rest of it stands there as it is."""
+    """Encode only the part that identifies a key; the rest is plain."""
     return _encoded(text[:3], times) + text[3:]
 
 
@@ -52,7 +52,7 @@ FORMS = {
     "start encoded six times": _start_encoded(CANARY, 6),
 }
 
-#: Where a key may stand. `{key}` is the canary in one of its forms, `{good}` a valid credential; lines end in LF here.
+#: The positions of a key. `{key}` is the canary in one of its forms, `{good}` a valid credential; lines end in LF here.
 POSITIONS = [
     "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n\n",
     "GET / HTTP/1.1\nHost: a\nAuthorization: bearer   {key}\n\n",
@@ -113,7 +113,7 @@ POSITIONS = [
     "GET /{filler}{key} HTTP/1.1\nHost: a\n{good}\n",
 ]
 
-#: Rows without an end: their client waits until it is told that it took too long.
+#: Incomplete requests: the client waits for the timeout response.
 ENDLESS = [
     "GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {key}\n",
     "GET /{key}",
@@ -124,7 +124,7 @@ ENDLESS = [
 def _rows(positions: list[str], good: str) -> Iterator[bytes]:
     whole, *others = FORMS.values()
     for number, position in enumerate(positions):
-        # Every form at some positions and every position with some forms: all with all would take its time.
+        # Every form at some positions and every position with some forms: all combinations would take too long.
         for form in (whole, *(others[(number + step) % len(others)] for step in (0, 3, 7, 10))):
             row = position.replace("\n", "\r\n")
             row = row.replace("{good}", f"Authorization: Api-Key {good}\r\n").replace("{filler}", "f" * 40_000)
@@ -133,7 +133,7 @@ def _rows(positions: list[str], good: str) -> Iterator[bytes]:
 
 
 def _leaks(told: bytes, secret: str) -> list[str]:
-    """The pieces of a key's random part that stand in an output."""
+    """The pieces of a key's random part that an output contains."""
     digits = secret[8:]
     pieces = {digits[at : at + TELLING] for at in range(len(digits) - TELLING + 1)}
     text = told.decode("latin-1").lower()
@@ -163,7 +163,7 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
             return len(site.log()) >= len(answers)
 
         await until(is_logged, seconds=10)
-        # Whoever takes the ops listener for the proxy: what is no HTTP is not repeated there either.
+        # A client that mistakes the ops listener for the proxy: its malformed input is not repeated there either.
         for raw in (b"GET /x?key=%b HTTP/9.9\r\n\r\n", b"%b\r\n\r\n", b"GET / HTTP/1.1\r\nX Y: %b\r\n\r\n"):
             async with connect(("127.0.0.1", site.ops_port)) as client:
                 await client.send(raw % good.encode())
@@ -181,7 +181,7 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
 
 
 async def _tables(dsn: str) -> list[bytes]:
-    """Every row of every table of ours."""
+    """Every row of every table of keyproxy."""
     connection = await asyncpg.connect(dsn)
     tables = await connection.fetch("SELECT table_name FROM information_schema.tables WHERE table_schema = 'keyproxy'")
     rows = [str(await connection.fetch(f'SELECT * FROM keyproxy."{row[0]}"')).encode() for row in tables]
@@ -190,7 +190,7 @@ async def _tables(dsn: str) -> list[bytes]:
     return rows
 
 
-async def test_a_key_that_was_never_right_is_not_told_by_a_command_either(site: Site) -> None:
+async def test_an_invalid_key_is_not_printed_by_a_command_either(site: Site) -> None:
     for arguments in (("key", "show", CANARY), ("key", "revoke", CANARY), ("user", "show", CANARY), ("bogus", CANARY)):
         output = await site.run(*arguments)
         assert output.status != 0

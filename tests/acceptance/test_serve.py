@@ -1,4 +1,4 @@
-"""`keyproxy serve` beside a real PostgreSQL: what a black-box driver can see."""
+"""`keyproxy serve` with a real PostgreSQL, as a black-box client sees it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keyproxy.store.postgres import migrations
 from tests.acceptance.conftest import Configure, Site, until
 
 
-async def test_a_key_made_by_the_command_line_is_let_through_with_its_identity(site: Site) -> None:
+async def test_a_key_from_the_command_line_is_accepted_with_its_identity(site: Site) -> None:
     await site.told("tenant", "create", "acme")
     await site.told("user", "create", "u_42", "--tenant", "acme", "--no-key")
     key = await site.told("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:read")
@@ -49,7 +49,7 @@ async def test_a_key_made_by_the_command_line_is_let_through_with_its_identity(s
         ("TRUNCATE keyproxy.tenants CASCADE", "api_key_invalid"),
     ],
 )
-async def test_a_change_by_any_sql_client_is_in_force_within_a_second(
+async def test_a_change_by_any_sql_client_takes_effect_within_a_second(
     configure: Configure, dsn: str, statement: str, code: str
 ) -> None:
     site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]}])
@@ -68,7 +68,7 @@ async def test_a_change_by_any_sql_client_is_in_force_within_a_second(
     await connection.close()
 
 
-async def test_a_key_that_was_unknown_works_within_a_second_of_being_made(site: Site, dsn: str) -> None:
+async def test_an_unknown_key_works_within_a_second_of_its_creation(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)
     row = await connection.fetchrow("DELETE FROM keyproxy.api_keys RETURNING *")
@@ -135,7 +135,7 @@ async def test_it_starts_without_a_store_refuses_strangers_and_recovers(configur
     server.stop()
 
 
-async def test_readiness_fails_and_says_why_while_the_upstream_is_down(site: Site) -> None:
+async def test_readiness_fails_with_a_reason_while_the_upstream_is_down(site: Site) -> None:
     async with site.serving():
         await site.upstream.stop()
 
@@ -227,7 +227,7 @@ async def test_which_requests_are_logged_changes_with_the_configuration(configur
     assert {line["code"] for line in site.log()} == {"api_key_invalid"}
 
 
-async def test_last_use_is_written_within_seconds_and_changes_nothing_else(site: Site, dsn: str) -> None:
+async def test_last_use_is_written_within_seconds_without_other_changes(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)
     async with site.serving():
@@ -249,7 +249,7 @@ async def test_last_use_is_written_within_seconds_and_changes_nothing_else(site:
         ({"store": {"dsn": "postgresql://127.0.0.1:1/x"}}, 1, "cannot be reached"),
     ],
 )
-async def test_a_mistake_is_told_in_one_line_that_says_what_to_do(
+async def test_a_startup_error_is_one_line_with_a_remedy(
     configure: Configure, dsn: str, tables: dict[str, dict[str, str]], status: int, sentence: str
 ) -> None:
     output = await configure(dsn, **tables).run("migrate")
@@ -258,7 +258,7 @@ async def test_a_mistake_is_told_in_one_line_that_says_what_to_do(
     assert sentence in output.err
 
 
-async def test_a_schema_that_is_not_there_is_told_with_the_command_that_makes_it(
+async def test_a_missing_schema_is_reported_with_the_command_that_creates_it(
     configure: Configure, empty_dsn: str
 ) -> None:
     output = await configure(empty_dsn).run("serve")
@@ -266,7 +266,7 @@ async def test_a_schema_that_is_not_there_is_told_with_the_command_that_makes_it
     assert "keyproxy migrate" in output.err
 
 
-async def test_a_port_that_is_another_program_s_is_told(site: Site) -> None:
+async def test_a_port_in_use_is_reported(site: Site) -> None:
     with socket.create_server(("127.0.0.1", site.proxy_port)):
         output = await site.run("serve")
     assert output.status == 1

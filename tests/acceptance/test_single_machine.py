@@ -1,4 +1,4 @@
-"""Proxies over the embedded PostgreSQL: whoever comes and goes, it is there as long as one of them is."""
+"""Proxies over the embedded PostgreSQL: it runs as long as any of them does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _keeper(home: str) -> int:
 
 async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_loss(configure: Configure) -> None:
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as home:
-        # A short command, which happens to be the one that starts the server.
+        # A short command, which starts the server.
         command = await asyncio.to_thread(embedded_postgres.start, Path(home), {"fsync": "off"})
         site = configure("embedded", store={"embedded_dir": home})
         site.dsn = command.dsn()
@@ -56,7 +56,7 @@ async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_l
 
 
 async def said(site: Site, text: str, *, times: int = 1) -> None:
-    """Wait until the processes have said so."""
+    """Wait until the processes have logged the text."""
 
     async def is_said() -> bool:
         return b"".join(site.printed).count(text.encode()) >= times

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or read no more: nothing aborts, and no secret is lost without a word."""
+"""Closed, full or abandoned standard streams: nothing aborts, and every lost secret is reported."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ async def test_a_proxy_serves_without_some_of_its_streams(
         for _ in range(4):
             assert await site.call(secret) == (200, "")
         for fd in range(3):
-            # No socket of the proxy's has taken the place of a stream.
+            # No socket of the proxy has the descriptor of a standard stream.
             assert Path(f"/proc/{process.pid}/fd/{fd}").readlink() == Path(os.devnull)
     finally:
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), STUCK_SECONDS) == 0
 
 
-async def test_no_secret_is_made_where_there_is_no_stdout_to_show_it_on(site: Site, tmp_path: Path) -> None:
+async def test_no_secret_is_created_without_a_stdout_to_show_it(site: Site, tmp_path: Path) -> None:
     key = await site.key()
     table = tmp_path / "users.csv"
     table.write_text("user,name\nu_42,nightly\n", encoding="utf-8")
@@ -188,14 +188,14 @@ async def test_secrets_lost_on_a_full_disk_are_issued_again_and_used_keys_stay(s
     async with site.serving():
         assert await site.call(keys[0]["secret"]) == (200, "")
         assert await site.call(keys[1]["secret"]) == (200, "")
-    # The proxy has ended and has written that two of them were used.
+    # The proxy has exited and recorded the use of two keys.
     third = await shell(site, f"{command} --reissue-unseen", "")
     assert [json.loads(line)["created"] for line in third.out.splitlines()] == [False, False, True]
 
 
 @needs_full
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_a_full_stdout_costs_log_lines_and_nothing_else(configure: Configure, dsn: str, workers: int) -> None:
+async def test_a_full_stdout_loses_only_log_lines(configure: Configure, dsn: str, workers: int) -> None:
     site = configure(dsn, listen={"workers": workers})
     secret = (await site.key())["secret"]
     with FULL.open("wb") as full:
@@ -225,7 +225,7 @@ async def test_a_full_stdout_costs_log_lines_and_nothing_else(configure: Configu
         process.send_signal(signal.SIGTERM)
         err = (await asyncio.wait_for(process.communicate(), STUCK_SECONDS))[1].decode()
     assert process.returncode == 0
-    # Once for an outage, not once for each line.
+    # Logged once per outage, not once per line.
     assert 1 <= err.count("cannot write the access log: [Errno 28] No space left on device") <= workers
 
 

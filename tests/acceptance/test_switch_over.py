@@ -27,7 +27,7 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 @pytest.fixture
 async def address() -> AsyncIterator[Relay]:
-    """An address that leads nowhere yet."""
+    """An address that does not point to a server yet."""
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         relay = Relay(Path(directory), "postgresql:///postgres?host=/nowhere&port=1")
         await relay.mend()
@@ -42,7 +42,7 @@ async def _replica_of(primary: Server, replica: Server) -> asyncpg.Connection:
 
 
 async def _promoted(sql: asyncpg.Connection, replica: asyncpg.Connection, *, by: str) -> None:
-    """The primary becomes read-only and stays up; the replica, which has all of it, becomes the primary."""
+    """Make the primary read-only and keep it running; promote the replica, which has all of its data."""
     await sql.execute(by)
     await sql.execute("SELECT pg_reload_conf()")
     end = await sql.fetchval("SELECT pg_current_wal_lsn()")
@@ -59,7 +59,7 @@ async def _ready(site: Site) -> tuple[int, Any]:
     return status, json.loads(page)
 
 
-async def test_a_proxy_follows_the_database_whose_old_server_stays_up_read_only(
+async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_only(
     configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
 ) -> None:  # fmt: skip
     primary, second = servers
@@ -70,7 +70,7 @@ async def test_a_proxy_follows_the_database_whose_old_server_stays_up_read_only(
         address.dsn,
         cache={"fresh_seconds": FRESH_SECONDS},
         store={"statement_timeout_seconds": 1.0},
-        # After a promotion the ledger grants nothing for as long as a lease lasts: see docs/ledger.md.
+        # After a promotion the ledger grants nothing for the duration of a lease: see docs/ledger.md.
         ledger={"lease_seconds": 3.0},
     )
     site.upstream.answering = answer_with(_ANSWER)
@@ -119,7 +119,7 @@ async def test_a_proxy_follows_the_database_whose_old_server_stays_up_read_only(
     await replica.close()
 
 
-async def test_a_proxy_that_starts_on_a_standby_trusts_none_of_it_and_finds_the_primary(
+async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_primary(
     configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
 ) -> None:  # fmt: skip
     primary, second = servers

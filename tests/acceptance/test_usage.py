@@ -1,4 +1,4 @@
-"""Usage as operators see it: what was sent is what is counted, a killed proxy loses moments of it, why is explained."""
+"""Usage as operators see it: counts match requests, a killed proxy loses only moments, refusals are explained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.acceptance.conftest import Configure, Site, until
 
 
 async def counted(site: Site, *arguments: str) -> dict[str, int]:
-    """Sums over all that `usage show` tells."""
+    """Totals over all rows of `usage show`."""
     rows = await site.told("usage", "show", *arguments)
     return {name: sum(row[name] for row in rows) for name in ("requests", "refusals")}
 
@@ -32,7 +32,7 @@ async def test_usage_equals_what_was_sent_and_is_exported_as_often(site: Site) -
 
         await until(is_refused, seconds=5)
         assert (await site.call("kp_live_nobody"))[0] == 401
-    # What there was when it ended is written.
+    # The proxy writes its remaining usage when it exits.
     reached = len(site.upstream.requests)
     rows = await site.told("usage", "show", "--user", "u_42", "--by", "mode")
     assert {row["mode"]: row["requests"] for row in rows} == {"live": 3, "test": reached - 3}
@@ -89,7 +89,7 @@ async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was
     assert window["spent"] + window["held"] >= reached
 
 
-async def test_a_used_up_quota_is_explained_as_it_is_refused(configure: Configure, dsn: str) -> None:
+async def test_an_exhausted_quota_is_explained_as_it_is_refused(configure: Configure, dsn: str) -> None:
     site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs"}])
     key = await site.key()
     await site.told("plan", "set", "two", "--requests-per-day", "2", "--rate", "100/s")

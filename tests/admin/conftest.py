@@ -1,4 +1,4 @@
-"""An admin API over a real PostgreSQL, reached through a real socket."""
+"""An admin API over a real PostgreSQL, through a real socket."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LeaseGrant:
 
     @property
     def code(self) -> str:
-        """The code of a refusal, empty for an answer that is none."""
+        """The code of a refusal; empty for other responses."""
         is_problem = self.headers.get("Content-Type", "").startswith("application/problem+json")
         return str(self.json["code"]) if is_problem else ""
 
@@ -84,7 +84,7 @@ class Api:
         self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
         headers: Mapping[str, str] | None = None, data: bytes | None = None,
     ) -> LeaseGrant:  # fmt: skip
-        """Send one request. `content`: the body, as JSON; `data`: the body as it is."""
+        """Send one request. `content`: the body, sent as JSON; `data`: the raw body."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
             data = json.dumps(content).encode()
@@ -97,24 +97,24 @@ class Api:
             return LeaseGrant(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
-        """The JSON of a request that has to succeed."""
+        """Send a request that must succeed; returns its JSON."""
         reply = await self.call(method, path, content, **more)
         assert reply.status < 300, reply.body
         return reply.json
 
     async def user(self, user: str = "u_1", tenant: str = "acme", *, scopes: Sequence[str] = ()) -> Entity:
-        """A user, whose tenant is made if need be, with its first key."""
+        """A user with its first key; creates the tenant if it is missing."""
         await self.directory.create_tenant(tenant, "")
         return await self.directory.create_user(user, tenant, KeyWish(scopes=scopes))
 
     async def audit(self, **wanted: str) -> list[Json]:
-        """The audit log, the newest first."""
+        """The audit log, newest first."""
         query = "&".join(f"{name}={value}" for name, value in wanted.items())
         rows: list[Json] = (await self.done("GET", f"/v1/audit?{query}"))["items"]
         return rows
 
 
-#: Every row of every table, as a replica, so that the audit log lets go. Emptying takes less than cloning.
+#: Delete every row of every table, as a replica, because the audit log refuses deletions otherwise. Faster than a clone.
 _EMPTY = """
 SET session_replication_role = replica;
 DO $$
@@ -158,7 +158,7 @@ async def dsn(common_dsn: str) -> str:
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
 ) -> AsyncIterator[Api]:  # fmt: skip
-    """An admin API on a port of its own, over this database."""
+    """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)

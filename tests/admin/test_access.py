@@ -1,4 +1,4 @@
-"""Who may in, and what they may do: tokens, scopes, the bound to one tenant, and failures that are told to wait."""
+"""Authentication and authorization: tokens, scopes, the restriction to one tenant, and throttled failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _name(endpoint: Endpoint) -> str:
     return endpoint.name
 
 
-#: A body that each endpoint takes, about the user, tenant and plan with these ids.
+#: A valid body for each endpoint, about the user, tenant and plan with these ids.
 def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
     bodies: dict[str, object] = {
         "create_tenant": {"id": tenant},
@@ -63,13 +63,13 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         ("Bearer \xe9\xe9", "token_invalid"),
     ],
 )
-async def test_nobody_gets_in_without_a_token_that_works(api: Api, shown: str | None, code: str) -> None:
+async def test_every_request_needs_a_working_token(api: Api, shown: str | None, code: str) -> None:
     reply = await api.call("GET", "/v1/tenants", token=None, headers={} if shown is None else {"Authorization": shown})
     assert (reply.status, reply.code) == (401, code)
     assert reply.headers["WWW-Authenticate"].startswith("Bearer ")
 
 
-async def test_every_endpoint_asks_for_a_token_before_anything_else(api: Api) -> None:
+async def test_every_endpoint_checks_the_token_first(api: Api) -> None:
     for endpoint in ENDPOINTS:
         api.now[0] += 60
         reply = await api.call(endpoint.method, _path(endpoint, "x"), data=b"{broken", token=None)
@@ -90,7 +90,7 @@ async def test_a_token_works_until_it_expires_or_is_revoked_or_its_tenant_is_dis
     assert (await api.call("GET", "/v1/token", token=bound)).code == "account_disabled"
 
 
-async def test_a_token_is_kept_as_its_digest_and_its_life_is_audited(api: Api) -> None:
+async def test_a_token_is_stored_as_its_digest_and_its_changes_are_audited(api: Api) -> None:
     secret = await api.token("keys:read")
     (token,) = await api.tokens.tokens("", 10)
     assert token["last_used_at"] is None
@@ -140,7 +140,7 @@ def test_a_scope_allows_itself_and_admin_allows_the_rest(held: str, needed: Scop
 
 
 class _Two(NamedTuple):
-    """Another tenant's user and key, and what must be seen nowhere."""
+    """Another tenant's user and key, and the values that must not appear anywhere."""
 
     key_id: str
     secret: str
@@ -159,7 +159,7 @@ async def _two_tenants(api: Api) -> _Two:
 
 
 async def _all_of(api: Api, tenant: str) -> str:
-    """All that there is of a tenant."""
+    """All data of a tenant."""
     things = [await api.done("GET", path) for path in (f"/v1/tenants/{tenant}", f"/v1/users?tenant={tenant}")]
     keys = (await api.done("GET", f"/v1/keys?tenant={tenant}"))["items"]
     return json.dumps([things, [{**key, "last_used_at": None} for key in keys]], sort_keys=True)
@@ -188,7 +188,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
         reply = await api.call(endpoint.method, path, body, token=bound)
         assert reply.status < 500
         told = reply.body.decode()
-        # Of what it was asked about, a refusal may repeat the name.
+        # A refusal may repeat the name from the request.
         marks = other.marks if reply.status < 300 else ["acme", other.secret]
         assert not [mark for mark in marks if f'"{mark}"' in told], told
         if endpoint.is_global:
@@ -198,7 +198,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     assert await _all_of(api, "other") == before
 
 
-async def test_a_bound_token_imports_digests_for_users_of_its_tenant_and_learns_nothing_of_others(api: Api) -> None:
+async def test_a_tenant_token_imports_digests_for_its_users_and_learns_nothing_of_others(api: Api) -> None:
     other = await _two_tenants(api)
     bound = await api.token("keys:write", "users:write", tenant="acme")
     digest = hashlib.sha256(other.secret.encode()).hexdigest()
@@ -223,7 +223,7 @@ async def test_a_bound_token_imports_digests_for_users_of_its_tenant_and_learns_
     assert await _all_of(api, "other") == before
 
 
-async def test_an_import_makes_users_only_for_who_may(api: Api) -> None:
+async def test_an_import_creates_users_only_with_the_scope_for_it(api: Api) -> None:
     await api.user("u_1", "acme")
     token = await api.token("keys:write")
     row = {"user": "u_2", "digest": "01" * 32}
@@ -273,7 +273,7 @@ async def test_another_tenants_user_cannot_be_taken_over_by_creating_it_again(ap
     assert b"'other'" not in reply.body
 
 
-async def test_failures_are_told_to_wait_and_a_good_token_never_is(api: Api) -> None:
+async def test_failures_are_throttled_and_a_valid_token_never_is(api: Api) -> None:
     codes = [(await api.call("GET", "/v1/token", token="wrong")).code for _ in range(12)]
     assert codes == ["token_invalid"] * 10 + ["too_many_failures"] * 2
     last = await api.call("GET", "/v1/token", token="wrong")
@@ -294,7 +294,7 @@ def test_peers_fail_apart_and_an_ipv6_network_as_one() -> None:
 
 
 @pytest.mark.parametrize(("after_seconds", "wait_seconds"), [(0.0, 10), (9.5, 1), (10.0, 0), (1000.0, 0)])
-def test_who_has_waited_may_fail_again(after_seconds: float, wait_seconds: int) -> None:
+def test_a_throttled_peer_may_fail_again_after_waiting(after_seconds: float, wait_seconds: int) -> None:
     throttle = Throttle(burst=1, seconds_each=10)
     assert throttle.failed("192.0.2.1", 50.0) == 0
     assert throttle.failed("192.0.2.1", 50.0 + after_seconds) == wait_seconds

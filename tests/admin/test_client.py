@@ -1,4 +1,4 @@
-"""One suite for the operations of the command line, done in the database and asked of the admin API: both do the same."""
+"""One suite for the operations of the command line, directly in the database and through the admin API: same results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def _ids(operations: Operations) -> list[str]:
     return [key["id"] for key in found]
 
 
-async def test_the_whole_life_of_a_key(operations: Operations, api: Api) -> None:
+async def test_the_lifecycle_of_a_key(operations: Operations, api: Api) -> None:
     assert (await operations.create_tenant("acme", "Acme Ltd"))["created"] is True
     assert (await operations.create_tenant("acme", "Other"))["name"] == "Acme Ltd"
     user = await operations.create_user("u_1", "acme", KeyWish(scopes=("jobs:write",)))
@@ -99,7 +99,7 @@ async def test_keys_are_found_in_text_and_revoked_and_get_other_scopes(operation
             await refused(b"x" * (1 << 20))
 
 
-async def test_lists_come_whole_in_pages(operations: Operations, api: Api) -> None:
+async def test_paged_lists_are_complete(operations: Operations, api: Api) -> None:
     made = sorted([(await api.user(f"u_{number}"))["key"]["id"] for number in range(5)])
     assert await _ids(operations) == made
     assert [user["id"] for user in await operations.users("", 500, "acme")] == [f"u_{number}" for number in range(5)]
@@ -166,7 +166,7 @@ async def test_plans_and_the_audit_log(operations: Operations) -> None:
     assert [row["entity"] for row in exported] == ["plan", "plan", "tenant", "tenant", "plan"]
 
 
-async def test_keys_of_other_programs_are_imported_in_parts_and_what_cannot_be_is_told(
+async def test_keys_of_other_programs_are_imported_in_parts_and_errors_are_reported(
     operations: Operations, api: Api
 ) -> None:
     await api.user()
@@ -193,18 +193,18 @@ async def test_keys_of_other_programs_are_imported_in_parts_and_what_cannot_be_i
     assert key["expires_at"] == "2030-01-31T12:00:00Z"
 
 
-async def test_a_dry_run_in_parts_says_that_it_is_one(api: Api) -> None:
+async def test_a_dry_run_in_parts_returns_a_warning(api: Api) -> None:
     await api.user()
     keys = [read_key("f", {"digest": f"{number:064x}", "user": "u_1"}, {}) for number in range(1001)]
     async with RemoteDirectory(api.url, FILE_TOKEN) as client:
         await client.import_keys(keys[:1000], dry_run=True)
         assert list(client.warnings) == []
         assert (await client.import_keys(keys, dry_run=True)).imported == 1001
-        assert list(client.warnings) == ["a dry run through the admin API judges each 1,000 keys by themselves"]
+        assert list(client.warnings) == ["a dry run through the admin API checks each batch of 1,000 keys separately"]
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
-async def test_usage_limits_and_decisions_are_told_alike(api: Api, by: str) -> None:
+async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: str) -> None:
     journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
     who = fakes.identity("u_1", "acme")
     journal.take(rows(*(ended(who, use=TokenUse(10, 1)) for _ in range(3))))
@@ -260,7 +260,7 @@ async def test_what_is_refused_is_refused_alike(operations: Operations, api: Api
         await operations.create_tenant("no id", "")
 
 
-async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: Api) -> None:
+async def test_the_server_configures_the_default_lifetime_of_a_key(api: Api) -> None:
     await api.user()
     async with RemoteDirectory(api.url, FILE_TOKEN) as client:
         key = await client.issue_key("u_1", KeyWish(expires_in=AS_CONFIGURED_THERE))
@@ -269,11 +269,11 @@ async def test_a_key_lives_as_the_server_is_configured_if_nothing_is_said(api: A
     assert forever["expires_at"] is None
 
 
-async def test_a_token_that_may_not_is_told_so_and_a_server_that_is_away_is_no_answer(api: Api) -> None:
+async def test_missing_permission_is_denied_and_an_absent_server_is_unavailable(api: Api) -> None:
     async with RemoteDirectory(api.url, await api.token("keys:read")) as client:
         assert await client.tenants("", 10) == []
-        with pytest.raises(Denied, match=r"needs admin:write \(insufficient_scope\)"):
+        with pytest.raises(Denied, match=r"required scope is admin:write \(insufficient_scope\)"):
             await client.create_tenant("acme", "")
     async with RemoteDirectory("http://127.0.0.1:1", "x") as client:
-        with pytest.raises(StoreUnavailable, match="the admin API does not answer"):
+        with pytest.raises(StoreUnavailable, match="the admin API does not respond"):
             await client.tenants("", 10)

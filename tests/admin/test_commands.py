@@ -1,4 +1,4 @@
-"""Commands print the same whether they ask the database or, with --admin-url, the admin API."""
+"""Commands print the same from the database and, with --admin-url, from the admin API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.store.usage.test_journal import ended, rows
 
 
 class Printed(NamedTuple):
-    """What a command printed, and its status."""
+    """A command's output and exit status."""
 
     status: int
     out: str
@@ -90,14 +90,12 @@ async def test_what_is_looked_up_is_printed_alike(run: Run, key: str, command: s
 
 
 def _timeless(text: str) -> str:
-    """Without how long something takes from now."""
+    """Remove durations that depend on the current time."""
     return re.sub(r" *\b\d+\.\d+\b *|(?<=after_seconds)[\": ]+\d+", "#", text)
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
-async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoever_did_it(
-    run: Run, api: Api, by: str
-) -> None:
+async def test_each_change_of_a_key_is_in_the_audit_log_with_its_actor(run: Run, api: Api, by: str) -> None:
     async def told(*arguments: str) -> Any:
         printed = await run(*arguments, "--json", by=by)
         assert (printed.status, printed.err) == (0, "")
@@ -130,14 +128,14 @@ async def test_each_act_of_a_keys_life_is_done_and_is_in_the_audit_log_by_whoeve
         ("key", "insert"), ("key", "update"), ("key", "update"), ("key", "update"), ("key", "update"),
         ("user", "update"), ("user", "update"), ("tenant", "update"), ("key", "update"), ("key", "delete"),
     ]  # fmt: skip
-    # Whatever goes with a tenant goes in an order of the database's.
+    # The database chooses the order of deletions that cascade from a tenant.
     assert sorted(acts[15:-1]) == [("key", "delete"), ("key", "delete"), ("tenant", "delete"), ("user", "delete")]
     assert acts[-1] == ("plan", "delete")
     assert new["secret"] not in json.dumps(log)
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
-async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history(
+async def test_an_export_resumes_after_its_last_row_but_not_in_another_history(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:
     file = tmp_path / "audit.jsonl"
@@ -156,19 +154,17 @@ async def test_an_export_goes_on_after_its_last_row_and_not_into_another_history
     assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
     assert [row["entity_id"] for row in rows if row["entity"] == "user"] == ["u_1", "u_2"]
     assert {row["db_role"] for row in rows} == {"keyproxy"}
-    # Restored from a backup, the log has other rows under these ids; or none yet.
+    # After a restore from a backup, these ids belong to other rows, or to none yet.
     for other in ({**rows[-1], "at": "2020-01-01T00:00:00.000Z"}, {**rows[-1], "id": rows[-1]["id"] + 9}):
         text = "".join(json.dumps(row) + "\n" for row in [*rows[:-1], other])
         file.write_text(text)
         printed = await export()
         assert printed.status == 1
-        assert "its last row is not in this log" in printed.err
+        assert "the audit log does not contain its last row" in printed.err
         assert file.read_text() == text
 
 
-async def test_an_export_that_was_begun_before_rows_had_a_role_goes_on(
-    run: Run, api: Api, dsn: str, tmp_path: Path
-) -> None:
+async def test_an_export_from_before_rows_had_a_role_resumes(run: Run, api: Api, dsn: str, tmp_path: Path) -> None:
     file = tmp_path / "audit.jsonl"
     await api.user()
     client = await asyncpg.connect(dsn)
@@ -183,7 +179,7 @@ async def test_an_export_that_was_begun_before_rows_had_a_role_goes_on(
     assert (printed.status, printed.err) == (0, f"keyproxy: 2 rows added to {file}\n")
 
 
-async def test_a_token_that_is_none_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_invalid_token_is_reported_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYPROXY_ADMIN_TOKEN", "x" * 40)
     printed = await run("tenant", "list", by="api")
     assert (printed.status, printed.out, len(printed.err.splitlines())) == (1, "", 1)
@@ -191,7 +187,7 @@ async def test_a_token_that_is_none_is_told_in_one_line(run: Run, monkeypatch: p
 
 
 @pytest.mark.parametrize("by", ["database", "api"])
-async def test_keys_are_imported_and_what_cannot_be_is_told_with_its_place(
+async def test_keys_are_imported_and_errors_are_reported_with_their_line(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:
     await api.directory.create_tenant("acme", "")

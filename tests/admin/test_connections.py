@@ -1,4 +1,4 @@
-"""What a client of the admin API may hold, and for how long."""
+"""The resources that a client of the admin API can occupy, and for how long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIVE = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
 
 @contextlib.asynccontextmanager
 async def _connected(api: Api) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A raw connection that reads no more than it has to."""
+    """A raw connection that reads only what it needs."""
     host, port = api.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
     try:
@@ -76,7 +76,7 @@ async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(dat
         assert b" 200 " in await _answer(held[0][0])
 
 
-async def test_a_slow_and_steady_reader_gets_the_whole_response(database: Database) -> None:
+async def test_a_slow_but_steady_reader_gets_the_complete_response(database: Database) -> None:
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
@@ -117,7 +117,7 @@ async def test_a_client_beyond_the_bound_is_refused_and_the_others_continue(data
             assert b'"code":"overloaded"' in result
             assert (b"\r\nDate: " in result, b"\r\nX-Request-Id: " in result) == (True, True)
             async with _connected(api) as (reader, _):
-                assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that says nothing"
+                assert (await reader.read()).startswith(b"HTTP/1.1 503 "), "also one that sends nothing"
             held[0][1].write(b" " * 99)
             assert b" 400 " in await _answer(held[0][0])
             held[1][1].close()
@@ -129,14 +129,14 @@ async def _tried(api: Api) -> int:
     return (await api.call("GET", "/livez", headers={"Connection": "close"})).status
 
 
-async def test_who_asks_and_does_not_read_the_answer_is_cut_off_in_bounded_time(database: Database) -> None:
+async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bounded_time(database: Database) -> None:
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
         await api.directory.issue_keys(wishes)
         ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
         async with _connected(api) as (reader, writer), asyncio.timeout(20):
-            writer.write(ask * 60)  # 18 MB of answers, of which sockets hold a part
+            writer.write(ask * 60)  # 18 MB of responses, partly held in socket buffers
             assert await reader.readexactly(12) == b"HTTP/1.1 200"
             while api.listener.open_connections:
                 await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Rows that other SQL clients write: whatever the columns accept, every reader goes on, and every key can be revoked."""
+"""Rows by other SQL clients: with any value that the columns accept, every reader works and every key can be revoked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.admin.conftest import Api
 TIMES = {
     "infinity": "infinity",
     "-infinity": "-infinity",
-    # JavaScript's largest date, the largest and the smallest of PostgreSQL.
+    # JavaScript's largest date, and PostgreSQL's largest and smallest.
     "275760-09-13 00:00:00+00": "+275760-09-13T00:00:00Z",
     "294276-12-31 23:59:59.999999+00": "+294276-12-31T23:59:59Z",
     "4714-11-24 00:00:00+00 BC": "-004713-11-24T00:00:00Z",
@@ -39,7 +39,7 @@ TIMES = {
     "9999-12-31 23:59:59.999999+00": "9999-12-31T23:59:59Z",
     "10000-01-01 00:00:00+00": "+010000-01-01T00:00:00Z",
 }
-#: Milliseconds taken for seconds.
+#: Milliseconds mistaken for seconds.
 MILLISECONDS = "to_timestamp(1800000000000)"
 
 KEY_TIMES = ("created_at", "expires_at", "revoked_at", "last_used_at")
@@ -99,7 +99,7 @@ async def test_any_time_in_any_table_leaves_every_reader_going(
         "INSERT INTO keyproxy.reminders (id, key_id, expires_at, before_days)"
         f" VALUES ('rem_{'0' * 32}', 'key_odd', '275760-09-13', 3)"
     )
-    await sql.execute("SET session_replication_role = replica")  # the audit log lets go
+    await sql.execute("SET session_replication_role = replica")  # the audit log refuses changes otherwise
     for written in TIMES:
         await sql.execute(f"UPDATE keyproxy.{table} SET {column} = $1::text::timestamptz", written)
         await _every_reader_goes_on(api)
@@ -162,7 +162,7 @@ async def test_any_array_of_scopes_that_the_column_accepts_is_read(
 async def test_a_plan_that_cannot_be_read_refuses_its_keys_alone_and_the_log_names_them(
     api: Api, sql: asyncpg.Connection, limits: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # As a plan may have been written before its table checked it.
+    # A plan from before its table had the check.
     with pytest.raises(asyncpg.CheckViolationError):
         await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('odd', $1::text::jsonb)", limits)
     check = await sql.fetchval(
@@ -203,7 +203,7 @@ async def test_any_sum_of_usage_is_read(api: Api, sql: asyncpg.Connection, day: 
 @pytest.mark.parametrize("events", ["null", "[]", "{}", "[1]", "[[]]", '[[1e300, "", [], 0, 0, 0, 0, 0, false]]', '"x"',
                                     '["\\ud800"]', '[[0, "\\ud800", [1,2,3,4,5,6,7,8], 0, 0, 0, 0, 0, false]]',
                                     '[["a", null, [1,2,3,4,5,6,7,8], 0, 0, "x", 0, 0, false]]'])  # fmt: skip
-async def test_usage_events_that_are_none_are_passed_over(api: Api, sql: asyncpg.Connection, events: str) -> None:
+async def test_invalid_usage_events_are_skipped(api: Api, sql: asyncpg.Connection, events: str) -> None:
     await sql.execute("SELECT keyproxy.make_event_days()")
     good = '[1800000000000, "r", ["acme", "u_1", "key_1", "live", "GET /", "GET", 200, ""], 1, 1, 1, null, null, false]'
     for batch, content in enumerate((events, f"[{good}]"), start=1):
@@ -217,7 +217,7 @@ async def test_usage_events_that_are_none_are_passed_over(api: Api, sql: asyncpg
 
 
 async def _every_reader_goes_on(api: Api) -> None:
-    """The directory, the admin API, the exports, the reminders: each reads all that there is."""
+    """Read everything through the directory, the admin API, the exports and the reminders."""
     directory = api.directory
     ids = {key["id"] for key in await directory.keys("", 100)}
     for order in ("created", "used", "expires"):
@@ -228,7 +228,7 @@ async def _every_reader_goes_on(api: Api) -> None:
             if page.next is None:
                 break
             cursor = page.next
-        # What is before every other time cannot come after the beginning of a list.
+        # A row before every other time cannot follow the start of a list.
         assert listed == ids, order
     for wanted in (
         KeyFilter(older_than=timedelta(days=1)), KeyFilter(unused_for=timedelta(days=36_525)),
@@ -256,7 +256,7 @@ async def _every_reader_goes_on(api: Api) -> None:
 
 
 async def _keys_work(api: Api, *, expected: Any) -> None:
-    """One look-up for both keys: the plain one is served, whatever the row of the other holds."""
+    """One lookup for both keys: the plain one is served regardless of the other's row."""
     database: Database = api.database
     feed = FeedState()
     cache = IdentityCache(

@@ -1,4 +1,4 @@
-"""Each act of the lifecycle through the API: what it answers, what it changes, and what the audit log says of it."""
+"""Each operation of the lifecycle through the API: its response, its effect, and its audit rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_a_user_is_created_with_its_first_key_once(api: Api) -> None:
     assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 1
 
 
-async def test_no_first_key_is_issued_if_none_is_wanted(api: Api) -> None:
+async def test_no_first_key_is_issued_with_key_null(api: Api) -> None:
     await api.done("POST", "/v1/tenants", {"id": "acme"})
     assert (await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme", "key": None}))["key"] is None
     assert (await api.done("GET", "/v1/keys"))["items"] == []
@@ -42,7 +42,7 @@ async def test_no_first_key_is_issued_if_none_is_wanted(api: Api) -> None:
 @pytest.mark.parametrize(
     ("wanted", "days"), [({}, 90), ({"expires_in_seconds": 86_400}, 1), ({"expires_in_seconds": None}, None)]
 )
-async def test_a_key_lives_as_long_as_was_said_or_as_configured(
+async def test_a_key_has_the_requested_or_the_configured_lifetime(
     api: Api, wanted: dict[str, int | None], days: int | None
 ) -> None:
     await api.user()
@@ -55,7 +55,7 @@ async def test_a_key_lives_as_long_as_was_said_or_as_configured(
         assert _seconds_until(key["expires_at"]) == pytest.approx(days * 86_400, abs=60)
 
 
-async def test_a_secret_is_told_once_and_never_again(api: Api) -> None:
+async def test_a_secret_is_shown_only_once(api: Api) -> None:
     await api.user()
     secret = (await api.done("POST", "/v1/keys", {"user": "u_1"}))["secret"]
     rotated = (await api.done("GET", "/v1/keys"))["items"]
@@ -68,7 +68,7 @@ async def test_a_secret_is_told_once_and_never_again(api: Api) -> None:
     assert secret not in str(api.log)
 
 
-async def test_a_scope_that_no_route_asks_for_is_warned_of(database: Database) -> None:
+async def test_a_scope_that_no_route_requires_causes_a_warning(database: Database) -> None:
     async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
         await api.user()
         key = await api.done("POST", "/v1/keys", {"user": "u_1", "scopes": ["jobs:write", "job:write"]})
@@ -126,7 +126,7 @@ async def test_users_and_tenants_are_disabled_and_enabled_again(api: Api) -> Non
         assert (await api.done("GET", f"/v1/keys/{key['id']}"))["state"] == "active"
 
 
-async def test_a_plan_is_given_taken_away_and_not_deleted_while_somebody_has_it(api: Api) -> None:
+async def test_a_plan_is_assigned_removed_and_not_deleted_while_in_use(api: Api) -> None:
     key = (await api.user())["key"]
     made = await api.call("PUT", "/v1/plans/basic", {"limits": {"rate": 50, "requests_per_day": 1000}})
     assert (made.status, made.json["created"]) == (201, True)
@@ -202,7 +202,7 @@ async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> 
     assert (renamed["before"]["name"], renamed["after"]["name"], renamed["changed"]) == ("", "Acme", ["name"])
 
 
-async def test_the_audit_log_is_exported_whole_and_goes_on_where_it_ended(api: Api) -> None:
+async def test_the_audit_log_is_exported_completely_and_resumes(api: Api) -> None:
     for number in range(30):
         await api.directory.create_tenant(f"t_{number}", "")
     first = (await api.call("GET", "/v1/audit/export?entity=tenant")).body.splitlines()
@@ -226,7 +226,7 @@ async def test_keys_are_listed_by_age_use_and_expiry(api: Api) -> None:
     assert (await api.done("GET", "/v1/keys?unused_seconds=60&older_than_seconds=60"))["items"] == []
 
 
-async def test_the_role_of_the_admin_side_is_enough_for_the_whole_lifecycle(dsn: str) -> None:
+async def test_the_admin_role_suffices_for_the_complete_lifecycle(dsn: str) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
     owner = await asyncpg.connect(dsn)

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: what it says is sent to the running API, and what is answered is held against it."""
+"""The OpenAPI document is accurate: generated requests go to the running API, and responses are checked against it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCUMENT = openapi.document(ENDPOINTS)
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS: list[Any] = [result.ok() for result in SCHEMA.get_all_operations() if isinstance(result, Ok)]
 
-#: What is held against the document for every answer. Whether all of it that may be accepted is, is for valid ones only.
+#: Checks of every response against the document. The check that valid requests are accepted applies to valid ones only.
 HELD = [
     checks.status_code_conformance,
     checks.content_type_conformance,
@@ -34,7 +34,7 @@ HELD = [
 
 
 async def _things(api: Api) -> dict[str, str]:
-    """One of each, by the start of its path."""
+    """One object of each kind, by the start of its path."""
     key = (await api.user("u_1"))["key"]["id"]
     await api.user("u_2", "other")
     await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
@@ -52,7 +52,7 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and "id" in case.path_parameters:
-            # What the document says of things that are there.
+            # Responses about existing objects.
             case.path_parameters["id"] = there
         response = case.call(base_url=api.url, headers=headers)
         more = [checks.negative_data_rejection] if mode is GenerationMode.NEGATIVE else []
@@ -62,7 +62,7 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: str(mode.value))
-async def test_every_answer_is_as_the_document_says(api: Api, mode: GenerationMode) -> None:
+async def test_every_response_matches_the_document(api: Api, mode: GenerationMode) -> None:
     things = await _things(api)
 
     def ask_everything() -> None:
@@ -88,7 +88,7 @@ async def test_the_document_and_its_page_need_no_token(api: Api) -> None:
         assert f"id='{endpoint.name}'" in page.body.decode()
 
 
-async def test_the_page_loads_nothing_and_its_policy_allows_nothing_but_its_style(api: Api) -> None:
+async def test_the_page_loads_nothing_and_its_policy_allows_only_its_style(api: Api) -> None:
     page = await api.call("GET", "/docs", token=None)
     text, policy = page.body.decode(), page.headers["Content-Security-Policy"]
     style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -100,7 +100,7 @@ async def test_the_page_loads_nothing_and_its_policy_allows_nothing_but_its_styl
     assert not [link for link in re.findall(r"href=['\"]?([^'\"> ]+)", text) if not link.startswith(("#", "/openapi"))]
 
 
-def test_every_operation_tells_its_scope_and_every_way_of_being_refused() -> None:
+def test_every_operation_documents_its_scope_and_all_refusals() -> None:
     for endpoint in ENDPOINTS:
         operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
         assert endpoint.scope is None or f"`{endpoint.scope}`" in operation["description"]

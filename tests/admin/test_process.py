@@ -1,4 +1,4 @@
-"""`keyproxy admin` as it is run: a process, a configuration file, tokens made on the host, signals."""
+"""`keyproxy admin` as users run it: a process, a configuration file, tokens created on the host, signals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKEN = "a-token-of-the-file-0123456789abcdefgh"
 
 @dataclass
 class Host:
-    """A configuration, and what is run with it."""
+    """A configuration, and the processes that run with it."""
 
     directory: Path
     dsn: str
@@ -55,7 +55,7 @@ class Host:
         )  # fmt: skip
 
     async def run(self, *arguments: str, **environment: str) -> Output:
-        """Run a command to its end."""
+        """Run a command to completion."""
         process = await self.start(*arguments, **environment)
         async with asyncio.timeout(60):
             out, err = await process.communicate()
@@ -78,7 +78,7 @@ class Host:
                 await process.wait()
 
     async def get(self, path: str, token: str | None = None) -> tuple[int, Any]:
-        """(status, JSON) of a page; (0, None) while nobody listens."""
+        """(status, JSON) of a page; (0, None) while nothing listens."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         try:
             async with (
@@ -98,7 +98,7 @@ def host(tmp_path: Path, dsn: str) -> Host:
     return host
 
 
-async def test_a_token_that_was_made_on_the_host_opens_the_api_until_it_is_revoked(host: Host) -> None:
+async def test_a_token_created_on_the_host_works_until_it_is_revoked(host: Host) -> None:
     made = await host.run("admin", "token", "create", "--name", "ann", "--scope", "admin:read", "--json")
     assert made.status == 0, made.err
     token = made.json
@@ -122,13 +122,13 @@ async def test_a_token_that_was_made_on_the_host_opens_the_api_until_it_is_revok
 @pytest.mark.parametrize(
     ("scopes", "said"),
     [
-        (["keys:*"], "no scope; there are admin:read"),
-        (["tenant:acme"], "may do nothing"),
-        (["keys:read", "tenant:a", "tenant:b"], "one tenant at most"),
-        (["keys:read", "tenant:"], "the id of a tenant"),
+        (["keys:*"], "not a scope; the scopes are admin:read"),
+        (["tenant:acme"], "at least one scope"),
+        (["keys:read", "tenant:a", "tenant:b"], "one tenant only"),
+        (["keys:read", "tenant:"], "a tenant's id"),
     ],
 )
-def test_a_token_that_means_nothing_is_not_made(scopes: list[str], said: str) -> None:
+def test_a_token_with_invalid_scopes_is_not_created(scopes: list[str], said: str) -> None:
     command = ["admin", "token", "create", *(word for scope in scopes for word in ("--scope", scope))]
     result = CliRunner().invoke(root, command)
     assert result.exit_code == 2
@@ -139,11 +139,11 @@ async def test_without_any_token_it_does_not_start_off_loopback(host: Host) -> N
     host.configure(address="0.0.0.0:0")
     output = await host.run("admin")
     assert (output.status, output.out) == (2, "")
-    assert "is not loopback, and there is no token" in output.err
+    assert "is not loopback, and no admin token exists" in output.err
     assert len(output.err.splitlines()) == 1
 
 
-async def test_a_token_file_that_holds_none_is_told(host: Host) -> None:
+async def test_an_invalid_token_file_is_reported(host: Host) -> None:
     host.configure(token_file=str(host.directory / "token"))
     with pytest.raises(TokenFileError, match="cannot be read"):
         file_digest(str(host.directory / "token"))
@@ -154,7 +154,7 @@ async def test_a_token_file_that_holds_none_is_told(host: Host) -> None:
     assert "short" not in output.err
 
 
-async def test_another_token_in_the_file_is_in_force_after_sighup(host: Host) -> None:
+async def test_a_new_token_in_the_file_takes_effect_after_sighup(host: Host) -> None:
     file = host.directory / "token"
     file.write_text(TOKEN + "\n")
     host.configure(token_file=str(file))
@@ -180,7 +180,7 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
         files["certificate"].write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
 
     async def shown() -> str:
-        """The name on the certificate; empty while nobody listens."""
+        """The name on the certificate; empty while nothing listens."""
         trusting = ssl.create_default_context(cafile=str(files["ca"]))
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", host.port, ssl=trusting)
@@ -209,7 +209,7 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
             files["certificate"].write_text("no certificate")
             os.kill(process.pid, signal.SIGHUP)
             assert process.stderr is not None
-            while b"the configuration stays as it was" not in (line := await process.stderr.readline()):
+            while b"reload rejected" not in (line := await process.stderr.readline()):
                 assert line
             assert str(files["certificate"]).encode() in line
             assert await shown() == "first"
@@ -231,7 +231,7 @@ async def test_a_certificate_that_cannot_be_used_keeps_the_process_from_starting
     )
 
 
-async def test_commands_that_know_nothing_but_the_api_go_through_it(host: Host) -> None:
+async def test_commands_without_a_database_use_the_admin_api(host: Host) -> None:
     file = host.directory / "token"
     file.write_text(TOKEN)
     host.configure(token_file=str(file))
@@ -247,11 +247,11 @@ async def test_commands_that_know_nothing_but_the_api_go_through_it(host: Host) 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "needs a token"),
-        (["tenant", "list", "--admin-url", "ftp://a"], "is no URL"),
+        (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "requires a token"),
+        (["tenant", "list", "--admin-url", "ftp://a"], "is not a valid URL"),
     ],
 )
-def test_an_admin_url_without_a_token_or_that_is_none_is_misuse(arguments: list[str], said: str) -> None:
+def test_an_invalid_admin_url_or_a_missing_token_is_a_usage_error(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(root, arguments, env={"KEYPROXY_ADMIN_TOKEN": None})
     assert result.exit_code == 2
     assert said in result.output

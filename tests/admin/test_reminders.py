@@ -1,4 +1,4 @@
-"""Reminders of keys that expire soon: each once, however many send it and whoever dies; to a real receiver."""
+"""Reminders of keys that expire soon: each exactly once, with several senders and crashes; to a real receiver."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ Answer = Callable[[web.Request], Any]
 
 @dataclass
 class Receiver:
-    """Somebody who is reminded: keeps what comes, and answers as it is told to."""
+    """A webhook receiver: records the requests, and responds as configured."""
 
     url: str = ""
     got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-    #: Statuses to answer with, then 204.
+    #: Statuses to respond with, then 204.
     statuses: list[int] = field(default_factory=list)
     on_request: Callable[[], Any] | None = None
 
@@ -61,23 +61,23 @@ class Receiver:
 
     @property
     def ids(self) -> list[str]:
-        """The ids of what came."""
+        """The ids of the received messages."""
         return [headers["Webhook-Id"] for headers, _ in self.got]
 
     @property
     def told(self) -> list[dict[str, Any]]:
-        """What the messages say."""
+        """The contents of the messages."""
         return [json.loads(body) for _, body in self.got]
 
     @property
     def terms(self) -> Terms:
-        """The configuration that leads here."""
+        """The configuration for this receiver."""
         return Terms(self.url, SECRET, DAYS)
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on a port of its own."""
+    """A receiver on its own port."""
     receiver, app = Receiver(), web.Application()
     app.router.add_post("/{path:.*}", receiver.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -125,11 +125,11 @@ async def make_key(api: Api, sql: Any) -> MakeKey:
 
 
 async def _later(sql: Any) -> None:
-    """The time has come for what waits to be tried again."""
+    """Make every pending retry due."""
     await sql.execute("UPDATE keyproxy.reminders SET next_at = now()")
 
 
-async def test_a_reminder_is_signed_and_says_whose_key_ends_and_no_secret(
+async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
 ) -> None:
     key = await make_key(2.5, name="nightly", is_test=True)
@@ -151,16 +151,16 @@ async def test_a_reminder_is_signed_and_says_whose_key_ends_and_no_secret(
     assert hashlib.sha256(key["secret"].encode()).hexdigest().encode() not in body
 
 
-async def test_each_threshold_is_told_once_and_several_that_have_passed_are_one(
+async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(13.9)
     await make_key(14.1)
-    await make_key(0.5, of=0.9)  # issued for less than the nearest threshold: nobody is surprised
+    await make_key(0.5, of=0.9)  # issued for less than the nearest threshold: the expiry is expected
     for _ in range(2):
         await reminding.turn(receiver.terms)
     assert [(told["data"]["key"], told["data"]["before_days"]) for told in receiver.told] == [(key["id"], 14)]
-    # Nobody looked for 13 days: the nearest threshold is told, not all of them.
+    # No sender ran for 13 days: only the nearest threshold is sent, not all of them.
     await sql.execute(
         "UPDATE keyproxy.api_keys SET expires_at = expires_at - interval '13 days' WHERE id = $1", key["id"]
     )
@@ -204,10 +204,10 @@ async def test_waits_between_attempts_grow_within_a_bound_and_end(
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 9
     assert reminding.total == Outcome(sent=0, failed=9, given_up=1)
-    assert f"the reminder of key {key['id']} is given up: the receiver answers 503" in caplog.text
+    assert f"reminder of key {key['id']} abandoned: the receiver responded with status 503" in caplog.text
 
 
-async def test_a_receiver_that_is_gone_is_asked_no_more(
+async def test_a_receiver_that_responds_gone_gets_no_more_attempts(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
 ) -> None:
     await make_key(2)
@@ -215,7 +215,7 @@ async def test_a_receiver_that_is_gone_is_asked_no_more(
     assert await reminding.turn(receiver.terms) == Outcome(failed=1, given_up=1)
 
 
-async def test_silence_and_a_refused_connection_are_failures_that_are_told(
+async def test_timeouts_and_refused_connections_are_recorded_failures(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
@@ -223,7 +223,7 @@ async def test_silence_and_a_refused_connection_are_failures_that_are_told(
     receiver.on_request = silence.wait
     reminding.attempt_seconds = 0.1
     assert await reminding.turn(receiver.terms) == Outcome(failed=1)
-    assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "no answer within 0.1 s"
+    assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "timeout: no response within 0.1 s"
     await _later(sql)
     nobody = Terms(f"http://127.0.0.1:{free_port()}/", SECRET, DAYS)
     assert await reminding.turn(nobody) == Outcome(failed=1)
@@ -235,7 +235,7 @@ async def test_silence_and_a_refused_connection_are_failures_that_are_told(
     silence.set()
 
 
-async def test_a_receiver_that_takes_nothing_is_not_asked_for_all_of_many(
+async def test_a_failing_receiver_does_not_get_the_whole_batch(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(2)
@@ -261,7 +261,7 @@ async def test_of_several_senders_at_once_one_sends_each(
 
 
 @pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
-async def test_nobody_is_reminded_of_a_key_that_ended_or_was_replaced_meanwhile(
+async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhile(
     act: str, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     key = (await make_key(2))["id"]
@@ -288,7 +288,7 @@ async def test_nobody_is_reminded_of_a_key_that_ended_or_was_replaced_meanwhile(
     assert await reminding.reminders.count_waiting() == 0
 
 
-async def test_a_user_who_is_enabled_again_is_reminded_under_the_same_id(
+async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     await make_key(2)
@@ -302,7 +302,7 @@ async def test_a_user_who_is_enabled_again_is_reminded_under_the_same_id(
     assert len(set(receiver.ids)) == 1
 
 
-async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_operator(
+async def test_a_key_that_ended_before_its_reminder_was_delivered_is_logged(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = (await make_key(0.5))["id"]
@@ -313,11 +313,11 @@ async def test_a_key_that_ended_before_its_reminder_was_received_is_told_to_the_
         "UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.api_keys WHERE id = $1)", key
     )
     assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
-    assert f"the reminder of key {key} is given up: it has expired; the receiver answers 500" in caplog.text
+    assert f"reminder of key {key} abandoned: already expired; the receiver responded with status 500" in caplog.text
     assert await reminding.turn(receiver.terms) == Outcome()
 
 
-async def test_a_reminder_has_its_id_again_in_a_database_that_was_restored(
+async def test_a_reminder_has_the_same_id_in_a_restored_database(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
@@ -348,7 +348,7 @@ MakeToken = Callable[..., Any]
 
 @pytest.fixture
 async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
-    """`await make_token(expires_in_days)`: a token that was made 90 days before its end."""
+    """`await make_token(expires_in_days)`: a token that was created 90 days before its expiry."""
     await api.user()
 
     async def making(expires_in_days: float, **wish: Any) -> Entity:
@@ -418,11 +418,11 @@ async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
     assert [(row["token"], row["key"]) for row in await reminding.reminders.waiting(9)] == [(token, None)]
-    assert f"the reminder of admin token {token} was not received, attempt 1" in caplog.text
+    assert f"reminder of admin token {token} failed, attempt 1" in caplog.text
     await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now()")
     await sql.execute("UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.admin_tokens)")
     assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
-    assert f"the reminder of admin token {token} is given up: it has expired" in caplog.text
+    assert f"reminder of admin token {token} abandoned: already expired" in caplog.text
 
 
 # -- the command, and processes that die
@@ -485,7 +485,7 @@ async def test_a_running_admin_process_reminds_by_itself(
     assert len(receiver.got) == 1
 
 
-async def test_the_command_lists_what_is_due_sends_it_and_says_what_was_not_received(
+async def test_the_command_lists_due_reminders_sends_them_and_reports_failures(
     make_key: MakeKey, receiver: Receiver, tmp_path: Path, dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = (await make_key(2))["id"]
@@ -502,9 +502,9 @@ async def test_the_command_lists_what_is_due_sends_it_and_says_what_was_not_rece
     receiver.statuses = [500]
     status, told, err = await run()
     assert (status, told) == (1, {"sent": 0, "failed": 1, "given_up": 0})
-    assert err.splitlines()[-1].startswith("keyproxy: not all reminders were received")
+    assert err.splitlines()[-1].startswith("keyproxy: some reminders were not delivered")
     _, listed, _ = await run("--dry-run")
-    assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver answers 500")]
+    assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver responded with status 500")]
     Path(config).write_text(f"[store]\ndsn = {json.dumps(dsn)}")
     assert (await run())[0] == 2
 
@@ -526,7 +526,7 @@ async def test_the_metrics_count_keys_that_end_soon_by_when_and_mode(make_key: M
     assert "keyproxy_store_up 1.0" in page
 
 
-async def test_the_store_is_asked_once_however_often_metrics_are_scraped(make_key: MakeKey, api: Api) -> None:
+async def test_frequent_scrapes_cause_only_one_query(make_key: MakeKey, api: Api) -> None:
     def live(page: bytes) -> bool:
         return b'keyproxy_keys_expiring{mode="live",within="1d"} 1.0' in page
 
@@ -549,7 +549,7 @@ async def test_metrics_are_for_tokens_that_may_read_them_and_see_all_tenants(api
     assert (await api.call("GET", "/metrics", token=await api.token("admin:read"))).status == 200
 
 
-async def test_metrics_say_that_the_store_is_down_and_nothing_old(api: Api) -> None:
+async def test_metrics_report_an_unavailable_store_and_no_stale_values(api: Api) -> None:
     await api.database.close()
     page = (await api.call("GET", "/metrics")).body.decode()
     assert "keyproxy_store_up 0.0" in page

@@ -1,4 +1,4 @@
-"""How requests are read and answered: bodies, queries, pages, versions, repetitions, methods, bounds."""
+"""Handling of requests: bodies, queries, pages, versions, repetitions, methods, bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.admin.conftest import Api
     [
         ({"user": "u_1", "scope": ["a"]}, "body.scope", "did you mean scopes?"),
         ({}, "body.user", "field required"),
-        ({"user": "u 1"}, "body.user", "an id is letters, digits"),
+        ({"user": "u 1"}, "body.user", "an id has up to 128 letters"),
         ({"user": "u_1", "is_test": "yes"}, "body.is_test", "valid boolean"),
         ({"user": "u_1", "scopes": ["jobs:*"]}, "body.scopes.0", "without wildcards"),
         ({"user": "u_1", "expires_in_seconds": 0}, "body.expires_in_seconds", "greater than or equal to 1"),
@@ -28,9 +28,7 @@ from tests.admin.conftest import Api
         ([], "body", "valid dictionary"),
     ],
 )
-async def test_a_body_that_means_nothing_is_refused_with_what_is_wrong(
-    api: Api, content: object, field: str, said: str
-) -> None:
+async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, said: str) -> None:
     await api.user()
     reply = await api.call("POST", "/v1/keys", content)
     assert (reply.status, reply.code) == (422, "invalid")
@@ -38,10 +36,10 @@ async def test_a_body_that_means_nothing_is_refused_with_what_is_wrong(
     assert said in reply.json["errors"][0]["detail"]
 
 
-async def test_a_suggestion_is_made_inside_of_nested_values_too(api: Api) -> None:
+async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:
     reply = await api.call("PUT", "/v1/plans/basic", {"limits": {"request_per_day": 5, "rate": "fast"}})
     result = {error["field"]: error["detail"] for error in reply.json["errors"]}
-    assert result["body.limits.request_per_day"] == "there is no such field; did you mean requests_per_day?"
+    assert result["body.limits.request_per_day"] == "unknown field; did you mean requests_per_day?"
     assert "number" in result["body.limits.rate"]
 
 
@@ -62,7 +60,7 @@ async def test_a_body_that_cannot_be_read_is_refused(api: Api, raw: bytes, code:
     assert (await api.call("POST", "/v1/tenants", data=raw)).code == code
 
 
-async def test_a_body_is_json_and_says_so(api: Api) -> None:
+async def test_a_body_must_be_json_with_its_content_type(api: Api) -> None:
     reply = await api.call("POST", "/v1/tenants", data=b'{"id": "a"}', headers={"Content-Type": "text/plain"})
     assert (reply.status, reply.code) == (415, "media_type_not_supported")
 
@@ -82,13 +80,13 @@ async def test_a_body_is_json_and_says_so(api: Api) -> None:
         ("sort=age", "query.sort"),
     ],
 )
-async def test_a_query_that_means_nothing_is_refused(api: Api, query: str, field: str) -> None:
+async def test_an_invalid_query_is_refused(api: Api, query: str, field: str) -> None:
     reply = await api.call("GET", f"/v1/keys?{query}")
     assert (reply.status, reply.code) == (422, "invalid")
     assert reply.json["errors"][0]["field"] == field
 
 
-async def test_what_nobody_can_be_called_is_not_found(api: Api) -> None:
+async def test_an_impossible_id_is_not_found(api: Api) -> None:
     for path in ("/v1/users/%00", "/v1/users/a%20b", "/v1/users/%C3%A9", "/v1/nothing", "/v1/users/a/b"):
         reply = await api.call("GET", path)
         assert (reply.status, reply.code) == (404, "not_found"), path
@@ -150,7 +148,7 @@ async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: 
     assert (await api.call(method, path, change, headers={"If-Match": "no tag"})).code == "request_malformed"
 
 
-async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> None:
+async def test_a_plan_is_written_only_if_its_precondition_holds(api: Api) -> None:
     body: dict[str, object] = {"limits": {}}
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": "*"})).code == "outdated"
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-Match": '"x"'})).code == "outdated"
@@ -158,7 +156,7 @@ async def test_a_plan_is_made_only_if_it_is_new_or_there_as_asked(api: Api) -> N
     assert (await api.call("PUT", "/v1/plans/a", body, headers={"If-None-Match": "*"})).code == "outdated"
 
 
-async def test_of_many_who_make_a_plan_that_has_to_be_new_one_does(api: Api) -> None:
+async def test_of_concurrent_requests_that_require_a_new_plan_one_succeeds(api: Api) -> None:
     wanted = [
         api.call("PUT", "/v1/plans/a", {"limits": {"concurrency": number}}, headers={"If-None-Match": "*"})
         for number in range(8)
@@ -169,7 +167,7 @@ async def test_of_many_who_make_a_plan_that_has_to_be_new_one_does(api: Api) -> 
     assert (await api.done("GET", "/v1/plans/a"))["limits"] == made.json["limits"]
 
 
-async def test_a_request_that_is_sent_again_has_the_same_answer_and_is_done_once(api: Api) -> None:
+async def test_a_repeated_request_gets_the_same_response_and_is_executed_once(api: Api) -> None:
     await api.user()
     headers = {"Idempotency-Key": '"7d5c"'}
     first = await api.call("POST", "/v1/keys", {"user": "u_1"}, headers=headers)
@@ -182,7 +180,7 @@ async def test_a_request_that_is_sent_again_has_the_same_answer_and_is_done_once
     assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
 
 
-async def test_no_secret_is_kept_with_an_answer(api: Api, dsn: str) -> None:
+async def test_no_secret_is_stored_with_a_response(api: Api, dsn: str) -> None:
     await api.directory.create_tenant("acme", "")
     made = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, headers={"Idempotency-Key": "a-secret"})
     await api.done("POST", "/v1/leaked-keys", {"key": made["key"]["secret"]}, headers={"Idempotency-Key": "b"})
@@ -201,7 +199,7 @@ async def test_a_key_that_came_with_another_request_is_refused(api: Api) -> None
     reply = await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers)
     assert (reply.status, reply.code) == (422, "idempotency_key_reused")
     assert (await api.call("POST", "/v1/users", {"id": "a", "tenant": "a"}, headers=headers)).status == 422
-    # Another token's keys are its own.
+    # Idempotency keys are separate for each token.
     other = await api.token("admin:write")
     assert (await api.call("POST", "/v1/tenants", {"id": "b"}, headers=headers, token=other)).status == 201
 
@@ -223,8 +221,8 @@ async def test_of_the_same_request_sent_many_times_at_once_one_is_done(api: Api)
     assert (await api.done("GET", "/v1/users/u_1"))["keys"] == 2
 
 
-async def test_what_fails_after_its_change_changes_nothing(api: Api, dsn: str) -> None:
-    """The answer cannot be kept: neither the key nor its audit row counts."""
+async def test_a_failure_after_the_change_rolls_it_back(api: Api, dsn: str) -> None:
+    """The response cannot be stored: neither the key nor its audit row is committed."""
     await api.user()
     connection = await asyncpg.connect(dsn)
     try:
@@ -245,7 +243,7 @@ async def test_an_idempotency_key_is_one_word(api: Api, key: str) -> None:
     assert reply.code == "request_malformed"
 
 
-async def test_head_says_what_get_would_and_options_what_there_is(api: Api) -> None:
+async def test_head_matches_get_and_options_lists_the_methods(api: Api) -> None:
     await api.user()
     got, headed = await api.call("GET", "/v1/users/u_1"), await api.call("HEAD", "/v1/users/u_1")
     assert (headed.status, headed.body) == (200, b"")
@@ -257,7 +255,7 @@ async def test_head_says_what_get_would_and_options_what_there_is(api: Api) -> N
     assert "PATCH" in wrong.headers["Allow"]
 
 
-async def test_every_answer_has_an_id_and_is_kept_by_no_cache(api: Api) -> None:
+async def test_every_response_has_an_id_and_is_not_cacheable(api: Api) -> None:
     for path in ("/v1/tenants", "/v1/nothing", "/docs", "/openapi.json", "/livez", "/v1/audit/export"):
         reply = await api.call("GET", path)
         assert len(reply.headers["X-Request-Id"]) == 32
@@ -302,7 +300,7 @@ async def test_no_refusal_repeats_a_key_that_was_given_where_something_else_belo
             assert private[:24].encode() not in reply.body
 
 
-async def test_a_store_that_cannot_be_asked_is_no_answer(api: Api) -> None:
+async def test_an_unavailable_store_is_a_503(api: Api) -> None:
     await api.database.close()
     for method, path in (("GET", "/v1/tenants"), ("DELETE", "/v1/tenants/a")):
         reply = await api.call(method, path)
@@ -327,7 +325,7 @@ async def test_what_is_no_request_is_refused_and_not_logged(
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(raw % (secret.encode(), b"a" * 70_000))
-        # What is not read any more may be reset.
+        # The server may reset a connection whose input it no longer reads.
         with contextlib.suppress(ConnectionResetError):
             assert (await reader.readline()).split()[1] == b"400"
     finally:
@@ -365,7 +363,7 @@ async def test_a_number_that_is_too_large_is_reported_as_such(
     assert "a number is too large" in endless.json["detail"]
 
 
-async def test_a_plan_is_changed_limit_by_limit_and_created_if_it_is_not_there(api: Api) -> None:
+async def test_a_plan_is_changed_limit_by_limit_and_created_if_missing(api: Api) -> None:
     made = await api.call("PATCH", "/v1/plans/p", {"limits": {"rate": 5, "burst": 9}})
     assert (made.status, made.json["created"], made.json["limits"]) == (201, True, {"rate": 5.0, "burst": 9})
     changed = await api.call("PATCH", "/v1/plans/p", {"limits": {"burst": None, "concurrency": 3}})

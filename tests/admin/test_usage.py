@@ -17,7 +17,7 @@ from tests.store.usage.test_journal import ended, rows
 
 @pytest.fixture
 async def used(api: Api) -> Api:
-    """An API over what two users of two tenants have used today: one request each, of 11 tokens."""
+    """An API with today's usage of two users of two tenants: one request each, of 11 tokens."""
     journal = UsageJournal(api.database, Usage(), clock.now, settle_seconds=0.5)
     people = [fakes.identity("ann", "acme"), fakes.identity("bob", "other")]
     journal.take(rows(*(ended(who, use=TokenUse(10, 1)) for who in people)))
@@ -25,7 +25,7 @@ async def used(api: Api) -> Api:
     return api
 
 
-async def test_usage_is_summed_by_what_is_asked_for(used: Api) -> None:
+async def test_usage_is_grouped_by_the_requested_dimensions(used: Api) -> None:
     told = await used.done("GET", "/v1/usage?by=tenant,user")
     assert told == {
         "is_complete": True,
@@ -40,7 +40,7 @@ async def test_usage_is_summed_by_what_is_asked_for(used: Api) -> None:
     assert (await used.call("GET", "/v1/usage?by=weather")).json["errors"][0]["field"] == "query.by"
 
 
-async def test_sums_are_exported_whole(used: Api) -> None:
+async def test_totals_are_exported_completely(used: Api) -> None:
     lines = (await used.call("GET", "/v1/usage/export")).body.splitlines()
     told = [json.loads(line) for line in lines]
     assert [(row["tenant"], row["user"], row["requests"]) for row in told] == [("acme", "ann", 1), ("other", "bob", 1)]
@@ -82,7 +82,7 @@ async def test_a_bound_token_reads_its_tenants_usage_alone(used: Api) -> None:
         assert (await used.call("GET", path, token=bound)).code == "not_found"
 
 
-async def test_limits_and_a_decision_are_told_without_charging_anything(api: Api) -> None:
+async def test_limits_and_explanations_charge_nothing(api: Api) -> None:
     key = (await api.user())["key"]["id"]
     await api.done("PUT", "/v1/plans/none", {"limits": {"requests_per_day": 0, "rate": 5}})
     allowed = await api.done("GET", f"/v1/keys/{key}/explain?path=/v1/ai/jobs")

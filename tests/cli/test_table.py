@@ -1,4 +1,4 @@
-"""Tables fit a terminal where that loses little, and never cut what has to be copied."""
+"""Tables fit a terminal where that loses little, and never truncate values that must be copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_what_is_no_terminal_gets_all_of_it() -> None:
 def test_a_terminal_gets_lines_that_fit(width: int) -> None:
     told = table.lines(ROWS, COLUMNS, width)
     assert max(map(len, told)) <= width
-    assert "PLAN" not in told[0], "a column that says nothing goes first"
+    assert "PLAN" not in told[0], "an empty column is dropped first"
     assert told[1].endswith("2026-01-31T12:00:00Z")
     assert ("…" in told[1]) is (width < 66)
 

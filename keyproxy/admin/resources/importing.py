@@ -1,6 +1,6 @@
-"""Keys that other programs issued, taken over: the models and the endpoint.
+"""Import of keys from other programs: the models and the endpoint.
 
-A row is read as the command line reads one of a file, so that both say the same of what cannot be used.
+Rows are parsed as on the command line, so that both report the same errors.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ class KeyImport(Accepted):
     untold: ClassVar[frozenset[str]] = frozenset({"tenant", "digest", "prefix", "hashed_key", "id", "created_at"})
 
     user: Id
-    tenant: Annotated[Id | None, Field(description="A user who is not there is made in it.")] = None
-    digest: Annotated[str | None, Field(max_length=64, description="Its SHA-256, hexadecimal.")] = None
-    prefix: Annotated[Text | None, Field(description="With `hashed_key`, in place of a digest.")] = None
+    tenant: Annotated[Id | None, Field(description="A missing user is created in it.")] = None
+    digest: Annotated[str | None, Field(max_length=64, description="The key's SHA-256, hexadecimal.")] = None
+    prefix: Annotated[Text | None, Field(description="With `hashed_key`, instead of a digest.")] = None
     hashed_key: Annotated[str | None, StringConstraints(pattern=PRINTABLE, max_length=500)] = None
-    id: Annotated[Text | None, Field(description="With a digest only. Not given: a new one.")] = None
+    id: Annotated[Text | None, Field(description="With a digest only. Default: a new id.")] = None
     name: Name = ""
     hint: Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=40)] = ""
     scopes: Annotated[list[KeyScope], Field(max_length=64, default_factory=list)]
     is_test: bool = False
     plan: Text | None = None
-    created_at: Annotated[Instant | None, Field(description="Not given: now.")] = None
+    created_at: Annotated[Instant | None, Field(description="Default: now.")] = None
     expires_at: Annotated[Instant | None, Field(description="null: never.")] = None
     revoked: bool = False
 
 
 class KeysImport(Accepted):
-    """Keys of other programs. Those that can be used are imported."""
+    """Keys of other programs. Valid ones are imported."""
 
     keys: Annotated[list[KeyImport], Field(min_length=1, max_length=1000)]
-    dry_run: Annotated[bool, Field(description="Do it all, tell what came of it, and undo it.")] = False
+    dry_run: Annotated[bool, Field(description="Run the import, report the result, and roll it back.")] = False
 
 
 class ImportProblem(Answered):
-    """Why a key was not imported. `index`: which of those that were sent, from 0."""
+    """Why a key was not imported. `index`: its position in the request, from 0."""
 
     index: int
     problem: str
 
 
 class KeysImported(Answered):
-    """How many keys were imported, how many were there already, and how many users were made."""
+    """The number of imported keys, of existing keys, and of created users."""
 
     imported: int
     present: int
@@ -84,8 +84,8 @@ async def _import(call: Call) -> Answer:
 
 ENDPOINTS: Final = (
     Endpoint("POST", "/v1/keys/import", "import_keys",
-             "Take over keys that another program issued. Those that can be used are imported, the others are told; keys "
-             "that are there are passed over, so that the same can be sent again. Making users needs `users:write` too. "
-             "A bound token imports keys by their digests alone.",
+             "Import keys that another program issued. Valid keys are imported, invalid ones are reported, and existing "
+             "keys are skipped, so the request can be repeated. Creating users also requires `users:write`. "
+             "A token restricted to a tenant can import keys by digest only.",
              Scope.KEYS_WRITE, _import, {200: KeysImported}, body=KeysImport),
 )  # fmt: skip

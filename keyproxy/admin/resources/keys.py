@@ -138,7 +138,7 @@ async def _whose(call: Call) -> Answer:
 
 
 def _bytes(text: str) -> bytes:
-    # JSON may hold half of a surrogate pair, which no other encoding can.
+    # JSON may contain half of a surrogate pair, which other encodings cannot represent.
     return text.encode("utf-8", "replace")
 
 
@@ -147,35 +147,35 @@ def _span(seconds: int | None) -> timedelta | None:
 
 
 ENDPOINTS: Final = (
-    Endpoint("GET", "/v1/keys", "list_keys", "Keys, by id or by a time.",
+    Endpoint("GET", "/v1/keys", "list_keys", "List keys, sorted by id or by a time.",
              Scope.KEYS_READ, _keys, {200: Keys}, query=KeysQuery),
-    Endpoint("POST", "/v1/keys", "issue_key", "Issue a key. Its secret is in this answer and nowhere else.",
+    Endpoint("POST", "/v1/keys", "issue_key", "Issue a key. Its secret is only in this response.",
              Scope.KEYS_WRITE, _issue, {201: KeyMade}, body=KeyIssue, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/issue", "issue_keys",
-             "Issue many keys, all or none. A user who has a working key of that name and mode gets no other, so that "
-             "the same can be sent again.",
+             "Issue many keys, all or none. A user that already has a working key of that name and mode is skipped, so "
+             "the request can be repeated.",
              Scope.KEYS_WRITE, _issue_many, {200: KeysIssued}, body=KeysIssue, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/revoke", "revoke_keys",
-             "Revoke many keys for good: of a user, of a tenant, older than, unused for some time. Send it again while "
+             "Permanently revoke many keys by user, tenant, age or time since last use. Repeat the request while "
              "some remain.",
              Scope.KEYS_WRITE, _revoke_many, {200: KeysRevoked}, body=KeysRevoke, refuses=_NOT_THERE),
     Endpoint("GET", "/v1/keys/{id}", "show_key", "One key.",
              Scope.KEYS_READ, _key, {200: Key}, refuses=_NOT_THERE),
-    Endpoint("PATCH", "/v1/keys/{id}", "change_key", "Change its name, plan or scopes. Takes effect within a second.",
+    Endpoint("PATCH", "/v1/keys/{id}", "change_key", "Change a key's name, plan or scopes. Takes effect within a second.",
              Scope.KEYS_WRITE, _change, {200: KeyChanged}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
-    Endpoint("DELETE", "/v1/keys/{id}", "delete_key", "Delete a key. Revoking keeps a trace that deleting does not.",
+    Endpoint("DELETE", "/v1/keys/{id}", "delete_key", "Delete a key. Unlike a revoked key, it disappears from lists.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("POST", "/v1/keys/{id}/rotate", "rotate_key",
-             "Issue a new key in place of one, which goes on working until the grace ends. Scopes, mode, plan and name "
-             "go on, and the two draw on the same limits.",
+             "Replace a key. The old key works until the grace period ends. The new key has its scopes, mode, plan and "
+             "name, and both share their limits.",
              Scope.KEYS_WRITE, _rotate, {201: KeyRotated}, body=KeyRotate, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/keys/{id}/revoke", "revoke_key", "Revoke a key for good. In force everywhere within a second.",
+    Endpoint("POST", "/v1/keys/{id}/revoke", "revoke_key", "Revoke a key permanently. Takes effect within a second.",
              Scope.KEYS_WRITE, _revoke, {200: Key}, body=KeyRevoke, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("POST", "/v1/leaked-keys", "report_leaked_key",
-             "For secret scanners: revoke a key that was found where it should not be, and say whose it was. `known` is "
-             "false if there is no such key.",
+             "For secret scanners: revoke a leaked key and return its owner. `known` is "
+             "false if the key does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
     Endpoint("POST", "/v1/leaked-texts", "report_leaked_text",
              "Revoke every key in a text, in whatever notation, and list them. Distinguishes no key, "

@@ -1,4 +1,4 @@
-"""Plans, the audit log, and who one is: the endpoints."""
+"""Plans, the audit log, and the caller's own token: the endpoints."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ async def _set_plan(call: Call) -> Answer:
         except NotFound:
             pass
         else:
-            raise Refused(Problem.OUTDATED, f"There is a plan {name!r}.")
+            raise Refused(Problem.OUTDATED, f"Plan {name!r} already exists.")
     plan = await call.directory.set_plan(name, body.limits.model_dump(exclude_none=True), if_match=call.if_match)
     if call.must_be_new and not plan["created"]:
-        # Somebody else was faster; what was done here is undone with the transaction.
-        raise Refused(Problem.OUTDATED, f"There is a plan {name!r}.")
+        # A concurrent request created it first; the transaction rolls back.
+        raise Refused(Problem.OUTDATED, f"Plan {name!r} already exists.")
     return Answer(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
 
 
@@ -71,7 +71,7 @@ async def _delete_plan(call: Call) -> Answer:
 
 
 def _shown(call: Call, plan: Entity) -> Entity:
-    """How many have a plan is nothing for who is bound to one tenant."""
+    """Hide the number of a plan's uses from a token that is restricted to a tenant."""
     return {**plan, **_COUNTS} if call.is_bound else plan
 
 
@@ -105,7 +105,7 @@ async def _token(call: Call) -> Answer:
 
 
 ENDPOINTS: Final = (
-    Endpoint("GET", "/v1/plans", "list_plans", "Plans, in the order of their names.",
+    Endpoint("GET", "/v1/plans", "list_plans", "List plans, sorted by name.",
              Scope.KEYS_READ, _plans, {200: Plans}, query=Paged),
     Endpoint("GET", "/v1/plans/{id}", "show_plan", "One plan.",
              Scope.KEYS_READ, _plan, {200: Plan}, refuses=_NOT_THERE),
@@ -119,16 +119,16 @@ ENDPOINTS: Final = (
              "Takes effect within a second.",
              Scope.PLANS_WRITE, _change_plan, {201: PlanMade, 200: PlanMade}, body=PlanChange, is_global=True,
              is_conditional=True, refuses=_NOT_THERE),
-    Endpoint("DELETE", "/v1/plans/{id}", "delete_plan", "Delete a plan that nobody has.",
+    Endpoint("DELETE", "/v1/plans/{id}", "delete_plan", "Delete a plan that no tenant, user or key uses.",
              Scope.PLANS_WRITE, _delete_plan, {200: Deleted}, is_global=True, is_conditional=True,
              refuses=_NOT_THERE | {Problem.CONFLICT}),
-    Endpoint("GET", "/v1/audit", "list_audit", "What was changed, the newest first.",
+    Endpoint("GET", "/v1/audit", "list_audit", "List changes, newest first.",
              Scope.AUDIT_READ, _audit, {200: AuditRows}, query=AuditPageQuery),
     Endpoint("GET", "/v1/audit/export", "export_audit",
-             "What was changed as lines of JSON, the oldest first, complete up to now. Go on with `after` set to the "
-             "last row's id. An answer that ends without its last chunk is not complete.",
+             "Stream changes as lines of JSON, oldest first, complete up to now. To resume, set `after` to the "
+             "last row's id. A response that ends without its last chunk is incomplete.",
              Scope.AUDIT_READ, _export, {200: AuditRow}, query=AuditExportQuery, is_stream=True,
              refuses=frozenset({Problem.CONFLICT})),
-    Endpoint("GET", "/v1/token", "show_token", "The token that asks: what it may do, and until when.",
+    Endpoint("GET", "/v1/token", "show_token", "Show the request's token: its scopes and its expiry.",
              None, _token, {200: Token}),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Usage, how limits stand, and what would become of a request: the models and the endpoints."""
+"""Usage, the state of limits, and explanations of requests: the models and the endpoints."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,5}}$"
 
 
 class UsageQuery(Accepted):
-    """Whose usage, and of which time."""
+    """Selects usage by owner and time."""
 
     tenant: Id | None = None
     user: Id | None = None
     key: Id | None = None
-    since: Annotated[Instant | None, Field(description="From then on. Neither this nor `until`: the last 30 days.")] = (
-        None
-    )
+    since: Annotated[
+        Instant | None, Field(description="Start, inclusive. Without `since` and `until`: the last 30 days.")
+    ] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
 
 
 class SumsQuery(UsageQuery):
-    """Whose usage, of which time, summed by what."""
+    """Selects usage by owner and time, and the dimensions to group by."""
 
     by: Annotated[str, StringConstraints(pattern=_BY), Field(description="Separated by commas.")] = ",".join(DIMENSIONS)
-    limit: Annotated[QuerySum, Field(description="At most so many rows.")] = 1000
+    limit: Annotated[QuerySum, Field(description="Maximum number of rows.")] = 1000
 
 
 class EventsQuery(UsageQuery):
-    """Whose requests, and of which time."""
+    """Selects requests by owner and time."""
 
     after: Annotated[
-        str, StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"), Field(description="Only later ones.")
+        str, StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"), Field(description="Only later events.")
     ] = ""  # fmt: skip
 
 
 class WindowsQuery(Accepted):
-    """Of which traffic."""
+    """Selects live or test traffic."""
 
     is_test: QueryBoolean = False
 
 
 class ExplainQuery(Accepted):
-    """The request that is asked about."""
+    """The request to explain."""
 
     method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
     path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
-    tokens: Annotated[QueryTokens | None, Field(description="What it may use: prompt and answer.")] = None
+    tokens: Annotated[QueryTokens | None, Field(description="Maximum tokens of prompt and response.")] = None
 
 
 class Sum(Answered):
-    """What was used, summed by what was asked for."""
+    """Usage, grouped by the requested dimensions."""
 
     day: str | None = None
     tenant: str | None = None
@@ -84,7 +84,7 @@ class Sum(Answered):
 
 
 class Sums(Answered):
-    """Sums. `is_complete` is false if there are more: ask for less time, or fewer dimensions."""
+    """Totals. `is_complete` is false if there are more: request less time, or fewer dimensions."""
 
     items: list[Sum]
     is_complete: bool
@@ -114,7 +114,7 @@ class Event(Answered):
 
 
 class Limit(Answered):
-    """How a limit stands. What means nothing for it is not there."""
+    """The state of a limit. Members that do not apply are omitted."""
 
     owner: str
     policy: str
@@ -129,13 +129,13 @@ class Limit(Answered):
 
 
 class Windows(Answered):
-    """How the limits of a user and of its tenant stand."""
+    """The state of a user's and its tenant's limits."""
 
     items: list[Limit]
 
 
 class Explained(Answered):
-    """What would become of the request. Nothing was charged or sent."""
+    """Whether the request would be accepted. Nothing was charged or sent."""
 
     key: str
     user: str
@@ -170,7 +170,7 @@ async def _events(call: Call) -> Stream:
 
 
 async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[bytes]:
-    """Lines of JSON, many at a time; none if nothing may be found."""
+    """Yield lines of JSON in batches; none if the token may not see any."""
     if found is None:
         return
     part: list[bytes] = []
@@ -190,7 +190,7 @@ def _desk(call: Call) -> UsageService:
 
 
 def _wanted(call: Call) -> UsageFilter | None:
-    """Which usage; None: another tenant's, of which there is none for this token."""
+    """The filter; None: another tenant's usage, which this token cannot see."""
     query: UsageQuery = call.query
     wanted = UsageFilter(query.tenant, query.user, query.key, query.since, query.until)
     if query.since is None and query.until is None and not getattr(query, "after", ""):
@@ -203,32 +203,32 @@ def _wanted(call: Call) -> UsageFilter | None:
 
 async def _windows(call: Call) -> Answer:
     user = call.path["id"]
-    await call.directory.user(user)  # not there for who may not see it
+    await call.directory.user(user)  # 404 for tokens that may not see it
     return Answer({"items": await _desk(call).windows(user, is_test=call.query.is_test)})
 
 
 async def _explain(call: Call) -> Answer:
     query: ExplainQuery = call.query
     key = call.path["id"]
-    await call.directory.key(key)  # not there for who may not see it
+    await call.directory.key(key)  # 404 for tokens that may not see it
     return Answer(await _desk(call).explained(key, Question(query.method, query.path, query.tokens)))
 
 
 ENDPOINTS: Final = (
     Endpoint("GET", "/v1/usage", "show_usage",
-             "Requests, refusals and tokens, summed. Days are UTC; the days that hold any of the time count.",
+             "Sum requests, refusals and tokens. Days are UTC; every day that overlaps the time range counts.",
              Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
     Endpoint("GET", "/v1/usage/export", "export_usage_sums",
-             "The sums by day, tenant, user, key, mode and route as lines of JSON, all of them. An answer that ends "
-             "without its last chunk is not complete.",
+             "Stream all totals by day, tenant, user, key, mode and route as lines of JSON. A response that ends "
+             "without its last chunk is incomplete.",
              Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery, is_stream=True),
     Endpoint("GET", "/v1/usage/events", "export_usage",
-             "Every request as lines of JSON, in the order of writing, complete up to now. Go on with `after` set to the "
-             "last one's id. An answer that ends without its last chunk is not complete.",
+             "Stream every request as lines of JSON, in the order of writing, up to now. To resume, set `after` to "
+             "the last event's id. A response that ends without its last chunk is incomplete.",
              Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery, is_stream=True),
-    Endpoint("GET", "/v1/users/{id}/limits", "show_limits", "How the limits of a user and of its tenant stand.",
+    Endpoint("GET", "/v1/users/{id}/limits", "show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
     Endpoint("GET", "/v1/keys/{id}/explain", "explain_key",
-             "What would become of a request with this key, and how each limit stands. Nothing is charged or sent.",
+             "Explain whether a request with this key would be accepted, and the state of each limit. Charges nothing.",
              Scope.USAGE_READ, _explain, {200: Explained}, query=ExplainQuery, refuses=_NOT_THERE),
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What the admin API accepts: bodies and queries, as the models that check them and that its OpenAPI is made of.
+"""Bodies and queries of the admin API: the models that validate them and generate its OpenAPI document.
 
-Strict: no unknown fields, no numbers written as text, no control characters. What a field means is said once, here.
+Strict: no unknown fields, no numbers written as text, no control characters. Fields are described once, here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SPAN_SECONDS_MAX = 36_525 * 86_400
 PAGE_MAX = 500
 _QUERY_DIGITS_MAX = 18
 
-#: As the tables have it.
+#: The same pattern as in the tables.
 ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
 PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
@@ -47,7 +47,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d
 
 
 def _whole_number(value: object) -> object:
-    """Numbers in a query are text; other notations than digits are not read."""
+    """Parse a number in a query; only digits are accepted."""
     if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]+", value):
         return value
     if len(value) > _QUERY_DIGITS_MAX:
@@ -65,7 +65,7 @@ def _instant(value: object) -> object:
     try:
         return datetime.fromisoformat(value.upper()).astimezone(UTC)
     except OverflowError as error:
-        raise ValueError("is no time of this calendar") from error
+        raise ValueError("is not a valid date or time") from error
 
 
 QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
@@ -78,11 +78,11 @@ Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
 
 
 class Accepted(BaseModel):
-    """What all of them share."""
+    """The base of all request models."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    #: Fields of which not to be given means something else than what they are then: their default is not told.
+    #: Fields whose absence differs from their default value: OpenAPI omits the default.
     untold: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -93,60 +93,62 @@ class Accepted(BaseModel):
         return schema
 
     def said(self) -> dict[str, Any]:
-        """The fields that were given, whatever their value."""
+        """The fields that the request contains, with any value."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
 class Paged(Accepted):
     """A part of a list."""
 
-    cursor: Annotated[str, Field(max_length=1000, description="`next` of the page before.")] = ""
-    limit: Annotated[QueryLimit, Field(description="At most so many.")] = 100
+    cursor: Annotated[str, Field(max_length=1000, description="`next` of the previous page.")] = ""
+    limit: Annotated[QueryLimit, Field(description="Maximum number of items.")] = 100
 
 
 class UsersQuery(Paged):
     """Which users."""
 
-    tenant: Annotated[Id | None, Field(description="Only of this tenant.")] = None
+    tenant: Annotated[Id | None, Field(description="Only this tenant.")] = None
 
 
 class KeysQuery(Paged):
-    """Which keys: all that is given has to hold."""
+    """Selects keys; all given filters must match."""
 
     user: Id | None = None
     tenant: Id | None = None
     is_test: QueryBoolean | None = None
     state: Literal["active", "retiring", "disabled", "expired", "revoked"] | None = None
-    older_than_seconds: Annotated[QuerySeconds | None, Field(description="Issued longer ago than that.")] = None
-    unused_seconds: Annotated[QuerySeconds | None, Field(description="Not used, or issued, within that time.")] = None
-    expires_within_seconds: Annotated[QuerySeconds | None, Field(description="Expired, or to expire within that.")] = (
+    older_than_seconds: Annotated[QuerySeconds | None, Field(description="Issued longer ago than this.")] = None
+    unused_seconds: Annotated[QuerySeconds | None, Field(description="Neither used nor issued within this time.")] = (
         None
     )
+    expires_within_seconds: Annotated[
+        QuerySeconds | None, Field(description="Expired, or expiring within this time.")
+    ] = None
     sort: Annotated[
-        Literal["id", "created", "used", "expires"], Field(description="By id, or by a time, oldest first.")
+        Literal["id", "created", "used", "expires"], Field(description="Sort by id, or by a time, oldest first.")
     ] = "id"  # fmt: skip
 
 
 class AuditQuery(Accepted):
-    """Which rows of the audit log: all that is given has to hold."""
+    """Selects audit log rows; all given filters must match."""
 
     entity: Literal["tenant", "user", "key", "plan", "token"] | None = None
     entity_id: Text | None = None
     tenant: Id | None = None
     actor: Text | None = None
     action: Literal["insert", "update", "delete", "truncate"] | None = None
-    since: Annotated[Instant | None, Field(description="From then on.")] = None
+    since: Annotated[Instant | None, Field(description="Start, inclusive.")] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
 
 
 class AuditPageQuery(AuditQuery, Paged):
-    """Which rows of the audit log, in pages."""
+    """Selects audit log rows, in pages."""
 
 
 class AuditExportQuery(AuditQuery):
-    """Which rows of the audit log, all of them."""
+    """Selects audit log rows for an export."""
 
-    after: Annotated[QueryRow, Field(description="Only rows with a greater id.")] = 0
+    after: Annotated[QueryRow, Field(description="Only rows with an id greater than this.")] = 0
 
 
 class NoQuery(Accepted):
@@ -162,7 +164,7 @@ class TenantCreate(Accepted):
 
 
 class TenantChange(Accepted):
-    """What to change; what is not named stays. A plan of null is none."""
+    """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
     untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
 
@@ -180,7 +182,7 @@ class FirstKey(Accepted):
     name: Name = ""
     scopes: Annotated[list[KeyScope], Field(max_length=64)] = []
     expires_in_seconds: Annotated[
-        Life | None, Field(description="null: never. Not given: as configured, `keys.age_days_max`.")
+        Life | None, Field(description="null: never expires. Default: `keys.age_days_max`.")
     ] = None  # fmt: skip
     plan: PlanId | None = None
 
@@ -193,11 +195,11 @@ class UserCreate(Accepted):
     id: Id
     tenant: Id
     plan: PlanId | None = None
-    key: Annotated[FirstKey | None, Field(description="Not given: as {}. null: no key.")] = FirstKey()
+    key: Annotated[FirstKey | None, Field(description="Default: {}. null: no key.")] = FirstKey()
 
 
 class UserChange(Accepted):
-    """What to change; what is not named stays. A plan of null is none."""
+    """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
     untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
 
@@ -223,7 +225,7 @@ class KeysIssue(Accepted):
 
 
 class KeyChange(Accepted):
-    """What to change; what is not named stays. A plan of null is none."""
+    """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
     untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
 
@@ -233,52 +235,52 @@ class KeyChange(Accepted):
 
 
 class KeyRotate(Accepted):
-    """How a key is replaced."""
+    """How to replace a key."""
 
     untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
     grace_seconds: Annotated[
-        int, Field(ge=0, le=3_153_600_000, description="How long the old key goes on working.")
+        int, Field(ge=0, le=3_153_600_000, description="How long the old key keeps working.")
     ] = 86_400  # fmt: skip
     expires_in_seconds: Annotated[
-        Life | None, Field(description="The new key's life. Not given: as configured. null: for ever.")
+        Life | None, Field(description="The new key's lifetime. Default: `keys.age_days_max`. null: never expires.")
     ] = None  # fmt: skip
 
 
 class KeyRevoke(Accepted):
-    """Why a key is revoked."""
+    """The reason for a revocation."""
 
     reason: Reason = ""
 
 
 class KeysRevoke(Accepted):
-    """Which keys to revoke: all that is given has to hold, and something has to be given."""
+    """Selects keys to revoke; all given filters must match, and at least one is required."""
 
     user: Id | None = None
     tenant: Id | None = None
-    older_than_seconds: Annotated[Life | None, Field(description="Issued longer ago than that.")] = None
-    unused_seconds: Annotated[Life | None, Field(description="Not used, or issued, within that time.")] = None
+    older_than_seconds: Annotated[Life | None, Field(description="Issued longer ago than this.")] = None
+    unused_seconds: Annotated[Life | None, Field(description="Neither used nor issued within this time.")] = None
     reason: Reason = ""
-    limit: Annotated[int, Field(ge=1, le=1000, description="At most so many at once.")] = 1000
-    dry_run: Annotated[bool, Field(description="Revoke nothing; `remaining` says how many would be.")] = False
+    limit: Annotated[int, Field(ge=1, le=1000, description="Maximum number of keys to revoke in one request.")] = 1000
+    dry_run: Annotated[bool, Field(description="Revoke nothing; `remaining` is the number of matching keys.")] = False
 
 
 class LeakReport(Accepted):
-    """A key that was found where it should not be: the key itself, or its SHA-256. One of the two."""
+    """A leaked key: either the key itself or its SHA-256."""
 
     untold: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
 
     key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
     digest: Annotated[
-        str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="Its SHA-256, hexadecimal.")
+        str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="The key's SHA-256, hexadecimal.")
     ] = ""  # fmt: skip
     reason: Reason = "leaked"
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> LeakReport:
         if ("key" in self.model_fields_set) == ("digest" in self.model_fields_set):
-            raise ValueError("give either key or digest")
+            raise ValueError("send either key or digest")
         return self
 
 
@@ -299,13 +301,15 @@ class KeyQuestion(Accepted):
 
 
 class Limits(Accepted):
-    """The limits of a plan. What is not given, or null, does not limit."""
+    """The limits of a plan. An omitted or null limit does not apply."""
 
     rate: Annotated[
         float | None, Field(ge=1 / 86_400, le=1_000_000, allow_inf_nan=False, description="Requests per second.")
     ] = None  # fmt: skip
-    burst: Annotated[int | None, Field(ge=1, le=LIMIT_MAX, description="Requests at once; with a rate only.")] = None
-    concurrency: Annotated[Whole | None, Field(description="Requests under way at one time.")] = None
+    burst: Annotated[int | None, Field(ge=1, le=LIMIT_MAX, description="Burst size in requests; requires a rate.")] = (
+        None
+    )
+    concurrency: Annotated[Whole | None, Field(description="Requests in flight.")] = None
     requests_per_day: Whole | None = None
     requests_per_month: Whole | None = None
     tokens_per_request: Whole | None = None
@@ -314,7 +318,7 @@ class Limits(Accepted):
 
 
 class PlanSet(Accepted):
-    """A plan: all of it, in place of what it was."""
+    """A complete plan; replaces all previous limits."""
 
     limits: Limits
 
@@ -326,6 +330,6 @@ class LimitChanges(Limits):
 
 
 class PlanChange(Accepted):
-    """What to change of a plan."""
+    """Changes to a plan."""
 
     limits: LimitChanges

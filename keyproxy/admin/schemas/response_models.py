@@ -1,5 +1,5 @@
-"""What the admin API answers, as the models that its OpenAPI is made of. The store makes these values; tests hold them to
-this shape.
+"""Responses of the admin API, as the models that generate its OpenAPI document. The store builds the values; tests check
+them against these models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Time = Annotated[
 
 
 class Answered(BaseModel):
-    """What all of them share."""
+    """The base of all response models."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,13 +36,13 @@ class Tenant(Answered):
 
 
 class TenantMade(Tenant):
-    """A tenant; `created` says whether it is new."""
+    """A tenant; `created`: it is new."""
 
     created: bool
 
 
 class User(Answered):
-    """An account on whose behalf work is done."""
+    """An account that owns keys."""
 
     id: str
     tenant: str
@@ -54,7 +54,7 @@ class User(Answered):
 
 
 class Key(Answered):
-    """A key, without its secret, which nobody has."""
+    """A key. Its secret is not stored."""
 
     id: str
     user: str
@@ -76,11 +76,9 @@ class Key(Answered):
 
 _Secret = Annotated[
     str | None,
-    Field(description="Told once. null in the answer to a request that was sent again: it is kept nowhere."),
+    Field(description="Shown once. null in the response to a repeated request, because it is not stored."),
 ]
-_Warnings = Annotated[
-    list[str], Field(description="What was done all the same, such as a scope that no route asks for.")
-]
+_Warnings = Annotated[list[str], Field(description="Warnings, such as a scope that no route requires.")]
 
 
 class KeyMade(Key):
@@ -103,7 +101,7 @@ class FirstKeyMade(Key):
 
 
 class KeyIssued(Answered):
-    """One of many keys. `created` is false, and the rest is not there, if the user had a working key of that name."""
+    """One of many keys. `created` is false, and other members are omitted, if the user had a working key of that name."""
 
     user: str
     name: str
@@ -119,17 +117,17 @@ class KeyIssued(Answered):
 
 
 class KeysIssued(Answered):
-    """Keys, in the order in which they were asked for."""
+    """Keys, in the order of the request."""
 
     items: list[KeyIssued]
     warnings: _Warnings
 
 
 class KeyRotated(Key):
-    """A new key in place of another, with its secret."""
+    """A new key that replaces another, with its secret."""
 
     secret: _Secret
-    old_expires_at: Annotated[Time | None, Field(description="Until when the key that it `replaces` works.")]
+    old_expires_at: Annotated[Time | None, Field(description="When the key that it `replaces` stops working.")]
 
 
 class UserMade(User):
@@ -153,7 +151,9 @@ class PlanLimits(Answered):
     tokens_per_month: int | None = None
 
 
-_Count = Annotated[int | None, Field(description="How many have it; null for a token that is bound to a tenant.")]
+_Count = Annotated[
+    int | None, Field(description="The number of uses; null for a token that is restricted to a tenant.")
+]
 
 
 class Plan(Answered):
@@ -182,21 +182,21 @@ class PlanMade(Plan):
 
 
 class Deleted(Answered):
-    """What is gone."""
+    """A deleted object."""
 
     id: str
     deleted: Literal[True]
 
 
 class KeysRevoked(Answered):
-    """The keys that were revoked now, and how many are left that would be."""
+    """The keys that this request revoked, and the number of matching keys that remain."""
 
     revoked: list[str]
     remaining: int
 
 
 class Leak(Answered):
-    """Whether there is such a key, whether it had been working until now, and whose it is."""
+    """Whether the key exists, whether it was working until now, and its owner."""
 
     known: bool
     revoked_now: bool
@@ -229,7 +229,7 @@ class KeysOf(Answered):
 
 
 class AuditRow(Answered):
-    """One change. `before` and `after` hold no secret."""
+    """One change. `before` and `after` contain no secret."""
 
     id: int
     at: Time
@@ -246,7 +246,7 @@ class AuditRow(Answered):
 
 
 class Token(Answered):
-    """The token that asks."""
+    """The request's token."""
 
     id: str
     name: str
@@ -263,17 +263,17 @@ class Token(Answered):
 class Page(Answered):
     """A part of a list."""
 
-    next: Annotated[str | None, Field(description="The `cursor` of what follows; null: nothing does.")]
+    next: Annotated[str | None, Field(description="The `cursor` of the next page; null: this is the last one.")]
 
 
 class Tenants(Page):
-    """Tenants, in the order of their ids."""
+    """Tenants, sorted by id."""
 
     items: list[Tenant]
 
 
 class Users(Page):
-    """Users, in the order of their ids."""
+    """Users, sorted by id."""
 
     items: list[User]
 
@@ -285,19 +285,19 @@ class Keys(Page):
 
 
 class Plans(Page):
-    """Plans, in the order of their names."""
+    """Plans, sorted by name."""
 
     items: list[Plan]
 
 
 class AuditRows(Page):
-    """Changes, the newest first."""
+    """Changes, newest first."""
 
     items: list[AuditRow]
 
 
 class FieldError(Answered):
-    """One thing that is wrong."""
+    """One validation error."""
 
     field: str
     detail: str

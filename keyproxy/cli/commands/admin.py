@@ -48,8 +48,8 @@ _COLUMNS: Final = ("id", "name", "state", "hint", "scopes", "tenant", "expires_a
 def admin_group(context: click.Context, config_path: Path | None) -> None:
     """Run the control plane: the admin API.
 
-    Without a command it serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reads routes, keys,
-    reminders, the certificate and the token again. Its tokens are made with `keyproxy admin token create`, or are in
+    Without a command, serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reloads routes, keys,
+    reminders, the certificate and the token. Create tokens with `keyproxy admin token create`, or put one in the file
     admin.token_file.
     """
     if context.invoked_subcommand is not None:
@@ -59,7 +59,7 @@ def admin_group(context: click.Context, config_path: Path | None) -> None:
 
 
 def _serve(config_path: Path | None) -> None:
-    # What this needs takes longer to import than any other command takes.
+    # These imports take longer than any other command runs.
     from keyproxy.admin.app import Admin, RefusedToStart
     from keyproxy.admin.authentication import TokenFileError
     from keyproxy.wire.tls import TlsError
@@ -92,21 +92,21 @@ def _started(address: str) -> None:
 
 @admin_group.group("token")
 def token_group() -> None:
-    """Tokens of the admin API. A token is shown once, when it is made."""
+    """Manage admin API tokens. A token is shown once, when it is created."""
 
 
 @token_group.command("create")
-@click.option("--name", default="", help="Whose it is, or what it is for.")
+@click.option("--name", default="", help="The token's owner or purpose.")
 @click.option("--scope", "wanted", multiple=True, required=True, metavar="SCOPE",
-              help="What it may do, such as keys:write; repeatable. tenant:ID binds it to one tenant.")  # fmt: skip
+              help="A permission, such as keys:write; repeatable. tenant:ID limits it to one tenant.")  # fmt: skip
 @click.option("--expires-in", default="90d", show_default=True, callback=duration, metavar="TIME",
-              help="Such as 90d or 24h; never.")  # fmt: skip
+              help="Lifetime, such as 90d or 24h, or never.")  # fmt: skip
 @config_option
 @json_option
 def token_create(
     name: str, wanted: tuple[str, ...], expires_in: timedelta | str, config_path: Path | None, *, as_json: bool
 ) -> None:
-    """Make a token.
+    """Create a token.
 
     \b
     keyproxy admin token create --name console --scope admin:write
@@ -125,7 +125,7 @@ def token_create(
         lambda tokens: tokens.create(name, granted.scopes, tenant_id=granted.tenant, expires_in=life),
     )
     lost = f"the secret of token {token['id']} is lost: `keyproxy admin token revoke {token['id']}`"
-    with showing_secret(f"{lost}, then create another one"):
+    with showing_secret(f"{lost}, then create a new token"):
         tell(token, as_json=as_json, columns=_COLUMNS)
     if not as_json:
         say("this is the only time the secret is shown")
@@ -135,7 +135,7 @@ def token_create(
 @config_option
 @json_option
 def token_list(config_path: Path | None, *, as_json: bool) -> None:
-    """List tokens, without their secrets, which nobody has."""
+    """List tokens. Their secrets are not stored and cannot be shown."""
 
     async def work(tokens: AdminTokens) -> list[dict[str, object]]:
         found: list[dict[str, object]] = []
@@ -151,7 +151,7 @@ def token_list(config_path: Path | None, *, as_json: bool) -> None:
 @config_option
 @json_option
 def token_revoke(token_id: str, config_path: Path | None, *, as_json: bool) -> None:
-    """Revoke a token for good. The next request with it is refused."""
+    """Revoke a token permanently. The next request that uses it is refused."""
     tell(_with_tokens(config_path, lambda tokens: tokens.revoke(token_id)), as_json=as_json, columns=_COLUMNS)
 
 

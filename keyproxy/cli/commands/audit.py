@@ -23,31 +23,43 @@ _ROW_START: Final = b'{"id":'
 
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--until", callback=instant, metavar="WHEN", help="Before that: a time, or 7d for so long ago."),
-        click.option("--since", callback=instant, metavar="WHEN", help="From then on: 2026-01-31, …T12:00Z, or 7d."),
-        click.option("--action", type=click.Choice(ACTIONS), help="What was done."),
-        click.option("--actor", metavar="WHO", help="By whom, as the log writes it: cli:ann, sql:app."),
-        click.option("--tenant", metavar="TENANT", help="About this tenant, its users and its keys."),
-        click.option("--id", "entity_id", metavar="ID", help="About the thing with this id."),
         click.option(
-            "--entity", type=click.Choice(ENTITIES), help="About this kind of thing; token: of the admin API."
+            "--until",
+            callback=instant,
+            metavar="WHEN",
+            help="End, exclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
+        ),
+        click.option(
+            "--since",
+            callback=instant,
+            metavar="WHEN",
+            help="Start, inclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
+        ),
+        click.option("--action", type=click.Choice(ACTIONS), help="Only this action."),
+        click.option("--actor", metavar="WHO", help="Only this actor, as the log writes it: cli:ann, sql:app."),
+        click.option("--tenant", metavar="TENANT", help="Only this tenant, its users and its keys."),
+        click.option("--id", "entity_id", metavar="ID", help="Only the object with this id."),
+        click.option(
+            "--entity", type=click.Choice(ENTITIES), help="Only this kind of object; token: an admin API token."
         ),
     ):
         command = option(command)
     return command
 
 
-@click.group("audit", short_help="The audit log: every change, before and after.")
+@click.group("audit", short_help="Show or export the audit log.")
 def audit_group() -> None:
-    """The audit log: every change, by whom, from where, before and after."""
+    """Show or export the audit log: every change, with its actor, origin, and the values before and after."""
 
 
 @audit_group.command("list")
 @_filters
-@click.option("--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="Maximum number of rows."
+)
 @takes_call
 def audit_list(call: Call, limit: int, **wanted: Any) -> None:
-    """List what was changed, the newest first.
+    """List changes, newest first.
 
     \b
     keyproxy audit list --tenant acme --since 7d
@@ -67,17 +79,17 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
     call.tell(call.run(work), _COLUMNS)
 
 
-@audit_group.command("export", short_help="Write changes as JSON lines, the oldest first.")
+@audit_group.command("export", short_help="Write changes as JSON lines, oldest first.")
 @_filters
 @click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with an id greater than N.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Add to this file, after the last row that is in it. Without it: stdout.")  # fmt: skip
+              help="Append to this file, starting after its last row. [stdout]")  # fmt: skip
 @takes_call
 def audit_export(call: Call, after: int | None, output: Path | None, **wanted: Any) -> None:
-    """Write what was changed as JSON lines, the oldest first, complete up to now.
+    """Write changes as JSON lines, oldest first, complete up to now.
 
-    Interrupted or run again with the same --output it goes on after the last row that was written. If the log does not
-    have that row, as when the database was restored from a backup, it says so: begin another file then.
+    With --output, a repeated or interrupted export resumes after the last row in the file. If the log does not contain
+    that row, for example after a restore from a backup, the command fails: export to a new file then.
 
     \b
     keyproxy audit export --output audit.jsonl
@@ -94,20 +106,20 @@ def audit_export(call: Call, after: int | None, output: Path | None, **wanted: A
             )  # fmt: skip
         except _OtherHistoryError as error:
             raise Failure(
-                f"{output}: its last row is not in this log, which is another database's, was restored from a backup, or"
-                " is asked for other rows: begin another file"
+                f"{output}: the audit log does not contain its last row: the file is from another database, from before a"
+                " restore, or was exported with other filters. Export to a new file"
             ) from error
     say(f"{count} rows added to {output}")
 
 
 class _OtherHistoryError(Exception):
-    """The row to go on after is not there."""
+    """The row to resume after is not in the log."""
 
 
 async def _export(
     directory: Operations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
 ) -> int:
-    """`last`: the row to go on after, in place of `after`."""
+    """`last`: the row to resume after; replaces `after`."""
     horizon = await directory.audit_horizon()
     progress, count = Progress("rows"), 0
     cursor = str(after) if last is None else str(last["id"] - 1)
@@ -116,7 +128,7 @@ async def _export(
             cursor = str(page.items[-1]["id"])
             rows = page.items
             if last is not None:
-                # Files begun before a column existed can be continued: a missing value was null.
+                # A file from before a column existed can be continued: a missing value was null.
                 if rows[0] != dict.fromkeys(rows[0]) | last:
                     raise _OtherHistoryError
                 rows, last = rows[1:], None
@@ -132,7 +144,7 @@ async def _export(
 
 
 def _last_row(file: BinaryIO, path: Path) -> Entity | None:
-    """The last whole row of a file, which is cut off behind it: a row may have been written in part."""
+    """Return the last complete row of a file and truncate the file after it: the final write may be partial."""
     size = file.seek(0, 2)
     start = max(0, size - _TAIL_BYTES)
     file.seek(start)
@@ -143,9 +155,9 @@ def _last_row(file: BinaryIO, path: Path) -> Entity | None:
         if last is not None and not isinstance(last["id"], int):
             raise TypeError("an id is a number")
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{path}: its last line is no row of the audit log") from error
+        raise Failure(f"{path}: its last line is not an audit log row") from error
     cut = tail[len(whole) :]
     if cut and not (cut.startswith(_ROW_START[: len(cut)]) and start + len(whole) < size):
-        raise Failure(f"{path}: it ends with something that is no row of the audit log")
+        raise Failure(f"{path}: its end is not an audit log row")
     file.truncate(start + len(whole))
     return last

@@ -10,11 +10,11 @@ from click.shell_completion import get_completion_class
 _SHELLS: Final = ("bash", "zsh", "fish")
 
 
-@click.command("completion", short_help="Print a script for a shell's completion.")
+@click.command("completion", short_help="Print a shell completion script.")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion_command(context: click.Context, shell: str) -> None:
-    """Print what makes a shell complete keyproxy's commands and options.
+    """Print a script that completes keyproxy's commands and options in a shell.
 
     \b
     bash:   eval "$(keyproxy completion bash)"                  in ~/.bashrc
@@ -23,5 +23,5 @@ def completion_command(context: click.Context, shell: str) -> None:
     """
     of_shell = get_completion_class(shell)
     if of_shell is None:
-        raise click.UsageError(f"there is no completion for {shell}")
+        raise click.UsageError(f"completion is not supported for {shell}")
     click.echo(of_shell(context.find_root().command, {}, "keyproxy", "_KEYPROXY_COMPLETE").source())

@@ -39,7 +39,7 @@ def check(config_path: Path | None, *, offline: bool) -> None:
     if loaded is not None:
         wrong += config_checks.problems(loaded, offline=offline)
     if wrong:
-        # Overlaps of addresses that need no look-up are found by loading as well.
+        # Loading also finds address overlaps that need no name lookup.
         raise loader.ConfigError(list(dict.fromkeys(wrong)))
     click.echo("ok")
 

@@ -16,22 +16,24 @@ from keyproxy.store.postgres import migrations, roles
 @click.command("migrate")
 @config_option
 @json_option
-@click.option("--status", "only_status", is_flag=True, help="Say what is applied and what is pending; change nothing.")
-@click.option("--roles", "prefix", metavar="PREFIX", help="Also make the roles PREFIX_proxy and PREFIX_admin.")
+@click.option("--status", "only_status", is_flag=True, help="List applied and pending migrations; change nothing.")
+@click.option(
+    "--roles", "prefix", metavar="PREFIX", help="Also create the database roles PREFIX_proxy and PREFIX_admin."
+)
 def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bool, only_status: bool) -> None:
-    """Bring the database's schema up to this program.
+    """Migrate the database schema to this program's version.
 
-    Safe to run at any time, by several at once, and while proxies of the previous release are running.
+    Safe to run at any time, concurrently, and while proxies of the previous release are running.
 
-    With --roles two roles are made, with no more rights than proxies and the admin side need; run it again after an
-    upgrade, and they have what the new schema asks for. They may log in once they have a password.
+    --roles creates two roles with the minimum privileges for proxies and for administration. Run it again after each
+    upgrade to grant what the new schema needs. The roles can log in once they have a password.
 
     \b
     keyproxy migrate --roles keyproxy
     psql -c '\\password keyproxy_proxy'
     """
     if prefix is not None and only_status:
-        raise click.UsageError("--status changes nothing: leave out --roles")
+        raise click.UsageError("--status changes nothing: it cannot be combined with --roles")
     loaded = load(config_path)
     done, made = [], []
     try:
@@ -62,6 +64,6 @@ def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bo
         return
     if prefix is not None:
         for role in roles.names(prefix):
-            click.echo(f"{'made   ' if role in made else 'granted'}  {role}")
+            click.echo(f"{'created' if role in made else 'granted'}  {role}")
     elif not done:
         click.echo("nothing to do")

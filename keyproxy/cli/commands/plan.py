@@ -18,11 +18,11 @@ _COLUMNS: Final = ("id", *LIMITS)
 _NONE: Final = "none"
 _NUMBER = re.compile(r"[0-9]+")
 _HELP: Final = {
-    "burst": "How many requests may come at once under the rate. [one second's worth]",
-    "concurrency": "How many requests may be under way at one time.",
-    "requests_per_day": "Per calendar day, UTC.",
-    "requests_per_month": "Per calendar month, UTC.",
-    "tokens_per_request": "LLM tokens of one request.",
+    "burst": "Burst size in requests; requires a rate. [one second of the rate]",
+    "concurrency": "Maximum number of requests in flight.",
+    "requests_per_day": "Requests per calendar day, UTC.",
+    "requests_per_month": "Requests per calendar month, UTC.",
+    "tokens_per_request": "LLM tokens per request.",
     "tokens_per_day": "LLM tokens per calendar day, UTC.",
     "tokens_per_month": "LLM tokens per calendar month, UTC.",
 }
@@ -43,7 +43,7 @@ def _whole(_context: click.Context, _parameter: click.Parameter, value: str | No
     if not _NUMBER.fullmatch(value):
         raise click.BadParameter(f"{value!r} is neither a whole number, such as 1000, nor {_NONE}")
     digits = value.lstrip("0") or "0"
-    # Counted before it is read: Python refuses to read thousands of digits.
+    # Check the length before parsing: int() refuses thousands of digits.
     if len(digits) > len(str(LIMIT_MAX)) or int(digits) > LIMIT_MAX:
         raise click.BadParameter(f"the number is too large: at most {LIMIT_MAX}")
     return int(digits)
@@ -53,13 +53,13 @@ def _limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name in reversed(LIMITS[1:]):
         option = f"--{name.replace('_', '-')}"
         command = click.option(option, callback=_whole, metavar="N|none", help=_HELP[name])(command)
-    help_of_rate = "Such as 50/s, 3000/min, 100/h."
+    help_of_rate = "Request rate, such as 50/s, 3000/min or 100/h."
     return click.option("--rate", callback=_rate, metavar="RATE|none", help=help_of_rate)(command)
 
 
 @click.group("plan")
 def plan_group() -> None:
-    """Plans: named sets of limits, given to tenants, users and keys."""
+    """Manage plans: named sets of limits."""
 
 
 @plan_group.command("set")
@@ -92,7 +92,7 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
         plan[limit] = f"{_shown(change['old'])} -> {_shown(change['new'])}"
     _tell(call, plan)
     if not changed and not plan["created"]:
-        say(f"plan {name!r} has these limits already: nothing was changed")
+        say(f"plan {name!r} already has these limits: nothing was changed")
 
 
 @plan_group.command("list")
@@ -107,7 +107,7 @@ def plan_list(call: Call) -> None:
 @_name_argument
 @takes_call
 def plan_show(call: Call, name: str) -> None:
-    """Show one plan, and how many tenants, users and keys have it."""
+    """Show one plan, and how many tenants, users and keys use it."""
     _tell(call, call.run(lambda directory: directory.plan(name)))
 
 
@@ -116,7 +116,7 @@ def plan_show(call: Call, name: str) -> None:
 @yes_option
 @takes_call
 def plan_delete(call: Call, name: str, *, yes: bool) -> None:
-    """Delete a plan that nobody has."""
+    """Delete a plan that no tenant, user or key uses."""
     confirm(f"Delete plan {name}?", yes=yes)
     call.tell(call.run(lambda directory: directory.delete_plan(name)), _COLUMNS)
 

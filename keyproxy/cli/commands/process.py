@@ -15,9 +15,9 @@ from keyproxy.platform.process_registry import Running
 from keyproxy.process import health_probe
 
 
-@click.command("drain", short_help="Drain a running proxy and end it, as SIGTERM does.")
+@click.command("drain", short_help="Drain and stop a running proxy, as SIGTERM does.")
 @click.option("--wait", "waits", is_flag=True, help="Return when the process has drained and exited.")
-@click.option("--pid", type=int, help="Which one, if several share the address.")
+@click.option("--pid", type=int, help="The process to drain, if several share the address.")
 @config_option
 @json_option
 def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_json: bool) -> None:

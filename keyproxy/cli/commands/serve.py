@@ -1,6 +1,6 @@
 """keyproxy serve, keyproxy demo.
 
-What these two run is imported when they run: it takes longer to import than any other command takes.
+Their dependencies are imported when they run: the imports take longer than any other command runs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 @click.command("serve")
 @config_option
-@click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: end when it ends.")
-@click.option("--ops-fd", type=int, hidden=True, help="A bound socket for requests of the supervisor.")
+@click.option("--worker-of", "owner", type=int, hidden=True, help="The supervisor's pid: exit when it exits.")
+@click.option("--ops-fd", type=int, hidden=True, help="A bound socket for the supervisor's requests.")
 def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | None) -> None:
     """Run the data plane: the proxied port and the ops listener.
 
-    Access log on stdout, everything else on stderr. SIGTERM drains and ends it, as `keyproxy drain` does. SIGHUP
+    Access log on stdout, everything else on stderr. SIGTERM drains and stops it, as `keyproxy drain` does. SIGHUP
     reloads the configuration: all of it is applied, or none.
     """
     from keyproxy.process import control_channel, run, supervisor
@@ -57,11 +57,13 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
         if wrong := sockets.conflicts(other):
             raise ReloadError("; ".join(wrong))
         if supervisor.count(settings.listen.workers) == 1 != supervisor.count(other.listen.workers):
-            raise ReloadError("listen.workers: one process does not become several: restart it")
+            raise ReloadError(
+                "listen.workers: a reload cannot change between one worker and several: restart the proxy"
+            )
         if other.store.dsn != "embedded":
             return other, other.store.dsn
         if (settings.store.dsn, settings.store.embedded_dir) != ("embedded", other.store.embedded_dir):
-            raise ReloadError("store: the embedded server is chosen when the process starts: restart it")
+            raise ReloadError("store: a reload cannot switch to or from the embedded server: restart the proxy")
         return other, dsn
 
     def text_again() -> str:
@@ -84,7 +86,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
                     )
                 )  # fmt: skip
             else:
-                # -P: a worker runs the code that is installed, whatever lies in the current directory.
+                # -P: a worker runs the installed code, not modules in the current directory.
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
                 crew = supervisor.Supervisor(settings, dsn, text, command)
@@ -97,13 +99,13 @@ def _started(proxy: str, ops: str) -> None:
     _log.info("proxy on %s, ops on %s", proxy, ops)
 
 
-@click.command("demo", short_help="Show all of it with a PostgreSQL and a compute server.")
-@click.option("--once", is_flag=True, help="Play the story once and end; status 1 if any step failed.")
-@click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="Where the demo keeps its data.")
+@click.command("demo", short_help="Run a complete demo with PostgreSQL and a compute server.")
+@click.option("--once", is_flag=True, help="Run the demo's steps once and exit; status 1 if a step failed.")
+@click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="The demo's data directory.")
 def demo_command(directory: Path | None, *, once: bool) -> int:
-    """Show the whole thing: a real PostgreSQL, a compute server, a proxy, and a worker's calls.
+    """Run a complete demo: a real PostgreSQL, a compute server, a proxy, and example requests.
 
-    Needs nothing but `pip install keyproxy[demo]`. Ctrl-C ends it.
+    Requires only `pip install keyproxy[demo]`. Ctrl-C stops it.
     """
     from keyproxy import demo
 

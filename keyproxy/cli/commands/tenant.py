@@ -22,16 +22,16 @@ _id_argument = click.argument("tenant_id", metavar="ID")
 
 @click.group("tenant")
 def tenant_group() -> None:
-    """Tenants: the customer organisations."""
+    """Manage tenants: the customer organisations."""
 
 
 @tenant_group.command("create")
 @_id_argument
-@click.option("--name", default="", help="A name for people.")
-@click.option("--plan", metavar="PLAN", help="The limits of the whole tenant.")
+@click.option("--name", default="", help="A descriptive name.")
+@click.option("--plan", metavar="PLAN", help="The plan that limits the whole tenant.")
 @takes_call
 def tenant_create(call: Call, tenant_id: str, name: str, plan: str | None) -> None:
-    """Create a tenant. One that is there already is left as it is.
+    """Create a tenant. An existing tenant is left unchanged.
 
     \b
     keyproxy tenant create acme --name "Acme Ltd"
@@ -39,7 +39,7 @@ def tenant_create(call: Call, tenant_id: str, name: str, plan: str | None) -> No
     tenant = call.run(lambda directory: directory.create_tenant(tenant_id, name, plan))
     call.tell(tenant, TENANT_COLUMNS)
     if not call.as_json and not tenant["created"]:
-        say(f"tenant {tenant_id!r} was there, and is left as it was")
+        say(f"tenant {tenant_id!r} already exists and was not changed")
 
 
 @tenant_group.command("list")
@@ -62,12 +62,17 @@ def tenant_show(call: Call, tenant_id: str) -> None:
 @tenant_group.command("set-plan")
 @_id_argument
 @plan_arguments
-@click.option("--test", "is_test", is_flag=True, help="The plan of test traffic. Without one: the live plan's limits.")
+@click.option(
+    "--test",
+    "is_test",
+    is_flag=True,
+    help="Set the plan for test traffic; without one, test traffic has the live plan's limits.",
+)
 @takes_call
 def tenant_set_plan(
     call: Call, tenant_id: str, plan: str | None, named: str | None, *, none: bool, is_test: bool
 ) -> None:
-    """Give a tenant a plan. In force within a second.
+    """Set or remove a tenant's plan. Takes effect within a second.
 
     \b
     keyproxy tenant set-plan acme basic
@@ -82,7 +87,7 @@ def tenant_set_plan(
 @_id_argument
 @takes_call
 def tenant_disable(call: Call, tenant_id: str) -> None:
-    """Refuse all keys of a tenant, until it is enabled again. In force within a second."""
+    """Refuse all keys of a tenant until it is enabled. Takes effect within a second."""
     call.tell(
         call.run(lambda directory: directory.change_tenant(tenant_id, {"disabled": True})), TENANT_COLUMNS
     )  # fmt: skip
@@ -92,7 +97,7 @@ def tenant_disable(call: Call, tenant_id: str) -> None:
 @_id_argument
 @takes_call
 def tenant_enable(call: Call, tenant_id: str) -> None:
-    """Let a tenant that was disabled in again."""
+    """Accept the keys of a disabled tenant again."""
     call.tell(
         call.run(lambda directory: directory.change_tenant(tenant_id, {"disabled": False})), TENANT_COLUMNS
     )  # fmt: skip
@@ -103,6 +108,6 @@ def tenant_enable(call: Call, tenant_id: str) -> None:
 @yes_option
 @takes_call
 def tenant_delete(call: Call, tenant_id: str, *, yes: bool) -> None:
-    """Delete a tenant with all its users and keys. The audit log keeps what they were."""
+    """Delete a tenant with all its users and keys. The audit log keeps their last state."""
     confirm(f"Delete tenant {tenant_id} with all its users and keys?", yes=yes)
     call.tell(call.run(lambda directory: directory.delete_tenant(tenant_id)), TENANT_COLUMNS)

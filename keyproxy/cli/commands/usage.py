@@ -30,11 +30,21 @@ _EVENT_COLUMNS: Final = (
 
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--until", callback=instant, metavar="WHEN", help="Before that: a time, or 7d for so long ago."),
-        click.option("--since", callback=instant, metavar="WHEN", help="From then on: 2026-01-31, …T12:00Z, or 7d."),
-        click.option("--key", metavar="KEY", help="Of this key."),
-        click.option("--user", metavar="USER", help="Of this user."),
-        click.option("--tenant", metavar="TENANT", help="Of this tenant."),
+        click.option(
+            "--until",
+            callback=instant,
+            metavar="WHEN",
+            help="End, exclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
+        ),
+        click.option(
+            "--since",
+            callback=instant,
+            metavar="WHEN",
+            help="Start, inclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
+        ),
+        click.option("--key", metavar="KEY", help="Only this key."),
+        click.option("--user", metavar="USER", help="Only this user."),
+        click.option("--tenant", metavar="TENANT", help="Only this tenant."),
     ):
         command = option(command)
     return command
@@ -47,14 +57,14 @@ def usage_group() -> None:
 
 @usage_group.command("show", short_help="Show requests, refusals and tokens.")
 @_filters
-@click.option("--day", callback=instant, metavar="DAY", help="On this day, UTC: 2026-01-31.")
-@click.option("--by", multiple=True, type=click.Choice(DIMENSIONS), help="Sum by this; repeatable. Default: by all.")
+@click.option("--day", callback=instant, metavar="DAY", help="Only this UTC day: 2026-01-31.")
+@click.option("--by", multiple=True, type=click.Choice(DIMENSIONS), help="Group by this; repeatable. [all of them]")
 @takes_call
 def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: Any) -> None:
-    """Show requests, refusals and tokens, of the last 30 days if no time is said.
+    """Show requests, refusals and tokens; the last 30 days by default.
 
-    Requests are those that were sent upstream, refusals those that were charged nothing. Days are UTC. Written every
-    [ledger] settle_seconds.
+    Requests were sent upstream; refusals were not charged. Days are UTC. Proxies write usage every [ledger]
+    settle_seconds.
 
     \b
     keyproxy usage show --tenant acme --by user --since 2026-01-01
@@ -63,7 +73,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
     which = UsageFilter(**wanted)
     if day is not None:
         if which.since or which.until:
-            raise click.UsageError("give --day, or --since and --until")
+            raise click.UsageError("pass either --day, or --since and --until")
         start = day.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         which = replace(which, since=start, until=start + timedelta(days=1))
     elif not (which.since or which.until):
@@ -72,17 +82,17 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
     call.tell(rows, (*chosen, *MEASURES))
     if len(rows) == _ROWS_MAX:
-        say(f"these are the first {_ROWS_MAX} rows: ask for less, or use `keyproxy usage export`")
+        say(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
 
 
-@usage_group.command("windows", short_help="Show how the limits of a user and its tenant stand.")
-@click.option("--user", required=True, metavar="USER", help="Its limits and its tenant's.")
-@click.option("--test", "is_test", is_flag=True, help="Of test traffic.")
+@usage_group.command("windows", short_help="Show the state of a user's and its tenant's limits.")
+@click.option("--user", required=True, metavar="USER", help="Show the limits of this user and its tenant.")
+@click.option("--test", "is_test", is_flag=True, help="Show the limits of test traffic.")
 @takes_call
 def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
-    """Show how the limits of a user and its tenant stand: spent, held by proxies, remaining, when they reset.
+    """Show the state of a user's and its tenant's limits: spent, held by proxies, remaining, and the reset time.
 
-    Forfeited is the part of what is spent that was charged because a proxy died with it.
+    Forfeited is the part of spent that was charged because a proxy died while holding it.
 
     \b
     keyproxy usage windows --user u_42
@@ -90,18 +100,18 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     call.tell(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
 
 
-@usage_group.command("export", short_help="Write sums or events to stdout.")
+@usage_group.command("export", short_help="Write usage totals or events to stdout.")
 @_filters
 @click.option("--format", "form", type=click.Choice(("jsonl", "csv", "cloudevents")), default="jsonl",
-              show_default=True, help="CloudEvents 1.0 are one per request, as with --events.")  # fmt: skip
-@click.option("--events", "is_of_events", is_flag=True, help="One row per request, as long as usage.event_days says.")
-@click.option("--after", metavar="ID", help="Only events after the one with this id: to go on where an export ended.")
+              show_default=True, help="cloudevents: CloudEvents 1.0, one per request, as with --events.")  # fmt: skip
+@click.option("--events", "is_of_events", is_flag=True, help="One row per request, for the last usage.event_days days.")
+@click.option("--after", metavar="ID", help="Only events after this id, to resume an export.")
 @takes_call
 def usage_export(call: Call, form: str, after: str | None, *, is_of_events: bool, **wanted: Any) -> None:
-    """Write usage to stdout: sums by day, tenant, user, key, mode and route, or with --events each request.
+    """Write usage to stdout: totals by day, tenant, user, key, mode and route, or each request with --events.
 
-    Events come in the order in which they were written; each has an id that never changes. Whoever goes on with --after
-    and the last id gets all that came since, and may get some again: drop what has an id that is known.
+    Events are in the order of writing, and each has an id that never changes. To resume, pass the last id with --after:
+    the export contains every later event and may repeat some, so drop ids that you already have.
 
     \b
     keyproxy usage export --format csv --since 2026-01-01 --until 2026-02-01
@@ -109,7 +119,7 @@ def usage_export(call: Call, form: str, after: str | None, *, is_of_events: bool
     """
     which, is_of_events = UsageFilter(**wanted), is_of_events or form == "cloudevents"
     if after is not None and not is_of_events:
-        raise click.UsageError("--after is for --events")
+        raise click.UsageError("--after requires --events")
 
     async def work(usage: UsageOperations) -> int:
         if is_of_events:
@@ -120,7 +130,7 @@ def usage_export(call: Call, form: str, after: str | None, *, is_of_events: bool
 
 
 async def _write(rows: AsyncIterator[Mapping[str, Any]], form: str, columns: Iterable[str]) -> int:
-    """Write rows as they come; how many there were."""
+    """Write rows as they arrive. Returns their number."""
     names, count, progress = tuple(columns), 0, Progress("rows")
     table = csv.DictWriter(sys.stdout, names, lineterminator="\n")
     if form == "csv":

@@ -23,20 +23,22 @@ _id_argument = click.argument("user_id", metavar="ID")
 
 @click.group("user")
 def user_group() -> None:
-    """Users: the accounts on whose behalf work is done."""
+    """Manage users: the accounts that own keys."""
 
 
 @user_group.command("create")
 @_id_argument
-@click.option("--tenant", "tenant_id", required=True, metavar="TENANT", help="The tenant it belongs to.")
-@click.option("--plan", metavar="PLAN", help="The limits of the user.")
-@click.option("--no-key", is_flag=True, help="Issue no first key.")
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A scope of the first key.")
+@click.option("--tenant", "tenant_id", required=True, metavar="TENANT", help="The user's tenant.")
+@click.option("--plan", metavar="PLAN", help="The plan that limits the user.")
+@click.option("--no-key", is_flag=True, help="Do not issue a first key.")
+@click.option(
+    "--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A scope of the first key; repeatable."
+)
 @takes_call
 def user_create(
     call: Call, user_id: str, tenant_id: str, plan: str | None, wanted: tuple[str, ...], *, no_key: bool
 ) -> None:
-    """Create a user and issue its first live key. One that is there already is left as it is and gets no key.
+    """Create a user and issue its first live key. An existing user is left unchanged and gets no key.
 
     \b
     keyproxy user create u_42 --tenant acme --scope jobs:write
@@ -57,7 +59,7 @@ def user_create(
     if call.as_json:
         return
     if not user["created"]:
-        say(f"user {user_id!r} was there, is left as it was, and gets no key: `keyproxy key issue` makes one")
+        say(f"user {user_id!r} already exists and was not changed; it got no key: use `keyproxy key issue`")
     if key is not None:
         with showing_secret(f"{lost}, then {again}"):
             click.echo()
@@ -65,7 +67,7 @@ def user_create(
 
 
 @user_group.command("list")
-@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's users.")
 @takes_call
 def user_list(call: Call, tenant_id: str | None) -> None:
     """List users."""
@@ -84,10 +86,15 @@ def user_show(call: Call, user_id: str) -> None:
 @user_group.command("set-plan")
 @_id_argument
 @plan_arguments
-@click.option("--test", "is_test", is_flag=True, help="The plan of test traffic. Without one: the live plan's limits.")
+@click.option(
+    "--test",
+    "is_test",
+    is_flag=True,
+    help="Set the plan for test traffic; without one, test traffic has the live plan's limits.",
+)
 @takes_call
 def user_set_plan(call: Call, user_id: str, plan: str | None, named: str | None, *, none: bool, is_test: bool) -> None:
-    """Give a user a plan. In force within a second.
+    """Set or remove a user's plan. Takes effect within a second.
 
     \b
     keyproxy user set-plan u_42 basic
@@ -101,7 +108,7 @@ def user_set_plan(call: Call, user_id: str, plan: str | None, named: str | None,
 @_id_argument
 @takes_call
 def user_disable(call: Call, user_id: str) -> None:
-    """Refuse all keys of a user, until it is enabled again. In force within a second."""
+    """Refuse all keys of a user until it is enabled. Takes effect within a second."""
     call.tell(call.run(lambda directory: directory.change_user(user_id, {"disabled": True})), USER_COLUMNS)
 
 
@@ -109,7 +116,7 @@ def user_disable(call: Call, user_id: str) -> None:
 @_id_argument
 @takes_call
 def user_enable(call: Call, user_id: str) -> None:
-    """Let a user that was disabled in again."""
+    """Accept the keys of a disabled user again."""
     call.tell(call.run(lambda directory: directory.change_user(user_id, {"disabled": False})), USER_COLUMNS)
 
 
@@ -118,6 +125,6 @@ def user_enable(call: Call, user_id: str) -> None:
 @yes_option
 @takes_call
 def user_delete(call: Call, user_id: str, *, yes: bool) -> None:
-    """Delete a user with all its keys. The audit log keeps what they were."""
+    """Delete a user with all its keys. The audit log keeps their last state."""
     confirm(f"Delete user {user_id} with all its keys?", yes=yes)
     call.tell(call.run(lambda directory: directory.delete_user(user_id)), USER_COLUMNS)

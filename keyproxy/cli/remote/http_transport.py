@@ -1,7 +1,7 @@
-"""Asking a running `keyproxy admin`: one request at a time, and what is refused in the words of the directory.
+"""HTTP client for a running `keyproxy admin`: one request at a time.
 
-What is refused raises what the directory would have raised. Nothing is sent a second time: an answer that was lost on its
-way is told as such, and lists show what came of it.
+A refusal raises the exception that the directory raises for it. Requests are not retried: a lost response is an error,
+and lists show whether the change was made.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ERRORS: Final[dict[str, type[DirectoryError]]] = {
 
 
 class Denied(DirectoryError):
-    """The admin API does not let this token do it."""
+    """The token lacks permission for this operation."""
 
 
 class HttpTransport:
-    """See the module. To be used as a context."""
+    """An HTTP client for the admin API. Use it as a context manager."""
 
     def __init__(self, url: str, token: str) -> None:
         """`url`: http://host:port, https://host:port or unix:/path."""
@@ -45,7 +45,7 @@ class HttpTransport:
             headers={"Authorization": f"Bearer {token}"}, timeout=aiohttp.ClientTimeout(total=_SECONDS),
             read_bufsize=_LINE_BYTES_MAX,
         )  # fmt: skip
-        #: What the server did all the same, such as a scope that no route asks for; each once.
+        #: Warnings of the server, such as a scope that no route requires; without duplicates.
         self.warnings: dict[str, None] = {}
 
     async def __aenter__(self) -> Self:
@@ -57,7 +57,7 @@ class HttpTransport:
     async def ask(
         self, method: str, path: str, content: object = None, query: Mapping[str, str] | None = None
     ) -> Entity:
-        """The JSON of an answer. Raises DirectoryError or StoreUnavailable."""
+        """Send a request and return the response's JSON. Raises DirectoryError or StoreUnavailable."""
         data = None if content is None else io.BytesIO(orjson.dumps(content))
         headers = {} if data is None else {"Content-Type": "application/json"}
         with _told_in_the_words_of_the_store():
@@ -72,7 +72,7 @@ class HttpTransport:
         return answer
 
     async def lines(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Entity]:
-        """The lines of an answer that goes on for as long as there is something. Raises as `ask`."""
+        """Yield the lines of a streamed response. Raises as `ask`."""
         timeout = aiohttp.ClientTimeout(total=_EXPORT_SECONDS, sock_read=_SECONDS)
         with _told_in_the_words_of_the_store():
             async with self._session.get(path, params=query, timeout=timeout, allow_redirects=False) as response:
@@ -87,21 +87,25 @@ def _told_in_the_words_of_the_store() -> Iterator[None]:
     try:
         yield
     except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-        raise StoreUnavailable(f"the admin API does not answer: {error or type(error).__name__}") from error
+        raise StoreUnavailable(f"the admin API does not respond: {error or type(error).__name__}") from error
     except ValueError as error:
-        raise StoreUnavailable("the admin API answers with something that is not JSON: is it one?") from error
+        raise StoreUnavailable("the response is not JSON: check that --admin-url is a keyproxy admin API") from error
 
 
 def _error(status: int, body: bytes) -> Exception:
-    """What the directory would have raised."""
+    """Return the exception that the directory raises for this refusal."""
     try:
         problem = orjson.loads(body)
         code, detail = str(problem["code"]), str(problem["detail"])
         if problem.get("errors"):
             detail = "; ".join(f"{one['field']}: {one['detail']}" for one in problem["errors"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return StoreUnavailable(f"the admin API answers {status}: is it one?")
+        return StoreUnavailable(
+            f"the response has status {status} and no error code: check that --admin-url is a keyproxy admin API"
+        )
     sentence = f"{detail[:1].lower()}{detail[1:]}".removesuffix(".")
     if status >= 500:
         return StoreUnavailable(sentence)
-    return _ERRORS.get(code, Denied)(sentence if code in _ERRORS else f"the admin API refuses: {sentence} ({code})")
+    return _ERRORS.get(code, Denied)(
+        sentence if code in _ERRORS else f"the admin API refused the request: {sentence} ({code})"
+    )

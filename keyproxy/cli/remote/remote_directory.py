@@ -1,6 +1,6 @@
-"""The admin API as its users see it: the operations of the directory, asked of a running `keyproxy admin`.
+"""The operations of the directory, through a running `keyproxy admin`.
 
-What comes back is what the directory would have answered; see `asking` for what is refused.
+Results are those of the directory; see `http_transport` for refusals.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from keyproxy.store.directory.directory import (
 )
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE
 
-#: Of a body, with room for what is around the keys.
+#: Size of the keys in a body, with room for the surrounding JSON.
 _PART_BYTES_MAX: Final = 1_000_000
 
 
 class RemoteDirectory(HttpTransport):
-    """See the module. To be used as a context."""
+    """The directory over the admin API. Use it as a context manager."""
 
     def __init__(self, url: str, token: str) -> None:
         """`url`: http://host:port, https://host:port or unix:/path."""
         super().__init__(url, token)
-        #: Where a list by id goes on, by its path and query and the last id of the page before.
+        #: The cursor of a list's next page, by path and query and the last id of the previous page.
         self._cursors: dict[tuple[str, str], str | None] = {}
         self._export: AsyncIterator[Entity] | None = None
 
@@ -141,7 +141,7 @@ class RemoteDirectory(HttpTransport):
                 return
 
     async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
-        """As Directory's, in parts that fit into a request; a dry run judges each part by itself."""
+        """As Directory's, in parts that fit into a request; a dry run checks each part separately."""
         report, start = ImportReport(), 0
         for rows in _parts(keys):
             told = await self.ask("POST", "/v1/keys/import", {"keys": rows, "dry_run": dry_run})
@@ -150,7 +150,7 @@ class RemoteDirectory(HttpTransport):
             report.add(ImportReport(told["imported"], told["present"], told["users"], problems))
             start += len(rows)
             if dry_run and start < len(keys):
-                self.warnings["a dry run through the admin API judges each 1,000 keys by themselves"] = None
+                self.warnings["a dry run through the admin API checks each batch of 1,000 keys separately"] = None
         return report
 
     # -- plans and the audit log
@@ -174,14 +174,14 @@ class RemoteDirectory(HttpTransport):
         return await self._page("/v1/audit", cursor, limit, **_audit_filter(wanted))
 
     async def audit_horizon(self) -> int:
-        """The server finds it when an export begins; a later export begins anew."""
+        """The server determines the horizon when an export starts; a later export starts a new one."""
         self._export = None
         return 0
 
     async def audit_export(
         self, cursor: str | None, limit: int, wanted: AuditFilter | None = None, *, horizon: int
     ) -> Page:
-        """The next part of one export, which began with the first call after `audit_horizon`."""
+        """Return the next part of the export that the first call after `audit_horizon` started."""
         del horizon
         if self._export is None:
             self._export = self.lines("/v1/audit/export", {**_audit_filter(wanted), "after": cursor or "0"})
@@ -190,7 +190,7 @@ class RemoteDirectory(HttpTransport):
             rows.append(row)
         return Page(rows, str(rows[-1]["id"]) if len(rows) == limit > 0 else None)
 
-    # -- what they share
+    # -- shared
 
     async def _page(self, path: str, cursor: str | None, limit: int, **filters: str) -> Page:
         query = {**filters, "limit": str(min(limit, PAGE_MAX))} | ({} if cursor is None else {"cursor": cursor})
@@ -235,7 +235,7 @@ def _sent(text: bytes) -> str:
 
 
 def _parts(keys: Sequence[ImportedKey]) -> Iterator[list[Entity]]:
-    """Keys as the admin API takes them, in parts that it takes at once."""
+    """Yield keys in the admin API's format, in parts that fit into one request."""
     part: list[Entity] = []
     size = 0
     for key in keys:

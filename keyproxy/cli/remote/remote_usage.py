@@ -1,4 +1,4 @@
-"""Usage, how limits stand, and what would become of a request, asked of a running `keyproxy admin`."""
+"""Usage, the state of limits, and explanations of requests, through a running `keyproxy admin`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from keyproxy.cli.remote.http_transport import HttpTransport
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import UsageFilter
 
-#: Before all usage. Without any time the admin API tells of the last 30 days.
+#: Before all usage. Without a time the admin API returns the last 30 days.
 _EVER: Final = "1970-01-01T00:00:00Z"
 
 
 class RemoteUsage(HttpTransport):
-    """The methods of UsageDesk, which say what they mean. To be used as a context."""
+    """UsageOperations over the admin API. Use it as a context manager."""
 
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]:
         query = {**_filters(wanted), "by": ",".join(by), "limit": str(limit)}

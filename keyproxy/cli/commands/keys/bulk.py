@@ -1,4 +1,4 @@
-"""keyproxy key revoke-all|issue-many|import: many keys at once. Interrupted, each can be run again."""
+"""keyproxy key revoke-all|issue-many|import: many keys at once. Each can be run again after an interruption."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from keyproxy.store.directory.interface import Operations
 _PROBLEMS_SHOWN_MAX: Final = 20
 
 _LOST: Final = (
-    "secrets of keys that were issued are lost. Free disk space, and run the command again with --reissue-unseen, which"
-    " revokes the keys that were never used and issues them again"
+    "secrets of issued keys are lost. Free disk space, then run the command again with --reissue-unseen, which revokes"
+    " and reissues the keys that were never used"
 )
 
 _file_argument = click.argument(
@@ -33,20 +33,22 @@ _file_argument = click.argument(
 )  # fmt: skip
 
 
-@click.command("revoke-all", short_help="Revoke many keys for good, of a user, tenant or age.")
-@click.option("--user", "user_id", metavar="USER", help="This user's keys.")
-@click.option("--tenant", "tenant_id", metavar="TENANT", help="The keys of this tenant's users.")
-@click.option("--older-than", callback=span, metavar="TIME", help="Keys issued longer ago than that.")
-@click.option("--unused", callback=span, metavar="TIME", help="Keys not used for so long.")
-@click.option("--reason", default="", help="Why, for those who look at it later.")
-@click.option("--dry-run", is_flag=True, help="Only say how many there are.")
+@click.command("revoke-all", short_help="Revoke many keys by user, tenant, age or last use.")
+@click.option("--user", "user_id", metavar="USER", help="Only this user's keys.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only keys of this tenant's users.")
+@click.option(
+    "--older-than", callback=span, metavar="TIME", help="Only keys issued longer ago than this, such as 365d."
+)
+@click.option("--unused", callback=span, metavar="TIME", help="Only keys not used for this long, such as 30d.")
+@click.option("--reason", default="", help="The reason, kept with the keys.")
+@click.option("--dry-run", is_flag=True, help="Only count the keys; revoke nothing.")
 @yes_option
 @takes_call
 def key_revoke_all(
     call: Call, user_id: str | None, tenant_id: str | None, older_than: timedelta | None, unused: timedelta | None,
     reason: str, *, dry_run: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Revoke many keys for good: those for which all that is said holds.
+    """Permanently revoke all keys that match every given option.
 
     \b
     keyproxy key revoke-all --user u_42 --reason "laptop stolen"
@@ -75,11 +77,20 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
     return count
 
 
-@click.command("issue-many", short_help="Issue a key for each row of a CSV or JSON file.")
+@click.command("issue-many", short_help="Issue one key per row of a CSV or JSON file.")
 @_file_argument
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
-@click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d; never. [keys.age_days_max]")
-@click.option("--plan", metavar="PLAN", help="Where a row names no plan.")
+@click.option(
+    "--scope",
+    "wanted",
+    multiple=True,
+    callback=scopes,
+    metavar="SCOPE",
+    help="Scope for rows without scopes; repeatable.",
+)
+@click.option(
+    "--expires-in", callback=duration, metavar="TIME", help="Lifetime, such as 90d, or never. [keys.age_days_max]"
+)
+@click.option("--plan", metavar="PLAN", help="Plan for rows without a plan.")
 @click.option("--reissue-unseen", is_flag=True,
               help="Revoke and reissue keys that were never used, because their secrets were lost.")  # fmt: skip
 @takes_call
@@ -87,10 +98,11 @@ def key_issue_many(
     call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,
     *, reissue_unseen: bool,
 ) -> None:  # fmt: skip
-    """Issue a key for each row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
+    """Issue one key per row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
 
-    Columns: user; name, scopes, test and plan if wanted. Each key is printed once it is there, with --json as JSON lines.
-    A user who has a working key of that name and mode gets no other, so that it can be run again.
+    Columns: user (required); name, scopes, test, plan (optional). Each key is printed as soon as it is issued,
+    with --json as JSON lines. If the user already has a working key of that name and mode, the row is skipped, so the
+    command can be run again.
 
     If secrets were lost, as on a full disk, run the command again with --reissue-unseen: keys that match their row and
     were never used are revoked and issued again. Keys that were used, rotated or imported stay.
@@ -112,7 +124,7 @@ def key_issue_many(
         lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
     )
     if not call.as_json:
-        say(f"{made} keys issued, {len(wishes) - made} were there; this is the only time the secrets are shown")
+        say(f"{made} keys issued, {len(wishes) - made} already existed; this is the only time the secrets are shown")
 
 
 async def _issue(
@@ -138,26 +150,33 @@ async def _issue(
 
 @click.command("import")
 @_file_argument
-@click.option("--dry-run", is_flag=True, help="Do it all, say what came of it, and undo it.")
-@click.option("--user", "user_id", metavar="USER", help="Whose keys they are, where a row does not say.")
-@click.option("--user-column", metavar="NAME", help="The column that says whose key it is. [user]")
+@click.option("--dry-run", is_flag=True, help="Run the import, report the result, and roll it back.")
+@click.option("--user", "user_id", metavar="USER", help="Owner of keys whose row names no user.")
+@click.option("--user-column", metavar="NAME", help="The column that contains the key's owner. [user]")
 @click.option("--map", "map_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
-              help="CSV lines `prefix or name of the key,user`: whose key it is.")  # fmt: skip
-@click.option("--tenant", "tenant_id", metavar="TENANT", help="Users who are not there are made in this tenant.")
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Where a row names no scopes.")
+              help="CSV lines `prefix or name of the key,user` that assign owners.")  # fmt: skip
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Create missing users in this tenant.")
+@click.option(
+    "--scope",
+    "wanted",
+    multiple=True,
+    callback=scopes,
+    metavar="SCOPE",
+    help="Scope for rows without scopes; repeatable.",
+)
 @takes_call
 def key_import(
     call: Call, path: Path, user_id: str | None, user_column: str | None, map_path: Path | None,
     tenant_id: str | None, wanted: tuple[str, ...], *, dry_run: bool,
 ) -> None:  # fmt: skip
-    """Take over keys that another program issued. FILE is CSV with a header line, JSON lines or Django's dumpdata; - is
+    """Import keys that another program issued. FILE is CSV with a header line, JSON lines or Django's dumpdata; - is
     stdin.
 
-    A row has the key's digest, the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
-    djangorestframework-api-key, and gets its digest when the key is first used. Other columns, all of them optional:
+    A row contains the key's digest, which is the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
+    djangorestframework-api-key, whose digest is added when the key is first used. Other columns, all of them optional:
     user, tenant, name, scopes, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
 
-    Rows that cannot be used are told, and status is 1; the others are imported. Keys that are there are passed over.
+    Invalid rows are reported and the exit status is 1; the other rows are imported. Existing keys are skipped.
 
     \b
     keyproxy key import keys.csv --map owners.csv --tenant acme --dry-run
@@ -178,15 +197,13 @@ def key_import(
     }  # fmt: skip
     call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
     if report.problems:
-        raise Failure(
-            "1 row cannot be used" if len(report.problems) == 1 else f"{len(report.problems)} rows cannot be used"
-        )
+        raise Failure("1 row is invalid" if len(report.problems) == 1 else f"{len(report.problems)} rows are invalid")
 
 
 async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
-    progress, report = Progress("keys looked at", len(keys)), ImportReport()
+    progress, report = Progress("keys checked", len(keys)), ImportReport()
     try:
-        # A dry run leaves nothing behind, and so sees all of it at once or not what came before.
+        # A dry run rolls back, so it must see all rows in one transaction: later parts would not see earlier ones.
         size = max(1, len(keys)) if dry_run else BATCH_MAX
         for start in range(0, len(keys), size):
             report.add(await directory.import_keys(keys[start : start + size], dry_run=dry_run))

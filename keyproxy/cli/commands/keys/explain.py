@@ -15,16 +15,16 @@ LIMIT_COLUMNS: Final = (
 )  # fmt: skip
 
 
-@click.command("explain", short_help="Show whether a request with a key would pass, and why.")
+@click.command("explain", short_help="Show whether a request with a key would be accepted, and why.")
 @click.argument("key_id", metavar="ID")
-@click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Of the request.")
-@click.option("--path", required=True, metavar="PATH", help="Of the request, such as /v1/ai/jobs.")
-@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Tokens of prompt and response.")
+@click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Method of the request.")
+@click.option("--path", required=True, metavar="PATH", help="Path of the request, such as /v1/ai/jobs.")
+@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response.")
 @takes_call
 def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | None) -> None:
-    """Say what would become of a request with a key, and how each limit stands. Nothing is charged or sent.
+    """Show whether a request with a key would be accepted, and the state of each limit. Nothing is charged or sent.
 
-    Without --tokens a request on a route that counts tokens is taken to give no maximum.
+    Without --tokens, a request on a route that counts tokens is treated as one without a maximum.
 
     \b
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000

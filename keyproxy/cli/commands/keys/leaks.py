@@ -46,11 +46,11 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
         say(reason_given)
 
 
-@click.command("whose", short_help="Show whose key, hint, id or name something is.")
+@click.command("whose", short_help="Find a key's owner by key, hint, id or name.")
 @click.argument("text", metavar="TEXT")
 @takes_call
 def key_whose(call: Call, text: str) -> None:
-    """Show the owner of a key without changing anything. TEXT is a key, its hint, its id or its name; - is stdin.
+    """Show the owner of a key. Changes nothing. TEXT is a key, its hint, its id or its name; - is stdin.
 
     Pass a key on stdin: an argument is visible to other users of the machine. The first part of a key is sufficient if it
     includes as much as the hint does. Status 1 if there is no such key.

@@ -1,4 +1,4 @@
-"""keyproxy key: one key at a time. Many at once are `key_bulk`'s."""
+"""keyproxy key: one key at a time; see `bulk` for many at once."""
 
 from __future__ import annotations
 
@@ -27,16 +27,30 @@ _id_argument = click.argument("key_id", metavar="ID")
 
 @click.group("key")
 def key_group() -> None:
-    """Keys: the secrets that workers present. A secret is shown once, when it is made."""
+    """Manage API keys. A key's secret is shown once, when it is created."""
 
 
 @key_group.command("issue")
-@click.option("--user", "user_id", required=True, metavar="USER", help="The user it belongs to.")
-@click.option("--test", "is_test", is_flag=True, help="A test key: its traffic is told apart everywhere.")
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="What it may do; repeatable.")
-@click.option("--name", default="", help="A name for people.")
-@click.option("--expires-in", callback=duration, metavar="TIME", help="Such as 90d or 24h; never. [keys.age_days_max]")
-@click.option("--plan", metavar="PLAN", help="Limits of this key, beside its user's and its tenant's.")
+@click.option("--user", "user_id", required=True, metavar="USER", help="The key's owner.")
+@click.option(
+    "--test", "is_test", is_flag=True, help="Issue a test key: its traffic is counted and limited separately."
+)
+@click.option(
+    "--scope",
+    "wanted",
+    multiple=True,
+    callback=scopes,
+    metavar="SCOPE",
+    help="A permission, such as jobs:write; repeatable.",
+)
+@click.option("--name", default="", help="A descriptive name.")
+@click.option(
+    "--expires-in",
+    callback=duration,
+    metavar="TIME",
+    help="Lifetime, such as 90d or 24h, or never. [keys.age_days_max]",
+)
+@click.option("--plan", metavar="PLAN", help="Limits of this key, in addition to its user's and its tenant's.")
 @takes_call
 def key_issue(
     call: Call, user_id: str, wanted: tuple[str, ...], name: str, expires_in: timedelta | str | None,
@@ -50,23 +64,27 @@ def key_issue(
     """
     wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan)
     key = call.run_for_secret(lambda directory: directory.issue_key(user_id, wish))
-    call.tell_secret(key, "issue another one")
+    call.tell_secret(key, "issue a new key")
 
 
 @key_group.command("list")
-@click.option("--user", "user_id", metavar="USER", help="Only this user's.")
-@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's.")
-@click.option("--test/--live", "is_test", default=None, help="Only of this mode.")
-@click.option("--state", type=click.Choice(STATES), help="Only in this state.")
-@click.option("--older-than", callback=span, metavar="TIME", help="Only what was issued longer ago than that.")
-@click.option("--expires-within", callback=span, metavar="TIME", help="Only what expires within that time, or has.")
-@click.option("--sort", "order", type=click.Choice(ORDERS), help="By when issued, last used or expiring, oldest first.")
+@click.option("--user", "user_id", metavar="USER", help="Only this user's keys.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's keys.")
+@click.option("--test/--live", "is_test", default=None, help="Only live or only test keys.")
+@click.option("--state", type=click.Choice(STATES), help="Only keys in this state.")
+@click.option("--older-than", callback=span, metavar="TIME", help="Only keys issued longer ago than this, such as 90d.")
+@click.option(
+    "--expires-within", callback=span, metavar="TIME", help="Only keys that expire within this time or have expired."
+)
+@click.option(
+    "--sort", "order", type=click.Choice(ORDERS), help="Sort by time of issue, last use or expiry, oldest first."
+)
 @takes_call
 def key_list(
     call: Call, user_id: str | None, tenant_id: str | None, state: str | None, older_than: timedelta | None,
     expires_within: timedelta | None, order: str | None, *, is_test: bool | None,
 ) -> None:  # fmt: skip
-    """List keys, without their secrets, which nobody has.
+    """List keys. Their secrets are not stored and cannot be shown.
 
     \b
     keyproxy key list --state active --expires-within 14d --sort expires
@@ -77,13 +95,13 @@ def key_list(
     call.tell(call.run(lambda directory: _listed(directory, wanted, order)), KEY_COLUMNS)
 
 
-@key_group.command("stale", short_help="List working keys that were not used for some time.")
-@click.option("--unused", required=True, callback=span, metavar="TIME", help="Not used for so long, such as 30d.")
-@click.option("--user", "user_id", metavar="USER", help="Only this user's.")
-@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's.")
+@key_group.command("stale", short_help="List working keys that have not been used for some time.")
+@click.option("--unused", required=True, callback=span, metavar="TIME", help="Not used for this long, such as 30d.")
+@click.option("--user", "user_id", metavar="USER", help="Only this user's keys.")
+@click.option("--tenant", "tenant_id", metavar="TENANT", help="Only this tenant's keys.")
 @takes_call
 def key_stale(call: Call, unused: timedelta, user_id: str | None, tenant_id: str | None) -> None:
-    """List the keys that work and were not used for some time, or since they were issued.
+    """List working keys that have not been used for some time; a key that was never used counts from its issue.
 
     \b
     keyproxy key stale --unused 30d
@@ -109,7 +127,7 @@ def key_show(call: Call, key_id: str) -> None:
 @plan_arguments
 @takes_call
 def key_set_plan(call: Call, key_id: str, plan: str | None, named: str | None, *, none: bool) -> None:
-    """Give a key a plan of its own. In force within a second."""
+    """Set or remove a key's own plan. Takes effect within a second."""
     change = {"plan": chosen_plan(plan, named, none=none)}
     call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)
 
@@ -135,14 +153,14 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
 @key_group.command("rotate")
 @_id_argument
 @click.option("--grace", "left", default="24h", show_default=True, callback=grace, metavar="TIME",
-              help="How long the old key goes on working; 0s: not at all.")  # fmt: skip
-@click.option("--expires-in", callback=duration, metavar="TIME", help="The new key's life. [keys.age_days_max]")
+              help="How long the old key keeps working; 0s: it stops immediately.")  # fmt: skip
+@click.option("--expires-in", callback=duration, metavar="TIME", help="The new key's lifetime. [keys.age_days_max]")
 @takes_call
 def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta | str | None) -> None:
-    """Issue a new key in place of one. The old one goes on working until the grace ends.
+    """Replace a key with a new one. The old key keeps working until the grace period ends.
 
-    Scopes, mode, plan and name go on; the two draw on the same limits. A key that never expires is replaced by one that
-    never expires.
+    The new key has the same scopes, mode, plan and name, and both keys share their limits. A key that never expires is
+    replaced by one that never expires.
 
     \b
     keyproxy key rotate key_… --grace 24h
@@ -154,11 +172,11 @@ def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta |
 
 @key_group.command("revoke")
 @_id_argument
-@click.option("--reason", default="", help="Why, for those who look at it later.")
+@click.option("--reason", default="", help="The reason, kept with the key.")
 @click.option("--yes", is_flag=True, hidden=True)
 @takes_call
 def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:
-    """Revoke a key for good. In force everywhere within a second. Never asks: on that day seconds count."""
+    """Revoke a key permanently. Takes effect everywhere within a second. Does not ask for confirmation."""
     del yes
     call.tell(call.run(lambda directory: directory.revoke_key(key_id, reason)), KEY_COLUMNS)
 
@@ -168,7 +186,7 @@ def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:
 @yes_option
 @takes_call
 def key_delete(call: Call, key_id: str, *, yes: bool) -> None:
-    """Delete a key. Revoking keeps a trace that deleting does not."""
+    """Delete a key. A revoked key stays visible in lists; a deleted one does not."""
     confirm(f"Delete key {key_id}?", yes=yes)
     call.tell(call.run(lambda directory: directory.delete_key(key_id)), KEY_COLUMNS)
 

@@ -22,16 +22,17 @@ _COLUMNS: Final = (
 
 @click.command("remind", short_help="Send the reminders that are due.")
 @click.option(
-    "--dry-run", is_flag=True, help="Only list what would be sent, and what was tried and is still to be sent."
+    "--dry-run",
+    is_flag=True,
+    help="Only list the reminders to send, including failed ones that will be retried.",
 )
 @config_option
 @json_option
 def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> None:
-    """Send the due reminders of keys and admin tokens that expire soon to [reminders] webhook_url.
+    """Send due reminders about keys and admin tokens that expire soon to [reminders] webhook_url.
 
-    A running `keyproxy admin` does so by itself; this is for a cron job where there is none. What was received is not
-    sent again, whoever sent it. Status 1 if something was not received; it is tried again when this is run later, up to
-    nine times.
+    A running `keyproxy admin` sends them itself; use this command in a cron job where none runs. A delivered reminder is
+    not sent again by either. Status 1 if a delivery failed; a later run retries it, up to nine attempts in total.
 
     \b
     keyproxy key remind --dry-run
@@ -42,14 +43,14 @@ def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> Non
         call.tell(call.run_in_store(lambda database: _listed(database, terms.before_days)), _COLUMNS)
         return
     if not terms.webhook_url:
-        raise ConfigError(["reminders.webhook_url: is not set, so there is nobody to remind"])
-    # What this needs takes longer to import than a command takes.
+        raise ConfigError(["reminders.webhook_url: not set, so reminders cannot be sent"])
+    # These imports take longer than a command runs.
     from keyproxy.admin.reminder_sender import ReminderSender
 
     outcome = call.run_in_store(lambda database: ReminderSender(Reminders(database)).turn(terms))
     call.tell(asdict(outcome), ())
     if outcome.failed or outcome.given_up:
-        raise Failure("not all reminders were received: `keyproxy key remind --dry-run` says why")
+        raise Failure("some reminders were not delivered: run `keyproxy key remind --dry-run` for the errors")
 
 
 async def _listed(database: Database, before_days: list[int]) -> list[dict[str, Any]]:
