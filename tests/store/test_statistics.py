@@ -42,7 +42,7 @@ def _arguments(statement: str, tenant: str) -> tuple[object, ...]:
         return [f"key_{number}" for number in range(1, _KEYS + 1)], "x", tenant
     if statement == "revoke_keys":
         return "", _KEYS, "x", None, tenant, None, None
-    wishes = [
+    wishes: list[dict[str, object]] = [
         {"user_id": "u_42", "name": f"n{number}", "scopes": [], "is_test": False, "plan": None}
         for number in range(1, _KEYS + 1)
     ]
