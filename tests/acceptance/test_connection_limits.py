@@ -14,6 +14,7 @@ import pytest
 from keyproxy.store.postgres import roles
 from tests.acceptance.conftest import Configure, Site, until
 from tests.rawhttp import answer_with
+from tests.server import as_role, may_log_in
 
 CLIENTS, REQUESTS_EACH = 8, 25
 
@@ -33,6 +34,7 @@ async def role(dsn: str, sql: asyncpg.Connection) -> AsyncIterator[str]:
     """A proxy role for this test only."""
     prefix = f"kp_{secrets.token_hex(4)}"
     await roles.create(dsn, prefix)
+    await sql.execute(may_log_in(dsn, f"{prefix}_proxy"))
     yield f"{prefix}_proxy"
     for name in roles.names(prefix):
         await sql.execute(f'DROP OWNED BY "{name}"')
@@ -48,7 +50,7 @@ async def test_no_request_fails_with_few_connections_and_readiness_reports_the_s
     await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{\"requests_per_day\": 1000000}')")
     await sql.execute("UPDATE keyproxy.users SET plan_id = 'p'")
     await sql.execute(f'ALTER ROLE "{role}" CONNECTION LIMIT {limit}')
-    site = configure(dsn.replace("keyproxy@", f"{role}@"), ledger={"lease_seconds": 2.0})
+    site = configure(as_role(dsn, role), ledger={"lease_seconds": 2.0})
     site.upstream.answering = answer_with(_ANSWER)
     answers: Counter[tuple[int, str]] = Counter()
 
@@ -80,7 +82,7 @@ async def test_a_proxy_takes_more_connections_once_they_are_granted(
     await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', '{\"requests_per_day\": 1000000}')")
     await sql.execute("UPDATE keyproxy.users SET plan_id = 'p'")
     await sql.execute(f'ALTER ROLE "{role}" CONNECTION LIMIT 1')
-    site = configure(dsn.replace("keyproxy@", f"{role}@"))
+    site = configure(as_role(dsn, role))
     site.upstream.answering = answer_with(_ANSWER)
     async with site.serving():
         await until(lambda: _has_store(site))

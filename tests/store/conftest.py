@@ -9,6 +9,7 @@ import pwd
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -235,10 +236,16 @@ async def make_pooler(relay: Relay, short_directory: Path) -> AsyncIterator[Make
                 stderr=asyncio.subprocess.DEVNULL,
             )
             stack.push_async_callback(_end, process)
-            await until((directory / ".s.PGSQL.6432").exists, "pgbouncer listens")
+            await until(lambda: _accepts(directory / ".s.PGSQL.6432"), "pgbouncer listens")
             return Pooler(directory, urlsplit(relay.dsn).path[1:])
 
         yield making
+
+
+def _accepts(path: Path) -> bool:
+    """Whether a program listens on this socket. The file is there a moment earlier, while it refuses connections."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

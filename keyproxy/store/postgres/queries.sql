@@ -205,29 +205,40 @@ WHERE NOT EXISTS (
 RETURNING id, user_id, name, expires_at;
 
 -- name: revoke_unseen
--- Run before issue_keys, with the same $1: revokes, for the reason $2, the working keys that would make it skip users,
--- but only those that match the description, were issued and not rotated or imported, and were never used. One row for
--- each. Needs: api_keys (user_id), api_keys (replaces), usage (key_id), foreign_hashes (key_id).
-WITH working AS (
-    SELECT k.id, k.user_id, k.name, k.is_test,
-           k.scopes = w.scopes AND k.plan_id IS NOT DISTINCT FROM w.plan AND k.last_used_at IS NULL
-           AND k.replaces IS NULL
-           AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = k.id)
-           AND NOT EXISTS (SELECT FROM keyproxy.usage AS g WHERE g.key_id = k.id)
-           AND NOT EXISTS (SELECT FROM keyproxy.foreign_hashes AS f WHERE f.key_id = k.id) AS is_unseen
-    FROM jsonb_to_recordset($1::text::jsonb) AS w (
-        user_id text, name text, scopes text[], is_test boolean, plan text
-    )
-    JOIN keyproxy.api_keys AS k ON k.user_id = w.user_id AND k.name = w.name AND k.is_test = w.is_test
-    WHERE k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
-), unseen AS (
-    SELECT user_id, name, is_test FROM working GROUP BY user_id, name, is_test HAVING bool_and(is_unseen)
-)
+-- Before issue_keys, with the same $1: revokes, for the reason $2, the working keys that it would find in the way, if each
+-- of them is as the wish describes it, was issued and not rotated or imported, and was never used. One row for each.
+-- A wish is found by the text of user, name and mode, without a join, for the reason that mark_used gives.
+-- Needs: api_keys (id), api_keys (user_id), api_keys (replaces), usage (key_id), foreign_hashes (key_id).
 UPDATE keyproxy.api_keys AS k
 SET revoked_at = now(), revoke_reason = $2
-FROM working AS o
-JOIN unseen AS u ON u.user_id = o.user_id AND u.name = o.name AND u.is_test = o.is_test
-WHERE k.id = o.id
+WHERE k.id = ANY (ARRAY(
+    WITH wanted AS MATERIALIZED (
+        SELECT array_agg(DISTINCT w.user_id) AS users,
+               jsonb_object_agg(
+                   jsonb_build_array(w.user_id, w.name, w.is_test)::text,
+                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan)
+               ) AS wishes
+        FROM jsonb_to_recordset($1::text::jsonb) AS w (
+            user_id text, name text, scopes text[], is_test boolean, plan text
+        )
+    )
+    SELECT unnest(array_agg(o.id))
+    FROM (
+        SELECT i.*, (SELECT wishes FROM wanted) -> jsonb_build_array(i.user_id, i.name, i.is_test)::text AS wish
+        FROM keyproxy.api_keys AS i
+        WHERE i.user_id = ANY ((SELECT users FROM wanted)::text[])
+          AND i.revoked_at IS NULL AND (i.expires_at IS NULL OR i.expires_at > now())
+    ) AS o
+    WHERE o.wish IS NOT NULL
+    GROUP BY o.user_id, o.name, o.is_test
+    HAVING bool_and(
+        to_jsonb(o.scopes) = o.wish -> 'scopes' AND o.plan_id IS NOT DISTINCT FROM o.wish ->> 'plan'
+        AND o.last_used_at IS NULL AND o.replaces IS NULL
+        AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = o.id)
+        AND NOT EXISTS (SELECT FROM keyproxy.usage AS g WHERE g.key_id = o.id)
+        AND NOT EXISTS (SELECT FROM keyproxy.foreign_hashes AS f WHERE f.key_id = o.id)
+    )
+))
 RETURNING k.id, k.user_id, k.name, k.is_test;
 
 -- name: hold_users
@@ -365,26 +376,24 @@ WHERE id = $1 AND revoked_at IS NULL
 RETURNING id;
 
 -- name: revoke_keys
--- Revokes the next $2 keys after $1 that are not revoked, in the order of their ids: of one user $4, of one tenant $5,
--- older than $6, not used for $7, where not null. Returns the revoked keys; skips those revoked already, so that it can
--- be repeated. Needs: api_keys (user_id), users (tenant_id).
-WITH picked AS (
-    SELECT k.id
-    FROM keyproxy.api_keys AS k
-    JOIN keyproxy.users AS u ON u.id = k.user_id
-    WHERE k.id > $1 AND k.revoked_at IS NULL
-      AND ($4::text IS NULL OR k.user_id = $4)
-      AND ($5::text IS NULL OR u.tenant_id = $5)
-      AND ($6::interval IS NULL OR k.created_at < now() - $6)
-      AND ($7::interval IS NULL OR coalesce(k.last_used_at, k.created_at) < now() - $7)
-    ORDER BY k.id
-    LIMIT $2
-    FOR NO KEY UPDATE OF k
-)
+-- The next $2 keys after $1 that are not revoked, in the order of their ids: of one user $4, of one tenant $5, older than
+-- $6, not used for $7, where not null. Judged by the rows it returns; what is revoked already is passed over, so that it
+-- can be run again. Without a join of the two steps, as mark_used. Needs: api_keys (id), (user_id), users (tenant_id).
 UPDATE keyproxy.api_keys AS k
 SET revoked_at = now(), revoke_reason = nullif($3, '')
-FROM picked
-WHERE k.id = picked.id
+WHERE k.id = ANY (ARRAY(
+    SELECT o.id
+    FROM keyproxy.api_keys AS o
+    JOIN keyproxy.users AS u ON u.id = o.user_id
+    WHERE o.id > $1 AND o.revoked_at IS NULL
+      AND ($4::text IS NULL OR o.user_id = $4)
+      AND ($5::text IS NULL OR u.tenant_id = $5)
+      AND ($6::interval IS NULL OR o.created_at < now() - $6)
+      AND ($7::interval IS NULL OR coalesce(o.last_used_at, o.created_at) < now() - $7)
+    ORDER BY o.id
+    LIMIT $2
+    FOR NO KEY UPDATE OF o
+))
 RETURNING k.id;
 
 -- name: count_to_revoke
@@ -423,18 +432,17 @@ LIMIT $5;
 
 -- name: revoke_leaked
 -- Revokes the keys $1 for the reason $2; of one tenant $3, if not null. One row for each that was not revoked before.
-WITH held AS (
-    SELECT k.id
-    FROM keyproxy.api_keys AS k
-    JOIN keyproxy.users AS u ON u.id = k.user_id
-    WHERE k.id = ANY($1::text[]) AND k.revoked_at IS NULL AND ($3::text IS NULL OR u.tenant_id = $3)
-    ORDER BY k.id
-    FOR NO KEY UPDATE OF k
-)
+-- Without a join of the two steps, as mark_used. Needs: api_keys (id).
 UPDATE keyproxy.api_keys AS k
 SET revoked_at = now(), revoke_reason = nullif($2, '')
-FROM held
-WHERE k.id = held.id
+WHERE k.id = ANY (ARRAY(
+    SELECT o.id
+    FROM keyproxy.api_keys AS o
+    JOIN keyproxy.users AS u ON u.id = o.user_id
+    WHERE o.id = ANY ($1::text[]) AND o.revoked_at IS NULL AND ($3::text IS NULL OR u.tenant_id = $3)
+    ORDER BY o.id
+    FOR NO KEY UPDATE OF o
+))
 RETURNING k.id;
 
 -- name: foreign_prefixes
