@@ -88,8 +88,14 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
     def eof_received(self) -> None:
-        """No more of a response comes. An upstream that reads the rest of the request no more must not hold it up."""
-        if self._exchange is not None and not self._exchange.is_tunnel:
+        """No more of a response comes; the event loop closes the connection once everything is written.
+
+        An upstream that does not read the rest of the request must not hold that up.
+        """
+        exchange, transport = self._exchange, self._transport
+        if exchange is None or exchange.is_tunnel or transport is None:
+            return
+        if self._writer.kept_bytes or transport.get_write_buffer_size():
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
