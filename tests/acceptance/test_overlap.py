@@ -160,7 +160,12 @@ async def test_a_reload_to_an_address_of_another_process_changes_nothing(configu
     content = apart.config.read_text(encoding="utf-8")
     port, ops_port = (int(line.rpartition(":")[2].rstrip('"')) for line in content.splitlines() if "address" in line)
     apart = dataclasses.replace(apart, proxy_port=port, ops_port=ops_port)
+
+    async def is_ready() -> bool:
+        return (await apart.ops("/readyz"))[0] == 200
+
     async with site.serving(), apart.serving() as process:
+        await until(is_ready, while_running=process)
         apart.config.write_text(content.replace(str(port), str(site.ops_port)), encoding="utf-8")
         process.send_signal(signal.SIGHUP)
         await until(lambda: says(apart, "has this address as its ops.address"))

@@ -9,8 +9,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from keyproxy.store import queries
-from tests.store.stage import Sql, add_keys, add_user, until_blocked
+from keyproxy.store.postgres import queries
+from tests.store.harness import Sql, add_keys, add_user, until_blocked
 
 _KEYS = 1_000
 

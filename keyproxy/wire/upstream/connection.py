@@ -104,8 +104,14 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
     def eof_received(self) -> None:
-        """The response has ended. An upstream that stops reading the rest of the request must not delay its end."""
-        if self._exchange is not None and not self._exchange.is_tunnel:
+        """The response has ended; the event loop closes the connection once everything is written.
+
+        An upstream that does not read the rest of the request must not hold that up.
+        """
+        exchange, transport = self._exchange, self._transport
+        if exchange is None or exchange.is_tunnel or transport is None:
+            return
+        if self._writer.kept_bytes or transport.get_write_buffer_size():
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
