@@ -312,7 +312,7 @@ async def test_an_upstream_to_which_connecting_times_out_is_unreachable_and_not_
                 assert result == {(502, "upstream_unreachable")}
     assert "timed out" in wire.pool.unreachable_because
     # One line for the outage, which names the upstream.
-    logged = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+    logged = [record.getMessage() for record in caplog.records if "upstream unreachable" in record.getMessage()]
     assert logged == [f"upstream unreachable: 127.0.0.1:{port}: timed out"]
 
 
