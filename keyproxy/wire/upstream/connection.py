@@ -104,10 +104,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._fail(Refusal(Reason.INTERNAL_ERROR))
 
     def eof_received(self) -> None:
-        """The response has ended; the event loop closes the connection once everything is written.
-
-        An upstream that does not read the rest of the request must not hold that up.
-        """
+        """The event loop closes the connection once all is written: what the upstream does not read is dropped."""
         exchange, transport = self._exchange, self._transport
         if exchange is None or exchange.is_tunnel or transport is None:
             return
