@@ -15,7 +15,7 @@ from tests.store.harness import Sql, add_keys, add_user, until_blocked
 _KEYS = 1_000
 
 #: Rows that a statement may look at, for each key. Comparing each key with every other makes it a thousand.
-_ROWS_PER_KEY_MAX = 20
+_ROWS_PER_KEY_MAX = 50
 
 
 @pytest.fixture
