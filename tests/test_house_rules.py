@@ -8,7 +8,10 @@ from __future__ import annotations
 import ast
 import collections
 import graphlib
+import io
+import re
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -81,6 +84,13 @@ ROOT_MODULES_MAX = 8
 FOLDER_MODULES_MAX = 15
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
+
+#: Words for data that speaks, and for programs as persons. A few are right, as in the name of the user `nobody`.
+DIALECT = re.compile(
+    r"\b(told|tells?|says?|said|hears?|heard|asked of|whoever|nobody|what becomes of|in force|begins? anew|lets in)\b",
+    re.IGNORECASE,
+)
+DIALECT_PER_THOUSAND_WORDS_MAX = 2.0
 
 TYPE_CHECKING_USERS = {
     "keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py",
@@ -199,6 +209,24 @@ def test_type_checking_blocks_contain_no_keyproxy_imports() -> None:
     hiding = {_name(path) for path in MODULES if "TYPE_CHECKING" in path.read_text(encoding="utf-8")}
     # Commands defer slow imports; the other one needs the type checker's view of a decorator.
     assert hiding == TYPE_CHECKING_USERS
+
+
+def _prose(path: Path) -> str:
+    """Comments and strings of a module; all of another file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return " ".join(token.string for token in tokens if token.type in (tokenize.COMMENT, tokenize.STRING))
+
+
+@pytest.mark.parametrize("texts", ["code", "documentation"])
+def test_texts_are_plain_english(texts: str) -> None:
+    documents = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "config.example.toml"]
+    prose = " ".join(_prose(path) for path in (MODULES if texts == "code" else documents))
+    found = collections.Counter(match.group().lower() for match in DIALECT.finditer(prose))
+    words = len(re.findall(r"[A-Za-z']+", prose))
+    assert 1000 * found.total() / words <= DIALECT_PER_THOUSAND_WORDS_MAX, found.most_common(5)
 
 
 def test_folders_stay_small_enough_to_read() -> None:
