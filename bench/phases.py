@@ -24,7 +24,7 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
 from keyproxy.gateway import Gateway
 from keyproxy.http import headers
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.limits.allowance import Allowance, TokenNeed
 from keyproxy.limits.lease_table import LeaseTable, Short
@@ -195,7 +195,7 @@ class Bench:
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Terms(schema.Listen(), self.gateway, Upstreams(pool), self.names, Problems(), TrustRule([])),
+            Terms(schema.Listen(), self.gateway, Upstreams(pool), self.names, ErrorRenderer(), TrustRule([])),
             recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
         )  # fmt: skip
         self.client = ClientConnection(self.server)

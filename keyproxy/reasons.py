@@ -1,10 +1,11 @@
-"""The closed set of refusal reasons: every outcome other than a relayed upstream response.
+"""The closed set of refusal reasons: every outcome of a proxied request other than a relayed upstream response.
 
 One row holds everything fixed about an outcome: the code for programs, the status, the party at fault, and the sentence
 for the caller. A `Refusal` is one occurrence: it may add text for the caller, and a separate detail for the operator's
-log only. Nothing else in the program maps a cause to a status.
+log only. Nothing else in the program maps a cause to a status. `admin.problems` lists those of the admin API, as rows
+of the same type; `http.problem_json` renders both.
 
-A new outcome is one row here, one entry in docs/failure-modes.md, one test.
+A new refusal is one row here, one entry in docs/failure-modes.md, and one line in tests/test_reasons.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ class Blame(enum.Enum):
     UPSTREAM = "upstream"
 
 
-class Row(NamedTuple):
-    """The fixed part of an outcome. `retry_after_seconds`: the default wait; None: an unchanged retry cannot succeed."""
+class ProblemSpec(NamedTuple):
+    """The fixed part of a problem, of the proxy or of the admin API.
+
+    `retry_after_seconds`: the default wait; None: an unchanged retry cannot succeed.
+    """
 
     code: str
     status: int
@@ -39,49 +43,37 @@ class Row(NamedTuple):
 class Reason(enum.Enum):
     """Why a request was refused or got no upstream response. The values are unique; `code` is a public name."""
 
-    KEY_MISSING = Row(
+    KEY_MISSING = ProblemSpec(
         "api_key_missing",
         401,
         Blame.CALLER,
         "API key missing",
         "The request has no API key. Send one as 'Authorization: Api-Key <KEY>'.",
     )
-    KEY_INVALID = Row(
-        "api_key_invalid",
-        401,
-        Blame.CALLER,
-        "API key invalid",
-        "The API key is malformed or does not exist.",
+    KEY_INVALID = ProblemSpec(
+        "api_key_invalid", 401, Blame.CALLER, "API key invalid", "The API key is malformed or does not exist."
     )
-    KEY_EXPIRED = Row(
-        "api_key_expired",
-        401,
-        Blame.CALLER,
-        "API key expired",
-        "The API key has expired. Request a new one.",
+    KEY_EXPIRED = ProblemSpec(
+        "api_key_expired", 401, Blame.CALLER, "API key expired", "The API key has expired. Request a new one."
     )
-    KEY_REVOKED = Row(
-        "api_key_revoked",
-        401,
-        Blame.CALLER,
-        "API key revoked",
-        "The API key has been revoked. Request a new one.",
+    KEY_REVOKED = ProblemSpec(
+        "api_key_revoked", 401, Blame.CALLER, "API key revoked", "The API key has been revoked. Request a new one."
     )
-    ACCOUNT_DISABLED = Row(
+    ACCOUNT_DISABLED = ProblemSpec(
         "account_disabled",
         401,
         Blame.CALLER,
         "Account disabled",
         "The user or tenant that owns the API key is disabled.",
     )
-    CREDENTIALS_AMBIGUOUS = Row(
+    CREDENTIALS_AMBIGUOUS = ProblemSpec(
         "credentials_ambiguous",
         400,
         Blame.CALLER,
         "Credentials ambiguous",
         "The request has more than one credential. Send exactly one API key.",
     )
-    KEY_IN_URL = Row(
+    KEY_IN_URL = ProblemSpec(
         "key_in_url",
         400,
         Blame.CALLER,
@@ -89,49 +81,49 @@ class Reason(enum.Enum):
         "The URL contains an API key. Send the key in a header instead, "
         "and replace this key: servers and proxies log URLs, so it may already have been recorded.",
     )
-    REQUEST_MALFORMED = Row(
+    REQUEST_MALFORMED = ProblemSpec(
         "request_malformed",
         400,
         Blame.CALLER,
         "Request malformed",
         "The request is not well-formed HTTP/1.1, or is ambiguous: two servers could parse it differently.",
     )
-    METHOD_NOT_ALLOWED = Row(
+    METHOD_NOT_ALLOWED = ProblemSpec(
         "method_not_allowed",
         405,
         Blame.CALLER,
         "Method not allowed",
         "TRACE is not supported, because its response would echo the request headers.",
     )
-    METHOD_NOT_IMPLEMENTED = Row(
+    METHOD_NOT_IMPLEMENTED = ProblemSpec(
         "method_not_implemented",
         501,
         Blame.CALLER,
         "Method not implemented",
         "The request method is not a registered HTTP method, and no route of this proxy allows it.",
     )
-    EXPECTATION_FAILED = Row(
+    EXPECTATION_FAILED = ProblemSpec(
         "expectation_failed",
         417,
         Blame.CALLER,
         "Expectation failed",
         "The only supported value of the Expect header is 100-continue.",
     )
-    SCOPE_INSUFFICIENT = Row(
+    SCOPE_INSUFFICIENT = ProblemSpec(
         "insufficient_scope",
         403,
         Blame.CALLER,
         "Insufficient scope",
         "The API key lacks a scope that the route requires.",
     )
-    ROUTE_NOT_ALLOWED = Row(
+    ROUTE_NOT_ALLOWED = ProblemSpec(
         "route_not_allowed",
         403,
         Blame.CALLER,
         "Route not allowed",
         "No route of this proxy matches the method and path.",
     )
-    RATE_LIMITED = Row(
+    RATE_LIMITED = ProblemSpec(
         "rate_limited",
         429,
         Blame.CALLER,
@@ -139,7 +131,7 @@ class Reason(enum.Enum):
         "The request rate exceeds a limit of the API key, its user or its tenant. Slow down.",
         1,
     )
-    CONCURRENCY_LIMITED = Row(
+    CONCURRENCY_LIMITED = ProblemSpec(
         "concurrency_limited",
         429,
         Blame.CALLER,
@@ -148,7 +140,7 @@ class Reason(enum.Enum):
         "Retry when one of them has finished.",
         1,
     )
-    QUOTA_EXHAUSTED = Row(
+    QUOTA_EXHAUSTED = ProblemSpec(
         "quota_exhausted",
         429,
         Blame.CALLER,
@@ -156,7 +148,7 @@ class Reason(enum.Enum):
         "The request quota of the current window is exhausted.",
         60,
     )
-    TOKEN_BUDGET_EXHAUSTED = Row(
+    TOKEN_BUDGET_EXHAUSTED = ProblemSpec(
         "token_budget_exhausted",
         429,
         Blame.CALLER,
@@ -164,35 +156,27 @@ class Reason(enum.Enum):
         "The request may use more tokens than remain in the token budget of the current window.",
         60,
     )
-    TOKEN_LIMIT_PER_REQUEST = Row(
+    TOKEN_LIMIT_PER_REQUEST = ProblemSpec(
         "token_limit_per_request",
         403,
         Blame.CALLER,
         "Token limit per request",
         "The request may use more tokens than the plan allows per request. Lower its maximum or send a shorter prompt.",
     )
-    BODY_TOO_LARGE = Row(
-        "body_too_large",
-        413,
-        Blame.CALLER,
-        "Body too large",
-        "The request body exceeds the maximum size.",
+    BODY_TOO_LARGE = ProblemSpec(
+        "body_too_large", 413, Blame.CALLER, "Body too large", "The request body exceeds the maximum size."
     )
-    HEADERS_TOO_LARGE = Row(
+    HEADERS_TOO_LARGE = ProblemSpec(
         "headers_too_large",
         431,
         Blame.CALLER,
         "Headers too large",
         "The request line and headers exceed the maximum size.",
     )
-    REQUEST_TIMEOUT = Row(
-        "request_timeout",
-        408,
-        Blame.CALLER,
-        "Request timeout",
-        "The request timed out before it arrived completely.",
+    REQUEST_TIMEOUT = ProblemSpec(
+        "request_timeout", 408, Blame.CALLER, "Request timeout", "The request timed out before it arrived completely."
     )
-    STORE_UNAVAILABLE = Row(
+    STORE_UNAVAILABLE = ProblemSpec(
         "store_unavailable",
         503,
         Blame.US,
@@ -200,7 +184,7 @@ class Reason(enum.Enum):
         "API keys cannot be verified right now; yours may well be valid. Retry shortly.",
         2,
     )
-    LEDGER_UNAVAILABLE = Row(
+    LEDGER_UNAVAILABLE = ProblemSpec(
         "ledger_unavailable",
         503,
         Blame.US,
@@ -208,44 +192,28 @@ class Reason(enum.Enum):
         "Limits cannot be checked right now. Nothing was charged. Retry shortly.",
         2,
     )
-    OVERLOADED = Row(
-        "overloaded",
-        503,
-        Blame.US,
-        "Overloaded",
-        "The proxy is overloaded. Retry shortly.",
-        1,
+    OVERLOADED = ProblemSpec("overloaded", 503, Blame.US, "Overloaded", "The proxy is overloaded. Retry shortly.", 1)
+    DRAINING = ProblemSpec(
+        "draining", 503, Blame.US, "Draining", "The proxy is shutting down. Retry on a new connection.", 1
     )
-    DRAINING = Row(
-        "draining",
-        503,
-        Blame.US,
-        "Draining",
-        "The proxy is shutting down. Retry on a new connection.",
-        1,
-    )
-    UPSTREAM_UNREACHABLE = Row(
+    UPSTREAM_UNREACHABLE = ProblemSpec(
         "upstream_unreachable",
         502,
         Blame.UPSTREAM,
         "Upstream unreachable",
         "The compute server is unreachable, or closed the connection without sending a response.",
     )
-    UPSTREAM_INVALID = Row(
+    UPSTREAM_INVALID = ProblemSpec(
         "upstream_invalid",
         502,
         Blame.UPSTREAM,
         "Upstream response invalid",
         "The response of the compute server is not well-formed HTTP/1.1.",
     )
-    UPSTREAM_TIMEOUT = Row(
-        "upstream_timeout",
-        504,
-        Blame.UPSTREAM,
-        "Upstream timeout",
-        "The compute server did not respond in time.",
+    UPSTREAM_TIMEOUT = ProblemSpec(
+        "upstream_timeout", 504, Blame.UPSTREAM, "Upstream timeout", "The compute server did not respond in time."
     )
-    INTERNAL_ERROR = Row(
+    INTERNAL_ERROR = ProblemSpec(
         "internal_error",
         500,
         Blame.US,
@@ -268,9 +236,9 @@ NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
 
 
 class Refusal(Exception):
-    """The refusal of one request. `said` is appended to the sentence for the caller; `detail` goes only to the log.
+    """The refusal of one request. `caller_text` is appended to the reason's sentence; `detail` is only logged.
 
-    `is_said_alone`: `said` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
+    `replaces_sentence`: `caller_text` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
     `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
     to the limit's reset. `is_held`: the window is not exhausted; requests in flight reserve the rest of it and may
@@ -283,8 +251,8 @@ class Refusal(Exception):
         reason: Reason,
         detail: str = "",
         *,
-        said: str = "",
-        is_said_alone: bool = False,
+        caller_text: str = "",
+        replaces_sentence: bool = False,
         field: str | None = None,
         missing_scopes: Sequence[str] = (),
         retry_after_seconds: int | None = None,
@@ -295,8 +263,8 @@ class Refusal(Exception):
         super().__init__(reason.code, detail)
         self.reason = reason
         self.detail = detail
-        self.said = said
-        self.is_said_alone = is_said_alone
+        self.caller_text = caller_text
+        self.replaces_sentence = replaces_sentence
         self.field = field
         self.missing_scopes = missing_scopes
         self.limit = limit

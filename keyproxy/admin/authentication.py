@@ -75,7 +75,7 @@ class Access:
         except Refused as refused:
             wait_seconds = self._throttle.failed(peer, now_mono)
             if wait_seconds:
-                raise Refused(Problem.TOO_MANY_FAILURES, headers={"Retry-After": str(wait_seconds)}) from refused
+                raise Refused(Problem.TOO_MANY_FAILURES, retry_after_seconds=wait_seconds) from refused
             raise
 
     async def _token(self, authorization: list[str]) -> Entity:

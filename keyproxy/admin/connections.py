@@ -8,7 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
-from keyproxy.admin.problems import Problem, Refused, body
+from keyproxy.admin.problems import Problem, Refused, problem_body
 from keyproxy.process import http_connections
 from keyproxy.process.http_connections import Bounds
 from keyproxy.process.ops_listener import Unreadable
@@ -31,9 +31,16 @@ class Connections(http_connections.Connections):
 
 def _full() -> bytes:
     request_id = secrets.token_hex(16)
-    content = body(Refused(Problem.OVERLOADED), request_id)
+    refused = Refused(Problem.OVERLOADED)
+    content = problem_body(refused, request_id)
     return (
-        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 2\r\n"
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: %d\r\n"
         b"%bX-Request-Id: %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-        % (http_connections.date_line(), request_id.encode("ascii"), len(content), content)
+        % (
+            refused.retry_after_seconds or 1,
+            http_connections.date_line(),
+            request_id.encode("ascii"),
+            len(content),
+            content,
+        )
     )

@@ -18,7 +18,7 @@ from aiohttp import web
 from keyproxy.admin import docs_page, openapi
 from keyproxy.admin.connections import BOUNDS, Bounds, Connections
 from keyproxy.admin.endpoints import Endpoint
-from keyproxy.admin.problems import Problem, Refused, rendered
+from keyproxy.admin.problems import Problem, Refused, problem_response
 from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
@@ -158,7 +158,7 @@ class AdminListener:
         except Exception as error:  # noqa: BLE001 - the outermost boundary
             refused = _refusal(error, request[_REQUEST_ID])
             code = refused.problem.code
-            response = rendered(refused, request[_REQUEST_ID])
+            response = problem_response(refused, request[_REQUEST_ID])
         self._note(request, response.status, code, self.service.now_mono() - started)
         return response
 

@@ -13,9 +13,10 @@ from pydantic.json_schema import models_json_schema
 from keyproxy import __version__
 from keyproxy.admin import scopes
 from keyproxy.admin.endpoints import Endpoint
-from keyproxy.admin.problems import MEDIA_TYPE, Problem
+from keyproxy.admin.problems import Problem
 from keyproxy.admin.schemas.request_models import ID, PLAN_ID, Accepted, NoQuery
 from keyproxy.admin.schemas.response_models import ProblemDetails
+from keyproxy.http.problem_json import MEDIA_TYPE
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)\}")

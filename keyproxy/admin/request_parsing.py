@@ -149,12 +149,12 @@ def _checked(model: type[_Model], content: object, where: str) -> _Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        errors = [_told(one, model, where) for one in error.errors(include_url=False, include_input=False)]
+        errors = [_field_error(one, model, where) for one in error.errors(include_url=False, include_input=False)]
         first = errors[0]
         raise Refused(Problem.INVALID, f"{first.field}: {first.detail}", errors=errors[:_ERRORS_MAX]) from None
 
 
-def _told(error: Any, model: type[Accepted], where: str) -> FieldError:
+def _field_error(error: Any, model: type[Accepted], where: str) -> FieldError:
     location = ".".join([where, *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(model, error["loc"][:-1]))
@@ -173,7 +173,7 @@ def _fields_at(model: type[Accepted], location: Iterable[str | int]) -> Iterable
     here: type[Accepted] | None = model
     for step in location:
         field = here.model_fields.get(str(step)) if here is not None else None
-        here = next((one for one in _models(field.annotation) if True), None) if field is not None else here
+        here = next(iter(_models(field.annotation)), None) if field is not None else here
     return here.model_fields if here is not None else ()
 
 

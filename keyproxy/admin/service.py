@@ -122,7 +122,7 @@ class Service:
         try:
             kept, is_replay = await answer_once(self.database, asked, work, without=_without_secrets)
         except InProgress as error:
-            raise Refused(Problem.IN_PROGRESS, headers={"Retry-After": "1"}) from error
+            raise Refused(Problem.IN_PROGRESS) from error
         except KeyReused as error:
             raise Refused(Problem.KEY_REUSED) from error
         response = _response(kept)

@@ -28,4 +28,4 @@ def _insufficient(missing: list[str]) -> Refusal:
     """The refusal names all missing scopes, so that the caller need not find them one request at a time."""
     named = ", ".join([f"'{scope}'" for scope in missing])
     noun = "scope" if len(missing) == 1 else "scopes"
-    return Refusal(Reason.SCOPE_INSUFFICIENT, said=f"Missing {noun}: {named}.", missing_scopes=missing)
+    return Refusal(Reason.SCOPE_INSUFFICIENT, caller_text=f"Missing {noun}: {named}.", missing_scopes=missing)

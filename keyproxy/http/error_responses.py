@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from keyproxy import limit_state
-from keyproxy.reasons import SPENT, Reason, Refusal, Row
+from keyproxy.http import problem_json
+from keyproxy.reasons import SPENT, Reason, Refusal
 
 #: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
 KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
@@ -34,7 +35,7 @@ _ANTHROPIC_TYPES: Final = {
 }  # fmt: skip
 
 
-class Answer(NamedTuple):
+class ErrorResponse(NamedTuple):
     """A complete response of the proxy. `fields` are header lines, without framing and X-Request-Id."""
 
     status: int
@@ -43,7 +44,7 @@ class Answer(NamedTuple):
     body: bytes
 
 
-class Problems:
+class ErrorRenderer:
     """Renders refusals with the configured statuses."""
 
     def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
@@ -60,10 +61,10 @@ class Problems:
         """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
-    def answer(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> Answer:
+    def render(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> ErrorResponse:
         """The response for one refusal in the route's error format."""
         status = self.status_of(refusal)
-        media_type = "application/problem+json" if error_shape == "problem" else "application/json"
+        media_type = problem_json.MEDIA_TYPE if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
         if status == http.HTTPStatus.UNAUTHORIZED:
             fields.append(f"WWW-Authenticate: {_CHALLENGE}")
@@ -79,7 +80,7 @@ class Problems:
             # Anthropic's sleeps for all of Retry-After, even if that is a day.
             fields.append("x-should-retry: false")
         block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
-        return Answer(
+        return ErrorResponse(
             status,
             http.HTTPStatus(status).phrase.encode("ascii"),
             block + limit_state.lines(refusal.applied),
@@ -96,34 +97,22 @@ class Problems:
         return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
 
     def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
-        row = refusal.reason.value
+        spec = refusal.reason.value
         status = self.status_of(refusal)
-        sentence = refusal.said if refusal.is_said_alone else f"{row.sentence} {refusal.said}".rstrip()
-        told = _limit_members(refusal)
-        content: dict[str, object]
+        detail = refusal.caller_text if refusal.replaces_sentence else f"{spec.sentence} {refusal.caller_text}".rstrip()
+        members = _limit_members(refusal)
+        error: dict[str, object]
         match error_shape:
             case "openai":
                 kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-                content = {
-                    "error": {"message": sentence, "type": kind, "param": refusal.field, "code": row.code, **told}
-                }
+                error = {"message": detail, "type": kind, "param": refusal.field, "code": spec.code, **members}
+                return json.dumps({"error": error}).encode("utf-8")
             case "anthropic":
                 kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-                error = {"type": kind, "message": sentence, "code": row.code, **told}
-                content = {"type": "error", "error": error, "request_id": request_id}
+                error = {"type": kind, "message": detail, "code": spec.code, **members}
+                return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode("utf-8")
             case _:
-                content = {**_problem(row, status, sentence), "request_id": request_id, **told}
-        return json.dumps(content).encode("utf-8")
-
-
-def _problem(row: Row, status: int, sentence: str) -> dict[str, object]:
-    return {
-        "type": f"urn:keyproxy:problem:{row.code}",
-        "title": row.title,
-        "status": status,
-        "detail": sentence,
-        "code": row.code,
-    }
+                return problem_json.problem_json(spec, request_id, status=status, detail=detail, members=members)
 
 
 def _limit_members(refusal: Refusal) -> dict[str, object]:

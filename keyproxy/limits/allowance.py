@@ -118,7 +118,7 @@ def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
     if bound is not None and most > bound.remaining:
         raise Refusal(
             Reason.TOKEN_LIMIT_PER_REQUEST,
-            said=f"The request may use up to {most} tokens; the plan allows {bound.remaining} per request.",
+            caller_text=f"The request may use up to {most} tokens; the plan allows {bound.remaining} per request.",
             limit=bound,
         )
     # At least one: a hold of 0 would pass even if no tokens are left.

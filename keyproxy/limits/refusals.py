@@ -36,7 +36,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
         _REASONS[measure],
         limit=told,
         applied=applied,
-        said=_said(need, is_held=is_held) if measure in TOKENS else "",
+        caller_text=_caller_text(need, is_held=is_held) if measure in TOKENS else "",
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,
         is_held=is_held,
     )
@@ -48,11 +48,11 @@ def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]
         Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=state(lease, now_mono),
         applied=[state(other, now_mono) for other in leases],
-        said=f"The request may use up to {need} tokens; the whole window has {lease.limit}.",
+        caller_text=f"The request may use up to {need} tokens; the whole window has {lease.limit}.",
     )
 
 
-def _said(need: int, *, is_held: bool) -> str:
+def _caller_text(need: int, *, is_held: bool) -> str:
     held = " Requests in flight reserve what is left." if is_held else ""
     return f"The request may use up to {need} tokens.{held}"
 

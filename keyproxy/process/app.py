@@ -18,7 +18,7 @@ from typing import Final
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.metrics.access_log import AccessLog, Row
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
@@ -166,7 +166,7 @@ class Proxy:
             gate=gateway,
             upstreams=upstreams,
             names=FieldNames(prefix),
-            problems=Problems(
+            problems=ErrorRenderer(
                 invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
             ),
             trust=TrustRule(settings.listen.trusted_proxies, prefix),

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from keyproxy.config.schema import Listen
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import TrustRule
 from keyproxy.ports import Gate, Recorder
 from keyproxy.wire.body_buffer import BodyMemory
@@ -24,7 +24,7 @@ class ServerContext:
     is_draining: bool
     listen: Listen
     loop: asyncio.AbstractEventLoop
-    problems: Problems
+    problems: ErrorRenderer
     recorder: Recorder
     requests: RequestReader
     room: BodyMemory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from keyproxy.http.error_responses import Answer
+from keyproxy.http.error_responses import ErrorResponse
 from keyproxy.model import ResponseHead
 
 #: The first bytes of every response.
@@ -45,7 +45,7 @@ class DateField:
         return self._line
 
 
-def own(answer: Answer, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
+def own(answer: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
     """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
     return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
         answer.status,

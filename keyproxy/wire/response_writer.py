@@ -78,7 +78,7 @@ class ResponseWriter(PoolUser):
             self._end(Ending.CUT, self._server.clock(), closes=True)
             return
         head, server = self.head, self._server
-        answer = server.problems.answer(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
+        answer = server.problems.render(refusal, self.request_id.decode("ascii"), self._gate.error_shape(head))
         if self.permit is not None and not refusal.applied:
             answer = answer._replace(fields=answer.fields + self._gate.limit_headers(self.permit, server.clock()))
         closes = (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from keyproxy.config.schema import Listen
-from keyproxy.http.error_responses import Answer, Problems
+from keyproxy.http.error_responses import ErrorRenderer, ErrorResponse
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.platform import clock as clock_room
 from keyproxy.ports import Gate, Recorder
@@ -62,7 +62,7 @@ class Terms:
     gate: Gate
     upstreams: Upstreams
     names: FieldNames
-    problems: Problems
+    problems: ErrorRenderer
     trust: TrustRule
     tls: ssl.SSLContext | None = None
 
@@ -234,7 +234,7 @@ class ProxyServer(ServerContext):
     def _without_tls(self) -> bytes:
         """Return the response to plain HTTP on a TLS port."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
-        answer = Answer(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
+        answer = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
         return response_heads.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
 
     def _opening(self) -> int:

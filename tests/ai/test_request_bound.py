@@ -126,8 +126,8 @@ def test_a_refused_maximum_is_named_with_its_fault(name: str, value: str, fault:
     with pytest.raises(Refusal) as caught:
         ask(f'{{"model":"{filler}","{name}":{value}}}'.encode())
     assert caught.value.field == name
-    assert caught.value.said == f"'{name}' {fault}; it must be a whole number from 0 to {TOKENS_MAX}."
-    assert value[:4] not in caught.value.said.replace(str(TOKENS_MAX), "") or value in ("true", "false")
+    assert caught.value.caller_text == f"'{name}' {fault}; it must be a whole number from 0 to {TOKENS_MAX}."
+    assert value[:4] not in caught.value.caller_text.replace(str(TOKENS_MAX), "") or value in ("true", "false")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_refused_maximum_is_named_with_its_fault(name: str, value: str, fault:
 def test_the_fault_of_a_body_is_named(body: bytes, field: str | None, said: str) -> None:
     with pytest.raises(Refusal) as caught:
         ask(body)
-    assert (caught.value.field, caught.value.said, caught.value.is_said_alone) == (field, said, True)
+    assert (caught.value.field, caught.value.caller_text, caught.value.replaces_sentence) == (field, said, True)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_all_scopes_of_a_route_are_required_exactly(
     with pytest.raises(Refusal) as error:
         admit(who, route, NOW)
     assert (error.value.reason, error.value.missing_scopes) == (Reason.SCOPE_INSUFFICIENT, missing)
-    assert all(f"'{scope}'" in error.value.said for scope in missing)
+    assert all(f"'{scope}'" in error.value.caller_text for scope in missing)
 
 
 EXPIRED, STRIPPED = NOW.wall_seconds - 1, frozenset[str]()

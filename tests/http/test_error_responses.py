@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from keyproxy.http.error_responses import ERROR_SHAPES, Answer, Problems
+from keyproxy.http.error_responses import ERROR_SHAPES, ErrorRenderer, ErrorResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
 
@@ -17,7 +17,7 @@ each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reaso
 each_shape = pytest.mark.parametrize("shape", ERROR_SHAPES)
 
 
-def fields(answer: Answer) -> dict[str, str]:
+def fields(answer: ErrorResponse) -> dict[str, str]:
     assert answer.fields.endswith(b"\r\n")
     lines = answer.fields.decode("ascii").split("\r\n")[:-1]
     found = dict(line.split(": ", 1) for line in lines)
@@ -27,7 +27,7 @@ def fields(answer: Answer) -> dict[str, str]:
 
 @each_reason
 def test_problem_has_the_documented_members(reason: Reason) -> None:
-    answer = Problems().answer(Refusal(reason, "for our log", said="And this."), "r-1")
+    answer = ErrorRenderer().render(Refusal(reason, "for our log", caller_text="And this."), "r-1")
     row = reason.value
     assert answer.status == row.status
     assert answer.reason_phrase
@@ -46,9 +46,9 @@ def test_problem_has_the_documented_members(reason: Reason) -> None:
 @each_shape
 def test_refusal_with_its_own_sentence_names_the_member_at_fault(shape: str) -> None:
     refusal = Refusal(
-        Reason.REQUEST_MALFORMED, said="'max_tokens' is a string.", is_said_alone=True, field="max_tokens"
+        Reason.REQUEST_MALFORMED, caller_text="'max_tokens' is a string.", replaces_sentence=True, field="max_tokens"
     )
-    content = json.loads(Problems().answer(refusal, "r-1", shape).body)
+    content = json.loads(ErrorRenderer().render(refusal, "r-1", shape).body)
     error = content if shape == "problem" else content["error"]
     assert error["code"] == "request_malformed"
     assert error["detail" if shape == "problem" else "message"] == "'max_tokens' is a string."
@@ -58,7 +58,7 @@ def test_refusal_with_its_own_sentence_names_the_member_at_fault(shape: str) -> 
 @each_reason
 @each_shape
 def test_every_format_has_the_code_and_never_the_log_detail(reason: Reason, shape: str) -> None:
-    answer = Problems().answer(Refusal(reason, "for our log"), "r-1", shape)
+    answer = ErrorRenderer().render(Refusal(reason, "for our log"), "r-1", shape)
     content = json.loads(answer.body)
     error = content if shape == "problem" else content["error"]
     assert answer.status == reason.value.status
@@ -70,7 +70,7 @@ def test_every_format_has_the_code_and_never_the_log_detail(reason: Reason, shap
 @each_reason
 @each_shape
 def test_response_has_exactly_the_fields_that_its_status_requires(reason: Reason, shape: str) -> None:
-    told = fields(Problems().answer(Refusal(reason), "r-1", shape))
+    told = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
     status, wait = reason.value.status, reason.value.retry_after_seconds
     assert told.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
     assert told.get("Retry-After") == (None if wait is None else str(wait))
@@ -79,21 +79,21 @@ def test_response_has_exactly_the_fields_that_its_status_requires(reason: Reason
 
 @pytest.mark.parametrize("missing", [["jobs:write"], ["jobs:read", "jobs:write"]])
 def test_all_missing_scopes_are_named_in_the_challenge(missing: list[str]) -> None:
-    told = fields(Problems().answer(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
+    told = fields(ErrorRenderer().render(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
     assert told["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{" ".join(missing)}"'
 
 
 @pytest.mark.parametrize(("wait", "told"), [(0, "0"), (1, "1"), (3600, "3600")])
 def test_wait_of_a_refusal_overrides_the_default(wait: int, told: str) -> None:
-    answer = Problems().answer(Refusal(Reason.OVERLOADED, retry_after_seconds=wait), "r-1")
+    answer = ErrorRenderer().render(Refusal(Reason.OVERLOADED, retry_after_seconds=wait), "r-1")
     assert fields(answer)["Retry-After"] == told
 
 
 @each_reason
 def test_configured_status_applies_to_rejected_keys(reason: Reason) -> None:
-    problems = Problems(invalid_key_status=403)
+    problems = ErrorRenderer(invalid_key_status=403)
     expected = 403 if reason in KEY_REFUSALS else reason.value.status
-    answer = problems.answer(Refusal(reason), "r-1")
+    answer = problems.render(Refusal(reason), "r-1")
     assert (problems.status(reason), answer.status, json.loads(answer.body)["status"]) == (expected,) * 3
     assert ("WWW-Authenticate" in fields(answer)) == (expected == 401)
 
@@ -114,11 +114,11 @@ def test_configured_status_applies_to_rejected_keys(reason: Reason) -> None:
     ],
 )
 def test_error_has_the_type_that_the_sdk_expects(reason: Reason, openai: str, anthropic: str) -> None:
-    problems = Problems()
-    openai_answer = problems.answer(Refusal(reason), "r-1", "openai")
+    problems = ErrorRenderer()
+    openai_answer = problems.render(Refusal(reason), "r-1", "openai")
     assert json.loads(openai_answer.body)["error"]["type"] == openai
     assert json.loads(openai_answer.body)["error"]["param"] is None
-    anthropic_answer = problems.answer(Refusal(reason), "r-1", "anthropic")
+    anthropic_answer = problems.render(Refusal(reason), "r-1", "anthropic")
     content = json.loads(anthropic_answer.body)
     assert (content["type"], content["error"]["type"], content["request_id"]) == ("error", anthropic, "r-1")
     assert {fields(answer)["Content-Type"] for answer in (openai_answer, anthropic_answer)} == {"application/json"}
@@ -128,7 +128,7 @@ DAILY = LimitPolicy("user.requests-per-day", 100, 86_400)
 TOKENS = LimitPolicy("tenant.tokens-per-month", 5000, 2_592_000, "tokens")
 
 
-def told_error(answer: Answer, shape: str) -> dict[str, object]:
+def told_error(answer: ErrorResponse, shape: str) -> dict[str, object]:
     content = json.loads(answer.body)
     error = content if shape == "problem" else content["error"]
     assert isinstance(error, dict)
@@ -139,7 +139,7 @@ def told_error(answer: Answer, shape: str) -> dict[str, object]:
 def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
     daily, tokens = LimitState(DAILY, 0, 61.2), LimitState(TOKENS, 4000, 1000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, applied=[daily, tokens])
-    answer = Problems().answer(refusal, "r-1", shape)
+    answer = ErrorRenderer().render(refusal, "r-1", shape)
     error = told_error(answer, shape)
     assert {name: error[name] for name in ("policy", "limit", "remaining", "reset_seconds", "retryable")} == {
         "policy": "user.requests-per-day", "limit": 100, "remaining": 0, "reset_seconds": 62, "retryable": True,
@@ -152,7 +152,7 @@ def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
 @each_shape
 def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
     limit = LimitState(LimitPolicy("key.tokens-per-request", 1000, unit="tokens"), 1000)
-    answer = Problems().answer(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
+    answer = ErrorRenderer().render(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
     error = told_error(answer, shape)
     assert (answer.status, error["reset_seconds"], error["retryable"]) == (403, None, False)
     assert "Retry-After" not in fields(answer)
@@ -163,7 +163,7 @@ def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
 @each_shape
 def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reason, shape: str) -> None:
     futile = {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST}
-    told = fields(Problems().answer(Refusal(reason), "r-1", shape))
+    told = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
     assert told.get("x-should-retry") == ("false" if reason in futile else None)
 
 
@@ -171,7 +171,7 @@ def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reas
 def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
     daily = LimitState(DAILY, 0, 40_000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
-    answer = Problems(spent_status=402).answer(refusal, "r-1", shape)
+    answer = ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)
     error = told_error(answer, shape)
     assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
     assert (fields(answer)["Retry-After"], fields(answer).get("x-should-retry")) == ("3", None)
@@ -179,28 +179,28 @@ def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
 
 @pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
 def test_retry_after_the_stated_wait_is_not_too_early(reset: float | None, told: str) -> None:
-    answer = Problems().answer(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
+    answer = ErrorRenderer().render(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
     assert fields(answer)["Retry-After"] == told
 
 
 @each_reason
 def test_spent_status_applies_to_exhausted_windows(reason: Reason) -> None:
-    problems = Problems(spent_status=402)
+    problems = ErrorRenderer(spent_status=402)
     spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED}
     assert problems.status(reason) == (402 if spent else reason.value.status)
     if spent:
-        error = json.loads(problems.answer(Refusal(reason), "r-1", "openai").body)["error"]
+        error = json.loads(problems.render(Refusal(reason), "r-1", "openai").body)["error"]
         assert (error["type"], error["code"]) == ("insufficient_quota", reason.code)
-        error = json.loads(problems.answer(Refusal(reason), "r-1", "anthropic").body)["error"]
+        error = json.loads(problems.render(Refusal(reason), "r-1", "anthropic").body)["error"]
         assert (error["type"], error["code"]) == ("billing_error", reason.code)
 
 
 @each_shape
 def test_last_event_of_an_aborted_stream_has_the_body_of_the_refusal(shape: str) -> None:
     refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LimitState(TOKENS, 0, 10))
-    event = Problems().last_event(refusal, "r-1", shape)
+    event = ErrorRenderer().last_event(refusal, "r-1", shape)
     name, _, data = event.rpartition(b"data: ")
     assert name == (b"" if shape == "openai" else b"event: error\n")
     assert data.endswith(b"\n\n")
     assert data.count(b"\n") == 2
-    assert data.rstrip() == Problems().answer(refusal, "r-1", shape).body
+    assert data.rstrip() == ErrorRenderer().render(refusal, "r-1", shape).body

@@ -10,7 +10,7 @@ import httpx2
 import openai
 import pytest
 
-from keyproxy.http.error_responses import Answer, Problems
+from keyproxy.http.error_responses import ErrorRenderer, ErrorResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
 
@@ -31,7 +31,7 @@ MESSAGE_START = (
 Server = Callable[[httpx2.Request], httpx2.Response]
 
 
-def answering(answer: Answer) -> Server:
+def answering(answer: ErrorResponse) -> Server:
     lines = [line.split(": ", 1) for line in answer.fields.decode("ascii").split("\r\n")[:-1]]
     return lambda _: httpx2.Response(
         answer.status, headers=[(name, value) for name, value in lines], content=answer.body
@@ -52,8 +52,8 @@ def ask_anthropic(server: Server) -> anthropic.Anthropic:
     return anthropic.Anthropic(api_key="k", base_url="http://proxy", max_retries=0, http_client=client)
 
 
-def refused(reason: Reason, shape: str) -> Answer:
-    return Problems().answer(Refusal(reason, limit=LIMIT), "r-1", shape)
+def refused(reason: Reason, shape: str) -> ErrorResponse:
+    return ErrorRenderer().render(Refusal(reason, limit=LIMIT), "r-1", shape)
 
 
 class Counting:
@@ -93,7 +93,7 @@ def with_default_retries(server: Server, shape: str) -> tuple[type[Exception], C
 def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
     reason: Reason, status: int, shape: str
 ) -> None:
-    answer = Problems(spent_status=status).answer(Refusal(reason, limit=LIMIT), "r-1", shape)
+    answer = ErrorRenderer(spent_status=status).render(Refusal(reason, limit=LIMIT), "r-1", shape)
     server = Counting(answering(answer))
     error, call = with_default_retries(server, shape)
     started = time.monotonic()
@@ -108,7 +108,7 @@ def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
 @pytest.mark.parametrize("shape", ["openai", "anthropic"])
 def test_an_sdk_with_default_retries_retries_when_requests_in_flight_reserve_the_window(shape: str) -> None:
     refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT, retry_after_seconds=1, is_held=True)
-    server = Counting(answering(Problems(spent_status=402).answer(refusal, "r-1", shape)))
+    server = Counting(answering(ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)))
     error, call = with_default_retries(server, shape)
     started = time.monotonic()
     with pytest.raises(error):
@@ -153,7 +153,7 @@ def test_request_that_can_never_fit_raises_permission_denied_in_both_sdks() -> N
 
 
 def test_the_openai_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
-    last = Problems().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "openai")
+    last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "openai")
     heard: list[str | None] = []
     with ask_openai(streaming(CHUNK + last)) as client:
         stream = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}], stream=True)
@@ -165,7 +165,7 @@ def test_the_openai_sdk_yields_received_events_and_raises_when_a_stream_is_ended
 
 
 def test_the_anthropic_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
-    last = Problems().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "anthropic")
+    last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "anthropic")
     heard: list[str] = []
     with ask_anthropic(streaming(MESSAGE_START + last)) as client:
         stream = client.messages.create(

@@ -15,7 +15,7 @@ from keyproxy.config.schema import Ledger as LedgerSettings
 from keyproxy.config.schema import Listen
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.gateway import Gateway
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
@@ -99,7 +99,9 @@ async def start() -> AsyncIterator[Start]:
             )  # fmt: skip
             stack.push_async_callback(pool.close)
             settled = Listen(**({"address": "127.0.0.1:0"} | (listen or {})))
-            terms = Terms(settled, gateway, Upstreams(pool), names, Problems(), TrustRule(settled.trusted_proxies), tls)
+            terms = Terms(
+                settled, gateway, Upstreams(pool), names, ErrorRenderer(), TrustRule(settled.trusted_proxies), tls
+            )
             server = ProxyServer(
                 terms,
                 recorder=recorder,

@@ -7,7 +7,7 @@ import gc
 import time
 import types
 
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
@@ -57,7 +57,7 @@ async def test_the_same_bytes_are_parsed_again_after_a_reload(wire: Wire) -> Non
         for _ in range(OFTEN):
             assert await asked(client, SAME) == 200
         names = FieldNames("X-Other-")
-        server.change(Terms(server.listen, wire.gateway, server.upstreams, names, Problems(), TrustRule([])), None)
+        server.change(Terms(server.listen, wire.gateway, server.upstreams, names, ErrorRenderer(), TrustRule([])), None)
         for _ in range(OFTEN):
             assert await asked(client, SAME) == 200
     told = [seen.one("X-Other-User") for seen in wire.upstream.requests]

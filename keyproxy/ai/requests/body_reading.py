@@ -91,7 +91,7 @@ class BodyReading:
             return self._is_not_json(error)
         except TooManyStepsError as too_many:  # another name: the compiled build gives a name one type
             raise Refusal(
-                Reason.BODY_TOO_LARGE, "too many parts", said="Its JSON has too many names, values and brackets."
+                Reason.BODY_TOO_LARGE, "too many parts", caller_text="Its JSON has too many names, values and brackets."
             ) from too_many
         document = scanner.document
         if document is not None and (len(document) > _MEMBERS_MAX or len(_options(document)) > _MEMBERS_MAX):

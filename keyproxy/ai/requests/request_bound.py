@@ -315,9 +315,9 @@ def _broken(content: bytes, head: RequestHead, error: ValueError) -> Refusal:
     return malformed(f"{NOT_JSON[:-1]}: it ends early or is invalid at character {getattr(error, 'pos', 0)}.")
 
 
-def malformed(said: str, field: str | None = None) -> Refusal:
+def malformed(message: str, field: str | None = None) -> Refusal:
     """Build the refusal of a body, with a complete message. `field`: the member at fault."""
-    return Refusal(Reason.REQUEST_MALFORMED, said, said=said, is_said_alone=True, field=field)
+    return Refusal(Reason.REQUEST_MALFORMED, message, caller_text=message, replaces_sentence=True, field=field)
 
 
 def doubled(name: str) -> Refusal:

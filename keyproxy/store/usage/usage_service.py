@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from keyproxy.config.schema import Settings
-from keyproxy.http.error_responses import Problems
+from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
 from keyproxy.store.ledger.explain import Question, explain_key, windows_of_user
 from keyproxy.store.postgres.database import Database
@@ -49,11 +49,11 @@ class UsageService(UsageReader):
         }  # fmt: skip
         if refusal is None:
             return content
-        problems = Problems(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)
+        problems = ErrorRenderer(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)
         return content | {
             "code": refusal.reason.code,
             "status": problems.status_of(refusal),
             "policy": None if refusal.limit is None else refusal.limit.policy.name,
-            "detail": f"{refusal.reason.value.sentence} {refusal.said or refusal.detail}".rstrip(),
+            "detail": f"{refusal.reason.value.sentence} {refusal.caller_text or refusal.detail}".rstrip(),
             "retry_after_seconds": refusal.retry_after_seconds,
         }

@@ -168,7 +168,7 @@ def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> Non
             lacks = "has one Sec-WebSocket-Version, which is 13"
     if lacks:
         sentence = f"A WebSocket handshake {lacks}."
-        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", said=sentence)
+        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", caller_text=sentence)
 
 
 def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:

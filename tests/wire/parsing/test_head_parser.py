@@ -405,7 +405,7 @@ def test_an_incomplete_websocket_handshake_is_refused_by_name(raw: bytes, lacks:
         accepted(raw)
     assert error.value.reason is Reason.REQUEST_MALFORMED
     assert lacks in error.value.detail
-    assert lacks in error.value.said
+    assert lacks in error.value.caller_text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""Build `application/problem+json` documents (RFC 9457): the only place that does, for the proxy and the admin API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final
+
+from keyproxy.reasons import ProblemSpec
+
+MEDIA_TYPE: Final = "application/problem+json"
+
+
+def problem_json(
+    spec: ProblemSpec, request_id: str, *, status: int, detail: str, members: Mapping[str, object]
+) -> bytes:
+    """The document for one occurrence of a problem. `status` may be configured; `members` are further members."""
+    content: dict[str, object] = {
+        "type": f"urn:keyproxy:problem:{spec.code}",
+        "title": spec.title,
+        "status": status,
+        "detail": detail,
+        "code": spec.code,
+        "request_id": request_id,
+        **members,
+    }
+    return json.dumps(content).encode("utf-8")
