@@ -18,11 +18,12 @@ from aiohttp import web
 from keyproxy.admin import docs_page, openapi
 from keyproxy.admin.connections import BOUNDS, Bounds, Connections
 from keyproxy.admin.endpoints import Endpoint
+from keyproxy.admin.metrics_page import Traffic
 from keyproxy.admin.problems import Problem, Refused, problem_response
 from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
-from keyproxy.metrics.control import CONTENT_TYPE, Traffic
+from keyproxy.metrics.catalogue import CONTENT_TYPE
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)

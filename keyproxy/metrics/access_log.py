@@ -52,7 +52,7 @@ _SERVER_ERROR: Final = 500
 _REMEMBERED_MAX: Final = 4096
 
 #: An exchange with its labels: route, mode, code.
-Row = tuple[Exchange, str, str, str]
+LabelledExchange = tuple[Exchange, str, str, str]
 
 
 class AccessLog:
@@ -86,7 +86,7 @@ class AccessLog:
             self._queue.put(None)
             self._writer.join(_CLOSE_SECONDS)
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Sequence[LabelledExchange]) -> None:
         """Log exchanges that have ended."""
         if self.success_share < 1.0:
             rows = [row for row in rows if row[3] != _OK or self._takes(row[0].status)]
@@ -133,7 +133,7 @@ class AccessLog:
                 is_failing = True
             self._written_bytes += len(lines)
 
-    def _line(self, row: Row, wall_offset: float) -> bytes:
+    def _line(self, row: LabelledExchange, wall_offset: float) -> bytes:
         exchange, route, _, code = row
         wall = exchange.started_mono + wall_offset
         second = int(wall)

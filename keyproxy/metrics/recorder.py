@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy import ports
-from keyproxy.metrics.access_log import AccessLog, Row
+from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.model import ANSWERED, Ending, TokenUse
 from keyproxy.ports import Exchange
 
@@ -93,7 +93,7 @@ class Cell:
 class Recorder(ports.Recorder):
     """Counts and logs exchanges in batches. Implements the port Recorder."""
 
-    def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[Row]], None]) -> None:
+    def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[LabelledExchange]], None]) -> None:
         """`access_log` None: requests are not logged. `sinks` receive all ended exchanges, in batches."""
         #: From the request's head to its first byte upstream, without waiting for its body or for a connection.
         self.overhead_seconds = Histogram(OVERHEAD_BOUNDS)
@@ -167,7 +167,7 @@ class Recorder(ports.Recorder):
             for sink in self._sinks:
                 sink(rows)
 
-    def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[Row]], None], ...]:
+    def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[LabelledExchange]], None], ...]:
         return self._others if access_log is None else (access_log.write, *self._others)
 
     def _count(self, cell: Cell) -> None:

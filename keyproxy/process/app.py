@@ -20,16 +20,16 @@ from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
-from keyproxy.metrics.access_log import AccessLog, Row
-from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue, Sources
-from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import NO_TOKENS
+from keyproxy.metrics.access_log import AccessLog, LabelledExchange
+from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue
+from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.platform import clock, sockets
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
+from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
-from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, spending_of
+from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.wire.deadlines import Deadlines
@@ -65,8 +65,9 @@ class Proxy:
         self.server = ProxyServer(
             terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
         )
-        self._catalogue = Catalogue(self._recorder, self._sources())
-        self.store.ledger.conversation.observe = self._catalogue.ledger_round_trips.observe
+        self._ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
+        self.store.ledger.conversation.observe = self._ledger_round_trips.observe
+        self._catalogue = Catalogue(PROXY_METRICS, self._scrape)
         self._ops = self._ops_listener()
         #: The control socket of this process; None: its supervisor has it, or there is none.
         self.control: Control | None = None
@@ -188,22 +189,16 @@ class Proxy:
     def _ops_listener(self) -> OpsListener:
         return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
 
-    def _sources(self) -> Sources:
-        return Sources(
-            identity_lookups=lambda: self.store.identities.counts.by_name(),  # noqa: PLW0108
-            identities=lambda: self.store.identities.sizes(),  # noqa: PLW0108
-            store_is_up=lambda: self.store.database.is_up,
-            change_feed_lag_seconds=lambda: self.store.feed.lag_seconds(),  # noqa: PLW0108
-            upstream_connections=self._upstream_connections,
-            open_requests=self.server.open_requests,
-            open_tunnels=self.server.open_tunnels,
-            client_connections=self.server.open_connections,
-            failed_connections=self.server.failed_connections,
-            access_log_dropped=lambda: self._access_log.dropped,
-            defects=lambda: {lasting.what: lasting.defects for lasting in self.store.lasting},
-            housekeeping_failures=lambda: {chore.name: chore.failures for chore in self.store.chores},
-            token_routes=lambda: [row.match for row in self._settings.routes if row.tokens != NO_TOKENS],
-            spending=spending_of(lambda: self.store),
+    def _scrape(self) -> Scrape:
+        return Scrape(
+            recorder=self._recorder,
+            cells=self._recorder.cells(),
+            access_log=self._access_log,
+            server=self.server,
+            upstreams=self.upstreams,
+            store=self.store,
+            routes=self._settings.routes,
+            ledger_round_trips=self._ledger_round_trips,
         )
 
     # -- reloading and closing
@@ -266,17 +261,10 @@ class Proxy:
         self._access_log.success_share = settings.log.success_share
         self._recorder.log_to(self._access_log if settings.log.access else None)
 
-    def _note_usage(self, rows: Sequence[Row]) -> None:
+    def _note_usage(self, rows: Sequence[LabelledExchange]) -> None:
         self.store.usage.take(rows)
 
     # -- metrics and checks
-
-    def _upstream_connections(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for pool in self.upstreams.distinct().values():
-            for state, count in pool.counts().items():
-                counts[state] = counts.get(state, 0) + count
-        return counts
 
     async def _metrics(self) -> bytes:
         return self._catalogue.render()

@@ -1,28 +1,9 @@
-"""The metrics and readiness checks of a store: connects the store to metrics and ops listener."""
+"""The readiness checks of a store, and its counters across a reload."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from keyproxy.metrics.spending import Spending
 from keyproxy.process.ops_listener import Check, Verdict
 from keyproxy.store.store import Store
-
-
-def spending_of(store: Callable[[], Store]) -> Spending:
-    """The figures of limits, ledger and usage, read from the store in use at the time of the scrape."""
-    return Spending(
-        limit_refusals=lambda: store().ledger.refusals,
-        ledger_counts=lambda: {**store().ledger.counts.by_name(), **store().ledger.conversation.counts},
-        claim_counts=lambda: store().claims.counts,
-        claims=lambda: store().claims.pending,
-        leases=lambda: store().ledger.book.outstanding,
-        unsettled_seconds=lambda: store().ledger.conversation.unsettled_seconds(),  # noqa: PLW0108
-        events_pending=lambda: store().usage.pending_events,
-        usage_counts=lambda: store().usage.counts,
-        usage_dropped=lambda: store().usage.dropped,
-        unwritten_seconds=lambda: store().usage.unwritten_seconds(),  # noqa: PLW0108
-    )
 
 
 def carry_over(before: Store, after: Store) -> None:

@@ -13,11 +13,13 @@ from typing import Final, Self
 
 import orjson
 
+from keyproxy.metrics.catalogue import Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.platform import clock
 from keyproxy.process import control_channel
 from keyproxy.process.control_channel import Order, SupervisorEnd
 from keyproxy.process.ops_listener import Check, Verdict, worst
+from keyproxy.process.proxy_metrics import PROXY_METRICS, SUPERVISOR_METRICS, Workers
 from keyproxy.process.reload import ReloadError
 
 _log = logging.getLogger(__name__)
@@ -116,7 +118,8 @@ class WorkerPool:
 
     def __init__(self, restarts: Callable[[], int]) -> None:
         self.members: set[Worker] = set()
-        self._fleet = Fleet(self._states, restarts)
+        own = Catalogue(SUPERVISOR_METRICS, lambda: Workers(self._states(), restarts()))
+        self._fleet = Fleet(PROXY_METRICS, own)
 
     def ended(self, worker: Worker) -> None:
         """Remove a worker that has exited. Its counters are kept."""

@@ -6,68 +6,104 @@ import dataclasses
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from keyproxy.admin.listener import traffic
+from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.config.schema import Ledger as LedgerSettings
+from keyproxy.config.schema import RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import POLICIES, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.metrics.catalogue import CLASSES, Catalogue, Sources
-from keyproxy.metrics.control import ControlCatalogue, Standing
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
-from keyproxy.metrics.recorder import Recorder
-from keyproxy.metrics.spending import Spending
+from keyproxy.metrics.metric import Combine, Kind, Metric
+from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.model import ANSWERED, Ending, Grant, Permit, Route, TokenUse
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
+from keyproxy.process.proxy_metrics import (
+    PROXY_METRICS,
+    ROUND_TRIP_BOUNDS,
+    STATUS_CLASSES,
+    SUPERVISOR_METRICS,
+    Scrape,
+    Workers,
+)  # fmt: skip
 from keyproxy.reasons import Reason
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.store import Store
+from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.upstream.pool import Upstreams
 from tests import fakes
 
 ROOT = Path(__file__).parents[2]
 TOKENS = "POST /v1/chat/completions"
 
 
-def spending(number: int = 0) -> Spending:
-    return Spending(
-        limit_refusals=lambda: dict.fromkeys(POLICIES, number),
-        ledger_counts=lambda: dict.fromkeys(("taken", "waited", "failures"), number),
-        claim_counts=lambda: dict.fromkeys(("repeats", "unasked"), number),
-        claims=lambda: number,
-        leases=lambda: number,
-        unsettled_seconds=lambda: float(number),
-        events_pending=lambda: number,
-        usage_counts=lambda: dict.fromkeys(("batches", "events", "failures"), number),
-        usage_dropped=lambda: dict.fromkeys(("requests", "events"), number),
+def store(number: int) -> Store:
+    """The figures of a store that metrics read; the type checker compares their names with those of the store."""
+    ledger = SimpleNamespace(
+        refusals=dict.fromkeys(POLICIES, number),
+        counts=SimpleNamespace(taken=number, waited=number),
+        conversation=SimpleNamespace(counts={"failures": number}, unsettled_seconds=lambda: float(number)),
+        book=SimpleNamespace(outstanding=number),
+    )
+    usage = SimpleNamespace(
+        counts=dict.fromkeys(("batches", "events", "failures"), number),
+        dropped=dict.fromkeys(("requests", "events"), number),
+        pending_events=number,
         unwritten_seconds=lambda: float(number),
     )
+    lookups = dict.fromkeys(("hit", "miss", "stale", "unknown", "refused"), number)
+    figures = SimpleNamespace(
+        ledger=ledger,
+        usage=usage,
+        claims=SimpleNamespace(counts=dict.fromkeys(("repeats", "unasked"), number), pending=number),
+        identities=SimpleNamespace(
+            counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("known", "unknown"), number)
+        ),
+        database=SimpleNamespace(is_up=number > 1),
+        feed=SimpleNamespace(lag_seconds=lambda: float(number)),
+        lasting=[SimpleNamespace(what="usage", defects=number)],
+        chores=[SimpleNamespace(name="holders", failures=number)],
+    )
+    return cast("Store", figures)
 
 
-def sources(number: int = 0) -> Sources:
-    return Sources(
-        identity_lookups=lambda: dict.fromkeys(("hit", "miss", "stale", "unknown", "refused"), number),
-        identities=lambda: dict.fromkeys(("known", "unknown"), number),
-        store_is_up=lambda: number > 1,
-        change_feed_lag_seconds=lambda: float(number),
-        upstream_connections=lambda: dict.fromkeys(("idle", "active"), number),
+def server(number: int) -> ProxyServer:
+    figures = SimpleNamespace(
         open_requests=lambda: number,
         open_tunnels=lambda: number,
-        client_connections=lambda: number,
+        open_connections=lambda: number,
         failed_connections=lambda: dict.fromkeys(("file_descriptors", "handshake"), number),
-        access_log_dropped=lambda: number,
-        defects=lambda: {"usage": number},
-        housekeeping_failures=lambda: {"holders": number},
-        token_routes=lambda: [TOKENS],
-        spending=spending(number),
+    )
+    return cast("ProxyServer", figures)
+
+
+def scrape(recorder: Recorder, number: int) -> Scrape:
+    pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
+    ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
+    ledger_round_trips.observe(*[0.001] * number)
+    return Scrape(
+        recorder=recorder,
+        cells=recorder.cells(),
+        access_log=cast("AccessLog", SimpleNamespace(dropped=number)),
+        server=server(number),
+        upstreams=cast("Upstreams", SimpleNamespace(distinct=lambda: {"live": pool})),
+        store=store(number),
+        routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai")],
+        ledger_round_trips=ledger_round_trips,
     )
 
 
@@ -96,9 +132,13 @@ def page(*exchanges: Exchange, number: int = 0) -> str:
     recorder = Recorder(None)
     for one in exchanges:
         recorder.record(one)
-    catalogue = Catalogue(recorder, sources(number))
-    catalogue.ledger_round_trips.observe(*[0.001] * number)
-    return catalogue.render().decode()
+    return Catalogue(PROXY_METRICS, lambda: scrape(recorder, number)).render().decode()
+
+
+def workers_page(*pages: str, by_state: Mapping[str, int] | None = None) -> str:
+    """The page of a supervisor over workers with these pages."""
+    own = Catalogue(SUPERVISOR_METRICS, lambda: Workers(by_state or {}, 1))
+    return Fleet(PROXY_METRICS, own).render(pages).decode()
 
 
 def series(text: str, name: str) -> dict[tuple[str, ...], float]:
@@ -124,7 +164,7 @@ def test_every_refusal_starts_at_0_with_its_blame() -> None:
 def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
     """A series that appears with the value 1 never rose for Prometheus: increase() of it is 0."""
     text = page()
-    assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in CLASSES}
+    assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in STATUS_CLASSES}
     assert set(series(text, "keyproxy_limit_refusals_total")) == {(policy,) for policy in POLICIES}
     for name in ("keyproxy_tokens_held_total", "keyproxy_tokens_estimated_total"):
         assert set(series(text, name)) == {("live", TOKENS), ("test", TOKENS)}
@@ -163,7 +203,7 @@ def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
 
 
 def test_series_that_start_at_0_survive_worker_restarts() -> None:
-    fleet = Fleet(lambda: {"ready": 2}, lambda: 0)
+    fleet = Fleet(PROXY_METRICS, Catalogue(SUPERVISOR_METRICS, lambda: Workers({"ready": 2}, 0)))
     first, second = page(exchange(reason=Reason.KEY_INVALID)), page()
     merged = series(fleet.render([first, second]).decode(), "keyproxy_refusals_total")
     assert merged == series(page(), "keyproxy_refusals_total") | {("caller", "api_key_invalid"): 1.0}
@@ -225,7 +265,8 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
 
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
     counted = traffic()
-    before = ControlCatalogue(counted).render(None, {}).decode()
+    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, counted))
+    before = page_of_admin.render().decode()
     requests = series(before, "keyproxy_admin_requests_total")
     assert set(requests.values()) == {0.0}
     assert ("4xx", "none", "none") in requests
@@ -238,7 +279,7 @@ def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> 
     counted.note("GET", "/metrics", 200, "")
     counted.note("BREW", "/nowhere", 404, "not_found")
     counted.note("GET", "/metrics", 401, "token_expired")
-    after = ControlCatalogue(counted).render(None, {}).decode()
+    after = page_of_admin.render().decode()
     assert {key: value for key, value in series(after, "keyproxy_admin_requests_total").items() if value} == {
         ("2xx", "GET", "/metrics"): 1, ("4xx", "none", "none"): 1, ("4xx", "GET", "/metrics"): 1,
     }  # fmt: skip
@@ -261,8 +302,8 @@ def populated(number: int = 1) -> str:
 
 
 def admin_page() -> str:
-    standing = Standing({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    return ControlCatalogue(traffic()).render(standing, {"sent": 1}).decode()
+    figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
+    return Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, traffic())).render().decode()
 
 
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -273,10 +314,7 @@ def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         assert family.samples, f"{family.name} has no series here"
         name = family.name + ("_total" if family.type == "counter" else "")
-        if name == "keyproxy_build_info":
-            yield name, "gauge", tuple(sorted(labels))
-        else:
-            yield name, family.type, tuple(sorted(labels))
+        yield name, family.type, tuple(sorted(labels))
 
 
 def tables() -> dict[str, list[list[str]]]:
@@ -289,19 +327,67 @@ def tables() -> dict[str, list[list[str]]]:
     return found
 
 
-def documented(rows: Sequence[Sequence[str]]) -> list[tuple[str, str, tuple[str, ...]]]:
-    return [
-        (row[0].strip("`"), row[1], tuple(sorted(re.findall(r"`(\w+)`", row[2]))))
-        for row in rows
-    ]  # fmt: skip
+DECLARED: dict[str, tuple[Metric[Any], ...]] = {
+    "Of a proxy": PROXY_METRICS,
+    "Of a supervisor": SUPERVISOR_METRICS,
+    "Of an admin process": ADMIN_METRICS,
+}
 
 
-def test_the_page_of_metrics_lists_what_there_is_with_types_and_labels() -> None:
-    proxy = sorted(described(populated()))
-    workers = sorted(described(Fleet(lambda: {"ready": 1}, lambda: 1).render([populated()]).decode()))
-    assert sorted(documented(tables()["Of a proxy"])) == proxy
-    assert sorted(documented(tables()["Of a supervisor"])) == [one for one in workers if one not in proxy]
-    assert sorted(documented(tables()["Of an admin process"])) == sorted(described(admin_page()))
+@pytest.mark.parametrize("heading", DECLARED)
+def test_page_of_metrics_lists_exactly_the_declared_ones(heading: str) -> None:
+    documented = [
+        (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels)), combine)
+        for name, kind, labels, combine, _ in tables()[heading]
+    ]
+    declared = [(one.name, one.kind.value, one.labels, one.combine.value) for one in DECLARED[heading]]
+    assert sorted(documented) == sorted(declared)
+
+
+@pytest.mark.parametrize("heading", DECLARED)
+def test_every_declared_metric_is_on_its_page_with_its_labels(heading: str) -> None:
+    pages = {
+        "Of a proxy": populated,
+        "Of a supervisor": lambda: workers_page(by_state={"ready": 1}),
+        "Of an admin process": admin_page,
+    }
+    declared = [(one.name, one.kind.value, tuple(sorted(one.labels))) for one in DECLARED[heading]]
+    assert sorted(described(pages[heading]())) == sorted(declared)
+
+
+def test_metric_cannot_be_declared_without_how_it_combines() -> None:
+    declare = cast("Any", Metric)
+    with pytest.raises(TypeError, match="combine"):
+        declare("keyproxy_x_seconds", Kind.GAUGE, "", (), lambda _: 0)
+
+
+@pytest.mark.parametrize("kind", [Kind.COUNTER, Kind.HISTOGRAM])
+@pytest.mark.parametrize("combine", [Combine.MAX, Combine.MIN])
+def test_counters_and_histograms_can_only_be_summed(kind: Kind, combine: Combine) -> None:
+    name = "keyproxy_x_total" if kind is Kind.COUNTER else "keyproxy_x_seconds"
+    with pytest.raises(ValueError, match="summed"):
+        Metric(name, kind, "", (), lambda _: 0, combine)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("keyproxy_x", Kind.COUNTER), ("keyproxy_x_total", Kind.GAUGE)])
+def test_counters_and_no_other_metrics_end_with_total(name: str, kind: Kind) -> None:
+    with pytest.raises(ValueError, match="_total"):
+        Metric(name, kind, "", (), lambda _: 0, Combine.SUM)
+
+
+def test_every_metric_of_the_client_library_declares_how_it_combines() -> None:
+    families = {family.name for family in text_string_to_metric_families(page())}
+    assert {name for name in families if not name.startswith("keyproxy_")} == set(PROCESS_METRICS)
+
+
+def test_merged_page_has_every_metric_of_a_worker() -> None:
+    names = {family.name for family in text_string_to_metric_families(populated())}
+    merged = {family.name for family in text_string_to_metric_families(workers_page(populated()))}
+    assert merged == names | {metric.family for metric in SUPERVISOR_METRICS}
+
+
+def test_metric_of_a_newer_worker_is_omitted_from_the_merged_page() -> None:
+    assert "keyproxy_new" not in workers_page("# TYPE keyproxy_new gauge\nkeyproxy_new 1\n")
 
 
 def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None:
@@ -313,7 +399,7 @@ def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None
             if not sample.name.endswith(("_bucket", "_sum"))
         }  # fmt: skip
 
-    merged = of(Fleet(dict, lambda: 0).render([populated(1), populated(3)]).decode())
+    merged = of(workers_page(populated(1), populated(3)))
     one, three = of(populated(1)), of(populated(3))
     for name, _, _, how, _ in tables()["Of a proxy"]:
         key = next(key for key in one if (key[0] == name.strip("`") and three[key] != one[key]) or
@@ -346,7 +432,7 @@ def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
 def test_promtool_reports_no_problems(kind: str) -> None:
     pages: dict[str, Callable[[], str]] = {
         "proxy": populated, "proxy before anything": page, "admin": admin_page,
-        "workers": lambda: Fleet(lambda: {"ready": 1}, lambda: 1).render([populated(), page()]).decode(),
+        "workers": lambda: workers_page(populated(), page(), by_state={"ready": 1}),
     }  # fmt: skip
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=pages[kind](), text=True, capture_output=True, check=False

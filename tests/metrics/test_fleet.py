@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from keyproxy.metrics.catalogue import Catalogue
 from keyproxy.metrics.fleet import Fleet
+from keyproxy.process.proxy_metrics import PROXY_METRICS, SUPERVISOR_METRICS, Workers
 
 PAGE = """\
 # TYPE keyproxy_requests_total counter
@@ -44,7 +46,7 @@ def values(text: bytes) -> dict[str, float]:
 
 def fleet() -> Fleet:
     """A fleet of two workers, one of them restarted."""
-    return Fleet(lambda: {"ready": 2}, lambda: 1)
+    return Fleet(PROXY_METRICS, Catalogue(SUPERVISOR_METRICS, lambda: Workers({"ready": 2}, 1)))
 
 
 def test_counters_are_summed_and_states_show_the_worst() -> None:

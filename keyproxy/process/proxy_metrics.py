@@ -1,0 +1,239 @@
+"""The metrics of a proxy and of its supervisor: one row each. See `metrics.metric` for the columns.
+
+A new metric is one row here and one in docs/metrics.md; a test compares the two. A label value never comes from a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from keyproxy.config.schema import RouteRow
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.catalogue import BUILD_INFO
+from keyproxy.metrics.metric import Combine, Kind, Metric
+from keyproxy.metrics.recorder import Cell, Histogram, Recorder
+from keyproxy.model import NO_TOKENS
+from keyproxy.reasons import Reason
+from keyproxy.store.store import Store
+from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.upstream.pool import Upstreams
+
+COUNTER, GAUGE, HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+SUM, MAX, MIN = Combine.SUM, Combine.MAX, Combine.MIN
+
+#: Bounds of the histogram of the ledger's round trips.
+ROUND_TRIP_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+#: Statuses by their first digit.
+STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
+
+_BLAMES: Final[Mapping[str, str]] = {reason.code: reason.value.blame.value for reason in Reason}
+_MODES: Final = ("live", "test")
+
+
+class Scrape(NamedTuple):
+    """The parts of a proxy that its metrics are read from, as they are at one scrape."""
+
+    recorder: Recorder
+    #: The recorder's counts by labels.
+    cells: Sequence[Cell]
+    access_log: AccessLog
+    server: ProxyServer
+    upstreams: Upstreams
+    store: Store
+    routes: Sequence[RouteRow]
+    #: The time from a message to the ledger to its response.
+    ledger_round_trips: Histogram
+
+
+class Workers(NamedTuple):
+    """What a supervisor reports about its workers."""
+
+    by_state: Mapping[str, int]
+    restarts: int
+
+
+def _requests(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    counts: dict[tuple[str, ...], float] = {}
+    for cell in scrape.cells:
+        labels = (cell.route, str(cell.status), cell.mode, cell.code)
+        counts[labels] = counts.get(labels, 0) + cell.count
+    return counts
+
+
+def _refusals(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    counts: dict[tuple[str, ...], float] = dict.fromkeys(_BLAMES.items(), 0)
+    for cell in scrape.cells:
+        if cell.code in _BLAMES:
+            counts[cell.code, _BLAMES[cell.code]] += cell.count
+    return counts
+
+
+def _responses(scrape: Scrape) -> dict[str, float]:
+    counts: dict[str, float] = dict.fromkeys(STATUS_CLASSES, 0)
+    for cell in scrape.cells:
+        if cell.status:
+            counts[STATUS_CLASSES[cell.status // 100 - 1]] += cell.count
+    return counts
+
+
+def _tokens(scrape: Scrape, amount: Callable[[Cell], int]) -> dict[tuple[str, ...], float]:
+    """Tokens by route and mode. Series of the metered routes start at 0."""
+    routes = [row.match for row in scrape.routes if row.tokens != NO_TOKENS]
+    sums: dict[tuple[str, ...], float] = {(route, mode): 0 for route in routes for mode in _MODES}
+    for cell in scrape.cells:
+        if cell.is_metered:
+            labels = (cell.route, cell.mode)
+            sums[labels] = sums.get(labels, 0) + amount(cell)
+    return sums
+
+
+def _tokens_held(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    return _tokens(scrape, lambda cell: cell.tokens_held)
+
+
+def _tokens_settled(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    directions = {
+        "in": _tokens(scrape, lambda cell: cell.tokens_in),
+        "out": _tokens(scrape, lambda cell: cell.tokens_out),
+    }
+    return {(*labels, direction): count for direction, sums in directions.items() for labels, count in sums.items()}
+
+
+def _tokens_estimated(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    return _tokens(scrape, lambda cell: cell.tokens_estimated)
+
+
+def _summed(parts: Iterable[tuple[tuple[str, ...], Histogram]]) -> dict[tuple[str, ...], Histogram]:
+    """The sum of the histograms with the same label values."""
+    sums: dict[tuple[str, ...], Histogram] = {}
+    for labels, part in parts:
+        whole = sums.setdefault(labels, Histogram(part.bounds))
+        whole.counts = [one + other for one, other in zip(whole.counts, part.counts, strict=True)]
+        whole.total += part.total
+    return sums
+
+
+def _request_seconds(scrape: Scrape) -> dict[tuple[str, ...], Histogram]:
+    return _summed(((cell.route, cell.mode, cell.outcome), cell.request_seconds) for cell in scrape.cells)
+
+
+def _upstream_seconds(scrape: Scrape) -> dict[tuple[str, ...], Histogram]:
+    return _summed(((cell.route,), cell.upstream_seconds) for cell in scrape.cells)
+
+
+def _upstream_connections(scrape: Scrape) -> dict[str, float]:
+    counts: dict[str, float] = {}
+    for pool in scrape.upstreams.distinct().values():
+        for state, count in pool.counts().items():
+            counts[state] = counts.get(state, 0) + count
+    return counts
+
+
+PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
+    # Requests that have ended.
+    Metric("keyproxy_requests_total", COUNTER, "Requests that have ended.",
+           ("route", "status", "mode", "code"), _requests, SUM),
+    Metric("keyproxy_responses_total", COUNTER, "Requests that have ended, by status class.",
+           ("class",), _responses, SUM),
+    Metric("keyproxy_refusals_total", COUNTER, "Requests that keyproxy refused, by the party that has to act.",
+           ("code", "blame"), _refusals, SUM),
+    Metric("keyproxy_limit_refusals_total", COUNTER, "Requests refused because they exceed a limit; not charged.",
+           ("policy",), lambda scrape: scrape.store.ledger.refusals, SUM),
+    Metric("keyproxy_retiring_key_requests_total", COUNTER,
+           "Requests with a rotated key, which expires at the end of its grace period.",
+           (), lambda scrape: scrape.recorder.retiring_count, SUM),
+    Metric("keyproxy_request_seconds", HISTOGRAM,
+           "Time from a request's head to the end of its response, by outcome.",
+           ("route", "mode", "outcome"), _request_seconds, SUM),
+    Metric("keyproxy_upstream_seconds", HISTOGRAM,
+           "Time from the first byte sent upstream to the first byte of the response.",
+           ("route",), _upstream_seconds, SUM),
+    Metric("keyproxy_overhead_seconds", HISTOGRAM,
+           "Time in keyproxy before forwarding: from a request's head to its first byte upstream, without the time"
+           " spent waiting for the client's body or for a connection to the upstream.",
+           (), lambda scrape: scrape.recorder.overhead_seconds, SUM),
+    Metric("keyproxy_connection_wait_seconds", HISTOGRAM,
+           "Time that requests without an idle connection to the upstream waited for one.",
+           (), lambda scrape: scrape.recorder.connection_wait_seconds, SUM),
+    # Requests in flight, and connections.
+    Metric("keyproxy_upstream_connections", GAUGE, "Connections to the upstream.",
+           ("state",), _upstream_connections, SUM),
+    Metric("keyproxy_open_requests", GAUGE, "Requests in flight.",
+           (), lambda scrape: scrape.server.open_requests(), SUM),
+    Metric("keyproxy_open_tunnels", GAUGE, "Requests in flight that are WebSocket tunnels.",
+           (), lambda scrape: scrape.server.open_tunnels(), SUM),
+    Metric("keyproxy_client_connections", GAUGE, "Open connections from clients.",
+           (), lambda scrape: scrape.server.open_connections(), SUM),
+    Metric("keyproxy_failed_connections_total", COUNTER,
+           "Client connections that were not accepted, or were closed to make room.",
+           ("why",), lambda scrape: scrape.server.failed_connections(), SUM),
+    # Identities.
+    Metric("keyproxy_identity_lookups_total", COUNTER, "Lookups of a key's identity.",
+           ("result",), lambda scrape: scrape.store.identities.counts.by_name(), SUM),
+    Metric("keyproxy_identities", GAUGE, "Entries in the identity cache.",
+           ("table",), lambda scrape: scrape.store.identities.sizes(), SUM),
+    Metric("keyproxy_store_up", GAUGE, "Whether the last request to the store succeeded.",
+           (), lambda scrape: scrape.store.database.is_up, MIN),
+    Metric("keyproxy_change_feed_lag_seconds", GAUGE, "Time since the change feed was last known to be current.",
+           (), lambda scrape: scrape.store.feed.lag_seconds(), MAX),
+    # Tokens.
+    Metric("keyproxy_tokens_held_total", COUNTER, "Tokens reserved for requests that have ended.",
+           ("route", "mode"), _tokens_held, SUM),
+    Metric("keyproxy_tokens_settled_total", COUNTER, "Tokens charged.",
+           ("route", "mode", "direction"), _tokens_settled, SUM),
+    Metric("keyproxy_tokens_estimated_total", COUNTER,
+           "Tokens charged by estimate, because the response reported no usage.",
+           ("route", "mode"), _tokens_estimated, SUM),
+    # The ledger.
+    Metric("keyproxy_ledger_admissions_total", COUNTER, "Requests admitted under limits.",
+           (), lambda scrape: scrape.store.ledger.counts.taken, SUM),
+    Metric("keyproxy_ledger_waits_total", COUNTER, "Times that a request waited for the ledger.",
+           (), lambda scrape: scrape.store.ledger.counts.waited, SUM),
+    Metric("keyproxy_ledger_round_trip_seconds", HISTOGRAM, "Time from a message to the ledger to its response.",
+           (), lambda scrape: scrape.ledger_round_trips, SUM),
+    Metric("keyproxy_ledger_failures_total", COUNTER, "Messages to the ledger that failed or timed out.",
+           (), lambda scrape: scrape.store.ledger.conversation.counts["failures"], SUM),
+    Metric("keyproxy_ledger_leases", GAUGE, "Leases held by this process.",
+           (), lambda scrape: scrape.store.ledger.book.outstanding, SUM),
+    Metric("keyproxy_ledger_unsettled_seconds", GAUGE, "Age of the oldest charge that the ledger has not confirmed.",
+           (), lambda scrape: scrape.store.ledger.conversation.unsettled_seconds(), MAX),
+    Metric("keyproxy_repeats_not_charged_total", COUNTER,
+           "Requests with an Idempotency-Key that had been charged before.",
+           (), lambda scrape: scrape.store.claims.counts["repeats"], SUM),
+    Metric("keyproxy_claims_unasked_total", COUNTER,
+           "Requests with an Idempotency-Key charged in full, because the lookup failed.",
+           (), lambda scrape: scrape.store.claims.counts["unasked"], SUM),
+    Metric("keyproxy_claims_pending", GAUGE, "Requests with an Idempotency-Key that are not charged yet.",
+           (), lambda scrape: scrape.store.claims.pending, SUM),
+    # Usage.
+    Metric("keyproxy_usage_batches_total", COUNTER, "Batches of usage written.",
+           (), lambda scrape: scrape.store.usage.counts["batches"], SUM),
+    Metric("keyproxy_usage_events_total", COUNTER, "Request events written.",
+           (), lambda scrape: scrape.store.usage.counts["events"], SUM),
+    Metric("keyproxy_usage_failures_total", COUNTER, "Failed attempts to write usage.",
+           (), lambda scrape: scrape.store.usage.counts["failures"], SUM),
+    Metric("keyproxy_usage_dropped_total", COUNTER, "Usage that was dropped because the backlog was full.",
+           ("what",), lambda scrape: scrape.store.usage.dropped, SUM),
+    Metric("keyproxy_usage_events_pending", GAUGE, "Request events that are not written yet.",
+           (), lambda scrape: scrape.store.usage.pending_events, SUM),
+    Metric("keyproxy_usage_unwritten_seconds", GAUGE, "Age of the oldest usage that is not written yet.",
+           (), lambda scrape: scrape.store.usage.unwritten_seconds(), MAX),
+    # The process.
+    Metric("keyproxy_access_log_dropped_total", COUNTER, "Access log lines that were dropped.",
+           (), lambda scrape: scrape.access_log.dropped, SUM),
+    Metric("keyproxy_task_defects_total", COUNTER, "Failures of background tasks, which were restarted.",
+           ("task",), lambda scrape: {task.what: task.defects for task in scrape.store.lasting}, SUM),
+    Metric("keyproxy_housekeeping_failures_total", COUNTER,
+           "Failed statements that remove dead lease holders or old rows.",
+           ("work",), lambda scrape: {chore.name: chore.failures for chore in scrape.store.chores}, SUM),
+    BUILD_INFO,
+)  # fmt: skip
+
+SUPERVISOR_METRICS: Final[tuple[Metric[Workers], ...]] = (
+    Metric("keyproxy_workers", GAUGE, "Processes that share the proxied port.",
+           ("state",), lambda workers: workers.by_state, SUM),
+    Metric("keyproxy_worker_restarts_total", COUNTER, "Workers that were restarted after a crash.",
+           (), lambda workers: workers.restarts, SUM),
+)  # fmt: skip
