@@ -29,6 +29,7 @@ from keyproxy.model import (
     Moment,
     Permit,
     RequestHead,
+    RequestLine,
     ResponseHead,
     Route,
     TimeBudget,
@@ -127,6 +128,9 @@ class Exchange:
 
     #: The request; None if its head could not be read.
     head: RequestHead | None = None
+
+    #: For the log, without a head: what is known of the request line. Its path is empty if it is not a valid one.
+    refused_line: RequestLine | None = None
     request_id: bytes = b""
 
     #: The digest of the request's key, once it was found.

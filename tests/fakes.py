@@ -207,10 +207,11 @@ class FakeRecorder(Recorder):
     def record(self, exchange: Exchange) -> None:
         """See the port."""
         head = exchange.head
+        line = exchange.refused_line if head is None else head.line
         self.seen.append(
             Recorded(
-                b"" if head is None else head.line.method,
-                b"" if head is None else head.line.path,
+                b"" if line is None else line.method,
+                b"" if line is None else line.path,
                 None if exchange.route is None else exchange.route.name,
                 exchange.status,
                 exchange.reason,

@@ -142,11 +142,15 @@ class AccessLog:
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode("ascii")
         answered, head = exchange.answered_mono, exchange.head
         upstream_seconds = b"%.6f" % (answered - exchange.sent_mono) if answered else b"null"
-        line = None if head is None or head.line.holds_key else head.line
+        line = exchange.refused_line if head is None else head.line
+        if line is not None and line.holds_key:
+            line = None
         key = (line, exchange.identity, exchange.status, route, code)
         alike = self._alike.get(key)
         if alike is None:
-            alike = self._remember(key, _alike(line, exchange.identity, exchange.status, labels=row[1:]))
+            alike = _alike(line, exchange.identity, exchange.status, labels=row[1:])
+            if head is not None or line is None:  # a refused line does not come again as this object
+                self._remember(key, alike)
         client = b"" if exchange.peer is None else exchange.peer.client_address(head)
         trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
         return (
@@ -166,11 +170,10 @@ class AccessLog:
             b"" if exchange.reason is None else _why(exchange, head),
         )
 
-    def _remember(self, key: tuple[object, ...], alike: bytes) -> bytes:
+    def _remember(self, key: tuple[object, ...], alike: bytes) -> None:
         if len(self._alike) >= _REMEMBERED_MAX:
             self._alike.clear()
         self._alike[key] = alike
-        return alike
 
 
 def _portions(lines: bytes) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.model import ANSWERED, Ending, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
+from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests import fakes
 
@@ -72,6 +73,34 @@ def line_of(logged: Logged, one: Exchange) -> dict[str, Any]:
     logged.log.write([row(one)])
     (line,) = logged.lines()
     return line
+
+
+# -- the request line
+
+
+def refused(raw: bytes) -> Exchange:
+    """A refusal of a head that never became a request."""
+    one = ended(reason=Reason.METHOD_NOT_IMPLEMENTED)
+    one.refused_line = refused_line(raw, lambda text: KEY.encode() in text)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("start", "method", "path"),
+    [
+        ("BREW /v1/x?secret=1", "BREW", "/v1/x"),
+        ("BREW /" + "x" * 600, "BREW", "/" + "x" * 511 + "…"),
+        (f"BREW /{KEY}", "", ""),
+        (f"BREW /x?key={KEY}", "", ""),
+        (f"{KEY} /x", "", ""),
+        ("BREW /../x", "BREW", ""),
+    ],
+)
+def test_refused_head_has_its_method_and_path_and_never_a_key_or_a_query(
+    logged: Logged, start: str, method: str, path: str
+) -> None:
+    line = line_of(logged, refused(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode()))
+    assert (line["method"], line["path"]) == (method, path)
 
 
 # -- why a request was refused

@@ -6,15 +6,18 @@ import asyncio
 
 import pytest
 
+from keyproxy.auth import credentials
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Route
 from keyproxy.reasons import Reason
+from keyproxy.wire.parsing.head_beginnings import refused_line
 from tests import fakes
 from tests.fakes import Recorded
 from tests.rawhttp import OK, Message, Upstream, answer_with
 from tests.store.harness import until
-from tests.wire.conftest import Start, Wire, request
+from tests.wire.conftest import KEY, Start, Wire, request
 
 CHAT = "/v1/chat/completions"
 SLOW_SECONDS = 0.4
@@ -47,6 +50,41 @@ async def test_the_detail_of_a_malformed_request_is_recorded(wire: Wire, raw: by
     (one,) = await recorded(wire)
     assert one.reason is Reason.REQUEST_MALFORMED
     assert detail in one.detail
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "line"),
+    [
+        (request("TRACE", "/v1/x?a=1"), 405, (b"TRACE", b"/v1/x")),
+        (request("BREW", "/v1/x"), 501, (b"BREW", b"/v1/x")),
+        (request("get", "/v1/x"), 501, (b"get", b"/v1/x")),
+        (request("POST", "/v1/x", "Expect: 200-ok", body=b"x"), 417, (b"POST", b"/v1/x")),
+        (request("GET", "/v1/x", *["A: b"] * 300), 431, (b"GET", b"/v1/x")),
+        (request("GET", "/v1/x", "A: " + "b" * 40_000), 431, (b"GET", b"/v1/x")),
+        (b"GET /v1/x" + b"b" * 40_000, 431, (b"GET", b"")),
+        (b"GET /v1/x HTTP/1.1\r\n\r\n", 400, (b"GET", b"/v1/x")),
+        (request("GET", "/v1/../x"), 400, (b"GET", b"")),
+        (b"nonsense\r\n\r\n", 400, (b"", b"")),
+        (b"k" * 32 + b" / HTTP/1.1\r\nHost: a\r\n\r\n", 501, (b"", b"")),
+    ],
+)
+async def test_method_and_path_of_a_refused_head_are_recorded_where_they_are_readable(
+    wire: Wire, raw: bytes, status: int, line: tuple[bytes, bytes]
+) -> None:
+    async with wire.client() as client:
+        await client.send(raw)
+        assert (await client.answer()).status == status
+    (one,) = await recorded(wire)
+    assert (one.method, one.path) == line
+
+
+@pytest.mark.parametrize("target", [f"/{KEY.decode()}", f"/x?k={KEY.decode()}", f"/%6b{KEY.decode()[1:]}"])
+@pytest.mark.parametrize("method", ["TRACE", "BREW"])
+def test_request_line_with_a_key_is_marked_so_that_no_log_shows_it(method: str, target: str) -> None:
+    raw = f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    line = refused_line(raw, lambda text: credentials.holds_key(text, KeyFormat("kp")))
+    assert line is not None
+    assert line.holds_key
 
 
 async def test_the_detail_of_an_invalid_response_is_recorded(start: Start) -> None:

@@ -21,6 +21,7 @@ from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS
 from keyproxy.wire.parsing.framing import FramingError
+from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.tls import certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
@@ -346,6 +347,7 @@ class ClientConnection(ClientTransport):
         """Refuse bytes that never became a request. The refusal is recorded like any other."""
         server = self.server
         exchange = self.exchange = Exchange(self, server, None, server.gate.request_id(None), server.clock())
+        exchange.refused_line = refused_line(self.stream.buffer, server.gate.holds_key)
         exchange.refuse(refusal)
 
     def _defect(self) -> None:

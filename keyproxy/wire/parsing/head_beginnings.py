@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 import httptools
 
+from keyproxy.http import request_target
 from keyproxy.http.routes import KNOWN_METHODS
+from keyproxy.model import RequestLine
 from keyproxy.reasons import Reason, Refusal
 
 HEAD_END: Final = b"\r\n\r\n"
@@ -21,6 +23,9 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 #: A method by RFC 9110 section 9.1, of a length that a request can be expected to have.
 _METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}")
 _UNIFORM_METHOD: Final = b"POST"
+
+#: The beginning of a refused head: a method too short to be a key, and a target if the line has arrived whole.
+_REFUSED_LINE = re.compile(rb"([A-Za-z-]{1,20}) (?:([!-~]+) HTTP/1\.[01]\r\n)?")
 
 #: Methods that are not served and are still the beginning of a request.
 _REFUSED_METHODS: Final = (b"TRACE", b"CONNECT")
@@ -61,6 +66,22 @@ def check_response_beginning(buffer: bytes, checked_bytes: int) -> None:
         raise Refusal(Reason.UPSTREAM_INVALID, "the response does not begin with an HTTP/1.x status line")
     if _BARE_LINE_END.search(buffer, max(0, checked_bytes - 1)):
         raise Refusal(Reason.UPSTREAM_INVALID, "a line of the response head ends in something other than CRLF")
+
+
+def refused_line(buffer: bytes, holds_key: Callable[[bytes], bool]) -> RequestLine | None:
+    """Return what the access log may show of the request line of a refused head; None without a method.
+
+    An invalid target is left out: in one that decodes ambiguously, a key might not be found.
+    """
+    match = _REFUSED_LINE.match(buffer)
+    if match is None:
+        return None
+    method, sent = match.groups()
+    try:
+        target = request_target.judge(method, sent or b"", None)
+    except Refusal:
+        return RequestLine(method, b"", b"", 1, b"")
+    return RequestLine(method, target.target, target.path, 1, b"", holds_key(target.target))
 
 
 def _begins_known(method: bytes, methods: Collection[bytes], *, is_whole: bool) -> bool:
