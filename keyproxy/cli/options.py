@@ -22,7 +22,8 @@ import uvloop
 
 from keyproxy.cli import table
 from keyproxy.config import loader
-from keyproxy.config.schema import Settings, is_scope
+from keyproxy.config.schema import Settings
+from keyproxy.config.value_checks import is_scope
 from keyproxy.platform import standard_streams
 from keyproxy.platform.sockets import BindError, conflicts
 from keyproxy.store.directory.directory import Actor, DirectoryError

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from keyproxy.config.schema import TABLES, Check, RouteRow, Settings, cross_checks
+from keyproxy.config import value_types
+from keyproxy.config.schema import TABLES, RouteRow, Settings, cross_checks
+from keyproxy.config.value_types import Fault
 
 ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
 
@@ -38,11 +40,6 @@ _OTHER_VARIABLES: Final = frozenset(
 
 #: Values of secret keys that are not secret.
 _TELLING_NOTHING: Final = ("", "embedded", "postgres")
-
-#: Far beyond every bound, and exact as a float.
-_NUMBER_MAX: Final = 10**15
-_DIGITS_MAX: Final = 18
-_TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
 
 _ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
 
@@ -95,8 +92,8 @@ class _Reading:
             else:
                 self.unknown(f"{table}.{name}", [f"{table}.{one}" for one in self.keys[table]], source)
             return
-        checked = _checked(value, key.type, key.metadata["check"], is_text=is_text)
-        if isinstance(checked, _Wrong):
+        checked = value_types.checked(value, key.type, key.metadata["check"], is_text=is_text)
+        if isinstance(checked, Fault):
             self.wrong.append(f"{table}.{name}: {checked.sentence} (set in {source})")
             return
         self.values[table][name] = checked
@@ -121,10 +118,6 @@ class _Reading:
             self.wrong.append(f"{table}.{name}_file: cannot be read: {error}")
             return
         self.set(table, name, secret, f"{source}: {name}_file", is_text=is_text)
-
-
-class _Wrong(NamedTuple):
-    sentence: str
 
 
 def text(path: Path | None) -> str:
@@ -243,79 +236,14 @@ def _routes(reading: _Reading, rows: object) -> Iterator[RouteRow]:
                     f"routes[{number}].{name}", [f"routes[{number}].{key}" for key in _ROUTE_KEYS], "routes"
                 )
                 continue
-            checked = _checked(value, keys[name].type, keys[name].metadata["check"], is_text=False)
-            if isinstance(checked, _Wrong):
+            checked = value_types.checked(value, keys[name].type, keys[name].metadata["check"], is_text=False)
+            if isinstance(checked, Fault):
                 reading.wrong.append(f"routes[{number}].{name}: {checked.sentence}")
             else:
                 values[name] = checked
         if "match" not in row:
             reading.wrong.append(f"routes[{number}]: has no match")
         yield RouteRow(**values)
-
-
-def _checked(value: object, wanted: object, check: Check | None, *, is_text: bool) -> object:
-    """The value in the type of its key (parsed from text, if it came from the environment), or its fault."""
-    typed = _typed(value, str(wanted), is_text=is_text)
-    if isinstance(typed, _Wrong):
-        return typed
-    sentence = check(typed) if check is not None else None
-    return typed if sentence is None else _Wrong(sentence)
-
-
-def _typed(value: object, wanted: str, *, is_text: bool) -> object:
-    text = value if is_text and isinstance(value, str) else None
-    match wanted:
-        case "str":
-            return value if isinstance(value, str) else _Wrong("must be a string")
-        case "bool":
-            if text is not None:
-                value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
-            return value if isinstance(value, bool) else _Wrong("must be true or false")
-        case "int":
-            if text is not None and re.fullmatch(r"-?[0-9]+", text):
-                # Check the length first: Python refuses to parse thousands of digits.
-                value = int(text) if len(text) <= _DIGITS_MAX else _NUMBER_MAX
-            if not isinstance(value, int) or isinstance(value, bool):
-                return _Wrong("must be a whole number")
-            return value if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
-        case "float":
-            if text is not None and re.fullmatch(r"-?[0-9]+(\.[0-9]{1,9})?", text):
-                value = float(text)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
-                return _Wrong("must be a number")
-            return float(value) if abs(value) < _NUMBER_MAX else _Wrong(_TOO_LARGE)
-        case "bool | str | float":
-            return _switch(value, text)
-        case "list[str]":
-            if text is not None:
-                value = [item.strip() for item in text.split(",") if item.strip()]
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                return value
-            return _Wrong("must be a list of strings")
-        case "list[int]":
-            return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
-    raise AssertionError(f"no reader for type {wanted}")
-
-
-def _switch(value: object, text: str | None) -> object:
-    """True, false, a number or a word. `text`: its form in the environment."""
-    if text is None:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    for wanted in ("bool", "float"):
-        typed = _typed(text, wanted, is_text=True)
-        if not isinstance(typed, _Wrong):
-            return typed
-    return text
-
-
-def _whole_numbers(value: object, *, is_text: bool) -> list[int] | _Wrong:
-    found: list[int] = []
-    for item in value if isinstance(value, list) else [None]:
-        number = _typed(item.strip() if isinstance(item, str) else item, "int", is_text=is_text)
-        if not isinstance(number, int):
-            return _Wrong("must be a list of whole numbers")
-        found.append(number)
-    return found
 
 
 def _with_defaults(reading: _Reading) -> dict[str, Origin]:

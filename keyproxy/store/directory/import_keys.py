@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
-from keyproxy.config.schema import is_scope
+from keyproxy.config.value_checks import is_scope
 from keyproxy.store.directory.base import DirectoryBase, Invalid, KeyWish, new_key_id
 from keyproxy.store.directory.bulk import BATCH_MAX
 from keyproxy.store.identities import drf_api_keys
