@@ -89,7 +89,7 @@ class Admin:
             stack.push_async_callback(listener.close)
             await listener.start(sock, self._tls)
             self._warn_of_what_is_read_by_others()
-            started(f"{sockets.told(sock)}{'' if self._tls is None else ', TLS'}")
+            started(f"{sockets.address_of(sock)}{'' if self._tls is None else ', TLS'}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))

@@ -126,9 +126,12 @@ def reaches(target: Place, listener: Place, is_local: Callable[[IpAddress], bool
 
 
 def conflicts(
-    listeners: Mapping[str, str], upstreams: Mapping[str, str], *,
-    resolve: Resolve = literal, is_local: Callable[[IpAddress], bool] = lambda address: address.is_loopback,
-) -> list[str]:  # fmt: skip
+    listeners: Mapping[str, str],
+    upstreams: Mapping[str, str],
+    *,
+    resolve: Resolve = literal,
+    is_local: Callable[[IpAddress], bool] = lambda address: address.is_loopback,
+) -> list[str]:
     """One sentence for each pair of overlapping listeners, and for each upstream that leads back to a listener.
 
     Both mappings are from configuration key to value.

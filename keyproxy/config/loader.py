@@ -39,7 +39,7 @@ _OTHER_VARIABLES: Final = frozenset(
 )
 
 #: Values of secret keys that are not secret.
-_TELLING_NOTHING: Final = ("", "embedded", "postgres")
+_NOT_SECRET: Final = ("", "embedded", "postgres")
 
 _ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
 
@@ -177,7 +177,7 @@ def mask(value: object) -> object:
         return value
     if "://" not in value:
         # Without an address there is no part that may be shown, except for words such as `embedded`.
-        return value if value in _TELLING_NOTHING else "***"
+        return value if value in _NOT_SECRET else "***"
     address, question, query = value.partition("?")
     # Up to the last @: a password may contain any character, even one that should have been encoded.
     address = re.sub(r"(?<=://)([^/@:]*):.*@", r"\1:***@", address)

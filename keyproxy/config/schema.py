@@ -198,8 +198,10 @@ class Settings:
     def listeners(self) -> dict[str, str]:
         """The address of each listener, by configuration key."""
         return {
-            "listen.address": self.listen.address, "ops.address": self.ops.address, "admin.address": self.admin.address,
-        }  # fmt: skip
+            "listen.address": self.listen.address,
+            "ops.address": self.ops.address,
+            "admin.address": self.admin.address,
+        }
 
     def upstream_urls(self) -> dict[str, str]:
         """The configured upstreams, by configuration key."""

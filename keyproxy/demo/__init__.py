@@ -89,8 +89,8 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
         compute = await stack.enter_async_context(Compute().running())
         proxy_socket, ops_socket = _preferably(_PORTS["proxy"]), _preferably(_PORTS["ops"])
         settings = Settings(
-            listen=Listen(address=sockets.told(proxy_socket), drain_seconds=1.0),
-            ops=Ops(address=sockets.told(ops_socket)),
+            listen=Listen(address=sockets.address_of(proxy_socket), drain_seconds=1.0),
+            ops=Ops(address=sockets.address_of(ops_socket)),
             upstream=Upstream(url=f"http://{compute.address}"),
             store=Store(dsn=dsn),
             routes=(
@@ -107,7 +107,7 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
         second_socket = sockets.bind("127.0.0.1:0")
         second = app.Proxy(settings, dsn, access_log_fd=log.fileno())
         await stack.enter_async_context(second.running(second_socket, sockets.bind("127.0.0.1:0")))
-        stage = Stage(settings, compute, (settings.listen.address, sockets.told(second_socket)), config_path)
+        stage = Stage(settings, compute, (settings.listen.address, sockets.address_of(second_socket)), config_path)
         database = Database(dsn, pool_size_max=1, statement_timeout_seconds=10.0)
         await database.open()
         stack.push_async_callback(database.close)

@@ -33,7 +33,7 @@ class Compute:
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         sock = sockets.bind("127.0.0.1:0")
-        self.address = sockets.told(sock)
+        self.address = sockets.address_of(sock)
         await web.SockSite(runner, sock).start()
         try:
             yield self

@@ -66,9 +66,21 @@ class Cell:
     """The exchanges that share all labels."""
 
     __slots__ = (
-        "code", "count", "ended", "is_metered", "mode", "outcome", "request_seconds", "route", "status",
-        "tokens_estimated", "tokens_held", "tokens_in", "tokens_out", "upstream_seconds",
-    )  # fmt: skip
+        "code",
+        "count",
+        "ended",
+        "is_metered",
+        "mode",
+        "outcome",
+        "request_seconds",
+        "route",
+        "status",
+        "tokens_estimated",
+        "tokens_held",
+        "tokens_in",
+        "tokens_out",
+        "upstream_seconds",
+    )
 
     def __init__(self, route: str, mode: str, status: int, code: str, outcome: str) -> None:
         self.route = route
@@ -126,7 +138,6 @@ class Recorder(ports.Recorder):
         self._sinks = self._all_sinks(access_log)
 
     def record(self, exchange: Exchange) -> None:
-        """See the port."""
         self._pending.append(exchange)
         if len(self._pending) >= _PENDING_MAX:
             self.count_pending()

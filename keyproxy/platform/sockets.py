@@ -37,7 +37,7 @@ def bind(address: str, *, mode: int = _MODE, is_shared: bool = True) -> socket.s
         raise BindError(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
-def told(sock: socket.socket) -> str:
+def address_of(sock: socket.socket) -> str:
     """The actual address of a bound socket: if the configured port is 0, with the port that the kernel chose."""
     name = sock.getsockname()
     if isinstance(name, bytes):

@@ -179,11 +179,10 @@ class Proxy:
         responses = ResponseReader(FieldNames(settings.identity.header_prefix))
         tls = upstream_context(upstream)
         live, *test = (
-            UpstreamPool(
-                url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls
-            )
-            for url in (upstream.url, upstream.test_url) if url
-        )  # fmt: skip
+            UpstreamPool(url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls)
+            for url in (upstream.url, upstream.test_url)
+            if url
+        )
         return Upstreams(live, *test)
 
     def _ops_listener(self) -> OpsListener:

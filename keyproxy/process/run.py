@@ -71,9 +71,14 @@ def _allow_files(settings: Settings) -> None:
 
 
 async def serve(
-    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing,
+    settings: Settings,
+    dsn: str,
+    *,
+    access_log_fd: int,
+    started: Callable[[str, str], None],
+    changing: Changing,
     private_ops: socket.socket | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
 
     `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
@@ -95,7 +100,7 @@ async def serve(
         # Before the first connection: it blocks the event loop for the time of several hundred requests.
         _settle_memory()
         async with proxy.running(proxy_socket, ops_socket):
-            started(sockets.told(proxy_socket), sockets.told(ops_socket))
+            started(sockets.address_of(proxy_socket), sockets.address_of(ops_socket))
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 change = group.create_task(changing(proxy, again))

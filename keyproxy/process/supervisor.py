@@ -71,7 +71,7 @@ class Supervisor:
 
     async def run(
         self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ReloadError.
 
         `started` is called with both addresses. At SIGHUP `text_again` returns a configuration, and `read` parses it;
@@ -86,11 +86,11 @@ class Supervisor:
             try:
                 self._reserved = bound(self._settings.listen)
                 ops = bound(self._settings.ops)
-                told = (sockets.told(self._reserved), sockets.told(ops))
+                addresses = (sockets.address_of(self._reserved), sockets.address_of(ops))
                 await self._start_crew()
                 self._is_manned = True
                 await self._ops.start(ops)
-                started(*told)
+                started(*addresses)
                 systemd.notify("READY=1")
                 self._spawn(self._look_on())
                 self._spawn(self._change_on(again, control, text_again, read))
@@ -118,14 +118,14 @@ class Supervisor:
         except (ReloadError, OSError) as error:
             for worker in crew:
                 worker.is_leaving = True
-                worker.tell(signal.SIGTERM)
+                worker.send_signal(signal.SIGTERM)
             raise ReloadError(str(error)) from error
 
     async def _start(self) -> Worker:
         assert self._reserved is not None  # noqa: S101 - for the type checker: run() has bound it
         environment = {
             **os.environ,
-            "KEYPROXY_LISTEN__ADDRESS": sockets.told(self._reserved),
+            "KEYPROXY_LISTEN__ADDRESS": sockets.address_of(self._reserved),
             "KEYPROXY_LISTEN__WORKERS": "1",
             # A worker never binds this address; passing it keeps the configuration valid.
             "KEYPROXY_OPS__ADDRESS": self._settings.ops.address,
@@ -172,7 +172,7 @@ class Supervisor:
         self._is_stopping = True
         listen = self._settings.listen
         for worker in self._crew.members:
-            worker.tell(departure.signal)
+            worker.send_signal(departure.signal)
         self._spawn(self._hurry(departure))
         waiting = [worker.process.wait() for worker in self._crew.members]
         with contextlib.suppress(TimeoutError):
@@ -180,7 +180,7 @@ class Supervisor:
                 await asyncio.gather(*waiting)
         for worker in list(self._crew.members):
             _log.error("worker %d did not exit in time; killing it", worker.process.pid)
-            worker.tell(signal.SIGKILL)
+            worker.send_signal(signal.SIGKILL)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -194,7 +194,7 @@ class Supervisor:
     async def _hurry(self, departure: Departure) -> None:
         await departure.is_urgent.wait()
         for worker in self._crew.members:
-            worker.tell(departure.signal)
+            worker.send_signal(departure.signal)
 
     # -- reloading
 
@@ -251,7 +251,7 @@ class Supervisor:
         for worker in old_crew:
             worker.is_leaving = True
             # Without lingering: new workers serve already, and old ones must not take new requests.
-            worker.tell(signal.SIGINT)
+            worker.send_signal(signal.SIGINT)
         if listened is not None and was[2] is not None:
             was[2].close()
 

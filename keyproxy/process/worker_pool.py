@@ -56,9 +56,13 @@ class Worker:
             undo.enter_context(ours)
             ops.bind("")  # the kernel chooses a name that nothing else has
             process = await asyncio.create_subprocess_exec(
-                *command, "--ops-fd", str(ops.fileno()), env=dict(environment), stdin=theirs.fileno(),
+                *command,
+                "--ops-fd",
+                str(ops.fileno()),
+                env=dict(environment),
+                stdin=theirs.fileno(),
                 pass_fds=(ops.fileno(),),
-            )  # fmt: skip
+            )
             name: bytes = ops.getsockname()
             undo.pop_all()
         supervisor_end = await control_channel.supervisor_end(ours)
@@ -100,10 +104,10 @@ class Worker:
             why = f"worker {self.process.pid} does not respond: {error}"
         _log.error("%s; killing it", why)
         self._is_lost = True
-        self.tell(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         return why
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
@@ -166,11 +170,11 @@ class WorkerPool:
     async def checks(self, wanted: int) -> dict[str, Check]:
         """The worst result of each check, and whether the wanted number of workers serve."""
         pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self.members if not worker.is_leaving))
-        told: dict[str, list[Check]] = {}
+        by_name: dict[str, list[Check]] = {}
         for page in pages:
             for name, check in (orjson.loads(page)["checks"] if page else {}).items():
-                told.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
-        checks = {name: _worst(some) for name, some in told.items()}
+                by_name.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
+        checks = {name: _worst(some) for name, some in by_name.items()}
         return checks | {"workers": _check_number(sum(page is not None for page in pages), wanted)}
 
     async def _until_settled(self, worker: Worker) -> None:

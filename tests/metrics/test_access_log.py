@@ -51,9 +51,14 @@ def head_of(*lines: str) -> RequestHead:
 
 
 def ended(
-    head: RequestHead | None = None, *, reason: Reason | None = None, detail: str = "", policy: str = "",
-    status: int = 200, ending: Ending | None = None,
-) -> Exchange:  # fmt: skip
+    head: RequestHead | None = None,
+    *,
+    reason: Reason | None = None,
+    detail: str = "",
+    policy: str = "",
+    status: int = 200,
+    ending: Ending | None = None,
+) -> Exchange:
     one = Exchange()
     one.head, one.request_id = head, b"r-1"
     one.reason, one.refusal_detail, one.policy = reason, detail, policy
@@ -124,10 +129,16 @@ def test_relayed_request_has_neither_policy_nor_detail(logged: Logged) -> None:
 @pytest.mark.parametrize(
     "detail",
     [
-        f"the value {KEY} is no number", KEY, f"at {KEY[8:40]}", f"key={KEY}", f"('{KEY}',)", f"a\n{KEY}\n",
-        "hunter22 is no number", "sk-proj-abcdefghijklmnopqrstuvwx is no number",
+        f"the value {KEY} is no number",
+        KEY,
+        f"at {KEY[8:40]}",
+        f"key={KEY}",
+        f"('{KEY}',)",
+        f"a\n{KEY}\n",
+        "hunter22 is no number",
+        "sk-proj-abcdefghijklmnopqrstuvwx is no number",
     ],
-)  # fmt: skip
+)
 def test_no_detail_contains_a_key_or_a_part_of_one(logged: Logged, detail: str) -> None:
     head = head_of(f"Authorization: Api-Key {KEY}", "X-Api-Key: hunter22")
     line = line_of(logged, ended(head, reason=Reason.REQUEST_MALFORMED, detail=detail))
@@ -240,10 +251,13 @@ def test_the_setting_selects_the_fraction_of_successes_to_log(access: Any, share
 def mixed() -> list[Exchange]:
     """Every kind of end."""
     return [
-        ended(head_of(), reason=Reason.RATE_LIMITED), ended(head_of(), status=500),
-        ended(head_of(), ending=Ending.CUT), ended(head_of(), status=499, ending=Ending.CLIENT_GONE),
-        ended(head_of()), ended(head_of(), status=404),
-    ]  # fmt: skip
+        ended(head_of(), reason=Reason.RATE_LIMITED),
+        ended(head_of(), status=500),
+        ended(head_of(), ending=Ending.CUT),
+        ended(head_of(), status=499, ending=Ending.CLIENT_GONE),
+        ended(head_of()),
+        ended(head_of(), status=404),
+    ]
 
 
 def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(logged: Logged) -> None:
@@ -251,8 +265,11 @@ def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(
     logged.log.write([row(one) for one in mixed()])
     logged.log.write([row(ended(head_of()))])
     assert [(line["code"], line["status"]) for line in logged.lines()] == [
-        ("rate_limited", 429), ("ok", 500), ("cut", 200), ("client_gone", 499),
-    ]  # fmt: skip
+        ("rate_limited", 429),
+        ("ok", 500),
+        ("cut", 200),
+        ("client_gone", 499),
+    ]
 
 
 def test_a_share_of_the_successes_has_a_line_and_every_refusal(logged: Logged) -> None:

@@ -38,7 +38,7 @@ from keyproxy.process.proxy_metrics import (
     SUPERVISOR_METRICS,
     Scrape,
     Workers,
-)  # fmt: skip
+)
 from keyproxy.reasons import Reason
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.ledger import Ledger
@@ -108,9 +108,14 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
 
 
 def exchange(
-    *, reason: Reason | None = None, ending: Ending | None = None, status: int = 200, route: str | None = None,
-    use: TokenUse | None = None, seconds: Mapping[str, float] | None = None,
-) -> Exchange:  # fmt: skip
+    *,
+    reason: Reason | None = None,
+    ending: Ending | None = None,
+    status: int = 200,
+    route: str | None = None,
+    use: TokenUse | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Exchange:
     """An exchange that was sent after a second and took two."""
     one = Exchange()
     one.identity = fakes.identity()
@@ -217,23 +222,34 @@ def test_series_that_start_at_0_survive_worker_restarts() -> None:
 
 
 def test_responses_are_counted_by_the_class_of_their_status() -> None:
-    text = page(*[exchange(status=status) for status in (101, 200, 204, 302, 404, 500, 599)],
-                exchange(status=499, ending=Ending.CLIENT_GONE), exchange(reason=Reason.RATE_LIMITED))  # fmt: skip
+    text = page(
+        *[exchange(status=status) for status in (101, 200, 204, 302, 404, 500, 599)],
+        exchange(status=499, ending=Ending.CLIENT_GONE),
+        exchange(reason=Reason.RATE_LIMITED),
+    )
     assert series(text, "keyproxy_responses_total") == {
-        ("1xx",): 1, ("2xx",): 2, ("3xx",): 1, ("4xx",): 3, ("5xx",): 2,
-    }  # fmt: skip
+        ("1xx",): 1,
+        ("2xx",): 2,
+        ("3xx",): 1,
+        ("4xx",): 3,
+        ("5xx",): 2,
+    }
 
 
 def test_the_duration_of_what_was_relayed_stands_apart_from_that_of_refusals() -> None:
     text = page(
-        exchange(route="any"), exchange(route="any", status=500), exchange(route="any", reason=Reason.RATE_LIMITED),
+        exchange(route="any"),
+        exchange(route="any", status=500),
+        exchange(route="any", reason=Reason.RATE_LIMITED),
         exchange(route="any", ending=Ending.CUT, reason=Reason.UPSTREAM_UNREACHABLE),
         exchange(route="any", ending=Ending.CLIENT_GONE, status=499),
-    )  # fmt: skip
+    )
     assert series(text, "keyproxy_request_seconds_count") == {
-        ("live", "ok", "any"): 2, ("live", "refused", "any"): 1, ("live", "cut", "any"): 1,
+        ("live", "ok", "any"): 2,
+        ("live", "refused", "any"): 1,
+        ("live", "cut", "any"): 1,
         ("live", "client_gone", "any"): 1,
-    }  # fmt: skip
+    }
 
 
 def test_a_code_and_a_status_that_end_in_two_ways_are_one_series_of_requests() -> None:
@@ -273,16 +289,22 @@ def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> 
     routes = {*((one.method, one.path) for one in ENDPOINTS), ("GET", "/metrics"), ("GET", "/livez")}
     assert {(number, *route) for route in routes for number in ("2xx", "4xx", "5xx")} <= set(requests)
     assert set(series(before, "keyproxy_admin_failed_logins_total")) == {
-        ("token_missing",), ("token_invalid",), ("token_expired",), ("token_revoked",), ("account_disabled",),
+        ("token_missing",),
+        ("token_invalid",),
+        ("token_expired",),
+        ("token_revoked",),
+        ("account_disabled",),
         ("too_many_failures",),
-    }  # fmt: skip
+    }
     counted.note("GET", "/metrics", 200, "")
     counted.note("BREW", "/nowhere", 404, "not_found")
     counted.note("GET", "/metrics", 401, "token_expired")
     after = page_of_admin.render().decode()
     assert {key: value for key, value in series(after, "keyproxy_admin_requests_total").items() if value} == {
-        ("2xx", "GET", "/metrics"): 1, ("4xx", "none", "none"): 1, ("4xx", "GET", "/metrics"): 1,
-    }  # fmt: skip
+        ("2xx", "GET", "/metrics"): 1,
+        ("4xx", "none", "none"): 1,
+        ("4xx", "GET", "/metrics"): 1,
+    }
     assert series(after, "keyproxy_admin_failed_logins_total")[("token_expired",)] == 1
 
 
@@ -393,26 +415,37 @@ def test_metric_of_a_newer_worker_is_omitted_from_the_merged_page() -> None:
 def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None:
     def of(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         return {
-            (family.name + ("_total" if family.type == "counter" else ""), tuple(sorted(sample.labels.items()))):
-            sample.value
-            for family in text_string_to_metric_families(text) for sample in family.samples
+            (
+                family.name + ("_total" if family.type == "counter" else ""),
+                tuple(sorted(sample.labels.items())),
+            ): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
             if not sample.name.endswith(("_bucket", "_sum"))
-        }  # fmt: skip
+        }
 
     merged = of(workers_page(populated(1), populated(3)))
     one, three = of(populated(1)), of(populated(3))
     for name, _, _, how, _ in tables()["Of a proxy"]:
-        key = next(key for key in one if (key[0] == name.strip("`") and three[key] != one[key]) or
-                   key[0] == name.strip("`") == "keyproxy_build_info")  # fmt: skip
-        together: dict[str, Any] = {"sum": one[key] + three[key], "max": max(one[key], three[key]),
-                                    "min": min(one[key], three[key])}  # fmt: skip
+        key = next(
+            key
+            for key in one
+            if (key[0] == name.strip("`") and three[key] != one[key])
+            or key[0] == name.strip("`") == "keyproxy_build_info"
+        )
+        together: dict[str, Any] = {
+            "sum": one[key] + three[key],
+            "max": max(one[key], three[key]),
+            "min": min(one[key], three[key]),
+        }
         assert merged[key] == together[how], name
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "config.example.toml"]),
+    "path",
+    sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "config.example.toml"]),
     ids=lambda path: path.name,
-)  # fmt: skip
+)
 def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
     known = {row[0].strip("`") for rows in tables().values() for row in rows}
     histograms = {row[0].strip("`") for rows in tables().values() for row in rows if row[1] == "histogram"}
@@ -431,9 +464,11 @@ def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
 @pytest.mark.parametrize("kind", ["proxy", "proxy before anything", "workers", "admin"])
 def test_promtool_reports_no_problems(kind: str) -> None:
     pages: dict[str, Callable[[], str]] = {
-        "proxy": populated, "proxy before anything": page, "admin": admin_page,
+        "proxy": populated,
+        "proxy before anything": page,
+        "admin": admin_page,
         "workers": lambda: workers_page(populated(), page(), by_state={"ready": 1}),
-    }  # fmt: skip
+    }
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=pages[kind](), text=True, capture_output=True, check=False
     )

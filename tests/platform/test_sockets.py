@@ -46,7 +46,7 @@ def test_a_unix_socket_is_never_wider_than_its_mode(directory: Path, monkeypatch
 def test_exclusive_bind_to_a_shared_port_is_refused(directory: Path) -> None:
     with contextlib.closing(sockets.bind("127.0.0.1:0")) as shared:
         shared.listen()
-        address = sockets.told(shared)
+        address = sockets.address_of(shared)
         with contextlib.closing(sockets.bind(address)):
             pass
         with pytest.raises(sockets.BindError, match="in use"):
