@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await fill(dsn, keys)
     store = Store(
-        schema.Store(), schema.Cache(), schema.Ledger(), schema.Usage(),
+        schema.StoreSettings(), schema.Cache(), schema.LedgerSettings(), schema.Usage(),
         dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
     )  # fmt: skip
     await store.open()

@@ -190,7 +190,7 @@ def _process(backend: str, dsn: str, lines: int, seconds: float, start: float, s
 async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float, seed: int) -> Run:
     database = Database(dsn, pool_size_max=2, statement_timeout_seconds=30.0)
     await database.open()
-    ledger = ledger_backend(database, schema.Ledger(backend=backend, lease_seconds=60.0))
+    ledger = ledger_backend(database, schema.LedgerSettings(backend=backend, lease_seconds=60.0))
     holder, serial, chance = f"{os.getpid()}-{time.time()}", 0, random.Random(seed)
     granted = [0] * _USERS
     windows = [Window(Pool("user", f"user_{number}", False), "requests_per_day") for number in range(_USERS)]

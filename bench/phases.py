@@ -174,8 +174,8 @@ class Bench:
         rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
         self.routes = schema.Settings(routes=rows).route_table()
         # None of them is started, so that no database or ledger is contacted.
-        self.ledger = Ledger(cast("LedgerBackend", None), schema.Ledger(), clock.now)
-        claims = Claims(cast("ClaimStore", None), self.ledger, schema.Ledger(), clock.now)
+        self.ledger = Ledger(cast("LedgerBackend", None), schema.LedgerSettings(), clock.now)
+        claims = Claims(cast("ClaimStore", None), self.ledger, schema.LedgerSettings(), clock.now)
         self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
         if self.limits is not None:
             grant(self.ledger.book, self.limits)

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.metrics.catalogue import BUILD_INFO, Catalogue
-from keyproxy.metrics.metric import Combine, Kind, Metric
+from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _WITHIN_DAYS: Final = (1, 7, 30)
@@ -94,7 +94,7 @@ def _reminders_waiting(scrape: AdminScrape) -> int | None:
     return None if scrape.figures is None else scrape.figures.reminders_waiting
 
 
-COUNTER, GAUGE = Kind.COUNTER, Kind.GAUGE
+COUNTER, GAUGE = MetricKind.COUNTER, MetricKind.GAUGE
 SUM, MAX, MIN = Combine.SUM, Combine.MAX, Combine.MIN
 
 ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (

@@ -67,7 +67,7 @@ class ReminderSender:
     attempt_seconds: float = _ATTEMPT_SECONDS
     total: Outcome = field(default_factory=Outcome)
 
-    async def run(self, terms: Callable[[], schema.Reminders]) -> None:
+    async def run(self, terms: Callable[[], schema.ReminderSettings]) -> None:
         """Send due reminders until cancelled. `terms` may change; nothing is sent while they have no URL."""
         was_down = False
         while True:
@@ -83,7 +83,7 @@ class ReminderSender:
                 _log.exception("sending reminders failed with an internal error")
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def turn(self, terms: schema.Reminders) -> Outcome:
+    async def turn(self, terms: schema.ReminderSettings) -> Outcome:
         """Record due reminders and send those whose time has come. Raises StoreUnavailable, StoreConflict."""
         turn = Outcome()
         await self.reminders.write(terms.before_days)
@@ -103,7 +103,7 @@ class ReminderSender:
         return turn
 
     async def _send(
-        self, session: aiohttp.ClientSession, terms: schema.Reminders, reminder: Reminder, turn: Outcome
+        self, session: aiohttp.ClientSession, terms: schema.ReminderSettings, reminder: Reminder, turn: Outcome
     ) -> None:
         failed = await _attempted(session, terms, reminder)
         if failed is None:
@@ -151,7 +151,7 @@ def body(reminder: Reminder) -> bytes:
 
 
 async def _attempted(
-    session: aiohttp.ClientSession, terms: schema.Reminders, reminder: Reminder
+    session: aiohttp.ClientSession, terms: schema.ReminderSettings, reminder: Reminder
 ) -> _Failed | None:  # fmt: skip
     content = body(reminder)
     signed = webhook_signature.headers(

@@ -24,7 +24,7 @@ _LOOPBACK: Final[frozenset[IpAddress | str]] = frozenset(
 )
 
 
-class Place(NamedTuple):
+class NetworkAddress(NamedTuple):
     """The target of an address: hosts and a port, or the path of a unix socket."""
 
     hosts: frozenset[IpAddress | str]
@@ -83,23 +83,23 @@ def plain(address: IpAddress) -> IpAddress:
     return address if mapped is None else mapped
 
 
-def of_listener(address: str, resolve: Resolve = literal) -> Place:
-    """The Place of a listener's `host:port`, `[ipv6]:port` or `unix:/path`."""
+def of_listener(address: str, resolve: Resolve = literal) -> NetworkAddress:
+    """The NetworkAddress of a listener's `host:port`, `[ipv6]:port` or `unix:/path`."""
     if address.startswith("unix:"):
-        return Place(frozenset(), 0, _normal(address[5:]))
+        return NetworkAddress(frozenset(), 0, _normal(address[5:]))
     host, _, port = address.rpartition(":")
-    return Place(resolve(host.strip("[]")), int(port))
+    return NetworkAddress(resolve(host.strip("[]")), int(port))
 
 
-def of_url(url: str, resolve: Resolve = literal) -> Place:
-    """The Place of an upstream's `http://host[:port]`, `https://host[:port]` or `unix:/path`."""
+def of_url(url: str, resolve: Resolve = literal) -> NetworkAddress:
+    """The NetworkAddress of an upstream's `http://host[:port]`, `https://host[:port]` or `unix:/path`."""
     if url.startswith("unix:"):
-        return Place(frozenset(), 0, _normal(url[5:]))
+        return NetworkAddress(frozenset(), 0, _normal(url[5:]))
     parts = urlsplit(url)
-    return Place(resolve(parts.hostname or ""), parts.port or _DEFAULT_PORTS[parts.scheme.lower()])
+    return NetworkAddress(resolve(parts.hostname or ""), parts.port or _DEFAULT_PORTS[parts.scheme.lower()])
 
 
-def overlap(one: Place, other: Place) -> bool:
+def overlap(one: NetworkAddress, other: NetworkAddress) -> bool:
     """Whether two listeners would compete for connections. Port 0 is any free port: it never overlaps."""
     if one.path or other.path:
         return one.path == other.path
@@ -108,7 +108,7 @@ def overlap(one: Place, other: Place) -> bool:
     return any(_covers(a, b) or _covers(b, a) for a in one.hosts for b in other.hosts)
 
 
-def reaches(target: Place, listener: Place, is_local: Callable[[IpAddress], bool]) -> bool:
+def reaches(target: NetworkAddress, listener: NetworkAddress, is_local: Callable[[IpAddress], bool]) -> bool:
     """Whether connecting to `target` ends at `listener`. `is_local`: whether an address belongs to this machine."""
     if target.path or listener.path:
         return target.path == listener.path

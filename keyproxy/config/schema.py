@@ -54,7 +54,7 @@ class Ops:
 
 
 @dataclass(frozen=True, slots=True)
-class Admin:
+class AdminSettings:
     """The control plane."""
 
     address: str = _setting("127.0.0.1:8081", addresses.wrong_with_listener)
@@ -80,7 +80,7 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class StoreSettings:
     """PostgreSQL."""
 
     dsn: str = _setting("embedded", value_checks.store_dsn, secret=True)
@@ -108,7 +108,7 @@ class IdentityHeaders:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class KeySettings:
     """The format and lifetime of keys."""
 
     prefix: str = _setting("kp", value_checks.key_prefix)
@@ -117,7 +117,7 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class LedgerSettings:
     """The ledger, which accounts for the windows of limits."""
 
     backend: str = _setting("postgres", value_checks.ledger_backend, secret=True)
@@ -136,7 +136,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Reminders:
+class ReminderSettings:
     """Webhook reminders about keys that expire soon. Without a URL none are sent."""
 
     webhook_url: str = _setting("", value_checks.webhook_url)
@@ -182,15 +182,15 @@ class Settings:
 
     listen: Listen = field(default_factory=Listen)
     ops: Ops = field(default_factory=Ops)
-    admin: Admin = field(default_factory=Admin)
+    admin: AdminSettings = field(default_factory=AdminSettings)
     upstream: Upstream = field(default_factory=Upstream)
-    store: Store = field(default_factory=Store)
+    store: StoreSettings = field(default_factory=StoreSettings)
     cache: Cache = field(default_factory=Cache)
     identity: IdentityHeaders = field(default_factory=IdentityHeaders)
-    keys: Keys = field(default_factory=Keys)
-    ledger: Ledger = field(default_factory=Ledger)
+    keys: KeySettings = field(default_factory=KeySettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
     usage: Usage = field(default_factory=Usage)
-    reminders: Reminders = field(default_factory=Reminders)
+    reminders: ReminderSettings = field(default_factory=ReminderSettings)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
     routes: tuple[RouteRow, ...] = ()

@@ -26,7 +26,7 @@ import click
 import uvloop
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
-from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, Store, Upstream
+from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
 from keyproxy.demo import budget
 from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
 from keyproxy.platform import sockets
@@ -92,7 +92,7 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
             listen=Listen(address=sockets.address_of(proxy_socket), drain_seconds=1.0),
             ops=Ops(address=sockets.address_of(ops_socket)),
             upstream=Upstream(url=f"http://{compute.address}"),
-            store=Store(dsn=dsn),
+            store=StoreSettings(dsn=dsn),
             routes=(
                 RouteRow(f"POST {JOBS}", ["jobs:write"]),
                 RouteRow(f"GET {JOBS}/{{id}}", ["jobs:read"]),

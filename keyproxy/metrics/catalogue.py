@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from keyproxy import __version__
 from keyproxy.metrics import recorder
-from keyproxy.metrics.metric import Combine, Kind, Metric, Reading
+from keyproxy.metrics.metric import Combine, Metric, MetricKind, Reading
 from keyproxy.metrics.recorder import Histogram
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -39,7 +39,7 @@ def _build(_source: object) -> Mapping[tuple[str, ...], float]:
 
 
 BUILD_INFO: Final[Metric[object]] = Metric(
-    "keyproxy_build_info", Kind.GAUGE, "The running build.", ("version", "python", "build"), _build, Combine.MAX
+    "keyproxy_build_info", MetricKind.GAUGE, "The running build.", ("version", "python", "build"), _build, Combine.MAX
 )
 
 
@@ -69,7 +69,7 @@ class Catalogue(Collector, Generic[Source]):
 
 def _family(metric: Metric[Source], reading: Reading) -> Family:
     values = _by_labels(reading)
-    if metric.kind is Kind.HISTOGRAM:
+    if metric.kind is MetricKind.HISTOGRAM:
         histograms = HistogramMetricFamily(metric.family, metric.help, labels=metric.labels)
         for labels, value in values:
             assert isinstance(value, Histogram), f"{metric.name} is declared as a histogram"  # noqa: S101
@@ -79,7 +79,7 @@ def _family(metric: Metric[Source], reading: Reading) -> Family:
                 buckets = list(zip(bounds, accumulate(value.counts), strict=True))
                 histograms.add_metric(labels, buckets, sum_value=value.total)
         return histograms
-    kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+    kind = CounterMetricFamily if metric.kind is MetricKind.COUNTER else GaugeMetricFamily
     family = kind(metric.family, metric.help, labels=metric.labels)
     for labels, value in values:
         assert not isinstance(value, Histogram), f"{metric.name} is not declared as a histogram"  # noqa: S101

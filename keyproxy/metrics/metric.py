@@ -15,7 +15,7 @@ from typing import Generic, TypeAlias, TypeVar
 from keyproxy.metrics.recorder import Histogram
 
 
-class Kind(enum.Enum):
+class MetricKind(enum.Enum):
     """The type of a metric, as Prometheus names it."""
 
     COUNTER = "counter"
@@ -63,16 +63,16 @@ class Metric(Generic[Source]):
     """
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
     labels: tuple[str, ...]
     read: Callable[[Source], Reading]
     combine: Combine
 
     def __post_init__(self) -> None:
-        if self.name.endswith("_total") != (self.kind is Kind.COUNTER):
+        if self.name.endswith("_total") != (self.kind is MetricKind.COUNTER):
             raise ValueError(f"{self.name}: the name of a counter, and of no other metric, ends with _total")
-        if self.kind is not Kind.GAUGE and self.combine is not Combine.SUM:
+        if self.kind is not MetricKind.GAUGE and self.combine is not Combine.SUM:
             raise ValueError(f"{self.name}: counters and histograms are summed")
 
     @property

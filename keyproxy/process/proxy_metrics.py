@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import BUILD_INFO
-from keyproxy.metrics.metric import Combine, Kind, Metric
+from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.model import NO_TOKENS
 from keyproxy.reasons import Reason
@@ -19,7 +19,7 @@ from keyproxy.store.store import Store
 from keyproxy.wire.server import ProxyServer
 from keyproxy.wire.upstream.pool import Upstreams
 
-COUNTER, GAUGE, HISTOGRAM = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+COUNTER, GAUGE, HISTOGRAM = MetricKind.COUNTER, MetricKind.GAUGE, MetricKind.HISTOGRAM
 SUM, MAX, MIN = Combine.SUM, Combine.MAX, Combine.MIN
 
 #: Bounds of the histogram of the ledger's round trips.

@@ -16,7 +16,7 @@ from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from keyproxy.config import addresses
-from keyproxy.config.addresses import Place
+from keyproxy.config.addresses import NetworkAddress
 from keyproxy.config.schema import Settings
 from keyproxy.platform import process_registry, sockets
 from keyproxy.platform.process_registry import ADMIN, NOWHERE, SERVE, UNIX, Presence, Running
@@ -37,7 +37,7 @@ def of_admin(settings: Settings) -> Presence:
     return Presence(ADMIN, _encoded(settings.admin.address), NOWHERE, "0" * 16)
 
 
-def places(what: Presence) -> dict[str, Place]:
+def places(what: Presence) -> dict[str, NetworkAddress]:
     """The addresses of a process, by configuration key."""
     named = {"listen.address": what.main, "ops.address": what.ops}
     if what.purpose == ADMIN:
@@ -84,11 +84,11 @@ def _encoded(address: str) -> str:
         raise sockets.BindError(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
-def _decoded(text: str) -> Place:
+def _decoded(text: str) -> NetworkAddress:
     packed = base64.urlsafe_b64decode(text)
     if packed.startswith(UNIX):
-        return Place(frozenset(), 0, packed.hex())
-    return Place(
+        return NetworkAddress(frozenset(), 0, packed.hex())
+    return NetworkAddress(
         frozenset({addresses.plain(ipaddress.IPv6Address(packed[:16]))}), int(struct.unpack("!H", packed[16:])[0])
     )
 

@@ -21,7 +21,7 @@ class Store:
     """All parts of the store that a proxy uses."""
 
     def __init__(
-        self, store: schema.Store, cache: schema.Cache, ledger: schema.Ledger, usage: schema.Usage, *,
+        self, store: schema.StoreSettings, cache: schema.Cache, ledger: schema.LedgerSettings, usage: schema.Usage, *,
         dsn: str, header_prefix: str, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.database = Database(

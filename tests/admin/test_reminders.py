@@ -26,7 +26,7 @@ from aiohttp import web
 from keyproxy.admin.reminder_sender import Outcome, ReminderSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli import main
-from keyproxy.config.schema import Reminders as Terms
+from keyproxy.config.schema import ReminderSettings as Terms
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Entity, KeyWish
 from keyproxy.store.directory.reminders import Reminders

@@ -17,8 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from keyproxy.admin.listener import traffic
 from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
-from keyproxy.config.schema import Ledger as LedgerSettings
-from keyproxy.config.schema import RouteRow
+from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import POLICIES, Pool
@@ -26,7 +25,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
-from keyproxy.metrics.metric import Combine, Kind, Metric
+from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.model import ANSWERED, Ending, Grant, Permit, Route, TokenUse
 from keyproxy.platform import clock
@@ -380,19 +379,19 @@ def test_every_declared_metric_is_on_its_page_with_its_labels(heading: str) -> N
 def test_metric_cannot_be_declared_without_how_it_combines() -> None:
     declare = cast("Any", Metric)
     with pytest.raises(TypeError, match="combine"):
-        declare("keyproxy_x_seconds", Kind.GAUGE, "", (), lambda _: 0)
+        declare("keyproxy_x_seconds", MetricKind.GAUGE, "", (), lambda _: 0)
 
 
-@pytest.mark.parametrize("kind", [Kind.COUNTER, Kind.HISTOGRAM])
+@pytest.mark.parametrize("kind", [MetricKind.COUNTER, MetricKind.HISTOGRAM])
 @pytest.mark.parametrize("combine", [Combine.MAX, Combine.MIN])
-def test_counters_and_histograms_can_only_be_summed(kind: Kind, combine: Combine) -> None:
-    name = "keyproxy_x_total" if kind is Kind.COUNTER else "keyproxy_x_seconds"
+def test_counters_and_histograms_can_only_be_summed(kind: MetricKind, combine: Combine) -> None:
+    name = "keyproxy_x_total" if kind is MetricKind.COUNTER else "keyproxy_x_seconds"
     with pytest.raises(ValueError, match="summed"):
         Metric(name, kind, "", (), lambda _: 0, combine)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("keyproxy_x", Kind.COUNTER), ("keyproxy_x_total", Kind.GAUGE)])
-def test_counters_and_no_other_metrics_end_with_total(name: str, kind: Kind) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("keyproxy_x", MetricKind.COUNTER), ("keyproxy_x_total", MetricKind.GAUGE)])
+def test_counters_and_no_other_metrics_end_with_total(name: str, kind: MetricKind) -> None:
     with pytest.raises(ValueError, match="_total"):
         Metric(name, kind, "", (), lambda _: 0, Combine.SUM)
 

@@ -180,7 +180,7 @@ def test_defect_fails_pending_lookups_of_charges_and_the_next_one_succeeds(
     site: Site,
 ) -> None:
     flaw = Flaw(1)
-    claims = Claims(FlawedClaims(flaw), cast("Ledger", None), schema.Ledger(), site.now)
+    claims = Claims(FlawedClaims(flaw), cast("Ledger", None), schema.LedgerSettings(), site.now)
     site.do(claims.start)
     told: list[object] = []
 
@@ -209,7 +209,7 @@ def test_claims_are_sent_again_although_one_cannot_be_settled(site: Site) -> Non
         def settle(self, _hold: Hold, **_how: object) -> None:
             flaw.strike("settle")
 
-    claims = Claims(ReferenceClaims(), cast("Ledger", LeaseTable()), schema.Ledger(), site.now)
+    claims = Claims(ReferenceClaims(), cast("Ledger", LeaseTable()), schema.LedgerSettings(), site.now)
     site.do(claims.start)
     for number in range(3):
         claims.add(_HOLD, bytes([number] * 32), 1, None)
@@ -259,7 +259,9 @@ class FlawedBackend:
     """A ledger that is always available. Implements LedgerBackend."""
 
     def __init__(self, site: Site, flaw: Flaw) -> None:
-        self.reference = ReferenceLedger(lambda: site.now().wall_seconds, lease_seconds=schema.Ledger().lease_seconds)
+        self.reference = ReferenceLedger(
+            lambda: site.now().wall_seconds, lease_seconds=schema.LedgerSettings().lease_seconds
+        )
         self.flaw = flaw
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
@@ -289,7 +291,7 @@ class Customers:
     def __init__(self, site: Site, flaw: Flaw) -> None:
         self.site = site
         self.backend = FlawedBackend(site, flaw)
-        self.ledger = StoreLedger(self.backend, schema.Ledger(), site.now)
+        self.ledger = StoreLedger(self.backend, schema.LedgerSettings(), site.now)
         self.holds: list[Hold] = []
         self._allowances: dict[str, Allowance] = {}
         site.do(self.ledger.start)
@@ -378,7 +380,7 @@ def test_process_that_is_idle_now_and_then_stays_one_holder_and_needs_one_round_
         assert customers.ask("u_1") == [None]
         assert counts["round_trips"] == before + 1
         site.do(lambda: customers.ledger.settle(customers.holds.pop(), was_sent=True))
-        site.wait(schema.Ledger().lease_seconds * 5)
+        site.wait(schema.LedgerSettings().lease_seconds * 5)
         assert customers.ledger.book.outstanding == 0
         (holder,) = customers.backend.reference.holders.values()
         assert holder.rests, gaps

@@ -27,7 +27,7 @@ from tests.simulation.world import World
 T = TypeVar("T")
 USER = Pool("user", "u_42", False)
 _NOON = 1_705_320_000.0
-_CONFIG = schema.Ledger(lease_seconds=10.0, settle_seconds=0.5)
+_CONFIG = schema.LedgerSettings(lease_seconds=10.0, settle_seconds=0.5)
 #: A tolerance: many times the duration of one iteration of the virtual loop.
 _TURNS_SECONDS = 0.01
 

@@ -175,7 +175,7 @@ class World:
             return Moment(self.wall() + jump[0], offset + (self.clock.now - began) * speed)
 
         backend = RemoteLedger(self.network, loop)
-        config = schema.Ledger(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
+        config = schema.LedgerSettings(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
         asyncio._set_running_loop(loop)
         try:
             ledger = Ledger(backend, config, now)

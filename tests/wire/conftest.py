@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from keyproxy.config.schema import Ledger as LedgerSettings
-from keyproxy.config.schema import Listen
+from keyproxy.config.schema import LedgerSettings, Listen
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer

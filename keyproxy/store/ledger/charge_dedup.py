@@ -93,7 +93,9 @@ class ClaimStore(Protocol):
 class Claims:
     """Queue claims and send them to the store. Implements the port Claims."""
 
-    def __init__(self, store: ClaimStore, ledger: Ledger, config: schema.Ledger, now: Callable[[], Moment]) -> None:
+    def __init__(
+        self, store: ClaimStore, ledger: Ledger, config: schema.LedgerSettings, now: Callable[[], Moment]
+    ) -> None:
         #: `repeats` that were charged no request, and claims that were charged `unasked`.
         self.counts = dict.fromkeys(("repeats", "unasked"), 0)
         self.down_because = ""

@@ -156,7 +156,7 @@ async def windows_of_user(
 
 
 async def explain(
-    identity: Identity, question: Question, routes: RouteTable, windows: Windows, *, ledger: schema.Ledger,
+    identity: Identity, question: Question, routes: RouteTable, windows: Windows, *, ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
 ) -> Explanation:  # fmt: skip
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read."""
@@ -177,7 +177,7 @@ async def explain(
 
 
 async def _taken(
-    backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.Ledger,
+    backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
 ) -> None:  # fmt: skip
     """Proceed as the gateway does: take, fetch what is missing, take again. Raises a Refusal."""

@@ -49,7 +49,7 @@ class Ledger(ports.Ledger):
     """Take, check, extend and settle holds. Implements the port Ledger."""
 
     def __init__(
-        self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
+        self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.conversation = LedgerClient(backend, ledger, now)
         self.book = self.conversation.book

@@ -60,7 +60,7 @@ class LedgerClient:
     """Exchange messages with the ledger. `book` holds the leases."""
 
     def __init__(
-        self, backend: LedgerBackend, ledger: schema.Ledger, now: Callable[[], Moment],
+        self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Called after every round trip, with its duration in seconds.

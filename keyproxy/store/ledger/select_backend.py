@@ -8,7 +8,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import Database
 
 
-def ledger_backend(database: Database, ledger: schema.Ledger) -> PostgresLedger | RedisLedger:
+def ledger_backend(database: Database, ledger: schema.LedgerSettings) -> PostgresLedger | RedisLedger:
     """Build the backend that `ledger.backend` names. Opens no connection.
 
     The caller still owns the database. The Redis backend uses it too, for shares of windows.

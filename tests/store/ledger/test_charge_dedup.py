@@ -181,14 +181,14 @@ class LeaseTable:
 
 
 def claims_over(store: ClaimStore, book: LeaseTable, now: Callable[[], Moment], **config: Any) -> Claims:
-    return Claims(store, cast("Ledger", book), schema.Ledger(**({"settle_seconds": 0.01} | config)), now)
+    return Claims(store, cast("Ledger", book), schema.LedgerSettings(**({"settle_seconds": 0.01} | config)), now)
 
 
 class Proxy:
     """A ledger and its claims, over one database."""
 
     def __init__(self, door: Database) -> None:
-        config = schema.Ledger(settle_seconds=0.02)
+        config = schema.LedgerSettings(settle_seconds=0.02)
         self.ledger = StoreLedger(PostgresLedger(door, lease_seconds=config.lease_seconds), config, clock.now)
         self.claims = Claims(PostgresClaims(door), self.ledger, config, clock.now)
         self.allowance = Allowance(((Pool("user", "u_42", False), Plan(requests_per_day=9, tokens_per_day=900)),))

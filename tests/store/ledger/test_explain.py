@@ -20,7 +20,7 @@ from keyproxy.store.postgres.database import Database
 from tests.store.harness import Sql, add_key, add_user
 
 ROUTES = (RouteRow("POST /v1/ai/jobs", ["jobs:write"]), RouteRow("POST /v1/chat", tokens="openai"))
-CONFIGURED = Settings(routes=ROUTES, ledger=schema.Ledger(lease_seconds=60.0))
+CONFIGURED = Settings(routes=ROUTES, ledger=schema.LedgerSettings(lease_seconds=60.0))
 JOB = Question("POST", "/v1/ai/jobs")
 
 

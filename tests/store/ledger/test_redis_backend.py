@@ -231,7 +231,8 @@ async def test_proxies_admit_no_more_than_the_limit_while_redis_loses_its_memory
         return Moment(time.time(), time.monotonic())
 
     proxies = [
-        Ledger(make_ledger(server), schema.Ledger(settle_seconds=0.05, lease_seconds=5.0), now) for _ in range(2)
+        Ledger(make_ledger(server), schema.LedgerSettings(settle_seconds=0.05, lease_seconds=5.0), now)
+        for _ in range(2)
     ]
     for proxy in proxies:
         proxy.start()
