@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from keyproxy.admin import docs_page, openapi
 from keyproxy.admin.connections import BOUNDS, Bounds, Connections
@@ -175,7 +175,8 @@ class AdminListener:
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "request_id": request[_REQUEST_ID],
-            "method": request.method if status != 405 else "",
+            # Any other method is free text of the client.
+            "method": request.method if request.method in hdrs.METH_ALL else "",
             "path": path,
             "route": route,
             "status": status,

@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 
 @dataclass
-class LeaseGrant:
+class Reply:
     """An answer."""
 
     status: int
@@ -83,7 +83,7 @@ class Api:
     async def call(
         self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
         headers: Mapping[str, str] | None = None, data: bytes | None = None,
-    ) -> LeaseGrant:  # fmt: skip
+    ) -> Reply:  # fmt: skip
         """Send one request. `content`: the body, sent as JSON; `data`: the raw body."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
@@ -94,7 +94,7 @@ class Api:
         async with self.session.request(
             method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
         ) as response:  # fmt: skip
-            return LeaseGrant(response.status, response.headers.copy(), await response.read())
+            return Reply(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
         """Send a request that must succeed; returns its JSON."""

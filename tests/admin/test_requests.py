@@ -266,6 +266,14 @@ async def test_every_response_has_an_id_and_is_not_cacheable(api: Api) -> None:
             assert reply.json["request_id"] == reply.headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize(("method", "logged"), [("PATCH", "PATCH"), ("PROPFIND", "")])
+async def test_log_line_of_a_method_that_is_not_allowed_names_it_if_it_is_a_registered_one(
+    api: Api, method: str, logged: str
+) -> None:
+    assert (await api.call(method, "/v1/plans")).status == 405
+    assert (api.log[-1]["method"], api.log[-1]["path"], api.log[-1]["status"]) == (logged, "/v1/plans", 405)
+
+
 async def test_each_request_leaves_a_log_line_without_a_secret(api: Api) -> None:
     key = (await api.user())["key"]
     await api.done("POST", f"/v1/keys/{key['id']}/revoke")
