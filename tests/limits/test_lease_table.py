@@ -7,9 +7,10 @@ import pytest
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.lease_table import LeaseTable, Short
 from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.ledger_rules import WindowAccount
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason, Refusal
-from tests.reference_ledger import ReferenceLedger, Row
+from tests.reference_ledger import ReferenceLedger
 
 LEASE_SECONDS = 10.0
 LINES_MAX = 1_000
@@ -30,9 +31,9 @@ class Fleet:
         self.processes += 1
         return Process(self, f"p{self.processes}")
 
-    def row(self, measure: str, pool: Pool = USER) -> Row:
+    def row(self, measure: str, pool: Pool = USER) -> WindowAccount:
         """The latest window of this measure."""
-        return self.ledger.rows[max(key for key in self.ledger.rows if key[0] == Window(pool, measure))]
+        return self.ledger.windows[max(key for key in self.ledger.windows if key[0] == Window(pool, measure))]
 
 
 class Process:
@@ -253,11 +254,11 @@ def test_a_new_window_begins_when_the_day_ends_and_not_before(fleet: Fleet, proc
     assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
     fleet.now = 43_200.0
     process.used(process.take(allowance))
-    yesterday, today = sorted(fleet.ledger.rows)
+    yesterday, today = sorted(fleet.ledger.windows)
     for hold in holds:
         process.used(hold)
     process.leave()
-    assert (fleet.ledger.rows[yesterday].spent, fleet.ledger.rows[today].spent) == (2, 1)
+    assert (fleet.ledger.windows[yesterday].spent, fleet.ledger.windows[today].spent) == (2, 1)
 
 
 def test_what_is_free_of_a_window_that_is_over_is_not_taken_today(fleet: Fleet, process: Process) -> None:
@@ -277,7 +278,7 @@ def test_a_lease_whose_first_reply_is_lost_at_midnight_stays_in_its_day(fleet: F
     process.sync(answer_is_lost=True)
     fleet.now = 43_200.1
     process.leave()
-    assert [row.held for row in fleet.ledger.rows.values()] == [0]
+    assert [row.held for row in fleet.ledger.windows.values()] == [0]
 
 
 # -- all or none
@@ -536,7 +537,7 @@ def test_more_used_than_held_of_a_window_that_is_over_is_charged_once(fleet: Fle
     process.used(hold, tokens=15)
     for _ in range(4):
         process.sync()
-    yesterday = fleet.ledger.rows[min(fleet.ledger.rows)]
+    yesterday = fleet.ledger.windows[min(fleet.ledger.windows)]
     assert (yesterday.spent, yesterday.held) == (15, 0)
     assert process.book.outstanding == 1
 
@@ -582,7 +583,7 @@ def test_an_extension_draws_on_the_lease_of_now_when_the_first_is_over(
     hold = process.book.extend(hold, 30, process.now)
     process.used(hold, tokens=55)
     process.leave()
-    rows = [row for _, row in sorted(fleet.ledger.rows.items())]
+    rows = [row for _, row in sorted(fleet.ledger.windows.items())]
     assert all(row.held == 0 for row in rows)
     if what_ends == "the day":
         assert [row.spent for row in rows] == [40, 15]
@@ -666,8 +667,8 @@ def test_a_message_that_has_to_claim_does_so_even_if_closing_leases_fill_it(proc
     process.book.lost(lines)
     process.used(busy)
     process.leave()
-    assert {row.held for row in fleet.ledger.rows.values()} == {0}
-    assert sum(row.spent for row in fleet.ledger.rows.values()) == 21
+    assert {row.held for row in fleet.ledger.windows.values()} == {0}
+    assert sum(row.spent for row in fleet.ledger.windows.values()) == 21
 
 
 def test_of_many_leases_those_with_waiting_requests_are_sent_first(process: Process) -> None:
@@ -806,13 +807,13 @@ def test_a_ledger_that_lost_history_receives_all_held_used_and_closed_leases_aga
     quiet, busy = under(Plan(requests_per_day=100)), under(Plan(requests_per_month=100), pools=(TENANT,))
     process.used(process.take(busy))
     process.sync()
-    replica = fleet.ledger.copy()
+    replica = fleet.ledger.rules.replica()
     hold = process.take(quiet)
     process.used(process.take(busy))
     fleet.now += 0.6
     process.sync()
     fleet.ledger.fail_over(replica)
-    assert not fleet.ledger.rows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
+    assert not fleet.ledger.windows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
     process.book.gather(process.now)
     lines = process.book.lines(process.now, LINES_MAX)
     process.serial += 1
@@ -870,7 +871,7 @@ def test_a_clock_of_the_ledger_that_is_set_back_does_not_close_a_rate(fleet: Fle
     allowance = under(Plan(rate=1.0, burst=2))
     for _ in range(2):
         process.used(process.take(allowance))
-    fleet.ledger._clock = lambda: NOON - 3600 + fleet.now
+    fleet.ledger.clock = lambda: NOON - 3600 + fleet.now
     fleet.now += 1.0
     process.refused(allowance)
     fleet.now += 1.0

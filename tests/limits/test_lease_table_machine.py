@@ -155,7 +155,7 @@ class Spending(RuleBasedStateMachine):
     @invariant()
     def no_window_is_overspent(self) -> None:
         """In the ledger at every instant, and by what was really used."""
-        for (window, starts), row in self.fleet.ledger.rows.items():
+        for (window, starts), row in self.fleet.ledger.windows.items():
             assert row.held >= 0
             assert row.spent + row.held <= row.limit, (window, row)
             if window.measure != CONCURRENCY:
@@ -172,7 +172,7 @@ class Spending(RuleBasedStateMachine):
             self.fleet.ledger.end(process.name)
         self.fleet.now += LEASE_SECONDS + 1
         self.fleet.ledger.reap()
-        for (window, starts), row in self.fleet.ledger.rows.items():
+        for (window, starts), row in self.fleet.ledger.windows.items():
             if window.measure != CONCURRENCY:
                 used = self.used[window, starts]
                 assert row.held == 0

@@ -325,7 +325,7 @@ class Customers:
         self.site.wait(5.0)
         self.site.do(lambda: self.site.loop.create_task(self.ledger.close()))
         self.site.wait(5.0)
-        rows = self.backend.reference.rows.values()
+        rows = self.backend.reference.windows.values()
         assert {row.held for row in rows} == {0}
         return sum(row.spent for row in rows)
 

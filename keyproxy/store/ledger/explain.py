@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
+from keyproxy.limits import gcra
 from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
@@ -33,7 +35,6 @@ from keyproxy.store.postgres.database import Database
 
 _MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
 _ROUNDS_MAX: Final = 8
-_MONTHS: Final = 12
 
 
 class Windows(Protocol):
@@ -69,17 +70,31 @@ class _DryBackend:
         self.seen: dict[Window, WindowState] = {}
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """See the port."""
-        del holder, serial
+        """Apply the ledger's rules to the current state of the windows, with this holder as the only one."""
         states = await self.states([line.window for line in lines])
-        return [_reply(line, state) for line, state in zip(lines, states, strict=True)]
+        now = self._now().wall_seconds
+        rules = LedgerRules(lease_seconds=math.inf)
+        # The holder's earlier grants exist only in its own reports.
+        rules.holders[holder] = Holder(serial - 1, math.inf)
+        for line, state in zip(lines, states, strict=True):
+            rules.windows[line.window, span(line.window.measure, now)[0]] = WindowAccount(
+                state.spent, state.held, state.forfeited, now + state.ahead_seconds
+            )
+        replies = rules.sync(holder, serial, lines, now)
+        if replies is None:
+            return None
+        # When the window ends is known by the ledger's clock. Start 0: every message is about the current window.
+        return [
+            reply._replace(starts=0, ends_seconds=state.ends_seconds)
+            for reply, state in zip(replies, states, strict=True)
+        ]
 
     async def states(self, windows: Sequence[Window]) -> Sequence[WindowState]:
         """The current state of windows; an unused one has its initial state."""
         found = await self._windows.windows(windows)
         wall = self._now().wall_seconds
         states = [
-            WindowState(0, 0, 0, _until_end(window.measure, wall), 0.0) if state is None else state
+            WindowState(0, 0, 0, span(window.measure, wall)[1] - wall, 0.0) if state is None else state
             for window, state in zip(windows, found, strict=True)
         ]
         self.seen.update(zip(windows, states, strict=True))
@@ -239,7 +254,7 @@ def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any
     """The state of one window, for display and JSON. Times in seconds from now; None if time does not change it."""
     if window.measure == RATE:
         interval = 1.0 / (plan.rate or math.inf)
-        left = _rate_available(plan.burst_requests, interval, state)
+        left = gcra.units_available(state.ahead_seconds, plan.burst_requests, interval)
         return {
             "policy": window.policy, "limit": plan.burst_requests, "per_second": plan.rate, "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
@@ -253,36 +268,3 @@ def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any
     told["remaining"] = max(0, limit - state.spent - state.held)
     told["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
     return told
-
-
-def _reply(line: LeaseReport, state: WindowState) -> LeaseGrant:
-    """The ledger's reply to the only holder, by the rules of tests/reference_ledger.py."""
-    if line.interval_seconds:
-        left = _rate_available(line.limit, line.interval_seconds, state)
-        given = 0 if left < line.at_least or not line.want else min(line.want, left)
-        wait = 0.0
-        if line.want and not given:
-            wait = max(0.0, state.ahead_seconds + (line.at_least - line.limit) * line.interval_seconds)
-        return LeaseGrant(line.lease, 0, given, 0, line.limit - max(0, left - given), math.inf, wait, False)
-    ours = line.granted - line.used - line.returned
-    left = line.limit - state.spent - state.held - ours
-    given = 0 if left < line.at_least or not line.want else left if line.takes_all else min(line.want, left)
-    held = state.held + ours + given
-    return LeaseGrant(line.lease, 0, line.granted + given, state.spent, held, state.ends_seconds, 0.0, False)
-
-
-def _rate_available(burst: int, interval_seconds: float, state: WindowState) -> int:
-    return math.floor((burst * interval_seconds - state.ahead_seconds) / interval_seconds + 1e-6)
-
-
-def _until_end(measure: str, wall_seconds: float) -> float:
-    """Seconds until the end of the current day or month, UTC."""
-    now = datetime.fromtimestamp(wall_seconds, UTC)
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    if measure.endswith("_per_day"):
-        return midnight.timestamp() + 86_400 - wall_seconds
-    if measure.endswith("_per_month"):
-        first = midnight.replace(day=1)
-        following = first.replace(year=first.year + first.month // _MONTHS, month=first.month % _MONTHS + 1)
-        return following.timestamp() - wall_seconds
-    return math.inf
