@@ -17,13 +17,13 @@ from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits import gcra
-from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, TimeBudget
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, fetch_and_decide
+from keyproxy.reasons import Refusal
 from keyproxy.store.directory.base import Invalid, NotFound
 from keyproxy.store.identities.cache import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
@@ -34,7 +34,6 @@ from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database
 
 _MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
-_ROUNDS_MAX: Final = 8
 
 
 class Windows(Protocol):
@@ -199,16 +198,12 @@ async def _taken(
     taking = Ledger(backend, ledger, now)
     taking.start()
     try:
-        patience = TimeBudget()
-        for _ in range(_ROUNDS_MAX):
-            try:
-                hold = taking.take(allowance, now(), need)
-            except Missing as missing:
-                await missing.fetch_missing(patience)
-            else:
-                taking.settle(hold, was_sent=False)
-                return
-        raise Refusal(Reason.OVERLOADED, "no decision")
+        try:
+            hold: Hold | None = taking.take(allowance, now(), need)
+        except Missing as missing:
+            hold = await fetch_and_decide(missing, lambda: taking.take(allowance, now(), need), lambda: False)
+        if hold is not None:
+            taking.settle(hold, was_sent=False)
     finally:
         await taking.close()
 
