@@ -16,7 +16,7 @@ def spending_of(store: Callable[[], Store]) -> Spending:
         ledger_counts=lambda: {**store().ledger.counts.by_name(), **store().ledger.conversation.counts},
         claim_counts=lambda: store().claims.counts,
         claims=lambda: store().claims.pending,
-        leases=lambda: store().ledger.book.outstanding,
+        leases=lambda: store().ledger.conversation.lease_sync.outstanding,
         unsettled_seconds=lambda: store().ledger.conversation.unsettled_seconds(),  # noqa: PLW0108
         events_pending=lambda: store().usage.pending_events,
         usage_counts=lambda: store().usage.counts,

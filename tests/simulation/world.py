@@ -478,8 +478,8 @@ class World:
             if row.held:
                 raise BrokenError(f"{row.held} of {key} are still held")
         for process in self.fleet:
-            if process.ledger.book.has_leases:
-                raise BrokenError(f"leases are left: {process.ledger.book.outstanding}")
+            if process.ledger.conversation.lease_sync.has_leases:
+                raise BrokenError(f"leases are left: {process.ledger.conversation.lease_sync.outstanding}")
         self.upstream.check_end(is_kind=self.scenario.fate.is_kind)
 
     def _check_waiting(self) -> None:
