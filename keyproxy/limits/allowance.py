@@ -56,9 +56,15 @@ class Hold:
     __slots__ = ("budgets", "bundle", "earlier", "has_slots", "paid", "tokens")
 
     def __init__(
-        self, bundle: Bundle, budgets: tuple[Lease, ...], tokens: int, earlier: Hold | None = None, *,
-        paid: int | None = None, has_slots: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        budgets: tuple[Lease, ...],
+        tokens: int,
+        earlier: Hold | None = None,
+        *,
+        paid: int | None = None,
+        has_slots: bool = True,
+    ) -> None:
         self.bundle: Final = bundle
         self.budgets: Final = budgets
         self.tokens: Final = tokens
@@ -81,9 +87,19 @@ class Bundle:
     """
 
     __slots__ = (
-        "budgets", "counted", "counts_tokens", "hold", "paced", "pools", "reported", "slots", "statement", "tokens_bound",
-        "tokens_per_request", "units",
-    )  # fmt: skip
+        "budgets",
+        "counted",
+        "counts_tokens",
+        "hold",
+        "paced",
+        "pools",
+        "reported",
+        "slots",
+        "statement",
+        "tokens_bound",
+        "tokens_per_request",
+        "units",
+    )
 
     def __init__(self, pools: tuple[PoolLeases, ...]) -> None:
         self.pools = pools
@@ -96,13 +112,13 @@ class Bundle:
         self.reported = self.counted + self.slots + self.budgets
         self.statement = RateLimitHeaders(self.reported)
         self.hold = Hold(self, (), 0)
-        self.tokens_per_request = min(
-            (
-                LimitState(policy(f"{of_pool.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
-                for of_pool in pools if (bound := of_pool.plan.tokens_per_request) is not None
-            ),
-            key=lambda limit: limit.remaining, default=None,
-        )  # fmt: skip
+        bounds = [
+            LimitState(policy(f"{of_pool.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
+            for of_pool in pools
+            if (bound := of_pool.plan.tokens_per_request) is not None
+        ]
+        #: The lowest limit of tokens per request.
+        self.tokens_per_request = min(bounds, key=lambda limit: limit.remaining, default=None)
         #: The most tokens that a request may hold without the slower check.
         self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None

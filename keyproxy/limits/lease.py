@@ -38,7 +38,6 @@ _FIRST_UNITS: Final = 4
 #: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
 
-
 _WINDOW_SECONDS: Final = {
     "requests_per_day": 86_400, "tokens_per_day": 86_400,
     "requests_per_month": 2_592_000, "tokens_per_month": 2_592_000,
@@ -165,9 +164,7 @@ class Lease:
         self.plan = plan
         self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
-        seconds = _WINDOW_SECONDS.get(measure)
-        if measure == RATE:
-            seconds = max(1, math.ceil(limit * interval))
+        seconds = max(1, math.ceil(limit * interval)) if measure == RATE else _WINDOW_SECONDS.get(measure)
         self.policy = limit_state.policy(self.window.policy, limit, seconds, _UNITS.get(measure, limit_state.REQUESTS))
 
     def owed(self) -> Lease | None:
@@ -220,9 +217,19 @@ class Lease:
         """Build the line to send to the ledger: changes, and a request for more. Pass the reply to `apply`."""
         want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
         line = LeaseReport(
-            self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used,
-            self.returned, want, at_least, self.takes_all, is_closing,
-        )  # fmt: skip
+            self.number,
+            self.window,
+            self.starts,
+            self.limit,
+            self.interval_seconds,
+            self.granted,
+            self.used,
+            self.returned,
+            want,
+            at_least,
+            self.takes_all,
+            is_closing,
+        )
         self.need = self.at_least = 0
         self.takes_all = False
         return line

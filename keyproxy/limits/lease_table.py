@@ -96,13 +96,7 @@ class LeaseTable:
         bundle = allowance.bundle
         if bundle is None:
             return False
-        for lease in bundle.units:
-            if lease.free < 1 and lease.is_refused(1, now_mono):
-                return True
-        for lease in bundle.budgets:  # noqa: SIM110 - a generator costs more than both loops
-            if lease.free < 1 and lease.is_refused(1, now_mono):
-                return True
-        return False
+        return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.reported)
 
     def release(self, hold: Hold) -> Hold:
         """Release the slots of a request that has ended before its charge is known. Return what is left to settle."""

@@ -21,22 +21,22 @@ _HELD_SECONDS_MAX: Final = 5
 
 def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = ()) -> Refusal:
     """Build the refusal of a request that needs more than a lease has left. `leases`: all that apply to it."""
-    told = state(lease, now_mono)
+    exceeded = state(lease, now_mono)
     applied = [state(other, now_mono) for other in leases or (lease,)]
     measure = lease.window.measure
     if measure == RATE:
         return Refusal(
             Reason.RATE_LIMITED,
-            limit=told,
+            limit=exceeded,
             applied=applied,
             retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono)),
         )
     is_held = measure != CONCURRENCY and lease.spent + need <= lease.limit
     return Refusal(
         _REASONS[measure],
-        limit=told,
+        limit=exceeded,
         applied=applied,
-        said=_said(need, is_held=is_held) if measure in TOKENS else "",
+        said=_detail(need, is_held=is_held) if measure in TOKENS else "",
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,
         is_held=is_held,
     )
@@ -52,7 +52,7 @@ def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]
     )
 
 
-def _said(need: int, *, is_held: bool) -> str:
+def _detail(need: int, *, is_held: bool) -> str:
     held = " Requests in flight reserve what is left." if is_held else ""
     return f"The request may use up to {need} tokens.{held}"
 

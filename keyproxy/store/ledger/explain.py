@@ -36,7 +36,7 @@ from keyproxy.store.postgres.database import Database
 _MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
 
 
-class Windows(Protocol):
+class WindowReader(Protocol):
     """A source of the current state of windows."""
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
@@ -63,7 +63,7 @@ class Explanation(NamedTuple):
 class _DryBackend:
     """Reply as the ledger would, from the state of its windows, and change nothing. Implements LedgerBackend."""
 
-    def __init__(self, windows: Windows, now: Callable[[], Moment]) -> None:
+    def __init__(self, windows: WindowReader, now: Callable[[], Moment]) -> None:
         self._windows = windows
         self._now = now
         self.seen: dict[Window, WindowState] = {}
@@ -130,12 +130,12 @@ async def explain_key(
         raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
-        told = await explain(
+        explanation = await explain(
             identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
-        )  # fmt: skip
+        )
     finally:
         await windows.close()
-    return identity, told
+    return identity, explanation
 
 
 async def windows_of_user(
@@ -150,29 +150,32 @@ async def windows_of_user(
     try:
         pools = [
             (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
-            for kind, owner in owners if row[f"{kind}_limits"] is not None
-        ]  # fmt: skip
+            for kind, owner in owners
+            if row[f"{kind}_limits"] is not None
+        ]
     except UNUSABLE as error:
         raise Invalid(f"the plan of user {user_id!r} or of its tenant is invalid: {error}") from error
-    wanted = [
-        (Window(pool, measure), plan)
-        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
-    ]  # fmt: skip
+    wanted = _windows_of(pools)
     windows = ledger_backend(database, configured.ledger)
     try:
         states = await _DryBackend(windows, now).states([window for window, _ in wanted])
     finally:
         await windows.close()
     return [
-        {"owner": window.pool.owner, **window_told(window, plan, state)}
+        {"owner": window.pool.owner, **window_state(window, plan, state)}
         for (window, plan), state in zip(wanted, states, strict=True)
     ]
 
 
 async def explain(
-    identity: Identity, question: Question, routes: RouteTable, windows: Windows, *, ledger: schema.Ledger,
+    identity: Identity,
+    question: Question,
+    routes: RouteTable,
+    windows: WindowReader,
+    *,
+    ledger: schema.Ledger,
     now: Callable[[], Moment],
-) -> Explanation:  # fmt: skip
+) -> Explanation:
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read."""
     backend = _DryBackend(windows, now)
     route_name, need, refusal = None, None, None
@@ -184,16 +187,20 @@ async def explain(
         need = _need(question.tokens, counts_tokens=route is not None and route.tokens != NO_TOKENS)
         authorization.admit(identity, route, now())
         if identity.allowance is not None:
-            await _taken(backend, identity.allowance, need, ledger=ledger, now=now)
+            await _take(backend, identity.allowance, need, ledger=ledger, now=now)
     except Refusal as error:
         refusal = error
     return Explanation(route_name, refusal, await _limits(identity.allowance, backend, need, refusal))
 
 
-async def _taken(
-    backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.Ledger,
+async def _take(
+    backend: _DryBackend,
+    allowance: Allowance,
+    need: TokenNeed | None,
+    *,
+    ledger: schema.Ledger,
     now: Callable[[], Moment],
-) -> None:  # fmt: skip
+) -> None:
     """Proceed as the gateway does: take, fetch what is missing, take again. Raises a Refusal."""
     taking = Ledger(backend, ledger, now)
     taking.start()
@@ -219,47 +226,57 @@ async def _limits(
 ) -> list[dict[str, Any]]:
     """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
-    wanted = [
-        (Window(pool, measure), plan)
-        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
-    ]  # fmt: skip
+    wanted = _windows_of(pools)
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
     least = 0 if need is None else need.least
-    told: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
     for window, plan in wanted:
         state, needed = backend.seen[window], least if window.measure in TOKENS else 1
-        one = window_told(window, plan, state)
+        one = window_state(window, plan, state)
         one["refuses"] = needed > one["remaining"]
-        told.append({"owner": window.pool.owner, **one})
+        limits.append({"owner": window.pool.owner, **one})
     for pool, plan in pools:
         if plan.tokens_per_request is not None:
             bound = plan.tokens_per_request
             name = f"{pool.kind}.tokens_per_request"
             one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
-            told.append({"owner": pool.owner, **one})
-    for one in told:
+            limits.append({"owner": pool.owner, **one})
+    for one in limits:
         if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
             one["refuses"] = True
-    return told
+    return limits
 
 
-def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
+def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Plan]]:
+    """The windows that limits of these plans count in."""
+    return [
+        (Window(pool, measure), plan)
+        for pool, plan in pools
+        for measure in _MEASURES
+        if getattr(plan, measure) is not None
+    ]
+
+
+def window_state(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
     """The state of one window, for display and JSON. Times in seconds from now; None if time does not change it."""
     if window.measure == RATE:
         interval = 1.0 / (plan.rate or math.inf)
         left = gcra.units_available(state.ahead_seconds, plan.burst_requests, interval)
         return {
-            "policy": window.policy, "limit": plan.burst_requests, "per_second": plan.rate, "remaining": max(0, left),
+            "policy": window.policy,
+            "limit": plan.burst_requests,
+            "per_second": plan.rate,
+            "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
-        }  # fmt: skip
+        }
     limit: int = getattr(plan, window.measure)
-    told: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
+    shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
     if window.measure == CONCURRENCY:
-        del told["spent"]
+        del shown["spent"]
     else:
-        told["forfeited"] = state.forfeited
-    told["remaining"] = max(0, limit - state.spent - state.held)
-    told["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
-    return told
+        shown["forfeited"] = state.forfeited
+    shown["remaining"] = max(0, limit - state.spent - state.held)
+    shown["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
+    return shown
