@@ -23,17 +23,7 @@ from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import (
-    NO_TOKENS,
-    Identity,
-    Missing,
-    Moment,
-    Permit,
-    RequestHead,
-    ResponseHead,
-    TimeBudget,
-    fetch_and_decide,
-)
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -158,8 +148,8 @@ class Gateway(Gate):
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Returns when the exchange was forwarded or refused, or is already over."""
         try:
-            permit = await fetch_and_decide(
-                missing, lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
+            permit = await missing.fetch_and_decide(
+                lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
             )
             if permit is not None:
                 exchange.forward(permit)

@@ -314,6 +314,11 @@ class Ending(enum.Enum):
 ANSWERED: Final = Ending.ANSWERED
 
 
+#: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.
+_ROUNDS_MAX: Final = 8
+
+_Decision = TypeVar("_Decision")
+
 #: The maximum time for which one request waits for the ledger, over all rounds of its decision.
 PATIENCE_SECONDS: Final = 4.0
 
@@ -346,31 +351,22 @@ class Missing(Exception):
             return refusal
         return None
 
+    async def fetch_and_decide(self, decide: Callable[[], _Decision], is_over: Callable[[], bool]) -> _Decision | None:
+        """The cold path of a decision: fetch the value and decide again, until no value is missing.
 
-#: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.
-_ROUNDS_MAX: Final = 8
-
-_Decision = TypeVar("_Decision")
-
-
-async def fetch_and_decide(
-    missing: Missing, decide: Callable[[], _Decision], is_over: Callable[[], bool]
-) -> _Decision | None:
-    """The cold path of a decision: fetch the missing value and decide again, until no value is missing.
-
-    Returns None if `is_over`: nothing waits for the decision any more. Raises a Refusal.
-    """
-    patience = TimeBudget()
-    for _ in range(_ROUNDS_MAX):
-        failure = await missing.failure(patience)
-        if is_over():
-            return None
-        try:
-            return decide()
-        except Missing as still:
-            # A value that could not be fetched may no longer be needed: stale values are used while the store is down.
-            # The failure becomes the refusal only if the decision still needs the value.
-            if failure is not None:
-                raise failure from still
-            missing = still
-    raise Refusal(Reason.OVERLOADED, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
+        Returns None if `is_over`: nothing waits for the decision any more. Raises a Refusal.
+        """
+        missing, patience = self, TimeBudget()
+        for _ in range(_ROUNDS_MAX):
+            failure = await missing.failure(patience)
+            if is_over():
+                return None
+            try:
+                return decide()
+            except Missing as still:
+                # A value that could not be fetched may no longer be needed: stale values are used while the store is
+                # down. The failure becomes the refusal only if the decision still needs the value.
+                if failure is not None:
+                    raise failure from still
+                missing = still
+        raise Refusal(Reason.OVERLOADED, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")

@@ -36,7 +36,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
         _REASONS[measure],
         limit=exceeded,
         applied=applied,
-        said=_detail(need, is_held=is_held) if measure in TOKENS else "",
+        said=_said(need, is_held=is_held) if measure in TOKENS else "",
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,
         is_held=is_held,
     )
@@ -52,7 +52,7 @@ def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]
     )
 
 
-def _detail(need: int, *, is_held: bool) -> str:
+def _said(need: int, *, is_held: bool) -> str:
     held = " Requests in flight reserve what is left." if is_held else ""
     return f"The request may use up to {need} tokens.{held}"
 

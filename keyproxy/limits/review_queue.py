@@ -29,9 +29,9 @@ class ReviewQueue:
         self._aging: list[tuple[float, int, Lease]] = []
 
     @property
-    def due(self) -> tuple[Lease, ...]:
+    def due(self) -> list[Lease]:
         """The leases that are due, in order; the urgent ones come before them."""
-        return tuple(self._due)
+        return list(self._due)
 
     @property
     def due_count(self) -> int:

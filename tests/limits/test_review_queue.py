@@ -20,15 +20,15 @@ def test_changed_leases_are_due_once_each_in_order_after_the_next_gather(leases:
     queue = ReviewQueue(lambda: None)
     for lease in (leases[1], leases[0], leases[1]):
         queue.note_change(lease)
-    assert queue.due == ()
+    assert not queue.due
     queue.gather(0.0)
     queue.make_due(leases[0])
     queue.make_due(leases[2])
-    assert queue.due == (leases[1], leases[0], leases[2])
+    assert queue.due == [leases[1], leases[0], leases[2]]
     assert [queue.next_due() for _ in range(4)] == [leases[1], leases[0], leases[2], None]
     queue.note_change(leases[1])
     queue.gather(0.0)
-    assert queue.due == (leases[1],)
+    assert queue.due == [leases[1]]
 
 
 def test_urgent_leases_wake_the_client_once_until_it_has_sent_a_message(leases: list[Lease]) -> None:
@@ -54,6 +54,6 @@ def test_lease_in_use_is_reviewed_when_it_has_been_idle(leases: list[Lease]) -> 
     for lease in (busy, idle, busy):
         queue.review_when_idle(lease, 10.0)
     queue.gather(10.0 + IDLE_SECONDS - 0.01)
-    assert queue.due == ()
+    assert not queue.due
     queue.gather(10.0 + IDLE_SECONDS)
-    assert queue.due == (busy,)
+    assert queue.due == [busy]

@@ -22,7 +22,7 @@ from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, fetch_and_decide
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment
 from keyproxy.reasons import Refusal
 from keyproxy.store.directory.base import Invalid, NotFound
 from keyproxy.store.identities.cache import identity_of
@@ -208,7 +208,7 @@ async def _take(
         try:
             hold: Hold | None = taking.take(allowance, now(), need)
         except Missing as missing:
-            hold = await fetch_and_decide(missing, lambda: taking.take(allowance, now(), need), lambda: False)
+            hold = await missing.fetch_and_decide(lambda: taking.take(allowance, now(), need), lambda: False)
         if hold is not None:
             taking.settle(hold, was_sent=False)
     finally:
