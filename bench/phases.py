@@ -27,7 +27,7 @@ from keyproxy.http import headers
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.limits.allowance import Allowance, TokenNeed
-from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
@@ -40,6 +40,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.charge_dedup import Claims, ClaimStore
 from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.ledger_client import LedgerClient
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.wire.client.connection import ClientConnection
@@ -149,17 +150,17 @@ PLANS: Final = {
 NEED: Final = TokenNeed(90, 106)
 
 
-def grant(book: LeaseTable, limits: Allowance) -> None:
-    """Lease everything to this book for longer than the run."""
+def grant(client: LedgerClient, limits: Allowance) -> None:
+    """Lease everything to this process for longer than the run."""
     for _ in range(2):
         now = clock.monotonic()
         try:
-            book.check(limits, now, NEED)
+            client.lease_table.check(limits, now, NEED)
         except Short as short:
-            book.ask(short)
-            lines = book.lines(now, 1_000)
+            client.lease_sync.request(short)
+            lines = client.lease_sync.lines(now, 1_000)
             replies = [LeaseGrant(line.lease, 0, _MANY, 0, _MANY, 86_400.0, 0.0, False) for line in lines]
-            book.apply(lines, replies, now, valid_seconds=86_400.0)
+            client.lease_sync.apply(lines, replies, now, valid_seconds=86_400.0)
 
 
 class Bench:
@@ -178,7 +179,7 @@ class Bench:
         claims = Claims(cast("ClaimStore", None), self.ledger, schema.LedgerSettings(), clock.now)
         self.usage = UsageJournal(cast("Database", None), schema.Usage(), clock.now, settle_seconds=1.0)
         if self.limits is not None:
-            grant(self.ledger.book, self.limits)
+            grant(self.ledger.conversation, self.limits)
         self.log = AccessLog(null, wall_offset=clock.wall_offset)
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))

@@ -80,12 +80,13 @@ async def _measure(dsn: str, users: int) -> None:
         holds += await asyncio.gather(*(_take(store, allowance) for allowance in allowances[start : start + _BATCH]))
     seconds, worked = time.monotonic() - began, time.process_time() - worked
     grown = rss_mib(_SELF) - before
+    leases = store.ledger.conversation.lease_sync
     print(
-        f"all of them active, {store.ledger.book.outstanding} leases: {grown * 1048576 / users:.0f} bytes more per user; "
+        f"all of them active, {leases.outstanding} leases: {grown * 1048576 / users:.0f} bytes more per user; "
         f"{seconds:.1f} s for all first requests, {worked / users * 1e6:.0f} µs of CPU each"
     )
     await _busy_and_idle(store, holds)
-    print(f"once they are idle: {rss_mib(_SELF):.0f} MiB in all, {store.ledger.book.outstanding} leases")
+    print(f"once they are idle: {rss_mib(_SELF):.0f} MiB in all, {leases.outstanding} leases")
     await store.close()
 
 
@@ -100,8 +101,8 @@ async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
     held = time.process_time() - worked
     for hold in holds:
         store.ledger.settle(hold, was_sent=True, tokens=500)
-    began = time.monotonic()
-    while store.ledger.book.outstanding or store.ledger.book.has_news:
+    began, leases = time.monotonic(), store.ledger.conversation.lease_sync
+    while leases.outstanding or leases.has_news:
         await asyncio.sleep(0.1)
     back = time.monotonic() - began
     worked = time.process_time()

@@ -13,7 +13,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from typing import Final
 
 from keyproxy import token_accounting
 from keyproxy.ai.responses.meter import Meter
@@ -29,9 +28,6 @@ from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
-
-#: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.
-_ROUNDS_MAX: Final = 8
 
 
 class Gateway(Gate):
@@ -151,24 +147,12 @@ class Gateway(Gate):
 
     async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
         """The cold path. Returns when the exchange was forwarded or refused, or is already over."""
-        patience = TimeBudget()
         try:
-            for _ in range(_ROUNDS_MAX):
-                failure = await _fetched(missing, patience)
-                if exchange.is_over:
-                    return
-                try:
-                    permit = self.decide(exchange, is_first_lookup=False)
-                except Missing as still:
-                    # A value that could not be fetched may no longer be needed: stale values are used while the store
-                    # is down. The failure becomes the refusal only if the decision still needs the value.
-                    if failure is not None:
-                        raise failure from still
-                    missing = still
-                else:
-                    exchange.forward(permit)
-                    return
-            raise Refusal(Reason.OVERLOADED, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")
+            permit = await missing.fetch_and_decide(
+                lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
+            )
+            if permit is not None:
+                exchange.forward(permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
@@ -203,7 +187,7 @@ class Gateway(Gate):
                 exchange.refuse(refusal)
 
     async def _fetch_and_review(self, exchange: Exchange, missing: Missing) -> None:
-        await _fetched(missing, TimeBudget())
+        await missing.failure(TimeBudget())
         # If the value is missing again, the next review retries.
         with contextlib.suppress(Missing):
             self._review(exchange)
@@ -252,7 +236,7 @@ class Gateway(Gate):
 
     async def _fetch_and_watch(self, exchange: Exchange, missing: Missing, patience: TimeBudget) -> None:
         try:
-            refusal = await _fetched(missing, patience)
+            refusal = await missing.failure(patience)
             if refusal is not None and not exchange.is_over:
                 exchange.end_stream(refusal)
             else:
@@ -296,12 +280,3 @@ class Gateway(Gate):
             if route is not None:
                 return route.error_shape
         return "problem"
-
-
-async def _fetched(missing: Missing, patience: TimeBudget) -> Refusal | None:
-    """Fetch a missing value. Returns the Refusal if that fails."""
-    try:
-        await missing.fetch_missing(patience)
-    except Refusal as refusal:
-        return refusal
-    return None

@@ -1,8 +1,7 @@
 """Limits as callers see them: policy, remaining quota, and the RateLimit header fields.
 
 `RateLimit-Policy` lists the limits that apply, `RateLimit` what remains of each: draft-ietf-httpapi-ratelimit-headers,
-lists of RFC 9651 strings with parameters. A policy never changes, so its item is formatted once; each request costs one
-short format per limit and a join.
+lists of RFC 9651 strings with parameters. A policy never changes, so its item is formatted once.
 
     RateLimit-Policy: "requests-per-day";q=1000;w=86400, "concurrency";q=8;qu="concurrent-requests"
     RateLimit: "requests-per-day";r=412;t=3600, "concurrency";r=7
@@ -96,7 +95,7 @@ def state_line(states: Sequence[LimitState]) -> bytes:
     """The RateLimit line of these limits in their current state; empty if there are none."""
     if not states:
         return b""
-    return b"RateLimit: %b\r\n" % b", ".join([_state_item(*state) for state in states])
+    return b"RateLimit: %b\r\n" % b", ".join([_state_item(state) for state in states])
 
 
 def lines(states: Sequence[LimitState]) -> bytes:
@@ -104,12 +103,10 @@ def lines(states: Sequence[LimitState]) -> bytes:
     return policy_line(tuple([state.policy for state in states])) + state_line(states)
 
 
-def _state_item(policy: LimitPolicy, remaining: int, reset_seconds: float | None) -> bytes:
-    left = 0 if remaining < 0 else min(_INTEGER_MAX, remaining)
-    if reset_seconds is None:
-        return b"%b;r=%d" % (policy.key, left)
-    # Rounded up without a call: -(-x // 1) is the ceiling.
-    return b"%b;r=%d;t=%d" % (policy.key, left, -(-reset_seconds // 1) if reset_seconds > 0 else 0)
+def _state_item(state: LimitState) -> bytes:
+    reset_seconds = state.reset_seconds_shown
+    reset = b"" if reset_seconds is None else b";t=%d" % reset_seconds
+    return b"%b;r=%d%b" % (state.policy.key, _integer(state.remaining_shown), reset)
 
 
 def _integer(value: int) -> int:

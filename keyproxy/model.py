@@ -12,11 +12,11 @@ import enum
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, NewType
+from typing import Final, NamedTuple, NewType, TypeVar
 
 from keyproxy.limits.allowance import Allowance, Hold
 from keyproxy.mypyc_compat import mypyc_attr
-from keyproxy.reasons import Reason
+from keyproxy.reasons import Reason, Refusal
 
 #: SHA-256 of the whole key, 32 bytes. The digest is cached, stored and compared, never the key itself.
 KeyDigest = NewType("KeyDigest", bytes)
@@ -314,6 +314,11 @@ class Ending(enum.Enum):
 ANSWERED: Final = Ending.ANSWERED
 
 
+#: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.
+_ROUNDS_MAX: Final = 8
+
+_Decision = TypeVar("_Decision")
+
 #: The maximum time for which one request waits for the ledger, over all rounds of its decision.
 PATIENCE_SECONDS: Final = 4.0
 
@@ -337,3 +342,31 @@ class Missing(Exception):
     async def fetch_missing(self, patience: TimeBudget | None = None) -> None:
         """Fetch the value. `patience`: the request's time budget, which earlier rounds may have reduced; None: full."""
         await self._bring(TimeBudget() if patience is None else patience)
+
+    async def failure(self, patience: TimeBudget) -> Refusal | None:
+        """Fetch the value. Returns the Refusal if that fails."""
+        try:
+            await self.fetch_missing(patience)
+        except Refusal as refusal:
+            return refusal
+        return None
+
+    async def fetch_and_decide(self, decide: Callable[[], _Decision], is_over: Callable[[], bool]) -> _Decision | None:
+        """The cold path of a decision: fetch the value and decide again, until no value is missing.
+
+        Returns None if `is_over`: nothing waits for the decision any more. Raises a Refusal.
+        """
+        missing, patience = self, TimeBudget()
+        for _ in range(_ROUNDS_MAX):
+            failure = await missing.failure(patience)
+            if is_over():
+                return None
+            try:
+                return decide()
+            except Missing as still:
+                # A value that could not be fetched may no longer be needed: stale values are used while the store is
+                # down. The failure becomes the refusal only if the decision still needs the value.
+                if failure is not None:
+                    raise failure from still
+                missing = still
+        raise Refusal(Reason.OVERLOADED, f"no decision after {_ROUNDS_MAX} rounds; missing: {missing}")

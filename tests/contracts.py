@@ -290,7 +290,7 @@ class LedgerContract:
             reference.end(name)
             await ledger.end(name)
         states = await ledger.windows([window(measure) for measure in LIMITS])
-        rows = {of.measure: row for (of, _), row in reference.rows.items()}
+        rows = {of.measure: row for (of, _), row in reference.windows.items()}
         for measure, state in zip(LIMITS, states, strict=True):
             row = rows[measure]
             assert state is not None

@@ -11,7 +11,8 @@ from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.http import headers
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.lease_sync import LeaseSync, Short
+from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
@@ -98,7 +99,8 @@ class FakeLedger(Ledger):
 
     def __init__(self) -> None:
         self.reference = ReferenceLedger(time.time, lease_seconds=1000.0)
-        self.book = LeaseTable(lambda: None)
+        self.lease_sync = LeaseSync(lambda: None)
+        self.table = LeaseTable(self.lease_sync)
         self.answers = True
         self.settled: list[tuple[Hold, bool, int]] = []
         self._serial = 0
@@ -108,7 +110,7 @@ class FakeLedger(Ledger):
     ) -> Hold:
         """See the port."""
         del may_be_paid
-        return self._taken(lambda: self.book.take(allowance, now.mono_seconds, tokens), now)
+        return self._taken(lambda: self.table.take(allowance, now.mono_seconds, tokens), now)
 
     def check(
         self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
@@ -116,19 +118,19 @@ class FakeLedger(Ledger):
         """See the port."""
         del may_be_paid
         try:
-            self.book.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+            self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
         except Short as short:
             if not asks:
                 return
             if not self.answers:
                 raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
-            self.book.ask(short)
+            self.lease_sync.request(short)
             self._sync(now.mono_seconds)
-            self.book.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+            self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
         """See the port."""
-        return self._taken(lambda: self.book.take_again(allowance, now.mono_seconds, tokens, paid), now)
+        return self._taken(lambda: self.table.take_again(allowance, now.mono_seconds, tokens, paid), now)
 
     def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
         for _ in range(4):
@@ -138,37 +140,37 @@ class FakeLedger(Ledger):
                 if not self.answers:
                     raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
                 last = short
-                self.book.ask(short)
+                self.lease_sync.request(short)
                 self._sync(now.mono_seconds)
-        self.book.mark_exhausted(last, now.mono_seconds)
+        self.lease_sync.mark_exhausted(last, now.mono_seconds)
         return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
         """See the port."""
         now = time.monotonic()
         try:
-            return self.book.extend(hold, tokens, now)
+            return self.table.extend(hold, tokens, now)
         except Short as short:
-            self.book.ask(short)
+            self.lease_sync.request(short)
             self._sync(now)
-            return self.book.extend(hold, tokens, now)
+            return self.table.extend(hold, tokens, now)
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""
-        return self.book.release(hold)
+        return self.table.release(hold)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self.settled.append((hold, was_sent, tokens))
-        self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self.table.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
     def _sync(self, mono: float) -> None:
-        self.book.gather(mono)
-        lines = self.book.lines(mono, 1_000)
+        self.lease_sync.gather(mono)
+        lines = self.lease_sync.lines(mono, 1_000)
         self._serial += 1
         replies = self.reference.sync("fake", self._serial, lines)
         assert replies is not None
-        self.book.apply(lines, replies, mono, valid_seconds=1000.0)
+        self.lease_sync.apply(lines, replies, mono, valid_seconds=1000.0)
 
 
 @dataclass(frozen=True)

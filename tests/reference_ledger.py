@@ -1,272 +1,47 @@
-"""The ledger's rules in plain Python, as short as possible: every backend is compared with them.
-
-Also the fake of the port LedgerBackend, for tests and simulations that need no server. Its clock is an argument.
-"""
+"""The rules of the ledger with a clock: every backend is compared with them, and tests without a server use them."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 
-from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport, Window
-
-_WANTED_SECONDS = 2.0
-
-#: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
-_CLAIMED_SECONDS = 86_400.0
-
-
-@dataclass
-class Row:
-    """The accounting of one window."""
-
-    spent: int = 0
-    held: int = 0
-    forfeited: int = 0
-    theoretical: float = -math.inf
-    wanted_at: float = -math.inf
-    wanted_by: str = ""
-    limit: int = 0
-
-
-@dataclass
-class Account:
-    """One lease. Figures are cumulative since its start."""
-
-    key: tuple[Window, int]
-    granted: int = 0
-    used: int = 0
-    returned: int = 0
-
-    @property
-    def outstanding(self) -> int:
-        """The units that the window holds for the lease."""
-        return self.granted - self.used - self.returned
-
-
-@dataclass
-class Holder:
-    """A process with leases. If it expires without any, it `rests` until its next message."""
-
-    serial: int
-    expires_at: float
-    has_ended: bool = False
-    rests: bool = False
-    leases: dict[int, Account] = field(default_factory=dict)
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
+from keyproxy.limits.ledger_rules import Holder, LedgerRules, Replica, WindowAccount, WindowStart
 
 
 class ReferenceLedger:
-    """A ledger in memory."""
+    """LedgerRules at the time of a clock."""
 
     def __init__(self, clock: Callable[[], float], *, lease_seconds: float) -> None:
         """`clock` gives Unix time."""
-        self._clock = clock
-        self._lease_seconds = lease_seconds
-        self.rows: dict[tuple[Window, int], Row] = {}
-        self.holders: dict[str, Holder] = {}
-        self.settles_until = self.lost_at = -math.inf
+        self.clock = clock
+        self.rules = LedgerRules(lease_seconds=lease_seconds)
+
+    @property
+    def windows(self) -> dict[WindowStart, WindowAccount]:
+        """The account of every window."""
+        return self.rules.windows
+
+    @property
+    def holders(self) -> dict[str, Holder]:
+        """Every holder that is not deleted."""
+        return self.rules.holders
 
     def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
-        """See the port. None: this holder has ended. Raises TimeoutError if a later message was processed."""
-        now = self._clock()
-        known = self.holders.get(holder)
-        if known is None or known.rests:
-            # Its grants were charged when the holder ended, or are in the lost history.
-            claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
-            if claims and now >= self.lost_at + _CLAIMED_SECONDS:
-                return None
-        known = self.holders.setdefault(holder, Holder(0, 0.0))
-        if known.has_ended:
-            return None
-        if serial <= known.serial:
-            raise TimeoutError("too late")
-        known.serial, known.expires_at, known.rests = serial, now + self._lease_seconds, False
-        message = _Message(self, holder, now)
-        for line in lines:
-            message.settle(line)
-        grants = {line.lease: message.grant(line) for line in message.askers(lines)}
-        replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
-        settles_seconds = self.settles_until - now
-        return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
+        """Process one message. None: this holder has ended. Raises LateMessageError."""
+        return self.rules.sync(holder, serial, lines, self.clock())
 
     def reap(self) -> None:
         """End expired holders."""
-        now = self._clock()
-        if now < self.settles_until:
-            # A holder that seems dead may have sent messages in the lost history.
-            return
-        for name, holder in self.holders.items():
-            if not (holder.has_ended or holder.rests) and holder.expires_at <= now:
-                if holder.leases:
-                    self.end(name)
-                else:
-                    holder.rests = True
+        self.rules.reap(self.clock())
 
     def forget(self, after_seconds: float) -> None:
-        """Delete holders that rest or have ended, `after_seconds` after their expiry."""
-        before = self._clock() - after_seconds
-        for name, holder in list(self.holders.items()):
-            if (holder.rests or holder.has_ended) and holder.expires_at < before:
-                del self.holders[name]
+        """Delete holders that rest or have ended."""
+        self.rules.forget(after_seconds, self.clock())
 
     def end(self, name: str) -> None:
-        """End a holder: what it has not returned is charged, concurrency slots are released."""
-        holder = self.holders.get(name)
-        if holder is None or holder.has_ended:
-            return
-        holder.has_ended = True
-        for account in holder.leases.values():
-            row = self.rows[account.key]
-            row.held -= account.outstanding
-            if account.key[0].measure != CONCURRENCY:
-                row.spent += account.outstanding
-                row.forfeited += account.outstanding
-        holder.leases.clear()
+        """End a holder."""
+        self.rules.end(name)
 
-    # -- losing history
-
-    @property
-    def has_lost_history(self) -> bool:
-        """Whether it has ever failed over."""
-        return self.lost_at > -math.inf
-
-    def copy(self) -> tuple[dict[tuple[Window, int], Row], dict[str, Holder]]:
-        """The state that a replica has received."""
-        return copy.deepcopy((self.rows, self.holders))
-
-    def fail_over(self, replica: tuple[dict[tuple[Window, int], Row], dict[str, Holder]]) -> None:
-        """Fail over to a replica that lags behind: nothing is granted for the duration of a lease."""
-        self.rows, self.holders = copy.deepcopy(replica)
-        self.lost_at = self._clock()
-        self.settles_until = self.lost_at + self._lease_seconds
-
-
-class _Message:
-    """One message: settle all lines, then grant available units, then reply."""
-
-    def __init__(self, ledger: ReferenceLedger, name: str, now: float) -> None:
-        self._rows, self._name, self._now = ledger.rows, name, now
-        self._leases = ledger.holders[name].leases
-        self._settles = now < ledger.settles_until
-        self._alive = sum(
-            1 for other in ledger.holders.values() if not (other.has_ended or other.rests) and other.expires_at > now
-        )
-        self._is_wanted: dict[int, bool] = {}
-        self._told: set[int] = set()
-        self._keys: dict[int, tuple[Window, int]] = {}
-        #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
-        self._rates: dict[int, tuple[float, int]] = {}
-        self._moved: dict[tuple[Window, int], float] = {}
-
-    def settle(self, line: LeaseReport) -> None:
-        """Apply the report of a lease."""
-        key = self._keys[line.lease] = self._key(line)
-        row = self._rows.setdefault(key, Row())
-        row.limit = line.limit
-        self._is_wanted[line.lease] = self._now - row.wanted_at < _WANTED_SECONDS and row.wanted_by != self._name
-        is_known = line.lease in self._leases
-        if line.interval_seconds:
-            self._rates[line.lease] = self._rate(row, line)
-            return
-        # A lease that is closed already stays closed.
-        if line.is_closing and not is_known:
-            return
-        account = self._leases.setdefault(line.lease, Account(key))
-        self._told.add(line.lease)
-        row.held -= account.outstanding
-        row.spent += max(0, line.used - account.used)
-        # The report restores grants in lost history. Use beyond the grant counts as granted.
-        account.used, account.returned = max(account.used, line.used), max(account.returned, line.returned)
-        account.granted = max(account.granted, line.granted, account.used + account.returned)
-        if line.is_closing:
-            # Also what was granted in a reply that was lost.
-            account.granted = account.used + account.returned
-            del self._leases[line.lease]
-        row.held += account.outstanding
-
-    def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
-        """The lines that may get a grant: of those that want units of one window, only the latest lease."""
-        latest: dict[tuple[Window, int], LeaseReport] = {}
-        for line in sorted(lines):
-            if line.want:
-                latest[self._keys[line.lease]] = line
-        return list(latest.values())
-
-    def grant(self, line: LeaseReport) -> int:
-        """Grant a line as many units as possible, and return their number."""
-        key = self._keys[line.lease]
-        row, (_, ends) = self._rows[key], span(line.window.measure, key[1])
-        if line.interval_seconds:
-            return _grant(line, self._rates[line.lease][1], self._alive)
-        if self._settles or self._now >= ends:
-            return 0
-        grant = _grant(line, line.limit - row.spent - row.held, self._alive)
-        self._leases[line.lease].granted += grant
-        row.held += grant
-        own = sum(self._leases[lease].outstanding for lease in self._told if lease in self._leases
-                  and self._leases[lease].key == key)  # fmt: skip
-        if not grant and row.held > own:
-            row.wanted_at, row.wanted_by = self._now, self._name
-        return grant
-
-    def reply(self, line: LeaseReport, grant: int) -> LeaseGrant:
-        """The reply to a line."""
-        key = self._keys[line.lease]
-        row = self._rows[key]
-        if line.interval_seconds:
-            return self._reply_rate(row, line, grant)
-        account = self._leases.get(line.lease)
-        granted = line.used + line.returned if account is None else account.granted
-        _, ends = span(line.window.measure, key[1])
-        return LeaseGrant(
-            line.lease, key[1], granted, row.spent, row.held, ends - self._now, 0.0, self._is_wanted[line.lease]
-        )
-
-    def _key(self, line: LeaseReport) -> tuple[Window, int]:
-        # A lease whose first reply was lost stays in the window in which it started, which its holder does not know.
-        if line.lease in self._leases:
-            return self._leases[line.lease].key
-        return line.window, span(line.window.measure, line.starts or self._now)[0]
-
-    # GCRA: the theoretical arrival time is ahead of now by what was taken and has not been replenished.
-
-    def _reply_rate(self, row: Row, line: LeaseReport, grant: int) -> LeaseGrant:
-        ahead, available = self._rates[line.lease]
-        ahead += grant * line.interval_seconds
-        # The maximum over its lines.
-        key = self._keys[line.lease]
-        row.theoretical = self._moved[key] = max(self._now + ahead, self._moved.get(key, -math.inf))
-        short = ahead + (line.at_least - line.limit) * line.interval_seconds
-        wait_seconds = max(0.0, short) if line.want and not grant else 0.0
-        held = line.limit - max(0, available - grant)
-        return LeaseGrant(line.lease, 0, grant, 0, held, math.inf, wait_seconds, False)
-
-    def _rate(self, row: Row, line: LeaseReport) -> tuple[float, int]:
-        interval, tolerance = line.interval_seconds, line.limit * line.interval_seconds
-        # Capped: the clock may have been set back, or the burst lowered.
-        ahead = min(max(row.theoretical, self._now) - self._now, tolerance)
-        return ahead, math.floor((tolerance - ahead) / interval + 1e-6)
-
-
-def _grant(line: LeaseReport, available: int, alive: int) -> int:
-    if available < line.at_least:
-        return 0
-    if line.takes_all:
-        return available
-    # A holder leaves units for the others: the fewer are available, the fewer it gets.
-    share = line.want if alive <= 1 else max(line.at_least, available // (2 * alive))
-    return min(line.want, available, share)
-
-
-def span(measure: str, at: float) -> tuple[int, float]:
-    """The start and end of the calendar window that contains an instant, as Unix time."""
-    day = datetime.fromtimestamp(at, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    if measure.endswith("_per_day"):
-        return int(day.timestamp()), (day + timedelta(days=1)).timestamp()
-    if measure.endswith("_per_month"):
-        first = day.replace(day=1)
-        return int(first.timestamp()), (first + timedelta(days=32)).replace(day=1).timestamp()
-    return 0, math.inf
+    def fail_over(self, replica: Replica) -> None:
+        """Fail over to a replica that lags behind."""
+        self.rules.fail_over(replica, self.clock())

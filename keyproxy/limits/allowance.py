@@ -9,7 +9,7 @@ from keyproxy.limit_state import LimitState, policy
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.limits.pool_leases import Account
+from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.ratelimit_headers import RateLimitHeaders
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
@@ -56,9 +56,15 @@ class Hold:
     __slots__ = ("budgets", "bundle", "earlier", "has_slots", "paid", "tokens")
 
     def __init__(
-        self, bundle: Bundle, budgets: tuple[Lease, ...], tokens: int, earlier: Hold | None = None, *,
-        paid: int | None = None, has_slots: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        budgets: tuple[Lease, ...],
+        tokens: int,
+        earlier: Hold | None = None,
+        *,
+        paid: int | None = None,
+        has_slots: bool = True,
+    ) -> None:
         self.bundle: Final = bundle
         self.budgets: Final = budgets
         self.tokens: Final = tokens
@@ -77,32 +83,42 @@ class Bundle:
 
     `units`: every request takes one of each; `counted` ones are used up, `slots` are released at the end. `paced`: the
     units that a request takes even if it was charged before. Requests that count no tokens share one `hold`.
-    `told`: the leases reported to callers; `statement`: the headers that report them.
+    `reported`: the leases reported to callers; `statement`: the headers that report them.
     """
 
     __slots__ = (
-        "accounts", "budgets", "counted", "counts_tokens", "hold", "paced", "slots", "statement", "tokens_bound",
-        "tokens_per_request", "told", "units",
-    )  # fmt: skip
+        "budgets",
+        "counted",
+        "counts_tokens",
+        "hold",
+        "paced",
+        "pools",
+        "reported",
+        "slots",
+        "statement",
+        "tokens_bound",
+        "tokens_per_request",
+        "units",
+    )
 
-    def __init__(self, accounts: tuple[Account, ...]) -> None:
-        self.accounts = accounts
-        leases = [lease for account in accounts for lease in account.leases.values()]
+    def __init__(self, pools: tuple[PoolLeases, ...]) -> None:
+        self.pools = pools
+        leases = [lease for of_pool in pools for lease in of_pool.leases.values()]
         self.slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
         self.counted = tuple(lease for lease in leases if lease.window.measure in _COUNTED)
         self.units = self.slots + self.counted
         self.paced = tuple(lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY))
         self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
-        self.told = self.counted + self.slots + self.budgets
-        self.statement = RateLimitHeaders(self.told)
+        self.reported = self.counted + self.slots + self.budgets
+        self.statement = RateLimitHeaders(self.reported)
         self.hold = Hold(self, (), 0)
-        self.tokens_per_request = min(
-            (
-                LimitState(policy(f"{account.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
-                for account in accounts if (bound := account.plan.tokens_per_request) is not None
-            ),
-            key=lambda told: told.remaining, default=None,
-        )  # fmt: skip
+        bounds = [
+            LimitState(policy(f"{of_pool.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
+            for of_pool in pools
+            if (bound := of_pool.plan.tokens_per_request) is not None
+        ]
+        #: The lowest limit of tokens per request.
+        self.tokens_per_request = min(bounds, key=lambda limit: limit.remaining, default=None)
         #: The most tokens that a request may hold without the slower check.
         self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None

@@ -38,7 +38,6 @@ _FIRST_UNITS: Final = 4
 #: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
 
-
 _WINDOW_SECONDS: Final = {
     "requests_per_day": 86_400, "tokens_per_day": 86_400,
     "requests_per_month": 2_592_000, "tokens_per_month": 2_592_000,
@@ -165,9 +164,7 @@ class Lease:
         self.plan = plan
         self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
-        seconds = _WINDOW_SECONDS.get(measure)
-        if measure == RATE:
-            seconds = max(1, math.ceil(limit * interval))
+        seconds = max(1, math.ceil(limit * interval)) if measure == RATE else _WINDOW_SECONDS.get(measure)
         self.policy = limit_state.policy(self.window.policy, limit, seconds, _UNITS.get(measure, limit_state.REQUESTS))
 
     def owed(self) -> Lease | None:
@@ -210,7 +207,7 @@ class Lease:
         """Whether the ledger recently refused this amount."""
         return now_mono < self.empty_until_mono and need >= self.empty_need
 
-    def ask(self, need: int, *, takes_all: bool = False) -> None:
+    def add_need(self, need: int, *, takes_all: bool = False) -> None:
         """Record that a request waits for this amount."""
         self.at_least = min(need, self.at_least) if self.need else need
         self.need += need
@@ -220,9 +217,19 @@ class Lease:
         """Build the line to send to the ledger: changes, and a request for more. Pass the reply to `apply`."""
         want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
         line = LeaseReport(
-            self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used,
-            self.returned, want, at_least, self.takes_all, is_closing,
-        )  # fmt: skip
+            self.number,
+            self.window,
+            self.starts,
+            self.limit,
+            self.interval_seconds,
+            self.granted,
+            self.used,
+            self.returned,
+            want,
+            at_least,
+            self.takes_all,
+            is_closing,
+        )
         self.need = self.at_least = 0
         self.takes_all = False
         return line
@@ -258,35 +265,35 @@ class Lease:
         ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
-    def apply(self, line: LeaseReport, reply: LeaseGrant, *, asked_mono: float, heard_mono: float) -> None:
-        """Apply the ledger's reply. `asked_mono`: when the line was sent."""
+    def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
+        """Apply the ledger's reply. `sent_mono`: when the line was sent."""
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
         if got > 0:
             # Not idle, however long the reply took: the request may still wait for another lease. If this one were
             # returned in the meantime, the request might never hold both.
-            self.touched_mono = heard_mono
+            self.touched_mono = received_mono
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
         self.seen_available = max(0, self.limit - reply.spent - reply.held)
         if reply.is_wanted:
-            self.is_wanted_until = asked_mono + _LASTS_SECONDS
+            self.is_wanted_until = sent_mono + _LASTS_SECONDS
         if self.is_rate:
-            self._note_lapse(got, asked_mono)
-            self.retry_mono = heard_mono + reply.wait_seconds
+            self._note_lapse(got, sent_mono)
+            self.retry_mono = received_mono + reply.wait_seconds
         else:
-            self.ends_mono = self.retry_mono = asked_mono + reply.ends_seconds
+            self.ends_mono = self.retry_mono = sent_mono + reply.ends_seconds
         if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
             # Granted under a plan that no longer applies.
             self.give_back()
 
-    def _note_lapse(self, got: int, asked_mono: float) -> None:
+    def _note_lapse(self, got: int, sent_mono: float) -> None:
         if not got:
             return
-        ends = asked_mono + RATE_SECONDS
+        ends = sent_mono + RATE_SECONDS
         if self.lapses and ends - self.lapses[-1][0] < _RATE_STEP_SECONDS:
             ends, _ = self.lapses.pop()
         self.lapses.append((ends, self.granted))

@@ -2,25 +2,21 @@
 
 A lease is opened with its first request to the ledger, reported whenever it changed, and closed once all of it was used
 or returned. Sans-IO, one message at a time: the next lines are built after the last ones were answered or lost.
-
-Nothing here iterates over all leases. A lease is reviewed when a request is short of it, when it changed since the last
-review (`_note`), and when it has been idle for a while. So the work grows with the number of changes, not with the
-number of users that have requests in flight.
+`ReviewQueue` knows which leases to look at.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
 from itertools import islice
 from typing import Final
 from weakref import WeakValueDictionary
 
-from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import TOKENS, LeaseGrant, LeaseReport, Pool
-from keyproxy.limits.pool_leases import Account
+from keyproxy.limits.pool_leases import PoolLeases
+from keyproxy.limits.review_queue import ReviewQueue
 
 #: How long the ledger's "none left" is trusted; for a rate the reply includes the wait.
 _EMPTY_SECONDS: Final = 1.0
@@ -44,29 +40,32 @@ class LeaseSync:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         """`wake` is called when a ledger request is due, at most once until it is made."""
+        #: When the leases end, unless the ledger replies again. After that the ledger may have charged them.
         self.valid_until_mono = 0.0
-        self._wake = wake
-        self._is_woken = False
-        self._accounts: WeakValueDictionary[Pool, Account] = WeakValueDictionary()
-        #: The leases that have a grant from the ledger, or a pending request, each with the account it belongs to.
-        self._active: dict[Lease, Account | None] = {}
-        self._urgent: dict[Lease, None] = {}
-        #: Leases that changed; they are reviewed at the next settlement, in this order.
-        self._changed: list[Lease] = []
-        self._due: deque[Lease] = deque()
-        #: A heap of review times, for leases that were in use at their last review.
-        self._aging: list[tuple[float, int, Lease]] = []
+        self.reviews = ReviewQueue(wake)
+        self._pools: WeakValueDictionary[Pool, PoolLeases] = WeakValueDictionary()
+        #: The leases that have a grant from the ledger, or a pending request. Each keeps its pool's leases: one lease of
+        #: a window is enough.
+        self._active: dict[Lease, PoolLeases | None] = {}
+        #: The leases in the message in flight.
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, LeaseReport] = {}
         self._closed: dict[int, tuple[float, LeaseReport]] = {}
         self._numbers = 0
 
-    def ask(self, short: Short) -> None:
+    def leases_of(self, pool: Pool) -> PoolLeases:
+        """The leases of a pool; none if it was not used recently."""
+        found = self._pools.get(pool)
+        if found is None:
+            found = self._pools[pool] = PoolLeases(pool)
+        return found
+
+    def request(self, short: Short) -> None:
         """Schedule a ledger request for what a request was short of."""
         for lease, need in short.needs:
             if lease.is_current:
-                lease.ask(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
-                self._soon(lease)
+                lease.add_need(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
+                self.reviews.make_urgent(lease)
 
     def mark_exhausted(self, short: Short, now_mono: float) -> None:
         """Refuse for a moment instead of queueing: other holders did not return the units in time."""
@@ -92,21 +91,12 @@ class LeaseSync:
 
     def gather(self, now_mono: float, *, is_last: bool = False) -> None:
         """Settle: the next lines report all changes. `is_last`: return everything."""
-        self._due.extend(self._changed)
-        self._changed.clear()
-        while self._aging and self._aging[0][0] <= now_mono:
-            lease = heappop(self._aging)[-1]
-            lease.is_aging = False
-            if not lease.is_noted:
-                lease.is_noted = True
-                self._due.append(lease)
+        self.reviews.gather(now_mono)
         if is_last:
             for lease in self._active:
                 self._tidy(lease, now_mono)
                 lease.touched_mono = -math.inf
-                if not lease.is_noted:
-                    lease.is_noted = True
-                    self._due.append(lease)
+                self.reviews.make_due(lease)
 
     def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
         """Build the next lines, `at_most` this many: leases that are short first, then settlements. Fewer: none is left.
@@ -115,38 +105,35 @@ class LeaseSync:
         first line is about such a lease. A ledger that has ended this holder, and deleted it since, would take a
         message without such a line for one from a new holder.
         """
-        self._is_woken = False
+        reviews = self.reviews
+        reviews.rearm()
         self._forget_closed(now_mono)
         lines: list[LeaseReport] = []
         if must_claim:
             self._claim(now_mono, lines)
         lines += islice(self._closing.values(), at_most - len(lines))
         # Waiting requests come first, but settlements get lines too, however many requests wait.
-        first = at_most - min(len(self._due), at_most // 4)
-        while self._urgent and len(lines) < first:
-            lease = next(iter(self._urgent))
-            del self._urgent[lease]
-            self._look_at(lease, now_mono, lines)
-        while self._due and len(lines) < at_most:
-            lease = self._due.popleft()
-            lease.is_noted = False
+        first = at_most - min(reviews.due_count, at_most // 4)
+        while len(lines) < first and (lease := reviews.next_urgent()) is not None:
+            self._review(lease, now_mono, lines)
+        while len(lines) < at_most and (lease := reviews.next_due()) is not None:
             if lease in self._active:
-                self._look_at(lease, now_mono, lines)
+                self._review(lease, now_mono, lines)
         return lines
 
     def _claim(self, now_mono: float, lines: list[LeaseReport]) -> None:
         for lease in self._active:
             if lease.granted > 0 and not lease.is_rate:
-                self._urgent.pop(lease, None)
+                self.reviews.not_urgent(lease)
                 self._open[lease.number] = lease
                 lines.append(lease.line(now_mono))
                 return
 
     def needs_sync(self, short: Short) -> bool:
         """Whether a request is short of a lease for which no line was built yet."""
-        return any(lease in self._urgent for lease, _ in short.needs)
+        return any(self.reviews.is_urgent(lease) for lease, _ in short.needs)
 
-    def _look_at(self, lease: Lease, now_mono: float, lines: list[LeaseReport]) -> None:
+    def _review(self, lease: Lease, now_mono: float, lines: list[LeaseReport]) -> None:
         """Build a line for a lease if it has changes to report, and schedule its next review."""
         if lease.number and lease.number in self._open:
             return  # this message has a line for it already; the reply triggers its next review
@@ -154,15 +141,8 @@ class LeaseSync:
         line = self._line(lease, now_mono)
         if line is not None:
             lines.append(line)
-        if lease.number and not lease.is_aging and lease.is_busy(now_mono):
-            lease.is_aging = True
-            heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
-
-    def _note(self, lease: Lease) -> None:
-        """Queue a lease that changed for review."""
-        if not lease.is_noted:
-            lease.is_noted = True
-            self._changed.append(lease)
+        if lease.number:
+            self.reviews.review_when_idle(lease, now_mono)
 
     def _line(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         if lease.number:
@@ -174,18 +154,18 @@ class LeaseSync:
             if not (lease.need or is_low or lease.has_news):
                 return None
         elif lease.need and lease.is_current:
-            self._open_lease(lease)
+            self.open_lease(lease)
         else:
             return None
         line = lease.line(now_mono)
         self._open[line.lease] = lease
         return line
 
-    def _open_lease(self, lease: Lease) -> None:
+    def open_lease(self, lease: Lease) -> None:
+        """Number a lease that has not been requested yet, and report it from now on."""
         self._numbers += 1
         lease.number = self._numbers
-        # The account stays as long as it has leases: one lease of a window is enough.
-        self._active[lease] = self._accounts.get(lease.window.pool)
+        self._active[lease] = self._pools.get(lease.window.pool)
 
     def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
@@ -198,7 +178,7 @@ class LeaseSync:
 
     def _tidy(self, lease: Lease, now_mono: float) -> None:
         """Return units that no request here needs."""
-        self._lapse(lease, now_mono)
+        self.expire(lease, now_mono)
         taken = lease.taken
         if taken != lease.touched_taken:
             lease.touched_taken, lease.touched_mono = taken, now_mono
@@ -214,67 +194,67 @@ class LeaseSync:
         self,
         lines: Sequence[LeaseReport],
         replies: Sequence[LeaseGrant],
-        asked_mono: float,
+        sent_mono: float,
         *,
         valid_seconds: float,
-        heard_mono: float | None = None,
+        received_mono: float | None = None,
     ) -> float:
         """Apply the ledger's replies. `valid_seconds`: how long the leases are valid, from the time of the request.
 
         Returns 0, or for how many seconds the ledger grants nothing because it has lost history. During that time no
         request should be refused for its limits.
         """
-        self.valid_until_mono = asked_mono + valid_seconds
-        heard = asked_mono if heard_mono is None else heard_mono
+        self.valid_until_mono = sent_mono + valid_seconds
+        received = sent_mono if received_mono is None else received_mono
         settles_seconds = max((reply.wait_seconds for reply in replies if not reply.lease), default=0.0)
-        asked = {line.lease: line for line in lines}
+        sent = {line.lease: line for line in lines}
         for reply in replies:
             if not reply.lease:
                 continue
-            line = asked.pop(reply.lease)
+            line = sent.pop(reply.lease)
             lease = self._open.pop(reply.lease, None)
             if line.is_closing:
                 self._closing.pop(line.lease, None)
-                self._closed[line.lease] = (heard, line)
+                self._closed[line.lease] = (received, line)
             elif lease is not None:
                 before = lease.granted
-                lease.apply(line, reply, asked_mono=asked_mono, heard_mono=heard)
-                self._note(lease)
+                lease.apply(line, reply, sent_mono=sent_mono, received_mono=received)
+                self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
-                    self._note_refusal(lease, line, heard)
-        self.lost(list(asked.values()))
+                    self._note_refusal(lease, line, received)
+        self.resend(list(sent.values()))
         return settles_seconds
 
     def resend_all(self) -> None:
         """Report every lease again, closed ones too: the ledger has lost its latest history."""
         for lease in self._active:
             lease.confirmed = -1
-            self._note(lease)
+            self.reviews.note_change(lease)
         for number, (_, line) in self._closed.items():
             self._closing[number] = line
         self._closed.clear()
 
     def _forget_closed(self, now_mono: float) -> None:
         while self._closed:
-            number, (heard_mono, _) = next(iter(self._closed.items()))
-            if now_mono - heard_mono < _REMEMBERED_SECONDS:
+            number, (received_mono, _) = next(iter(self._closed.items()))
+            if now_mono - received_mono < _REMEMBERED_SECONDS:
                 break
             del self._closed[number]
 
-    def _note_refusal(self, lease: Lease, line: LeaseReport, heard_mono: float) -> None:
+    def _note_refusal(self, lease: Lease, line: LeaseReport, received_mono: float) -> None:
         if not line.want or (lease.others_held and not lease.is_rate):
             return
         lease.empty_need = line.at_least + max(0, lease.free)
-        lease.empty_until_mono = lease.retry_mono if lease.is_rate else heard_mono + _EMPTY_SECONDS
+        lease.empty_until_mono = lease.retry_mono if lease.is_rate else received_mono + _EMPTY_SECONDS
 
-    def lost(self, lines: Sequence[LeaseReport] | None = None) -> None:
+    def resend(self, lines: Sequence[LeaseReport] | None = None) -> None:
         """Send lines (None: all lines) again whose outcome is unknown. This is safe: their values are cumulative."""
         for number in list(self._open) if lines is None else [line.lease for line in lines]:
             lease = self._open.pop(number, None)
             if lease is not None:
-                self._note(lease)
+                self.reviews.note_change(lease)
 
-    def ended(self) -> None:
+    def end_holder(self) -> None:
         """End this holder: the ledger has charged its leases in full, which includes the units in use.
 
         Units taken beyond the leases, if the policy allows that while the ledger is unavailable, are reported by the
@@ -285,30 +265,25 @@ class LeaseSync:
             lease.is_current = False
             lease.free = 0
         self._active.clear()
-        self._urgent.clear()
+        self.reviews.clear_urgent()
         self._open.clear()
         self._closing.clear()
         self._closed.clear()
         self.valid_until_mono = 0.0
         for rest in owed:
-            self._open_lease(rest)
+            self.open_lease(rest)
 
-    def _lapse(self, lease: Lease, now_mono: float) -> None:
-        """Drop the free units of expired leases."""
+    def expire(self, lease: Lease, now_mono: float) -> None:
+        """Drop the free units of a lease that has ended by now."""
         if now_mono < lease.ends_mono:
             return
         if lease.is_rate:
             lease.lapse(now_mono)
         else:
-            self._retire(lease)
+            self.retire(lease)
 
-    def _retire(self, lease: Lease) -> None:
+    def retire(self, lease: Lease) -> None:
+        """End a lease and return its free units. Units in use are still settled in it."""
         lease.is_current = False
         lease.give_back()
-        self._note(lease)
-
-    def _soon(self, lease: Lease) -> None:
-        self._urgent[lease] = None
-        if not self._is_woken:
-            self._is_woken = True
-            self._wake()
+        self.reviews.note_change(lease)

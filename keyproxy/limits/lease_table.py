@@ -4,7 +4,7 @@
     take_again   the same for a request that was charged before
     settle       marks what was taken as used, or releases it
 
-`lease_sync` exchanges the changes with the ledger.
+`LeaseSync` exchanges the changes with the ledger, `LeaseBinding` determines which leases apply.
 
 Requests are admitted from leases alone. If the leases do not suffice, `take` raises `Short` when a ledger request is
 necessary, and a Refusal when the ledger refused a moment ago. The table uses a monotonic clock only; the current day
@@ -15,25 +15,23 @@ is spent twice: the ledger has charged lapsed leases in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from keyproxy.limits import refusals
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed, amount_of
 from keyproxy.limits.lease import Lease
+from keyproxy.limits.lease_binding import LeaseBinding
 from keyproxy.limits.lease_sync import LeaseSync, Short
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Window
-from keyproxy.limits.plan import Plan
-from keyproxy.limits.pool_leases import Account
-
-__all__ = ["LeaseTable", "Short"]
+from keyproxy.limits.ledger_protocol import TOKENS
 
 
-class LeaseTable(LeaseSync):
-    """The leases of this process. Every operation is synchronous."""
+class LeaseTable:
+    """The leases of this process, as requests use them. Every operation is synchronous."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when a ledger request is due, at most once until it is made."""
-        super().__init__(wake)
+    def __init__(self, sync: LeaseSync) -> None:
+        self._sync = sync
+        self._reviews = sync.reviews
+        self._binding = LeaseBinding(sync)
         #: Take even if nothing is left, and settle later: the policy for when the ledger is unavailable.
         self.is_lenient = False
 
@@ -44,8 +42,8 @@ class LeaseTable(LeaseSync):
 
         Raises Short if a ledger request is necessary, a Refusal if a limit is exceeded.
         """
-        bundle = allowance.bundle or self._bound(allowance, now_mono)
-        if now_mono >= self.valid_until_mono:
+        bundle = allowance.bundle or self._binding.bind(allowance, now_mono)
+        if now_mono >= self._sync.valid_until_mono:
             return self._take_carefully(allowance, now_mono, tokens)
         hold = bundle.hold
         if tokens is not None and bundle.counts_tokens:
@@ -70,9 +68,9 @@ class LeaseTable(LeaseSync):
             lease.free = free
             lease.piece = amount
             if not lease.is_noted:
-                self._note(lease)
+                self._reviews.note_change(lease)
             if free < lease.low:
-                self._soon(lease)
+                self._reviews.make_urgent(lease)
         return True
 
     def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
@@ -80,7 +78,6 @@ class LeaseTable(LeaseSync):
 
         Raises what `take` raises.
         """
-        self._check_bound(allowance, now_mono)
         bundle, amount = self._examined(allowance, now_mono, tokens, paid)
         for lease in bundle.paced:
             self._take_units(lease, 1)
@@ -92,7 +89,6 @@ class LeaseTable(LeaseSync):
         self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None, paid: int | None = None
     ) -> None:
         """Raise what `take` would raise (with `paid`: what `take_again` would), and take nothing."""
-        self._check_bound(allowance, now_mono)
         self._examined(allowance, now_mono, tokens, paid)
 
     def has_refused(self, allowance: Allowance, now_mono: float) -> bool:
@@ -100,13 +96,7 @@ class LeaseTable(LeaseSync):
         bundle = allowance.bundle
         if bundle is None:
             return False
-        for lease in bundle.units:
-            if lease.free < 1 and lease.is_refused(1, now_mono):
-                return True
-        for lease in bundle.budgets:  # noqa: SIM110 - a generator costs more than both loops
-            if lease.free < 1 and lease.is_refused(1, now_mono):
-                return True
-        return False
+        return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.reported)
 
     def release(self, hold: Hold) -> Hold:
         """Release the slots of a request that has ended before its charge is known. Return what is left to settle."""
@@ -128,7 +118,7 @@ class LeaseTable(LeaseSync):
             for lease in bundle.counted:
                 lease.used += 1
                 if not lease.is_noted:
-                    self._note(lease)
+                    self._reviews.note_change(lease)
         else:
             tokens = tokens if was_sent else 0
             for lease in () if hold.paid is not None else bundle.counted:
@@ -146,7 +136,7 @@ class LeaseTable(LeaseSync):
         for lease in hold.budgets:
             lease.used += tokens
             if not lease.is_noted:
-                self._note(lease)
+                self._reviews.note_change(lease)
             if back > 0:
                 # The released amount may suffice for a request that was refused a moment ago.
                 lease.empty_until_mono = 0.0
@@ -165,24 +155,24 @@ class LeaseTable(LeaseSync):
     def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
         """Raise what `extend` would raise, and take nothing. Return the hold to extend."""
         hold = self._continued(hold, now_mono)
-        is_valid = now_mono < self.valid_until_mono
+        is_valid = now_mono < self._sync.valid_until_mono
         short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, hold.bundle.told, now_mono, takes_all=False)
+            self._refuse_or_request(short, hold.bundle.reported, now_mono, takes_all=False)
         return hold
 
     def _continued(self, hold: Hold, now_mono: float) -> Hold:
         """Return the same hold, or its successor if one of its leases has ended: an ended lease cannot be drawn on."""
         budgets = []
-        for account in hold.bundle.accounts:
-            self._renew(account, now_mono)
-            budgets += [account.leases[measure] for measure in TOKENS if measure in account.leases]
+        for of_pool in hold.bundle.pools:
+            self._binding.renew(of_pool, now_mono)
+            budgets += [of_pool.leases[measure] for measure in TOKENS if measure in of_pool.leases]
         if tuple(budgets) == hold.budgets:
             return hold
         return Hold(hold.bundle, tuple(budgets), 0, hold, paid=hold.paid)
 
     def _restore(self, lease: Lease, units: int) -> None:
-        self._note(lease)
+        self._reviews.note_change(lease)
         if lease.is_current or units < 0:
             lease.free += units
         else:
@@ -207,8 +197,8 @@ class LeaseTable(LeaseSync):
         self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int | None = None
     ) -> tuple[Bundle, int]:
         """Return what to take, and how many tokens. Raises Short or a Refusal if that is not possible."""
-        bundle = self._renewed(allowance, now_mono)
-        is_valid = now_mono < self.valid_until_mono
+        bundle = self._binding.renewed(allowance, now_mono)
+        is_valid = now_mono < self._sync.valid_until_mono
         units = bundle.units if paid is None else bundle.paced
         short = [(lease, 1) for lease in units if lease.free < 1 or not is_valid]
         amount, takes_all = 0, False
@@ -216,7 +206,7 @@ class LeaseTable(LeaseSync):
             amount = max(0, amount_of(bundle, tokens) - (paid or 0))
             for lease in bundle.budgets:
                 if amount > lease.limit:
-                    raise refusals.never_fits(lease, amount, now_mono, bundle.told)
+                    raise refusals.never_fits(lease, amount, now_mono, bundle.reported)
             takes_all = tokens.most is None and bundle.tokens_per_request is None
             short += [
                 (lease, amount)
@@ -224,21 +214,21 @@ class LeaseTable(LeaseSync):
                 if amount and (lease.free < amount or not is_valid or (takes_all and not lease.has_all))
             ]
         if short and not self.is_lenient:
-            self._refuse_or_ask(short, bundle.told, now_mono, takes_all=takes_all)
+            self._refuse_or_request(short, bundle.reported, now_mono, takes_all=takes_all)
         return bundle, amount
 
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
             # Taken before the first ledger request for it: it may exceed the limit, which is the policy; or nothing is
             # held, and the request may still use more.
-            self._open_lease(lease)
-            self._soon(lease)
+            self._sync.open_lease(lease)
+            self._reviews.make_urgent(lease)
         lease.free -= units
-        self._note(lease)
+        self._reviews.note_change(lease)
         if lease.free < lease.low:
-            self._soon(lease)
+            self._reviews.make_urgent(lease)
 
-    def _refuse_or_ask(
+    def _refuse_or_request(
         self, short: Sequence[tuple[Lease, int]], leases: Sequence[Lease], now_mono: float, *, takes_all: bool
     ) -> None:
         """Raise a Refusal if the ledger just refused one of them, else Short."""
@@ -248,54 +238,3 @@ class LeaseTable(LeaseSync):
             lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
             raise refusals.refusal(lease, need, now_mono, leases)
         raise Short(short, takes_all=takes_all)
-
-    def _check_bound(self, allowance: Allowance, now_mono: float) -> None:
-        if allowance.bundle is None:
-            self._bound(allowance, now_mono)
-
-    def _bound(self, allowance: Allowance, now_mono: float) -> Bundle:
-        accounts = []
-        for pool, plan in allowance.pools:
-            account = self._accounts.get(pool)
-            if account is None:
-                account = self._accounts[pool] = Account(pool)
-            if account.plan != plan:
-                self._replan(account, plan, now_mono)
-            accounts.append(account)
-        bundle = allowance.bundle = Bundle(tuple(accounts))
-        return bundle
-
-    def _replan(self, account: Account, plan: Plan, now_mono: float) -> None:
-        """Switch to another plan: free units were granted under the old one and are returned."""
-        account.plan = plan
-        before, account.leases = account.leases, {}
-        for measure in (CONCURRENCY, RATE, *REQUESTS, *TOKENS):
-            lease = before.pop(measure, None)
-            if getattr(plan, measure) is None:
-                if lease is not None:
-                    self._retire(lease)
-                continue
-            if lease is None:
-                lease = Lease(Window(account.pool, measure), plan, now_mono)
-            else:
-                lease.replan(plan)
-                lease.empty_until_mono = 0.0
-                lease.give_back()
-                self._note(lease)
-            account.leases[measure] = lease
-
-    def _renewed(self, allowance: Allowance, now_mono: float) -> Bundle:
-        """Return the bundle, with new leases in place of those whose window or holder has ended."""
-        bundle = allowance.bundle
-        assert bundle is not None  # noqa: S101 - callers bind it first
-        for account in bundle.accounts:
-            self._renew(account, now_mono)
-        if not all(lease.is_current for lease in (*bundle.units, *bundle.budgets)):
-            bundle = allowance.bundle = Bundle(bundle.accounts)
-        return bundle
-
-    def _renew(self, account: Account, now_mono: float) -> None:
-        for measure, lease in account.leases.items():
-            self._lapse(lease, now_mono)
-            if not lease.is_current:
-                account.leases[measure] = Lease(lease.window, account.plan, now_mono)

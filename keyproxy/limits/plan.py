@@ -6,7 +6,6 @@ like any other: it refuses every request.
 
 from __future__ import annotations
 
-import enum
 import math
 import re
 from collections.abc import Mapping
@@ -28,20 +27,6 @@ _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(?:/(s|m|min|h|d))?")
 
 class InvalidPlanError(ValueError):
     """An invalid set of limits. The message describes the fault in one line."""
-
-
-class Period(enum.Enum):
-    """The calendar window that a quota belongs to, in UTC."""
-
-    DAY = "day"
-    MONTH = "month"
-
-
-class Measure(enum.Enum):
-    """What a window counts."""
-
-    REQUESTS = "requests"
-    TOKENS = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +64,6 @@ class Plan:
         if self.burst is not None:
             return self.burst
         return max(1, math.ceil(self.rate)) if self.rate is not None else 0
-
-    def window(self, measure: Measure, period: Period) -> int | None:
-        """The limit of a calendar window, or None."""
-        limit: int | None = getattr(self, f"{measure.value}_per_{period.value}")
-        return limit
 
     @property
     def has_limits(self) -> bool:

@@ -1,7 +1,7 @@
 """The leases of one pool, under its current plan.
 
-The lease table holds accounts by weak reference. The class has its own module, which is not compiled, because mypyc
-classes do not support weak references.
+They are referenced weakly. The class has its own module, which is not compiled, because mypyc classes do not support weak
+references.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 
 
-class Account:
-    """The leases of one pool."""
+class PoolLeases:
+    """The leases of one pool, by measure."""
 
     __slots__ = ("__weakref__", "leases", "plan", "pool")
 

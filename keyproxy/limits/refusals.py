@@ -21,20 +21,20 @@ _HELD_SECONDS_MAX: Final = 5
 
 def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = ()) -> Refusal:
     """Build the refusal of a request that needs more than a lease has left. `leases`: all that apply to it."""
-    told = state(lease, now_mono)
+    exceeded = state(lease, now_mono)
     applied = [state(other, now_mono) for other in leases or (lease,)]
     measure = lease.window.measure
     if measure == RATE:
         return Refusal(
             Reason.RATE_LIMITED,
-            limit=told,
+            limit=exceeded,
             applied=applied,
             retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono)),
         )
     is_held = measure != CONCURRENCY and lease.spent + need <= lease.limit
     return Refusal(
         _REASONS[measure],
-        limit=told,
+        limit=exceeded,
         applied=applied,
         caller_text=_caller_text(need, is_held=is_held) if measure in TOKENS else "",
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,

@@ -196,7 +196,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_ledger_failures_total", COUNTER, "Messages to the ledger that failed or timed out.",
            (), lambda scrape: scrape.store.ledger.conversation.counts["failures"], SUM),
     Metric("keyproxy_ledger_leases", GAUGE, "Leases held by this process.",
-           (), lambda scrape: scrape.store.ledger.book.outstanding, SUM),
+           (), lambda scrape: scrape.store.ledger.conversation.lease_sync.outstanding, SUM),
     Metric("keyproxy_ledger_unsettled_seconds", GAUGE, "Age of the oldest charge that the ledger has not confirmed.",
            (), lambda scrape: scrape.store.ledger.conversation.unsettled_seconds(), MAX),
     Metric("keyproxy_repeats_not_charged_total", COUNTER,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.lease_sync import LeaseSync, Short
+from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.ledger_rules import WindowAccount
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason, Refusal
-from tests.reference_ledger import ReferenceLedger, Row
+from tests.reference_ledger import ReferenceLedger
 
 LEASE_SECONDS = 10.0
 LINES_MAX = 1_000
@@ -30,9 +32,9 @@ class Fleet:
         self.processes += 1
         return Process(self, f"p{self.processes}")
 
-    def row(self, measure: str, pool: Pool = USER) -> Row:
+    def row(self, measure: str, pool: Pool = USER) -> WindowAccount:
         """The latest window of this measure."""
-        return self.ledger.rows[max(key for key in self.ledger.rows if key[0] == Window(pool, measure))]
+        return self.ledger.windows[max(key for key in self.ledger.windows if key[0] == Window(pool, measure))]
 
 
 class Process:
@@ -40,7 +42,8 @@ class Process:
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
-        self.book = LeaseTable(self._wake)
+        self.lease_sync = LeaseSync(self._wake)
+        self.table = LeaseTable(self.lease_sync)
 
     def _wake(self) -> None:
         self.wakes += 1
@@ -53,38 +56,38 @@ class Process:
     def sync(self, *, everything: bool = True, is_last: bool = False, answer_is_lost: bool = False) -> int:
         """Send one message and apply its reply. Return its number of lines."""
         if everything or is_last:
-            self.book.gather(self.now, is_last=is_last)
-        lines = self.book.lines(self.now, LINES_MAX)
+            self.lease_sync.gather(self.now, is_last=is_last)
+        lines = self.lease_sync.lines(self.now, LINES_MAX)
         self.serial += 1
         replies = self.fleet.ledger.sync(self.name, self.serial, lines)
         if answer_is_lost:
-            self.book.lost(lines)
+            self.lease_sync.resend(lines)
         elif replies is None:
-            self.book.ended()
+            self.lease_sync.end_holder()
             self.name, self.serial = self.name + "'", 0
         else:
-            self.book.apply(lines, replies, self.now, valid_seconds=LEASE_SECONDS * 0.95)
+            self.lease_sync.apply(lines, replies, self.now, valid_seconds=LEASE_SECONDS * 0.95)
         return len(lines)
 
     def take(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Hold:
         """Take like a request: with as many ledger requests as necessary."""
         for _ in range(4):
             try:
-                return self.book.take(allowance, self.now, tokens)
+                return self.table.take(allowance, self.now, tokens)
             except Short as short:
                 last = short
-                self.book.ask(short)
+                self.lease_sync.request(short)
                 self.sync(everything=False)
-        self.book.mark_exhausted(last, self.now)
-        return self.book.take(allowance, self.now, tokens)
+        self.lease_sync.mark_exhausted(last, self.now)
+        return self.table.take(allowance, self.now, tokens)
 
     def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
         """Take like a request that was charged before."""
         for _ in range(4):
             try:
-                return self.book.take_again(allowance, self.now, tokens, paid)
+                return self.table.take_again(allowance, self.now, tokens, paid)
             except Short as short:
-                self.book.ask(short)
+                self.lease_sync.request(short)
                 self.sync(everything=False)
         raise AssertionError("not decided")
 
@@ -96,13 +99,13 @@ class Process:
 
     def used(self, hold: Hold, tokens: int = 0) -> None:
         """End a request that was sent."""
-        self.book.settle(hold, was_sent=True, tokens=tokens)
+        self.table.settle(hold, was_sent=True, tokens=tokens)
 
     def leave(self) -> None:
         """Return everything."""
         for _ in range(3):
             self.sync(is_last=True)
-        assert not self.book.has_leases
+        assert not self.lease_sync.has_leases
 
 
 @pytest.fixture
@@ -135,23 +138,23 @@ def test_a_limit_that_just_refused_refuses_every_request(
     fleet: Fleet, process: Process, plan: Plan, tokens: TokenNeed | None
 ) -> None:
     allowance, other = under(plan), under(plan, pools=(TENANT,))
-    assert not process.book.has_refused(allowance, process.now)
+    assert not process.table.has_refused(allowance, process.now)
     process.take(allowance, tokens)
-    assert not process.book.has_refused(allowance, process.now)
+    assert not process.table.has_refused(allowance, process.now)
     process.refused(allowance, None if tokens is None else TokenNeed(1, 1))
-    assert process.book.has_refused(allowance, process.now)
+    assert process.table.has_refused(allowance, process.now)
     with pytest.raises(Refusal):
-        process.book.check(allowance, process.now, TokenNeed(1, 1))
-    assert not process.book.has_refused(other, process.now)
+        process.table.check(allowance, process.now, TokenNeed(1, 1))
+    assert not process.table.has_refused(other, process.now)
     # The ledger request is retried after a while.
     fleet.now += 11.0
-    assert not process.book.has_refused(allowance, process.now)
+    assert not process.table.has_refused(allowance, process.now)
 
 
 def test_a_budget_that_was_too_small_for_one_request_is_not_known_to_refuse_others(process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100, tokens_per_request=200))
     process.refused(allowance, TokenNeed(150, 150))
-    assert not process.book.has_refused(allowance, process.now)
+    assert not process.table.has_refused(allowance, process.now)
     assert process.take(allowance, TokenNeed(50, 50)).tokens == 50
 
 
@@ -224,7 +227,7 @@ def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_a_ledg
         process.take(allowance, TokenNeed(1, need))
         return
     with pytest.raises(Refusal) as caught:
-        process.book.take(allowance, process.now, TokenNeed(1, need))
+        process.table.take(allowance, process.now, TokenNeed(1, need))
     refusal = caught.value
     assert (refusal.reason, refusal.is_futile, refusal.retry_after_seconds) == (reason, True, None)
     assert refusal.limit is not None
@@ -253,11 +256,11 @@ def test_a_new_window_begins_when_the_day_ends_and_not_before(fleet: Fleet, proc
     assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
     fleet.now = 43_200.0
     process.used(process.take(allowance))
-    yesterday, today = sorted(fleet.ledger.rows)
+    yesterday, today = sorted(fleet.ledger.windows)
     for hold in holds:
         process.used(hold)
     process.leave()
-    assert (fleet.ledger.rows[yesterday].spent, fleet.ledger.rows[today].spent) == (2, 1)
+    assert (fleet.ledger.windows[yesterday].spent, fleet.ledger.windows[today].spent) == (2, 1)
 
 
 def test_what_is_free_of_a_window_that_is_over_is_not_taken_today(fleet: Fleet, process: Process) -> None:
@@ -265,19 +268,19 @@ def test_what_is_free_of_a_window_that_is_over_is_not_taken_today(fleet: Fleet, 
     process.used(process.take(allowance))
     fleet.now = 43_200.0
     with pytest.raises(Short):
-        process.book.take(allowance, process.now)
+        process.table.take(allowance, process.now)
 
 
 def test_a_lease_whose_first_reply_is_lost_at_midnight_stays_in_its_day(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as short:
-        process.book.take(allowance, process.now)
-    process.book.ask(short.value)
+        process.table.take(allowance, process.now)
+    process.lease_sync.request(short.value)
     fleet.now = 43_199.9
     process.sync(answer_is_lost=True)
     fleet.now = 43_200.1
     process.leave()
-    assert [row.held for row in fleet.ledger.rows.values()] == [0]
+    assert [row.held for row in fleet.ledger.windows.values()] == [0]
 
 
 # -- all or none
@@ -311,7 +314,7 @@ def test_all_keys_of_a_user_draw_on_one_pool_and_test_keys_on_another(process: P
 def test_a_request_that_was_not_sent_is_released(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=1, concurrency=1, tokens_per_day=10))
     for _ in range(3):
-        process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=False, tokens=10)
+        process.table.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=False, tokens=10)
     process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 10)
@@ -322,7 +325,7 @@ def test_slots_are_free_again_when_requests_end_however_they_end(process: Proces
     holds = [process.take(allowance) for _ in range(2)]
     assert process.refused(allowance).reason is Reason.CONCURRENCY_LIMITED
     process.used(holds[0])
-    process.book.settle(holds[1], was_sent=False)
+    process.table.settle(holds[1], was_sent=False)
     assert len([process.take(allowance) for _ in range(2)]) == 2
 
 
@@ -330,9 +333,9 @@ def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Proces
     # The request may still wait for another lease: if this one were returned meanwhile, it might never hold both.
     allowance = under(Plan(requests_per_day=9))
     with pytest.raises(Short) as short:
-        process.book.take(allowance, process.now)
+        process.table.take(allowance, process.now)
     fleet.now += 2.0
-    process.book.ask(short.value)
+    process.lease_sync.request(short.value)
     process.sync(everything=False)
     fleet.now += 0.9
     process.sync()
@@ -348,7 +351,7 @@ def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Proces
 def test_a_repeat_releases_its_request_and_is_charged_the_given_tokens(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
     process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
-    process.book.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
+    process.table.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
     # Units of a rate stay used: the request was served.
     assert process.refused(allowance).reason is Reason.RATE_LIMITED
     process.leave()
@@ -357,12 +360,12 @@ def test_a_repeat_releases_its_request_and_is_charged_the_given_tokens(fleet: Fl
 
 def test_what_waits_to_be_settled_holds_no_slot_and_everything_else(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(concurrency=1, requests_per_day=2))
-    rest = [process.book.release(process.take(allowance)) for _ in range(2)]
+    rest = [process.table.release(process.take(allowance)) for _ in range(2)]
     assert process.refused(allowance).reason is Reason.QUOTA_EXHAUSTED
     process.sync()
     assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (0, 2)
     process.used(rest[0])
-    process.book.settle(rest[1], was_sent=True, is_repeat=True)
+    process.table.settle(rest[1], was_sent=True, is_repeat=True)
     process.used(process.take(allowance))
     process.leave()
     assert fleet.row("requests_per_day").spent == 2
@@ -379,7 +382,7 @@ def test_what_was_charged_before_passes_a_quota_that_is_spent(fleet: Fleet, proc
     with pytest.raises(Refusal) as caught:
         process.again(allowance, None, 0)
     assert caught.value.reason is Reason.CONCURRENCY_LIMITED
-    process.book.settle(hold, was_sent=True, is_repeat=True)
+    process.table.settle(hold, was_sent=True, is_repeat=True)
     process.leave()
     assert spent == 0 or fleet.row("requests_per_day").spent == 1
 
@@ -392,7 +395,7 @@ def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
     process.used(process.take(allowance, TokenNeed(1, 100 - held)), tokens=100 - held)
     hold = process.again(allowance, TokenNeed(1, 50), paid)
     assert (hold.tokens, hold.covers) == (held, held + paid)
-    process.book.settle(hold, was_sent=True, tokens=held, is_repeat=True)
+    process.table.settle(hold, was_sent=True, tokens=held, is_repeat=True)
     process.leave()
     assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (100, 0)
 
@@ -411,7 +414,7 @@ def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet,
     hold = process.again(allowance, TokenNeed(1, 50), 50)
     # A lease that holds nothing: the ledger synchronisation has to know it nevertheless.
     assert process.wakes == 1
-    process.book.settle(hold, was_sent=True, tokens=7, is_repeat=True)
+    process.table.settle(hold, was_sent=True, tokens=7, is_repeat=True)
     process.leave()
     assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (7, 0)
 
@@ -441,17 +444,17 @@ def test_a_lowered_limit_applies_immediately_although_more_was_leased(fleet: Fle
 def test_a_grant_under_a_plan_that_was_lowered_meanwhile_is_returned(fleet: Fleet, process: Process) -> None:
     before = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as short:
-        process.book.take(before, process.now)
-    process.book.ask(short.value)
-    lines = process.book.lines(process.now, LINES_MAX)
+        process.table.take(before, process.now)
+    process.lease_sync.request(short.value)
+    lines = process.lease_sync.lines(process.now, LINES_MAX)
     lowered = under(Plan(requests_per_day=1))
     with pytest.raises(Short):
-        process.book.take(lowered, process.now)
+        process.table.take(lowered, process.now)
     process.serial += 1
     replies = fleet.ledger.sync(process.name, process.serial, lines)
     assert replies is not None
     assert replies[0].granted > 1
-    process.book.apply(lines, replies, process.now, valid_seconds=9.0)
+    process.lease_sync.apply(lines, replies, process.now, valid_seconds=9.0)
     process.used(process.take(lowered))
     assert process.refused(lowered).reason is Reason.QUOTA_EXHAUSTED
 
@@ -536,9 +539,9 @@ def test_more_used_than_held_of_a_window_that_is_over_is_charged_once(fleet: Fle
     process.used(hold, tokens=15)
     for _ in range(4):
         process.sync()
-    yesterday = fleet.ledger.rows[min(fleet.ledger.rows)]
+    yesterday = fleet.ledger.windows[min(fleet.ledger.windows)]
     assert (yesterday.spent, yesterday.held) == (15, 0)
-    assert process.book.outstanding == 1
+    assert process.lease_sync.outstanding == 1
 
 
 def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process: Process) -> None:
@@ -546,18 +549,18 @@ def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process:
     hold = process.take(allowance, TokenNeed(1, 40))
     for _ in range(2):
         try:
-            hold = process.book.extend(hold, 60, process.now)
+            hold = process.table.extend(hold, 60, process.now)
             break
         except Short as short:
-            process.book.ask(short)
+            process.lease_sync.request(short)
             process.sync(everything=False)
     assert hold.tokens == 100
     with pytest.raises(Short) as short_of_more:
-        process.book.extend(hold, 1, process.now)
-    process.book.ask(short_of_more.value)
+        process.table.extend(hold, 1, process.now)
+    process.lease_sync.request(short_of_more.value)
     process.sync(everything=False)
     with pytest.raises(Refusal) as refused:
-        process.book.extend(hold, 1, process.now)
+        process.table.extend(hold, 1, process.now)
     assert refused.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
     process.used(hold, tokens=100)
     process.leave()
@@ -576,13 +579,13 @@ def test_an_extension_draws_on_the_lease_of_now_when_the_first_is_over(
         fleet.ledger.end(process.name)
         process.sync()
     with pytest.raises(Short) as short:
-        process.book.extend(hold, 30, process.now)
-    process.book.ask(short.value)
+        process.table.extend(hold, 30, process.now)
+    process.lease_sync.request(short.value)
     process.sync(everything=False)
-    hold = process.book.extend(hold, 30, process.now)
+    hold = process.table.extend(hold, 30, process.now)
     process.used(hold, tokens=55)
     process.leave()
-    rows = [row for _, row in sorted(fleet.ledger.rows.items())]
+    rows = [row for _, row in sorted(fleet.ledger.windows.items())]
     assert all(row.held == 0 for row in rows)
     if what_ends == "the day":
         assert [row.spent for row in rows] == [40, 15]
@@ -598,10 +601,10 @@ def test_nothing_is_taken_of_leases_when_their_holders_time_is_over(fleet: Fleet
     allowance = under(Plan(requests_per_day=100))
     process.used(process.take(allowance))
     fleet.now = LEASE_SECONDS * 0.95 - 0.001
-    process.used(process.book.take(allowance, process.now))
+    process.used(process.table.take(allowance, process.now))
     fleet.now = LEASE_SECONDS * 0.95
     with pytest.raises(Short):
-        process.book.take(allowance, process.now)
+        process.table.take(allowance, process.now)
 
 
 def test_a_process_suspended_past_its_leases_spends_none_of_them_and_starts_over(
@@ -630,7 +633,7 @@ def test_units_idle_for_a_second_are_returned_and_the_lease_is_closed(fleet: Fle
     fleet.now += 0.02
     process.sync()
     process.sync()
-    assert (fleet.row("requests_per_day").held, process.book.has_leases) == (0, False)
+    assert (fleet.row("requests_per_day").held, process.lease_sync.has_leases) == (0, False)
     assert process.sync() == 0
 
 
@@ -640,11 +643,11 @@ def test_long_holds_are_not_reviewed_repeatedly(fleet: Fleet, process: Process) 
     for _ in range(4):
         fleet.now += 1.1
         process.sync()
-    process.book.gather(fleet.now)
-    assert not process.book._due
+    process.lease_sync.gather(fleet.now)
+    assert not process.lease_sync.reviews.due
     process.used(holds[7], tokens=30)
-    process.book.gather(fleet.now)
-    assert list(process.book._due) == list(holds[7].budgets)
+    process.lease_sync.gather(fleet.now)
+    assert list(process.lease_sync.reviews.due) == list(holds[7].budgets)
 
 
 def test_a_message_that_has_to_claim_does_so_even_if_closing_leases_fill_it(process: Process, fleet: Fleet) -> None:
@@ -655,31 +658,31 @@ def test_a_message_that_has_to_claim_does_so_even_if_closing_leases_fill_it(proc
     process.sync()
     fleet.now += 1.1
     process.sync()
-    process.book.gather(process.now)
-    process.book.lost(process.book.lines(process.now, LINES_MAX))
-    without = process.book.lines(process.now, 8)
+    process.lease_sync.gather(process.now)
+    process.lease_sync.resend(process.lease_sync.lines(process.now, LINES_MAX))
+    without = process.lease_sync.lines(process.now, 8)
     assert [line.is_closing for line in without] == [True] * 8
-    process.book.lost(without)
-    lines = process.book.lines(process.now, 8, must_claim=True)
+    process.lease_sync.resend(without)
+    lines = process.lease_sync.lines(process.now, 8, must_claim=True)
     assert [line.is_closing for line in lines] == [False] + [True] * 7
     assert (lines[0].window.pool.owner, lines[0].granted > 0) == ("busy", True)
-    process.book.lost(lines)
+    process.lease_sync.resend(lines)
     process.used(busy)
     process.leave()
-    assert {row.held for row in fleet.ledger.rows.values()} == {0}
-    assert sum(row.spent for row in fleet.ledger.rows.values()) == 21
+    assert {row.held for row in fleet.ledger.windows.values()} == {0}
+    assert sum(row.spent for row in fleet.ledger.windows.values()) == 21
 
 
 def test_of_many_leases_those_with_waiting_requests_are_sent_first(process: Process) -> None:
     pools = [Pool("user", f"u_{number}", False) for number in range(20)]
     for pool in pools[:10]:
         process.used(process.take(under(Plan(requests_per_day=5), pools=(pool,))))
-    process.book.gather(process.now)
+    process.lease_sync.gather(process.now)
     for pool in pools[10:]:
         with pytest.raises(Short) as caught:
-            process.book.take(under(Plan(requests_per_day=5), pools=(pool,)), process.now)
-        process.book.ask(caught.value)
-    told = [line.window.pool for line in process.book.lines(process.now, 8)]
+            process.table.take(under(Plan(requests_per_day=5), pools=(pool,)), process.now)
+        process.lease_sync.request(caught.value)
+    told = [line.window.pool for line in process.lease_sync.lines(process.now, 8)]
     assert told == [*pools[10:16], *pools[:2]]
 
 
@@ -688,8 +691,8 @@ def test_units_that_another_process_needs_are_returned_with_the_next_message(fle
     allowance = under(Plan(requests_per_day=5))
     rich.used(rich.take(allowance))
     with pytest.raises(Short) as short:
-        poor.book.take(under(Plan(requests_per_day=5)), poor.now)
-    poor.book.ask(short.value)
+        poor.table.take(under(Plan(requests_per_day=5)), poor.now)
+    poor.lease_sync.request(short.value)
     poor.sync(everything=False)
     rich.used(rich.take(allowance))
     rich.sync()
@@ -710,30 +713,30 @@ def test_a_lost_reply_leaves_nothing_behind(fleet: Fleet, process: Process) -> N
 def test_requests_that_arrive_before_the_first_reply_wait_for_the_same_lease(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=100))
     with pytest.raises(Short) as first:
-        process.book.take(allowance, process.now)
-    process.book.ask(first.value)
-    lines = process.book.lines(process.now, LINES_MAX)
+        process.table.take(allowance, process.now)
+    process.lease_sync.request(first.value)
+    lines = process.lease_sync.lines(process.now, LINES_MAX)
     with pytest.raises(Short) as second:
-        process.book.take(allowance, process.now)
+        process.table.take(allowance, process.now)
     assert second.value.needs[0][0] is first.value.needs[0][0]
     process.serial += 1
     replies = fleet.ledger.sync(process.name, process.serial, lines)
     assert replies is not None
-    process.book.apply(lines, replies, process.now, valid_seconds=9.0)
-    process.book.take(allowance, process.now)
+    process.lease_sync.apply(lines, replies, process.now, valid_seconds=9.0)
+    process.table.take(allowance, process.now)
 
 
 def test_a_forgotten_identity_draws_on_the_same_lease_when_it_comes_back(process: Process) -> None:
     process.used(process.take(under(Plan(requests_per_day=100))))
     process.used(process.take(under(Plan(requests_per_day=100))))
-    assert process.book.outstanding == 1
+    assert process.lease_sync.outstanding == 1
 
 
 def test_two_leases_of_one_window_in_one_message_are_not_granted_the_same_units(fleet: Fleet) -> None:
     process = fleet.process()
     process.used(process.take(under(Plan(requests_per_day=5))))
-    process.book.gather(process.now)
-    lines = process.book.lines(process.now, LINES_MAX)
+    process.lease_sync.gather(process.now)
+    lines = process.lease_sync.lines(process.now, LINES_MAX)
     (line,) = lines
     both = [line._replace(want=5, at_least=1), line._replace(lease=99, granted=0, used=0, want=5, at_least=1)]
     fleet.ledger.sync(process.name, 9, both)
@@ -757,7 +760,7 @@ def test_no_request_waits_in_steady_state(fleet: Fleet, process: Process) -> Non
             process.wakes = 0
             process.sync(everything=number % 50 == 0)
         try:
-            process.used(process.book.take(allowance, process.now))
+            process.used(process.table.take(allowance, process.now))
         except Short:
             waited += number > 200
             process.used(process.take(allowance))
@@ -769,11 +772,11 @@ def test_no_request_waits_in_steady_state(fleet: Fleet, process: Process) -> Non
 
 def test_lenient_admits_although_nothing_is_left_and_settles_everything_later(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=3, tokens_per_day=10))
-    process.book.is_lenient = True
+    process.table.is_lenient = True
     for _ in range(5):
         process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
-    assert process.book.outstanding == 2
-    process.book.is_lenient = False
+    assert process.lease_sync.outstanding == 2
+    process.table.is_lenient = False
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (5, 20)
     assert (fleet.row("requests_per_day").held, fleet.row("tokens_per_day").held) == (0, 0)
@@ -786,11 +789,11 @@ def test_units_taken_beyond_the_leases_are_charged_although_the_holder_was_ended
     allowance = under(Plan(requests_per_day=100, tokens_per_day=1000, concurrency=2))
     process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
     process.sync()
-    process.book.is_lenient = True
+    process.table.is_lenient = True
     for _ in range(50):
         process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
     fleet.ledger.end(process.name)
-    process.book.is_lenient = False
+    process.table.is_lenient = False
     process.sync()
     assert process.name.endswith("'"), "the process learnt that its holder ended"
     process.leave()
@@ -806,20 +809,20 @@ def test_a_ledger_that_lost_history_receives_all_held_used_and_closed_leases_aga
     quiet, busy = under(Plan(requests_per_day=100)), under(Plan(requests_per_month=100), pools=(TENANT,))
     process.used(process.take(busy))
     process.sync()
-    replica = fleet.ledger.copy()
+    replica = fleet.ledger.rules.replica()
     hold = process.take(quiet)
     process.used(process.take(busy))
     fleet.now += 0.6
     process.sync()
     fleet.ledger.fail_over(replica)
-    assert not fleet.ledger.rows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
-    process.book.gather(process.now)
-    lines = process.book.lines(process.now, LINES_MAX)
+    assert not fleet.ledger.windows.get((Window(USER, "requests_per_day"), int(NOON - 43_200)))
+    process.lease_sync.gather(process.now)
+    lines = process.lease_sync.lines(process.now, LINES_MAX)
     process.serial += 1
     replies = fleet.ledger.sync(process.name, process.serial, lines)
     assert replies is not None
-    assert process.book.apply(lines, replies, process.now, valid_seconds=9.0) == LEASE_SECONDS
-    process.book.resend_all()
+    assert process.lease_sync.apply(lines, replies, process.now, valid_seconds=9.0) == LEASE_SECONDS
+    process.lease_sync.resend_all()
     process.sync()
     assert fleet.row("requests_per_month", TENANT).spent == 2
     assert fleet.row("requests_per_day").held == hold.bundle.counted[0].outstanding > 0
@@ -857,20 +860,21 @@ def test_units_of_a_rate_lapse_a_second_after_their_request(fleet: Fleet, proces
             process.used(process.take(allowance))
         fleet.now += 0.2
     process.take(allowance)
-    lease = next(iter(process.book._active))
+    assert allowance.bundle is not None
+    (lease,) = allowance.bundle.counted
     assert lease.free > 0
     first, last = lease.lapses[0][0], lease.lapses[-1][0]
     assert process.now < first <= last <= process.now + 1.0
     fleet.now += last - process.now
     with pytest.raises(Short):
-        process.book.take(allowance, process.now)
+        process.table.take(allowance, process.now)
 
 
 def test_a_clock_of_the_ledger_that_is_set_back_does_not_close_a_rate(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(rate=1.0, burst=2))
     for _ in range(2):
         process.used(process.take(allowance))
-    fleet.ledger._clock = lambda: NOON - 3600 + fleet.now
+    fleet.ledger.clock = lambda: NOON - 3600 + fleet.now
     fleet.now += 1.0
     process.refused(allowance)
     fleet.now += 1.0

@@ -17,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.lease_table import Short
+from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, TOKENS, Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Refusal
@@ -101,22 +101,22 @@ class Spending(RuleBasedStateMachine):
             self._count(part.budgets, min(left, part.tokens))
             left -= min(left, part.tokens)
         self._count(request.hold.bundle.counted, 1)
-        request.process.book.settle(request.hold, was_sent=True, tokens=tokens)
+        request.process.table.settle(request.hold, was_sent=True, tokens=tokens)
 
     @rule(request=consumes(requests))
     def never_sent(self, request: Request) -> None:
         """The upstream was unavailable."""
         self.under_way.remove(request)
-        request.process.book.settle(request.hold, was_sent=False)
+        request.process.table.settle(request.hold, was_sent=False)
 
     @rule(target=requests, request=consumes(requests), tokens=st.integers(1, 12))
     def stream_goes_on(self, request: Request, tokens: int) -> Request:
         """A stream needs more than it holds."""
         process, longer = request.process, request
         try:
-            longer = request._replace(hold=process.book.extend(request.hold, tokens, process.now))
+            longer = request._replace(hold=process.table.extend(request.hold, tokens, process.now))
         except Short as short:
-            process.book.ask(short)
+            process.lease_sync.request(short)
         except Refusal:
             pass
         self.under_way[self.under_way.index(request)] = longer
@@ -155,7 +155,7 @@ class Spending(RuleBasedStateMachine):
     @invariant()
     def no_window_is_overspent(self) -> None:
         """In the ledger at every instant, and by what was really used."""
-        for (window, starts), row in self.fleet.ledger.rows.items():
+        for (window, starts), row in self.fleet.ledger.windows.items():
             assert row.held >= 0
             assert row.spent + row.held <= row.limit, (window, row)
             if window.measure != CONCURRENCY:
@@ -172,7 +172,7 @@ class Spending(RuleBasedStateMachine):
             self.fleet.ledger.end(process.name)
         self.fleet.now += LEASE_SECONDS + 1
         self.fleet.ledger.reap()
-        for (window, starts), row in self.fleet.ledger.rows.items():
+        for (window, starts), row in self.fleet.ledger.windows.items():
             if window.measure != CONCURRENCY:
                 used = self.used[window, starts]
                 assert row.held == 0

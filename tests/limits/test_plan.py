@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, InvalidPlanError, Measure, Period, Plan, rate_per_second
+from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, InvalidPlanError, Plan, rate_per_second
 
 NAMES = [field.name for field in dataclasses.fields(Plan)]
 
@@ -62,12 +62,8 @@ def test_a_burst_defaults_to_one_seconds_worth(plan: Plan, burst: int) -> None:
     assert plan.burst_requests == burst
 
 
-def test_a_window_that_is_not_limited_has_no_limit_and_zero_is_one() -> None:
-    plan = Plan(requests_per_day=0, tokens_per_month=5)
-    assert plan.window(Measure.REQUESTS, Period.DAY) == 0
-    assert plan.window(Measure.REQUESTS, Period.MONTH) is None
-    assert plan.window(Measure.TOKENS, Period.MONTH) == 5
-    assert plan.has_limits
+def test_zero_is_a_limit() -> None:
+    assert Plan(requests_per_day=0).has_limits
     assert not NO_LIMITS.has_limits
 
 

@@ -9,7 +9,7 @@ from keyproxy import limit_state
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
-from keyproxy.limits.ratelimit_headers import TOLD_MAX, RateLimitHeaders, state
+from keyproxy.limits.ratelimit_headers import REPORTED_MAX, RateLimitHeaders, state
 
 PLAN = Plan(
     requests_per_day=10**12, requests_per_month=2_000, tokens_per_day=10**9, tokens_per_month=1_500, concurrency=7
@@ -38,7 +38,7 @@ def test_the_remaining_amount_is_current(count: int, moments: list[list[int]]) -
             lease.seen_available = amount - lease.free
             lease.ends_mono = 3_600.0
         if not number:
-            told = sorted(of, key=lambda lease: lease.remaining / lease.limit)[:TOLD_MAX]
+            told = sorted(of, key=lambda lease: lease.remaining / lease.limit)[:REPORTED_MAX]
         expected = limit_state.policy_line(tuple(lease.policy for lease in of)) + limit_state.state_line(
             [state(lease, 10.0) for lease in told]
         )

@@ -19,7 +19,8 @@ from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
-from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.lease_sync import LeaseSync, Short
+from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import POLICIES, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.metrics.access_log import AccessLog
@@ -194,15 +195,15 @@ def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
         tokens_per_month=1,
         tokens_per_request=1,
     )
-    book = LeaseTable(lambda: None)
+    table = LeaseTable(LeaseSync(lambda: None))
     for kind in ("tenant", "user", "key"):
         allowance = Allowance(((Pool(kind, "x", False), plan),))
         with pytest.raises(Short):
-            book.take(allowance, 0.0)
+            table.take(allowance, 0.0)
         bundle = allowance.bundle
         assert bundle is not None
         assert bundle.tokens_per_request is not None
-        names = {lease.policy.name for lease in bundle.told} | {bundle.tokens_per_request.policy.name}
+        names = {lease.policy.name for lease in bundle.reported} | {bundle.tokens_per_request.policy.name}
         assert names == {policy for policy in POLICIES if policy.startswith(f"{kind}.")}
 
 

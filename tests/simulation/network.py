@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
+from keyproxy.limits.ledger_rules import LateMessageError
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.charge_dedup import Answer, Claim
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -57,7 +58,7 @@ class Network:
             return
         try:
             result = call()
-        except TimeoutError:
+        except (TimeoutError, LateMessageError):
             return
         self.after_message()
         if self._chance.random() >= self.weather.answer_lost:
@@ -150,7 +151,7 @@ class RemoteLedger(_Remote):
         """
         del portion
         ledger = self._network.ledger
-        await self._call(lambda: None if ledger.has_lost_history else ledger.forget(_FORGOTTEN_SECONDS))
+        await self._call(lambda: None if ledger.rules.has_lost_history else ledger.forget(_FORGOTTEN_SECONDS))
         return False
 
     async def end(self, holder: str) -> None:

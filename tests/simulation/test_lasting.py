@@ -327,7 +327,7 @@ class Customers:
         self.site.wait(5.0)
         self.site.do(lambda: self.site.loop.create_task(self.ledger.close()))
         self.site.wait(5.0)
-        rows = self.backend.reference.rows.values()
+        rows = self.backend.reference.windows.values()
         assert {row.held for row in rows} == {0}
         return sum(row.spent for row in rows)
 
@@ -344,7 +344,7 @@ class Flawed:
 
 
 #: Where the client's task can fail: before a message, during it, after its response.
-PLACES = ["gather", "lines", "_look_at", "apply", "sync"]
+PLACES = ["gather", "lines", "_review", "apply", "sync"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -359,9 +359,9 @@ def test_defect_anywhere_in_the_ledger_client_fails_waiting_requests_but_no_late
     site.wait(3.0)
     conversation = customers.ledger.conversation
     if place != "sync":
-        setattr(conversation.book, place, Flawed(flaw, getattr(conversation.book, place)))
+        setattr(conversation.lease_sync, place, Flawed(flaw, getattr(conversation.lease_sync, place)))
     # Of two lines in one message, one has been built already.
-    flaw.left, flaw.skips = 1, int(place == "_look_at")
+    flaw.left, flaw.skips = 1, int(place == "_review")
     assert customers.ask("u_2", "u_3", seconds=0.9) == [Reason.LEDGER_UNAVAILABLE] * 2
     assert flaw.left == 0
     assert conversation.down_because == "a defect"
@@ -381,7 +381,7 @@ def test_process_that_is_idle_now_and_then_stays_one_holder_and_needs_one_round_
         assert counts["round_trips"] == before + 1
         site.do(lambda: customers.ledger.settle(customers.holds.pop(), was_sent=True))
         site.wait(schema.LedgerSettings().lease_seconds * 5)
-        assert customers.ledger.book.outstanding == 0
+        assert customers.ledger.conversation.lease_sync.outstanding == 0
         (holder,) = customers.backend.reference.holders.values()
         assert holder.rests, gaps
     assert customers.end() == 5

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_rules import LedgerRules
 from keyproxy.limits.plan import Plan
 from keyproxy.store.ledger.charge_dedup import Answer, Claim
 from tests.reference_claims import ReferenceClaims
-from tests.reference_ledger import ReferenceLedger
 from tests.simulation.network import Weather
 from tests.simulation.scenarios import scenario
 from tests.simulation.upstream import BrokenError
@@ -110,28 +110,28 @@ def test_faulty_store_is_detected() -> None:
         world.run()
 
 
-class Generous(ReferenceLedger):
+class Generous(LedgerRules):
     """A faulty ledger: it treats every limit as one higher."""
 
-    def sync(self, holder, serial, lines):  # type: ignore[no-untyped-def]
-        """See ReferenceLedger."""
-        return super().sync(holder, serial, [line._replace(limit=line.limit + 1) for line in lines])
+    def sync(self, name: str, serial: int, lines: Sequence[LeaseReport], now: float) -> list[LeaseGrant] | None:
+        """Grant one unit too many."""
+        return super().sync(name, serial, [line._replace(limit=line.limit + 1) for line in lines], now)
 
 
-class Forgiving(ReferenceLedger):
+class Forgiving(LedgerRules):
     """A faulty ledger: it releases the units of a dead process, although they may have been used."""
 
     def end(self, name: str) -> None:
-        """See ReferenceLedger."""
+        """Return what is outstanding."""
         for account in self.holders[name].leases.values():
             account.returned = account.granted - account.used
-            self.rows[account.key].held = 0
+            self.windows[account.key].held = 0
         super().end(name)
 
 
 @pytest.mark.parametrize("faulty", [Generous, Forgiving])
-def test_faulty_ledger_is_detected(faulty: type[ReferenceLedger]) -> None:
+def test_faulty_ledger_is_detected(faulty: type[LedgerRules]) -> None:
     world = World(replace(kind(Plan(requests_per_day=400)), fate=Fate(kills=0.3), seconds=30.0, hold_seconds=2.0))
-    world.reference.__class__ = faulty
+    world.reference.rules.__class__ = faulty
     with pytest.raises(BrokenError, match="seed 1"):
         world.run()

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from keyproxy.limits.allowance import Hold
+from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import RATE_SECONDS, Lease
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, Pool, Window
 from keyproxy.limits.plan import Plan
-from tests.reference_ledger import ReferenceLedger, span
+from tests.reference_ledger import ReferenceLedger
 
 if TYPE_CHECKING:
     from tests.simulation.clockwork import Clock
@@ -141,7 +142,7 @@ class Upstream:
         """At every instant: no window exceeds its limit, and everything admitted is spent or held."""
         accounted: Counter[Window] = Counter()
         is_forgetful = any(since <= self._clock.now <= until for since, until in self._forgetful)
-        for (window, starts), row in self._ledger.rows.items():
+        for (window, starts), row in self._ledger.windows.items():
             accounted[window] += row.spent + row.held
             limit = self._limits.get(window)
             # Units that one process returned and another got may be held twice until the first reports the return again.
@@ -164,7 +165,7 @@ class Upstream:
         self._check_repeats(is_kind=is_kind)
         spent: Counter[Window] = Counter()
         forfeited: Counter[Window] = Counter()
-        for (window, _), row in self._ledger.rows.items():
+        for (window, _), row in self._ledger.windows.items():
             spent[window] += row.spent
             forfeited[window] += row.forfeited
         for window in spent:

@@ -424,7 +424,7 @@ class World:
         self.network.weather = Weather()
         self.network.is_lagging = True
         self.clock.at(self.calm_until, self._break_the_calm)
-        replica = self.reference.copy()
+        replica = self.reference.rules.replica()
         claims = self.network.claims
         charges, batches = dict(claims.charges), dict(claims.batches)
         self.upstream.history_lost(self.clock.now, self.calm_until)
@@ -474,12 +474,12 @@ class World:
                 raise BrokenError(f"{context['message']}: {context.get('exception')!r}")
             if self.upstream.is_serving(process):
                 raise BrokenError("requests still run")
-        for key, row in self.reference.rows.items():
+        for key, row in self.reference.windows.items():
             if row.held:
                 raise BrokenError(f"{row.held} of {key} are still held")
         for process in self.fleet:
-            if process.ledger.book.has_leases:
-                raise BrokenError(f"leases are left: {process.ledger.book.outstanding}")
+            if process.ledger.conversation.lease_sync.has_leases:
+                raise BrokenError(f"leases are left: {process.ledger.conversation.lease_sync.outstanding}")
         self.upstream.check_end(is_kind=self.scenario.fate.is_kind)
 
     def _check_waiting(self) -> None:
@@ -490,11 +490,11 @@ class World:
 
     def check(self) -> None:
         """Check the invariants that hold at every instant."""
-        held = dict.fromkeys(self.reference.rows, 0)
+        held = dict.fromkeys(self.reference.windows, 0)
         for holder in self.reference.holders.values():
             for account in holder.leases.values():
                 held[account.key] += account.outstanding
-        for key, row in self.reference.rows.items():
+        for key, row in self.reference.windows.items():
             if row.held != held[key] or row.held < 0 or row.spent < 0:
                 raise BrokenError(f"{key}: {row.held} held, but {held[key]} in leases")
         self.upstream.check()

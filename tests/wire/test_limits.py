@@ -63,7 +63,7 @@ async def limited(start: Start, plan: Plan, serving: Upstream | None = None) -> 
 def spent(wire: Wire, measure: str) -> tuple[int, int]:
     """What of the user's window was spent, and what is held in the process: free or in use."""
     wire.ledger._sync(asyncio.get_running_loop().time())
-    (row,) = [row for (window, _), row in wire.ledger.reference.rows.items() if window.measure == measure]
+    (row,) = [row for (window, _), row in wire.ledger.reference.windows.items() if window.measure == measure]
     return row.spent, row.limit
 
 

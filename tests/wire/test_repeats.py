@@ -90,7 +90,7 @@ async def test_another_user_and_the_other_mode_are_charged_for_themselves(start:
 
 def spent_by(wire: Wire) -> dict[tuple[str, bool], int]:
     wire.ledger._sync(asyncio.get_running_loop().time())
-    rows = wire.ledger.reference.rows.items()
+    rows = wire.ledger.reference.windows.items()
     return {(window.pool.owner, window.pool.is_test): row.spent for (window, _), row in rows if row.spent}
 
 
@@ -199,7 +199,7 @@ async def test_a_repeat_is_let_through_a_quota_that_is_spent_and_nothing_else_is
         200, 200, 429, 429, 429, 200,
     ]  # fmt: skip
     assert await settled(wire) == 1
-    assert wire.ledger.reference.rows
+    assert wire.ledger.reference.windows
 
 
 async def test_a_repeat_is_held_to_the_rate_and_to_concurrency(start: Start) -> None:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
-from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits import gcra
+from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, TimeBudget
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment
+from keyproxy.reasons import Refusal
 from keyproxy.store.directory.base import Invalid, NotFound
 from keyproxy.store.identities.cache import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
@@ -32,11 +34,9 @@ from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database
 
 _MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
-_ROUNDS_MAX: Final = 8
-_MONTHS: Final = 12
 
 
-class Windows(Protocol):
+class WindowReader(Protocol):
     """A source of the current state of windows."""
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
@@ -63,23 +63,37 @@ class Explanation(NamedTuple):
 class _DryBackend:
     """Reply as the ledger would, from the state of its windows, and change nothing. Implements LedgerBackend."""
 
-    def __init__(self, windows: Windows, now: Callable[[], Moment]) -> None:
+    def __init__(self, windows: WindowReader, now: Callable[[], Moment]) -> None:
         self._windows = windows
         self._now = now
         self.seen: dict[Window, WindowState] = {}
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """See the port."""
-        del holder, serial
+        """Apply the ledger's rules to the current state of the windows, with this holder as the only one."""
         states = await self.states([line.window for line in lines])
-        return [_reply(line, state) for line, state in zip(lines, states, strict=True)]
+        now = self._now().wall_seconds
+        rules = LedgerRules(lease_seconds=math.inf)
+        # The holder's earlier grants exist only in its own reports.
+        rules.holders[holder] = Holder(serial - 1, math.inf)
+        for line, state in zip(lines, states, strict=True):
+            rules.windows[line.window, span(line.window.measure, now)[0]] = WindowAccount(
+                state.spent, state.held, state.forfeited, now + state.ahead_seconds
+            )
+        replies = rules.sync(holder, serial, lines, now)
+        if replies is None:
+            return None
+        # When the window ends is known by the ledger's clock. Start 0: every message is about the current window.
+        return [
+            reply._replace(starts=0, ends_seconds=state.ends_seconds)
+            for reply, state in zip(replies, states, strict=True)
+        ]
 
     async def states(self, windows: Sequence[Window]) -> Sequence[WindowState]:
         """The current state of windows; an unused one has its initial state."""
         found = await self._windows.windows(windows)
         wall = self._now().wall_seconds
         states = [
-            WindowState(0, 0, 0, _until_end(window.measure, wall), 0.0) if state is None else state
+            WindowState(0, 0, 0, span(window.measure, wall)[1] - wall, 0.0) if state is None else state
             for window, state in zip(windows, found, strict=True)
         ]
         self.seen.update(zip(windows, states, strict=True))
@@ -116,12 +130,12 @@ async def explain_key(
         raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
-        told = await explain(
+        explanation = await explain(
             identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
-        )  # fmt: skip
+        )
     finally:
         await windows.close()
-    return identity, told
+    return identity, explanation
 
 
 async def windows_of_user(
@@ -136,29 +150,32 @@ async def windows_of_user(
     try:
         pools = [
             (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
-            for kind, owner in owners if row[f"{kind}_limits"] is not None
-        ]  # fmt: skip
+            for kind, owner in owners
+            if row[f"{kind}_limits"] is not None
+        ]
     except UNUSABLE as error:
         raise Invalid(f"the plan of user {user_id!r} or of its tenant is invalid: {error}") from error
-    wanted = [
-        (Window(pool, measure), plan)
-        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
-    ]  # fmt: skip
+    wanted = _windows_of(pools)
     windows = ledger_backend(database, configured.ledger)
     try:
         states = await _DryBackend(windows, now).states([window for window, _ in wanted])
     finally:
         await windows.close()
     return [
-        {"owner": window.pool.owner, **window_told(window, plan, state)}
+        {"owner": window.pool.owner, **window_state(window, plan, state)}
         for (window, plan), state in zip(wanted, states, strict=True)
     ]
 
 
 async def explain(
-    identity: Identity, question: Question, routes: RouteTable, windows: Windows, *, ledger: schema.LedgerSettings,
+    identity: Identity,
+    question: Question,
+    routes: RouteTable,
+    windows: WindowReader,
+    *,
+    ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
-) -> Explanation:  # fmt: skip
+) -> Explanation:
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read."""
     backend = _DryBackend(windows, now)
     route_name, need, refusal = None, None, None
@@ -170,30 +187,30 @@ async def explain(
         need = _need(question.tokens, counts_tokens=route is not None and route.tokens != NO_TOKENS)
         authorization.admit(identity, route, now())
         if identity.allowance is not None:
-            await _taken(backend, identity.allowance, need, ledger=ledger, now=now)
+            await _take(backend, identity.allowance, need, ledger=ledger, now=now)
     except Refusal as error:
         refusal = error
     return Explanation(route_name, refusal, await _limits(identity.allowance, backend, need, refusal))
 
 
-async def _taken(
-    backend: _DryBackend, allowance: Allowance, need: TokenNeed | None, *, ledger: schema.LedgerSettings,
+async def _take(
+    backend: _DryBackend,
+    allowance: Allowance,
+    need: TokenNeed | None,
+    *,
+    ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
-) -> None:  # fmt: skip
+) -> None:
     """Proceed as the gateway does: take, fetch what is missing, take again. Raises a Refusal."""
     taking = Ledger(backend, ledger, now)
     taking.start()
     try:
-        patience = TimeBudget()
-        for _ in range(_ROUNDS_MAX):
-            try:
-                hold = taking.take(allowance, now(), need)
-            except Missing as missing:
-                await missing.fetch_missing(patience)
-            else:
-                taking.settle(hold, was_sent=False)
-                return
-        raise Refusal(Reason.OVERLOADED, "no decision")
+        try:
+            hold: Hold | None = taking.take(allowance, now(), need)
+        except Missing as missing:
+            hold = await missing.fetch_and_decide(lambda: taking.take(allowance, now(), need), lambda: False)
+        if hold is not None:
+            taking.settle(hold, was_sent=False)
     finally:
         await taking.close()
 
@@ -209,80 +226,57 @@ async def _limits(
 ) -> list[dict[str, Any]]:
     """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
-    wanted = [
-        (Window(pool, measure), plan)
-        for pool, plan in pools for measure in _MEASURES if getattr(plan, measure) is not None
-    ]  # fmt: skip
+    wanted = _windows_of(pools)
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
     least = 0 if need is None else need.least
-    told: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
     for window, plan in wanted:
         state, needed = backend.seen[window], least if window.measure in TOKENS else 1
-        one = window_told(window, plan, state)
+        one = window_state(window, plan, state)
         one["refuses"] = needed > one["remaining"]
-        told.append({"owner": window.pool.owner, **one})
+        limits.append({"owner": window.pool.owner, **one})
     for pool, plan in pools:
         if plan.tokens_per_request is not None:
             bound = plan.tokens_per_request
             name = f"{pool.kind}.tokens_per_request"
             one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
-            told.append({"owner": pool.owner, **one})
-    for one in told:
+            limits.append({"owner": pool.owner, **one})
+    for one in limits:
         if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
             one["refuses"] = True
-    return told
+    return limits
 
 
-def window_told(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
+def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Plan]]:
+    """The windows that limits of these plans count in."""
+    return [
+        (Window(pool, measure), plan)
+        for pool, plan in pools
+        for measure in _MEASURES
+        if getattr(plan, measure) is not None
+    ]
+
+
+def window_state(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
     """The state of one window, for display and JSON. Times in seconds from now; None if time does not change it."""
     if window.measure == RATE:
         interval = 1.0 / (plan.rate or math.inf)
-        left = _rate_available(plan.burst_requests, interval, state)
+        left = gcra.units_available(state.ahead_seconds, plan.burst_requests, interval)
         return {
-            "policy": window.policy, "limit": plan.burst_requests, "per_second": plan.rate, "remaining": max(0, left),
+            "policy": window.policy,
+            "limit": plan.burst_requests,
+            "per_second": plan.rate,
+            "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
-        }  # fmt: skip
+        }
     limit: int = getattr(plan, window.measure)
-    told: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
+    shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
     if window.measure == CONCURRENCY:
-        del told["spent"]
+        del shown["spent"]
     else:
-        told["forfeited"] = state.forfeited
-    told["remaining"] = max(0, limit - state.spent - state.held)
-    told["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
-    return told
-
-
-def _reply(line: LeaseReport, state: WindowState) -> LeaseGrant:
-    """The ledger's reply to the only holder, by the rules of tests/reference_ledger.py."""
-    if line.interval_seconds:
-        left = _rate_available(line.limit, line.interval_seconds, state)
-        given = 0 if left < line.at_least or not line.want else min(line.want, left)
-        wait = 0.0
-        if line.want and not given:
-            wait = max(0.0, state.ahead_seconds + (line.at_least - line.limit) * line.interval_seconds)
-        return LeaseGrant(line.lease, 0, given, 0, line.limit - max(0, left - given), math.inf, wait, False)
-    ours = line.granted - line.used - line.returned
-    left = line.limit - state.spent - state.held - ours
-    given = 0 if left < line.at_least or not line.want else left if line.takes_all else min(line.want, left)
-    held = state.held + ours + given
-    return LeaseGrant(line.lease, 0, line.granted + given, state.spent, held, state.ends_seconds, 0.0, False)
-
-
-def _rate_available(burst: int, interval_seconds: float, state: WindowState) -> int:
-    return math.floor((burst * interval_seconds - state.ahead_seconds) / interval_seconds + 1e-6)
-
-
-def _until_end(measure: str, wall_seconds: float) -> float:
-    """Seconds until the end of the current day or month, UTC."""
-    now = datetime.fromtimestamp(wall_seconds, UTC)
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    if measure.endswith("_per_day"):
-        return midnight.timestamp() + 86_400 - wall_seconds
-    if measure.endswith("_per_month"):
-        first = midnight.replace(day=1)
-        following = first.replace(year=first.year + first.month // _MONTHS, month=first.month % _MONTHS + 1)
-        return following.timestamp() - wall_seconds
-    return math.inf
+        shown["forfeited"] = state.forfeited
+    shown["remaining"] = max(0, limit - state.spent - state.held)
+    shown["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
+    return shown

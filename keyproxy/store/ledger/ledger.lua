@@ -1,5 +1,5 @@
--- The ledger in Redis or Valkey: one call is one atomic operation. The rules are those of 0004_ledger.sql and
--- tests/reference_ledger.py; redis_backend.py defines generations and shares. Time is the server's.
+-- The ledger in Redis or Valkey: one call is one atomic operation. limits/ledger_rules.py is the specification;
+-- redis_backend.py defines generations and shares. Time is the server's.
 --
 -- KEYS[1]  hash: the current generation. It is the prefix of all other keys, which expire some days after their last use.
 -- ARGV     operation, generation, its arguments as JSON, a message's lines. Numbers are returned as JSON that is formatted
@@ -228,7 +228,7 @@ local function find(lines, kept)
     return true
 end
 
--- GCRA: the theoretical arrival time is ahead of now by what was taken and has not been replenished.
+-- GCRA, as in limits/gcra.py: the theoretical arrival time is ahead of now by what was taken and is not yet replenished.
 local function settle_rate(line, window)
     local tolerance = line[BOUND] * line[INTERVAL]
     -- Capped: the clock may have been set back, or the burst lowered.

@@ -1,8 +1,8 @@
 """The ledger as requests use it: take units from leases in memory, and wait for missing ones within the time budget.
 
-Two parts do the work: the lease table (`book`) holds the leases, and the ledger client (`conversation`) has them granted
-and settled. This module decides how long a request waits for units that other proxies hold, which refusals are counted,
-and when no hold is open any more.
+Two parts do the work: the lease table holds the leases, and the ledger client has them granted and settled. This module
+decides how long a request waits for units that other proxies hold, which refusals are counted, and when no hold is open
+any more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.lease_table import Short
+from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import POLICIES
 from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
@@ -52,7 +52,8 @@ class Ledger(ports.Ledger):
         self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
     ) -> None:  # fmt: skip
         self.conversation = LedgerClient(backend, ledger, now)
-        self.book = self.conversation.book
+        self._table = self.conversation.lease_table
+        self._sync = self.conversation.lease_sync
         self.counts = Counts()
         #: Requests that a limit refused, by its policy.
         self.refusals: dict[str, int] = dict.fromkeys(POLICIES, 0)
@@ -82,9 +83,9 @@ class Ledger(ports.Ledger):
     ) -> Hold:
         """See the port."""
         try:
-            hold = self.book.take(allowance, now.mono_seconds, tokens)
+            hold = self._table.take(allowance, now.mono_seconds, tokens)
         except Short as short:
-            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens)) from None
+            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), tokens)) from None
         except Refusal as refusal:
             if not (may_be_paid and refusal.reason in SPENT):
                 self._count(refusal)
@@ -97,13 +98,15 @@ class Ledger(ports.Ledger):
         self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
     ) -> None:
         """See the port."""
-        if not asks and not self.book.has_refused(allowance, now.mono_seconds):
+        if not asks and not self._table.has_refused(allowance, now.mono_seconds):
             return
         try:
-            self.book.check(allowance, now.mono_seconds, _ONE_TOKEN, paid)
+            self._table.check(allowance, now.mono_seconds, _ONE_TOKEN, paid)
         except Short as short:
             if asks:
-                raise self._missing(short, lambda: self.book.check(allowance, self._mono(), _ONE_TOKEN, paid)) from None
+                raise self._missing(
+                    short, lambda: self._table.check(allowance, self._mono(), _ONE_TOKEN, paid)
+                ) from None
         except Refusal as refusal:
             if not (may_be_paid and refusal.reason in SPENT):
                 self._count(refusal)
@@ -112,9 +115,9 @@ class Ledger(ports.Ledger):
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
         """See the port."""
         try:
-            hold = self.book.take_again(allowance, now.mono_seconds, tokens, paid)
+            hold = self._table.take_again(allowance, now.mono_seconds, tokens, paid)
         except Short as short:
-            raise self._missing(short, lambda: self.book.check(allowance, self._mono(), tokens, paid)) from None
+            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), tokens, paid)) from None
         except Refusal as refusal:
             self._count(refusal)
             raise
@@ -126,19 +129,19 @@ class Ledger(ports.Ledger):
         """See the port."""
         now = self._mono()
         try:
-            return self.book.extend(hold, tokens, now)
+            return self._table.extend(hold, tokens, now)
         except Short as short:
             need = short
             raise Missing(
                 "lease",
                 lambda patience: self._bring(
-                    need, lambda: self.book.check_extension(hold, tokens, self._mono()), patience
+                    need, lambda: self._table.check_extension(hold, tokens, self._mono()), patience
                 ),
             ) from None
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""
-        return self.book.release(hold)
+        return self._table.release(hold)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
@@ -146,14 +149,14 @@ class Ledger(ports.Ledger):
         if not self._open_holds and self._settled is not None:
             self._settled.set()
             self._settled = None
-        self.book.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self._table.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
     # -- what is missing
 
     def _missing(self, short: Short, check: Callable[[], object]) -> Missing:
         if self.conversation.down_because:
             # Each such request has it requested again, but does not wait for the response.
-            self.book.ask(short)
+            self._sync.request(short)
             raise Refusal(Reason.LEDGER_UNAVAILABLE, self.conversation.down_because)
         return Missing("lease", lambda patience: self._bring(short, check, patience))
 
@@ -185,7 +188,7 @@ class Ledger(ports.Ledger):
                 return
             now = self._mono()
             if now >= give_up or now + pause >= ends_mono:
-                self.book.mark_exhausted(short, now)
+                self._sync.mark_exhausted(short, now)
                 return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)

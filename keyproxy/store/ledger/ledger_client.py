@@ -2,8 +2,8 @@
 
 A message reports what was used and returned, and requests what is needed. The client sends one as soon as a request waits
 or a lease runs low; everything else is reported every `settle_seconds`. An idle user costs nothing: no lease, no line.
-The lease table (`book`) builds the lines and applies the replies; this module decides when to send and how to handle a
-missing response. The process identifies itself as a *holder*. When the ledger has ended the holder, or may have, the
+`LeaseSync` builds the lines and applies the replies; this module decides when to send and how to handle a missing
+response. The process identifies itself as a *holder*. When the ledger has ended the holder, or may have, the
 process continues under a new one.
 
 While the ledger is unavailable, leases can be spent until they lapse, `lease_seconds` after the last response. Then
@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.config import schema
-from keyproxy.limits.lease_table import LeaseTable, Short
+from keyproxy.limits.lease_sync import LeaseSync, Short
+from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import LeaseReport
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
@@ -57,7 +58,7 @@ _Waiting = tuple[asyncio.Future[None], Short]
 
 
 class LedgerClient:
-    """Exchange messages with the ledger. `book` holds the leases."""
+    """Exchange messages with the ledger about the leases of this process."""
 
     def __init__(
         self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
@@ -65,7 +66,8 @@ class LedgerClient:
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Called after every round trip, with its duration in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None
-        self.book = LeaseTable(self._wake_up)
+        self.lease_sync = LeaseSync(self._wake_up)
+        self.lease_table = LeaseTable(self.lease_sync)
         #: Why the ledger is unavailable; empty if it responds.
         self.down_because = ""
         #: Logs outages: the store's if the ledger is in the store, otherwise the ledger's own.
@@ -112,12 +114,12 @@ class LedgerClient:
         try:
             # Report, close, and once more for what was granted in between.
             for _ in range(3):
-                if self._serial and self.book.has_leases:
-                    self.book.gather(self._mono(), is_last=True)
+                if self._serial and self.lease_sync.has_leases:
+                    self.lease_sync.gather(self._mono(), is_last=True)
                     while (lines := self._lines()) and self._serial:
                         await self._speak(lines)
             # A holder without leases whose time has expired rests in the ledger: there is nothing to end.
-            if self._serial and (self.book.has_leases or self._mono() < self.book.valid_until_mono):
+            if self._serial and (self.lease_sync.has_leases or self._mono() < self.lease_sync.valid_until_mono):
                 await self._backend.end(self._holder)
         except (StoreUnavailable, StoreConflict) as error:
             _log.warning("could not return leases; they will be charged when they expire: %s", error)
@@ -128,7 +130,7 @@ class LedgerClient:
 
         Raises a Refusal (LEDGER_UNAVAILABLE) if there is no response.
         """
-        self.book.ask(short)
+        self.lease_sync.request(short)
         if self._is_closed:
             raise Refusal(Reason.LEDGER_UNAVAILABLE, _CLOSED)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -138,7 +140,7 @@ class LedgerClient:
 
     def unsettled_seconds(self) -> float:
         """The age of the oldest spending that the ledger may not have confirmed; 0.0 if everything is confirmed."""
-        return max(0.0, self._mono() - self._unsettled_since_mono) if self.book.has_news else 0.0
+        return max(0.0, self._mono() - self._unsettled_since_mono) if self.lease_sync.has_news else 0.0
 
     @property
     def has_lapsed(self) -> bool:
@@ -154,7 +156,7 @@ class LedgerClient:
         settle_at = heartbeat_at = self._mono()
         while True:
             now = self._mono()
-            if self.book.has_leases or self.down_because:
+            if self.lease_sync.has_leases or self.down_because:
                 # Not wait_for: before Python 3.12 it loses a cancellation that coincides with the wake-up.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(0.0, min(settle_at, heartbeat_at) - now)):
@@ -167,14 +169,14 @@ class LedgerClient:
             now = self._mono()
             if now >= settle_at:
                 settle_at = now + self._settle_seconds
-                self.book.gather(now)
+                self.lease_sync.gather(now)
             lines = self._lines()
             self._listening, self._waiting = self._waiting, []
             if len(lines) == _LINES_MAX:
                 # Requests whose lines are in a later message wait for that one.
                 everyone, self._listening = self._listening, []
                 for one in everyone:
-                    (self._waiting if self.book.needs_sync(one[1]) else self._listening).append(one)
+                    (self._waiting if self.lease_sync.needs_sync(one[1]) else self._listening).append(one)
                 self._wake.set()
             if not (lines or self._listening or now >= heartbeat_at):
                 continue
@@ -207,26 +209,28 @@ class LedgerClient:
             heard = self._mono()
             if replies is not None:
                 valid_seconds = self._lease_seconds * _VALID_SHARE
-                settles_seconds = self.book.apply(lines, replies, asked, valid_seconds=valid_seconds, heard_mono=heard)
+                settles_seconds = self.lease_sync.apply(
+                    lines, replies, asked, valid_seconds=valid_seconds, received_mono=heard
+                )
             is_heard = True
         finally:
             if not is_heard:
                 self.counts["failures"] += 1
-                self.book.lost(lines)
+                self.lease_sync.resend(lines)
         self._unheard_since_mono = math.inf
         self._answered = now
         self.counts["round_trips"] += 1
         self.observe(heard - asked)
         if replies is None:
-            if self.book.has_leases:
+            if self.lease_sync.has_leases:
                 _log.warning(
                     "the ledger has ended the leases of this process: they had expired and are charged in full"
                 )
-            self.book.ended()
+            self.lease_sync.end_holder()
             self._replace_holder()
             return 0.0
         if settles_seconds and not self._settles:
-            self.book.resend_all()
+            self.lease_sync.resend_all()
         self._settles = settles_seconds > 0.0
         self._unsettled_since_mono = heard
         return settles_seconds
@@ -242,7 +246,7 @@ class LedgerClient:
             now.mono_seconds - answered.mono_seconds >= self._lease_seconds
             or abs(now.wall_seconds - answered.wall_seconds) >= self._lease_seconds
         )
-        return self.book.lines(now.mono_seconds, _LINES_MAX, must_claim=may_have_ended)
+        return self.lease_sync.lines(now.mono_seconds, _LINES_MAX, must_claim=may_have_ended)
 
     def _replace_holder(self) -> None:
         self._holder, self._serial = secrets.token_hex(12), 0
@@ -251,7 +255,7 @@ class LedgerClient:
         if self._is_main and self.outage.is_on:
             self.outage.answered()
         self.down_because = ""
-        self.book.is_lenient = False
+        self.lease_table.is_lenient = False
         listening, self._listening = self._listening, []
         for answer, _ in listening:
             if not answer.done():
@@ -263,15 +267,15 @@ class LedgerClient:
         self._listening += self._waiting
         self._waiting = []
         self._failed(error)
-        self.book.lost()
-        # The lease table may have set the event already, and would not set it again.
+        self.lease_sync.resend()
+        # The review queue may have set the event already, and would not set it again.
         self._wake_up()
 
     def _failed(self, error: Exception) -> None:
         self.outage.met(f"the ledger is unavailable: {error or type(error).__name__}", is_main=self._is_main)
         self.down_because = str(error) or type(error).__name__
         # Remaining leases are spent first; only requests without one wait for this response.
-        self.book.is_lenient = self._is_lenient
+        self.lease_table.is_lenient = self._is_lenient
         listening, self._listening = self._listening, []
         for answer, _ in listening:
             if answer.done():

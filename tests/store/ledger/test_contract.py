@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_rules import LateMessageError
 from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests import contracts
 from tests.contracts import LEASE_SECONDS, InspectedBackend
-from tests.reference_ledger import ReferenceLedger, span
+from tests.reference_ledger import ReferenceLedger
 from tests.store.redis_server import RedisServer, program
 
 
@@ -35,7 +37,7 @@ class _InMemory:
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         try:
             return self.rules.sync(holder, serial, lines)
-        except TimeoutError as error:
+        except LateMessageError as error:
             raise StoreUnavailable(str(error)) from error
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
@@ -58,7 +60,7 @@ class _InMemory:
         states: list[WindowState | None] = []
         for window in windows:
             starts, ends = span(window.measure, now)
-            row = self.rules.rows.get((window, starts))
+            row = self.rules.windows.get((window, starts))
             states.append(None if row is None else WindowState(row.spent, row.held, row.forfeited, ends - now, 0.0))
         return states
 
@@ -70,7 +72,7 @@ class TestReference(contracts.LedgerContract):
     def ledger_stage(self) -> contracts.LedgerStage:
         """The reference, in memory."""
         rules, brief = (ReferenceLedger(time.time, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
-        brief.rows, brief.holders = rules.rows, rules.holders
+        brief.rules.windows, brief.rules.holders = rules.windows, rules.holders
         return _Stage(_InMemory(rules), _InMemory(brief))
 
 

@@ -87,6 +87,22 @@ async def test_exhausted_window_refuses_and_is_named(database: Database, sql: Sq
     assert refusals(told) == {"user.requests_per_day"}
 
 
+async def test_exhausted_rate_refuses_with_the_wait_that_the_ledger_reports(database: Database, sql: Sql) -> None:
+    await give(sql, '{"rate": 0.01, "burst": 3}')
+    window, ledger = Window(Pool("user", "u_42", False), "rate"), PostgresLedger(database, lease_seconds=60.0)
+    asked = LeaseReport(1, window, 0, 3, 100.0, 0, 0, 0, 2, 2, False, False)
+    assert await ledger.sync("other", 1, [asked])
+    told = await explained(database)
+    assert (told.refusal, about(told, "user.rate")["remaining"]) == (None, 1)
+    await ledger.sync("other", 2, [asked._replace(want=1, at_least=1)])
+    told = await explained(database)
+    assert told.refusal is not None
+    assert told.refusal.reason.code == "rate_limited"
+    (reply,) = await ledger.sync("other", 3, [asked._replace(want=1, at_least=1)]) or []
+    assert told.refusal.retry_after_seconds == pytest.approx(reply.wait_seconds, abs=5.0)
+    assert refusals(told) == {"user.rate"}
+
+
 async def test_units_of_other_proxies_are_waited_for_as_a_proxy_does(database: Database, sql: Sql) -> None:
     await give(sql, '{"requests_per_day": 5}')
     await use(database, "requests_per_day", spent=2, held=3, limit=5)

@@ -1,0 +1,37 @@
+"""GCRA, the generic cell rate algorithm: a rate limit whose whole state is one time per window.
+
+    source       ITU-T Recommendation I.371, annex A.1 (virtual scheduling algorithm), for n units at once
+    state        TAT, the theoretical arrival time: when all units taken so far have been replenished
+    ahead        max(TAT - now, 0)
+    conforms     ahead + n * interval <= burst * interval; for n = 1 that is I.371's TAT - now <= (burst - 1) * interval
+    then         TAT := now + ahead + n * interval
+
+`interval` is the time in which one unit is replenished, `burst` the number of units that are available after a long
+pause. A refused request does not change the state. The ledger computes the same in SQL (PostgreSQL) and in Lua (Redis).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+#: A unit counts as replenished this fraction of an interval early, so that rounding does not withhold it.
+_ROUNDING: Final = 1e-6
+
+
+def ahead_seconds(theoretical: float, now: float, burst: int, interval_seconds: float) -> float:
+    """How far the theoretical arrival time is ahead of now.
+
+    Capped at the burst: the clock may have been set back, or the burst lowered.
+    """
+    return min(max(theoretical, now) - now, burst * interval_seconds)
+
+
+def units_available(ahead: float, burst: int, interval_seconds: float) -> int:
+    """The number of units that conform now."""
+    return math.floor((burst * interval_seconds - ahead) / interval_seconds + _ROUNDING)
+
+
+def wait_seconds(ahead: float, units: int, burst: int, interval_seconds: float) -> float:
+    """How long until this many units conform, if none are taken in the meantime."""
+    return max(0.0, ahead + (units - burst) * interval_seconds)

@@ -1,0 +1,271 @@
+"""The rules of the ledger as a program: what a report changes, what is granted, when a holder ends.
+
+This is the specification. PostgreSQL (migrations/0011_bounds.sql) and Redis (ledger.lua) implement the same rules; tests
+compare every backend with this one, message by message. `key explain` applies it to the current state of the real
+ledger, to predict a decision without changing anything. Rates follow `gcra`.
+
+Pure: the state is in memory, and every operation has an argument `now`, Unix time. docs/ledger.md has the proof that no
+window exceeds its limit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from keyproxy.limits import gcra
+from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport, Window
+
+#: How long other holders are asked to return idle units after a holder could not get any.
+_WANTED_SECONDS: Final = 2.0
+
+#: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
+_CLAIMED_SECONDS: Final = 86_400.0
+
+#: A window and the Unix time at which it starts.
+WindowStart = tuple[Window, int]
+
+
+@dataclass
+class WindowAccount:
+    """The account of one window. `theoretical`: of a rate, see `gcra`."""
+
+    spent: int = 0
+    held: int = 0
+    forfeited: int = 0
+    theoretical: float = -math.inf
+    wanted_at: float = -math.inf
+    wanted_by: str = ""
+    limit: int = 0
+
+
+@dataclass
+class LeaseAccount:
+    """The account of one lease. Figures are cumulative since its start."""
+
+    key: WindowStart
+    granted: int = 0
+    used: int = 0
+    returned: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        """The units that the window holds for the lease."""
+        return self.granted - self.used - self.returned
+
+
+@dataclass
+class Holder:
+    """A process with leases. If it expires without any, it `rests` until its next message."""
+
+    serial: int
+    expires_at: float
+    has_ended: bool = False
+    rests: bool = False
+    leases: dict[int, LeaseAccount] = field(default_factory=dict)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it has neither ended nor rests; it may have expired."""
+        return not (self.has_ended or self.rests)
+
+
+Replica = tuple[dict[WindowStart, WindowAccount], dict[str, Holder]]
+
+
+class LateMessageError(Exception):
+    """A later message of the same holder was processed already; this one changes nothing."""
+
+
+class LedgerRules:
+    """A ledger in memory. Every time is Unix time."""
+
+    def __init__(self, *, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self.windows: dict[WindowStart, WindowAccount] = {}
+        self.holders: dict[str, Holder] = {}
+        self.settles_until = self.lost_at = -math.inf
+
+    def sync(self, name: str, serial: int, lines: Sequence[LeaseReport], now: float) -> list[LeaseGrant] | None:
+        """Process one message of a holder. None: this holder has ended. Raises LateMessageError."""
+        known = self.holders.get(name)
+        if known is None or known.rests:
+            # Its grants were charged when the holder ended, or are in the lost history.
+            claims = any(line.granted and not line.interval_seconds and not line.is_closing for line in lines)
+            if claims and now >= self.lost_at + _CLAIMED_SECONDS:
+                return None
+        holder = self.holders.setdefault(name, Holder(0, 0.0))
+        if holder.has_ended:
+            return None
+        if serial <= holder.serial:
+            raise LateMessageError(f"message {serial} arrived after message {holder.serial}")
+        holder.serial, holder.expires_at, holder.rests = serial, now + self.lease_seconds, False
+        message = _Message(self, name, now)
+        for line in lines:
+            message.settle(line)
+        grants = {line.lease: message.grant(line) for line in message.askers(lines)}
+        replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
+        settles_seconds = self.settles_until - now
+        return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
+
+    def reap(self, now: float) -> None:
+        """End expired holders."""
+        if now < self.settles_until:
+            # A holder that seems dead may have sent messages in the lost history.
+            return
+        for name, holder in self.holders.items():
+            if holder.is_live and holder.expires_at <= now:
+                if holder.leases:
+                    self.end(name)
+                else:
+                    holder.rests = True
+
+    def forget(self, after_seconds: float, now: float) -> None:
+        """Delete holders that rest or have ended, `after_seconds` after their expiry."""
+        before = now - after_seconds
+        for name, holder in list(self.holders.items()):
+            if not holder.is_live and holder.expires_at < before:
+                del self.holders[name]
+
+    def end(self, name: str) -> None:
+        """End a holder: what it has not returned is charged, concurrency slots are released."""
+        holder = self.holders.get(name)
+        if holder is None or holder.has_ended:
+            return
+        holder.has_ended = True
+        for lease in holder.leases.values():
+            window = self.windows[lease.key]
+            window.held -= lease.outstanding
+            if lease.key[0].measure != CONCURRENCY:
+                window.spent += lease.outstanding
+                window.forfeited += lease.outstanding
+        holder.leases.clear()
+
+    # -- losing history
+
+    @property
+    def has_lost_history(self) -> bool:
+        """Whether it has ever failed over."""
+        return self.lost_at > -math.inf
+
+    def replica(self) -> Replica:
+        """The state that a replica has received."""
+        return copy.deepcopy((self.windows, self.holders))
+
+    def fail_over(self, replica: Replica, now: float) -> None:
+        """Fail over to a replica that lags behind: nothing is granted for the duration of a lease."""
+        self.windows, self.holders = copy.deepcopy(replica)
+        self.lost_at = now
+        self.settles_until = now + self.lease_seconds
+
+
+class _Message:
+    """One message: settle all lines, then grant available units, then reply."""
+
+    def __init__(self, ledger: LedgerRules, name: str, now: float) -> None:
+        self._windows, self._name, self._now = ledger.windows, name, now
+        self._leases = ledger.holders[name].leases
+        self._settles = now < ledger.settles_until
+        self._alive = sum(1 for other in ledger.holders.values() if other.is_live and other.expires_at > now)
+        self._is_wanted: dict[int, bool] = {}
+        #: The leases that this message reports.
+        self._reported: set[int] = set()
+        self._keys: dict[int, WindowStart] = {}
+        #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
+        self._rates: dict[int, tuple[float, int]] = {}
+        self._moved: dict[WindowStart, float] = {}
+
+    def settle(self, line: LeaseReport) -> None:
+        """Apply the report of a lease."""
+        key = self._keys[line.lease] = self._key(line)
+        window = self._windows.setdefault(key, WindowAccount())
+        window.limit = line.limit
+        self._is_wanted[line.lease] = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
+        is_known = line.lease in self._leases
+        if line.interval_seconds:
+            ahead = gcra.ahead_seconds(window.theoretical, self._now, line.limit, line.interval_seconds)
+            self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
+            return
+        # A lease that is closed already stays closed.
+        if line.is_closing and not is_known:
+            return
+        lease = self._leases.setdefault(line.lease, LeaseAccount(key))
+        self._reported.add(line.lease)
+        window.held -= lease.outstanding
+        window.spent += max(0, line.used - lease.used)
+        # The report restores grants in lost history. Use beyond the grant counts as granted.
+        lease.used, lease.returned = max(lease.used, line.used), max(lease.returned, line.returned)
+        lease.granted = max(lease.granted, line.granted, lease.used + lease.returned)
+        if line.is_closing:
+            # Also what was granted in a reply that was lost.
+            lease.granted = lease.used + lease.returned
+            del self._leases[line.lease]
+        window.held += lease.outstanding
+
+    def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
+        """The lines that may get a grant: of those that want units of one window, only the latest lease."""
+        latest: dict[WindowStart, LeaseReport] = {}
+        for line in sorted(lines):
+            if line.want:
+                latest[self._keys[line.lease]] = line
+        return list(latest.values())
+
+    def grant(self, line: LeaseReport) -> int:
+        """Grant a line as many units as possible, and return their number."""
+        if line.interval_seconds:
+            return units_granted(line, self._rates[line.lease][1], self._alive)
+        key = self._keys[line.lease]
+        window, (_, ends) = self._windows[key], span(line.window.measure, key[1])
+        if self._settles or self._now >= ends:
+            return 0
+        granted = units_granted(line, line.limit - window.spent - window.held, self._alive)
+        self._leases[line.lease].granted += granted
+        window.held += granted
+        reported = [self._leases[number] for number in self._reported if number in self._leases]
+        own = sum(lease.outstanding for lease in reported if lease.key == key)
+        if not granted and window.held > own:
+            window.wanted_at, window.wanted_by = self._now, self._name
+        return granted
+
+    def reply(self, line: LeaseReport, granted_now: int) -> LeaseGrant:
+        """The reply to a line."""
+        if line.interval_seconds:
+            return self._reply_rate(line, granted_now)
+        key = self._keys[line.lease]
+        window, lease = self._windows[key], self._leases.get(line.lease)
+        granted = line.used + line.returned if lease is None else lease.granted
+        ends_seconds = span(line.window.measure, key[1])[1] - self._now
+        return LeaseGrant(
+            line.lease, key[1], granted, window.spent, window.held, ends_seconds, 0.0, self._is_wanted[line.lease]
+        )
+
+    def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:
+        key, (ahead, available) = self._keys[line.lease], self._rates[line.lease]
+        ahead += granted * line.interval_seconds
+        # If several lines are about one rate, the furthest ahead counts.
+        self._moved[key] = max(self._now + ahead, self._moved.get(key, -math.inf))
+        self._windows[key].theoretical = self._moved[key]
+        wait = gcra.wait_seconds(ahead, line.at_least, line.limit, line.interval_seconds)
+        held = line.limit - max(0, available - granted)
+        return LeaseGrant(line.lease, 0, granted, 0, held, math.inf, wait if line.want and not granted else 0.0, False)
+
+    def _key(self, line: LeaseReport) -> WindowStart:
+        # A lease whose first reply was lost stays in the window in which it started, which its holder does not know.
+        if line.lease in self._leases:
+            return self._leases[line.lease].key
+        return line.window, span(line.window.measure, line.starts or self._now)[0]
+
+
+def units_granted(line: LeaseReport, available: int, alive: int) -> int:
+    """How many of the available units a line gets, if this many holders are alive."""
+    if available < line.at_least:
+        return 0
+    if line.takes_all:
+        return available
+    # A holder leaves units for the others: the fewer are available, the fewer it gets.
+    share = line.want if alive <= 1 else max(line.at_least, available // (2 * alive))
+    return min(line.want, available, share)

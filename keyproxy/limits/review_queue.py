@@ -1,0 +1,105 @@
+"""Which leases to review next: those that requests are short of, those that changed, those that may have become idle.
+
+A review decides whether the next message reports a lease. Nothing here iterates over all leases, so the work grows with
+the number of changes, not with the number of users that have requests in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+from keyproxy.limits.lease import IDLE_SECONDS, Lease
+
+
+class ReviewQueue:
+    """Leases that wait for a review, each at most once."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when a lease becomes urgent, at most once until `rearm`."""
+        self._wake = wake
+        self._is_woken = False
+        #: Leases that a request is short of, or that run low, in order.
+        self._urgent: dict[Lease, None] = {}
+        #: Leases that changed; `gather` makes them due, in this order.
+        self._changed: list[Lease] = []
+        self._due: deque[Lease] = deque()
+        #: A heap of review times, for leases that were in use at their last review.
+        self._aging: list[tuple[float, int, Lease]] = []
+
+    @property
+    def due(self) -> list[Lease]:
+        """The leases that are due, in order; the urgent ones come before them."""
+        return list(self._due)
+
+    @property
+    def due_count(self) -> int:
+        """The number of leases that are due."""
+        return len(self._due)
+
+    def note_change(self, lease: Lease) -> None:
+        """Review a lease after the next `gather`, because it changed."""
+        if not lease.is_noted:
+            lease.is_noted = True
+            self._changed.append(lease)
+
+    def make_urgent(self, lease: Lease) -> None:
+        """Review a lease with the next message."""
+        self._urgent[lease] = None
+        if not self._is_woken:
+            self._is_woken = True
+            self._wake()
+
+    def make_due(self, lease: Lease) -> None:
+        """Review a lease without waiting for `gather`, after the urgent ones."""
+        if not lease.is_noted:
+            lease.is_noted = True
+            self._due.append(lease)
+
+    def review_when_idle(self, lease: Lease, now_mono: float) -> None:
+        """Review a lease in use when it has been idle for a while."""
+        if not lease.is_aging and lease.is_busy(now_mono):
+            lease.is_aging = True
+            heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
+
+    def gather(self, now_mono: float) -> None:
+        """Make all leases due that changed or have been idle."""
+        self._due.extend(self._changed)
+        self._changed.clear()
+        while self._aging and self._aging[0][0] <= now_mono:
+            lease = heappop(self._aging)[-1]
+            lease.is_aging = False
+            self.make_due(lease)
+
+    def rearm(self) -> None:
+        """Call `wake` again for the next urgent lease."""
+        self._is_woken = False
+
+    def is_urgent(self, lease: Lease) -> bool:
+        """Whether a lease is urgent and was not reviewed yet."""
+        return lease in self._urgent
+
+    def next_urgent(self) -> Lease | None:
+        """Remove and return the next urgent lease."""
+        if not self._urgent:
+            return None
+        lease = next(iter(self._urgent))
+        del self._urgent[lease]
+        return lease
+
+    def next_due(self) -> Lease | None:
+        """Remove and return the next due lease."""
+        if not self._due:
+            return None
+        lease = self._due.popleft()
+        lease.is_noted = False
+        return lease
+
+    def not_urgent(self, lease: Lease) -> None:
+        """Do not review a lease as urgent: it was reported otherwise."""
+        self._urgent.pop(lease, None)
+
+    def clear_urgent(self) -> None:
+        """No lease is urgent any more."""
+        self._urgent.clear()

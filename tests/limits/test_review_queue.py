@@ -1,0 +1,59 @@
+"""The order in which leases are reviewed, and when the ledger client is woken."""
+
+from __future__ import annotations
+
+import pytest
+
+from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.limits.review_queue import ReviewQueue
+
+
+@pytest.fixture
+def leases() -> list[Lease]:
+    plan = Plan(requests_per_day=10)
+    return [Lease(Window(Pool("user", f"u_{number}", False), "requests_per_day"), plan, 0.0) for number in range(3)]
+
+
+def test_changed_leases_are_due_once_each_in_order_after_the_next_gather(leases: list[Lease]) -> None:
+    queue = ReviewQueue(lambda: None)
+    for lease in (leases[1], leases[0], leases[1]):
+        queue.note_change(lease)
+    assert not queue.due
+    queue.gather(0.0)
+    queue.make_due(leases[0])
+    queue.make_due(leases[2])
+    assert queue.due == [leases[1], leases[0], leases[2]]
+    assert [queue.next_due() for _ in range(4)] == [leases[1], leases[0], leases[2], None]
+    queue.note_change(leases[1])
+    queue.gather(0.0)
+    assert queue.due == [leases[1]]
+
+
+def test_urgent_leases_wake_the_client_once_until_it_has_sent_a_message(leases: list[Lease]) -> None:
+    woken: list[None] = []
+    queue = ReviewQueue(lambda: woken.append(None))
+    for lease in (leases[2], leases[0], leases[2]):
+        queue.make_urgent(lease)
+    assert len(woken) == 1
+    assert queue.is_urgent(leases[0])
+    assert [queue.next_urgent() for _ in range(3)] == [leases[2], leases[0], None]
+    assert not queue.is_urgent(leases[0])
+    queue.make_urgent(leases[1])
+    assert len(woken) == 1
+    queue.rearm()
+    queue.make_urgent(leases[1])
+    assert len(woken) == 2
+
+
+def test_lease_in_use_is_reviewed_when_it_has_been_idle(leases: list[Lease]) -> None:
+    queue, (busy, idle, _) = ReviewQueue(lambda: None), leases
+    busy.number, idle.number = 1, 2
+    busy.touched_mono, idle.touched_mono = 10.0, 10.0 - IDLE_SECONDS
+    for lease in (busy, idle, busy):
+        queue.review_when_idle(lease, 10.0)
+    queue.gather(10.0 + IDLE_SECONDS - 0.01)
+    assert not queue.due
+    queue.gather(10.0 + IDLE_SECONDS)
+    assert queue.due == [busy]
