@@ -100,11 +100,17 @@ class JudgedFields:
 
 
 def judge_request(
-    raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool], methods: Collection[bytes] = KNOWN_METHODS
+    raw: bytes,
+    names: FieldNames,
+    holds_key: Callable[[bytes], bool],
+    methods: Collection[bytes] = KNOWN_METHODS,
+    *,
+    line: RequestLine | None = None,
 ) -> tuple[RequestLine, RequestFields, JudgedFields]:
     """Parse a request head from its bytes, which end with the empty line.
 
-    `holds_key`: whether a target contains a key. `methods`: the served methods.
+    `holds_key`: whether a target contains a key. `methods`: the served methods. `line`: the request line, if it was
+    judged before.
 
     Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and for a well-formed head METHOD_NOT_ALLOWED,
     METHOD_NOT_IMPLEMENTED or EXPECTATION_FAILED.
@@ -129,9 +135,10 @@ def judge_request(
     opens_tunnel = minor == 1 and judged.names_websocket
     if opens_tunnel:
         _check_handshake(method, parts.fields, judged)
-    going = request_target.judge(method, parts.start, judged.host)
+    if line is None:
+        going = request_target.judge(method, parts.start, judged.host)
+        line = request_line(method, going, minor, holds_key=holds_key(going.decoded))
     _check_is_served(method, judged, methods)
-    line = request_line(method, going, minor, holds_key=holds_key(going.target))
     media_type, codings = _content(parts.fields, judged)
     sent = [name.lower() for name, _ in parts.fields]
     fields = RequestFields(
