@@ -161,21 +161,21 @@ def judge_request(
 
 def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> None:
     """Raise the Refusal for a WebSocket handshake that lacks something. RFC 6455 section 4.2.1."""
-    lacks = ""
+    fault = ""
     if method != b"GET" or judged.content_length is not None or judged.is_chunked:
-        lacks = "is a GET without a body"
+        fault = "must be a GET without a body"
     elif b"upgrade" not in judged.options:
-        lacks = "has the Connection option Upgrade"
+        fault = "must have the Connection option Upgrade"
     else:
         key = [value for name, value in fields if name.lower() == b"sec-websocket-key"]
         version = [value for name, value in fields if name.lower() == b"sec-websocket-version"]
         if len(key) != 1 or not key[0]:
-            lacks = "has one Sec-WebSocket-Key"
+            fault = "must have one Sec-WebSocket-Key"
         elif version != [_WEBSOCKET_VERSION]:
-            lacks = "has one Sec-WebSocket-Version, which is 13"
-    if lacks:
-        sentence = f"A WebSocket handshake {lacks}."
-        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", said=sentence)
+            fault = "must have one Sec-WebSocket-Version, which is 13"
+    if fault:
+        sentence = f"A WebSocket handshake {fault}."
+        raise Refusal(Reason.REQUEST_MALFORMED, sentence, said=sentence, is_said_alone=True)
 
 
 def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:
