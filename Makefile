@@ -1,4 +1,4 @@
-# Two commands are enough: `make demo` and `make test`. Each sets up what it needs.
+# The two main commands are `make demo` and `make test`. Each sets up what it needs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,18 +19,18 @@ IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 .PHONY: demo test test-postgres simulate crash check fmt bench bench-setup soak compiled test-compiled hashes setup clean help
 
 help:
-	@echo "make demo [ARGS=--once]   the whole thing, shown on this machine"
-	@echo "make test [ARGS=...]      all tests, against a real PostgreSQL of their own; JOBS=N processes at a time"
-	@echo "make test-postgres [DSN=...]  the store and acceptance tests on a given PostgreSQL, or on the distribution's, with JIT"
-	@echo "make simulate [SEEDS=N]   the ledger against everything that goes wrong, N runs of it"
-	@echo "make crash [SECONDS=N]    processes that are killed, stopped and cut off under load, for so long"
-	@echo "make check                lint, types, house rules"
+	@echo "make demo [ARGS=--once]   run a complete demo on this machine"
+	@echo "make test [ARGS=...]      run all tests against a PostgreSQL of their own, in JOBS=N processes"
+	@echo "make test-postgres [DSN=...]  run the store and acceptance tests on a given PostgreSQL, or on the distribution's, with JIT"
+	@echo "make simulate [SEEDS=N]   simulate the ledger with faults, N runs"
+	@echo "make crash [SECONDS=N]    kill, stop and cut off processes under load, for N seconds"
+	@echo "make check                check lint, types and house rules"
 	@echo "make fmt                  format the code"
-	@echo "make bench-setup bench    measure, beside nginx, HAProxy, Envoy and aiohttp"
-	@echo "make soak                 memory before hostile and slow peers; every mutant of every request"
-	@echo "make compiled             the optional compiled build, in $(COMPILED_VENV) (needs a C compiler)"
-	@echo "make hashes               the hashes of what the container installs, after a pin has changed"
-	@echo "make test-compiled        the tests of what was compiled, against that build"
+	@echo "make bench-setup bench    measure keyproxy beside nginx, HAProxy, Envoy and aiohttp"
+	@echo "make soak                 measure memory with hostile and slow peers; test every mutant of every request"
+	@echo "make compiled             make the optional compiled build in $(COMPILED_VENV) (needs a C compiler)"
+	@echo "make hashes               update the hashes of the container's requirements after a pin has changed"
+	@echo "make test-compiled        run the tests of the compiled modules against that build"
 
 demo: $(RUNS)
 	@$(BIN)/keyproxy demo $(ARGS)
@@ -38,7 +38,7 @@ demo: $(RUNS)
 test: setup
 	$(BIN)/python -m pytest $(IN_JOBS) $(ARGS)
 
-# With DSN: on that server, as its superuser `keyproxy`. Without: on the distribution's, which is started for the run.
+# With DSN: on that server, as its superuser `keyproxy`. Without: on the distribution's PostgreSQL, started for the run.
 test-postgres: export KEYPROXY_TEST_POSTGRES = $(DSN)
 test-postgres: setup
 	$(BIN)/python -m $(if $(DSN),pytest,tests.distribution) $(or $(ARGS),tests/store tests/acceptance)
@@ -69,7 +69,7 @@ soak: setup
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
 
-# Made anew whenever anything of the package has changed: extensions are compiled together or not at all.
+# Rebuilt whenever anything in the package has changed: extensions are compiled together or not at all.
 compiled: $(COMPILED_VENV)/.ready
 
 $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt config.example.toml \
@@ -82,7 +82,7 @@ $(COMPILED_VENV)/.ready: setup.py pyproject.toml requirements/dev.txt config.exa
 	@touch $@
 
 # `bin/pytest`, not `python -m pytest`, and the package imported before pytest puts this directory on the path: otherwise
-# the sources here would be found before what is installed.
+# the sources here would be found before the installed package.
 test-compiled: compiled
 	EXPECT_COMPILED=1 $(COMPILED_VENV)/bin/pytest -p keyproxy.gateway $(or $(ARGS),tests/ai tests/auth tests/http tests/limits tests/metrics tests/wire tests/store)
 
@@ -91,13 +91,13 @@ hashes: setup
 
 setup: $(STAMP)
 
-# A stamp is newer than everything that says what the environment holds, or the environment is made anew. The demo needs a
-# small part of what the tests need, and whoever tries it first is not to wait for the rest.
+# If a stamp is older than a file that determines the environment, the environment is updated. The demo needs only a small
+# part of what the tests need, so it starts without the rest.
 $(RUNS): pyproject.toml requirements/base.txt requirements/demo.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "keyproxy needs Python 3.11 or later; set PYTHON=/path/to/it" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
-	    || { echo "cannot make a virtual environment: install your system's venv package" >&2; exit 1; }
+	    || { echo "cannot create a virtual environment: install your system's venv package" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

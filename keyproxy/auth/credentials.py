@@ -31,6 +31,7 @@ _KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"acces
 
 _DECODINGS_MAX: Final = 8
 
+_ESCAPE = re.compile(rb"%[0-9a-f]{2}", re.IGNORECASE)
 _AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
 _WORD = re.compile(rb"[0-9A-Za-z]+")
 _BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
@@ -157,15 +158,15 @@ def _stands_in(text: bytes, part: bytes) -> bool:
 
 
 def holds_key(target: bytes, key_format: KeyFormat) -> bool:
-    """Whether a request target contains a key, or a parameter for one."""
+    """Whether a request target contains a key, or a parameter for one. Its path may be decoded already."""
     if b"?" not in target and b"%" not in target:
         return key_format.is_within(target)
     # Decode repeatedly: template engines and redirects may have encoded a key several times.
     decoded = target
     for _ in range(_DECODINGS_MAX):
-        before, decoded = decoded, unquote_to_bytes(decoded)
-        if decoded == before:
+        if not _ESCAPE.search(decoded):
             break
+        decoded = unquote_to_bytes(decoded)
     else:
         return True  # so many levels of encoding can only serve to hide something
     if key_format.is_within(decoded):

@@ -19,10 +19,15 @@ from keyproxy.reasons import Reason, Refusal
 
 
 class Target(NamedTuple):
-    """`target` in origin form or `*`; `path` is its part before the query."""
+    """`target` in origin form or `*`; `path` is its part before the query.
+
+    `decoded` is the target with its path percent-decoded, because decoding a long path twice is expensive. A path that
+    is encoded more often than this module decodes stays as it is.
+    """
 
     target: bytes
     path: bytes
+    decoded: bytes
 
 
 _PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@/-]*)?")
@@ -30,12 +35,14 @@ _FORBIDDEN_ANYWHERE = re.compile(rb"[\x00-\x20\x7f-\xff\\#]")
 #: In the path as sent: an invalid encoding, or that of `. / \\`, a control, or a first byte of overlong UTF-8.
 _BAD_ENCODING = re.compile(rb"%(?![0-9a-f]{2})|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
 
-#: In the path as sent and as decoded: an empty first segment, which a URL parser takes for a host; dot segments, also
-#: with a path parameter.
-_BAD_SEGMENTS = re.compile(rb"\A//|(?:\A|/)\.\.?(?:;[^/]*)?(?=/|\Z)")
+#: In the path as sent and as decoded: dot segments, also with a path parameter. An empty first segment is bad too,
+#: because a URL parser takes it for a host.
+_DOT_SEGMENT = re.compile(rb"/\.\.?(?:;[^/]*)?(?=/|\Z)")
 
 #: In the decoded path only: sequences that a server with another round of decoding would change.
-_BAD_DECODED = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])|[\x00-\x1f\x7f\\]", re.IGNORECASE)
+_BAD_AGAIN = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
+_BAD_BYTE = re.compile(rb"[\x00-\x1f\x7f\\]")
+_ESCAPE = re.compile(rb"%[0-9a-f]{2}", re.IGNORECASE)
 _DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
@@ -45,20 +52,20 @@ _PORT_MAX = 65_535
 def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
     """The target as it goes upstream. Raises a Refusal (REQUEST_MALFORMED) with the fault."""
     if _PLAIN_PATH.fullmatch(target):
-        return Target(target, target)
+        return Target(target, target, target)
     if _FORBIDDEN_ANYWHERE.search(target):
         raise _refusal("the target contains a byte that is invalid in a target")
     if target == b"*":
         if method != b"OPTIONS":
             raise _refusal("the target * is valid only for OPTIONS")
-        return Target(target, target)
+        return Target(target, target, target)
     if not target.startswith(b"/"):
         target = _origin_form(method, target, host)
         if target == b"*":
-            return Target(target, target)
+            return Target(target, target, target)
     path = target.partition(b"?")[0]
-    _check_path(path)
-    return Target(target, path)
+    decoded = _checked_path(path)
+    return Target(target, path, target if decoded is None else decoded + target[len(path) :])
 
 
 def check_host(host: bytes) -> None:
@@ -76,19 +83,25 @@ def check_host(host: bytes) -> None:
             raise _refusal("the Host header has an invalid IPv6 address") from error
 
 
-def _check_path(path: bytes) -> None:
-    is_bad = _BAD_ENCODING.search(path) or _BAD_SEGMENTS.search(path)
+def _checked_path(path: bytes) -> bytes | None:
+    """The decoded path, None if it is still encoded after all rounds. Raises a Refusal for an ambiguous path."""
+    is_bad = _BAD_ENCODING.search(path) or _has_bad_segment(path)
     for _ in range(_DECODINGS_MAX):
-        if is_bad or b"%" not in path:
+        if is_bad or not _ESCAPE.search(path):
             break
         path = unquote_to_bytes(path)
-        is_bad = _BAD_DECODED.search(path) or _BAD_SEGMENTS.search(path)
+        is_bad = _BAD_AGAIN.search(path) or _BAD_BYTE.search(path) or _has_bad_segment(path)
         try:
             path.decode("utf-8")
         except UnicodeDecodeError as error:
             raise _refusal("the decoded path is not UTF-8") from error
     if is_bad:
         raise _refusal("the path is ambiguous")
+    return None if _ESCAPE.search(path) else path
+
+
+def _has_bad_segment(path: bytes) -> bool:
+    return path.startswith(b"//") or _DOT_SEGMENT.search(path) is not None
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes | None) -> bytes:

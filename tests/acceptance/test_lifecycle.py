@@ -310,7 +310,9 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     again = shell.run("plan", "set", "p", "--burst", "200")
     assert (again.status, again.err) == (0, "keyproxy: plan 'p' already has these limits: nothing was changed\n")
     shown = shell.run("plan", "set", "p", "--burst", "300")
-    assert re.search(r"burst +200 -> 300\n", shown.out)
+    assert re.search(r"rate +50/s\nburst +200 -> 300\n", shown.out)
+    for command in (("plan", "show", "p"), ("plan", "list")):
+        assert re.search(r" 50/s\s", shell.run(*command).out)
     last = shell.told("plan", "set", "p", "--replace", "--requests-per-month", "5")
     assert last["limits"] == {"requests_per_month": 5}
     assert last["changed"]["rate"] == {"old": 50.0, "new": None}
@@ -462,7 +464,10 @@ def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell:
     ]  # fmt: skip
     again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
     assert again.out.count("kp_live_") == 1
-    assert "1 keys issued, 2 already existed" in again.err
+    assert "1 key issued, 2 already existed; this is the only time the secrets are shown" in again.err
+    nothing = shell.run("key", "issue-many", str(table))
+    assert (nothing.status, nothing.out) == (0, "")
+    assert "0 keys issued, 2 already existed; if their secrets were lost: --reissue-unseen" in nothing.err
     assert "wanted.csv:2: the row has no user" in _refused_table(shell, table, "user,name\n,x\n")
     assert "there is no user 'nobody'" in _refused_table(shell, table, '{"user": "nobody"}\n')
 

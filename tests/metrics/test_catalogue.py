@@ -56,8 +56,11 @@ def store(number: int) -> Store:
     ledger = SimpleNamespace(
         refusals=dict.fromkeys(POLICIES, number),
         counts=SimpleNamespace(taken=number, waited=number),
-        conversation=SimpleNamespace(counts={"failures": number}, unsettled_seconds=lambda: float(number)),
-        book=SimpleNamespace(outstanding=number),
+        conversation=SimpleNamespace(
+            counts={"failures": number},
+            unsettled_seconds=lambda: float(number),
+            lease_sync=SimpleNamespace(outstanding=number),
+        ),
     )
     usage = SimpleNamespace(
         counts=dict.fromkeys(("batches", "events", "failures"), number),

@@ -331,3 +331,72 @@ async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_le
         transport.abort()
         connection.connection_lost(ConnectionResetError())
         assert [(await one.answer()).status for one in (client, other)] == [200, 200]
+
+
+KEPT_413: Final = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+KEPT_401: Final = KEPT_413.replace(b"413 Too Large", b"401 Unauthorized")
+
+
+def refuses_large_bodies(answer: bytes, *, after_seconds: float) -> Upstream:
+    """Refuses a body of more than 100 bytes without reading it, and closes without having announced it."""
+
+    async def serve(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        size = int(message.one("Content-Length") or 0)
+        if size <= 100:
+            await reader.readexactly(size)
+            writer.write(OK)
+            return True
+        writer.write(answer)
+        await writer.drain()
+        await asyncio.sleep(after_seconds)
+        return False
+
+    return Upstream(serve, reads_bodies=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "size", "after_seconds"),
+    [(KEPT_413, 2_000, 0.0), (KEPT_413, 2_000, 0.02), (KEPT_401, 8_000_000, 0.02)],
+    ids=["413", "413, closed later", "401 to a long body"],
+)
+@pytest.mark.parametrize("connections_max", [1, 8])
+async def test_no_request_is_lost_on_a_connection_that_the_upstream_closes_without_reading_a_body(
+    start: Start, answer: bytes, size: int, after_seconds: float, connections_max: int
+) -> None:
+    wire = await start(
+        upstream={"connections_max": connections_max},
+        serving=refuses_large_bodies(answer, after_seconds=after_seconds),
+    )
+
+    async def alternate() -> list[int]:
+        found = []
+        for _ in range(TRIALS):
+            for body in (bytes(size), b"short"):
+                async with wire.client() as client:
+                    with contextlib.suppress(ConnectionError):
+                        await client.send(request("POST", "/", body=body))
+                    found.append((await client.answer()).status)
+        return found
+
+    expected = [int(answer.split()[1]), 200] * TRIALS
+    for found in await asyncio.gather(alternate(), alternate()):
+        assert found == expected
+
+
+async def test_a_connection_is_not_reused_if_its_response_began_before_its_request_was_whole(start: Start) -> None:
+    async def early(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        size = int(message.one("Content-Length") or 0)
+        await reader.readexactly(1)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{")
+        await reader.readexactly(size - 1)
+        writer.write(b"}")
+        return True
+
+    wire = await start(serving=Upstream(early, reads_bodies=False))
+    for is_whole in (False, True):
+        async with wire.client() as client:
+            await client.send(request("POST", "/", "Content-Length: 2") + (b"xx" if is_whole else b"x"))
+            await client.reader.readuntil(b"{")
+            await client.send(b"" if is_whole else b"x")
+            assert await client.reader.readexactly(1) == b"}"
+        assert wire.pool.counts()["idle"] == is_whole

@@ -89,7 +89,7 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
         return
     changed = plan.pop("changed")
     for limit, change in changed.items():
-        plan[limit] = f"{_shown(change['old'])} -> {_shown(change['new'])}"
+        plan[limit] = f"{_shown(limit, change['old'])} -> {_shown(limit, change['new'])}"
     _tell(call, plan)
     if not changed and not plan["created"]:
         say(f"plan {name!r} already has these limits: nothing was changed")
@@ -100,7 +100,7 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
 def plan_list(call: Call) -> None:
     """List all plans."""
     plans = call.run(lambda directory: all_pages(lambda after: directory.plans(after, PAGE)))
-    call.tell(plans if call.as_json else [{**plan, **plan["limits"]} for plan in plans], _COLUMNS)
+    call.tell(plans if call.as_json else [{**plan, **_row(plan)} for plan in plans], _COLUMNS)
 
 
 @plan_group.command("show")
@@ -121,9 +121,16 @@ def plan_delete(call: Call, name: str, *, yes: bool) -> None:
     call.tell(call.run(lambda directory: directory.delete_plan(name)), _COLUMNS)
 
 
-def _shown(limit: float | None) -> str:
-    return _NONE if limit is None else f"{limit:g}" if isinstance(limit, float) else str(limit)
+def _shown(name: str, limit: float | None) -> str:
+    if limit is None:
+        return _NONE
+    return f"{limit:g}/s" if name == "rate" else str(limit)
+
+
+def _row(plan: Entity) -> dict[str, str]:
+    """The limits of a plan, as people write them."""
+    return {name: _shown(name, limit) for name, limit in plan["limits"].items() if limit is not None}
 
 
 def _tell(call: Call, plan: Entity) -> None:
-    call.tell(plan if call.as_json else {"id": plan["id"], **plan["limits"], **plan}, _COLUMNS)
+    call.tell(plan if call.as_json else {"id": plan["id"], **_row(plan), **plan}, _COLUMNS)

@@ -183,7 +183,7 @@ class RequestReader(_Reader[RequestFields]):
             shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
             values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
-            return self._judge(buffer[: end + 4])
+            return self._judge(buffer[: end + 4], line)
         head = _filled(line, shape, values)
         if like is not None and head.credentials == like.credentials:
             head.digest, head.key_part = like.digest, like.key_part
@@ -201,10 +201,10 @@ class RequestReader(_Reader[RequestFields]):
             going = request_target.judge(method, sent, None)
         except Refusal:
             return None
-        return request_line(method, going, int(minor), holds_key=self._holds_key(going.target))
+        return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
-    def _judge(self, raw: bytes) -> RequestHead:
-        line, fields, judged = judge_request(raw, self._names, self._holds_key, self.methods)
+    def _judge(self, raw: bytes, line: RequestLine | None = None) -> RequestHead:
+        line, fields, judged = judge_request(raw, self._names, self._holds_key, self.methods, line=line)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()

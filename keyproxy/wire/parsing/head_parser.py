@@ -100,11 +100,17 @@ class JudgedFields:
 
 
 def judge_request(
-    raw: bytes, names: FieldNames, holds_key: Callable[[bytes], bool], methods: Collection[bytes] = KNOWN_METHODS
+    raw: bytes,
+    names: FieldNames,
+    holds_key: Callable[[bytes], bool],
+    methods: Collection[bytes] = KNOWN_METHODS,
+    *,
+    line: RequestLine | None = None,
 ) -> tuple[RequestLine, RequestFields, JudgedFields]:
     """Parse a request head from its bytes, which end with the empty line.
 
-    `holds_key`: whether a target contains a key. `methods`: the served methods.
+    `holds_key`: whether a target contains a key. `methods`: the served methods. `line`: the request line, if it was
+    judged before.
 
     Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and for a well-formed head METHOD_NOT_ALLOWED,
     METHOD_NOT_IMPLEMENTED or EXPECTATION_FAILED.
@@ -129,9 +135,10 @@ def judge_request(
     opens_tunnel = minor == 1 and judged.names_websocket
     if opens_tunnel:
         _check_handshake(method, parts.fields, judged)
-    going = request_target.judge(method, parts.start, judged.host)
+    if line is None:
+        going = request_target.judge(method, parts.start, judged.host)
+        line = request_line(method, going, minor, holds_key=holds_key(going.decoded))
     _check_is_served(method, judged, methods)
-    line = request_line(method, going, minor, holds_key=holds_key(going.target))
     media_type, codings = _content(parts.fields, judged)
     sent = [name.lower() for name, _ in parts.fields]
     fields = RequestFields(
@@ -154,21 +161,21 @@ def judge_request(
 
 def _check_handshake(method: bytes, fields: Fields, judged: JudgedFields) -> None:
     """Raise the Refusal for a WebSocket handshake that lacks something. RFC 6455 section 4.2.1."""
-    lacks = ""
+    fault = ""
     if method != b"GET" or judged.content_length is not None or judged.is_chunked:
-        lacks = "is a GET without a body"
+        fault = "must be a GET without a body"
     elif b"upgrade" not in judged.options:
-        lacks = "has the Connection option Upgrade"
+        fault = "must have the Connection option Upgrade"
     else:
         key = [value for name, value in fields if name.lower() == b"sec-websocket-key"]
         version = [value for name, value in fields if name.lower() == b"sec-websocket-version"]
         if len(key) != 1 or not key[0]:
-            lacks = "has one Sec-WebSocket-Key"
+            fault = "must have one Sec-WebSocket-Key"
         elif version != [_WEBSOCKET_VERSION]:
-            lacks = "has one Sec-WebSocket-Version, which is 13"
-    if lacks:
-        sentence = f"A WebSocket handshake {lacks}."
-        raise Refusal(Reason.REQUEST_MALFORMED, f"incomplete: {sentence}", caller_text=sentence)
+            fault = "must have one Sec-WebSocket-Version, which is 13"
+    if fault:
+        sentence = f"A WebSocket handshake {fault}."
+        raise Refusal(Reason.REQUEST_MALFORMED, sentence, caller_text=sentence, replaces_sentence=True)
 
 
 def _check_is_served(method: bytes, judged: JudgedFields, methods: Collection[bytes]) -> None:

@@ -337,6 +337,7 @@ class UpstreamConnection(asyncio.Protocol):
                 head = without_length(head)
             if status >= _FINAL:
                 self._keeps_alive = head.fields.keeps_alive and not self._is_suspect
+                self._keeps_alive = self._keeps_alive and not self._writer.leaves_unread(status)
                 # The upstream will not read the rest of the request. RFC 9112 section 9.3: stop sending it.
                 self._writer.is_refused = status >= _ERROR and not head.fields.keeps_alive
                 body = self._body = self._body_of(head)

@@ -22,6 +22,11 @@ from keyproxy.wire.pace import Pace
 #: How much is held back while a response is being read. Beyond that the client is not read any further.
 KEPT_BYTES_MAX: Final = 65_536
 
+_CONTENT_TOO_LARGE: Final = 413
+
+#: A request up to this size reaches the upstream's kernel as a whole. For a longer one, our kernel is queried.
+_SHORT_BYTES: Final = 4_096
+
 #: How much of a response is read after the upstream has reset the connection.
 _LEFT_READ_BYTES: Final = 65_536
 _LEFT_READS_MAX: Final = 16
@@ -119,6 +124,17 @@ class RequestWriter:
     def is_full(self) -> bool:
         """Whether the upstream does not read as fast as the request is written."""
         return self.outflow.is_stalled or bool(self._kept)
+
+    def leaves_unread(self, status: int) -> bool:
+        """Whether an upstream that responds with this status now has perhaps not read the whole request.
+
+        Many servers then close without announcing it, even after a response that keeps the connection alive: RFC 9110
+        section 15.5.14 for 413. A request that is not idempotent could not be retried after that.
+        """
+        if status == _CONTENT_TOO_LARGE or not self.is_whole or self._kept:
+            return True
+        is_short = self.outflow.written_bytes - self._begun_at_bytes <= _SHORT_BYTES
+        return not is_short and self.outflow.is_outstanding(self._transport)
 
     def has_arrived(self) -> bool:
         """Whether there is something to read: bytes, or the end of the connection."""

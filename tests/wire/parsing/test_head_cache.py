@@ -39,6 +39,20 @@ def read(reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"")
     return reader.read(raw + after, len(raw) - 4)
 
 
+@pytest.mark.parametrize("target", [b"/a", b"/%2525%2525", b"/a?b=%2525", b"http://a/%2525"])
+def test_a_target_is_searched_for_a_key_once_and_with_its_path_decoded(target: bytes) -> None:
+    """Decoding a path of 30 KB takes milliseconds, and happens before the key is known."""
+    searched: list[bytes] = []
+
+    def holds_key(text: bytes) -> bool:
+        searched.append(text)
+        return fakes.holds_key(text)
+
+    read(RequestReader(FieldNames(), holds_key), b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
+    path, mark, query = target.removeprefix(b"http://a").partition(b"?")
+    assert searched == [path.replace(b"%2525", b"%") + mark + query]
+
+
 Likes = list[Any]
 
 

@@ -124,7 +124,9 @@ def key_issue_many(
         lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
     )
     if not call.as_json:
-        say(f"{made} keys issued, {len(wishes) - made} already existed; this is the only time the secrets are shown")
+        present = len(wishes) - made
+        then = "this is the only time the secrets are shown" if made else "if their secrets were lost: --reissue-unseen"
+        say(f"{made} {'key' if made == 1 else 'keys'} issued, {present} already existed; {then}")
 
 
 async def _issue(
