@@ -257,11 +257,11 @@ class Listener:
         self._shortage = shortage
         self._connection: asyncpg.Connection[Row] | None = None
         if shortage is not None:
-            shortage.relief.append(self._end)
+            shortage.release.append(self._end)
 
     async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
         """Listen. Raises StoreUnavailable."""
-        if self._shortage is not None and self._shortage.is_felt:
+        if self._shortage is not None and self._shortage.is_backing_off:
             raise StoreUnavailable(f"{self._target.where}: {self._shortage.because}")
         with translated(self._target.where):
             try:
