@@ -103,10 +103,10 @@ def main(arguments: Sequence[str]) -> int:
         return _end(_NOT_LIVE, str(error))
     except Misused as error:
         return _end(_MISUSED, *error.problems)
-    return _end(_LIVE, told(found))
+    return _end(_LIVE, described(found))
 
 
-def told(found: Sequence[process_registry.Running]) -> str:
+def described(found: Sequence[process_registry.Running]) -> str:
     """One line that names the live processes."""
     return ", ".join(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) is live" for one in found)
 

@@ -124,10 +124,15 @@ class _Connection(web.RequestHandler):
     def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
         options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log
         super().__init__(
-            server, loop=asyncio.get_running_loop(), keepalive_timeout=bounds.idle_seconds, logger=log,
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=bounds.idle_seconds,
+            logger=log,
             lingering_time=_LINGERING_SECONDS,
-            max_line_size=_LINE_BYTES_MAX, max_field_size=_LINE_BYTES_MAX, **cast(dict[str, Any], options),
-        )  # fmt: skip
+            max_line_size=_LINE_BYTES_MAX,
+            max_field_size=_LINE_BYTES_MAX,
+            **cast(dict[str, Any], options),
+        )
         self._all = connections
         self._unread_seconds = bounds.unread_seconds
         self._unread_bytes = 0

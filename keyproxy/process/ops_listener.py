@@ -71,9 +71,13 @@ class OpsListener:
     """The HTTP server for /livez, /readyz and /metrics."""
 
     def __init__(
-        self, *, checks: Callable[[], Awaitable[Mapping[str, Check]]], metrics: Callable[[], Awaitable[bytes]],
-        metrics_content_type: str, bounds: Bounds = _BOUNDS,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        checks: Callable[[], Awaitable[Mapping[str, Check]]],
+        metrics: Callable[[], Awaitable[bytes]],
+        metrics_content_type: str,
+        bounds: Bounds = _BOUNDS,
+    ) -> None:
         self._checks = checks
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
@@ -94,9 +98,12 @@ class OpsListener:
         # An abstract socket has no file mode that could exclude other users.
         is_private = sock.family == socket.AF_UNIX and isinstance(sock.getsockname(), bytes)
         self._runner = web.AppRunner(
-            self.application(is_private=is_private), access_log=None, handle_signals=False, shutdown_timeout=1.0,
+            self.application(is_private=is_private),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
             logger=_http_log,
-        )  # fmt: skip
+        )
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner has no server after its setup")
@@ -166,6 +173,8 @@ async def _checked(check: Callable[[], Awaitable[Check]]) -> Check:
 
 def _json(status: int, content: object) -> web.Response:
     return web.Response(
-        status=status, body=orjson.dumps(content), content_type="application/json",
+        status=status,
+        body=orjson.dumps(content),
+        content_type="application/json",
         headers={"Cache-Control": "no-store"},
-    )  # fmt: skip
+    )

@@ -49,7 +49,7 @@ def new_store(settings: Settings, dsn: str) -> Store:
     prefix = settings.identity.header_prefix
     return Store(
         settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
-    )  # fmt: skip
+    )
 
 
 def new_tls(settings: Settings) -> ssl.SSLContext | None:

@@ -71,17 +71,22 @@ def _allow_files(settings: Settings) -> None:
 
 
 async def serve(
-    settings: Settings, dsn: str, *, access_log_fd: int, started: Callable[[str, str], None], changing: Changing,
+    settings: Settings,
+    dsn: str,
+    *,
+    access_log_fd: int,
+    started: Callable[[str, str], None],
+    changing: Changing,
     private_ops: socket.socket | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
 
     `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
     for requests of its supervisor, which has the control socket. Raises BindError, ReloadError.
     """
-    departure, again = Departure(), asyncio.Event()
+    departure, reload_requested = Departure(), asyncio.Event()
     departure.on_signals()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
     _allow_files(settings)
     check_files(settings)
     async with contextlib.AsyncExitStack() as stack:
@@ -98,7 +103,7 @@ async def serve(
             started(sockets.told(proxy_socket), sockets.told(ops_socket))
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
-                change = group.create_task(changing(proxy, again))
+                change = group.create_task(changing(proxy, reload_requested))
                 await departure.begun.wait()
                 change.cancel()
             systemd.notify("STOPPING=1")
@@ -113,10 +118,10 @@ async def serve(
 def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
     """Reload at SIGHUP. `read_again` returns the new settings and DSN, or raises ReloadError."""
 
-    async def changing(proxy: Proxy, again: asyncio.Event) -> None:
+    async def changing(proxy: Proxy, reload_requested: asyncio.Event) -> None:
         while True:
-            await again.wait()
-            again.clear()
+            await reload_requested.wait()
+            reload_requested.clear()
             systemd.notify(systemd.reloading())
             try:
                 await _apply(proxy, await proxy.prepare(*read_again()))

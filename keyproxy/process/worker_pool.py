@@ -42,7 +42,7 @@ class Worker:
         self.page = ""
         self.patience_seconds = _ORDER_SECONDS
         self._ops = ops
-        self._superior = supervisor_end
+        self._channel = supervisor_end
         self._is_lost = False
 
     @classmethod
@@ -54,9 +54,13 @@ class Worker:
             undo.enter_context(ours)
             ops.bind("")  # the kernel chooses a name that nothing else has
             process = await asyncio.create_subprocess_exec(
-                *command, "--ops-fd", str(ops.fileno()), env=dict(environment), stdin=theirs.fileno(),
+                *command,
+                "--ops-fd",
+                str(ops.fileno()),
+                env=dict(environment),
+                stdin=theirs.fileno(),
                 pass_fds=(ops.fileno(),),
-            )  # fmt: skip
+            )
             name: bytes = ops.getsockname()
             undo.pop_all()
         supervisor_end = await control_channel.supervisor_end(ours)
@@ -91,24 +95,24 @@ class Worker:
             return "the worker was killed"
         try:
             async with asyncio.timeout(self.patience_seconds):
-                return await self._superior.ask(order)
+                return await self._channel.ask(order)
         except TimeoutError:
             why = f"timeout: worker {self.process.pid} has not responded for {self.patience_seconds:g} s"
         except (OSError, ValueError) as error:
             why = f"worker {self.process.pid} does not respond: {error}"
         _log.error("%s; killing it", why)
         self._is_lost = True
-        self.tell(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         return why
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     async def closed(self) -> None:
         """Close its socket for orders."""
-        await self._superior.close()
+        await self._channel.close()
 
 
 class WorkerPool:

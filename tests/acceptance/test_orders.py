@@ -70,7 +70,7 @@ async def test_an_unresponsive_worker_is_killed_and_blocks_the_reload(program: s
     async with contextlib.AsyncExitStack() as stack:
         worker = await Worker.start(["sh", "-c", f"exec {program} 60"], os.environ, "")
         stack.push_async_callback(worker.closed)
-        stack.callback(worker.tell, signal.SIGKILL)
+        stack.callback(worker.send_signal, signal.SIGKILL)
         worker.is_ready, worker.patience_seconds = True, 0.1
         crew.members.add(worker)
         with pytest.raises(ReloadError, match=told):

@@ -74,7 +74,7 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps({"live": live}).decode())
     else:
-        say(health_probe.told(found))
+        say(health_probe.described(found))
 
 
 def _chosen(config_path: Path | None, pid: int | None) -> Running:
