@@ -26,7 +26,7 @@ from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.postgres import migrations, scratch_databases
-from keyproxy.store.postgres.database import Listener
+from keyproxy.store.postgres.database import NotificationListener
 from tests.server import Server, password_of
 from tests.store.harness import Clock, Door, Relay, Rig, Sql, until
 from tests.store.redis_harness import MakeServer, servers
@@ -130,7 +130,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             look_ups_max: int = 3,
             pool_size_max: int = 4,
             statement_timeout_seconds: float = 5.0,
-            listener: Listener | str | None = None,
+            listener: NotificationListener | str | None = None,
             now: Callable[[], Moment] | None = None,
             door: Door | None = None,
         ) -> Rig:
@@ -148,7 +148,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
                 look_ups_max=look_ups_max,
                 now=now or clock,
             )
-            heard = Listener(dsn, CHANNEL) if listener == "real" else listener
+            heard = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
             assert not isinstance(heard, str)
             feed = ChangeFeed(door, heard, identities, state, now or clock)
             await door.open()

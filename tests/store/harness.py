@@ -19,7 +19,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.postgres.database import Database, Listener, Row, StoreUnavailable
+from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from tests import fakes
 from tests.server import address_of, password_of
 
@@ -129,7 +129,7 @@ class Door(Database):
         return self.asked["identities_by_digest"]
 
 
-class Bell(Listener):
+class Bell(NotificationListener):
     """A listener that receives notifications from the test."""
 
     def __init__(self) -> None:
@@ -137,8 +137,8 @@ class Bell(Listener):
         self.ring: Callable[[], None] = lambda: None
         self.is_open = asyncio.Event()
 
-    async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
-        self.ring = heard
+    async def open(self, notified: Callable[[], None], lost: Callable[[], None]) -> None:
+        self.ring = notified
         self.is_open.set()
 
 

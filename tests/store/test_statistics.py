@@ -78,7 +78,7 @@ async def test_no_key_is_compared_with_every_other(stale: Sql, statement: str, m
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None:
     await stale.execute(f"SET plan_cache_mode = {mode}")
-    wishes = [
+    wishes: list[dict[str, object]] = [
         {
             "id": f"new_{number}", "user_id": "u_42", "digest": f"{number:064x}", "hint": "", "name": f"n{number}",
             "scopes": [], "is_test": False, "life_seconds": None, "plan": None,

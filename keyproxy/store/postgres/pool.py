@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from keyproxy.store.postgres.connecting import CONNECT_SECONDS, Connection, Target
+from keyproxy.store.postgres.connecting import CONNECT_SECONDS, Connection, Connector
 from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
 _log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Shortage:
             self._probe()
 
 
-class _Turns:
+class _Semaphore:
     """Admits at most `limit` at a time, in order of arrival."""
 
     def __init__(self, limit: int) -> None:
@@ -98,7 +98,7 @@ class _Turns:
         self._inside = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Wait for a turn."""
         if self._inside < self.limit and not self._waiting:
             self._inside += 1
@@ -110,11 +110,11 @@ class _Turns:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 # The turn was granted at the same moment: pass it on.
-                self.leave()
+                self.release()
             raise
 
-    def leave(self) -> None:
-        """End the turn."""
+    def release(self) -> None:
+        """End the turn, and give it to the next one."""
         self._inside -= 1
         while self._waiting and self._inside < self.limit:
             turn = self._waiting.popleft()
@@ -123,18 +123,24 @@ class _Turns:
                 turn.set_result(None)
 
 
-class Pool:
+class ConnectionPool:
     """A pool of connections: see the module. `lender`: the pool to borrow from during a shortage."""
 
     def __init__(
-        self, target: Target, size_max: int, command_seconds: float, *, shortage: Shortage, lender: Pool | None = None
+        self,
+        connector: Connector,
+        size_max: int,
+        command_seconds: float,
+        *,
+        shortage: Shortage,
+        lender: ConnectionPool | None = None,
     ) -> None:
-        self._target = target
+        self._connector = connector
         self._size_max = size_max
         self._command_seconds = command_seconds
         self._shortage = shortage
         self._lender = lender
-        self._turns = _Turns(size_max)
+        self._semaphore = _Semaphore(size_max)
         self._connections: asyncpg.Pool[asyncpg.Record] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         shortage.reconnect.append(lambda: self._run(self._reconnect()))
@@ -182,13 +188,13 @@ class Pool:
             try:
                 await connections.release(connection)
             finally:
-                self._turns.leave()
+                self._semaphore.release()
 
     async def _take(self) -> tuple[asyncpg.Pool[asyncpg.Record], Any]:
         """Wait for a turn and a connection. Raises TooManyConnectionsError if this pool has none and gets none."""
         refused: asyncpg.TooManyConnectionsError | None = None
         try:
-            async with asyncio.timeout(self._target.seconds):
+            async with asyncio.timeout(self._connector.seconds):
                 while True:
                     try:
                         taken = await self._take_once()
@@ -206,8 +212,8 @@ class Pool:
 
     async def _take_once(self) -> tuple[asyncpg.Pool[asyncpg.Record], Any]:
         if not self._shortage.is_backing_off:
-            self._turns.limit = self._size_max
-        await self._turns.enter()
+            self._semaphore.limit = self._size_max
+        await self._semaphore.acquire()
         is_taken = False
         try:
             connections = self._connections
@@ -218,14 +224,14 @@ class Pool:
             return connections, connection
         finally:
             if not is_taken:
-                self._turns.leave()
+                self._semaphore.release()
 
     async def _make_do(self, error: asyncpg.TooManyConnectionsError) -> None:
         """Continue with the existing connections, or wait briefly for one. Raises the error if the pool can borrow."""
         self._shortage.refused(error)
         have = 0 if self._connections is None else self._connections.get_size()
         if have:
-            self._turns.limit = have
+            self._semaphore.limit = have
         elif self._lender is not None:
             raise error
         else:
@@ -233,13 +239,16 @@ class Pool:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect(self, *_: Any, **__: Any) -> Connection:
-        return await self._target.connect(command_seconds=self._command_seconds)
+        return await self._connector.connect(command_seconds=self._command_seconds)
 
     async def _made(self) -> asyncpg.Pool[asyncpg.Record]:
         return await asyncpg.create_pool(
-            min_size=0, max_size=self._size_max, max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
-            connection_class=Connection, connect=self._connect,
-        )  # fmt: skip
+            min_size=0,
+            max_size=self._size_max,
+            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
+            connection_class=Connection,
+            connect=self._connect,
+        )
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -255,7 +264,7 @@ class Pool:
             try:
                 await connections.release(connection)
             finally:
-                self._turns.leave()
+                self._semaphore.release()
 
     async def _replace(self) -> None:
         """Release the connections of this pool to the store's main part."""

@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 
 from keyproxy.store.postgres import pool as pools
-from keyproxy.store.postgres.connecting import Target
-from keyproxy.store.postgres.pool import Pool, Shortage
+from keyproxy.store.postgres.connecting import Connector
+from keyproxy.store.postgres.pool import ConnectionPool, Shortage
 from tests.store.conftest import StartServer
 from tests.store.harness import Sql, until
 
@@ -27,10 +27,10 @@ class Parts:
     """The pools of one store, on a server whose other connections are taken."""
 
     def __init__(self, dsn: str) -> None:
-        target = Target(dsn)
+        target = Connector(dsn)
         self.shortage = Shortage()
-        self.main = Pool(target, 3, 2.0, shortage=self.shortage)
-        self.others = [Pool(target, 1, 2.0, shortage=self.shortage, lender=self.main) for _ in range(2)]
+        self.main = ConnectionPool(target, 3, 2.0, shortage=self.shortage)
+        self.others = [ConnectionPool(target, 1, 2.0, shortage=self.shortage, lender=self.main) for _ in range(2)]
         self.taken: list[Sql] = []
 
     async def use(self) -> None:
