@@ -167,11 +167,11 @@ class WorkerPool:
     async def checks(self, wanted: int) -> dict[str, Check]:
         """The worst result of each check, and whether the wanted number of workers serve."""
         pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self.members if not worker.is_leaving))
-        told: dict[str, list[Check]] = {}
+        by_name: dict[str, list[Check]] = {}
         for page in pages:
             for name, check in (orjson.loads(page)["checks"] if page else {}).items():
-                told.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
-        checks = {name: _worst(some) for name, some in told.items()}
+                by_name.setdefault(name, []).append(Check(Verdict(check["status"]), check.get("reason", "")))
+        checks = {name: _worst(some) for name, some in by_name.items()}
         return checks | {"workers": _check_number(sum(page is not None for page in pages), wanted)}
 
     async def _until_settled(self, worker: Worker) -> None:
