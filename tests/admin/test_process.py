@@ -21,7 +21,8 @@ from click.testing import CliRunner
 
 from keyproxy.admin.authentication import TokenFileError, file_digest
 from keyproxy.cli import root
-from tests.acceptance.conftest import Output, clean_environment, free_port
+from tests.acceptance.conftest import Output, clean_environment
+from tests.rawhttp import free_port
 
 TOKEN = "a-token-of-the-file-0123456789abcdefgh"
 

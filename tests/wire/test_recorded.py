@@ -13,7 +13,7 @@ from keyproxy.reasons import Reason
 from tests import fakes
 from tests.fakes import Recorded
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.store.harness import until
+from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 
 CHAT = "/v1/chat/completions"

@@ -20,7 +20,8 @@ from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Row
 from tests import fakes
 from tests.store.conftest import MakeRig
-from tests.store.harness import Rig, add_key, add_keys, add_user, until
+from tests.store.harness import Rig, add_key, add_keys, add_user
+from tests.waiting import until
 
 FRESH, STALE, UNKNOWN = 30.0, 600.0, 5.0
 ROUTE = Route("*", frozenset())

@@ -22,7 +22,8 @@ from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import Database, NotificationListener, StoreConflict, StoreUnavailable
 from tests.server import Server
 from tests.store.conftest import MakePooler, MakeRig, StartServer
-from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until, until_blocked
+from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until_blocked
+from tests.waiting import until
 
 
 @contextlib.asynccontextmanager
@@ -189,16 +190,15 @@ async def test_network_that_drops_all_packets_is_detected_in_bounded_time_and_se
 
 async def until_answered(door: Database, *, seconds: float = 8.0) -> None:
     """Wait until the store responds."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    async def answers() -> bool:
         try:
             await door.fetch("tenants", "", 1)
         except StoreUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.02)
-        else:
-            return
+            return False
+        return True
+
+    await until(answers, "the store responds", seconds=seconds)
 
 
 # -- lost connections

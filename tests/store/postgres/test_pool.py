@@ -15,7 +15,8 @@ from keyproxy.store.postgres import pool as pools
 from keyproxy.store.postgres.connecting import Connector
 from keyproxy.store.postgres.pool import ConnectionPool, Shortage
 from tests.store.conftest import StartServer
-from tests.store.harness import Sql, until
+from tests.store.harness import Sql
+from tests.waiting import until
 
 #: The smallest number that PostgreSQL accepts with its usual reserve for superusers, whom the tests are.
 CONNECTIONS_MAX = 5
