@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from keyproxy.admin.authentication import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
-from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.reminder_sender import ReminderSender
@@ -58,8 +58,8 @@ class Admin:
         # This instance only looks tokens up; it makes no changes, so its actor is never logged.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
-        terms = Terms(settings.keys.age_days_max, settings)
-        return Service(self._database, key_format, access, terms, clock.monotonic)
+        config = ApiConfig(settings.keys.age_days_max, settings)
+        return Service(self._database, key_format, access, config, clock.monotonic)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]

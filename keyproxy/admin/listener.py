@@ -63,7 +63,7 @@ class AdminListener:
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
         self._connections: Connections | None = None
-        self._openapi, self._reference, self._reference_policy = _told()
+        self._openapi, self._reference, self._reference_policy = _documents()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -111,13 +111,13 @@ class AdminListener:
 
     def _pages(self) -> dict[str, Handler]:
         return {
-            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
-            "/docs": self._told_reference, "/metrics": self._scrape, "/": self._to_reference,
+            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._show_openapi,
+            "/docs": self._show_reference, "/metrics": self._scrape, "/": self._to_reference,
         }  # fmt: skip
 
     async def _scrape(self, request: web.Request) -> web.Response:
         # The metrics cover all tenants.
-        await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
+        await self.service.authorize(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _to_reference(self, _request: web.Request) -> web.Response:
@@ -133,10 +133,10 @@ class AdminListener:
             return _json(503, {"status": "failed", "checks": {"store": {"status": "failed"}}})
         return _json(200, {"status": "ok", "checks": {"store": {"status": "ok"}}})
 
-    async def _told_openapi(self, _request: web.Request) -> web.Response:
+    async def _show_openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")
 
-    async def _told_reference(self, _request: web.Request) -> web.Response:
+    async def _show_reference(self, _request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": self._reference_policy}
         return web.Response(text=self._reference, content_type="text/html", headers=headers)
 
@@ -144,7 +144,7 @@ class AdminListener:
 
     def _handler(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return await self.service.answer(endpoint, request)
+            return await self.service.respond(endpoint, request)
 
         return handle
 
@@ -187,7 +187,7 @@ class AdminListener:
 
 
 @functools.cache
-def _told() -> tuple[bytes, str, str]:
+def _documents() -> tuple[bytes, str, str]:
     """(the OpenAPI document, its HTML page, the page's Content-Security-Policy)."""
     document = openapi.document(ENDPOINTS)
     return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)
@@ -223,10 +223,10 @@ async def _dress(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def _options(allowed: set[str]) -> Handler:
-    told = ", ".join(sorted(allowed))
+    methods = ", ".join(sorted(allowed))
 
     async def answer(_request: web.Request) -> web.Response:
-        return web.Response(status=204, headers={"Allow": told})
+        return web.Response(status=204, headers={"Allow": methods})
 
     return answer
 

@@ -33,15 +33,14 @@ from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import Directory, Entity, KeyWish
-from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, DirectoryOperations
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_service import UsageOperations, UsageService
 
 if TYPE_CHECKING:
-    from keyproxy.cli.remote.http_transport import HttpTransport
+    from keyproxy.cli.remote.admin_client import AdminClient
 
 _T = TypeVar("_T")
-_Client = TypeVar("_Client", bound="HttpTransport")
 
 PAGE: Final = 500
 _STATEMENT_SECONDS: Final = 60.0
@@ -71,42 +70,44 @@ class Call:
     admin_url: str | None = None
     admin_token: str = field(default="", repr=False)
 
-    def run_for_secret(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+    def run_for_secret(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """As `run`, for an action that creates a secret: refuse it if stdout is closed."""
         require_stdout()
         return self.run(work)
 
-    def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+    def run(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """Run an operation in the database or, with --admin-url, through the admin API."""
-        url, token = self.admin_url, self.admin_token
+        url = self.admin_url
         if url is not None:
             # These imports take longer than a command runs.
             from keyproxy.cli.remote.remote_directory import RemoteDirectory
 
-            return self._asked(lambda: RemoteDirectory(url, token), work)
+            return self._run_remotely(url, lambda client: work(RemoteDirectory(client)))
         keys = self.settings().keys
         key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
 
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """As `run`, for queries of usage and limits."""
-        url, token = self.admin_url, self.admin_token
+        url = self.admin_url
         if url is not None:
             from keyproxy.cli.remote.remote_usage import RemoteUsage
 
-            return self._asked(lambda: RemoteUsage(url, token), work)
+            return self._run_remotely(url, lambda client: work(RemoteUsage(client)))
         settings = self.settings()
         return self.run_in_store(lambda database: work(UsageService(database, settings, clock.now)))
 
-    def _asked(self, client: Callable[[], _Client], work: Callable[[_Client], Awaitable[_T]]) -> _T:
-        async def asked() -> _T:
-            async with client() as asking:
-                done = await work(asking)
-            for warning in asking.warnings:
-                say(f"warning: {warning}")
-            return done
+    def _run_remotely(self, url: str, work: Callable[[AdminClient], Awaitable[_T]]) -> _T:
+        from keyproxy.cli.remote.admin_client import AdminClient
 
-        return uvloop.run(asked())
+        async def run() -> _T:
+            async with AdminClient(url, self.admin_token) as client:
+                result = await work(client)
+            for warning in client.warnings:
+                say(f"warning: {warning}")
+            return result
+
+        return uvloop.run(run())
 
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
         """Run an operation in the configured store itself."""

@@ -19,7 +19,7 @@ import pytest
 
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
-from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.reminder_sender import ReminderSender
@@ -104,8 +104,8 @@ class Api:
 
     async def user(self, user: str = "u_1", tenant: str = "acme", *, scopes: Sequence[str] = ()) -> Entity:
         """A user with its first key; creates the tenant if it is missing."""
-        await self.directory.create_tenant(tenant, "")
-        return await self.directory.create_user(user, tenant, KeyWish(scopes=scopes))
+        await self.directory.tenants.create(tenant, "")
+        return await self.directory.users.create(user, tenant, KeyWish(scopes=scopes))
 
     async def audit(self, **wanted: str) -> list[Json]:
         """The audit log, newest first."""
@@ -163,7 +163,7 @@ async def serving(
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, Terms(90, Settings(routes=routes)), lambda: now[0])
+    service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
     reminding = ReminderSender(Reminders(database))
     counted = traffic()

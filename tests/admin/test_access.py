@@ -77,7 +77,7 @@ async def test_every_endpoint_checks_the_token_first(api: Api) -> None:
 
 
 async def test_a_token_works_until_it_expires_or_is_revoked_or_its_tenant_is_disabled(api: Api) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     expired = await api.token("admin:read", expires_in=timedelta(microseconds=1))
     bound = await api.token("admin:read", tenant="acme")
     revoked = await api.token("admin:read")

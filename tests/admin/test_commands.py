@@ -190,7 +190,7 @@ async def test_an_invalid_token_is_reported_in_one_line(run: Run, monkeypatch: p
 async def test_keys_are_imported_and_errors_are_reported_with_their_line(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     good, file = hashlib.sha256(b"a key").hexdigest(), tmp_path / "keys.csv"
     file.write_text(f"user,digest,name\nu_1,{good},old\nu_2,beef,short\nu_3,{good},twice\n")
     for arguments in (["--dry-run"], []):
@@ -200,7 +200,7 @@ async def test_keys_are_imported_and_errors_are_reported_with_their_line(
         assert [problem["place"] for problem in told["problems"]] == [f"{file}:3", f"{file}:4"]
     again = await run("key", "import", str(file), "--tenant", "acme", "--json", by=by)
     assert (json.loads(again.out)["imported"], json.loads(again.out)["present"]) == (0, 1)
-    (found,) = await api.directory.keys("", 10)
+    (found,) = await api.directory.keys.list_by_id("", 10)
     assert (found["user"], found["name"]) == ("u_1", "old")
 
 

@@ -204,11 +204,11 @@ async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> 
 
 async def test_the_audit_log_is_exported_completely_and_resumes(api: Api) -> None:
     for number in range(30):
-        await api.directory.create_tenant(f"t_{number}", "")
+        await api.directory.tenants.create(f"t_{number}", "")
     first = (await api.call("GET", "/v1/audit/export?entity=tenant")).body.splitlines()
     assert len(first) == 30
     last = (await api.done("GET", "/v1/audit?limit=1"))["items"][0]["id"]
-    await api.directory.create_tenant("later", "")
+    await api.directory.tenants.create("later", "")
     second = await api.call("GET", f"/v1/audit/export?after={last}")
     assert second.headers["Content-Type"] == "application/x-ndjson"
     assert second.json["entity_id"] == "later"

@@ -112,14 +112,14 @@ async def make_key(api: Api, sql: Any) -> MakeKey:
     await api.user()
 
     async def making(expires_in_days: float, *, of: float = 90, **wish: Any) -> Entity:
-        key = await api.directory.issue_key("u_1", KeyWish(expires_in=timedelta(days=of), **wish))
+        key = await api.directory.keys.issue("u_1", KeyWish(expires_in=timedelta(days=of), **wish))
         ago = timedelta(days=of - expires_in_days)
         await sql.execute(
             "UPDATE keyproxy.api_keys SET created_at = created_at - $2::interval,"
             " expires_at = expires_at - $2 WHERE id = $1",
             key["id"], ago,
         )  # fmt: skip
-        return {**await api.directory.key(key["id"]), "secret": key["secret"]}
+        return {**await api.directory.keys.get(key["id"]), "secret": key["secret"]}
 
     return making
 
@@ -269,19 +269,19 @@ async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhil
     await reminding.turn(receiver.terms)
     match act:
         case "revoke":
-            await api.directory.revoke_key(key, "")
+            await api.directory.keys.revoke(key, "")
         case "rotate":
-            await api.directory.rotate_key(key, grace=timedelta(hours=1), expires_in=timedelta(days=90))
+            await api.directory.keys.rotate(key, grace=timedelta(hours=1), expires_in=timedelta(days=90))
         case "delete":
-            await api.directory.delete_key(key)
+            await api.directory.keys.delete(key)
         case "expire":
             await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() WHERE id = $1", key)
         case "extend":
             await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() + interval '80 days' WHERE id = $1", key)
         case "disable user":
-            await api.directory.change_user("u_1", {"disabled": True})
+            await api.directory.users.change("u_1", {"disabled": True})
         case "disable tenant":
-            await api.directory.change_tenant("acme", {"disabled": True})
+            await api.directory.tenants.change("acme", {"disabled": True})
     await _later(sql)
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 1
@@ -295,7 +295,7 @@ async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
     for disabled in (True, False):
-        await api.directory.change_user("u_1", {"disabled": disabled})
+        await api.directory.users.change("u_1", {"disabled": disabled})
         await _later(sql)
         await reminding.turn(receiver.terms)
     assert len(receiver.got) == 2
@@ -399,7 +399,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
         case "delete tenant":
             await sql.execute("DELETE FROM keyproxy.tenants WHERE id = 'acme'")
         case "disable tenant":
-            await api.directory.change_tenant("acme", {"disabled": True})
+            await api.directory.tenants.change("acme", {"disabled": True})
         case "expire":
             await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now() WHERE id = $1", token)
         case "extend":
@@ -515,8 +515,8 @@ async def test_the_command_lists_due_reminders_sends_them_and_reports_failures(
 async def test_the_metrics_count_keys_that_end_soon_by_when_and_mode(make_key: MakeKey, api: Api) -> None:
     for days, is_test in ((0.5, False), (6, False), (6, True), (29, False), (31, False)):
         await make_key(days, is_test=is_test)
-    await api.directory.revoke_key((await make_key(3))["id"], "")
-    await api.directory.rotate_key((await make_key(3))["id"], grace=timedelta(days=1), expires_in=timedelta(days=90))
+    await api.directory.keys.revoke((await make_key(3))["id"], "")
+    await api.directory.keys.rotate((await make_key(3))["id"], grace=timedelta(days=1), expires_in=timedelta(days=90))
     page = (await api.call("GET", "/metrics", token=await api.token("metrics:read"))).body.decode()
     for within, live, test in (("1d", 1, 0), ("7d", 2, 1), ("30d", 3, 1)):
         assert f'keyproxy_keys_expiring{{mode="live",within="{within}"}} {live}.0' in page

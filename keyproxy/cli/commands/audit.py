@@ -14,7 +14,7 @@ from keyproxy.cli.context import PAGE, Call, Progress, say, takes_call
 from keyproxy.cli.options import Failure, instant
 from keyproxy.store.directory.audit import ACTIONS, ENTITIES
 from keyproxy.store.directory.directory import AuditFilter, Entity
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
 
 _COLUMNS: Final = ("id", "at", "actor", "origin", "db_role", "action", "entity", "entity_id", "tenant", "changed")
 _TAIL_BYTES: Final = 1 << 20
@@ -66,11 +66,11 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
     keyproxy audit list --entity key --id key_…
     """
 
-    async def work(directory: Operations) -> list[Entity]:
+    async def work(directory: DirectoryOperations) -> list[Entity]:
         found: list[Entity] = []
         cursor: str | None = None
         while True:
-            page = await directory.audit(cursor, min(PAGE, limit - len(found)), AuditFilter(**wanted))
+            page = await directory.audit.list_newest(cursor, min(PAGE, limit - len(found)), AuditFilter(**wanted))
             found += page.items
             cursor = page.next
             if cursor is None or len(found) >= limit:
@@ -117,14 +117,14 @@ class _OtherHistoryError(Exception):
 
 
 async def _export(
-    directory: Operations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
+    directory: DirectoryOperations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
 ) -> int:
     """`last`: the row to resume after; replaces `after`."""
-    horizon = await directory.audit_horizon()
+    horizon = await directory.audit.horizon()
     progress, count = Progress("rows"), 0
     cursor = str(after) if last is None else str(last["id"] - 1)
     try:
-        while (page := await directory.audit_export(cursor, PAGE, wanted, horizon=horizon)).items:
+        while (page := await directory.audit.export(cursor, PAGE, wanted, horizon=horizon)).items:
             cursor = str(page.items[-1]["id"])
             rows = page.items
             if last is not None:

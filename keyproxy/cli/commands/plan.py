@@ -81,9 +81,9 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
     }
     if replace:
         limits_set = {limit: value for limit, value in changes.items() if value is not None}
-        plan = call.run(lambda directory: directory.set_plan(name, limits_set))
+        plan = call.run(lambda directory: directory.plans.set(name, limits_set))
     else:
-        plan = call.run(lambda directory: directory.change_plan(name, changes))
+        plan = call.run(lambda directory: directory.plans.change(name, changes))
     if call.as_json:
         call.tell(plan, ())
         return
@@ -99,7 +99,7 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
 @takes_call
 def plan_list(call: Call) -> None:
     """List all plans."""
-    plans = call.run(lambda directory: all_pages(lambda after: directory.plans(after, PAGE)))
+    plans = call.run(lambda directory: all_pages(lambda after: directory.plans.list_by_id(after, PAGE)))
     call.tell(plans if call.as_json else [{**plan, **plan["limits"]} for plan in plans], _COLUMNS)
 
 
@@ -108,7 +108,7 @@ def plan_list(call: Call) -> None:
 @takes_call
 def plan_show(call: Call, name: str) -> None:
     """Show one plan, and how many tenants, users and keys use it."""
-    _tell(call, call.run(lambda directory: directory.plan(name)))
+    _tell(call, call.run(lambda directory: directory.plans.get(name)))
 
 
 @plan_group.command("delete")
@@ -118,7 +118,7 @@ def plan_show(call: Call, name: str) -> None:
 def plan_delete(call: Call, name: str, *, yes: bool) -> None:
     """Delete a plan that no tenant, user or key uses."""
     confirm(f"Delete plan {name}?", yes=yes)
-    call.tell(call.run(lambda directory: directory.delete_plan(name)), _COLUMNS)
+    call.tell(call.run(lambda directory: directory.plans.delete(name)), _COLUMNS)
 
 
 def _shown(limit: float | None) -> str:

@@ -22,7 +22,7 @@ from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS,
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.directory.base import Invalid, NotFound
+from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.identities.cache import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION

@@ -16,10 +16,10 @@ from keyproxy.auth.api_key import masked
 from keyproxy.cli.context import Call, Progress, confirm, say, takes_call, yes_option
 from keyproxy.cli.options import Failure, duration, scopes, showing_secret, span
 from keyproxy.cli.rows import Rows, read_owners, read_rows
-from keyproxy.store.directory.bulk import BATCH_MAX
 from keyproxy.store.directory.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory.import_keys import read_key, read_wish
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
+from keyproxy.store.directory.key_batches import BATCH_MAX
 
 _PROBLEMS_SHOWN_MAX: Final = 20
 
@@ -58,7 +58,7 @@ def key_revoke_all(
         wanted = Revocation(user_id, tenant_id, older_than, unused)
     except Invalid as error:
         raise click.UsageError(str(error)) from error
-    total = call.run(lambda directory: directory.count_to_revoke(wanted))
+    total = call.run(lambda directory: directory.key_batches.count_to_revoke(wanted))
     if dry_run:
         call.tell({"revoked": 0, "would_revoke": total}, ())
         return
@@ -66,10 +66,10 @@ def key_revoke_all(
     call.tell({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
 
 
-async def _revoke(directory: Operations, wanted: Revocation, reason: str, total: int) -> int:
+async def _revoke(directory: DirectoryOperations, wanted: Revocation, reason: str, total: int) -> int:
     progress, count = Progress("keys revoked", total), 0
     try:
-        async for ids in directory.revoke_keys(wanted, reason):
+        async for ids in directory.key_batches.revoke(wanted, reason):
             count += len(ids)
             progress.at(count)
     finally:
@@ -128,12 +128,12 @@ def key_issue_many(
 
 
 async def _issue(
-    directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
+    directory: DirectoryOperations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
 ) -> int:
     progress, made = Progress("keys", len(wishes)), 0
     try:
         for start in range(0, len(wishes), BATCH_MAX):
-            keys = await directory.issue_keys(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
+            keys = await directory.key_batches.issue(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
             with showing_secret(_LOST):
                 for key in keys:
                     if as_json:
@@ -200,13 +200,13 @@ def key_import(
         raise Failure("1 row is invalid" if len(report.problems) == 1 else f"{len(report.problems)} rows are invalid")
 
 
-async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+async def _import(directory: DirectoryOperations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
     progress, report = Progress("keys checked", len(keys)), ImportReport()
     try:
         # A dry run rolls back, so it must see all rows in one transaction: later parts would not see earlier ones.
         size = max(1, len(keys)) if dry_run else BATCH_MAX
         for start in range(0, len(keys), size):
-            report.add(await directory.import_keys(keys[start : start + size], dry_run=dry_run))
+            report.add(await directory.key_importer.run(keys[start : start + size], dry_run=dry_run))
             progress.at(min(len(keys), start + size))
     finally:
         progress.end()

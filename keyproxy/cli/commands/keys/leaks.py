@@ -12,7 +12,7 @@ from keyproxy.auth.key_scanner import TEXT_BYTES_MAX, TOO_LONG
 from keyproxy.cli.context import KEY_COLUMNS, Call, say, takes_call
 from keyproxy.cli.options import Failure
 from keyproxy.store.directory.directory import Entity
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.leaked_keys import MATCHES_MAX
 
 _LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
@@ -62,7 +62,7 @@ def key_whose(call: Call, text: str) -> None:
     if text != _STDIN and masked(text) != text:
         say("warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -")
     wanted = _from_stdin() if text == _STDIN else text.encode("utf-8", "surrogateescape")
-    report = call.run(lambda directory: directory.whose(wanted))
+    report = call.run(lambda directory: directory.leaked_keys.find(wanted))
     if call.as_json:
         call.tell(report, ())
     elif report["keys"]:
@@ -84,10 +84,10 @@ def _from_stdin() -> bytes:
     return text
 
 
-async def _reported(directory: Operations, digest: str | None, text: bytes | None, reason: str) -> Entity:
+async def _reported(directory: DirectoryOperations, digest: str | None, text: bytes | None, reason: str) -> Entity:
     if text is not None:
-        return await directory.report_leaked_text(text, reason)
-    found = await directory.report_leaked(_hex_digest(digest or ""), reason)
+        return await directory.leaked_keys.report_text(text, reason)
+    found = await directory.leaked_keys.report_digest(_hex_digest(digest or ""), reason)
     if not found["known"]:
         return {"found": [], "incomplete": 0, "unknown": 1}
     key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
