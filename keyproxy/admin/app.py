@@ -46,9 +46,10 @@ class Admin:
         self._settings = settings
         self._tls = _tls(settings)
         self._database = Database(
-            dsn, pool_size_max=settings.store.pool_size_max,
+            dsn,
+            pool_size_max=settings.store.pool_size_max,
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
-        )  # fmt: skip
+        )
         self._throttle = Throttle()
         self._reminding = ReminderSender(Reminders(self._database))
         self._service = self._made(settings)
@@ -80,10 +81,12 @@ class Admin:
             log.start()
             counted = traffic()
             listener = AdminListener(
-                self._service, metrics=MetricsPage(self._reminding, clock.monotonic, counted).page, traffic=counted,
+                self._service,
+                metrics=MetricsPage(self._reminding, clock.monotonic, counted).page,
+                traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
-            )  # fmt: skip
+            )
             await stack.enter_async_context(Control().open(startup_conflicts.of_admin(self._settings)))
             sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
             stack.push_async_callback(listener.close)
@@ -105,8 +108,9 @@ class Admin:
         if self._tls is None and not is_loopback(self._settings.admin.address):
             _log.warning(
                 "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys cross"
-                " the network unencrypted unless a TLS proxy is in front", self._settings.admin.address,
-            )  # fmt: skip
+                " the network unencrypted unless a TLS proxy is in front",
+                self._settings.admin.address,
+            )
 
     async def _check_tokens(self) -> None:
         if self._settings.admin.token_file or is_loopback(self._settings.admin.address):

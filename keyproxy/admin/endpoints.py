@@ -44,7 +44,7 @@ class ApiRequest:
     """An authorized and validated request. `database` is for data outside the directory: usage.
 
     `path`: the path parameters. `query` and `body`: instances of the endpoint's models. `if_match`: the expected version,
-    None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was `*`.
+    None for any. `must_exist`: If-Match was `*`. `must_be_new`: If-None-Match was `*`.
     """
 
     directory: Directory
@@ -55,7 +55,7 @@ class ApiRequest:
     query: Any
     body: Any
     if_match: str | None
-    must_be_there: bool = False
+    must_exist: bool = False
     must_be_new: bool = False
 
     @property
@@ -136,7 +136,7 @@ class Endpoint:
         return ADDRESSES[self.name].is_stream
 
     @property
-    def is_kept(self) -> bool:
+    def accepts_idempotency_key(self) -> bool:
         """Whether the endpoint accepts an Idempotency-Key."""
         return self.method == "POST"
 
@@ -150,7 +150,7 @@ class Endpoint:
             every |= {Problem.BODY_TOO_LARGE, Problem.MEDIA_TYPE, Problem.REQUEST_TIMEOUT, Problem.CONFLICT}
         if self.is_conditional:
             every.add(Problem.OUTDATED)
-        if self.is_kept:
+        if self.accepts_idempotency_key:
             every |= {Problem.IN_PROGRESS, Problem.KEY_REUSED}
         return frozenset(every | self.refuses)
 

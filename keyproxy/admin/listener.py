@@ -38,9 +38,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
 
 _FAILED_LOGINS: Final = (
-    Problem.TOKEN_MISSING, Problem.TOKEN_INVALID, Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED,
-    Problem.ACCOUNT_DISABLED, Problem.TOO_MANY_FAILURES,
-)  # fmt: skip
+    Problem.TOKEN_MISSING,
+    Problem.TOKEN_INVALID,
+    Problem.TOKEN_EXPIRED,
+    Problem.TOKEN_REVOKED,
+    Problem.ACCOUNT_DISABLED,
+    Problem.TOO_MANY_FAILURES,
+)
 
 
 def traffic() -> Traffic:
@@ -53,9 +57,14 @@ class AdminListener:
     """The admin API's HTTP server. The service can be replaced while requests are in flight."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
-        traffic: Traffic, bounds: Bounds = BOUNDS,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        metrics: Callable[[], Awaitable[bytes]],
+        log_line: Callable[[bytes, int], None] | None,
+        traffic: Traffic,
+        bounds: Bounds = BOUNDS,
+    ) -> None:
         self.service = service
         self._traffic = traffic
         self._metrics = metrics
@@ -111,9 +120,13 @@ class AdminListener:
 
     def _pages(self) -> dict[str, Handler]:
         return {
-            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._show_openapi,
-            "/docs": self._show_reference, "/metrics": self._scrape, "/": self._to_reference,
-        }  # fmt: skip
+            "/livez": self._live,
+            "/readyz": self._ready,
+            "/openapi.json": self._show_openapi,
+            "/docs": self._show_reference,
+            "/metrics": self._scrape,
+            "/": self._to_reference,
+        }
 
     async def _scrape(self, request: web.Request) -> web.Response:
         # The metrics cover all tenants.

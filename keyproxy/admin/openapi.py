@@ -22,19 +22,24 @@ _PARAMETER = re.compile(r"\{(\w+)\}")
 
 _ETAG: Final = {"description": "The version, for use in If-Match.", "schema": {"type": "string"}}
 _IF_MATCH: Final = {
-    "name": "If-Match", "in": "header", "description": "Requires this ETag as the current version; `*`: any.",
+    "name": "If-Match",
+    "in": "header",
+    "description": "Requires this ETag as the current version; `*`: any.",
     "schema": {"type": "string", "pattern": r'^(\*|"[!#-~]*")$'},
-}  # fmt: skip
+}
 _IF_NONE_MATCH: Final = {
-    "name": "If-None-Match", "in": "header", "description": "`*`: the object must not exist.",
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "`*`: the object must not exist.",
     "schema": {"type": "string", "pattern": r"^\*$"},
-}  # fmt: skip
+}
 _IDEMPOTENCY_KEY: Final = {
-    "name": "Idempotency-Key", "in": "header",
+    "name": "Idempotency-Key",
+    "in": "header",
     "description": "A request repeated with the same key within 24 hours is not executed again. It gets the same "
     "response, with each `secret` null.",
-    "schema": {"type": "string", "pattern": '^[!#-~]{1,255}$'},
-}  # fmt: skip
+    "schema": {"type": "string", "pattern": "^[!#-~]{1,255}$"},
+}
 
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _header_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
         for parameter, is_there in (
             (_IF_MATCH, endpoint.is_conditional),
             (_IF_NONE_MATCH, endpoint.may_be_new_only),
-            (_IDEMPOTENCY_KEY, endpoint.is_kept),
+            (_IDEMPOTENCY_KEY, endpoint.accepts_idempotency_key),
         )
         if is_there
     ]

@@ -100,7 +100,7 @@ def must_be_new(request: web.Request, endpoint: Endpoint) -> bool:
 def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
     """Parse the Idempotency-Key, quoted or not; None without one. Raises Refused."""
     fields = request.headers.getall("Idempotency-Key", [])
-    if not endpoint.is_kept or not fields:
+    if not endpoint.accepts_idempotency_key or not fields:
         return None
     key = fields[0].strip()
     if len(key) > 1 and key[0] == key[-1] == '"':

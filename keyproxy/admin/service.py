@@ -73,16 +73,20 @@ class Service:
         token = await self.authorize(request, endpoint.scope, is_global=endpoint.is_global)
         raw, body = await request_parsing.body_of(request, endpoint)
         wanted = request_parsing.if_match(request) if endpoint.is_conditional else None
-        call = _Prepared(
-            token=token, path=request_parsing.path_of(request), body=body,
+        valid = _ValidRequest(
+            token=token,
+            path=request_parsing.path_of(request),
+            body=body,
             query=request_parsing.query_of(request, endpoint.query),
-            if_match=None if wanted == "*" else wanted, must_be_there=wanted == "*",
-            must_be_new=request_parsing.must_be_new(request, endpoint), actor=Actor(f"token:{token['id']}", peer),
-        )  # fmt: skip
+            if_match=None if wanted == "*" else wanted,
+            must_exist=wanted == "*",
+            must_be_new=request_parsing.must_be_new(request, endpoint),
+            actor=Actor(f"token:{token['id']}", peer),
+        )
         try:
             if endpoint.method == "GET":
-                return await self._read(endpoint, request, call)
-            return await self._changed(endpoint, request, call, raw)
+                return await self._read(endpoint, request, valid)
+            return await self._changed(endpoint, request, valid, raw)
         except DirectoryError as error:
             problem = _DIRECTORY_PROBLEMS[type(error)]
             if problem is Problem.NOT_FOUND and wanted is not None and endpoint.method == "PUT":
@@ -103,17 +107,17 @@ class Service:
             raise Refused(Problem.TENANT_BOUND)
         return token
 
-    async def _read(self, endpoint: Endpoint, request: web.Request, prepared: _Prepared) -> web.StreamResponse:
-        result = await endpoint.handler(prepared.call(self, self.database))
+    async def _read(self, endpoint: Endpoint, request: web.Request, valid: _ValidRequest) -> web.StreamResponse:
+        result = await endpoint.handler(valid.in_transaction(self, self.database))
         if isinstance(result, ApiStream):
             return await _streamed(request, result)
         return _response(_stored(result))
 
     async def _changed(
-        self, endpoint: Endpoint, request: web.Request, prepared: _Prepared, raw: bytes
+        self, endpoint: Endpoint, request: web.Request, valid: _ValidRequest, raw: bytes
     ) -> web.StreamResponse:
         async def work(door: Door) -> StoredResponse:
-            result = await endpoint.handler(prepared.call(self, door))
+            result = await endpoint.handler(valid.in_transaction(self, door))
             if isinstance(result, ApiStream):
                 raise TypeError(f"{endpoint.name} changes something and streams")
             return _stored(result)
@@ -123,8 +127,8 @@ class Service:
             async with self.database.transaction() as transaction:
                 stored = await work(Joined(transaction))
             return _response(stored)
-        conditions = repr((request.method, request.raw_path, prepared.if_match)).encode()
-        record = IdempotencyRecord(prepared.token["id"], key, conditions + b"\n" + raw)
+        conditions = repr((request.method, request.raw_path, valid.if_match)).encode()
+        record = IdempotencyRecord(valid.token["id"], key, conditions + b"\n" + raw)
         try:
             stored, is_replay = await respond_once(self.database, record, work, without=_without_secrets)
         except InProgress as error:
@@ -138,24 +142,32 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Build the call, still without a transaction."""
+class _ValidRequest:
+    """A validated request, before its transaction is opened."""
 
     token: Entity
     path: dict[str, str]
     query: Any
     body: Any
     if_match: str | None
-    must_be_there: bool
+    must_exist: bool
     must_be_new: bool
     actor: Actor
 
-    def call(self, service: Service, door: Door) -> ApiRequest:
+    def in_transaction(self, service: Service, door: Door) -> ApiRequest:
         directory = Directory(door, service.key_format, self.actor, tenant_id=self.token["tenant"])
         return ApiRequest(
-            directory, service.database, service.config, self.token, self.path, self.query, self.body, self.if_match,
-            must_be_there=self.must_be_there, must_be_new=self.must_be_new,
-        )  # fmt: skip
+            directory,
+            service.database,
+            service.config,
+            self.token,
+            self.path,
+            self.query,
+            self.body,
+            self.if_match,
+            must_exist=self.must_exist,
+            must_be_new=self.must_be_new,
+        )
 
 
 def _stored(response: ApiResponse) -> StoredResponse:

@@ -15,7 +15,6 @@ import uvloop
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli.options import (
-    Failure,
     actor,
     admin_options,
     admin_token,
@@ -23,12 +22,9 @@ from keyproxy.cli.options import (
     json_option,
     load,
     require_schema,
-    require_stdout,
-    showing_secret,
     store,
-    tell,
 )
-from keyproxy.cli.options import say as say
+from keyproxy.cli.output import Failure, print_message, print_result, require_stdout, showing_secret
 from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.platform import clock
@@ -104,7 +100,7 @@ class Call:
             async with AdminClient(url, self.admin_token) as client:
                 result = await work(client)
             for warning in client.warnings:
-                say(f"warning: {warning}")
+                print_message(f"warning: {warning}")
             return result
 
         return uvloop.run(run())
@@ -131,9 +127,14 @@ class Call:
         return load(self.config_path).settings
 
     def wish(
-        self, name: str, scopes: Sequence[str], expires_in: timedelta | str | None, *, is_test: bool = False,
+        self,
+        name: str,
+        scopes: Sequence[str],
+        expires_in: timedelta | str | None,
+        *,
+        is_test: bool = False,
         plan: str | None = None,
-    ) -> KeyWish:  # fmt: skip
+    ) -> KeyWish:
         """The properties of a new key. `expires_in` None: the configured lifetime; `never`: no expiry."""
         self.warn_of_scopes(scopes)
         return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
@@ -154,19 +155,19 @@ class Call:
         routes = self.settings().routes
         warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
         for warning in dict.fromkeys(warnings):
-            say(f"warning: {warning}")
+            print_message(f"warning: {warning}")
 
-    def tell(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    def print_result(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """Print a result: JSON for programs, a table or a list of fields for people."""
-        tell(result, as_json=self.as_json, columns=columns)
+        print_result(result, as_json=self.as_json, columns=columns)
 
-    def tell_secret(self, key: Mapping[str, Any], then: str) -> None:
+    def print_secret(self, key: Mapping[str, Any], then: str) -> None:
         """Print a new key. `then`: the step after revoking it if its secret could not be printed."""
         lost = f"the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`, then {then}"
         with showing_secret(lost):
-            self.tell(key, KEY_COLUMNS)
+            self.print_result(key, KEY_COLUMNS)
         if not self.as_json:
-            say("this is the only time the secret is shown")
+            print_message("this is the only time the secret is shown")
 
 
 def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,9 +175,13 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def called(
-        *arguments: Any, config_path: Path | None, as_json: bool, admin_url: str | None, token_path: Path | None,
+        *arguments: Any,
+        config_path: Path | None,
+        as_json: bool,
+        admin_url: str | None,
+        token_path: Path | None,
         **options: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         token = "" if admin_url is None else admin_token(token_path)
         return command(Call(config_path, as_json, admin_url, token), *arguments, **options)
 
@@ -219,22 +224,3 @@ def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--none", "none", is_flag=True, help="Remove the plan.")(command)
     command = click.option("--plan", "named", metavar="PLAN", help="Same as the argument PLAN.")(command)
     return click.argument("plan", metavar="[PLAN]", required=False)(command)
-
-
-class Progress:
-    """Progress of a long operation, on one line of stderr that is overwritten. Silent if stderr is not a terminal."""
-
-    def __init__(self, what: str, total: int | None = None) -> None:
-        self._what = what
-        self._total = f" of {total}" if total is not None else ""
-        self._is_shown = sys.stderr.isatty()
-
-    def at(self, count: int) -> None:
-        """Report progress."""
-        if self._is_shown:
-            click.echo(f"\r{count}{self._total} {self._what}", err=True, nl=False)
-
-    def end(self) -> None:
-        """End the line: the operation is done or interrupted."""
-        if self._is_shown:
-            click.echo(err=True)

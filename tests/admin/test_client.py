@@ -17,6 +17,7 @@ from keyproxy.admin.endpoint_table import ADDRESSES
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.cli import remote
+from keyproxy.cli.output import AdminApiUnavailable
 from keyproxy.cli.remote.admin_client import AdminClient, Denied
 from keyproxy.cli.remote.remote_directory import RemoteDirectory
 from keyproxy.cli.remote.remote_usage import RemoteUsage
@@ -37,7 +38,6 @@ from keyproxy.store.directory.directory import (
 from keyproxy.store.directory.import_keys import read_key
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, DirectoryOperations
 from keyproxy.store.ledger.explain import Question
-from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.usage_queries import UsageFilter
 from keyproxy.store.usage.usage_service import UsageOperations, UsageService
@@ -309,5 +309,5 @@ async def test_missing_permission_is_denied_and_an_absent_server_is_unavailable(
             await directory.tenants.create("acme", "")
     async with AdminClient("http://127.0.0.1:1", "x") as client:
         directory = RemoteDirectory(client)
-        with pytest.raises(StoreUnavailable, match="the admin API does not respond"):
+        with pytest.raises(AdminApiUnavailable, match="the admin API does not respond"):
             await directory.tenants.list_by_id("", 10)

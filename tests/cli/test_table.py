@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.cli import table
-from keyproxy.cli.options import tell
+from keyproxy.cli.output import print_result
 
 COLUMNS = ("id", "name", "plan", "expires_at")
 ROWS = [
@@ -44,8 +44,8 @@ def test_an_empty_table_is_its_heading(width: int | None) -> None:
 
 def test_what_a_terminal_would_obey_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"id": "key_1", "name": "a\r\nb\x1b[2J\u202e\u00fc", "scopes": ["x\ty"]}
-    tell([row], as_json=False, columns=("id", "name", "scopes"))
-    tell(row, as_json=False, columns=())
+    print_result([row], as_json=False, columns=("id", "name", "scopes"))
+    print_result(row, as_json=False, columns=())
     out = capsys.readouterr().out
     assert out.count("\n") == 2 + 3
     assert out.count("a\\r\\nb\\x1b[2J\\u202e\u00fc") == 2

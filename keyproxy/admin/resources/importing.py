@@ -78,11 +78,15 @@ async def _import(request: ApiRequest) -> ApiResponse:
             problems.append((str(index), masked(str(error))))
     report = await request.directory.key_importer.run(keys, dry_run=body.dry_run)
     found = sorted((int(place), problem) for place, problem in problems + report.problems)
-    return ApiResponse({
-        "imported": report.imported, "present": report.present, "users": report.users,
-        "problems": [{"index": index, "problem": problem} for index, problem in found],
-        "warnings": request.config.warnings(*(key.scopes for key in keys if not key.is_revoked)),
-    })  # fmt: skip
+    return ApiResponse(
+        {
+            "imported": report.imported,
+            "present": report.present,
+            "users": report.users,
+            "problems": [{"index": index, "problem": problem} for index, problem in found],
+            "warnings": request.config.warnings(*(key.scopes for key in keys if not key.is_revoked)),
+        }
+    )
 
 
 ENDPOINTS: Final = (

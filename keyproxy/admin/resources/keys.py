@@ -43,9 +43,14 @@ _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 async def _keys(request: ApiRequest) -> ApiResponse:
     query: KeysQuery = request.query
     wanted = KeyFilter(
-        query.user, query.tenant, query.is_test, query.state, _span(query.older_than_seconds),
-        _span(query.unused_seconds), _span(query.expires_within_seconds),
-    )  # fmt: skip
+        query.user,
+        query.tenant,
+        query.is_test,
+        query.state,
+        _span(query.older_than_seconds),
+        _span(query.unused_seconds),
+        _span(query.expires_within_seconds),
+    )
     if query.sort == "id":
         return await page(query, lambda after, limit: request.directory.keys.list_by_id(after, limit, wanted))
     found = await request.directory.keys.list_by_time(query.sort, position(query), query.limit, wanted)
@@ -90,9 +95,11 @@ async def _change(request: ApiRequest) -> ApiResponse:
 async def _rotate(request: ApiRequest) -> ApiResponse:
     body: KeyRotate = request.body
     key = await request.directory.keys.rotate(
-        request.path["id"], grace=timedelta(seconds=body.grace_seconds), expires_in=request.config.lifetime(body.given()),
+        request.path["id"],
+        grace=timedelta(seconds=body.grace_seconds),
+        expires_in=request.config.lifetime(body.given()),
         if_match=request.if_match,
-    )  # fmt: skip
+    )
     made = {name: value for name, value in key.items() if name != "old_expires_at"}
     return ApiResponse(key, 201, location=f"/v1/keys/{key['id']}", is_version_of=made)
 
@@ -108,9 +115,7 @@ async def _delete(request: ApiRequest) -> ApiResponse:
 
 async def _revoke_many(request: ApiRequest) -> ApiResponse:
     body: KeysRevoke = request.body
-    wanted = Revocation(
-        body.user, body.tenant, _span(body.older_than_seconds), _span(body.unused_seconds)
-    )  # fmt: skip
+    wanted = Revocation(body.user, body.tenant, _span(body.older_than_seconds), _span(body.unused_seconds))
     revoked: list[str] = []
     if not body.dry_run:
         async with contextlib.aclosing(

@@ -41,7 +41,7 @@ async def _plan(request: ApiRequest) -> ApiResponse:
 async def _set_plan(request: ApiRequest) -> ApiResponse:
     body: PlanSet = request.body
     name = request.path["id"]
-    if request.must_be_there:
+    if request.must_exist:
         await request.directory.plans.get(name)
     if request.must_be_new:
         try:
@@ -60,7 +60,7 @@ async def _set_plan(request: ApiRequest) -> ApiResponse:
 async def _change_plan(request: ApiRequest) -> ApiResponse:
     body: PlanChange = request.body
     name = request.path["id"]
-    if request.must_be_there:
+    if request.must_exist:
         await request.directory.plans.get(name)
     plan = await request.directory.plans.change(name, body.limits.given(), if_match=request.if_match)
     return ApiResponse(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
@@ -97,9 +97,7 @@ async def _export(request: ApiRequest) -> ApiStream:
 
 
 def _wanted(query: AuditQuery) -> AuditFilter:
-    return AuditFilter(
-        query.entity, query.entity_id, query.tenant, query.actor, query.action, query.since, query.until
-    )  # fmt: skip
+    return AuditFilter(query.entity, query.entity_id, query.tenant, query.actor, query.action, query.since, query.until)
 
 
 async def _token(request: ApiRequest) -> ApiResponse:

@@ -50,8 +50,10 @@ class EventsQuery(UsageQuery):
     """Selects requests by owner and time."""
 
     after: Annotated[
-        str, StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"), Field(description="Only later events.")
-    ] = ""  # fmt: skip
+        str,
+        StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"),
+        Field(description="Only later events."),
+    ] = ""
 
 
 class WindowsQuery(RequestModel):

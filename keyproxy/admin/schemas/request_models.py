@@ -77,7 +77,7 @@ class KeysQuery(Paged):
     ] = None
     sort: Annotated[
         Literal["id", "created", "used", "expires"], Field(description="Sort by id, or by a time, oldest first.")
-    ] = "id"  # fmt: skip
+    ] = "id"
 
 
 class AuditQuery(RequestModel):
@@ -134,7 +134,7 @@ class FirstKey(RequestModel):
     scopes: Annotated[list[KeyScope], Field(max_length=64)] = []
     expires_in_seconds: Annotated[
         Life | None, Field(description="null: never expires. Default: `keys.age_days_max`.")
-    ] = None  # fmt: skip
+    ] = None
     plan: PlanId | None = None
 
 
@@ -172,7 +172,7 @@ class KeysIssue(RequestModel):
     keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
     reissue_unseen: Annotated[
         bool, Field(description="Revoke and reissue keys that were never used, because their secrets were lost.")
-    ] = False  # fmt: skip
+    ] = False
 
 
 class KeyChange(RequestModel):
@@ -190,12 +190,12 @@ class KeyRotate(RequestModel):
 
     without_default: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
-    grace_seconds: Annotated[
-        int, Field(ge=0, le=3_153_600_000, description="How long the old key keeps working.")
-    ] = 86_400  # fmt: skip
+    grace_seconds: Annotated[int, Field(ge=0, le=3_153_600_000, description="How long the old key keeps working.")] = (
+        86_400
+    )
     expires_in_seconds: Annotated[
         Life | None, Field(description="The new key's lifetime. Default: `keys.age_days_max`. null: never expires.")
-    ] = None  # fmt: skip
+    ] = None
 
 
 class KeyRevoke(RequestModel):
@@ -225,7 +225,7 @@ class LeakReport(RequestModel):
     key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
     digest: Annotated[
         str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="The key's SHA-256, hexadecimal.")
-    ] = ""  # fmt: skip
+    ] = ""
     reason: Reason = "leaked"
 
     @model_validator(mode="after")
@@ -253,7 +253,7 @@ class Limits(RequestModel):
 
     rate: Annotated[
         float | None, Field(ge=1 / 86_400, le=1_000_000, allow_inf_nan=False, description="Requests per second.")
-    ] = None  # fmt: skip
+    ] = None
     burst: Annotated[int | None, Field(ge=1, le=LIMIT_MAX, description="Burst size in requests; requires a rate.")] = (
         None
     )

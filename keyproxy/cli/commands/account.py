@@ -23,7 +23,9 @@ class AccountKind:
 
     def change(self, call: Call, account_id: str, changes: dict[str, object]) -> None:
         """Change an account and print it."""
-        call.tell(call.run(lambda directory: self.operations(directory).change(account_id, changes)), self.columns)
+        call.print_result(
+            call.run(lambda directory: self.operations(directory).change(account_id, changes)), self.columns
+        )
 
 
 _id_argument = click.argument("account_id", metavar="ID")
@@ -40,7 +42,7 @@ def _add_show(group: click.Group, kind: AccountKind) -> None:
     @_id_argument
     @takes_call
     def show(call: Call, account_id: str) -> None:
-        call.tell(call.run(lambda directory: kind.operations(directory).get(account_id)), kind.columns)
+        call.print_result(call.run(lambda directory: kind.operations(directory).get(account_id)), kind.columns)
 
 
 def _add_set_plan(group: click.Group, kind: AccountKind) -> None:
@@ -89,4 +91,4 @@ def _add_delete(group: click.Group, kind: AccountKind) -> None:
     @takes_call
     def delete(call: Call, account_id: str, *, yes: bool) -> None:
         confirm(f"Delete {kind.noun} {account_id} with all its {kind.contents}?", yes=yes)
-        call.tell(call.run(lambda directory: kind.operations(directory).delete(account_id)), kind.columns)
+        call.print_result(call.run(lambda directory: kind.operations(directory).delete(account_id)), kind.columns)

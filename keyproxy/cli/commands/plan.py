@@ -8,7 +8,8 @@ from typing import Any, Final, cast
 
 import click
 
-from keyproxy.cli.context import PAGE, Call, all_pages, confirm, say, takes_call, yes_option
+from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes_option
+from keyproxy.cli.output import print_message
 from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError, rate_per_second
 from keyproxy.store.directory.directory import Entity
 
@@ -85,14 +86,14 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
     else:
         plan = call.run(lambda directory: directory.plans.change(name, changes))
     if call.as_json:
-        call.tell(plan, ())
+        call.print_result(plan, ())
         return
     changed = plan.pop("changed")
     for limit, change in changed.items():
         plan[limit] = f"{_shown(change['old'])} -> {_shown(change['new'])}"
     _tell(call, plan)
     if not changed and not plan["created"]:
-        say(f"plan {name!r} already has these limits: nothing was changed")
+        print_message(f"plan {name!r} already has these limits: nothing was changed")
 
 
 @plan_group.command("list")
@@ -100,7 +101,7 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
 def plan_list(call: Call) -> None:
     """List all plans."""
     plans = call.run(lambda directory: all_pages(lambda after: directory.plans.list_by_id(after, PAGE)))
-    call.tell(plans if call.as_json else [{**plan, **plan["limits"]} for plan in plans], _COLUMNS)
+    call.print_result(plans if call.as_json else [{**plan, **plan["limits"]} for plan in plans], _COLUMNS)
 
 
 @plan_group.command("show")
@@ -118,7 +119,7 @@ def plan_show(call: Call, name: str) -> None:
 def plan_delete(call: Call, name: str, *, yes: bool) -> None:
     """Delete a plan that no tenant, user or key uses."""
     confirm(f"Delete plan {name}?", yes=yes)
-    call.tell(call.run(lambda directory: directory.plans.delete(name)), _COLUMNS)
+    call.print_result(call.run(lambda directory: directory.plans.delete(name)), _COLUMNS)
 
 
 def _shown(limit: float | None) -> str:
@@ -126,4 +127,4 @@ def _shown(limit: float | None) -> str:
 
 
 def _tell(call: Call, plan: Entity) -> None:
-    call.tell(plan if call.as_json else {"id": plan["id"], **plan["limits"], **plan}, _COLUMNS)
+    call.print_result(plan if call.as_json else {"id": plan["id"], **plan["limits"], **plan}, _COLUMNS)

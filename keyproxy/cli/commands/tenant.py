@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from keyproxy.cli.commands.account import AccountKind, add_account_commands
-from keyproxy.cli.context import PAGE, TENANT_COLUMNS, Call, all_pages, say, takes_call
+from keyproxy.cli.context import PAGE, TENANT_COLUMNS, Call, all_pages, takes_call
+from keyproxy.cli.output import print_message
 
 _id_argument = click.argument("tenant_id", metavar="ID")
 
@@ -27,9 +28,9 @@ def tenant_create(call: Call, tenant_id: str, name: str, plan: str | None) -> No
     keyproxy tenant create acme --name "Acme Ltd"
     """
     tenant = call.run(lambda directory: directory.tenants.create(tenant_id, name, plan))
-    call.tell(tenant, TENANT_COLUMNS)
+    call.print_result(tenant, TENANT_COLUMNS)
     if not call.as_json and not tenant["created"]:
-        say(f"tenant {tenant_id!r} already exists and was not changed")
+        print_message(f"tenant {tenant_id!r} already exists and was not changed")
 
 
 @tenant_group.command("list")
@@ -37,7 +38,7 @@ def tenant_create(call: Call, tenant_id: str, name: str, plan: str | None) -> No
 def tenant_list(call: Call) -> None:
     """List all tenants."""
     rows = call.run(lambda directory: all_pages(lambda after: directory.tenants.list_by_id(after, PAGE)))
-    call.tell(rows, TENANT_COLUMNS)
+    call.print_result(rows, TENANT_COLUMNS)
 
 
 add_account_commands(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from keyproxy.cli.commands.account import AccountKind, add_account_commands
-from keyproxy.cli.context import PAGE, USER_COLUMNS, Call, all_pages, say, takes_call
-from keyproxy.cli.options import scopes, showing_secret
+from keyproxy.cli.context import PAGE, USER_COLUMNS, Call, all_pages, takes_call
+from keyproxy.cli.output import print_message, showing_secret
+from keyproxy.cli.parameters import scopes
 
 _id_argument = click.argument("user_id", metavar="ID")
 
@@ -38,22 +39,22 @@ def user_create(
     user = run(lambda directory: directory.users.create(user_id, tenant_id, wish, plan=plan))
     key = user["key"]
     if key is None:
-        call.tell(user, USER_COLUMNS)
+        call.print_result(user, USER_COLUMNS)
     else:
         again = f"`keyproxy key issue --user {user_id}`"
         lost = (
             f"user {user_id} was created, and the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`"
         )
         with showing_secret(f"{lost}, then {again}"):
-            call.tell(user, USER_COLUMNS)
+            call.print_result(user, USER_COLUMNS)
     if call.as_json:
         return
     if not user["created"]:
-        say(f"user {user_id!r} already exists and was not changed; it got no key: use `keyproxy key issue`")
+        print_message(f"user {user_id!r} already exists and was not changed; it got no key: use `keyproxy key issue`")
     if key is not None:
         with showing_secret(f"{lost}, then {again}"):
             click.echo()
-        call.tell_secret(key, again)
+        call.print_secret(key, again)
 
 
 @user_group.command("list")
@@ -62,7 +63,7 @@ def user_create(
 def user_list(call: Call, tenant_id: str | None) -> None:
     """List users."""
     rows = call.run(lambda directory: all_pages(lambda after: directory.users.list_by_id(after, PAGE, tenant_id)))
-    call.tell(rows, USER_COLUMNS)
+    call.print_result(rows, USER_COLUMNS)
 
 
 add_account_commands(

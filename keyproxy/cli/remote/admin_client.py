@@ -17,6 +17,7 @@ import aiohttp
 import orjson
 
 from keyproxy.admin.endpoint_table import ADDRESSES, PAGE_MAX
+from keyproxy.cli.output import AdminApiUnavailable
 from keyproxy.store.directory.directory import (
     Conflict,
     DirectoryError,
@@ -26,7 +27,6 @@ from keyproxy.store.directory.directory import (
     NotFound,
     Outdated,
 )
-from keyproxy.store.postgres.database import StoreUnavailable
 
 _SECONDS: Final = 60.0
 _EXPORT_SECONDS: Final = 3600.0
@@ -71,7 +71,7 @@ class AdminClient:
         self.warnings[warning] = None
 
     async def call(self, endpoint: str, entity_id: str = "", /, **fields: Any) -> Entity:
-        """Call an endpoint of ADDRESSES and return the response's JSON. Raises DirectoryError or StoreUnavailable.
+        """Call an endpoint of ADDRESSES and return the response's JSON. Raises DirectoryError or AdminApiUnavailable.
 
         `entity_id`: for a path with `{id}`. `fields`: of the body; or of the query, where None means no such field.
         """
@@ -153,9 +153,9 @@ def _translated_errors() -> Iterator[None]:
     try:
         yield
     except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-        raise StoreUnavailable(f"the admin API does not respond: {error or type(error).__name__}") from error
+        raise AdminApiUnavailable(f"the admin API does not respond: {error or type(error).__name__}") from error
     except ValueError as error:
-        raise StoreUnavailable("the response is not JSON: check that --admin-url is a keyproxy admin API") from error
+        raise AdminApiUnavailable("the response is not JSON: check that --admin-url is a keyproxy admin API") from error
 
 
 def _error(status: int, body: bytes) -> Exception:
@@ -166,12 +166,12 @@ def _error(status: int, body: bytes) -> Exception:
         if problem.get("errors"):
             detail = "; ".join(f"{one['field']}: {one['detail']}" for one in problem["errors"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return StoreUnavailable(
+        return AdminApiUnavailable(
             f"the response has status {status} and no error code: check that --admin-url is a keyproxy admin API"
         )
     sentence = f"{detail[:1].lower()}{detail[1:]}".removesuffix(".")
     if status >= 500:
-        return StoreUnavailable(sentence)
+        return AdminApiUnavailable(sentence)
     return _ERRORS.get(code, Denied)(
         sentence if code in _ERRORS else f"the admin API refused the request: {sentence} ({code})"
     )

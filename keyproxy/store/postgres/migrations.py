@@ -164,4 +164,4 @@ async def connect(dsn: str, *, writes: bool = False) -> Connection:
     except StoreUnavailable:
         raise
     except (NotPrimaryError, *NO_ANSWER) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {target.where}: {first_line(error)}") from error
+        raise StoreUnavailable(f"cannot connect to {target.where}: {first_line(error)}") from error
