@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import io
 import json
-import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import asyncpg
 import pytest
 
 from keyproxy.admin.authentication import Access
@@ -31,9 +28,9 @@ from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.directory.reminders import Reminders
-from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
-from tests.server import Server
+from tests.shared_database import common_dsn as common_dsn
+from tests.shared_database import dsn as dsn
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -41,8 +38,8 @@ Json = dict[str, Any]
 
 
 @dataclass
-class LeaseGrant:
-    """An answer."""
+class Reply:
+    """A response."""
 
     status: int
     headers: Mapping[str, str]
@@ -83,7 +80,7 @@ class Api:
     async def call(
         self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
         headers: Mapping[str, str] | None = None, data: bytes | None = None,
-    ) -> LeaseGrant:  # fmt: skip
+    ) -> Reply:  # fmt: skip
         """Send one request. `content`: the body, sent as JSON; `data`: the raw body."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
@@ -94,7 +91,7 @@ class Api:
         async with self.session.request(
             method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
         ) as response:  # fmt: skip
-            return LeaseGrant(response.status, response.headers.copy(), await response.read())
+            return Reply(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
         """Send a request that must succeed; returns its JSON."""
@@ -112,46 +109,6 @@ class Api:
         query = "&".join(f"{name}={value}" for name, value in wanted.items())
         rows: list[Json] = (await self.done("GET", f"/v1/audit?{query}"))["items"]
         return rows
-
-
-#: Delete every row of every table, as a replica, because the audit log refuses deletions otherwise. Faster than a clone.
-_EMPTY = """
-SET session_replication_role = replica;
-DO $$
-DECLARE
-    home regclass;
-BEGIN
-    FOR home IN SELECT oid::regclass FROM pg_class
-                WHERE relnamespace = 'keyproxy'::regnamespace AND relkind = 'r' AND relname <> 'migrations' LOOP
-        EXECUTE format('DELETE FROM %s', home);
-    END LOOP;
-END
-$$;
-"""
-
-
-@pytest.fixture(scope="session")
-def common_dsn(postgres: Server) -> Iterator[str]:
-    """A migrated database that the tests of the admin API share."""
-
-    name = f"kp_test_admin_{secrets.token_hex(4)}"
-
-    async def made() -> None:
-        await scratch_databases.create(postgres.dsn("postgres"), name)
-        await migrations.migrate(postgres.dsn(name))
-
-    asyncio.run(made())
-    yield postgres.dsn(name)
-    asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
-
-
-@pytest.fixture
-async def dsn(common_dsn: str) -> str:
-    """A migrated, empty database."""
-    connection = await asyncpg.connect(common_dsn)
-    await connection.execute(_EMPTY)
-    await connection.close()
-    return common_dsn
 
 
 @contextlib.asynccontextmanager
