@@ -27,7 +27,7 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
 
@@ -51,7 +51,7 @@ class Admin:
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )
         self._throttle = Throttle()
-        self._reminding = ReminderSender(Reminders(self._database))
+        self._reminding = ReminderSender(ReminderQueue(self._database))
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:

@@ -21,7 +21,7 @@ import orjson
 from keyproxy.config import schema
 from keyproxy.http import webhook_signature
 from keyproxy.platform import clock
-from keyproxy.store.directory.reminders import Reminder, Reminders, subject
+from keyproxy.store.directory.reminders import Reminder, ReminderQueue, subject
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.times import time_text
 
@@ -62,7 +62,7 @@ class _Failed:
 class ReminderSender:
     """Sends due reminders. `total` counts the results since the process started."""
 
-    reminders: Reminders
+    reminders: ReminderQueue
     lease: timedelta = _LEASE
     attempt_seconds: float = _ATTEMPT_SECONDS
     total: Outcome = field(default_factory=Outcome)

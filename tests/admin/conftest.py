@@ -27,7 +27,7 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from tests.shared_database import common_dsn as common_dsn
 from tests.shared_database import dsn as dsn
@@ -122,7 +122,7 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = ReminderSender(Reminders(database))
+    reminding = ReminderSender(ReminderQueue(database))
     counted = traffic()
     listener = AdminListener(
         service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,

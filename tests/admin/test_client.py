@@ -97,8 +97,8 @@ async def test_the_lifecycle_of_a_key(operations: DirectoryOperations, api: Api)
     assert (new["replaces"], new["scopes"]) == (first["id"], ["jobs:write"])
     assert new["old_expires_at"] is not None
     assert (await operations.keys.revoke(key["id"], "lost"))["revoke_reason"] == "lost"
-    told = await operations.leaked_keys.report_key(SecretKey(new["secret"].encode()), "found")
-    assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_1", "revoked")
+    result = await operations.leaked_keys.report_key(SecretKey(new["secret"].encode()), "found")
+    assert (result["known"], result["user"], result["key"]["state"]) == (True, "u_1", "revoked")
     digest = hashlib.sha256(first["secret"].encode()).digest()
     assert (await operations.leaked_keys.report_digest(digest, "found"))["revoked_now"] is True
     assert (await operations.keys.delete(new["id"])) == {"id": new["id"], "deleted": True}
@@ -262,9 +262,9 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
         (limit,) = await usage.windows("u_1", is_test=False)
         assert (limit["policy"], limit["remaining"]) == ("user.requests_per_day", 5)
         assert await usage.windows("u_1", is_test=True) != []
-        told = await usage.explained(key, Question("POST", "/v1/ai/jobs", 7))
-        assert (told["allowed"], told["user"], told["code"]) == (True, "u_1", None)
-        assert set(told) == set(await desk.explained(key, Question("POST", "/v1/ai/jobs", 7)))
+        result = await usage.explained(key, Question("POST", "/v1/ai/jobs", 7))
+        assert (result["allowed"], result["user"], result["code"]) == (True, "u_1", None)
+        assert set(result) == set(await desk.explained(key, Question("POST", "/v1/ai/jobs", 7)))
         await api.directory.keys.revoke(key, "")
         assert (await usage.explained(key, Question("POST", "/", None)))["code"] == "api_key_revoked"
         with pytest.raises(NotFound, match="there is no key 'key_x'"):

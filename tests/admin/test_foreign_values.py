@@ -17,7 +17,7 @@ from keyproxy.model import Identity, KeyDigest, Missing
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.directory import KeyFilter, Revocation
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.explain import Question
@@ -248,7 +248,7 @@ async def _every_reader_goes_on(api: Api) -> None:
         assert reply.status == 200, (path, reply.body)
     await api.tokens.tokens("", 100)
     assert (await api.call("GET", "/metrics")).status == 200
-    reminders = Reminders(api.database)
+    reminders = ReminderQueue(api.database)
     await reminders.write((1, 3, 14))
     await reminders.waiting(100)
     await reminders.due((1, 3, 14), 100)

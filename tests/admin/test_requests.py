@@ -13,7 +13,7 @@ from tests.admin.conftest import Api
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "said"),
+    ("content", "field", "sentence"),
     [
         ({"user": "u_1", "scope": ["a"]}, "body.scope", "did you mean scopes?"),
         ({}, "body.user", "field required"),
@@ -28,12 +28,12 @@ from tests.admin.conftest import Api
         ([], "body", "valid dictionary"),
     ],
 )
-async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, said: str) -> None:
+async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, sentence: str) -> None:
     await api.user()
     reply = await api.call("POST", "/v1/keys", content)
     assert (reply.status, reply.code) == (422, "invalid")
     assert [error["field"] for error in reply.json["errors"]] == [field]
-    assert said in reply.json["errors"][0]["detail"]
+    assert sentence in reply.json["errors"][0]["detail"]
 
 
 async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:

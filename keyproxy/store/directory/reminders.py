@@ -44,7 +44,7 @@ class Reminder:
     attempts: int
 
 
-class Reminders:
+class ReminderQueue:
     """The queue of reminders. All methods raise StoreUnavailable."""
 
     def __init__(self, database: Door) -> None:

@@ -166,11 +166,11 @@ async def test_change_based_on_an_older_version_is_refused_and_changes_nothing(d
 
 async def test_of_two_concurrent_changes_of_one_version_one_succeeds(directory: Directory) -> None:
     version = etag(await directory.tenants.get("acme"))
-    told = await asyncio.gather(
+    result = await asyncio.gather(
         *(directory.tenants.change("acme", {"name": f"n_{number}"}, if_match=version) for number in range(8)),
         return_exceptions=True,
     )
-    assert sum(isinstance(one, Outdated) for one in told) == 7
+    assert sum(isinstance(one, Outdated) for one in result) == 7
 
 
 async def test_use_does_not_change_the_version_of_a_key(directory: Directory, sql: Sql) -> None:

@@ -65,30 +65,30 @@ async def test_user_can_be_created_without_a_key(directory: Directory, sql: Sql)
 
 
 async def test_of_fifty_concurrent_creations_of_a_user_one_gets_a_key(directory: Directory, sql: Sql) -> None:
-    told = await asyncio.gather(*(directory.users.create("u_42", "acme", KeyWish()) for _ in range(50)))
-    assert sum(one["created"] for one in told) == 1
-    assert sum(one["key"] is not None for one in told) == 1
-    assert {one["id"] for one in told} == {"u_42"}
+    result = await asyncio.gather(*(directory.users.create("u_42", "acme", KeyWish()) for _ in range(50)))
+    assert sum(one["created"] for one in result) == 1
+    assert sum(one["key"] is not None for one in result) == 1
+    assert {one["id"] for one in result} == {"u_42"}
     assert (await count(sql, "users"), await count(sql, "api_keys")) == (1, 1)
-    (secret,) = (one["key"]["secret"] for one in told if one["key"] is not None)
+    (secret,) = (one["key"]["secret"] for one in result if one["key"] is not None)
     assert await sql.fetchval("SELECT digest FROM keyproxy.api_keys") == hashlib.sha256(secret.encode()).digest()
 
 
 async def test_concurrent_creations_of_a_tenant_all_return_it(directory: Directory, sql: Sql) -> None:
-    told = await asyncio.gather(*(directory.tenants.create("new", str(number)) for number in range(30)))
-    assert sum(one["created"] for one in told) == 1
-    assert len({one["name"] for one in told}) == 1
+    result = await asyncio.gather(*(directory.tenants.create("new", str(number)) for number in range(30)))
+    assert sum(one["created"] for one in result) == 1
+    assert len({one["name"] for one in result}) == 1
 
 
 async def test_concurrent_creations_of_a_user_under_two_tenants_conflict_for_one_tenant(
     directory: Directory, sql: Sql
 ) -> None:
     await directory.tenants.create("other", "")
-    told = await asyncio.gather(
+    result = await asyncio.gather(
         *(directory.users.create("u_42", ("acme", "other")[number % 2], KeyWish()) for number in range(20)),
         return_exceptions=True,
     )
-    assert sum(isinstance(one, DirectoryError) for one in told) == 10
+    assert sum(isinstance(one, DirectoryError) for one in result) == 10
     assert await count(sql, "api_keys") == 1
 
 

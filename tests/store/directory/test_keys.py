@@ -106,11 +106,11 @@ async def test_key_that_does_not_work_cannot_be_rotated(directory: Directory, sq
 
 async def test_of_concurrent_rotations_of_a_key_one_succeeds(directory: Directory, sql: Sql) -> None:
     old = await directory.keys.issue("u_42", KeyWish())
-    told = await asyncio.gather(
+    result = await asyncio.gather(
         *(directory.keys.rotate(old["id"], grace=DAY, expires_in=None) for _ in range(12)), return_exceptions=True
     )
-    (new,) = (one for one in told if isinstance(one, dict))
-    refused = [str(one) for one in told if isinstance(one, Conflict)]
+    (new,) = (one for one in result if isinstance(one, dict))
+    refused = [str(one) for one in result if isinstance(one, Conflict)]
     assert refused == [f"key {old['id']!r} was rotated already: {new['id']!r} replaces it"] * 11
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 2
 
@@ -151,10 +151,10 @@ async def test_rotating_keys_and_deleting_their_user_concurrently_does_not_deadl
         await directory.users.create(f"u_{number}", "acme", None)
         keys = [await directory.keys.issue(f"u_{number}", KeyWish()) for _ in range(4)]
         rotating = [directory.keys.rotate(key["id"], grace=DAY, expires_in=None) for key in keys]
-        told = await asyncio.gather(*rotating, directory.users.delete(f"u_{number}"), return_exceptions=True)
+        result = await asyncio.gather(*rotating, directory.users.delete(f"u_{number}"), return_exceptions=True)
         # A deadlock would be raised as StoreUnavailable.
-        assert [one for one in told if isinstance(one, Exception) and not isinstance(one, NotFound)] == []
-        assert told[-1] == {"id": f"u_{number}", "deleted": True}
+        assert [one for one in result if isinstance(one, Exception) and not isinstance(one, NotFound)] == []
+        assert result[-1] == {"id": f"u_{number}", "deleted": True}
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 0
 
 
@@ -178,10 +178,10 @@ async def test_invalid_lifetime_is_refused(directory: Directory, life: timedelta
 async def test_leaked_key_is_revoked_by_its_digest_and_its_owner_is_returned(directory: Directory) -> None:
     key = await directory.keys.issue("u_42", KeyWish())
     digest = hashlib.sha256(key["secret"].encode()).digest()
-    told = await directory.leaked_keys.report_digest(digest, "on a public page")
-    assert (told["known"], told["revoked_now"]) == (True, True)
-    assert (told["key"]["id"], told["key"]["user"], told["key"]["tenant"]) == (key["id"], "u_42", "acme")
-    assert (told["key"]["state"], told["key"]["revoke_reason"]) == ("revoked", "on a public page")
+    result = await directory.leaked_keys.report_digest(digest, "on a public page")
+    assert (result["known"], result["revoked_now"]) == (True, True)
+    assert (result["key"]["id"], result["key"]["user"], result["key"]["tenant"]) == (key["id"], "u_42", "acme")
+    assert (result["key"]["state"], result["key"]["revoke_reason"]) == ("revoked", "on a public page")
     again = await directory.leaked_keys.report_digest(digest, "again")
     assert (again["known"], again["revoked_now"], again["key"]["revoke_reason"]) == (True, False, "on a public page")
     nobodys = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
@@ -324,10 +324,10 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
     await directory.users.create("u_42", "acme", None)
     await directory.users.create("u_7", "acme", None)
     await directory.plans.set("basic", {})
-    told = await directory.key_batches.issue([
+    result = await directory.key_batches.issue([
         ("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True)),
     ])  # fmt: skip
-    for one, (user, is_test) in zip(told, (("u_42", False), ("u_7", True)), strict=True):
+    for one, (user, is_test) in zip(result, (("u_42", False), ("u_7", True)), strict=True):
         shown = await directory.keys.get(one["id"])
         assert one["created"]
         assert {name: one[name] for name in ("user", "name", "scopes", "is_test", "plan", "hint", "expires_at")} == {
@@ -337,7 +337,7 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
         stored = await rig.sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", one["id"])
         assert stored == hashlib.sha256(one["secret"].encode()).digest()
     await rig.feed.look()
-    who = await rig.resolve(_Presented(told[0]["secret"]))  # type: ignore[arg-type]
+    who = await rig.resolve(_Presented(result[0]["secret"]))  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert (who.user_id, who.scopes) == ("u_42", frozenset({"jobs:write", "b"}))
 
@@ -396,8 +396,8 @@ async def test_keys_whose_secrets_were_lost_are_reissued_if_they_were_never_used
 
 async def test_concurrent_bulk_issuing_issues_each_key_once(directory: Directory, sql: Sql) -> None:
     wishes = [("u_42", KeyWish(str(number))) for number in range(50)]
-    told = await asyncio.gather(*(directory.key_batches.issue(wishes) for _ in range(4)))
-    assert sum(one["created"] for part in told for one in part) == 50
+    result = await asyncio.gather(*(directory.key_batches.issue(wishes) for _ in range(4)))
+    assert sum(one["created"] for part in result for one in part) == 50
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 50
 
 
@@ -415,6 +415,6 @@ async def test_keys_are_issued_in_bulk_at_500_a_second_or_better(directory: Dire
     wishes = [("u_42", KeyWish(str(number), ("jobs:write",), expires_in=90 * DAY)) for number in range(2000)]
     started = time.monotonic()
     for start in range(0, len(wishes), 500):
-        told = await directory.key_batches.issue(wishes[start : start + 500])
-        assert all(one["created"] for one in told)
+        result = await directory.key_batches.issue(wishes[start : start + 500])
+        assert all(one["created"] for one in result)
     assert len(wishes) / (time.monotonic() - started) >= 500

@@ -12,7 +12,7 @@ from keyproxy.cli.context import Call
 from keyproxy.cli.options import config_option, json_option
 from keyproxy.cli.output import Failure
 from keyproxy.config.loader import ConfigError
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
 _SHOWN_MAX: Final = 10_000
@@ -58,12 +58,12 @@ def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> Non
     # These imports take longer than a command runs.
     from keyproxy.admin.reminder_sender import ReminderSender
 
-    outcome = call.run_in_store(lambda database: ReminderSender(Reminders(database)).turn(terms))
+    outcome = call.run_in_store(lambda database: ReminderSender(ReminderQueue(database)).turn(terms))
     call.print_result(asdict(outcome), ())
     if outcome.failed or outcome.given_up:
         raise Failure("some reminders were not delivered: run `keyproxy key remind --dry-run` for the errors")
 
 
 async def _listed(database: Database, before_days: list[int]) -> list[dict[str, Any]]:
-    reminders = Reminders(database)
+    reminders = ReminderQueue(database)
     return await reminders.waiting(_SHOWN_MAX) + await reminders.due(before_days, _SHOWN_MAX)
