@@ -7,7 +7,7 @@ it can report progress, and stop between any two.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -103,21 +103,8 @@ class KeyBatches:
             if row["id"] not in expiries or first[user, wish.name, wish.is_test] != number:
                 issued.append({"user": user, "name": wish.name, "created": False})
                 continue
-            issued.append(
-                {
-                    "id": row["id"],
-                    "user": user,
-                    "name": wish.name,
-                    "created": True,
-                    "hint": row["hint"],
-                    "scopes": list(wish.scopes),
-                    "is_test": wish.is_test,
-                    "plan": wish.plan,
-                    "expires_at": time_text(expiries[row["id"]]),
-                    "secret": reveal(secret),
-                    "reissues": reissued.get((user, wish.name, wish.is_test)),
-                }
-            )
+            reissues = reissued.get((user, wish.name, wish.is_test))
+            issued.append(_issued(row, secret, time_text(expiries[row["id"]]), reissues))
         return issued
 
     def _row_of(self, user: str, wish: KeyWish) -> tuple[dict[str, Any], SecretKey]:
@@ -144,3 +131,19 @@ class KeyBatches:
 
     def _revocation(self, wanted: Revocation) -> tuple[object, ...]:
         return wanted.user, wanted.tenant or self._context.tenant_id, wanted.older_than, wanted.unused_for
+
+
+def _issued(row: Mapping[str, Any], secret: SecretKey, expires_at: str | None, reissues: str | None) -> Entity:
+    return {
+        "id": row["id"],
+        "user": row["user_id"],
+        "name": row["name"],
+        "created": True,
+        "hint": row["hint"],
+        "scopes": row["scopes"],
+        "is_test": row["is_test"],
+        "plan": row["plan"],
+        "expires_at": expires_at,
+        "secret": reveal(secret),
+        "reissues": reissues,
+    }
