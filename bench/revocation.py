@@ -60,19 +60,19 @@ async def _revocations(ours: Site, ports: Sequence[int], options: argparse.Names
     database = Database(ours.dsn, pool_size_max=2, statement_timeout_seconds=30.0)
     await database.open()
     directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-    await directory.create_tenant("acme", "")
-    await directory.create_user("u_1", "acme", None)
+    await directory.tenants.create("acme", "")
+    await directory.users.create("u_1", "acme", None)
     late: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for number in range(options.revocations):
-            key = await directory.issue_key("u_1", KeyWish(scopes=("jobs:write",)))
+            key = await directory.keys.issue("u_1", KeyWish(scopes=("jobs:write",)))
             clients = [
                 asyncio.create_task(_last_let_in(session, port, key["secret"], 1 / options.per_second, share))
                 for port, share in ((port, at / len(ports)) for at, port in enumerate(ports))
             ]
             # A random pause, so that revocations are not in step with periodic work.
             await asyncio.sleep(_KNOWN_SECONDS + (number * 0.137) % 1.0)
-            await directory.revoke_key(key["id"], "measured")
+            await directory.keys.revoke(key["id"], "measured")
             committed = time.monotonic()
             late += [max(0.0, last - committed) for last in await asyncio.gather(*clients)]
     await database.close()

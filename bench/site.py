@@ -108,10 +108,10 @@ class Site:
         database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
         await database.open()
         directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.set_plan("windows", _LIMITS)
-        await directory.create_tenant("limited", "", "windows")
+        await directory.plans.set("windows", _LIMITS)
+        await directory.tenants.create("limited", "", "windows")
         wish = KeyWish(scopes=("jobs:write",), plan="windows")
-        user = await directory.create_user("u_limited", "limited", wish, plan="windows")
+        user = await directory.users.create("u_limited", "limited", wish, plan="windows")
         await database.close()
         secret: str = user["key"]["secret"]
         return secret
@@ -120,13 +120,13 @@ class Site:
         database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)
         await database.open()
         directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.create_tenant("acme", "")
+        await directory.tenants.create("acme", "")
         wish = KeyWish(scopes=("jobs:write",))
         made_secrets: list[str] = []
         batch = secrets.token_hex(4)
         for start in range(0, number, 64):
             made = await asyncio.gather(*(
-                directory.create_user(f"u_{batch}_{start + one}", "acme", wish)
+                directory.users.create(f"u_{batch}_{start + one}", "acme", wish)
                 for one in range(min(64, number - start))
             ))  # fmt: skip
             made_secrets += [user["key"]["secret"] for user in made]

@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy import cli
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.scopes import TELLS
+from keyproxy.admin.scopes import DESCRIPTIONS
 from keyproxy.reasons import Reason
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +108,8 @@ def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     }
     assert told == {(problem.code, problem.status) for problem in Problem}
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
-        *TELLS.items(), ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
+        *DESCRIPTIONS.items(),
+        ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
     }  # fmt: skip
 
 

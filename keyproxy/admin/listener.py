@@ -39,9 +39,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
 
 _FAILED_LOGINS: Final = (
-    Problem.TOKEN_MISSING, Problem.TOKEN_INVALID, Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED,
-    Problem.ACCOUNT_DISABLED, Problem.TOO_MANY_FAILURES,
-)  # fmt: skip
+    Problem.TOKEN_MISSING,
+    Problem.TOKEN_INVALID,
+    Problem.TOKEN_EXPIRED,
+    Problem.TOKEN_REVOKED,
+    Problem.ACCOUNT_DISABLED,
+    Problem.TOO_MANY_FAILURES,
+)
 
 
 def traffic() -> Traffic:
@@ -54,9 +58,14 @@ class AdminListener:
     """The admin API's HTTP server. The service can be replaced while requests are in flight."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
-        traffic: Traffic, bounds: Bounds = BOUNDS,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        metrics: Callable[[], Awaitable[bytes]],
+        log_line: Callable[[bytes, int], None] | None,
+        traffic: Traffic,
+        bounds: Bounds = BOUNDS,
+    ) -> None:
         self.service = service
         self._traffic = traffic
         self._metrics = metrics
@@ -64,7 +73,7 @@ class AdminListener:
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
         self._connections: Connections | None = None
-        self._openapi, self._reference, self._reference_policy = _told()
+        self._openapi, self._reference, self._reference_policy = _documents()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -112,13 +121,17 @@ class AdminListener:
 
     def _pages(self) -> dict[str, Handler]:
         return {
-            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
-            "/docs": self._told_reference, "/metrics": self._scrape, "/": self._to_reference,
-        }  # fmt: skip
+            "/livez": self._live,
+            "/readyz": self._ready,
+            "/openapi.json": self._show_openapi,
+            "/docs": self._show_reference,
+            "/metrics": self._scrape,
+            "/": self._to_reference,
+        }
 
     async def _scrape(self, request: web.Request) -> web.Response:
         # The metrics cover all tenants.
-        await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
+        await self.service.authorize(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _to_reference(self, _request: web.Request) -> web.Response:
@@ -134,10 +147,10 @@ class AdminListener:
             return _json(503, {"status": "failed", "checks": {"store": {"status": "failed"}}})
         return _json(200, {"status": "ok", "checks": {"store": {"status": "ok"}}})
 
-    async def _told_openapi(self, _request: web.Request) -> web.Response:
+    async def _show_openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")
 
-    async def _told_reference(self, _request: web.Request) -> web.Response:
+    async def _show_reference(self, _request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": self._reference_policy}
         return web.Response(text=self._reference, content_type="text/html", headers=headers)
 
@@ -145,7 +158,7 @@ class AdminListener:
 
     def _handler(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return await self.service.answer(endpoint, request)
+            return await self.service.respond(endpoint, request)
 
         return handle
 
@@ -189,7 +202,7 @@ class AdminListener:
 
 
 @functools.cache
-def _told() -> tuple[bytes, str, str]:
+def _documents() -> tuple[bytes, str, str]:
     """(the OpenAPI document, its HTML page, the page's Content-Security-Policy)."""
     document = openapi.document(ENDPOINTS)
     return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)
@@ -225,10 +238,10 @@ async def _dress(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def _options(allowed: set[str]) -> Handler:
-    told = ", ".join(sorted(allowed))
+    methods = ", ".join(sorted(allowed))
 
     async def answer(_request: web.Request) -> web.Response:
-        return web.Response(status=204, headers={"Allow": told})
+        return web.Response(status=204, headers={"Allow": methods})
 
     return answer
 

@@ -25,7 +25,8 @@ from keyproxy.cli.commands.serve import demo_command, serve_command
 from keyproxy.cli.commands.tenant import tenant_group
 from keyproxy.cli.commands.usage import usage_group
 from keyproxy.cli.commands.user import user_group
-from keyproxy.cli.options import FAILED, MISUSED, UNWRITABLE, Failure, refusals, say
+from keyproxy.cli.options import FAILED, MISUSED, refusals
+from keyproxy.cli.output import UNWRITABLE, AdminApiUnavailable, Failure, print_message
 from keyproxy.config.loader import ConfigError
 from keyproxy.platform import standard_streams
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -54,9 +55,21 @@ key_group.add_command(key_explain)
 key_group.add_command(key_remind)
 
 for _command in (
-    demo_command, serve_command, drain_command, health_command, admin_group, migrate_command, config_group,
-    tenant_group, user_group, key_group, plan_group, audit_group, usage_group, completion_command,
-):  # fmt: skip
+    demo_command,
+    serve_command,
+    drain_command,
+    health_command,
+    admin_group,
+    migrate_command,
+    config_group,
+    tenant_group,
+    user_group,
+    key_group,
+    plan_group,
+    audit_group,
+    usage_group,
+    completion_command,
+):
     root.add_command(_command)
 
 
@@ -79,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return FAILED
-    except Failure as error:
+    except (Failure, AdminApiUnavailable) as error:
         _say(str(error))
         return FAILED
     except StoreUnavailable as error:
@@ -104,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     # An argument may be a key where an id belongs, and other people can read terminals and job logs.
-    say(masked(text))
+    print_message(masked(text))

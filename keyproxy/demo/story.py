@@ -107,18 +107,18 @@ class Story:
     async def _provision(self) -> dict[str, dict[str, Any]]:
         click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
         directory, week = self._directory, timedelta(days=7)
-        await directory.create_tenant("acme", "Acme Ltd")
+        await directory.tenants.create("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
-        alice = await directory.create_user("u_alice", "acme", KeyWish("worker", both, expires_in=week))
-        bob = await directory.create_user("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
-        await directory.set_plan("small", {"tokens_per_day": budget.BUDGET})
-        carol = await directory.create_user(
+        alice = await directory.users.create("u_alice", "acme", KeyWish("worker", both, expires_in=week))
+        bob = await directory.users.create("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
+        await directory.plans.set("small", {"tokens_per_day": budget.BUDGET})
+        carol = await directory.users.create(
             "u_carol", "acme", KeyWish("writer", ("jobs:write",), expires_in=week), plan="small"
         )
         keys = {
             "alice": alice["key"],
-            "test": await directory.issue_key("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
-            "revoked": await directory.issue_key("u_alice", KeyWish("old worker", both, expires_in=week)),
+            "test": await directory.keys.issue("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
+            "revoked": await directory.keys.issue("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
             "carol": carol["key"],
         }
@@ -181,7 +181,7 @@ class Story:
         workers = [asyncio.create_task(worker()) for _ in range(2)]
         await asyncio.sleep(0.3)
         asked = time.monotonic()
-        await self._directory.revoke_key(key["id"], "demo")
+        await self._directory.keys.revoke(key["id"], "demo")
         await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
         stop.set()
         await asyncio.gather(*workers)

@@ -97,9 +97,9 @@ class Site:
         await database.open()
         try:
             directory = Directory(database, KeyFormat(), Actor("test", "local"))
-            await directory.create_tenant(tenant, "")
-            await directory.create_user(user, tenant, None)
-            return await directory.issue_key(user, KeyWish(scopes=scopes, is_test=is_test))
+            await directory.tenants.create(tenant, "")
+            await directory.users.create(user, tenant, None)
+            return await directory.keys.issue(user, KeyWish(scopes=scopes, is_test=is_test))
         finally:
             await database.close()
 

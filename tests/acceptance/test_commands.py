@@ -172,11 +172,26 @@ async def test_pending_migrations_are_listed_as_text(configure: Configure, empty
 async def test_an_unreachable_database_is_reported_in_one_line_without_its_password(
     configure: Configure, arguments: tuple[str, ...]
 ) -> None:
-    output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp").run(*arguments, "--json")
+    port = free_port()
+    output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{port}/kp").run(*arguments, "--json")
     assert (output.status, output.out) == (1, "")
     assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("keyproxy: the database is unavailable: ")
+    start = f"keyproxy: the database is unavailable: cannot connect to 127.0.0.1:{port}, database 'kp': "
+    assert output.err.startswith(start)
+    assert "refused" in output.err.removeprefix(start)
     assert "hunter2" not in output.err
+
+
+@pytest.mark.parametrize("arguments", [("tenant", "list"), ("usage", "show")])
+async def test_an_unreachable_admin_api_is_reported_as_such_and_not_as_the_database(
+    configure: Configure, dsn: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    token, url = tmp_path / "token", f"http://127.0.0.1:{free_port()}"
+    token.write_text("x")
+    output = await configure(dsn).run(*arguments, "--admin-url", url, "--admin-token-file", str(token))
+    assert (output.status, output.out) == (1, "")
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("keyproxy: the admin API does not respond: ")
 
 
 @pytest.mark.parametrize("arguments", [("tenant", "list"), ("migrate", "--status"), ("config", "check"), ("serve",)])

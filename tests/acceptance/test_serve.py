@@ -246,7 +246,11 @@ async def test_last_use_is_written_within_seconds_without_other_changes(site: Si
     ("tables", "status", "sentence"),
     [
         ({"listen": {"adress": "x"}}, 2, "listen.adress: no such key"),
-        ({"store": {"dsn": "postgresql://127.0.0.1:1/x"}}, 1, "cannot be reached"),
+        (
+            {"store": {"dsn": "postgresql://127.0.0.1:1/x"}},
+            1,
+            "the database is unavailable: cannot connect to 127.0.0.1:1, database 'x': ",
+        ),
     ],
 )
 async def test_a_startup_error_is_one_line_with_a_remedy(

@@ -16,7 +16,7 @@ import pytest
 
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
-from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.reminder_sender import ReminderSender
@@ -27,7 +27,7 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -37,7 +37,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Reply:
-    """An answer."""
+    """A response."""
 
     status: int
     headers: Mapping[str, str]
@@ -99,8 +99,8 @@ class Api:
 
     async def user(self, user: str = "u_1", tenant: str = "acme", *, scopes: Sequence[str] = ()) -> Entity:
         """A user with its first key; creates the tenant if it is missing."""
-        await self.directory.create_tenant(tenant, "")
-        return await self.directory.create_user(user, tenant, KeyWish(scopes=scopes))
+        await self.directory.tenants.create(tenant, "")
+        return await self.directory.users.create(user, tenant, KeyWish(scopes=scopes))
 
     async def audit(self, **wanted: str) -> list[Json]:
         """The audit log, newest first."""
@@ -124,9 +124,9 @@ async def serving(
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, Terms(90, Settings(routes=routes)), lambda: now[0])
+    service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = ReminderSender(Reminders(database))
+    reminding = ReminderSender(ReminderQueue(database))
     counted = traffic()
     listener = AdminListener(
         service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,

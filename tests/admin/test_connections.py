@@ -82,7 +82,7 @@ async def test_a_slow_but_steady_reader_gets_the_complete_response(database: Dat
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
-        await api.directory.issue_keys(wishes)
+        await api.directory.key_batches.issue(wishes)
         ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
 
         def read_slowly() -> int:
@@ -138,7 +138,7 @@ async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bound
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
-        await api.directory.issue_keys(wishes)
+        await api.directory.key_batches.issue(wishes)
         ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
         async with _connected(api) as (reader, writer), asyncio.timeout(20):
             writer.write(ask * 60)  # 18 MB of responses, partly held in socket buffers

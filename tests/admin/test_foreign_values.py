@@ -17,7 +17,7 @@ from keyproxy.model import Identity, KeyDigest, Missing
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.directory import KeyFilter, Revocation
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.explain import Question
@@ -219,11 +219,11 @@ async def test_invalid_usage_events_are_skipped(api: Api, sql: asyncpg.Connectio
 async def _every_reader_goes_on(api: Api) -> None:
     """Read everything through the directory, the admin API, the exports and the reminders."""
     directory = api.directory
-    ids = {key["id"] for key in await directory.keys("", 100)}
+    ids = {key["id"] for key in await directory.keys.list_by_id("", 100)}
     for order in ("created", "used", "expires"):
         listed, cursor = set(), None
         while True:
-            page = await directory.keys_by_time(order, cursor, 1)
+            page = await directory.keys.list_by_time(order, cursor, 1)
             listed |= {key["id"] for key in page.items}
             if page.next is None:
                 break
@@ -234,11 +234,11 @@ async def _every_reader_goes_on(api: Api) -> None:
         KeyFilter(older_than=timedelta(days=1)), KeyFilter(unused_for=timedelta(days=36_525)),
         KeyFilter(expires_within=timedelta(days=36_525)), KeyFilter(state="active"), KeyFilter(state="expired"),
     ):  # fmt: skip
-        await directory.keys("", 100, wanted)
-    await directory.count_to_revoke(Revocation(unused_for=timedelta(days=1)))
+        await directory.keys.list_by_id("", 100, wanted)
+    await directory.key_batches.count_to_revoke(Revocation(unused_for=timedelta(days=1)))
     for key in ids:
-        await directory.key(key)
-        await directory.report_leaked(b"\0" * 32, "")
+        await directory.keys.get(key)
+        await directory.leaked_keys.report_digest(b"\0" * 32, "")
     for path in (
         "/v1/tenants", "/v1/users", "/v1/keys", "/v1/plans", "/v1/audit", "/v1/token", "/v1/audit/export",
         "/v1/usage/export", "/v1/usage/events", "/v1/users/u_1/limits", "/v1/tenants/acme", "/v1/users/u_1",
@@ -248,7 +248,7 @@ async def _every_reader_goes_on(api: Api) -> None:
         assert reply.status == 200, (path, reply.body)
     await api.tokens.tokens("", 100)
     assert (await api.call("GET", "/metrics")).status == 200
-    reminders = Reminders(api.database)
+    reminders = ReminderQueue(api.database)
     await reminders.write((1, 3, 14))
     await reminders.waiting(100)
     await reminders.due((1, 3, 14), 100)

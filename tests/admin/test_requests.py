@@ -13,7 +13,7 @@ from tests.admin.conftest import Api
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "said"),
+    ("content", "field", "sentence"),
     [
         ({"user": "u_1", "scope": ["a"]}, "body.scope", "did you mean scopes?"),
         ({}, "body.user", "field required"),
@@ -28,12 +28,12 @@ from tests.admin.conftest import Api
         ([], "body", "valid dictionary"),
     ],
 )
-async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, said: str) -> None:
+async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, sentence: str) -> None:
     await api.user()
     reply = await api.call("POST", "/v1/keys", content)
     assert (reply.status, reply.code) == (422, "invalid")
     assert [error["field"] for error in reply.json["errors"]] == [field]
-    assert said in reply.json["errors"][0]["detail"]
+    assert sentence in reply.json["errors"][0]["detail"]
 
 
 async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:
@@ -97,7 +97,7 @@ async def test_an_impossible_id_is_not_found(api: Api) -> None:
 async def test_the_pages_of_a_list_hold_everything_once(api: Api, path: str, limit: int) -> None:
     for number in range(5):
         await api.user(f"u_{number}", f"t_{number}")
-        await api.directory.set_plan(f"p_{number}", {})
+        await api.directory.plans.set(f"p_{number}", {})
     found: list[str] = []
     cursor = ""
     pages = 0
@@ -181,7 +181,7 @@ async def test_a_repeated_request_gets_the_same_response_and_is_executed_once(ap
 
 
 async def test_no_secret_is_stored_with_a_response(api: Api, dsn: str) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     made = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, headers={"Idempotency-Key": "a-secret"})
     await api.done("POST", "/v1/leaked-keys", {"key": made["key"]["secret"]}, headers={"Idempotency-Key": "b"})
     connection = await asyncpg.connect(dsn)
@@ -208,7 +208,7 @@ async def test_a_refused_request_is_judged_again_when_it_is_sent_again(api: Api)
     headers = {"Idempotency-Key": "k"}
     body = {"id": "u_1", "tenant": "acme"}
     assert (await api.call("POST", "/v1/users", body, headers=headers)).code == "not_found"
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     assert (await api.call("POST", "/v1/users", body, headers=headers)).status == 201
 
 

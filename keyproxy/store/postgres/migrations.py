@@ -166,4 +166,4 @@ async def connect(dsn: str, *, writes: bool = False) -> Connection:
     except StoreUnavailable:
         raise
     except (NotPrimaryError, *NO_ANSWER) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {connector.where}: {first_line(error)}") from error
+        raise StoreUnavailable(f"cannot connect to {connector.where}: {first_line(error)}") from error

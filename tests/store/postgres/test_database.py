@@ -417,9 +417,9 @@ async def test_detecting_a_pooler_never_marks_the_store_as_down(pooled_dsn: str,
 async def test_transactions_work_through_a_pooler(pooled_dsn: str, sql: Sql) -> None:
     async with opened(pooled_dsn, pool_size_max=4) as door:
         directory = Directory(door, KeyFormat(), Actor("ann", "desk"))
-        await directory.create_tenant("acme", "")
+        await directory.tenants.create("acme", "")
         told = await asyncio.gather(
-            *(directory.create_user(f"u_{number % 10}", "acme", KeyWish()) for number in range(40)),
+            *(directory.users.create(f"u_{number % 10}", "acme", KeyWish()) for number in range(40)),
             return_exceptions=True,
         )
         assert [one for one in told if isinstance(one, BaseException)] == []
