@@ -242,6 +242,12 @@ class Identity:
         object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "owner", (self.tenant_id, self.user_id, mode))
 
+    def retiring_header(self, wall_seconds: float) -> bytes:
+        """The header line with the number of seconds for which a replaced key still works; empty for any other key."""
+        if self.retiring_field is None:
+            return b""
+        return b"%b%d\r\n" % (self.retiring_field, max(0, math.floor(self.expires_wall_seconds - wall_seconds)))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
@@ -276,6 +282,10 @@ class Permit:
     def __init__(self, grant: Grant, hold: Hold | None = None) -> None:
         self.grant: Final = grant
         self.hold: Final = hold
+
+    def limit_headers(self, now_mono: float) -> bytes:
+        """The RateLimit header lines for the limits that apply to the request; empty if there are none."""
+        return b"" if self.hold is None else self.hold.bundle.statement.lines(now_mono)
 
 
 @mypyc_attr(acyclic=True)

@@ -20,7 +20,7 @@ from keyproxy.platform import clock
 from keyproxy.wire.handshake import Accepted
 from keyproxy.wire.listener import Listener
 from keyproxy.wire.outflow import outstanding_bytes
-from keyproxy.wire.response_heads import DateField
+from keyproxy.wire.responses.response_heads import DateField
 
 _LINE_BYTES_MAX: Final = 65_536
 _TURNED_AWAY_SECONDS: Final = 1.0

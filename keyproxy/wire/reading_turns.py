@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Callable
 from typing import Final
 
 from keyproxy.wire.body_buffer import Owner
@@ -24,6 +25,19 @@ class ReadingTurns:
         self._waiting: Final[collections.OrderedDict[Owner, collections.deque[asyncio.Future[None]]]] = (
             collections.OrderedDict()
         )
+
+    async def work(self, user: Owner, advance: Callable[[], bool]) -> None:
+        """Call `advance` until it returns True, with other work between two calls."""
+        is_done = False
+        while not is_done:
+            await self.enter(user)
+            try:
+                is_done = advance()
+                if not is_done:
+                    # Keep the turn until all other work has run once.
+                    await asyncio.sleep(0)
+            finally:
+                self.leave()
 
     async def enter(self, user: Owner) -> None:
         """Wait for the turn. Every `enter` that returns needs its `leave`."""

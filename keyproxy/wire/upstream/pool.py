@@ -129,7 +129,7 @@ class UpstreamPool(ConnectionOwner):
         now = self.clock()
         if exchange.asks_for_tunnel:
             waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
-            if not preemption.make_room_for_tunnel(self._open, waiting, owner, now, tunnels_max):
+            if not preemption.make_room_for_tunnel(self._open, waiting, owner, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
                 return
         if not self._queue(exchange, owner, now):

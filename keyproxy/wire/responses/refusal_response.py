@@ -1,0 +1,28 @@
+"""Send the response to a refused request."""
+
+from __future__ import annotations
+
+from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.context import ServerContext
+from keyproxy.wire.responses.response_writer import ResponseWriter
+
+
+def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
+    """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
+    head = exchange.head
+    answer = server.problems.answer(refusal, exchange.request_id.decode("ascii"), exchange.error_shape)
+    if exchange.permit is not None and not refusal.applied:
+        answer = answer._replace(fields=answer.fields + exchange.permit.limit_headers(server.clock()))
+    closes = (
+        head is None
+        or not exchange.is_complete
+        or not head.fields.keeps_alive
+        or refusal.reason is Reason.REQUEST_MALFORMED
+        or server.is_draining
+    )
+    is_head = head is not None and head.line.method == b"HEAD"
+    exchange.status = answer.status
+    exchange.bytes_out = 0 if is_head else len(answer.body)
+    response.send_own(answer, server.date_line(), closes=closes, without_body=is_head)
+    return closes
