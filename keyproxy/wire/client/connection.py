@@ -22,7 +22,7 @@ from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.parsing.framing import FramingError
-from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING, SOCKET
+from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING
 from keyproxy.wire.tls import certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
@@ -346,4 +346,4 @@ class ClientConnection(ExchangeOwner):
         return not (exchange.is_complete or exchange.is_tunnel or self.transport.is_paused)
 
     def __repr__(self) -> str:
-        return f"<ClientConnection {SOCKET.names[self.transport.phase]} {self.exchange or 'idle'}>"
+        return f"<ClientConnection {READ.names[self._reading]} {self.transport} {self.exchange or 'idle'}>"

@@ -185,3 +185,6 @@ class ClientTransport:
             outflow.stall(transport, now)
             return True
         return outflow.has_moved(transport, now, in_seconds=self.close_seconds)
+
+    def __repr__(self) -> str:
+        return f"<ClientTransport {SOCKET.names[self.phase]}>"

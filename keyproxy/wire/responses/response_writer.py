@@ -109,3 +109,6 @@ class ResponseWriter:
         self._phase = RESPONSE.step(self._phase, ENDED)
         out, self._held_back = self._held_back + last_chunks, b""
         self._transport.send(out)
+
+    def __repr__(self) -> str:
+        return f"<ResponseWriter {RESPONSE.names[self._phase]}>"
