@@ -16,7 +16,7 @@ from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.request_bound import TokenBound
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.http.headers import Forwarding
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
@@ -136,9 +136,6 @@ class Exchange:
 
     #: The matched route, once the identity is resolved.
     route: Route | None = None
-
-    #: The format of a refusal: that of the route, also before the identity is resolved.
-    error_shape: str = "problem"
 
     permit: Permit | None = None
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from keyproxy.config import addresses, dsn
 from keyproxy.http import error_responses, webhook_signature
-from keyproxy.http.headers import TrustRule
+from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.routes import InvalidPatternError, RouteTable
 from keyproxy.model import Route
 

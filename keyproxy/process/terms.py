@@ -10,7 +10,8 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Settings
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import Problems
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import Moment
 from keyproxy.platform import clock

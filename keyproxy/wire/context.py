@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen
 from keyproxy.http.error_responses import Problems
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import RouteTable
 from keyproxy.ports import Gate, Recorder
 from keyproxy.wire.body_buffer import BodyMemory

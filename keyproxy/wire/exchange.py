@@ -76,8 +76,6 @@ class Exchange(PoolUser):
         self.bytes_in = len(content)
         self.is_complete = is_complete
         self.body = content
-        if head is not None:
-            self.error_shape = server.routes.error_shape(head.line.method, head.line.path)
 
     # -- what the gateway decides
 

@@ -27,7 +27,7 @@ import cachetools
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
-from keyproxy.http.headers import identity_block
+from keyproxy.http.identity_headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from keyproxy.http.headers import Forwarding
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.wire.client.transport import ClientTransport
 
 

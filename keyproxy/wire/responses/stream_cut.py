@@ -15,8 +15,8 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 def send_error_event(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
     """End the response with an error event in the format of the route. False: it is not such a stream."""
     meter = exchange.meter
-    if meter is None or not meter.is_stream or not response.is_chunked:
+    if exchange.route is None or meter is None or not meter.is_stream or not response.is_chunked:
         return False
-    event = server.problems.last_event(refusal, exchange.request_id.decode("ascii"), exchange.error_shape)
+    event = server.problems.last_event(refusal, exchange.request_id.decode("ascii"), exchange.route.error_shape)
     response.end_early(chunk(meter.cut(event)) + LAST_CHUNK)
     return True
