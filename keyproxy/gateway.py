@@ -36,9 +36,15 @@ class Gateway(Gate):
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, claims: Claims,
-        routes: RouteTable, now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        key_format: KeyFormat,
+        identities: Identities,
+        ledger: Ledger,
+        claims: Claims,
+        routes: RouteTable,
+        now: Callable[[], Moment],
+    ) -> None:
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger

@@ -216,14 +216,6 @@ class Reason(enum.Enum):
         "The proxy is overloaded. Retry shortly.",
         1,
     )
-    DRAINING = Row(
-        "draining",
-        503,
-        Blame.US,
-        "Draining",
-        "The proxy is shutting down. Retry on a new connection.",
-        1,
-    )
     UPSTREAM_UNREACHABLE = Row(
         "upstream_unreachable",
         502,

@@ -52,9 +52,16 @@ class ProxyServer(ServerContext):
     """The proxied port."""
 
     def __init__(
-        self, terms: Terms, *, recorder: Recorder, deadlines: Deadlines, clock: Callable[[], float],
-        loop: asyncio.AbstractEventLoop, request_ids: RequestIds, wall: Callable[[], float] = clock_room.wall,
-    ) -> None:  # fmt: skip
+        self,
+        terms: Terms,
+        *,
+        recorder: Recorder,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        request_ids: RequestIds,
+        wall: Callable[[], float] = clock_room.wall,
+    ) -> None:
         self.recorder = recorder
         self.clock = clock
         self.wall = wall
@@ -204,10 +211,12 @@ class ProxyServer(ServerContext):
             accepted.open()
         try:
             await self.loop.connect_accepted_socket(
-                self._connection, sock, ssl=tls,
+                self._connection,
+                sock,
+                ssl=tls,
                 ssl_handshake_timeout=None if tls is None else self.listen.header_timeout_seconds,
                 ssl_shutdown_timeout=None if tls is None else _TLS_SHUTDOWN_SECONDS,
-            )  # fmt: skip
+            )
         except OSError:
             # With TLS only: the client uses another protocol, has no certificate, takes too long, or has left.
             self._unopened += sock in self._handshakes

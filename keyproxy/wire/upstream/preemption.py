@@ -27,9 +27,13 @@ _PATIENT_SECONDS_MAX: Final = 1.0
 
 
 def end_what_hardly_moves(
-    connections: Collection[UpstreamConnection], turns: Turns[User], now: float, patience_seconds: float, *,
+    connections: Collection[UpstreamConnection],
+    turns: Turns[User],
+    now: float,
+    patience_seconds: float,
+    *,
     is_full: bool,
-) -> None:  # fmt: skip
+) -> None:
     """End exchanges that were too slow for longer than `patience_seconds`, as far as that helps a waiting exchange."""
     helps_all = is_full and turns.may_have_place(now)
     for connection in list(connections):
@@ -39,9 +43,13 @@ def end_what_hardly_moves(
 
 
 def end_beyond_share(
-    connections: Collection[UpstreamConnection], turns: Turns[User], now: float, patience_seconds: float, *,
+    connections: Collection[UpstreamConnection],
+    turns: Turns[User],
+    now: float,
+    patience_seconds: float,
+    *,
     connecting: int,
-) -> None:  # fmt: skip
+) -> None:
     """End requests of users beyond their share, as far as users below theirs have waited long enough."""
     before = now - min(patience_seconds * _PATIENT_PART, _PATIENT_SECONDS_MAX)
     wanted = turns.starved(before, turns.places)
