@@ -31,7 +31,7 @@ from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.wire.client.request_ids import RequestIds
-from keyproxy.wire.context import Terms
+from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.server import ProxyServer
 from keyproxy.wire.tls import TlsError, upstream_context
@@ -152,7 +152,7 @@ class Proxy:
 
     # -- building
 
-    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> Terms:
+    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> ServerTerms:
         routes = settings.route_table()
         gateway = build_gateway(settings, routes, identities=store.identities, ledger=store.ledger, claims=store.claims)
         self._gateways.append(gateway)

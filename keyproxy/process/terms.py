@@ -1,4 +1,4 @@
-"""Build what requests are served with from the configuration: the gateway, the upstream pools and the `Terms`."""
+"""Build what requests are served with from the configuration: the gateway, the upstream pools and the `ServerTerms`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keyproxy.http.routes import RouteTable
 from keyproxy.model import Moment
 from keyproxy.platform import clock
 from keyproxy.ports import Claims, Identities, Ledger
-from keyproxy.wire.context import Terms
+from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
@@ -58,10 +58,10 @@ def build_upstreams(
 
 def build_terms(
     settings: Settings, routes: RouteTable, gateway: Gateway, upstreams: Upstreams, *, tls: ssl.SSLContext | None
-) -> Terms:
+) -> ServerTerms:
     """The terms for requests that this gateway decides on. `tls`: for clients; None: without TLS."""
     prefix = settings.identity.header_prefix
-    return Terms(
+    return ServerTerms(
         listen=settings.listen,
         gate=gateway,
         routes=routes,

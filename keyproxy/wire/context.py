@@ -23,7 +23,7 @@ from keyproxy.wire.upstream.pool import Upstreams
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class ServerTerms:
     """The settings and objects with which requests are served. `tls` None: without TLS."""
 
     listen: Listen

@@ -12,7 +12,7 @@ import collections
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy.wire.body_buffer import Owner
+from keyproxy.wire.body_buffer import BodyOwner
 
 
 class ReadingTurns:
@@ -20,13 +20,13 @@ class ReadingTurns:
 
     def __init__(self) -> None:
         #: The owner of the body that has the turn.
-        self._user: Owner | None = None
+        self._user: BodyOwner | None = None
         #: Users with waiting bodies, the next user first; within a user the body that has waited longest is first.
-        self._waiting: Final[collections.OrderedDict[Owner, collections.deque[asyncio.Future[None]]]] = (
+        self._waiting: Final[collections.OrderedDict[BodyOwner, collections.deque[asyncio.Future[None]]]] = (
             collections.OrderedDict()
         )
 
-    async def work(self, user: Owner, advance: Callable[[], bool]) -> None:
+    async def work(self, user: BodyOwner, advance: Callable[[], bool]) -> None:
         """Call `advance` until it returns True, with other work between two calls."""
         is_done = False
         while not is_done:
@@ -39,7 +39,7 @@ class ReadingTurns:
             finally:
                 self.leave()
 
-    async def enter(self, user: Owner) -> None:
+    async def enter(self, user: BodyOwner) -> None:
         """Wait for the turn. Every `enter` that returns needs its `leave`."""
         if self._user is None:
             self._user = user

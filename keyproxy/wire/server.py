@@ -23,11 +23,11 @@ from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.client.revalidation import Revalidation
-from keyproxy.wire.context import ServerContext, Terms
+from keyproxy.wire.context import ServerContext, ServerTerms
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.handshake import Accepted
+from keyproxy.wire.handshake import AcceptedSocket
 from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, IdleConnections, evict
-from keyproxy.wire.listener import Listener
+from keyproxy.wire.listener import SocketListener
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
 from keyproxy.wire.responses import response_heads
@@ -53,7 +53,7 @@ class ProxyServer(ServerContext):
 
     def __init__(
         self,
-        terms: Terms,
+        terms: ServerTerms,
         *,
         recorder: Recorder,
         deadlines: Deadlines,
@@ -75,7 +75,7 @@ class ProxyServer(ServerContext):
         self.turns = ReadingTurns()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
-        self._listener: Listener | None = None
+        self._listener: SocketListener | None = None
         self._unopened = 0
         #: Connections that count towards the bound, handshakes in progress with their start, and eviction candidates.
         self._places = 0
@@ -88,7 +88,7 @@ class ProxyServer(ServerContext):
         self._all_gone.set()
         self._take(terms)
 
-    def _take(self, terms: Terms) -> None:
+    def _take(self, terms: ServerTerms) -> None:
         self.listen = terms.listen
         self.gate = terms.gate
         self.routes = terms.routes
@@ -106,7 +106,7 @@ class ProxyServer(ServerContext):
         self._listen(sock)
         self._revalidation.start()
 
-    def change(self, terms: Terms, sock: socket.socket | None) -> None:
+    def change(self, terms: ServerTerms, sock: socket.socket | None) -> None:
         """Use new terms from the next request on, and accept on this socket; None: keep the current socket."""
         before = self._listener
         if before is None:
@@ -196,7 +196,7 @@ class ProxyServer(ServerContext):
         return self._all_gone.is_set()
 
     def _listen(self, sock: socket.socket) -> None:
-        self._listener = Listener(sock, self.loop, open_=self._open, has_room=self._has_room)
+        self._listener = SocketListener(sock, self.loop, open_=self._open, has_room=self._has_room)
         self._listener.start()
 
     async def _open(self, sock: socket.socket) -> None:
@@ -207,7 +207,7 @@ class ProxyServer(ServerContext):
         self._handshakes[sock] = self.clock()
         accepted = None
         if tls is not None:
-            accepted = Accepted(sock, self._without_tls)
+            accepted = AcceptedSocket(sock, self._without_tls)
             accepted.open()
         try:
             await self.loop.connect_accepted_socket(
