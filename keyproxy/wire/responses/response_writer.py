@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from keyproxy.http.error_responses import Answer
 from keyproxy.model import RequestHead, ResponseHead
-from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.parsing.framing import chunks
 from keyproxy.wire.parsing.head_parser import has_no_body
@@ -18,7 +17,6 @@ from keyproxy.wire.phases import BEGUN, ENDED, HELD_BACK, RESPONSE, UNSENT
 from keyproxy.wire.responses import response_heads
 
 
-@mypyc_attr(free_list_len=1)
 class ResponseWriter:
     """Writes the response to one request.
 
