@@ -19,8 +19,8 @@ class RequestIds:
         sent = head.request_id if head is not None else None
         if head is not None and sent is not None and headers.sane_request_id(sent):
             # A key in this field would be logged and echoed.
-            keys = [token for field in head.credentials for token in field.value.split()[-1:]]
-            if not key_format.is_within(sent) and not any([key in sent for key in keys]):  # noqa: C419 - compiled code
+            keys = (token for field in head.credentials for token in field.value.split()[-1:])
+            if not key_format.is_within(sent) and not any(key in sent for key in keys):
                 return sent
         self._serial += 1
         return b"%b%010x" % (self._instance, self._serial)
