@@ -24,8 +24,7 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
 from keyproxy.gateway import Gateway
 from keyproxy.http import headers
-from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, TokenNeed
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
@@ -35,6 +34,7 @@ from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
+from keyproxy.process.terms import build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import LedgerBackend
@@ -44,10 +44,11 @@ from keyproxy.store.ledger.ledger_client import LedgerClient
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
-from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.server import ProxyServer
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 
@@ -185,7 +186,7 @@ class Bench:
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = Gateway(
             key_format=FORMAT, identities=identities, ledger=self.ledger, claims=claims,
-            routes=self.routes, now=clock.now, instance=b"bench",
+            routes=self.routes, now=clock.now,
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
@@ -196,8 +197,9 @@ class Bench:
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Terms(schema.Listen(), self.gateway, Upstreams(pool), self.names, ErrorRenderer(), TrustRule([])),
+            build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None),
             recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
+            request_ids=RequestIds(b"bench"),
         )  # fmt: skip
         self.client = ClientConnection(self.server)
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
@@ -224,7 +226,10 @@ class Bench:
 
 def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object]]:
     """Each phase as a separate call, on the previous phase's results."""
-    reader, responses = RequestReader(bench.names, bench.gateway.holds_key), ResponseReader(bench.names)
+    reader, responses = (
+        RequestReader(bench.names, partial(credentials.holds_key, key_format=FORMAT)),
+        ResponseReader(bench.names),
+    )
     head_bytes = raws[0][: raws[0].index(b"\r\n\r\n") + 4]
     response_bytes = RESPONSE[: RESPONSE.index(b"\r\n\r\n") + 4]
     end, response_end = len(head_bytes) - 4, len(response_bytes) - 4

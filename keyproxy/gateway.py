@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import math
 from collections.abc import Callable, Coroutine
 
 from keyproxy import token_accounting
@@ -19,11 +17,11 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.http import headers, idempotency_key
+from keyproxy.http import idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, TimeBudget
+from keyproxy.model import NO_TOKENS, Missing, Moment, Permit, ResponseHead, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -34,19 +32,21 @@ class Gateway(Gate):
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, claims: Claims,
-        routes: RouteTable, now: Callable[[], Moment], instance: bytes,
-    ) -> None:  # fmt: skip
-        """`instance`: a few random characters that make the request ids of this process unique."""
+        self,
+        *,
+        key_format: KeyFormat,
+        identities: Identities,
+        ledger: Ledger,
+        claims: Claims,
+        routes: RouteTable,
+        now: Callable[[], Moment],
+    ) -> None:
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger
         self._claims = claims
         self._routes = routes
-        self.methods = routes.methods()
         self._now = now
-        self._instance = instance
-        self._serial = itertools.count(1)
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
@@ -244,39 +244,3 @@ class Gateway(Gate):
         except Exception:  # noqa: BLE001 - the outermost boundary of this task, which has paused the stream
             _log.exception("stream hold extension failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        """The RateLimit header lines for the limits that apply to a request."""
-        return b"" if permit.hold is None else permit.hold.bundle.statement.lines(now_mono)
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        """The header line with the number of seconds for which a replaced key still works."""
-        if identity.retiring_field is None:
-            return b""
-        left = max(0, math.floor(identity.expires_wall_seconds - self._now().wall_seconds))
-        return b"%b%d\r\n" % (identity.retiring_field, left)
-
-    def holds_key(self, target: bytes) -> bool:
-        """Whether a request target contains a key."""
-        return credentials.holds_key(target, self._key_format)
-
-    def request_id(self, head: RequestHead | None) -> bytes:
-        """The client's request id if it is well-formed, else a new one: unique, not secret."""
-        sent = head.request_id if head is not None else None
-        if head is not None and sent is not None and headers.sane_request_id(sent):
-            # A key in this field would be logged and echoed.
-            keys = (token for field in head.credentials for token in field.value.split()[-1:])
-            if not self._key_format.is_within(sent) and not any(key in sent for key in keys):
-                return sent
-        return b"%b%010x" % (self._instance, next(self._serial))
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        """The response format for a refusal of this request."""
-        if head is not None:
-            try:
-                route = self._routes.match(head.line.method, head.line.path)
-            except Refusal:
-                route = None
-            if route is not None:
-                return route.error_shape
-        return "problem"

@@ -16,9 +16,8 @@ from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.request_bound import TokenBound
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.http.headers import Forwarding
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
-from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
     ANSWERED,
@@ -220,18 +219,7 @@ class Exchange:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Gate:
-    """The interface of the gateway to the wire."""
-
-    #: Methods that are served; a request with any other is refused.
-    methods: frozenset[bytes] = KNOWN_METHODS
-
-    def request_id(self, head: RequestHead | None) -> bytes:
-        """The client's request id if it is well-formed, else a new one."""
-        raise NotImplementedError
-
-    def holds_key(self, target: bytes) -> bool:
-        """Whether a request target contains a key."""
-        raise NotImplementedError
+    """Decides on requests, and reserves and settles what they use."""
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request. Calls the exchange's `forward` or `refuse`, now or later. Never raises a Refusal."""
@@ -251,18 +239,6 @@ class Gate:
 
     def settle(self, exchange: Exchange) -> None:
         """When an exchange with a permit has ended: charge or release its hold. Called exactly once."""
-        raise NotImplementedError
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        """The RateLimit header lines for the limits that apply to a request; empty if there are none."""
-        raise NotImplementedError
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        """The header line with the remaining lifetime of a replaced key; empty for any other key."""
-        raise NotImplementedError
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        """The response format for a refusal of this request."""
         raise NotImplementedError
 
 

@@ -88,22 +88,22 @@ def charge(exchange: Exchange, permit: Permit) -> int:
 
 def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
     meter = exchange.meter
-    said = None if meter is None else meter.use
+    reported = None if meter is None else meter.use
     is_whole = exchange.ending is ANSWERED
-    if said is not None and is_whole:
-        return said, False
+    if reported is not None and is_whole:
+        return reported, False
     prompt = -(-ask.prompt_bound // _BYTES_A_TOKEN)
     if meter is not None and meter.is_stream and not is_whole:
         tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
-        so_far = TokenUse(0, 0) if said is None else said
+        so_far = TokenUse(0, 0) if reported is None else reported
         use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
         if hold is not None and hold.budgets and use.total > hold.covers:
             # A stream ends with its budget; an event with more than one token must not exceed it.
             tokens_in = min(use.tokens_in, hold.covers)
             use = TokenUse(tokens_in, hold.covers - tokens_in)
         return use, True
-    if said is not None:
-        return said, False
+    if reported is not None:
+        return reported, False
     if hold is None or not hold.budgets:
         return TokenUse(prompt, 0 if meter is None else meter.produced), True
     tokens_in = min(prompt, hold.covers)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from keyproxy.config import addresses, dsn
 from keyproxy.http import webhook_signature
-from keyproxy.http.headers import TrustRule
+from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.routes import InvalidPatternError, RouteTable
 from keyproxy.model import Route
 

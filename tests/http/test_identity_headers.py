@@ -6,7 +6,8 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.http import headers
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.model import Grant, Permit, Route
 from keyproxy.reasons import Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader

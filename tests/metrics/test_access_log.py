@@ -10,7 +10,8 @@ import pytest
 
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.model import ANSWERED, Ending, RequestHead
 from keyproxy.ports import Exchange

@@ -7,11 +7,11 @@ import gc
 import time
 import types
 
-from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.config.schema import IdentityHeaders, Settings
+from keyproxy.http.routes import RouteTable
+from keyproxy.process.terms import build_terms
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
-from keyproxy.wire.server import Terms
 from tests import fakes
 from tests.rawhttp import Client
 from tests.wire.conftest import KEY, Wire, request
@@ -56,8 +56,8 @@ async def test_the_same_bytes_are_parsed_again_after_a_reload(wire: Wire) -> Non
     async with wire.client() as client:
         for _ in range(OFTEN):
             assert await asked(client, SAME) == 200
-        names = FieldNames("X-Other-")
-        server.change(Terms(server.listen, wire.gateway, server.upstreams, names, ErrorRenderer(), TrustRule([])), None)
+        settings = Settings(identity=IdentityHeaders(header_prefix="X-Other-"))
+        server.change(build_terms(settings, RouteTable([]), wire.gateway, server.upstreams, tls=None), None)
         for _ in range(OFTEN):
             assert await asked(client, SAME) == 200
     told = [seen.one("X-Other-User") for seen in wire.upstream.requests]

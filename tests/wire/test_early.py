@@ -296,7 +296,7 @@ async def test_held_back_bytes_are_not_polled_repeatedly_once_the_upstream_has_h
             transport = connection._transport
             assert transport is not None
             while not transport.get_write_buffer_size():
-                connection._writer.write(bytes(50_000))
+                connection.writer.write(bytes(50_000))
             time.sleep(0.5)  # the upstream ends its side, which the loop has not seen yet
             connection.send(b"more", is_last=False)
             await asyncio.sleep(0.1)
@@ -318,7 +318,7 @@ async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_le
             while not wire.pool.counts()["busy"]:
                 await asyncio.sleep(0)
         (connection,) = wire.pool._open
-        transport, exchange = connection._transport, connection._exchange
+        transport, exchange = connection._transport, connection.exchange
         assert transport is not None
         assert isinstance(exchange, Exchange)
         transport.pause_reading()

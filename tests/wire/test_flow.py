@@ -98,8 +98,6 @@ class Hesitant(fakes.FakeLedger):
     def take(
         self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
     ) -> Hold:
-        """See the port."""
-
         async def fetch_missing(patience: TimeBudget) -> None:
             self.seen.append(patience.seconds_left)
             patience.seconds_left -= 1.0

@@ -13,7 +13,7 @@ import pytest
 from keyproxy.limits.plan import Plan
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
-from keyproxy.wire.response_heads import DateField
+from keyproxy.wire.responses.response_heads import DateField
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import Start, Wire, request

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
+from keyproxy.model import Grant, Permit, ResponseHead, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection
@@ -85,12 +85,6 @@ CHUNKS = [
 class _Gate(Gate):
     """Forwards everything: what is judged here is what the wire reads."""
 
-    def request_id(self, head: RequestHead | None) -> bytes:
-        return b"r"
-
-    def holds_key(self, target: bytes) -> bool:
-        return False
-
     def begin(self, exchange: Exchange) -> None:
         exchange.forward(_PERMIT)
 
@@ -102,15 +96,6 @@ class _Gate(Gate):
         return Meter()
 
     def watch(self, exchange: Exchange) -> None: ...
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        return b""
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        return b""
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        return "problem"
 
 
 class _Transport:

@@ -231,3 +231,8 @@ def chunk(content: bytes) -> bytes:
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+def chunks(content: bytes, *, is_last: bool) -> bytes:
+    """Content as one chunk, or as none if it is empty; `is_last`: followed by the last chunk."""
+    return (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")

@@ -5,16 +5,20 @@ from __future__ import annotations
 from keyproxy import ports
 from keyproxy.model import ResponseHead
 from keyproxy.reasons import Refusal
+from keyproxy.wire.upstream import retry
 
 
 class UpstreamUser(ports.Exchange):
     """An exchange, as seen by its upstream connection."""
 
-    is_tunnel: bool = False
-
     @property
     def asks_for_tunnel(self) -> bool:
         """Whether the request is a WebSocket handshake."""
+        return self.head is not None and self.head.fields.opens_tunnel
+
+    @property
+    def is_tunnel(self) -> bool:
+        """Whether bytes are relayed unchanged."""
         raise NotImplementedError
 
     @property
@@ -25,7 +29,7 @@ class UpstreamUser(ports.Exchange):
     @property
     def is_idempotent(self) -> bool:
         """Whether the request may be sent again without harm."""
-        raise NotImplementedError
+        return retry.is_idempotent(self.head)
 
     def upstream_lost(self, refusal: Refusal) -> None:
         """No connection was available, or the upstream failed before its response was complete."""
@@ -63,6 +67,6 @@ class UpstreamUser(ports.Exchange):
         """Whether the client has read the response so slowly for so long that it holds up the upstream's connection."""
         raise NotImplementedError
 
-    def preempt_if_slow(self, refusal: Refusal) -> None:
+    def preempt(self, refusal: Refusal) -> None:
         """End the exchange, to free the connection for other requests."""
         raise NotImplementedError

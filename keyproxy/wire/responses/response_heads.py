@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from keyproxy.http import headers
 from keyproxy.http.error_responses import ErrorResponse
 from keyproxy.model import ResponseHead
+from keyproxy.ports import Exchange
+from keyproxy.wire.context import ServerContext
 
 #: The first bytes of every response.
 BEGINNING = b"HTTP/1.1 "
@@ -57,6 +60,19 @@ def own(answer: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool, 
         _CLOSE if closes else b"",
         b"" if without_body else answer.body,
     )
+
+
+def client_lines(answer: ResponseHead, exchange: Exchange, server: ServerContext, now: float) -> bytes:
+    """The client's header lines: the upstream's and ours. If our limits apply, only ours describe limits."""
+    block, permit, identity = answer.block, exchange.permit, exchange.identity
+    if permit is not None and permit.hold is not None:
+        limits = permit.limit_headers(now)
+        if limits and answer.fields.states_limits:
+            block = headers.without_limits(block)
+        block += limits
+    if identity is not None and identity.retiring_field is not None:
+        block += identity.retiring_header(server.wall())
+    return block
 
 
 def interim(head: ResponseHead, request_id: bytes) -> bytes:
