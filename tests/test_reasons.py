@@ -34,7 +34,6 @@ PUBLIC_STATUSES = {
     "store_unavailable": 503,
     "ledger_unavailable": 503,
     "overloaded": 503,
-    "draining": 503,
     "upstream_unreachable": 502,
     "upstream_invalid": 502,
     "upstream_timeout": 504,
