@@ -33,6 +33,8 @@ CHARACTERS: Final = re.compile(_CHARACTERS_PATTERN)
 PLAIN: Final = re.compile(_PLAIN_PATTERN)
 #: The characters of numbers and literals.
 WORD: Final = re.compile(rb"[-+.0-9A-Za-z]*+")
+#: Characters that strings may not contain.
+CONTROLS: Final = bytes(range(0x20))
 NAME: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
 COLON: Final = re.compile(_SPACE_PATTERN + rb":")
 

@@ -18,7 +18,7 @@ from keyproxy.ai.requests.content_media import (
     data_url_type,
     media_kind,
 )
-from keyproxy.ai.requests.open_frame import (
+from keyproxy.ai.requests.member_meanings import (
     AUDIO_BLOCK,
     BYTES,
     CONTEXT,
@@ -41,8 +41,8 @@ from keyproxy.ai.requests.open_frame import (
     URL_OF_IMAGE,
     URL_OF_VIDEO,
     VIDEO_BLOCK,
-    Frame,
 )
+from keyproxy.ai.requests.open_frame import Frame
 from keyproxy.ai.requests.pending_text import PendingText
 
 _LABEL_BYTES_MAX: Final = 256

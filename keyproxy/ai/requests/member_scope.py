@@ -10,6 +10,7 @@ import re
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
+from keyproxy.ai.requests.member_meanings import MEANINGS, NO_MEANING
 
 #: Members with other models that the upstream may use instead.
 ALTERNATIVES: Final = ("models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
@@ -22,6 +23,10 @@ _KNOWN_MAX: Final = 1_024
 _KNOWN_BYTES_MAX: Final = 64
 
 _HUMP: Final = re.compile(r"(?<=[a-z0-9])[A-Z]")
+
+
+def _fold(name: str) -> str:
+    return name.partition("\0")[0].strip().upper().casefold().replace(_DOT_ABOVE, "")
 
 
 class AmbiguousNameError(Exception):
@@ -39,32 +44,52 @@ class Slot:
         self.scope: Final = scope
 
 
-class Scope:
-    """The members of one object that count."""
+class Name:
+    """What a decoded name is in one scope. `slot`: None unless it counts. `meaning`: one of `member_meanings`."""
 
-    __slots__ = ("_folded", "_known", "_slots")
+    __slots__ = ("meaning", "slot")
+
+    def __init__(self, slot: Slot | None, meaning: int) -> None:
+        self.slot: Final = slot
+        self.meaning: Final = meaning
+
+
+class Scope:
+    """The members of one object that count.
+
+    `known`: names that have occurred, by their bytes in JSON, which are also the decoded name: those with escapes are
+    left out, because they are different names with the same bytes.
+    """
+
+    __slots__ = ("_folded", "_slots", "known")
 
     def __init__(self, slots: dict[bytes, Slot]) -> None:
         """`slots`: by each spelling, decoded."""
+        self.known: Final[dict[bytes, Name]] = {}
         self._slots: Final = slots
         self._folded: Final = {_fold(name.decode("utf-8")): name.decode("utf-8") for name in slots}
-        self._known: dict[bytes, Slot | None] = {}
 
-    def slot(self, name: bytes) -> Slot | None:
-        """The member with this decoded name; None if it does not count. Raises AmbiguousNameError."""
-        known = self._known
-        if name in known:
-            return known[name]
+    def name(self, name: bytes) -> Name:
+        """Look up a decoded name. Raises AmbiguousNameError."""
+        known = self.known
+        found = known.get(name)
+        if found is not None:
+            return found
         slot = self._slots.get(name)
-        if slot is None:
+        if slot is None and self._slots:
             meant = self._folded.get(_fold(name.decode("utf-8")))
             if meant is not None:
                 raise AmbiguousNameError(meant)
-        if len(name) <= _KNOWN_BYTES_MAX:
+        found = Name(slot, MEANINGS.get(name, NO_MEANING))
+        if len(name) <= _KNOWN_BYTES_MAX and b"\\" not in name:
             if len(known) >= _KNOWN_MAX:
                 known.clear()
-            known[name] = slot
-        return slot
+            known[name] = found
+        return found
+
+
+#: The scope of objects in which no member counts.
+NO_SCOPE: Final = Scope({})
 
 
 def scope_of(dialect: Dialect, model_member: str = "model") -> Scope:
@@ -100,7 +125,3 @@ def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> Scope:
 def snake_case(name: str) -> str:
     """The spelling of a camelCase name in snake_case."""
     return _HUMP.sub(lambda hump: "_" + hump.group().lower(), name)
-
-
-def _fold(name: str) -> str:
-    return name.partition("\0")[0].strip().upper().casefold().replace(_DOT_ABOVE, "")

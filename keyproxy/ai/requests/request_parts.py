@@ -8,19 +8,18 @@ import orjson
 
 from keyproxy.ai.requests.content_media import IMAGE
 from keyproxy.ai.requests.media_reader import MediaReader
-from keyproxy.ai.requests.member_scope import Slot
-from keyproxy.ai.requests.open_frame import (
+from keyproxy.ai.requests.member_meanings import (
     CONTEXT,
     IMAGES,
-    MEANINGS,
     MESSAGES,
     NAMED,
     NO_MEANING,
     PROMPT,
     REFERENCE,
     TOOLS,
-    Frame,
 )
+from keyproxy.ai.requests.member_scope import Slot
+from keyproxy.ai.requests.open_frame import Frame
 from keyproxy.ai.requests.pending_text import PendingText
 
 #: A longer value of a member that counts is kept as this many bytes.
@@ -65,12 +64,6 @@ class RequestParts:
             raise DoubledNameError(slot.path)
         self.values[slot.path] = []
 
-    def note_name(self, frame: Frame, name: bytes) -> None:
-        """The name of a member that is about to be read."""
-        frame.meaning = MEANINGS.get(name, NO_MEANING)
-        if frame.counts_names:
-            self.text.add_name(name)
-
     def note_plain(self, slot: Slot, start: int, end: int) -> None:
         """A number or literal is the value of a member that counts."""
         self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
@@ -97,7 +90,7 @@ class RequestParts:
             return Frame(start, 0, NO_MEANING, None, is_object=is_object)
         own = parent.meaning if parent.is_object else NO_MEANING
         frame = Frame(start, parent.depth + 1, own, parent.slot, is_object=is_object)
-        frame.counts_names = parent.counts_names or own in (NAMED, TOOLS)
+        frame.counts_names = parent.counts_names or own == NAMED or own == TOOLS
         if not parent.is_object:
             if not is_object:
                 parent.elements += 1

@@ -15,6 +15,7 @@ import orjson
 from keyproxy.ai.requests.json_grammar import (
     CHARACTERS,
     COLON,
+    CONTROLS,
     ELEMENT,
     MEMBER,
     NAME,
@@ -24,14 +25,16 @@ from keyproxy.ai.requests.json_grammar import (
     WORD,
     Utf8,
 )
-from keyproxy.ai.requests.member_scope import Scope, Slot
+from keyproxy.ai.requests.member_scope import NO_SCOPE, Name, Scope
 from keyproxy.ai.requests.open_frame import Frame
 from keyproxy.ai.requests.request_parts import RequestParts
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: One match sees at most this much: a longer string is read in portions. A name or number may not be longer.
 _WINDOW_BYTES: Final = 16_384
-_UTF8_BYTES: Final = 262_144
+_UTF8_BYTES: Final = 65_536
+#: Longer names are not known.
+_SHORT_BYTES: Final = 80
 
 #: What a step costs of the budget of a portion, which is in bytes of text.
 _STEP_COST: Final = 48
@@ -46,11 +49,13 @@ _AFTER_VALUE: Final = 3  # a comma, or the end of what is open
 _IN_STRING: Final = 4
 _AT_END: Final = 5
 
+_BLANK: Final = 0x20
 _QUOTE: Final = 0x22
 _COMMA: Final = 0x2C
 _MINUS: Final = 0x2D
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
+_COLON_BYTE: Final = 0x3A
 _OPEN_ARRAY: Final = 0x5B
 _BACKSLASH: Final = 0x5C
 _CLOSE_ARRAY: Final = 0x5D
@@ -105,6 +110,8 @@ class RequestScanner:
         self._numbers_cost = 0
         self._utf8 = Utf8()
         self._checked = 0
+        #: There are no control characters, so that strings need no check for them.
+        self._is_on_one_line = True
 
     def advance(self, budget: int) -> int:
         """Do work for `budget` bytes of text; return what is left of it, more than 0 once the document is read.
@@ -119,6 +126,7 @@ class RequestScanner:
             )
             if not self._utf8.takes(piece):
                 raise JsonError("it is not UTF-8")
+            self._is_on_one_line = self._is_on_one_line and len(piece.translate(None, CONTROLS)) == len(piece)
             self._checked += len(piece)
             budget -= len(piece) // _SCAN_SHARE
             if budget <= 0:
@@ -182,6 +190,8 @@ class RequestScanner:
             raise self._malformed("a comma or the end of an array or object is missing")
 
     def _read_member(self, frame: Frame) -> None:
+        if self._is_on_one_line and self._read_known_member(frame):
+            return
         content, at = self._content, self._at
         match = MEMBER.match(content, at, min(self._end, at + _WINDOW_BYTES))
         if match is None:
@@ -200,6 +210,38 @@ class RequestScanner:
             self._plain(frame, match.start(3), match.end(3))
         self._at = match.end()
         self._state = _AT_NEXT if last == 4 else _AFTER_VALUE
+
+    def _read_known_member(self, frame: Frame) -> bool:
+        """Read a member with a known name the short way: a third of the time of a pattern. Return whether it is one."""
+        content, at, last = self._content, self._at, self._end - 1
+        if content[at] == _BLANK:
+            at += 1
+        if at >= last or content[at] != _QUOTE:
+            return False
+        stop = content.find(b'"', at + 1, at + _SHORT_BYTES)
+        name = content[at + 1 : stop]
+        known = frame.scope.known.get(name)
+        if known is None or stop < 0 or stop + 2 > last or content[stop + 1] != _COLON_BYTE:
+            return False
+        at = stop + 2
+        if content[at] == _BLANK and at < last:
+            at += 1
+        byte = content[at]
+        if byte == _QUOTE:
+            stop = content.find(b'"', at + 1, at + _WINDOW_BYTES)
+            if stop < 0 or content.find(b"\\", at + 1, stop) >= 0:
+                return False
+            self._note_name(frame, known, name)
+            self._string(frame, at + 1, stop)
+            self._at = stop + 1
+            self._state = _AFTER_VALUE
+            return True
+        if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
+            self._note_name(frame, known, name)
+            self._at = at
+            self._open_container(frame, byte)
+            return True
+        return False
 
     def _read_long_member(self, frame: Frame) -> None:
         """Read a member that does not fit into the window: its name here, its string in portions."""
@@ -282,14 +324,16 @@ class RequestScanner:
         name = self._content[start:end]
         if _BACKSLASH in name:
             name = str(orjson.loads(self._content[start - 1 : end + 1])).encode("utf-8")
+        self._note_name(frame, frame.scope.name(name), name)
+
+    def _note_name(self, frame: Frame, known: Name, name: bytes) -> None:
         frame.is_empty = False
-        slot: Slot | None = None
-        if frame.scope is not None:
-            slot = frame.scope.slot(name)
-            if slot is not None:
-                self.parts.note_slot(slot)
-        frame.slot = slot
-        self.parts.note_name(frame, name)
+        frame.meaning = known.meaning
+        frame.slot = slot = known.slot
+        if slot is not None:
+            self.parts.note_slot(slot)
+        if frame.counts_names:
+            self.parts.text.add_name(name)
 
     def _string(self, frame: Frame, start: int, end: int) -> None:
         self._count_values(1)
@@ -314,9 +358,11 @@ class RequestScanner:
             raise TooDenseError("json_depth_max", bounds.depth_max)
         frame = self.parts.open_frame(parent, self._at, is_object=byte == _OPEN_OBJECT)
         if parent is None:
-            frame.scope = self._scope if frame.is_object else None
-        elif parent.slot is not None and frame.is_object:
-            frame.scope = parent.slot.scope
+            frame.scope = self._scope if frame.is_object else NO_SCOPE
+        else:
+            parent.is_empty = False
+            if parent.slot is not None and frame.is_object:
+                frame.scope = parent.slot.scope or NO_SCOPE
         self._open.append(frame)
         self._frame = frame
         self._at += 1
