@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.ai.dialects.endpoint import Endpoint, MemberPath
-from keyproxy.ai.requests.request_parts import RequestParts
+from keyproxy.ai.scanning.request_parts import RequestParts
 
 _INCLUDE_USAGE: Final[MemberPath] = ("stream_options", "include_usage")
 

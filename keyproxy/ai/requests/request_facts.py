@@ -7,9 +7,9 @@ from typing import Any, Final
 import orjson
 
 from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, MemberPath, StreamSwitch
-from keyproxy.ai.requests.content_media import MediaCount
-from keyproxy.ai.requests.member_scope import ALTERNATIVES
-from keyproxy.ai.requests.request_parts import RequestParts
+from keyproxy.ai.scanning.content_media import MediaCount
+from keyproxy.ai.scanning.member_scope import ALTERNATIVES
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.reasons import Reason, Refusal
 
 #: A larger number of tokens is not credible, and would overflow the sums.

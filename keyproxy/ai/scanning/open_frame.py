@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.requests.content_media import PartFacts
-from keyproxy.ai.requests.member_meanings import NO_MEANING
-from keyproxy.ai.requests.member_scope import NO_SCOPE, Scope, Slot
+from keyproxy.ai.scanning.content_media import PartFacts
+from keyproxy.ai.scanning.member_meanings import NO_MEANING
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, Scope, Slot
 
 
 class Frame:

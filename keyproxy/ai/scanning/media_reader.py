@@ -6,7 +6,7 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.requests.content_media import (
+from keyproxy.ai.scanning.content_media import (
     AUDIO,
     FILE,
     IMAGE,
@@ -18,7 +18,7 @@ from keyproxy.ai.requests.content_media import (
     data_url_type,
     media_kind,
 )
-from keyproxy.ai.requests.member_meanings import (
+from keyproxy.ai.scanning.member_meanings import (
     AUDIO_BLOCK,
     BYTES,
     CONTEXT,
@@ -42,8 +42,8 @@ from keyproxy.ai.requests.member_meanings import (
     URL_OF_VIDEO,
     VIDEO_BLOCK,
 )
-from keyproxy.ai.requests.open_frame import Frame
-from keyproxy.ai.requests.pending_text import PendingText
+from keyproxy.ai.scanning.open_frame import Frame
+from keyproxy.ai.scanning.pending_text import PendingText
 
 _LABEL_BYTES_MAX: Final = 256
 _BACKSLASH: Final = 0x5C

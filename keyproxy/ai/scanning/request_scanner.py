@@ -12,7 +12,7 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.requests.json_grammar import (
+from keyproxy.ai.scanning.json_grammar import (
     CHARACTERS,
     COLON,
     CONTROLS,
@@ -25,9 +25,9 @@ from keyproxy.ai.requests.json_grammar import (
     WORD,
     Utf8,
 )
-from keyproxy.ai.requests.member_scope import NO_SCOPE, Name, Scope
-from keyproxy.ai.requests.open_frame import Frame
-from keyproxy.ai.requests.request_parts import RequestParts
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, Name, Scope
+from keyproxy.ai.scanning.open_frame import Frame
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: One match sees at most this much: a longer string is read in portions. A name or number may not be longer.

@@ -6,9 +6,9 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.requests.content_media import IMAGE
-from keyproxy.ai.requests.media_reader import MediaReader
-from keyproxy.ai.requests.member_meanings import (
+from keyproxy.ai.scanning.content_media import IMAGE
+from keyproxy.ai.scanning.media_reader import MediaReader
+from keyproxy.ai.scanning.member_meanings import (
     CONTEXT,
     IMAGES,
     MESSAGES,
@@ -18,9 +18,9 @@ from keyproxy.ai.requests.member_meanings import (
     REFERENCE,
     TOOLS,
 )
-from keyproxy.ai.requests.member_scope import Slot
-from keyproxy.ai.requests.open_frame import Frame
-from keyproxy.ai.requests.pending_text import PendingText
+from keyproxy.ai.scanning.member_scope import Slot
+from keyproxy.ai.scanning.open_frame import Frame
+from keyproxy.ai.scanning.pending_text import PendingText
 
 #: A longer value of a member that counts is kept as this many bytes.
 _KEPT_BYTES_MAX: Final = 1_024
@@ -90,7 +90,7 @@ class RequestParts:
             return Frame(start, 0, NO_MEANING, None, is_object=is_object)
         own = parent.meaning if parent.is_object else NO_MEANING
         frame = Frame(start, parent.depth + 1, own, parent.slot, is_object=is_object)
-        frame.counts_names = parent.counts_names or own == NAMED or own == TOOLS
+        frame.counts_names = parent.counts_names or own in (NAMED, TOOLS)
         if not parent.is_object:
             if not is_object:
                 parent.elements += 1

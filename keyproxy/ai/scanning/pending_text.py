@@ -6,7 +6,7 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.requests.json_grammar import CHARACTERS
+from keyproxy.ai.scanning.json_grammar import CHARACTERS
 from keyproxy.ai.text_estimate import TextEstimate
 
 #: Texts up to this size are estimated together; longer ones in slices.

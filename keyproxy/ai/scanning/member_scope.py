@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
-from keyproxy.ai.requests.member_meanings import MEANINGS, NO_MEANING
+from keyproxy.ai.scanning.member_meanings import MEANINGS, NO_MEANING
 
 #: Members with other models that the upstream may use instead.
 ALTERNATIVES: Final = ("models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
