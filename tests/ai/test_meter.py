@@ -16,10 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
-from keyproxy.ai.responses import inflating_meter, json_members, json_meter, sse_meter
+from keyproxy.ai.responses import inflating_meter, json_members, json_meter
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
+from keyproxy.ai.responses.streams import sse_meter
 from keyproxy.ai.responses.usage_objects import TOKENS_MAX, UsageReport, header_report
 from keyproxy.http.headers import FieldNames
 from keyproxy.model import ResponseHead

@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from keyproxy.ai.responses.produced_text import base64_bytes, media_tokens
-from keyproxy.ai.responses.stream_reading import MEDIA_MEMBERS
+from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, base64_bytes, media_tokens
 from keyproxy.ai.text_estimate import QUARTERS, SEPARATOR, TextEstimate, json_text
 
 NAME_BYTES_MAX: Final = 1_024

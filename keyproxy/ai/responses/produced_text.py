@@ -14,6 +14,9 @@ from keyproxy.ai.text_estimate import QUARTERS, SEPARATOR, json_text, pieces_qua
 #: Binary and base64 media: so many bytes are a token.
 MEDIA_BYTES_A_TOKEN: Final = 800
 
+#: The members of a document or an event with an image or a sound in base64.
+MEDIA_MEMBERS: Final = ("audio", "b64_json", "data", "partial_image_b64")
+
 #: Content that could not be read is taken for text: so many bytes are a token in most languages and code.
 _UNREAD_BYTES_A_TOKEN: Final = 4
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, StreamFormat
-from keyproxy.ai.responses.array_meter import ArrayMeter
-from keyproxy.ai.responses.aws_meter import AwsMeter
 from keyproxy.ai.responses.body_meter import MediaMeter, TextMeter, UnreadMeter
 from keyproxy.ai.responses.inflating_meter import InflatingMeter
 from keyproxy.ai.responses.json_meter import JsonMeter
-from keyproxy.ai.responses.line_meter import LineMeter
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.sse_meter import SseMeter
-from keyproxy.ai.responses.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.array_meter import ArrayMeter
+from keyproxy.ai.responses.streams.aws_meter import AwsMeter
+from keyproxy.ai.responses.streams.line_meter import LineMeter
+from keyproxy.ai.responses.streams.sse_meter import SseMeter
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
 from keyproxy.ai.responses.usage_objects import header_report
 from keyproxy.model import ResponseHead
 

@@ -10,9 +10,15 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
-from keyproxy.ai.responses.aws_event_stream import PRELUDE_BYTES, FrameError, make_message, message_bytes, read_message
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.aws_event_stream import (
+    PRELUDE_BYTES,
+    FrameError,
+    make_message,
+    message_bytes,
+    read_message,
+)
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
 
 MESSAGE_BYTES_MAX: Final = 262_144
 

@@ -13,14 +13,11 @@ from typing import Final
 import orjson
 
 from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
-from keyproxy.ai.responses.produced_text import ProducedText
+from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
 from keyproxy.ai.responses.usage_reader import UsageReader
 
 #: A longer event is not parsed, which would take too long; its text is counted.
 PARSED_BYTES_MAX: Final = 262_144
-
-#: The members of an event with an image or a sound in base64.
-MEDIA_MEMBERS: Final = ("audio", "b64_json", "data", "partial_image_b64")
 
 _VALUE: Final = rb'"[ \t]*:[ \t]*"((?:[^"\\\r\n]|\\[^\r\n])++)"'
 _NEVER: Final = re.compile(rb"(?!)")

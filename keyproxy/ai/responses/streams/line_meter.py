@@ -10,12 +10,14 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
 
 LINE_BYTES_MAX: Final = 262_144
 
-#: The most lines of one piece that are parsed; the others are counted only.
-_PARSED_MAX: Final = 1_024
+#: The most lines of one piece that are read one by one; of the others, only the text is counted. And the most searches
+#: of all following lines for one that must be parsed.
+_LINES_MAX: Final = 1_024
+_TRIES_MAX: Final = 16
 
 
 class LineMeter(Meter):
@@ -81,17 +83,22 @@ class LineMeter(Meter):
         return out
 
     def _read(self, lines: bytes) -> None:
+        """Read whole lines: together, as far as none must be parsed, else each for itself."""
         reading = self._reading
-        at = 0
-        for _ in range(_PARSED_MAX):
-            notable = reading.notable(lines, at) if reading.has_begun else at
-            if notable < 0:
-                break
-            start = max(at, lines.rfind(b"\n", at, notable) + 1)
-            end = lines.find(b"\n", notable) + 1 or len(lines)
-            reading.count(lines, at, end)
-            reading.read(lines[start:end])
-            at = end
+        at = tries = 0
+        for _ in range(_LINES_MAX):
             if at == len(lines):
                 return
+            if reading.has_begun and tries < _TRIES_MAX:
+                tries += 1
+                notable = reading.notable(lines, at)
+                plain = len(lines) if notable < 0 else max(at, lines.rfind(b"\n", at, notable) + 1)
+                reading.count(lines, at, plain)
+                at = plain
+            end = lines.find(b"\n", at) + 1 or len(lines)
+            line = lines[at:end]
+            reading.count(line, 0, len(line))
+            if not reading.has_begun or reading.notable(line) >= 0:
+                reading.read(line)
+            at = end
         reading.count(lines, at, len(lines))

@@ -12,16 +12,22 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
 
 ELEMENT_BYTES_MAX: Final = 262_144
 
-#: The most strings and brackets of one piece that are read; with more, the response is read no further.
-_STEPS_MAX: Final = 65_536
+#: The most brackets and unfinished strings, and the most elements, of one piece; after one with more, the response is
+#: read no further.
+_STEPS_MAX: Final = 16_384
+_ELEMENTS_MAX: Final = 1_024
 
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)|[{\[]|[}\]]', re.DOTALL)
-_STRING_REST: Final = re.compile(rb'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
+#: Up to the next bracket, or the string that does not end here.
+_TO_BRACKET: Final = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+_STRING_REST: Final = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OPENING: Final = b"{["
+_ARRAY: Final = ord("[")
+_QUOTE: Final = ord('"')
+_BACKSLASH: Final = ord("\\")
 
 
 class ArrayMeter(Meter):
@@ -60,24 +66,24 @@ class ArrayMeter(Meter):
         self._held += content
         out: list[bytes] = []
         steps = 0
-        while self._at < len(self._held) and steps < _STEPS_MAX and not self._is_over:
-            steps += 1
-            pattern = _STRING_REST if self._is_in_string else _TOKEN
-            match = pattern.match(self._held, self._at) if self._is_in_string else pattern.search(self._held, self._at)
-            if match is None:
-                self._at = len(self._held)
+        while not self._is_over and steps < _STEPS_MAX and len(out) < _ELEMENTS_MAX:
+            pattern = _STRING_REST if self._is_in_string else _TO_BRACKET
+            match = pattern.match(self._held, self._at)
+            self._at = self._at if match is None else match.end()
+            if self._at == len(self._held):
                 break
-            token = match.group()
-            self._at = match.end()
-            if self._is_in_string or token.startswith(b'"'):
-                self._is_in_string = not match.group(1)
-                if self._is_in_string:
-                    break  # a lone backslash may be left, which is read with what follows it
+            token = self._held[self._at]
+            if token == _BACKSLASH:
+                break  # a lone one, which is read with what follows it
+            self._at += 1
+            steps += 1
+            if token == _QUOTE:
+                self._is_in_string = not self._is_in_string
             elif token in _OPENING:
-                self._open(token, match.start())
+                self._open(token)
             else:
                 self._close(out)
-        if steps == _STEPS_MAX:
+        if steps == _STEPS_MAX or len(out) == _ELEMENTS_MAX:
             self._is_over = True
             self._reading.produced.add_unread(len(self._held))
         if self._is_over or len(self._held) > ELEMENT_BYTES_MAX:
@@ -97,11 +103,11 @@ class ArrayMeter(Meter):
         self._is_over = True
         return (b",\n" if self._has_passed else b"[") + event + b"]"
 
-    def _open(self, token: bytes, start: int) -> None:
-        if self._depth == 0 and token == b"[" and not self._has_passed:
+    def _open(self, token: int) -> None:
+        if self._depth == 0 and token == _ARRAY and not self._has_passed:
             self._base = 1
         elif self._depth == self._base:
-            self._start = start
+            self._start = self._at - 1
         self._depth += 1
 
     def _close(self, out: list[bytes]) -> None:

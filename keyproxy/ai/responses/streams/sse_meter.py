@@ -14,7 +14,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
 
 HELD_BYTES_MAX: Final = 65_536
 EVENT_BYTES_MAX: Final = 1_048_576
