@@ -19,7 +19,7 @@ from keyproxy.ai.responses.usage_reader import UsageReader
 #: A longer event is not parsed, which would take too long; its text is counted.
 PARSED_BYTES_MAX: Final = 262_144
 
-_VALUE: Final = rb'"[ \t]*:[ \t]*"((?:[^"\\\r\n]|\\[^\r\n])++)"'
+_VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")([^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+)"'
 _NEVER: Final = re.compile(rb"(?!)")
 
 
