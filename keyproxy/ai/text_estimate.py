@@ -16,6 +16,7 @@ run (4 times as slow), and Python strings (one emoji makes a string 4 bytes a ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -27,7 +28,8 @@ SEPARATOR: Final = b"\xff"
 #: Counted at a time, which bounds the copies.
 _SLICE_BYTES: Final = 65_536
 
-_QUARTERS: Final = 4
+#: Estimates are sums of quarter tokens.
+QUARTERS: Final = 4
 _OTHER: Final = ord(".")
 _CONTINUATION: Final = bytes(range(0x80, 0xC0))
 
@@ -53,6 +55,14 @@ _DIGITS: Final = bytes(ord("0" if chr(character) == "0" else " ") for character 
 #: One of so many bytes.
 _RARE: Final = 16
 
+#: Escapes of JSON, the backslash first, which is then none that begins another. What they stand for, or another byte
+#: of its class.
+_ESCAPES: Final = (
+    (b"\\\\", b"."), (b"\\t", b"\t"), (b"\\n", b"\n"), (b'\\"', b'"'), (b"\\/", b"/"), (b"\\r", b"\r"), (b"\\b", b"."),
+    (b"\\f", b"."),
+)  # fmt: skip
+_UNICODE_ESCAPE: Final = re.compile(rb"\\u([0-9a-fA-F]{4})")
+
 _7_LETTERS: Final = b"a" * 7
 _16_LETTERS: Final = b"a" * 16
 
@@ -61,10 +71,10 @@ _16_LETTERS: Final = b"a" * 16
 class TextEstimate:
     """The sum of the estimates of the strings added, in quarter tokens: rounded up once, not per string."""
 
-    __slots__ = ("_capitals", "_digits", "_letters", "_quarters", "_spaces")
+    __slots__ = ("_capitals", "_digits", "_letters", "_spaces", "quarters")
 
     def __init__(self) -> None:
-        self._quarters = 0
+        self.quarters = 0
         # The lengths of the runs at the end of what was added.
         self._letters = self._capitals = self._digits = self._spaces = 0
 
@@ -88,13 +98,13 @@ class TextEstimate:
 
     def tokens(self) -> int:
         """The estimate: whole tokens, rounded up."""
-        return -(-self._quarters // _QUARTERS)
+        return -(-self.quarters // QUARTERS)
 
     def _add(self, decoded: bytes) -> None:
-        text = decoded.translate(_CLASSES) if decoded.isascii() else decoded.translate(_CLASSES, _CONTINUATION)
+        text = _classified(decoded)
         if not text:
             return
-        self._quarters += _quarters(text)
+        self.quarters += _quarters(text)
         self._join(text)
         self._note_end(text)
 
@@ -105,19 +115,19 @@ class TextEstimate:
         if self._letters and first in (b"a", b"A"):
             more = size - len(text.lstrip(b"aA"))
             tokens = _more(self._letters, more, 7) + 6 * _more(self._letters, more, 16) - 1
-            self._quarters += _QUARTERS * tokens
+            self.quarters += QUARTERS * tokens
             if first == b"A":
                 more = size - len(text.lstrip(b"A"))
                 is_change = not self._capitals
-                self._quarters += _QUARTERS * (_more(self._capitals, more, 3) + is_change)
+                self.quarters += QUARTERS * (_more(self._capitals, more, 3) + is_change)
         elif first == b"0" and self._digits:
             more = size - len(text.lstrip(b"0"))
-            self._quarters += _QUARTERS * (_more(self._digits, more, 3) - 1)
+            self.quarters += QUARTERS * (_more(self._digits, more, 3) - 1)
         elif first == b"0" and self._spaces:
-            self._quarters += _QUARTERS
+            self.quarters += QUARTERS
         elif first == b" " and self._spaces:
             more = size - len(text.lstrip(b" "))
-            self._quarters += 2 * _more(self._spaces, more, 2)
+            self.quarters += 2 * _more(self._spaces, more, 2)
 
     def _note_end(self, text: bytes) -> None:
         size = len(text)
@@ -138,6 +148,46 @@ def text_tokens(decoded: bytes) -> int:
     return estimate.tokens()
 
 
+def pieces_quarters(pieces: bytes) -> int:
+    """Count pieces of output, each at least one token, in quarter tokens.
+
+    `pieces`: none of them empty, each preceded and followed by a `SEPARATOR` of its own.
+    """
+    text = _classified(pieces)
+    quarters = _quarters(text)
+    # All other pieces have a token.
+    lack = 4 * text.count(b"x x") + 2 * (text.count(b"x  x") + text.count(b"x   x"))
+    return quarters + lack + text.count(b"x2x") + text.count(b"x 2x")
+
+
+def json_text(raw: bytes) -> bytes:
+    """Return the characters of JSON strings, as far as the estimate distinguishes them, without decoding them.
+
+    `raw`: the strings as they stand in JSON, without their quotes, perhaps joined by `SEPARATOR`.
+    """
+    if b"\\" not in raw:
+        return raw
+    for escape, character in _ESCAPES:
+        raw = raw.replace(escape, character)
+    return _UNICODE_ESCAPE.sub(_character, raw) if raw.find(b"\\u") >= 0 else raw
+
+
+def _character(escape: re.Match[bytes]) -> bytes:
+    """The UTF-8 of an escaped character. A pair of surrogates is one of 4 bytes: here, its first half is."""
+    code = int(escape[1], 16)
+    if code < 0x80:
+        return b"%c" % code
+    if code < 0x800:
+        return b"\xc2\x80"
+    if 0xD800 <= code < 0xDC00:
+        return b"\xf0\x90\x80\x80"
+    return b"" if 0xDC00 <= code < 0xE000 else b"\xe0\xa0\x80"
+
+
+def _classified(text: bytes) -> bytes:
+    return text.translate(_CLASSES) if text.isascii() else text.translate(_CLASSES, _CONTINUATION)
+
+
 def _quarters(text: bytes) -> int:
     """Count a text of classes, in quarter tokens."""
     letters = text.translate(_LETTERS)
@@ -151,7 +201,7 @@ def _quarters(text: bytes) -> int:
         runs = len(only.split()) if digits * _RARE < len(text) else _runs(only, b"0")
         tokens += runs + text.count(b"000") + text.count(b" 0")
     characters = 3 * text.count(b"2") + 5 * text.count(b"3") + 12 * text.count(b"4")
-    return _QUARTERS * tokens + 2 * text.count(b"  ") + characters
+    return QUARTERS * tokens + 2 * text.count(b"  ") + characters
 
 
 def _runs(text: bytes, kind: bytes) -> int:

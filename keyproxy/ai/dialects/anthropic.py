@@ -22,11 +22,12 @@ _USAGE: Final = UsageFields(
     outputs=(("output_tokens",),),
     cached=("cache_read_input_tokens",),
     cache_write=("cache_creation_input_tokens",),
+    reasoning=("output_tokens_details", "thinking_tokens"),
     events=("message_start", "message_delta"),
     cumulative_event="message_delta",
 )
 _TEXT: Final = frozenset({"text", "thinking", "partial_json"})
-_FINISH: Final = FinishMarker(event="content_block_stop")
+_FINISH: Final = FinishMarker(event="content_block_stop", begins="content_block_start")
 
 ANTHROPIC: Final = Dialect(
     name="anthropic",

@@ -55,9 +55,10 @@ class UsageFields:
     `places`: the paths of the object with the counts, in a complete body and in the events of a stream; `()` is the
     document itself. The other paths are relative to that object. The first of `inputs` and of `outputs` is required,
     others are added where present. `cached`, `cache_write` and `reasoning` are parts of the input, the input and the
-    output. `events`: the types of stream events that report; none: any event with the object. `cumulative_event`: the
-    type of an event whose counts replace earlier ones, member by member. `no_report_types`: values of the object's
-    `type` that make it no report.
+    output. `total`: the sum of all; what is in none of its parts (hidden reasoning, for some servers) is output, and with
+    it the first of `inputs` and of `outputs` may be absent. `events`: the types of stream events that report; none: any
+    event with the object. `cumulative_event`: the type of an event whose counts replace earlier ones, member by member.
+    `no_report_types`: values of the object's `type` that make it no report.
     """
 
     places: tuple[MemberPath, ...]
@@ -66,6 +67,7 @@ class UsageFields:
     cached: MemberPath | None = None
     cache_write: MemberPath | None = None
     reasoning: MemberPath | None = None
+    total: MemberPath | None = None
     events: tuple[str, ...] = ()
     cumulative_event: str = ""
     no_report_types: tuple[str, ...] = ()
@@ -75,11 +77,13 @@ class UsageFields:
 class FinishMarker:
     """How a stream shows that the model has finished, before the usage arrives.
 
-    `event`: the type of an event. Otherwise `member` is the path of a value that is neither null nor false; with `EACH`
+    `event`: the type of an event. `begins`: the type of the event that opens what the former closes; the model has
+    finished when none is open. Otherwise `member` is the path of a value that is neither null nor false; with `EACH`
     in the path, it must have occurred for every choice.
     """
 
     event: str = ""
+    begins: str = ""
     member: MemberPath = ()
 
 

@@ -23,6 +23,7 @@ _USAGE: Final = UsageFields(
     outputs=(("candidatesTokenCount",), ("thoughtsTokenCount",)),
     cached=("cachedContentTokenCount",),
     reasoning=("thoughtsTokenCount",),
+    total=("totalTokenCount",),
 )
 _READ_USAGE: Final = UsageFields(places=(("usageMetadata",),), inputs=(("promptTokenCount",),))
 _TEXT: Final = frozenset({"text", "code", "output"})

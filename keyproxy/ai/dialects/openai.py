@@ -29,6 +29,7 @@ _COMPLETION_USAGE: Final = UsageFields(
     cached=("prompt_tokens_details", "cached_tokens"),
     cache_write=("prompt_tokens_details", "cache_write_tokens"),
     reasoning=("completion_tokens_details", "reasoning_tokens"),
+    total=("total_tokens",),
 )
 _RESPONSE_USAGE: Final = UsageFields(
     places=(("usage",), ("response", "usage")),
@@ -37,6 +38,7 @@ _RESPONSE_USAGE: Final = UsageFields(
     cached=("input_tokens_details", "cached_tokens"),
     cache_write=("input_tokens_details", "cache_write_tokens"),
     reasoning=("output_tokens_details", "reasoning_tokens"),
+    total=("total_tokens",),
     events=("response.completed", "response.incomplete", "response.failed"),
 )
 #: A transcription is billed by tokens or by its duration; the latter is an object of type `duration`.
@@ -90,7 +92,7 @@ OPENAI: Final = Dialect(
             usage=(_RESPONSE_USAGE,),
             streams=StreamSwitch.MEMBER,
             formats=_SSE,
-            finish=FinishMarker(event="response.output_item.done"),
+            finish=FinishMarker(event="response.output_item.done", begins="response.output_item.added"),
             text_members=_RESPONSE_TEXT,
         ),
         Endpoint(
