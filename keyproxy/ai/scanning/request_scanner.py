@@ -153,12 +153,15 @@ class RequestScanner:
             self._begin()
         elif state == _AFTER_VALUE:
             self._read_comma(frame)
-        elif state == _AT_FIRST and self._byte() == (_CLOSE_OBJECT if frame.is_object else _CLOSE_ARRAY):
+        elif state == _AT_FIRST and self._is_empty(frame):
             self._close(frame)
         elif frame.is_object:
             self._read_member(frame)
         else:
             self._read_element(frame)
+
+    def _is_empty(self, frame: Frame) -> bool:
+        return self._byte() == (_CLOSE_OBJECT if frame.is_object else _CLOSE_ARRAY)
 
     def _begin(self) -> None:
         if self._byte() == _OPEN_OBJECT:
@@ -233,8 +236,11 @@ class RequestScanner:
                 return False
             self._note_name(frame, known, name)
             self._string(frame, at + 1, stop)
-            self._at = stop + 1
+            self._at = at = stop + 1
             self._state = _AFTER_VALUE
+            if at <= last and content[at] == _COMMA:
+                self._at = at + 1
+                self._state = _AT_NEXT
             return True
         if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
             self._note_name(frame, known, name)
@@ -272,6 +278,9 @@ class RequestScanner:
                 self._at = run.end()
                 self._state = _AT_NEXT
                 return
+        if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
+            self._open_container(frame, byte)
+            return
         match = ELEMENT.match(content, self._at, window)
         if match is None:
             self._read_long_value(frame)
