@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
 import importlib.util
 import json
@@ -23,7 +24,10 @@ from keyproxy.ai.text_estimate import text_tokens
 
 #: The SHA-1 of the address of cl100k_base.tiktoken, by which tiktoken's cache names the file.
 _VOCABULARY = "litellm_core_utils/tokenizers/9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
 _TEXTS = Path(__file__).parent / "texts"
 
 #: The share by which an estimate may be short or long, by kind of text; prose of other vocabularies may be shorter.
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         actual, estimate = len(encoding.encode_ordinary(text)), text_tokens(raw)
         ratio = estimate / actual
         repeats = max(1, 200_000 // len(raw))
-        seconds = min(timeit.repeat(lambda raw=raw: text_tokens(raw), number=repeats, repeat=7)) / repeats
+        seconds = min(timeit.repeat(functools.partial(text_tokens, raw), number=repeats, repeat=7)) / repeats
         print(f"{name:<26} {len(raw):8} {actual:9} {estimate:9} {ratio:16.2f} {1e9 * seconds / len(raw):8.1f}")
         least, most = next((bounds for kind, bounds in BOUNDS.items() if name.startswith(kind)), (_SHORT_MAX, 100.0))
         if not least <= ratio <= most:
