@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from keyproxy.config import addresses, dsn
+from keyproxy.ai.models import Model
+from keyproxy.config import addresses, dsn, token_settings
+from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.http import error_responses, webhook_signature
 from keyproxy.http.headers import TrustRule
 from keyproxy.http.routes import InvalidPatternError, RouteTable
@@ -301,7 +303,12 @@ class RouteRow:
     match: str = _setting("", _route_match)
     scopes: list[str] = _setting([], _route_scopes)
     error_shape: str = _setting("problem", _one_of(*error_responses.ERROR_SHAPES))
-    tokens: str = _setting("none", _one_of("none", "openai", "anthropic", "header"))
+    tokens: str = _setting("none", _one_of(*token_settings.TOKEN_DIALECTS))
+    name: str = _setting("", token_settings.route_name_fault)
+    model: str = _setting("", token_settings.model_fault)
+    cap: str = _setting("", _one_of(*token_settings.CAPS))
+    cap_field: str = _setting("", token_settings.cap_field_fault)
+    idempotency: str = _setting("once", _one_of(*token_settings.IDEMPOTENCY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +328,9 @@ class Settings:
     reminders: Reminders = field(default_factory=Reminders)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
+    tokens: Tokens = field(default_factory=Tokens)
+    money: Money = field(default_factory=Money)
+    models: tuple[Model, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -337,7 +347,10 @@ class Settings:
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
-            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape, row.tokens)) for row in self.routes]
+            [
+                (row.match, Route(row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens))
+                for row in self.routes
+            ]
         )
 
 
@@ -345,7 +358,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name != "routes"
+    if table.name not in ("models", "routes")
 }
 
 _SCOPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
@@ -375,6 +388,9 @@ def cross_checks(settings: Settings) -> list[str]:
             "reminders.webhook_secret: is required with reminders.webhook_url; generate one with"
             " `echo whsec_$(openssl rand -base64 32)`"
         )
+    wrong += token_settings.conflicts(
+        settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
+    )
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

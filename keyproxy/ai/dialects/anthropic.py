@@ -60,6 +60,7 @@ ANTHROPIC: Final = Dialect(
         finish=_FINISH,
         text_members=_TEXT,
     ),
+    thinking=(("thinking", "budget_tokens"),),
     response_models=(("model",), ("message", "model")),
     tools_member="tools",
     tools_tokens=1_000,

@@ -64,6 +64,7 @@ BEDROCK: Final = Dialect(
     ),
     model_member=False,
     model_paths=(re.compile(rb"(?is).*/model/([^/]+)/[^/]+\Z"),),
+    thinking=(("additionalModelRequestFields", "thinking", "budget_tokens"),),
     tools_member="toolConfig",
     tools_tokens=1_000,
 )

@@ -118,6 +118,9 @@ class Dialect:
     `model_member`: the request names its model in the JSON member `model`. `model_paths`: patterns with the model in
     their first group, for a path as sent; the group is percent-encoded. `response_models`: where a response, or an
     event of a stream, names its model.
+    `thinking`: where a request states how many tokens the model may reason with. `has_twins`: members may be spelled in
+    snake_case too. `has_image_arrays`: arrays named `images` contain images in
+    base64.
     `image_tokens`, `low_detail_image_tokens`: the input estimate of an image. `tools_member`, `tools_tokens`: if the
     request has this member, the provider adds a prompt of about so many tokens.
     """
@@ -128,10 +131,18 @@ class Dialect:
     model_member: bool = True
     model_paths: tuple[re.Pattern[bytes], ...] = ()
     response_models: tuple[MemberPath, ...] = ()
+    thinking: tuple[MemberPath, ...] = ()
+    has_twins: bool = False
+    has_image_arrays: bool = False
     image_tokens: int = 4_800
     low_detail_image_tokens: int = 4_800
     tools_member: str = ""
     tools_tokens: int = 0
+
+    @property
+    def streams_by_member(self) -> bool:
+        """Whether requests select a stream with the member `stream`."""
+        return self.usual.streams in (StreamSwitch.MEMBER, StreamSwitch.MEMBER_UNLESS_FALSE)
 
 
 def ending_in(pattern: bytes) -> re.Pattern[bytes]:

@@ -81,6 +81,8 @@ GEMINI: Final = Dialect(
     ),
     model_member=False,
     model_paths=(re.compile(rb"(?is).*/([^/:]+):[a-z]+\Z"),),
+    thinking=(("generationConfig", "thinkingConfig", "thinkingBudget"),),
+    has_twins=True,
     response_models=(("modelVersion",),),
     image_tokens=1_300,
     low_detail_image_tokens=1_300,

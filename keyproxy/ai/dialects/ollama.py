@@ -61,5 +61,6 @@ OLLAMA: Final = Dialect(
         finish=_FINISH,
         text_members=_TEXT,
     ),
+    has_image_arrays=True,
     response_models=(("model",),),
 )

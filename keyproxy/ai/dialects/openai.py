@@ -135,6 +135,7 @@ OPENAI: Final = Dialect(
     ),
     # Azure: /openai/deployments/NAME/chat/completions.
     model_paths=(re.compile(rb"(?is).*/deployments/([^/]+)/"),),
+    thinking=(("reasoning", "max_tokens"),),
     response_models=(("model",), ("response", "model")),
     image_tokens=1_500,
     low_detail_image_tokens=85,
