@@ -119,7 +119,7 @@ class RequestReading:
         rules, content = self._rules, self.content
         first = content[:1] if content[:1] not in (b" ", b"\t", b"\r", b"\n") else content.lstrip(_SPACE)[:1]
         # Many servers parse JSON regardless of the Content-Type.
-        if first == b"{" or (self._fields.is_json and first):
+        if first in (b"{", b"[") or (self._fields.is_json and first):
             self._scanner = RequestScanner(
                 content, rules.scope, rules.bounds.json, has_image_arrays=rules.dialect.has_image_arrays
             )

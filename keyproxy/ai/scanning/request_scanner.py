@@ -247,7 +247,15 @@ class RequestScanner:
             self._at = at
             self._open_container(frame, byte)
             return True
-        return False
+        match = PLAIN.match(content, at, at + _SHORT_BYTES)
+        stop = at if match is None else match.end()
+        if match is None or stop > last or content[stop] not in (_COMMA, _CLOSE_OBJECT):
+            return False
+        self._note_name(frame, known, name)
+        self._plain(frame, at, stop)
+        self._at = stop
+        self._state = _AFTER_VALUE
+        return True
 
     def _read_long_member(self, frame: Frame) -> None:
         """Read a member that does not fit into the window: its name here, its string in portions."""
