@@ -60,7 +60,8 @@ def report_in(fields: UsageFields, counts: Mapping[str, object], *, by_total: bo
     if not (by_total and total != _ABSENT) and (ins[0] == _ABSENT or (outs and outs[0] == _ABSENT)):
         return None
     parts = [_count(counts, path) for path in (fields.cached, fields.cache_write, fields.reasoning)]
-    if _MALFORMED in (total, *ins, *outs, *parts) or is_no_report(fields, counts):
+    found = [total, *ins, *outs, *parts]
+    if _MALFORMED in found or is_no_report(fields, counts):
         return None
     tokens_in, tokens_out = _sum(ins), _sum(outs)
     if fields.outputs:
@@ -73,7 +74,8 @@ def input_in(fields: UsageFields, counts: Mapping[str, object]) -> UsageReport |
     """Return the input in an object that may have no output yet; None if it has no credible input."""
     ins = _counts(counts, fields.inputs)
     parts = [_count(counts, path) for path in (fields.cached, fields.cache_write)]
-    if is_no_report(fields, counts) or ins[0] == _ABSENT or _MALFORMED in (*ins, *parts):
+    found = [*ins, *parts]
+    if is_no_report(fields, counts) or ins[0] == _ABSENT or _MALFORMED in found:
         return None
     cached, cache_write = [max(0, part) for part in parts]
     return UsageReport(_sum(ins), 0, cached=cached, cache_write=cache_write)
