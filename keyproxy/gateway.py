@@ -228,6 +228,8 @@ class Gateway(Gate):
         head, route = exchange.head, exchange.route
         dialect = DIALECTS["header" if route is None else route.tokens]
         endpoint = dialect.usual if head is None else endpoint_of(dialect, head.line.method, head.line.path)
+        if not endpoint.usage:
+            endpoint = dialect.usual  # a method or path that uses no tokens holds some all the same
         hides_usage = exchange.ask is not None and exchange.ask.hides_usage
         return meter_for(dialect, endpoint, answer, hides_usage=hides_usage)
 
