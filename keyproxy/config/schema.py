@@ -10,7 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from keyproxy.config import addresses, value_checks
+from keyproxy.ai.models import Model
+from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
@@ -173,7 +175,12 @@ class RouteRow:
     match: str = _setting("", value_checks.route_match)
     scopes: list[str] = _setting([], value_checks.route_scopes)
     error_shape: str = _setting("problem", one_of(*error_responses.ERROR_SHAPES))
-    tokens: str = _setting("none", one_of("none", "openai", "anthropic", "header"))
+    tokens: str = _setting("none", one_of(*token_settings.TOKEN_DIALECTS))
+    name: str = _setting("", token_settings.route_name_fault)
+    model: str = _setting("", token_settings.model_fault)
+    cap: str = _setting("", one_of(*token_settings.CAPS))
+    cap_field: str = _setting("", token_settings.cap_field_fault)
+    idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +200,9 @@ class Settings:
     reminders: ReminderSettings = field(default_factory=ReminderSettings)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
+    tokens: Tokens = field(default_factory=Tokens)
+    money: Money = field(default_factory=Money)
+    models: tuple[Model, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -211,7 +221,10 @@ class Settings:
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
-            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape, row.tokens)) for row in self.routes]
+            [
+                (row.match, Route(row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens))
+                for row in self.routes
+            ]
         )
 
 
@@ -219,7 +232,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name != "routes"
+    if table.name not in ("models", "routes")
 }
 
 
@@ -242,6 +255,9 @@ def cross_checks(settings: Settings) -> list[str]:
             "reminders.webhook_secret: is required with reminders.webhook_url; generate one with"
             " `echo whsec_$(openssl rand -base64 32)`"
         )
+    wrong += token_settings.conflicts(
+        settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
+    )
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -11,7 +11,9 @@ from typing import Any, Final, cast
 
 import pytest
 
+from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.responses.meter import Meter
+from keyproxy.ai.responses.usage_reader import UsageReader
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames
 from keyproxy.model import Grant, Permit, RequestHead, ResponseHead, Route
@@ -114,7 +116,7 @@ class _Gate(Gate):
     def settle(self, exchange: Exchange) -> None: ...
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        return Meter()
+        return Meter(UsageReader(HEADER, HEADER.usual))
 
     def watch(self, exchange: Exchange) -> None: ...
 
