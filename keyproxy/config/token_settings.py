@@ -11,7 +11,7 @@ from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.model_source import parse_model_source
 from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import BYTES, ESTIMATE, INSERT, OFF, REFUSE, TokenRules
-from keyproxy.ai.scanning.request_scanner import JsonBounds
+from keyproxy.ai.scanning.json_bounds import JsonBounds
 
 #: Values of `[[routes]].tokens`.
 TOKEN_DIALECTS: Final = ("none", *DIALECTS)

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.requests.request_facts import TOKENS_MAX
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules, RequestReading, facts_of_form, is_collected
+from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.member_meanings import MEANINGS
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, Scope, scope_of
-from keyproxy.ai.scanning.request_scanner import JsonBounds, JsonError, RequestScanner, TooDenseError
+from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.reasons import Reason, Refusal
 from tests.ai.requests_support import HELLO, PATHS, endpoint, facts, fields, reading

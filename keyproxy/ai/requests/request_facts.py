@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, MemberPath, StreamSwitch
+from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, StreamSwitch
+from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.scanning.content_media import MediaCount
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
@@ -22,6 +23,19 @@ _ALTERNATIVES_BYTES_MAX: Final = 65_536
 _ALTERNATIVES_MAX: Final = 64
 
 _NULL: Final = b"null"
+
+#: By dialect: members whose value must be an object, because the maximum stands in it; and the members of the output.
+_OBJECTS: Final = {
+    dialect.name: frozenset({"stream_options", *(path[0] for path in dialect.usual.maximums if len(path) > 1)})
+    for dialect in DIALECTS.values()
+}
+_MAXIMUMS: Final = {
+    dialect.name: tuple([(".".join(path), path) for path in dialect.usual.maximums]) for dialect in DIALECTS.values()
+}
+_MULTIPLIERS: Final = {
+    dialect.name: tuple([(".".join(path), path) for path in dialect.usual.multipliers]) for dialect in DIALECTS.values()
+}
+_THINKING: Final = {dialect.name: tuple([".".join(path) for path in dialect.thinking]) for dialect in DIALECTS.values()}
 _WORDS: Final = {b"true": "is a boolean", b"false": "is a boolean"}
 
 
@@ -62,6 +76,10 @@ class RequestFacts:
         self.input_override: int | None = None
         self.parts: RequestParts | None = None
 
+    def forget_content(self) -> None:
+        """Release the body, once the request is reserved and its edits are made."""
+        self.parts = None
+
 
 def facts_of(
     parts: RequestParts, dialect: Dialect, endpoint: Endpoint, *, content_bytes: int, model_member: str
@@ -78,26 +96,30 @@ def facts_of(
     if not parts.is_object:
         return facts
     facts.parts = parts
-    _check_containers(parts, dialect)
+    _check_objects(parts, dialect)
     facts.model = _string(parts, model_member)
     if model_member != "model":
         _string(parts, "model")
     facts.alternatives = _alternatives(parts)
     # Members of other endpoints are checked too: servers accept more than their documentation lists.
-    for path in dialect.usual.maximums:
-        value = _count(parts, path, negative_is_absent=dialect.name == "ollama")
-        if path in endpoint.maximums and value is not None:
-            facts.maximum = value if facts.maximum is None else max(facts.maximum, value)
+    values, is_ollama = parts.values, dialect.name == "ollama"
+    for name, path in _MAXIMUMS[dialect.name]:
+        if name in values:
+            count = _count(name, values[name], negative_is_absent=is_ollama)
+            if count is not None and path in endpoint.maximums:
+                facts.maximum = count if facts.maximum is None else max(facts.maximum, count)
     times = 1
-    for path in dialect.usual.multipliers:
-        value = _count(parts, path, negative_is_absent=False)
-        if path in endpoint.multipliers and value is not None:
-            times = max(times, value)
+    for name, path in _MULTIPLIERS[dialect.name]:
+        if name in values:
+            count = _count(name, values[name], negative_is_absent=False)
+            if count is not None and path in endpoint.multipliers:
+                times = max(times, count)
     if endpoint.prompts:
         times *= max(1, parts.prompts)
     facts.multiplier = min(times, _PRODUCT_MAX)
-    for path in dialect.thinking:
-        facts.thinking = _count(parts, path, negative_is_absent=True)
+    for name in _THINKING[dialect.name]:
+        if name in values:
+            facts.thinking = _count(name, values[name], negative_is_absent=True)
     _read_stream(facts, parts, endpoint, dialect)
     return facts
 
@@ -124,24 +146,17 @@ def _read_stream(facts: RequestFacts, parts: RequestParts, endpoint: Endpoint, d
         facts.lacks_usage = parts.values.get("stream_options.include_usage") != b"true"
 
 
-def _check_containers(parts: RequestParts, dialect: Dialect) -> None:
+def _check_objects(parts: RequestParts, dialect: Dialect) -> None:
     """Refuse a member that has counting members and is no object: some servers coerce it."""
-    for path, value in parts.values.items():
-        if _has_members(path, dialect) and not isinstance(value, dict) and value != _NULL:
-            raise malformed(f"'{path}' {_fault(value)}; it must be an object.", path)
+    objects = _OBJECTS[dialect.name]
+    for name, value in parts.values.items():
+        if name in objects and not isinstance(value, dict) and value != _NULL:
+            raise malformed(f"'{name}' {_fault(value)}; it must be an object.", name)
 
 
-def _has_members(path: str, dialect: Dialect) -> bool:
-    if path == "stream_options":
-        return True
-    return any(member[0] == path and len(member) > 1 for member in dialect.usual.maximums)
-
-
-def _count(parts: RequestParts, path: MemberPath, *, negative_is_absent: bool) -> int | None:
-    """A whole number of a member; None without one."""
-    name = ".".join(path)
-    value = parts.values.get(name)
-    if value is None or value == _NULL:
+def _count(name: str, value: object, *, negative_is_absent: bool) -> int | None:
+    """A whole number; None for null."""
+    if value == _NULL:
         return None
     number = _number(value)
     if isinstance(number, int):
@@ -200,10 +215,9 @@ def _alternatives(parts: RequestParts) -> tuple[str, ...]:
     """The models of the lists of alternatives. Raises a Refusal for a list of another shape."""
     found: list[str] = []
     for name in ALTERNATIVES:
-        span = parts.spans.get(name)
-        if span is None:
+        if name not in parts.values:
             continue
-        start, end = span
+        start, end = parts.spans[name]
         if end - start > _ALTERNATIVES_BYTES_MAX:
             raise malformed(f"'{name}' is too long.", name)
         found += _names_in(orjson.loads(parts.content[start:end]), name)

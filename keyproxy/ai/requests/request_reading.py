@@ -13,10 +13,11 @@ from keyproxy.ai.dialects.endpoint import Dialect, Endpoint
 from keyproxy.ai.requests.inflation import Inflation, compression_of
 from keyproxy.ai.requests.request_facts import RequestFacts, facts_of, malformed
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
+from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.json_grammar import Utf8
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError, Scope, scope_of
 from keyproxy.ai.scanning.request_parts import DoubledNameError
-from keyproxy.ai.scanning.request_scanner import JsonBounds, JsonError, RequestScanner, TooDenseError
+from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.model import RequestFields
 from keyproxy.reasons import Reason, Refusal
@@ -119,7 +120,7 @@ class RequestReading:
         rules, content = self._rules, self.content
         first = content[:1] if content[:1] not in (b" ", b"\t", b"\r", b"\n") else content.lstrip(_SPACE)[:1]
         # Many servers parse JSON regardless of the Content-Type.
-        if first == b"{" or (self._fields.is_json and first):
+        if first in (b"{", b"[") or (self._fields.is_json and first):
             self._scanner = RequestScanner(
                 content, rules.scope, rules.bounds.json, has_image_arrays=rules.dialect.has_image_arrays
             )

@@ -25,6 +25,8 @@ from keyproxy.ai.scanning.pending_text import PendingText
 #: A longer value of a member that counts is kept as this many bytes.
 _KEPT_BYTES_MAX: Final = 1_024
 
+_BACKSLASH: Final = 0x5C
+
 #: Stands for a longer string.
 TOO_LONG: Final = "\0"
 
@@ -124,4 +126,5 @@ class RequestParts:
         """A string value of a member that counts. None that counts is so long: a longer one equals no other."""
         if end - start > _KEPT_BYTES_MAX:
             return TOO_LONG
-        return str(orjson.loads(self.content[start - 1 : end + 1]))
+        raw = self.content[start:end]
+        return raw.decode("utf-8") if _BACKSLASH not in raw else str(orjson.loads(self.content[start - 1 : end + 1]))

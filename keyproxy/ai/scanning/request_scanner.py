@@ -12,10 +12,10 @@ from typing import Final
 
 import orjson
 
+from keyproxy.ai.scanning.json_bounds import Density, EncodingCheck, JsonBounds, JsonError
 from keyproxy.ai.scanning.json_grammar import (
     CHARACTERS,
     COLON,
-    CONTROLS,
     ELEMENT,
     MEMBER,
     NAME,
@@ -23,16 +23,13 @@ from keyproxy.ai.scanning.json_grammar import (
     PLAIN,
     SPACE,
     WORD,
-    Utf8,
 )
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, Name, Scope
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.request_parts import RequestParts
-from keyproxy.mypyc_compat import mypyc_attr
 
 #: One match sees at most this much: a longer string is read in portions. A name or number may not be longer.
 _WINDOW_BYTES: Final = 16_384
-_UTF8_BYTES: Final = 65_536
 #: Longer names are not known.
 _SHORT_BYTES: Final = 80
 
@@ -66,30 +63,6 @@ _MEMBER_OPEN: Final = 5
 _ELEMENT_OPEN: Final = 4
 
 
-class JsonError(Exception):
-    """The document is not well-formed JSON in UTF-8; the text describes the fault."""
-
-
-class TooDenseError(Exception):
-    """The document exceeds a limit; the text is the name of the setting, `bound` its value."""
-
-    def __init__(self, setting: str, bound: int) -> None:
-        super().__init__(setting)
-        self.bound = bound
-
-
-@mypyc_attr(acyclic=True)
-class JsonBounds:
-    """The largest documents that are read."""
-
-    __slots__ = ("containers_max", "depth_max", "values_max")
-
-    def __init__(self, values_max: int = 400_000, containers_max: int = 32_768, depth_max: int = 64) -> None:
-        self.values_max: Final = values_max
-        self.containers_max: Final = containers_max
-        self.depth_max: Final = depth_max
-
-
 class RequestScanner:
     """Scans one complete document. `advance` does a bounded part of the work; the result is `parts`."""
 
@@ -97,42 +70,29 @@ class RequestScanner:
         self.parts: Final = RequestParts(content, has_image_arrays=has_image_arrays)
         self._content: Final = content
         self._scope: Final = scope
-        self._bounds: Final = bounds
         self._open: list[Frame] = []
         self._frame: Frame | None = None
         self._state = _AT_START
         self._at = 0
         self._end: Final = len(content)
         self._string_start = 0
-        self._values = 0
-        self._containers = 0
         #: Numbers take about as long to match as text to estimate.
         self._numbers_cost = 0
-        self._utf8 = Utf8()
-        self._checked = 0
-        #: There are no control characters, so that strings need no check for them.
-        self._is_on_one_line = True
+        self._density: Final = Density(bounds)
+        self._encoding: Final = EncodingCheck(content)
+        self._is_checked = False
 
     def advance(self, budget: int) -> int:
         """Do work for `budget` bytes of text; return what is left of it, more than 0 once the document is read.
 
         Raises JsonError, TooDenseError and AmbiguousNameError.
         """
-        while self._checked < self._end:
-            piece = (
-                self._content
-                if self._end <= _UTF8_BYTES
-                else self._content[self._checked : self._checked + _UTF8_BYTES]
-            )
-            if not self._utf8.takes(piece):
-                raise JsonError("it is not UTF-8")
-            self._is_on_one_line = self._is_on_one_line and len(piece.translate(None, CONTROLS)) == len(piece)
-            self._checked += len(piece)
-            budget -= len(piece) // _SCAN_SHARE
+        while not self._is_checked:
+            checked = self._encoding.advance()
+            self._is_checked = checked == 0
+            budget -= checked // _SCAN_SHARE
             if budget <= 0:
                 return 0
-        if not self._utf8.is_whole:
-            raise JsonError("a character is cut off")
         while budget > 0:
             if self._state == _AT_END:
                 return self.parts.text.read(budget)
@@ -153,12 +113,15 @@ class RequestScanner:
             self._begin()
         elif state == _AFTER_VALUE:
             self._read_comma(frame)
-        elif state == _AT_FIRST and self._byte() == (_CLOSE_OBJECT if frame.is_object else _CLOSE_ARRAY):
+        elif state == _AT_FIRST and self._is_empty(frame):
             self._close(frame)
         elif frame.is_object:
             self._read_member(frame)
         else:
             self._read_element(frame)
+
+    def _is_empty(self, frame: Frame) -> bool:
+        return self._byte() == (_CLOSE_OBJECT if frame.is_object else _CLOSE_ARRAY)
 
     def _begin(self) -> None:
         if self._byte() == _OPEN_OBJECT:
@@ -190,7 +153,7 @@ class RequestScanner:
             raise self._malformed("a comma or the end of an array or object is missing")
 
     def _read_member(self, frame: Frame) -> None:
-        if self._is_on_one_line and self._read_known_member(frame):
+        if self._encoding.is_on_one_line and self._read_known_member(frame):
             return
         content, at = self._content, self._at
         match = MEMBER.match(content, at, min(self._end, at + _WINDOW_BYTES))
@@ -233,15 +196,26 @@ class RequestScanner:
                 return False
             self._note_name(frame, known, name)
             self._string(frame, at + 1, stop)
-            self._at = stop + 1
+            self._at = at = stop + 1
             self._state = _AFTER_VALUE
+            if at <= last and content[at] == _COMMA:
+                self._at = at + 1
+                self._state = _AT_NEXT
             return True
         if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
             self._note_name(frame, known, name)
             self._at = at
             self._open_container(frame, byte)
             return True
-        return False
+        match = PLAIN.match(content, at, at + _SHORT_BYTES)
+        stop = at if match is None else match.end()
+        if match is None or stop > last or content[stop] not in (_COMMA, _CLOSE_OBJECT):
+            return False
+        self._note_name(frame, known, name)
+        self._plain(frame, at, stop)
+        self._at = stop
+        self._state = _AFTER_VALUE
+        return True
 
     def _read_long_member(self, frame: Frame) -> None:
         """Read a member that does not fit into the window: its name here, its string in portions."""
@@ -265,13 +239,16 @@ class RequestScanner:
             run = NUMBERS.match(content, self._at, window)
             if run is not None and run.end() > self._at:
                 count = content.count(b",", self._at, run.end())
-                self._count_values(count)
+                self._density.add_values(count)
                 self.parts.array_numbers += count
                 frame.is_empty = False
                 self._numbers_cost = run.end() - self._at
                 self._at = run.end()
                 self._state = _AT_NEXT
                 return
+        if byte in (_OPEN_OBJECT, _OPEN_ARRAY):
+            self._open_container(frame, byte)
+            return
         match = ELEMENT.match(content, self._at, window)
         if match is None:
             self._read_long_value(frame)
@@ -336,12 +313,12 @@ class RequestScanner:
             self.parts.text.add_name(name)
 
     def _string(self, frame: Frame, start: int, end: int) -> None:
-        self._count_values(1)
+        self._density.add_values(1)
         frame.is_empty = False
         self.parts.note_string(frame, start, end)
 
     def _plain(self, frame: Frame, start: int, end: int) -> None:
-        self._count_values(1)
+        self._density.add_values(1)
         frame.is_empty = False
         if frame.slot is not None:
             self.parts.note_plain(frame.slot, start, end)
@@ -349,13 +326,7 @@ class RequestScanner:
             self.parts.array_numbers += 1
 
     def _open_container(self, parent: Frame | None, byte: int) -> None:
-        self._count_values(1)
-        self._containers += 1
-        bounds = self._bounds
-        if self._containers > bounds.containers_max:
-            raise TooDenseError("json_containers_max", bounds.containers_max)
-        if len(self._open) >= bounds.depth_max:
-            raise TooDenseError("json_depth_max", bounds.depth_max)
+        self._density.add_container(len(self._open) + 1)
         frame = self.parts.open_frame(parent, self._at, is_object=byte == _OPEN_OBJECT)
         if parent is None:
             frame.scope = self._scope if frame.is_object else NO_SCOPE
@@ -381,11 +352,6 @@ class RequestScanner:
         if rest is not None and rest.end() < self._end:
             raise self._malformed("something follows it")
         self._state = _AT_END
-
-    def _count_values(self, count: int) -> None:
-        self._values += count
-        if self._values > self._bounds.values_max:
-            raise TooDenseError("json_values_max", self._bounds.values_max)
 
     def _malformed(self, fault: str) -> JsonError:
         return JsonError("it ends early" if self._at >= self._end else fault)
