@@ -95,6 +95,10 @@ class Problems:
         body = self._body(refusal, request_id, error_shape)
         return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
 
+    def last_document(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
+        """The JSON document that ends a refused stream of another format, which frames it."""
+        return self._body(refusal, request_id, error_shape)
+
     def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
         row = refusal.reason.value
         status = self.status_of(refusal)

@@ -4,7 +4,7 @@
 
 A client gets one response. Its head is held back until the bytes that arrived with it are checked, so that both are
 sent in one write; until then a refusal can still replace it. A response that has begun continues, or is cut off
-visibly: by a reset of the connection, or for a stream of events by a last event with the reason.
+visibly: by a reset of the connection, or for a stream by a last event with the reason.
 
 The exchange handles the request and the upstream.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from keyproxy.ai.dialects.endpoint import StreamFormat
+from keyproxy.ai.dialects.error_shapes import bedrock_error_type
 from keyproxy.http import headers
 from keyproxy.model import ANSWERED, Ending, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
@@ -102,14 +104,19 @@ class ResponseWriter(PoolUser):
             self.policy = refusal.limit.policy.name
 
     def end_stream(self, refusal: Refusal) -> None:
-        """End a stream of events here: its last event has the reason, and the response ends like a complete one."""
+        """End a stream here: its last event has the reason, and the response ends like a complete one."""
         if self.is_over or self.meter is None or not self.meter.is_stream or not self._is_chunked:
             self.refuse(refusal)
             return
         self._note(refusal)
         shape = self._gate.error_shape(self.head)
-        told = self._server.problems.last_event(refusal, self.request_id.decode("ascii"), shape)
-        out, self._held_back = self._held_back + chunk(self.meter.cut(told)) + LAST_CHUNK, b""
+        problems, request_id = self._server.problems, self.request_id.decode("ascii")
+        if self.meter.format is StreamFormat.SSE:
+            end = self.meter.cut(problems.last_event(refusal, request_id, shape))
+        else:
+            exception = bedrock_error_type(problems.status_of(refusal))
+            end = self.meter.cut(problems.last_document(refusal, request_id, shape), exception=exception)
+        out, self._held_back = self._held_back + (chunk(end) if end else b"") + LAST_CHUNK, b""
         self._client.send(out)
         self._end(Ending.CUT, self._server.clock(), closes=self._closes, resets=False)
 

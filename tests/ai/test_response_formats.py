@@ -271,6 +271,7 @@ def test_a_report_before_the_finish_is_not_final() -> None:
             None,
         ),
         ("openai", b"/v1/audio/transcriptions", {"usage": {"type": "duration", "seconds": 9}}, None, None),
+        ("openai", b"/v1/images/edits", {"usage": {"prompt_tokens": 8, "completion_tokens": 2}}, UsageReport(8, 2), None),
         ("openai", b"/v1/other", {"usage": {"input_tokens": 8, "output_tokens": 2, "total_tokens": 10}},
             UsageReport(8, 2), None),
         ("openai", b"/v1/other", {"usage": {"prompt_tokens": 8, "completion_tokens": 2}}, UsageReport(8, 2), None),
