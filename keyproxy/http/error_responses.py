@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from keyproxy import limit_state
-from keyproxy.http import problem_json
+from keyproxy.http import error_shapes, problem_json
+from keyproxy.http.error_shapes import ErrorFacts
 from keyproxy.reasons import SPENT, Reason, Refusal
 
 #: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
@@ -21,18 +22,11 @@ KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.
 #: The Allow field of a 405. RFC 9110 section 15.5.6.
 _ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
-ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
+_PROBLEM: Final = "problem"
+
+ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES)
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
-_OPENAI_TYPES: Final = {
-    401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error",
-    500: "server_error",
-}  # fmt: skip
-_ANTHROPIC_TYPES: Final = {
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
-    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    504: "timeout_error",
-}  # fmt: skip
 
 
 class ErrorResponse(NamedTuple):
@@ -73,6 +67,9 @@ class ErrorRenderer:
             fields.append(f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{missing}"')
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             fields.append(_ALLOW)
+        type_field = error_shapes.error_type_field(error_shape, status)
+        if type_field is not None:
+            fields.append(type_field)
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
         if refusal.is_futile:
@@ -96,23 +93,19 @@ class ErrorRenderer:
         body = self._body(refusal, request_id, error_shape)
         return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
 
+    def last_document(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
+        """The JSON document that ends a refused stream of another format, which frames it."""
+        return self._body(refusal, request_id, error_shape)
+
     def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
         spec = refusal.reason.value
         status = self.status_of(refusal)
         detail = refusal.caller_text if refusal.replaces_sentence else f"{spec.sentence} {refusal.caller_text}".rstrip()
         members = _limit_members(refusal)
-        error: dict[str, object]
-        match error_shape:
-            case "openai":
-                kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-                error = {"message": detail, "type": kind, "param": refusal.field, "code": spec.code, **members}
-                return json.dumps({"error": error}).encode("utf-8")
-            case "anthropic":
-                kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-                error = {"type": kind, "message": detail, "code": spec.code, **members}
-                return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode("utf-8")
-            case _:
-                return problem_json.problem_json(spec, request_id, status=status, detail=detail, members=members)
+        if error_shape == _PROBLEM:
+            return problem_json.problem_json(spec, request_id, status=status, detail=detail, members=members)
+        error = ErrorFacts(status, spec.code, detail, request_id, refusal.field, members)
+        return json.dumps(error_shapes.error_content(error_shape, error)).encode("utf-8")
 
 
 def _limit_members(refusal: Refusal) -> dict[str, object]:

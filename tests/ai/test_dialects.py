@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.ai.dialects.endpoint import Dialect, EndpointClass, StreamFormat, StreamSwitch
-from keyproxy.ai.dialects.error_shapes import SHAPES, ErrorFacts, bedrock_error_type, error_content, error_type_field
 from keyproxy.ai.dialects.table import DIALECTS, endpoint_of, model_in_path
+from keyproxy.http.error_shapes import SHAPES, ErrorFacts, bedrock_error_type, error_content, error_type_field
 
 G, M, R, N, U = (
     EndpointClass.GENERATES, EndpointClass.MEDIA, EndpointClass.READS, EndpointClass.NONE, EndpointClass.UNKNOWN,

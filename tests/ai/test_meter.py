@@ -20,7 +20,7 @@ from keyproxy.ai.responses import inflating_meter, json_members, json_meter
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
-from keyproxy.ai.responses.streams import sse_meter
+from keyproxy.ai.responses.streams import sse_meter, stream_reading
 from keyproxy.ai.responses.usage_objects import TOKENS_MAX, UsageReport, header_report
 from keyproxy.http.headers import FieldNames
 from keyproxy.model import ResponseHead
@@ -437,19 +437,19 @@ def test_what_is_no_plain_stream_cannot_be_ended_by_an_event() -> None:
             meter.cut(b"data: {}\n\n")
 
 
-def test_an_endless_event_passes_unread_in_bounded_memory() -> None:
+def test_an_endless_event_is_counted_in_bounded_memory() -> None:
     meter = meter_of("openai", head(EVENTS), hides_usage=True)
-    piece = b'data: {"usage":{' + b"x" * 65_520
+    piece = b'data: {"usage":{"x":"' + b"x" * 65_515
     tracemalloc.start()
     sent = sum(len(meter.feed(piece)) for _ in range(64))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 3 * sse_meter.EVENT_BYTES_MAX
+    assert peak < 3 * stream_reading.EVENT_BYTES_MAX
     end = b'","usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
     sent += len(meter.feed(end))
     assert sent == 64 * len(piece) + len(end)
     assert meter.report is None
-    assert meter.produced > sse_meter.EVENT_BYTES_MAX // 4
+    assert meter.produced > stream_reading.EVENT_BYTES_MAX // 4
     assert meter.feed(USAGE_CHUNK) == b""
     assert meter.report == UsageReport(11, 2)
 

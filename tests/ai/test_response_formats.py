@@ -24,7 +24,7 @@ from keyproxy.ai.responses import json_meter
 from keyproxy.ai.responses.json_strings import NAME_BYTES_MAX, StringCounter
 from keyproxy.ai.responses.meter import Meter, ResponseUse
 from keyproxy.ai.responses.produced_text import ProducedText
-from keyproxy.ai.responses.streams import array_meter, aws_meter, line_meter
+from keyproxy.ai.responses.streams import stream_reading
 from keyproxy.ai.responses.streams.aws_event_stream import FrameError, make_message, message_bytes, read_message
 from keyproxy.ai.responses.usage_objects import UsageReport
 from tests.ai.test_meter import EVENTS, JSON, cut_at, fed, head, meter_of
@@ -271,6 +271,7 @@ def test_a_report_before_the_finish_is_not_final() -> None:
             None,
         ),
         ("openai", b"/v1/audio/transcriptions", {"usage": {"type": "duration", "seconds": 9}}, None, None),
+        ("openai", b"/v1/images/edits", {"usage": {"prompt_tokens": 8, "completion_tokens": 2}}, UsageReport(8, 2), None),
         ("openai", b"/v1/other", {"usage": {"input_tokens": 8, "output_tokens": 2, "total_tokens": 10}},
             UsageReport(8, 2), None),
         ("openai", b"/v1/other", {"usage": {"prompt_tokens": 8, "completion_tokens": 2}}, UsageReport(8, 2), None),
@@ -519,8 +520,7 @@ def test_malformed_headers_are_an_error_of_the_frame(raw: bytes) -> None:
 def test_an_event_that_is_too_long_passes_unread_in_bounded_memory_and_reading_goes_on(
     kind: str, block: bytes, begin: bytes, filling: bytes, end: bytes
 ) -> None:
-    bounds = (line_meter.LINE_BYTES_MAX, array_meter.ELEMENT_BYTES_MAX, aws_meter.MESSAGE_BYTES_MAX)
-    assert max(bounds) < 1_000_000
+    assert stream_reading.EVENT_BYTES_MAX < 1_000_000
     meter = meter_of(kind, head(block))
     pieces = [begin] + [filling] * 40 * bool(filling) + [end]
     tracemalloc.start()
@@ -531,6 +531,23 @@ def test_an_event_that_is_too_long_passes_unread_in_bounded_memory_and_reading_g
     assert sum(out) == sum(map(len, pieces))
     assert meter.result().report is not None
     assert peak < 3_000_000
+
+
+@pytest.mark.parametrize("size", [200_000, 400_000, 3_000_000])
+@pytest.mark.parametrize("block", [EVENTS, JSON])
+@pytest.mark.parametrize("pieces", [65_536, 1_000_000, 7_000_000])
+def test_an_event_with_an_image_reports_its_usage_and_counts_by_its_bytes(size: int, block: bytes, pieces: int) -> None:
+    image = {"candidates": [{"content": {"parts": [{"inlineData": {"mimeType": "image/png", "data": "A" * size}}]}}]}
+    usage = {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 1_290, "totalTokenCount": 1_295}}
+    for document, report in ((image | usage, UsageReport(5, 1_290)), (image, None)):
+        body = sse(document) if block == EVENTS else array(document)
+        meter = meter_of("gemini", head(block))
+        out = b"".join([meter.feed(body[at : at + pieces]) for at in range(0, len(body), pieces)])
+        assert meter.produced <= meter.produced_bound
+        assert out + meter.finish() == body
+        assert meter.report == report
+        # The text of the event's other members; 800 bytes a token.
+        assert meter.produced <= (1_290 if report else 10 + size // 1_000)
 
 
 HARD: dict[str, tuple[str, bytes, bytes]] = {

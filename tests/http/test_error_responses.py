@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,24 @@ def fields(answer: ErrorResponse) -> dict[str, str]:
     found = dict(line.split(": ", 1) for line in lines)
     assert len(found) == len(lines)
     return found
+
+
+def told_error(answer: ErrorResponse, shape: str) -> dict[str, Any]:
+    """The members of an error, wherever its format has them."""
+    content = json.loads(answer.body)
+    if shape == "ollama":
+        return {**content, "message": content["error"]}
+    if shape == "gemini":
+        (info,) = content["error"]["details"]
+        members = {name: parsed(value) for name, value in info.get("metadata", {}).items()}
+        return {"reset_seconds": None, **members, "code": info["reason"], "message": content["error"]["message"]}
+    error = content if shape in ("problem", "bedrock") else content["error"]
+    assert isinstance(error, dict)
+    return error
+
+
+def parsed(value: str) -> object:
+    return json.loads(value) if value in ("true", "false") or value.isdigit() else value
 
 
 @each_reason
@@ -48,8 +67,7 @@ def test_refusal_with_its_own_sentence_names_the_member_at_fault(shape: str) -> 
     refusal = Refusal(
         Reason.REQUEST_MALFORMED, caller_text="'max_tokens' is a string.", replaces_sentence=True, field="max_tokens"
     )
-    content = json.loads(ErrorRenderer().render(refusal, "r-1", shape).body)
-    error = content if shape == "problem" else content["error"]
+    error = told_error(ErrorRenderer().render(refusal, "r-1", shape), shape)
     assert error["code"] == "request_malformed"
     assert error["detail" if shape == "problem" else "message"] == "'max_tokens' is a string."
     assert error.get("param") == ("max_tokens" if shape == "openai" else None)
@@ -59,8 +77,7 @@ def test_refusal_with_its_own_sentence_names_the_member_at_fault(shape: str) -> 
 @each_shape
 def test_every_format_has_the_code_and_never_the_log_detail(reason: Reason, shape: str) -> None:
     answer = ErrorRenderer().render(Refusal(reason, "for our log"), "r-1", shape)
-    content = json.loads(answer.body)
-    error = content if shape == "problem" else content["error"]
+    error = told_error(answer, shape)
     assert answer.status == reason.value.status
     assert error["code"] == reason.code
     assert error["detail" if shape == "problem" else "message"] == reason.value.sentence
@@ -126,13 +143,6 @@ def test_error_has_the_type_that_the_sdk_expects(reason: Reason, openai: str, an
 
 DAILY = LimitPolicy("user.requests-per-day", 100, 86_400)
 TOKENS = LimitPolicy("tenant.tokens-per-month", 5000, 2_592_000, "tokens")
-
-
-def told_error(answer: ErrorResponse, shape: str) -> dict[str, object]:
-    content = json.loads(answer.body)
-    error = content if shape == "problem" else content["error"]
-    assert isinstance(error, dict)
-    return error
 
 
 @each_shape

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.responses.streams.aws_event_stream import make_message, read_message
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Ending, Missing, Route
@@ -303,6 +304,54 @@ async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is
     assert spent(wire, "tokens_per_day") == (1_000, 1_000)
     assert wire.recorder.seen[-1].ending is Ending.CUT
     assert wire.recorder.seen[-1].reason is Reason.TOKEN_BUDGET_EXHAUSTED
+
+
+def framed(payload: dict[str, Any]) -> bytes:
+    headers = {":event-type": "contentBlockDelta", ":message-type": "event"}
+    return make_message(headers, json.dumps(payload).encode())
+
+
+@pytest.mark.parametrize(
+    ("dialect", "path", "media_type", "begin", "event"),
+    [
+        ("ollama", "/api/chat", b"application/x-ndjson", b"", b'{"message":{"content":"and so on "},"done":false}\n'),
+        ("gemini", "/v1/models/g:streamGenerateContent", b"application/json", b"[", b'{"text":"and so on "},'),
+        (
+            "bedrock", "/model/m/converse-stream", b"application/vnd.amazon.eventstream", b"",
+            framed({"delta": {"text": "and so on "}}),
+        ),
+    ],
+)  # fmt: skip
+async def test_a_stream_of_any_format_without_budget_ends_with_the_reason_in_its_framing(
+    start: Start, dialect: str, path: str, media_type: bytes, begin: bytes, event: bytes
+) -> None:
+    async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % media_type)
+        writer.write(chunk(begin) if begin else b"")
+        while not writer.is_closing():
+            writer.write(chunk(event))
+            await writer.drain()
+            await asyncio.sleep(0.0005)
+        return False
+
+    routed = RouteTable([("POST /{rest...}", Route("any", frozenset(), "openai", dialect))])
+    wire = await start(serving=Upstream(endless), routes=routed)
+    wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=1_000, tokens_per_request=300)))
+    async with wire.client() as client:
+        await client.send(request("POST", path, "Content-Type: application/json", body=b'{"model":"m"}'))
+        body = (await client.answer(seconds=20)).body
+    if dialect == "ollama":
+        last = json.loads(body.splitlines()[-1])
+    elif dialect == "gemini":
+        last = json.loads(body)[-1]
+    else:
+        while body.startswith(event):
+            body = body.removeprefix(event)
+        headers, payload = read_message(body)
+        assert headers[":exception-type"] == "ThrottlingException"
+        last = json.loads(payload)
+    assert last["error"]["code"] == "token_budget_exhausted"
+    assert spent(wire, "tokens_per_day") == (1_000, 1_000)
 
 
 async def test_live_and_test_traffic_spend_from_pools_of_their_own(start: Start) -> None:

@@ -14,7 +14,7 @@ from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import UsageReader, outermost_members
 
 #: A document up to this size is kept.
 KEPT_BYTES_MAX: Final = 65_536
@@ -67,7 +67,7 @@ class JsonMeter(Meter):
             self._kept.clear()
             if self._counts_strings:
                 self._strings = StringCounter()
-            self._members = MemberScanner(_names(self._dialect, self._endpoint))
+            self._members = MemberScanner(outermost_members(self._dialect, self._endpoint))
             self._scan(self._members, document)
         return content
 
@@ -80,7 +80,7 @@ class JsonMeter(Meter):
             try:
                 parsed = orjson.loads(document.removeprefix(_BYTE_ORDER_MARK))
             except ValueError:
-                members = MemberScanner(_names(self._dialect, self._endpoint))
+                members = MemberScanner(outermost_members(self._dialect, self._endpoint))
                 members.feed(document)  # perhaps truncated after its usage
             else:
                 if isinstance(parsed, dict):
@@ -93,17 +93,3 @@ class JsonMeter(Meter):
         members.feed(content)
         if self._strings is not None:
             self._strings.feed(content)
-
-
-def _names(dialect: Dialect, endpoint: Endpoint) -> list[str]:
-    """The members of the outermost object that matter."""
-    names = {path[0] for path in dialect.response_models if len(path) == 1}
-    for fields in endpoint.usage:
-        for place in fields.places:
-            if place:
-                names.add(place[0])
-            else:
-                parts = (fields.cached, fields.cache_write, fields.reasoning, fields.total)
-                paths = [*fields.inputs, *fields.outputs, *[path for path in parts if path is not None]]
-                names.update([path[0] for path in paths])
-    return sorted(names)

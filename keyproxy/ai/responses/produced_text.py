@@ -59,6 +59,10 @@ class ProducedText:
             if self._collected_bytes > _COLLECTED_BYTES_MAX:
                 self._estimate()
 
+    def add_tokens(self, tokens: int) -> None:
+        """Add what was estimated elsewhere."""
+        self._quarters += QUARTERS * tokens
+
     def add_media(self, characters: int) -> None:
         """Add so many characters of base64."""
         self._media_characters += characters

@@ -129,3 +129,17 @@ class UsageReader:
         if len(self._finished_choices) < _CHOICES_MAX:
             self._finished_choices.add(choice)
         self._has_finished = len(self._finished_choices) >= min(self._choices, _CHOICES_MAX)
+
+
+def outermost_members(dialect: Dialect, endpoint: Endpoint) -> list[str]:
+    """Return the members of the outermost object that a reader needs."""
+    names = {path[0] for path in dialect.response_models if len(path) == 1}
+    for fields in endpoint.usage:
+        for place in fields.places:
+            if len(place) == 1:
+                names.add(place[0])
+            elif not place:
+                parts = (fields.cached, fields.cache_write, fields.reasoning, fields.total)
+                paths = [*fields.inputs, *fields.outputs, *[path for path in parts if path is not None]]
+                names.update([path[0] for path in paths])
+    return sorted(names)

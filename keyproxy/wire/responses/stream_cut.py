@@ -1,10 +1,13 @@
-"""End a stream of server-sent events early: its last event is an error with the reason, and the framing is complete.
+"""End a stream early: its last event is an error with the reason, in the stream's framing, which is then complete.
 
 A client library raises its own exception on that event, while a reset would look like a failure of the network.
 """
 
 from __future__ import annotations
 
+from keyproxy.ai.dialects.endpoint import StreamFormat
+from keyproxy.ai.responses.meter import Meter
+from keyproxy.http.error_shapes import bedrock_error_type
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Refusal
 from keyproxy.wire.context import ServerContext
@@ -17,6 +20,14 @@ def send_error_event(refusal: Refusal, exchange: Exchange, response: ResponseWri
     meter = exchange.meter
     if exchange.route is None or meter is None or not meter.is_stream or not response.is_chunked:
         return False
-    event = server.problems.last_event(refusal, exchange.request_id.decode("ascii"), exchange.route.error_shape)
-    response.end_early(chunk(meter.cut(event)) + LAST_CHUNK)
+    event = _last_event(refusal, exchange.request_id.decode("ascii"), exchange.route.error_shape, meter, server)
+    response.end_early((chunk(event) if event else b"") + LAST_CHUNK)
     return True
+
+
+def _last_event(refusal: Refusal, request_id: str, shape: str, meter: Meter, server: ServerContext) -> bytes:
+    problems = server.problems
+    if meter.format is StreamFormat.SSE:
+        return meter.cut(problems.last_event(refusal, request_id, shape))
+    exception = bedrock_error_type(problems.status_of(refusal))
+    return meter.cut(problems.last_document(refusal, request_id, shape), exception=exception)

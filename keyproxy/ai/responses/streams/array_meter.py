@@ -1,8 +1,8 @@
 """Read a stream that is one JSON array whose elements arrive one by one, as Gemini sends it, as they pass.
 
 Elements are passed on whole, so that a stream can be ended between two. An unfinished one is held back up to
-`ELEMENT_BYTES_MAX`, which is the memory of a stream; a longer one passes unread. A document that is one object instead,
-as an error may be, is read as one element.
+`EVENT_BYTES_MAX`, which is the memory of a stream; a longer one is scanned as it passes. A document that
+is one object instead, as an error may be, is read as one element.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.streams.stream_reading import StreamReading
-
-ELEMENT_BYTES_MAX: Final = 262_144
+from keyproxy.ai.responses.streams.stream_reading import EVENT_BYTES_MAX, StreamReading
 
 #: The most brackets and unfinished strings, and the most elements, of one piece; after one with more, the response is
 #: read no further.
@@ -45,19 +43,18 @@ class ArrayMeter(Meter):
         #: The depth at which elements are: 1 in an array.
         self._base = 0
         self._is_in_string = False
-        self._is_oversize = False
         self._is_over = False
         self._has_passed = False
 
     @property
     def produced(self) -> int:
         """See Meter."""
-        return self._reading.produced.tokens
+        return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
         """See Meter."""
-        return self._reading.produced.bound
+        return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
@@ -86,7 +83,7 @@ class ArrayMeter(Meter):
         if steps == _STEPS_MAX or len(out) == _ELEMENTS_MAX:
             self._is_over = True
             self._reading.produced.add_unread(len(self._held))
-        if self._is_over or len(self._held) > ELEMENT_BYTES_MAX:
+        if self._is_over or self._at - self._start > EVENT_BYTES_MAX:
             self._pass_unfinished(out)
         return b"".join(out)
 
@@ -113,11 +110,12 @@ class ArrayMeter(Meter):
     def _close(self, out: list[bytes]) -> None:
         self._depth -= 1
         if self._depth == self._base and not (self._depth == 0 and self._base):
-            element = bytes(self._held[self._start : self._at])
-            if not self._is_oversize:
-                self._read(element)
+            if self._reading.has_long or self._at - self._start > EVENT_BYTES_MAX:
+                self._reading.feed_long(self._held, self._start, self._at)
+                self._reading.end_long()
+            else:
+                self._read(bytes(self._held[self._start : self._at]))
             self._pass(out, self._at)
-            self._is_oversize = False
         self._is_over = self._depth <= 0
 
     def _read(self, element: bytes) -> None:
@@ -135,7 +133,6 @@ class ArrayMeter(Meter):
 
     def _pass_unfinished(self, out: list[bytes]) -> None:
         if not self._is_over:
-            self._is_oversize = True
-            self._reading.produced.add_unread(self._at)
+            self._reading.feed_long(self._held, self._start, self._at)
         # A lone backslash stays: it is read with what follows it.
         self._pass(out, len(self._held) if self._is_over else self._at)

@@ -1,7 +1,7 @@
 """Read a response that is an AWS event stream, as Bedrock's, as its messages pass.
 
 Messages are passed on whole, so that a stream can be ended between two. An unfinished one is held back up to
-`MESSAGE_BYTES_MAX`, which is the memory of a stream; a longer one passes unread. After bytes that are no message,
+`EVENT_BYTES_MAX`, which is the memory of a stream; a longer one passes unread. After bytes that are no message,
 nothing is read: the next message could not be found.
 """
 
@@ -18,9 +18,7 @@ from keyproxy.ai.responses.streams.aws_event_stream import (
     message_bytes,
     read_message,
 )
-from keyproxy.ai.responses.streams.stream_reading import StreamReading
-
-MESSAGE_BYTES_MAX: Final = 262_144
+from keyproxy.ai.responses.streams.stream_reading import EVENT_BYTES_MAX, StreamReading
 
 #: The most messages of one piece that are read; the others pass unread.
 _MESSAGES_MAX: Final = 4_096
@@ -43,12 +41,12 @@ class AwsMeter(Meter):
     @property
     def produced(self) -> int:
         """See Meter."""
-        return self._reading.produced.tokens
+        return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
         """See Meter."""
-        return self._reading.produced.bound
+        return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
@@ -70,7 +68,7 @@ class AwsMeter(Meter):
             while len(content) - at >= PRELUDE_BYTES:
                 size = message_bytes(content[at : at + PRELUDE_BYTES])
                 left = len(content) - at
-                if size > MESSAGE_BYTES_MAX or (messages >= _MESSAGES_MAX and size <= left):
+                if size > EVENT_BYTES_MAX or (messages >= _MESSAGES_MAX and size <= left):
                     unread = min(size, left)
                     self._unread = size - unread
                     self._reading.produced.add_unread(unread)

@@ -1,7 +1,7 @@
 """Read a stream of JSON documents, each on a line of its own (NDJSON), as they pass.
 
 Lines are passed on whole, so that a stream can be ended between two. An unfinished one is held back up to
-`LINE_BYTES_MAX`, which is the memory of a stream; a longer one passes unread.
+`EVENT_BYTES_MAX`, which is the memory of a stream; a longer one passes unread.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.streams.stream_reading import StreamReading
-
-LINE_BYTES_MAX: Final = 262_144
+from keyproxy.ai.responses.streams.stream_reading import EVENT_BYTES_MAX, StreamReading
 
 #: The most lines of one piece that are read one by one; of the others, only the text is counted. And the most searches
 #: of all following lines for one that must be parsed.
@@ -34,12 +32,12 @@ class LineMeter(Meter):
     @property
     def produced(self) -> int:
         """See Meter."""
-        return self._reading.produced.tokens
+        return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
         """See Meter."""
-        return self._reading.produced.bound
+        return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
@@ -74,7 +72,7 @@ class LineMeter(Meter):
         return (b"\n" if self._is_oversize else b"") + event + b"\n"
 
     def _pass_oversize(self) -> bytes:
-        if len(self._line) <= LINE_BYTES_MAX:
+        if len(self._line) <= EVENT_BYTES_MAX:
             return b""
         out = bytes(self._line)
         self._reading.produced.add_unread(len(out))

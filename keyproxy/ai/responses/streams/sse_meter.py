@@ -4,7 +4,7 @@ Lines may end in CR, LF or both, data may span lines, and comments and a byte or
 
 Events are passed on whole, which delays nothing that a client could use, so that a stream can be ended between two. An
 unfinished event is held back up to `HELD_BYTES_MAX`, and kept for reading up to `EVENT_BYTES_MAX`: that is the memory
-of a stream. A longer one passes unread.
+of a stream. A longer one is scanned as it passes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.streams.stream_reading import StreamReading
+from keyproxy.ai.responses.streams.stream_reading import EVENT_BYTES_MAX, StreamReading
 
 HELD_BYTES_MAX: Final = 65_536
-EVENT_BYTES_MAX: Final = 1_048_576
 
 #: Two line ends, the longer spellings first: a CR LF is never taken for two.
 _EVENT_END = re.compile(rb"\r\n\r\n|\r\n\r|\r\n\n|\r\r\n|\r\r|\n\r\n|\n\r|\n\n")
@@ -48,12 +47,12 @@ class SseMeter(Meter):
     @property
     def produced(self) -> int:
         """See Meter."""
-        return self._reading.produced.tokens
+        return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
         """See Meter."""
-        return self._reading.produced.bound
+        return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
@@ -67,7 +66,7 @@ class SseMeter(Meter):
     def finish(self) -> bytes:
         """See Meter. Some upstreams do not end their last event."""
         rest = bytes(self._event)
-        keeps = not rest or self._is_oversize or self._read(rest)
+        keeps = not rest or self._take(rest)
         out = rest[self._passed :] if keeps or self._passed else b""
         self._event.clear()
         self._passed = 0
@@ -109,7 +108,7 @@ class SseMeter(Meter):
                 break
             block = bytes(event[: match.end()])
             del event[: match.end()]
-            self._has_hidden = not (self._is_oversize or self._read(block)) and not self._passed
+            self._has_hidden = not self._take(block) and not self._passed
             if not self._has_hidden:
                 out.append(block[self._passed :])
             self._passed = start = 0
@@ -121,11 +120,28 @@ class SseMeter(Meter):
                 del event[:plain]
                 tries += 0 if plain else 1
         if len(event) > EVENT_BYTES_MAX:
-            self._drop(out)
+            self._pass_long(out)
         elif len(event) > HELD_BYTES_MAX:
             out.append(bytes(event[self._passed :]))
             self._passed = len(event)
         return b"".join(out)
+
+    def _pass_long(self, out: list[bytes]) -> None:
+        """Scan what has arrived of a long event, and pass it on; its end may lie in the bytes that are kept."""
+        event = self._event
+        out.append(bytes(event[self._passed :]))
+        scanned = len(event) - _EVENT_END_BYTES_MAX + 1
+        self._reading.feed_long(event, 0, scanned)
+        del event[:scanned]
+        self._passed = len(event)
+
+    def _take(self, block: bytes) -> bool:
+        """Take an event that has ended; return whether to send it to the client."""
+        if self._reading.has_long or len(block) > EVENT_BYTES_MAX:
+            self._reading.feed_long(block, 0, len(block))
+            self._reading.end_long()
+            return True
+        return self._is_oversize or self._read(block)
 
     def _drop(self, out: list[bytes]) -> None:
         """Pass on what has arrived of the unfinished event, and any content after it, unread."""

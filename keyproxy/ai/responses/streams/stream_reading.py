@@ -8,16 +8,22 @@ the text is collected.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 import orjson
 
 from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
+from keyproxy.ai.responses.json_members import MemberScanner
+from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import UsageReader, outermost_members
 
-#: A longer event is not parsed, which would take too long; its text is counted.
-PARSED_BYTES_MAX: Final = 262_144
+#: A longer event is neither kept nor parsed, but scanned in pieces for the members of its outermost object.
+EVENT_BYTES_MAX: Final = 262_144
+
+#: Scanned at a time, which bounds the copies.
+_SLICE_BYTES: Final = 65_536
 
 _VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")([^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+)"'
 _NEVER: Final = re.compile(rb"(?!)")
@@ -61,6 +67,29 @@ class EventPatterns:
 _patterns: Final[dict[Endpoint, EventPatterns]] = {}
 
 
+class _LongEvent:
+    """Reads an event that is too long to be kept, from pieces: an image or a sound that the model has made."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._members: Final = MemberScanner(names)
+        self._strings: Final = StringCounter()
+
+    def feed(self, piece: bytes) -> None:
+        """Scan the next piece. What frames the event has no quotes and no brackets."""
+        self._members.feed(piece)
+        self._strings.feed(piece)
+
+    @property
+    def found(self) -> dict[str, object]:
+        """The outermost members that matter."""
+        return self._members.found
+
+    @property
+    def tokens(self) -> int:
+        """The estimate of all its strings."""
+        return self._strings.tokens
+
+
 class StreamReading:
     """What was read of one stream: its `usage`, and its `produced` text."""
 
@@ -72,6 +101,8 @@ class StreamReading:
         patterns = _patterns.get(endpoint)
         if patterns is None:
             patterns = _patterns[endpoint] = EventPatterns(endpoint)
+        self._long: _LongEvent | None = None
+        self._names: Final = ("type", *outermost_members(dialect, endpoint))
         self._notable: Final = patterns.notable
         self._kinds: Final = patterns.kinds
         self._text: Final = patterns.text
@@ -99,23 +130,53 @@ class StreamReading:
             for media in self._media.findall(content, start, end):
                 self.produced.add_media(len(media) - media.count(b"="))
 
+    @property
+    def tokens(self) -> int:
+        """The estimate of what was produced, with a long event so far."""
+        return self.produced.tokens + (0 if self._long is None else self._long.tokens)
+
+    @property
+    def bound(self) -> int:
+        """At least `tokens`, and cheap."""
+        return self.produced.bound + (0 if self._long is None else self._long.tokens)
+
+    @property
+    def has_long(self) -> bool:
+        """Whether the unfinished event is a long one."""
+        return self._long is not None
+
+    def feed_long(self, content: bytes | bytearray, start: int, end: int) -> None:
+        """Scan a piece of an event that is too long to be kept."""
+        if self._long is None:
+            self._long = _LongEvent(self._names)
+        for at in range(start, end, _SLICE_BYTES):
+            self._long.feed(bytes(content[at : min(end, at + _SLICE_BYTES)]))
+
+    def end_long(self) -> None:
+        """Count the long event, and read what it reports."""
+        event, self._long = self._long, None
+        if event is not None:
+            self.produced.add_tokens(event.tokens)
+            self._take(event.found, "")
+
     def read(self, content: bytes, kind: str = "") -> dict[str, object] | None:
         """Parse an event if it must be; return it if it reports usage. `kind`: its type, if its framing states that."""
-        if len(content) > PARSED_BYTES_MAX:
-            return None
         try:
             event = orjson.loads(content)
         except ValueError:
             return None
         if not isinstance(event, dict):
             return None
+        return event if self._take(event, kind) else None
+
+    def _take(self, event: dict[str, object], kind: str) -> bool:
         self.has_begun = True
         if not self.usage.read_event(event, kind):
-            return None
+            return False
         report = self.usage.report
         if report is not None:
             self.produced.report(report.tokens_out)
-        return event
+        return True
 
 
 def _values(names: tuple[str, ...]) -> re.Pattern[bytes]:

@@ -96,7 +96,7 @@ def _gemini(error: ErrorFacts) -> dict[str, object]:
     }  # fmt: skip
     if error.limit:
         # The metadata of an ErrorInfo are strings.
-        reason["metadata"] = {name: _text(value) for name, value in error.limit.items()}
+        reason["metadata"] = {name: _text(value) for name, value in error.limit.items() if value is not None}
     return {
         "code": error.status,
         "message": error.message,
