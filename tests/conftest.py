@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
+import asyncpg
 import pytest
 import uvloop
 from hypothesis import Phase, settings
@@ -27,6 +28,25 @@ settings.register_profile(
 settings.load_profile("keyproxy")
 
 _TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
+
+#: Removes what a test may leave behind: connections, then rows. The replica role allows deletes from the audit log.
+_EMPTY = """
+SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid();
+SET session_replication_role = replica;
+DO $$
+DECLARE
+    home regclass;
+BEGIN
+    FOR home IN SELECT oid::regclass FROM pg_class
+                WHERE relnamespace = 'keyproxy'::regnamespace AND relkind = 'r'
+                  AND relname NOT IN ('migrations', 'ledger', 'ledger_history') LOOP
+        EXECUTE format('DELETE FROM %s', home);
+    END LOOP;
+END
+$$;
+UPDATE keyproxy.ledger_history SET changed_at = '-infinity', settles_until = '-infinity';
+"""
 
 #: Tests do not need their data to survive a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300"}
@@ -71,6 +91,25 @@ def postgres() -> Iterator[Server]:
             server.stop()
 
 
+@pytest.fixture(scope="session")
+def common_dsn(postgres: Server) -> Iterator[str]:
+    """A migrated database that tests share: see `shared_dsn`."""
+    name = f"kp_test_common_{secrets.token_hex(4)}"
+    asyncio.run(scratch_databases.create(postgres.dsn("postgres"), name))
+    asyncio.run(migrations.migrate(postgres.dsn(name)))
+    yield postgres.dsn(name)
+    asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
+
+
+@pytest.fixture
+async def shared_dsn(common_dsn: str) -> str:
+    """The shared database, emptied."""
+    connection = await asyncpg.connect(common_dsn)
+    await connection.execute(_EMPTY)
+    await connection.close()
+    return common_dsn
+
+
 @pytest.fixture
 async def dsn(postgres: Server) -> AsyncIterator[str]:
     """A migrated, empty database for this test."""
@@ -87,6 +126,14 @@ async def empty_dsn(postgres: Server) -> AsyncIterator[str]:
     await scratch_databases.create(postgres.dsn("postgres"), name)
     yield postgres.dsn(name)
     await scratch_databases.drop(postgres.dsn("postgres"), name)
+
+
+@pytest.fixture
+async def sql(dsn: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """A raw connection to this test's database, in the place of any SQL client."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
 
 
 @pytest.fixture

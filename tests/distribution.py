@@ -13,7 +13,6 @@ import os
 import pwd
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import asyncpg
 
 from keyproxy.store.embedded import launcher
 from tests import server
+from tests.rawhttp import free_port
 
 _START_SECONDS = 60.0
 
@@ -58,7 +58,7 @@ def serving(programs: Path) -> Iterator[str]:
                 os.chown(path, pwd.getpwnam("nobody").pw_uid, -1)
         _run(programs / "initdb", "--pgdata", str(home / "data"), "--username", server.ROLE, "--encoding", "UTF8",
              "--no-locale", "--auth", "scram-sha-256", "--pwfile", str(secret))  # fmt: skip
-        port = _free_port()
+        port = free_port()
         dsn = f"postgresql://{server.ROLE}:{password}@127.0.0.1:{port}/postgres"
         settings = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
         log = stack.enter_context((home / "log").open("wb"))
@@ -111,13 +111,6 @@ async def _has_jit(dsn: str, process: subprocess.Popen[bytes], log: Path) -> boo
         return bool(await connection.fetchval("SELECT pg_jit_available()"))
     finally:
         await connection.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
         "keyproxy/auth/api_key.py",
         "keyproxy/auth/credentials.py",
         "keyproxy/cli/remote/remote_directory.py",
-        "keyproxy/demo/__init__.py",
+        "keyproxy/demo/story.py",
         "keyproxy/store/directory/base.py",
         "keyproxy/store/identities/drf_api_keys.py",
     }

@@ -11,39 +11,29 @@ import contextlib
 import logging
 import os
 import secrets
-import shlex
-import shutil
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import aiohttp
 import click
 import uvloop
 
-from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
-from keyproxy.demo import budget
 from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
+from keyproxy.demo.story import Stage, Story
 from keyproxy.platform import sockets
 from keyproxy.process import app
-from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.directory.directory import Actor, Directory
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
 
 _DATABASE_PREFIX: Final = "demo_"
 _PORTS: Final = {"proxy": 8080, "ops": 9090}
-
-#: With X-Keyproxy-Key-Id.
-_IDENTITY_HEADERS: Final = 5
-
-#: A revocation takes effect everywhere within this time after its commit.
-_REVOKED_SECONDS_MAX: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -114,195 +104,6 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         directory = Directory(database, KeyFormat(), Actor("demo", "local"))
         yield Story(stage, directory, session)
-
-
-class Stage(NamedTuple):
-    """The environment of the demo. `proxies`: the addresses of all proxies."""
-
-    settings: Settings
-    compute: Compute
-    proxies: Sequence[str]
-    config_path: Path
-
-
-class Story:
-    """The demo's steps. `failures` names those that failed."""
-
-    def __init__(self, stage: Stage, directory: Directory, session: aiohttp.ClientSession) -> None:
-        self.failures: list[str] = []
-        self._stage = stage
-        self._settings = stage.settings
-        self._directory = directory
-        self._session = session
-        self._url = f"http://{stage.settings.listen.address}"
-        self._key = ""
-        self._steps = 0
-
-    async def play(self) -> None:
-        """All steps."""
-        keys = await self._provision()
-        self._key = keys["alice"]["secret"]
-        unknown = KeyFormat().make(secrets.token_bytes(ENTROPY_BYTES), is_test=False).reveal().decode()
-        mistyped = self._key[:-1] + ("0" if self._key[-1] != "0" else "1")
-        alice = {"X-Keyproxy-User": "u_alice", "X-Keyproxy-Tenant": "acme", "X-Keyproxy-Test": "false"}
-
-        await self._step("A worker calls with alice's key", self._key, 200, sees=alice)
-        await self._step("No key", None, 401, code="api_key_missing")
-        await self._step(
-            "A mistyped key: its checksum is wrong, so no lookup is made", mistyped, 401, code="api_key_invalid"
-        )
-        await self._step("A well-formed key that does not exist", unknown, 401, code="api_key_invalid")
-        await self._step(
-            "bob's key can read jobs but not write them", keys["bob"]["secret"], 403, code="insufficient_scope"
-        )
-        await self._step(
-            "alice's test key: the same user, counted separately", keys["test"]["secret"], 200,
-            sees={**alice, "X-Keyproxy-Test": "true"},
-        )  # fmt: skip
-        await self._step(
-            "A worker claims to be another user", self._key, 200, sees=alice,
-            extra={"X-Keyproxy-User": "u_root", "x_keyproxy_tenant": "evil", "Connection": "X-Keyproxy-User"},
-        )  # fmt: skip
-        await self._revocation(keys["revoked"])
-        await self._budget(keys["carol"]["secret"])
-
-    def sum_up(self) -> None:
-        """Print the result."""
-        click.echo()
-        if self.failures:
-            click.echo(f"{len(self.failures)} of {self._steps} steps FAILED: {'; '.join(self.failures)}")
-        else:
-            click.echo(f"All {self._steps} steps passed.")
-
-    def invite(self, *, stays: bool) -> None:
-        """Print commands to try by hand, now or with the demo kept running."""
-        ops = f"http://{self._settings.ops.address}"
-        click.echo("\nTry it yourself:\n" if stays else "\nThe demo has ended. Without --once it keeps running:\n")
-        # Not --json, which curl supports only since 2022.
-        headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
-        click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
-        click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        click.echo(f"  {_program()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
-        if stays:
-            click.echo("\nPress Ctrl-C to stop.")
-
-    async def _provision(self) -> dict[str, dict[str, Any]]:
-        click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
-        directory, week = self._directory, timedelta(days=7)
-        await directory.create_tenant("acme", "Acme Ltd")
-        both = ("jobs:read", "jobs:write")
-        alice = await directory.create_user("u_alice", "acme", KeyWish("worker", both, expires_in=week))
-        bob = await directory.create_user("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
-        await directory.set_plan("small", {"tokens_per_day": budget.BUDGET})
-        carol = await directory.create_user(
-            "u_carol", "acme", KeyWish("writer", ("jobs:write",), expires_in=week), plan="small"
-        )
-        keys = {
-            "alice": alice["key"],
-            "test": await directory.issue_key("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
-            "revoked": await directory.issue_key("u_alice", KeyWish("old worker", both, expires_in=week)),
-            "bob": bob["key"],
-            "carol": carol["key"],
-        }
-        for key in keys.values():
-            mode = "test" if key["is_test"] else "live"
-            click.echo(f"  {key['user']:<8} {mode}  {key['hint']:<20} {' '.join(key['scopes'])}")
-        return keys
-
-    async def _step(
-        self, title: str, key: str | None, status: int, *, code: str | None = None,
-        sees: Mapping[str, str] | None = None, extra: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        """Make one call, print it and check it."""
-        self._steps += 1
-        headers = dict(extra or {})
-        shown = [f"{name}: {value}" for name, value in headers.items()]
-        if key is not None:
-            headers["Authorization"] = f"Api-Key {key}"
-            shown.insert(0, f"Authorization: Api-Key {key[:8]}…{key[-4:]}")
-        click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   {'   '.join(shown)}")
-        answered, body = await self._call(headers)
-        wrong = [] if answered == status else [f"status {answered} instead of {status}"]
-        if code is not None:
-            click.echo(f"   < {answered} {body.get('code')}: {body.get('detail')}")
-            wrong += [] if body.get("code") == code else [f"code {body.get('code')} instead of {code}"]
-        else:
-            saw: Mapping[str, list[str]] = body.get("identity", {})
-            click.echo(f"   < {answered} the compute server received " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
-            wrong += [f"{n} is {saw.get(n)}" for n, value in (sees or {}).items() if saw.get(n) != [value]]
-            if body.get("identity_headers") != _IDENTITY_HEADERS:
-                wrong.append(f"{body.get('identity_headers')} identity headers instead of {_IDENTITY_HEADERS}")
-            if body.get("credential_seen"):
-                wrong.append("the credential reached the compute server")
-        self._judge(title, wrong)
-
-    async def _revocation(self, key: Mapping[str, Any]) -> None:
-        """Revoke a key during calls: how long after the commit was the last accepted call sent?"""
-        self._steps += 1
-        title = "A key is revoked while calls run"
-        click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   again and again")
-        headers = {"Authorization": f"Api-Key {key['secret']}"}
-        accepted: list[float] = []
-        answers: dict[str, int] = {}
-        stop = asyncio.Event()
-
-        async def worker() -> None:
-            while not stop.is_set():
-                sent = time.monotonic()
-                status, body = await self._call(headers)
-                answers[str(body.get("code", status))] = answers.get(str(body.get("code", status)), 0) + 1
-                if status == 200:
-                    accepted.append(sent)
-
-        workers = [asyncio.create_task(worker()) for _ in range(2)]
-        await asyncio.sleep(0.3)
-        asked = time.monotonic()
-        await self._directory.revoke_key(key["id"], "demo")
-        await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
-        stop.set()
-        await asyncio.gather(*workers)
-        # Measured from the revocation request, which is slightly earlier than the commit.
-        delay = max(0.0, max(accepted, default=asked) - asked)
-        click.echo(f"   < {answers}; the last accepted call was sent at most {delay * 1000:.1f} ms after the commit")
-        wrong = [] if delay <= _REVOKED_SECONDS_MAX else [f"{delay:.3f} s"]
-        wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"responses were {answers}"]
-        self._judge(title, wrong)
-
-    async def _budget(self, key: str) -> None:
-        """Two proxies share one budget."""
-        self._steps += 1
-        title = f"carol may spend {budget.BUDGET} tokens a day over two proxies; each call takes {budget.TOKENS_EACH}"
-        click.echo(f"\n{self._steps}. {title}\n   > POST {COMPLETIONS}   again and again, to both")
-        urls = [f"http://{address}" for address in self._stage.proxies]
-        answers, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
-        told = ", ".join(f"{count} x {what}" for what, count in sorted(answers.items()))
-        click.echo(f"   < {told}\n   < the compute server has processed {self._stage.compute.tokens} tokens")
-        self._judge(title, wrong)
-
-    async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
-        job = {"job_id": "42", "payload": {"model": "small"}}
-        async with self._session.post(self._url + JOBS, json=job, headers=headers) as response:
-            return response.status, await response.json(content_type=None)
-
-    def _judge(self, title: str, wrong: list[str]) -> None:
-        if wrong:
-            self.failures.append(title)
-            click.echo(f"   FAILED: {'; '.join(wrong)}")
-        else:
-            click.echo("   ok")
-
-
-def _brief(saw: Mapping[str, list[str]]) -> list[tuple[str, str]]:
-    return [(name.removeprefix("X-Keyproxy-"), "+".join(values) or "-") for name, values in saw.items()]
-
-
-def _program() -> str:
-    """The command that runs keyproxy from any directory, in the environment of the shell that started the demo."""
-    script = Path(sys.argv[0])
-    if script.name != "keyproxy" or not script.is_file():
-        return f"{shlex.quote(sys.executable)} -m keyproxy"
-    found = shutil.which("keyproxy")
-    return "keyproxy" if found is not None and script.samefile(found) else shlex.quote(str(script.absolute()))
 
 
 def _preferably(port: int) -> socket.socket:

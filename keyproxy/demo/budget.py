@@ -34,8 +34,8 @@ async def spend(
         for _ in range(2 * _CALLS):
             async with session.post(url + COMPLETIONS, data=BODY, headers=headers) as response:
                 code = "200" if response.status == 200 else (await response.json(content_type=None)).get("code", "?")
-            told = f"{code} from proxy {number}"
-            answers[told] = answers.get(told, 0) + 1
+            outcome = f"{code} from proxy {number}"
+            answers[outcome] = answers.get(outcome, 0) + 1
             if code != "200":
                 return
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -46,7 +46,7 @@ async def spend(
         wrong.append(f"{compute.tokens} tokens were spent of {BUDGET}")
     if not all(f"200 from proxy {number}" in answers for number, _ in enumerate(urls, 1)):
         wrong.append("one proxy accepted no call")
-    refusals = {told.partition(" ")[0] for told in answers} - {"200"}
+    refusals = {outcome.partition(" ")[0] for outcome in answers} - {"200"}
     if refusals != {"token_budget_exhausted"}:
         wrong.append(f"refused as {', '.join(sorted(refusals)) or 'nothing'}")
     return answers, wrong

@@ -84,9 +84,9 @@ async def serve(
     `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
     for requests of its supervisor, which has the control socket. Raises BindError, ReloadError.
     """
-    departure, again = Departure(), asyncio.Event()
+    departure, reload_requested = Departure(), asyncio.Event()
     departure.on_signals()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
     _allow_files(settings)
     check_files(settings)
     async with contextlib.AsyncExitStack() as stack:
@@ -103,7 +103,7 @@ async def serve(
             started(sockets.address_of(proxy_socket), sockets.address_of(ops_socket))
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
-                change = group.create_task(changing(proxy, again))
+                change = group.create_task(changing(proxy, reload_requested))
                 await departure.begun.wait()
                 change.cancel()
             systemd.notify("STOPPING=1")
@@ -118,10 +118,10 @@ async def serve(
 def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
     """Reload at SIGHUP. `read_again` returns the new settings and DSN, or raises ReloadError."""
 
-    async def changing(proxy: Proxy, again: asyncio.Event) -> None:
+    async def changing(proxy: Proxy, reload_requested: asyncio.Event) -> None:
         while True:
-            await again.wait()
-            again.clear()
+            await reload_requested.wait()
+            reload_requested.clear()
             systemd.notify(systemd.reloading())
             try:
                 await _apply(proxy, await proxy.prepare(*read_again()))

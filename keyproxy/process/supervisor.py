@@ -59,27 +59,27 @@ class Supervisor:
         self._dsn = dsn
         self._text = text
         self._command = command
-        self._crew = WorkerPool(lambda: self._restarts)
+        self._pool = WorkerPool(lambda: self._restarts)
         self._tasks: set[asyncio.Task[None]] = set()
         self._restarts = 0
         self._failures = 0
         self._is_stopping = False
-        self._is_manned = False
-        self._changing = asyncio.Lock()
+        self._is_running = False
+        self._reloading = asyncio.Lock()
         self._reserved: socket.socket | None = None
         self._ops = self._ops_listener()
 
     async def run(
-        self, *, started: Callable[[str, str], None], text_again: Callable[[], str], read: Callable[[str], Settings]
+        self, *, started: Callable[[str, str], None], reread: Callable[[], str], read: Callable[[str], Settings]
     ) -> None:
         """Run until shutdown: SIGTERM, SIGINT or `keyproxy drain`. Raises BindError, ReloadError.
 
-        `started` is called with both addresses. At SIGHUP `text_again` returns a configuration, and `read` parses it;
+        `started` is called with both addresses. At SIGHUP `reread` returns a configuration, and `read` parses it;
         either may raise ReloadError.
         """
-        departure, again = Departure(), asyncio.Event()
+        departure, reload_requested = Departure(), asyncio.Event()
         departure.on_signals()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
         check_files(self._settings)
         control = Control(departure.begin)
         async with control.open(self._presence(self._settings)):
@@ -87,13 +87,13 @@ class Supervisor:
                 self._reserved = bound(self._settings.listen)
                 ops = bound(self._settings.ops)
                 addresses = (sockets.address_of(self._reserved), sockets.address_of(ops))
-                await self._start_crew()
-                self._is_manned = True
+                await self._start_workers()
+                self._is_running = True
                 await self._ops.start(ops)
                 started(*addresses)
                 systemd.notify("READY=1")
-                self._spawn(self._look_on())
-                self._spawn(self._change_on(again, control, text_again, read))
+                self._spawn(self._poll_workers())
+                self._spawn(self._reload_on_signal(reload_requested, control, reread, read))
                 await departure.begun.wait()
                 systemd.notify("STOPPING=1")
             finally:
@@ -106,17 +106,17 @@ class Supervisor:
 
     # -- starting and stopping
 
-    async def _start_crew(self) -> None:
+    async def _start_workers(self) -> None:
         """Start the configured number of workers and wait until all serve. Raises ReloadError; then none is left."""
         number = count(self._settings.listen.workers)
-        crew: list[Worker] = []
+        workers: list[Worker] = []
         try:
-            while len(crew) < number:
-                crew.append(await self._start())
-            if len(await self._crew.until_ready(crew)) < number:
+            while len(workers) < number:
+                workers.append(await self._start())
+            if len(await self._pool.until_ready(workers)) < number:
                 raise ReloadError("a worker did not start: see its log messages above")
         except (ReloadError, OSError) as error:
-            for worker in crew:
+            for worker in workers:
                 worker.is_leaving = True
                 worker.send_signal(signal.SIGTERM)
             raise ReloadError(str(error)) from error
@@ -132,16 +132,16 @@ class Supervisor:
         }
         environment.pop("NOTIFY_SOCKET", None)
         worker = await Worker.start(self._command, environment, self._text)
-        self._crew.members.add(worker)
-        self._spawn(self._mind(worker))
+        self._pool.members.add(worker)
+        self._spawn(self._restart_after_exit(worker))
         return worker
 
-    async def _mind(self, worker: Worker) -> None:
+    async def _restart_after_exit(self, worker: Worker) -> None:
         """Wait for a worker to exit, and replace it unless it was stopped on purpose."""
         status = await worker.process.wait()
-        self._crew.ended(worker)
+        self._pool.ended(worker)
         await worker.closed()
-        if self._is_stopping or worker.is_leaving or not self._is_manned:
+        if self._is_stopping or worker.is_leaving or not self._is_running:
             return
         if clock.monotonic() - worker.started_mono > _STEADY_SECONDS:
             self._failures = 0
@@ -155,8 +155,8 @@ class Supervisor:
     async def _is_replaced(self) -> bool:
         """Start a replacement for a worker that exited. Returns whether none is missing any more."""
         # Never during a reload: the worker would start with the old configuration.
-        async with self._changing:
-            staying = sum(not worker.is_leaving for worker in self._crew.members)
+        async with self._reloading:
+            staying = sum(not worker.is_leaving for worker in self._pool.members)
             if self._is_stopping or staying >= count(self._settings.listen.workers):
                 return True
             try:
@@ -171,20 +171,20 @@ class Supervisor:
     async def _end(self, departure: Departure) -> None:
         self._is_stopping = True
         listen = self._settings.listen
-        for worker in self._crew.members:
+        for worker in self._pool.members:
             worker.send_signal(departure.signal)
         self._spawn(self._hurry(departure))
-        waiting = [worker.process.wait() for worker in self._crew.members]
+        waiting = [worker.process.wait() for worker in self._pool.members]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
                 await asyncio.gather(*waiting)
-        for worker in list(self._crew.members):
+        for worker in list(self._pool.members):
             _log.error("worker %d did not exit in time; killing it", worker.process.pid)
             worker.send_signal(signal.SIGKILL)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in list(self._crew.members):
+        for worker in list(self._pool.members):
             await worker.closed()
         await self._ops.close()
         if self._reserved is not None:
@@ -193,25 +193,29 @@ class Supervisor:
 
     async def _hurry(self, departure: Departure) -> None:
         await departure.is_urgent.wait()
-        for worker in self._crew.members:
+        for worker in self._pool.members:
             worker.send_signal(departure.signal)
 
     # -- reloading
 
-    async def _change_on(
-        self, again: asyncio.Event, control: Control, text_again: Callable[[], str], read: Callable[[str], Settings]
+    async def _reload_on_signal(
+        self,
+        reload_requested: asyncio.Event,
+        control: Control,
+        reread: Callable[[], str],
+        read: Callable[[str], Settings],
     ) -> None:
         while True:
-            await again.wait()
-            again.clear()
+            await reload_requested.wait()
+            reload_requested.clear()
             systemd.notify(systemd.reloading())
             try:
-                text = text_again()
+                text = reread()
                 settings = read(text)
                 check_files(settings)
                 control.check(self._presence(settings))
-                async with self._changing:
-                    await self._change(settings, text)
+                async with self._reloading:
+                    await self._reload(settings, text)
                 control.show(self._presence(settings))
             except (ReloadError, sockets.BindError) as error:
                 _log.error("reload rejected: %s", error)
@@ -222,24 +226,24 @@ class Supervisor:
                 _log.info("configuration reloaded")
             systemd.notify("READY=1")
 
-    async def _change(self, settings: Settings, text: str) -> None:
+    async def _reload(self, settings: Settings, text: str) -> None:
         """Reload all workers, or none. Raises ReloadError or BindError in the second case."""
-        ready = await self._crew.offer(text)
+        ready = await self._pool.offer(text)
         if _frame(settings) == _frame(self._settings):
             self._settings, self._text = settings, text
-            await self._crew.apply(ready)
+            await self._pool.apply(ready)
         else:
-            await self._crew.withdraw(ready)
-            await self._change_crew(settings, text)
+            await self._pool.withdraw(ready)
+            await self._replace_workers(settings, text)
 
-    async def _change_crew(self, settings: Settings, text: str) -> None:
-        was, old_crew, old_ops = (self._settings, self._text, self._reserved), set(self._crew.members), self._ops
+    async def _replace_workers(self, settings: Settings, text: str) -> None:
+        was, old_workers, old_ops = (self._settings, self._text, self._reserved), set(self._pool.members), self._ops
         with contextlib.ExitStack() as undo:
             ops = new_socket(undo, self._settings.ops, settings.ops)
             listened = new_socket(undo, self._settings.listen, settings.listen)
             self._settings, self._text, self._reserved = settings, text, listened or self._reserved
             try:
-                await self._start_crew()
+                await self._start_workers()
             except ReloadError:
                 self._settings, self._text, self._reserved = was
                 raise
@@ -248,7 +252,7 @@ class Supervisor:
             self._ops = self._ops_listener()
             await self._ops.start(ops)
             await old_ops.close()
-        for worker in old_crew:
+        for worker in old_workers:
             worker.is_leaving = True
             # Without lingering: new workers serve already, and old ones must not take new requests.
             worker.send_signal(signal.SIGINT)
@@ -257,16 +261,16 @@ class Supervisor:
 
     # -- metrics and checks
 
-    async def _look_on(self) -> None:
+    async def _poll_workers(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            await self._crew.look()
+            await self._pool.look()
 
     def _ops_listener(self) -> OpsListener:
-        return OpsListener(checks=self._checks, metrics=self._crew.metrics, metrics_content_type=CONTENT_TYPE)
+        return OpsListener(checks=self._checks, metrics=self._pool.metrics, metrics_content_type=CONTENT_TYPE)
 
     async def _checks(self) -> Mapping[str, Check]:
-        checks = await self._crew.checks(count(self._settings.listen.workers))
+        checks = await self._pool.checks(count(self._settings.listen.workers))
         return checks | {"workers": Check(Verdict.FAILED, "stopping")} if self._is_stopping else checks
 
     def _spawn(self, doing: Coroutine[Any, Any, None]) -> None:

@@ -44,7 +44,7 @@ class Worker:
         self.page = ""
         self.patience_seconds = _ORDER_SECONDS
         self._ops = ops
-        self._superior = supervisor_end
+        self._channel = supervisor_end
         self._is_lost = False
 
     @classmethod
@@ -97,7 +97,7 @@ class Worker:
             return "the worker was killed"
         try:
             async with asyncio.timeout(self.patience_seconds):
-                return await self._superior.ask(order)
+                return await self._channel.ask(order)
         except TimeoutError:
             why = f"timeout: worker {self.process.pid} has not responded for {self.patience_seconds:g} s"
         except (OSError, ValueError) as error:
@@ -114,7 +114,7 @@ class Worker:
 
     async def closed(self) -> None:
         """Close its socket for orders."""
-        await self._superior.close()
+        await self._channel.close()
 
 
 class WorkerPool:

@@ -28,9 +28,12 @@ class BackgroundTask:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(
-        self, work: Callable[[], Awaitable[None]], failed: Callable[[Exception], None] | None = None, *,
+        self,
+        work: Callable[[], Awaitable[None]],
+        failed: Callable[[Exception], None] | None = None,
+        *,
         pause_seconds: float = _PAUSE_SECONDS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Run `work`, which never returns, until `end`. After an unexpected error, call `failed` before the pause."""
         self._tasks.append(asyncio.get_running_loop().create_task(self._last(work, failed, pause_seconds)))
 

@@ -13,7 +13,7 @@ from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.select_backend import ledger_backend
-from keyproxy.store.postgres.database import Database, Listener
+from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.usage.journal import UsageJournal
 
 
@@ -21,9 +21,16 @@ class Store:
     """All parts of the store that a proxy uses."""
 
     def __init__(
-        self, store: schema.StoreSettings, cache: schema.Cache, ledger: schema.LedgerSettings, usage: schema.Usage, *,
-        dsn: str, header_prefix: str, now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+        self,
+        store: schema.StoreSettings,
+        cache: schema.Cache,
+        ledger: schema.LedgerSettings,
+        usage: schema.Usage,
+        *,
+        dsn: str,
+        header_prefix: str,
+        now: Callable[[], Moment],
+    ) -> None:
         self.database = Database(
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
         )
@@ -46,24 +53,40 @@ class Store:
         state = FeedState()
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
-            self.database, cache, feed=state, last_used=self.last_used, header_prefix=header_prefix,
+            self.database,
+            cache,
+            feed=state,
+            last_used=self.last_used,
+            header_prefix=header_prefix,
             # One connection is left for the change feed, which delivers revocations.
-            look_ups_max=max(1, store.pool_size_max - 1), now=now,
-        )  # fmt: skip
+            look_ups_max=max(1, store.pool_size_max - 1),
+            now=now,
+        )
         self.feed = ChangeFeed(
-            self.database, Listener(dsn, CHANNEL, shortage=self.database.shortage), self.identities, state, now
+            self.database,
+            NotificationListener(dsn, CHANNEL, shortage=self.database.shortage),
+            self.identities,
+            state,
+            now,
         )
         #: All background tasks that run while the store is open.
         self.lasting = (
-            self.ledger.conversation.lasting, self.claims.lasting, self.usage.lasting, self.last_used.lasting,
+            self.ledger.conversation.lasting,
+            self.claims.lasting,
+            self.usage.lasting,
+            self.last_used.lasting,
             self.feed.lasting,
-        )  # fmt: skip
+        )
 
         #: All cleanup of expired rows.
         self.chores = (
-            self.ledger.conversation.reaping, self.ledger.conversation.forgetting, self.claims.forgetting,
-            self.usage.tending, self.usage.sweeping, self.feed.forgetting,
-        )  # fmt: skip
+            self.ledger.conversation.reaping,
+            self.ledger.conversation.forgetting,
+            self.claims.forgetting,
+            self.usage.tending,
+            self.usage.sweeping,
+            self.feed.forgetting,
+        )
 
     async def open(self) -> None:
         """Open the pools and start the background tasks, whether or not the database is available."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import pytest
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.postgres.database import Database
-from tests.rawhttp import Client, Upstream, connect
+from tests import waiting
+from tests.rawhttp import Client, Upstream, connect, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,14 +37,6 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def clean_environment(home: Path) -> Environment:
@@ -170,6 +163,20 @@ class Site:
         while chunk := await stream.read(65_536):
             self.printed.append(chunk)
 
+    async def until_ready(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until the proxy that this process runs is ready."""
+
+        async def is_ready() -> bool:
+            with contextlib.suppress(OSError):
+                return (await self.ops("/readyz"))[0] == 200
+            return False
+
+        await until(is_ready, while_running=process)
+
+    async def until_logged(self, text: str, *, times: int = 1) -> None:
+        """Wait until the processes of this site have logged the text, at least `times` times."""
+        await until(lambda: b"".join(self.printed).count(text.encode()) >= times, f"{text!r} is logged")
+
     async def _is_up(self) -> bool:
         try:
             return (await self.ops("/livez"))[0] == 200
@@ -177,15 +184,29 @@ class Site:
             return False
 
 
-async def until(
-    holds: Callable[[], Awaitable[bool]], *, seconds: float = STUCK_SECONDS,
-    while_running: asyncio.subprocess.Process | None = None,
-) -> None:  # fmt: skip
-    """Poll until a condition holds; fail on timeout."""
-    async with asyncio.timeout(seconds):
-        while not await holds():
-            assert while_running is None or while_running.returncode is None, "the process has ended"
-            await asyncio.sleep(0.02)
+until = functools.partial(waiting.until, seconds=STUCK_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def administering(site: Site, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`keyproxy admin` on a port, while the context lasts."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "keyproxy", "admin", "--config", str(site.config), env=site.environment,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+
+    async def is_up() -> bool:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/livez") as answer:
+                return answer.status == 200
+        return False
+
+    try:
+        await until(is_up, while_running=process)
+        yield process
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 Configure = Callable[..., Site]

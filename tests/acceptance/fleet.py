@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import aiohttp
 
-from tests.acceptance.conftest import Site, free_port
+from tests.acceptance.conftest import Site
+from tests.rawhttp import free_port
 from tests.store.harness import Relay
 
 

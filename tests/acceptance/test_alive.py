@@ -119,7 +119,7 @@ async def test_a_reload_takes_effect_immediately_and_fails_no_request(configure:
         with site.config.open("a", encoding="utf-8") as config:
             config.write('[[routes]]\nmatch = "GET /"\n')
         process.send_signal(signal.SIGHUP)
-        await said(site, "configuration reloaded")
+        await site.until_logged("configuration reloaded")
         assert (await site.call((await site.key())["secret"], "GET", "/other"))[1] == "route_not_allowed"
         await more(load)
     assert load.wrong == []
@@ -157,7 +157,7 @@ async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it
                 config.write(changed)
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
-            await said(site, "configuration reloaded")
+            await site.until_logged("configuration reloaded")
         await until(lambda: stores_are(2))
         await client.send(body[5:])
         assert (await client.answer()).status == 200
@@ -186,16 +186,16 @@ async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site)
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
-            await said(site, "reload rejected")
+            await site.until_logged("reload rejected")
             assert told in b"".join(site.printed).decode()
             assert (await site.call(secret, "GET", "/other"))[0] == 200
         site.config.unlink()
         process.send_signal(signal.SIGHUP)
-        await said(site, str(site.config))
+        await site.until_logged(str(site.config))
         site.config.write_text(before, encoding="utf-8")
         process.send_signal(signal.SIGHUP)
         # Logged at level info, which no rejected configuration has changed.
-        await said(site, "configuration reloaded")
+        await site.until_logged("configuration reloaded")
 
 
 async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
@@ -211,7 +211,7 @@ async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
-            await said(site, told)
+            await site.until_logged(told)
 
         async def replace_one(times: int) -> None:
             os.kill(workers_of(process.pid)[0], signal.SIGKILL)
@@ -227,7 +227,7 @@ async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
         allowed = resource.prlimit(limited, resource.RLIMIT_NOFILE)
         resource.prlimit(limited, resource.RLIMIT_NOFILE, (3, allowed[1]))
         await change(_with(before, "upstream", f'tls_ca_file = "{tmp_path / "ca.pem"}"') + only, "ca.pem")
-        await said(site, "keyproxy.process.supervisor: reload rejected")
+        await site.until_logged("keyproxy.process.supervisor: reload rejected")
         resource.prlimit(limited, resource.RLIMIT_NOFILE, allowed)
         assert await answers(site, secret) == {(200, "")}
         # An error that only the workers can detect.
@@ -259,15 +259,6 @@ def _with(content: str, table: str, line: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-async def said(site: Site, text: str) -> None:
-    """Wait until the process has logged the text."""
-
-    async def is_said() -> bool:
-        return text.encode() in b"".join(site.printed)
-
-    await until(is_said)
-
-
 async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Configure, dsn: str) -> None:
     site = configure(dsn, listen={"workers": 2})
     secret = (await site.key())["secret"]
@@ -293,7 +284,7 @@ async def test_a_crashed_worker_is_replaced_and_its_counts_stay(configure: Confi
         allowed = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, allowed[1]))
         os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-        await said(site, "cannot start a worker")
+        await site.until_logged("cannot start a worker")
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, allowed)
 
         async def is_replaced_again() -> bool:
@@ -364,7 +355,7 @@ async def test_the_subject_of_a_client_certificate_is_forwarded_upstream(
         other = trustme.CA()
         other.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
         process.send_signal(signal.SIGHUP)
-        await said(site, "configuration reloaded")
+        await site.until_logged("configuration reloaded")
         with pytest.raises(ssl.SSLCertVerificationError):
             await _call_over_tls(site, context, secret)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import Configure, Site, free_port
+from tests.acceptance.conftest import Configure, Site
+from tests.rawhttp import free_port
 
 
 async def test_provisioning_prints_what_the_contract_specifies(site: Site) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.acceptance.conftest import Configure, free_port
+from tests.acceptance.conftest import Configure
+from tests.rawhttp import free_port
 
 MakeCertificate = Callable[..., tuple[str, str]]
 

@@ -22,14 +22,6 @@ _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 @pytest.fixture
-async def sql(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    """Any SQL client."""
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
-
-
-@pytest.fixture
 async def role(dsn: str, sql: asyncpg.Connection) -> AsyncIterator[str]:
     """A proxy role for this test only."""
     prefix = f"kp_{secrets.token_hex(4)}"

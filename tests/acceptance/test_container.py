@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ import pytest
 
 from keyproxy.config import loader
 from keyproxy.config.schema import Settings
-from tests.acceptance.conftest import ROOT, STUCK_SECONDS, Configure, until
+from tests.acceptance.conftest import ROOT, STUCK_SECONDS, Configure
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 IMAGE = DOCKERFILE.rpartition("\nFROM ")[2]
@@ -149,13 +148,7 @@ async def test_it_serves_on_a_read_only_file_system(configure: Configure, dsn: s
 
     process = await run("serve")
     try:
-
-        async def is_up() -> bool:
-            with contextlib.suppress(OSError):
-                return (await site.ops("/readyz"))[0] == 200
-            return False
-
-        await until(is_up, while_running=process)
+        await site.until_ready(process)
         for _ in range(4):
             assert await site.call(secret) == (200, "")
         if workers > 1:

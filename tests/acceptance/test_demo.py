@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from keyproxy import demo
+from keyproxy.demo import story
 from tests.acceptance.conftest import Output, clean_environment, until
 
 SECRET = re.compile(r"kp_(?:live|test)_[0-9A-Za-z]{20,}")
@@ -238,9 +238,9 @@ def test_commands_name_the_program_as_a_shell_elsewhere_finds_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin" if is_on_path else "/usr/bin:/bin")
     monkeypatch.setattr(sys, "argv", ["a b/keyproxy", "demo"])
-    assert demo._program() == ("keyproxy" if is_on_path else f"'{script}'")
+    assert story.own_command() == ("keyproxy" if is_on_path else f"'{script}'")
     monkeypatch.setattr(sys, "argv", ["/somewhere/keyproxy/__main__.py", "demo"])
-    assert demo._program() == f"{sys.executable} -m keyproxy"
+    assert story.own_command() == f"{sys.executable} -m keyproxy"
 
 
 async def test_ctrl_c_before_the_story_has_begun_ends_it_too(stage: Stage, played: Output) -> None:

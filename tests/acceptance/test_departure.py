@@ -15,13 +15,12 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from keyproxy.platform import process_registry
-from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
+from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, administering, until
 from tests.acceptance.test_alive import workers_of
-from tests.rawhttp import connect
+from tests.rawhttp import connect, free_port
 from tests.wire.conftest import request
 
 LINGER_SECONDS = 3.0
@@ -139,7 +138,7 @@ async def test_drain_waits_until_what_is_under_way_has_finished(configure: Confi
     async with site.serving() as process, site.client() as client:
         await client.send(request("POST", "/", "Content-Length: 2", key=secret.encode()) + b"{")
         waiting = asyncio.create_task(site.run("drain", "--wait", "--json"))
-        await said(site, "draining")
+        await site.until_logged("draining")
         done, _ = await asyncio.wait([waiting], timeout=0.5)
         assert not done
         await client.send(b"}")
@@ -149,21 +148,12 @@ async def test_drain_waits_until_what_is_under_way_has_finished(configure: Confi
         assert await asyncio.wait_for(process.wait(), 5) == 0
 
 
-async def said(site: Site, text: str) -> None:
-    """Wait until the process has logged the text."""
-
-    async def is_said() -> bool:
-        return text.encode() in b"".join(site.printed)
-
-    await until(is_said)
-
-
 async def test_drain_fails_if_the_proxy_exits_without_draining(site: Site) -> None:
     secret = (await site.key())["secret"]
     async with site.serving() as process, site.client() as client:
         await client.send(request("POST", "/", "Content-Length: 2", key=secret.encode()) + b"{")
         waiting = asyncio.create_task(site.run("drain", "--wait"))
-        await said(site, "draining")
+        await site.until_logged("draining")
         await asyncio.sleep(0.3)
         process.kill()
         result = await asyncio.wait_for(waiting, STUCK_SECONDS)
@@ -179,7 +169,7 @@ async def test_drain_without_a_proxy_fails_and_names_the_address(site: Site) -> 
 
 async def test_of_two_that_share_an_address_one_is_chosen_by_its_pid(site: Site) -> None:
     async with site.serving() as old, site.serving() as new:
-        await said(site, "proxy on")
+        await site.until_logged("proxy on")
 
         async def are_two() -> bool:
             return b"".join(site.printed).count(b"proxy on") == 2
@@ -225,25 +215,10 @@ async def test_health_follows_the_process_and_not_its_readiness(configure: Confi
 async def test_health_knows_the_admin_process(configure: Configure, dsn: str) -> None:
     port = free_port()
     site = configure(dsn, admin={"address": f"127.0.0.1:{port}"})
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "admin", "--config", str(site.config), env=site.environment,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-
-        async def is_up() -> bool:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/livez") as answer:
-                    return answer.status == 200
-            return False
-
-        await until(is_up, while_running=process)
+    async with administering(site, port) as process:
         result = await site.run("health", "--json")
         assert result.json == {"live": [{"command": "admin", "pid": process.pid}]}
         assert (await site.run("drain")).status == 1
-    finally:
-        process.terminate()
-        await process.wait()
     assert (await site.run("health")).status == 1
 
 
@@ -357,6 +332,6 @@ async def test_unix_sockets_have_their_modes_and_keep_them_until_a_restart(confi
             before = site.config.read_text(encoding="utf-8")
             site.config.write_text(before.replace("0660", "0600"), encoding="utf-8")
             process.send_signal(signal.SIGHUP)
-            await said(site, "reload rejected: socket_mode: applies when the socket is created")
+            await site.until_logged("reload rejected: socket_mode: applies when the socket is created")
             assert stat.S_IMODE(Path(directory, "proxy.sock").stat().st_mode) == 0o660
             assert (await site.run("drain", "--wait")).status == 0

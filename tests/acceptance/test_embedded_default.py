@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import STUCK_SECONDS, Environment, Output, clean_environment, free_port, until
+from tests.acceptance.conftest import STUCK_SECONDS, Environment, Output, clean_environment, until
+from tests.rawhttp import free_port
 
 _MISSING = "there is no embedded database in "
 _USED = "store.dsn is not set: using the embedded database in "

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from keyproxy.config.schema import Listen, Settings, Upstream
 from keyproxy.process import startup_conflicts
-from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, free_port, until
+from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, administering, until
+from tests.rawhttp import free_port
 
 
 @pytest.mark.parametrize(
@@ -129,28 +126,6 @@ async def test_purposes_do_not_mix_across_processes(configure: Configure, dsn: s
             output = await refused(mixed, "serve")
             assert f"a running `keyproxy admin` (pid {admin.pid}) has this address as its admin.address" in output.err
             assert "a running `keyproxy admin`" in (await refused(site, "admin")).err
-
-
-@contextlib.asynccontextmanager
-async def administering(site: Site, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`keyproxy admin` on a port, while the context lasts."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "admin", "--config", str(site.config), env=site.environment,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-
-    async def is_up() -> bool:
-        with contextlib.suppress(aiohttp.ClientError):
-            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/livez") as answer:
-                return answer.status == 200
-        return False
-
-    try:
-        await until(is_up, while_running=process)
-        yield process
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 async def test_a_reload_to_an_address_of_another_process_changes_nothing(configure: Configure, dsn: str) -> None:

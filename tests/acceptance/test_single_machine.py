@@ -11,7 +11,7 @@ from pathlib import Path
 
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations
-from tests.acceptance.conftest import Configure, Site, until
+from tests.acceptance.conftest import Configure, until
 
 
 def _server(home: str) -> int:
@@ -38,13 +38,13 @@ async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_l
             assert await site.call(unseen.pop()) == (200, "")
             site.environment["KEYPROXY_LISTEN__WORKERS"] = "2"
             await stack.enter_async_context(site.serving())
-            await said(site, "ops on 127.0.0.1:", times=2)
+            await site.until_logged("ops on 127.0.0.1:", times=2)
             old.send_signal(signal.SIGTERM)
             assert await old.wait() == 0
             assert await site.call(unseen.pop()) == (200, "")
             assert _server(home) == server
             os.kill(_keeper(home), signal.SIGKILL)
-            await said(site, "the embedded PostgreSQL had exited and was restarted")
+            await site.until_logged("the embedded PostgreSQL had exited and was restarted")
             secret = unseen.pop()
 
             async def is_let_in() -> bool:
@@ -53,12 +53,3 @@ async def test_proxies_keep_the_embedded_server_over_commands_restarts_and_its_l
             await until(is_let_in)
             assert _server(home) != server
         assert not Path(home, "pgdata", "postmaster.pid").exists()
-
-
-async def said(site: Site, text: str, *, times: int = 1) -> None:
-    """Wait until the processes have logged the text."""
-
-    async def is_said() -> bool:
-        return b"".join(site.printed).count(text.encode()) >= times
-
-    await until(is_said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -58,13 +57,7 @@ async def test_a_proxy_serves_without_some_of_its_streams(
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     try:
-
-        async def is_up() -> bool:
-            with contextlib.suppress(OSError):
-                return (await site.ops("/readyz"))[0] == 200
-            return False
-
-        await until(is_up, while_running=process)
+        await site.until_ready(process)
         for _ in range(4):
             assert await site.call(secret) == (200, "")
         for fd in range(3):
@@ -205,13 +198,7 @@ async def test_a_full_stdout_loses_only_log_lines(configure: Configure, dsn: str
         )  # fmt: skip
     assert process.stderr is not None
     try:
-
-        async def is_up() -> bool:
-            with contextlib.suppress(OSError):
-                return (await site.ops("/readyz"))[0] == 200
-            return False
-
-        await until(is_up, while_running=process)
+        await site.until_ready(process)
         for _ in range(3):
             for _ in range(5):
                 assert await site.call(secret) == (200, "")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import io
 import json
-import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import asyncpg
 import pytest
 
 from keyproxy.admin.authentication import Access
@@ -31,9 +28,7 @@ from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.directory.reminders import Reminders
-from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
-from tests.server import Server
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -114,44 +109,10 @@ class Api:
         return rows
 
 
-#: Delete every row of every table, as a replica, because the audit log refuses deletions otherwise. Faster than a clone.
-_EMPTY = """
-SET session_replication_role = replica;
-DO $$
-DECLARE
-    home regclass;
-BEGIN
-    FOR home IN SELECT oid::regclass FROM pg_class
-                WHERE relnamespace = 'keyproxy'::regnamespace AND relkind = 'r' AND relname <> 'migrations' LOOP
-        EXECUTE format('DELETE FROM %s', home);
-    END LOOP;
-END
-$$;
-"""
-
-
-@pytest.fixture(scope="session")
-def common_dsn(postgres: Server) -> Iterator[str]:
-    """A migrated database that the tests of the admin API share."""
-
-    name = f"kp_test_admin_{secrets.token_hex(4)}"
-
-    async def made() -> None:
-        await scratch_databases.create(postgres.dsn("postgres"), name)
-        await migrations.migrate(postgres.dsn(name))
-
-    asyncio.run(made())
-    yield postgres.dsn(name)
-    asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
-
-
 @pytest.fixture
-async def dsn(common_dsn: str) -> str:
+async def dsn(shared_dsn: str) -> str:
     """A migrated, empty database."""
-    connection = await asyncpg.connect(common_dsn)
-    await connection.execute(_EMPTY)
-    await connection.close()
-    return common_dsn
+    return shared_dsn
 
 
 @contextlib.asynccontextmanager

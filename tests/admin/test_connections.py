@@ -20,6 +20,7 @@ from keyproxy.store.directory.directory import KeyWish
 from keyproxy.store.postgres.database import Database
 from keyproxy.wire.tls import server_context
 from tests.admin.conftest import FILE_TOKEN, Api, serving
+from tests.waiting import until
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -122,8 +123,11 @@ async def test_a_client_beyond_the_bound_is_refused_and_the_others_continue(data
             held[0][1].write(b" " * 99)
             assert b" 400 " in await _answer(held[0][0])
             held[1][1].close()
-            while (await _tried(api)) != 200:
-                await asyncio.sleep(0.01)
+
+            async def has_room() -> bool:
+                return await _tried(api) == 200
+
+            await until(has_room, "a place is free")
 
 
 async def _tried(api: Api) -> int:
@@ -139,8 +143,7 @@ async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bound
         async with _connected(api) as (reader, writer), asyncio.timeout(20):
             writer.write(ask * 60)  # 18 MB of responses, partly held in socket buffers
             assert await reader.readexactly(12) == b"HTTP/1.1 200"
-            while api.listener.open_connections:
-                await asyncio.sleep(0.02)
+            await until(lambda: not api.listener.open_connections, "the connection is closed", seconds=20)
         assert 0 < len(api.log) < 60
         assert (await api.call("GET", "/livez")).status == 200
 

@@ -21,7 +21,9 @@ from click.testing import CliRunner
 
 from keyproxy.admin.authentication import TokenFileError, file_digest
 from keyproxy.cli import root
-from tests.acceptance.conftest import Output, clean_environment, free_port
+from tests.acceptance.conftest import Output, clean_environment
+from tests.rawhttp import free_port
+from tests.waiting import until
 
 TOKEN = "a-token-of-the-file-0123456789abcdefgh"
 
@@ -66,10 +68,11 @@ class Host:
         """`keyproxy admin` until the end of the context."""
         process = await self.start("admin")
         try:
-            async with asyncio.timeout(60):
-                while (await self.get("/livez"))[0] != 200:
-                    assert process.returncode is None
-                    await asyncio.sleep(0.05)
+
+            async def is_live() -> bool:
+                return (await self.get("/livez"))[0] == 200
+
+            await until(is_live, "the process is live", seconds=60, while_running=process)
             yield process
         finally:
             if process.returncode is None:
@@ -162,9 +165,11 @@ async def test_a_new_token_in_the_file_takes_effect_after_sighup(host: Host) -> 
         assert (await host.get("/v1/tenants", TOKEN))[0] == 200
         file.write_text(TOKEN[::-1])
         os.kill(process.pid, signal.SIGHUP)
-        async with asyncio.timeout(20):
-            while (await host.get("/v1/tenants", TOKEN[::-1]))[0] != 200:
-                await asyncio.sleep(0.05)
+
+        async def is_accepted() -> bool:
+            return (await host.get("/v1/tenants", TOKEN[::-1]))[0] == 200
+
+        await until(is_accepted, "the new token is accepted", seconds=20)
         assert (await host.get("/v1/tenants", TOKEN))[0] == 401
 
 

@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 from aiohttp import web
 
@@ -31,8 +30,9 @@ from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Entity, KeyWish
 from keyproxy.store.directory.reminders import Reminders
 from keyproxy.store.postgres.database import Database
-from tests.acceptance.conftest import clean_environment, free_port
+from tests.acceptance.conftest import clean_environment
 from tests.admin.conftest import Api
+from tests.rawhttp import free_port
 
 KEY = b"the-key-of-the-webhook-of-tests!"
 SECRET = "whsec_" + base64.b64encode(KEY).decode()
@@ -87,14 +87,6 @@ async def receiver() -> AsyncIterator[Receiver]:
     receiver.url = f"http://127.0.0.1:{port}/hook"
     yield receiver
     await runner.cleanup()
-
-
-@pytest.fixture
-async def sql(dsn: str) -> AsyncIterator[Any]:
-    """Any SQL client."""
-    connection = await asyncpg.connect(dsn)
-    yield connection
-    await connection.close()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.ledger import Ledger as StoreLedger
-from keyproxy.store.postgres.database import Database, Listener, Row
+from keyproxy.store.postgres.database import Database, NotificationListener, Row
 from keyproxy.store.usage.journal import UsageJournal
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
@@ -85,14 +85,14 @@ class Flaw:
             raise RuntimeError("a defect")
 
 
-class FlawedListener(Listener):
+class FlawedListener(NotificationListener):
     """A listener that cannot be opened, for a reason other than an outage."""
 
     def __init__(self, flaw: Flaw) -> None:
         super().__init__("", "")
         self.flaw = flaw
 
-    async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
+    async def open(self, notified: Callable[[], None], lost: Callable[[], None]) -> None:
         self.flaw.strike("listen")
 
 
@@ -121,7 +121,7 @@ def site() -> Iterator[Site]:
     assert not site.loop.errors
 
 
-def feed(site: Site, flaw: Flaw, listener: Listener | None = None) -> ChangeFeed:
+def feed(site: Site, flaw: Flaw, listener: NotificationListener | None = None) -> ChangeFeed:
     class Cache:
         def distrust_all(self) -> None:
             """Do nothing: nothing is cached."""

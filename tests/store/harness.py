@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.postgres.database import Database, Listener, Row, StoreUnavailable
+from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from tests import fakes
 from tests.server import address_of, password_of
+from tests.waiting import until
 
 #: A raw connection, in the place of any SQL client.
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -31,22 +31,13 @@ _ROUNDS_MAX = 4
 _SOCKET_NAME = ".s.PGSQL.5432"
 
 
-async def until(condition: Callable[[], bool], what: str, *, seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until the condition is true. Fails with `what` after the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
-        await asyncio.sleep(0.003)
-
-
 async def until_row(sql: Sql, query: str, *arguments: object, seconds: float = DEADLINE_SECONDS) -> None:
     """Wait until a query yields a row."""
-    deadline = time.monotonic() + seconds
-    while await sql.fetchrow(query, *arguments) is None:
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {query}")
-        await asyncio.sleep(0.01)
+
+    async def has_row() -> bool:
+        return await sql.fetchrow(query, *arguments) is not None
+
+    await until(has_row, query, seconds=seconds)
 
 
 async def until_blocked(sql: Sql, text: str) -> None:
@@ -129,7 +120,7 @@ class Door(Database):
         return self.asked["identities_by_digest"]
 
 
-class Bell(Listener):
+class Bell(NotificationListener):
     """A listener that receives notifications from the test."""
 
     def __init__(self) -> None:
@@ -137,8 +128,8 @@ class Bell(Listener):
         self.ring: Callable[[], None] = lambda: None
         self.is_open = asyncio.Event()
 
-    async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
-        self.ring = heard
+    async def open(self, notified: Callable[[], None], lost: Callable[[], None]) -> None:
+        self.ring = notified
         self.is_open.set()
 
 

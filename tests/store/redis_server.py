@@ -8,10 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 _READY_SECONDS = 10.0
 
@@ -67,10 +68,9 @@ class RedisServer:
 
     def wait(self, until: bytes = b"+PONG") -> None:
         """Wait until the response to PING begins with `until`."""
-        give_up = time.monotonic() + _READY_SECONDS
-        while not self._said("PING").startswith(until):
-            assert time.monotonic() < give_up, self._log.read_text()
-            time.sleep(0.01)
+        wait_until(
+            lambda: self._said("PING").startswith(until), f"the server is ready: {self._log}", seconds=_READY_SECONDS
+        )
 
     def command(self, *words: str) -> None:
         """Run a command that must succeed."""

@@ -20,6 +20,7 @@ from keyproxy.store.store import Store
 from tests import fakes
 from tests.store.harness import Relay
 from tests.store.usage.test_journal import ended, rows
+from tests.waiting import until
 
 
 class Log:
@@ -95,17 +96,19 @@ async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.
             await missing.value.fetch_missing(TimeBudget())
         with pytest.raises(StoreUnavailable):
             await store.answers()
-        async with asyncio.timeout(20):
-            while not (store.usage.down_because and store.ledger.conversation.down_because and store.database.is_down):
-                await asyncio.sleep(0.01)
+        await until(
+            lambda: bool(
+                store.usage.down_because and store.ledger.conversation.down_because and store.database.is_down
+            ),
+            "every part has noticed the outage",
+            seconds=20,
+        )
         # Time for retries of the feed, the ledger, usage, and the search for expired holders.
         await asyncio.sleep(2.5)
         (begun,) = [record.getMessage() for record in caplog.records]
         assert "is unavailable: " in begun
         await relay.mend()
-        async with asyncio.timeout(20):
-            while store.database.outage.is_on:
-                await asyncio.sleep(0.05)
+        await until(lambda: not store.database.outage.is_on, "the outage is over", seconds=20)
         assert [record.getMessage().partition(" after ")[0] for record in caplog.records[1:]] == [
             "the store is available again"
         ]

@@ -75,6 +75,24 @@ async def test_no_key_is_compared_with_every_other(stale: Sql, statement: str, m
     assert _rows(json.loads(explained)[0]["Plan"]) <= _ROWS_PER_KEY_MAX * _KEYS
 
 
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None:
+    await stale.execute(f"SET plan_cache_mode = {mode}")
+    wishes: list[dict[str, object]] = [
+        {
+            "id": f"new_{number}", "user_id": "u_42", "digest": f"{number:064x}", "hint": "", "name": f"n{number}",
+            "scopes": [], "is_test": False, "life_seconds": None, "plan": None,
+        }
+        for number in range(_KEYS // 2 + 1, _KEYS + _KEYS // 2 + 1)
+    ]  # fmt: skip
+    explained = await stale.fetchval(
+        f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {queries.load()['issue_keys']}", json.dumps(wishes), None
+    )
+    made = await stale.fetch("SELECT name FROM keyproxy.api_keys WHERE id LIKE 'new%'")
+    assert {row["name"] for row in made} == {f"n{number}" for number in range(_KEYS + 1, _KEYS + _KEYS // 2 + 1)}
+    assert _rows(json.loads(explained)[0]["Plan"]) <= _ROWS_PER_KEY_MAX * _KEYS
+
+
 @pytest.mark.parametrize("statement", ["revoke_leaked", "revoke_keys"])
 async def test_a_key_that_somebody_else_revokes_or_changes_meanwhile_is_revoked_once(
     dsn: str, sql: Sql, statement: str

@@ -16,7 +16,7 @@ from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.store.harness import until
+from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_long import HANDSHAKE, tunnel
 

@@ -21,7 +21,7 @@ from keyproxy.wire import body_buffer
 from keyproxy.wire.body_buffer import WHOLE_BYTES_MAX
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
-from tests.store.harness import until
+from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_limits import CHAT, limited, routes, spent
 

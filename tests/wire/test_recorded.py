@@ -16,7 +16,7 @@ from keyproxy.wire.parsing.head_beginnings import refused_line
 from tests import fakes
 from tests.fakes import Recorded
 from tests.rawhttp import OK, Message, Upstream, answer_with
-from tests.store.harness import until
+from tests.waiting import until
 from tests.wire.conftest import KEY, Start, Wire, request
 
 CHAT = "/v1/chat/completions"

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
@@ -16,6 +16,7 @@ from keyproxy.reasons import Reason
 from keyproxy.wire.pace import WINDOW_SECONDS
 from tests import fakes
 from tests.rawhttp import OK, Client, Message, Upstream
+from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_long import HANDSHAKE, SWITCH
 
@@ -289,9 +290,3 @@ async def test_the_pool_reports_waiting_requests_for_a_few_seconds(
         clock = shared.pool.clock
         monkeypatch.setattr(shared.pool, "clock", lambda: clock() + 10.0)
         assert shared.pool.held_up_because() == ""
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not holds():
-            await asyncio.sleep(0.01)

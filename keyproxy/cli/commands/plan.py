@@ -9,7 +9,8 @@ from typing import Any, Final, cast
 import click
 
 from keyproxy.cli.context import PAGE, Call, all_pages, confirm, say, takes_call, yes_option
-from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError, rate_per_second
+from keyproxy.limits.limit_text import rate_per_second
+from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError
 from keyproxy.store.directory.directory import Entity
 
 _COLUMNS: Final = ("id", *LIMITS)

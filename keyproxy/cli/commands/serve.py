@@ -90,7 +90,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]
                 command += [] if config_path is None else ["--config", str(config_path)]
                 crew = supervisor.Supervisor(settings, dsn, text, command)
-                uvloop.run(crew.run(started=_started, text_again=text_again, read=lambda text: read(text)[0]))
+                uvloop.run(crew.run(started=_started, reread=text_again, read=lambda text: read(text)[0]))
         except ReloadError as error:
             raise Failure(str(error)) from error
 

@@ -35,16 +35,16 @@ _STATE_LINE: Final = 7
 _ENVIRONMENT: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
-class Place(NamedTuple):
+class ServerPaths(NamedTuple):
     """The directories of a server: one for the cluster and its files, one for the socket, which needs a short path."""
 
-    directory: Path
+    root: Path
     sockets: Path
 
     @property
     def cluster(self) -> Path:
         """The data directory."""
-        return self.directory / "pgdata"
+        return self.root / "pgdata"
 
 
 class Postmaster(NamedTuple):
@@ -62,9 +62,18 @@ def initialise(binaries: Binaries, cluster: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     draft = cluster.with_name(f"pgdata.new-{secrets.token_hex(4)}")
     command = [
-        str(binaries.directory / "initdb"), "--pgdata", str(draft), "--username", SUPERUSER, "--auth", "trust",
-        "--encoding", "UTF8", "--no-locale", "--no-instructions",
-    ]  # fmt: skip
+        str(binaries.directory / "initdb"),
+        "--pgdata",
+        str(draft),
+        "--username",
+        SUPERUSER,
+        "--auth",
+        "trust",
+        "--encoding",
+        "UTF8",
+        "--no-locale",
+        "--no-instructions",
+    ]
     done = subprocess.run(_launcher(command), capture_output=True, text=True, timeout=300, check=False, cwd="/")
     if done.returncode != 0:
         raise EmbeddedError(f"initdb failed: {(done.stderr or done.stdout).strip()[-2000:]}")
@@ -75,26 +84,39 @@ def initialise(binaries: Binaries, cluster: Path) -> None:
 def _create_database(binaries: Binaries, cluster: Path) -> None:
     command = [str(binaries.directory / "postgres"), "--single", "-D", str(cluster), "postgres"]
     done = subprocess.run(
-        _launcher(command), input=f"CREATE DATABASE {DATABASE};\n", capture_output=True, text=True, timeout=300,
-        check=False, cwd="/",
-    )  # fmt: skip
+        _launcher(command),
+        input=f"CREATE DATABASE {DATABASE};\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd="/",
+    )
     if done.returncode != 0 or "ERROR" in done.stderr:
         raise EmbeddedError(f"the database could not be created: {done.stderr.strip()[-2000:]}")
 
 
-def launch(binaries: Binaries, place: Place, settings: Mapping[str, str]) -> None:
+def launch(binaries: Binaries, paths: ServerPaths, settings: Mapping[str, str]) -> None:
     """Start a keeper with the server and wait until it is ready. Raises EmbeddedError, OSError, SubprocessError."""
-    command = [str(binaries.directory / "postgres"), "-D", str(place.cluster), "-k", str(place.sockets)]
+    command = [str(binaries.directory / "postgres"), "-D", str(paths.cluster), "-k", str(paths.sockets)]
     for name, value in settings.items():
         command += ["-c", f"{name}={value}"]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    path = place.directory / "server.log"
-    with os.fdopen(opened(path, os.O_TRUNC), "wb") as log, subprocess.Popen(
-        [sys.executable, "-I", "-S", server_keeper.__file__, str(place.directory), str(place.sockets), *command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/", env=environment,
-    ) as keeper:  # fmt: skip
+    path = paths.root / "server.log"
+    with (
+        os.fdopen(opened(path, os.O_TRUNC), "wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", server_keeper.__file__, str(paths.root), str(paths.sockets), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+            env=environment,
+        ) as keeper,
+    ):
         assert keeper.stdout is not None  # noqa: S101 - for the type checker
-        _wait_until_ready(place.cluster, keeper.stdout, path)
+        _wait_until_ready(paths.cluster, keeper.stdout, path)
 
 
 def _launcher(command: list[str]) -> list[str]:

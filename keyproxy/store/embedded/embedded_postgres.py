@@ -25,7 +25,7 @@ from typing import Final
 from urllib.parse import quote
 
 from keyproxy.store.embedded import cluster, launcher, postgres_binaries
-from keyproxy.store.embedded.cluster import DATABASE, PORT, SUPERUSER, Place, opened, postmaster
+from keyproxy.store.embedded.cluster import DATABASE, PORT, SUPERUSER, ServerPaths, opened, postmaster
 from keyproxy.store.embedded.postgres_binaries import EmbeddedError
 
 __all__ = ["DATABASE", "EmbeddedError", "EmbeddedServer", "default_directory", "exists", "start"]
@@ -53,10 +53,10 @@ _SETTINGS: Final = {
 class EmbeddedServer:
     """A running server. This process uses it until `stop` is called or the process exits."""
 
-    def __init__(self, place: Place, settings: Mapping[str, str], users: int) -> None:
+    def __init__(self, paths: ServerPaths, settings: Mapping[str, str], users: int) -> None:
         """`users`: a file descriptor that holds the shared lock; `stop` closes it."""
-        self.socket_directory = place.sockets
-        self._place = place
+        self.socket_directory = paths.sockets
+        self._paths = paths
         self._settings = settings
         self._users: int | None = users
 
@@ -69,14 +69,14 @@ class EmbeddedServer:
         users, self._users = self._users, None
         if users is None:
             return
-        running = postmaster(self._place.cluster)
+        running = postmaster(self._paths.cluster)
         try:
             # No other process uses it, or its keeper found that out between our two lock calls.
             is_last = _is_locked(users, fcntl.LOCK_EX) or not _is_locked(users, fcntl.LOCK_SH)
         finally:
             os.close(users)
         if is_last and running is not None:
-            cluster.wait_until_gone(running.pid, self._place.cluster)
+            cluster.wait_until_gone(running.pid, self._paths.cluster)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -95,10 +95,10 @@ class EmbeddedServer:
         pause, failures = _LOOK_SECONDS, 0
         while not over.wait(pause):
             pause = _LOOK_SECONDS
-            if postmaster(self._place.cluster) is not None:
+            if postmaster(self._paths.cluster) is not None:
                 continue
             try:
-                if _bring_up(self._place, self._settings, is_made=True):
+                if _bring_up(self._paths, self._settings, is_made=True):
                     _log.warning("the embedded PostgreSQL had exited and was restarted")
                 failures = 0
             except EmbeddedError as error:
@@ -116,11 +116,11 @@ def default_directory(environment: Mapping[str, str]) -> Path:
 
 def exists(directory: Path) -> bool:
     """Whether this directory has a database already, so that `start` creates none. Raises EmbeddedError."""
-    with _told(directory):
+    with _errors_translated(directory):
         directory = directory.resolve()
         if os.geteuid() == 0 and _launch_kind() == launcher.NOBODY:
             directory = _of_nobody(directory)
-        return (Place(directory, directory).cluster / "PG_VERSION").exists()
+        return (ServerPaths(directory, directory).cluster / "PG_VERSION").exists()
 
 
 def start(directory: Path, settings: Mapping[str, str] | None = None) -> EmbeddedServer:
@@ -130,37 +130,37 @@ def start(directory: Path, settings: Mapping[str, str] | None = None) -> Embedde
     """
     wanted = {**_SETTINGS, **(settings or {})}
     launch = _launch_kind()
-    with contextlib.ExitStack() as undo, _told(directory):
+    with contextlib.ExitStack() as undo, _errors_translated(directory):
         directory = _prepared(directory, launch)
-        place = Place(directory, _socket_directory(directory, launch))
+        paths = ServerPaths(directory, _socket_directory(directory, launch))
         users = opened(directory / "users")
         undo.callback(os.close, users)
         # Waits while an unused server is shutting down.
         fcntl.flock(users, fcntl.LOCK_SH)
-        _bring_up(place, wanted, is_made=False)
+        _bring_up(paths, wanted, is_made=False)
         undo.pop_all()
-        return EmbeddedServer(place, wanted, users)
+        return EmbeddedServer(paths, wanted, users)
 
 
 @contextlib.contextmanager
-def _told(directory: Path) -> Iterator[None]:
+def _errors_translated(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(f"the embedded PostgreSQL in {directory} cannot be used: {error}") from error
 
 
-def _bring_up(place: Place, settings: Mapping[str, str], *, is_made: bool) -> bool:
+def _bring_up(paths: ServerPaths, settings: Mapping[str, str], *, is_made: bool) -> bool:
     """Start the server if none is running; whether it did. `is_made`: its data must exist. Raises EmbeddedError."""
-    with _told(place.directory), _only_one(place.directory):
-        if cluster.wait_until_settled(place.cluster):
+    with _errors_translated(paths.root), _only_one(paths.root):
+        if cluster.wait_until_settled(paths.cluster):
             return False
-        if is_made and not (place.cluster / "PG_VERSION").exists():
-            raise EmbeddedError(f"the embedded PostgreSQL has exited, and {place.cluster} is gone")
-        binaries = postgres_binaries.matching(place.cluster)
-        if not (place.cluster / "PG_VERSION").exists():
-            cluster.initialise(binaries, place.cluster)
-        cluster.launch(binaries, place, settings)
+        if is_made and not (paths.cluster / "PG_VERSION").exists():
+            raise EmbeddedError(f"the embedded PostgreSQL has exited, and {paths.cluster} is gone")
+        binaries = postgres_binaries.matching(paths.cluster)
+        if not (paths.cluster / "PG_VERSION").exists():
+            cluster.initialise(binaries, paths.cluster)
+        cluster.launch(binaries, paths, settings)
         return True
 
 

@@ -75,10 +75,10 @@ def _binaries(directory: Path) -> Binaries | None:
     if not (os.access(postgres, os.X_OK) and os.access(initdb, os.X_OK)):
         return None
     try:
-        said = subprocess.run([postgres, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        printed = subprocess.run([postgres, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    version = re.search(r"\(PostgreSQL\) (\d+)", said.stdout)
+    version = re.search(r"\(PostgreSQL\) (\d+)", printed.stdout)
     return Binaries(directory, int(version[1])) if version and int(version[1]) >= _OLDEST_MAJOR else None
 
 

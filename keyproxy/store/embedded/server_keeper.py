@@ -49,9 +49,13 @@ def main() -> None:
     for number in _UNHEARD:
         signal.signal(number, signal.SIG_IGN)
     server = os.posix_spawn(
-        sys.executable, [*launcher, *command], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)], setsid=True,
+        sys.executable,
+        [*launcher, *command],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)],
+        setsid=True,
         setsigdef=_UNHEARD,
-    )  # fmt: skip
+    )
     threading.Thread(target=_end_when_unused, args=(users, server), daemon=True).start()
     os.waitpid(server, 0)
     os._exit(0)

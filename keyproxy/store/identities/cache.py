@@ -17,8 +17,6 @@ key. For the lookups see `lookup_batcher`.
 from __future__ import annotations
 
 import collections
-import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Final
 from weakref import WeakValueDictionary
@@ -27,16 +25,13 @@ import cachetools
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
-from keyproxy.http.headers import identity_block
-from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.ledger_protocol import Pool
-from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity, KeyDigest, Missing, Moment, TimeBudget
+from keyproxy.model import Identity, KeyDigest, Missing, Moment, TimeBudget
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.identities.drf_api_keys import DrfApiKeys
 from keyproxy.store.identities.groups import Group
+from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Database, Row
@@ -60,7 +55,7 @@ class _Entry:
         self.is_distrusted = False
 
 
-class Counts:
+class LookupCounts:
     """Lookups by outcome. Attributes rather than a dict, since every request increments one."""
 
     __slots__ = ("hit", "miss", "refused", "stale", "unknown")
@@ -71,8 +66,12 @@ class Counts:
     def by_name(self) -> dict[str, int]:
         """The current counts by name."""
         return {
-            "hit": self.hit, "stale": self.stale, "miss": self.miss, "unknown": self.unknown, "refused": self.refused,
-        }  # fmt: skip
+            "hit": self.hit,
+            "stale": self.stale,
+            "miss": self.miss,
+            "unknown": self.unknown,
+            "refused": self.refused,
+        }
 
 
 class FeedState:
@@ -88,11 +87,18 @@ class IdentityCache(Identities):
     """The identity cache: see the module. Implements the port Identities."""
 
     def __init__(
-        self, database: Database, cache: Cache, *, feed: FeedState, last_used: LastUsed, header_prefix: str,
-        look_ups_max: int, now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+        self,
+        database: Database,
+        cache: Cache,
+        *,
+        feed: FeedState,
+        last_used: LastUsed,
+        header_prefix: str,
+        look_ups_max: int,
+        now: Callable[[], Moment],
+    ) -> None:
         """`look_ups_max`: how many queries may run at once. `now`: the clock."""
-        self.counts = Counts()
+        self.counts = LookupCounts()
         self._database = database
         self._cache = cache
         self._feed = feed
@@ -111,7 +117,7 @@ class IdentityCache(Identities):
     # -- the hot path
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
-        """The cached identity of a key: see the port."""
+        """The cached identity of a key. Raises Missing with the lookup, or a Refusal."""
         entry = self._entries.get(digest)
         if entry is not None and entry.user.is_current and entry.tenant.is_current:
             mono = now.mono_seconds
@@ -139,7 +145,10 @@ class IdentityCache(Identities):
         raise Missing("identity", lambda _patience: self._bring(digest))
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        """See the port. Off the hot path; only changes the fetch of keys of a foreign form that are not cached."""
+        """The fetch for a key that is not cached: a key of a foreign form is first imported by its own hash.
+
+        Off the hot path.
+        """
         if drf_api_keys.prefix_of(key) is None or key.digest() in self._entries:
             return missing
 
@@ -276,47 +285,3 @@ class IdentityCache(Identities):
 def _is_usable(entry: _Entry, mono: float) -> bool:
     """Whether an entry may be served while the store is down."""
     return mono < entry.stale_until and entry.user.is_usable and entry.tenant.is_usable
-
-
-def identity_of(row: Row, header_prefix: str) -> Identity:
-    """Build the identity: everything that depends on the key alone, parsed and encoded once."""
-    standing = None
-    if row["is_revoked"]:
-        standing = Reason.KEY_REVOKED
-    elif row["is_disabled"]:
-        standing = Reason.ACCOUNT_DISABLED
-    expires = row["expires_wall_seconds"]
-    # There is no countdown to an infinite expiry.
-    is_retiring = row["is_retiring"] and math.isfinite(expires)
-    block = identity_block(header_prefix, (
-        ("User", row["user_id"]),
-        ("Tenant", row["tenant_id"]),
-        ("Scope", " ".join(row["scopes"])),
-        ("Test", "true" if row["is_test"] else "false"),
-        ("Key-Id", row["key_id"]),
-    ))  # fmt: skip
-    return Identity(
-        key_id=row["key_id"],
-        user_id=row["user_id"],
-        tenant_id=row["tenant_id"],
-        scopes=frozenset(row["scopes"]),
-        is_test=row["is_test"],
-        expires_wall_seconds=NEVER if expires is None else expires,
-        standing=standing,
-        header_block=block,
-        allowance=_allowance(row),
-        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if is_retiring else None,
-    )
-
-
-def _allowance(row: Row) -> Allowance | None:
-    """The limits of requests with this key, None if there are none. Limits belong to pools, not to keys."""
-    pools = []
-    for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
-        limits = row[f"{kind}_limits"]
-        if limits is not None:
-            # Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
-            plan = Plan.from_json(json.loads(limits))
-            if plan.has_limits:
-                pools.append((Pool(kind, owner, row["is_test"]), plan))
-    return Allowance(tuple(pools)) if pools else None

@@ -26,7 +26,7 @@ from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
-from keyproxy.store.postgres.database import Database, Listener, Row, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.failures import took_too_long
 
 _log = logging.getLogger(__name__)
@@ -59,9 +59,13 @@ class ChangeFeed:
     """Polls for changes and applies them to the identity cache: see the module."""
 
     def __init__(
-        self, database: Database, listener: Listener | None, cache: IdentityCache, state: FeedState,
+        self,
+        database: Database,
+        listener: NotificationListener | None,
+        cache: IdentityCache,
+        state: FeedState,
         now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Without a `listener` the feed only polls."""
         self._database = database
         self._listener = listener
@@ -204,7 +208,7 @@ class ChangeFeed:
             except TimeoutError:
                 pass
 
-    async def _listen(self, listener: Listener) -> None:
+    async def _listen(self, listener: NotificationListener) -> None:
         while True:
             ended = asyncio.Event()
             try:

@@ -80,9 +80,7 @@ def _load_roots(context: ssl.SSLContext, mode: str, given: Mapping[str, str]) ->
         # As libpq: encrypted, without verifying the server.
         return ssl.CERT_NONE
     else:
-        raise TlsParameterError(
-            f"sslmode={mode} needs sslrootcert: a file of certificates, or sslrootcert=system"
-        )  # fmt: skip
+        raise TlsParameterError(f"sslmode={mode} needs sslrootcert: a file of certificates, or sslrootcert=system")
     revoked = given.get("sslcrl") or _in_home("root.crl")
     if revoked is not None:
         _load(context, "sslcrl", revoked)

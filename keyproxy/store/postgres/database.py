@@ -22,7 +22,7 @@ import asyncpg
 
 from keyproxy.store.outage import Outage
 from keyproxy.store.postgres import queries
-from keyproxy.store.postgres.connecting import CONNECT_SECONDS, NEEDED, Target, limits, standing
+from keyproxy.store.postgres.connecting import CONNECT_SECONDS, NEEDED, Connector, limits, standing
 from keyproxy.store.postgres.failures import (
     NO_ANSWER,
     POOLER_SIGNS,
@@ -33,9 +33,18 @@ from keyproxy.store.postgres.failures import (
     means_move,
     translated,
 )
-from keyproxy.store.postgres.pool import Pool, Shortage
+from keyproxy.store.postgres.pool import ConnectionPool, Shortage
 
-__all__ = ["Database", "Door", "Joined", "Listener", "Row", "StoreConflict", "StoreUnavailable", "Transaction"]
+__all__ = [
+    "Database",
+    "Door",
+    "Joined",
+    "NotificationListener",
+    "Row",
+    "StoreConflict",
+    "StoreUnavailable",
+    "Transaction",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +64,7 @@ def _settling(timeout_seconds: float) -> str:
     # Skip settings that only matter outside a transaction.
     for name in ("default_transaction_isolation", "idle_session_timeout"):
         settings.pop(name)
-    return _SETTLED + ", ".join(
-        f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in settings.items()
-    )  # fmt: skip
+    return _SETTLED + ", ".join(f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in settings.items())
 
 
 Row = asyncpg.Record
@@ -137,13 +144,16 @@ class Database:
         self, dsn: str, *, pool_size_max: int, statement_timeout_seconds: float, main: Database | None = None
     ) -> None:
         """`main`: the main part of the same store; this part borrows its connections while the server grants no more."""
-        self._target = Target(dsn)
+        self._connector = Connector(dsn)
         #: The shortage of connections, if the server grants fewer than configured; shared by all parts of one store.
         self.shortage: Shortage = Shortage() if main is None else main.shortage
-        self.pool: Pool = Pool(
-            self._target, pool_size_max, statement_timeout_seconds, shortage=self.shortage,
+        self.pool: ConnectionPool = ConnectionPool(
+            self._connector,
+            pool_size_max,
+            statement_timeout_seconds,
+            shortage=self.shortage,
             lender=None if main is None else main.pool,
-        )  # fmt: skip
+        )
         self._statements = queries.load()
         self._settling = _settling(statement_timeout_seconds)
         self._keeps_statements = True
@@ -160,7 +170,7 @@ class Database:
     @property
     def where(self) -> str:
         """The servers and the database, for messages."""
-        return self._target.where
+        return self._connector.where
 
     async def open(self) -> None:
         """Create the pool, without connecting."""
@@ -193,7 +203,7 @@ class Database:
     async def _begun(self, connection: Any) -> AsyncIterator[Transaction]:
         # Set each time: the default of the role or the database must not apply.
         async with connection.transaction(isolation="read_committed"):
-            transaction = Transaction(connection, self._statements, self._target.where)
+            transaction = Transaction(connection, self._statements, self._connector.where)
             if not connection.is_pinned:
                 await transaction.settle(self._settling)
             yield transaction
@@ -201,7 +211,7 @@ class Database:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
         try:
-            with translated(self._target.where):
+            with translated(self._connector.where):
                 async with self.pool.connection() as connection:
                     yield connection
         except StoreUnavailable as error:
@@ -247,28 +257,28 @@ class Database:
         self.is_up, self.is_down, self.down_because = False, True, why
 
 
-class Listener:
+class NotificationListener:
     """A dedicated connection that receives notifications. `lost` is called once, when it is closed."""
 
     def __init__(self, dsn: str, channel: str, *, shortage: Shortage | None = None) -> None:
         """`shortage`: during a shortage of connections, this one is released."""
-        self._target = Target(dsn)
+        self._connector = Connector(dsn)
         self._channel = channel
         self._shortage = shortage
         self._connection: asyncpg.Connection[Row] | None = None
         if shortage is not None:
-            shortage.relief.append(self._end)
+            shortage.release.append(self._end)
 
-    async def open(self, heard: Callable[[], None], lost: Callable[[], None]) -> None:
+    async def open(self, notified: Callable[[], None], lost: Callable[[], None]) -> None:
         """Listen. Raises StoreUnavailable."""
-        if self._shortage is not None and self._shortage.is_felt:
-            raise StoreUnavailable(f"{self._target.where}: {self._shortage.because}")
-        with translated(self._target.where):
+        if self._shortage is not None and self._shortage.is_backing_off:
+            raise StoreUnavailable(f"{self._connector.where}: {self._shortage.because}")
+        with translated(self._connector.where):
             try:
-                connection = await self._target.connect(command_seconds=CONNECT_SECONDS, caches_statements=False)
+                connection = await self._connector.connect(command_seconds=CONNECT_SECONDS, caches_statements=False)
                 self._connection = connection
                 connection.add_termination_listener(lambda _connection: lost())
-                await connection.add_listener(self._channel, lambda *_: heard())
+                await connection.add_listener(self._channel, lambda *_: notified())
             except NO_ANSWER:
                 await self.close()
                 raise

@@ -89,8 +89,8 @@ def means_move(error: BaseException | None) -> bool:
         | asyncpg.PostgresConnectionError
         # asyncpg raises this for a connection that was closed between two statements.
         | asyncpg.InterfaceError
-        | asyncpg.InternalClientError
-    )  # fmt: skip
+        | asyncpg.InternalClientError,
+    )
 
 
 def took_too_long(error: StoreUnavailable) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import asyncpg
 
-from keyproxy.store.postgres.connecting import Connection, Target
+from keyproxy.store.postgres.connecting import Connection, Connector
 from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
@@ -133,8 +133,10 @@ async def _apply_next(connection: Connection) -> Migration | None:
         await connection.execute(step.statements)
         await connection.execute(
             "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
-            step.number, step.name, step.checksum,
-        )  # fmt: skip
+            step.number,
+            step.name,
+            step.checksum,
+        )
     return step
 
 
@@ -157,11 +159,11 @@ async def _compare(connection: Any) -> State:
 
 async def connect(dsn: str, *, writes: bool = False) -> Connection:
     """Connect. `writes`: to the primary only. Raises StoreUnavailable."""
-    target = Target(dsn)
+    connector = Connector(dsn)
     try:
         # No statement timeout: a migration may take long.
-        return await target.connect(command_seconds=0, caches_statements=False, is_read_only_enough=not writes)
+        return await connector.connect(command_seconds=0, caches_statements=False, is_read_only_enough=not writes)
     except StoreUnavailable:
         raise
     except (NotPrimaryError, *NO_ANSWER) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {target.where}: {first_line(error)}") from error
+        raise StoreUnavailable(f"the store cannot be reached: {connector.where}: {first_line(error)}") from error

@@ -11,54 +11,86 @@ import asyncio
 import collections
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final
 
 import asyncpg
 
-from keyproxy.store.postgres.connecting import CONNECT_SECONDS, Connection, Target
-from keyproxy.store.postgres.failures import NO_ANSWER, StoreUnavailable, first_line
+from keyproxy.store.postgres.connecting import CONNECT_SECONDS, Connection, Connector
+from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
 
 _log = logging.getLogger(__name__)
 
 _IDLE_CONNECTION_SECONDS: Final = 300.0
 
 #: How long the store uses the existing connections before it tries to open another one.
-_SHORT_SECONDS: Final = 10.0
+_BACK_OFF_SECONDS: Final = 10.0
+
+#: How long no connection must be refused after that until a shortage is over. Every pool tries to get one at the start.
+_PROBE_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 0.1
 
 
 class Shortage:
-    """Whether the server refuses connections because there are too many. Shared by all parts of one store."""
+    """Whether the server refuses connections because there are too many. Shared by all parts of one store.
+
+    The end of the back-off does not end a shortage, since nothing has been granted yet. Then every pool reconnects, and
+    the shortage ends only if at least one of them gets a connection and none is refused one.
+    """
 
     def __init__(self) -> None:
+        #: Why the server refused a connection; empty if there is no shortage.
         self.because = ""
         #: Called when the server refuses a connection, so that parts that can do without one release it.
-        self.relief: list[Callable[[], None]] = []
-        self._until = 0.0
+        self.release: list[Callable[[], None]] = []
+        #: Called at the end of the back-off, so that every pool tries to get a connection.
+        self.reconnect: list[Callable[[], None]] = []
+        self._back_off_until = 0.0
+        self._is_granted = False
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def is_felt(self) -> bool:
+    def is_backing_off(self) -> bool:
         """Whether to avoid opening connections now."""
-        return bool(self.because) and asyncio.get_running_loop().time() < self._until
+        return bool(self.because) and asyncio.get_running_loop().time() < self._back_off_until
 
-    def note(self, error: Exception) -> None:
+    def refused(self, error: Exception) -> None:
         """Record that the server refused a connection."""
         if not self.because:
             _log.warning("the server grants fewer connections than configured, continuing with fewer: %s", error)
         self.because = f"{first_line(error)} (SQLSTATE 53300)"
-        self._until = asyncio.get_running_loop().time() + _SHORT_SECONDS
-        for let_go in self.relief:
-            let_go()
+        self._is_granted = False
+        loop = asyncio.get_running_loop()
+        self._back_off_until = loop.time() + _BACK_OFF_SECONDS
+        self.close()
+        self._timer = loop.call_at(self._back_off_until, self._probe)
+        for release in self.release:
+            release()
 
-    def end(self) -> None:
-        """Record that the server granted a connection."""
-        if self.because and not self.is_felt:
+    def granted(self) -> None:
+        """Record that a pool has a connection for its user."""
+        if not self.is_backing_off:
+            self._is_granted = True
+
+    def close(self) -> None:
+        """Stop probing."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _probe(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_PROBE_SECONDS, self._review)
+        for reconnect in self.reconnect:
+            reconnect()
+
+    def _review(self) -> None:
+        if self._is_granted:
             _log.warning("the server grants connections again")
             self.because = ""
+        else:
+            self._probe()
 
 
-class _Turns:
+class _Semaphore:
     """Admits at most `limit` at a time, in order of arrival."""
 
     def __init__(self, limit: int) -> None:
@@ -66,7 +98,7 @@ class _Turns:
         self._inside = 0
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Wait for a turn."""
         if self._inside < self.limit and not self._waiting:
             self._inside += 1
@@ -78,11 +110,11 @@ class _Turns:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 # The turn was granted at the same moment: pass it on.
-                self.leave()
+                self.release()
             raise
 
-    def leave(self) -> None:
-        """End the turn."""
+    def release(self) -> None:
+        """End the turn, and give it to the next one."""
         self._inside -= 1
         while self._waiting and self._inside < self.limit:
             turn = self._waiting.popleft()
@@ -91,22 +123,29 @@ class _Turns:
                 turn.set_result(None)
 
 
-class Pool:
+class ConnectionPool:
     """A pool of connections: see the module. `lender`: the pool to borrow from during a shortage."""
 
     def __init__(
-        self, target: Target, size_max: int, command_seconds: float, *, shortage: Shortage, lender: Pool | None = None
+        self,
+        connector: Connector,
+        size_max: int,
+        command_seconds: float,
+        *,
+        shortage: Shortage,
+        lender: ConnectionPool | None = None,
     ) -> None:
-        self._target = target
+        self._connector = connector
         self._size_max = size_max
         self._command_seconds = command_seconds
         self._shortage = shortage
         self._lender = lender
-        self._turns = _Turns(size_max)
+        self._semaphore = _Semaphore(size_max)
         self._connections: asyncpg.Pool[asyncpg.Record] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        shortage.reconnect.append(lambda: self._run(self._reconnect()))
         if lender is not None:
-            shortage.relief.append(self._let_go)
+            shortage.release.append(lambda: self._run(self._replace()))
 
     async def open(self) -> None:
         """Create the pool, without connecting."""
@@ -118,7 +157,9 @@ class Pool:
         connections, self._connections = self._connections, None
         if connections is not None:
             await _closed(connections)
-        await asyncio.gather(*self._closing)
+        if self._lender is None:
+            self._shortage.close()
+        await asyncio.gather(*self._tasks)
 
     async def drop(self) -> None:
         """Replace every connection before it is used again; those in use are closed when they come back."""
@@ -128,7 +169,7 @@ class Pool:
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[Any]:
         """A connection to the primary. Raises StoreUnavailable, NotPrimaryError, or what asyncpg raises."""
-        if self._lender is not None and self._shortage.is_felt:
+        if self._lender is not None and self._shortage.is_backing_off:
             async with self._lender.connection() as borrowed:
                 yield borrowed
             return
@@ -147,28 +188,32 @@ class Pool:
             try:
                 await connections.release(connection)
             finally:
-                self._turns.leave()
+                self._semaphore.release()
 
     async def _take(self) -> tuple[asyncpg.Pool[asyncpg.Record], Any]:
         """Wait for a turn and a connection. Raises TooManyConnectionsError if this pool has none and gets none."""
         refused: asyncpg.TooManyConnectionsError | None = None
         try:
-            async with asyncio.timeout(self._target.seconds):
+            async with asyncio.timeout(self._connector.seconds):
                 while True:
                     try:
-                        return await self._take_once()
+                        taken = await self._take_once()
                     except asyncpg.TooManyConnectionsError as error:
                         refused = error
                         await self._make_do(error)
+                    else:
+                        if self._shortage.because:
+                            self._shortage.granted()
+                        return taken
         except TimeoutError:
             if refused is not None:
                 raise refused from None
             raise
 
     async def _take_once(self) -> tuple[asyncpg.Pool[asyncpg.Record], Any]:
-        if not self._shortage.is_felt:
-            self._turns.limit = self._size_max
-        await self._turns.enter()
+        if not self._shortage.is_backing_off:
+            self._semaphore.limit = self._size_max
+        await self._semaphore.acquire()
         is_taken = False
         try:
             connections = self._connections
@@ -179,14 +224,14 @@ class Pool:
             return connections, connection
         finally:
             if not is_taken:
-                self._turns.leave()
+                self._semaphore.release()
 
     async def _make_do(self, error: asyncpg.TooManyConnectionsError) -> None:
         """Continue with the existing connections, or wait briefly for one. Raises the error if the pool can borrow."""
-        self._shortage.note(error)
+        self._shortage.refused(error)
         have = 0 if self._connections is None else self._connections.get_size()
         if have:
-            self._turns.limit = have
+            self._semaphore.limit = have
         elif self._lender is not None:
             raise error
         else:
@@ -194,23 +239,35 @@ class Pool:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _connect(self, *_: Any, **__: Any) -> Connection:
-        connection = await self._target.connect(command_seconds=self._command_seconds)
-        self._shortage.end()
-        return connection
+        return await self._connector.connect(command_seconds=self._command_seconds)
 
     async def _made(self) -> asyncpg.Pool[asyncpg.Record]:
         return await asyncpg.create_pool(
-            min_size=0, max_size=self._size_max, max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
-            connection_class=Connection, connect=self._connect,
-        )  # fmt: skip
+            min_size=0,
+            max_size=self._size_max,
+            max_inactive_connection_lifetime=_IDLE_CONNECTION_SECONDS,
+            connection_class=Connection,
+            connect=self._connect,
+        )
 
-    def _let_go(self) -> None:
-        """Release the connections of this pool to the store's main part."""
-        task = asyncio.get_running_loop().create_task(self._replace())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _run(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reconnect(self) -> None:
+        """Get a connection and return it, so that the shortage is noticed, or its end, without requests as well."""
+        if self._connections is None:
+            return
+        with contextlib.suppress(*NO_ANSWER, NotPrimaryError, StoreUnavailable):
+            connections, connection = await self._take()
+            try:
+                await connections.release(connection)
+            finally:
+                self._semaphore.release()
 
     async def _replace(self) -> None:
+        """Release the connections of this pool to the store's main part."""
         connections = self._connections
         if connections is not None and connections.get_size():
             self._connections = await self._made()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from keyproxy.store.postgres.connecting import Target
+from keyproxy.store.postgres.connecting import Connector
 
 
 async def create(maintenance_dsn: str, name: str, *, template: str | None = None) -> None:
     """Create a database, empty or as a copy of `template`, which must have no connections."""
-    connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
+    connection = await Connector(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         copied = f' TEMPLATE "{template}" STRATEGY FILE_COPY' if template is not None else ""
         await connection.execute(f'CREATE DATABASE "{name}"{copied}')
@@ -17,7 +17,7 @@ async def create(maintenance_dsn: str, name: str, *, template: str | None = None
 
 async def drop(maintenance_dsn: str, name: str) -> None:
     """Drop a database and terminate its connections."""
-    connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
+    connection = await Connector(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
     finally:
@@ -26,7 +26,7 @@ async def drop(maintenance_dsn: str, name: str) -> None:
 
 async def drop_unused(maintenance_dsn: str, prefix: str) -> None:
     """Drop the databases with this prefix that have no connections: leftovers of killed runs."""
-    connection = await Target(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
+    connection = await Connector(maintenance_dsn).connect(command_seconds=0, caches_statements=False)
     try:
         names = await connection.fetch(
             "SELECT datname FROM pg_database AS d WHERE starts_with(datname, $1)"

@@ -19,7 +19,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from typing import Final
 
 import orjson
@@ -31,6 +30,7 @@ from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.outage import Outage
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.usage.usage_batch import UsageBatch, UsageGroup
 
 _log = logging.getLogger(__name__)
 
@@ -43,72 +43,15 @@ _BATCH_EVENT_BYTES_MAX: Final = 1 << 20
 _WAITING_GROUPS_MAX: Final = 100_000
 _WAITING_EVENT_BYTES_MAX: Final = 16 << 20
 
-#: Cached common parts of events per group; the cache is cleared when it is full.
-_ALIKE_MAX: Final = 64
-
 _TEND_SECONDS: Final = 1_800.0
 _TEND_RETRY_SECONDS: Final = 10.0
 _TEND_PORTION: Final = 2_000
 _WINDOWS_PORTION: Final = 1_000
 _RETRY_SECONDS: Final = 1.0
 _DAY_SECONDS: Final = 86_400
-_EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
 
 #: An exchange with its labels: route, mode, code.
 Row = tuple[Exchange, str, str, str]
-
-
-class _Group:
-    """The exchanges of one day that share key and route."""
-
-    __slots__ = ("alike", "day", "estimated", "identity", "refusals", "requests", "route", "tokens_in", "tokens_out")
-
-    def __init__(self, day: int, identity: Identity, route: str) -> None:
-        self.day = day
-        self.identity = identity
-        self.route = route
-        self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
-        #: The part of an event that is the same for requests that are alike, by method, status, code and policy.
-        self.alike: dict[tuple[bytes, int, str, str], orjson.Fragment] = {}
-
-    def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
-        """One event, in the order in which the view keyproxy.usage_events reads it."""
-        head, use, started = exchange.head, exchange.token_use, exchange.started_mono
-        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy)
-        return (
-            int((started + wall_offset) * 1_000),
-            exchange.request_id.decode("ascii"),
-            self.alike.get(key) or self._alike(key),
-            exchange.bytes_in,
-            exchange.bytes_out,
-            int((exchange.ended_mono - started) * 1_000_000),
-            None if use is None else use.tokens_in,
-            None if use is None else use.tokens_out,
-            exchange.is_estimated,
-        )
-
-    def _alike(self, key: tuple[bytes, int, str, str]) -> orjson.Fragment:
-        # Clients can send any method, so this needs a bound.
-        if len(self.alike) >= _ALIKE_MAX:
-            self.alike.clear()
-        who, (method, status, code, policy) = self.identity, key
-        told: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
-        told += [status, code, policy] if policy else [status, code]
-        fragment = self.alike[key] = orjson.Fragment(orjson.dumps(told))
-        return fragment
-
-
-class _Batch:
-    """The unit of writing. `events`: JSON arrays without their brackets."""
-
-    __slots__ = ("by_key", "event_bytes", "event_count", "events", "groups", "number")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.groups: list[_Group] = []
-        self.by_key: dict[tuple[Identity, str], _Group] = {}
-        self.events: list[bytes] = []
-        self.event_bytes = self.event_count = 0
 
 
 class UsageJournal:
@@ -128,8 +71,8 @@ class UsageJournal:
         self._settle_seconds = settle_seconds
         self._now = now
         self._process = secrets.token_hex(8)
-        self._batch = _Batch(1)
-        self._sealed: deque[_Batch] = deque()
+        self._batch = UsageBatch(1)
+        self._sealed: deque[UsageBatch] = deque()
         self._sealed_groups = self._sealed_event_bytes = 0
         self._day = -1
         self._written_mono = now().mono_seconds
@@ -172,7 +115,7 @@ class UsageJournal:
             self._day = day
             self._batch.by_key.clear()
         by_key = self._batch.by_key
-        tells_events = self._usage.event_days > 0 and self._has_room_for(rows)
+        records_events = self._usage.event_days > 0 and self._has_room_for(rows)
         wall_offset = now.wall_seconds - now.mono_seconds
         events = []
         for exchange, route, _, code in rows:
@@ -195,18 +138,18 @@ class UsageJournal:
                 group.tokens_out += use.tokens_out
                 if exchange.is_estimated:
                     group.estimated += use.total
-            if tells_events:
+            if records_events:
                 events.append(group.event(exchange, code, wall_offset))
         if events:
             self._keep(events)
         if len(self._batch.groups) >= _BATCH_GROUPS_MAX or self._batch.event_bytes >= _BATCH_EVENT_BYTES_MAX:
             self._seal()
 
-    def _begun(self, identity: Identity, route: str) -> _Group | None:
+    def _begun(self, identity: Identity, route: str) -> UsageGroup | None:
         batch = self._batch
         if self._sealed_groups + len(batch.groups) >= _WAITING_GROUPS_MAX:
             return None
-        group = batch.by_key[identity, route] = _Group(self._day, identity, route)
+        group = batch.by_key[identity, route] = UsageGroup(self._day, identity, route)
         batch.groups.append(group)
         return group
 
@@ -217,9 +160,9 @@ class UsageJournal:
         return False
 
     def _keep(self, events: Sequence[object]) -> None:
-        batch, told = self._batch, orjson.dumps(events)[1:-1]
-        batch.events.append(told)
-        batch.event_bytes += len(told)
+        batch, encoded = self._batch, orjson.dumps(events)[1:-1]
+        batch.events.append(encoded)
+        batch.event_bytes += len(encoded)
         batch.event_count += len(events)
 
     def _seal(self) -> None:
@@ -228,7 +171,7 @@ class UsageJournal:
             self._sealed.append(batch)
             self._sealed_groups += len(batch.groups)
             self._sealed_event_bytes += batch.event_bytes
-            self._batch = _Batch(batch.number + 1)
+            self._batch = UsageBatch(batch.number + 1)
 
     # -- writing
 
@@ -236,7 +179,7 @@ class UsageJournal:
         """Write everything that has been collected so far, if the store is available."""
         for batch in self._to_write():
             try:
-                await self._database.fetch("record_usage", self._process, *_columns(batch))
+                await self._database.fetch("record_usage", self._process, *batch.columns())
             except StoreUnavailable as error:
                 self._note_failure(error)
                 return
@@ -254,7 +197,7 @@ class UsageJournal:
             self._sealed_groups -= len(batch.groups)
             self._sealed_event_bytes -= batch.event_bytes
 
-    def _to_write(self) -> Iterator[_Batch]:
+    def _to_write(self) -> Iterator[UsageBatch]:
         """The sealed batches, then the current one, sealed; each is repeated until the caller has removed it."""
         while self._sealed:
             yield self._sealed[0]
@@ -298,23 +241,3 @@ class UsageJournal:
         following: int | None = rows[0]["next"]
         self._swept = following or 0
         return following is not None and bool(rows[0]["gone"])
-
-
-def _columns(batch: _Batch) -> tuple[object, ...]:
-    """A batch as the arguments of record_usage."""
-    groups = batch.groups
-    return (
-        batch.number,
-        [date.fromordinal(group.day + _EPOCH_ORDINAL) for group in groups],
-        [group.identity.tenant_id for group in groups],
-        [group.identity.user_id for group in groups],
-        [group.identity.key_id for group in groups],
-        [group.identity.is_test for group in groups],
-        [group.route for group in groups],
-        [group.requests for group in groups],
-        [group.refusals for group in groups],
-        [group.tokens_in for group in groups],
-        [group.tokens_out for group in groups],
-        [group.estimated for group in groups],
-        (b"[" + b",".join(batch.events) + b"]").decode("utf-8") if batch.events else None,
-    )

@@ -140,19 +140,19 @@ def _filters(wanted: UsageFilter) -> tuple[object, ...]:
 
 
 def _sum(row: Row, dimensions: Sequence[str]) -> dict[str, Any]:
-    told: dict[str, Any] = {name: row[name] for name in dimensions}
-    if "day" in told:
-        told["day"] = day_text(told["day"])
-    return told | {name: int(row[name]) for name in MEASURES}
+    sums: dict[str, Any] = {name: row[name] for name in dimensions}
+    if "day" in sums:
+        sums["day"] = day_text(sums["day"])
+    return sums | {name: int(row[name]) for name in MEASURES}
 
 
 def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
     """The events of a batch with their places. Invalid entries written by other programs are skipped."""
     batch = f"{row['process']}:{row['batch']}"
     events = read_json(row["events"])
-    for place, told in enumerate(events if isinstance(events, list) else [], start=1):
+    for place, entry in enumerate(events if isinstance(events, list) else [], start=1):
         try:
-            event = _event(f"{batch}:{place}", told)
+            event = _event(f"{batch}:{place}", entry)
             orjson.dumps(event)  # fails for half of a surrogate pair, which no JSON response can contain
         except (ValueError, TypeError, ArithmeticError, OSError) as error:
             _log.warning("skipping invalid usage event %s:%d: %s", batch, place, error)
@@ -160,8 +160,8 @@ def _readable_events(row: Row) -> Iterator[tuple[int, dict[str, Any]]]:
             yield place, event
 
 
-def _event(event_id: str, told: Sequence[Any]) -> dict[str, Any]:
-    started_ms, request_id, alike, bytes_in, bytes_out, micros, tokens_in, tokens_out, estimated = told
+def _event(event_id: str, entry: Sequence[Any]) -> dict[str, Any]:
+    started_ms, request_id, alike, bytes_in, bytes_out, micros, tokens_in, tokens_out, estimated = entry
     when = datetime.fromtimestamp(started_ms // 1_000, UTC).replace(microsecond=started_ms % 1_000 * 1_000)
     return {
         "id": event_id,

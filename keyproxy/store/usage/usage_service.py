@@ -40,13 +40,22 @@ class UsageService(UsageReader):
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
         """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
-        identity, told = await explain_key(self._database, key_id, question, self._configured, now=self._now)
-        refusal, errors = told.refusal, self._configured.errors
+        identity, explanation = await explain_key(self._database, key_id, question, self._configured, now=self._now)
+        refusal, errors = explanation.refusal, self._configured.errors
         content: dict[str, Any] = {
-            "key": identity.key_id, "user": identity.user_id, "tenant": identity.tenant_id, "mode": identity.mode,
-            "route": told.route, "allowed": refusal is None, "code": None, "status": None, "policy": None,
-            "detail": None, "retry_after_seconds": None, "limits": list(told.limits),
-        }  # fmt: skip
+            "key": identity.key_id,
+            "user": identity.user_id,
+            "tenant": identity.tenant_id,
+            "mode": identity.mode,
+            "route": explanation.route,
+            "allowed": refusal is None,
+            "code": None,
+            "status": None,
+            "policy": None,
+            "detail": None,
+            "retry_after_seconds": None,
+            "limits": list(explanation.limits),
+        }
         if refusal is None:
             return content
         problems = ErrorRenderer(invalid_key_status=errors.invalid_key_status, spent_status=errors.spent_status)

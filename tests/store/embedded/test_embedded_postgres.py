@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +23,7 @@ from keyproxy.store.embedded import embedded_postgres, launcher, postgres_binari
 from keyproxy.store.embedded.embedded_postgres import EmbeddedError, EmbeddedServer
 from keyproxy.store.embedded.postgres_binaries import Binaries
 from tests.store.conftest import StartServer
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 NOBODY = 65_534
@@ -99,14 +99,6 @@ def postmaster(server: EmbeddedServer) -> int:
 def cluster_of(server: EmbeddedServer) -> Path:
     """Its data directory."""
     return server.socket_directory.parent / "pgdata"
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until the condition is true. Fails with `what` after the deadline."""
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {_DEADLINE_SECONDS:g} s: {what}"
-        time.sleep(0.005)
 
 
 def is_gone(pid: int) -> bool:

@@ -15,12 +15,13 @@ from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.identities.cache import Counts
+from keyproxy.store.identities.cache import LookupCounts
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Row
 from tests import fakes
 from tests.store.conftest import MakeRig
-from tests.store.harness import Rig, add_key, add_keys, add_user, until
+from tests.store.harness import Rig, add_key, add_keys, add_user
+from tests.waiting import until
 
 FRESH, STALE, UNKNOWN = 30.0, 600.0, 5.0
 ROUTE = Route("*", frozenset())
@@ -762,7 +763,7 @@ async def test_change_before_the_query_starts_costs_no_second_query(
 
 
 async def test_each_request_is_counted_once_by_its_outcome(rig: Rig, known: SecretKey) -> None:
-    rig.cache.counts = Counts()
+    rig.cache.counts = LookupCounts()
     counts = rig.cache.counts.by_name()
 
     def counted(**now: int) -> None:

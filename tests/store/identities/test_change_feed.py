@@ -24,7 +24,8 @@ from keyproxy.store.postgres.database import Row, StoreUnavailable
 from tests import fakes
 from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
-from tests.store.harness import Bell, Relay, Rig, Sql, add_key, add_user, change_rows, until, until_row
+from tests.store.harness import Bell, Relay, Rig, Sql, add_key, add_user, change_rows, until_row
+from tests.waiting import until
 
 #: Three keys: 1 and 2 of two users of one tenant, 3 of another tenant.
 OWNERS = {1: ("u_1", "acme"), 2: ("u_2", "acme"), 3: ("u_3", "other")}

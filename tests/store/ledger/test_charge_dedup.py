@@ -25,7 +25,8 @@ from keyproxy.store.ledger.ledger import Ledger as StoreLedger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database, Row, StoreConflict, StoreUnavailable
 from tests.reference_claims import ReferenceClaims
-from tests.store.harness import Clock, Door, Relay, Sql, until
+from tests.store.harness import Clock, Door, Relay, Sql, until_row
+from tests.waiting import until
 
 REPEAT = Answer(False, 0)
 _NOTHING = Hold(Bundle(()), (), 0)
@@ -113,8 +114,7 @@ async def test_of_two_concurrent_claims_only_one_is_the_first(dsn: str, store: P
     async with sql.transaction():
         held = await sql.fetchrow(_CLAIM, "a", 1, [claim(1).fingerprint], [5], [None])
         waiting = asyncio.create_task(other.fetchrow(_CLAIM, "b", 1, [claim(1).fingerprint], [7], [None]))
-        while not await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-            await asyncio.sleep(0.01)
+        await until_row(sql, "SELECT FROM pg_locks WHERE NOT granted")
         assert not waiting.done()
     assert [tuple(row) for row in (held, await waiting) if row] == [([True], [5]), ([False], [2])]
     await other.close()

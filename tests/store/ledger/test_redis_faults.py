@@ -23,6 +23,7 @@ from tests.contracts import line, window
 from tests.store.harness import Sql
 from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
 from tests.store.redis_server import RedisServer
+from tests.waiting import until
 
 #: Of the package faketime (libfaketime), where the system has it.
 _FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
@@ -265,10 +266,11 @@ async def test_promoted_replica_starts_its_own_generation(make_server: MakeServe
     old, new = make_ledger(first), make_ledger(second)
     # The first replica changes the primary's history: the generation starts after that.
     async with Redis.from_url(second.url) as client:
-        give_up = time.monotonic() + 20
-        while (await client.info("replication"))["master_link_status"] != "up":
-            assert time.monotonic() < give_up
-            await asyncio.sleep(0.02)
+
+        async def is_linked() -> bool:
+            return bool((await client.info("replication"))["master_link_status"] == "up")
+
+        await until(is_linked, "the replica is linked", seconds=20)
     assert await granted(old, "a", 1, want=10) == 10
     with pytest.raises(StoreUnavailable, match="replica"):
         await granted(new, "b", 1, want=1)

@@ -21,8 +21,8 @@ from keyproxy.store.embedded import postgres_binaries
 from keyproxy.store.identities.change_feed import CHANNEL
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres import migrations
-from keyproxy.store.postgres.connecting import Connection, Target, standing
-from keyproxy.store.postgres.database import Listener, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.connecting import Connection, Connector, standing
+from keyproxy.store.postgres.database import NotificationListener, StoreConflict, StoreUnavailable
 from tests.acceptance.test_promotion import Server
 from tests.store.conftest import StartServer
 from tests.store.harness import Door, Sql, add_key, add_user
@@ -139,7 +139,7 @@ async def _wait(server: TcpServer) -> None:
 
 async def connected(dsn: str) -> Connection:
     """A connection like those of the store."""
-    return await Target(dsn).connect(command_seconds=5.0)
+    return await Connector(dsn).connect(command_seconds=5.0)
 
 
 @contextlib.asynccontextmanager
@@ -278,8 +278,8 @@ async def test_home_of_another_user_does_not_prevent_connecting(
     tmp_path.chmod(0o700)
     program = (
         "import asyncio, concurrent.futures.thread, encodings.idna, os, sys\n"
-        "from keyproxy.store.postgres.connecting import Target\n"
-        "async def connect():\n    await (await Target(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
+        "from keyproxy.store.postgres.connecting import Connector\n"
+        "async def connect():\n    await (await Connector(sys.argv[1]).connect(command_seconds=5.0)).close()\n"
         # After the imports: the other user may lack access to this Python.
         "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nasyncio.run(connect())\n"
     )
@@ -302,7 +302,7 @@ async def test_unresponsive_host_times_out_once_and_the_next_one_is_used(plain: 
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         where = f"localhost:{silent.getsockname()[1]},localhost:{plain.port}"
-        target = Target(f"postgresql://keyproxy@{where}/postgres?sslmode=disable")
+        target = Connector(f"postgresql://keyproxy@{where}/postgres?sslmode=disable")
         started = time.monotonic()
         await (await target.connect(command_seconds=1.0)).close()
         assert 0.5 < time.monotonic() - started < 3.0
@@ -331,7 +331,7 @@ async def test_failures_name_the_server_and_never_the_password(short_directory: 
             assert where in door.down_because
             assert "hunter2" not in str(caught.value)
         with pytest.raises(StoreUnavailable) as told:
-            await Listener(dsn, CHANNEL).open(lambda: None, lambda: None)
+            await NotificationListener(dsn, CHANNEL).open(lambda: None, lambda: None)
         assert where in str(told.value)
         with pytest.raises(StoreUnavailable) as migrating:
             await migrations.migrate(dsn)
@@ -364,7 +364,7 @@ async def test_results_of_a_server_that_became_read_only_are_discarded(start_ser
                 async with door.transaction() as transaction:
                     await transaction.fetch("tenants", "", 1)
             with pytest.raises(StoreUnavailable, match="read-only"):
-                await Listener(server.dsn(), CHANNEL).open(lambda: None, lambda: None)
+                await NotificationListener(server.dsn(), CHANNEL).open(lambda: None, lambda: None)
         finally:
             await _make_read_only(sql, server.dsn(), "off")
         await door.fetch("tenants", "", 1)

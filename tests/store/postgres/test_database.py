@@ -19,10 +19,11 @@ from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.identities.change_feed import CHANNEL
 from keyproxy.store.postgres import migrations
-from keyproxy.store.postgres.database import Database, Listener, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.database import Database, NotificationListener, StoreConflict, StoreUnavailable
 from tests.server import Server
 from tests.store.conftest import MakePooler, MakeRig, StartServer
-from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until, until_blocked
+from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until_blocked
+from tests.waiting import until
 
 
 @contextlib.asynccontextmanager
@@ -189,16 +190,15 @@ async def test_network_that_drops_all_packets_is_detected_in_bounded_time_and_se
 
 async def until_answered(door: Database, *, seconds: float = 8.0) -> None:
     """Wait until the store responds."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    async def answers() -> bool:
         try:
             await door.fetch("tenants", "", 1)
         except StoreUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.02)
-        else:
-            return
+            return False
+        return True
+
+    await until(answers, "the store responds", seconds=seconds)
 
 
 # -- lost connections
@@ -337,7 +337,7 @@ async def test_cancelled_statement_does_not_mark_the_store_as_down(dsn: str, sql
 
 
 async def test_listener_receives_commits_and_reports_its_loss_once(dsn: str, sql: Sql) -> None:
-    listener = Listener(dsn, CHANNEL)
+    listener = NotificationListener(dsn, CHANNEL)
     heard: list[None] = []
     lost: list[None] = []
     await listener.open(lambda: heard.append(None), lambda: lost.append(None))
@@ -352,7 +352,7 @@ async def test_listener_receives_commits_and_reports_its_loss_once(dsn: str, sql
 
 async def test_listener_that_cannot_connect_raises_store_unavailable(relay: Relay) -> None:
     await relay.cut()
-    listener = Listener(relay.dsn, CHANNEL)
+    listener = NotificationListener(relay.dsn, CHANNEL)
     with pytest.raises(StoreUnavailable):
         await listener.open(lambda: None, lambda: None)
     await listener.close()
@@ -454,7 +454,7 @@ async def test_lookups_and_the_feed_work_through_a_pooler(
     first, second = Door(pooler.dsn), Door(pooler.dsn)
     rigs = []
     for door in (first, second):
-        rig = await make_rig(door=door, listener=Listener(pooler.dsn, CHANNEL) if listener else None)
+        rig = await make_rig(door=door, listener=NotificationListener(pooler.dsn, CHANNEL) if listener else None)
         rigs.append(rig)
     for rig in rigs:
         rig.clock = Clock()

@@ -14,7 +14,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.directory.directory import Actor, Directory, KeyFilter, KeyWish
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
-from keyproxy.store.postgres.connecting import Target
+from keyproxy.store.postgres.connecting import Connector
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.store.conftest import MakePooler
 from tests.store.harness import Door, Sql, add_keys, add_user, until_blocked
@@ -142,7 +142,7 @@ async def test_statement_is_retried_after_a_deadlock(dsn: str, sql: Sql) -> None
 async def test_database_that_became_read_only_is_not_written_to(own_dsn: str) -> None:
     admin: Sql = await asyncpg.connect(own_dsn)
     await _alter(admin, "SET default_transaction_read_only = on")
-    target = Target(own_dsn)
+    target = Connector(own_dsn)
     with pytest.raises(Exception, match="read-only"):
         await target.connect(command_seconds=1.0)
     await _alter_back(admin)

@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from keyproxy.store.postgres.connecting import Target
+from keyproxy.store.postgres.connecting import Connector
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import (
     FIRST_DAY,
@@ -30,7 +30,7 @@ from keyproxy.store.postgres.times import (
     ],
 )  # fmt: skip
 async def test_time_matches_postgresql_and_round_trips(dsn: str, instant: str) -> None:
-    connection = await Target(dsn).connect(command_seconds=5.0)
+    connection = await Connector(dsn).connect(command_seconds=5.0)
     row = await connection.fetchrow(
         "SELECT t.at, (t.at AT TIME ZONE 'UTC')::date AS day, extract(year FROM t.at) AS year,"
         " to_char(t.at, 'MM-DD\"T\"HH24:MI:SS\"Z\"') AS rest, isfinite(t.at) AS is_finite"

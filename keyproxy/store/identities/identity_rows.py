@@ -1,0 +1,61 @@
+"""Builds the identity of a key from its row: everything that depends on the key alone, parsed and encoded once."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from keyproxy.http.headers import identity_block
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.plan import Plan
+from keyproxy.model import NEVER, Identity
+from keyproxy.reasons import Reason
+from keyproxy.store.postgres.database import Row
+
+
+def identity_of(row: Row, header_prefix: str) -> Identity:
+    """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row."""
+    standing = None
+    if row["is_revoked"]:
+        standing = Reason.KEY_REVOKED
+    elif row["is_disabled"]:
+        standing = Reason.ACCOUNT_DISABLED
+    expires = row["expires_wall_seconds"]
+    # There is no countdown to an infinite expiry.
+    is_retiring = row["is_retiring"] and math.isfinite(expires)
+    block = identity_block(
+        header_prefix,
+        (
+            ("User", row["user_id"]),
+            ("Tenant", row["tenant_id"]),
+            ("Scope", " ".join(row["scopes"])),
+            ("Test", "true" if row["is_test"] else "false"),
+            ("Key-Id", row["key_id"]),
+        ),
+    )
+    return Identity(
+        key_id=row["key_id"],
+        user_id=row["user_id"],
+        tenant_id=row["tenant_id"],
+        scopes=frozenset(row["scopes"]),
+        is_test=row["is_test"],
+        expires_wall_seconds=NEVER if expires is None else expires,
+        standing=standing,
+        header_block=block,
+        allowance=_allowance(row),
+        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if is_retiring else None,
+    )
+
+
+def _allowance(row: Row) -> Allowance | None:
+    """The limits of requests with this key, None if there are none. Limits belong to pools, not to keys."""
+    pools = []
+    for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
+        limits = row[f"{kind}_limits"]
+        if limits is not None:
+            # Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
+            plan = Plan.from_json(json.loads(limits))
+            if plan.has_limits:
+                pools.append((Pool(kind, owner, row["is_test"]), plan))
+    return Allowance(tuple(pools)) if pools else None
