@@ -2,6 +2,82 @@
 --
 -- The previous release keeps working: it knows windows without a selector, and its calls go to the functions below.
 
+-- Limits are an object, or an array for what it cannot express. What limits/plan.py reads, no less and no more.
+CREATE FUNCTION keyproxy.is_limit(entry jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE
+        WHEN jsonb_typeof(entry) <> 'object' THEN false
+        WHEN entry - ARRAY['measure', 'per', 'amount', 'burst', 'model', 'route', 'mode'] <> '{}' THEN false
+        WHEN jsonb_typeof(entry -> 'measure') IS DISTINCT FROM 'string'
+          OR jsonb_typeof(entry -> 'amount') IS DISTINCT FROM 'number' THEN false
+        WHEN coalesce(jsonb_typeof(entry -> 'per'), 'string') <> 'string'
+          OR coalesce(jsonb_typeof(entry -> 'burst'), 'number') <> 'number'
+          OR coalesce(jsonb_typeof(entry -> 'model'), 'string') <> 'string'
+          OR coalesce(jsonb_typeof(entry -> 'route'), 'string') <> 'string'
+          OR coalesce(jsonb_typeof(entry -> 'mode'), 'string') <> 'string' THEN false
+        ELSE
+            coalesce(entry ->> 'model', '') ~ '^[A-Za-z0-9._:/@-]{0,128}$'
+            -- Printable ASCII without comma, quote and backslash.
+            AND coalesce(entry ->> 'route', '') ~ '^[ !#-+\u002d-\u005b\u005d-~]{0,128}$'
+            AND coalesce(entry ->> 'mode', '') IN ('', 'live', 'test')
+            AND CASE
+                WHEN entry ->> 'measure' IN ('request-rate', 'token-rate') THEN
+                    coalesce(entry ->> 'per', '') IN ('second', 'minute', 'hour', 'day')
+                    AND (entry ->> 'amount')::numeric
+                        / CASE entry ->> 'per' WHEN 'second' THEN 1 WHEN 'minute' THEN 60 WHEN 'hour' THEN 3600 ELSE 86400 END
+                        BETWEEN 1 / 86400.0 AND CASE entry ->> 'measure' WHEN 'request-rate' THEN 1000000 ELSE 100000000 END
+                    AND (entry ->> 'measure' = 'request-rate' OR (entry ->> 'amount')::numeric % 1 = 0)
+                    AND (
+                        NOT entry ? 'burst'
+                        OR (entry ->> 'burst')::numeric BETWEEN 1 AND 999999999999999 AND (entry ->> 'burst')::numeric % 1 = 0
+                    )
+                ELSE
+                    NOT entry ? 'burst'
+                    AND (entry ->> 'amount')::numeric BETWEEN 0 AND 999999999999999
+                    AND (entry ->> 'amount')::numeric % 1 = 0
+                    AND CASE entry ->> 'measure'
+                        WHEN 'requests' THEN entry ->> 'per' IN ('minute', 'hour', 'day', 'week', 'month')
+                        WHEN 'tokens' THEN entry ->> 'per' IN ('minute', 'hour', 'day', 'week', 'month', 'request')
+                        WHEN 'spend' THEN entry ->> 'per' IN ('minute', 'hour', 'day', 'week', 'month', 'request')
+                        WHEN 'concurrency' THEN coalesce(entry ->> 'per', '') = ''
+                        ELSE false
+                    END IS TRUE
+            END
+    END
+$$;
+
+CREATE OR REPLACE FUNCTION keyproxy.are_limits(limits jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT CASE jsonb_typeof(limits)
+        WHEN 'object' THEN (
+            SELECT coalesce(bool_and(
+                CASE
+                    WHEN jsonb_typeof(value) = 'null' THEN true
+                    WHEN jsonb_typeof(value) <> 'number' THEN false
+                    WHEN key = 'rate' THEN (value #>> '{}')::numeric BETWEEN 1 / 86400.0 AND 1000000
+                    WHEN key = 'burst' THEN (value #>> '{}')::numeric BETWEEN 1 AND 1e15 AND limits ? 'rate'
+                    ELSE (value #>> '{}')::numeric BETWEEN 0 AND 1e15
+                END
+                AND key IN ('rate', 'burst', 'concurrency', 'requests_per_day', 'requests_per_month',
+                            'tokens_per_request', 'tokens_per_day', 'tokens_per_month')
+                AND (key = 'rate' OR jsonb_typeof(value) = 'null' OR (value #>> '{}')::numeric % 1 = 0)
+            ), true)
+            FROM jsonb_each(limits)
+        )
+        WHEN 'array' THEN
+            jsonb_array_length(limits) <= 32
+            AND (SELECT coalesce(bool_and(keyproxy.is_limit(entry)), true) FROM jsonb_array_elements(limits) AS entry)
+            -- No limit twice: a rate is the same one whatever its interval.
+            AND NOT EXISTS (
+                SELECT FROM jsonb_array_elements(limits) AS entry
+                GROUP BY entry ->> 'measure',
+                         CASE WHEN entry ->> 'measure' NOT IN ('request-rate', 'token-rate') THEN coalesce(entry ->> 'per', '') END,
+                         coalesce(entry ->> 'model', ''), coalesce(entry ->> 'route', ''), coalesce(entry ->> 'mode', '')
+                HAVING count(*) > 1
+            )
+        ELSE false
+    END
+$$;
+ALTER TABLE keyproxy.plans DROP CONSTRAINT plans_limits_check;
+
 -- In the order in which messages lock them: see 0011_bounds.sql.
 LOCK TABLE keyproxy.ledger_history, keyproxy.lease_holders, keyproxy.leases, keyproxy.windows IN ACCESS EXCLUSIVE MODE;
 
@@ -31,7 +107,8 @@ CREATE INDEX windows_short ON keyproxy.windows (starts)
                       'spend_per_minute', 'spend_per_hour');
 
 -- A message counts the holders of a window by their change: whether this holder had a lease on it before and has one after.
-CREATE INDEX leases_window_holder ON keyproxy.leases (window_id, holder);
+-- A hash, because PostgreSQL would go through an index with the holder itself to find the leases of a holder.
+CREATE INDEX leases_window_holder ON keyproxy.leases (window_id, hashtext(holder));
 DROP INDEX keyproxy.leases_window_id;
 UPDATE keyproxy.windows AS w SET holders = c.holders
 FROM (SELECT x.window_id, count(DISTINCT x.holder) AS holders FROM keyproxy.leases AS x GROUP BY x.window_id) AS c
@@ -103,7 +180,7 @@ $$;
 CREATE TYPE keyproxy.lease_report AS (
     lease bigint, pool_kind text, pool_id text, is_test boolean, measure text, selector text, starts bigint, bound bigint,
     interval_seconds float8, granted bigint, used bigint, returned bigint, want bigint, at_least bigint,
-    takes_all boolean, is_closing boolean
+    most bigint, is_closing boolean, granted_at float8
 );
 
 -- One message of a holder, as 0011_bounds.sql had it, for windows with selectors and credits. One row per line and one in
@@ -115,7 +192,8 @@ CREATE TYPE keyproxy.lease_report AS (
 CREATE FUNCTION keyproxy.sync_leases(
     sender text, message bigint, lease_seconds float8, lines keyproxy.lease_report[], percentages int[],
     OUT lease bigint, OUT starts bigint, OUT granted bigint, OUT spent bigint, OUT held bigint,
-    OUT ends_seconds float8, OUT wait_seconds float8, OUT is_wanted boolean, OUT credited bigint, OUT holders bigint
+    OUT ends_seconds float8, OUT wait_seconds float8, OUT is_wanted boolean, OUT credited bigint, OUT holders bigint,
+    OUT granted_at float8
 ) RETURNS SETOF record LANGUAGE plpgsql
 -- Planning this anew for every message costs more than running it; and a plan that was made when the tables were empty must
 -- do when they are not: every row is found by its index. What pins the planner also pins jit: costs mean nothing here.
@@ -170,7 +248,7 @@ BEGIN
     SELECT count(*) INTO alive FROM keyproxy.lease_holders WHERE ended_at IS NULL AND expires_at > clock_timestamp();
     settles := settles_until > clock_timestamp();
     lease := 0; starts := 0; granted := alive; spent := 0; held := 0; ends_seconds := 0; is_wanted := false;
-    credited := 0; holders := 0;
+    credited := 0; holders := 0; granted_at := 0;
     wait_seconds := CASE WHEN settles THEN extract(epoch FROM settles_until - clock_timestamp()) ELSE 0 END;
     RETURN NEXT;
     IF cardinality(lines) = 0 THEN
@@ -183,7 +261,7 @@ BEGIN
                        (SELECT (SELECT w.starts FROM keyproxy.windows AS w WHERE w.id = x.window_id)
                         FROM keyproxy.leases AS x WHERE x.holder = sender AND x.lease = l.lease),
                        keyproxy.window_start(l.measure, instant)
-                   ), l.bound, l.interval_seconds, l.granted, l.used, l.returned, l.want, l.at_least, l.takes_all, l.is_closing
+                   ), l.bound, l.interval_seconds, l.granted, l.used, l.returned, l.want, l.at_least, l.most, l.is_closing, l.granted_at
                )::keyproxy.lease_report
         FROM unnest(lines) AS l WHERE l.starts = 0
         UNION ALL
@@ -221,7 +299,7 @@ BEGIN
         SELECT l.*, w.id AS window_id, w.starts AS window_starts, w.spent AS was_spent, w.held AS was_held,
                w.theoretical, w.wanted_at, w.wanted_by, w.credited AS window_credited, w.holders AS were_holders, w.alerted,
                keyproxy.window_end(l.measure, w.starts) AS ends,
-               x.holder IS NOT NULL AS is_known,
+               x.holder IS NOT NULL AS is_known, x.tid,
                coalesce(x.granted, 0) AS was_granted, coalesce(x.used, 0) AS was_used, coalesce(x.returned, 0) AS was_returned,
                l.interval_seconds > 0 AS is_rate
         FROM unnest(lines) AS l
@@ -231,7 +309,7 @@ BEGIN
               AND w.starts = l.starts AND w.selector = l.selector LIMIT 1
         ) AS w ON true
         LEFT JOIN LATERAL (
-            SELECT * FROM keyproxy.leases AS x WHERE x.holder = sender AND x.lease = l.lease LIMIT 1
+            SELECT x.*, x.ctid AS tid FROM keyproxy.leases AS x WHERE x.holder = sender AND x.lease = l.lease LIMIT 1
         ) AS x ON true
     ), settled AS (
         -- What the ledger has forgotten it hears again from who holds it; a lease that is closed already is closed.
@@ -241,9 +319,15 @@ BEGIN
                CASE WHEN is_rate THEN 0 ELSE greatest(was_used, line.used) END AS now_used,
                CASE WHEN is_rate THEN 0 ELSE greatest(was_returned, line.returned) END AS now_returned,
                -- Never further ahead than that: the clock may have been set back, or the burst lowered.
-               CASE WHEN is_rate THEN greatest(
-                   0, least(greatest(theoretical, instant) - instant, bound * interval_seconds) - line.returned * interval_seconds
-               ) END AS ahead
+               -- What is given back has been refilled in part since it was granted; use beyond what was granted counts in full.
+               CASE WHEN is_rate THEN greatest(0, least(
+                   least(greatest(theoretical, instant) - instant, bound * interval_seconds)
+                   - CASE WHEN measure <> 'token_rate' THEN 0
+                          WHEN line.returned > 0
+                          THEN greatest(0, line.returned * interval_seconds - greatest(0, instant - line.granted_at))
+                          ELSE line.returned * interval_seconds END,
+                   bound * interval_seconds
+               )) END AS ahead
         FROM line
     ), summed AS (
         SELECT settled.*,
@@ -275,10 +359,10 @@ BEGIN
         SELECT asked.*,
                CASE
                    WHEN want = 0 OR available < at_least OR NOT is_asker THEN 0
-                   WHEN takes_all THEN available
                    WHEN alive <= 1 THEN least(want, available)
-                   -- Whoever asks leaves something for the others, the less there is the less they take.
-                   ELSE least(want, available, greatest(at_least, available / (2 * alive)))
+                   -- Beyond what its requests wait for, a holder leaves something for the others: the less there is, the
+                   -- less it gets.
+                   ELSE least(want, available, greatest(at_least, most, available / (2 * alive)))
                END AS given
         FROM asked
     ), totalled AS (
@@ -300,10 +384,13 @@ BEGIN
                CASE
                    WHEN t.is_any_known AND t.is_any_kept THEN 0
                    WHEN t.is_any_kept THEN CASE WHEN (
-                       SELECT 1 FROM keyproxy.leases AS x WHERE x.window_id = t.window_id AND x.holder = sender LIMIT 1
+                       SELECT 1 FROM keyproxy.leases AS x
+                       WHERE x.window_id = t.window_id AND hashtext(x.holder) = hashtext(sender) AND x.holder || '' = sender
+                       LIMIT 1
                    ) IS NULL THEN 1 ELSE 0 END
                    WHEN t.closing > 0 THEN CASE WHEN (
-                       SELECT count(*) FROM keyproxy.leases AS x WHERE x.window_id = t.window_id AND x.holder = sender
+                       SELECT count(*) FROM keyproxy.leases AS x
+                       WHERE x.window_id = t.window_id AND hashtext(x.holder) = hashtext(sender) AND x.holder || '' = sender
                    ) > t.closing THEN 0 ELSE -1 END
                    ELSE 0
                END AS more_holders,
@@ -332,10 +419,7 @@ BEGIN
     ), closed AS (
         DELETE FROM keyproxy.leases AS x
         -- Not holder and = ANY (leases): PostgreSQL may take the holder for the index and look through all of its leases.
-        WHERE x.ctid = ANY (ARRAY(
-            SELECT (SELECT y.ctid FROM keyproxy.leases AS y WHERE y.holder = sender AND y.lease = j.lease)
-            FROM totalled AS j WHERE j.is_closing AND j.is_known
-        ))
+        WHERE x.ctid = ANY (ARRAY(SELECT j.tid FROM totalled AS j WHERE j.is_closing AND j.is_known))
     ), written AS (
         UPDATE keyproxy.windows AS w
         SET spent = w.spent + j.window_used,
@@ -357,12 +441,13 @@ BEGIN
                 THEN greatest(0, j.ahead + j.at_least * j.interval_seconds - j.bound * j.interval_seconds) ELSE 0 END,
            instant - j.wanted_at < 2 AND j.wanted_by <> sender,
            j.window_credited,
-           (j.were_holders + j.more_holders + CASE
+           CASE WHEN j.is_rate THEN 1 ELSE greatest(1, j.were_holders + j.more_holders + CASE
                WHEN j.reached = '{}' THEN 0
                ELSE keyproxy.note_alerts(
                    j.window_id, j.reached, j.bound + j.window_credited, (j.was_spent + j.window_used)::bigint
                )
-           END)::bigint
+           END)::bigint END,
+           CASE WHEN j.is_rate THEN instant ELSE 0 END
     FROM counted AS j;
 END
 $$;
@@ -376,8 +461,11 @@ CREATE OR REPLACE FUNCTION keyproxy.sync_leases(
 SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
     SELECT r.lease, r.starts, r.granted, r.spent, r.held, r.ends_seconds, r.wait_seconds, r.is_wanted
     FROM keyproxy.sync_leases(sender, message, lease_seconds, ARRAY(
+        -- Units of a rate were not returned, and takes_all asked for whatever is left.
         SELECT ROW(l.lease, l.pool_kind, l.pool_id, l.is_test, l.measure, '', l.starts, l.bound, l.interval_seconds, l.granted,
-                   l.used, l.returned, l.want, l.at_least, l.takes_all, l.is_closing)::keyproxy.lease_report
+                   l.used, CASE WHEN l.interval_seconds > 0 THEN 0 ELSE l.returned END,
+                   CASE WHEN l.takes_all AND l.want > 0 THEN l.bound ELSE l.want END, l.at_least,
+                   CASE WHEN l.takes_all AND l.want > 0 THEN l.bound ELSE 0 END, l.is_closing, 0)::keyproxy.lease_report
         FROM unnest(lines) AS l
     ), NULL) AS r
 $$;
@@ -421,7 +509,8 @@ BEGIN
         -- The leases as they were before the deletion: a holder with more of them than are gone still has one.
         SELECT g.window_id, sum(g.outstanding) AS outstanding,
                CASE WHEN (
-                   SELECT count(*) FROM keyproxy.leases AS x WHERE x.window_id = g.window_id AND x.holder = g.holder
+                   SELECT count(*) FROM keyproxy.leases AS x
+                   WHERE x.window_id = g.window_id AND hashtext(x.holder) = hashtext(g.holder) AND x.holder || '' = g.holder
                ) > count(*) THEN 0 ELSE 1 END AS leaves
         FROM gone AS g GROUP BY g.window_id, g.holder
     ), summed AS (

@@ -15,7 +15,8 @@ COMMENT ON COLUMN keyproxy.usage.tokens_cached IS 'the part of tokens_in that wa
 COMMENT ON COLUMN keyproxy.usage.tokens_cache_write IS 'the part of tokens_in that was written to a cache';
 COMMENT ON COLUMN keyproxy.usage.tokens_reasoning IS 'the part of tokens_out that is reasoning';
 
--- What belongs to models and money stands at the end of an event, and is missing in those of earlier releases.
+-- What belongs to models and money stands behind the policy, in events of requests that have any of it. There the previous
+-- release skips it.
 CREATE OR REPLACE VIEW keyproxy.usage_events AS
 SELECT b.process || ':' || b.batch || ':' || e.place AS id,
        b.day AS recorded_on,
@@ -35,12 +36,12 @@ SELECT b.process || ':' || b.batch || ':' || e.place AS id,
        (e.event ->> 3)::bigint AS request_bytes,
        (e.event ->> 4)::bigint AS response_bytes,
        (e.event ->> 5)::float8 / 1000000 AS duration_seconds,
-       nullif(e.event -> 2 ->> 8, '') AS policy,
+       e.event -> 2 ->> 8 AS policy,
        e.event -> 2 ->> 9 AS model,
-       (e.event ->> 9)::bigint AS tokens_cached,
-       (e.event ->> 10)::bigint AS tokens_cache_write,
-       (e.event ->> 11)::bigint AS tokens_reasoning,
-       (e.event ->> 12)::bigint AS cost_micros
+       (e.event -> 2 ->> 10)::bigint AS tokens_cached,
+       (e.event -> 2 ->> 11)::bigint AS tokens_cache_write,
+       (e.event -> 2 ->> 12)::bigint AS tokens_reasoning,
+       (e.event -> 2 ->> 13)::bigint AS cost_micros
 FROM keyproxy.usage_event_batches AS b
 CROSS JOIN LATERAL json_array_elements(b.events) WITH ORDINALITY AS e (event, place);
 
