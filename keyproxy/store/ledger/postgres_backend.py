@@ -18,6 +18,7 @@ class WindowState(NamedTuple):
     forfeited: int
     ends_seconds: float
     ahead_seconds: float
+    credited: int = 0
 
 
 class PostgresLedger:
