@@ -24,25 +24,10 @@ _ROWS_MAX: Final = 10_000
 _USUAL_DAYS: Final = 30
 _FLUSHED_ROWS: Final = 500
 _EVENT_COLUMNS: Final = (
-    "id",
-    "time",
-    "request_id",
-    "tenant",
-    "user",
-    "key",
-    "mode",
-    "route",
-    "method",
-    "status",
-    "code",
-    "tokens_in",
-    "tokens_out",
-    "estimated",
-    "request_bytes",
-    "response_bytes",
-    "duration_seconds",
-    "policy",
-)
+    "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
+    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
+    "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros",
+)  # fmt: skip
 
 
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
