@@ -9,7 +9,7 @@ import pytest
 
 from keyproxy.http.error_responses import ERROR_SHAPES, ErrorRenderer, ErrorResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import LimitReason, Reason, Refusal
 
 CHALLENGE = 'Api-Key realm="keyproxy"'
 KEY_REFUSALS = {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED}
@@ -180,7 +180,7 @@ def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reas
 @each_shape
 def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
     daily = LimitState(DAILY, 0, 40_000)
-    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, limit_reason=LimitReason.HELD)
     answer = ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)
     error = told_error(answer, shape)
     assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
