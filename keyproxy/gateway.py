@@ -10,27 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Final
+from collections.abc import Callable, Coroutine, Mapping
 
 from keyproxy import token_accounting
-from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
+from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
+from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http import idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import NO_TOKENS, Missing, Moment, Permit, ResponseHead, TimeBudget
+from keyproxy.model import Grant, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
-
-#: The least that any request on a metered route needs.
-_ONE_TOKEN: Final = Need(1, 1)
 
 
 class Gateway(Gate):
@@ -44,13 +41,18 @@ class Gateway(Gate):
         ledger: Ledger,
         claims: Claims,
         routes: RouteTable,
+        metering: Mapping[Route, RouteRules],
         now: Callable[[], Moment],
+        usage_wait_seconds: float = 0.0,
     ) -> None:
+        """`metering`: the rules of the metered routes."""
+        self.usage_wait_seconds = usage_wait_seconds
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger
         self._claims = claims
         self._routes = routes
+        self._metering = dict(metering)
         self._now = now
         self._undecided: set[asyncio.Task[None]] = set()
 
@@ -86,27 +88,75 @@ class Gateway(Gate):
         exchange.identity = identity
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = authorization.admit(identity, exchange.route, now)
+        if exchange.permit is not None:
+            # Admitted before; since then its changed body was compressed.
+            return self._written(exchange, head, exchange.permit)
         allowance = identity.allowance
-        if head.fields.has_idempotency_key and allowance is not None and exchange.fingerprint is None:
+        deduplicates = grant.route.deduplicates and head.fields.has_idempotency_key and allowance is not None
+        if deduplicates and exchange.fingerprint is None:
             # The fingerprint covers the body as received: compute it before the body is read or changed.
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
-        need = None
-        if grant.route.tokens is not NO_TOKENS:
-            if exchange.ask is None and allowance is not None:
-                self._check_limits(exchange, allowance, now)
-            ask = token_accounting.need(exchange, grant.route)
-            need = Need(ask.least, ask.most, route=grant.route.name)
+        rules = self._metering.get(grant.route)
+        if rules is not None:
+            return self._decide_metered(exchange, head, grant, rules)
         if allowance is None:
             return Permit(grant)
+        need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
         if exchange.fingerprint is not None:
             return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
         return Permit(grant, self._ledger.take(allowance, now, need))
 
-    def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
+    def _decide_metered(self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules) -> Permit:
+        """Decide on a request whose tokens are counted."""
+        metered, allowance = exchange.metered, grant.identity.allowance
+        if metered is None:
+            metered = exchange.metered = MeteredRequest(rules, head)
+        if not metered.is_read:
+            if allowance is not None:
+                self._check_limits(exchange, head, metered, allowance)
+            token_accounting.read(exchange, head, metered)
+            exchange.model = metered.model
+        if allowance is None:
+            metered.reserve(None)
+            hold = None
+        else:
+            hold = self._reserve(exchange, metered, allowance)
+        token_accounting.fit(metered, hold)
+        if hold is not None and hold.meters is not None and hold.covers > metered.tokens_reserved:
+            hold = self._ledger.trim(hold, metered.tokens_reserved - (hold.paid or 0), metered.spend_reserved)
+        permit = Permit(grant, hold)
+        if not token_accounting.write_body(exchange, metered):
+            # From here on the end of the exchange releases the hold.
+            exchange.permit = permit
+            raise Missing(
+                "compression",
+                lambda _patience: exchange.in_turns(lambda: token_accounting.write_body(exchange, metered)),
+            )
+        return self._written(exchange, head, permit)
+
+    def _written(self, exchange: Exchange, head: RequestHead, permit: Permit) -> Permit:
+        if exchange.metered is not None:
+            token_accounting.finish_body(exchange, head, exchange.metered)
+        return permit
+
+    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance) -> Hold:
+        """Take what a request needs of all limits, or nothing."""
+        now, per_request = self._now(), None
+        if metered.depends_on_plan:
+            selecting = Need(0, 0, route=metered.rules.name, models=metered.models)
+            per_request = self._ledger.per_request(allowance, now, selecting)[0]
+        need = metered.reserve(per_request)
+        if exchange.fingerprint is not None:
+            return self._take_once(exchange, exchange.fingerprint, allowance, need)
+        return self._ledger.take(allowance, now, need)
+
+    def _check_limits(
+        self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance
+    ) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
-        fingerprint = exchange.fingerprint
-        need = _ONE_TOKEN
-        asks = exchange.reading is None and not token_accounting.is_read_at_once(exchange)
+        fingerprint, now = exchange.fingerprint, self._now()
+        need = metered.rules.unread_need
+        asks = not metered.has_begun and not token_accounting.is_read_at_once(exchange, head, metered)
         if fingerprint is None:
             self._ledger.check(allowance, now, need, asks=asks)
             return
@@ -202,24 +252,25 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None:
             return
-        tokens = 0 if exchange.ask is None else token_accounting.charge(exchange, permit)
+        metered = exchange.metered
+        tokens, spend = (0, 0) if metered is None else token_accounting.charge(exchange, metered)
         if permit.hold is None:
             return
         fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
         if fingerprint is not None and was_sent and exchange.is_complete:
-            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid)
+            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid, spend)
         else:
-            self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens)
+            self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens, spend=spend)
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        """The meter that reads the response to a request on a metered route."""
-        head, route = exchange.head, exchange.route
-        dialect = DIALECTS["header" if route is None else route.tokens]
-        endpoint = dialect.usual if head is None else endpoint_of(dialect, head.line.method, head.line.path)
-        if not endpoint.usage:
-            endpoint = dialect.usual  # a method or path that uses no tokens holds some all the same
-        hides_usage = exchange.ask is not None and exchange.ask.hides_usage
-        return meter_for(dialect, endpoint, answer, hides_usage=hides_usage)
+    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter | None:
+        """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
+        metered = exchange.metered
+        if metered is None or not metered.uses_tokens:
+            return None
+        return meter_for(
+            metered.rules.dialect, metered.endpoint, answer,
+            choices=metered.choices, hides_usage=metered.asks_for_usage,
+        )  # fmt: skip
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""
@@ -229,11 +280,13 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None or permit.hold is None or exchange.is_over:
             return
-        tokens, is_used_up = token_accounting.extension_needed(exchange, permit.hold)
+        tokens, spend, is_used_up = token_accounting.extension_needed(exchange, permit.hold)
         if not tokens:
             return
         try:
-            exchange.extend(Permit(permit.grant, self._ledger.extend(permit.hold, tokens)))
+            hold = self._ledger.extend(permit.hold, tokens, spend)
+            token_accounting.extend(exchange, tokens)
+            exchange.extend(Permit(permit.grant, hold))
         except Missing as missing:
             exchange.pause_stream()
             self._start(self._fetch_and_watch(exchange, missing, patience or TimeBudget()))

@@ -263,13 +263,15 @@ class Identity:
 class Route:
     """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics.
 
-    `tokens`: the format of the token usage in responses; NO_TOKENS: no metering.
+    `tokens`: the dialect of metered requests; NO_TOKENS: no metering. `deduplicates`: repeats of a request with an
+    Idempotency-Key are charged once.
     """
 
     name: str
     scopes: frozenset[str] = frozenset()
     error_shape: str = "problem"
     tokens: str = NO_TOKENS
+    deduplicates: bool = True
 
 
 @mypyc_attr(acyclic=True)

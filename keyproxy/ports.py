@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from keyproxy.ai.requests.body_reading import BodyReading
-from keyproxy.ai.requests.request_bound import TokenBound
+from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.forwarding import Forwarding
@@ -154,10 +153,11 @@ class Exchange:
 
     permit: Permit | None = None
 
-    #: The reason for a refusal, the detail for the log, and the policy if a limit was exceeded.
+    #: The reason for a refusal, the detail for the log, and the policy and why it refuses if a limit was exceeded.
     reason: Reason | None = None
     refusal_detail: str = ""
     policy: str = ""
+    limit_reason: str = ""
 
     #: Provides the address of the client.
     peer: Forwarding | None = None
@@ -175,10 +175,8 @@ class Exchange:
     bytes_out: int = 0
     is_over: bool = False
 
-    #: On metered routes: the token needs of the request, and the meter of its response. `reading`: owns a long body while
-    #: it is parsed.
-    ask: TokenBound | None = None
-    reading: BodyReading | None = None
+    #: On metered routes: what the request reserves, and the meter of its response.
+    metered: MeteredRequest | None = None
     meter: Meter | None = None
 
     #: The tokens charged, once the exchange has ended, and whether they are estimated.
@@ -201,6 +199,11 @@ class Exchange:
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body is complete, or the exchange is over. `otherwise`: the refusal if it is too large."""
+        raise NotImplementedError
+
+    @property
+    def was_sent_whole(self) -> bool:
+        """Whether the upstream has the whole request, as far as is known."""
         raise NotImplementedError
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
@@ -244,8 +247,11 @@ class Gate:
         """Recheck an exchange in flight: `refuse` it if its key is no longer valid for it."""
         raise NotImplementedError
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        """The meter that reads the response to a request on a metered route."""
+    #: How long the rest of a response is read for its usage after the client has left.
+    usage_wait_seconds: float = 0.0
+
+    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter | None:
+        """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
         raise NotImplementedError
 
     def watch(self, exchange: Exchange) -> None:

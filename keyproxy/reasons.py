@@ -186,6 +186,13 @@ class Reason(enum.Enum):
         "Model without price",
         "The model has no price in this proxy, and the plan limits spend. Use a model with a price.",
     )
+    OUTPUT_MAXIMUM_REQUIRED = ProblemSpec(
+        "output_maximum_required",
+        400,
+        Blame.CALLER,
+        "Output maximum required",
+        "The request sets no maximum of output tokens, and this route requires one.",
+    )
     BODY_TOO_LARGE = ProblemSpec(
         "body_too_large", 413, Blame.CALLER, "Body too large", "The request body exceeds the maximum size."
     )

@@ -1,134 +1,138 @@
-"""Tokens of one request: how many to reserve before it is forwarded, how many to charge when it has ended.
+"""The tokens and the money of one exchange: what to reserve before it is forwarded, what to charge when it has ended.
 
-    reserve  bound of the prompt + requested maximum; without a maximum a default, within the plan's limit per request
-    charge   the usage in the response; for an interrupted stream, the tokens received so far; else the reservation
-
-A charge that does not come from the response is marked as estimated. The reservation is an upper bound, so the charge
-fits into it; the hold of a stream that outgrows it is extended (`extension_needed`).
+`ai.metered_request` decides on the numbers; this module reads them from the exchange, and writes them back.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.requests.body_reading import BodyReading
+from keyproxy.ai.charge import ResponseEnd
+from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.forwarded_headers import for_metering
-from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, TokenBound, bound_of
+from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
+from keyproxy.model import ANSWERED, Ending, Missing, RequestHead
 from keyproxy.ports import Exchange
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import Blame
 
-#: The maximum size of a body's content, after decompression.
-BODY_BYTES_MAX: Final = 33_554_432
+_SWITCHING_PROTOCOLS: Final = 101
 
-#: The average size of a token in most languages and code; for estimates where the response reports no usage.
-_BYTES_A_TOKEN: Final = 4
-
-#: The model did not process a request with such a status: without a report it used nothing.
-_ERROR_STATUS: Final = 400
+#: The response to an opened tunnel, whose content is not read.
+_TUNNELED: Final = ResponseUse()
 
 #: A stream's hold is extended when no more than the reserve remains of it, by the extension or a quarter of the hold.
 _RESERVE_TOKENS: Final = 32
 _EXTENSION_TOKENS: Final = 256
 
 
-def need(exchange: Exchange, route: Route) -> TokenBound:
-    """The tokens to reserve for a request on a metered route. Raises Missing until its body has arrived and is parsed."""
-    ask = exchange.ask
-    if ask is None:
-        head = exchange.head
-        if head is None:
-            raise Refusal(Reason.INTERNAL_ERROR, "cannot meter a request without a head")
+def read(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
+    """Read what a request needs. Raises Missing until its body has arrived and is read."""
+    if metered.collects(head):
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
-        ask = _read(exchange, head, route)
-    return ask
+        if metered.has_begun or not metered.reads_at_once(head, exchange.body):
+            raise _reading(exchange, head, metered)
+    if not metered.read(head, exchange.body):
+        raise _reading(exchange, head, metered)
 
 
-def is_read_at_once(exchange: Exchange) -> bool:
-    """Whether parsing the body is as cheap as checking whether a limit refuses the request."""
-    head = exchange.head
-    return (
-        exchange.is_complete and len(exchange.body) <= PARSED_BYTES_MAX and head is not None and not head.fields.codings
-    )
+def _reading(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> Missing:
+    return Missing("reading", lambda _patience: exchange.in_turns(lambda: metered.read(head, exchange.body)))
 
 
-def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenBound:
-    reading = exchange.reading
-    ask = bound_of(route.tokens, head, exchange.body) if reading is None else reading.asked
-    if ask is None:
-        raise _reading(exchange, reading, head, route)
-    fields, length = head.fields, None
-    if reading is not None:
-        exchange.body, exchange.reading = reading.body, None
-    elif ask.body is not None:
-        exchange.body, ask.body = ask.body, None
-    if ask.hides_usage:
-        length = None if fields.is_chunked else len(exchange.body)
-    exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
-    exchange.ask = ask
-    return ask
+def is_read_at_once(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> bool:
+    """Whether reading the body is as cheap as checking whether a limit refuses the request."""
+    if not metered.collects(head):
+        return True
+    return exchange.is_complete and metered.reads_at_once(head, exchange.body)
 
 
-def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead, route: Route) -> Missing:
-    """Start reading a body that is too long to parse at once. The reading takes over the body."""
-    if reading is None:
-        reading = BodyReading(route.tokens, head, exchange.body, bytes_max=BODY_BYTES_MAX)
-        exchange.reading, exchange.body = reading, b""
-    advance = reading.advance
-    return Missing("reading", lambda _patience: exchange.in_turns(advance))
+def fit(metered: MeteredRequest, hold: Hold | None) -> None:
+    """Fit the request's output to its hold."""
+    if hold is not None and hold.meters is not None:
+        metered.fit(hold.covers, None if hold.paid is not None else hold.total_spend)
+    elif metered.uses_tokens:
+        metered.fit(metered.need.most, None)
 
 
-def charge(exchange: Exchange, permit: Permit) -> int:
-    """The number of tokens to charge for a request that has ended. Stores the usage in the exchange."""
-    ask = exchange.ask
-    if ask is None or not exchange.sent_mono:
-        return 0
-    exchange.token_use, exchange.is_estimated = _use(exchange, ask, permit.hold)
-    return exchange.token_use.total
+def write_body(exchange: Exchange, metered: MeteredRequest) -> bool:
+    """Write the next portion of the changed body; return whether it was the last, or nothing is changed."""
+    if not metered.edits:
+        return True
+    body = metered.write_body()
+    if body is None:
+        return False
+    exchange.body = body
+    return True
 
 
-def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
+def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
+    """Set the header lines that go upstream, and release what was kept of the body."""
+    if metered.uses_tokens:
+        fields, length = head.fields, None
+        if metered.edits and not fields.is_chunked:
+            length = len(exchange.body)
+        exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+    metered.forget_content()
+
+
+def charge(exchange: Exchange, metered: MeteredRequest) -> tuple[int, int]:
+    """The tokens and the money to charge for a request that has ended. Stores the usage in the exchange."""
+    exchange.model = metered.model
+    if not metered.uses_tokens:
+        return 0, 0
     meter = exchange.meter
-    report = None if meter is None else meter.report
-    reported = None if report is None else report.use
-    if reported is None and exchange.status >= _ERROR_STATUS:
-        reported = TokenUse(0, 0)
-    is_whole = exchange.ending is ANSWERED
-    if reported is not None and is_whole:
-        return reported, False
-    prompt = -(-ask.prompt_bound // _BYTES_A_TOKEN)
-    if meter is not None and meter.is_stream and not is_whole:
-        tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
-        so_far = TokenUse(0, 0) if reported is None else reported
-        use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
-        if hold is not None and hold.limits_tokens and use.total > hold.covers:
-            # A stream ends with its budget; an event with more than one token must not exceed it.
-            tokens_in = min(use.tokens_in, hold.covers)
-            use = TokenUse(tokens_in, hold.covers - tokens_in)
-        return use, True
-    if reported is not None:
-        return reported, False
-    if hold is None or not hold.limits_tokens:
-        return TokenUse(prompt, 0 if meter is None else meter.produced), True
-    tokens_in = min(prompt, hold.covers)
-    return TokenUse(tokens_in, hold.covers - tokens_in), True
+    use, status = None, None
+    if meter is not None:
+        use, status = meter.result(), exchange.status
+    elif metered.is_tunnel and exchange.answered_mono:
+        use, status = _TUNNELED, _SWITCHING_PROTOCOLS
+    if not exchange.sent_mono:
+        return 0, 0
+    charged = metered.charge(_end(exchange), status=status, use=use, was_sent_whole=exchange.was_sent_whole)
+    tokens = charged.tokens
+    exchange.token_use = tokens.use
+    exchange.is_estimated = charged.is_estimated
+    exchange.cost_micros = metered.cost(tokens, None if use is None else use.model)
+    return charged.total, exchange.cost_micros
 
 
-def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
-    """The number of tokens by which to extend a stream's hold, 0 for not yet; and whether the hold is used up already.
+def _end(exchange: Exchange) -> ResponseEnd:
+    if exchange.ending is ANSWERED:
+        return ResponseEnd.COMPLETE
+    reason = exchange.reason
+    if exchange.ending is not Ending.CLIENT_GONE and reason is not None and reason.value.blame is Blame.UPSTREAM:
+        return ResponseEnd.BROKEN
+    return ResponseEnd.ABORTED
 
-    Near the end of the budget, the extension is whatever remains of it.
+
+def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, int, bool]:
+    """The tokens and the money by which to extend a stream's hold, 0 for not yet; and whether the hold is used up.
+
+    Near the end of a budget, the extension is whatever remains of it.
     """
-    ask, meter = exchange.ask, exchange.meter
-    if ask is None or meter is None or not hold.limits_tokens:
-        return 0, False
-    tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
-    if tokens_in + meter.produced_bound + _RESERVE_TOKENS < hold.covers:
-        return 0, False
+    metered, meter, meters = exchange.metered, exchange.meter, hold.meters
+    if metered is None or meter is None or meters is None or not (meters.token_leases or meters.spend_windows):
+        return 0, 0, False
+    reserved, reported = metered.tokens_reserved, meter.tokens_in
+    tokens_in = metered.need.tokens_in if reported is None else reported
+    if tokens_in + meter.produced_bound + _RESERVE_TOKENS < reserved:
+        return 0, 0, False
     used = tokens_in + meter.produced
-    if used + _RESERVE_TOKENS < hold.covers:
-        return 0, False
-    left = hold.tokens_left
-    return max(1, min(max(_EXTENSION_TOKENS, hold.covers // 4), left)), used >= hold.covers
+    if used + _RESERVE_TOKENS < reserved:
+        return 0, 0, False
+    tokens = max(_EXTENSION_TOKENS, reserved // 4)
+    if meters.token_leases:
+        tokens = min(tokens, hold.tokens_left)
+    if meters.spend_windows:
+        affordable = metered.candidates.affordable_output(0, hold.spend_left)
+        tokens = tokens if affordable is None else min(tokens, affordable)
+    tokens = max(1, tokens)
+    return tokens, metered.extension_cost(tokens), used >= reserved
+
+
+def extend(exchange: Exchange, tokens: int) -> None:
+    """The hold of a stream has so many more tokens of output."""
+    if exchange.metered is not None:
+        exchange.metered.output += tokens

@@ -31,6 +31,7 @@ PUBLIC_STATUSES = {
     "spend_budget_exhausted": 429,
     "spend_limit_per_request": 403,
     "model_unpriced": 403,
+    "output_maximum_required": 400,
     "body_too_large": 413,
     "headers_too_large": 431,
     "request_timeout": 408,

@@ -222,10 +222,16 @@ class Settings:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
             [
-                (row.match, Route(row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens))
+                (
+                    row.match,
+                    Route(
+                        row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
+                        deduplicates=row.idempotency == token_settings.ONCE,
+                    ),
+                )
                 for row in self.routes
             ]
-        )
+        )  # fmt: skip
 
 
 #: Every table of the configuration, by its name in the file.

@@ -19,13 +19,14 @@ TOKEN_DIALECTS: Final = ("none", *DIALECTS)
 #: Values of `[[routes]].cap`; empty: the default, which is to insert.
 CAPS: Final = ("", INSERT, REFUSE, OFF)
 
-IDEMPOTENCY: Final = ("once", "off")
+ONCE: Final = "once"
+IDEMPOTENCY: Final = (ONCE, "off")
 
 #: Routes of these dialects have no maximum to insert.
 _UNCAPPED: Final = ("none", "header")
 
 #: Bodies of one user may take a quarter of the memory, and each takes up to one body.
-_USER_SHARE: Final = 4
+USER_SHARE: Final = 4
 
 _ROUTE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 _UNIT: Final = re.compile(r"[A-Za-z][A-Za-z0-9 _-]{0,15}")
@@ -101,9 +102,9 @@ def conflicts(tokens: Tokens, routes: Sequence[tuple[str, str, str, str, str]]) 
         wrong += [f"routes[{number}].{fault}" for fault in faults]
     if tokens.output_min > tokens.output_default:
         wrong.append("tokens.output_min: must not be more than tokens.output_default")
-    if tokens.body_memory_max < _USER_SHARE * tokens.body_bytes_max:
+    if tokens.body_memory_max < USER_SHARE * tokens.body_bytes_max:
         wrong.append(
-            f"tokens.body_memory_max: must be at least {_USER_SHARE} times tokens.body_bytes_max,"
+            f"tokens.body_memory_max: must be at least {USER_SHARE} times tokens.body_bytes_max,"
             " because one user may take a quarter of it"
         )
     return wrong

@@ -58,6 +58,8 @@ class RouteTable:
 
     def __init__(self, routes: Sequence[tuple[str, Route]]) -> None:
         """`routes`: patterns with their routes, in order. Raises InvalidPatternError."""
+        #: The patterns with their routes.
+        self.rows: Final = tuple(routes)
         self._compiled = [(*_compile(pattern), route) for pattern, route in routes]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
 
@@ -115,7 +117,15 @@ def readings(path: bytes) -> set[bytes]:
     return found | {_SLASHES.sub(b"/", one) for one in found}
 
 
-def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
+def placeholder_pattern(text: str, name: str) -> re.Pattern[bytes]:
+    """A pattern of the same paths, with what stands at the placeholder `name` in its first group.
+
+    Raises InvalidPatternError.
+    """
+    return _compile(text, captured=name)[1]
+
+
+def _compile(text: str, *, captured: str = "") -> tuple[bytes | None, re.Pattern[bytes]]:
     method, space, path = text.partition(" ")
     if not space or not path.startswith("/") or " " in path:
         raise InvalidPatternError(f"{text!r} is not 'METHOD /path'")
@@ -125,19 +135,21 @@ def _compile(text: str) -> tuple[bytes | None, re.Pattern[bytes]]:
         raise InvalidPatternError(f"{text!r} can never match: {method} is refused")
     segments = path[1:].split("/")
     pattern = "".join(
-        _segment(segment, text=text, is_last=place == len(segments) - 1) for place, segment in enumerate(segments)
+        _segment(segment, text=text, is_last=place == len(segments) - 1, captured=captured)
+        for place, segment in enumerate(segments)
     )
     return (None if method == "*" else method.encode()), re.compile(pattern.encode())
 
 
-def _segment(segment: str, *, text: str, is_last: bool) -> str:
+def _segment(segment: str, *, text: str, is_last: bool, captured: str) -> str:
     placeholder = _PLACEHOLDER.fullmatch(segment)
     if placeholder is None:
         if not _LITERAL.fullmatch(segment) and not (is_last and not segment):
             raise InvalidPatternError(f"segment {segment!r} of {text!r} is neither plain text nor one {{name}}")
         return "/" + re.escape(segment)
+    is_captured = placeholder[1] == captured
     if not placeholder[2]:
-        return "/[^/]+"
+        return "/([^/]+)" if is_captured else "/[^/]+"
     if not is_last:
         raise InvalidPatternError(f"{segment!r} in {text!r} must be the last segment")
-    return "/.*"
+    return "/(.*)" if is_captured else "/.*"

@@ -6,14 +6,18 @@ import asyncio
 import ssl
 from collections.abc import Callable
 
+from keyproxy.ai.dialects.table import DIALECTS
+from keyproxy.ai.model_source import parse_model_source
+from keyproxy.ai.models import ModelTable
+from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.config.schema import Settings
+from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
-from keyproxy.http.routes import RouteTable
-from keyproxy.model import Moment
+from keyproxy.http.routes import RouteTable, placeholder_pattern
+from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
 from keyproxy.ports import Claims, Identities, Ledger
 from keyproxy.wire.context import ServerTerms
@@ -38,8 +42,34 @@ def build_gateway(
         ledger=ledger,
         claims=claims,
         routes=routes,
+        metering=build_metering(settings, routes),
         now=now,
+        usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )
+
+
+def build_metering(settings: Settings, routes: RouteTable) -> dict[Route, RouteRules]:
+    """The rules of the metered routes."""
+    rows = {row.match: row for row in settings.routes}
+    models = ModelTable(settings.models)
+    found = {}
+    for match, route in routes.rows:
+        if route.tokens == NO_TOKENS:
+            continue
+        row = rows.get(match, RouteRow(match))
+        source = parse_model_source(row.model)
+        found[route] = RouteRules(
+            route.name,
+            DIALECTS[route.tokens],
+            tokens=settings.tokens.rules(),
+            bounds=settings.tokens.bounds(),
+            models=models,
+            source=source,
+            cap=row.cap,
+            cap_field=row.cap_field,
+            placeholder=placeholder_pattern(match, source.name) if source.kind == "path" else None,
+        )
+    return found
 
 
 def build_upstreams(
@@ -63,6 +93,7 @@ def build_terms(
     prefix = settings.identity.header_prefix
     return ServerTerms(
         listen=settings.listen,
+        tokens=settings.tokens,
         gate=gateway,
         routes=routes,
         key_format=_key_format(settings),

@@ -2,10 +2,9 @@
 
     collected -> read -> written upstream: its memory is free again
 
-The memory is per process. A user's bodies may take at most as much of it as they leave free: one user at most half, two
-at most a third each. So however many connections a few users open, there is memory for the next user. A body has to
-keep arriving at a minimum pace over the last seconds; the minimum is higher while more than half of the memory is
-taken.
+The memory is per process, and one user's bodies take at most a quarter of it, however many connections the user opens. A
+body has to keep arriving at a minimum pace over the last seconds; the minimum is higher while more than half of the
+memory is taken.
 """
 
 from __future__ import annotations
@@ -14,35 +13,33 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.config.token_settings import USER_SHARE, Tokens
+from keyproxy.reasons import LimitReason, Reason, Refusal
 
-#: A larger body is not buffered: a client could occupy the memory for as long as it likes.
-WHOLE_BYTES_MAX: Final = 33_554_432
-
-#: The size of the buffer memory in one process.
-TOGETHER_BYTES_MAX: Final = 268_435_456
-
-#: A body has to arrive at this pace over the last `PACE_SECONDS`; at the higher one while more than half of the memory
-#: is taken.
+#: A body has to arrive at the configured pace over the last `PACE_SECONDS`; at this one while more than half of the
+#: memory is taken.
 PACE_SECONDS: Final = 10.0
-PACE_BYTES_PER_SECOND: Final = 8_192
 SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
-
-#: A smaller body takes hardly any memory: it only has to arrive within this time.
-SMALL_BYTES: Final = 65_536
-SMALL_SECONDS: Final = 120.0
 
 #: The owner of the body.
 BodyOwner = tuple[str, str]
 
 
 class BodyMemory:
-    """The memory taken by buffered bodies in this process."""
+    """The memory taken by buffered bodies in this process, and the bounds of one body."""
 
-    def __init__(self, bytes_max: int = TOGETHER_BYTES_MAX) -> None:
-        self.bytes_max = bytes_max
+    def __init__(self, tokens: Tokens) -> None:
+        self.bytes_max = 0
+        self.body_bytes_max = 0
+        self.rate_min = 0
         self.held_bytes = 0
         self._held: dict[BodyOwner, int] = {}
+        self.configure(tokens)
+
+    def configure(self, tokens: Tokens) -> None:
+        """Use other bounds from the next body on."""
+        self.bytes_max, self.body_bytes_max = tokens.body_memory_max, tokens.body_bytes_max
+        self.rate_min = tokens.body_rate_min
 
     @property
     def is_short(self) -> bool:
@@ -50,13 +47,20 @@ class BodyMemory:
         return 2 * self.held_bytes > self.bytes_max
 
     def take(self, owner: BodyOwner, count: int) -> None:
-        """Take memory. Raises a Refusal (OVERLOADED), taking nothing, if it exceeds the user's share."""
+        """Take memory.
+
+        Raises a Refusal, taking nothing: CONCURRENCY_LIMITED if it exceeds the user's share, OVERLOADED if there is none.
+        """
         held = self._held.get(owner, 0) + count
-        if held + self.held_bytes + count > self.bytes_max:
+        if held * USER_SHARE > self.bytes_max:
             raise Refusal(
-                Reason.OVERLOADED,
-                f"buffered bodies hold {self.held_bytes} bytes, and this user's would hold {held} of them",
+                Reason.CONCURRENCY_LIMITED,
+                f"this user's buffered bodies would hold {held} bytes",
+                caller_text="The bodies of the user's requests take too much memory at the same time.",
+                limit_reason=LimitReason.BODY_MEMORY,
             )
+        if self.held_bytes + count > self.bytes_max:
+            raise Refusal(Reason.OVERLOADED, f"buffered bodies hold {self.held_bytes} bytes")
         self._held[owner] = held
         self.held_bytes += count
 
@@ -80,20 +84,20 @@ class BodyBuffer:
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
         self._content = bytearray()
         self._room = room
+        self._bytes_max = room.body_bytes_max
         self._owner = owner
         self._held_bytes = 0
-        self._started_mono = started_mono
         self._arrived: deque[tuple[float, int]] = deque([(started_mono, 0)])
         self._is_over = asyncio.get_running_loop().create_future()
 
     def expect(self, announced_bytes: int) -> None:
         """Raise a Refusal if the announced length is too large."""
-        if announced_bytes > WHOLE_BYTES_MAX:
+        if announced_bytes > self._bytes_max:
             raise self._too_much
 
     def take(self, content: bytes) -> None:
         """Add the next piece. Raises a Refusal if the body becomes too large."""
-        if self._held_bytes + len(content) > WHOLE_BYTES_MAX:
+        if self._held_bytes + len(content) > self._bytes_max:
             raise self._too_much
         self._room.take(self._owner, len(content))
         self._content += content
@@ -107,11 +111,9 @@ class BodyBuffer:
         arrived.append((now, self._held_bytes))
         while len(arrived) > 1 and arrived[1][0] <= now - PACE_SECONDS:
             arrived.popleft()
-        if self._held_bytes < SMALL_BYTES:
-            return now - self._started_mono > SMALL_SECONDS
         since, before = arrived[0]
         seconds = now - since
-        pace = SHORT_PACE_BYTES_PER_SECOND if self._room.is_short else PACE_BYTES_PER_SECOND
+        pace = SHORT_PACE_BYTES_PER_SECOND if self._room.is_short else self._room.rate_min
         return seconds >= PACE_SECONDS and self._held_bytes - before < pace * seconds
 
     def whole(self) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen
+from keyproxy.config.token_settings import Tokens
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
@@ -20,6 +21,7 @@ from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
 from keyproxy.wire.upstream.pool import Upstreams
+from keyproxy.wire.usage_reads import UsageReads
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class ServerTerms:
     """The settings and objects with which requests are served. `tls` None: without TLS."""
 
     listen: Listen
+    tokens: Tokens
     gate: Gate
     routes: RouteTable
     key_format: KeyFormat
@@ -56,6 +59,7 @@ class ServerContext:
     trust: TrustRule
     turns: ReadingTurns
     upstreams: Upstreams
+    usage_reads: UsageReads
 
     def admit(self, connection: ExchangeOwner) -> bool:
         """Register a new connection. False if it is over the bound and has to be refused."""

@@ -28,6 +28,7 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
 from keyproxy.wire.upstream.retry import may_retry
+from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED, TIMED_OUT
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
 _PENDING_BYTES_MAX: Final = 65_536
@@ -49,6 +50,9 @@ class Exchange(PoolUser):
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
+    _was_sent_whole: bool = False
+    #: Whether the client has left, and the response is read on for its usage.
+    _reads_usage: bool = False
 
     def __init__(
         self,
@@ -93,6 +97,9 @@ class Exchange(PoolUser):
     def refuse(self, refusal: Refusal) -> None:
         """Respond with a refusal. If a response has begun already, it is cut off visibly."""
         if self.is_over:
+            return
+        if self._reads_usage:
+            self._end_usage_read(NOT_REPORTED)
             return
         self._note(refusal)
         if self.response.is_replaceable:
@@ -144,8 +151,10 @@ class Exchange(PoolUser):
         self.pause_response()
 
     def end_stream(self, refusal: Refusal) -> None:
-        """End a stream of events here: its last event has the reason, and the response ends like a complete one."""
-        if not self.is_over and stream_cut.send_error_event(refusal, self, self.response, self._server):
+        """End a stream here: its last event has the reason, and the response ends like a complete one."""
+        if not (self.is_over or self._reads_usage) and stream_cut.send_error_event(
+            refusal, self, self.response, self._server
+        ):
             self._note(refusal)
             self._end(Ending.CUT, self._server.clock(), closes=self.response.closes, resets=False)
         else:
@@ -154,6 +163,7 @@ class Exchange(PoolUser):
     def _note(self, refusal: Refusal) -> None:
         self.reason = refusal.reason
         self.refusal_detail = refusal.detail
+        self.limit_reason = refusal.limit_reason.value
         if refusal.limit is not None:
             self.policy = refusal.limit.policy.name
 
@@ -191,11 +201,32 @@ class Exchange(PoolUser):
             self.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body, which is needed whole, arrived too slowly"))
 
     def client_gone(self) -> None:
-        """The client connection is lost: end the upstream exchange."""
-        if not self.is_over:
-            if not self.status:
-                self.status = _CLIENT_GONE_STATUS
+        """The client connection is lost: end the upstream exchange, unless only the usage of its response is missing."""
+        if self.is_over:
+            return
+        if not self.status:
+            self.status = _CLIENT_GONE_STATUS
+        meter, wait_seconds = self.meter, self._gate.usage_wait_seconds
+        is_awaited = meter is not None and meter.is_finished and not meter.is_reported
+        if is_awaited and wait_seconds > 0.0 and self.has_response and self._upstream is not None:
+            self._read_usage(self._upstream, wait_seconds)
+        else:
             self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
+
+    def _read_usage(self, upstream: UpstreamConnection, wait_seconds: float) -> None:
+        """Read the rest of the response, which the client does not need any more, for its usage."""
+        self._reads_usage = True
+        if self._phase == phases.PAUSED:
+            self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
+        self._server.usage_reads.begin(self, self._give_up_usage, wait_seconds)
+        upstream.resume()
+
+    def _give_up_usage(self) -> None:
+        self._end_usage_read(TIMED_OUT)
+
+    def _end_usage_read(self, outcome: str) -> None:
+        self._server.usage_reads.end(self, outcome)
+        self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
 
     def close_tunnel(self) -> None:
         """One side of the tunnel has ended, or it has to end now. Bytes in flight are still delivered."""
@@ -270,7 +301,7 @@ class Exchange(PoolUser):
         if not answer.fields.has_date:
             # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
             lines += self._server.date_line()
-        if self.ask is not None:
+        if self.metered is not None:
             self.meter = self._gate.meter(self, answer)
         may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
         self.response.begin(head, answer, lines, may_continue=may_continue)
@@ -292,6 +323,10 @@ class Exchange(PoolUser):
             content = meter.feed(content)
             if is_last:
                 content += meter.finish()
+            if self._reads_usage:
+                if meter.is_reported or is_last:
+                    self._end_usage_read(REPORTED if meter.is_reported else NOT_REPORTED)
+                return
         self.bytes_out += len(content)
         response.write(content, is_last=is_last)
         if is_last:
@@ -339,6 +374,11 @@ class Exchange(PoolUser):
         """Whether bytes of the request were sent upstream."""
         return self._upstream is not None
 
+    @property
+    def was_sent_whole(self) -> bool:
+        """Whether the upstream has the whole request, as far as is known: once the exchange is over."""
+        return self._was_sent_whole
+
     # -- the rest
 
     def _go(self, permit: Permit) -> None:
@@ -375,6 +415,9 @@ class Exchange(PoolUser):
         self.ending = ending
         self.ended_mono = now
         upstream = self._upstream
+        if self.metered is not None:
+            self.metered.forget_content()
+            self._was_sent_whole = upstream is not None and self.is_complete and upstream.has_sent_all
         if before == phases.CONNECTING and self._pool is not None:
             self._pool.wait_no_more(self)
         if upstream is not None:
@@ -385,7 +428,6 @@ class Exchange(PoolUser):
                 # A response may be complete before its request.
                 upstream.exchange_over(now, is_clean=ending is ANSWERED and self.is_complete)
         self.body = b""
-        self.reading = None
         if self._collector is not None:
             self._collector.leave()
         if self.permit is not None:

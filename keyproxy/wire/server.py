@@ -31,6 +31,7 @@ from keyproxy.wire.listener import SocketListener
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
 from keyproxy.wire.responses import response_heads
+from keyproxy.wire.usage_reads import UsageReads
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,9 @@ class ProxyServer(ServerContext):
         self.loop = loop
         self.is_draining = False
         #: For bodies that are buffered whole.
-        self.room = BodyMemory()
+        self.room = BodyMemory(terms.tokens)
+        #: Responses that are read on for their usage after their clients have left.
+        self.usage_reads = UsageReads(loop)
         #: Schedules long work on requests in turns.
         self.turns = ReadingTurns()
         self._deadlines = deadlines
@@ -90,6 +93,7 @@ class ProxyServer(ServerContext):
 
     def _take(self, terms: ServerTerms) -> None:
         self.listen = terms.listen
+        self.room.configure(terms.tokens)
         self.gate = terms.gate
         self.routes = terms.routes
         self.key_format = terms.key_format
@@ -171,6 +175,12 @@ class ProxyServer(ServerContext):
 
     async def drain(self, seconds: float) -> None:
         """Stop accepting; give requests in flight this long to finish; then cut the rest."""
+        try:
+            await self._drain(seconds)
+        finally:
+            self.usage_reads.end_all()
+
+    async def _drain(self, seconds: float) -> None:
         self.is_draining = True
         listener = self._listener
         self._stop_listening()

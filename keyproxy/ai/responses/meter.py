@@ -82,6 +82,11 @@ class Meter:
         return self.usage.is_finished
 
     @property
+    def is_reported(self) -> bool:
+        """Whether the report counts everything."""
+        return self.usage.is_final
+
+    @property
     def produced(self) -> int:
         """Estimate the output so far, in case the response does not report it."""
         return 0

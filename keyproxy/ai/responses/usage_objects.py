@@ -37,8 +37,11 @@ class UsageReport:
 
     @property
     def use(self) -> TokenUse:
-        """The input and output."""
-        return TokenUse(self.tokens_in, self.tokens_out)
+        """The value that is charged and recorded."""
+        return TokenUse(
+            self.tokens_in, self.tokens_out,
+            cached=self.cached, cache_write=self.cache_write, reasoning=self.reasoning,
+        )  # fmt: skip
 
     def _values(self) -> tuple[int, int, int, int, int]:
         return (self.tokens_in, self.tokens_out, self.cached, self.cache_write, self.reasoning)

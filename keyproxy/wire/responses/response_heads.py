@@ -72,6 +72,11 @@ def client_lines(answer: ResponseHead, exchange: Exchange, server: ServerContext
         block += limits
     if identity is not None and identity.retiring_field is not None:
         block += identity.retiring_header(server.wall())
+    metered = exchange.metered
+    if metered is not None and metered.uses_tokens:
+        block += b"X-Keyproxy-Tokens-Reserved: %d\r\n" % metered.tokens_reserved
+        if metered.cap:
+            block += b"X-Keyproxy-Output-Cap: %d\r\n" % metered.cap
     return block
 
 

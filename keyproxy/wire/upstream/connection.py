@@ -238,6 +238,13 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the upstream does not read as fast as the request is written."""
         return self.writer.is_full or self._long_body is not None
 
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether the whole request has left our buffers."""
+        writer, transport = self.writer, self._transport
+        is_written = writer.is_whole and not writer.is_full and self._long_body is None
+        return is_written and (transport is None or not transport.get_write_buffer_size())
+
     def has_lingered(self, now: float, patience_seconds: float) -> bool:
         """Whether a tunnel is over, and the upstream has not read the rest of it for this long."""
         return self._is_finishing and now > self.deadline - self._idle_seconds + patience_seconds

@@ -1,0 +1,39 @@
+"""Responses that are read on for a moment after their clients have left, because only their usage is missing.
+
+The model has finished by then, so nothing more is produced: the report states exactly what to charge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+REPORTED: Final = "reported"
+NOT_REPORTED: Final = "not_reported"
+TIMED_OUT: Final = "timed_out"
+
+
+class UsageReads:
+    """The reads in progress, with their timers, and how often each outcome has occurred."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.outcomes: Final[dict[str, int]] = dict.fromkeys((REPORTED, NOT_REPORTED, TIMED_OUT), 0)
+        self._loop = loop
+        self._reads: dict[object, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
+
+    def begin(self, exchange: object, give_up: Callable[[], None], seconds: float) -> None:
+        """Call `give_up` after so many seconds, or when the server stops, unless the read ends before."""
+        self._reads[exchange] = give_up, self._loop.call_later(seconds, give_up)
+
+    def end(self, exchange: object, outcome: str) -> None:
+        """A read has ended."""
+        begun = self._reads.pop(exchange, None)
+        if begun is not None:
+            begun[1].cancel()
+            self.outcomes[outcome] += 1
+
+    def end_all(self) -> None:
+        """Give up all reads: the server stops."""
+        for give_up, _ in list(self._reads.values()):
+            give_up()
