@@ -15,7 +15,7 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment, TokenUse
 from keyproxy.ports import Exchange, Identities, Ledger, Recorder
 from keyproxy.reasons import Reason, Refusal
 from tests.reference_ledger import ReferenceLedger
@@ -155,12 +155,7 @@ class FakeLedger(Ledger):
     def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port."""
         now = time.monotonic()
-        try:
-            return self.table.extend(hold, tokens, now, spend)
-        except Short as short:
-            self.lease_sync.request(short)
-            self._sync(now)
-            return self.table.extend(hold, tokens, now, spend)
+        return self._taken(lambda: self.table.extend(hold, tokens, now, spend), Moment(time.time(), now))
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""
@@ -200,6 +195,13 @@ class Recorded:
     before_sent_seconds: float
     body_wait_seconds: float
     connection_wait_seconds: float
+    model: str
+    use: TokenUse | None
+    is_estimated: bool
+    cost_micros: int
+    tokens_reserved: int
+    output_cap: int
+    limit_reason: str
 
     @property
     def overhead_seconds(self) -> float:
@@ -234,5 +236,12 @@ class FakeRecorder(Recorder):
                 exchange.sent_mono - exchange.started_mono if exchange.sent_mono else 0.0,
                 exchange.body_wait_seconds,
                 exchange.connection_wait_seconds,
+                exchange.model,
+                exchange.token_use,
+                exchange.is_estimated,
+                exchange.cost_micros,
+                0 if exchange.metered is None else exchange.metered.tokens_reserved,
+                0 if exchange.metered is None else exchange.metered.cap,
+                exchange.limit_reason,
             )
         )

@@ -233,13 +233,14 @@ async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:
     assert not wire.upstream.requests
 
 
-async def test_a_response_without_a_report_is_charged_what_was_held(start: Start) -> None:
+async def test_a_response_without_a_report_is_charged_the_input_and_what_was_produced(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": []}))
     async with wire.client() as client:
         await client.send(chat(max_tokens=50))
-        assert (await client.answer()).status == 200
-    ((hold, _, tokens),) = wire.ledger.settled
-    assert tokens == hold.tokens
+        told = await client.answer()
+    assert (told.status, told.one("X-Keyproxy-Tokens-Reserved")) == (200, "60")
+    assert [tokens for _, _, tokens in wire.ledger.settled] == [10]
+    assert wire.recorder.seen[-1].is_estimated
 
 
 async def test_an_upstream_that_refuses_has_used_nothing(start: Start) -> None:
@@ -393,7 +394,7 @@ HEADED = b"HTTP/1.1 %b\r\nX-Usage-Tokens: 12\r\n%b\r\n"
         (HEADED % (b"204 No Content", b"Content-Length: 0\r\n"), 12),
         (HEADED % (b"304 Not Modified", b"Content-Length: 5\r\n"), 12),
         (HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
-        (HEADED % (b"500 Sorry", b"Content-Length: 0\r\n"), 12),
+        (HEADED % (b"500 Sorry", b"Content-Length: 0\r\n"), 0),
         (HEADED % (b"103 Early Hints", b"") + HEADED % (b"200 OK", b"Content-Length: 0\r\n"), 12),
         # Reported in an interim response, or twice, or hop-by-hop: no report.
         (HEADED % (b"103 Early Hints", b"") + OK, None),
@@ -414,7 +415,8 @@ async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
             await client.send(request("POST", "/v1/ai/jobs"))
             while (await client.answer()).status == 103:
                 pass
-    assert [tokens for _, _, tokens in wire.ledger.settled] == [4_000 if charged is None else charged] * 10
+    assert [tokens for _, _, tokens in wire.ledger.settled] == [charged or 0] * 10
+    assert {seen.is_estimated for seen in wire.recorder.seen} == {charged is None}
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
@@ -473,7 +475,7 @@ async def test_a_metered_request_retried_after_a_lost_connection_is_the_same_and
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, requests_per_day=9)))
     async with wire.client() as client:
         for _ in range(2):
-            await client.send(request("GET", "/v1/models", "Accept-Encoding: br", "B: c"))
+            await client.send(request("PUT", "/v1/models", "Accept-Encoding: br", "B: c"))
             assert (await client.answer()).status == 200
     _, lost, again = wire.upstream.requests
     assert (lost.start, lost.headers) == (again.start, again.headers)
@@ -489,7 +491,7 @@ async def test_a_stream_is_cut_and_does_not_hang_if_its_extension_fails(
     async def broken(_patience: object) -> None:
         raise RuntimeError("a defect")
 
-    def missing(_hold: object, _tokens: int) -> None:
+    def missing(_hold: object, _tokens: int, _spend: int) -> None:
         raise Missing("lease", broken)
 
     raw = STREAM + b"".join(chunk(delta("and so on ")) for _ in range(400))
