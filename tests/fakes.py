@@ -154,8 +154,8 @@ class FakeLedger(Ledger):
 
     def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port."""
-        now = time.monotonic()
-        return self._taken(lambda: self.table.extend(hold, tokens, now, spend), Moment(time.time(), now))
+        now = Moment(time.time(), time.monotonic())
+        return self._taken(lambda: self.table.extend(hold, tokens, now.mono_seconds, spend), now)
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""
