@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
@@ -21,6 +23,8 @@ from keyproxy.reasons import Reason, Refusal
 from tests.reference_ledger import ReferenceLedger
 
 FORMAT = KeyFormat()
+
+_Decided = TypeVar("_Decided")
 
 
 def holds_key(target: bytes) -> bool:
@@ -108,7 +112,7 @@ class FakeLedger(Ledger):
     def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port."""
         del may_be_paid
-        return self._taken(lambda: self.table.take(allowance, now.mono_seconds, need), now)
+        return self._settled_by(lambda: self.table.take(allowance, now.mono_seconds, need), now)
 
     def check(
         self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,
@@ -116,15 +120,10 @@ class FakeLedger(Ledger):
     ) -> None:  # fmt: skip
         """See the port."""
         del may_be_paid
-        try:
-            self.table.check(allowance, now.mono_seconds, need, paid)
-        except Short as short:
-            if not asks:
-                return
-            if not self.answers:
-                raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
-            self.lease_sync.request(short)
-            self._sync(now.mono_seconds)
+        if asks:
+            self._settled_by(lambda: self.table.check(allowance, now.mono_seconds, need, paid), now)
+            return
+        with contextlib.suppress(Short):
             self.table.check(allowance, now.mono_seconds, need, paid)
 
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
@@ -137,12 +136,13 @@ class FakeLedger(Ledger):
 
     def take_again(self, allowance: Allowance, now: Moment, need: Need | None, paid: int) -> Hold:
         """See the port."""
-        return self._taken(lambda: self.table.take_again(allowance, now.mono_seconds, need, paid), now)
+        return self._settled_by(lambda: self.table.take_again(allowance, now.mono_seconds, need, paid), now)
 
-    def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
+    def _settled_by(self, decide: Callable[[], _Decided], now: Moment) -> _Decided:
+        """The result of a decision, after as many round trips as it needs."""
         for _ in range(4):
             try:
-                return take()
+                return decide()
             except Short as short:
                 if not self.answers:
                     raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
@@ -150,12 +150,12 @@ class FakeLedger(Ledger):
                 self.lease_sync.request(short)
                 self._sync(now.mono_seconds)
         self.lease_sync.mark_exhausted(last, now.mono_seconds)
-        return take()
+        return decide()
 
     def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port."""
         now = Moment(time.time(), time.monotonic())
-        return self._taken(lambda: self.table.extend(hold, tokens, now.mono_seconds, spend), now)
+        return self._settled_by(lambda: self.table.extend(hold, tokens, now.mono_seconds, spend), now)
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""

@@ -110,14 +110,15 @@ class ErrorRenderer:
 
 def _limit_members(refusal: Refusal) -> dict[str, object]:
     """The members that describe the exceeded limit. `retryable`: the same request can be admitted later."""
-    limit = refusal.limit
-    if limit is None:
-        return {}
-    return {
-        "policy": limit.policy.name,
-        "limit": limit.policy.quota,
-        "remaining": limit.remaining_shown,
-        "reset_seconds": limit.reset_seconds_shown,
-        "retryable": refusal.retry_after_seconds is not None,
-        **({"reason": refusal.limit_reason.value} if refusal.limit_reason.value else {}),
-    }
+    limit, reason = refusal.limit, refusal.limit_reason.value
+    members: dict[str, object] = {}
+    if limit is not None:
+        members["policy"] = limit.policy.name
+        members["limit"] = limit.policy.quota
+        members["remaining"] = limit.remaining_shown
+        members["reset_seconds"] = limit.reset_seconds_shown
+    if limit is not None or reason:
+        members["retryable"] = refusal.retry_after_seconds is not None
+    if reason:
+        members["reason"] = reason
+    return members

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import dataclasses
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from keyproxy.config.schema import LedgerSettings, Listen, Settings
+from keyproxy.ai.models import Model
+from keyproxy.config.schema import LedgerSettings, Listen, RouteRow, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
+from keyproxy.config.token_settings import Tokens
 from keyproxy.gateway import Gateway
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
@@ -55,13 +57,16 @@ Start = Callable[..., Awaitable[Wire]]
 
 @pytest.fixture
 async def start() -> AsyncIterator[Start]:
-    """Start a proxy: `await start(listen={...}, upstream={...}, routes=[...])`."""
+    """Start a proxy: `await start(listen={...}, upstream={...}, rows=[...])`; `routes`: instead of `rows`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def starting(
             *,
             listen: dict[str, Any] | None = None,
             upstream: dict[str, Any] | None = None,
+            tokens: dict[str, Any] | None = None,
+            rows: Sequence[RouteRow] = (),
+            models: Sequence[Model] = (),
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
@@ -80,8 +85,11 @@ async def start() -> AsyncIterator[Start]:
             settings = Settings(
                 listen=Listen(**({"address": "127.0.0.1:0"} | (listen or {}))),
                 upstream=UpstreamSettings(**({"url": f"http://127.0.0.1:{far.port}"} | (upstream or {}))),
+                tokens=Tokens(**(tokens or {})),
+                routes=tuple(rows),
+                models=tuple(models),
             )
-            table = routes or RouteTable([])
+            table = settings.route_table() if rows else routes or RouteTable([])
             gateway = build_gateway(settings, table, identities=identities, ledger=ledger, claims=claims)
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import trustme
 
+from keyproxy.config.token_settings import Tokens
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import Reason
 from keyproxy.wire import body_buffer
-from keyproxy.wire.body_buffer import WHOLE_BYTES_MAX
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
-from tests.wire.test_limits import CHAT, limited, routes, spent
+from tests.wire.test_limits import CHAT, answer, limited, routes, spent
 
 _MIB = 1 << 20
 TYPE = "Content-Type: application/json"
@@ -122,7 +122,7 @@ async def test_a_long_stream_request_is_forwarded_whole_with_its_usage_requested
 
 async def test_many_long_bodies_at_once_hold_the_event_loop_no_longer_than_one(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10**12))
-    packed = chat(gzip.compress(hostile(_MIB // 2)["members"], 1), "Content-Encoding: gzip")
+    packed = chat(hostile(_MIB // 2)["members"])
 
     async def one() -> int:
         async with wire.client() as client:
@@ -136,6 +136,9 @@ async def test_many_long_bodies_at_once_hold_the_event_loop_no_longer_than_one(s
 
 # -- limits come before bodies
 
+#: Bounds for bodies of 32 MiB.
+LARGE = {"body_bytes_max": 32 * _MIB, "body_memory_max": 256 * _MIB}
+
 PLANS = {
     "rate": (Plan(rate=0.001, burst=1), "rate_limited"),
     "quota": (Plan(requests_per_day=1), "quota_exhausted"),
@@ -146,9 +149,9 @@ PLANS = {
 
 async def used_up(start: Start, plan: Plan) -> Wire:
     """A proxy whose user has spent all there is."""
-    wire = await limited(start, plan)
+    wire = await limited(start, plan, answer({"usage": {"prompt_tokens": 20, "completion_tokens": 4}}))
     async with wire.client() as client:
-        await client.send(chat(b'{"max_tokens":1,"n":1}  '[: 24 - 1]))
+        await client.send(chat(b'{"max_tokens":1,"n":1}'))
         assert (await client.answer()).status == 200
     return wire
 
@@ -161,7 +164,7 @@ async def test_a_limit_that_refuses_anyway_does_so_before_the_body_arrives(
     plan, code = PLANS[name]
     wire = await used_up(start, plan)
     async with wire.client() as client:
-        await client.send(announced(WHOLE_BYTES_MAX, *lines))
+        await client.send(announced(Tokens().body_bytes_max, *lines))
         refused = await client.answer()
     assert (refused.status, code_of(refused)) == (429, code)
     assert wire.server.room.held_bytes == 0
@@ -251,12 +254,13 @@ async def test_one_user_leaves_room_for_others_however_many_connections_it_opens
         slow = [await stack.enter_async_context(wire.client()) for _ in range(8)]
         for client in slow:
             await client.send(announced(250_001) + b" " * 250_000)
-        await until(lambda: room.held_bytes == 500_000, "half of the room is taken")
-        refused = [one for one in wire.recorder.seen if one.reason is Reason.OVERLOADED]
-        assert len(refused) == 6
+        await until(lambda: len(wire.recorder.seen) == 7, "the others are refused")
+        await until(lambda: room.held_bytes == 250_000, "one of them has come so far")
+        refused = {(one.status, one.reason, one.limit_reason) for one in wire.recorder.seen}
+        assert refused == {(429, Reason.CONCURRENCY_LIMITED, "body_memory")}
         other = await stack.enter_async_context(wire.client())
         await other.send(announced(250_001, key=fakes.key(2).reveal()) + b" " * 250_000)
-        await until(lambda: room.held_bytes == 750_000, "there is room for another user")
+        await until(lambda: room.held_bytes == 500_000, "there is room for another user")
         third = await stack.enter_async_context(wire.client())
         body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 100_000)
         await third.send(chat(body, key=fakes.key(3).reveal()))
@@ -278,7 +282,7 @@ async def test_a_request_without_a_valid_key_takes_no_room(start: Start, lines: 
 
 
 async def test_a_key_that_is_still_looked_up_takes_no_room(start: Start) -> None:
-    wire = await shared(start, 1_000_000, "u_1")
+    wire = await shared(start, 2_000_000, "u_1")
     wire.identities.slow.add(fakes.key(1).digest())
     wire.identities.may_bring.clear()
     body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 400_000)
@@ -318,7 +322,6 @@ async def test_a_body_that_hardly_arrives_gives_its_room_back(
     start: Start, monkeypatch: pytest.MonkeyPatch, first: int, later: int, seconds: float
 ) -> None:
     monkeypatch.setattr(body_buffer, "PACE_SECONDS", 1.0)
-    monkeypatch.setattr(body_buffer, "SMALL_SECONDS", 1.5)
     wire = await shared(start, 1_000_000, "u_1")
     async with wire.client() as client:
         await client.send(announced(200_000) + b" " * first)
@@ -338,7 +341,7 @@ async def test_a_steady_body_is_waited_for_and_at_a_higher_pace_while_the_room_i
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(body_buffer, "PACE_SECONDS", 1.0)
-    wire = await shared(start, 1_000_000, "u_1", "u_2")
+    wire = await shared(start, 2_000_000, "u_1", "u_2")
     body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 100_000)
 
     async def steadily() -> int:
@@ -352,6 +355,7 @@ async def test_a_steady_body_is_waited_for_and_at_a_higher_pace_while_the_room_i
 
     assert await steadily() == 200
     wire.server.room.take(("acme", "u_2"), 500_000)
+    wire.server.room.take(("acme", "u_3"), 500_000)
     assert await steadily() == 408
 
 
@@ -372,7 +376,7 @@ async def test_a_connection_is_not_reused_after_a_response_before_the_whole_body
 
     serving = Upstream(early)
     serving.reads_bodies = False
-    wire = await start(routes=routes(), serving=serving)
+    wire = await start(routes=routes(), serving=serving, tokens=LARGE)
     body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 16 * _MIB)
     if framing == "Content-Length":
         raw = chat(body)
@@ -397,7 +401,7 @@ async def test_a_long_body_to_an_upstream_behind_tls_does_not_hold_the_event_loo
     with socket.create_server(("127.0.0.1", 0)) as listening:
         answering = asyncio.create_task(asyncio.to_thread(_read_all, listening, context))
         url = f"https://127.0.0.1:{listening.getsockname()[1]}"
-        wire = await start(routes=routes(), upstream={"url": url}, upstream_tls=trusting)
+        wire = await start(routes=routes(), upstream={"url": url}, upstream_tls=trusting, tokens=LARGE)
         async with wire.client() as client, longest_hold() as held:
             packed = chat(body)
             for place in range(0, len(packed), 65_536):
@@ -421,8 +425,8 @@ def _read_all(listening: socket.socket, context: ssl.SSLContext) -> bytes:
 
 async def test_the_dense_bodies_of_one_user_do_not_keep_those_of_another_waiting(start: Start) -> None:
     wire = await shared(start, 1 << 28, "u_1", "u_2")
-    body, coding = gzip.compress(hostile(_MIB // 2)["members"], 1), "Content-Encoding: gzip"
-    dense, own = chat(body, coding), chat(body, coding, key=fakes.key(2).reveal())
+    body = hostile(_MIB)["members"]
+    dense, own = chat(body), chat(body, key=fakes.key(2).reveal())
     async with contextlib.AsyncExitStack() as stack:
         many = [await stack.enter_async_context(wire.client()) for _ in range(12)]
         for client in many:

@@ -6,9 +6,9 @@ import asyncio
 import json
 from typing import Any
 
+from keyproxy.config.token_settings import Tokens
 from keyproxy.limits.plan import Plan
 from keyproxy.store.ledger.charge_dedup import Claims
-from keyproxy.wire.body_buffer import WHOLE_BYTES_MAX
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
 from tests.waiting import until
@@ -225,10 +225,10 @@ async def test_a_repeat_that_comes_in_pieces_is_recognised_before_it_is_refused(
 async def test_a_body_too_large_to_be_held_is_refused_as_it_would_be_without_a_key(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job()) == [200]
-    announced = request("POST", "/v1/ai/jobs", KEY, f"Content-Length: {WHOLE_BYTES_MAX + 1}")
+    announced = request("POST", "/v1/ai/jobs", KEY, f"Content-Length: {Tokens().body_bytes_max + 1}")
     chunked = request("POST", "/v1/ai/jobs", KEY, "Transfer-Encoding: chunked")
     piece = chunk(b"x" * (1 << 20))
-    for head, pieces in ((announced, 0), (chunked, WHOLE_BYTES_MAX // (1 << 20) + 1)):
+    for head, pieces in ((announced, 0), (chunked, Tokens().body_bytes_max // (1 << 20) + 1)):
         async with wire.client() as client:
             await client.send(head)
             for _ in range(pieces):
@@ -244,14 +244,15 @@ async def test_buffered_bodies_share_bounded_memory_and_release_it_when_over(
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job()) == [200]
     room = wire.server.room
-    room.bytes_max = 400_000
+    room.bytes_max = 820_000
     head = request("POST", "/v1/ai/jobs", KEY, "Content-Length: 200000")
     async with wire.client() as first, wire.client() as second:
         await first.send(head + b"x" * 150_000)
         await until(lambda: room.held_bytes == 150_000, "there is room for the first alone")
         await second.send(head + b"x" * 160_000)
         refused = await second.answer()
-        assert (refused.status, json.loads(refused.body)["code"]) == (503, "overloaded")
+        content = json.loads(refused.body)
+        assert (refused.status, content["code"], content["reason"]) == (429, "concurrency_limited", "body_memory")
         await until(lambda: room.held_bytes == 150_000, "there is room for the first alone")
         await first.send(b"x" * 50_000)
         assert json.loads((await first.answer()).body)["code"] == "quota_exhausted"
@@ -277,8 +278,8 @@ async def test_an_unavailable_claim_lookup_is_503_and_never_a_spent_quota(start:
 
 
 async def test_a_repeat_needs_no_tokens_that_it_has_paid_and_all_that_it_may_use_beyond_them(start: Start) -> None:
-    wire = await limited(start, Plan(tokens_per_day=1_000), answer({"choices": []}))
-    # Its response reports no usage, so everything held is charged: the prompt's bound and 900.
+    usage = {"prompt_tokens": 10, "completion_tokens": 900}
+    wire = await limited(start, Plan(tokens_per_day=1_000), answer({"usage": usage}))
     assert await sent(wire, chat(max_tokens=900)) == [200]
     charged = await settled(wire, "tokens_per_day")
     assert await sent(wire, chat(max_tokens=900), chat(max_tokens=901)) == [200, 429]
