@@ -73,7 +73,8 @@ def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) 
         fields, length = head.fields, None
         if metered.edits and not fields.is_chunked:
             length = len(exchange.body)
-        exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+        block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+        exchange.block = block + metered.model_line
     metered.forget_content()
 
 

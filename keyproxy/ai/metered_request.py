@@ -228,6 +228,14 @@ class MeteredRequest:
         self._deflation = Deflation(pieces(reading.content, edits), reading.bits)
         return None
 
+    @property
+    def model_line(self) -> bytes:
+        """The header line with the configured name of the model; empty without one, or if another may be used instead."""
+        candidates = self.candidates
+        if candidates.model is None or len(candidates.models) > 1:
+            return b""
+        return b"%b%b\r\n" % (self.rules.model_field, candidates.model.name.encode("ascii"))
+
     def forget_content(self) -> None:
         """Release the body."""
         self._reading = self._deflation = None

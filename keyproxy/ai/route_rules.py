@@ -19,16 +19,18 @@ class RouteRules:
     """The dialect of a route, its models, and its settings for reservations and caps.
 
     `placeholder`: matches a path of the route, with the model in its first group, if the route reads the model there.
+    `model_field`: the start of the header line that names the model to the upstream.
     """
 
     __slots__ = (
-        "candidates", "cap", "cap_field", "dialect", "models", "name", "placeholder", "reading", "source", "tokens",
-        "unread_need",
+        "candidates", "cap", "cap_field", "dialect", "model_field", "models", "name", "placeholder", "reading", "source",
+        "tokens", "unread_need",
     )  # fmt: skip
 
     def __init__(
         self, name: str, dialect: Dialect, *, tokens: TokenRules, bounds: BodyBounds, models: ModelTable,
         source: ModelSource, cap: str = "", cap_field: str = "", placeholder: re.Pattern[bytes] | None = None,
+        model_field: bytes = b"",
     ) -> None:  # fmt: skip
         self.name: Final = name
         self.dialect: Final = dialect
@@ -38,6 +40,7 @@ class RouteRules:
         self.cap: Final = cap or INSERT
         self.cap_field: Final = cap_field
         self.placeholder: Final = placeholder
+        self.model_field: Final = model_field
         self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member)
         #: What any request needs, before it is read.
         self.unread_need: Final = Need(1, 1, route=name)

@@ -68,6 +68,7 @@ def build_metering(settings: Settings, routes: RouteTable) -> dict[Route, RouteR
             cap=row.cap,
             cap_field=row.cap_field,
             placeholder=placeholder_pattern(match, source.name) if source.kind == "path" else None,
+            model_field=f"{settings.identity.header_prefix}Model: ".encode("ascii"),
         )
     return found
 
