@@ -304,7 +304,7 @@ class Lease:
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
-        if got > 0:
+        if got > 0 and line.most:
             # Not idle, however long the reply took: the request may still wait for another lease. If this one were
             # returned in the meantime, the request might never hold both.
             self.touched_mono = received_mono
