@@ -314,6 +314,7 @@ class LeaseTable:
             # held, and the request may still use more.
             self._open(lease)
         lease.free -= units
+        lease.is_overdrawn = lease.is_overdrawn or (self.is_lenient and lease.free < 0)
         self._reviews.note_change(lease)
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)

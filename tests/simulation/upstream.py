@@ -1,7 +1,8 @@
 """The upstream's own count of requests, tokens and money: the truth that the ledger is compared with.
 
 A request may use more than it holds, because its input is estimated. Such an *excess* is charged exactly; a window may
-exceed its limit by the excess of the requests that were in flight when it ran out, and by nothing else.
+exceed its limit by the excess of the requests that were in flight when it ran out, and by nothing else. If a process
+dies or the ledger ends its holder, an excess that the ledger has not confirmed may be lost; it is never counted twice.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Work:
     hold: Hold
     fingerprint: bytes | None = None
     is_answered: bool = False
+    used: int = 0
     counted: list[tuple[Window, int]] = field(default_factory=list)
     #: When it took tokens, and how many.
     takes: list[tuple[float, int]] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Upstream:
         #: charged as requests, and the tokens charged to all attempts.
         self.most: dict[bytes, int] = {}
         self.charged: dict[bytes, tuple[int, int]] = {}
+        self._lost: Counter[bytes] = Counter()
         self._by_day: Counter[tuple[Window, int]] = Counter()
         self._sent_at: dict[Window, list[tuple[float, int]]] = {}
         self._limits: dict[Window, int] = {}
@@ -147,12 +150,14 @@ class Upstream:
     def answer(self, work: Work, used: int) -> None:
         """Record the tokens that a request used. Its charge is decided later; it holds no slot until then."""
         assert work.fingerprint is not None
-        work.is_answered = True
+        work.is_answered, work.used = True, used
         self.most[work.fingerprint] = max(used, self.most.get(work.fingerprint, 0))
 
     def lose(self, process: Process) -> None:
         """Count the requests of a dead process as having used everything that they were allowed."""
         for work in [work for work in self._works if work.process is process]:
+            if work.fingerprint is not None:
+                self._lost[work.fingerprint] += max(0, work.used - work.hold.total_tokens)
             self.finish(work, work.hold.total_tokens, work.hold.total_spend)
 
     def is_serving(self, process: Process) -> bool:
@@ -197,7 +202,6 @@ class Upstream:
         for window in spent:
             if window.measure in (*RATES, CONCURRENCY):
                 continue
-            # An excess that a process has not reported when it dies is lost.
             used, lost = self.used[window], 0 if is_kind else self.excess[window]
             if not spent[window] - forfeited[window] <= used <= spent[window] + lost:
                 raise BrokenError(f"{window}: {used} used, {spent[window]} spent, {forfeited[window]} forfeited")
@@ -208,7 +212,7 @@ class Upstream:
         """All attempts at a request are charged at least as the largest one; without faults, exactly so."""
         for fingerprint, most in self.most.items():
             requests, tokens = self.charged[fingerprint]
-            if requests < 1 or tokens < most or (is_kind and (requests, tokens) != (1, most)):
+            if requests < 1 or tokens + self._lost[fingerprint] < most or (is_kind and (requests, tokens) != (1, most)):
                 raise BrokenError(f"{fingerprint!r}: charged {requests} requests, {tokens} tokens; {most} used")
 
     def _check_rate(self, window: Window, times: list[tuple[float, int]]) -> None:
