@@ -116,7 +116,7 @@ class Ledger:
 class Claims(Protocol):
     """Deduplicates charges of requests with an Idempotency-Key. All attempts together are charged as the largest one."""
 
-    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, spend: int = 0) -> None:
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, *, spend: int = 0) -> None:
         """Settle the hold of an attempt that used these tokens and this money, in place of `Ledger.settle`. Never waits.
 
         `paid`: the value passed to `Ledger.take_again`, None if the hold comes from `take`.

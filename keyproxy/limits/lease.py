@@ -12,9 +12,9 @@ import math
 from typing import Final
 
 from keyproxy import limit_state
+from keyproxy.limits.gcra import UnusedUnits
 from keyproxy.limits.ledger_protocol import CONCURRENCY, SPEND, TOKEN_RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit
-from keyproxy.limits.unused_units import UnusedUnits
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
 #: burst + rate * (t + RATE_SECONDS).

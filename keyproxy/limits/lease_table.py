@@ -267,8 +267,10 @@ class LeaseTable:
         if need is not None and bundle.is_metered:
             self._check_request(bundle, need, now_mono)
             wanted = _wanted(bundle, need, paid or 0)
-            tokens = self._amount(bundle, bundle.token_leases, wanted.tokens_least, wanted.tokens_most, short, now_mono)
-            spend = self._amount(bundle, bundle.spend_windows, wanted.spend_least, wanted.spend_most, short, now_mono)
+            least, most = wanted.tokens_least, wanted.tokens_most
+            tokens = self._amount(bundle, bundle.token_leases, short, least=least, most=most, now_mono=now_mono)
+            least, most = wanted.spend_least, wanted.spend_most
+            spend = self._amount(bundle, bundle.spend_windows, short, least=least, most=most, now_mono=now_mono)
         if short and not self.is_lenient:
             self._refuse_or_request(short, bundle.leases, now_mono)
         return bundle, tokens, spend
@@ -284,8 +286,8 @@ class LeaseTable:
             raise refusals.exceeds_limit_per_request(spend, need.spend_least, now_mono, bundle.leases)
 
     def _amount(
-        self, bundle: Bundle, leases: Sequence[Lease], least: int, most: int, short: list[Shortage], now_mono: float
-    ) -> int:  # fmt: skip
+        self, bundle: Bundle, leases: Sequence[Lease], short: list[Shortage], *, least: int, most: int, now_mono: float
+    ) -> int:
         """Return how much to take of these leases, and append those that fall short of it to `short`."""
         is_valid = now_mono < self._sync.valid_until_mono
         amount = most
