@@ -108,6 +108,22 @@ class LeaseTable:
         bundle = self._binding.bundle(allowance, need, now_mono)
         return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.leases)
 
+    def take_slots(self, allowance: Allowance, now_mono: float, need: Need | None = None) -> Hold | None:
+        """Take only the concurrency slots of a request, from memory: while its body is read. `release` puts them back.
+
+        None: there are none to take, or `take` has to request them. Raises a Refusal if the ledger just refused one.
+        """
+        bundle = self._binding.bundle(allowance, need, now_mono)
+        slots = bundle.slots
+        if not slots or now_mono >= self._sync.valid_until_mono:
+            return None
+        if self._take_each(slots, 1, now_mono):
+            return Hold(bundle)
+        for lease in slots:
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                raise refusals.refusal(lease, 1, now_mono, bundle.leases)
+        return None
+
     def per_request(self, allowance: Allowance, now_mono: float, need: Need) -> tuple[int | None, int | None]:
         """The lowest limits of tokens and of money per request for requests with this route and these models."""
         bundle = self._binding.bundle(allowance, need, now_mono)

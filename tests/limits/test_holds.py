@@ -7,7 +7,7 @@ import pytest
 from keyproxy.limits.allowance import BUNDLES_MAX, Allowance, Hold, Need
 from keyproxy.limits.ledger_protocol import Window
 from keyproxy.limits.plan import Limit, Plan
-from keyproxy.reasons import LimitReason, Reason
+from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.limits.test_lease_table import NOON, TENANT, USER, Fleet, Process, under
 
 
@@ -123,6 +123,21 @@ def test_a_request_that_needs_no_tokens_passes_a_spent_budget_and_is_charged_wha
     settled(process, process.take(allowance, Need(0, 0)), tokens=3)
     process.leave()
     assert fleet.row("tokens_per_day").spent == 13
+
+
+def test_the_slots_of_a_request_can_be_held_while_its_body_is_read(process: Process) -> None:
+    allowance, need = under(Plan(concurrency=2, requests_per_day=9, tokens_per_day=100)), Need(1, 1)
+    assert process.table.take_slots(allowance, process.now, need) is None
+    first = process.take(allowance, need)
+    early = process.table.take_slots(allowance, process.now, need)
+    assert early is not None
+    assert process.refused(allowance, need).reason is Reason.CONCURRENCY_LIMITED
+    with pytest.raises(Refusal):
+        process.table.take_slots(allowance, process.now, need)
+    process.table.release(early)
+    settled(process, process.take(allowance, need), tokens=1)
+    settled(process, first, tokens=1)
+    process.leave()
 
 
 # -- money
