@@ -126,6 +126,10 @@ class FakeLedger(Ledger):
         with contextlib.suppress(Short):
             self.table.check(allowance, now.mono_seconds, need, paid)
 
+    def take_slots(self, allowance: Allowance, now: Moment, need: Need) -> Hold | None:
+        """See the port."""
+        return self.table.take_slots(allowance, now.mono_seconds, need)
+
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
         """See the port."""
         return self.table.per_request(allowance, now.mono_seconds, need)

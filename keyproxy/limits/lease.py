@@ -12,9 +12,9 @@ import math
 from typing import Final
 
 from keyproxy import limit_state
+from keyproxy.limits.gcra import UnusedUnits
 from keyproxy.limits.ledger_protocol import CONCURRENCY, SPEND, TOKEN_RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit
-from keyproxy.limits.unused_units import UnusedUnits
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
 #: burst + rate * (t + RATE_SECONDS).
@@ -46,6 +46,12 @@ _UNITS: Final = {
     **dict.fromkeys(SPEND, limit_state.MONEY),
 }
 
+#: Reports on one window per second, by all its holders together. With more holders each reports less often, and holds
+#: units for two of its intervals.
+_REPORTS_PER_SECOND: Final = 120
+#: With fewer holders each reports with every settlement.
+_MANY_HOLDERS: Final = 30
+
 #: How long a reply describes what the ledger has left.
 FRESH_SECONDS: Final = 1.0
 
@@ -60,9 +66,9 @@ class Lease:
     __slots__ = (
         "ahead", "at_least", "confirmed", "credited", "dry_until_mono", "empty_need", "empty_until_mono", "ends_mono",
         "free", "granted", "heard_mono", "interval_seconds", "is_aging", "is_asked", "is_current", "is_noted",
-        "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "piece", "policy", "rate",
-        "retry_mono", "returned", "rule", "seen_available", "spent_apart", "starts", "taken_before", "touched_mono",
-        "touched_taken", "used", "window",
+        "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "piece",
+        "policy", "rate", "report_seconds", "retry_mono", "returned", "rule", "seen_available", "sent", "spent_apart",
+        "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
@@ -71,6 +77,8 @@ class Lease:
         #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
         self.credited = 0
         self.heard_mono = -math.inf
+        #: The shortest time between two reports.
+        self.report_seconds = 0.0
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
@@ -79,8 +87,10 @@ class Lease:
         self.number = 0
         self.starts = 0
         self.free = self.granted = self.used = self.returned = 0
-        #: The part of `used + returned` that the ledger has confirmed.
-        self.confirmed = 0
+        #: The part of `used + returned` that the ledger has confirmed, and the part that the latest line reported.
+        self.confirmed = self.sent = 0
+        #: Whether units were taken beyond the grants because the ledger was unavailable.
+        self.is_overdrawn = False
         #: When the free units expire, or the first of them.
         self.ends_mono = math.inf
         #: For a rate: expiry times, each with the cumulative grant up to which it applies and the ledger's time of it.
@@ -153,7 +163,16 @@ class Lease:
 
     def is_busy(self, now_mono: float) -> bool:
         """Whether units were taken recently."""
-        return now_mono - self.touched_mono < IDLE_SECONDS
+        return now_mono - self.touched_mono < self.idle_seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        """Units that stay unused for this long are returned."""
+        return max(IDLE_SECONDS, 2.0 * self.report_seconds)
+
+    def may_report(self, now_mono: float) -> bool:
+        """Whether a report without a request for units is due, or another holder is short of units."""
+        return now_mono >= self.heard_mono + self.report_seconds or now_mono < self.is_wanted_until
 
     @property
     def has_news(self) -> bool:
@@ -187,19 +206,26 @@ class Lease:
     def owed(self) -> Lease | None:
         """Return what was taken beyond the grant, as a separate lease; None if nothing was.
 
-        The ledger charges a holder that ends for its grants. The rest has to be reported separately.
+        The ledger charges a holder that ends for its grants. The rest has to be reported separately, but not what a
+        message without a reply has reported: the ledger may have counted it. Only what was taken while the ledger was
+        unavailable is reported in any case, since none of those messages arrived.
         """
-        if self.free >= 0 or self.is_rate or self.window.measure == CONCURRENCY:
+        if self.is_rate or self.window.measure == CONCURRENCY:
+            return None
+        owed = -self.free if self.is_overdrawn else -self.free - max(0, self.sent - self.granted)
+        if owed <= 0:
             return None
         rest = Lease(self.window, self.rule, self.paced_mono)
-        rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
+        rest.starts, rest.used, rest.free, rest.is_current = self.starts, owed, -owed, False
+        rest.is_overdrawn = self.is_overdrawn
         return rest
 
     def reset(self) -> None:
         """Reset after everything was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
         self.spent_apart += self.used
-        self.granted = self.used = self.returned = self.confirmed = self.free = 0
+        self.granted = self.used = self.returned = self.confirmed = self.sent = self.free = 0
+        self.is_overdrawn = False
         self.taken_before = self.touched_taken = self.low = 0
         self.ends_mono = math.inf
         self.lapses.clear()
@@ -269,6 +295,7 @@ class Lease:
         )
         self.need = self.at_least = 0
         self.is_asked = False
+        self.sent = self.used + self.returned
         return line
 
     def _wanted(self, now_mono: float) -> tuple[int, int]:
@@ -296,7 +323,8 @@ class Lease:
         first = max(_FIRST_UNITS, 2 * self.piece)
         if not self.granted:
             return self.need + first if self.need else 0
-        ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
+        lasts_seconds = max(_LASTS_SECONDS, 2.0 * self.report_seconds)
+        ahead = min(math.ceil(self.pace * lasts_seconds), 2 * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
@@ -304,7 +332,7 @@ class Lease:
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
-        if got > 0:
+        if got > 0 and line.most:
             # Not idle, however long the reply took: the request may still wait for another lease. If this one were
             # returned in the meantime, the request might never hold both.
             self.touched_mono = received_mono
@@ -312,6 +340,7 @@ class Lease:
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
         self.heard_mono = received_mono
+        self.report_seconds = reply.holders / _REPORTS_PER_SECOND if reply.holders > _MANY_HOLDERS else 0.0
         if reply.credited != self.credited:
             self.credited = reply.credited
             self._restate()
