@@ -9,7 +9,6 @@ from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.postgres.database import Database
 
-
 #: Columns of lines in `sync_leases`.
 _COLUMNS: Final = 17
 
