@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 FOLDERS = ("ai", "auth", "http", "limits", "wire")
 MODULES = (
     "reasons", "model", "ports", "gateway", "limit_state", "token_accounting", "platform/clock",
-    "metrics/access_log", "metrics/recorder",
+    "metrics/access_log", "metrics/model_counts", "metrics/recorder",
     "store/identities/cache", "store/ledger/ledger", "store/usage/journal", "store/usage/usage_batch",
 )  # fmt: skip
 

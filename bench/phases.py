@@ -22,7 +22,6 @@ import uvloop
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
-from keyproxy.gateway import Gateway
 from keyproxy.http import headers
 from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Need
@@ -34,7 +33,7 @@ from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
-from keyproxy.process.terms import build_terms
+from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import LedgerBackend
@@ -174,7 +173,8 @@ class Bench:
         self.limits = self.identity.allowance
         tokens = "none" if plan is None or plan.limit("tokens/day") is None else "header"
         rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
-        self.routes = schema.Settings(routes=rows).route_table()
+        settings = schema.Settings(routes=rows)
+        self.routes = settings.route_table()
         # None of them is started, so that no database or ledger is contacted.
         self.ledger = Ledger(cast("LedgerBackend", None), schema.LedgerSettings(), clock.now)
         claims = Claims(cast("ClaimStore", None), self.ledger, schema.LedgerSettings(), clock.now)
@@ -184,10 +184,9 @@ class Bench:
         self.log = AccessLog(null, wall_offset=clock.wall_offset)
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
-        self.gateway = Gateway(
-            key_format=FORMAT, identities=identities, ledger=self.ledger, claims=claims,
-            routes=self.routes, now=clock.now,
-        )  # fmt: skip
+        self.gateway = build_gateway(
+            settings, self.routes, identities=identities, ledger=self.ledger, claims=claims, now=clock.now
+        )
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
             "http://127.0.0.1:9", schema.Upstream(), ResponseReader(self.names), deadlines,

@@ -111,10 +111,17 @@ class Gateway(Gate):
         metered, allowance = exchange.metered, grant.identity.allowance
         if metered is None:
             metered = exchange.metered = MeteredRequest(rules, head)
+        self._release_slots(exchange)
         if not metered.is_read:
             if allowance is not None:
                 self._check_limits(exchange, head, metered, allowance)
-            token_accounting.read(exchange, head, metered)
+            try:
+                token_accounting.read(exchange, head, metered)
+            except Missing:
+                if allowance is not None:
+                    # The request counts as concurrent while its body arrives and is read.
+                    exchange.slots = self._ledger.take_slots(allowance, self._now(), rules.unread_need)
+                raise
             exchange.model = metered.model
         if allowance is None:
             metered.reserve(None)
@@ -133,6 +140,11 @@ class Gateway(Gate):
                 lambda _patience: exchange.in_turns(lambda: token_accounting.write_body(exchange, metered)),
             )
         return self._written(exchange, head, permit)
+
+    def _release_slots(self, exchange: Exchange) -> None:
+        if exchange.slots is not None:
+            self._ledger.release(exchange.slots)
+            exchange.slots = None
 
     def _written(self, exchange: Exchange, head: RequestHead, permit: Permit) -> Permit:
         if exchange.metered is not None:
@@ -249,6 +261,7 @@ class Gateway(Gate):
 
     def settle(self, exchange: Exchange) -> None:
         """Charge the exchange's hold if the upstream received any of the request, else release it."""
+        self._release_slots(exchange)
         permit = exchange.permit
         if permit is None:
             return
@@ -258,7 +271,7 @@ class Gateway(Gate):
             return
         fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
         if fingerprint is not None and was_sent and exchange.is_complete:
-            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid, spend)
+            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid, spend=spend)
         else:
             self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens, spend=spend)
 

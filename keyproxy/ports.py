@@ -187,6 +187,9 @@ class Exchange:
     metered: MeteredRequest | None = None
     meter: Meter | None = None
 
+    #: What it holds of limits of concurrency before it has a permit.
+    slots: Hold | None = None
+
     #: The tokens charged, once the exchange has ended, and whether they are estimated.
     token_use: TokenUse | None = None
     is_estimated: bool = False
@@ -267,7 +270,7 @@ class Gate:
         raise NotImplementedError
 
     def settle(self, exchange: Exchange) -> None:
-        """When an exchange with a permit has ended: charge or release its hold. Called exactly once."""
+        """When an exchange with a permit or slots has ended: charge or release what it holds. Called exactly once."""
         raise NotImplementedError
 
 

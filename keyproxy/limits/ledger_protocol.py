@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from keyproxy.limits.plan import PERIODS
+from keyproxy.reasons import LimitReason
 
 #: The measures of windows: units of rates, slots, and windows that count requests, tokens, or money in micro-units.
 RATE: Final = "rate"
@@ -34,6 +35,26 @@ POLICIES: Final = tuple(
         for kind in ("tenant", "user", "key")
         for measure in (*MEASURES, TOKENS_PER_REQUEST, SPEND_PER_REQUEST)
     ]
+)
+
+
+def _reasons(measure: str) -> tuple[LimitReason, ...]:
+    if measure in (TOKENS_PER_REQUEST, SPEND_PER_REQUEST):
+        return (LimitReason.NEVER_FITS,)
+    if measure == CONCURRENCY:
+        return (LimitReason.NONE,)
+    if measure == RATE:
+        return (LimitReason.PACE,)
+    if measure == TOKEN_RATE:
+        return (LimitReason.PACE, LimitReason.NEVER_FITS)
+    if measure in REQUESTS:
+        return (LimitReason.SPENT, LimitReason.HELD)
+    return (LimitReason.SPENT, LimitReason.HELD, LimitReason.NEVER_FITS)
+
+
+#: Every policy with each reason for which it can refuse.
+REFUSALS: Final = tuple(
+    [(policy, reason.value) for policy in POLICIES for reason in _reasons(policy.partition(".")[2])]
 )
 
 

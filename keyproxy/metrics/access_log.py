@@ -24,6 +24,7 @@ from typing import Final
 
 import orjson
 
+from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.http.headers import trace_id
 from keyproxy.model import Identity, RequestHead, RequestLine
 from keyproxy.ports import Exchange
@@ -167,7 +168,8 @@ class AccessLog:
             upstream_seconds,
             exchange.bytes_in,
             exchange.bytes_out,
-            b"" if exchange.reason is None else _why(exchange, head),
+            (b"" if exchange.metered is None else _tokens(exchange, exchange.metered))
+            + (b"" if exchange.reason is None else _why(exchange, head)),
         )
 
     def _remember(self, key: tuple[object, ...], alike: bytes) -> None:
@@ -186,10 +188,29 @@ def _portions(lines: bytes) -> Iterator[bytes]:
     yield lines[start:]
 
 
+def _tokens(exchange: Exchange, metered: MeteredRequest) -> bytes:
+    """The part of a log line about a request on a metered route."""
+    model, use = exchange.model, exchange.token_use
+    line = b',"model":%b' % (orjson.dumps(model) if model else b"null")
+    if use is None:
+        line += b',"tokens_in":null,"tokens_out":null,"tokens_cached":null,"tokens_reasoning":null'
+    else:
+        line += b',"tokens_in":%d,"tokens_out":%d,"tokens_cached":%d,"tokens_reasoning":%d' % (
+            use.tokens_in, use.tokens_out, use.cached, use.reasoning,
+        )  # fmt: skip
+    return line + b',"tokens_reserved":%d,"output_cap":%b,"cost_micros":%d,"estimated":%b' % (
+        metered.tokens_reserved,
+        b"%d" % metered.cap if metered.cap else b"null",
+        exchange.cost_micros,
+        b"true" if exchange.is_estimated else b"false",
+    )
+
+
 def _why(exchange: Exchange, head: RequestHead | None) -> bytes:
     """The part of a log line with the reason for a refusal."""
     detail = _scrubbed(exchange.refusal_detail, head) if exchange.refusal_detail else None
-    return b"," + orjson.dumps({"policy": exchange.policy or None, "detail": detail})[1:-1]
+    why = {"policy": exchange.policy or None, "reason": exchange.limit_reason or None, "detail": detail}
+    return b"," + orjson.dumps(why)[1:-1]
 
 
 def _scrubbed(detail: str, head: RequestHead | None) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 
 from keyproxy import ports
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
+from keyproxy.metrics.model_counts import ModelCounts
 from keyproxy.model import ANSWERED, Ending, TokenUse
 from keyproxy.ports import Exchange
 
@@ -113,6 +114,8 @@ class Recorder(ports.Recorder):
         self.connection_wait_seconds = Histogram(REQUEST_BOUNDS)
         #: Requests with a key that was replaced by another one.
         self.retiring_count = 0
+        #: Metered requests by model.
+        self.models = ModelCounts()
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._others = sinks
@@ -179,7 +182,8 @@ class Recorder(ports.Recorder):
                 sink(rows)
 
     def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[LabelledExchange]], None], ...]:
-        return self._others if access_log is None else (access_log.write, *self._others)
+        # The log comes last: the other sinks bound the names of models.
+        return self._others if access_log is None else (*self._others, access_log.write)
 
     def _count(self, cell: Cell) -> None:
         ended, cell.ended = cell.ended, []
@@ -198,8 +202,11 @@ class Recorder(ports.Recorder):
         if waits := [one.connection_wait_seconds for one in ended if one.connection_wait_seconds]:
             self.connection_wait_seconds.observe(*waits)
         for exchange in ended:
-            if exchange.token_use is not None:
-                _count_tokens(cell, exchange, exchange.token_use)
+            use, metered = exchange.token_use, exchange.metered
+            if use is not None:
+                _count_tokens(cell, exchange, use)
+                if metered is not None:
+                    self.models.add(metered, use, mode=cell.mode, cost_micros=exchange.cost_micros)
 
     def _count_in_turns(self) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker
@@ -208,11 +215,10 @@ class Recorder(ports.Recorder):
 
 
 def _count_tokens(cell: Cell, exchange: Exchange, use: TokenUse) -> None:
-    hold = None if exchange.permit is None else exchange.permit.hold
     cell.is_metered = True
     cell.tokens_in += use.tokens_in
     cell.tokens_out += use.tokens_out
-    if hold is not None:
-        cell.tokens_held += hold.tokens
+    if exchange.metered is not None:
+        cell.tokens_held += exchange.metered.tokens_reserved
     if exchange.is_estimated:
         cell.tokens_estimated += use.total

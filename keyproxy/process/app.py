@@ -30,6 +30,7 @@ from keyproxy.process.store_health import carry_over, check_housekeeping, check_
 from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
+from keyproxy.store.usage.model_names import ModelNames
 from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
@@ -155,6 +156,8 @@ class Proxy:
 
     def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> ServerTerms:
         routes = settings.route_table()
+        # Records keep the names of configured models, and of a bounded number of others.
+        store.usage.model_names = ModelNames([model.name for model in settings.models])
         gateway = build_gateway(settings, routes, identities=store.identities, ledger=store.ledger, claims=store.claims)
         self._gateways.append(gateway)
         return build_terms(settings, routes, gateway, upstreams, tls=tls)
@@ -174,6 +177,7 @@ class Proxy:
             upstreams=self.upstreams,
             store=self.store,
             routes=self._settings.routes,
+            models=[model.name for model in self._settings.models],
             ledger_round_trips=self._ledger_round_trips,
         )
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import BUILD_INFO
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
+from keyproxy.metrics.model_counts import ModelCount
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.model import NO_TOKENS
 from keyproxy.reasons import Reason
@@ -43,6 +45,8 @@ class Scrape(NamedTuple):
     upstreams: Upstreams
     store: Store
     routes: Sequence[RouteRow]
+    #: The names of the configured models.
+    models: Sequence[str]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
 
@@ -80,7 +84,7 @@ def _responses(scrape: Scrape) -> dict[str, float]:
 
 def _tokens(scrape: Scrape, amount: Callable[[Cell], int]) -> dict[tuple[str, ...], float]:
     """Tokens by route and mode. Series of the metered routes start at 0."""
-    routes = [row.match for row in scrape.routes if row.tokens != NO_TOKENS]
+    routes = [row.name or row.match for row in scrape.routes if row.tokens != NO_TOKENS]
     sums: dict[tuple[str, ...], float] = {(route, mode): 0 for route in routes for mode in _MODES}
     for cell in scrape.cells:
         if cell.is_metered:
@@ -103,6 +107,31 @@ def _tokens_settled(scrape: Scrape) -> dict[tuple[str, ...], float]:
 
 def _tokens_estimated(scrape: Scrape) -> dict[tuple[str, ...], float]:
     return _tokens(scrape, lambda cell: cell.tokens_estimated)
+
+
+def _by_model(scrape: Scrape) -> Mapping[str, ModelCount]:
+    """The counts of every model. Series of the configured ones and of `other` start at 0."""
+    names = [*scrape.models, OTHER] if any(row.tokens != NO_TOKENS for row in scrape.routes) else []
+    return {**{name: ModelCount() for name in names}, **scrape.recorder.models.models}
+
+
+def _model_requests(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    models = _by_model(scrape)
+    return {(model, mode): count.requests.get(mode, 0) for model, count in models.items() for mode in _MODES}
+
+
+def _model_tokens(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    models = _by_model(scrape)
+    return {(model, kind): tokens for model, count in models.items() for kind, tokens in count.by_kind().items()}
+
+
+def _spend(scrape: Scrape) -> dict[str, float]:
+    return {model: count.spend_micros for model, count in _by_model(scrape).items()}
+
+
+def _caps(scrape: Scrape) -> dict[str, float]:
+    routes = [row.name or row.match for row in scrape.routes if row.tokens != NO_TOKENS]
+    return {**dict.fromkeys(routes, 0.0), **scrape.recorder.models.caps}
 
 
 def _summed(parts: Iterable[tuple[tuple[str, ...], Histogram]]) -> dict[tuple[str, ...], Histogram]:
@@ -140,7 +169,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_refusals_total", COUNTER, "Requests that keyproxy refused, by the party that has to act.",
            ("code", "blame"), _refusals, SUM),
     Metric("keyproxy_limit_refusals_total", COUNTER, "Requests refused because they exceed a limit; not charged.",
-           ("policy",), lambda scrape: scrape.store.ledger.refusals, SUM),
+           ("policy", "reason"), lambda scrape: scrape.store.ledger.refusals, SUM),
     Metric("keyproxy_retiring_key_requests_total", COUNTER,
            "Requests with a rotated key, which expires at the end of its grace period.",
            (), lambda scrape: scrape.recorder.retiring_count, SUM),
@@ -186,6 +215,17 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_tokens_estimated_total", COUNTER,
            "Tokens charged by estimate, because the response reported no usage.",
            ("route", "mode"), _tokens_estimated, SUM),
+    Metric("keyproxy_model_requests_total", COUNTER, "Metered requests that were forwarded, by configured model.",
+           ("model", "mode"), _model_requests, SUM),
+    Metric("keyproxy_model_tokens_total", COUNTER, "Tokens charged, by configured model.",
+           ("model", "kind"), _model_tokens, SUM),
+    Metric("keyproxy_spend_micros_total", COUNTER, "Money charged, in micro-units, by configured model.",
+           ("model",), _spend, SUM),
+    Metric("keyproxy_caps_inserted_total", COUNTER, "Requests forwarded with an inserted output maximum.",
+           ("route",), _caps, SUM),
+    Metric("keyproxy_usage_reads_after_abort_total", COUNTER,
+           "Streams read to their usage after the client had left, by outcome.",
+           ("outcome",), lambda scrape: scrape.server.usage_reads.outcomes, SUM),
     # The ledger.
     Metric("keyproxy_ledger_admissions_total", COUNTER, "Requests admitted under limits.",
            (), lambda scrape: scrape.store.ledger.counts.taken, SUM),

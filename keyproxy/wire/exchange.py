@@ -430,7 +430,7 @@ class Exchange(PoolUser):
         self.body = b""
         if self._collector is not None:
             self._collector.leave()
-        if self.permit is not None:
+        if self.permit is not None or self.slots is not None:
             self._gate.settle(self)
         self._server.recorder.record(self)
         self._client.exchange_over(now, closes=closes, is_cut=resets and ending is Ending.CUT)

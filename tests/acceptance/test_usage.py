@@ -125,7 +125,7 @@ async def test_limits_the_ledger_and_usage_are_in_the_metrics_and_the_page_is_we
     await site.told("user", "set-plan", "u_42", "two")
     async with site.serving():
         assert [(await site.call(key["secret"]))[1] for _ in range(4)] == ["", "", *["quota_exhausted"] * 2]
-        assert await site.metric("keyproxy_limit_refusals_total", policy="user.requests_per_day") == 2
+        assert await site.metric("keyproxy_limit_refusals_total", policy="user.requests_per_day", reason="spent") == 2
         assert await site.metric("keyproxy_ledger_admissions_total") == 2
         assert 1 <= await site.metric("keyproxy_ledger_waits_total") <= 4
         assert await site.metric("keyproxy_ledger_round_trip_seconds_count") >= 1

@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.dialects.table import DIALECTS
+from keyproxy.ai.metered_request import MeteredRequest
+from keyproxy.ai.model_source import ModelSource
+from keyproxy.ai.models import ModelTable
+from keyproxy.ai.requests.request_reading import BodyBounds
+from keyproxy.ai.reservation import TokenRules
+from keyproxy.ai.route_rules import RouteRules
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import ANSWERED, Ending, RequestHead
+from keyproxy.model import ANSWERED, Ending, RequestHead, TokenUse
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
@@ -284,3 +291,44 @@ def test_a_share_of_the_successes_has_a_line_and_every_refusal(logged: Logged) -
     assert sum(line["code"] == "api_key_invalid" for line in lines) == 40
     # Of 10,040; six standard deviations either way.
     assert 2_510 - 261 < written < 2_510 + 261
+
+
+# -- metered requests
+
+
+def metered(cap: int = 0) -> MeteredRequest:
+    head = RequestReader(FieldNames(), lambda _: False).read(_CHAT, len(_CHAT) - 4)
+    rules = RouteRules(
+        "chat", DIALECTS["openai"], tokens=TokenRules(), bounds=BodyBounds(), models=ModelTable(),
+        source=ModelSource(""),
+    )  # fmt: skip
+    one = MeteredRequest(rules, head)
+    one.output, one.cap = 4_096, cap
+    return one
+
+
+_CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: p\r\n\r\n"
+
+
+def test_a_metered_request_is_logged_with_its_model_tokens_and_cost(logged: Logged) -> None:
+    one = ended(head_of())
+    one.metered, one.model, one.is_estimated, one.cost_micros = metered(4_096), "gpt-4o", True, 123
+    one.token_use = TokenUse(100, 50, cached=60, reasoning=30)
+    line = line_of(logged, one)
+    names = (
+        "model", "tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning", "tokens_reserved", "output_cap",
+        "cost_micros", "estimated",
+    )  # fmt: skip
+    assert [line[name] for name in names] == ["gpt-4o", 100, 50, 60, 30, 4_096, 4_096, 123, True]
+
+
+def test_a_metered_request_that_was_not_forwarded_has_no_tokens_and_the_reason(logged: Logged) -> None:
+    one = ended(head_of(), reason=Reason.TOKEN_BUDGET_EXHAUSTED, policy="user.tokens_per_day")
+    one.metered, one.limit_reason = metered(), "held"
+    line = line_of(logged, one)
+    assert (line["model"], line["tokens_in"], line["output_cap"], line["cost_micros"]) == (None, None, None, 0)
+    assert (line["policy"], line["reason"]) == ("user.tokens_per_day", "held")
+
+
+def test_requests_of_other_routes_are_logged_without_these(logged: Logged) -> None:
+    assert "model" not in line_of(logged, ended(head_of()))

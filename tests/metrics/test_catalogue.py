@@ -21,7 +21,7 @@ from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
-from keyproxy.limits.ledger_protocol import POLICIES, Pool
+from keyproxy.limits.ledger_protocol import POLICIES, REFUSALS, Pool
 from keyproxy.limits.plan import PERS, Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
@@ -54,12 +54,14 @@ TOKENS = "POST /v1/chat/completions"
 def store(number: int) -> Store:
     """The figures of a store that metrics read; the type checker compares their names with those of the store."""
     ledger = SimpleNamespace(
-        refusals=dict.fromkeys(POLICIES, number),
+        refusals=dict.fromkeys(REFUSALS, number),
         counts=SimpleNamespace(taken=number, waited=number),
         conversation=SimpleNamespace(
             counts={"failures": number},
             unsettled_seconds=lambda: float(number),
             lease_sync=SimpleNamespace(outstanding=number),
+            reaping=SimpleNamespace(failures=number),
+            reap_age=SimpleNamespace(seconds=lambda: float(number)),
         ),
     )
     usage = SimpleNamespace(
@@ -90,6 +92,7 @@ def server(number: int) -> ProxyServer:
         open_tunnels=lambda: number,
         open_connections=lambda: number,
         failed_connections=lambda: dict.fromkeys(("file_descriptors", "handshake"), number),
+        usage_reads=SimpleNamespace(outcomes=dict.fromkeys(("reported", "not_reported", "timed_out"), number)),
     )
     return cast("ProxyServer", figures)
 
@@ -106,6 +109,7 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         upstreams=cast("Upstreams", SimpleNamespace(distinct=lambda: {"live": pool})),
         store=store(number),
         routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai")],
+        models=["gpt-4o"],
         ledger_round_trips=ledger_round_trips,
     )
 
@@ -173,7 +177,9 @@ def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
     """A series that appears with the value 1 never rose for Prometheus: increase() of it is 0."""
     text = page()
     assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in STATUS_CLASSES}
-    assert set(series(text, "keyproxy_limit_refusals_total")) == {(policy,) for policy in POLICIES}
+    assert set(series(text, "keyproxy_limit_refusals_total")) == set(REFUSALS)
+    assert set(series(text, "keyproxy_spend_micros_total")) == {("gpt-4o",), ("other",)}
+    assert set(series(text, "keyproxy_caps_inserted_total")) == {(TOKENS,)}
     for name in ("keyproxy_tokens_held_total", "keyproxy_tokens_estimated_total"):
         assert set(series(text, name)) == {("live", TOKENS), ("test", TOKENS)}
     assert set(series(text, "keyproxy_tokens_settled_total")) == {
@@ -185,7 +191,8 @@ def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
 
 async def test_the_ledger_counts_every_policy_from_0_on() -> None:
     ledger = Ledger(cast("LedgerBackend", None), LedgerSettings(), clock.now)
-    assert ledger.refusals == dict.fromkeys(POLICIES, 0)
+    assert ledger.refusals == dict.fromkeys(REFUSALS, 0)
+    assert {policy for policy, _ in REFUSALS} == set(POLICIES)
 
 
 def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:

@@ -204,6 +204,15 @@ async def test_a_refusal_has_the_format_of_the_dialect(start: Start, shape: str)
 SMALL = {"body_bytes_max": 65_536, "body_memory_max": 262_144}
 
 
+async def test_requests_for_which_repeats_are_off_are_charged_each_time(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), "requests/day=3", idempotency="off")
+    for _ in range(3):
+        assert (await ask(wire, hello(), "Idempotency-Key: 7")).status == 200
+    assert wire.upstream.requests[-1].one("Idempotency-Key") == "7"
+    _, content = await refused(wire, hello(), "Idempotency-Key: 7")
+    assert content["code"] == "quota_exhausted"
+
+
 @pytest.mark.parametrize(
     ("settings", "body", "lines", "expected"),
     [
@@ -237,13 +246,9 @@ async def test_all_bodies_together_are_bounded_and_each_user_has_a_quarter(start
         head = request("POST", CHAT, key=fakes.key(number).reveal())
         await client.send(head[:-2] + b"Content-Length: 65536\r\n\r\n" + b" " * 65_535)
         recorded = len(wire.recorder.seen)
-        held = wire.server.room.held_bytes
-        await until(
-            lambda held=held, recorded=recorded: (
-                wire.server.room.held_bytes >= held + 65_535 or len(wire.recorder.seen) > recorded
-            ),
-            "it is held or refused",
-        )
+        full = wire.server.room.held_bytes + 65_535
+        while wire.server.room.held_bytes < full and len(wire.recorder.seen) == recorded:
+            await asyncio.sleep(0.01)
         if len(wire.recorder.seen) > recorded:
             told = await client.answer()
             content = error(told)
@@ -251,3 +256,21 @@ async def test_all_bodies_together_are_bounded_and_each_user_has_a_quarter(start
     for context in slow:
         await context.__aexit__(None, None, None)
     assert statuses == [(2, 429, "concurrency_limited", "body_memory"), (6, 503, "overloaded", None)]
+
+
+async def test_a_request_counts_as_concurrent_while_its_body_arrives(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), "concurrency=1")
+    assert (await ask(wire, hello())).status == 200
+    body = json.dumps(hello()).encode()
+    head = request("POST", CHAT)[:-2] + b"Content-Length: %d\r\n\r\n" % len(body)
+    async with wire.client() as slow, wire.client() as leaving:
+        await slow.send(head + body[:10])
+        await until(lambda: wire.server.room.held_bytes == 10, "its body is awaited")
+        _, content = await refused(wire, hello())
+        assert content["code"] == "concurrency_limited"
+        await slow.send(body[10:])
+        assert (await slow.answer()).status == 200
+        await leaving.send(head + body[:10])
+        await until(lambda: wire.server.room.held_bytes == 10, "its body is awaited")
+    await until(lambda: wire.server.room.held_bytes == 0, "it has left")
+    assert (await ask(wire, hello())).status == 200

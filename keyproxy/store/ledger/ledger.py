@@ -16,7 +16,7 @@ from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import Short
-from keyproxy.limits.ledger_protocol import POLICIES
+from keyproxy.limits.ledger_protocol import REFUSALS
 from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
@@ -52,8 +52,8 @@ class Ledger(ports.Ledger):
         self._table = self.conversation.lease_table
         self._sync = self.conversation.lease_sync
         self.counts = Counts()
-        #: Requests that a limit refused, by its policy.
-        self.refusals: dict[str, int] = dict.fromkeys(POLICIES, 0)
+        #: Requests that a limit refused, by its policy and the reason, see `LimitReason`.
+        self.refusals: dict[tuple[str, ...], float] = dict.fromkeys(REFUSALS, 0)
         self._now = now
         self._open_holds = 0
         #: Set when the last hold is settled; None if nothing waits for that.
@@ -172,8 +172,8 @@ class Ledger(ports.Ledger):
 
     def _count(self, refusal: Refusal) -> None:
         if refusal.limit is not None:
-            policy = refusal.limit.policy.name
-            self.refusals[policy] = self.refusals.get(policy, 0) + 1
+            labels = refusal.limit.policy.name, refusal.limit_reason.value
+            self.refusals[labels] = self.refusals.get(labels, 0) + 1
 
     async def _bring(self, short: Short, check: Callable[[], object], patience: TimeBudget) -> None:
         """Query the ledger until the request can be decided. Raises a Refusal if it does not respond in time."""

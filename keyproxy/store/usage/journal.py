@@ -130,7 +130,7 @@ class UsageJournal:
                 continue
             model = exchange.model
             if model:
-                model = self.model_names.kept(model, identity.user_id, day)
+                model = exchange.model = self.model_names.kept(model, identity.user_id, day)
             group = by_key.get((identity, route, model))
             if group is None:
                 group = self._begun(identity, route, model)
