@@ -302,10 +302,7 @@ class Permit:
 
 @mypyc_attr(acyclic=True)
 class TokenUse:
-    """The tokens of a request: of its prompt (in) and its completion (out); `total` is charged.
-
-    `cached` and `cache_write` are parts of `tokens_in`, `reasoning` is a part of `tokens_out`.
-    """
+    """The tokens of a request; `total` is charged. `cached` and `cache_write` are parts of the input, `reasoning` is output."""
 
     __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out", "total")
 
@@ -320,15 +317,13 @@ class TokenUse:
         self.reasoning: Final = reasoning
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TokenUse):
-            return NotImplemented
-        return self._values() == other._values()
+        return self._values() == other._values() if isinstance(other, TokenUse) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._values())
 
     def __repr__(self) -> str:
-        return "TokenUse({}, {}, cached={}, cache_write={}, reasoning={})".format(*self._values())
+        return f"TokenUse{self._values()}"
 
     def _values(self) -> tuple[int, int, int, int, int]:
         return self.tokens_in, self.tokens_out, self.cached, self.cache_write, self.reasoning

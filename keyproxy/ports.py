@@ -183,6 +183,9 @@ class Exchange:
     bytes_out: int = 0
     is_over: bool = False
 
+    #: Whether the upstream has the whole request, as far as is known: once a metered exchange is over.
+    was_sent_whole: bool = False
+
     #: On metered routes: what the request reserves, and the meter of its response.
     metered: MeteredRequest | None = None
     meter: Meter | None = None
@@ -210,11 +213,6 @@ class Exchange:
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the body is complete, or the exchange is over. `otherwise`: the refusal if it is too large."""
-        raise NotImplementedError
-
-    @property
-    def was_sent_whole(self) -> bool:
-        """Whether the upstream has the whole request, as far as is known."""
         raise NotImplementedError
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:

@@ -28,7 +28,7 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
 from keyproxy.wire.upstream.retry import may_retry
-from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED, TIMED_OUT
+from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
 _PENDING_BYTES_MAX: Final = 65_536
@@ -50,7 +50,6 @@ class Exchange(PoolUser):
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
-    _was_sent_whole: bool = False
     #: Whether the client has left, and the response is read on for its usage.
     _reads_usage: bool = False
 
@@ -81,10 +80,7 @@ class Exchange(PoolUser):
         self.is_complete = is_complete
         self.body = content
 
-    # -- what the gateway decides
-
     def forward(self, permit: Permit) -> None:
-        """Send the request upstream and relay the response."""
         self.permit = permit
         head = self.head
         if head is None or self.is_over:
@@ -95,11 +91,10 @@ class Exchange(PoolUser):
         self._go(permit)
 
     def refuse(self, refusal: Refusal) -> None:
-        """Respond with a refusal. If a response has begun already, it is cut off visibly."""
         if self.is_over:
             return
         if self._reads_usage:
-            self._end_usage_read(NOT_REPORTED)
+            self._server.usage_reads.end(self, NOT_REPORTED)
             return
         self._note(refusal)
         if self.response.is_replaceable:
@@ -109,9 +104,7 @@ class Exchange(PoolUser):
             self._end(Ending.CUT, self._server.clock(), closes=True)
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
-        """Wait until the whole body has arrived, or the exchange is over. `otherwise`: the refusal of one too large."""
-        head = self.head
-        identity = self.identity
+        head, identity = self.head, self.identity
         if self.is_complete or self.is_over or head is None or identity is None:
             return
         owner = (identity.tenant_id, identity.user_id)
@@ -126,18 +119,15 @@ class Exchange(PoolUser):
         self.body_wait_seconds += self._server.clock() - since
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
-        """Call `advance` until it returns True or the exchange is over, with other work between two calls."""
         identity = self.identity
         assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
-        owner = (identity.tenant_id, identity.user_id)
-        await self._server.turns.work(owner, lambda: self.is_over or advance())
+        await self._server.turns.work((identity.tenant_id, identity.user_id), lambda: self.is_over or advance())
 
     def _invite_body(self, head: RequestHead) -> None:
         if head.fields.expects_continue and not self.bytes_in:
             self._client.transport.send(response_heads.CONTINUE)
 
     def extend(self, permit: Permit) -> None:
-        """Continue with a permit that holds more."""
         self.permit = permit
         if self._phase == phases.PAUSED:
             self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
@@ -145,13 +135,11 @@ class Exchange(PoolUser):
                 self.resume_response()
 
     def pause_stream(self) -> None:
-        """Stop reading the response until more tokens are held for it."""
         if self._phase != phases.PAUSED:
             self._phase = phases.EXCHANGE.step(self._phase, phases.PAUSED)
         self.pause_response()
 
     def end_stream(self, refusal: Refusal) -> None:
-        """End a stream here: its last event has the reason, and the response ends like a complete one."""
         if not (self.is_over or self._reads_usage) and stream_cut.send_error_event(
             refusal, self, self.response, self._server
         ):
@@ -206,26 +194,18 @@ class Exchange(PoolUser):
             return
         if not self.status:
             self.status = _CLIENT_GONE_STATUS
-        meter, wait_seconds = self.meter, self._gate.usage_wait_seconds
-        is_awaited = meter is not None and meter.is_finished and not meter.is_reported
-        if is_awaited and wait_seconds > 0.0 and self.has_response and self._upstream is not None:
-            self._read_usage(self._upstream, wait_seconds)
+        meter, upstream, seconds = self.meter, self._upstream, self._gate.usage_wait_seconds
+        is_missed = meter is not None and meter.is_finished and not meter.is_reported
+        if is_missed and upstream is not None and seconds > 0.0:
+            self._reads_usage = True
+            if self._phase == phases.PAUSED:
+                self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
+            self._server.usage_reads.begin(self, self._leave, seconds)
+            upstream.resume()
         else:
-            self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
+            self._leave()
 
-    def _read_usage(self, upstream: UpstreamConnection, wait_seconds: float) -> None:
-        """Read the rest of the response, which the client does not need any more, for its usage."""
-        self._reads_usage = True
-        if self._phase == phases.PAUSED:
-            self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
-        self._server.usage_reads.begin(self, self._give_up_usage, wait_seconds)
-        upstream.resume()
-
-    def _give_up_usage(self) -> None:
-        self._end_usage_read(TIMED_OUT)
-
-    def _end_usage_read(self, outcome: str) -> None:
-        self._server.usage_reads.end(self, outcome)
+    def _leave(self) -> None:
         self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
 
     def close_tunnel(self) -> None:
@@ -246,12 +226,10 @@ class Exchange(PoolUser):
     # -- called by the upstream connection and the pool
 
     def pause_request(self) -> None:
-        """The upstream does not read fast enough."""
         if not self.is_complete:
             self._client.pause()
 
     def resume_request(self) -> None:
-        """The upstream reads again."""
         self._release_buffer()
         if not self.is_complete:
             self._client.resume()
@@ -291,7 +269,6 @@ class Exchange(PoolUser):
             self.response.send_interim(answer)
 
     def response_begins(self, answer: ResponseHead, now: float) -> None:
-        """Take the head of the response. `response_arrived` writes it, together with the first content."""
         head = self.head
         assert head is not None  # noqa: S101 - for the type checker: it was forwarded
         self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
@@ -307,7 +284,6 @@ class Exchange(PoolUser):
         self.response.begin(head, answer, lines, may_continue=may_continue)
 
     def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
-        """The upstream accepted the WebSocket handshake: from now on bytes are relayed unchanged, both ways."""
         self._phase = phases.EXCHANGE.step(self._phase, phases.TUNNEL)
         self.answered_mono = now
         self.status = answer.line.status
@@ -317,7 +293,6 @@ class Exchange(PoolUser):
         self._client.enter_tunnel()
 
     def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
-        """Take the next content of the response, and whether it was the last."""
         meter, response = self.meter, self.response
         if meter is not None:
             content = meter.feed(content)
@@ -325,7 +300,7 @@ class Exchange(PoolUser):
                 content += meter.finish()
             if self._reads_usage:
                 if meter.is_reported or is_last:
-                    self._end_usage_read(REPORTED if meter.is_reported else NOT_REPORTED)
+                    self._server.usage_reads.end(self, REPORTED if meter.is_reported else NOT_REPORTED)
                 return
         self.bytes_out += len(content)
         response.write(content, is_last=is_last)
@@ -335,7 +310,6 @@ class Exchange(PoolUser):
             self._gate.watch(self)
 
     def upstream_lost(self, refusal: Refusal) -> None:
-        """The upstream failed before or during its response, or no connection was available."""
         upstream, self._upstream = self._upstream, None
         is_first = self._phase == phases.REQUESTED and not self._is_retry
         is_reused = upstream is not None and upstream.is_reused
@@ -347,39 +321,26 @@ class Exchange(PoolUser):
             self.refuse(refusal)
 
     def is_read_slowly(self, now: float, *, for_seconds: float) -> bool:
-        """Whether the client reads the response so slowly that it occupies the upstream connection."""
         return self._client.transport.reads_slowly(now, for_seconds=for_seconds)
 
     def preempt(self, refusal: Refusal) -> None:
-        """End the exchange, to free the connection for other requests."""
         if self._phase == phases.TUNNEL:
             self.close_tunnel()
         else:
             self.end_stream(refusal)
 
-    # -- its state
-
     @property
     def is_tunnel(self) -> bool:
-        """Whether bytes are relayed unchanged."""
         return self._phase == phases.TUNNEL
 
     @property
     def has_response(self) -> bool:
-        """Whether the upstream has begun to respond."""
         return phases.RESPONDING <= self._phase < phases.OVER
 
     @property
     def has_upstream(self) -> bool:
         """Whether bytes of the request were sent upstream."""
         return self._upstream is not None
-
-    @property
-    def was_sent_whole(self) -> bool:
-        """Whether the upstream has the whole request, as far as is known: once the exchange is over."""
-        return self._was_sent_whole
-
-    # -- the rest
 
     def _go(self, permit: Permit) -> None:
         """Request an upstream connection, once there is something to send on it."""
@@ -417,7 +378,7 @@ class Exchange(PoolUser):
         upstream = self._upstream
         if self.metered is not None:
             self.metered.forget_content()
-            self._was_sent_whole = upstream is not None and self.is_complete and upstream.has_sent_all
+            self.was_sent_whole = upstream is not None and self.is_complete and upstream.has_sent_all
         if before == phases.CONNECTING and self._pool is not None:
             self._pool.wait_no_more(self)
         if upstream is not None:

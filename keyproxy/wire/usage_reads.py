@@ -22,18 +22,20 @@ class UsageReads:
         self._loop = loop
         self._reads: dict[object, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
 
-    def begin(self, exchange: object, give_up: Callable[[], None], seconds: float) -> None:
-        """Call `give_up` after so many seconds, or when the server stops, unless the read ends before."""
-        self._reads[exchange] = give_up, self._loop.call_later(seconds, give_up)
+    def begin(self, exchange: object, leave: Callable[[], None], seconds: float) -> None:
+        """Call `leave` after so many seconds, or when `end` is called for this exchange before that."""
+        self._reads[exchange] = leave, self._loop.call_later(seconds, self.end, exchange, TIMED_OUT)
 
     def end(self, exchange: object, outcome: str) -> None:
-        """A read has ended."""
+        """End a read in progress."""
         begun = self._reads.pop(exchange, None)
         if begun is not None:
-            begun[1].cancel()
+            leave, timer = begun
+            timer.cancel()
             self.outcomes[outcome] += 1
+            leave()
 
     def end_all(self) -> None:
         """Give up all reads: the server stops."""
-        for give_up, _ in list(self._reads.values()):
-            give_up()
+        for exchange in list(self._reads):
+            self.end(exchange, TIMED_OUT)
