@@ -302,7 +302,7 @@ class Permit:
 
 @mypyc_attr(acyclic=True)
 class TokenUse:
-    """The tokens of a request; `total` is charged. `cached` and `cache_write` are parts of the input, `reasoning` is output."""
+    """The tokens of a request; `total` is charged. `cached` and `cache_write` are parts of the input."""
 
     __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out", "total")
 
