@@ -23,7 +23,7 @@ import uvloop
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
-from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
+from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, Compute
 from keyproxy.demo.story import Stage, Story
 from keyproxy.platform import sockets
 from keyproxy.process import app
@@ -86,7 +86,8 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
             routes=(
                 RouteRow(f"POST {JOBS}", ["jobs:write"]),
                 RouteRow(f"GET {JOBS}/{{id}}", ["jobs:read"]),
-                RouteRow(f"POST {COMPLETIONS}", ["jobs:write"], tokens="header"),
+                RouteRow(f"POST {COMPLETIONS}", ["jobs:write"], tokens="openai"),
+                RouteRow(f"POST {CHAT}", ["jobs:write"], tokens="openai"),
             ),
         )
         config_path = home / "demo.toml"

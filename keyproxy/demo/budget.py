@@ -9,7 +9,7 @@ from typing import Final
 import aiohttp
 import orjson
 
-from keyproxy.demo.compute import COMPLETIONS, Compute
+from keyproxy.demo.compute import COMPLETIONS, PROMPT_TOKENS, Compute
 
 _MAX_TOKENS: Final = 40
 _CALLS: Final = 50
@@ -17,8 +17,8 @@ _WORKERS: Final = 3
 _PAUSE_SECONDS: Final = 0.02
 
 BODY: Final = orjson.dumps({"prompt": "Once upon a time", "max_tokens": _MAX_TOKENS})
-#: The usage of each call: every byte of its prompt, and its maximum.
-TOKENS_EACH: Final = len(BODY) + _MAX_TOKENS
+#: The usage of each call: its prompt, and its maximum.
+TOKENS_EACH: Final = PROMPT_TOKENS + _MAX_TOKENS
 #: Exactly enough for fifty calls.
 BUDGET: Final = _CALLS * TOKENS_EACH
 

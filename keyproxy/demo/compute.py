@@ -13,7 +13,14 @@ from keyproxy.platform import sockets
 
 JOBS: Final = "/v1/ai/jobs"
 COMPLETIONS: Final = "/v1/ai/completions"
+CHAT: Final = "/v1/chat/completions"
 IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
+
+#: What each prompt of the demo has.
+PROMPT_TOKENS: Final = 7
+
+#: What a model generates if nothing bounds it.
+UNBOUNDED_TOKENS: Final = 50_000
 
 
 class Compute:
@@ -30,6 +37,7 @@ class Compute:
         application = web.Application()
         application.router.add_post(JOBS, self._job)
         application.router.add_post(COMPLETIONS, self._completion)
+        application.router.add_post(CHAT, self._completion)
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         sock = sockets.bind("127.0.0.1:0")
@@ -53,9 +61,11 @@ class Compute:
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
     async def _completion(self, request: web.Request) -> web.Response:
-        """A model that uses the whole maximum, with one token per byte."""
-        body = await request.read()
-        used = len(body) + int(orjson.loads(body)["max_tokens"])
+        """A model that generates all that it may, and reports it."""
+        content = await request.json()
+        maximum = content.get("max_completion_tokens", content.get("max_tokens", UNBOUNDED_TOKENS))
+        usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": maximum}
         self.completions += 1
-        self.tokens += used
-        return web.Response(text="…", headers={"X-Usage-Tokens": str(used)})
+        self.tokens += sum(usage.values())
+        answer = {"choices": [{"text": "…", "finish_reason": "length"}], "usage": usage}
+        return web.Response(body=orjson.dumps(answer), content_type="application/json")

@@ -18,8 +18,8 @@ import click
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.schema import Settings
-from keyproxy.demo import budget
-from keyproxy.demo.compute import COMPLETIONS, JOBS, Compute
+from keyproxy.demo import budget, runaway
+from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, UNBOUNDED_TOKENS, Compute
 from keyproxy.store.directory.directory import Directory, KeyWish
 
 #: With X-Keyproxy-Key-Id.
@@ -83,6 +83,7 @@ class Story:
         )
         await self._revocation(keys["revoked"])
         await self._budget(keys["carol"]["secret"])
+        await self._runaway(keys["dave"]["secret"])
 
     def sum_up(self) -> None:
         """Print the result."""
@@ -105,7 +106,7 @@ class Story:
             click.echo("\nPress Ctrl-C to stop.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
-        click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
+        click.echo("\nTenant acme, its users alice, bob, carol and dave, and their keys")
         directory, week = self._directory, timedelta(days=7)
         await directory.tenants.create("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
@@ -115,12 +116,17 @@ class Story:
         carol = await directory.users.create(
             "u_carol", "acme", KeyWish("writer", ("jobs:write",), expires_in=week), plan="small"
         )
+        await directory.plans.set("agent", {"tokens_per_day": runaway.BUDGET})
+        dave = await directory.users.create(
+            "u_dave", "acme", KeyWish("agent", ("jobs:write",), expires_in=week), plan="agent"
+        )
         keys = {
             "alice": alice["key"],
             "test": await directory.keys.issue("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
             "revoked": await directory.keys.issue("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
             "carol": carol["key"],
+            "dave": dave["key"],
         }
         for key in keys.values():
             mode = "test" if key["is_test"] else "live"
@@ -201,6 +207,19 @@ class Story:
         answers, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
         counted = ", ".join(f"{count} x {what}" for what, count in sorted(answers.items()))
         click.echo(f"   < {counted}\n   < the compute server has processed {self._stage.compute.tokens} tokens")
+        self._judge(title, wrong)
+
+    async def _runaway(self, key: str) -> None:
+        """An agent without a maximum under a small budget."""
+        self._steps += 1
+        title = (
+            f"dave's agent runs away: no maximum, {UNBOUNDED_TOKENS} tokens a call, and a budget of {runaway.BUDGET}"
+        )
+        click.echo(f"\n{self._steps}. {title}\n   > POST {CHAT}   again and again")
+        calls, wrong = await runaway.run(self._session, self._url, key, self._stage.compute)
+        for call in calls:
+            outcome = call.code or f"200, capped at {call.cap} tokens"
+            click.echo(f"   < {outcome}" + ("" if call.may_retry else ", x-should-retry: false"))
         self._judge(title, wrong)
 
     async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:

@@ -34,6 +34,7 @@ STEPS = {
     "A worker claims to be another user": ["X-Keyproxy-User: u_root", "< 200", "User u_alice, Tenant acme"],
     "A key is revoked while calls run": ["'200'", "'api_key_revoked'"],
     "carol may spend": ["200 from proxy 1", "200 from proxy 2", "token_budget_exhausted", "tokens"],
+    "dave's agent runs away": ["200, capped at 4096 tokens", "429 token_budget_exhausted (spent)", "x-should-retry: false"],
 }
 
 

@@ -146,6 +146,33 @@ async def test_a_client_that_leaves_earlier_aborts_the_upstream_at_once_and_is_c
     assert wire.recorder.seen[-1].is_estimated
 
 
+async def test_a_client_that_closes_its_connection_in_a_pause_of_the_stream_is_noticed_at_once(start: Start) -> None:
+    streaming = Streaming(stream(delta("Hello")))
+    wire = await metered(start, streaming.upstream)
+    async with wire.client() as client:
+        body = json.dumps(hello(stream=True)).encode()
+        await client.send(request("POST", CHAT, "Content-Type: application/json", body=body))
+        assert b"Hello" in await client.reader.readuntil(b"\n\n\r\n")
+    assert await charged(wire) == 19
+    await until(lambda: streaming.aborted_mono > 0, "the upstream is aborted", seconds=2)
+
+
+async def test_a_client_that_closes_only_its_sending_side_gets_the_whole_stream(start: Start) -> None:
+    streaming = Streaming(stream(delta("Hello")), b"".join(map(chunk, (FINISH, USAGE, DONE))) + b"0\r\n\r\n")
+    wire = await metered(start, streaming.upstream)
+    async with wire.client() as client:
+        body = json.dumps(hello(stream=True)).encode()
+        await client.send(request("POST", CHAT, "Content-Type: application/json", body=body))
+        client.half_close()
+        await until(lambda: bool(wire.upstream.requests), "it is under way")
+        await asyncio.sleep(0.2)
+        streaming.goes_on.set()
+        told = await client.answer()
+    assert told.is_whole
+    assert told.body.endswith(DONE)
+    assert await charged(wire) == 22
+
+
 async def test_a_client_that_leaves_before_the_first_byte_is_charged_the_input(start: Start) -> None:
     streaming = Streaming(b"")
     wire = await metered(start, streaming.upstream)

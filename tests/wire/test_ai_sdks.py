@@ -167,8 +167,8 @@ async def proxied(start: Start, name: str, *limits: str) -> Wire:
 
 
 async def call(wire: Wire, name: str, *, streams: bool) -> str:
-    host, port = wire.address
-    return await asyncio.to_thread(SDKS[name].ask, f"http://{host}:{port}", streams)
+    url = f"http://{wire.address[0]}:{wire.address[1]}"
+    return await asyncio.to_thread(SDKS[name].ask, url, streams)
 
 
 @pytest.mark.parametrize("name", SDKS)

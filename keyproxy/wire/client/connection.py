@@ -26,6 +26,7 @@ from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.parsing.framing import FramingError
 from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING
+from keyproxy.wire.responses import client_probe
 from keyproxy.wire.tls import certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
@@ -255,7 +256,7 @@ class ClientConnection(ExchangeOwner):
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
         else:
             # Or it has closed both directions, which only a write can reveal.
-            exchange.response.begin_status_line()
+            client_probe.probe(exchange, exchange.response)
 
     def _read_head(self) -> bool:
         """Begin the next exchange. False if its head is incomplete."""

@@ -45,6 +45,11 @@ class SseMeter(Meter):
         self._has_hidden = False
 
     @property
+    def takes_comments(self) -> bool:
+        """See Meter."""
+        return not self._passed
+
+    @property
     def produced(self) -> int:
         """See Meter."""
         return self._reading.tokens
