@@ -204,8 +204,8 @@ class RequestReader(_Reader[RequestFields]):
             return None
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
-    def _parse(self, raw: bytes, line: RequestLine | None = None) -> RequestHead:
-        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=line)
+    def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
+        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=judged)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
