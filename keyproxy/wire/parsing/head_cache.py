@@ -175,7 +175,7 @@ class RequestReader(_Reader[RequestFields]):
         start = buffer[:at]
         line = self._start_lines.get(start) or self._start_line(start)
         if line is None:
-            return self._parse(buffer[: end + 4], line)
+            return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
