@@ -51,9 +51,14 @@ def main(arguments: Sequence[str]) -> int:
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await fill(dsn, keys)
     store = Store(
-        schema.StoreSettings(), schema.Cache(), schema.LedgerSettings(), schema.Usage(),
-        dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
-    )  # fmt: skip
+        schema.StoreSettings(),
+        schema.Cache(),
+        schema.LedgerSettings(),
+        schema.Usage(),
+        dsn=dsn,
+        header_prefix="X-Keyproxy-",
+        now=clock.now,
+    )
     await store.open()
     while not store.feed.is_current():
         await asyncio.sleep(0.01)

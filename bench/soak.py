@@ -163,9 +163,25 @@ async def slow(port: int, secret: str, mode: tuple[str, str, str, bool], *, seco
     """One mode of slowhttptest, with 1,000 connections."""
     name, flag, path, has_key = mode
     command = [
-        "slowhttptest", flag, "-c", "1000", "-r", "500", "-i", "2", "-l", str(seconds), "-p", "5", "-v", "0",
-        "-u", f"http://127.0.0.1:{port}{path}", "-m", _ACCEPT.format(secret=secret) if has_key else "*/*",
-    ]  # fmt: skip
+        "slowhttptest",
+        flag,
+        "-c",
+        "1000",
+        "-r",
+        "500",
+        "-i",
+        "2",
+        "-l",
+        str(seconds),
+        "-p",
+        "5",
+        "-v",
+        "0",
+        "-u",
+        f"http://127.0.0.1:{port}{path}",
+        "-m",
+        _ACCEPT.format(secret=secret) if has_key else "*/*",
+    ]
     async with watch.over(f"slowhttptest, {name}, 1,000 connections"):
         process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL

@@ -157,14 +157,35 @@ def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
     return Window(Pool("user", owner, False), measure)
 
 
-def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int = 0, at_least: int = 1,
-         granted: int = 0, used: int = 0, returned: int = 0, interval_seconds: float = 0.0,
-         takes_all: bool = False, is_closing: bool = False) -> LeaseReport:  # fmt: skip
+def line(
+    lease: int = 1,
+    of: Window | None = None,
+    *,
+    limit: int = 10,
+    want: int = 0,
+    at_least: int = 1,
+    granted: int = 0,
+    used: int = 0,
+    returned: int = 0,
+    interval_seconds: float = 0.0,
+    takes_all: bool = False,
+    is_closing: bool = False,
+) -> LeaseReport:
     """A holder's report of a lease; by default of a day's requests."""
     return LeaseReport(
-        lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
-        takes_all, is_closing,
-    )  # fmt: skip
+        lease,
+        of or window(),
+        0,
+        limit,
+        interval_seconds,
+        granted,
+        used,
+        returned,
+        want,
+        min(at_least, want),
+        takes_all,
+        is_closing,
+    )
 
 
 async def granted_to(ledger: LedgerBackend, serial: int, *lines: LeaseReport) -> dict[int, int]:
@@ -249,15 +270,39 @@ class Holders:
         at_least = self.random.randint(1, want) if want else 0
         # Two leases of one window may come from two plans.
         limit = LIMITS[measure] - (self.random.random() < 0.1)
-        return LeaseReport(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
-                    want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
+        return LeaseReport(
+            number,
+            window(measure),
+            starts,
+            limit,
+            0.0,
+            granted,
+            used,
+            returned,
+            want,
+            at_least,
+            want > 0 and self.random.random() < 0.1,
+            is_closing,
+        )
 
     def _rate_line(self, name: str, place: int) -> LeaseReport:
         want = self.random.choice([0, 1, 20, 90])
         burst = BURST - 100 * (self.random.random() < 0.1)
         # The ledger stores no lease for a rate: any number that is unique in this message will do.
-        return LeaseReport(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
-                    self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
+        return LeaseReport(
+            1_000_000 + place,
+            window("rate"),
+            0,
+            burst,
+            INTERVAL_SECONDS,
+            0,
+            0,
+            0,
+            want,
+            self.random.randint(1, want) if want else 0,
+            False,
+            False,
+        )
 
 
 class LedgerContract:

@@ -109,8 +109,8 @@ def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     assert told == {(problem.code, problem.status) for problem in Problem}
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
         *DESCRIPTIONS.items(),
-        ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
-    }  # fmt: skip
+        ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do"),
+    }
 
 
 GROUPS = [cli.root, *(one for one in cli.root.commands.values() if isinstance(one, click.Group))]

@@ -92,9 +92,7 @@ DIALECT = re.compile(
 )
 DIALECT_PER_THOUSAND_WORDS_MAX = 2.0
 
-TYPE_CHECKING_USERS = {
-    "keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py",
-}  # fmt: skip
+TYPE_CHECKING_USERS = {"keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py"}
 
 
 def _name(path: Path) -> str:

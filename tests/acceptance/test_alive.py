@@ -337,7 +337,7 @@ async def test_the_subject_of_a_client_certificate_is_forwarded_upstream(
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    worker = authority.issue_cert("worker.acme", common_name='wörk,er', organization_name="Acme")  # fmt: skip
+    worker = authority.issue_cert("worker.acme", common_name="wörk,er", organization_name="Acme")
     worker.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "worker.pem"))
     tls = {"tls_certificate_file": str(tmp_path / "server.pem"), "tls_client_ca_file": str(tmp_path / "ca.pem")}
     site = configure(dsn, listen=tls)

@@ -141,10 +141,24 @@ async def test_it_serves_on_a_read_only_file_system(configure: Configure, dsn: s
 
     async def run(*arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            "unshare", "-rm", "sh", "-c", READ_ONLY, "sh", sys.executable, "-B", "-m", "keyproxy", *arguments,
-            "--config", str(site.config), env=site.environment, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            READ_ONLY,
+            "sh",
+            sys.executable,
+            "-B",
+            "-m",
+            "keyproxy",
+            *arguments,
+            "--config",
+            str(site.config),
+            env=site.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
 
     process = await run("serve")
     try:

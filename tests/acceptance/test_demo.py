@@ -51,10 +51,20 @@ class Stage:
     async def playing(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """A demo in its own session, as a terminal starts it. It ends with the context."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "demo", "--directory", str(self.data), *arguments,
-            env=self.environment, cwd=self.surroundings["cwd"], start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "demo",
+            "--directory",
+            str(self.data),
+            *arguments,
+            env=self.environment,
+            cwd=self.surroundings["cwd"],
+            start_new_session=True,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             async with asyncio.timeout(60):
                 yield process
@@ -217,9 +227,15 @@ async def _run_as_printed(stage: Stage, result: str) -> None:
         if command.startswith("curl ") and shutil.which("curl") is None:
             continue
         running = await asyncio.create_subprocess_exec(
-            "sh", "-c", command, env=stage.environment, cwd="/", stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            "sh",
+            "-c",
+            command,
+            env=stage.environment,
+            cwd="/",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         out, err = await running.communicate()
         assert running.returncode == 0, (command, err)
         answers.append(out)

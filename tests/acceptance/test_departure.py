@@ -302,11 +302,14 @@ async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Si
         "serve", process_registry.encoded(f"127.0.0.1:{site.proxy_port}"), process_registry.NOWHERE, "0" * 16
     )
     squatting = await asyncio.create_subprocess_exec(
-        sys.executable, "-c",
+        sys.executable,
+        "-c",
         "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]);"
         " s.listen(); print('up', flush=True); sys.stdin.read()",
-        other.name(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        other.name(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
     assert squatting.stdout is not None
     assert await squatting.stdout.readline() == b"up\n"
     async with site.serving() as process:

@@ -86,9 +86,26 @@ def _seconds_until(text: str) -> float:
 
 def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
     made = shell.told(
-        "plan", "set", "basic", "--rate", "3000/min", "--burst", "100", "--concurrency", "8", "--requests-per-day", "10",
-        "--requests-per-month", "20", "--tokens-per-request", "30", "--tokens-per-day", "40", "--tokens-per-month", "50",
-    )  # fmt: skip
+        "plan",
+        "set",
+        "basic",
+        "--rate",
+        "3000/min",
+        "--burst",
+        "100",
+        "--concurrency",
+        "8",
+        "--requests-per-day",
+        "10",
+        "--requests-per-month",
+        "20",
+        "--tokens-per-request",
+        "30",
+        "--tokens-per-day",
+        "40",
+        "--tokens-per-month",
+        "50",
+    )
     limits = {
         "rate": 50.0, "burst": 100, "concurrency": 8, "requests_per_day": 10, "requests_per_month": 20,
         "tokens_per_request": 30, "tokens_per_day": 40, "tokens_per_month": 50,
@@ -255,8 +272,9 @@ def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_marked(
     assert output.json["incomplete"] == 1
     assert "1 key is incomplete" in output.err
     assert {one["id"]: one["state"] for one in shell.told("key", "list")} == {
-        key["id"]: "active", **{one["id"]: "revoked" for one in more}
-    }  # fmt: skip
+        key["id"]: "active",
+        **{one["id"]: "revoked" for one in more},
+    }
     too_long = shell.refused("key", "report-leaked", stdin="x" * (1 << 20))
     assert "512 KiB" in too_long
 
@@ -302,8 +320,9 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     second = shell.told("plan", "set", "p", "--burst", "200", "--concurrency", "3")
     assert second["limits"] == {"rate": 50.0, "burst": 200, "concurrency": 3, "tokens_per_day": 7}
     assert (second["created"], second["changed"]) == (
-        False, {"burst": {"old": 100, "new": 200}, "concurrency": {"old": None, "new": 3}}
-    )  # fmt: skip
+        False,
+        {"burst": {"old": 100, "new": 200}, "concurrency": {"old": None, "new": 3}},
+    )
     third = shell.told("plan", "set", "p", "--tokens-per-day", "none")
     assert third["changed"] == {"tokens_per_day": {"old": 7, "new": None}}
     assert "burst: means nothing without a rate" in shell.refused("plan", "set", "p", "--rate", "none")
@@ -460,8 +479,9 @@ def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell:
     assert (output.status, output.err) == (0, "")
     keys = [json.loads(line) for line in output.out.splitlines()]
     assert [(key["user"], key["scopes"], key["is_test"], key["secret"][:8]) for key in keys] == [
-        ("u_42", ["jobs:write"], False, "kp_live_"), ("u_7", ["a", "b"], True, "kp_test_"),
-    ]  # fmt: skip
+        ("u_42", ["jobs:write"], False, "kp_live_"),
+        ("u_7", ["a", "b"], True, "kp_test_"),
+    ]
     again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
     assert again.out.count("kp_live_") == 1
     assert "1 key issued, 2 already existed; this is the only time the secrets are shown" in again.err
@@ -600,9 +620,7 @@ def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
     assert asked == []
     shell.run("key", "revoke-all", "--tenant", "acme")
     shell.run("tenant", "delete", "acme")
-    assert asked == [
-        "Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?",
-    ]  # fmt: skip
+    assert asked == ["Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?"]
 
 
 def test_roles_are_created_once_and_named(shell: Shell) -> None:

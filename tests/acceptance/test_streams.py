@@ -25,9 +25,16 @@ async def shell(site: Site, arguments: str, redirections: str) -> Output:
     """Run a command as a shell does, with these redirections."""
     line = f'exec "$0" -m keyproxy {arguments} --config "$1" {redirections}'
     process = await asyncio.create_subprocess_exec(
-        "sh", "-c", line, sys.executable, str(site.config), env=site.environment, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        "sh",
+        "-c",
+        line,
+        sys.executable,
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     async with asyncio.timeout(STUCK_SECONDS):
         out, err = await process.communicate()
     assert b"Traceback" not in err, err
@@ -53,9 +60,16 @@ async def test_a_proxy_serves_without_some_of_its_streams(
     secret = (await site.key())["secret"]
     line = f'exec "$0" -m keyproxy serve --config "$1" {redirections}'
     process = await asyncio.create_subprocess_exec(
-        "sh", "-c", line, sys.executable, str(site.config), env=site.environment,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        "sh",
+        "-c",
+        line,
+        sys.executable,
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
     try:
         await site.until_ready(process)
         for _ in range(4):
@@ -73,13 +87,17 @@ async def test_no_secret_is_created_without_a_stdout_to_show_it(site: Site, tmp_
     table = tmp_path / "users.csv"
     table.write_text("user,name\nu_42,nightly\n", encoding="utf-8")
     for command in (
-        "key issue --user u_42", f"key rotate {key['id']}", f"key issue-many {table}", "user create u_7 --tenant acme",
+        "key issue --user u_42",
+        f"key rotate {key['id']}",
+        f"key issue-many {table}",
+        "user create u_7 --tenant acme",
         "admin token create --scope admin:write",
-    ):  # fmt: skip
+    ):
         output = await shell(site, command, ">&-")
         assert (output.status, output.err) == (
-            1, "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
-        ), command  # fmt: skip
+            1,
+            "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
+        ), command
     assert [one["id"] for one in await site.told("key", "list")] == [key["id"]]
     assert await site.told("admin", "token", "list") == []
     assert [user["id"] for user in await site.told("user", "list")] == ["u_42"]
@@ -127,9 +145,21 @@ async def test_a_secret_for_a_reader_that_has_left_is_named_too(site: Site) -> N
     reading, writing = os.pipe()
     os.close(reading)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "user", "create", "u_7", "--tenant", "acme", "--config", str(site.config),
-        env=site.environment, stdin=asyncio.subprocess.DEVNULL, stdout=writing, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "keyproxy",
+        "user",
+        "create",
+        "u_7",
+        "--tenant",
+        "acme",
+        "--config",
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+    )
     os.close(writing)
     _, err = await asyncio.wait_for(process.communicate(), STUCK_SECONDS)
     (key,) = await site.told("key", "list", "--user", "u_7")
@@ -170,12 +200,13 @@ async def test_secrets_lost_on_a_full_disk_are_issued_again_and_used_keys_stay(s
     keys = [json.loads(line) for line in again.out.splitlines()]
     assert [(key["created"], key["reissues"]) for key in keys] == [
         (True, before[f"u_{number}"]["id"]) for number in range(3)
-    ]  # fmt: skip
+    ]
     for one in before.values():
         shown = await site.told("key", "show", one["id"])
         assert (shown["state"], shown["revoke_reason"]) == (
-            "revoked", "issued again: its secret was lost before it was used",
-        )  # fmt: skip
+            "revoked",
+            "issued again: its secret was lost before it was used",
+        )
     revoked = [row for row in await site.told("audit", "list") if row["action"] == "update" and row["entity"] == "key"]
     assert {row["entity_id"] for row in revoked} == {one["id"] for one in before.values()}
     async with site.serving():
@@ -193,9 +224,16 @@ async def test_a_full_stdout_loses_only_log_lines(configure: Configure, dsn: str
     secret = (await site.key())["secret"]
     with FULL.open("wb") as full:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "serve", "--config", str(site.config), env=site.environment,
-            stdout=full, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "serve",
+            "--config",
+            str(site.config),
+            env=site.environment,
+            stdout=full,
+            stderr=asyncio.subprocess.PIPE,
+        )
     assert process.stderr is not None
     try:
         await site.until_ready(process)

@@ -60,8 +60,10 @@ async def _ready(site: Site) -> tuple[int, Any]:
 
 
 async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_only(
-    configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
-) -> None:  # fmt: skip
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+    address: Relay,
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)
@@ -120,8 +122,10 @@ async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_o
 
 
 async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_primary(
-    configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
-) -> None:  # fmt: skip
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+    address: Relay,
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)
@@ -147,8 +151,9 @@ async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_pr
 
 
 async def test_of_several_hosts_the_primary_is_found_also_after_it_has_changed(
-    configure: Configure, servers: tuple[Server, Server]  # noqa: F811
-) -> None:  # fmt: skip
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)

@@ -101,14 +101,22 @@ async def test_an_exhausted_quota_is_explained_as_it_is_refused(configure: Confi
         assert [(await site.call(key["secret"]))[1] for _ in range(3)] == ["", "", "quota_exhausted"]
         after = await site.told(*question)
     assert after == after | {
-        "allowed": False, "code": "quota_exhausted", "status": 429, "policy": "user.requests_per_day",
-        "user": "u_42", "tenant": "acme", "mode": "live", "route": "POST /v1/ai/jobs",
-    }  # fmt: skip
+        "allowed": False,
+        "code": "quota_exhausted",
+        "status": 429,
+        "policy": "user.requests_per_day",
+        "user": "u_42",
+        "tenant": "acme",
+        "mode": "live",
+        "route": "POST /v1/ai/jobs",
+    }
     limits = {limit["policy"]: limit for limit in after["limits"]}
     assert set(limits) == {"user.requests_per_day", "user.rate"}
     assert limits["user.requests_per_day"] == limits["user.requests_per_day"] | {
-        "limit": 2, "remaining": 0, "refuses": True,
-    }  # fmt: skip
+        "limit": 2,
+        "remaining": 0,
+        "refuses": True,
+    }
     assert not limits["user.rate"]["refuses"]
     other = await site.told("key", "explain", key["id"], "--method", "GET", "--path", "/")
     assert (other["allowed"], other["code"], other["status"]) == (False, "route_not_allowed", 403)
@@ -142,8 +150,12 @@ async def test_limits_the_ledger_and_usage_are_in_the_metrics_and_the_page_is_we
     if promtool is None:
         pytest.skip("promtool is not installed")
     process = await asyncio.create_subprocess_exec(
-        promtool, "check", "metrics", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        promtool,
+        "check",
+        "metrics",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+    )
     said, _ = await process.communicate(page.encode())
     assert (process.returncode, said.decode()) == (0, "")

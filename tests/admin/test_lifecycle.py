@@ -232,9 +232,7 @@ async def test_the_admin_role_suffices_for_the_complete_lifecycle(dsn: str) -> N
     owner = await asyncpg.connect(dsn)
     await owner.execute(may_log_in(dsn, f"{prefix}_admin"))
     await owner.close()
-    database = Database(
-        as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0
-    )  # fmt: skip
+    database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     try:
         async with serving(database) as api:

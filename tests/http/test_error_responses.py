@@ -142,8 +142,12 @@ def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
     answer = ErrorRenderer().render(refusal, "r-1", shape)
     error = told_error(answer, shape)
     assert {name: error[name] for name in ("policy", "limit", "remaining", "reset_seconds", "retryable")} == {
-        "policy": "user.requests-per-day", "limit": 100, "remaining": 0, "reset_seconds": 62, "retryable": True,
-    }  # fmt: skip
+        "policy": "user.requests-per-day",
+        "limit": 100,
+        "remaining": 0,
+        "reset_seconds": 62,
+        "retryable": True,
+    }
     assert fields(answer)["Retry-After"] == "62"
     assert fields(answer)["RateLimit-Policy"] == f"{DAILY.item.decode()}, {TOKENS.item.decode()}"
     assert fields(answer)["RateLimit"] == f"{DAILY.key.decode()};r=0;t=62, {TOKENS.key.decode()};r=4000;t=1000"

@@ -15,9 +15,7 @@ from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import Reason, Refusal
 
 LIMIT = LimitState(LimitPolicy("user.tokens-per-day", 1000, 86_400, "tokens"), 3, 30)
-OVER_LIMIT = [
-    Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED, Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED,
-]  # fmt: skip
+OVER_LIMIT = [Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED, Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED]
 
 CHUNK = (
     b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m",'
@@ -87,9 +85,10 @@ def with_default_retries(server: Server, shape: str) -> tuple[type[Exception], C
 @pytest.mark.parametrize("shape", ["openai", "anthropic"])
 @pytest.mark.parametrize("status", [429, 402])
 @pytest.mark.parametrize(
-    "reason", [Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST],
+    "reason",
+    [Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST],
     ids=lambda reason: reason.code,
-)  # fmt: skip
+)
 def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
     reason: Reason, status: int, shape: str
 ) -> None:

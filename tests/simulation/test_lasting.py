@@ -444,8 +444,10 @@ def test_readiness_reports_expired_leases_after_missing_responses_but_not_after_
         told.append(check_ledger(parts))
     assert {check.verdict for check in told} == {Verdict.DEGRADED}
     assert [check.reason.partition(":")[0] for check in told] == [
-        "requests use existing leases until they expire", "leases have expired", "leases have expired",
-    ]  # fmt: skip
+        "requests use existing leases until they expire",
+        "leases have expired",
+        "leases have expired",
+    ]
     assert conversation.lasting.defects > 50
     flaw.left = 0
     site.wait(3.0)

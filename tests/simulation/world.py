@@ -168,8 +168,10 @@ class World:
         offset, began = chance.uniform(0, 1e6), self.clock.now
         jump = [0.0]
         if fate.wall_jumps:
-            self.clock.at(self.clock.now + chance.expovariate(fate.wall_jumps),
-                          lambda: jump.__setitem__(0, chance.uniform(-1e6, 1e6)))  # fmt: skip
+            self.clock.at(
+                self.clock.now + chance.expovariate(fate.wall_jumps),
+                lambda: jump.__setitem__(0, chance.uniform(-1e6, 1e6)),
+            )
 
         def now() -> Moment:
             return Moment(self.wall() + jump[0], offset + (self.clock.now - began) * speed)

@@ -57,9 +57,19 @@ class RedisServer:
     def start(self, *options: str, until: bytes = b"+PONG") -> None:
         """Start the server and wait until its response to PING begins with `until`."""
         command = [
-            str(self._program), "--unixsocket", str(self._socket), "--port", "0", "--dir", str(self._directory),
-            "--dbfilename", self.file.name, "--save", "", *options,
-        ]  # fmt: skip
+            str(self._program),
+            "--unixsocket",
+            str(self._socket),
+            "--port",
+            "0",
+            "--dir",
+            str(self._directory),
+            "--dbfilename",
+            self.file.name,
+            "--save",
+            "",
+            *options,
+        ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
@@ -110,9 +120,11 @@ class RedisServer:
             connection.settimeout(5.0)
             try:
                 connection.connect(str(self._socket))
-                connection.sendall(b"".join(
-                    [b"*%d\r\n" % len(words), *(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words)]
-                ))  # fmt: skip
+                connection.sendall(
+                    b"".join(
+                        [b"*%d\r\n" % len(words), *(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words)]
+                    )
+                )
                 return connection.makefile("rb").readline().strip()
             except OSError:
                 return b""

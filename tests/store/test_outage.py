@@ -80,9 +80,14 @@ def test_failure_of_one_part_hides_no_outage_of_the_server(log: Log) -> None:
 
 async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(
-        schema.StoreSettings(), schema.Cache(), schema.LedgerSettings(lease_seconds=0.5), schema.Usage(), dsn=relay.dsn,
-        header_prefix="X-Keyproxy-", now=clock.now,
-    )  # fmt: skip
+        schema.StoreSettings(),
+        schema.Cache(),
+        schema.LedgerSettings(lease_seconds=0.5),
+        schema.Usage(),
+        dsn=relay.dsn,
+        header_prefix="X-Keyproxy-",
+        now=clock.now,
+    )
     caplog.set_level(logging.WARNING, "keyproxy")
     await store.open()
     try:

@@ -80,11 +80,18 @@ async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None
     await stale.execute(f"SET plan_cache_mode = {mode}")
     wishes: list[dict[str, object]] = [
         {
-            "id": f"new_{number}", "user_id": "u_42", "digest": f"{number:064x}", "hint": "", "name": f"n{number}",
-            "scopes": [], "is_test": False, "life_seconds": None, "plan": None,
+            "id": f"new_{number}",
+            "user_id": "u_42",
+            "digest": f"{number:064x}",
+            "hint": "",
+            "name": f"n{number}",
+            "scopes": [],
+            "is_test": False,
+            "life_seconds": None,
+            "plan": None,
         }
         for number in range(_KEYS // 2 + 1, _KEYS + _KEYS // 2 + 1)
-    ]  # fmt: skip
+    ]
     explained = await stale.fetchval(
         f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {queries.load()['issue_keys']}", json.dumps(wishes), None
     )

@@ -373,9 +373,7 @@ async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
 async def test_a_changed_body_is_reframed_and_all_else_is_forwarded_unchanged(
     start: Start, is_chunked: bool, key: tuple[str, ...]
 ) -> None:
-    wire = await start(
-        serving=answer({"usage": USAGE}), routes=routes(), listen={"trusted_proxies": ["127.0.0.0/8"]}
-    )  # fmt: skip
+    wire = await start(serving=answer({"usage": USAGE}), routes=routes(), listen={"trusted_proxies": ["127.0.0.0/8"]})
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, requests_per_day=9)))
     body = json.dumps({"messages": [], "stream": True, "max_tokens": 5}).encode()
     lines = (
@@ -402,8 +400,11 @@ async def test_a_changed_body_is_reframed_and_all_else_is_forwarded_unchanged(
         assert sent.all("Accept-Encoding") == ["identity"]
         assert sent.all("X-Forwarded-For") == ["192.0.2.7, 127.0.0.1"]
         assert [sent.one(name) for name in ("A", "X-Request-Id", "X-Usage-Tokens", "X-Keyproxy-User")] == [
-            "Accept-Encoding: x", "mine", "1", "u_42",
-        ]  # fmt: skip
+            "Accept-Encoding: x",
+            "mine",
+            "1",
+            "u_42",
+        ]
     await wire.claims.tell()
     assert spent(wire, "requests_per_day")[0] == (1 if key else 3)
     assert spent(wire, "tokens_per_day")[0] == (12 if key else 36)

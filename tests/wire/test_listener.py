@@ -179,9 +179,12 @@ async def test_a_client_without_a_version_in_common_gets_an_alert(
 )
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_a_client_that_offers_other_protocols_alone_gets_an_alert(
-    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], version: ssl.TLSVersion, offered: list[str],
+    start: Start,
+    certificate: tuple[ssl.SSLContext, ssl.SSLContext],
+    version: ssl.TLSVersion,
+    offered: list[str],
     chosen: str | None,
-) -> None:  # fmt: skip
+) -> None:
     wire = await start(tls=certificate[0])
     assert not isinstance(wire.address, str)
     context = certificate[1]

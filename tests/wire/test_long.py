@@ -82,8 +82,10 @@ async def test_a_tunnel_relays_bytes_both_ways_and_its_handshake_has_the_identit
         assert tunnelled.server.open_tunnels() == 1
     head = tunnelled.upstream.heads[0]
     assert (head.one("X-Keyproxy-User"), head.one("Upgrade"), head.one("Connection")) == (
-        "u_42", "websocket", "Upgrade",
-    )  # fmt: skip
+        "u_42",
+        "websocket",
+        "Upgrade",
+    )
 
 
 @pytest.mark.parametrize(

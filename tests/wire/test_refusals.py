@@ -176,8 +176,10 @@ async def test_a_method_that_a_route_names_is_forwarded(start: Start) -> None:
         await client.send(request("STEEP", "/pot"))
         assert (await client.answer()).status == 501
     assert [one.start for one in wire.upstream.requests] == [
-        "BREW /pot HTTP/1.1", "BREW / HTTP/1.1", "PROPFIND / HTTP/1.1",
-    ]  # fmt: skip
+        "BREW /pot HTTP/1.1",
+        "BREW / HTTP/1.1",
+        "PROPFIND / HTTP/1.1",
+    ]
 
 
 async def test_a_repeated_equal_content_type_is_forwarded_once(wire: Wire) -> None:

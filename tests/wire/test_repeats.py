@@ -196,8 +196,13 @@ async def test_a_client_that_left_in_mid_stream_and_asks_again_is_charged_the_la
 async def test_a_repeat_is_let_through_a_quota_that_is_spent_and_nothing_else_is(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job(), job(), job(OTHER), job("X-None: 1"), job(body=b"{}"), job()) == [
-        200, 200, 429, 429, 429, 200,
-    ]  # fmt: skip
+        200,
+        200,
+        429,
+        429,
+        429,
+        200,
+    ]
     assert await settled(wire) == 1
     assert wire.ledger.reference.windows
 

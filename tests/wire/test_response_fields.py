@@ -34,9 +34,12 @@ LIKE_OURS = [
 
 #: Fields about the account that the upstream has with its provider.
 PROVIDERS = [
-    "x-ratelimit-limit-requests", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
-    "anthropic-ratelimit-requests-remaining", "anthropic-ratelimit-tokens-reset",
-]  # fmt: skip
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+    "anthropic-ratelimit-requests-remaining",
+    "anthropic-ratelimit-tokens-reset",
+]
 
 
 def is_now(date: str | None) -> bool:

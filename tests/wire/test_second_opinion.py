@@ -302,14 +302,17 @@ def _mutants_of(request: bytes) -> st.SearchStrategy[bytes]:
     return st.one_of(
         st.builds(
             lambda place, taken, put: request[:place] + put + request[place + taken :],
-            places, st.integers(0, 3), st.sampled_from([*INTRUDERS, b"", b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"]),
+            places,
+            st.integers(0, 3),
+            st.sampled_from([*INTRUDERS, b"", b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"]),
         ),
         st.builds(
             lambda place, line: b"\r\n".join([*lines[:place], line, *lines[place:]]),
-            st.integers(1, max(1, len(lines) - 1)), st.sampled_from(LINES),
+            st.integers(1, max(1, len(lines) - 1)),
+            st.sampled_from(LINES),
         ),
         st.builds(lambda chunks: request.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" + chunks, st.sampled_from(CHUNKS)),
-    )  # fmt: skip
+    )
 
 
 @given(pieces=streams())

@@ -42,8 +42,14 @@ class DateField:
         if second != self._second:
             at = time.gmtime(second)
             self._line = b"Date: %b, %02d %b %04d %02d:%02d:%02d GMT\r\n" % (
-                _DAYS[at.tm_wday], at.tm_mday, _MONTHS[at.tm_mon - 1], at.tm_year, at.tm_hour, at.tm_min, at.tm_sec,
-            )  # fmt: skip
+                _DAYS[at.tm_wday],
+                at.tm_mday,
+                _MONTHS[at.tm_mon - 1],
+                at.tm_year,
+                at.tm_hour,
+                at.tm_min,
+                at.tm_sec,
+            )
             self._second = second
         return self._line
 

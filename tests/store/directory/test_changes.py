@@ -140,8 +140,7 @@ async def test_error_names_the_field_that_cannot_be_changed(directory: Directory
 async def test_change_based_on_an_older_version_is_refused_and_changes_nothing(directory: Directory, sql: Sql) -> None:
     tenant, user = await directory.tenants.get("acme"), await directory.users.get("u_42")
     key, plan = await directory.keys.issue("u_42", KeyWish()), await directory.plans.get("basic")
-    versions = {kind: etag(thing) for kind, thing in
-                (("tenant", tenant), ("user", user), ("key", key), ("plan", plan))}  # fmt: skip
+    versions = {kind: etag(thing) for kind, thing in (("tenant", tenant), ("user", user), ("key", key), ("plan", plan))}
     await directory.tenants.change("acme", {"name": "x"}, if_match=versions["tenant"])
     await directory.users.change("u_42", {"plan": "basic"}, if_match=versions["user"])
     await directory.keys.change(key["id"], {"name": "x"}, if_match=versions["key"])
@@ -253,8 +252,10 @@ async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
     await Directory(database, FORMAT, Actor("ben", "phone")).tenants.change("acme", {"name": "x"})
     page = await directory.audit.list_newest(None, 3)
     assert [(row["actor"], row["origin"], row["action"], row["entity"]) for row in page.items] == [
-        ("ben", "phone", "update", "tenant"), ("ann", "desk", "insert", "plan"), ("ann", "desk", "insert", "user"),
-    ]  # fmt: skip
+        ("ben", "phone", "update", "tenant"),
+        ("ann", "desk", "insert", "plan"),
+        ("ann", "desk", "insert", "user"),
+    ]
     assert {row["db_role"] for row in page.items} == {"keyproxy"}
     assert page.items[0]["changed"] == ["name"]
     assert (page.items[0]["before"]["name"], page.items[0]["after"]["name"]) == ("Acme Inc.", "x")

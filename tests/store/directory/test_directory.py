@@ -157,8 +157,12 @@ async def test_issued_keys_have_the_requested_properties(directory: Directory) -
     assert key["hint"].startswith(secret[:12])
     assert key["hint"].endswith(secret[-4:])
     assert (key["user"], key["tenant"], key["name"], key["scopes"], key["is_test"]) == (
-        "u_42", "acme", "nightly", ["a", "b"], True,
-    )  # fmt: skip
+        "u_42",
+        "acme",
+        "nightly",
+        ["a", "b"],
+        True,
+    )
     expires = datetime.fromisoformat(key["expires_at"])
     assert timedelta(days=89, hours=23) < expires - datetime.now(UTC) <= timedelta(days=90)
     assert await directory.keys.get(key["id"]) == key

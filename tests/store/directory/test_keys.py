@@ -324,9 +324,9 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
     await directory.users.create("u_42", "acme", None)
     await directory.users.create("u_7", "acme", None)
     await directory.plans.set("basic", {})
-    result = await directory.key_batches.issue([
-        ("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True)),
-    ])  # fmt: skip
+    result = await directory.key_batches.issue(
+        [("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True))]
+    )
     for one, (user, is_test) in zip(result, (("u_42", False), ("u_7", True)), strict=True):
         shown = await directory.keys.get(one["id"])
         assert one["created"]

@@ -127,9 +127,14 @@ class User:
         how, self._signal, self._is_to_group = ENDS[end]
         self.process = subprocess.Popen(
             [*python, "-c", USER, str(directory), how],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/",
-            start_new_session=True, **options,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+            **options,
+        )
         self._told: dict[str, Any] = {}
 
     @property

@@ -275,8 +275,9 @@ async def test_changed_limits_are_read_before_the_key_is_served_again(rig: Rig, 
     for number, table in enumerate(("tenants", "users", "api_keys"), start=1):
         await rig.sql.execute(
             "INSERT INTO keyproxy.plans (id, limits) VALUES ($1, jsonb_build_object('requests_per_day', $2::int))",
-            table, number,
-        )  # fmt: skip
+            table,
+            number,
+        )
         await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", table)
         await rig.feed.look()
         assert rig.hot(known) is None

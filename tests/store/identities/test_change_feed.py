@@ -72,8 +72,13 @@ async def as_the_store_has_it(rig: Rig, secret: SecretKey) -> bool:
     assert isinstance(told, Identity)
     standing = Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
     return (told.key_id, told.user_id, told.tenant_id, told.scopes, told.is_test, told.standing) == (
-        row["id"], row["user_id"], row["tenant_id"], frozenset(row["scopes"]), row["is_test"], standing,
-    )  # fmt: skip
+        row["id"],
+        row["user_id"],
+        row["tenant_id"],
+        frozenset(row["scopes"]),
+        row["is_test"],
+        standing,
+    )
 
 
 _UPSERT = """
@@ -134,9 +139,12 @@ async def test_exactly_the_changed_keys_are_looked_up_again(
 WITH_TRIGGERS_AT_REST = [
     (statement, changed)
     for statement, changed in CHANGES
-    if statement.startswith(("DELETE", "TRUNCATE")) or "revoked_at" in statement or "limits" in statement
-    or "SET disabled_at" in statement or "SET digest" in statement
-]  # fmt: skip
+    if statement.startswith(("DELETE", "TRUNCATE"))
+    or "revoked_at" in statement
+    or "limits" in statement
+    or "SET disabled_at" in statement
+    or "SET digest" in statement
+]
 
 
 @pytest.mark.parametrize(("statement", "changed"), WITH_TRIGGERS_AT_REST)

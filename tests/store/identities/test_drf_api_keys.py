@@ -95,10 +95,17 @@ async def test_imported_key_works_and_gets_its_digest_at_its_first_use(
 @pytest.mark.parametrize(
     "wrong",
     [
-        f"{PREFIX}.{'x9' * 15}x8", f"{PREFIX}.{'x9' * 16}x", KEY.swapcase(), f"{PREFIX}.short", PREFIX, f".{KEY}",
-        f"{PREFIX}.{sha512(KEY)}", sha512(KEY), f"{PREFIX}..{'x9' * 16}",
+        f"{PREFIX}.{'x9' * 15}x8",
+        f"{PREFIX}.{'x9' * 16}x",
+        KEY.swapcase(),
+        f"{PREFIX}.short",
+        PREFIX,
+        f".{KEY}",
+        f"{PREFIX}.{sha512(KEY)}",
+        sha512(KEY),
+        f"{PREFIX}..{'x9' * 16}",
     ],
-)  # fmt: skip
+)
 async def test_anything_but_the_whole_key_is_refused(
     rig: Rig, directory: Directory, sql: Sql, stored: str, wrong: str
 ) -> None:
@@ -207,8 +214,10 @@ async def test_keys_with_digests_are_imported_and_work(rig: Rig, directory: Dire
     assert (who.key_id, who.is_test) == ("old_7", True)
     key = await directory.keys.get("old_7")
     assert (key["created_at"], key["expires_at"], key["hint"]) == (
-        "2024-01-02T03:04:05Z", "2999-01-01T00:00:00Z", "some…key",
-    )  # fmt: skip
+        "2024-01-02T03:04:05Z",
+        "2999-01-01T00:00:00Z",
+        "some…key",
+    )
 
 
 @pytest.mark.parametrize("is_used_between", [False, True])
@@ -254,10 +263,14 @@ async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: 
     await imported(directory, {"digest": "ab" * 32, "id": "mine"})
     report = await imported(
         directory,
-        {"digest": "cd" * 32, "user": "nobody"}, {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
-        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"}, {"digest": "cd" * 32, "plan": "gold"},
-        {"digest": "ab" * 32, "user": "u_7"}, {"digest": "ef" * 32, "id": "mine"}, {"digest": "01" * 32},
-    )  # fmt: skip
+        {"digest": "cd" * 32, "user": "nobody"},
+        {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
+        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"},
+        {"digest": "cd" * 32, "plan": "gold"},
+        {"digest": "ab" * 32, "user": "u_7"},
+        {"digest": "ef" * 32, "id": "mine"},
+        {"digest": "01" * 32},
+    )
     assert report.imported == 1
     assert report.problems == [
         ("row 1", "there is no user 'nobody'"), ("row 2", "there is no user 'u_new' and no tenant 'nowhere'"),

@@ -431,9 +431,17 @@ async def test_consecutive_processes_can_write_through_a_pooler(pooled_dsn: str,
     for number in range(4):
         environment = {**os.environ, "KEYPROXY_STORE__DSN": pooled_dsn}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "tenant", "create", f"t_{number}", "--json",
-            env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "tenant",
+            "create",
+            f"t_{number}",
+            "--json",
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         out, err = await process.communicate()
         assert (process.returncode, err.decode()) == (0, "")
         assert json.loads(out)["id"] == f"t_{number}"
