@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ANSWER = '{"ok":true,"job":"42","state":"queued"}'
+RESPONSE = '{"ok":true,"job":"42","state":"queued"}'
 PATH = "/v1/ai/jobs"
 
 #: A path whose responses contain the token usage, and a request to it of the same length as the others.
@@ -47,8 +47,8 @@ http {{
 _NGINX_UPSTREAM = """
   server {{
     listen 127.0.0.1:{port} backlog=4096;
-    location / {{ default_type application/json; return 200 '{answer}'; }}
-    location = {metered} {{ default_type application/json; add_header X-Usage-Tokens 17; return 200 '{answer}'; }}
+    location / {{ default_type application/json; return 200 '{response}'; }}
+    location = {metered} {{ default_type application/json; add_header X-Usage-Tokens 17; return 200 '{response}'; }}
     location /files/ {{ alias {home}/files/; }}
   }}
 """
@@ -177,7 +177,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[list[int]]:
 
 def nginx_upstream(home: Path, port: int) -> contextlib.AbstractContextManager[list[int]]:
     """The compute server of all peers."""
-    http = _NGINX_UPSTREAM.format(port=port, answer=ANSWER, home=home, metered=METERED_PATH)
+    http = _NGINX_UPSTREAM.format(port=port, response=RESPONSE, home=home, metered=METERED_PATH)
     return _nginx(home, "upstream", port, http, modules="")
 
 

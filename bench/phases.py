@@ -264,7 +264,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
     end, response_end = len(head_bytes) - 4, len(response_bytes) - 4
     other_head, other_response = (one.replace(b"Length: ", b"Length: 1") for one in (head_bytes, response_bytes))
     for _ in range(LEARNT_AFTER + 1):
-        head, answer = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
+        head, response = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
     now = clock.now()
     route = bench.routes.match(head.line.method, head.line.path)
     permit = Permit(authorization.admit(bench.identity, route, now))
@@ -281,8 +281,8 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
-        "7 read response": lambda: responses.read(other_response, response_end + 1, answer),
-        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, answer),
+        "7 read response": lambda: responses.read(other_response, response_end + 1, response),
+        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, response),
         "the whole": lambda: bench.whole(next_raw()),
     }
 

@@ -96,9 +96,9 @@ async def _measure(dsn: str, users: int) -> None:
 
 async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
     # Wait until prefetched leases are released and only those of the requests remain.
-    told = -1
-    while told != store.ledger.conversation.counts["round_trips"]:
-        told = store.ledger.conversation.counts["round_trips"]
+    round_trips = -1
+    while round_trips != store.ledger.conversation.counts["round_trips"]:
+        round_trips = store.ledger.conversation.counts["round_trips"]
         await asyncio.sleep(2.0)
     worked = time.process_time()
     await asyncio.sleep(_IDLE_SECONDS)

@@ -240,10 +240,10 @@ async def _dress(request: web.Request, response: web.StreamResponse) -> None:
 def _options(allowed: set[str]) -> Handler:
     methods = ", ".join(sorted(allowed))
 
-    async def answer(_request: web.Request) -> web.Response:
+    async def handle(_request: web.Request) -> web.Response:
         return web.Response(status=204, headers={"Allow": methods})
 
-    return answer
+    return handle
 
 
 def _json(status: int, content: object) -> web.Response:

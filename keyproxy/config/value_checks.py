@@ -96,7 +96,7 @@ def ledger_backend(value: str) -> str | None:
 
 def webhook_url(value: str) -> str | None:
     """The URL of a webhook, or nothing."""
-    return None if value == "" else webhook_signature.what_is_wrong_with(value)
+    return None if value == "" else webhook_signature.url_problem(value)
 
 
 def webhook_secret(value: str) -> str | None:

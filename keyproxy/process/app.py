@@ -188,7 +188,7 @@ class Proxy:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(store.close)
             await store.open()
-            await store.answers()
+            await store.check_connection()
             undo.pop_all()
         return store
 

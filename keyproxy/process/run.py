@@ -154,7 +154,7 @@ def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) 
                 elif prepared is not None:
                     change, prepared = prepared, None
                     await (_apply if order.kind == control_channel.APPLY else Proxy.abandon)(proxy, change)
-                worker_end.answer(refused)
+                worker_end.reply(refused)
         finally:
             if prepared is not None:
                 await proxy.abandon(prepared)

@@ -41,11 +41,11 @@ async def test_a_worker_starts_with_the_configuration_text_unchanged(pair: Pair,
     async def following() -> None:
         async for order in worker_end.orders():
             heard.append(order)
-            worker_end.answer("" if order.kind != control_channel.OFFER else "no\nway")
+            worker_end.reply("" if order.kind != control_channel.OFFER else "no\nway")
 
     task = asyncio.create_task(following())
-    assert await supervisor_end.ask(Order(control_channel.OFFER, text)) == "no\nway"
-    assert await supervisor_end.ask(Order(control_channel.WITHDRAW)) == ""
+    assert await supervisor_end.send(Order(control_channel.OFFER, text)) == "no\nway"
+    assert await supervisor_end.send(Order(control_channel.WITHDRAW)) == ""
     await supervisor_end.close()
     await asyncio.wait_for(task, 5)
     assert heard == [Order(control_channel.OFFER, text), Order(control_channel.WITHDRAW)]
@@ -56,7 +56,7 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
     supervisor_end = await control_channel.supervisor_end(pair[0])
     pair[1].close()
     with pytest.raises(ConnectionError):
-        await supervisor_end.ask(Order(control_channel.APPLY))
+        await supervisor_end.send(Order(control_channel.APPLY))
     await supervisor_end.close()
     ours, theirs = socket.socketpair()
     ours.close()

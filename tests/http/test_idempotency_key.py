@@ -115,5 +115,5 @@ def test_only_an_exhausted_window_triggers_a_lookup_and_only_once() -> None:
     for reason in Reason:
         spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
         assert asked.may_be_paid(reason) is spent
-    asked.is_asked = True
+    asked.is_looked_up = True
     assert not asked.may_be_paid(Reason.QUOTA_EXHAUSTED)

@@ -28,7 +28,7 @@ from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
-from keyproxy.model import ANSWERED, Ending, Grant, Permit, Route, TokenUse
+from keyproxy.model import COMPLETED, Ending, Grant, Permit, Route, TokenUse
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
 from keyproxy.process.proxy_metrics import (
@@ -123,12 +123,12 @@ def exchange(
     one = Exchange()
     one.identity = fakes.identity()
     one.reason = reason
-    one.ending = ending or (ANSWERED if reason is None else Ending.REFUSED)
+    one.ending = ending or (COMPLETED if reason is None else Ending.REFUSED)
     one.status = status if reason is None or one.ending is not Ending.REFUSED else reason.value.status
     one.route = None if route is None else Route(route)
-    one.started_mono, one.sent_mono, one.answered_mono, one.ended_mono = 10.0, 11.0, 11.5, 12.0
+    one.started_mono, one.sent_mono, one.responded_mono, one.ended_mono = 10.0, 11.0, 11.5, 12.0
     if one.ending is Ending.REFUSED:
-        one.sent_mono = one.answered_mono = 0.0
+        one.sent_mono = one.responded_mono = 0.0
     one.token_use = use
     for name, value in (seconds or {}).items():
         setattr(one, name, value)

@@ -232,7 +232,7 @@ class World:
     ) -> tuple[Hold, int | None]:
         """Decide as the gateway does."""
         failure: Refusal | None = None
-        paid, is_asked, patience = None, fingerprint is None, TimeBudget()
+        paid, is_looked_up, patience = None, fingerprint is None, TimeBudget()
         for _ in range(_ROUNDS_MAX + 1):
             now = process.now()
             allowance = process.allowances.get(owner)
@@ -242,7 +242,7 @@ class World:
             try:
                 if paid is not None:
                     return process.ledger.take_again(allowance, now, need, paid), paid
-                return process.ledger.take(allowance, now, need, may_be_paid=not is_asked), None
+                return process.ledger.take(allowance, now, need, may_be_paid=not is_looked_up), None
             except Missing as missing:
                 if failure is not None:
                     raise failure from None
@@ -251,9 +251,9 @@ class World:
                 except Refusal as refusal:
                     failure = refusal
             except Refusal as refusal:
-                if is_asked or refusal.reason not in SPENT or fingerprint is None:
+                if is_looked_up or refusal.reason not in SPENT or fingerprint is None:
                     raise
-                paid, is_asked = await process.claims.paid(fingerprint, patience), True
+                paid, is_looked_up = await process.claims.paid(fingerprint, patience), True
         raise Refusal(Reason.OVERLOADED)
 
     def _note_refusal(self, owner: tuple[Pool, ...], refusal: Refusal) -> None:

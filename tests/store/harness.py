@@ -359,7 +359,7 @@ class Rig:
 
     async def is_quiet(self) -> None:
         """Wait until no lookup is under way."""
-        await until(lambda: self.cache.sizes()["asked"] == 0, "no look-up is under way")
+        await until(lambda: self.cache.sizes()["looking_up"] == 0, "no look-up is under way")
 
 
 async def add_tenant(sql: Sql, tenant: str = "acme") -> None:

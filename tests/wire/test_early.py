@@ -121,7 +121,7 @@ async def test_an_early_response_is_relayed_while_the_request_is_still_being_sen
         result = [await upload(wire, is_chunked=is_chunked, expects=bool(trial % 2)) for trial in range(TRIALS)]
         assert [(answer.status, answer.body, rest) for answer, rest in result] == [(413, b"no", b"")] * TRIALS
         assert {answer.one("Connection") for answer, _ in result} == {"close"}
-        assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED] * TRIALS
+        assert [seen.ending for seen in wire.recorder.seen] == [Ending.COMPLETED] * TRIALS
         assert upstream.served == TRIALS
         assert wire.pool.counts()["idle"] == wire.pool.counts()["busy"] == 0
 

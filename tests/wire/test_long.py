@@ -152,7 +152,7 @@ async def test_a_silent_tunnel_is_closed_after_its_idle_timeout_and_a_busy_one_i
         began = time.monotonic()
         assert await client.ends() == b""
         assert 0.5 <= time.monotonic() - began < 2.0
-    assert tunnelled.recorder.seen[0].ending is Ending.ANSWERED
+    assert tunnelled.recorder.seen[0].ending is Ending.COMPLETED
 
 
 async def test_either_end_of_a_tunnel_ends_the_other(tunnelled: Wire) -> None:

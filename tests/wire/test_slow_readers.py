@@ -112,7 +112,7 @@ async def test_a_slow_and_steady_reader_gets_all_of_a_large_response(
         await asyncio.to_thread(client.dawdle, 4 * IDLE_SECONDS)
         await asyncio.to_thread(client.rest)
     assert LARGE < client.taken < LARGE + 1_000
-    assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED]
+    assert [seen.ending for seen in wire.recorder.seen] == [Ending.COMPLETED]
 
 
 @pytest.mark.parametrize("bytes_first", [1, 3_000_000])

@@ -60,5 +60,5 @@ async def test_a_response_is_complete_only_if_the_upstream_closed_tls_properly(
         else:
             assert answer.is_whole is is_whole
             assert answer.body == b"hello" or not is_whole
-    assert wire.recorder.seen[0].ending is (Ending.ANSWERED if is_whole else Ending.CUT)
+    assert wire.recorder.seen[0].ending is (Ending.COMPLETED if is_whole else Ending.CUT)
     await answering

@@ -165,7 +165,7 @@ class IdentityCache(Identities):
             return True
         if entry.is_distrusted or mono >= self._feed.current_until:
             return False
-        self._look_ups.ask(digest, is_known=True)
+        self._look_ups.enqueue(digest, is_known=True)
         return True
 
     # -- called by the change feed
@@ -275,7 +275,7 @@ class IdentityCache(Identities):
 
     def sizes(self) -> Mapping[str, int]:
         """How many entries the tables hold."""
-        return {"known": len(self._entries), "unknown": len(self._strangers), "asked": len(self._look_ups)}
+        return {"known": len(self._entries), "unknown": len(self._strangers), "looking_up": len(self._look_ups)}
 
     async def close(self) -> None:
         """Cancel all lookups."""

@@ -24,7 +24,7 @@ from keyproxy.store.outage import Outage
 from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.connecting import CONNECT_SECONDS, NEEDED, Connector, limits, standing
 from keyproxy.store.postgres.failures import (
-    NO_ANSWER,
+    NO_RESPONSE,
     POOLER_SIGNS,
     TRY_AGAIN,
     NotPrimaryError,
@@ -249,7 +249,7 @@ class Database:
 
     def _note_up(self) -> None:
         if self.is_main and self.outage.is_on:
-            self.outage.answered()
+            self.outage.responded()
         self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
@@ -279,7 +279,7 @@ class NotificationListener:
                 self._connection = connection
                 connection.add_termination_listener(lambda _connection: lost())
                 await connection.add_listener(self._channel, lambda *_: notified())
-            except NO_ANSWER:
+            except NO_RESPONSE:
                 await self.close()
                 raise
 

@@ -315,7 +315,7 @@ async def test_deleted_key_is_invalid_and_restored_key_is_known(rig: Rig, known:
     await add_key(rig.sql)
     await rig.feed.look()
     assert isinstance(await rig.resolve(known), Identity)
-    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "asked": 0}
+    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "looking_up": 0}
 
 
 # -- unknown keys
@@ -392,7 +392,7 @@ async def test_flood_of_unknown_keys_is_bounded_and_evicts_no_known_key(make_rig
         await rig.resolve(secret)
     for number in range(100, 400):
         assert await rig.resolve(fakes.key(number)) is Reason.KEY_INVALID
-    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "asked": 0}
+    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "looking_up": 0}
     assert all(rig.is_served(secret) for secret in keys)
     # The newest ones are cached.
     assert rig.hot(fakes.key(399)) is Reason.KEY_INVALID
@@ -463,7 +463,7 @@ async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_lo
     assert [task.done() for task in crowd].count(True) == 1
     rig.cache.forget_key(secret.digest())
     customer = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being looked up")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 10_002, "the known key is being looked up")
     hold.release()
     assert isinstance(await customer, Identity)
     assert set(await asyncio.gather(first, *crowd[:-1])) == {Reason.KEY_INVALID}
@@ -582,10 +582,10 @@ async def test_close_refuses_all_waiting_requests_as_store_unavailable(make_rig:
     asked = asyncio.create_task(rig.resolve(fakes.key(1)))
     await hold.arrived.wait()
     waiting = asyncio.create_task(rig.resolve(fakes.key(2)))
-    await until(lambda: rig.cache.sizes()["asked"] == 2, "both wait")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 2, "both wait")
     await rig.cache.close()
     assert set(await asyncio.gather(asked, waiting)) == {Reason.STORE_UNAVAILABLE}
-    assert rig.cache.sizes()["asked"] == 0
+    assert rig.cache.sizes()["looking_up"] == 0
 
 
 async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make_rig: MakeRig) -> None:
@@ -594,12 +594,12 @@ async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make
     async with rig.sql.transaction():
         await rig.sql.execute("LOCK TABLE keyproxy.api_keys IN ACCESS EXCLUSIVE MODE")
         waiting = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(700)]
-        await until(lambda: rig.cache.sizes()["asked"] == 700, "all wait")
+        await until(lambda: rig.cache.sizes()["looking_up"] == 700, "all wait")
         await until(lambda: rig.relay.accepted > 1 or rig.door.look_ups > 0, "the store is queried")
         await rig.relay.cut()
         told = await asyncio.gather(*waiting)
     assert set(told) == {Reason.STORE_UNAVAILABLE}
-    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "asked": 0}
+    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "looking_up": 0}
 
 
 class ResponseWriter:
@@ -625,14 +625,14 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     loop = asyncio.get_running_loop()
     begun = []
     for number in range(look_ups_max):
-        begun.append(look_ups.ask(fakes.key(number).digest(), is_known=False))
+        begun.append(look_ups.enqueue(fakes.key(number).digest(), is_known=False))
         await until(lambda number=number: len(store.asked) == number + 1, "the store is queried")  # type: ignore[misc]
     late = fakes.key(9).digest()
     joined = []
     # All lookups end, and a request follows in the same iteration of the event loop.
     for answer in store.answers:
         answer.set_result([])
-    loop.call_soon(lambda: joined.append(look_ups.ask(late, is_known=False)))
+    loop.call_soon(lambda: joined.append(look_ups.enqueue(late, is_known=False)))
     try:
         await until(lambda: [late] in store.asked, "the late key is looked up", seconds=2)
     finally:
@@ -751,7 +751,7 @@ async def test_change_before_the_query_starts_costs_no_second_query(
     first = asyncio.create_task(rig.resolve(fakes.key(9)))
     await hold.arrived.wait()
     second = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 2, "the key waits")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 2, "the key waits")
     await rig.sql.execute("UPDATE keyproxy.users SET disabled_at = now()")
     await rig.feed.look()
     hold.release()
