@@ -28,15 +28,14 @@ class ReferenceClaims:
     batches: dict[str, tuple[int, list[Answer]]] = field(default_factory=dict)
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """See ClaimStore."""
-        self._hear()
-        answers = self.hear(process, number, claims)
+        self._check_available()
+        answers = self.process_batch(process, number, claims)
         if self.loses_answers:
             self.loses_answers -= 1
             raise StoreUnavailable("the response was lost")
         return answers
 
-    def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+    def process_batch(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         """Process a batch."""
         last, answers = self.batches.get(process, (0, []))
         if number <= last:
@@ -65,8 +64,7 @@ class ReferenceClaims:
         return tokens if self.wall() - at < KEPT_SECONDS else None
 
     async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """See ClaimStore."""
-        self._hear()
+        self._check_available()
         return self.look(fingerprints)
 
     def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
@@ -74,12 +72,11 @@ class ReferenceClaims:
         return {one: tokens for one in fingerprints if (tokens := self._charged(one)) is not None}
 
     async def forget(self, portion: int) -> bool:
-        """See ClaimStore."""
         del portion
-        self._hear()
+        self._check_available()
         self.charges = {one: charge for one, charge in self.charges.items() if self._charged(one) is not None}
         return False
 
-    def _hear(self) -> None:
+    def _check_available(self) -> None:
         if not self.answers:
             raise StoreUnavailable("down")

@@ -101,12 +101,12 @@ def test_the_two_commands_of_the_readme_exist() -> None:
 
 def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     page = _text(ROOT / "docs" / "admin-api.md")
-    told = {
+    documented = {
         (code, int(status))
         for codes, status in re.findall(r"(?m)^\| ((?:`[a-z_]+`(?:, )?)+) \| (\d{3}) \|", page)
         for code in re.findall(r"`([a-z_]+)`", codes)
     }
-    assert told == {(problem.code, problem.status) for problem in Problem}
+    assert documented == {(problem.code, problem.status) for problem in Problem}
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
         *DESCRIPTIONS.items(),
         ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do"),

@@ -16,7 +16,7 @@ import orjson
 from aiohttp import hdrs, web
 
 from keyproxy.admin import docs_page, openapi
-from keyproxy.admin.connections import BOUNDS, Bounds, Connections
+from keyproxy.admin.connections import BOUNDS, AdminConnections, Bounds
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.metrics_page import Traffic
 from keyproxy.admin.problems import Problem, Refused, problem_response
@@ -72,7 +72,7 @@ class AdminListener:
         self._log_line = log_line
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
-        self._connections: Connections | None = None
+        self._connections: AdminConnections | None = None
         self._openapi, self._reference, self._reference_policy = _documents()
 
     def application(self) -> web.Application:
@@ -101,7 +101,7 @@ class AdminListener:
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner was set up and has no server")
-        self._connections = Connections(self._runner.server, self._bounds)
+        self._connections = AdminConnections(self._runner.server, self._bounds)
         await self._connections.start(sock, tls)
 
     async def close(self) -> None:

@@ -81,7 +81,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """PostgreSQL."""
+    """The connection to PostgreSQL."""
 
     dsn: str = _setting("embedded", value_checks.store_dsn, secret=True)
     embedded_dir: str = _setting("")

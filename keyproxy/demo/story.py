@@ -52,7 +52,7 @@ class Story:
         self._steps = 0
 
     async def play(self) -> None:
-        """All steps."""
+        """Run every step, and count those that fail."""
         keys = await self._provision()
         self._key = keys["alice"]["secret"]
         unknown = KeyFormat().make(secrets.token_bytes(ENTROPY_BYTES), is_test=False).reveal().decode()

@@ -119,7 +119,7 @@ class Connections:
 
 
 class _Connection(web.RequestHandler):
-    """One connection."""
+    """A connection that registers with `Connections` while it is open, so that the limits hold."""
 
     def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
         options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log

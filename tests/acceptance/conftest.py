@@ -90,7 +90,7 @@ class Site:
         self.printed += [err]
         return Output(process.returncode or 0, out.decode(), err.decode())
 
-    async def told(self, *arguments: str) -> Any:
+    async def run_json(self, *arguments: str) -> Any:
         """Run a command that must succeed; returns its JSON."""
         output = await self.run(*arguments, "--json")
         assert output.status == 0, output.err

@@ -181,13 +181,13 @@ async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site)
     secret = (await site.key())["secret"]
     before = site.config.read_text(encoding="utf-8")
     async with site.serving() as process:
-        for mistake, told in MISTAKES:
+        for mistake, message in MISTAKES:
             content = _with(before, *mistake) + '[log]\nlevel = "error"\n[[routes]]\nmatch = "GET /only"\n'
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
             await site.until_logged("reload rejected")
-            assert told in b"".join(site.printed).decode()
+            assert message in b"".join(site.printed).decode()
             assert (await site.call(secret, "GET", "/other"))[0] == 200
         site.config.unlink()
         process.send_signal(signal.SIGHUP)
@@ -207,11 +207,11 @@ async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
     before, only = site.config.read_text(encoding="utf-8"), '[[routes]]\nmatch = "GET /only"\n'
     async with site.serving() as process:
 
-        async def change(content: str, told: str) -> None:
+        async def change(content: str, message: str) -> None:
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
-            await site.until_logged(told)
+            await site.until_logged(message)
 
         async def replace_one(times: int) -> None:
             os.kill(workers_of(process.pid)[0], signal.SIGKILL)
@@ -387,5 +387,5 @@ async def test_an_https_upstream_is_verified(configure: Configure, dsn: str, tmp
         upstream = {"url": f"https://127.0.0.1:{port}", "tls_ca_file": str(tmp_path / "ca.pem")}
         site = configure(dsn, upstream=upstream)
         async with site.serving():
-            told = await site.call((await site.key())["secret"])
-            assert told == ((200, "") if is_trusted else (502, "upstream_unreachable"))
+            outcome = await site.call((await site.key())["secret"])
+            assert outcome == ((200, "") if is_trusted else (502, "upstream_unreachable"))

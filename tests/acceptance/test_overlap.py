@@ -143,11 +143,11 @@ async def test_a_reload_to_an_address_of_another_process_changes_nothing(configu
         await until(is_ready, while_running=process)
         apart.config.write_text(content.replace(str(port), str(site.ops_port)), encoding="utf-8")
         process.send_signal(signal.SIGHUP)
-        await until(lambda: says(apart, "has this address as its ops.address"))
+        await until(lambda: has_printed(apart, "has this address as its ops.address"))
         assert (await apart.ops("/readyz"))[0] == 200
 
 
-async def says(site: Site, text: str) -> bool:
+async def has_printed(site: Site, text: str) -> bool:
     return text.encode() in b"".join(site.printed)
 
 

@@ -87,10 +87,10 @@ async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_o
 
         await _promoted(sql, replica, by="ALTER SYSTEM SET default_transaction_read_only = on")
         # Until the address moves there is no primary, and /readyz reports the reason.
-        await until(lambda: _says_of_store(site, "read-only"), seconds=5)
+        await until(lambda: _reports_store(site, "read-only"), seconds=5)
         assert (await _ready(site))[1]["status"] == "degraded"
         # The reason names the server.
-        assert await _says_of_store(site, address.dsn.rpartition("host=")[2].partition("&")[0])
+        assert await _reports_store(site, address.dsn.rpartition("host=")[2].partition("&")[0])
 
         address.lead_to(second.dsn)
         moved = time.monotonic()
@@ -188,7 +188,7 @@ async def _answers(site: Site, secret: str, status: int) -> bool:
     return (await site.call(secret))[0] == status
 
 
-async def _says_of_store(site: Site, words: str) -> bool:
+async def _reports_store(site: Site, words: str) -> bool:
     return words in (await _ready(site))[1]["checks"]["store"].get("reason", "")
 
 

@@ -82,11 +82,11 @@ async def key(api: Api) -> str:
 async def test_what_is_looked_up_is_printed_alike(run: Run, key: str, command: str) -> None:
     arguments = [key if word == "KEY" else word for word in command.split()]
     for form in ([], ["--json"]):
-        direct, asked = await run(*arguments, *form), await run(*arguments, *form, by="api")
-        assert direct.status == asked.status
-        assert _timeless(direct.out) == _timeless(asked.out)
-        assert len(asked.err.splitlines()) == asked.status
-        assert bool(asked.out) is not bool(asked.status)
+        direct, remote = await run(*arguments, *form), await run(*arguments, *form, by="api")
+        assert direct.status == remote.status
+        assert _timeless(direct.out) == _timeless(remote.out)
+        assert len(remote.err.splitlines()) == remote.status
+        assert bool(remote.out) is not bool(remote.status)
 
 
 def _timeless(text: str) -> str:

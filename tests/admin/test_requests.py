@@ -402,8 +402,8 @@ async def test_keys_in_a_text_are_found_and_revoked_by_scope(api: Api) -> None:
     whose = await api.done("POST", "/v1/keys/whose", {"text": text}, token=reader)
     assert {key["id"] for key in whose["keys"]} == {first["id"], other["id"]}
     assert {key["state"] for key in whose["keys"]} == {"active"}
-    for asked in (text, first["hint"], first["id"]):
-        keys = (await api.done("POST", "/v1/keys/whose", {"text": asked}, token=bound))["keys"]
+    for text_or_id in (text, first["hint"], first["id"]):
+        keys = (await api.done("POST", "/v1/keys/whose", {"text": text_or_id}, token=bound))["keys"]
         assert [key["id"] for key in keys] == [first["id"]]
     assert (await api.done("POST", "/v1/keys/whose", {"text": other["hint"]}, token=bound))["keys"] == []
     result = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)

@@ -153,25 +153,25 @@ def test_request_that_can_never_fit_raises_permission_denied_in_both_sdks() -> N
 
 def test_the_openai_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "openai")
-    heard: list[str | None] = []
+    received: list[str | None] = []
     with ask_openai(streaming(CHUNK + last)) as client:
         stream = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}], stream=True)
         with pytest.raises(openai.APIError, match="token budget") as caught:
-            heard.extend(chunk.choices[0].delta.content for chunk in stream)
-    assert heard == ["Hi"]
+            received.extend(chunk.choices[0].delta.content for chunk in stream)
+    assert received == ["Hi"]
     assert caught.value.code == "token_budget_exhausted"
     assert caught.value.type == "rate_limit_error"
 
 
 def test_the_anthropic_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "anthropic")
-    heard: list[str] = []
+    received: list[str] = []
     with ask_anthropic(streaming(MESSAGE_START + last)) as client:
         stream = client.messages.create(
             model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}], stream=True
         )
         with pytest.raises(anthropic.APIStatusError, match="token budget") as caught:
-            heard.extend(event.type for event in stream)
-    assert heard == ["message_start"]
+            received.extend(event.type for event in stream)
+    assert received == ["message_start"]
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["error"]["type"] == "rate_limit_error"

@@ -75,7 +75,7 @@ class Scenario:
     repeats: float = 0.0
 
 
-class Told(ports.Ledger):
+class ReportingLedger(ports.Ledger):
     """A ledger for claims that also reports their settlements to the upstream."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
@@ -86,26 +86,21 @@ class Told(ports.Ledger):
     def take(
         self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
     ) -> Hold:
-        """See the port Ledger."""
         return self._ledger.take(allowance, now, tokens, may_be_paid=may_be_paid)
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
-        """See the port Ledger."""
         return self._ledger.take_again(allowance, now, tokens, paid)
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
-        """See the port Ledger."""
         return self._ledger.extend(hold, tokens)
 
     def release(self, hold: Hold) -> Hold:
-        """See the port Ledger."""
         assert self.work is not None
         rest = self._ledger.release(hold)
         self._works[id(rest)] = (rest, self.work)
         return rest
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
-        """See the port Ledger."""
         _, work = self._works.pop(id(hold))
         self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
         self._upstream.finish(work, tokens, is_repeat=is_repeat)
@@ -119,7 +114,7 @@ class Process:
     backend: RemoteLedger
     ledger: Ledger
     claims: Claims
-    told: Told
+    reporting_ledger: ReportingLedger
     store: RemoteClaims
     now: Callable[[], Moment]
     allowances: dict[tuple[Pool, ...], Allowance]
@@ -183,12 +178,12 @@ class World:
             ledger = Ledger(backend, config, now)
             ledger.start()
             store = RemoteClaims(self.network, loop)
-            told = Told(ledger, self.upstream)
-            claims = Claims(store, told, config, now)
+            reporting_ledger = ReportingLedger(ledger, self.upstream)
+            claims = Claims(store, reporting_ledger, config, now)
             claims.start()
         finally:
             asyncio._set_running_loop(None)
-        process = Process(loop, backend, ledger, claims, told, store, now, {})
+        process = Process(loop, backend, ledger, claims, reporting_ledger, store, now, {})
         self.fleet.append(process)
         self._spawn(process, self._traffic(process))
 
@@ -283,7 +278,7 @@ class World:
         if fingerprint is not None:
             used += paid or 0
             self.upstream.answer(work, used)
-            process.told.work = work
+            process.reporting_ledger.work = work
             process.claims.add(hold, fingerprint, used, paid)
             return
         process.ledger.settle(hold, was_sent=True, tokens=used)

@@ -79,12 +79,12 @@ class RedisServer:
     def wait(self, until: bytes = b"+PONG") -> None:
         """Wait until the response to PING begins with `until`."""
         wait_until(
-            lambda: self._said("PING").startswith(until), f"the server is ready: {self._log}", seconds=_READY_SECONDS
+            lambda: self._reply("PING").startswith(until), f"the server is ready: {self._log}", seconds=_READY_SECONDS
         )
 
     def command(self, *words: str) -> None:
         """Run a command that must succeed."""
-        assert self._said(*words).startswith((b"+OK", b"+Background"))
+        assert self._reply(*words).startswith((b"+OK", b"+Background"))
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -114,7 +114,7 @@ class RedisServer:
         self._process = None
         self._socket.unlink(missing_ok=True)
 
-    def _said(self, *words: str) -> bytes:
+    def _reply(self, *words: str) -> bytes:
         """The first line of the response to a command; empty without a response."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5.0)

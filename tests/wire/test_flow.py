@@ -188,10 +188,10 @@ async def test_a_client_that_stops_reading_for_good_is_cut(start: Start) -> None
 
 
 async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start) -> None:
-    asked, release = asyncio.Event(), asyncio.Event()
+    arrived, release = asyncio.Event(), asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        asked.set()
+        arrived.set()
         await release.wait()
         writer.write(OK)
         return True
@@ -199,7 +199,7 @@ async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start
     wire = await start(serving=Upstream(held))
     async with wire.client() as busy, wire.client() as idle:
         await busy.send(request("GET", "/"))
-        await asked.wait()
+        await arrived.wait()
         draining = asyncio.create_task(wire.server.drain(5.0))
         assert await idle.ends() == b""
         with pytest.raises(ConnectionError):

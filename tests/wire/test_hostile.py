@@ -226,8 +226,8 @@ class _Defect(Gate):
     """A gate with a defect."""
 
     def begin(self, exchange: Exchange) -> None:
-        told = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
-        raise RuntimeError(f"a defect while handling {exchange!r} {told!r}")
+        values = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
+        raise RuntimeError(f"a defect while handling {exchange!r} {values!r}")
 
 
 async def test_an_internal_error_is_reported_with_the_request_id_and_its_traceback_has_no_key(

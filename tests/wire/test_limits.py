@@ -72,10 +72,10 @@ async def test_the_quota_is_spent_to_the_last_request_and_not_beyond(start: Star
     async with wire.client() as client:
         for left in (2, 1, 0):
             await client.send(request())
-            told = await client.answer()
-            assert told.status == 200
-            assert told.one("RateLimit-Policy") == '"user.requests_per_day";q=3;w=86400'
-            assert (told.one("RateLimit") or "").startswith(f'"user.requests_per_day";r={left};t=')
+            response = await client.answer()
+            assert response.status == 200
+            assert response.one("RateLimit-Policy") == '"user.requests_per_day";q=3;w=86400'
+            assert (response.one("RateLimit") or "").startswith(f'"user.requests_per_day";r={left};t=')
         await client.send(request())
         refused = await client.answer()
     assert refused.status == 429
@@ -255,8 +255,8 @@ async def test_usage_that_a_client_did_not_request_is_requested_and_hidden(start
     wire = await limited(start, Plan(tokens_per_day=10_000), Upstream(answer_with(raw)))
     async with wire.client() as client:
         await client.send(chat(stream=True, max_tokens=50))
-        told = await client.answer()
-    assert told.body == b"".join([delta("Hel"), delta("lo"), b"data: [DONE]\n\n"])
+        response = await client.answer()
+    assert response.body == b"".join([delta("Hel"), delta("lo"), b"data: [DONE]\n\n"])
     sent = wire.upstream.requests[0]
     assert json.loads(sent.body)["stream_options"] == {"include_usage": True}
     assert sent.all("Content-Length") == [str(len(sent.body))]
@@ -295,8 +295,8 @@ async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is
     wire = await limited(start, Plan(tokens_per_day=1_000, tokens_per_request=300), Upstream(endless))
     async with wire.client() as client:
         await client.send(chat(stream=True))
-        told = await client.answer(seconds=20)
-    last = told.body.rstrip(b"\n").rpartition(b"\n\n")[2]
+        response = await client.answer(seconds=20)
+    last = response.body.rstrip(b"\n").rpartition(b"\n\n")[2]
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "token_budget_exhausted"
     ((hold, _, tokens),) = wire.ledger.settled
     assert tokens == hold.tokens == 1_000

@@ -278,9 +278,9 @@ async def test_every_mutant_of_a_request_is_read_as_the_second_reader_does(stage
         if chance.random() > SHARE:
             continue
         for stream in (mutant, mutant + LAST):
-            told = wrong_with(stage, stream, [stream])
-            if told:
-                wrong.append((stream, told))
+            fault = wrong_with(stage, stream, [stream])
+            if fault:
+                wrong.append((stream, fault))
     assert wrong[:5] == []
 
 
@@ -368,22 +368,22 @@ def wrong_with_answer(stage: Stage, method: bytes, stream: bytes, pieces: Sequen
     play.end()
     stage.wire.recorder.seen.clear()
     try:
-        told = strict.read_response(near, method)
+        relayed = strict.read_response(near, method)
     except (strict.Malformed, strict.Incomplete) as error:
         # Nothing but an answer that was broken off may look like this to the client, and it can tell.
         return "" if isinstance(error, strict.Incomplete) and is_cut else f"the client got {near!r}, cut: {is_cut}"
-    if is_cut or told.rest:
+    if is_cut or relayed.rest:
         return f"a whole answer was cut, or followed by something: {near!r}"
-    if told.status == 502:
+    if relayed.status == 502:
         is_certain = stream in ANSWERS
         return f"refused {stream!r}" if is_certain else ""
     try:
-        said = strict.read_response(stream, method)
+        sent_response = strict.read_response(stream, method)
     except (strict.Malformed, strict.Incomplete) as error:
         return f"{error!r} was relayed as {near!r}"
-    if (told.status, told.body) != (said.status, said.body):
+    if (relayed.status, relayed.body) != (sent_response.status, sent_response.body):
         return f"relayed as {near!r}"
-    return "the connection is used again" if is_reused and not said.is_clean else ""
+    return "the connection is used again" if is_reused and not sent_response.is_clean else ""
 
 
 async def test_every_mutant_of_a_response_is_relayed_as_the_second_reader_reads_it_or_not_at_all(
@@ -397,7 +397,7 @@ async def test_every_mutant_of_a_response_is_relayed_as_the_second_reader_reads_
         cut = chance.randrange(len(mutant) + 1)
         for method in (b"GET", b"HEAD"):
             for pieces in ([mutant], [mutant[:cut], mutant[cut:]]):
-                told = wrong_with_answer(stage, method, mutant, pieces)
-                if told:
-                    wrong.append((method, mutant, pieces, told))
+                fault = wrong_with_answer(stage, method, mutant, pieces)
+                if fault:
+                    wrong.append((method, mutant, pieces, fault))
     assert wrong[:5] == []

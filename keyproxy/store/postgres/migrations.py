@@ -47,7 +47,7 @@ class MigrationError(Exception):
 
 
 class Migration(NamedTuple):
-    """One file."""
+    """A migration file: its number, name and statements."""
 
     number: int
     name: str

@@ -27,7 +27,7 @@ from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.upstream import preemption
 from keyproxy.wire.upstream.connection import ConnectionOwner, UpstreamConnection
-from keyproxy.wire.upstream.connector import Connector
+from keyproxy.wire.upstream.connector import UpstreamConnector
 from keyproxy.wire.upstream.fair_queue import Turns
 from keyproxy.wire.upstream.upstream_user import UpstreamUser
 
@@ -71,7 +71,7 @@ class UpstreamPool(ConnectionOwner):
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """`tls`: for an https URL, how its certificate is verified."""
-        self._connector = Connector(url, loop, settings.connect_timeout_seconds, tls)
+        self._connector = UpstreamConnector(url, loop, settings.connect_timeout_seconds, tls)
         self.host = self._connector.address.authority
         self.settings = settings
         self.responses = responses

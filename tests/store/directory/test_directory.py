@@ -111,13 +111,13 @@ async def test_user_needs_an_existing_tenant(directory: Directory, sql: Sql) -> 
 
 
 async def test_unknown_entities_are_not_found(directory: Directory) -> None:
-    for asked in (
+    for call in (
         directory.tenants.get("x"), directory.users.get("x"), directory.keys.get("x"), directory.tenants.delete("x"),
         directory.users.delete("x"), directory.keys.delete("x"), directory.keys.revoke("x", ""),
         directory.keys.issue("x", KeyWish()),
     ):  # fmt: skip
         with pytest.raises(DirectoryError, match=r"there is no (tenant|user|key) 'x'"):
-            await asked
+            await call
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,13 @@ async def test_rotating_keys_and_deleting_their_user_concurrently_does_not_deadl
 
 @pytest.mark.parametrize("life", [timedelta(), -DAY, timedelta(days=40_000)])
 async def test_invalid_lifetime_is_refused(directory: Directory, life: timedelta) -> None:
-    for asked in (
+    for call in (
         directory.keys.issue("u_42", KeyWish(expires_in=life)),
         directory.users.create("u_1", "acme", KeyWish(expires_in=life)),
         directory.key_batches.issue([("u_42", KeyWish(expires_in=life))]),
     ):
         with pytest.raises(Invalid, match="the lifetime of a key"):
-            await asked
+            await call
 
 
 # -- a leak

@@ -56,7 +56,7 @@ async def test_identity_contains_the_values_of_the_tables(rig: Rig, is_test: boo
 
 
 @pytest.mark.parametrize(
-    ("statement", "told"),
+    ("statement", "expected"),
     [
         ("UPDATE keyproxy.tenants SET name = 'x'", None),
         ("UPDATE keyproxy.api_keys SET revoked_at = now()", Reason.KEY_REVOKED),
@@ -69,11 +69,11 @@ async def test_identity_contains_the_values_of_the_tables(rig: Rig, is_test: boo
     ],
 )
 async def test_refusal_of_an_existing_key_has_the_actual_reason(
-    rig: Rig, known: SecretKey, statement: str, told: Reason | None
+    rig: Rig, known: SecretKey, statement: str, expected: Reason | None
 ) -> None:
     await rig.sql.execute(statement)
     await rig.feed.look()
-    assert _admitted(await rig.resolve(known), rig.clock()) is told
+    assert _admitted(await rig.resolve(known), rig.clock()) is expected
 
 
 def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
@@ -88,9 +88,9 @@ def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(-1.0, None), (-0.001, None), (0.0, Reason.KEY_EXPIRED), (0.001, Reason.KEY_EXPIRED)]
+    ("seconds", "expected"), [(-1.0, None), (-0.001, None), (0.0, Reason.KEY_EXPIRED), (0.001, Reason.KEY_EXPIRED)]
 )
-async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, told: Reason | None) -> None:
+async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, expected: Reason | None) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     expires = rig.clock.wall_seconds + 10
@@ -99,7 +99,7 @@ async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, 
     rig.clock.advance(10)
     served = rig.hot(secret)
     assert isinstance(served, Identity)
-    assert _admitted(served, Moment(expires + seconds, rig.clock.mono_seconds)) is told
+    assert _admitted(served, Moment(expires + seconds, rig.clock.mono_seconds)) is expected
 
 
 # -- fresh, stale, changed
@@ -404,8 +404,8 @@ async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: M
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(100))
     await rig.feed.look()
-    told = await asyncio.gather(*(rig.resolve(fakes.key(number)) for number in range(100, 200)))
-    assert set(told) == {Reason.KEY_INVALID}
+    outcomes = await asyncio.gather(*(rig.resolve(fakes.key(number)) for number in range(100, 200)))
+    assert set(outcomes) == {Reason.KEY_INVALID}
     found = await asyncio.gather(*(rig.resolve(secret) for secret in keys))
     assert [one for one in found if not isinstance(one, Identity)] == []
 
@@ -579,12 +579,12 @@ async def test_result_is_cached_after_all_requests_were_cancelled(rig: Rig) -> N
 async def test_close_refuses_all_waiting_requests_as_store_unavailable(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
     hold = rig.door.hold("identities_by_digest")
-    asked = asyncio.create_task(rig.resolve(fakes.key(1)))
+    looking_up = asyncio.create_task(rig.resolve(fakes.key(1)))
     await hold.arrived.wait()
     waiting = asyncio.create_task(rig.resolve(fakes.key(2)))
     await until(lambda: rig.cache.sizes()["looking_up"] == 2, "both wait")
     await rig.cache.close()
-    assert set(await asyncio.gather(asked, waiting)) == {Reason.STORE_UNAVAILABLE}
+    assert set(await asyncio.gather(looking_up, waiting)) == {Reason.STORE_UNAVAILABLE}
     assert rig.cache.sizes()["looking_up"] == 0
 
 
@@ -597,8 +597,8 @@ async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make
         await until(lambda: rig.cache.sizes()["looking_up"] == 700, "all wait")
         await until(lambda: rig.relay.accepted > 1 or rig.door.look_ups > 0, "the store is queried")
         await rig.relay.cut()
-        told = await asyncio.gather(*waiting)
-    assert set(told) == {Reason.STORE_UNAVAILABLE}
+        outcomes = await asyncio.gather(*waiting)
+    assert set(outcomes) == {Reason.STORE_UNAVAILABLE}
     assert rig.cache.sizes() == {"known": 0, "unknown": 0, "looking_up": 0}
 
 
@@ -606,12 +606,12 @@ class ResponseWriter:
     """A store with a single response that the test controls."""
 
     def __init__(self) -> None:
-        self.asked: list[Sequence[object]] = []
+        self.queries: list[Sequence[object]] = []
         self.answers: list[asyncio.Future[list[Row]]] = []
 
     async def fetch(self, _name: str, digests: Sequence[object]) -> list[Row]:
         """Wait for the test's response."""
-        self.asked.append(digests)
+        self.queries.append(digests)
         self.answers.append(asyncio.get_running_loop().create_future())
         return await self.answers[-1]
 
@@ -626,7 +626,7 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     begun = []
     for number in range(look_ups_max):
         begun.append(look_ups.enqueue(fakes.key(number).digest(), is_known=False))
-        await until(lambda number=number: len(store.asked) == number + 1, "the store is queried")  # type: ignore[misc]
+        await until(lambda number=number: len(store.queries) == number + 1, "the store is queried")  # type: ignore[misc]
     late = fakes.key(9).digest()
     joined = []
     # All lookups end, and a request follows in the same iteration of the event loop.
@@ -634,12 +634,12 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
         answer.set_result([])
     loop.call_soon(lambda: joined.append(look_ups.enqueue(late, is_known=False)))
     try:
-        await until(lambda: [late] in store.asked, "the late key is looked up", seconds=2)
+        await until(lambda: [late] in store.queries, "the late key is looked up", seconds=2)
     finally:
         for answer in store.answers:
             if not answer.done():
                 answer.set_result([])
-        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all requests get a result")
+        await until(lambda: len(look_ups) == 0 or [late] not in store.queries, "all requests get a result")
         await look_ups.close()
 
 
@@ -664,9 +664,9 @@ LATE_CHANGES = [
 
 
 @pytest.mark.parametrize("is_refresh", [False, True])
-@pytest.mark.parametrize(("statement", "told"), LATE_CHANGES)
+@pytest.mark.parametrize(("statement", "expected"), LATE_CHANGES)
 async def test_result_from_before_a_change_is_never_used_after_it(
-    rig: Rig, statement: str, told: Reason, is_refresh: bool
+    rig: Rig, statement: str, expected: Reason, is_refresh: bool
 ) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
@@ -685,9 +685,9 @@ async def test_result_from_before_a_change_is_never_used_after_it(
     # A request served from the stale entry was served before the change; the next one is not.
     if isinstance(await request, Identity) and is_refresh:
         await rig.is_quiet()
-        assert _admitted(await rig.resolve(secret), rig.clock()) is told
+        assert _admitted(await rig.resolve(secret), rig.clock()) is expected
     else:
-        assert _admitted(await request, rig.clock()) is told
+        assert _admitted(await request, rig.clock()) is expected
     assert rig.door.look_ups - before == 2
 
 
@@ -819,16 +819,16 @@ async def test_invalid_row_affects_only_its_own_key(own_dsn: str, rig: Rig, make
     await sql.execute("UPDATE keyproxy.api_keys SET id = E'x\\r\\nX-Keyproxy-User: root' WHERE id = 'key_2'")
     await sql.close()
     keys = [bad, good] if bad_comes == "first" else [good, bad]
-    told = dict(
+    outcomes = dict(
         zip(
             ["good", "bad"] if bad_comes == "last" else ["bad", "good"],
             await asyncio.gather(*(odd.resolve(secret) for secret in keys)),
             strict=True,
         )
     )
-    assert isinstance(told["good"], Identity)
-    assert isinstance(told["bad"], Reason)
-    assert told["bad"] is not Reason.KEY_INVALID
+    assert isinstance(outcomes["good"], Identity)
+    assert isinstance(outcomes["bad"], Reason)
+    assert outcomes["bad"] is not Reason.KEY_INVALID
 
 
 async def test_unexpected_error_in_a_query_leaves_no_request_waiting(rig: Rig) -> None:

@@ -214,14 +214,14 @@ class Machine:
         self.is_cut = not self.is_cut
 
     async def use(self, number: int) -> None:
-        told = await self.rig.resolve(self.model.secrets[number])
-        if isinstance(told, Identity):
+        outcome = await self.rig.resolve(self.model.secrets[number])
+        if isinstance(outcome, Identity):
             # An entry is at most `_STALE` old; `judge` checks how old it may be now.
-            self.judge(number, _fact_of(told))
-        elif told is Reason.KEY_INVALID:
+            self.judge(number, _fact_of(outcome))
+        elif outcome is Reason.KEY_INVALID:
             self.judge(number, None)
         else:
-            assert told is Reason.STORE_UNAVAILABLE, told
+            assert outcome is Reason.STORE_UNAVAILABLE, outcome
             assert self.is_cut or self.rig.door.is_down
 
     def judge(self, number: int, fact: Fact) -> None:

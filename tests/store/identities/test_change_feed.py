@@ -66,12 +66,19 @@ async def as_the_store_has_it(rig: Rig, secret: SecretKey) -> bool:
         " JOIN keyproxy.tenants AS t ON t.id = u.tenant_id WHERE digest = $1",
         secret.digest(),
     )
-    told = await rig.resolve(secret)
+    identity = await rig.resolve(secret)
     if row is None:
-        return told is Reason.KEY_INVALID
-    assert isinstance(told, Identity)
+        return identity is Reason.KEY_INVALID
+    assert isinstance(identity, Identity)
     standing = Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
-    return (told.key_id, told.user_id, told.tenant_id, told.scopes, told.is_test, told.standing) == (
+    return (
+        identity.key_id,
+        identity.user_id,
+        identity.tenant_id,
+        identity.scopes,
+        identity.is_test,
+        identity.standing,
+    ) == (
         row["id"],
         row["user_id"],
         row["tenant_id"],
@@ -382,8 +389,8 @@ async def test_invalid_change_row_does_not_stop_the_feed(
 ) -> None:
     fed.feed.start()
     await fed.sql.execute("INSERT INTO keyproxy.changes (kind, subject) VALUES ($1, $2)", kind, subject)
-    looks = fed.door.asked["changes_since"]
-    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
+    looks = fed.door.queries["changes_since"]
+    await until(lambda: fed.door.queries["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
     await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     await until(lambda: not fed.is_served(keys[1]), "the revocation takes effect", seconds=3)
 
@@ -650,9 +657,9 @@ async def test_notification_triggers_a_poll_immediately(make_rig: MakeRig, keys:
     await until(rig.feed.is_current, "the feed has polled")
     started = time.monotonic()
     for _ in range(20):
-        looks = rig.door.asked["changes_since"]
+        looks = rig.door.queries["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks, "the feed polls")  # type: ignore[misc]
+        await until(lambda looks=looks: rig.door.queries["changes_since"] > looks, "the feed polls")  # type: ignore[misc]
     # Polling alone would take 10 s.
     assert time.monotonic() - started < 4
 
@@ -755,9 +762,9 @@ async def _look_on(rig: Rig, bell: Bell, times: int) -> None:
     """Let a running feed poll once a minute."""
     for _ in range(times):
         rig.clock.advance(60)
-        looks = rig.door.asked["changes_since"]
+        looks = rig.door.queries["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks + 1, "the feed polls twice")  # type: ignore[misc]
+        await until(lambda looks=looks: rig.door.queries["changes_since"] > looks + 1, "the feed polls twice")  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -785,9 +792,9 @@ async def test_changes_are_deleted_only_after_every_live_proxy_has_read_them(
     rig, bell = minded
     assert await change_rows(rig.sql) > 0
     await _look_on(rig, bell, 19)
-    assert rig.door.asked["forget_changes"] == 0
+    assert rig.door.queries["forget_changes"] == 0
     await _look_on(rig, bell, 2)
-    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are deleted")
+    await until(lambda: rig.door.queries["forget_changes"] > 0, "old changes are deleted")
     await rig.feed.close()
     assert await change_rows(rig.sql) == 0
 
@@ -802,7 +809,7 @@ async def test_late_commit_is_not_deleted_before_it_was_delivered(
     await late.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
     await rig.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
     await _look_on(rig, bell, 25)
-    assert rig.door.asked["forget_changes"] > 0
+    assert rig.door.queries["forget_changes"] > 0
     await rig.resolve(keys[1])
     await transaction.commit()
     await until(lambda: not rig.is_served(keys[1]), "the late change takes effect")
@@ -818,7 +825,7 @@ async def test_snapshot_of_an_abandoned_history_deletes_no_unread_changes(
     future = (1 << 40) + 1_000
     rig.door.edit["changes_since"] = lambda rows: [{**rows[0], "snapshot": f"{future}:{future}:"}]  # type: ignore[list-item]
     rig.feed.start()
-    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has polled")
+    await until(lambda: rig.feed.is_current() and rig.door.queries["changes_since"] >= 1, "the feed has polled")
     await until(bell.is_open.is_set, "the feed listens")
     del rig.door.edit["changes_since"]
     rig.door.before["changes_since"] = _ringing(bell)

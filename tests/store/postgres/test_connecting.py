@@ -337,13 +337,13 @@ async def test_failures_name_the_server_and_never_the_password(short_directory: 
             assert where in str(caught.value)
             assert where in door.down_because
             assert "hunter2" not in str(caught.value)
-        with pytest.raises(StoreUnavailable) as told:
+        with pytest.raises(StoreUnavailable) as raised:
             await NotificationListener(dsn, CHANNEL).open(lambda: None, lambda: None)
-        assert where in str(told.value)
+        assert where in str(raised.value)
         with pytest.raises(StoreUnavailable) as migrating:
             await migrations.migrate(dsn)
         assert where in str(migrating.value)
-        assert "hunter2" not in f"{told.value}{migrating.value}"
+        assert "hunter2" not in f"{raised.value}{migrating.value}"
 
 
 # -- a server that becomes read-only
@@ -391,9 +391,9 @@ async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
     async with asyncio.timeout(10):
         while True:
             other: Sql = await asyncpg.connect(dsn)
-            has_heard = bool(standing(other)) == (value == "on")
+            is_in_effect = bool(standing(other)) == (value == "on")
             await other.close()
-            if has_heard:
+            if is_in_effect:
                 return
 
 

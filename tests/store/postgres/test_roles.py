@@ -211,15 +211,15 @@ async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: s
     await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
     await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
     assert await asyncio.gather(*(roles.create(dsn, prefix) for _ in range(4))) == [[]] * 4
-    told = await sql.fetchrow(
+    rights = await sql.fetchrow(
         "SELECT has_table_privilege($1, 'keyproxy.api_keys', 'SELECT') AS reads,"
         " has_table_privilege($1, 'keyproxy.api_keys', 'DELETE') AS deletes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'last_used_at', 'UPDATE') AS notes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'digest', 'UPDATE') AS forges",
         proxy,
     )
-    assert told is not None
-    assert dict(told) == {"reads": True, "deletes": False, "notes": True, "forges": False}
+    assert rights is not None
+    assert dict(rights) == {"reads": True, "deletes": False, "notes": True, "forges": False}
 
 
 @pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])

@@ -208,14 +208,14 @@ def test_a_refusal_repeats_nothing_of_the_body() -> None:
 
 @pytest.mark.parametrize("name", [b"X", b"x-checksum", b"Server_Timing", b"X.Y", b"!#$%&'*+-.^_`|~1"])
 def test_a_trailer_may_have_any_name_that_a_field_may_have(name: bytes) -> None:
-    asked: list[bytes] = []
+    looked_up: list[bytes] = []
 
     def forbids(one: bytes) -> bool:
-        asked.append(one)
+        looked_up.append(one)
         return False
 
     assert fed(ChunkedBody(forbids), [b"0\r\n" + name + b": y\r\n\r\nrest"]) == (b"", b"rest", True)
-    assert asked == [name]
+    assert looked_up == [name]
 
 
 @pytest.mark.parametrize(

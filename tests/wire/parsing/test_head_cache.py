@@ -72,13 +72,13 @@ def outcome(
         except Refusal as refusal:
             found.append(refusal.reason)
         else:
-            found.append(told(head))
+            found.append(everything_of(head))
             likes += [head] if like is None else []
     assert found == found[:1] * len(found)
     return found[0]
 
 
-def told(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
+def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
     shared = (dataclasses.astuple(head.line), dataclasses.astuple(head.fields), head.block, head.content_length)
     if isinstance(head, ResponseHead):
         return shared
