@@ -77,7 +77,7 @@ def test_every_link_leads_to_an_existing_file_and_heading(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_every_named_file_exists(page: Path) -> None:
+def test_every_file_named_in_the_docs_exists(page: Path) -> None:
     named = {name for name in _NAMED_FILE.findall(_text(page)) if "NNNN" not in name}
     assert {name for name in named if not any(ROOT.glob(name))} == set()
 

@@ -129,7 +129,7 @@ async def test_a_reload_takes_effect_immediately_and_fails_no_request(configure:
 _LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
 
 
-async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it_began_with_which_then_closes(
+async def test_a_request_from_before_a_reload_is_decided_with_the_old_store_which_then_closes(
     configure: Configure, dsn: str
 ) -> None:
     site = configure(dsn, routes=[{"match": "* /{rest...}", "tokens": "openai"}])

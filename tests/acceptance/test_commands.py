@@ -12,7 +12,7 @@ from tests.acceptance.conftest import Configure, Site
 from tests.rawhttp import free_port
 
 
-async def test_provisioning_prints_what_the_contract_specifies(site: Site) -> None:
+async def test_provisioning_prints_the_documented_members(site: Site) -> None:
     assert (await site.run_json("tenant", "create", "acme"))["id"] == "acme"
     user = await site.run_json("user", "create", "u_42", "--tenant", "acme")
     assert (user["id"], user["tenant"]) == ("u_42", "acme")

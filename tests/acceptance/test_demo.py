@@ -259,7 +259,7 @@ def test_commands_name_the_program_as_a_shell_elsewhere_finds_it(
     assert story.own_command() == f"{sys.executable} -m keyproxy"
 
 
-async def test_ctrl_c_before_the_story_has_begun_ends_it_too(stage: Stage, played: Output) -> None:
+async def test_ctrl_c_during_startup_ends_the_demo(stage: Stage, played: Output) -> None:
     assert played.status == 0
     async with stage.playing() as process:
         await _printed_until(process, "Starting PostgreSQL")

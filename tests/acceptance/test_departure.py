@@ -132,7 +132,7 @@ async def test_sigint_leaves_without_lingering(configure: Configure, dsn: str) -
 
 
 @BOTH
-async def test_drain_waits_until_what_is_under_way_has_finished(configure: Configure, dsn: str, workers: int) -> None:
+async def test_drain_waits_for_requests_in_flight(configure: Configure, dsn: str, workers: int) -> None:
     site = configure(dsn, listen={"workers": workers})
     secret = (await site.key())["secret"]
     async with site.serving() as process, site.client() as client:

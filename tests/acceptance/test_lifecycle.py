@@ -165,7 +165,7 @@ def test_errors_have_a_message_and_an_exit_status(
 
 
 @pytest.mark.usefixtures("key")
-def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, key: dict[str, Any]) -> None:
+def test_plans_are_assigned_and_removed_and_one_in_use_cannot_be_deleted(shell: Shell, key: dict[str, Any]) -> None:
     for name in ("basic", "sandbox"):
         shell.run_json("plan", "set", name)
     assert shell.run_json("tenant", "set-plan", "acme", "basic")["plan"] == "basic"
@@ -471,7 +471,9 @@ def test_people_see_secrets_once_and_on_stdout_alone(shell: Shell, key: dict[str
 
 
 @pytest.mark.usefixtures("key")
-def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell: Shell, tmp_path: Path) -> None:
+def test_many_keys_are_issued_from_a_table_and_a_second_run_issues_only_missing_ones(
+    shell: Shell, tmp_path: Path
+) -> None:
     shell.run_json("user", "create", "u_7", "--tenant", "acme", "--no-key")
     table = tmp_path / "wanted.csv"
     table.write_text("user,name,scopes,test\nu_42,nightly,,\nu_7,nightly,a b,true\n")
@@ -548,7 +550,7 @@ def test_digests_are_imported_from_json_lines_and_django_dumps(shell: Shell) -> 
 
 
 @pytest.mark.usefixtures("key")
-def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[str, Any]) -> None:
+def test_destructive_commands_without_a_terminal_need_yes(shell: Shell, key: dict[str, Any]) -> None:
     shell.run_json("plan", "set", "p")
     commands = (
         ("tenant", "delete", "acme"), ("user", "delete", "u_42"), ("key", "delete", key["id"]), ("plan", "delete", "p"),
@@ -560,7 +562,7 @@ def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[
     assert shell.run_json("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
 
 
-def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path: Path) -> None:
+def test_files_without_valid_rows_are_refused_with_the_line_number(shell: Shell, tmp_path: Path) -> None:
     file = tmp_path / "rows"
     cases = (
         ("", "1: the file is empty"),

@@ -154,7 +154,7 @@ async def test_a_user_with_an_exhausted_quota_is_refused_before_the_body(
         assert len(site.upstream.requests) == 1
 
 
-async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(configure: Configure, dsn: str) -> None:
+async def test_slow_bodies_of_one_user_leave_room_for_another_and_time_out(configure: Configure, dsn: str) -> None:
     """Requests of a user with an exhausted quota; their idempotency keys may have been charged before."""
     site = configure(dsn, routes=_ROUTES)
     secret, other = [(await site.key(user))["secret"].encode() for user in ("u_42", "u_43")]

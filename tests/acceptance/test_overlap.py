@@ -32,7 +32,7 @@ from tests.rawhttp import free_port
         ({"upstream": {"url": "http://0:{port}"}}, "upstream.url: http://0:{port} is this proxy itself"),
     ],
 )
-async def test_what_overlaps_is_refused_by_the_check_and_at_the_start(
+async def test_overlapping_addresses_are_refused_by_config_check_and_at_start(
     configure: Configure, dsn: str, tables: dict[str, dict[str, str]], result: str
 ) -> None:
     port = free_port()

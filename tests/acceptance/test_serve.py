@@ -148,7 +148,7 @@ async def test_readiness_fails_with_a_reason_while_the_upstream_is_down(site: Si
         assert json.loads(page)["checks"]["upstream"]["reason"]
 
 
-async def test_sigterm_finishes_what_is_under_way_and_exits_0(site: Site) -> None:
+async def test_sigterm_finishes_requests_in_flight_and_exits_0(site: Site) -> None:
     key = await site.key()
     async with site.serving() as process, site.client() as client:
         head = f"POST / HTTP/1.1\r\nHost: a\r\nAuthorization: Api-Key {key['secret']}\r\nContent-Length: 4\r\n\r\n"

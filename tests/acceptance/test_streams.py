@@ -109,7 +109,7 @@ async def test_no_secret_is_created_without_a_stdout_to_show_it(site: Site, tmp_
 
 @needs_full
 @pytest.mark.parametrize("options", ["", " --json"])
-async def test_a_secret_that_cannot_be_printed_is_named_with_what_to_do(site: Site, options: str) -> None:
+async def test_a_lost_secret_is_reported_with_its_key_and_the_remedy(site: Site, options: str) -> None:
     key = await site.key()
     output = await shell(site, f"key issue --user u_42{options}", "> /dev/full")
     (lost,) = [one for one in await site.run_json("key", "list") if one["id"] != key["id"]]

@@ -150,7 +150,7 @@ async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_pr
     await sql.close()
 
 
-async def test_of_several_hosts_the_primary_is_found_also_after_it_has_changed(
+async def test_the_primary_is_found_among_several_hosts_also_after_it_changes(
     configure: Configure,
     servers: tuple[Server, Server],  # noqa: F811
 ) -> None:

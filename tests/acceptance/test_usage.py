@@ -20,7 +20,7 @@ async def counted(site: Site, *arguments: str) -> dict[str, int]:
     return {name: sum(row[name] for row in rows) for name in ("requests", "refusals")}
 
 
-async def test_usage_equals_what_was_sent_and_is_exported_as_often(site: Site) -> None:
+async def test_usage_equals_the_requests_sent_and_each_is_exported_once(site: Site) -> None:
     key, test = await site.key(), await site.key(is_test=True)
     async with site.serving():
         assert [await site.call(key["secret"]) for _ in range(3)] == [(200, "")] * 3
@@ -58,9 +58,7 @@ async def _exported(site: Site, key_id: str, *, requests: int) -> None:
     assert (lost.status, lost.out) == (1, "")
 
 
-async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was_spent_stays_covered(
-    configure: Configure, dsn: str
-) -> None:
+async def test_a_killed_proxy_loses_only_unwritten_usage_and_none_of_the_spend(configure: Configure, dsn: str) -> None:
     site = configure(dsn, ledger={"lease_seconds": 1.0, "settle_seconds": 0.1})
     key = await site.key()
     await site.run_json("plan", "set", "daily", "--requests-per-day", "1000")

@@ -261,7 +261,7 @@ def mixed() -> list[Exchange]:
     ]
 
 
-def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(logged: Logged) -> None:
+def test_refusals_mode_logs_only_refusals_and_failures(logged: Logged) -> None:
     logged.log.success_share = 0.0
     logged.log.write([row(one) for one in mixed()])
     logged.log.write([row(ended(head_of()))])
@@ -273,7 +273,7 @@ def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(
     ]
 
 
-def test_a_share_of_the_successes_has_a_line_and_every_refusal(logged: Logged) -> None:
+def test_every_refusal_and_the_configured_fraction_of_successes_are_logged(logged: Logged) -> None:
     logged.log.success_share = 0.25
     one, refused = row(ended(head_of())), row(ended(head_of(), reason=Reason.KEY_INVALID))
     logged.log.write([one, refused] * 40)

@@ -169,7 +169,7 @@ def test_every_refusal_starts_at_0_with_its_blame() -> None:
     assert after == before | {("us", "internal_error"): 1.0}
 
 
-def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
+def test_the_first_event_of_a_kind_increases_an_existing_counter() -> None:
     """A series that appears with the value 1 never rose for Prometheus: increase() of it is 0."""
     text = page()
     assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in STATUS_CLASSES}
@@ -239,7 +239,7 @@ def test_responses_are_counted_by_the_class_of_their_status() -> None:
     }
 
 
-def test_the_duration_of_what_was_relayed_stands_apart_from_that_of_refusals() -> None:
+def test_relayed_requests_and_refusals_have_separate_durations() -> None:
     text = page(
         exchange(route="any"),
         exchange(route="any", status=500),

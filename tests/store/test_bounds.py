@@ -160,7 +160,7 @@ async def test_charging_expired_holders_reduces_its_portion_until_it_succeeds(
     assert await _sums(sql) == (0, 0, 0)
 
 
-async def test_restored_database_grants_nothing_before_it_knows_what_is_held(database: Database, sql: Sql) -> None:
+async def test_restored_database_grants_nothing_for_the_duration_of_a_lease(database: Database, sql: Sql) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("a", 1, [line(limit=100, want=1)])
     # As after loading a dump: the restored table is a different one, while the server's timeline stays the same.

@@ -101,7 +101,7 @@ async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None
 
 
 @pytest.mark.parametrize("statement", ["revoke_leaked", "revoke_keys"])
-async def test_a_key_that_somebody_else_revokes_or_changes_meanwhile_is_revoked_once(
+async def test_a_key_that_is_revoked_or_changed_concurrently_is_revoked_once(
     dsn: str, sql: Sql, statement: str
 ) -> None:
     await add_user(sql)

@@ -37,7 +37,7 @@ async def test_a_revoked_key_is_refused_although_the_same_bytes_were_admitted_be
     assert len(wire.upstream.requests) == OFTEN + 1
 
 
-async def test_each_request_is_its_own_key_s_whatever_came_before_it_on_the_connection(wire: Wire) -> None:
+async def test_each_request_is_decided_by_its_own_key_whatever_preceded_it_on_the_connection(wire: Wire) -> None:
     wire.identities.add(fakes.key(2), fakes.identity("u_other"))
     other = SAME.replace(KEY, fakes.key(2).reveal())
     assert len(other) == len(SAME)

@@ -55,7 +55,7 @@ async def _play(wire: Wire, row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", ["gunicorn.json", "llhttp.json"])
-async def test_every_row_is_handled_as_it_expects(start: Start, corpora: Path, name: str) -> None:
+async def test_every_row_of_the_corpus_has_its_expected_outcome(start: Start, corpora: Path, name: str) -> None:
     # One row announces more body than it has, and is to be answered all the same: this upstream does not wait for it.
     wire = await start(serving=Upstream(answer_with(OK, goes_on=False), reads_bodies=False))
     rows = json.loads((corpora / name).read_text(encoding="utf-8"))

@@ -187,7 +187,7 @@ async def test_a_client_that_stops_reading_for_good_is_cut(start: Start) -> None
     assert wire.server.open_connections() == 0
 
 
-async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start) -> None:
+async def test_drain_finishes_requests_in_flight_and_accepts_no_more(start: Start) -> None:
     arrived, release = asyncio.Event(), asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -211,7 +211,7 @@ async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start
         await draining
 
 
-async def test_drain_cuts_what_takes_longer_than_it_may(start: Start) -> None:
+async def test_drain_cuts_requests_that_exceed_the_drain_time(start: Start) -> None:
     async def never(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
         await reader.read()
         return False

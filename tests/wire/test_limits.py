@@ -88,7 +88,7 @@ async def test_the_quota_is_spent_to_the_last_request_and_not_beyond(start: Star
     assert spent(wire, "requests_per_day") == (3, 3)
 
 
-async def test_what_never_reached_the_upstream_costs_nothing(start: Start) -> None:
+async def test_a_request_that_never_reached_the_upstream_costs_nothing(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=3))
     await wire.upstream.stop()
     async with wire.client() as client:
@@ -232,7 +232,7 @@ async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:
     assert not wire.upstream.requests
 
 
-async def test_a_response_without_a_report_is_charged_what_was_held(start: Start) -> None:
+async def test_a_response_without_reported_usage_is_charged_its_hold(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": []}))
     async with wire.client() as client:
         await client.send(chat(max_tokens=50))
@@ -263,7 +263,7 @@ async def test_usage_that_a_client_did_not_request_is_requested_and_hidden(start
     assert spent(wire, "tokens_per_day") == (12, 10_000)
 
 
-async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start: Start) -> None:
+async def test_a_client_that_disconnects_in_mid_stream_is_charged_the_tokens_received(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM + b"".join(chunk(delta("word ")) for _ in range(10)))
         while not writer.is_closing():
@@ -283,7 +283,7 @@ async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start
     assert 10 <= tokens < 100 < hold.tokens
 
 
-async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is_charged(start: Start) -> None:
+async def test_a_stream_that_exhausts_its_budget_ends_with_an_error_event_and_is_charged(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM)
         while not writer.is_closing():
@@ -318,7 +318,7 @@ async def test_live_and_test_traffic_spend_from_pools_of_their_own(start: Start)
             assert statuses == [200, 429]
 
 
-async def test_a_tunnel_on_a_metered_route_is_charged_what_a_request_may_use_at_most(start: Start) -> None:
+async def test_a_tunnel_on_a_metered_route_is_charged_the_maximum_of_a_request(start: Start) -> None:
     routed = RouteTable([("GET /v1/realtime", Route("GET /v1/realtime", frozenset(), "openai", "openai"))])
     wire = await start(serving=Upstream(tunnel), routes=routed)
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, tokens_per_request=4_000)))

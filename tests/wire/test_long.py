@@ -95,7 +95,7 @@ async def test_a_tunnel_relays_bytes_both_ways_and_its_handshake_has_the_identit
         ("Connection: upgrade", "Upgrade: h2c"),
     ],
 )
-async def test_what_is_no_websocket_handshake_is_served_as_a_plain_request(wire: Wire, lines: tuple[str, ...]) -> None:
+async def test_incomplete_upgrade_is_served_as_a_plain_request(wire: Wire, lines: tuple[str, ...]) -> None:
     async with wire.client() as client:
         await client.send(request("GET", "/", *lines))
         assert (await client.answer()).status == 200

@@ -226,7 +226,7 @@ async def test_chunks_of_an_event_stream_arrive_one_by_one(start: Start) -> None
             next_event.set()
 
 
-async def test_the_upstream_is_ended_when_the_client_is_gone(start: Start) -> None:
+async def test_the_upstream_connection_closes_when_the_client_disconnects(start: Start) -> None:
     arrived = asyncio.Event()
 
     async def never(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:

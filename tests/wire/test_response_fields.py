@@ -90,7 +90,7 @@ async def test_every_response_of_ours_carries_one_date(wire: Wire, raw: bytes, s
     assert is_now(refused.one("Date"))
 
 
-async def test_a_failure_of_the_upstream_and_a_connection_too_many_carry_a_date(start: Start) -> None:
+async def test_responses_to_upstream_failures_and_overload_carry_a_date(start: Start) -> None:
     reached, release = asyncio.Event(), asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

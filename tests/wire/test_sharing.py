@@ -132,7 +132,7 @@ async def test_a_response_that_is_ended_for_others_is_visibly_truncated(shared: 
     assert shared.recorder.seen[0].ending is Ending.CUT
 
 
-async def test_what_moves_and_is_within_its_user_s_share_does_not_end_for_others(shared: Wire) -> None:
+async def test_a_moving_request_within_its_user_s_share_is_not_ended_for_others(shared: Wire) -> None:
     drip = request("GET", "/drip")
     async with holding(shared, PLACES, drip, request("GET", "/drip", key=OTHER)) as clients:
         shared.identities.add(fakes.key(4), fakes.identity("u_third"))
@@ -172,7 +172,7 @@ async def test_a_positive_bound_applies_even_if_no_other_user_waits(start: Start
 
 
 @pytest.mark.parametrize("per_tick", [1, 60])
-async def test_a_burst_does_not_hide_that_a_body_hardly_comes_any_more(start: Start, per_tick: int) -> None:
+async def test_an_initial_burst_does_not_hide_a_stalled_body(start: Start, per_tick: int) -> None:
     wire = await start(
         upstream=SETTINGS | {"connect_timeout_seconds": 0.5}, serving=Upstream(by_path, reads_bodies=False)
     )
@@ -190,7 +190,7 @@ async def test_a_burst_does_not_hide_that_a_body_hardly_comes_any_more(start: St
         assert [(await client.answer()).status for client in clients] == [408] * PLACES
 
 
-async def test_a_lone_request_that_waits_gets_what_becomes_slow_only_later(start: Start) -> None:
+async def test_a_waiting_request_takes_the_connection_of_one_that_becomes_slow_later(start: Start) -> None:
     """No other request has to arrive for the connections to be looked through again."""
     wire = await start(upstream=SETTINGS | {"connections_max": 1}, serving=Upstream(by_path, reads_bodies=False))
     raw = request("POST", "/slow", "Content-Length: 9999999") + b"x"

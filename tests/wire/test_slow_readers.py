@@ -215,7 +215,7 @@ async def test_an_upstream_that_takes_a_body_slowly_and_steadily_gets_all_of_it(
 
 
 @pytest.mark.parametrize("body_bytes", [10, 1_000_000, LARGE])
-async def test_an_upstream_that_takes_nothing_is_given_up_in_bounded_time(start: Start, body_bytes: int) -> None:
+async def test_an_upstream_that_reads_nothing_times_out(start: Start, body_bytes: int) -> None:
     async with slow_upstream(body_bytes=body_bytes, reads=False) as (port, _):
         wire = await start(
             upstream={

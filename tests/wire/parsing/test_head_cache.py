@@ -161,7 +161,7 @@ def test_heads_of_many_kinds_do_not_disturb_each_other(kinds: list[list[bytes]])
         (b"X-Custom: v", b"Host: a.example"),  # a second one
     ],
 )
-def test_what_resembles_a_known_head_and_is_malformed_is_refused(known: bytes, changed: bytes) -> None:
+def test_a_malformed_head_that_resembles_a_known_one_is_refused(known: bytes, changed: bytes) -> None:
     good, bad, reader, likes = head(known), head(changed), requests(), Likes()
     for raw in [good] * OFTEN:
         assert isinstance(outcome(reader, raw, likes=likes), tuple)
