@@ -1,4 +1,4 @@
-"""The ledger, and the network between it and the processes: messages and answers get lost, late, doubled, mixed up."""
+"""The ledger, and the network between it and the processes: messages and replies are lost, delayed, duplicated and reordered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of a statement on many keys does not grow with the square of their number, whatever statistics say."""
+"""The work of a statement on many keys does not grow with the square of their number, whatever the statistics are."""
 
 from __future__ import annotations
 

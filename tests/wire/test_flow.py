@@ -40,7 +40,7 @@ class _Transport:
 
 @pytest.mark.parametrize("raw", [request("GET", "/"), request("POST", "/", body=b"x" * 90)])
 async def test_a_known_key_makes_no_task_and_waits_for_nothing_on_its_way_upstream(wire: Wire, raw: bytes) -> None:
-    """The request is written upstream before `data_received` returns, and the answer likewise."""
+    """The request is written upstream before `data_received` returns, and so is the response."""
     loop = asyncio.get_running_loop()
     near, far = _Transport(), _Transport()
     upstream = UpstreamConnection(wire.pool, loop)

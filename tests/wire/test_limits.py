@@ -360,7 +360,7 @@ async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
     wire = await start(serving=Upstream(answer_with(raw)), routes=routed)
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10**6, tokens_per_request=4_000)))
     async with wire.client() as client:
-        # Often enough for the answer to be recognised by its shape, and by its bytes.
+        # Often enough for the response to be recognised by its shape, and by its bytes.
         for _ in range(LEARNT_AFTER + 2):
             await client.send(request("POST", "/v1/ai/jobs"))
             while (await client.answer()).status == 103:

@@ -48,7 +48,7 @@ async def tls_status(wire: Wire, trusting: ssl.SSLContext) -> int:
 
 @contextlib.contextmanager
 def silent_clients(wire: Wire, number: int) -> Iterator[list[socket.socket]]:
-    """Clients that connect and say nothing."""
+    """Clients that connect and send nothing."""
     assert not isinstance(wire.address, str)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(socket.create_connection(wire.address, timeout=5)) for _ in range(number)]

@@ -29,7 +29,7 @@ REVOKED_SECONDS = 2.0
 
 
 async def tunnel(_request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """Take up the handshake, say `hello`, and echo."""
+    """Accept the handshake, send `hello`, and echo."""
     writer.write(SWITCH + b"hello")
     while data := await reader.read(65_536):
         writer.write(data)

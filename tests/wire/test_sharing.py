@@ -78,7 +78,7 @@ async def holding(wire: Wire, number: int, *raws: bytes) -> AsyncIterator[list[C
 
 
 async def quick(wire: Wire, key: bytes = OTHER) -> tuple[int, float]:
-    """(status, seconds) of a request that the upstream answers at once."""
+    """(status, seconds) of a request to which the upstream responds at once."""
     began = time.monotonic()
     async with wire.client() as client:
         await client.send(request("GET", "/quick", key=key))
@@ -87,10 +87,10 @@ async def quick(wire: Wire, key: bytes = OTHER) -> tuple[int, float]:
 
 #: What one user can do to hold a connection: the raw request.
 HELD = {
-    "an answer that is awaited": request("GET", "/never"),
-    "a post that is answered never": request("POST", "/never", body=b"{}"),
-    "an answer that comes a little at a time": request("GET", "/drip"),
-    "a large answer that is not read": request("GET", "/large"),
+    "a response that is awaited": request("GET", "/never"),
+    "a post without a response": request("POST", "/never", body=b"{}"),
+    "a response that arrives slowly": request("GET", "/drip"),
+    "a large response that is not read": request("GET", "/large"),
     "a body that is on its way": request("POST", "/slow", "Content-Length: 9999999") + bytes(60_000),
 }
 
@@ -210,7 +210,7 @@ async def test_a_slow_reader_gives_way_once_others_wait(start: Start) -> None:
     )
     async with holding(wire, 1, request("GET", "/large")) as clients:
         cast("asyncio.Transport", clients[0].writer.transport).pause_reading()
-        # Until the kernels hold as much as they can, the answer goes on.
+        # The response continues until the buffers of both kernels are full.
         await asyncio.sleep(WINDOW_SECONDS + 1.5)
         assert wire.recorder.seen == []
         assert (await quick(wire, fakes.key(1).reveal()))[0] == 200

@@ -60,7 +60,7 @@ class Reader:
         """Read slowly for so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            assert self.read(STEP_BYTES) == STEP_BYTES, "the answer ended early"
+            assert self.read(STEP_BYTES) == STEP_BYTES, "the response ended early"
             time.sleep(STEP_SECONDS)
 
     def rest(self) -> None:
@@ -107,7 +107,7 @@ async def test_a_slow_and_steady_reader_gets_all_of_a_large_response(
     async with reader(wire, trusting if way == "tls" else None) as client:
         client.sock.sendall(request("GET", path, "Connection: close"))
         await asyncio.to_thread(client.dawdle, 6 * IDLE_SECONDS)
-        # The end of it as well: the answer is whole for the proxy long before it is for its client.
+        # Its end too: the response is complete for the proxy long before it is for the client.
         await asyncio.to_thread(client.read, LARGE - client.taken - 3_000_000)
         await asyncio.to_thread(client.dawdle, 4 * IDLE_SECONDS)
         await asyncio.to_thread(client.rest)
@@ -160,7 +160,7 @@ async def test_a_byte_now_and_then_does_not_hold_a_connection_for_ever(start: St
 
 @contextlib.asynccontextmanager
 async def slow_upstream(*, body_bytes: int, reads: bool = True) -> AsyncIterator[tuple[int, list[int]]]:
-    """(port, bytes taken) of an upstream that reads slowly, if at all, and answers once it has a body of this size."""
+    """(port, bytes taken) of an upstream that reads slowly, if at all, and responds once it has a body of this size."""
     taken = [0]
     listening = socket.create_server(("127.0.0.1", 0))
     # What it has not read is not acknowledged either, but for a little.

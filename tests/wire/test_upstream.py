@@ -150,7 +150,7 @@ async def test_an_upstream_that_stops_in_the_middle_is_cut(start: Start) -> None
 
 
 class _Stale:
-    """Answers the first request, then closes as the second one comes: a keep-alive race, on purpose."""
+    """Responds to the first request, then closes when the second one arrives: a deliberate keep-alive race."""
 
     def __init__(self) -> None:
         self.served = 0

@@ -39,7 +39,7 @@ def _answer(listening: socket.socket, context: ssl.SSLContext, answer: bytes, *,
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", False, True),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n", True, False),
     ],
-    ids=["ended", "ended by somebody else", "counted", "counted, and ended early"],
+    ids=["ended", "ended by an attacker", "counted", "counted, and ended early"],
 )
 async def test_a_response_is_complete_only_if_the_upstream_closed_tls_properly(
     start: Start, listening: socket.socket, head: bytes, *, sends_close_notify: bool, is_whole: bool

@@ -63,7 +63,7 @@ async def present(rig: Rig, key: str) -> Identity | Reason:
                 await rig.cache.fetching(secret, missing).fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 async def _strangers_are_forgotten(rig: Rig) -> None:

@@ -126,7 +126,7 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
             return cache.known(secret.digest(), clock())
         except Missing as missing:
             await cache.fetching(secret, missing).fetch_missing()
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 @pytest.mark.parametrize(

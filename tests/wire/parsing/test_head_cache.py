@@ -59,7 +59,7 @@ Likes = list[Any]
 def outcome(
     reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"", likes: Likes | None = None
 ) -> Reason | tuple[Any, ...]:
-    """All that there is to a head, or why it was refused: whatever head it was said to be likely to resemble.
+    """All properties of a head, or why it was refused: the same whichever head is given as similar.
 
     `likes`: heads that were read before; this one joins them.
     """
@@ -273,8 +273,8 @@ LONG = b"a" * 16_000
         head(LONG + b": v", start=b"HTTP/1.1 200 OK"),
         head(start=b"HTTP/1.1 200 " + LONG),
     ],
-    ids=["value", "stable value", "connection", "name", "reserved name", "path", "query", "answer's value",
-         "answer's stable value", "answer's name", "status line"],
+    ids=["value", "stable value", "connection", "name", "reserved name", "path", "query", "response's value",
+         "response's stable value", "response's name", "status line"],
 )  # fmt: skip
 def test_long_lines_are_read_but_not_remembered(raw: bytes) -> None:
     reader = responses() if raw.startswith(b"HTTP") else requests()

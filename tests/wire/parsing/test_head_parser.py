@@ -447,7 +447,7 @@ def test_a_bodiless_response_is_known_by_method_and_status(method: bytes, status
     assert has_no_body(method, StatusLine(status, 1, b"")) is is_bodiless
 
 
-# -- answers
+# -- responses
 
 
 @pytest.mark.parametrize(
