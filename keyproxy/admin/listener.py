@@ -78,7 +78,7 @@ class AdminListener:
     def application(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._outermost])
-        app.on_response_prepare.append(_dress)
+        app.on_response_prepare.append(_add_headers)
         methods: dict[str, set[str]] = defaultdict(set)
         for endpoint in ENDPOINTS:
             app.router.add_route(endpoint.method, endpoint.path, self._handler(endpoint), name=endpoint.name)
@@ -229,7 +229,7 @@ def _refusal(error: Exception, request_id: str) -> Refused:
             return Refused(Problem.INTERNAL_ERROR)
 
 
-async def _dress(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.pop("Server", None)
     response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
     response.headers["Cache-Control"] = "no-store"

@@ -37,7 +37,7 @@ def one_of(*choices: object) -> Check:
 
 def optional_upstream_url(value: str) -> str | None:
     """The URL of an upstream, or nothing."""
-    return None if value == "" else addresses.wrong_with_upstream(value)
+    return None if value == "" else addresses.upstream_problem(value)
 
 
 def store_dsn(value: str) -> str | None:

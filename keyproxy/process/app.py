@@ -135,7 +135,7 @@ class Proxy:
             self.upstreams = upstreams
         if store is not self.store:
             carry_over(self.store, store)
-            self._let_go(self.store, before)
+            self._retire_store(self.store, before)
             self.store = store
         else:
             self._gateways += [gateway for gateway in before if gateway.is_deciding]
@@ -192,7 +192,7 @@ class Proxy:
             undo.pop_all()
         return store
 
-    def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
+    def _retire_store(self, store: Store, gateways: Sequence[Gateway]) -> None:
         """Close a replaced store once no pending decision or request in flight needs it.
 
         A decision that is still pending after the drain time is refused with STORE_UNAVAILABLE.
@@ -285,7 +285,7 @@ class Proxy:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
                 return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'unreachable'}")
-        held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
+        held_up = {mode: pool.congestion() for mode, pool in self.upstreams.distinct().items()}
         if any(held_up.values()):
             # Other users are still served, and another proxy would have the same users.
             return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))

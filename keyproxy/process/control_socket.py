@@ -105,11 +105,11 @@ class Control:
                 sock.close()
                 continue
             sock.setblocking(False)
-            task = self._loop.create_task(self._talk(sock))
+            task = self._loop.create_task(self._serve_client(sock))
             self._talks.add(task)
             task.add_done_callback(self._talks.discard)
 
-    async def _talk(self, sock: socket.socket) -> None:
+    async def _serve_client(self, sock: socket.socket) -> None:
         keeps = False
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):

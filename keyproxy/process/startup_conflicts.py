@@ -37,7 +37,7 @@ def of_admin(settings: Settings) -> Presence:
     return Presence(ADMIN, _encoded(settings.admin.address), NOWHERE, "0" * 16)
 
 
-def places(presence: Presence) -> dict[str, NetworkAddress]:
+def addresses_of(presence: Presence) -> dict[str, NetworkAddress]:
     """The addresses of a process, by configuration key."""
     named = {"listen.address": presence.main, "ops.address": presence.ops}
     if presence.purpose == ADMIN:
@@ -51,12 +51,12 @@ def check(mine: Presence, own_name: str) -> None:
     Two proxies share a port if both have the same upstream and database: a rolling restart. They share an ops listener
     only if they share the port too.
     """
-    ours = places(mine)
+    ours = addresses_of(mine)
     for other in process_registry.running():
         # Another user's process cannot share a port, whatever its name claims.
         if other.name == own_name or other.uid != os.geteuid():
             continue
-        theirs = places(other.presence)
+        theirs = addresses_of(other.presence)
         shared = {key for key in ours.keys() & theirs.keys() if addresses.overlap(ours[key], theirs[key])}
         may_share = mine.serves == other.presence.serves and mine.purpose == SERVE and "listen.address" in shared
         for key, place in ours.items():

@@ -82,7 +82,7 @@ class Worker:
         finally:
             sock.close()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Update readiness and metrics."""
         page = await self.fetch("/metrics")
         if page is not None:
@@ -158,13 +158,13 @@ class WorkerPool:
         """Have these workers abandon the prepared configuration."""
         await asyncio.gather(*(worker.follows(Order(control_channel.WITHDRAW)) for worker in workers))
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Update readiness and metrics of all workers."""
-        await asyncio.gather(*(worker.look() for worker in self.members))
+        await asyncio.gather(*(worker.poll() for worker in self.members))
 
     async def metrics(self) -> bytes:
         """The combined metrics page of all workers."""
-        await self.look()
+        await self.poll()
         return self._fleet.render(worker.page for worker in self.members if worker.page)
 
     async def checks(self, wanted: int) -> dict[str, Check]:
@@ -180,7 +180,7 @@ class WorkerPool:
     async def _until_settled(self, worker: Worker) -> None:
         while not worker.is_ready and worker in self.members:
             await asyncio.sleep(0.05)
-            await worker.look()
+            await worker.poll()
 
     def _states(self) -> Mapping[str, int]:
         ready = sum(worker.is_ready and not worker.is_leaving for worker in self.members)

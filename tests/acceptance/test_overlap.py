@@ -177,6 +177,6 @@ def test_a_name_encodes_the_presence_and_fits_a_socket_address() -> None:
     what = startup_conflicts.of_proxy(settings, "postgresql://u:hunter2@h/d")
     assert len(what.name()) < 107
     assert "hunter2" not in what.name()
-    (host,) = startup_conflicts.places(what)["listen.address"].hosts
-    assert (str(host), startup_conflicts.places(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
+    (host,) = startup_conflicts.addresses_of(what)["listen.address"].hosts
+    assert (str(host), startup_conflicts.addresses_of(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
     assert str(os.getpid()) in what.name()

@@ -1,4 +1,4 @@
-"""The ledger, and the network between it and the processes: messages and replies are lost, delayed, duplicated and reordered."""
+"""The ledger and its network, which loses, delays, duplicates and reorders messages and replies."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
 async def rig(make_rig: MakeRig) -> Rig:
     """A rig with the default configuration and a feed that has polled once."""
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     return rig
 
 

@@ -345,7 +345,7 @@ class Rig:
         """Cut the relay and wait until the feed has noticed the outage."""
         await self.relay.cut()
         try:
-            await self.feed.look()
+            await self.feed.poll()
         except StoreUnavailable:
             assert self.door.is_down
             return
@@ -354,7 +354,7 @@ class Rig:
     async def comes_back(self) -> None:
         """Restore the relay and wait until the feed has noticed the recovery."""
         await self.relay.mend()
-        await self.feed.look()
+        await self.feed.poll()
         assert self.door.is_up
 
     async def is_quiet(self) -> None:

@@ -236,7 +236,7 @@ async def test_window_deleted_while_a_message_waits_for_it_is_created_again(data
 
 async def test_old_changes_are_deleted_one_portion_between_two_polls(make_rig: MakeRig, sql: Sql) -> None:
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     await sql.execute("INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', 'x' FROM generate_series(1, 50)")
     snapshot = await sql.fetchval("SELECT pg_current_snapshot()::text")
     assert len(await rig.door.fetch("forget_changes", snapshot, 30)) == 30

@@ -55,7 +55,7 @@ class _CacheStage:
             is_test,
         )
         await self._rig.sql.execute(_STANDINGS[standing])
-        await self._rig.feed.look()
+        await self._rig.feed.poll()
 
     async def goes_down(self) -> None:
         await self._rig.goes_down()

@@ -280,13 +280,13 @@ async def test_nothing_is_kept_of_requests_that_are_over(shared: Wire) -> None:
 async def test_the_pool_reports_waiting_requests_for_a_few_seconds(
     shared: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shared.pool.held_up_because() == ""
+    assert shared.pool.congestion() == ""
     async with holding(shared, PLACES, request("GET", "/drip")):
         waiting = asyncio.create_task(quick(shared, SECOND_KEY))
-        await until(lambda: bool(shared.pool.held_up_because()))
-        why = shared.pool.held_up_because()
+        await until(lambda: bool(shared.pool.congestion()))
+        why = shared.pool.congestion()
         assert why == "all 4 connections are in use, 1 requests wait; one user holds 4"
         assert (await waiting)[0] == 503
         clock = shared.pool.clock
         monkeypatch.setattr(shared.pool, "clock", lambda: clock() + 10.0)
-        assert shared.pool.held_up_because() == ""
+        assert shared.pool.congestion() == ""

@@ -107,7 +107,7 @@ class ChangeFeed:
         """Whether cached identities include all changes."""
         return self._now().mono_seconds < self._state.current_until
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Poll: apply all changes since the previous poll. Raises StoreUnavailable or StoreConflict."""
         queried_at = self._now().mono_seconds
         first, rows = await self._changes()
@@ -189,7 +189,7 @@ class ChangeFeed:
             # Cleared before the poll, so that a notification during it causes another one.
             self._wake.clear()
             try:
-                await self.look()
+                await self.poll()
                 await self._forget_old()
                 failures = 0
                 pause = _POLL_SECONDS

@@ -37,10 +37,10 @@ from keyproxy.store.postgres.pool import ConnectionPool, Shortage
 
 __all__ = [
     "Database",
-    "Door",
-    "Joined",
+    "JoinedTransaction",
     "NotificationListener",
     "Row",
+    "StatementRunner",
     "StoreConflict",
     "StoreUnavailable",
     "Transaction",
@@ -107,8 +107,8 @@ class Transaction:
             raise NotPrimaryError("this server is read-only (default_transaction_read_only = on)")
 
 
-class Door(Protocol):
-    """Runs statements: the database itself, or one transaction of it, see `Joined`."""
+class StatementRunner(Protocol):
+    """Runs statements: the database itself, or one transaction of it, see `JoinedTransaction`."""
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
@@ -119,20 +119,20 @@ class Door(Protocol):
         ...
 
 
-class Joined:
+class JoinedTransaction:
     """A transaction in place of the database: all statements through it commit or roll back together."""
 
     def __init__(self, transaction: Transaction) -> None:
         self._transaction = transaction
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        """Run a named statement in the transaction: see `Door`."""
+        """Run a named statement in the transaction: see `StatementRunner`."""
         with translated(self._transaction.where):
             return await self._transaction.fetch(name, *arguments)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
-        """A savepoint in the joined transaction: see `Door`."""
+        """A savepoint in the joined transaction: see `StatementRunner`."""
         async with self._transaction.savepoint():
             yield self._transaction
 

@@ -169,7 +169,7 @@ class UpstreamPool(ConnectionOwner):
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
-    def held_up_because(self) -> str:
+    def congestion(self) -> str:
         """Describe why requests waited for a connection in the last seconds; empty if none did."""
         if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
             return ""

@@ -173,13 +173,13 @@ async def test_issued_key_works_and_revoked_key_does_not(rig: Rig) -> None:
     directory = Directory(rig.door, FORMAT, Actor("ann", "desk"))
     await directory.tenants.create("acme", "")
     made = await directory.users.create("u_42", "acme", KeyWish(scopes=("jobs:write",)))
-    await rig.feed.look()
+    await rig.feed.poll()
     secret = _Presented(made["key"]["secret"])
     who = await rig.resolve(secret)  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert (who.user_id, who.tenant_id, who.key_id, who.standing) == ("u_42", "acme", made["key"]["id"], None)
     await directory.keys.revoke(made["key"]["id"], "lost")
-    await rig.feed.look()
+    await rig.feed.poll()
     who = await rig.resolve(secret)  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert who.standing is Reason.KEY_REVOKED

@@ -336,7 +336,7 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
         assert (one["user"], one["is_test"]) == (user, is_test)
         stored = await rig.sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", one["id"])
         assert stored == hashlib.sha256(one["secret"].encode()).digest()
-    await rig.feed.look()
+    await rig.feed.poll()
     who = await rig.resolve(_Presented(result[0]["secret"]))  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert (who.user_id, who.scopes) == ("u_42", frozenset({"jobs:write", "b"}))

@@ -32,7 +32,7 @@ async def known(rig: Rig) -> SecretKey:
     """A key that has just been cached."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)
     return secret
 
@@ -72,7 +72,7 @@ async def test_refusal_of_an_existing_key_has_the_actual_reason(
     rig: Rig, known: SecretKey, statement: str, expected: Reason | None
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert _admitted(await rig.resolve(known), rig.clock()) is expected
 
 
@@ -131,7 +131,7 @@ async def _bring_about(rig: Rig, *, is_current: bool, is_down: bool) -> None:
     if is_down:
         await rig.goes_down()
     if is_current:
-        await rig.feed.look()
+        await rig.feed.poll()
     assert rig.feed.is_current() is is_current
     assert rig.door.is_down is is_down
 
@@ -153,13 +153,13 @@ async def test_how_long_an_entry_is_served(
     rig = await make_rig()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     rig.clock.advance(5)
     await rig.resolve(secret)
     # Poll in between, so that the feed has no gap after which it would distrust all entries.
     while age > 300:
         rig.clock.advance(300)
-        await rig.feed.look()
+        await rig.feed.poll()
         age -= 300
     rig.clock.advance(age)
     await _bring_about(rig, is_current=is_current, is_down=is_down)
@@ -174,7 +174,7 @@ async def test_fresh_entry_is_served_without_a_query(rig: Rig, known: SecretKey)
 
 async def test_stale_entry_is_served_and_refreshed_once_in_the_background(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold = rig.door.hold("identities_by_digest")
     for _ in range(100):
         assert _what(rig, known) == STALE_HIT
@@ -190,7 +190,7 @@ async def test_stale_entry_is_served_and_refreshed_once_in_the_background(rig: R
 
 async def test_failed_refresh_is_retried_and_removes_nothing(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.relay.cut()
     assert _what(rig, known) == STALE_HIT
     await rig.is_quiet()
@@ -223,7 +223,7 @@ async def test_changed_key_is_never_served_even_while_the_store_is_down(
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert rig.hot(known) is None
     await rig.goes_down()
     for seconds in (0.0, FRESH, STALE - FRESH - 0.5, STALE):
@@ -247,7 +247,7 @@ async def test_key_with_limits_changed_just_before_an_outage_is_served_under_the
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert rig.hot(known) is None
     await rig.goes_down()
     assert _what(rig, known) == STALE_HIT
@@ -264,9 +264,9 @@ async def test_change_of_limits_hides_no_other_change_before_an_outage(rig: Rig,
     for plan in ("p", "q"):
         for table in ("tenants", "users", "api_keys"):
             await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", plan)
-        await rig.feed.look()
+        await rig.feed.poll()
     await rig.sql.execute(ending)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.goes_down()
     assert rig.hot(known) is Reason.STORE_UNAVAILABLE
 
@@ -279,7 +279,7 @@ async def test_changed_limits_are_read_before_the_key_is_served_again(rig: Rig, 
             number,
         )
         await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", table)
-        await rig.feed.look()
+        await rig.feed.poll()
         assert rig.hot(known) is None
         found = await rig.resolve(known)
         assert isinstance(found, Identity)
@@ -301,7 +301,7 @@ async def test_distrusted_entry_is_looked_up_first_and_served_if_the_store_is_do
 async def test_key_of_a_changed_user_is_looked_up_and_fresh_again(rig: Rig, known: SecretKey) -> None:
     for change in ("x", "y"):
         await rig.sql.execute("UPDATE keyproxy.tenants SET name = $1", change)
-        await rig.feed.look()
+        await rig.feed.poll()
         assert rig.hot(known) is None
         assert isinstance(await rig.resolve(known), Identity)
         assert _what(rig, known) == HIT
@@ -309,11 +309,11 @@ async def test_key_of_a_changed_user_is_looked_up_and_fresh_again(rig: Rig, know
 
 async def test_deleted_key_is_invalid_and_restored_key_is_known(rig: Rig, known: SecretKey) -> None:
     await rig.sql.execute("DELETE FROM keyproxy.api_keys")
-    await rig.feed.look()
+    await rig.feed.poll()
     assert await rig.resolve(known) is Reason.KEY_INVALID
     assert rig.cache.sizes()["known"] == 0
     await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(known), Identity)
     assert rig.cache.sizes() == {"known": 1, "unknown": 0, "looking_up": 0}
 
@@ -384,10 +384,10 @@ async def test_service_recovers_with_the_store(rig: Rig) -> None:
 
 async def test_flood_of_unknown_keys_is_bounded_and_evicts_no_known_key(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=5, unknown_entries_max=10))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(5))
-    await rig.feed.look()
+    await rig.feed.poll()
     for secret in keys:
         await rig.resolve(secret)
     for number in range(100, 400):
@@ -403,7 +403,7 @@ async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: M
     rig = await make_rig(cache=Cache(entries_max=size, unknown_entries_max=size))
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(100))
-    await rig.feed.look()
+    await rig.feed.poll()
     outcomes = await asyncio.gather(*(rig.resolve(fakes.key(number)) for number in range(100, 200)))
     assert set(outcomes) == {Reason.KEY_INVALID}
     found = await asyncio.gather(*(rig.resolve(secret) for secret in keys))
@@ -413,7 +413,7 @@ async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: M
 @pytest.mark.parametrize("entries_max", [1, 2, 7])
 async def test_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: int) -> None:
     rig = await make_rig(cache=Cache(entries_max=entries_max))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     for secret in await add_keys(rig.sql, range(20)):
         assert isinstance(await rig.resolve(secret), Identity)
@@ -424,7 +424,7 @@ async def test_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: in
 
 async def test_full_table_keeps_keys_in_use_and_evicts_unused_ones(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=3))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     used, *others = await add_keys(rig.sql, range(10))
     await rig.resolve(used)
@@ -436,7 +436,7 @@ async def test_full_table_keeps_keys_in_use_and_evicts_unused_ones(make_rig: Mak
 
 async def test_refreshed_key_takes_no_second_place(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=2))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(2))
     for secret in [*keys, *keys, *keys]:
@@ -449,10 +449,10 @@ async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_lo
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.resolve(secret)
     hold = rig.door.hold("identities_by_digest")
     first = asyncio.create_task(rig.resolve(fakes.key(1_000)))
@@ -484,7 +484,7 @@ async def test_concurrent_requests_for_a_key_share_one_lookup(rig: Rig) -> None:
 @pytest.mark.parametrize("look_ups_max", [1, 3])
 async def test_many_keys_need_few_queries_and_few_at_once(make_rig: MakeRig, look_ups_max: int) -> None:
     rig = await make_rig(look_ups_max=look_ups_max)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(1_200))
     running = most = 0
@@ -511,10 +511,10 @@ async def test_many_keys_need_few_queries_and_few_at_once(make_rig: MakeRig, loo
 @pytest.mark.parametrize("feed_returns_first", [True, False])
 async def test_recovery_with_5000_stale_keys_causes_no_stampede(make_rig: MakeRig, feed_returns_first: bool) -> None:
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(5_000))
-    await rig.feed.look()
+    await rig.feed.poll()
     await asyncio.gather(*(rig.resolve(secret) for secret in keys))
     await rig.goes_down()
     rig.clock.advance(300)
@@ -590,7 +590,7 @@ async def test_close_refuses_all_waiting_requests_as_store_unavailable(make_rig:
 
 async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     async with rig.sql.transaction():
         await rig.sql.execute("LOCK TABLE keyproxy.api_keys IN ACCESS EXCLUSIVE MODE")
         waiting = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(700)]
@@ -670,17 +670,17 @@ async def test_result_from_before_a_change_is_never_used_after_it(
 ) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     if is_refresh:
         await rig.resolve(secret)
         rig.clock.advance(FRESH)
-        await rig.feed.look()
+        await rig.feed.poll()
     before = rig.door.look_ups
     hold = rig.door.hold("identities_by_digest")
     request = asyncio.create_task(rig.resolve(secret))
     await hold.arrived.wait()
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     # A request served from the stale entry was served before the change; the next one is not.
     if isinstance(await request, Identity) and is_refresh:
@@ -697,7 +697,7 @@ async def test_key_created_during_its_lookup_is_not_cached_as_unknown(rig: Rig) 
     request = asyncio.create_task(rig.resolve(fakes.key(1)))
     await hold.arrived.wait()
     await add_key(rig.sql, 1)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     assert isinstance(await request, Identity)
     assert rig.cache.sizes()["unknown"] == 0
@@ -707,12 +707,12 @@ async def test_only_changed_keys_are_looked_up_a_second_time(rig: Rig) -> None:
     await add_user(rig.sql, "u_1")
     await add_user(rig.sql, "u_2")
     changed, other = await add_key(rig.sql, 1, "u_1"), await add_key(rig.sql, 2, "u_2")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold = rig.door.hold("identities_by_digest")
     requests = [asyncio.create_task(rig.resolve(secret)) for secret in (changed, other)]
     await hold.arrived.wait()
     await rig.sql.execute("UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_1'")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     first, second = await asyncio.gather(*requests)
     assert (_admitted(first, rig.clock()), _admitted(second, rig.clock())) == (Reason.ACCOUNT_DISABLED, None)
@@ -725,7 +725,7 @@ async def test_only_changed_keys_are_looked_up_a_second_time(rig: Rig) -> None:
 async def test_lookup_of_a_constantly_changing_key_gives_up_after_some_attempts(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     serial = itertools.count()
 
     def changing(rows: Sequence[Row]) -> Sequence[Row]:
@@ -744,7 +744,7 @@ async def test_change_before_the_query_starts_costs_no_second_query(
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     hold = rig.door.hold("identities_by_digest")
@@ -753,7 +753,7 @@ async def test_change_before_the_query_starts_costs_no_second_query(
     second = asyncio.create_task(rig.resolve(secret))
     await until(lambda: rig.cache.sizes()["looking_up"] == 2, "the key waits")
     await rig.sql.execute("UPDATE keyproxy.users SET disabled_at = now()")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     await first
     assert _admitted(await second, rig.clock()) is Reason.ACCOUNT_DISABLED
@@ -782,7 +782,7 @@ async def test_each_request_is_counted_once_by_its_outcome(rig: Rig, known: Secr
     await rig.resolve(known)
     counted(miss=2)
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     rig.hot(known)
     counted(stale=1)
     await rig.is_quiet()

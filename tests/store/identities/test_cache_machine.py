@@ -169,7 +169,7 @@ class Machine:
                 self.model.secrets[number].digest(),
             )
         self.model.note(await _facts(self.rig, self.model.secrets), self.now)
-        await self.look()
+        await self.poll()
 
     async def change(self) -> None:
         key = self.dice.choice(list(_KEYS))
@@ -191,9 +191,9 @@ class Machine:
         )
         self.model.note(await _facts(self.rig, self.model.secrets), self.now)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         try:
-            await self.rig.feed.look()
+            await self.rig.feed.poll()
         except StoreUnavailable:
             assert self.is_cut
             return
@@ -239,7 +239,7 @@ class Machine:
             case 0 | 1 | 2 | 3 | 4 | 5:
                 await self.change()
             case 6 | 7 | 8 | 9:
-                await self.look()
+                await self.poll()
             case 10:
                 await self.cut_or_mend()
             case 11 | 12:

@@ -68,7 +68,7 @@ async def present(rig: Rig, key: str) -> Identity | Reason:
 
 async def _strangers_are_forgotten(rig: Rig) -> None:
     rig.clock.advance(6.0)
-    await rig.feed.look()
+    await rig.feed.poll()
 
 
 # -- verification and adoption

@@ -24,7 +24,7 @@ async def key(rig: Rig) -> SecretKey:
     """One unused key."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     return secret
 
 
@@ -78,7 +78,7 @@ async def test_key_in_steady_use_is_recorded_once_a_minute(rig: Rig, key: Secret
     first = wall(rig)
     for seconds, expected in [(0.0, first), (59.5, first), (0.5, None)]:
         rig.clock.advance(seconds)
-        await rig.feed.look()
+        await rig.feed.poll()
         for _ in range(10):
             await rig.resolve(key)
         await rig.last_used.flush()
@@ -264,7 +264,7 @@ async def test_failing_note_does_not_mark_the_store_as_down(make_rig: MakeRig) -
     rig = await make_rig(statement_timeout_seconds=0.3)
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.resolve(secret)
     async with rig.sql.transaction():
         await rig.sql.execute("SELECT 1 FROM keyproxy.api_keys FOR UPDATE")

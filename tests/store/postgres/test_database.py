@@ -491,5 +491,5 @@ async def test_key_added_through_a_pooler_works(pooled_dsn: str, make_rig: MakeR
     rig = await make_rig(door=Door(pooled_dsn))
     await add_user(sql)
     secret = await add_key(sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)

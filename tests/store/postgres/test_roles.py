@@ -90,7 +90,7 @@ async def test_proxies_resolve_keys_read_changes_and_record_use(as_proxy: Databa
         as_proxy, Cache(), feed=state, last_used=last_used, header_prefix="X-Keyproxy-", look_ups_max=1, now=clock
     )
     feed = ChangeFeed(as_proxy, None, cache, state, clock)
-    await feed.look()
+    await feed.poll()
     who = await _present(cache, secret, clock)
     assert who.user_id == "u_42"
     await last_used.flush()
