@@ -109,7 +109,7 @@ def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     assert documented == {(problem.code, problem.status) for problem in Problem}
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
         *DESCRIPTIONS.items(),
-        ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do"),
+        ("tenant:acme", "is bound to that tenant: reads and changes only its objects, whatever its other scopes"),
     }
 
 

@@ -285,10 +285,10 @@ class Proxy:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
                 return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'unreachable'}")
-        held_up = {mode: pool.congestion() for mode, pool in self.upstreams.distinct().items()}
-        if any(held_up.values()):
+        congested = {mode: pool.congestion() for mode, pool in self.upstreams.distinct().items()}
+        if any(congested.values()):
             # Other users are still served, and another proxy would have the same users.
-            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
+            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in congested.items() if why))
         return Check(Verdict.OK)
 
     async def _check_proxy(self) -> Check:
