@@ -65,7 +65,7 @@ class IdentitiesContract:
         await stage.add(KNOWN, "u_42")
         with pytest.raises(Missing):
             self._look(stage, KNOWN, is_first_lookup=False)
-        await self._resolved(stage, KNOWN)
+        await self._told(stage, KNOWN)
         # The same object, not an equal one: values that depend on the key are looked up by it.
         assert self._look(stage, KNOWN) is self._look(stage, KNOWN, is_first_lookup=False)
 
@@ -75,28 +75,28 @@ class IdentitiesContract:
         self, stage: IdentitiesStage, is_test: bool, standing: Reason | None
     ) -> None:
         await stage.add(KNOWN, "u_42", is_test=is_test, standing=standing)
-        identity = await self._resolved(stage, KNOWN)
-        assert isinstance(identity, Identity)
-        assert (identity.user_id, identity.tenant_id, identity.scopes) == ("u_42", "acme", frozenset({"jobs:write"}))
-        assert (identity.is_test, identity.standing) == (is_test, standing)
+        who = await self._told(stage, KNOWN)
+        assert isinstance(who, Identity)
+        assert (who.user_id, who.tenant_id, who.scopes) == ("u_42", "acme", frozenset({"jobs:write"}))
+        assert (who.is_test, who.standing) == (is_test, standing)
         values = (
             ("User", "u_42"),
             ("Tenant", "acme"),
             ("Scope", "jobs:write"),
             ("Test", "true" if is_test else "false"),
-            ("Key-Id", identity.key_id),
+            ("Key-Id", who.key_id),
         )
-        assert identity.header_block == identity_headers.identity_block("X-Keyproxy-", values)
+        assert who.header_block == identity_headers.identity_block("X-Keyproxy-", values)
 
     async def test_each_key_has_its_own_identity(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_1")
         await stage.add(OTHER, "u_2")
-        outcomes = [await self._resolved(stage, secret) for secret in (KNOWN, OTHER, KNOWN)]
-        assert [identity.user_id for identity in outcomes if isinstance(identity, Identity)] == ["u_1", "u_2", "u_1"]
+        told = [await self._told(stage, secret) for secret in (KNOWN, OTHER, KNOWN)]
+        assert [who.user_id for who in told if isinstance(who, Identity)] == ["u_1", "u_2", "u_1"]
 
     async def test_unknown_key_is_invalid(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
-        assert await self._resolved(stage, STRANGER) is Reason.KEY_INVALID
+        assert await self._told(stage, STRANGER) is Reason.KEY_INVALID
         with pytest.raises(Refusal) as error:
             self._look(stage, STRANGER)
         assert error.value.reason is Reason.KEY_INVALID
@@ -106,36 +106,36 @@ class IdentitiesContract:
     ) -> None:
         await stage.add(KNOWN, "u_42")
         await stage.add(OTHER, "u_43")
-        identity = await self._resolved(stage, KNOWN)
+        who = await self._told(stage, KNOWN)
         await stage.goes_down()
-        assert await self._resolved(stage, OTHER) is Reason.STORE_UNAVAILABLE
-        assert await self._resolved(stage, STRANGER) is Reason.STORE_UNAVAILABLE
-        assert await self._resolved(stage, KNOWN) is identity
+        assert await self._told(stage, OTHER) is Reason.STORE_UNAVAILABLE
+        assert await self._told(stage, STRANGER) is Reason.STORE_UNAVAILABLE
+        assert await self._told(stage, KNOWN) is who
 
     async def test_after_an_outage_every_key_is_decided_correctly(self, stage: IdentitiesStage) -> None:
         await stage.add(OTHER, "u_43")
         await stage.goes_down()
         for secret in (OTHER, STRANGER):
-            assert await self._resolved(stage, secret) is Reason.STORE_UNAVAILABLE
+            assert await self._told(stage, secret) is Reason.STORE_UNAVAILABLE
         await stage.comes_back()
-        identity = await self._resolved(stage, OTHER)
-        assert isinstance(identity, Identity)
-        assert identity.user_id == "u_43"
-        assert await self._resolved(stage, STRANGER) is Reason.KEY_INVALID
+        who = await self._told(stage, OTHER)
+        assert isinstance(who, Identity)
+        assert who.user_id == "u_43"
+        assert await self._told(stage, STRANGER) is Reason.KEY_INVALID
 
     async def test_cancelled_lookup_does_not_affect_another_one_that_waits(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_42")
-        leaving, staying = (asyncio.create_task(self._resolved(stage, KNOWN)) for _ in range(2))
+        leaving, staying = (asyncio.create_task(self._told(stage, KNOWN)) for _ in range(2))
         await asyncio.sleep(0)
         leaving.cancel()
-        identity = await staying
-        assert isinstance(identity, Identity)
-        assert self._look(stage, KNOWN) is identity
+        who = await staying
+        assert isinstance(who, Identity)
+        assert self._look(stage, KNOWN) is who
 
     def _look(self, stage: IdentitiesStage, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity:
         return stage.identities.known(secret.digest(), stage.now(), is_first_lookup=is_first_lookup)
 
-    async def _resolved(self, stage: IdentitiesStage, secret: SecretKey) -> Identity | Reason:
+    async def _told(self, stage: IdentitiesStage, secret: SecretKey) -> Identity | Reason:
         """The outcome of a request with this key, after waiting once for what is missing."""
         try:
             try:
@@ -157,35 +157,14 @@ def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
     return Window(Pool("user", owner, False), measure)
 
 
-def line(
-    lease: int = 1,
-    of: Window | None = None,
-    *,
-    limit: int = 10,
-    want: int = 0,
-    at_least: int = 1,
-    granted: int = 0,
-    used: int = 0,
-    returned: int = 0,
-    interval_seconds: float = 0.0,
-    takes_all: bool = False,
-    is_closing: bool = False,
-) -> LeaseReport:
+def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int = 0, at_least: int = 1,
+         granted: int = 0, used: int = 0, returned: int = 0, interval_seconds: float = 0.0,
+         takes_all: bool = False, is_closing: bool = False) -> LeaseReport:  # fmt: skip
     """A holder's report of a lease; by default of a day's requests."""
     return LeaseReport(
-        lease,
-        of or window(),
-        0,
-        limit,
-        interval_seconds,
-        granted,
-        used,
-        returned,
-        want,
-        min(at_least, want),
-        takes_all,
-        is_closing,
-    )
+        lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
+        takes_all, is_closing,
+    )  # fmt: skip
 
 
 async def granted_to(ledger: LedgerBackend, serial: int, *lines: LeaseReport) -> dict[int, int]:
@@ -244,7 +223,7 @@ class Holders:
         self.names.append(name + "'")
         return name
 
-    def record_grant(self, name: str, lease: int, granted: int, starts: int) -> None:
+    def hear(self, name: str, lease: int, granted: int, starts: int) -> None:
         """Record the grant of a lease."""
         for key, known in self.leases.items():
             if key[0] == name and known[0] == lease:
@@ -270,39 +249,15 @@ class Holders:
         at_least = self.random.randint(1, want) if want else 0
         # Two leases of one window may come from two plans.
         limit = LIMITS[measure] - (self.random.random() < 0.1)
-        return LeaseReport(
-            number,
-            window(measure),
-            starts,
-            limit,
-            0.0,
-            granted,
-            used,
-            returned,
-            want,
-            at_least,
-            want > 0 and self.random.random() < 0.1,
-            is_closing,
-        )
+        return LeaseReport(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
+                    want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
 
     def _rate_line(self, name: str, place: int) -> LeaseReport:
         want = self.random.choice([0, 1, 20, 90])
         burst = BURST - 100 * (self.random.random() < 0.1)
         # The ledger stores no lease for a rate: any number that is unique in this message will do.
-        return LeaseReport(
-            1_000_000 + place,
-            window("rate"),
-            0,
-            burst,
-            INTERVAL_SECONDS,
-            0,
-            0,
-            0,
-            want,
-            self.random.randint(1, want) if want else 0,
-            False,
-            False,
-        )
+        return LeaseReport(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
+                    self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
 
 
 class LedgerContract:
@@ -323,14 +278,14 @@ class LedgerContract:
                 await ledger.end(name)
             name, serial, lines = holders.message()
             expected = reference.sync(name, serial, lines)
-            actual = await ledger.sync(name, serial, lines)
+            answered = await ledger.sync(name, serial, lines)
             assert expected is not None
-            assert actual is not None
-            for one, other in zip(sorted(expected), sorted(actual), strict=True):
+            assert answered is not None
+            for one, other in zip(sorted(expected), sorted(answered), strict=True):
                 assert one._replace(ends_seconds=0, wait_seconds=0) == other._replace(ends_seconds=0, wait_seconds=0)
                 assert one.ends_seconds == pytest.approx(other.ends_seconds, abs=5)
                 assert one.wait_seconds == pytest.approx(other.wait_seconds, abs=5)
-                holders.record_grant(name, other.lease, other.granted, other.starts)
+                holders.hear(name, other.lease, other.granted, other.starts)
         for name in holders.names:
             reference.end(name)
             await ledger.end(name)
@@ -415,17 +370,17 @@ class LedgerContract:
     ) -> None:
         assert await granted_to(ledger, 1, line(2, want=8), line(1, want=8)) == {1: 0, 2: 8}
         # Units that one lease returns can be granted to another in the same message, in any order of lines.
-        lines = line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=9, at_least=5)
-        assert await granted_to(ledger, 2, *lines) == {1: 0, 2: 8, 3: 5}
-        lines = line(4, want=1), line(3, granted=5, used=2, returned=3), line(2, granted=8, returned=3)
-        assert await granted_to(ledger, 3, *lines) == {2: 8, 3: 5, 4: 1}
+        told = line(1, want=8), line(2, granted=8, returned=3, want=8), line(3, want=9, at_least=5)
+        assert await granted_to(ledger, 2, *told) == {1: 0, 2: 8, 3: 5}
+        told = line(4, want=1), line(3, granted=5, used=2, returned=3), line(2, granted=8, returned=3)
+        assert await granted_to(ledger, 3, *told) == {2: 8, 3: 5, 4: 1}
         # This holds even if there is enough for both. Other windows are independent.
-        lines = (
+        told = (
             line(5, want=1),
             line(6, window(owner="u_43"), want=1),
             line(7, window("rate"), interval_seconds=9, want=1),
         )
-        assert await granted_to(ledger, 4, line(4, granted=1, want=1), *lines) == {4: 1, 5: 1, 6: 1, 7: 1}
+        assert await granted_to(ledger, 4, line(4, granted=1, want=1), *told) == {4: 1, 5: 1, 6: 1, 7: 1}
         (state,) = await ledger.windows([window()])
         assert state is not None
         assert (state.spent, state.held) == (2, 5 + 1 + 1)
@@ -440,11 +395,11 @@ class LedgerContract:
 
     async def test_two_leases_of_one_rate_in_one_message_share_its_burst(self, ledger: InspectedBackend) -> None:
         rate = window("rate")
-        lines = [line(number, rate, limit=5, want=4, interval_seconds=60.0) for number in (2, 1)]
-        replies = await ledger.sync("a", 1, lines)
+        told = [line(number, rate, limit=5, want=4, interval_seconds=60.0) for number in (2, 1)]
+        replies = await ledger.sync("a", 1, told)
         assert replies is not None
         assert {one.lease: (one.granted, one.held, one.wait_seconds) for one in replies} == {1: (0, 0, 0), 2: (4, 4, 0)}
-        replies = await ledger.sync("a", 2, lines)
+        replies = await ledger.sync("a", 2, told)
         assert replies is not None
         assert {one.lease: (one.granted, one.held) for one in replies} == {1: (0, 4), 2: (1, 5)}
 

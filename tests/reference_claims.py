@@ -28,14 +28,15 @@ class ReferenceClaims:
     batches: dict[str, tuple[int, list[Answer]]] = field(default_factory=dict)
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        self._check_available()
-        answers = self.process_batch(process, number, claims)
+        """See ClaimStore."""
+        self._hear()
+        answers = self.hear(process, number, claims)
         if self.loses_answers:
             self.loses_answers -= 1
             raise StoreUnavailable("the response was lost")
         return answers
 
-    def process_batch(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+    def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         """Process a batch."""
         last, answers = self.batches.get(process, (0, []))
         if number <= last:
@@ -64,7 +65,8 @@ class ReferenceClaims:
         return tokens if self.wall() - at < KEPT_SECONDS else None
 
     async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        self._check_available()
+        """See ClaimStore."""
+        self._hear()
         return self.look(fingerprints)
 
     def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
@@ -72,11 +74,12 @@ class ReferenceClaims:
         return {one: tokens for one in fingerprints if (tokens := self._charged(one)) is not None}
 
     async def forget(self, portion: int) -> bool:
+        """See ClaimStore."""
         del portion
-        self._check_available()
+        self._hear()
         self.charges = {one: charge for one, charge in self.charges.items() if self._charged(one) is not None}
         return False
 
-    def _check_available(self) -> None:
+    def _hear(self) -> None:
         if not self.answers:
             raise StoreUnavailable("down")

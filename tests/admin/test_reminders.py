@@ -162,7 +162,7 @@ async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
     assert len(set(receiver.ids)) == 2
 
 
-async def test_undelivered_reminder_is_resent_under_the_same_id_until_it_is_delivered(
+async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
@@ -320,7 +320,7 @@ async def test_a_reminder_has_the_same_id_in_a_restored_database(
     assert len(set(receiver.ids)) == 1
 
 
-async def test_old_reminders_are_deleted(
+async def test_what_is_long_over_is_forgotten(
     make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)

@@ -114,7 +114,7 @@ class RemoteClaims(_Remote):
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         answers: Sequence[Answer] | None
-        answers = await self._call(lambda: self._network.claims.process_batch(process, number, claims))
+        answers = await self._call(lambda: self._network.claims.hear(process, number, claims))
         return answers
 
     async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:

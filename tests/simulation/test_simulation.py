@@ -95,9 +95,9 @@ def test_with_no_faults_all_attempts_at_a_request_are_charged_as_one() -> None:
 class Forgetful(ReferenceClaims):
     """A faulty store: a batch that is sent twice counts twice."""
 
-    def process_batch(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
+    def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
         self.batches.clear()
-        return super().process_batch(process, number, claims)
+        return super().hear(process, number, claims)
 
 
 def test_faulty_store_is_detected() -> None:
