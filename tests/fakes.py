@@ -72,6 +72,7 @@ class FakeIdentities(Identities):
         self.table[secret.digest()] = who
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """See the port."""
         if digest in self.slow:
             raise Missing("identity", lambda _patience: self._bring(digest))
         if digest in self.table:
@@ -81,6 +82,7 @@ class FakeIdentities(Identities):
         raise Refusal(Reason.KEY_INVALID, "unknown")
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
+        """See the port."""
         del key
         return missing
 
@@ -106,12 +108,14 @@ class FakeLedger(Ledger):
     def take(
         self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
     ) -> Hold:
+        """See the port."""
         del may_be_paid
         return self._taken(lambda: self.table.take(allowance, now.mono_seconds, tokens), now)
 
     def check(
         self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
     ) -> None:
+        """See the port."""
         del may_be_paid
         try:
             self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
@@ -125,6 +129,7 @@ class FakeLedger(Ledger):
             self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port."""
         return self._taken(lambda: self.table.take_again(allowance, now.mono_seconds, tokens, paid), now)
 
     def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
@@ -141,6 +146,7 @@ class FakeLedger(Ledger):
         return take()
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port."""
         now = time.monotonic()
         try:
             return self.table.extend(hold, tokens, now)
@@ -150,9 +156,11 @@ class FakeLedger(Ledger):
             return self.table.extend(hold, tokens, now)
 
     def release(self, hold: Hold) -> Hold:
+        """See the port."""
         return self.table.release(hold)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """See the port."""
         self.settled.append((hold, was_sent, tokens))
         self.table.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
 
@@ -199,6 +207,7 @@ class FakeRecorder(Recorder):
     seen: list[Recorded] = field(default_factory=list)
 
     def record(self, exchange: Exchange) -> None:
+        """See the port."""
         head = exchange.head
         line = exchange.refused_line if head is None else head.line
         self.seen.append(

@@ -75,7 +75,7 @@ class Scenario:
     repeats: float = 0.0
 
 
-class ReportingLedger(ports.Ledger):
+class Told(ports.Ledger):
     """A ledger for claims that also reports their settlements to the upstream."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
@@ -86,21 +86,26 @@ class ReportingLedger(ports.Ledger):
     def take(
         self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
     ) -> Hold:
+        """See the port Ledger."""
         return self._ledger.take(allowance, now, tokens, may_be_paid=may_be_paid)
 
     def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+        """See the port Ledger."""
         return self._ledger.take_again(allowance, now, tokens, paid)
 
     def extend(self, hold: Hold, tokens: int) -> Hold:
+        """See the port Ledger."""
         return self._ledger.extend(hold, tokens)
 
     def release(self, hold: Hold) -> Hold:
+        """See the port Ledger."""
         assert self.work is not None
         rest = self._ledger.release(hold)
         self._works[id(rest)] = (rest, self.work)
         return rest
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+        """See the port Ledger."""
         _, work = self._works.pop(id(hold))
         self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
         self._upstream.finish(work, tokens, is_repeat=is_repeat)
@@ -114,7 +119,7 @@ class Process:
     backend: RemoteLedger
     ledger: Ledger
     claims: Claims
-    reporting_ledger: ReportingLedger
+    told: Told
     store: RemoteClaims
     now: Callable[[], Moment]
     allowances: dict[tuple[Pool, ...], Allowance]
@@ -163,10 +168,8 @@ class World:
         offset, began = chance.uniform(0, 1e6), self.clock.now
         jump = [0.0]
         if fate.wall_jumps:
-            self.clock.at(
-                self.clock.now + chance.expovariate(fate.wall_jumps),
-                lambda: jump.__setitem__(0, chance.uniform(-1e6, 1e6)),
-            )
+            self.clock.at(self.clock.now + chance.expovariate(fate.wall_jumps),
+                          lambda: jump.__setitem__(0, chance.uniform(-1e6, 1e6)))  # fmt: skip
 
         def now() -> Moment:
             return Moment(self.wall() + jump[0], offset + (self.clock.now - began) * speed)
@@ -178,12 +181,12 @@ class World:
             ledger = Ledger(backend, config, now)
             ledger.start()
             store = RemoteClaims(self.network, loop)
-            reporting_ledger = ReportingLedger(ledger, self.upstream)
-            claims = Claims(store, reporting_ledger, config, now)
+            told = Told(ledger, self.upstream)
+            claims = Claims(store, told, config, now)
             claims.start()
         finally:
             asyncio._set_running_loop(None)
-        process = Process(loop, backend, ledger, claims, reporting_ledger, store, now, {})
+        process = Process(loop, backend, ledger, claims, told, store, now, {})
         self.fleet.append(process)
         self._spawn(process, self._traffic(process))
 
@@ -227,7 +230,7 @@ class World:
     ) -> tuple[Hold, int | None]:
         """Decide as the gateway does."""
         failure: Refusal | None = None
-        paid, is_looked_up, patience = None, fingerprint is None, TimeBudget()
+        paid, is_asked, patience = None, fingerprint is None, TimeBudget()
         for _ in range(_ROUNDS_MAX + 1):
             now = process.now()
             allowance = process.allowances.get(owner)
@@ -237,7 +240,7 @@ class World:
             try:
                 if paid is not None:
                     return process.ledger.take_again(allowance, now, need, paid), paid
-                return process.ledger.take(allowance, now, need, may_be_paid=not is_looked_up), None
+                return process.ledger.take(allowance, now, need, may_be_paid=not is_asked), None
             except Missing as missing:
                 if failure is not None:
                     raise failure from None
@@ -246,9 +249,9 @@ class World:
                 except Refusal as refusal:
                     failure = refusal
             except Refusal as refusal:
-                if is_looked_up or refusal.reason not in SPENT or fingerprint is None:
+                if is_asked or refusal.reason not in SPENT or fingerprint is None:
                     raise
-                paid, is_looked_up = await process.claims.paid(fingerprint, patience), True
+                paid, is_asked = await process.claims.paid(fingerprint, patience), True
         raise Refusal(Reason.OVERLOADED)
 
     def _note_refusal(self, owner: tuple[Pool, ...], refusal: Refusal) -> None:
@@ -278,7 +281,7 @@ class World:
         if fingerprint is not None:
             used += paid or 0
             self.upstream.answer(work, used)
-            process.reporting_ledger.work = work
+            process.told.work = work
             process.claims.add(hold, fingerprint, used, paid)
             return
         process.ledger.settle(hold, was_sent=True, tokens=used)
