@@ -39,7 +39,7 @@ class UpstreamUser(ports.Exchange):
         """Take the head of the response."""
         raise NotImplementedError
 
-    def interim_arrived(self, head: ResponseHead) -> None:
+    def interim_arrived(self, response: ResponseHead) -> None:
         """Take an interim (1xx) response."""
         raise NotImplementedError
 
