@@ -87,7 +87,7 @@ class Gateway(Gate):
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         need = None
         if grant.route.tokens is not NO_TOKENS:
-            if exchange.ask is None and allowance is not None:
+            if exchange.token_bound is None and allowance is not None:
                 self._check_limits(exchange, allowance, now)
             need = token_accounting.need(exchange, grant.route)
         if allowance is None:
@@ -104,7 +104,7 @@ class Gateway(Gate):
             self._ledger.check(allowance, now, asks=asks)
             return
         try:
-            self._ledger.check(allowance, now, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
+            self._ledger.check(allowance, now, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_looked_up)
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -116,7 +116,7 @@ class Gateway(Gate):
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
         try:
-            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_asked)
+            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_looked_up)
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -124,16 +124,16 @@ class Gateway(Gate):
         """The refusal, or a Missing for the earlier charge if the request may have been charged before."""
         if not fingerprint.may_be_paid(refusal.reason):
             return refusal
-        return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
+        return Missing("payment", lambda patience: self._look_up_payment(exchange, fingerprint, refusal, patience))
 
-    async def _ask_whether_paid(
+    async def _look_up_payment(
         self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
     ) -> None:
         """Look up an earlier charge once the whole request has arrived. A body too large to buffer is refused."""
         await exchange.whole_body(spent)
         if not exchange.is_over:
             fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
-            fingerprint.is_asked = True
+            fingerprint.is_looked_up = True
 
     @property
     def is_deciding(self) -> bool:
@@ -197,7 +197,7 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None:
             return
-        tokens = 0 if exchange.ask is None else token_accounting.charge(exchange, permit)
+        tokens = 0 if exchange.token_bound is None else token_accounting.charge(exchange, permit)
         if permit.hold is None:
             return
         fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
@@ -206,11 +206,11 @@ class Gateway(Gate):
         else:
             self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens)
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter:
         """The meter that reads the response to a request on a metered route."""
         kind = NO_TOKENS if exchange.route is None else exchange.route.tokens
-        hides_usage = exchange.ask is not None and exchange.ask.hides_usage
-        return meter_for(kind, answer, hides_usage=hides_usage)
+        hides_usage = exchange.token_bound is not None and exchange.token_bound.hides_usage
+        return meter_for(kind, response, hides_usage=hides_usage)
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""

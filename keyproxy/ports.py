@@ -20,7 +20,7 @@ from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.model import (
-    ANSWERED,
+    COMPLETED,
     Ending,
     Identity,
     KeyDigest,
@@ -150,7 +150,7 @@ class Exchange:
 
     #: Provides the address of the client.
     peer: Forwarding | None = None
-    ending: Ending = ANSWERED
+    ending: Ending = COMPLETED
     status: int = 0
     started_mono: float = 0.0
     sent_mono: float = 0.0
@@ -158,7 +158,7 @@ class Exchange:
     #: Waiting time before the request was sent: for the client's body, and for a connection to the upstream.
     body_wait_seconds: float = 0.0
     connection_wait_seconds: float = 0.0
-    answered_mono: float = 0.0
+    responded_mono: float = 0.0
     ended_mono: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -166,7 +166,7 @@ class Exchange:
 
     #: On metered routes: the token needs of the request, and the meter of its response. `reading`: owns a long body while
     #: it is parsed.
-    ask: TokenBound | None = None
+    token_bound: TokenBound | None = None
     reading: BodyReading | None = None
     meter: Meter | None = None
 
@@ -229,7 +229,7 @@ class Gate:
         """Recheck an exchange in flight: `refuse` it if its key is no longer valid for it."""
         raise NotImplementedError
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter:
         """The meter that reads the response to a request on a metered route."""
         raise NotImplementedError
 
