@@ -87,11 +87,21 @@ class _OneKey:
     def __init__(self, plan: Plan | None) -> None:
         limits = None if plan is None else json.dumps(plan.to_json())
         self._row = {
-            "digest": SECRET.digest(), "key_id": "k", "scopes": ["jobs:write"], "is_test": False,
-            "expires_wall_seconds": None, "is_revoked": False, "is_disabled": False, "user_id": "u_42",
-            "tenant_id": "acme", "key_pool": "k", "is_retiring": False,
-            "key_limits": limits, "user_limits": limits, "tenant_limits": limits,
-        }  # fmt: skip
+            "digest": SECRET.digest(),
+            "key_id": "k",
+            "scopes": ["jobs:write"],
+            "is_test": False,
+            "expires_wall_seconds": None,
+            "is_revoked": False,
+            "is_disabled": False,
+            "user_id": "u_42",
+            "tenant_id": "acme",
+            "key_pool": "k",
+            "is_retiring": False,
+            "key_limits": limits,
+            "user_limits": limits,
+            "tenant_limits": limits,
+        }
 
     async def fetch(self, _name: str, *_arguments: object) -> list[dict[str, object]]:
         return [self._row]
@@ -101,9 +111,14 @@ def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCac
     """A proxy's cache with one key that stays fresh during the run."""
     database = cast("Database", _OneKey(plan))
     cache = IdentityCache(
-        database, schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
-        last_used=LastUsed(database), header_prefix="X-Keyproxy-", look_ups_max=1, now=clock.now,
-    )  # fmt: skip
+        database,
+        schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0),
+        feed=FeedState(),
+        last_used=LastUsed(database),
+        header_prefix="X-Keyproxy-",
+        look_ups_max=1,
+        now=clock.now,
+    )
     try:
         cache.known(SECRET.digest(), clock.now())
     except Missing as missing:
@@ -143,10 +158,13 @@ PLANS: Final = {
     "no limits": None,
     "windows": Plan(requests_per_day=_MANY, requests_per_month=_MANY),
     "windows, tokens": Plan(
-        requests_per_day=_MANY, requests_per_month=_MANY,
-        tokens_per_request=10_000, tokens_per_day=_MANY, tokens_per_month=_MANY,
+        requests_per_day=_MANY,
+        requests_per_month=_MANY,
+        tokens_per_request=10_000,
+        tokens_per_day=_MANY,
+        tokens_per_month=_MANY,
     ),
-}  # fmt: skip
+}
 NEED: Final = Need(106, 106)
 
 
@@ -189,17 +207,24 @@ class Bench:
         )
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
-            "http://127.0.0.1:9", schema.Upstream(), ResponseReader(self.names), deadlines,
-            clock=clock.monotonic, loop=loop,
-        )  # fmt: skip
+            "http://127.0.0.1:9",
+            schema.Upstream(),
+            ResponseReader(self.names),
+            deadlines,
+            clock=clock.monotonic,
+            loop=loop,
+        )
         self.upstream = UpstreamConnection(pool, loop)
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
             build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None),
-            recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
+            recorder=self.recorder,
+            deadlines=deadlines,
+            clock=clock.monotonic,
+            loop=loop,
             request_ids=RequestIds(b"bench"),
-        )  # fmt: skip
+        )
         self.client = ClientConnection(self.server)
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
 
@@ -236,7 +261,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
     end, response_end = len(head_bytes) - 4, len(response_bytes) - 4
     other_head, other_response = (one.replace(b"Length: ", b"Length: 1") for one in (head_bytes, response_bytes))
     for _ in range(LEARNT_AFTER + 1):
-        head, answer = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
+        head, response = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
     now = clock.now()
     route = bench.routes.match(head.line.method, head.line.path)
     permit = Permit(authorization.admit(bench.identity, route, now))
@@ -253,8 +278,8 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
-        "7 read response": lambda: responses.read(other_response, response_end + 1, answer),
-        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, answer),
+        "7 read response": lambda: responses.read(other_response, response_end + 1, response),
+        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, response),
         "the whole": lambda: bench.whole(next_raw()),
     }
 

@@ -88,13 +88,13 @@ async def _last_let_in(session: aiohttp.ClientSession, port: int, secret: str, g
     while True:
         sent = time.monotonic()
         url, headers = f"http://127.0.0.1:{port}{PATH}", {"Authorization": f"Api-Key {secret}"}
-        async with session.post(url, data=b"{}", headers=headers) as answer:
-            status = answer.status
-            await answer.read()
+        async with session.post(url, data=b"{}", headers=headers) as response:
+            status = response.status
+            await response.read()
         if status == 401:
             return last
         if status != 200 or sent > give_up:
-            raise RuntimeError(f"a request was answered {status}, {sent - due:.1f} s after the first")
+            raise RuntimeError(f"a request got {status}, {sent - due:.1f} s after the first")
         last = sent
         due += gap
         await asyncio.sleep(max(0.0, due - time.monotonic()))

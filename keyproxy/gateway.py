@@ -173,7 +173,9 @@ class Gateway(Gate):
             self._ledger.check(allowance, now, need, asks=asks)
             return
         try:
-            self._ledger.check(allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
+            self._ledger.check(
+                allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_looked_up
+            )
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -183,7 +185,7 @@ class Gateway(Gate):
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
         try:
-            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_asked)
+            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_looked_up)
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -191,16 +193,16 @@ class Gateway(Gate):
         """The refusal, or a Missing for the earlier charge if the request may have been charged before."""
         if not fingerprint.may_be_paid(refusal.reason):
             return refusal
-        return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
+        return Missing("payment", lambda patience: self._look_up_payment(exchange, fingerprint, refusal, patience))
 
-    async def _ask_whether_paid(
+    async def _look_up_payment(
         self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
     ) -> None:
         """Look up an earlier charge once the whole request has arrived. A body too large to buffer is refused."""
         await exchange.whole_body(spent)
         if not exchange.is_over:
             fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
-            fingerprint.is_asked = True
+            fingerprint.is_looked_up = True
 
     @property
     def is_deciding(self) -> bool:
@@ -275,13 +277,13 @@ class Gateway(Gate):
         else:
             self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens, spend=spend)
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter | None:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter | None:
         """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
         metered = exchange.metered
         if metered is None or not metered.uses_tokens:
             return None
         return meter_for(
-            metered.rules.dialect, metered.endpoint, answer,
+            metered.rules.dialect, metered.endpoint, response,
             choices=metered.choices, hides_usage=metered.asks_for_usage,
         )  # fmt: skip
 

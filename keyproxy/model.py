@@ -332,14 +332,14 @@ class TokenUse:
 class Ending(enum.Enum):
     """How an exchange ended."""
 
-    ANSWERED = "answered"  # the upstream's response was relayed completely
+    COMPLETED = "completed"  # the upstream's response was relayed completely
     REFUSED = "refused"  # the proxy sent its own response
     CUT = "cut"  # the response broke off; its framing is left incomplete, so that the client notices
     CLIENT_GONE = "client_gone"  # the client disconnected before the response was complete
 
 
 #: The most frequent ending. An attribute lookup on the enum class would cost more than the comparison itself.
-ANSWERED: Final = Ending.ANSWERED
+COMPLETED: Final = Ending.COMPLETED
 
 
 #: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.

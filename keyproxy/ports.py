@@ -19,7 +19,7 @@ from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import (
-    ANSWERED,
+    COMPLETED,
     Ending,
     Identity,
     KeyDigest,
@@ -169,7 +169,7 @@ class Exchange:
 
     #: Provides the address of the client.
     peer: Forwarding | None = None
-    ending: Ending = ANSWERED
+    ending: Ending = COMPLETED
     status: int = 0
     started_mono: float = 0.0
     sent_mono: float = 0.0
@@ -177,7 +177,7 @@ class Exchange:
     #: Waiting time before the request was sent: for the client's body, and for a connection to the upstream.
     body_wait_seconds: float = 0.0
     connection_wait_seconds: float = 0.0
-    answered_mono: float = 0.0
+    responded_mono: float = 0.0
     ended_mono: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -259,7 +259,7 @@ class Gate:
     #: How long the rest of a response is read for its usage after the client has left.
     usage_wait_seconds: float = 0.0
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter | None:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter | None:
         """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
         raise NotImplementedError
 

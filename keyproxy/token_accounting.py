@@ -12,7 +12,7 @@ from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.forwarded_headers import for_metering
 from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import ANSWERED, Ending, Missing, RequestHead
+from keyproxy.model import COMPLETED, Ending, Missing, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Blame
 
@@ -87,7 +87,7 @@ def charge(exchange: Exchange, metered: MeteredRequest) -> tuple[int, int]:
     use, status = None, None
     if meter is not None:
         use, status = meter.result(), exchange.status
-    elif metered.is_tunnel and exchange.answered_mono:
+    elif metered.is_tunnel and exchange.responded_mono:
         use, status = _TUNNELED, _SWITCHING_PROTOCOLS
     if not exchange.sent_mono:
         return 0, 0
@@ -100,7 +100,7 @@ def charge(exchange: Exchange, metered: MeteredRequest) -> tuple[int, int]:
 
 
 def _end(exchange: Exchange) -> ResponseEnd:
-    if exchange.ending is ANSWERED:
+    if exchange.ending is COMPLETED:
         return ResponseEnd.COMPLETE
     reason = exchange.reason
     if exchange.ending is not Ending.CLIENT_GONE and reason is not None and reason.value.blame is Blame.UPSTREAM:

@@ -91,7 +91,7 @@ class Admin:
             sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
             stack.push_async_callback(listener.close)
             await listener.start(sock, self._tls)
-            self._warn_of_what_is_read_by_others()
+            self._warn_of_unencrypted_tokens()
             started(f"{sockets.address_of(sock)}{'' if self._tls is None else ', TLS'}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
@@ -103,7 +103,7 @@ class Admin:
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 
-    def _warn_of_what_is_read_by_others(self) -> None:
+    def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.
         if self._tls is None and not is_loopback(self._settings.admin.address):
             _log.warning(

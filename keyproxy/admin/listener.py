@@ -16,7 +16,7 @@ import orjson
 from aiohttp import hdrs, web
 
 from keyproxy.admin import docs_page, openapi
-from keyproxy.admin.connections import BOUNDS, Bounds, Connections
+from keyproxy.admin.connections import BOUNDS, AdminConnections, Bounds
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.metrics_page import Traffic
 from keyproxy.admin.problems import Problem, Refused, problem_response
@@ -72,13 +72,13 @@ class AdminListener:
         self._log_line = log_line
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
-        self._connections: Connections | None = None
+        self._connections: AdminConnections | None = None
         self._openapi, self._reference, self._reference_policy = _documents()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._outermost])
-        app.on_response_prepare.append(_dress)
+        app.on_response_prepare.append(_add_headers)
         methods: dict[str, set[str]] = defaultdict(set)
         for endpoint in ENDPOINTS:
             app.router.add_route(endpoint.method, endpoint.path, self._handler(endpoint), name=endpoint.name)
@@ -101,7 +101,7 @@ class AdminListener:
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner was set up and has no server")
-        self._connections = Connections(self._runner.server, self._bounds)
+        self._connections = AdminConnections(self._runner.server, self._bounds)
         await self._connections.start(sock, tls)
 
     async def close(self) -> None:
@@ -229,7 +229,7 @@ def _refusal(error: Exception, request_id: str) -> Refused:
             return Refused(Problem.INTERNAL_ERROR)
 
 
-async def _dress(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.pop("Server", None)
     response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
     response.headers["Cache-Control"] = "no-store"
@@ -240,10 +240,10 @@ async def _dress(request: web.Request, response: web.StreamResponse) -> None:
 def _options(allowed: set[str]) -> Handler:
     methods = ", ".join(sorted(allowed))
 
-    async def answer(_request: web.Request) -> web.Response:
+    async def handle(_request: web.Request) -> web.Response:
         return web.Response(status=204, headers={"Allow": methods})
 
-    return answer
+    return handle
 
 
 def _json(status: int, content: object) -> web.Response:

@@ -39,7 +39,13 @@ from keyproxy.store.directory.idempotent_requests import (
     StoredResponse,
     respond_once,
 )
-from keyproxy.store.postgres.database import Database, Door, Joined, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.database import (
+    Database,
+    JoinedTransaction,
+    StatementRunner,
+    StoreConflict,
+    StoreUnavailable,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -116,8 +122,8 @@ class Service:
     async def _changed(
         self, endpoint: Endpoint, request: web.Request, valid: _ValidRequest, raw: bytes
     ) -> web.StreamResponse:
-        async def work(door: Door) -> StoredResponse:
-            result = await endpoint.handler(valid.in_transaction(self, door))
+        async def work(joined: StatementRunner) -> StoredResponse:
+            result = await endpoint.handler(valid.in_transaction(self, joined))
             if isinstance(result, ApiStream):
                 raise TypeError(f"{endpoint.name} changes something and streams")
             return _stored(result)
@@ -125,7 +131,7 @@ class Service:
         key = request_parsing.idempotency_key(request, endpoint)
         if key is None:
             async with self.database.transaction() as transaction:
-                stored = await work(Joined(transaction))
+                stored = await work(JoinedTransaction(transaction))
             return _response(stored)
         conditions = repr((request.method, request.raw_path, valid.if_match)).encode()
         record = IdempotencyRecord(valid.token["id"], key, conditions + b"\n" + raw)
@@ -154,8 +160,8 @@ class _ValidRequest:
     must_be_new: bool
     actor: Actor
 
-    def in_transaction(self, service: Service, door: Door) -> ApiRequest:
-        directory = Directory(door, service.key_format, self.actor, tenant_id=self.token["tenant"])
+    def in_transaction(self, service: Service, joined: StatementRunner) -> ApiRequest:
+        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"])
         return ApiRequest(
             directory,
             service.database,

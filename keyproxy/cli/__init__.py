@@ -87,19 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     except ConfigError as error:
         for problem in error.problems:
-            _say(problem)
+            _print_problem(problem)
         return MISUSED
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        _print_problem("interrupted")
         return FAILED
     except (Failure, AdminApiUnavailable) as error:
-        _say(str(error))
+        _print_problem(str(error))
         return FAILED
     except StoreUnavailable as error:
-        _say(f"the database is unavailable: {' '.join(str(error).split())}")
+        _print_problem(f"the database is unavailable: {' '.join(str(error).split())}")
         return FAILED
     except refusals() as error:
-        _say(" ".join(str(error).split()))
+        _print_problem(" ".join(str(error).split()))
         return FAILED
     except BrokenPipeError:
         # The reader of the output has closed the pipe.
@@ -110,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if error.filename is None:
             standard_streams.abandon(sys.stdout.fileno())
-        _say(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
+        _print_problem(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
         return FAILED
     return status if isinstance(status, int) else 0
 
 
-def _say(text: str) -> None:
+def _print_problem(text: str) -> None:
     # An argument may be a key where an id belongs, and other people can read terminals and job logs.
     print_message(masked(text))

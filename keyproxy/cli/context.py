@@ -189,7 +189,7 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--yes."""
+    """Add --yes, which destructive commands require without a terminal."""
     return click.option("--yes", is_flag=True, help="Skip the confirmation. Required if stdin is not a terminal.")(
         command
     )

@@ -59,7 +59,7 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def config_option(command: _Decorated) -> _Decorated:
-    """--config FILE."""
+    """Add --config FILE, also read from KEYPROXY_CONFIG."""
     return click.option(
         "--config",
         "config_path",
@@ -71,12 +71,12 @@ def config_option(command: _Decorated) -> _Decorated:
 
 
 def json_option(command: _Decorated) -> _Decorated:
-    """--json."""
+    """Add --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def admin_options(command: _Decorated) -> _Decorated:
-    """--admin-url and --admin-token-file."""
+    """Add --admin-url and --admin-token-file."""
     for option in (
         click.option(
             "--admin-token-file",

@@ -136,7 +136,7 @@ class Proxy:
             self.upstreams = upstreams
         if store is not self.store:
             carry_over(self.store, store)
-            self._let_go(self.store, before)
+            self._retire_store(self.store, before)
             self.store = store
         else:
             self._gateways += [gateway for gateway in before if gateway.is_deciding]
@@ -192,11 +192,11 @@ class Proxy:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(store.close)
             await store.open()
-            await store.answers()
+            await store.check_connection()
             undo.pop_all()
         return store
 
-    def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
+    def _retire_store(self, store: Store, gateways: Sequence[Gateway]) -> None:
         """Close a replaced store once no pending decision or request in flight needs it.
 
         A decision that is still pending after the drain time is refused with STORE_UNAVAILABLE.
@@ -293,10 +293,10 @@ class Proxy:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
                 return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'unreachable'}")
-        held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
-        if any(held_up.values()):
+        congested = {mode: pool.congestion() for mode, pool in self.upstreams.distinct().items()}
+        if any(congested.values()):
             # Other users are still served, and another proxy would have the same users.
-            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
+            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in congested.items() if why))
         return Check(Verdict.OK)
 
     async def _check_proxy(self) -> Check:

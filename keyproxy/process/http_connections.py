@@ -102,7 +102,7 @@ class Connections:
 
     def _accepted(self) -> asyncio.Protocol:
         if len(self.open) >= self._bounds.connections_max and not self._evict():
-            return _TurnedAway(self._loop, self._full())
+            return _RejectedConnection(self._loop, self._full())
         return _Connection(self, self._server, self._bounds, self._log)
 
     def _evict(self) -> bool:
@@ -119,7 +119,7 @@ class Connections:
 
 
 class _Connection(web.RequestHandler):
-    """One connection."""
+    """A connection that registers with `Connections` while it is open, so that the limits hold."""
 
     def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
         options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log
@@ -184,7 +184,7 @@ class _Connection(web.RequestHandler):
             self._unread = None
 
 
-class _TurnedAway(asyncio.Protocol):
+class _RejectedConnection(asyncio.Protocol):
     """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes, or after a second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, full: bytes) -> None:

@@ -65,7 +65,7 @@ class BodyMemory:
         self.held_bytes += count
 
     def give_back(self, owner: BodyOwner, count: int) -> None:
-        """Release memory."""
+        """Return memory that `owner` has taken."""
         self.held_bytes -= count
         left = self._held.get(owner, 0) - count
         if left > 0:

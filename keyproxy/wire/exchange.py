@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.model import ANSWERED, Ending, Permit, RequestHead, ResponseHead
+from keyproxy.model import COMPLETED, Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer
@@ -211,7 +211,7 @@ class Exchange(PoolUser):
     def close_tunnel(self) -> None:
         """One side of the tunnel has ended, or it has to end now. Bytes in flight are still delivered."""
         if self._phase == phases.TUNNEL:
-            self._end(ANSWERED, self._server.clock(), closes=True)
+            self._end(COMPLETED, self._server.clock(), closes=True)
 
     def pause_response(self) -> None:
         """The client does not read fast enough."""
@@ -255,7 +255,7 @@ class Exchange(PoolUser):
         if not self.is_complete:
             self._client.resume()
 
-    def interim_arrived(self, answer: ResponseHead) -> None:
+    def interim_arrived(self, response: ResponseHead) -> None:
         """An interim response, such as 103. RFC 9110 section 15.2: relay it, unless keyproxy sends it itself.
 
         HTTP/1.0 has none. A client that expects 100 gets it from keyproxy.
@@ -265,31 +265,31 @@ class Exchange(PoolUser):
         head = self.head
         if head is None or head.line.minor_version == 0:
             return
-        if answer.line.status != _CONTINUE or not head.fields.expects_continue:
-            self.response.send_interim(answer)
+        if response.line.status != _CONTINUE or not head.fields.expects_continue:
+            self.response.send_interim(response)
 
-    def response_begins(self, answer: ResponseHead, now: float) -> None:
+    def response_begins(self, response: ResponseHead, now: float) -> None:
         head = self.head
         assert head is not None  # noqa: S101 - for the type checker: it was forwarded
         self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
-        self.answered_mono = now
-        self.status = answer.line.status
-        lines = response_heads.client_lines(answer, self, self._server, now)
-        if not answer.fields.has_date:
+        self.responded_mono = now
+        self.status = response.line.status
+        lines = response_heads.client_lines(response, self, self._server, now)
+        if not response.fields.has_date:
             # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
             lines += self._server.date_line()
         if self.metered is not None:
-            self.meter = self._gate.meter(self, answer)
+            self.meter = self._gate.meter(self, response)
         may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
-        self.response.begin(head, answer, lines, may_continue=may_continue)
+        self.response.begin(head, response, lines, may_continue=may_continue)
 
-    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+    def tunnel_begins(self, response: ResponseHead, now: float) -> None:
         self._phase = phases.EXCHANGE.step(self._phase, phases.TUNNEL)
-        self.answered_mono = now
-        self.status = answer.line.status
+        self.responded_mono = now
+        self.status = response.line.status
         self.is_complete = False
-        lines = response_heads.client_lines(answer, self, self._server, now)
-        self.response.begin_tunnel(answer, lines)
+        lines = response_heads.client_lines(response, self, self._server, now)
+        self.response.begin_tunnel(response, lines)
         self._client.enter_tunnel()
 
     def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
@@ -305,7 +305,7 @@ class Exchange(PoolUser):
         self.bytes_out += len(content)
         response.write(content, is_last=is_last)
         if is_last:
-            self._end(ANSWERED, now, closes=response.closes)
+            self._end(COMPLETED, now, closes=response.closes)
         elif meter is not None and meter.is_stream:
             self._gate.watch(self)
 
@@ -354,7 +354,7 @@ class Exchange(PoolUser):
         identity = permit.grant.identity
         pool = self._server.upstreams.pool(is_test=identity.is_test)
         self._pool = pool
-        upstream = None if self._is_retry or self.asks_for_tunnel else pool.take(identity.owner, self.started_mono)
+        upstream = None if self._is_retry or self.is_tunnel_request else pool.take(identity.owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:
@@ -387,7 +387,7 @@ class Exchange(PoolUser):
                 upstream.finish(now)
             else:
                 # A response may be complete before its request.
-                upstream.exchange_over(now, is_clean=ending is ANSWERED and self.is_complete)
+                upstream.exchange_over(now, is_clean=ending is COMPLETED and self.is_complete)
         self.body = b""
         if self._collector is not None:
             self._collector.leave()

@@ -156,7 +156,7 @@ def _split(data: bytes, length_bytes: int) -> tuple[bytes, bytes]:
 
 
 class TlsContext(ssl.SSLContext):
-    """Makes TlsObjects."""
+    """An SSL context whose `wrap_bio` makes TlsObjects."""
 
     sslobject_class = TlsObject
 

@@ -238,9 +238,9 @@ class ProxyServer(ServerContext):
     def _without_tls(self) -> bytes:
         """Return the response to plain HTTP on a TLS port."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
-        answer = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
+        response = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
         request_id = self.request_ids.choose(None, self.key_format)
-        return response_heads.own(answer, request_id, self.date_line(), closes=True, without_body=False)
+        return response_heads.own(response, request_id, self.date_line(), closes=True, without_body=False)
 
     def _opening(self) -> int:
         return self._listener.opening() if self._listener is not None else 0

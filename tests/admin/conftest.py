@@ -70,15 +70,19 @@ class Api:
 
     async def token(self, *scopes: str, tenant: str | None = None, **wanted: Any) -> str:
         """The secret of a new token."""
-        made = await self.tokens.create(
-            "a test's", scopes, tenant_id=tenant, expires_in=wanted.get("expires_in")
-        )  # fmt: skip
+        made = await self.tokens.create("a test's", scopes, tenant_id=tenant, expires_in=wanted.get("expires_in"))
         return str(made["secret"])
 
     async def call(
-        self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
-        headers: Mapping[str, str] | None = None, data: bytes | None = None,
-    ) -> Reply:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        content: object = None,
+        *,
+        token: str | None = FILE_TOKEN,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Reply:
         """Send one request. `content`: the body, sent as JSON; `data`: the raw body."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
@@ -88,7 +92,7 @@ class Api:
         body = None if data is None else io.BytesIO(data)
         async with self.session.request(
             method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
-        ) as response:  # fmt: skip
+        ) as response:
             return Reply(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
@@ -118,7 +122,7 @@ async def dsn(shared_dsn: str) -> str:
 @contextlib.asynccontextmanager
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
-) -> AsyncIterator[Api]:  # fmt: skip
+) -> AsyncIterator[Api]:
     """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
@@ -129,9 +133,12 @@ async def serving(
     reminding = ReminderSender(ReminderQueue(database))
     counted = traffic()
     listener = AdminListener(
-        service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,
-        log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
-    )  # fmt: skip
+        service,
+        metrics=MetricsPage(reminding, lambda: now[0], counted).page,
+        traffic=counted,
+        log_line=lambda line, _status: log.append(json.loads(line)),
+        bounds=bounds,
+    )
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         await listener.start(sock)

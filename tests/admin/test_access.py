@@ -250,7 +250,7 @@ async def test_a_bound_token_takes_no_cursor_into_another_tenant(api: Api) -> No
         assert {item["tenant"] for item in result["items"]} <= {"acme"}
 
 
-async def test_a_bound_token_does_what_it_may_within_its_tenant(api: Api) -> None:
+async def test_a_bound_token_can_use_its_scopes_within_its_tenant(api: Api) -> None:
     await _two_tenants(api)
     bound = await api.token("admin:write", tenant="acme")
     user = await api.done("POST", "/v1/users", {"id": "u_9", "tenant": "acme"}, token=bound)

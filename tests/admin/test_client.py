@@ -164,7 +164,7 @@ async def test_many_keys_are_issued_and_revoked(operations: DirectoryOperations,
     assert [keys async for keys in operations.key_batches.revoke(wanted, "leaves")] == []
 
 
-async def test_a_plan_is_changed_limit_by_limit(operations: DirectoryOperations) -> None:
+async def test_a_patch_changes_only_the_named_limits_of_a_plan(operations: DirectoryOperations) -> None:
     await operations.plans.set("basic", {"rate": 5.0, "burst": 9})
     changed = await operations.plans.change("basic", {"burst": None, "concurrency": 2})
     assert (changed["created"], changed["limits"]) == (False, {"rate": 5.0, "concurrency": 2})
@@ -273,7 +273,7 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
             await usage.windows("nobody", is_test=False)
 
 
-async def test_what_is_refused_is_refused_alike(operations: DirectoryOperations, api: Api) -> None:
+async def test_refusals_are_the_same_with_and_without_the_api(operations: DirectoryOperations, api: Api) -> None:
     key = (await api.user())["key"]["id"]
     await api.user("u_2", "other")
     await operations.keys.rotate(key, grace=timedelta(0), expires_in=None)

@@ -79,14 +79,14 @@ async def key(api: Api) -> str:
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",
     ],
 )  # fmt: skip
-async def test_what_is_looked_up_is_printed_alike(run: Run, key: str, command: str) -> None:
+async def test_lookups_print_the_same_with_and_without_the_api(run: Run, key: str, command: str) -> None:
     arguments = [key if word == "KEY" else word for word in command.split()]
     for form in ([], ["--json"]):
-        direct, asked = await run(*arguments, *form), await run(*arguments, *form, by="api")
-        assert direct.status == asked.status
-        assert _timeless(direct.out) == _timeless(asked.out)
-        assert len(asked.err.splitlines()) == asked.status
-        assert bool(asked.out) is not bool(asked.status)
+        direct, remote = await run(*arguments, *form), await run(*arguments, *form, by="api")
+        assert direct.status == remote.status
+        assert _timeless(direct.out) == _timeless(remote.out)
+        assert len(remote.err.splitlines()) == remote.status
+        assert bool(remote.out) is not bool(remote.status)
 
 
 def _timeless(text: str) -> str:
@@ -204,7 +204,7 @@ async def test_keys_are_imported_and_errors_are_reported_with_their_line(
     assert (found["user"], found["name"]) == ("u_1", "old")
 
 
-async def test_a_kind_of_thing_that_is_not_audited_is_misuse_that_names_those_that_are(run: Run) -> None:
+async def test_an_unknown_entity_is_wrong_usage_and_the_message_lists_the_entities(run: Run) -> None:
     printed = await run("audit", "list", "--entity", "tokn")
     assert printed.status == 2
     for kind in ("tenant", "user", "key", "plan", "token"):

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from keyproxy.admin.connections import Bounds, Connections
+from keyproxy.admin.connections import AdminConnections, Bounds
 from keyproxy.store.directory.directory import KeyWish
 from keyproxy.store.postgres.database import Database
 from keyproxy.wire.tls import server_context
@@ -154,7 +154,7 @@ async def test_a_client_without_tls_gets_a_plain_text_400(tmp_path: Path) -> Non
 
     file, authority = tmp_path / "server.pem", trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(file))
-    connections = Connections(web.Server(ok), Bounds())
+    connections = AdminConnections(web.Server(ok), Bounds())
     sock = socket.create_server(("127.0.0.1", 0))
     host, port = sock.getsockname()
     await connections.start(sock, server_context(str(file), ""))

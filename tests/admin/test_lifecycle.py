@@ -75,7 +75,7 @@ async def test_a_scope_that_no_route_requires_causes_a_warning(database: Databas
         assert key["warnings"] == ["no route requires the scope 'job:write'"]
 
 
-async def test_a_key_that_every_route_refuses_is_warned_of_wherever_keys_get_scopes(database: Database) -> None:
+async def test_a_key_that_every_route_refuses_causes_a_warning_wherever_scopes_are_set(database: Database) -> None:
     row = {"user": "u_1", "digest": "00" * 32}
     async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
         user = await api.done("POST", "/v1/tenants", {"id": "acme"})
@@ -171,7 +171,7 @@ async def test_many_keys_are_revoked_in_parts_until_none_remain(api: Api) -> Non
     assert states == {("u_1", "revoked"), ("u_2", "active")}
 
 
-async def test_what_is_deleted_is_gone_and_the_audit_log_keeps_it(api: Api) -> None:
+async def test_deleted_objects_are_gone_and_remain_in_the_audit_log(api: Api) -> None:
     key = (await api.user())["key"]
     await api.user("u_2")
     assert (await api.done("DELETE", f"/v1/keys/{key['id']}"))["deleted"] is True
@@ -232,9 +232,7 @@ async def test_the_admin_role_suffices_for_the_complete_lifecycle(dsn: str) -> N
     owner = await asyncpg.connect(dsn)
     await owner.execute(may_log_in(dsn, f"{prefix}_admin"))
     await owner.close()
-    database = Database(
-        as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0
-    )  # fmt: skip
+    database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     try:
         async with serving(database) as api:

@@ -46,9 +46,13 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
     there = things.get("/".join(operation.path.split("/")[:3]))
 
     @settings(
-        max_examples=4, deadline=None, phases=[Phase.generate], database=None, derandomize=True,
+        max_examples=4,
+        deadline=None,
+        phases=[Phase.generate],
+        database=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and "id" in case.path_parameters:

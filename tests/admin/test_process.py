@@ -51,10 +51,17 @@ class Host:
     async def start(self, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
         """Start a command."""
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config),
-            env=clean_environment(self.directory) | environment, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            *arguments,
+            "--config",
+            str(self.config),
+            env=clean_environment(self.directory) | environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
 
     async def run(self, *arguments: str, **environment: str) -> Output:
         """Run a command to completion."""
@@ -198,7 +205,7 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
     issue("first")
     host.configure(
         token_file=str(files["token"]), tls_certificate_file=str(files["certificate"]), tls_key_file=str(files["key"])
-    )  # fmt: skip
+    )
     process = await host.start("admin")
     try:
         async with asyncio.timeout(60):
@@ -207,9 +214,15 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
                 await asyncio.sleep(0.05)
             url = f"https://127.0.0.1:{host.port}"
             result = await host.run(
-                "tenant", "create", "acme", "--json", "--admin-url", url, KEYPROXY_ADMIN_TOKEN=TOKEN,
+                "tenant",
+                "create",
+                "acme",
+                "--json",
+                "--admin-url",
+                url,
+                KEYPROXY_ADMIN_TOKEN=TOKEN,
                 SSL_CERT_FILE=str(files["ca"]),
-            )  # fmt: skip
+            )
             assert result.json["id"] == "acme", result.err
             files["certificate"].write_text("no certificate")
             os.kill(process.pid, signal.SIGHUP)

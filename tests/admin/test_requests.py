@@ -132,7 +132,7 @@ async def test_a_cursor_belongs_to_the_list_that_it_came_from(api: Api) -> None:
         ("plans/basic", {"limits": {"concurrency": 3}}),
     ],
 )
-async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: str, change: object) -> None:
+async def test_an_update_is_refused_if_the_object_has_changed_meanwhile(api: Api, kind: str, change: object) -> None:
     key = (await api.user())["key"]
     await api.done("PUT", "/v1/plans/basic", {"limits": {}})
     path, method = f"/v1/{kind.format(key=key['id'])}", "PUT" if kind.startswith("plans") else "PATCH"
@@ -238,7 +238,7 @@ async def test_a_failure_after_the_change_rolls_it_back(api: Api, dsn: str) -> N
 
 
 @pytest.mark.parametrize("key", ["", "a b", "é", "x" * 256])
-async def test_an_idempotency_key_is_one_word(api: Api, key: str) -> None:
+async def test_an_idempotency_key_is_one_token(api: Api, key: str) -> None:
     reply = await api.call("POST", "/v1/tenants", {"id": "a"}, headers={"Idempotency-Key": key})
     assert reply.code == "request_malformed"
 
@@ -325,7 +325,7 @@ async def test_an_unavailable_store_is_a_503(api: Api) -> None:
         b"GET /%b\x00 HTTP/1.1\r\nHost: a\r\nA%b\r\n\r\n",
     ],
 )
-async def test_what_is_no_request_is_refused_and_not_logged(
+async def test_malformed_requests_are_refused_and_not_logged(
     api: Api, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = (await api.user())["key"]["secret"]
@@ -371,7 +371,7 @@ async def test_a_number_that_is_too_large_is_reported_as_such(
     assert "a number is too large" in endless.json["detail"]
 
 
-async def test_a_plan_is_changed_limit_by_limit_and_created_if_missing(api: Api) -> None:
+async def test_a_patch_changes_only_named_limits_and_creates_a_missing_plan(api: Api) -> None:
     made = await api.call("PATCH", "/v1/plans/p", {"limits": {"rate": 5, "burst": 9}})
     assert (made.status, made.json["created"], made.json["limits"]) == (201, True, {"rate": 5.0, "burst": 9})
     changed = await api.call("PATCH", "/v1/plans/p", {"limits": {"burst": None, "concurrency": 3}})
@@ -402,8 +402,8 @@ async def test_keys_in_a_text_are_found_and_revoked_by_scope(api: Api) -> None:
     whose = await api.done("POST", "/v1/keys/whose", {"text": text}, token=reader)
     assert {key["id"] for key in whose["keys"]} == {first["id"], other["id"]}
     assert {key["state"] for key in whose["keys"]} == {"active"}
-    for asked in (text, first["hint"], first["id"]):
-        keys = (await api.done("POST", "/v1/keys/whose", {"text": asked}, token=bound))["keys"]
+    for text_or_id in (text, first["hint"], first["id"]):
+        keys = (await api.done("POST", "/v1/keys/whose", {"text": text_or_id}, token=bound))["keys"]
         assert [key["id"] for key in keys] == [first["id"]]
     assert (await api.done("POST", "/v1/keys/whose", {"text": other["hint"]}, token=bound))["keys"] == []
     result = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)

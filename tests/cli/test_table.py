@@ -14,7 +14,7 @@ ROWS = [
 ]
 
 
-def test_what_is_no_terminal_gets_all_of_it() -> None:
+def test_output_that_is_not_a_terminal_is_not_truncated() -> None:
     shown = table.lines(ROWS, COLUMNS, None)
     assert shown[0] == "ID      NAME                                  PLAN  EXPIRES AT"
     assert shown[1] == "key_1   a name that somebody wrote at length  -     2026-01-31T12:00:00Z"
@@ -42,7 +42,7 @@ def test_an_empty_table_is_its_heading(width: int | None) -> None:
     assert table.lines([], ("id", "user"), width) == ["ID  USER"]
 
 
-def test_what_a_terminal_would_obey_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_sequences_are_escaped_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"id": "key_1", "name": "a\r\nb\x1b[2J\u202e\u00fc", "scopes": ["x\ty"]}
     print_result([row], as_json=False, columns=("id", "name", "scopes"))
     print_result(row, as_json=False, columns=())

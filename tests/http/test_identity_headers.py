@@ -121,7 +121,7 @@ def test_the_head_that_goes_upstream_is_this() -> None:
     )
 
 
-def test_an_http_1_0_request_without_host_gets_the_upstream_s() -> None:
+def test_an_http_1_0_request_without_host_gets_the_host_of_the_upstream() -> None:
     raw = b"POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n"
     head = dressed(RequestReader(FieldNames(), fakes.holds_key), raw)
     assert head is not None

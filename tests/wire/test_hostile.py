@@ -130,9 +130,7 @@ async def test_an_empty_line_after_a_body_that_ends_the_connection_is_tolerated(
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-async def test_what_can_never_become_a_request_is_refused_also_when_it_comes_byte_by_byte(
-    wire: Wire, raw: bytes
-) -> None:
+async def test_bytes_that_cannot_become_a_request_are_refused_even_byte_by_byte(wire: Wire, raw: bytes) -> None:
     async with wire.client() as client:
         for byte in raw:
             await client.send(bytes([byte]))
@@ -226,8 +224,8 @@ class _Defect(Gate):
     """A gate with a defect."""
 
     def begin(self, exchange: Exchange) -> None:
-        told = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
-        raise RuntimeError(f"a defect while handling {exchange!r} {told!r}")
+        values = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
+        raise RuntimeError(f"a defect while handling {exchange!r} {values!r}")
 
 
 async def test_an_internal_error_is_reported_with_the_request_id_and_its_traceback_has_no_key(

@@ -36,7 +36,7 @@ async def test_users_take_turns_however_many_bodies_each_has() -> None:
     assert repr(turns) == "<ReadingTurns of 0 users, 0 waiting>"
 
 
-async def test_only_one_has_the_turn_and_a_body_that_is_read_no_more_passes_it_on() -> None:
+async def test_only_one_body_is_read_at_a_time_and_an_abandoned_one_passes_the_turn_on() -> None:
     turns = ReadingTurns()
     await turns.enter(MANY)
     gone, next_one = (asyncio.create_task(turns.enter(user)) for user in (FEW, ONE))

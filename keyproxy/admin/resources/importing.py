@@ -90,9 +90,14 @@ async def _import(request: ApiRequest) -> ApiResponse:
 
 
 ENDPOINTS: Final = (
-    Endpoint("import_keys",
-             "Import keys that another program issued. Valid keys are imported, invalid ones are reported, and existing "
-             "keys are skipped, so the request can be repeated. Creating users also requires `users:write`. "
-             "A token restricted to a tenant can import keys by digest only.",
-             Scope.KEYS_WRITE, _import, {200: KeysImported}, body=KeysImport),
-)  # fmt: skip
+    Endpoint(
+        "import_keys",
+        "Import keys that another program issued. Valid keys are imported, invalid ones are reported, and existing "
+        "keys are skipped, so the request can be repeated. Creating users also requires `users:write`. "
+        "A token restricted to a tenant can import keys by digest only.",
+        Scope.KEYS_WRITE,
+        _import,
+        {200: KeysImported},
+        body=KeysImport,
+    ),
+)

@@ -56,7 +56,7 @@ class Paged(RequestModel):
 
 
 class UsersQuery(Paged):
-    """Which users."""
+    """Selects users."""
 
     tenant: Annotated[Id | None, Field(description="Only this tenant.")] = None
 
@@ -103,11 +103,11 @@ class AuditExportQuery(AuditQuery):
 
 
 class NoQuery(RequestModel):
-    """No parameters."""
+    """For endpoints without query parameters."""
 
 
 class TenantCreate(RequestModel):
-    """A tenant."""
+    """A tenant to create."""
 
     id: Id
     name: Name = ""

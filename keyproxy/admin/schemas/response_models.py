@@ -273,7 +273,7 @@ class Users(Page):
 
 
 class Keys(Page):
-    """Keys."""
+    """Keys, sorted as requested."""
 
     items: list[Key]
 

@@ -14,14 +14,14 @@ from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_digits, reveal
 from keyproxy.store.directory.errors import NotFound
-from keyproxy.store.postgres.database import Door, Row, StoreConflict
+from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict
 from keyproxy.store.postgres.times import time_text
 
 
 class AdminTokens:
     """The operations on tokens. All methods raise DirectoryError, StoreConflict or StoreUnavailable."""
 
-    def __init__(self, database: Door, key_format: KeyFormat, actor: Actor) -> None:
+    def __init__(self, database: StatementRunner, key_format: KeyFormat, actor: Actor) -> None:
         self._context = DirectoryContext(database, key_format, actor)
 
     async def create(

@@ -17,7 +17,7 @@ from typing import Any, Final
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat, SecretKey
 from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag
 from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
-from keyproxy.store.postgres.database import Door, Row, StoreConflict, Transaction
+from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
 _ID_RULE: Final = (
     "an id starts with a letter or digit, contains only those and . _ : @ | + -, and has at most 128 characters"
@@ -42,7 +42,7 @@ class DirectoryContext:
     `tenant_id`: the tenant that the directory is bound to; None: it is not bound.
     """
 
-    database: Door
+    database: StatementRunner
     key_format: KeyFormat
     actor: Actor
     tenant_id: str | None = None

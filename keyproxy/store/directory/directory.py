@@ -20,7 +20,7 @@ from keyproxy.store.directory.key_batches import KeyBatches, Revocation
 from keyproxy.store.directory.keys import KeyFilter, KeyStore
 from keyproxy.store.directory.leaked_keys import LeakedKeys
 from keyproxy.store.directory.plans import PlanStore
-from keyproxy.store.postgres.database import Door
+from keyproxy.store.postgres.database import StatementRunner
 
 __all__ = [
     "Actor",
@@ -45,7 +45,9 @@ __all__ = [
 class Directory:
     """All operations, by kind of entity. Every method raises DirectoryError, StoreConflict or StoreUnavailable."""
 
-    def __init__(self, database: Door, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None) -> None:
+    def __init__(
+        self, database: StatementRunner, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None
+    ) -> None:
         """`tenant_id`: the tenant that this directory is bound to; None: it is not bound."""
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)

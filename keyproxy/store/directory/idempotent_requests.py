@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.postgres.database import Database, Door, Joined
+from keyproxy.store.postgres.database import Database, JoinedTransaction, StatementRunner
 
 KEPT: Final = timedelta(hours=24)
 
@@ -52,30 +52,30 @@ class IdempotencyRecord:
 async def respond_once(
     database: Database,
     record: IdempotencyRecord,
-    work: Callable[[Door], Awaitable[StoredResponse]],
+    work: Callable[[StatementRunner], Awaitable[StoredResponse]],
     *,
     without: Callable[[StoredResponse], StoredResponse],
 ) -> tuple[StoredResponse, bool]:
     """Return the response, and whether it was stored by an earlier request.
 
-    `work` must use the `Door` that it gets for all statements. `without` removes from a response what must not be stored.
-    Raises InProgress, KeyReused, and what `work` raises: then the transaction is rolled back.
+    `work` must run all its statements through its argument. `without` removes secrets, which must not be stored, from a
+    response. Raises InProgress, KeyReused, and what `work` raises: then the transaction is rolled back.
     """
     async with database.transaction() as transaction:
-        door = Joined(transaction)
+        joined = JoinedTransaction(transaction)
         lock = int.from_bytes(record.key_digest[:8], "big", signed=True)
-        claimed = await door.fetch("claim_request", lock)
+        claimed = await joined.fetch("claim_request", lock)
         if not claimed[0]["is_claimed"]:
             raise InProgress
         # An earlier holder of the lock has committed or rolled back.
-        found = await door.fetch("answered_request", record.token_id, record.key_digest)
+        found = await joined.fetch("answered_request", record.token_id, record.key_digest)
         if found:
             if found[0]["fingerprint"] != record.fingerprint:
                 raise KeyReused
             stored: StoredResponse = json.loads(found[0]["answer"])
             return stored, True
-        response = await work(door)
+        response = await work(joined)
         text = json.dumps(without(response))
-        await door.fetch("keep_answer", record.token_id, record.key_digest, record.fingerprint, text)
-        await door.fetch("forget_answers", KEPT)
+        await joined.fetch("keep_answer", record.token_id, record.key_digest, record.fingerprint, text)
+        await joined.fetch("forget_answers", KEPT)
         return response, False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.postgres.database import Database, Door, Row
+from keyproxy.store.postgres.database import Database, Row, StatementRunner
 from keyproxy.store.postgres.times import Instant, time_text
 
 _WRITTEN_MAX: Final = 500
@@ -47,7 +47,7 @@ class Reminder:
 class ReminderQueue:
     """The queue of reminders. All methods raise StoreUnavailable."""
 
-    def __init__(self, database: Door) -> None:
+    def __init__(self, database: StatementRunner) -> None:
         self._database = database
 
     @property

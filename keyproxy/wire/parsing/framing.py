@@ -204,7 +204,7 @@ class ChunkedBody:
     def _read_content_end(self, _content: list[bytes]) -> bool:
         end = self._buffer[self._at : self._at + 2]
         if not _CRLF.startswith(end):
-            raise FramingError("a chunk is not as long as its size says")
+            raise FramingError("the length of a chunk differs from its size")
         if len(end) < len(_CRLF):
             return False
         self._at += 2

@@ -175,7 +175,7 @@ class RequestReader(_Reader[RequestFields]):
         start = buffer[:at]
         line = self._start_lines.get(start) or self._start_line(start)
         if line is None:
-            return self._parse(buffer[: end + 4], line)
+            return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
@@ -204,8 +204,8 @@ class RequestReader(_Reader[RequestFields]):
             return None
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
-    def _parse(self, raw: bytes, line: RequestLine | None = None) -> RequestHead:
-        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=line)
+    def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
+        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=judged)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()

@@ -62,7 +62,7 @@ def parse_request(
         raise malformed("the request line is not 'METHOD target HTTP/1.x'")
     minor = _minor(version)
     if method == b"CONNECT":
-        raise malformed("CONNECT is not for a reverse proxy")
+        raise malformed("CONNECT is not supported")
     parsed = parse_fields(parts.fields, names, is_request=True)
     if parsed.host is not None:
         request_target.check_host(parsed.host)

@@ -84,7 +84,7 @@ class Shape(Generic[_Fields]):
                 going[-1] += line + CRLF if is_forwarded else b""
                 continue
             name = line.partition(b":")[0]
-            self._say(meaning.kind, name.lower(), holes)
+            self._note_hole(meaning.kind, name.lower(), holes)
             if meaning.kind is Kind.USAGE and parsed.usage_tokens is not None and is_forwarded:
                 self.usage_tokens = holes
             if is_forwarded:
@@ -98,7 +98,7 @@ class Shape(Generic[_Fields]):
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
 
-    def _say(self, kind: Kind, name: bytes, place: int) -> None:
+    def _note_hole(self, kind: Kind, name: bytes, place: int) -> None:
         if kind is Kind.CONTENT_LENGTH:
             self.content_length = place
         elif kind is Kind.REQUEST_ID:

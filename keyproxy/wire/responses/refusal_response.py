@@ -13,9 +13,9 @@ def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server:
     """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
     head = exchange.head
     shape = _error_shape(exchange, server)
-    answer = server.problems.render(refusal, exchange.request_id.decode("ascii"), shape)
+    rendered = server.problems.render(refusal, exchange.request_id.decode("ascii"), shape)
     if exchange.permit is not None and not refusal.applied:
-        answer = answer._replace(fields=answer.fields + exchange.permit.limit_headers(server.clock()))
+        rendered = rendered._replace(fields=rendered.fields + exchange.permit.limit_headers(server.clock()))
     closes = (
         head is None
         or not exchange.is_complete
@@ -24,9 +24,9 @@ def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server:
         or server.is_draining
     )
     is_head = head is not None and head.line.method == b"HEAD"
-    exchange.status = answer.status
-    exchange.bytes_out = 0 if is_head else len(answer.body)
-    response.send_own(answer, server.date_line(), closes=closes, without_body=is_head)
+    exchange.status = rendered.status
+    exchange.bytes_out = 0 if is_head else len(rendered.body)
+    response.send_own(rendered, server.date_line(), closes=closes, without_body=is_head)
     return closes
 
 

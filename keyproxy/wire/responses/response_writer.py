@@ -42,12 +42,12 @@ class ResponseWriter:
         """Whether a response of ours can still be sent instead."""
         return self._phase <= HELD_BACK
 
-    def send_own(self, answer: ErrorResponse, date_line: bytes, *, closes: bool, without_body: bool) -> None:
+    def send_own(self, response: ErrorResponse, date_line: bytes, *, closes: bool, without_body: bool) -> None:
         """Send a response of ours, complete."""
         self._phase = RESPONSE.step(self._phase, ENDED)
         self._held_back = b""
         self.closes = closes
-        own = response_heads.own(answer, self._request_id, date_line, closes=closes, without_body=without_body)
+        own = response_heads.own(response, self._request_id, date_line, closes=closes, without_body=without_body)
         self._transport.send(own.removeprefix(self._sent_ahead))
 
     def begin_status_line(self) -> None:
@@ -60,33 +60,33 @@ class ResponseWriter:
             self._sent_ahead = response_heads.BEGINNING
             self._transport.send(response_heads.BEGINNING)
 
-    def send_interim(self, answer: ResponseHead) -> None:
+    def send_interim(self, response: ResponseHead) -> None:
         """Send an interim response, before the final one."""
-        out = response_heads.interim(answer, self._request_id)
+        out = response_heads.interim(response, self._request_id)
         self._transport.send(out.removeprefix(self._sent_ahead))
         self._sent_ahead = b""
 
-    def begin(self, head: RequestHead, answer: ResponseHead, lines: bytes, *, may_continue: bool) -> None:
+    def begin(self, head: RequestHead, response: ResponseHead, lines: bytes, *, may_continue: bool) -> None:
         """Begin a relayed response to `head`. `lines`: the upstream's and ours.
 
         `may_continue`: another request may follow on this connection, as far as the caller knows.
         """
         self._phase = RESPONSE.step(self._phase, HELD_BACK)
         is_http_11 = head.line.minor_version == 1
-        has_end = answer.fields.has_content_length or has_no_body(head.line.method, answer.line)
+        has_end = response.fields.has_content_length or has_no_body(head.line.method, response.line)
         self.is_chunked = is_http_11 and not has_end
         self.ends_with_close = not (has_end or is_http_11)
         self.closes = not may_continue or self.ends_with_close
         out = response_heads.relayed(
-            answer, lines, self._request_id, is_chunked=self.is_chunked, closes=self.closes, is_http_11=is_http_11
+            response, lines, self._request_id, is_chunked=self.is_chunked, closes=self.closes, is_http_11=is_http_11
         )
         self._held_back = out.removeprefix(self._sent_ahead)
 
-    def begin_tunnel(self, answer: ResponseHead, lines: bytes) -> None:
+    def begin_tunnel(self, response: ResponseHead, lines: bytes) -> None:
         """Accept a WebSocket handshake: from now on content is written unchanged."""
         self._phase = RESPONSE.step(self._phase, BEGUN)
         self.closes = True
-        out = response_heads.switching(answer, lines, self._request_id)
+        out = response_heads.switching(response, lines, self._request_id)
         self._transport.send(out.removeprefix(self._sent_ahead))
 
     def write(self, content: bytes, *, is_last: bool) -> None:

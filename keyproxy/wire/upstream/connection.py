@@ -315,7 +315,7 @@ class UpstreamConnection(asyncio.Protocol):
         stream = self._stream
         body = stream.body
         while body is None:
-            head = stream.next_head(data, asks_for_tunnel=exchange.asks_for_tunnel)
+            head = stream.next_head(data, is_tunnel_request=exchange.is_tunnel_request)
             if head is None:
                 # Keep the deadline: a head must not trickle in indefinitely.
                 return

@@ -38,7 +38,7 @@ class Address(NamedTuple):
         return cls(parts.hostname or "", port, "", parts.netloc.encode("ascii"), is_tls)
 
 
-class Connector:
+class UpstreamConnector:
     """Opens connections to one upstream. `unreachable_because`: why the last attempt failed; empty: it did not."""
 
     def __init__(

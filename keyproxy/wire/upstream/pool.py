@@ -27,7 +27,7 @@ from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.upstream import preemption
 from keyproxy.wire.upstream.connection import ConnectionOwner, UpstreamConnection
-from keyproxy.wire.upstream.connector import Connector
+from keyproxy.wire.upstream.connector import UpstreamConnector
 from keyproxy.wire.upstream.fair_queue import Turns
 from keyproxy.wire.upstream.upstream_user import UpstreamUser
 
@@ -71,7 +71,7 @@ class UpstreamPool(ConnectionOwner):
         tls: ssl.SSLContext | None = None,
     ) -> None:
         """`tls`: for an https URL, how its certificate is verified."""
-        self._connector = Connector(url, loop, settings.connect_timeout_seconds, tls)
+        self._connector = UpstreamConnector(url, loop, settings.connect_timeout_seconds, tls)
         self.host = self._connector.address.authority
         self.settings = settings
         self.responses = responses
@@ -108,7 +108,7 @@ class UpstreamPool(ConnectionOwner):
     def wait(self, exchange: PoolUser, owner: Owner) -> None:
         """Queue the exchange. It gets a connection later, or the reason why there is none."""
         now = self.clock()
-        if exchange.asks_for_tunnel:
+        if exchange.is_tunnel_request:
             waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
             if not preemption.make_room_for_tunnel(self._open, waiting, owner, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
@@ -116,7 +116,7 @@ class UpstreamPool(ConnectionOwner):
         if not self._queue(exchange, owner, now):
             exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
             return
-        if exchange.asks_for_tunnel:
+        if exchange.is_tunnel_request:
             self._tunnels_waiting.add(exchange)
         if self._looking is None:
             seconds = min(_LOOK_SECONDS, self.settings.connect_timeout_seconds)
@@ -169,7 +169,7 @@ class UpstreamPool(ConnectionOwner):
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
-    def held_up_because(self) -> str:
+    def congestion(self) -> str:
         """Describe why requests waited for a connection in the last seconds; empty if none did."""
         if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
             return ""
@@ -297,7 +297,7 @@ class UpstreamPool(ConnectionOwner):
         is_full = not self._idle and not self._has_room()
         if is_full:
             self._pressed_mono = now
-        preemption.end_what_hardly_moves(self._open, turns, now, patience, is_full=is_full)
+        preemption.end_stalled(self._open, turns, now, patience, is_full=is_full)
         if is_full:
             preemption.end_beyond_share(self._open, turns, now, patience, connecting=len(self._connecting))
 

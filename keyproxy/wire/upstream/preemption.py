@@ -26,7 +26,7 @@ _PATIENT_PART: Final = 0.5
 _PATIENT_SECONDS_MAX: Final = 1.0
 
 
-def end_what_hardly_moves(
+def end_stalled(
     connections: Collection[UpstreamConnection],
     turns: Turns[User],
     now: float,
@@ -124,7 +124,7 @@ def _end_for_others(connection: UpstreamConnection) -> None:
 
 def _is_for_tunnel(connection: UpstreamConnection) -> bool:
     """Whether its exchange is a tunnel, or is a handshake for one."""
-    return connection.exchange is not None and connection.exchange.asks_for_tunnel
+    return connection.exchange is not None and connection.exchange.is_tunnel_request
 
 
 def _loss(connection: UpstreamConnection) -> tuple[int, float]:

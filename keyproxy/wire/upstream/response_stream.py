@@ -63,7 +63,7 @@ class ResponseStream:
         body, self.body = self.body, None
         return body is not None and body.is_complete and self.keeps_alive and not self._buffer
 
-    def next_head(self, data: bytes, *, asks_for_tunnel: bool) -> ResponseHead | None:
+    def next_head(self, data: bytes, *, is_tunnel_request: bool) -> ResponseHead | None:
         """Take received bytes and return the next head; None if it is incomplete. It was final if `body` is set.
 
         Raises a Refusal (UPSTREAM_INVALID).
@@ -87,7 +87,7 @@ class ResponseStream:
         if head.line.status >= _FINAL:
             self.keeps_alive = head.fields.keeps_alive and not self._is_suspect
             self.body = self._body_of(head)
-        elif head.fields.opens_tunnel and asks_for_tunnel:
+        elif head.fields.opens_tunnel and is_tunnel_request:
             self.keeps_alive = False
             self.body = EndlessBody()
         elif head.line.status == SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:

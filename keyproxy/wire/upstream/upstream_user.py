@@ -12,7 +12,7 @@ class UpstreamUser(ports.Exchange):
     """An exchange, as seen by its upstream connection."""
 
     @property
-    def asks_for_tunnel(self) -> bool:
+    def is_tunnel_request(self) -> bool:
         """Whether the request is a WebSocket handshake."""
         return self.head is not None and self.head.fields.opens_tunnel
 
@@ -35,11 +35,11 @@ class UpstreamUser(ports.Exchange):
         """No connection was available, or the upstream failed before its response was complete."""
         raise NotImplementedError
 
-    def response_begins(self, answer: ResponseHead, now: float) -> None:
+    def response_begins(self, response: ResponseHead, now: float) -> None:
         """Take the head of the response."""
         raise NotImplementedError
 
-    def interim_arrived(self, head: ResponseHead) -> None:
+    def interim_arrived(self, response: ResponseHead) -> None:
         """Take an interim (1xx) response."""
         raise NotImplementedError
 
@@ -47,7 +47,7 @@ class UpstreamUser(ports.Exchange):
         """Take the next content of the response, and whether it was the last."""
         raise NotImplementedError
 
-    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+    def tunnel_begins(self, response: ResponseHead, now: float) -> None:
         """The upstream accepted the WebSocket handshake."""
         raise NotImplementedError
 

@@ -111,13 +111,13 @@ async def test_user_needs_an_existing_tenant(directory: Directory, sql: Sql) -> 
 
 
 async def test_unknown_entities_are_not_found(directory: Directory) -> None:
-    for asked in (
+    for call in (
         directory.tenants.get("x"), directory.users.get("x"), directory.keys.get("x"), directory.tenants.delete("x"),
         directory.users.delete("x"), directory.keys.delete("x"), directory.keys.revoke("x", ""),
         directory.keys.issue("x", KeyWish()),
     ):  # fmt: skip
         with pytest.raises(DirectoryError, match=r"there is no (tenant|user|key) 'x'"):
-            await asked
+            await call
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,12 @@ async def test_issued_keys_have_the_requested_properties(directory: Directory) -
     assert key["hint"].startswith(secret[:12])
     assert key["hint"].endswith(secret[-4:])
     assert (key["user"], key["tenant"], key["name"], key["scopes"], key["is_test"]) == (
-        "u_42", "acme", "nightly", ["a", "b"], True,
-    )  # fmt: skip
+        "u_42",
+        "acme",
+        "nightly",
+        ["a", "b"],
+        True,
+    )
     expires = datetime.fromisoformat(key["expires_at"])
     assert timedelta(days=89, hours=23) < expires - datetime.now(UTC) <= timedelta(days=90)
     assert await directory.keys.get(key["id"]) == key
@@ -169,13 +173,13 @@ async def test_issued_key_works_and_revoked_key_does_not(rig: Rig) -> None:
     directory = Directory(rig.door, FORMAT, Actor("ann", "desk"))
     await directory.tenants.create("acme", "")
     made = await directory.users.create("u_42", "acme", KeyWish(scopes=("jobs:write",)))
-    await rig.feed.look()
+    await rig.feed.poll()
     secret = _Presented(made["key"]["secret"])
     who = await rig.resolve(secret)  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert (who.user_id, who.tenant_id, who.key_id, who.standing) == ("u_42", "acme", made["key"]["id"], None)
     await directory.keys.revoke(made["key"]["id"], "lost")
-    await rig.feed.look()
+    await rig.feed.poll()
     who = await rig.resolve(secret)  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert who.standing is Reason.KEY_REVOKED

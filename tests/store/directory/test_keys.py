@@ -163,13 +163,13 @@ async def test_rotating_keys_and_deleting_their_user_concurrently_does_not_deadl
 
 @pytest.mark.parametrize("life", [timedelta(), -DAY, timedelta(days=40_000)])
 async def test_invalid_lifetime_is_refused(directory: Directory, life: timedelta) -> None:
-    for asked in (
+    for call in (
         directory.keys.issue("u_42", KeyWish(expires_in=life)),
         directory.users.create("u_1", "acme", KeyWish(expires_in=life)),
         directory.key_batches.issue([("u_42", KeyWish(expires_in=life))]),
     ):
         with pytest.raises(Invalid, match="the lifetime of a key"):
-            await asked
+            await call
 
 
 # -- a leak
@@ -324,9 +324,9 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
     await directory.users.create("u_42", "acme", None)
     await directory.users.create("u_7", "acme", None)
     await directory.plans.set("basic", {})
-    result = await directory.key_batches.issue([
-        ("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True)),
-    ])  # fmt: skip
+    result = await directory.key_batches.issue(
+        [("u_42", KeyWish("a", ("jobs:write", "b"), expires_in=DAY, plan="basic")), ("u_7", KeyWish("a", is_test=True))]
+    )
     for one, (user, is_test) in zip(result, (("u_42", False), ("u_7", True)), strict=True):
         shown = await directory.keys.get(one["id"])
         assert one["created"]
@@ -336,7 +336,7 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
         assert (one["user"], one["is_test"]) == (user, is_test)
         stored = await rig.sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", one["id"])
         assert stored == hashlib.sha256(one["secret"].encode()).digest()
-    await rig.feed.look()
+    await rig.feed.poll()
     who = await rig.resolve(_Presented(result[0]["secret"]))  # type: ignore[arg-type]
     assert isinstance(who, Identity)
     assert (who.user_id, who.scopes) == ("u_42", frozenset({"jobs:write", "b"}))

@@ -63,12 +63,12 @@ async def present(rig: Rig, key: str) -> Identity | Reason:
                 await rig.cache.fetching(secret, missing).fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 async def _strangers_are_forgotten(rig: Rig) -> None:
     rig.clock.advance(6.0)
-    await rig.feed.look()
+    await rig.feed.poll()
 
 
 # -- verification and adoption
@@ -86,19 +86,26 @@ async def test_imported_key_works_and_gets_its_digest_at_its_first_use(
     digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys")
     assert digest == hashlib.sha256(KEY.encode()).digest()
     assert await sql.fetchval("SELECT hashed FROM keyproxy.foreign_hashes") is None
-    before = dict(rig.door.asked)
+    before = dict(rig.door.queries)
     assert isinstance(await present(rig, KEY), Identity)
-    assert dict(rig.door.asked) == before
+    assert dict(rig.door.queries) == before
 
 
 @pytest.mark.parametrize("stored", [sha512(KEY), pbkdf2(KEY)])
 @pytest.mark.parametrize(
     "wrong",
     [
-        f"{PREFIX}.{'x9' * 15}x8", f"{PREFIX}.{'x9' * 16}x", KEY.swapcase(), f"{PREFIX}.short", PREFIX, f".{KEY}",
-        f"{PREFIX}.{sha512(KEY)}", sha512(KEY), f"{PREFIX}..{'x9' * 16}",
+        f"{PREFIX}.{'x9' * 15}x8",
+        f"{PREFIX}.{'x9' * 16}x",
+        KEY.swapcase(),
+        f"{PREFIX}.short",
+        PREFIX,
+        f".{KEY}",
+        f"{PREFIX}.{sha512(KEY)}",
+        sha512(KEY),
+        f"{PREFIX}..{'x9' * 16}",
     ],
-)  # fmt: skip
+)
 async def test_anything_but_the_whole_key_is_refused(
     rig: Rig, directory: Directory, sql: Sql, stored: str, wrong: str
 ) -> None:
@@ -155,8 +162,8 @@ async def test_imported_key_can_be_revoked_before_its_first_use(rig: Rig, direct
 
 async def test_concurrent_first_requests_share_one_verification(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
-    told = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
-    assert all(isinstance(one, Identity) for one in told)
+    outcomes = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
+    assert all(isinstance(one, Identity) for one in outcomes)
 
 
 async def test_too_many_waiting_imported_keys_are_refused_as_overload(
@@ -164,9 +171,9 @@ async def test_too_many_waiting_imported_keys_are_refused_as_overload(
 ) -> None:
     monkeypatch.setattr(drf_api_keys, "_WAITING_MAX", 3)
     await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
-    told = await asyncio.gather(*(present(rig, f"{PREFIX}.{number:032}") for number in range(8)))
-    assert set(told) == {Reason.KEY_INVALID, Reason.OVERLOADED}
-    assert told.count(Reason.KEY_INVALID) == 3
+    outcomes = await asyncio.gather(*(present(rig, f"{PREFIX}.{number:032}") for number in range(8)))
+    assert set(outcomes) == {Reason.KEY_INVALID, Reason.OVERLOADED}
+    assert outcomes.count(Reason.KEY_INVALID) == 3
 
 
 async def test_imported_key_is_not_called_invalid_while_the_store_is_down(rig: Rig, directory: Directory) -> None:
@@ -181,15 +188,15 @@ async def test_keys_of_other_forms_need_no_additional_query(rig: Rig) -> None:
     for key in ("kp_live_" + "x" * 49, "abcdefgh12345678", "a" * 40 + ".bbbbbbbbbbbb"):
         await present(rig, key)
     assert rig.door.look_ups == 3
-    assert "foreign_recipe" not in rig.door.asked
+    assert "foreign_recipe" not in rig.door.queries
 
 
 async def test_leaked_imported_key_is_found_before_its_first_use(directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     other = f"{PREFIX}.{'y' * 32}"
     assert (await directory.leaked_keys.report_key(SecretKey(other.encode()), ""))["known"] is False
-    told = await directory.leaked_keys.report_key(SecretKey(KEY.encode()), "on a page")
-    assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_42", "revoked")
+    report = await directory.leaked_keys.report_key(SecretKey(KEY.encode()), "on a page")
+    assert (report["known"], report["user"], report["key"]["state"]) == (True, "u_42", "revoked")
 
 
 # -- imports
@@ -207,8 +214,10 @@ async def test_keys_with_digests_are_imported_and_work(rig: Rig, directory: Dire
     assert (who.key_id, who.is_test) == ("old_7", True)
     key = await directory.keys.get("old_7")
     assert (key["created_at"], key["expires_at"], key["hint"]) == (
-        "2024-01-02T03:04:05Z", "2999-01-01T00:00:00Z", "some…key",
-    )  # fmt: skip
+        "2024-01-02T03:04:05Z",
+        "2999-01-01T00:00:00Z",
+        "some…key",
+    )
 
 
 @pytest.mark.parametrize("is_used_between", [False, True])
@@ -254,10 +263,14 @@ async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: 
     await imported(directory, {"digest": "ab" * 32, "id": "mine"})
     report = await imported(
         directory,
-        {"digest": "cd" * 32, "user": "nobody"}, {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
-        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"}, {"digest": "cd" * 32, "plan": "gold"},
-        {"digest": "ab" * 32, "user": "u_7"}, {"digest": "ef" * 32, "id": "mine"}, {"digest": "01" * 32},
-    )  # fmt: skip
+        {"digest": "cd" * 32, "user": "nobody"},
+        {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
+        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"},
+        {"digest": "cd" * 32, "plan": "gold"},
+        {"digest": "ab" * 32, "user": "u_7"},
+        {"digest": "ef" * 32, "id": "mine"},
+        {"digest": "01" * 32},
+    )
     assert report.imported == 1
     assert report.problems == [
         ("row 1", "there is no user 'nobody'"), ("row 2", "there is no user 'u_new' and no tenant 'nowhere'"),

@@ -93,7 +93,7 @@ async def test_proxies_resolve_keys_read_changes_and_record_use(as_proxy: Databa
         as_proxy, Cache(), feed=state, last_used=last_used, header_prefix="X-Keyproxy-", look_ups_max=1, now=clock
     )
     feed = ChangeFeed(as_proxy, None, cache, state, clock)
-    await feed.look()
+    await feed.poll()
     who = await _present(cache, secret, clock)
     assert who.user_id == "u_42"
     await last_used.flush()
@@ -129,7 +129,7 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
             return cache.known(secret.digest(), clock())
         except Missing as missing:
             await cache.fetching(secret, missing).fetch_missing()
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 @pytest.mark.parametrize(
@@ -220,15 +220,15 @@ async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: s
     await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
     await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
     assert await asyncio.gather(*(roles.create(dsn, prefix) for _ in range(4))) == [[]] * 4
-    told = await sql.fetchrow(
+    rights = await sql.fetchrow(
         "SELECT has_table_privilege($1, 'keyproxy.api_keys', 'SELECT') AS reads,"
         " has_table_privilege($1, 'keyproxy.api_keys', 'DELETE') AS deletes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'last_used_at', 'UPDATE') AS notes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'digest', 'UPDATE') AS forges",
         proxy,
     )
-    assert told is not None
-    assert dict(told) == {"reads": True, "deletes": False, "notes": True, "forges": False}
+    assert rights is not None
+    assert dict(rights) == {"reads": True, "deletes": False, "notes": True, "forges": False}
 
 
 @pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])

@@ -114,7 +114,7 @@ def test_trace_is_not_allowed() -> None:
 
 @pytest.mark.parametrize("fields", [b"Transfer-Encoding: x", b"Host: b", b"X : y", b"Content-Length: +5"])
 @pytest.mark.parametrize("start", [b"FOO / HTTP/1.1", b"TRACE / HTTP/1.1"])
-def test_what_is_malformed_is_refused_as_that_whatever_its_method(start: bytes, fields: bytes) -> None:
+def test_malformed_request_is_refused_as_malformed_whatever_its_method(start: bytes, fields: bytes) -> None:
     assert refused(request(fields, start=start)) is Reason.REQUEST_MALFORMED
 
 
@@ -418,7 +418,7 @@ def test_an_incomplete_websocket_handshake_is_refused_by_name(raw: bytes, lacks:
         handshake(b"Connection: Upgrade\r\nUpgrade: xwebsocket"),
     ],
 )
-def test_what_is_no_websocket_handshake_is_a_plain_request(raw: bytes) -> None:
+def test_incomplete_upgrade_is_parsed_as_a_plain_request(raw: bytes) -> None:
     assert not accepted(raw)[1].opens_tunnel
 
 
@@ -447,7 +447,7 @@ def test_a_bodiless_response_is_known_by_method_and_status(method: bytes, status
     assert has_no_body(method, StatusLine(status, 1, b"")) is is_bodiless
 
 
-# -- answers
+# -- responses
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_any_other_status_line_is_refused(start: bytes) -> None:
         (b"Connection: X_y, close\r\nx_Y: a\r\nZ: b", b"Z"),
     ],
 )  # fmt: skip
-def test_an_upstream_names_its_own_fields_as_it_likes(fields: bytes, forwarded: bytes) -> None:
+def test_a_response_may_have_any_valid_field_name(fields: bytes, forwarded: bytes) -> None:
     _, _, parsed = answered(response(fields))
     names = [line.partition(b":")[0] for line in fields.split(b"\r\n")]
     assert [name for name, goes in zip(names, parsed.is_forwarded, strict=True) if goes] == forwarded.split()
@@ -534,7 +534,7 @@ def test_bytes_that_cannot_begin_a_request_are_refused_without_waiting_for_more(
 @pytest.mark.parametrize(
     "beginning", [b"X", b"GETX", b"get", b"get /", b"FOO / HTTP/1.1\r\n", b"hello", b"0", b"\rX", b"GET\t"]
 )
-def test_what_follows_a_request_has_to_begin_with_a_known_method(beginning: bytes) -> None:
+def test_bytes_after_a_request_must_begin_with_a_known_method(beginning: bytes) -> None:
     with pytest.raises(Refusal) as error:
         check_beginning(beginning, follows=True)
     assert error.value.reason is Reason.REQUEST_MALFORMED
