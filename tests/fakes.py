@@ -9,9 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from keyproxy.ai.dialects.table import DIALECTS
+from keyproxy.ai.metered_request import MeteredRequest
+from keyproxy.ai.model_source import ModelSource
+from keyproxy.ai.models import ModelTable
+from keyproxy.ai.requests.request_reading import BodyBounds
+from keyproxy.ai.reservation import TokenRules
+from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.http import identity_headers
+from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
@@ -20,6 +28,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment, TokenUse
 from keyproxy.ports import Exchange, Identities, Ledger, Recorder
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
 
 FORMAT = KeyFormat()
@@ -58,6 +67,21 @@ def identity(
     block = identity_headers.identity_block("X-Keyproxy-", values)
     allowance = None if plan is None else Allowance(((Pool("user", user, is_test), plan),))
     return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
+
+
+_CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: p\r\n\r\n"
+
+
+def metered_request(*, output: int = 4_096, cap: int = 0) -> MeteredRequest:
+    """A request of the OpenAI dialect that was read, with this output reserved."""
+    head = RequestReader(FieldNames(), lambda _: False).read(_CHAT, len(_CHAT) - 4)
+    rules = RouteRules(
+        "chat", DIALECTS["openai"], tokens=TokenRules(), bounds=BodyBounds(), models=ModelTable(),
+        source=ModelSource(""),
+    )  # fmt: skip
+    one = MeteredRequest(rules, head)
+    one.output, one.cap = output, cap
+    return one
 
 
 class FakeIdentities(Identities):

@@ -8,13 +8,6 @@ from typing import Any
 
 import pytest
 
-from keyproxy.ai.dialects.table import DIALECTS
-from keyproxy.ai.metered_request import MeteredRequest
-from keyproxy.ai.model_source import ModelSource
-from keyproxy.ai.models import ModelTable
-from keyproxy.ai.requests.request_reading import BodyBounds
-from keyproxy.ai.reservation import TokenRules
-from keyproxy.ai.route_rules import RouteRules
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
@@ -296,23 +289,9 @@ def test_every_refusal_and_the_configured_fraction_of_successes_are_logged(logge
 # -- metered requests
 
 
-def metered(cap: int = 0) -> MeteredRequest:
-    head = RequestReader(FieldNames(), lambda _: False).read(_CHAT, len(_CHAT) - 4)
-    rules = RouteRules(
-        "chat", DIALECTS["openai"], tokens=TokenRules(), bounds=BodyBounds(), models=ModelTable(),
-        source=ModelSource(""),
-    )  # fmt: skip
-    one = MeteredRequest(rules, head)
-    one.output, one.cap = 4_096, cap
-    return one
-
-
-_CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: p\r\n\r\n"
-
-
 def test_a_metered_request_is_logged_with_its_model_tokens_and_cost(logged: Logged) -> None:
     one = ended(head_of())
-    one.metered, one.model, one.is_estimated, one.cost_micros = metered(4_096), "gpt-4o", True, 123
+    one.metered, one.model, one.is_estimated, one.cost_micros = fakes.metered_request(cap=4_096), "gpt-4o", True, 123
     one.token_use = TokenUse(100, 50, cached=60, reasoning=30)
     line = line_of(logged, one)
     names = (
@@ -324,7 +303,7 @@ def test_a_metered_request_is_logged_with_its_model_tokens_and_cost(logged: Logg
 
 def test_a_metered_request_that_was_not_forwarded_has_no_tokens_and_the_reason(logged: Logged) -> None:
     one = ended(head_of(), reason=Reason.TOKEN_BUDGET_EXHAUSTED, policy="user.tokens_per_day")
-    one.metered, one.limit_reason = metered(), "held"
+    one.metered, one.limit_reason = fakes.metered_request(), "held"
     line = line_of(logged, one)
     assert (line["model"], line["tokens_in"], line["output_cap"], line["cost_micros"]) == (None, None, None, 0)
     assert (line["policy"], line["reason"]) == ("user.tokens_per_day", "held")

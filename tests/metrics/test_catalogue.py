@@ -134,6 +134,8 @@ def exchange(
     if one.ending is Ending.REFUSED:
         one.sent_mono = one.responded_mono = 0.0
     one.token_use = use
+    if use is not None:
+        one.metered, one.cost_micros = fakes.metered_request(cap=4_096), 5
     for name, value in (seconds or {}).items():
         setattr(one, name, value)
     return one
