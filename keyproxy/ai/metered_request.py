@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.charge import Charge, Reserved, ResponseEnd, charge_of
-from keyproxy.ai.dialects.endpoint import Endpoint
+from keyproxy.ai.dialects.endpoint import DialectEndpoint
 from keyproxy.ai.dialects.table import TOKENLESS, endpoint_of
 from keyproxy.ai.model_source import candidates_of, named_models
 from keyproxy.ai.models import Candidates, PricedUse, recorded_name
@@ -22,7 +22,7 @@ from keyproxy.ai.requests.request_reading import RequestReading, facts_of_form, 
 from keyproxy.ai.reservation import (
     REFUSE,
     MaximumRequiredError,
-    Need,
+    TokenNeed,
     need_of,
     reasoning_reservation,
     tunnel_need,
@@ -34,7 +34,7 @@ from keyproxy.limits import allowance
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
 
-_NO_NEED: Final = Need(0, 0, 0)
+_NO_NEED: Final = TokenNeed(0, 0, 0)
 
 #: A body up to this size is read at once: that costs no more than to wait for a turn.
 _AT_ONCE_BYTES: Final = 65_536
@@ -57,7 +57,7 @@ class MeteredRequest:
         self.rules: Final = rules
         self.is_tunnel: Final = head.fields.opens_tunnel
         line = head.line
-        self.endpoint: Final[Endpoint] = (
+        self.endpoint: Final[DialectEndpoint] = (
             rules.dialect.usual if self.is_tunnel else endpoint_of(rules.dialect, line.method, line.path)
         )
         self.is_read = self.endpoint is TOKENLESS

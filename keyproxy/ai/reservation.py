@@ -1,7 +1,7 @@
 """What to reserve for an AI request: input by its length or an estimate, output by its maximum or a cap. Pure.
 
-The order in which the gateway uses it: `need_of` when the body is read, `Need.output_within` with what is left in the
-windows, `Need.cap` for the value to insert.
+The order in which it is used: `need_of` when the body is read, `TokenNeed.output_within` with what is left in the windows,
+`TokenNeed.cap` for the value to insert.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MaximumRequiredError(Exception):
     """The request states no output maximum, and the proxy may not insert one."""
 
 
-class Need:
+class TokenNeed:
     """What one request has to reserve, in tokens.
 
     `tokens_in`: its input. `output_most`: the output to reserve if everything is left; `output_least`: the smallest
@@ -86,13 +86,13 @@ class Need:
         return output // self.multiplier
 
     def __repr__(self) -> str:
-        return f"Need({self.tokens_in}, {self.output_least}, {self.output_most})"
+        return f"TokenNeed({self.tokens_in}, {self.output_least}, {self.output_most})"
 
 
 def need_of(
     facts: RequestFacts, rules: TokenRules, candidates: Candidates, *, cap: str = INSERT,
     tokens_per_request: int | None = None,
-) -> Need:  # fmt: skip
+) -> TokenNeed:  # fmt: skip
     """Return what to reserve. `cap`: the route's setting, REFUSE if the body must not change.
 
     `tokens_per_request`: the smallest such limit that applies; the caller compares `least` with it. Raises
@@ -100,16 +100,16 @@ def need_of(
     """
     kind = facts.endpoint.kind
     if kind is EndpointClass.NONE:
-        return Need(0, 0, 0)
+        return TokenNeed(0, 0, 0)
     tokens_in = _input_tokens(facts, rules, candidates)
     refers = bool(facts.reference)
     visible = 0 if refers else tokens_in
     if kind is EndpointClass.READS:
-        output = Need(tokens_in, 0, 0)
+        output = TokenNeed(tokens_in, 0, 0)
     elif facts.maximum is not None:
         output = _stated(facts, candidates, facts.maximum, tokens_in)
     elif facts.input_override == 0 and facts.parts is None and facts.dialect.usual.maximums:
-        output = Need(0, 0, 0)  # without a body the APIs produce nothing
+        output = TokenNeed(0, 0, 0)  # without a body the APIs produce nothing
     else:
         can_insert = facts.parts is not None and cap != REFUSE
         if kind is EndpointClass.GENERATES and cap != OFF and not can_insert:
@@ -120,15 +120,15 @@ def need_of(
         return output
     # The context is unknown: the request holds all that it may use.
     unseen = max(0, tokens_per_request - output.output_most)
-    return Need(
+    return TokenNeed(
         unseen, output.output_least, output.output_most,
         multiplier=output.multiplier, inserts=output.inserts, is_stated=output.is_stated,
     )  # fmt: skip
 
 
-def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> Need:
+def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> TokenNeed:
     """What a tunnel reserves, and is charged: its content is not read."""
-    return Need(rules.unknown_input_max if tokens_per_request is None else tokens_per_request, 0, 0)
+    return TokenNeed(rules.unknown_input_max if tokens_per_request is None else tokens_per_request, 0, 0)
 
 
 def reasoning_reservation(facts: RequestFacts, candidates: Candidates, output: int) -> int:
@@ -161,16 +161,16 @@ def _media_tokens(facts: RequestFacts, candidates: Candidates) -> int:
     return tokens + media.low_detail_images * (row or dialect.low_detail_image_tokens)
 
 
-def _stated(facts: RequestFacts, candidates: Candidates, maximum: int, tokens_in: int) -> Need:
+def _stated(facts: RequestFacts, candidates: Candidates, maximum: int, tokens_in: int) -> TokenNeed:
     if candidates.output_tokens_max:
         maximum = min(maximum, candidates.output_tokens_max)
     output = multiplied(maximum, facts.multiplier)
-    return Need(tokens_in, output, output, multiplier=facts.multiplier)
+    return TokenNeed(tokens_in, output, output, multiplier=facts.multiplier)
 
 
 def _unstated(
     facts: RequestFacts, rules: TokenRules, candidates: Candidates, tokens_in: int, room: int | None, *, inserts: bool
-) -> Need:  # fmt: skip
+) -> TokenNeed:  # fmt: skip
     generates = facts.endpoint.kind is EndpointClass.GENERATES
     multiplier = facts.multiplier if generates else 1
     most, least = rules.output_default, rules.output_min
@@ -180,4 +180,4 @@ def _unstated(
     most, least = multiplied(most, multiplier), multiplied(least, multiplier)
     if room is not None:
         most = max(least, min(most, room) // multiplier * multiplier)
-    return Need(tokens_in, least, most, multiplier=multiplier, inserts=generates and inserts, is_stated=False)
+    return TokenNeed(tokens_in, least, most, multiplier=multiplier, inserts=generates and inserts, is_stated=False)

@@ -18,7 +18,7 @@ _SLACK: Final = 50
 BODY: Final = orjson.dumps({"messages": [{"role": "user", "content": "Go on"}]})
 
 
-class Call(NamedTuple):
+class AgentCall(NamedTuple):
     """One call of the agent: the cap that it got, and the code of the refusal, empty without one."""
 
     cap: int
@@ -26,10 +26,12 @@ class Call(NamedTuple):
     may_retry: bool
 
 
-async def run(session: aiohttp.ClientSession, url: str, key: str, compute: Compute) -> tuple[list[Call], list[str]]:
-    """Call until the proxy refuses. Returns the calls, and the errors."""
+async def run(
+    session: aiohttp.ClientSession, url: str, key: str, compute: Compute
+) -> tuple[list[AgentCall], list[str]]:
+    """AgentCall until the proxy refuses. Returns the calls, and the errors."""
     headers = {"Authorization": f"Api-Key {key}", "Content-Type": "application/json"}
-    before, calls = compute.tokens, list[Call]()
+    before, calls = compute.tokens, list[AgentCall]()
     while len(calls) < _CALLS_MAX and not (calls and calls[-1].code):
         async with session.post(url + CHAT, data=BODY, headers=headers) as response:
             content = await response.json(content_type=None)
@@ -37,7 +39,7 @@ async def run(session: aiohttp.ClientSession, url: str, key: str, compute: Compu
             code = (
                 "" if response.status == 200 else f"{response.status} {content.get('code')} ({content.get('reason')})"
             )
-            calls.append(Call(cap, code, response.headers.get("x-should-retry") != "false"))
+            calls.append(AgentCall(cap, code, response.headers.get("x-should-retry") != "false"))
     wrong = []
     used = compute.tokens - before
     # The reservation of the last call may be a few tokens above what its prompt has.

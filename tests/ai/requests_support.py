@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from keyproxy.ai.dialects.endpoint import Endpoint
+from keyproxy.ai.dialects.endpoint import DialectEndpoint
 from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
 from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules, RequestReading
@@ -29,7 +29,7 @@ def fields(media_type: bytes = JSON, codings: tuple[bytes, ...] = ()) -> Request
     return RequestFields(host=b"h", host_block=b"", media_type=media_type, codings=codings)
 
 
-def endpoint(dialect: str = "openai", path: bytes | None = None) -> Endpoint:
+def endpoint(dialect: str = "openai", path: bytes | None = None) -> DialectEndpoint:
     return endpoint_of(DIALECTS[dialect], b"POST", PATHS[dialect] if path is None else path)
 
 

@@ -19,7 +19,7 @@ from keyproxy.ai.requests.request_facts import TOKENS_MAX
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules, RequestReading, facts_of_form, is_collected
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.member_meanings import MEANINGS
-from keyproxy.ai.scanning.member_scope import NO_SCOPE, Scope, scope_of
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, scope_of
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.reasons import Reason, Refusal
@@ -251,7 +251,7 @@ def test_ever_new_names_fill_no_memory() -> None:
     for number in range(3_000):
         assert facts(b'{"name_%d":{"inner_%d":1},"max_tokens":%d}' % (number, number, number)).maximum == number
     assert len(NO_SCOPE.known) <= 1_024
-    assert isinstance(OPENAI, Scope)
+    assert isinstance(OPENAI, MemberScope)
 
 
 @pytest.mark.parametrize(

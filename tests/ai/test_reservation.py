@@ -18,7 +18,7 @@ from keyproxy.ai.reservation import (
     OFF,
     REFUSE,
     MaximumRequiredError,
-    Need,
+    TokenNeed,
     TokenRules,
     need_of,
     reasoning_reservation,
@@ -273,7 +273,7 @@ def test_an_aborted_stream_of_a_reasoning_model_is_charged_its_reasoning(
 def test_a_reservation_of_output_never_exceeds_what_is_left(
     left: int, least: int, multiplier: int, more: int, tokens_in: int
 ) -> None:
-    need = Need(tokens_in, least * multiplier, (least + more) * multiplier, multiplier=multiplier)
+    need = TokenNeed(tokens_in, least * multiplier, (least + more) * multiplier, multiplier=multiplier)
     output = need.output_within(left)
     if output is None:
         assert left < need.output_least

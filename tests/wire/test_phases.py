@@ -13,7 +13,7 @@ import pytest
 
 from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames
 from keyproxy.model import Grant, Permit, RequestHead, ResponseHead, Route
@@ -116,7 +116,7 @@ class _Gate(Gate):
     def settle(self, exchange: Exchange) -> None: ...
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        return Meter(UsageReader(HEADER, HEADER.usual))
+        return Meter(ResponseUsageReader(HEADER, HEADER.usual))
 
     def watch(self, exchange: Exchange) -> None: ...
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.model import Grant, Permit, ResponseHead, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.wire.client.connection import ClientConnection
@@ -95,7 +95,7 @@ class _Gate(Gate):
     def settle(self, exchange: Exchange) -> None: ...
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        return Meter(UsageReader(HEADER, HEADER.usual))
+        return Meter(ResponseUsageReader(HEADER, HEADER.usual))
 
     def watch(self, exchange: Exchange) -> None: ...
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import (
     Dialect,
-    Endpoint,
+    DialectEndpoint,
     EndpointClass,
     FinishMarker,
     StreamFormat,
@@ -32,7 +32,7 @@ _FINISH: Final = FinishMarker(event="content_block_stop", begins="content_block_
 ANTHROPIC: Final = Dialect(
     name="anthropic",
     endpoints=(
-        Endpoint(
+        DialectEndpoint(
             name="/messages",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/messages"),
@@ -43,14 +43,14 @@ ANTHROPIC: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/messages/count_tokens",
             kind=EndpointClass.READS,
             pattern=ending_in(rb"/messages/count_tokens"),
             usage=(UsageFields(places=((),), inputs=(("input_tokens",),)),),
         ),
     ),
-    usual=Endpoint(
+    usual=DialectEndpoint(
         name="",
         kind=EndpointClass.UNKNOWN,
         maximums=(("max_tokens",),),

@@ -7,7 +7,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import (
     Dialect,
-    Endpoint,
+    DialectEndpoint,
     EndpointClass,
     FinishMarker,
     StreamFormat,
@@ -32,7 +32,7 @@ _MAXIMUMS: Final = (("inferenceConfig", "maxTokens"),)
 BEDROCK: Final = Dialect(
     name="bedrock",
     endpoints=(
-        Endpoint(
+        DialectEndpoint(
             name="/converse",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/model/[^/]+/converse"),
@@ -41,7 +41,7 @@ BEDROCK: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/converse-stream",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/model/[^/]+/converse-stream"),
@@ -53,7 +53,7 @@ BEDROCK: Final = Dialect(
             text_members=_TEXT,
         ),
     ),
-    usual=Endpoint(
+    usual=DialectEndpoint(
         name="",
         kind=EndpointClass.UNKNOWN,
         maximums=_MAXIMUMS,

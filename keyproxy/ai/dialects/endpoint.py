@@ -88,7 +88,7 @@ class FinishMarker:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Endpoint:
+class DialectEndpoint:
     """One row of the table.
 
     `maximums`: the members that limit the output; the first is the one to insert. `multipliers`: members that multiply
@@ -126,8 +126,8 @@ class Dialect:
     """
 
     name: str
-    endpoints: tuple[Endpoint, ...]
-    usual: Endpoint
+    endpoints: tuple[DialectEndpoint, ...]
+    usual: DialectEndpoint
     model_member: bool = True
     model_paths: tuple[re.Pattern[bytes], ...] = ()
     response_models: tuple[MemberPath, ...] = ()

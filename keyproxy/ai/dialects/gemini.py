@@ -8,7 +8,7 @@ from typing import Final
 from keyproxy.ai.dialects.endpoint import (
     EACH,
     Dialect,
-    Endpoint,
+    DialectEndpoint,
     EndpointClass,
     FinishMarker,
     StreamFormat,
@@ -34,7 +34,7 @@ _MULTIPLIERS: Final = (("generationConfig", "candidateCount"),)
 GEMINI: Final = Dialect(
     name="gemini",
     endpoints=(
-        Endpoint(
+        DialectEndpoint(
             name=":generateContent",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/[^/:]+:generateContent"),
@@ -44,7 +44,7 @@ GEMINI: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name=":streamGenerateContent",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/[^/:]+:streamGenerateContent"),
@@ -56,20 +56,20 @@ GEMINI: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name=":countTokens",
             kind=EndpointClass.READS,
             pattern=ending_in(rb"/[^/:]+:countTokens"),
             usage=(UsageFields(places=((),), inputs=(("totalTokens",),)),),
         ),
-        Endpoint(
+        DialectEndpoint(
             name=":embedContent",
             kind=EndpointClass.READS,
             pattern=ending_in(rb"/[^/:]+:(?:embedContent|batchEmbedContents)"),
             usage=(_READ_USAGE,),
         ),
     ),
-    usual=Endpoint(
+    usual=DialectEndpoint(
         name="",
         kind=EndpointClass.UNKNOWN,
         maximums=_MAXIMUMS,

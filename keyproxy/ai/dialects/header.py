@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass
 
 HEADER: Final = Dialect(
-    name="header", endpoints=(), usual=Endpoint(name="", kind=EndpointClass.UNKNOWN), model_member=False
+    name="header", endpoints=(), usual=DialectEndpoint(name="", kind=EndpointClass.UNKNOWN), model_member=False
 )

@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import (
     Dialect,
-    Endpoint,
+    DialectEndpoint,
     EndpointClass,
     FinishMarker,
     StreamFormat,
@@ -22,7 +22,7 @@ _FINISH: Final = FinishMarker(member=("done",))
 OLLAMA: Final = Dialect(
     name="ollama",
     endpoints=(
-        Endpoint(
+        DialectEndpoint(
             name="/api/chat",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/api/chat"),
@@ -33,7 +33,7 @@ OLLAMA: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/api/generate",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/api/generate"),
@@ -44,14 +44,14 @@ OLLAMA: Final = Dialect(
             finish=_FINISH,
             text_members=_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/api/embed",
             kind=EndpointClass.READS,
             pattern=ending_in(rb"/api/(?:embed|embeddings)"),
             usage=(UsageFields(places=((),), inputs=(("prompt_eval_count",),)),),
         ),
     ),
-    usual=Endpoint(
+    usual=DialectEndpoint(
         name="",
         kind=EndpointClass.UNKNOWN,
         maximums=(("options", "num_predict"),),

@@ -11,7 +11,7 @@ from typing import Final
 from keyproxy.ai.dialects.endpoint import (
     EACH,
     Dialect,
-    Endpoint,
+    DialectEndpoint,
     EndpointClass,
     FinishMarker,
     StreamFormat,
@@ -57,7 +57,7 @@ _CHOICES: Final = FinishMarker(member=("choices", EACH, "finish_reason"))
 OPENAI: Final = Dialect(
     name="openai",
     endpoints=(
-        Endpoint(
+        DialectEndpoint(
             name="/chat/completions",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/chat/completions"),
@@ -70,7 +70,7 @@ OPENAI: Final = Dialect(
             text_members=_CHAT_TEXT,
             adds_include_usage=True,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/completions",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/completions"),
@@ -84,7 +84,7 @@ OPENAI: Final = Dialect(
             text_members=_CHAT_TEXT,
             adds_include_usage=True,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/responses",
             kind=EndpointClass.GENERATES,
             pattern=ending_in(rb"/responses"),
@@ -95,13 +95,13 @@ OPENAI: Final = Dialect(
             finish=FinishMarker(event="response.output_item.done", begins="response.output_item.added"),
             text_members=_RESPONSE_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/embeddings", kind=EndpointClass.READS, pattern=ending_in(rb"/embeddings"), usage=(_READ_USAGE,)
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/moderations", kind=EndpointClass.READS, pattern=ending_in(rb"/moderations"), usage=(_READ_USAGE,)
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/audio/*",
             kind=EndpointClass.MEDIA,
             pattern=ending_in(rb"/audio/[^/]+"),
@@ -111,7 +111,7 @@ OPENAI: Final = Dialect(
             formats=_SSE,
             text_members=_RESPONSE_TEXT,
         ),
-        Endpoint(
+        DialectEndpoint(
             name="/images/*",
             kind=EndpointClass.MEDIA,
             pattern=ending_in(rb"/images/[^/]+"),
@@ -121,7 +121,7 @@ OPENAI: Final = Dialect(
             formats=_SSE,
         ),
     ),
-    usual=Endpoint(
+    usual=DialectEndpoint(
         name="",
         kind=EndpointClass.UNKNOWN,
         maximums=(("max_completion_tokens",), ("max_tokens",), ("max_output_tokens",)),

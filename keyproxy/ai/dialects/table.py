@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 
 from keyproxy.ai.dialects.anthropic import ANTHROPIC
 from keyproxy.ai.dialects.bedrock import BEDROCK
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass, ending_in
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass, ending_in
 from keyproxy.ai.dialects.gemini import GEMINI
 from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.dialects.ollama import OLLAMA
@@ -22,7 +22,7 @@ DIALECTS: Final[dict[str, Dialect]] = {
 _TOKENLESS_METHODS: Final = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 
 #: Paths that use no tokens, in every dialect.
-TOKENLESS: Final = Endpoint(
+TOKENLESS: Final = DialectEndpoint(
     name="none",
     kind=EndpointClass.NONE,
     pattern=ending_in(
@@ -40,12 +40,12 @@ _PARAMETERS: Final = re.compile(rb";[^/]*")
 _SLASHES: Final = re.compile(rb"/{2,}")
 
 #: Paths contain models and ids, so the memory of earlier lookups is bounded, by entries and by their size.
-_remembered: Final[dict[tuple[str, bytes], Endpoint]] = {}
+_remembered: Final[dict[tuple[str, bytes], DialectEndpoint]] = {}
 _REMEMBERED_MAX: Final = 4_096
 _REMEMBERED_BYTES_MAX: Final = 256
 
 
-def endpoint_of(dialect: Dialect, method: bytes, path: bytes) -> Endpoint:
+def endpoint_of(dialect: Dialect, method: bytes, path: bytes) -> DialectEndpoint:
     """Return the row for a request. `path`: as sent, without the query."""
     if method in _TOKENLESS_METHODS:
         return TOKENLESS
@@ -74,7 +74,7 @@ def model_in_path(dialect: Dialect, path: bytes) -> str | None:
     return None
 
 
-def _lookup(dialect: Dialect, path: bytes) -> Endpoint:
+def _lookup(dialect: Dialect, path: bytes) -> DialectEndpoint:
     """Match the path as sent, and as a lenient server may normalise it."""
     found = [_row(dialect, path)]
     if b"%" in path or b";" in path or b"//" in path or path.endswith(b"/"):
@@ -83,7 +83,7 @@ def _lookup(dialect: Dialect, path: bytes) -> Endpoint:
     return min(found, key=lambda row: _BY_CAUTION.index(row.kind))
 
 
-def _row(dialect: Dialect, path: bytes) -> Endpoint:
+def _row(dialect: Dialect, path: bytes) -> DialectEndpoint:
     for row in dialect.endpoints:
         if row.pattern.match(path):
             return row

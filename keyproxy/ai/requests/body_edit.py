@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from keyproxy.ai.dialects.endpoint import Endpoint, MemberPath
+from keyproxy.ai.dialects.endpoint import DialectEndpoint, MemberPath
 from keyproxy.ai.scanning.request_parts import RequestParts
 
 _INCLUDE_USAGE: Final[MemberPath] = ("stream_options", "include_usage")
@@ -32,7 +32,7 @@ def is_digested(block: bytes) -> bool:
     return _DIGESTS.search(block) is not None
 
 
-def cap_member(endpoint: Endpoint, cap_field: str) -> MemberPath:
+def cap_member(endpoint: DialectEndpoint, cap_field: str) -> MemberPath:
     """The member to insert a cap into: `cap_field`, if it is one of the endpoint's maximums, else the first of them."""
     for path in endpoint.maximums:
         if cap_field and path[-1] == cap_field:

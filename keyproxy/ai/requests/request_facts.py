@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, StreamSwitch
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, StreamSwitch
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.scanning.content_media import MediaCount
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
@@ -56,7 +56,7 @@ class RequestFacts:
         "text_tokens", "thinking",
     )  # fmt: skip
 
-    def __init__(self, dialect: Dialect, endpoint: Endpoint, content_bytes: int) -> None:
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, content_bytes: int) -> None:
         self.dialect: Final = dialect
         self.endpoint: Final = endpoint
         self.content_bytes: Final = content_bytes
@@ -82,7 +82,7 @@ class RequestFacts:
 
 
 def facts_of(
-    parts: RequestParts, dialect: Dialect, endpoint: Endpoint, *, content_bytes: int, model_member: str
+    parts: RequestParts, dialect: Dialect, endpoint: DialectEndpoint, *, content_bytes: int, model_member: str
 ) -> RequestFacts:
     """Interpret a scanned document. Raises a Refusal (REQUEST_MALFORMED) that names the member at fault."""
     facts = RequestFacts(dialect, endpoint, content_bytes)
@@ -134,7 +134,7 @@ def malformed(said: str, field: str | None = None) -> Refusal:
     return Refusal(Reason.REQUEST_MALFORMED, said, caller_text=said, replaces_sentence=True, field=field)
 
 
-def _read_stream(facts: RequestFacts, parts: RequestParts, endpoint: Endpoint, dialect: Dialect) -> None:
+def _read_stream(facts: RequestFacts, parts: RequestParts, endpoint: DialectEndpoint, dialect: Dialect) -> None:
     value = parts.values.get("stream") if dialect.streams_by_member else None
     if value not in (None, b"true", b"false", _NULL):
         raise malformed(f"'stream' {_fault(value)}; it must be true or false.", "stream")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint
 from keyproxy.ai.requests.inflation import Inflation, compression_of
 from keyproxy.ai.requests.request_facts import RequestFacts, facts_of, malformed
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.json_grammar import Utf8
-from keyproxy.ai.scanning.member_scope import AmbiguousNameError, Scope, scope_of
+from keyproxy.ai.scanning.member_scope import AmbiguousNameError, MemberScope, scope_of
 from keyproxy.ai.scanning.request_parts import DoubledNameError
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
@@ -59,7 +59,7 @@ class ReadingRules:
         self.dialect: Final = dialect
         self.bounds: Final = bounds
         self.model_member: Final = model_member
-        self.scope: Final[Scope] = scope_of(dialect, model_member or "model")
+        self.scope: Final[MemberScope] = scope_of(dialect, model_member or "model")
 
 
 def is_collected(fields: RequestFields) -> bool:
@@ -67,7 +67,7 @@ def is_collected(fields: RequestFields) -> bool:
     return not fields.media_type.startswith(_MULTIPART)
 
 
-def facts_of_form(rules: ReadingRules, endpoint: Endpoint, content_length: int) -> RequestFacts:
+def facts_of_form(rules: ReadingRules, endpoint: DialectEndpoint, content_length: int) -> RequestFacts:
     """The facts of a request whose body is not collected. `content_length`: less than 0: it is not known."""
     facts = RequestFacts(rules.dialect, endpoint, max(0, content_length))
     if content_length < 0:
@@ -83,7 +83,7 @@ class RequestReading:
     `content`: the inflated body, `bits`: zlib's number for its compression, None for none.
     """
 
-    def __init__(self, rules: ReadingRules, endpoint: Endpoint, fields: RequestFields, body: bytes) -> None:
+    def __init__(self, rules: ReadingRules, endpoint: DialectEndpoint, fields: RequestFields, body: bytes) -> None:
         """Raises a Refusal (BODY_TOO_LARGE, REQUEST_MALFORMED), as `advance` does."""
         self.facts: RequestFacts | None = None
         self.content = body

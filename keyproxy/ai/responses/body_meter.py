@@ -6,14 +6,14 @@ from typing import Final
 
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.produced_text import media_tokens, unread_tokens
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.ai.text_estimate import TextEstimate
 
 
 class MediaMeter(Meter):
     """For images, sounds and other binary content."""
 
-    def __init__(self, usage: UsageReader) -> None:
+    def __init__(self, usage: ResponseUsageReader) -> None:
         super().__init__(usage)
         self._size = 0
 
@@ -45,7 +45,7 @@ class UnreadMeter(MediaMeter):
 class TextMeter(Meter):
     """For plain text, such as a transcript."""
 
-    def __init__(self, usage: UsageReader) -> None:
+    def __init__(self, usage: ResponseUsageReader) -> None:
         super().__init__(usage)
         self._estimate: Final = TextEstimate()
 

@@ -10,11 +10,11 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.usage_reader import UsageReader, outermost_members
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader, outermost_members
 
 #: A document up to this size is kept.
 KEPT_BYTES_MAX: Final = 65_536
@@ -28,7 +28,7 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 class JsonMeter(Meter):
     """For a response that is one JSON document."""
 
-    def __init__(self, dialect: Dialect, endpoint: Endpoint, usage: UsageReader) -> None:
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, usage: ResponseUsageReader) -> None:
         super().__init__(usage)
         self._dialect: Final = dialect
         self._endpoint: Final = endpoint

@@ -12,7 +12,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.usage_objects import UsageReport
-from keyproxy.ai.responses.usage_reader import UsageReader
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.mypyc_compat import mypyc_attr
 
 
@@ -53,7 +53,7 @@ class Meter:
     `format`: the framing of a stream, which an event of ours can end; None if it is no stream, or is compressed.
     """
 
-    def __init__(self, usage: UsageReader) -> None:
+    def __init__(self, usage: ResponseUsageReader) -> None:
         self.usage: Final = usage
         self.format: StreamFormat | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, StreamFormat
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, StreamFormat
 from keyproxy.ai.responses.body_meter import MediaMeter, TextMeter, UnreadMeter
 from keyproxy.ai.responses.inflating_meter import InflatingMeter
 from keyproxy.ai.responses.json_meter import JsonMeter
@@ -23,7 +23,7 @@ _AWS_EVENTS: Final = b"application/vnd.amazon.eventstream"
 
 
 def meter_for(
-    dialect: Dialect, endpoint: Endpoint, head: ResponseHead, *, choices: int = 1, hides_usage: bool = False
+    dialect: Dialect, endpoint: DialectEndpoint, head: ResponseHead, *, choices: int = 1, hides_usage: bool = False
 ) -> Meter:  # fmt: skip
     """Return the meter for one response.
 

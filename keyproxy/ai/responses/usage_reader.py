@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import EACH, Dialect, Endpoint, FinishMarker, UsageFields
+from keyproxy.ai.dialects.endpoint import EACH, Dialect, DialectEndpoint, FinishMarker, UsageFields
 from keyproxy.ai.responses.usage_objects import UsageReport, has_output, input_in, member, report_in
 
 #: A longer name is no model's. The ledger's records have their own, stricter rules.
@@ -18,7 +18,7 @@ _MODEL_CHARACTERS_MAX: Final = 256
 _CHOICES_MAX: Final = 1_024
 
 
-class UsageReader:
+class ResponseUsageReader:
     """Reads the JSON of one response.
 
     `report`: the usage reported last. `reported_input`: the input, which may precede the
@@ -26,7 +26,7 @@ class UsageReader:
     as the response names it. `choices`: the number of choices that the request asks for.
     """
 
-    def __init__(self, dialect: Dialect, endpoint: Endpoint, choices: int = 1) -> None:
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, choices: int = 1) -> None:
         self.report: UsageReport | None = None
         self.reported_input: UsageReport | None = None
         self.model: str | None = None
@@ -131,7 +131,7 @@ class UsageReader:
         self._has_finished = len(self._finished_choices) >= min(self._choices, _CHOICES_MAX)
 
 
-def outermost_members(dialect: Dialect, endpoint: Endpoint) -> list[str]:
+def outermost_members(dialect: Dialect, endpoint: DialectEndpoint) -> list[str]:
     """Return the members of the outermost object that a reader needs."""
     names = {path[0] for path in dialect.response_models if len(path) == 1}
     for fields in endpoint.usage:

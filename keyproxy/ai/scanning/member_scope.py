@@ -38,7 +38,7 @@ class Slot:
 
     __slots__ = ("path", "scope")
 
-    def __init__(self, path: str, scope: Scope | None) -> None:
+    def __init__(self, path: str, scope: MemberScope | None) -> None:
         self.path: Final = path
         #: The members that count in its value.
         self.scope: Final = scope
@@ -54,7 +54,7 @@ class Name:
         self.meaning: Final = meaning
 
 
-class Scope:
+class MemberScope:
     """The members of one object that count.
 
     `known`: names that have occurred, by their bytes in JSON, which are also the decoded name: those with escapes are
@@ -89,10 +89,10 @@ class Scope:
 
 
 #: The scope of objects in which no member counts.
-NO_SCOPE: Final = Scope({})
+NO_SCOPE: Final = MemberScope({})
 
 
-def scope_of(dialect: Dialect, model_member: str = "model") -> Scope:
+def scope_of(dialect: Dialect, model_member: str = "model") -> MemberScope:
     """Build the scope of a request's outermost object, once per route. `model_member`: the member with the model.
 
     A member `model` counts on every metered route: it must not name another model than the route's source.
@@ -110,7 +110,7 @@ def scope_of(dialect: Dialect, model_member: str = "model") -> Scope:
     return _scope(paths, "", has_twins=dialect.has_twins)
 
 
-def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> Scope:
+def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> MemberScope:
     slots: dict[bytes, Slot] = {}
     for first in dict.fromkeys([path[0] for path in paths]):
         inner = [path[1:] for path in paths if path[0] == first and len(path) > 1]
@@ -119,7 +119,7 @@ def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> Scope:
         slots[first.encode()] = slot
         if has_twins:
             slots[snake_case(first).encode()] = slot
-    return Scope(slots)
+    return MemberScope(slots)
 
 
 def snake_case(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.scanning.content_media import PartFacts
 from keyproxy.ai.scanning.member_meanings import NO_MEANING
-from keyproxy.ai.scanning.member_scope import NO_SCOPE, Scope, Slot
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Slot
 
 
 class Frame:
@@ -27,7 +27,7 @@ class Frame:
         self.own: Final = own
         self.own_slot: Final = own_slot
         self.is_object: Final = is_object
-        self.scope: Scope = NO_SCOPE
+        self.scope: MemberScope = NO_SCOPE
         self.slot: Slot | None = None
         self.meaning = NO_MEANING
         self.counts_names = False

@@ -24,7 +24,7 @@ from keyproxy.ai.scanning.json_grammar import (
     SPACE,
     WORD,
 )
-from keyproxy.ai.scanning.member_scope import NO_SCOPE, Name, Scope
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Name
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.request_parts import RequestParts
 
@@ -66,7 +66,7 @@ _ELEMENT_OPEN: Final = 4
 class RequestScanner:
     """Scans one complete document. `advance` does a bounded part of the work; the result is `parts`."""
 
-    def __init__(self, content: bytes, scope: Scope, bounds: JsonBounds, *, has_image_arrays: bool) -> None:
+    def __init__(self, content: bytes, scope: MemberScope, bounds: JsonBounds, *, has_image_arrays: bool) -> None:
         self.parts: Final = RequestParts(content, has_image_arrays=has_image_arrays)
         self._content: Final = content
         self._scope: Final = scope

@@ -13,11 +13,11 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
-from keyproxy.ai.responses.usage_reader import UsageReader, outermost_members
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader, outermost_members
 
 #: A longer event is neither kept nor parsed, but scanned in pieces for the members of its outermost object.
 EVENT_BYTES_MAX: Final = 262_144
@@ -38,7 +38,7 @@ class EventPatterns:
 
     __slots__ = ("kinds", "media", "notable", "text")
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: DialectEndpoint) -> None:
         names: dict[bytes, bytes] = {}
         kinds: set[str] = set()
         for fields in endpoint.usage:
@@ -64,7 +64,7 @@ class EventPatterns:
 
 
 #: By endpoint, of which there are as many as the table has rows.
-_patterns: Final[dict[Endpoint, EventPatterns]] = {}
+_patterns: Final[dict[DialectEndpoint, EventPatterns]] = {}
 
 
 class _LongEvent:
@@ -93,8 +93,8 @@ class _LongEvent:
 class StreamReading:
     """What was read of one stream: its `usage`, and its `produced` text."""
 
-    def __init__(self, dialect: Dialect, endpoint: Endpoint, choices: int = 1) -> None:
-        self.usage: Final = UsageReader(dialect, endpoint, choices)
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, choices: int = 1) -> None:
+        self.usage: Final = ResponseUsageReader(dialect, endpoint, choices)
         self.produced: Final = ProducedText()
         #: The first event names the model.
         self.has_begun = False
