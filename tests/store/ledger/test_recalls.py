@@ -17,7 +17,8 @@ from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from tests.contracts import LEASE_SECONDS, line
 from tests.store.conftest import MakeRig
-from tests.store.harness import Door, Sql, until
+from tests.store.harness import Door, Sql
+from tests.waiting import until
 
 _FEW, _MANY = 30, 140
 
