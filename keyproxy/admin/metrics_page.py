@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from keyproxy.admin.reminder_sender import ReminderSender
+from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.metrics.catalogue import BUILD_INFO, Catalogue
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _WITHIN_DAYS: Final = (1, 7, 30)
@@ -124,7 +125,10 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
 class MetricsPage:
     """The metrics page. It queries the database at most once every 15 seconds."""
 
-    def __init__(self, reminding: ReminderSender, now_mono: Callable[[], float], traffic: Traffic) -> None:
+    def __init__(
+        self, reminders: ReminderQueue, reminding: WebhookSender, *, now_mono: Callable[[], float], traffic: Traffic
+    ) -> None:
+        self._reminders = reminders
         self._reminding = reminding
         self._now_mono = now_mono
         self._traffic = traffic
@@ -145,7 +149,7 @@ class MetricsPage:
         return AdminScrape(self._figures, dataclasses.asdict(self._reminding.total), self._traffic)
 
     async def _queried(self) -> StoreFigures | None:
-        reminders = self._reminding.reminders
+        reminders = self._reminders
         try:
             return StoreFigures(
                 keys=await reminders.expiring(_WITHIN_DAYS),

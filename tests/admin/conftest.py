@@ -19,15 +19,15 @@ from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
-from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
+from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -126,10 +126,11 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = ReminderSender(ReminderQueue(database))
+    reminders = ReminderQueue(database)
     counted = traffic()
     listener = AdminListener(
-        service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,
+        service, traffic=counted,
+        metrics=MetricsPage(reminders, WebhookSender(reminders), now_mono=lambda: now[0], traffic=counted).page,
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from keyproxy.admin.reminder_sender import Outcome, ReminderSender
+from keyproxy.admin.webhook_sender import Outcome, WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli import main
 from keyproxy.config.schema import ReminderSettings as Terms
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Entity, KeyWish
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import clean_environment
 from tests.admin.conftest import Api
@@ -90,9 +90,13 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 @pytest.fixture
-def reminding(database: Database) -> ReminderSender:
+def reminding(database: Database) -> WebhookSender:
     """A sender."""
-    return ReminderSender(ReminderQueue(database))
+    return _sender(database)
+
+
+def _sender(database: Database) -> WebhookSender:
+    return WebhookSender(ReminderQueue(database, lambda: DAYS))
 
 
 MakeKey = Callable[..., Any]
@@ -122,7 +126,7 @@ async def _later(sql: Any) -> None:
 
 
 async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     key = await make_key(2.5, name="nightly", is_test=True)
     before = int(time.time())
@@ -144,7 +148,7 @@ async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
 
 
 async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(13.9)
     await make_key(14.1)
@@ -163,7 +167,7 @@ async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
 
 
 async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500, 404, 307, 301]
@@ -181,7 +185,7 @@ async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
 
 
 async def test_waits_between_attempts_grow_within_a_bound_and_end(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await make_key(2)
     receiver.statuses = [503] * 20
@@ -200,7 +204,7 @@ async def test_waits_between_attempts_grow_within_a_bound_and_end(
 
 
 async def test_a_receiver_that_responds_gone_gets_no_more_attempts(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     await make_key(2)
     receiver.statuses = [410]
@@ -208,7 +212,7 @@ async def test_a_receiver_that_responds_gone_gets_no_more_attempts(
 
 
 async def test_timeouts_and_refused_connections_are_recorded_failures(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     silence = asyncio.Event()
@@ -228,7 +232,7 @@ async def test_timeouts_and_refused_connections_are_recorded_failures(
 
 
 async def test_a_failing_receiver_does_not_get_the_whole_batch(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(2)
     await sql.execute(
@@ -246,7 +250,7 @@ async def test_of_several_senders_at_once_one_sends_each(
     make_key: MakeKey, database: Database, receiver: Receiver
 ) -> None:
     keys = [(await make_key(2))["id"] for _ in range(8)]
-    senders = [ReminderSender(ReminderQueue(database)) for _ in range(4)]
+    senders = [_sender(database) for _ in range(4)]
     found = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
     assert sum(outcome.sent for outcome in found) == 8
     assert sorted(event["data"]["key"] for event in receiver.received) == sorted(keys)
@@ -254,7 +258,7 @@ async def test_of_several_senders_at_once_one_sends_each(
 
 @pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
 async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhile(
-    act: str, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    act: str, make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     key = (await make_key(2))["id"]
     receiver.statuses = [500]
@@ -277,11 +281,11 @@ async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhil
     await _later(sql)
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 1
-    assert await reminding.reminders.count_waiting() == 0
+    assert await ReminderQueue(api.database).count_waiting() == 0
 
 
 async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500]
@@ -295,7 +299,7 @@ async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
 
 
 async def test_a_key_that_ended_before_its_reminder_was_delivered_is_logged(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = (await make_key(0.5))["id"]
     receiver.statuses = [500]
@@ -310,7 +314,7 @@ async def test_a_key_that_ended_before_its_reminder_was_delivered_is_logged(
 
 
 async def test_a_reminder_has_the_same_id_in_a_restored_database(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     await reminding.turn(receiver.terms)
@@ -321,7 +325,7 @@ async def test_a_reminder_has_the_same_id_in_a_restored_database(
 
 
 async def test_what_is_long_over_is_forgotten(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     await reminding.turn(receiver.terms)
@@ -359,7 +363,7 @@ async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
 
 
 async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
-    make_token: MakeToken, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_token: MakeToken, make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     token, bound = await make_token(2.5), await make_token(13, tenant_id="acme")
     key = await make_key(2.5)
@@ -380,7 +384,7 @@ async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
 
 @pytest.mark.parametrize("act", ["revoke", "delete tenant", "disable tenant", "expire", "extend"])
 async def test_a_token_that_ended_meanwhile_is_no_reminder(
-    act: str, make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    act: str, make_token: MakeToken, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     token = (await make_token(2, tenant_id="acme"))["id"]
     receiver.statuses = [500]
@@ -399,17 +403,22 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
     await _later(sql)
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 1
-    assert await reminding.reminders.count_waiting() == 0
+    assert await ReminderQueue(api.database).count_waiting() == 0
 
 
 async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
-    make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_token: MakeToken,
+    reminding: WebhookSender,
+    receiver: Receiver,
+    database: Database,
+    sql: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminder_sender")
+    caplog.set_level(logging.WARNING, logger="keyproxy.admin.webhook_sender")
     token = (await make_token(0.5))["id"]
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
-    assert [(row["token"], row["key"]) for row in await reminding.reminders.waiting(9)] == [(token, None)]
+    assert [(row["token"], row["key"]) for row in await ReminderQueue(database).waiting(9)] == [(token, None)]
     assert f"reminder of admin token {token} failed, attempt 1" in caplog.text
     await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now()")
     await sql.execute("UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.admin_tokens)")
@@ -430,7 +439,7 @@ def _configured(directory: Path, dsn: str, receiver: Receiver) -> Path:
 
 
 async def test_a_sender_that_is_killed_between_sending_and_marking_is_followed_by_the_same_id(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
 ) -> None:
     await make_key(2)
     process = await asyncio.create_subprocess_exec(
