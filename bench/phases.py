@@ -171,7 +171,7 @@ class Bench:
         identities = known_key(loop, plan)
         self.identity = identities.known(SECRET.digest(), clock.now())
         self.limits = self.identity.allowance
-        tokens = "none" if plan is None or plan.tokens_per_day is None else "header"
+        tokens = "none" if plan is None or plan.limit("tokens/day") is None else "header"
         rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
         self.routes = schema.Settings(routes=rows).route_table()
         # None of them is started, so that no database or ledger is contacted.

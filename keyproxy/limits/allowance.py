@@ -115,13 +115,18 @@ class Bundle:
         bounds = [
             LimitState(policy(f"{of_pool.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
             for of_pool in pools
-            if (bound := of_pool.plan.tokens_per_request) is not None
+            if (bound := _per_request(of_pool.plan)) is not None
         ]
         #: The lowest limit of tokens per request.
         self.tokens_per_request = min(bounds, key=lambda limit: limit.remaining, default=None)
         #: The most tokens that a request may hold without the slower check.
         self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
         self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
+
+
+def _per_request(plan: Plan) -> int | None:
+    limit = plan.limit("tokens/request")
+    return None if limit is None else limit.quota
 
 
 def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:

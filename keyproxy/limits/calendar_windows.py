@@ -1,4 +1,4 @@
-"""The calendar windows of limits: days and months in UTC, as Unix time.
+"""The calendar windows of limits: minutes to months in UTC, as Unix time. Weeks begin on Monday.
 
 Plain arithmetic, because this room has no clock and no time zones.
 """
@@ -10,14 +10,22 @@ from typing import Final
 
 _DAY_SECONDS: Final = 86_400
 _DAYS_PER_MONTH_MAX: Final = 31
+_SECONDS: Final = {"minute": 60, "hour": 3_600, "day": _DAY_SECONDS, "week": 7 * _DAY_SECONDS}
+
+#: The first Monday of Unix time, January 5, 1970.
+_MONDAY_SECONDS: Final = 4 * _DAY_SECONDS
 
 
 def span(measure: str, at: float) -> tuple[int, float]:
     """The start and end of the window of this measure that contains an instant; without a calendar: 0 and infinity."""
-    day = int(at // _DAY_SECONDS)
-    if measure.endswith("_per_day"):
-        return day * _DAY_SECONDS, float((day + 1) * _DAY_SECONDS)
-    if measure.endswith("_per_month"):
+    _, _, period = measure.rpartition("_per_")
+    seconds = _SECONDS.get(period)
+    if seconds is not None:
+        first = _MONDAY_SECONDS if period == "week" else 0
+        start = int((at - first) // seconds) * seconds + first
+        return start, float(start + seconds)
+    if period == "month":
+        day = int(at // _DAY_SECONDS)
         first = day - _day_of_month(day) + 1
         in_next_month = first + _DAYS_PER_MONTH_MAX
         following = in_next_month - _day_of_month(in_next_month) + 1

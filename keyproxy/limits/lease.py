@@ -13,7 +13,7 @@ from typing import Final
 
 from keyproxy import limit_state
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, LeaseGrant, LeaseReport, Window
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import Limit
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
 #: burst + rate * (t + RATE_SECONDS).
@@ -38,10 +38,7 @@ _FIRST_UNITS: Final = 4
 #: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
 
-_WINDOW_SECONDS: Final = {
-    "requests_per_day": 86_400, "tokens_per_day": 86_400,
-    "requests_per_month": 2_592_000, "tokens_per_month": 2_592_000,
-}  # fmt: skip
+_WINDOW_SECONDS: Final = {"minute": 60, "hour": 3_600, "day": 86_400, "week": 604_800, "month": 2_592_000}
 _UNITS: Final = {CONCURRENCY: limit_state.CONCURRENT_REQUESTS, **dict.fromkeys(TOKENS, limit_state.TOKENS)}
 
 
@@ -56,17 +53,17 @@ class Lease:
         "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
         "granted", "interval_seconds", "is_aging", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
         "need", "number",
-        "others_held", "pace", "paced_mono", "piece", "plan", "policy", "retry_mono", "returned", "seen_available",
+        "others_held", "pace", "paced_mono", "piece", "policy", "retry_mono", "returned", "rule", "seen_available",
         "spent_apart", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
-    def __init__(self, window: Window, plan: Plan, now_mono: float) -> None:
+    def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
         self.window = window
         self.limit = 0
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
-        self.replan(plan)
+        self.replan(limit)
         #: Unique within this holder's life; 0: nothing was requested yet.
         self.number = 0
         self.starts = 0
@@ -153,18 +150,14 @@ class Lease:
         """What a caller can still use: the free units here, and what the ledger had left as of its last reply."""
         return max(0, self.seen_available + self.free)
 
-    def replan(self, plan: Plan) -> None:
-        """Switch to another plan. Its limit applies immediately, to the free units here too."""
+    def replan(self, rule: Limit) -> None:
+        """Switch to another limit. It applies immediately, to the free units here too."""
         measure = self.window.measure
-        if measure == RATE:
-            assert plan.rate is not None  # noqa: S101 - callers check for a rate first
-            limit, interval = plan.burst_requests, 1.0 / plan.rate
-        else:
-            limit, interval = getattr(plan, measure), 0.0
-        self.plan = plan
+        limit, interval = rule.quota, rule.interval_seconds
+        self.rule = rule
         self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
-        seconds = max(1, math.ceil(limit * interval)) if measure == RATE else _WINDOW_SECONDS.get(measure)
+        seconds = max(1, math.ceil(limit * interval)) if interval else _WINDOW_SECONDS.get(rule.per)
         self.policy = limit_state.policy(self.window.policy, limit, seconds, _UNITS.get(measure, limit_state.REQUESTS))
 
     def owed(self) -> Lease | None:
@@ -174,7 +167,7 @@ class Lease:
         """
         if self.free >= 0 or self.window.measure in (RATE, CONCURRENCY):
             return None
-        rest = Lease(self.window, self.plan, self.paced_mono)
+        rest = Lease(self.window, self.rule, self.paced_mono)
         rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
         return rest
 
@@ -227,7 +220,7 @@ class Lease:
             self.returned,
             want,
             at_least,
-            self.takes_all,
+            min(self.need, want),
             is_closing,
         )
         self.need = self.at_least = 0

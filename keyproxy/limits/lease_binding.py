@@ -8,8 +8,8 @@ from __future__ import annotations
 from keyproxy.limits.allowance import Allowance, Bundle
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_sync import LeaseSync
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Window
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.ledger_protocol import Window
+from keyproxy.limits.plan import PER_REQUEST, Plan
 from keyproxy.limits.pool_leases import PoolLeases
 
 
@@ -46,23 +46,24 @@ class LeaseBinding:
         for measure, lease in pool_leases.leases.items():
             self._sync.expire(lease, now_mono)
             if not lease.is_current:
-                pool_leases.leases[measure] = Lease(lease.window, pool_leases.plan, now_mono)
+                pool_leases.leases[measure] = Lease(lease.window, lease.rule, now_mono)
 
     def _replan(self, pool_leases: PoolLeases, plan: Plan, now_mono: float) -> None:
         """Switch to another plan: free units were granted under the old one and are returned."""
         pool_leases.plan = plan
         before, pool_leases.leases = pool_leases.leases, {}
-        for measure in (CONCURRENCY, RATE, *REQUESTS, *TOKENS):
-            lease = before.pop(measure, None)
-            if getattr(plan, measure) is None:
-                if lease is not None:
-                    self._sync.retire(lease)
+        for limit in plan.limits:
+            if limit.per == PER_REQUEST:
                 continue
+            measure = limit.window_measure
+            lease = before.pop(measure, None)
             if lease is None:
-                lease = Lease(Window(pool_leases.pool, measure), plan, now_mono)
+                lease = Lease(Window(pool_leases.pool, measure), limit, now_mono)
             else:
-                lease.replan(plan)
+                lease.replan(limit)
                 lease.empty_until_mono = 0.0
                 lease.give_back()
                 self._sync.reviews.note_change(lease)
             pool_leases.leases[measure] = lease
+        for lease in before.values():
+            self._sync.retire(lease)

@@ -2,25 +2,37 @@
 
 A ledger implementation depends on these types only, not on how a lease is spent. All values are cumulative: how much
 was granted, used and returned since the lease began. So a message may be lost, repeated or answered twice without
-anything being counted twice, and a ledger that has lost its latest commits recovers them from the lease holders.
+anything being counted twice, and a ledger that has lost its latest commits recovers them from the lease holders. Only
+rates differ: their values are those of one message, and a repeated message is refused by its serial.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-#: The measures, by their names in `Plan`: units of a rate, slots, and windows that count requests or tokens.
-RATE: Final = "rate"
-CONCURRENCY: Final = "concurrency"
-REQUESTS: Final = ("requests_per_day", "requests_per_month")
-TOKENS: Final = ("tokens_per_day", "tokens_per_month")
+from keyproxy.limits.plan import PERIODS
 
-#: Every policy that can refuse a request, by its name in responses: `user.requests_per_day`.
+#: The measures of windows: units of rates, slots, and windows that count requests, tokens, or money in micro-units.
+RATE: Final = "rate"
+TOKEN_RATE: Final = "token_rate"  # noqa: S105 - tokens of a language model
+RATES: Final = (RATE, TOKEN_RATE)
+CONCURRENCY: Final = "concurrency"
+REQUESTS: Final = tuple([f"requests_per_{period}" for period in PERIODS])
+TOKENS: Final = tuple([f"tokens_per_{period}" for period in PERIODS])
+SPEND: Final = tuple([f"spend_per_{period}" for period in PERIODS])
+
+MEASURES: Final = (CONCURRENCY, *RATES, *REQUESTS, *TOKENS, *SPEND)
+
+#: Limits of a single request, which have no window.
+TOKENS_PER_REQUEST: Final = "tokens_per_request"
+SPEND_PER_REQUEST: Final = "spend_per_request"
+
+#: Every policy that can refuse a request, by its name in responses without a selector: `user.requests_per_day`.
 POLICIES: Final = tuple(
     [
         f"{kind}.{measure}"
         for kind in ("tenant", "user", "key")
-        for measure in (RATE, CONCURRENCY, *REQUESTS, *TOKENS, "tokens_per_request")
+        for measure in (*MEASURES, TOKENS_PER_REQUEST, SPEND_PER_REQUEST)
     ]
 )
 
@@ -34,15 +46,21 @@ class Pool(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The unit of accounting: one measure of one pool. The ledger determines the current day or month."""
+    """The unit of accounting: one measure of one pool. The ledger determines the current period.
+
+    `selector`: the requests that count in it, in canonical form: `mode:...`, `model:...`, `route:...` in this order,
+    joined by commas; empty: all.
+    """
 
     pool: Pool
     measure: str
+    selector: str = ""
 
     @property
     def policy(self) -> str:
-        """The name in responses."""
-        return f"{self.pool.kind}.{self.measure}"
+        """The name in responses: `user.tokens_per_day@model:gpt-4o`."""
+        name = f"{self.pool.kind}.{self.measure}"
+        return f"{name}@{self.selector}" if self.selector else name
 
 
 class LeaseReport(NamedTuple):
@@ -50,9 +68,17 @@ class LeaseReport(NamedTuple):
 
     `lease` is unique in this holder's life. `starts` is the Unix time at which the lease's window began, 0: the current
     one. `limit` is the window's limit; for a rate it is the burst, and `interval_seconds` is the time in which one unit
-    is refilled. `granted`, `used`, `returned` are cumulative; for a rate the ledger ignores them. The line requests at
-    most `want` units, and none rather than fewer than `at_least`; `takes_all`: whatever is left. `is_closing`: the
-    lease ends, all of it was used or returned.
+    is refilled. `granted`, `used`, `returned` are cumulative. `is_closing`: the lease ends, all of it was used or
+    returned.
+
+    The line requests at most `want` units, and none rather than fewer than `at_least`. Up to `most` of them are needed
+    by requests that wait now: they are granted in full if they are available, and only what is wanted beyond them is
+    shared with other holders. `at_least <= most <= want`; if no request waits, `most` is 0 and `at_least` at most 1.
+
+    For a rate the ledger ignores `starts`, `granted` and `used`. A token rate may return units: `returned` of them since
+    the last line, granted at `granted_at`, the Unix time by the ledger's clock in its reply (0.0 otherwise). The ledger
+    takes back what has not been refilled since: `max(0, returned - (now - granted_at) / interval_seconds)`. A negative
+    `returned` is use beyond the units that were held, and counts in full.
     """
 
     lease: int
@@ -65,18 +91,22 @@ class LeaseReport(NamedTuple):
     returned: int
     want: int
     at_least: int
-    takes_all: bool
+    most: int
     is_closing: bool
+    granted_at: float = 0.0
 
 
 class LeaseGrant(NamedTuple):
     """The ledger's reply to one line.
 
-    `granted` is cumulative; for a rate it is the amount granted now. `spent` and `held` are those of the whole window,
-    after this line; for a rate `held` is the amount currently unavailable. `ends_seconds`: until the window's end, by
-    the ledger's clock. `wait_seconds`: until `at_least` units of a rate are available. `is_wanted`: another holder is
-    short of idle units. A reply with `lease` 0 is about the ledger itself: it has lost its latest history, needs all
-    recent lines again, and grants nothing for `wait_seconds`.
+    `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the
+    ledger's clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount
+    currently unavailable. `credited` is added to the window's limit: the ledger grants up to
+    `limit + credited - spent - held`. `holders` is the number of active holders that have a lease of the window, this one
+    included; 1 for a rate. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
+    `at_least` units of a rate are available. `is_wanted`: another holder is short of idle units. A reply with `lease` 0
+    is about the ledger itself: it has lost its latest history, needs all recent lines again, and grants nothing for
+    `wait_seconds`.
     """
 
     lease: int
@@ -87,3 +117,6 @@ class LeaseGrant(NamedTuple):
     ends_seconds: float
     wait_seconds: float
     is_wanted: bool
+    credited: int = 0
+    holders: int = 1
+    granted_at: float = 0.0

@@ -264,8 +264,6 @@ def units_granted(line: LeaseReport, available: int, alive: int) -> int:
     """How many of the available units a line gets, if this many holders are alive."""
     if available < line.at_least:
         return 0
-    if line.takes_all:
-        return available
-    # A holder leaves units for the others: the fewer are available, the fewer it gets.
-    share = line.want if alive <= 1 else max(line.at_least, available // (2 * alive))
+    # A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
+    share = line.want if alive <= 1 else max(line.at_least, line.most, available // (2 * alive))
     return min(line.want, available, share)

@@ -494,15 +494,6 @@ def test_without_a_maximum_the_plan_determines_how_much_one_request_holds(proces
     assert process.take(allowance, TokenNeed(5, 30)).tokens == 30
 
 
-def test_without_any_maximum_all_that_is_left_is_held_by_one_request_at_a_time(process: Process) -> None:
-    allowance = under(Plan(tokens_per_day=1000))
-    hold = process.take(allowance, TokenNeed(0, None))
-    assert hold.tokens == 1000
-    assert process.refused(allowance, TokenNeed(0, None)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
-    process.used(hold, tokens=10)
-    assert process.take(allowance, TokenNeed(0, None)).tokens == 990
-
-
 def test_a_request_for_all_that_is_left_goes_to_the_ledger_although_some_is_free_here(
     fleet: Fleet, process: Process
 ) -> None:

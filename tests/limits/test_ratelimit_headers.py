@@ -23,7 +23,9 @@ AMOUNTS = st.one_of(
 
 
 def leases(count: int) -> list[Lease]:
-    return [Lease(Window(Pool("user", "u_1", False), measure), PLAN, 0.0) for measure in MEASURES[:count]]
+    pool = Pool("user", "u_1", False)
+    limits = {limit.window_measure: limit for limit in PLAN.limits}
+    return [Lease(Window(pool, measure), limits[measure], 0.0) for measure in MEASURES[:count]]
 
 
 @given(st.integers(1, 5), st.lists(st.lists(AMOUNTS, min_size=5, max_size=5), min_size=1, max_size=8))

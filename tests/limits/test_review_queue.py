@@ -6,14 +6,14 @@ import pytest
 
 from keyproxy.limits.lease import IDLE_SECONDS, Lease
 from keyproxy.limits.ledger_protocol import Pool, Window
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import Limit
 from keyproxy.limits.review_queue import ReviewQueue
 
 
 @pytest.fixture
 def leases() -> list[Lease]:
-    plan = Plan(requests_per_day=10)
-    return [Lease(Window(Pool("user", f"u_{number}", False), "requests_per_day"), plan, 0.0) for number in range(3)]
+    limit = Limit("requests", "day", 10)
+    return [Lease(Window(Pool("user", f"u_{number}", False), "requests_per_day"), limit, 0.0) for number in range(3)]
 
 
 def test_changed_leases_are_due_once_each_in_order_after_the_next_gather(leases: list[Lease]) -> None:

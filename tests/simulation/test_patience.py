@@ -130,11 +130,11 @@ class Stage:
 
     def others_hold(self, plan: Plan) -> None:
         """Let another process hold all of a day's requests, and never return them."""
-        assert plan.requests_per_day is not None
         window = Window(USER, "requests_per_day")
-        most = plan.requests_per_day
+        (limit,) = plan.limits
+        most = limit.quota
         self.backend.reference.sync(
-            "other", 1, [LeaseReport(1, window, 0, most, 0.0, 0, 0, 0, most, most, False, False)]
+            "other", 1, [LeaseReport(1, window, 0, most, 0.0, 0, 0, 0, most, most, most, False)]
         )
 
 

@@ -186,14 +186,13 @@ class Upstream:
 
     def _check_rate(self, window: Window, times: list[float]) -> None:
         """In any t seconds at most burst + rate * (t + RATE_SECONDS), plus one burst for each lost history."""
-        plan = self._scenario.plans[window.pool]
-        assert plan.rate is not None
+        (rate,) = [one for one in self._scenario.plans[window.pool].limits if one.window_measure == window.measure]
         slack = RATE_SECONDS * (1 + 2 * self._scenario.fate.drift)
-        bound = plan.burst_requests * (1 + len(self._forgetful)) + plan.rate * slack
+        bound = rate.quota * (1 + len(self._forgetful)) + rate.per_second * slack
         fewest = float("inf")
         for number, at in enumerate(times):
-            fewest = min(fewest, number - plan.rate * at)
-            most = number + 1 - plan.rate * at - fewest
+            fewest = min(fewest, number - rate.per_second * at)
+            most = number + 1 - rate.per_second * at - fewest
             if most > bound + 1e-6:
                 raise BrokenError(f"{window}: {most:.1f} more than rate * t within some seconds, {bound:.1f} allowed")
 

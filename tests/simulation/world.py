@@ -16,8 +16,8 @@ from typing import Any
 from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
-from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, TOKENS, Pool
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.plan import PER_REQUEST, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.charge_dedup import Claims
@@ -205,7 +205,7 @@ class World:
         chance = self.chance
         owner = chance.choice(self.scenario.owners)
         need = None
-        if any(getattr(self.plans[pool], measure) is not None for pool in owner for measure in TOKENS):
+        if any(limit.measure == TOKENS for pool in owner for limit in self.plans[pool].limits):
             most = chance.choice([5, 20, 60, None])
             need = TokenNeed(chance.randint(0, 5 if most is None else most), most)
         fingerprint = None
@@ -391,12 +391,12 @@ class World:
             return
         pool = self.chance.choice(list(self.plans))
         plan = self.plans[pool]
-        changes = {
-            measure: max(1, int(limit * self.chance.choice([0.3, 0.8, 1.5])))
-            for measure in (CONCURRENCY, *REQUESTS, *TOKENS)
-            if (limit := getattr(plan, measure)) is not None
+        changes: dict[str, Limit | None] = {
+            limit.name: replace(limit, amount=max(1, int(limit.amount * self.chance.choice([0.3, 0.8, 1.5]))))
+            for limit in plan.limits
+            if not limit.is_rate and limit.per != PER_REQUEST
         }
-        self.plans[pool] = replace(plan, **changes)
+        self.plans[pool] = plan.changed(changes)
         self.upstream.note_plan(pool, self.plans[pool])
         for process in self.fleet:
             self.clock.at(self.clock.now + self.chance.uniform(0, 1), process.allowances.clear)

@@ -10,7 +10,8 @@ import click
 
 from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes_option
 from keyproxy.cli.output import print_message
-from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError, rate_per_second
+from keyproxy.limits.limit_text import rate_per_second
+from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError
 from keyproxy.store.directory.directory import Entity
 
 _COLUMNS: Final = ("id", *LIMITS)

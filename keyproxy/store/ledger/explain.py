@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
@@ -19,9 +19,9 @@ from keyproxy.http.routes import RouteTable
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKENS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment
 from keyproxy.reasons import Refusal
 from keyproxy.store.directory.errors import Invalid, NotFound
@@ -32,8 +32,6 @@ from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database
-
-_MEASURES: Final = (RATE, CONCURRENCY, *REQUESTS, *TOKENS)
 
 
 class WindowReader(Protocol):
@@ -162,8 +160,8 @@ async def windows_of_user(
     finally:
         await windows.close()
     return [
-        {"owner": window.pool.owner, **window_state(window, plan, state)}
-        for (window, plan), state in zip(wanted, states, strict=True)
+        {"owner": window.pool.owner, **window_state(window, limit, state)}
+        for (window, limit), state in zip(wanted, states, strict=True)
     ]
 
 
@@ -232,14 +230,15 @@ async def _limits(
         await backend.states(unseen)
     least = 0 if need is None else need.least
     limits: list[dict[str, Any]] = []
-    for window, plan in wanted:
+    for window, limit in wanted:
         state, needed = backend.seen[window], least if window.measure in TOKENS else 1
-        one = window_state(window, plan, state)
+        one = window_state(window, limit, state)
         one["refuses"] = needed > one["remaining"]
         limits.append({"owner": window.pool.owner, **one})
     for pool, plan in pools:
-        if plan.tokens_per_request is not None:
-            bound = plan.tokens_per_request
+        per_request = plan.limit("tokens/request")
+        if per_request is not None:
+            bound = per_request.quota
             name = f"{pool.kind}.tokens_per_request"
             one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
             limits.append({"owner": pool.owner, **one})
@@ -249,29 +248,28 @@ async def _limits(
     return limits
 
 
-def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Plan]]:
+def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
     """The windows that limits of these plans count in."""
     return [
-        (Window(pool, measure), plan)
+        (Window(pool, limit.window_measure, limit.selector), limit)
         for pool, plan in pools
-        for measure in _MEASURES
-        if getattr(plan, measure) is not None
+        for limit in plan.limits
+        if limit.per != PER_REQUEST
     ]
 
 
-def window_state(window: Window, plan: Plan, state: WindowState) -> dict[str, Any]:
+def window_state(window: Window, rule: Limit, state: WindowState) -> dict[str, Any]:
     """The state of one window, for display and JSON. Times in seconds from now; None if time does not change it."""
-    if window.measure == RATE:
-        interval = 1.0 / (plan.rate or math.inf)
-        left = gcra.units_available(state.ahead_seconds, plan.burst_requests, interval)
+    if rule.is_rate:
+        left = gcra.units_available(state.ahead_seconds, rule.quota, rule.interval_seconds)
         return {
             "policy": window.policy,
-            "limit": plan.burst_requests,
-            "per_second": plan.rate,
+            "limit": rule.quota,
+            "per_second": rule.per_second,
             "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
         }
-    limit: int = getattr(plan, window.measure)
+    limit = rule.quota
     shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
     if window.measure == CONCURRENCY:
         del shown["spent"]

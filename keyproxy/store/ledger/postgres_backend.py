@@ -69,5 +69,5 @@ class PostgresLedger:
 
 
 def _flat(line: LeaseReport) -> tuple[object, ...]:
-    pool, measure = line.window
-    return (line.lease, *pool, measure, *line[2:])
+    pool, measure, _ = line.window
+    return (line.lease, *pool, measure, *line[2:10], False, line.is_closing)

@@ -30,8 +30,10 @@ def packed_lines(lines: Sequence[LeaseReport]) -> bytes:
 
 
 def _packed(line: LeaseReport) -> bytes:
-    (kind, owner, is_test), measure = line.window
-    return _LINE.pack(line.lease, *line[2:], is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
+    (kind, owner, is_test), measure, _ = line.window
+    return (
+        _LINE.pack(line.lease, *line[2:10], False, line.is_closing, is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
+    )
 
 
 def replies(packed: bytes) -> list[LeaseGrant]:
@@ -48,7 +50,7 @@ def share_line(row: Sequence[Any]) -> LeaseReport:
     """The report of a share to PostgreSQL, from a row of the operation `stock` without its first value."""
     number, kind, owner, is_test, measure, starts, limit, granted, used, returned, want, at_least, is_closing = row
     window = Window(Pool(kind, owner, is_test), measure)
-    return LeaseReport(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, False, is_closing)
+    return LeaseReport(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, 0, is_closing)
 
 
 def told(name: str, line: LeaseReport, reply: LeaseGrant) -> tuple[object, ...]:
