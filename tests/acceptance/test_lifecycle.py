@@ -99,7 +99,7 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         "requests_per_day": 0
     }
     assert [plan["id"] for plan in shell.told("plan", "list")] == ["basic"]
-    assert "requests_per_day  0" in shell.run("plan", "show", "basic").out
+    assert re.search(r"(?m)^requests/day +0$", shell.run("plan", "show", "basic").out)
     assert shell.told("plan", "delete", "basic", "--yes") == {"id": "basic", "deleted": True}
     assert shell.told("plan", "list") == []
 
@@ -135,6 +135,18 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("plan", "set", "p", "--tokens-per-day", "9" * 30), 2, "the number is too large"),
         (("plan", "set", "p", "--tokens-per-day", str(10**15)), 2, "the number is too large"),
         (("plan", "set", "p", "--rate", "9" * 30), 2, "too large a rate"),
+        (("plan", "set", "p", "--limit", "tokens"), 2, "write a limit as tokens/day=1000000, spend/month=50.00"),
+        (("plan", "set", "p", "--limit", "weather/day=1"), 2, "there are requests, tokens, spend"),
+        (("plan", "set", "p", "--limit", "tokens/year=1"), 2, "must be per minute, hour, day, week, month, request"),
+        (("plan", "set", "p", "--limit", "tokens/day=1.5"), 2, "'1.5' is neither a whole number"),
+        (
+            ("plan", "set", "p", "--limit", "tokens/day@color:red=1"),
+            2,
+            "a selector is model:NAME, route:NAME, mode:live",
+        ),
+        (("plan", "set", "p", "--limit", "spend/day=0.0000001"), 2, "up to six places, such as 50.00"),
+        (("plan", "set", "p", "--limit", "tokens/day=1", "--tokens-per-day", "2"), 2, "tokens/day is given twice"),
+        (("plan", "set", "p", "--limit", "tokens/day=1", "--limit", "tokens/day=none"), 2, "is given twice"),
         (("key", "stale", "--unused", "9" * 30 + "d"), 2, "is too long"),
         (("key", "stale", "--unused", "999999999d"), 2, "is too long"),
         (("audit", "list", "--since", "yesterday"), 2, "is not a time"),
@@ -310,12 +322,51 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     again = shell.run("plan", "set", "p", "--burst", "200")
     assert (again.status, again.err) == (0, "keyproxy: plan 'p' already has these limits: nothing was changed\n")
     shown = shell.run("plan", "set", "p", "--burst", "300")
-    assert re.search(r"rate +50/s\nburst +200 -> 300\n", shown.out)
+    assert shown.out == "request-rate: 50/s:200 -> 50/s:300\n"
     for command in (("plan", "show", "p"), ("plan", "list")):
-        assert re.search(r" 50/s\s", shell.run(*command).out)
+        assert re.search(r"request-rate[= ] *50/s:300\s", shell.run(*command).out)
     last = shell.told("plan", "set", "p", "--replace", "--requests-per-month", "5")
     assert last["limits"] == {"requests_per_month": 5}
     assert last["changed"]["rate"] == {"old": 50.0, "new": None}
+
+
+def test_a_limit_of_any_kind_is_set_changed_and_removed_by_name(shell: Shell) -> None:
+    made = shell.run(
+        "plan", "set", "basic", "--limit", "tokens/day=1000000", "--limit", "spend/month=50.00", "--rate", "50/s",
+    )  # fmt: skip
+    assert made.out == "tokens/day: none -> 1000000\nspend/month: none -> 50.00\nrequest-rate: none -> 50/s\n"
+    changed = shell.run("plan", "set", "basic", "--limit", "tokens/day=2000000")
+    assert (changed.status, changed.out, changed.err) == (0, "tokens/day: 1000000 -> 2000000\n", "")
+    selected = shell.told(
+        "plan", "set", "basic", "--limit", "spend/month=none", "--limit", "tokens/week@mode:test,model:gpt-4o=7",
+    )  # fmt: skip
+    assert selected["limits"] == [
+        {"measure": "tokens", "per": "day", "amount": 2000000},
+        {"measure": "tokens", "per": "week", "amount": 7, "model": "gpt-4o", "mode": "test"},
+        {"measure": "request-rate", "per": "second", "amount": 50},
+    ]
+    assert selected["changed"] == {
+        "spend_per_month": {"old": 50_000_000, "new": None},
+        "tokens_per_week@mode:test,model:gpt-4o": {"old": None, "new": 7},
+    }
+    shown = shell.run("plan", "show", "basic").out
+    assert re.search(r"(?m)^tokens/week@mode:test,model:gpt-4o +7$", shown)
+    assert "tokens/week@mode:test,model:gpt-4o=7" in shell.run("plan", "list").out
+    removed = shell.run("plan", "set", "basic", "--limit", "request-rate=none", "--limit", "token-rate=6000/min:100")
+    assert removed.out == "token-rate: none -> 6000/min:100\nrequest-rate: 50/s -> none\n"
+    replaced = shell.run("plan", "set", "basic", "--replace", "--limit", "spend/request=0.000001")
+    assert "spend/request: none -> 0.000001\n" in replaced.out
+    assert shell.told("plan", "show", "basic")["limits"] == [{"measure": "spend", "per": "request", "amount": 1}]
+
+
+def test_a_limit_per_request_above_a_window_is_warned_of(shell: Shell) -> None:
+    shown = shell.run("plan", "set", "p", "--tokens-per-request", "500", "--tokens-per-day", "100")
+    assert (shown.status, shown.err.splitlines()[0]) == (
+        0,
+        "keyproxy: warning: tokens/request=500 exceeds tokens/day=100: requests that reserve all of it, such as tunnels"
+        " and requests without a maximum, are always refused",
+    )
+    assert "warning" not in shell.run("plan", "set", "p", "--tokens-per-day", "500").err
 
 
 # -- lists

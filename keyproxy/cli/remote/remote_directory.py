@@ -76,8 +76,8 @@ class RemotePlans:
     async def set(self, name: str, limits: object) -> Entity:
         return await self._client.call("set_plan", name, limits=limits)
 
-    async def change(self, name: str, changes: Mapping[str, float | None]) -> Entity:
-        return await self._client.call("change_plan", name, limits=dict(changes))
+    async def change(self, name: str, changes: object) -> Entity:
+        return await self._client.call("change_plan", name, limits=changes)
 
     async def get(self, name: str) -> Entity:
         return await self._client.call("show_plan", name)
