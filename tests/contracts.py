@@ -148,22 +148,25 @@ class IdentitiesContract:
 
 
 LEASE_SECONDS = 1000.0
-LIMITS = {"concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500}
+LIMITS = {"concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500, "spend_per_week": 10**12}
 BURST, INTERVAL_SECONDS = 400, 1e6
 
 
-def window(measure: str = "requests_per_day", owner: str = "u_42") -> Window:
+SELECTORS = ("", "model:gpt-4o", "mode:live,model:gpt-4o,route:POST /v1/chat")
+
+
+def window(measure: str = "requests_per_day", owner: str = "u_42", selector: str = "") -> Window:
     """A user's window."""
-    return Window(Pool("user", owner, False), measure)
+    return Window(Pool("user", owner, False), measure, selector)
 
 
 def line(lease: int = 1, of: Window | None = None, *, limit: int = 10, want: int = 0, at_least: int = 1,
          granted: int = 0, used: int = 0, returned: int = 0, interval_seconds: float = 0.0,
-         takes_all: bool = False, is_closing: bool = False) -> LeaseReport:  # fmt: skip
+         most: int = 0, is_closing: bool = False) -> LeaseReport:  # fmt: skip
     """A holder's report of a lease; by default of a day's requests."""
     return LeaseReport(
         lease, of or window(), 0, limit, interval_seconds, granted, used, returned, want, min(at_least, want),
-        takes_all, is_closing,
+        most, is_closing,
     )  # fmt: skip
 
 
@@ -210,9 +213,15 @@ class Holders:
         """The next message: holder, serial and lines."""
         name = self.random.choice(self.names)
         self.serials[name] = self.serials.get(name, 0) + 1
-        keys = [f"{measure} {place}" for measure in LIMITS for place in range(2) if self.random.random() < 0.45]
-        lines = [self._line(name, key) for key in keys]
-        lines += [self._rate_line(name, place) for place in range(2) if self.random.random() < 0.3]
+        keys = [
+            f"{measure} {place} {selector}"
+            for measure in LIMITS
+            for place, selector in ((0, ""), (1, ""), (0, self.random.choice(SELECTORS)))
+            if self.random.random() < 0.35
+        ]
+        lines = [self._line(name, key) for key in dict.fromkeys(keys)]
+        lines += [self._rate_line("rate", place) for place in range(2) if self.random.random() < 0.3]
+        lines += [self._rate_line("token_rate", 2) for _ in range(1) if self.random.random() < 0.3]
         self.random.shuffle(lines)
         return name, self.serials[name], lines
 
@@ -230,7 +239,7 @@ class Holders:
                 known[1], known[4] = granted, starts
 
     def _line(self, name: str, key: str) -> LeaseReport:
-        measure = key.split()[0]
+        measure, _, selector = key.split(" ", 2)
         if (name, key) not in self.leases:
             self.numbers += 1
             self.leases[name, key] = [self.numbers, 0, 0, 0, 0]
@@ -249,15 +258,21 @@ class Holders:
         at_least = self.random.randint(1, want) if want else 0
         # Two leases of one window may come from two plans.
         limit = LIMITS[measure] - (self.random.random() < 0.1)
-        return LeaseReport(number, window(measure), starts, limit, 0.0, granted, used, returned, want, at_least,
-                    want > 0 and self.random.random() < 0.1, is_closing)  # fmt: skip
+        return LeaseReport(number, window(measure, selector=selector), starts, limit, 0.0, granted, used, returned, want,
+                    at_least, self._most(at_least, want), is_closing)  # fmt: skip
 
-    def _rate_line(self, name: str, place: int) -> LeaseReport:
+    def _most(self, at_least: int, want: int) -> int:
+        return self.random.randint(at_least, want) if want and self.random.random() < 0.7 else 0
+
+    def _rate_line(self, measure: str, place: int) -> LeaseReport:
         want = self.random.choice([0, 1, 20, 90])
         burst = BURST - 100 * (self.random.random() < 0.1)
         # The ledger stores no lease for a rate: any number that is unique in this message will do.
-        return LeaseReport(1_000_000 + place, window("rate"), 0, burst, INTERVAL_SECONDS, 0, 0, 0, want,
-                    self.random.randint(1, want) if want else 0, False, False)  # fmt: skip
+        at_least = self.random.randint(1, want) if want else 0
+        returned = self.random.choice([-30, 0, 0, 7, 80]) if measure == "token_rate" else 0
+        granted_at = time.time() - self.random.choice([0, 1, 10]) if returned > 0 else 0.0
+        return LeaseReport(1_000_000 + place, window(measure), 0, burst, INTERVAL_SECONDS, 0, 0, returned, want,
+                    at_least, self._most(at_least, want), False, granted_at)  # fmt: skip
 
 
 class LedgerContract:
@@ -282,7 +297,11 @@ class LedgerContract:
             assert expected is not None
             assert answered is not None
             for one, other in zip(sorted(expected), sorted(answered), strict=True):
-                assert one._replace(ends_seconds=0, wait_seconds=0) == other._replace(ends_seconds=0, wait_seconds=0)
+                timeless = [
+                    reply._replace(ends_seconds=0.0, wait_seconds=0.0, granted_at=0.0) for reply in (one, other)
+                ]
+                assert timeless[0] == timeless[1]
+                assert one.granted_at == pytest.approx(other.granted_at, abs=5)
                 assert one.ends_seconds == pytest.approx(other.ends_seconds, abs=5)
                 assert one.wait_seconds == pytest.approx(other.wait_seconds, abs=5)
                 holders.hear(name, other.lease, other.granted, other.starts)
@@ -290,7 +309,7 @@ class LedgerContract:
             reference.end(name)
             await ledger.end(name)
         states = await ledger.windows([window(measure) for measure in LIMITS])
-        rows = {of.measure: row for (of, _), row in reference.windows.items()}
+        rows = {of.measure: row for (of, _), row in reference.windows.items() if not of.selector}
         for measure, state in zip(LIMITS, states, strict=True):
             row = rows[measure]
             assert state is not None

@@ -7,7 +7,10 @@
     then         TAT := now + ahead + n * interval
 
 `interval` is the time in which one unit is replenished, `burst` the number of units that are available after a long
-pause. A refused request does not change the state. The ledger computes the same in SQL (PostgreSQL) and in Lua (Redis).
+pause. A refused request does not change the state. Units that were taken and not used can be returned, less those that
+have been replenished since: TAT := now + ahead - max(0, n - elapsed / interval) * interval. Without that deduction a
+window that is full again would admit the returned units a second time. The ledger computes the same in SQL
+(PostgreSQL) and in Lua (Redis).
 """
 
 from __future__ import annotations
@@ -25,6 +28,16 @@ def ahead_seconds(theoretical: float, now: float, burst: int, interval_seconds: 
     Capped at the burst: the clock may have been set back, or the burst lowered.
     """
     return min(max(theoretical, now) - now, burst * interval_seconds)
+
+
+def ahead_after_return(ahead: float, units: int, burst: int, interval_seconds: float, elapsed_seconds: float) -> float:
+    """How far it is ahead after units are returned that were taken `elapsed_seconds` ago.
+
+    Negative `units` were used without having been taken: they count in full, up to one burst.
+    """
+    if units > 0:
+        return max(0.0, ahead - max(0.0, units * interval_seconds - max(0.0, elapsed_seconds)))
+    return min(ahead - units * interval_seconds, burst * interval_seconds)
 
 
 def units_available(ahead: float, burst: int, interval_seconds: float) -> int:

@@ -78,7 +78,7 @@ class LeaseReport(NamedTuple):
     For a rate the ledger ignores `starts`, `granted` and `used`. A token rate may return units: `returned` of them since
     the last line, granted at `granted_at`, the Unix time by the ledger's clock in its reply (0.0 otherwise). The ledger
     takes back what has not been refilled since: `max(0, returned - (now - granted_at) / interval_seconds)`. A negative
-    `returned` is use beyond the units that were held, and counts in full.
+    `returned` is use beyond the units that were held, and counts up to one burst.
     """
 
     lease: int
@@ -102,8 +102,8 @@ class LeaseGrant(NamedTuple):
     `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the
     ledger's clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount
     currently unavailable. `credited` is added to the window's limit: the ledger grants up to
-    `limit + credited - spent - held`. `holders` is the number of active holders that have a lease of the window, this one
-    included; 1 for a rate. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
+    `limit + credited - spent - held`. `holders` is the number of holders that have a lease of the window and have not
+    ended, at least 1; 1 for a rate. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
     `at_least` units of a rate are available. `is_wanted`: another holder is short of idle units. A reply with `lease` 0
     is about the ledger itself: it has lost its latest history, needs all recent lines again, and grants nothing for
     `wait_seconds`.

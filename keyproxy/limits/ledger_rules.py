@@ -18,7 +18,7 @@ from typing import Final
 
 from keyproxy.limits import gcra
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window
 
 #: How long other holders are asked to return idle units after a holder could not get any.
 _WANTED_SECONDS: Final = 2.0
@@ -37,6 +37,7 @@ class WindowAccount:
     spent: int = 0
     held: int = 0
     forfeited: int = 0
+    credited: int = 0
     theoretical: float = -math.inf
     wanted_at: float = -math.inf
     wanted_by: str = ""
@@ -145,6 +146,11 @@ class LedgerRules:
                 window.forfeited += lease.outstanding
         holder.leases.clear()
 
+    def credit(self, window: Window, amount: int, now: float) -> None:
+        """Add an amount to the limit of a current window."""
+        key = window, span(window.measure, now)[0]
+        self.windows.setdefault(key, WindowAccount()).credited += amount
+
     # -- losing history
 
     @property
@@ -167,7 +173,7 @@ class _Message:
     """One message: settle all lines, then grant available units, then reply."""
 
     def __init__(self, ledger: LedgerRules, name: str, now: float) -> None:
-        self._windows, self._name, self._now = ledger.windows, name, now
+        self._windows, self._holders, self._name, self._now = ledger.windows, ledger.holders, name, now
         self._leases = ledger.holders[name].leases
         self._settles = now < ledger.settles_until
         self._alive = sum(1 for other in ledger.holders.values() if other.is_live and other.expires_at > now)
@@ -188,6 +194,10 @@ class _Message:
         is_known = line.lease in self._leases
         if line.interval_seconds:
             ahead = gcra.ahead_seconds(window.theoretical, self._now, line.limit, line.interval_seconds)
+            if line.window.measure == TOKEN_RATE:
+                ahead = gcra.ahead_after_return(
+                    ahead, line.returned, line.limit, line.interval_seconds, self._now - line.granted_at
+                )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
         # A lease that is closed already stays closed.
@@ -222,7 +232,7 @@ class _Message:
         window, (_, ends) = self._windows[key], span(line.window.measure, key[1])
         if self._settles or self._now >= ends:
             return 0
-        granted = units_granted(line, line.limit - window.spent - window.held, self._alive)
+        granted = units_granted(line, line.limit + window.credited - window.spent - window.held, self._alive)
         self._leases[line.lease].granted += granted
         window.held += granted
         reported = [self._leases[number] for number in self._reported if number in self._leases]
@@ -240,8 +250,14 @@ class _Message:
         granted = line.used + line.returned if lease is None else lease.granted
         ends_seconds = span(line.window.measure, key[1])[1] - self._now
         return LeaseGrant(
-            line.lease, key[1], granted, window.spent, window.held, ends_seconds, 0.0, self._is_wanted[line.lease]
-        )
+            line.lease, key[1], granted, window.spent, window.held, ends_seconds, 0.0, self._is_wanted[line.lease],
+            window.credited, self._holders_of(key),
+        )  # fmt: skip
+
+    def _holders_of(self, key: WindowStart) -> int:
+        """The number of holders that have a lease of a window and have not ended; at least this one."""
+        leases = [other.leases.values() for other in self._holders.values() if not other.has_ended]
+        return max(1, sum(1 for held in leases if any(lease.key == key for lease in held)))
 
     def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:
         key, (ahead, available) = self._keys[line.lease], self._rates[line.lease]
@@ -251,7 +267,10 @@ class _Message:
         self._windows[key].theoretical = self._moved[key]
         wait = gcra.wait_seconds(ahead, line.at_least, line.limit, line.interval_seconds)
         held = line.limit - max(0, available - granted)
-        return LeaseGrant(line.lease, 0, granted, 0, held, math.inf, wait if line.want and not granted else 0.0, False)
+        return LeaseGrant(
+            line.lease, 0, granted, 0, held, math.inf, wait if line.want and not granted else 0.0, False,
+            granted_at=self._now,
+        )  # fmt: skip
 
     def _key(self, line: LeaseReport) -> WindowStart:
         # A lease whose first reply was lost stays in the window in which it started, which its holder does not know.

@@ -75,7 +75,7 @@ class _DryBackend:
         rules.holders[holder] = Holder(serial - 1, math.inf)
         for line, state in zip(lines, states, strict=True):
             rules.windows[line.window, span(line.window.measure, now)[0]] = WindowAccount(
-                state.spent, state.held, state.forfeited, now + state.ahead_seconds
+                state.spent, state.held, state.forfeited, state.credited, now + state.ahead_seconds
             )
         replies = rules.sync(holder, serial, lines, now)
         if replies is None:

@@ -1,38 +1,53 @@
-"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0011_bounds.sql."""
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0015_ai_traffic.sql."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.postgres.database import Database
 
 
+#: Columns of lines in `sync_leases`.
+_COLUMNS: Final = 17
+
+#: Of a window's limit and credit together, at which the ledger writes an alert.
+ALERT_PERCENTAGES: Final = (80, 100)
+
+
 class WindowState(NamedTuple):
-    """The state of a current window. `ends_seconds` from now; `ahead_seconds`: until a rate is fully recovered."""
+    """The state of a current window. `ends_seconds` from now; `ahead_seconds`: until a rate is fully recovered.
+
+    The window's limit is that of the plan and `credited` together.
+    """
 
     spent: int
     held: int
     forfeited: int
     ends_seconds: float
     ahead_seconds: float
+    credited: int = 0
 
 
 class PostgresLedger:
     """Account for windows in PostgreSQL. Implements the port LedgerBackend."""
 
-    def __init__(self, database: Database, *, lease_seconds: float) -> None:
+    def __init__(
+        self, database: Database, *, lease_seconds: float, alert_percentages: Sequence[int] = ALERT_PERCENTAGES
+    ) -> None:
         self._database = database
         self._lease_seconds = lease_seconds
+        self._alert_percentages = list(alert_percentages)
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
-        columns = zip(*(_flat(line) for line in lines), strict=True) if lines else ([] for _ in range(15))
+        columns = zip(*(_flat(line) for line in lines), strict=True) if lines else ([] for _ in range(_COLUMNS))
         rows = await self._database.fetch(
-            "sync_leases", holder, serial, self._lease_seconds, *(list(column) for column in columns)
-        )
+            "sync_leases", holder, serial, self._lease_seconds, self._alert_percentages,
+            *(list(column) for column in columns),
+        )  # fmt: skip
         if not rows:
             return None
         # The first row is passed on only if the ledger grants nothing for now (`wait_seconds`).
@@ -60,6 +75,7 @@ class PostgresLedger:
             [window.pool.owner for window in windows],
             [window.pool.is_test for window in windows],
             [window.measure for window in windows],
+            [window.selector for window in windows],
         )
         found = {row["number"]: WindowState(*tuple(row)[1:]) for row in rows}
         return [found.get(number) for number in range(1, len(windows) + 1)]
@@ -69,5 +85,5 @@ class PostgresLedger:
 
 
 def _flat(line: LeaseReport) -> tuple[object, ...]:
-    pool, measure, _ = line.window
-    return (line.lease, *pool, measure, *line[2:10], False, line.is_closing)
+    pool, measure, selector = line.window
+    return (line.lease, *pool, measure, selector, *line[2:])

@@ -48,13 +48,13 @@ LEFT JOIN LATERAL (
         SELECT c.kind, c.subject FROM keyproxy.changes AS c
         WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
           AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
-          AND c.kind NOT IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
+          AND c.kind NOT IN ('plan', 'key_limits', 'user_limits', 'tenant_limits', 'window')
         LIMIT $2
     ) UNION ALL (
         SELECT c.kind, c.subject FROM keyproxy.changes AS c
         WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
           AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
-          AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
+          AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits', 'window')
         LIMIT $2
     )
     LIMIT $2
@@ -610,15 +610,15 @@ SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = 
 
 -- name: sync_leases
 -- One message of a holder to the ledger, by the rules of limits/ledger_rules.py. $1 holder, $2 serial, $3 lease
--- seconds, then the lines by column.
+-- seconds, $4 the percentages of alerts, then the lines by column.
 SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
-    SELECT coalesce(array_agg(l::keyproxy.lease_line), '{}')
+    SELECT coalesce(array_agg(l::keyproxy.lease_report), '{}')
     FROM unnest(
-        $4::int8[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::int8[], $10::int8[], $11::float8[], $12::int8[],
-        $13::int8[], $14::int8[], $15::int8[], $16::int8[], $17::bool[], $18::bool[]
-    ) AS l (lease, pool_kind, pool_id, is_test, measure, starts, bound, interval_seconds, granted, used, returned, want,
-            at_least, takes_all, is_closing)
-));
+        $5::int8[], $6::text[], $7::text[], $8::bool[], $9::text[], $10::text[], $11::int8[], $12::int8[], $13::float8[],
+        $14::int8[], $15::int8[], $16::int8[], $17::int8[], $18::int8[], $19::int8[], $20::bool[], $21::float8[]
+    ) AS l (lease, pool_kind, pool_id, is_test, measure, selector, starts, bound, interval_seconds, granted, used, returned,
+            want, at_least, most, is_closing, granted_at)
+), $4::int[]);
 
 -- name: end_holders
 SELECT keyproxy.end_holders($1) AS ended;
@@ -640,16 +640,22 @@ SELECT next, gone FROM keyproxy.forget_windows($1, $2);
 SELECT id FROM keyproxy.ledger;
 
 -- name: windows_now
--- The state of the current windows by pool kind $1, id $2, mode $3 and measure $4; unused windows yield no row.
--- Needs: windows (pool_kind, pool_id, is_test, measure, starts).
+-- The state of the current windows by pool kind $1, id $2, mode $3, measure $4 and selector $5; unused windows yield no
+-- row. Needs: windows (pool_kind, pool_id, is_test, measure, starts, selector).
 SELECT a.number, w.spent, w.held, w.forfeited,
        keyproxy.window_end(w.measure, w.starts) - extract(epoch FROM clock_timestamp())::float8 AS ends_seconds,
-       greatest(0, w.theoretical - extract(epoch FROM clock_timestamp())::float8) AS ahead_seconds
-FROM unnest($1::text[], $2::text[], $3::bool[], $4::text[])
-    WITH ORDINALITY AS a (pool_kind, pool_id, is_test, measure, number)
+       greatest(0, w.theoretical - extract(epoch FROM clock_timestamp())::float8) AS ahead_seconds,
+       w.credited
+FROM unnest($1::text[], $2::text[], $3::bool[], $4::text[], $5::text[])
+    WITH ORDINALITY AS a (pool_kind, pool_id, is_test, measure, selector, number)
 JOIN keyproxy.windows AS w
-  ON (w.pool_kind, w.pool_id, w.is_test, w.measure) = (a.pool_kind, a.pool_id, a.is_test, a.measure)
+  ON (w.pool_kind, w.pool_id, w.is_test, w.measure, w.selector) = (a.pool_kind, a.pool_id, a.is_test, a.measure, a.selector)
  AND w.starts = keyproxy.window_start(a.measure, extract(epoch FROM clock_timestamp())::float8);
+
+-- name: credit_window
+-- Changes the limit of the current window of a pool: see the function. $1 to $5 pool kind, id, mode, measure and selector,
+-- $6 the plan's limit, $7 the amount, $8 the reason.
+SELECT id, starts, ends_seconds, credited, spent, held FROM keyproxy.credit_window($1, $2, $3, $4, $5, $6, $7, $8);
 
 -- name: create_admin_token
 INSERT INTO keyproxy.admin_tokens (id, digest, hint, name, scopes, tenant_id, expires_at)
@@ -720,14 +726,14 @@ USING (
 WHERE (a.token_id, a.request_key) = (old.token_id, old.request_key);
 
 -- name: claim_charges
--- Applies a batch of claims exactly once: see the function. $1 process, $2 batch, then the claims by column.
-SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::int8[], $5::int8[]);
+-- Applies a batch of claims exactly once: see the function. $1 process, $2 batch, the claims by column, and $6 how many
+-- repeats a charge covers.
+SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::int8[], $5::int8[], $6);
 
--- name: charges_of
--- Those of the fingerprints $1 that were charged in the last 24 hours, with their tokens.
--- Needs: idempotent_charges (fingerprint).
-SELECT k.fingerprint, k.tokens FROM keyproxy.idempotent_charges AS k
-WHERE k.fingerprint = ANY($1::bytea[]) AND k.charged_at > clock_timestamp() - interval '24 hours';
+-- name: cover_repeats
+-- Those of the fingerprints $1, one for each request, that a charge of the last 24 hours covers, if each covers $2
+-- repeats: see the function. Needs: idempotent_charges (fingerprint).
+SELECT fingerprint, tokens, covered FROM keyproxy.cover_repeats($1::bytea[], $2);
 
 -- name: forget_charges
 -- Deletes at most $1 expired charges. A concurrent claim that waits for one inserts it again.
@@ -750,8 +756,8 @@ DELETE FROM keyproxy.claim_batches WHERE ctid = ANY (ARRAY(
 -- Writes a batch of usage exactly once: see the function. $1 process, $2 batch, then the sums by column, and events as
 -- JSON.
 SELECT keyproxy.record_usage(
-    $1, $2, $3::date[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::int8[], $10::int8[], $11::int8[],
-    $12::int8[], $13::int8[], $14::text::json
+    $1, $2, $3::date[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::text[], $10::int8[], $11::int8[],
+    $12::int8[], $13::int8[], $14::int8[], $15::int8[], $16::int8[], $17::int8[], $18::int8[], $19::text::json
 ) AS is_new;
 
 -- name: tend_usage
@@ -767,34 +773,38 @@ SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
        CASE WHEN 'key' = ANY($1) THEN u.key_id END AS key,
        CASE WHEN 'mode' = ANY($1) THEN CASE WHEN u.is_test THEN 'test' ELSE 'live' END END AS mode,
        CASE WHEN 'route' = ANY($1) THEN u.route END AS route,
+       CASE WHEN 'model' = ANY($1) THEN u.model END AS model,
        sum(u.requests) AS requests, sum(u.refusals) AS refusals, sum(u.tokens_in) AS tokens_in,
-       sum(u.tokens_out) AS tokens_out, sum(u.tokens_estimated) AS tokens_estimated
+       sum(u.tokens_out) AS tokens_out, sum(u.tokens_estimated) AS tokens_estimated,
+       sum(u.tokens_cached) AS tokens_cached, sum(u.tokens_cache_write) AS tokens_cache_write,
+       sum(u.tokens_reasoning) AS tokens_reasoning, sum(u.cost_micros) AS cost_micros
 FROM keyproxy.usage AS u
 WHERE ($2::text IS NULL OR u.tenant_id = $2)
   AND ($3::text IS NULL OR u.user_id = $3)
   AND ($4::text IS NULL OR u.key_id = $4)
   AND ($5::date IS NULL OR u.day >= $5)
   AND ($6::date IS NULL OR u.day < $6)
-GROUP BY 1, 2, 3, 4, 5, 6
-ORDER BY 1, 2, 3, 4, 5, 6
+GROUP BY 1, 2, 3, 4, 5, 6, 7
+ORDER BY 1, 2, 3, 4, 5, 6, 7
 LIMIT $7;
 
 -- name: usage_after
--- Rows after the one with the key $1 to $6, at most $12; $7 to $11 are the filters $2 to $6 of usage_by.
+-- Rows after the one with the key $1 to $7, at most $13; $8 to $12 are the filters $2 to $6 of usage_by.
 -- Needs: usage (day …).
 SELECT u.day, u.tenant_id AS tenant, u.user_id AS "user", u.key_id AS key,
-       CASE WHEN u.is_test THEN 'test' ELSE 'live' END AS mode, u.route,
-       u.requests, u.refusals, u.tokens_in, u.tokens_out, u.tokens_estimated
+       CASE WHEN u.is_test THEN 'test' ELSE 'live' END AS mode, u.route, u.model,
+       u.requests, u.refusals, u.tokens_in, u.tokens_out, u.tokens_estimated,
+       u.tokens_cached, u.tokens_cache_write, u.tokens_reasoning, u.cost_micros
 FROM keyproxy.usage AS u
-WHERE (u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route)
-      > ($1::date, $2::text, $3::text, $4::text, $5::bool, $6::text)
-  AND ($7::text IS NULL OR u.tenant_id = $7)
-  AND ($8::text IS NULL OR u.user_id = $8)
-  AND ($9::text IS NULL OR u.key_id = $9)
-  AND ($10::date IS NULL OR u.day >= $10)
-  AND ($11::date IS NULL OR u.day < $11)
-ORDER BY u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route
-LIMIT $12;
+WHERE (u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route, u.model)
+      > ($1::date, $2::text, $3::text, $4::text, $5::bool, $6::text, $7::text)
+  AND ($8::text IS NULL OR u.tenant_id = $8)
+  AND ($9::text IS NULL OR u.user_id = $9)
+  AND ($10::text IS NULL OR u.key_id = $10)
+  AND ($11::date IS NULL OR u.day >= $11)
+  AND ($12::date IS NULL OR u.day < $12)
+ORDER BY u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route, u.model
+LIMIT $13;
 
 -- name: event_batches
 -- Batches of events after the serial $1 and up to $2, written on the day $3 or later, at most $4.
@@ -989,3 +999,40 @@ FROM keyproxy.reminders AS r
 LEFT JOIN keyproxy.expiring_keys AS e ON e.id = r.key_id AND e.expires_at = r.expires_at
 LEFT JOIN keyproxy.expiring_admin_tokens AS t ON t.id = r.token_id AND t.expires_at = r.expires_at
 WHERE r.sent_at IS NULL AND r.given_up_at IS NULL AND num_nonnulls(e.id, t.id) = 1;
+
+-- name: claim_alerts
+-- Claims at most $1 due alerts of limits; each goes to one caller, which has $2 to send it and record the outcome.
+-- Needs: limit_alerts (next_at); windows (id).
+WITH free AS (
+    SELECT a.window_id, a.percentage FROM keyproxy.limit_alerts AS a
+    WHERE a.delivered_at IS NULL AND a.given_up_at IS NULL AND a.next_at <= now()
+    ORDER BY a.next_at, a.message_id
+    LIMIT $1
+    FOR NO KEY UPDATE SKIP LOCKED
+), claimed AS (
+    UPDATE keyproxy.limit_alerts AS a SET next_at = now() + $2::interval, attempts = a.attempts + 1
+    FROM free
+    WHERE a.window_id = free.window_id AND a.percentage = free.percentage
+    RETURNING a.*
+)
+SELECT c.message_id, c.percentage, c.amount, c.spent, c.created_at, c.attempts, c.last_error, w.pool_kind, w.pool_id,
+       w.is_test, w.measure, w.selector, keyproxy.tenant_of_pool(w.pool_kind, w.pool_id) AS tenant_id,
+       w.starts, keyproxy.window_end(w.measure, w.starts) AS ends
+FROM claimed AS c JOIN keyproxy.windows AS w ON w.id = c.window_id
+ORDER BY c.created_at, c.message_id;
+
+-- name: alert_delivered
+UPDATE keyproxy.limit_alerts SET delivered_at = now(), given_up_at = NULL, last_error = NULL
+WHERE message_id = $1 AND delivered_at IS NULL;
+
+-- name: alert_failed
+-- Records that the attempt $2 of $1 failed for the reason $3; the next one is after $4, or never if that is null. Has
+-- no effect if a later attempt has begun.
+UPDATE keyproxy.limit_alerts
+SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
+    given_up_at = CASE WHEN $4::interval IS NULL THEN now() END
+WHERE message_id = $1 AND attempts = $2 AND delivered_at IS NULL AND given_up_at IS NULL;
+
+-- name: count_alerts_waiting
+-- Needs: limit_alerts (next_at).
+SELECT count(*) AS waiting FROM keyproxy.limit_alerts WHERE delivered_at IS NULL AND given_up_at IS NULL;
