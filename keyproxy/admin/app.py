@@ -27,6 +27,7 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
@@ -53,6 +54,8 @@ class Admin:
         self._throttle = Throttle()
         self._reminders = ReminderQueue(self._database, lambda: self._settings.reminders.before_days)
         self._reminding = WebhookSender(self._reminders)
+        self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
+        self._alerting = WebhookSender(self._alerts, "alerts of limits")
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -98,14 +101,16 @@ class Admin:
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))
                 reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
+                alerting = group.create_task(self._alerting.run(lambda: self._settings.alerts))
                 await stop.wait()
-                changing.cancel()
-                reminding.cancel()
+                for task in (changing, reminding, alerting):
+                    task.cancel()
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 
     def _metrics_page(self, counted: Traffic) -> MetricsPage:
-        return MetricsPage(self._reminders, self._reminding, now_mono=clock.monotonic, traffic=counted)
+        now_mono = clock.monotonic
+        return MetricsPage(self._reminders, self._reminding, self._alerts, now_mono=now_mono, traffic=counted)
 
     def _warn_of_what_is_read_by_others(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

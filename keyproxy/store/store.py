@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
@@ -29,6 +29,7 @@ class Store:
         *,
         dsn: str,
         header_prefix: str,
+        alert_percentages: Sequence[int] = (),
         now: Callable[[], Moment],
     ) -> None:
         self.database = Database(
@@ -38,7 +39,7 @@ class Store:
         self._ledger_database = Database(
             dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
-        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
+        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger, alert_percentages), ledger, now)
         self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(

@@ -27,6 +27,7 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
@@ -126,11 +127,13 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminders = ReminderQueue(database)
+    reminders, alerts = ReminderQueue(database), LimitAlertQueue(database)
     counted = traffic()
     listener = AdminListener(
         service, traffic=counted,
-        metrics=MetricsPage(reminders, WebhookSender(reminders), now_mono=lambda: now[0], traffic=counted).page,
+        metrics=MetricsPage(
+            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
+        ).page,
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

@@ -100,11 +100,11 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token"] | None = None
+    entity: Literal["tenant", "user", "key", "plan", "token", "window"] | None = None
     entity_id: Text | None = None
     tenant: Id | None = None
     actor: Text | None = None
-    action: Literal["insert", "update", "delete", "truncate"] | None = None
+    action: Literal["insert", "update", "delete", "truncate", "window.credit"] | None = None
     since: Annotated[Instant | None, Field(description="Start, inclusive.")] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
 

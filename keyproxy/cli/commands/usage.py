@@ -1,4 +1,4 @@
-"""keyproxy usage show|windows|export."""
+"""keyproxy usage show|windows|export, and the commands of `credit`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 import orjson
 
+from keyproxy.cli.commands.credit import usage_adjust, usage_credit
 from keyproxy.cli.commands.keys.explain import LIMIT_COLUMNS
 from keyproxy.cli.context import Call, takes_call
 from keyproxy.cli.output import Progress, print_message
@@ -69,7 +70,11 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("usage")
 def usage_group() -> None:
-    """Show usage per user, and the state of limit windows."""
+    """Show usage per user and the state of limit windows, and change the limits of windows."""
+
+
+usage_group.add_command(usage_credit)
+usage_group.add_command(usage_adjust)
 
 
 @usage_group.command("show", short_help="Show requests, refusals and tokens.")

@@ -14,7 +14,7 @@ from keyproxy.cli.remote.remote_keys import (
     RemoteLeakedKeys,
     key_fields,
 )
-from keyproxy.store.directory.directory import AuditFilter, Entity, EntityPage, KeyWish
+from keyproxy.store.directory.directory import AuditFilter, Credit, Entity, EntityPage, KeyWish
 
 
 class RemoteTenants:
@@ -89,6 +89,23 @@ class RemotePlans:
         return await self._client.call("delete_plan", name)
 
 
+class RemoteCredits:
+    """CreditOperations over the admin API."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+
+    async def add(self, credit: Credit) -> Entity:
+        return await self._client.call(
+            "credit_window",
+            **{credit.owner_kind: credit.owner_id},
+            limit=credit.limit,
+            amount=credit.amount,
+            reason=credit.reason,
+            is_test=credit.is_test,
+        )
+
+
 class RemoteAudit:
     """AuditOperations over the admin API."""
 
@@ -128,6 +145,7 @@ class RemoteDirectory:
         self.key_importer = RemoteKeyImporter(client)
         self.leaked_keys = RemoteLeakedKeys(client)
         self.plans = RemotePlans(client)
+        self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)
 
 

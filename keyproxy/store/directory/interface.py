@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.store.directory.directory import (
     AuditFilter,
+    Credit,
     Entity,
     EntityPage,
     ImportedKey,
@@ -100,6 +101,12 @@ class PlanOperations(Protocol):
     async def delete(self, name: str) -> Entity: ...
 
 
+class CreditOperations(Protocol):
+    """Changes to the limits of single windows."""
+
+    async def add(self, credit: Credit) -> Entity: ...
+
+
 class AuditOperations(Protocol):
     """The audit log."""
 
@@ -127,5 +134,7 @@ class DirectoryOperations(Protocol):
     def leaked_keys(self) -> LeakedKeyOperations: ...
     @property
     def plans(self) -> PlanOperations: ...
+    @property
+    def credits(self) -> CreditOperations: ...
     @property
     def audit(self) -> AuditOperations: ...
