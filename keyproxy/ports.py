@@ -175,6 +175,10 @@ class Exchange:
     token_use: TokenUse | None = None
     is_estimated: bool = False
 
+    #: The model in records: the name of a configured one, else as sent; empty if none was read. And the price charged.
+    model: str = ""
+    cost_micros: int = 0
+
     #: The fingerprint for recognising retries, for requests under limits with an Idempotency-Key.
     fingerprint: Fingerprint | None = None
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from keyproxy.store.ledger.charge_dedup import Answer, Claim
+from keyproxy.store.ledger.charge_dedup import Answer, Claim, Cover
 from keyproxy.store.postgres.database import StoreUnavailable
 
 KEPT_SECONDS = 24 * 3600.0
@@ -23,8 +23,9 @@ class ReferenceClaims:
     wall: Callable[[], float] = time.time
     answers: bool = True
     loses_answers: int = 0
-    #: By fingerprint: the most tokens that any attempt used, and when the first was charged.
-    charges: dict[bytes, tuple[int, float]] = field(default_factory=dict)
+    repeats_max: int = 1_000_000
+    #: By fingerprint: the most tokens that any covered attempt used, when the first was charged, and the covered repeats.
+    charges: dict[bytes, tuple[int, float, int]] = field(default_factory=dict)
     batches: dict[str, tuple[int, list[Answer]]] = field(default_factory=dict)
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
@@ -44,34 +45,44 @@ class ReferenceClaims:
         here: dict[bytes, int] = {}
         answers = []
         for claim in claims:
+            if self._is_beyond(claim):
+                answers.append(Answer(True, claim.used))
+                continue
             answers.append(self._judge(claim, here.get(claim.fingerprint, 0)))
             here[claim.fingerprint] = max(claim.used, here.get(claim.fingerprint, 0))
         self.batches[process] = (number, answers)
         return answers
 
+    def _is_beyond(self, claim: Claim) -> bool:
+        """Whether it is a repeat, and all covered repeats are used up."""
+        is_repeat = claim.paid is None and self._charged(claim.fingerprint) is not None
+        return is_repeat and self.charges[claim.fingerprint][2] >= self.repeats_max
+
     def _judge(self, claim: Claim, used_here: int) -> Answer:
         """`used_here`: the most that earlier claims in its batch used."""
         before = self._charged(claim.fingerprint)
         if before is not None:
-            tokens, at = self.charges[claim.fingerprint]
-            self.charges[claim.fingerprint] = (max(tokens, claim.used), at)
+            tokens, at, repeats = self.charges[claim.fingerprint]
+            self.charges[claim.fingerprint] = (max(tokens, claim.used), at, repeats + (claim.paid is None))
         elif claim.paid is None:
-            self.charges[claim.fingerprint] = (max(claim.used, used_here), self.wall())
+            self.charges[claim.fingerprint] = (max(claim.used, used_here), self.wall(), 0)
             return Answer(True, claim.used)
         return Answer(False, max(0, claim.used - max(before or 0, claim.paid or 0, used_here)))
 
     def _charged(self, fingerprint: bytes) -> int | None:
-        tokens, at = self.charges.get(fingerprint, (0, 0.0))
+        tokens, at, _ = self.charges.get(fingerprint, (0, 0.0, 0))
         return tokens if self.wall() - at < KEPT_SECONDS else None
 
-    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+    async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
         """See ClaimStore."""
         self._hear()
-        return self.look(fingerprints)
-
-    def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """The fingerprints that were charged in the last 24 hours, with their tokens."""
-        return {one: tokens for one in fingerprints if (tokens := self._charged(one)) is not None}
+        found: dict[bytes, Cover] = {}
+        for one in fingerprints:
+            if self._charged(one) is not None and self.charges[one][2] < self.repeats_max:
+                tokens, at, repeats = self.charges[one]
+                self.charges[one] = (tokens, at, repeats + 1)
+                found[one] = Cover(tokens, found.get(one, Cover(0, 0)).repeats + 1)
+        return found
 
     async def forget(self, portion: int) -> bool:
         """See ClaimStore."""

@@ -43,6 +43,11 @@ _EVENT_COLUMNS: Final = (
     "response_bytes",
     "duration_seconds",
     "policy",
+    "model",
+    "tokens_cached",
+    "tokens_cache_write",
+    "tokens_reasoning",
+    "cost_micros",
 )
 
 

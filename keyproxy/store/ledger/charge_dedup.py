@@ -3,11 +3,13 @@
 Such a request is admitted like any other. When it ends, its concurrency slots are released at once, and a *claim* is
 queued for the store in place of the charge. Claims are sent in batches, one batch at a time, every `settle_seconds`. The
 first claim of a fingerprint is charged; a later one releases its units and is charged only the tokens that it used beyond
-all earlier attempts. A batch has a number and is resent unchanged until the store responds, and the store keeps its last
+all earlier attempts. One charge covers a limited number of repeats in 24 hours: further ones are charged like first
+attempts, and cover nothing themselves. A batch has a number and is resent unchanged until the store responds, and the store keeps its last
 response: a batch that is sent twice counts once.
 
     add    a request has ended; what it holds is settled when the store has responded
-    paid   before a refusal: was this request charged before?
+    paid   before a refusal: was this request charged before? The answer uses up one of the repeats that are covered, so
+           that no two replicas admit the same one; a repeat that is then refused or lost has used it up too
 
 The invariant under any failure: an attempt is charged, or another attempt at the same request was. Until a claim is
 settled, its units stay reserved in a lease like any other, so a process that dies is charged in full. A claim that the
@@ -74,6 +76,13 @@ class Answer(NamedTuple):
     charged: int
 
 
+class Cover(NamedTuple):
+    """A charge that covers repeats: the tokens it was charged, and how many of the requests in question it covers."""
+
+    tokens: int
+    repeats: int
+
+
 class ClaimStore(Protocol):
     """The record of charges. All methods raise StoreUnavailable (or StoreConflict)."""
 
@@ -81,13 +90,16 @@ class ClaimStore(Protocol):
         """Process a batch once. The answers are in its order; None if a later batch was processed already."""
         ...
 
-    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        """The fingerprints that were charged in the last 24 hours, with their tokens."""
+    async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
+        """Cover repeats, one fingerprint for each, by charges of the last 24 hours. These repeats are used up."""
         ...
 
     async def forget(self, portion: int) -> bool:
         """Delete up to `portion` expired charges. Return whether there may be more."""
         ...
+
+
+_NO_COVER: Final = Cover(0, 0)
 
 
 class Claims:
@@ -197,12 +209,20 @@ class Claims:
             self._answered.extend(zip(begun, answers, strict=True))
             self._settle_answered()
         if self._asking:
-            found = await self._store.charged(list(self._asking))
-            for fingerprint, waiting in self._asking.items():
-                for answer in waiting:
-                    if not answer.done():
-                        answer.set_result(found.get(fingerprint))
+            await self._look_up()
             self._asking = {}
+
+    async def _look_up(self) -> None:
+        wanted = [
+            fingerprint for fingerprint, waiting in self._asking.items() for answer in waiting if not answer.done()
+        ]
+        found = await self._store.cover(wanted)
+        for fingerprint, waiting in self._asking.items():
+            tokens, left = found.get(fingerprint, _NO_COVER)
+            for answer in waiting:
+                if not answer.done():
+                    answer.set_result(tokens if left > 0 else None)
+                    left -= 1
 
     def _settle_answered(self) -> None:
         # One at a time: a failure to settle one does not affect the others.

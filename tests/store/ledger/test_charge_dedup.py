@@ -19,7 +19,7 @@ from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims, ClaimStore
+from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims, ClaimStore, Cover
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger as StoreLedger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
@@ -41,7 +41,8 @@ def claim(fingerprint: int, used: int = 0, paid: int | None = None) -> Claim:
 
 @pytest.fixture
 def store(database: Database) -> PostgresClaims:
-    return PostgresClaims(database)
+    """A record of charges that cover as many repeats as these tests make."""
+    return PostgresClaims(database, repeats_max=1_000)
 
 
 # -- responses of the store
@@ -53,7 +54,7 @@ async def test_first_claim_is_charged_and_a_later_one_only_for_tokens_beyond_all
     told = [(12, Answer(True, 12)), (12, REPEAT), (20, Answer(False, 8)), (15, REPEAT), (21, Answer(False, 1))]
     for number, (used, answer) in enumerate(told):
         assert await store.claim(f"p{number % 2}", number + 1, [claim(1, used)]) == [answer]
-    assert await store.charged([claim(1).fingerprint, claim(2).fingerprint]) == {claim(1).fingerprint: 21}
+    assert await store.cover([claim(1).fingerprint, claim(2).fingerprint]) == {claim(1).fingerprint: Cover(21, 1)}
 
 
 async def test_attempts_at_one_request_in_one_batch_are_charged_in_their_order(store: PostgresClaims) -> None:
@@ -75,7 +76,7 @@ async def test_repeated_batch_gets_the_same_response_whatever_happened_in_betwee
 async def test_batch_is_rejected_after_a_later_one(store: PostgresClaims) -> None:
     await store.claim("a", 2, [claim(1)])
     assert await store.claim("a", 1, [claim(2)]) is None
-    assert await store.charged([claim(2).fingerprint]) == {}
+    assert await store.cover([claim(2).fingerprint]) == {}
 
 
 async def test_fingerprint_is_charged_again_after_24_hours(store: PostgresClaims, sql: Sql) -> None:
@@ -83,16 +84,16 @@ async def test_fingerprint_is_charged_again_after_24_hours(store: PostgresClaims
     await sql.execute(_AGE, timedelta(hours=23.9))
     assert await store.claim("a", 2, [claim(1, 11)]) == [Answer(False, 1)]
     await sql.execute(_AGE, timedelta(hours=0.2))
-    assert await store.charged([claim(1).fingerprint]) == {}
+    assert await store.cover([claim(1).fingerprint]) == {}
     assert await store.claim("a", 3, [claim(1, 4)]) == [Answer(True, 4)]
-    assert await store.charged([claim(1).fingerprint]) == {claim(1).fingerprint: 4}
+    assert await store.cover([claim(1).fingerprint]) == {claim(1).fingerprint: Cover(4, 1)}
 
 
 async def test_repeat_that_was_admitted_as_paid_does_not_extend_the_24_hours(store: PostgresClaims, sql: Sql) -> None:
     await store.claim("a", 1, [claim(1, 10)])
     await sql.execute(_AGE, timedelta(hours=25))
     assert await store.claim("a", 2, [claim(1, 13, paid=10), claim(1, 9, paid=10)]) == [Answer(False, 3), REPEAT]
-    assert await store.charged([claim(1).fingerprint]) == {}
+    assert await store.cover([claim(1).fingerprint]) == {}
     assert await store.claim("a", 3, [claim(1, 6)]) == [Answer(True, 6)]
 
 
@@ -124,7 +125,7 @@ async def test_concurrent_batches_in_any_order_charge_each_fingerprint_once_with
     chance = random.Random(7)
     database = Database(dsn, pool_size_max=8, statement_timeout_seconds=10.0)
     await database.open()
-    store = PostgresClaims(database)
+    store = PostgresClaims(database, repeats_max=1_000)
     batches = [
         [claim(number % 40, chance.randint(0, 99)) for number in chance.sample(range(80), 60)] for _ in range(16)
     ]
@@ -142,10 +143,12 @@ async def test_concurrent_batches_in_any_order_charge_each_fingerprint_once_with
     assert charged == most
 
 
-async def test_responses_match_the_reference(store: PostgresClaims, sql: Sql) -> None:
+@pytest.mark.parametrize("repeats_max", [0, 1, 3, 1_000_000])
+async def test_responses_match_the_reference(database: Database, sql: Sql, repeats_max: int) -> None:
     chance = random.Random(11)
     wall = [0.0]
-    reference = ReferenceClaims(lambda: 1e9 + wall[0])
+    store = PostgresClaims(database, repeats_max=repeats_max)
+    reference = ReferenceClaims(lambda: 1e9 + wall[0], repeats_max=repeats_max)
     numbers = {"a": 0, "b": 0}
     for _ in range(120):
         process = chance.choice(list(numbers))
@@ -156,11 +159,72 @@ async def test_responses_match_the_reference(store: PostgresClaims, sql: Sql) ->
         ]
         told = await store.claim(process, numbers[process], batch)
         assert told == await reference.claim(process, numbers[process], batch)
-        every = [claim(number).fingerprint for number in range(8)]
-        assert await store.charged(every) == await reference.charged(every)
+        every = [claim(number // 2).fingerprint for number in range(chance.randrange(16))]
+        assert await store.cover(every) == await reference.cover(every)
         hours = chance.choice([0.0, 0.0, 5.0, 25.0])
         wall[0] += hours * 3600
         await sql.execute(_AGE, timedelta(hours=hours))
+
+
+# -- repeats beyond those that a charge covers
+
+
+async def test_fourth_repeat_is_charged_and_covers_nothing(database: Database, sql: Sql) -> None:
+    store, about = PostgresClaims(database), claim(1).fingerprint
+    answers = [await store.claim(f"p{number % 2}", number, [claim(1, 10 + number)]) for number in range(1, 7)]
+    assert answers == [[Answer(True, 11)], *[[Answer(False, 1)]] * 3, [Answer(True, 15)], [Answer(True, 16)]]
+    assert await store.cover([about]) == {}
+    assert await sql.fetchval("SELECT tokens FROM keyproxy.idempotent_charges") == 14
+    await sql.execute(_AGE, timedelta(hours=24))
+    assert await store.claim("p1", 8, [claim(1, 5), claim(1, 6)]) == [Answer(True, 5), Answer(False, 1)]
+    assert await store.cover([about]) == {about: Cover(6, 1)}
+
+
+async def test_repeats_in_one_batch_are_covered_in_their_order(database: Database) -> None:
+    store = PostgresClaims(database, repeats_max=2)
+    batch = [claim(1, used) for used in (5, 9, 8, 10, 7)]
+    assert await store.claim("p", 1, batch) == [
+        Answer(True, 5), Answer(False, 4), REPEAT, Answer(True, 10), Answer(True, 7)
+    ]  # fmt: skip
+    assert await store.claim("q", 1, [claim(1, 9)]) == [Answer(True, 9)]
+
+
+async def test_lookups_and_claims_share_the_covered_repeats(database: Database) -> None:
+    store, about = PostgresClaims(database), claim(1).fingerprint
+    await store.claim("p", 1, [claim(1, 10), claim(1, 10)])
+    assert await store.cover([about]) == {about: Cover(10, 1)}
+    # A repeat that was admitted as covered is not counted again when it ends.
+    assert await store.claim("p", 2, [claim(1, 12, paid=10)]) == [Answer(False, 2)]
+    assert await store.cover([about, about, about]) == {about: Cover(12, 1)}
+    assert await store.cover([about]) == {}
+    assert await store.claim("p", 3, [claim(1, 3)]) == [Answer(True, 3)]
+
+
+async def test_concurrent_lookups_of_two_replicas_cover_three_repeats_in_all(dsn: str) -> None:
+    database = Database(dsn, pool_size_max=8, statement_timeout_seconds=10.0)
+    await database.open()
+    replicas = [claims_over(PostgresClaims(database), LeaseTable(), clock.now) for _ in range(2)]
+    await PostgresClaims(database).claim("p", 1, [claim(1, 10)])
+    for replica in replicas:
+        replica.start()
+    results = await asyncio.gather(
+        *(replicas[number % 2].paid(claim(1).fingerprint, TimeBudget()) for number in range(20))
+    )
+    assert sorted(results, key=str) == [10] * 3 + [None] * 17
+    for replica in replicas:
+        await replica.close()
+    await database.close()
+
+
+async def test_concurrent_claims_of_many_replicas_charge_all_but_three_repeats(dsn: str) -> None:
+    database = Database(dsn, pool_size_max=8, statement_timeout_seconds=10.0)
+    await database.open()
+    store = PostgresClaims(database)
+    answers = await asyncio.gather(*(store.claim(f"p{number}", 1, [claim(1, 7)]) for number in range(20)))
+    await database.close()
+    told = [answer for batch in answers if batch is not None for answer in batch]
+    assert told.count(REPEAT) == 3
+    assert told.count(Answer(True, 7)) == 17
 
 
 # -- a proxy that claims
@@ -307,7 +371,7 @@ async def test_concurrent_lookups_share_one_query(door: Door) -> None:
         await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint, TimeBudget()) for number in range(100)))
         == [None] * 100
     )
-    assert door.asked["charges_of"] == 1
+    assert door.asked["cover_repeats"] == 1
     await claims.close()
 
 

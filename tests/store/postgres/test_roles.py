@@ -19,7 +19,7 @@ from keyproxy.store.directory.import_keys import read_key
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.ledger.charge_dedup import Answer
+from keyproxy.store.ledger.charge_dedup import Answer, Cover
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.postgres import roles
 from keyproxy.store.postgres.database import Database, StoreUnavailable
@@ -238,10 +238,10 @@ async def test_proxies_claim_and_delete_charges_and_the_admin_side_cannot_read_t
 ) -> None:
     claims = PostgresClaims(as_proxy)
     assert await claims.claim("p", 1, [claim(1, 12)]) == [Answer(True, 12)]
-    assert await claims.charged([claim(1).fingerprint]) == {claim(1).fingerprint: 12}
+    assert await claims.cover([claim(1).fingerprint]) == {claim(1).fingerprint: Cover(12, 1)}
     assert await claims.forget(10) is False
     with pytest.raises(StoreUnavailable, match="permission denied"):
-        await PostgresClaims(as_admin).charged([claim(1).fingerprint])
+        await PostgresClaims(as_admin).cover([claim(1).fingerprint])
     with pytest.raises(StoreUnavailable, match="permission denied"):
         await PostgresClaims(as_admin).claim("p", 2, [claim(1)])
 
