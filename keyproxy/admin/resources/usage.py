@@ -127,11 +127,16 @@ class Event(ResponseModel):
 
 
 class Limit(ResponseModel):
-    """The state of a limit. Members that do not apply are omitted."""
+    """The state of a limit. Members that do not apply are omitted. `spend` is in micro-units.
+
+    `policy` is its name in refusals, which ends with the `selector`. Its window may use `limit` + `credited`.
+    """
 
     owner: str
     policy: str
+    selector: str
     limit: int
+    credited: int | None = None
     per_second: float | None = None
     spent: int | None = None
     held: int | None = None
@@ -229,10 +234,10 @@ async def _explain(request: ApiRequest) -> ApiResponse:
 
 ENDPOINTS: Final = (
     Endpoint("show_usage",
-             "Sum requests, refusals and tokens. Days are UTC; every day that overlaps the time range counts.",
+             "Sum requests, refusals, tokens and cost, in micro-units. Days are UTC; every day that overlaps the time range counts.",
              Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
     Endpoint("export_usage_sums",
-             "Stream all totals by day, tenant, user, key, mode and route as lines of JSON. A response that ends "
+             "Stream all totals by day, tenant, user, key, mode, route and model as lines of JSON. A response that ends "
              "without its last chunk is incomplete.",
              Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery),
     Endpoint("export_usage",

@@ -240,7 +240,7 @@ async def _limits(
         if per_request is not None:
             bound = per_request.quota
             name = f"{pool.kind}.tokens_per_request"
-            one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
+            one = {"policy": name, "selector": "", "limit": bound, "remaining": bound, "refuses": least > bound}
             limits.append({"owner": pool.owner, **one})
     for one in limits:
         if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
@@ -254,7 +254,7 @@ def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]
         (Window(pool, limit.window_measure, limit.selector), limit)
         for pool, plan in pools
         for limit in plan.limits
-        if limit.per != PER_REQUEST
+        if limit.per != PER_REQUEST and limit.mode in ("", "test" if pool.is_test else "live")
     ]
 
 
@@ -264,17 +264,22 @@ def window_state(window: Window, rule: Limit, state: WindowState) -> dict[str, A
         left = gcra.units_available(state.ahead_seconds, rule.quota, rule.interval_seconds)
         return {
             "policy": window.policy,
+            "selector": window.selector,
             "limit": rule.quota,
             "per_second": rule.per_second,
             "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
         }
-    limit = rule.quota
-    shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
+    shown: dict[str, Any] = {"policy": window.policy, "selector": window.selector, "limit": rule.quota}
     if window.measure == CONCURRENCY:
-        del shown["spent"]
+        shown["held"] = state.held
     else:
-        shown["forfeited"] = state.forfeited
-    shown["remaining"] = max(0, limit - state.spent - state.held)
+        shown |= {
+            "credited": state.credited,
+            "spent": state.spent,
+            "held": state.held,
+            "forfeited": state.forfeited,
+        }
+    shown["remaining"] = max(0, rule.quota + state.credited - state.spent - state.held)
     shown["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
     return shown

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import click
 
 from keyproxy.cli.context import Call, takes_call
-from keyproxy.limits.plan import LIMIT_MAX
+from keyproxy.limits.limit_text import money_text
+from keyproxy.limits.plan import LIMIT_MAX, SPEND
 from keyproxy.store.ledger.explain import Question
+
+_MONEY: Final = ("limit", "credited", "spent", "held", "forfeited", "remaining")
 
 LIMIT_COLUMNS: Final = (
     "owner",
     "policy",
+    "selector",
     "limit",
+    "credited",
     "spent",
     "held",
     "forfeited",
@@ -47,4 +53,17 @@ def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | N
     call.print_result(shown, ())
     if limits:
         click.echo()
-        call.print_result(limits, (*LIMIT_COLUMNS, "refuses"))
+        call.print_result(shown_limits(limits), (*LIMIT_COLUMNS, "refuses"))
+
+
+def shown_limits(limits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The state of limits as people read it: the selector beside the policy, money as decimals."""
+    return [_shown(limit) for limit in limits]
+
+
+def _shown(limit: Mapping[str, Any]) -> dict[str, Any]:
+    policy: str = limit["policy"].partition("@")[0]
+    shown = {**limit, "policy": policy}
+    if policy.partition(".")[2].startswith(SPEND):
+        shown |= {name: money_text(limit[name]) for name in _MONEY if limit.get(name) is not None}
+    return shown
