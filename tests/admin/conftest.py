@@ -30,6 +30,7 @@ from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
+from tests.webhook_receiver import Receiver, receiving
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -118,7 +119,8 @@ async def dsn(shared_dsn: str) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(
-    database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
+    database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS,
+    alerts: LimitAlertQueue | None = None,
 ) -> AsyncIterator[Api]:  # fmt: skip
     """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
@@ -127,7 +129,7 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminders, alerts = ReminderQueue(database), LimitAlertQueue(database)
+    reminders, alerts = ReminderQueue(database), alerts or LimitAlertQueue(database)
     counted = traffic()
     listener = AdminListener(
         service, traffic=counted,
@@ -152,3 +154,10 @@ async def api(database: Database) -> AsyncIterator[Api]:
     """An admin API over this test's database."""
     async with serving(database) as api:
         yield api
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver of webhooks on its own port."""
+    async with receiving() as receiver:
+        yield receiver

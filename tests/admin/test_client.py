@@ -250,9 +250,17 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
             usage = RemoteUsage(await stack.enter_async_context(AdminClient(api.url, FILE_TOKEN)))
         assert await usage.sums(UsageFilter(user="u_1"), ["user"], 10) == [
             {
-                "user": "u_1", "requests": 3, "refusals": 0, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0,
-                "tokens_cached": 0, "tokens_cache_write": 0, "tokens_reasoning": 0, "cost_micros": 0,
-            }  # fmt: skip
+                "user": "u_1",
+                "requests": 3,
+                "refusals": 0,
+                "tokens_in": 30,
+                "tokens_out": 3,
+                "tokens_estimated": 0,
+                "tokens_cached": 0,
+                "tokens_cache_write": 0,
+                "tokens_reasoning": 0,
+                "cost_micros": 0,
+            }
         ]
         assert await usage.sums(UsageFilter(until=datetime(2020, 1, 1, tzinfo=UTC)), ["user"], 10) == []
         (row,) = [row async for row in usage.all_sums(UsageFilter(tenant="acme"))]
