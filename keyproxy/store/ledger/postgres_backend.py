@@ -34,7 +34,7 @@ class PostgresLedger:
         """`alert_percentages`: of a window's limit and credit together, at which the ledger writes an alert."""
         self._database = database
         self._lease_seconds = lease_seconds
-        self._alert_percentages = list(alert_percentages)
+        self._alert_percentages = sorted(alert_percentages)
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""

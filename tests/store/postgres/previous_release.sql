@@ -1,5 +1,5 @@
--- Statements of release 0014 of the schema as its processes send them while a newer schema is there. Not loaded by the
--- program: test_upgrade.py runs them.
+-- Statements as processes of the previous release send them while the schema is that of this one. test_upgrade.py runs them;
+-- the program does not load this file.
 
 -- name: sync_leases
 SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
@@ -39,13 +39,6 @@ SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::in
 -- name: charges_of
 SELECT k.fingerprint, k.tokens FROM keyproxy.idempotent_charges AS k
 WHERE k.fingerprint = ANY($1::bytea[]) AND k.charged_at > clock_timestamp() - interval '24 hours';
-
--- name: forget_charges
-DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
-    SELECT k.ctid FROM keyproxy.idempotent_charges AS k
-    WHERE k.charged_at <= clock_timestamp() - interval '24 hours'
-    LIMIT $1 FOR UPDATE SKIP LOCKED
-)) RETURNING 1;
 
 -- name: record_usage
 SELECT keyproxy.record_usage(
@@ -89,42 +82,3 @@ WHERE (u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route)
   AND ($11::date IS NULL OR u.day < $11)
 ORDER BY u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route
 LIMIT $12;
-
--- name: changes_since
-WITH here AS (
-    SELECT pg_current_snapshot() AS snapshot,
-           concat_ws(
-               '/', 'keyproxy.changes'::regclass::oid, (SELECT system_identifier FROM pg_control_system()),
-               CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
-           ) AS history
-)
-SELECT here.snapshot::text AS snapshot, here.history, extract(epoch FROM clock_timestamp())::float8 AS server_seconds,
-       found.kind, found.subject
-FROM here
-LEFT JOIN LATERAL (
-    (
-        SELECT c.kind, c.subject FROM keyproxy.changes AS c
-        WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
-          AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
-          AND c.kind NOT IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
-        LIMIT $2
-    ) UNION ALL (
-        SELECT c.kind, c.subject FROM keyproxy.changes AS c
-        WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
-          AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
-          AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits')
-        LIMIT $2
-    )
-    LIMIT $2
-) AS found ON true;
-
--- name: set_plan
-UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
-
--- name: plan
-SELECT p.id, p.limits::text AS limits, p.created_at,
-       (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
-       (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
-       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys
-FROM keyproxy.plans AS p
-WHERE p.id = $1;
