@@ -16,7 +16,7 @@ JOBS ?= 2
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup soak compiled test-compiled hashes setup clean help
+.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup bench-tokens soak compiled test-compiled hashes setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   run a complete demo on this machine"
@@ -27,6 +27,7 @@ help:
 	@echo "make check                check lint, types and house rules"
 	@echo "make fmt                  format the code"
 	@echo "make bench-setup bench    measure keyproxy beside nginx, HAProxy, Envoy and aiohttp"
+	@echo "make bench-tokens         measure the estimates of texts beside a tokenizer (after bench-setup)"
 	@echo "make soak                 measure memory with hostile and slow peers; test every mutant of every request"
 	@echo "make compiled             make the optional compiled build in $(COMPILED_VENV) (needs a C compiler)"
 	@echo "make hashes               update the hashes of the container's requirements after a pin has changed"
@@ -61,6 +62,9 @@ fmt: setup
 
 bench-setup: setup
 	bench/setup.sh $(BENCH_VENV)
+
+bench-tokens:
+	$(BENCH_VENV)/bin/python -m bench.token_estimates $(ARGS)
 
 soak: setup
 	$(BIN)/python -m bench.soak $(ARGS)

@@ -14,3 +14,4 @@ else
 fi
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-tokenizer.txt

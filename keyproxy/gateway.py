@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Final
 
 from keyproxy import token_accounting
+from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.auth import authorization, credentials
@@ -212,9 +213,13 @@ class Gateway(Gate):
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
         """The meter that reads the response to a request on a metered route."""
-        kind = NO_TOKENS if exchange.route is None else exchange.route.tokens
+        head, route = exchange.head, exchange.route
+        dialect = DIALECTS["header" if route is None else route.tokens]
+        endpoint = dialect.usual if head is None else endpoint_of(dialect, head.line.method, head.line.path)
+        if not endpoint.usage:
+            endpoint = dialect.usual  # a method or path that uses no tokens holds some all the same
         hides_usage = exchange.ask is not None and exchange.ask.hides_usage
-        return meter_for(kind, answer, hides_usage=hides_usage)
+        return meter_for(dialect, endpoint, answer, hides_usage=hides_usage)
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""

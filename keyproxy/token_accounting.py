@@ -25,6 +25,9 @@ BODY_BYTES_MAX: Final = 33_554_432
 #: The average size of a token in most languages and code; for estimates where the response reports no usage.
 _BYTES_A_TOKEN: Final = 4
 
+#: The model did not process a request with such a status: without a report it used nothing.
+_ERROR_STATUS: Final = 400
+
 #: A stream's hold is extended when no more than the reserve remains of it, by the extension or a quarter of the hold.
 _RESERVE_TOKENS: Final = 32
 _EXTENSION_TOKENS: Final = 256
@@ -88,7 +91,10 @@ def charge(exchange: Exchange, permit: Permit) -> int:
 
 def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
     meter = exchange.meter
-    said = None if meter is None else meter.use
+    report = None if meter is None else meter.report
+    said = None if report is None else report.use
+    if said is None and exchange.status >= _ERROR_STATUS:
+        said = TokenUse(0, 0)
     is_whole = exchange.ending is ANSWERED
     if said is not None and is_whole:
         return said, False
@@ -119,6 +125,8 @@ def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
     if ask is None or meter is None or not hold.limits_tokens:
         return 0, False
     tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
+    if tokens_in + meter.produced_bound + _RESERVE_TOKENS < hold.covers:
+        return 0, False
     used = tokens_in + meter.produced
     if used + _RESERVE_TOKENS < hold.covers:
         return 0, False

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from keyproxy.config import value_types
+from keyproxy.config.models import read_models
 from keyproxy.config.schema import TABLES, RouteRow, Settings, cross_checks
 from keyproxy.config.value_types import Fault
 
@@ -77,6 +78,8 @@ class _Reading:
         self.values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
         self.origins: dict[str, Origin] = {}
         self.wrong: list[str] = []
+        #: The rows of `[[models]]`, of the last file with any.
+        self.model_rows: object = []
         #: The source being read, and the source of each value: later sources override earlier ones.
         self.rank = 0
         self._ranks: dict[str, int] = {}
@@ -151,10 +154,12 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
         except ValueError:
             reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
     rows = tuple(_routes(reading, route_rows))
+    models, wrong_models = read_models(reading.model_rows)
+    reading.wrong += wrong_models
     if reading.wrong:
         raise ConfigError(reading.wrong)
     tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
-    settings = Settings(**tables, routes=rows)
+    settings = Settings(**tables, models=models, routes=rows)
     loaded = Config(settings, _with_defaults(reading))
     wrong = cross_checks(settings)
     if wrong:
@@ -163,10 +168,12 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
 
 
 def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
-    """Every key as (`table.key`, value), in the order of the file; routes last, one for each row."""
+    """Every key as (`table.key`, value), in the order of the file; then one for each model and route."""
     for table in TABLES:
         for key, value in dataclasses.asdict(getattr(settings, table)).items():
             yield f"{table}.{key}", value
+    for number, model in enumerate(settings.models, start=1):
+        yield f"models[{number}]", {**dataclasses.asdict(model), "scopes": sorted(model.scopes)}
     for number, row in enumerate(settings.routes, start=1):
         yield f"routes[{number}]", dataclasses.asdict(row)
 
@@ -188,9 +195,10 @@ def _read_document(reading: _Reading, path: Path, content: str, route_rows: obje
     """Read a file. Return the route table that then applies."""
     document = _parse(path, content)
     route_rows = document.pop("routes", route_rows)
+    reading.model_rows = document.pop("models", reading.model_rows)
     for table, keys in document.items():
         if table not in TABLES:
-            reading.unknown(table, [*TABLES, "routes"], str(path))
+            reading.unknown(table, [*TABLES, "models", "routes"], str(path))
         elif not isinstance(keys, dict):
             reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from keyproxy.ai.reservation import OFF
 from keyproxy.config.schema import RouteRow
 
 
@@ -35,6 +36,15 @@ def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[
     if not scopes:
         return ["the key has no scopes and every route requires one: all its requests will be refused"]
     return ["no route accepts a key with only these scopes: all its requests will be refused"]
+
+
+def cap_warnings(routes: Sequence[RouteRow]) -> list[str]:
+    """Return one sentence for each route on which a request without an output maximum is not bounded."""
+    return [
+        f"routes[{number}]: cap = 'off': a request without an output maximum can exceed every budget"
+        for number, row in enumerate(routes, start=1)
+        if row.cap == OFF
+    ]
 
 
 def _covers(wide: str, narrow: str) -> bool:

@@ -10,7 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from keyproxy.config import addresses, value_checks
+from keyproxy.ai.models import Model
+from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
@@ -190,7 +192,12 @@ class RouteRow:
     match: str = _setting("", value_checks.route_match)
     scopes: list[str] = _setting([], value_checks.route_scopes)
     error_shape: str = _setting("problem", one_of(*error_responses.ERROR_SHAPES))
-    tokens: str = _setting("none", one_of("none", "openai", "anthropic", "header"))
+    tokens: str = _setting("none", one_of(*token_settings.TOKEN_DIALECTS))
+    name: str = _setting("", token_settings.route_name_fault)
+    model: str = _setting("", token_settings.model_fault)
+    cap: str = _setting("", one_of(*token_settings.CAPS))
+    cap_field: str = _setting("", token_settings.cap_field_fault)
+    idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +219,9 @@ class Settings:
     alerts: AlertSettings = field(default_factory=AlertSettings)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
+    tokens: Tokens = field(default_factory=Tokens)
+    money: Money = field(default_factory=Money)
+    models: tuple[Model, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -230,7 +240,10 @@ class Settings:
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
         return RouteTable(
-            [(row.match, Route(row.match, frozenset(row.scopes), row.error_shape, row.tokens)) for row in self.routes]
+            [
+                (row.match, Route(row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens))
+                for row in self.routes
+            ]
         )
 
 
@@ -238,7 +251,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name != "routes"
+    if table.name not in ("models", "routes")
 }
 
 
@@ -262,6 +275,9 @@ def cross_checks(settings: Settings) -> list[str]:
         for table, webhook in (("reminders", settings.reminders), ("alerts", settings.alerts))
         if webhook.webhook_url and not webhook.webhook_secret
     ]
+    wrong += token_settings.conflicts(
+        settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
+    )
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -15,13 +15,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keyproxy.ai.responses import inflating_meter, json_meter, json_usage_scanner, sse_meter
-from keyproxy.ai.responses.json_usage_scanner import UsageScanner
+from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
+from keyproxy.ai.responses import inflating_meter, json_members, json_meter
+from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
-from keyproxy.ai.responses.usage_objects import TOKENS_MAX, header_use
+from keyproxy.ai.responses.streams import sse_meter
+from keyproxy.ai.responses.usage_objects import TOKENS_MAX, UsageReport, header_report
 from keyproxy.http.headers import FieldNames
-from keyproxy.model import ResponseHead, TokenUse
+from keyproxy.model import ResponseHead
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 
@@ -44,6 +46,18 @@ def head(block: bytes = JSON, *, status: int = 200, has_content_length: bool = F
     return ResponseReader(FieldNames()).read(raw, len(raw) - 4)
 
 
+PATHS = {
+    "openai": b"/v1/chat/completions", "anthropic": b"/v1/messages", "gemini": b"/v1/models/g:streamGenerateContent",
+    "ollama": b"/api/chat", "bedrock": b"/model/m/converse-stream", "header": b"/",
+}  # fmt: skip
+
+
+def meter_of(kind: str, head: ResponseHead, *, path: bytes = b"", choices: int = 1, hides_usage: bool = False) -> Meter:
+    dialect = DIALECTS[kind]
+    endpoint = endpoint_of(dialect, b"POST", path or PATHS[kind])
+    return meter_for(dialect, endpoint, head, choices=choices, hides_usage=hides_usage)
+
+
 def fed(meter: Meter, pieces: Iterable[bytes]) -> bytes:
     return b"".join([*map(meter.feed, pieces), meter.finish()])
 
@@ -53,10 +67,10 @@ def cut_at(content: bytes, places: Sequence[int]) -> list[bytes]:
     return [content[start:end] for start, end in zip([0, *ends], [*ends, len(content)], strict=True)]
 
 
-def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) -> TokenUse | None:
-    meter = meter_for(kind, head(block, status=status))
+def use_of(kind: str, body: bytes, block: bytes = JSON, *, path: bytes = b"") -> UsageReport | None:
+    meter = meter_of(kind, head(block), path=path)
     assert fed(meter, [body]) == body
-    return meter.use
+    return meter.report
 
 
 # -- documents
@@ -65,25 +79,24 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
 @pytest.mark.parametrize(
     ("kind", "body", "use"),
     [
-        ("openai", CHAT, TokenUse(11, 5)),
-        ("anthropic", MESSAGE, TokenUse(14, 7)),
-        ("openai", b'{"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}', TokenUse(0, 0)),
-        ("anthropic", b'{"usage":{"input_tokens":0,"output_tokens":0}}', TokenUse(0, 0)),
+        ("openai", CHAT, UsageReport(11, 5, cached=3)),
+        ("anthropic", MESSAGE, UsageReport(14, 7, cache_write=4)),
+        ("openai", b'{"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}}', UsageReport(0, 0)),
+        ("anthropic", b'{"usage":{"input_tokens":0,"output_tokens":0}}', UsageReport(0, 0)),
         (
             "openai",
             b'{"usage":{"prompt_tokens":8,"total_tokens":8},"data":[{"embedding":[0.1,-2e-3]}]}',
-            TokenUse(8, 0),
+            UsageReport(8, 0),
         ),
-        ("openai", b'{"usage":{"input_tokens":8,"output_tokens":2,"total_tokens":10}}', TokenUse(8, 2)),
-        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2}}', TokenUse(8, 2)),
-        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":30}}', TokenUse(8, 22)),
-        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":3}}', TokenUse(8, 2)),
-        ("openai", b'{"usage":{"total_tokens":9}}', TokenUse(0, 9)),
-        ("openai", b'\xef\xbb\xbf {"usage" :\n {"prompt_tokens":1,"completion_tokens":2} }', TokenUse(1, 2)),
-        ("openai", b'{"usage":null,"usage":{"prompt_tokens":1,"completion_tokens":2}}', TokenUse(1, 2)),
+        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2}}', UsageReport(8, 2)),
+        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":30}}', UsageReport(8, 22)),
+        ("openai", b'{"usage":{"prompt_tokens":8,"completion_tokens":2,"total_tokens":3}}', UsageReport(8, 2)),
+        ("openai", b'{"usage":{"total_tokens":9}}', UsageReport(0, 9)),
+        ("openai", b'\xef\xbb\xbf {"usage" :\n {"prompt_tokens":1,"completion_tokens":2} }', UsageReport(1, 2)),
+        ("openai", b'{"usage":null,"usage":{"prompt_tokens":1,"completion_tokens":2}}', UsageReport(1, 2)),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"usage":null}', None),
         # Truncated after its usage: it was reported.
-        ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"choices":[{"mess', TokenUse(1, 2)),
+        ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":2},"choices":[{"mess', UsageReport(1, 2)),
         # Not said, or nonsense.
         ("openai", b"", None),
         ("openai", b"{}", None),
@@ -99,7 +112,7 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
         ("openai", b'{"usage":{"prompt_tokens":"1","completion_tokens":2}}', None),
         ("openai", b'{"usage":{"prompt_tokens":true,"completion_tokens":2}}', None),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":1e3}}', None),
-        ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":%d}}' % TOKENS_MAX, TokenUse(1, TOKENS_MAX)),
+        ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":%d}}' % TOKENS_MAX, UsageReport(1, TOKENS_MAX)),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":%d}}' % (TOKENS_MAX + 1), None),
         ("openai", b'{"usage":{"prompt_tokens":1,"completion_tokens":' + b"9" * 5000 + b"}}", None),
         ("openai", b'{"a":' * 3000 + b"1" + b"}" * 3000, None),
@@ -117,7 +130,7 @@ def use_of(kind: str, body: bytes, block: bytes = JSON, *, status: int = 200) ->
 )
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "scanned"])
 def test_a_document_has_the_usage_that_it_reports_or_none(
-    kind: str, body: bytes, use: TokenUse | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, body: bytes, use: UsageReport | None, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
         monkeypatch.setattr(json_meter, "KEPT_BYTES_MAX", 0)
@@ -147,20 +160,23 @@ def test_the_scanner_finds_what_a_parser_finds_whatever_the_pieces(
     content: object, indent: int, places: list[int]
 ) -> None:
     raw = json.dumps(content, indent=indent or None, ensure_ascii=indent == 1).encode()
-    wanted = content.get("usage") if isinstance(content, dict) else None
-    scanner = UsageScanner()
+    scanner = MemberScanner(["usage", "a"])
     for piece in cut_at(raw, places):
         scanner.feed(piece)
-    assert scanner.usage == (wanted if isinstance(wanted, dict) else None)
+    members = content if isinstance(content, dict) else {}
+    for name in ("usage", "a"):
+        value = members.get(name)
+        is_read = isinstance(value, dict | str | int) and not isinstance(value, bool)
+        assert scanner.found.get(name) == (value if is_read else None)
 
 
 @given(st.binary(max_size=60) | st.text('{}[]":\\, usage1n', max_size=60).map(str.encode), st.lists(st.integers(0, 60)))
 def test_what_the_scanner_finds_in_anything_does_not_depend_on_the_pieces(raw: bytes, places: list[int]) -> None:
-    whole, parted = UsageScanner(), UsageScanner()
+    whole, parted = MemberScanner(["usage", "u"]), MemberScanner(["usage", "u"])
     whole.feed(raw)
     for piece in cut_at(raw, places):
         parted.feed(piece)
-    assert whole.usage == parted.usage
+    assert whole.found == parted.found
 
 
 def test_a_large_document_is_read_in_little_memory_and_time_wherever_its_usage_stands() -> None:
@@ -169,21 +185,21 @@ def test_a_large_document_is_read_in_little_memory_and_time_wherever_its_usage_s
     rows = row * 400  # 8 MiB
     for body in (b"{" + usage + b',"data":[' + rows + b"0]}", b'{"data":[' + rows + b"0]," + usage + b"}"):
         pieces = [body[at : at + 65_536] for at in range(0, len(body), 65_536)]
-        meter = meter_for("openai", head())
+        meter = meter_of("openai", head())
         tracemalloc.start()
         for piece in pieces:
             meter.feed(piece)
         meter.finish()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert meter.use == TokenUse(9, 0)
+        assert meter.report == UsageReport(9, 0)
         assert peak < 1_000_000
 
 
-@pytest.mark.parametrize(("padding", "use"), [(8000, TokenUse(1, 2)), (9000, None)])
-def test_a_usage_that_is_too_long_is_not_read_in_a_large_document(padding: int, use: TokenUse | None) -> None:
+@pytest.mark.parametrize(("padding", "use"), [(8000, UsageReport(1, 2)), (9000, None)])
+def test_a_usage_that_is_too_long_is_not_read_in_a_large_document(padding: int, use: UsageReport | None) -> None:
     usage = {"x": "y" * padding, "prompt_tokens": 1, "completion_tokens": 2}
-    assert padding < json_usage_scanner.USAGE_BYTES_MAX or use is None
+    assert padding < json_members.VALUE_BYTES_MAX or use is None
     body = json.dumps({"data": "z" * json_meter.KEPT_BYTES_MAX, "usage": usage}).encode()
     assert use_of("openai", body) == use
 
@@ -194,41 +210,27 @@ def test_a_usage_that_is_too_long_is_not_read_in_a_large_document(padding: int, 
 @pytest.mark.parametrize(
     ("block", "use"),
     [
-        (b"", TokenUse(11, 5)),
-        (b"content-type:application/json;charset=utf-8\r\n", TokenUse(11, 5)),
-        (b"Content-Type: application/vnd.x+json\r\n", TokenUse(11, 5)),
-        (b"X: y\r\nContent-Type: APPLICATION/JSON\r\n", TokenUse(11, 5)),
-        (b"Content-Encoding: identity\r\n", TokenUse(11, 5)),
+        (b"", UsageReport(11, 5, cached=3)),
+        (b"content-type:application/json;charset=utf-8\r\n", UsageReport(11, 5, cached=3)),
+        (b"Content-Type: application/vnd.x+json\r\n", UsageReport(11, 5, cached=3)),
+        (b"X: y\r\nContent-Type: APPLICATION/JSON\r\n", UsageReport(11, 5, cached=3)),
+        (b"Content-Encoding: identity\r\n", UsageReport(11, 5, cached=3)),
         (b"Content-Type: audio/mpeg\r\n", None),
         (b"Content-Type: text/plain\r\n", None),
         (JSON + b"Content-Encoding: br\r\n", None),
         (JSON + b"Content-Encoding: gzip, gzip\r\n", None),
     ],
 )
-def test_only_readable_responses_are_read(block: bytes, use: TokenUse | None) -> None:
+def test_only_readable_responses_are_read(block: bytes, use: UsageReport | None) -> None:
     assert use_of("openai", CHAT, block) == use
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "use"),
-    [
-        (200, b"{}", None),
-        (399, b"{}", None),
-        (400, b'{"error":{}}', TokenUse(0, 0)),
-        (503, b"", TokenUse(0, 0)),
-        (500, CHAT, TokenUse(11, 5)),
-    ],
-)
-def test_an_error_used_nothing_unless_it_reports_usage(status: int, body: bytes, use: TokenUse | None) -> None:
-    assert use_of("openai", body, status=status) == use
 
 
 @pytest.mark.parametrize(
     ("block", "use"),
     [
-        (b"X-Usage-Tokens: 12\r\n", TokenUse(0, 12)),
-        (b"A: b\r\nx-usage-tokens:  0 \r\nC: d\r\n", TokenUse(0, 0)),
-        (b"X-Usage-Tokens: %d\r\n" % TOKENS_MAX, TokenUse(0, TOKENS_MAX)),
+        (b"X-Usage-Tokens: 12\r\n", UsageReport(0, 12)),
+        (b"A: b\r\nx-usage-tokens:  0 \r\nC: d\r\n", UsageReport(0, 0)),
+        (b"X-Usage-Tokens: %d\r\n" % TOKENS_MAX, UsageReport(0, TOKENS_MAX)),
         (b"X-Usage-Tokens: %d\r\n" % (TOKENS_MAX + 1), None),
         (b"X-Usage-Tokens: 12\r\nX-Usage-Tokens: 12\r\n", None),
         (b"", None),
@@ -246,16 +248,16 @@ def test_an_error_used_nothing_unless_it_reports_usage(status: int, body: bytes,
         (b"X-Usage-Tokens: " + b"9" * 5000 + b"\r\n", None),
     ],
 )
-def test_a_header_reports_one_whole_number_or_nothing(block: bytes, use: TokenUse | None) -> None:
+def test_a_header_reports_one_whole_number_or_nothing(block: bytes, use: UsageReport | None) -> None:
     raw, reader = b"HTTP/1.1 200 OK\r\n%b\r\n" % block, ResponseReader(FieldNames())
     judged = reader.read(raw, len(raw) - 4)
     for _ in range(LEARNT_AFTER + 1):
         recognised = reader.read(raw, len(raw) - 4)
-    assert header_use(judged.usage_tokens) == header_use(recognised.usage_tokens) == use
-    meter = meter_for("header", judged)
-    assert meter.use == use
+    assert header_report(judged.usage_tokens) == header_report(recognised.usage_tokens) == use
+    meter = meter_of("header", judged)
+    assert meter.report == use
     assert fed(meter, [b"any", b"thing"]) == b"anything"
-    assert meter.use == use
+    assert meter.report == use
 
 
 # -- streams
@@ -288,30 +290,36 @@ RESPONSES = (
 )
 
 
-def stream_use(kind: str, body: bytes, *, hides_usage: bool = False) -> tuple[TokenUse | None, bytes]:
-    meter = meter_for(kind, head(EVENTS), hides_usage=hides_usage)
+def path_of(kind: str, body: bytes) -> bytes:
+    return b"/v1/responses" if kind == "openai" and b'"response.' in body else b""
+
+
+def stream_use(
+    kind: str, body: bytes, *, hides_usage: bool = False, path: bytes = b""
+) -> tuple[UsageReport | None, bytes]:
+    meter = meter_of(kind, head(EVENTS), hides_usage=hides_usage, path=path or path_of(kind, body))
     out = fed(meter, [body])
-    return meter.use, out
+    return meter.report, out
 
 
 @pytest.mark.parametrize(
     ("kind", "body", "use"),
     [
-        ("openai", delta("Hi") + delta("!") + USAGE_CHUNK + DONE, TokenUse(11, 2)),
-        ("openai", b"\xef\xbb\xbf" + USAGE_CHUNK, TokenUse(11, 2)),
-        ("openai", b": hello\n\n" + USAGE_CHUNK.replace(b"data: ", b"data:"), TokenUse(11, 2)),
-        ("openai", USAGE_CHUNK.replace(b"\n", b"\r\n"), TokenUse(11, 2)),
-        ("openai", USAGE_CHUNK.replace(b"\n", b"\r"), TokenUse(11, 2)),
-        ("openai", USAGE_CHUNK.replace(b'"usage":', b'"usage":\ndata: '), TokenUse(11, 2)),
-        ("openai", USAGE_CHUNK.rstrip(), TokenUse(11, 2)),
-        ("openai", USAGE_CHUNK.replace(b"2", b"0").replace(b"13", b"11"), TokenUse(11, 0)),
-        ("openai", USAGE_CHUNK + USAGE_CHUNK.replace(b":2,", b":3,").replace(b"13", b"14"), TokenUse(11, 3)),
-        ("openai", RESPONSES, TokenUse(37, 11)),
-        ("anthropic", MESSAGES, TokenUse(30, 15)),
+        ("openai", delta("Hi") + delta("!") + USAGE_CHUNK + DONE, UsageReport(11, 2)),
+        ("openai", b"\xef\xbb\xbf" + USAGE_CHUNK, UsageReport(11, 2)),
+        ("openai", b": hello\n\n" + USAGE_CHUNK.replace(b"data: ", b"data:"), UsageReport(11, 2)),
+        ("openai", USAGE_CHUNK.replace(b"\n", b"\r\n"), UsageReport(11, 2)),
+        ("openai", USAGE_CHUNK.replace(b"\n", b"\r"), UsageReport(11, 2)),
+        ("openai", USAGE_CHUNK.replace(b'"usage":', b'"usage":\ndata: '), UsageReport(11, 2)),
+        ("openai", USAGE_CHUNK.rstrip(), UsageReport(11, 2)),
+        ("openai", USAGE_CHUNK.replace(b"2", b"0").replace(b"13", b"11"), UsageReport(11, 0)),
+        ("openai", USAGE_CHUNK + USAGE_CHUNK.replace(b":2,", b":3,").replace(b"13", b"14"), UsageReport(11, 3)),
+        ("openai", RESPONSES, UsageReport(37, 11)),
+        ("anthropic", MESSAGES, UsageReport(30, 15, cached=5)),
         (
             "anthropic",
             MESSAGES.replace(b'"output_tokens":15', b'"input_tokens":40,"output_tokens":15'),
-            TokenUse(45, 15),
+            UsageReport(45, 15, cached=5),
         ),
         # Not said, or nonsense.
         ("openai", delta("Hi") + DONE, None),
@@ -327,34 +335,34 @@ def stream_use(kind: str, body: bytes, *, hides_usage: bool = False) -> tuple[To
         ("anthropic", MESSAGES.replace(b'"output_tokens":15', b'"output_tokens":null'), None),
     ],
 )
-def test_a_stream_has_the_usage_that_it_reported_last_or_none(kind: str, body: bytes, use: TokenUse | None) -> None:
+def test_a_stream_has_the_usage_that_it_reported_last_or_none(kind: str, body: bytes, use: UsageReport | None) -> None:
     assert stream_use(kind, body) == (use, body)
 
 
 def test_only_a_usage_chunk_that_the_client_did_not_request_is_left_out() -> None:
     use, out = stream_use("openai", delta("Hi") + USAGE_CHUNK + DONE, hides_usage=True)
-    assert (use, out) == (TokenUse(11, 2), delta("Hi") + DONE)
+    assert (use, out) == (UsageReport(11, 2), delta("Hi") + DONE)
     # Azure's first chunk has no choices either; some servers put the usage into the last chunk with a choice.
     first = b'data: {"choices":[],"prompt_filter_results":[]}\n\n'
     last = b'data: {"choices":[{"delta":{}}],"usage":{"prompt_tokens":11,"completion_tokens":2}}\n\n'
-    assert stream_use("openai", first + last, hides_usage=True) == (TokenUse(11, 2), first + last)
+    assert stream_use("openai", first + last, hides_usage=True) == (UsageReport(11, 2), first + last)
 
 
 def test_nothing_is_left_out_of_a_response_with_a_length_or_a_coding() -> None:
     body = delta("Hi") + USAGE_CHUNK + DONE
-    meter = meter_for("openai", head(EVENTS, has_content_length=True), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS, has_content_length=True), hides_usage=True)
     assert fed(meter, [body]) == body
-    assert meter.use == TokenUse(11, 2)
+    assert meter.report == UsageReport(11, 2)
     packed = gzip.compress(body)
-    meter = meter_for("openai", head(EVENTS + b"Content-Encoding: gzip\r\n"), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS + b"Content-Encoding: gzip\r\n"), hides_usage=True)
     assert fed(meter, [packed]) == packed
-    assert meter.use == TokenUse(11, 2)
+    assert meter.report == UsageReport(11, 2)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_every_event_is_passed_on_with_the_piece_that_completes_it(end: bytes) -> None:
     events = [event.replace(b"\n", end) for event in (delta("Hi"), delta("!"), DONE)]
-    meter = meter_for("openai", head(EVENTS), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS), hides_usage=True)
     for event in events:
         assert meter.feed(event[:7]) == b""
         assert meter.feed(event[7:]) == event
@@ -381,43 +389,40 @@ def test_a_stream_is_read_and_passed_on_alike_whatever_the_pieces(
 ) -> None:
     found = []
     for pieces in ([body], cut_at(body, places), [body[at : at + 1] for at in range(len(body))]):
-        meter = meter_for(kind, head(EVENTS), hides_usage=hides_usage)
+        meter = meter_of(kind, head(EVENTS), hides_usage=hides_usage, path=path_of(kind, body))
         out = fed(meter, pieces)
-        found.append((out, meter.use, meter.tokens_in, meter.produced, meter.produced_bound))
+        found.append((out, repr(meter.result()), meter.report, meter.produced))
+        assert meter.produced <= meter.produced_bound
         assert hides_usage or out == body
     assert found[0] == found[1] == found[2]
 
 
 def test_what_was_produced_is_known_while_a_stream_runs() -> None:
-    meter = meter_for("openai", head(EVENTS))
-    meter.feed(delta(""))
-    assert (meter.produced, meter.produced_bound, meter.use) == (0, 0, None)
-    meter.feed(delta("a"))
-    meter.feed(delta("b"))
-    assert (meter.produced, meter.produced_bound) == (2, 2)
-    meter.feed(delta("c" * 98))
-    assert (meter.produced, meter.produced_bound) == (25, 100)
-    meter.feed(USAGE_CHUNK)
-    assert (meter.produced, meter.produced_bound, meter.tokens_in) == (2, 2, 11)
-    meter.feed(delta("d"))
-    assert (meter.produced, meter.produced_bound) == (3, 3)
+    meter = meter_of("openai", head(EVENTS))
+    produced = []
+    for event in (delta(""), delta("a"), delta(" b"), delta(" "), delta("c" * 98), USAGE_CHUNK, delta("d")):
+        meter.feed(event)
+        assert meter.produced <= meter.produced_bound
+        produced.append(meter.produced)
+    assert produced == [0, 1, 2, 3, 54, 2, 3]
+    assert meter.tokens_in == 11
 
 
 def test_a_prompt_s_tokens_are_known_from_the_first_event_of_a_message() -> None:
-    meter = meter_for("anthropic", head(EVENTS))
+    meter = meter_of("anthropic", head(EVENTS))
     meter.feed(MESSAGES[: MESSAGES.index(b"event: message_delta")])
-    assert (meter.tokens_in, meter.use, meter.produced, meter.produced_bound) == (30, None, 2, 5)
+    assert (meter.tokens_in, meter.report, meter.produced) == (30, None, 1)
 
 
 def test_the_text_of_responses_is_counted_once_although_it_is_repeated_when_done() -> None:
-    meter = meter_for("openai", head(EVENTS))
+    meter = meter_of("openai", head(EVENTS), path=b"/v1/responses")
     meter.feed(RESPONSES[: RESPONSES.index(b"event: response.completed")])
-    assert (meter.produced, meter.produced_bound) == (1, 2)
+    assert meter.produced == 1
 
 
 @pytest.mark.parametrize(("begun", "passed"), [(b"", b""), (b"data: {", b""), (b"data: " + b"x" * 70_000, b"\n\n")])
 def test_a_stream_can_be_ended_between_two_events_whatever_had_begun(begun: bytes, passed: bytes) -> None:
-    meter = meter_for("openai", head(EVENTS), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS), hides_usage=True)
     assert meter.is_stream
     assert meter.feed(delta("Hi") + begun) == delta("Hi") + (begun if passed else b"")
     assert meter.cut(b"data: {}\n\n") == passed + b"data: {}\n\n"
@@ -426,14 +431,14 @@ def test_a_stream_can_be_ended_between_two_events_whatever_had_begun(begun: byte
 
 def test_what_is_no_plain_stream_cannot_be_ended_by_an_event() -> None:
     for block in (JSON, EVENTS + b"Content-Encoding: gzip\r\n", EVENTS + b"Content-Encoding: br\r\n"):
-        meter = meter_for("openai", head(block))
+        meter = meter_of("openai", head(block))
         assert not meter.is_stream
         with pytest.raises(ValueError, match="no stream"):
             meter.cut(b"data: {}\n\n")
 
 
 def test_an_endless_event_passes_unread_in_bounded_memory() -> None:
-    meter = meter_for("openai", head(EVENTS), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS), hides_usage=True)
     piece = b'data: {"usage":{' + b"x" * 65_520
     tracemalloc.start()
     sent = sum(len(meter.feed(piece)) for _ in range(64))
@@ -443,10 +448,10 @@ def test_an_endless_event_passes_unread_in_bounded_memory() -> None:
     end = b'","usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
     sent += len(meter.feed(end))
     assert sent == 64 * len(piece) + len(end)
-    assert meter.use is None
-    assert meter.produced_bound > sse_meter.EVENT_BYTES_MAX
+    assert meter.report is None
+    assert meter.produced > sse_meter.EVENT_BYTES_MAX // 4
     assert meter.feed(USAGE_CHUNK) == b""
-    assert meter.use == TokenUse(11, 2)
+    assert meter.report == UsageReport(11, 2)
 
 
 # -- compressed
@@ -467,9 +472,9 @@ def test_a_compressed_response_is_read_and_passed_on_unchanged(
     body = delta("Hi") + USAGE_CHUNK + DONE if is_stream else CHAT
     raw = packed(body, encoding)
     field = b"Content-Encoding: " + (b"GZip" if encoding == "gzip" else b"deflate") + b"\r\n"
-    meter = meter_for("openai", head((EVENTS if is_stream else JSON) + field))
+    meter = meter_of("openai", head((EVENTS if is_stream else JSON) + field))
     assert fed(meter, cut_at(raw, places)) == raw
-    assert meter.use == (TokenUse(11, 2) if is_stream else TokenUse(11, 5))
+    assert meter.report == (UsageReport(11, 2) if is_stream else UsageReport(11, 5, cached=3))
 
 
 GZIPPED = JSON + b"Content-Encoding: gzip\r\n"
@@ -478,29 +483,29 @@ GZIPPED = JSON + b"Content-Encoding: gzip\r\n"
 @pytest.mark.parametrize(
     ("raw", "use"),
     [
-        (gzip.compress(CHAT[:50], mtime=0) + gzip.compress(CHAT[50:], mtime=0), TokenUse(11, 5)),
-        (gzip.compress(CHAT, mtime=0) + b"\0\0garbage", TokenUse(11, 5)),
-        (gzip.compress(CHAT, mtime=0)[:-9], TokenUse(11, 5)),
+        (gzip.compress(CHAT[:50], mtime=0) + gzip.compress(CHAT[50:], mtime=0), UsageReport(11, 5, cached=3)),
+        (gzip.compress(CHAT, mtime=0) + b"\0\0garbage", UsageReport(11, 5, cached=3)),
+        (gzip.compress(CHAT, mtime=0)[:-9], UsageReport(11, 5, cached=3)),
         (gzip.compress(CHAT, mtime=0)[:40], None),
         (CHAT, None),
         (b"", None),
         (b"\x1f\x8b", None),
     ],
 )
-def test_what_is_broken_in_compression_costs_what_comes_after_it(raw: bytes, use: TokenUse | None) -> None:
+def test_what_is_broken_in_compression_costs_what_comes_after_it(raw: bytes, use: UsageReport | None) -> None:
     assert use_of("openai", raw, GZIPPED) == use
 
 
 def test_a_bomb_is_read_no_further_than_the_bound_and_in_little_memory() -> None:
     bomb = gzip.compress(b"{" + b" " * 50_000_000 + CHAT[1:], mtime=0)
     assert 2 * inflating_meter.INFLATED_BYTES_MAX < 50_000_000
-    meter = meter_for("openai", head(GZIPPED))
+    meter = meter_of("openai", head(GZIPPED))
     tracemalloc.start()
     assert fed(meter, [bomb]) == bomb
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
-    assert meter.use is None
+    assert meter.report is None
 
 
 def test_a_bomb_of_empty_members_is_read_no_further_than_the_bound() -> None:
@@ -541,7 +546,7 @@ HARD = {
 def test_no_response_takes_long_to_read_and_all_of_it_is_passed_on(name: str, is_packed: bool) -> None:
     block, body = HARD[name]
     raw = gzip.compress(body * 8, 1) if is_packed else body
-    meter = meter_for("openai", head(block + b"Content-Encoding: gzip\r\n" * is_packed))
+    meter = meter_of("openai", head(block + b"Content-Encoding: gzip\r\n" * is_packed))
     longest, out = 0.0, []
     gc.collect()
     gc.freeze()  # as in a running proxy: what the tests have made is not looked through meanwhile
@@ -559,32 +564,32 @@ def test_no_response_takes_long_to_read_and_all_of_it_is_passed_on(name: str, is
 
 def test_a_document_with_too_many_usages_or_keys_reports_no_usage() -> None:
     usage = b'"usage":{"prompt_tokens":1,"completion_tokens":1}'
-    for count, use in ((100, TokenUse(1, 1)), (300, None)):
+    for count, use in ((100, UsageReport(1, 1)), (300, None)):
         assert use_of("openai", b"{%b%b}" % (b'"a":"%b",' % (b"x" * 70_000), b",".join([usage] * count))) == use
     nested = b'{"a":{%b"b":1},%b}' % (b'"usage":1,' * 9_000, usage)
     assert use_of("openai", nested) is None
 
 
 def test_a_stream_with_too_many_events_in_one_piece_is_charged_by_its_bytes_and_read_on_after_it() -> None:
-    meter = meter_for("openai", head(EVENTS), hides_usage=True)
+    meter = meter_of("openai", head(EVENTS), hides_usage=True)
     piece = delta("a") + b'data: {"usage":{}}\n\n' * 4_000
     assert meter.feed(piece) == piece
-    assert meter.produced_bound > len(piece) // 2
+    assert meter.produced > len(piece) // 8
     assert meter.feed(b"\n\n" + USAGE_CHUNK) == b"\n\n"
-    assert meter.use == TokenUse(11, 2)
+    assert meter.report == UsageReport(11, 2)
 
 
 def test_a_compressed_response_that_arrives_faster_than_it_is_read_is_read_later() -> None:
     words = b"".join(b'"%d words and numbers",' % number for number in range(20_000))
     body = b'{"a":[%b1],"usage":{"prompt_tokens":11,"completion_tokens":5}}' % words
     assert inflating_meter.INFLATED_BYTES_MAX < len(body) < 2 * inflating_meter.INFLATED_BYTES_MAX
-    assert use_of("openai", gzip.compress(body), GZIPPED) == TokenUse(11, 5)
+    assert use_of("openai", gzip.compress(body), GZIPPED) == UsageReport(11, 5)
 
 
 @given(st.text("\r\nd:", max_size=60).map(str.encode), st.lists(st.integers(0, 60), max_size=9), st.booleans())
 def test_unread_content_is_passed_on_once_whatever_the_pieces(raw: bytes, places: list[int], has_begun: bool) -> None:
     body = (b"data: {}\n\n" if has_begun else b"") + raw
-    meter = meter_for("openai", head(EVENTS))
+    meter = meter_of("openai", head(EVENTS))
     before, sse_meter._EVENTS_MAX = sse_meter._EVENTS_MAX, 2  # type: ignore[misc]
     try:
         assert fed(meter, cut_at(body, places)) == body

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.responses.meter import Meter
+from keyproxy.ai.responses.usage_reader import UsageReader
 from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.wire.client.connection import ClientConnection
@@ -99,7 +101,7 @@ class _Gate(Gate):
     def settle(self, exchange: Exchange) -> None: ...
 
     def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
-        return Meter()
+        return Meter(UsageReader(HEADER, HEADER.usual))
 
     def watch(self, exchange: Exchange) -> None: ...
 

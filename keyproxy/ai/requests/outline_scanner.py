@@ -18,7 +18,7 @@ from typing import Any, Final
 import orjson
 
 from keyproxy.ai.requests.content_parts import PART_NAMES, Container
-from keyproxy.ai.requests.json_grammar import CHARACTERS, COLON, NAME, PLAIN, RUN, SPACE, WORD, Utf8
+from keyproxy.ai.scanning.json_grammar import CHARACTERS, COLON, NAME, PLAIN, RUN, SPACE, WORD, Utf8
 
 #: The size of a piece, which bounds the work of one call.
 PIECE_BYTES: Final = 8_192

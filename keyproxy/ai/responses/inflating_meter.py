@@ -4,7 +4,7 @@ Inflated content is scanned in pieces and dropped, so the memory is zlib's windo
 at most `INFLATED_BYTES_MAX`; the rest waits, compressed, for the next call. Content that waits in a queue
 of more than `WAITING_BYTES_MAX`, or is still waiting when the response has ended and the last call is over, is read no
 further: it is a bomb, or as expensive to read as one. The same applies to content that zlib rejects. Usage reported
-before that counts.
+before that counts; without a report, what was not read is estimated by its compressed bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zlib
 from typing import Final
 
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.model import TokenUse
+from keyproxy.ai.responses.produced_text import unread_tokens
 
 INFLATED_BYTES_MAX: Final = 262_144
 WAITING_BYTES_MAX: Final = 1_048_576
@@ -27,48 +27,46 @@ class InflatingMeter(Meter):
     """For a response in gzip or deflate: another meter gets the inflated content, the client the bytes unchanged."""
 
     def __init__(self, inner: Meter, *, is_gzip: bool) -> None:
-        super().__init__()
+        super().__init__(inner.usage)
         self._inner = inner
         self._is_gzip = is_gzip
         self._inflate: zlib._Decompress | None = None
         self._members = 0
         self._left = b""
         self._is_readable = True
-
-    @property
-    def use(self) -> TokenUse | None:
-        """See Meter."""
-        said = self._inner.use
-        return self.unsaid if said is None else said
+        self._unread = 0
 
     @property
     def produced(self) -> int:
         """See Meter."""
-        return self._inner.produced
+        return self._inner.produced + unread_tokens(self._unread)
 
     @property
     def produced_bound(self) -> int:
         """See Meter."""
-        return self._inner.produced_bound
+        return self._inner.produced_bound + unread_tokens(self._unread)
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
+        self._left = self._left + content if self._left else content
         if self._is_readable:
-            self._left = self._left + content if self._left else content
             self._read()
             self._is_readable = self._is_readable and len(self._left) <= WAITING_BYTES_MAX
         if not self._is_readable:
-            self._left = b""
+            self._drop()
         return content
 
     def finish(self) -> bytes:
         """See Meter."""
         if self._left:
             self._read()
-        self._left = b""
+        self._drop()
         self._inner.finish()
-        self.tokens_in = self._inner.tokens_in
         return b""
+
+    def _drop(self) -> None:
+        self._unread += len(self._left)
+        self._left = b""
 
     def _read(self) -> None:
         budget = INFLATED_BYTES_MAX
@@ -89,7 +87,6 @@ class InflatingMeter(Meter):
             budget -= len(piece)
             self._is_readable = self._members < _MEMBERS_MAX
         self._left = left
-        self.tokens_in = self._inner.tokens_in
 
 
 def window_bits(content: bytes, *, is_gzip: bool) -> int:

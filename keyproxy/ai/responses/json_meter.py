@@ -6,14 +6,15 @@ scanned, which needs almost no memory. Both find the same usage, and the scanner
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import orjson
 
-from keyproxy.ai.responses.json_usage_scanner import UsageScanner
+from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, EndpointClass
+from keyproxy.ai.responses.json_members import MemberScanner
+from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.model import TokenUse
+from keyproxy.ai.responses.usage_reader import UsageReader
 
 #: A document up to this size is kept.
 KEPT_BYTES_MAX: Final = 65_536
@@ -21,45 +22,88 @@ KEPT_BYTES_MAX: Final = 65_536
 #: The overhead of a kept piece: an upstream may send single bytes.
 _PIECE_BYTES: Final = 64
 
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
 
 class JsonMeter(Meter):
     """For a response that is one JSON document."""
 
-    def __init__(self, read: Callable[[object], TokenUse | None]) -> None:
-        super().__init__()
-        self._read = read
+    def __init__(self, dialect: Dialect, endpoint: Endpoint, usage: UsageReader) -> None:
+        super().__init__(usage)
+        self._dialect: Final = dialect
+        self._endpoint: Final = endpoint
         self._kept: list[bytes] = []
         self._kept_bytes = 0
-        self._scanner: UsageScanner | None = None
+        self._members: MemberScanner | None = None
+        self._strings: StringCounter | None = None
+        self._counts_strings: Final = endpoint.kind not in (EndpointClass.READS, EndpointClass.NONE)
+
+    @property
+    def produced(self) -> int:
+        """See Meter. The strings of the document."""
+        if not self._counts_strings:
+            return 0
+        strings = self._strings
+        if strings is None:
+            strings = StringCounter()
+            for content in self._kept:
+                strings.feed(content)
+        return strings.tokens
+
+    @property
+    def produced_bound(self) -> int:
+        """See Meter."""
+        return self.produced
 
     def feed(self, content: bytes) -> bytes:
         """See Meter."""
-        if self._scanner is not None:
-            self._scanner.feed(content)
+        if self._members is not None:
+            self._scan(self._members, content)
             return content
         self._kept.append(content)
         self._kept_bytes += len(content) + _PIECE_BYTES
         if self._kept_bytes > KEPT_BYTES_MAX:
-            self._scanned(b"".join(self._kept))
+            document = b"".join(self._kept)
+            self._kept.clear()
+            if self._counts_strings:
+                self._strings = StringCounter()
+            self._members = MemberScanner(_names(self._dialect, self._endpoint))
+            self._scan(self._members, document)
         return content
 
     def finish(self) -> bytes:
         """See Meter."""
-        if self._scanner is None:
+        members = self._members
+        if members is None:
             document = b"".join(self._kept)
-            if b'"usage"' not in document:
-                return b""
+            self._kept = [document]
             try:
-                parsed = orjson.loads(document.removeprefix(b"\xef\xbb\xbf"))
+                parsed = orjson.loads(document.removeprefix(_BYTE_ORDER_MARK))
             except ValueError:
-                self._scanned(document)  # perhaps truncated after its usage
+                members = MemberScanner(_names(self._dialect, self._endpoint))
+                members.feed(document)  # perhaps truncated after its usage
             else:
-                self._said = self._read(parsed.get("usage")) if isinstance(parsed, dict) else None
-        if self._scanner is not None:
-            self._said = self._read(self._scanner.usage)
+                if isinstance(parsed, dict):
+                    self.usage.read_document(parsed)
+        if members is not None:
+            self.usage.read_document(members.found)
         return b""
 
-    def _scanned(self, content: bytes) -> None:
-        self._kept.clear()
-        self._scanner = UsageScanner()
-        self._scanner.feed(content)
+    def _scan(self, members: MemberScanner, content: bytes) -> None:
+        members.feed(content)
+        if self._strings is not None:
+            self._strings.feed(content)
+
+
+def _names(dialect: Dialect, endpoint: Endpoint) -> list[str]:
+    """The members of the outermost object that matter."""
+    names = {path[0] for path in dialect.response_models if len(path) == 1}
+    for fields in endpoint.usage:
+        for place in fields.places:
+            if place:
+                names.add(place[0])
+            else:
+                parts = (fields.cached, fields.cache_write, fields.reasoning, fields.total)
+                paths = [*fields.inputs, *fields.outputs, *[path for path in parts if path is not None]]
+                names.update([path[0] for path in paths])
+    return sorted(names)

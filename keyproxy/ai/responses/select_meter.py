@@ -1,46 +1,57 @@
-"""Select the meter for a response by its route and its head."""
+"""Select the meter for a response by its endpoint and its head."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.responses import usage_objects
+from keyproxy.ai.dialects.endpoint import Dialect, Endpoint, StreamFormat
+from keyproxy.ai.responses.body_meter import MediaMeter, TextMeter, UnreadMeter
 from keyproxy.ai.responses.inflating_meter import InflatingMeter
 from keyproxy.ai.responses.json_meter import JsonMeter
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.ai.responses.sse_meter import StreamMeter
-from keyproxy.model import ResponseHead, TokenUse
+from keyproxy.ai.responses.streams.array_meter import ArrayMeter
+from keyproxy.ai.responses.streams.aws_meter import AwsMeter
+from keyproxy.ai.responses.streams.line_meter import LineMeter
+from keyproxy.ai.responses.streams.sse_meter import SseMeter
+from keyproxy.ai.responses.streams.stream_reading import StreamReading
+from keyproxy.ai.responses.usage_objects import header_report
+from keyproxy.model import ResponseHead
 
-#: The model did not process a request with such a status: without a report it used nothing. Vendors bill none either.
-_ERROR_STATUS: Final = 400
+_EVENTS: Final = b"text/event-stream"
+_LINES: Final = (b"application/x-ndjson", b"application/ndjson", b"application/jsonl")
+_AWS_EVENTS: Final = b"application/vnd.amazon.eventstream"
 
 
-def meter_for(kind: str, head: ResponseHead, *, hides_usage: bool = False) -> Meter:
+def meter_for(
+    dialect: Dialect, endpoint: Endpoint, head: ResponseHead, *, choices: int = 1, hides_usage: bool = False
+) -> Meter:  # fmt: skip
     """Return the meter for one response.
 
-    `kind`: how the route's responses report usage: "openai", "anthropic" or "header". `hides_usage`: the client did not
-    request the usage chunk of its stream; it is left out unless the response has a Content-Length or is compressed.
+    `choices`: the number of alternatives that the request asks for. `hides_usage`: the client did not request the usage
+    chunk of its stream; it is left out unless the response has a Content-Length or is compressed.
     """
-    meter = _meter_for(kind, head, hides_usage=hides_usage and not head.fields.has_content_length)
-    if head.line.status >= _ERROR_STATUS:
-        meter.unsaid = TokenUse(0, 0)
-    return meter
-
-
-def _meter_for(kind: str, head: ResponseHead, *, hides_usage: bool) -> Meter:
-    if kind == "header":
-        return Meter(usage_objects.header_use(head.usage_tokens))
     encoding = b", ".join(head.fields.codings) or b"identity"
     is_plain = encoding == b"identity"
+    reading = StreamReading(dialect, endpoint, choices)
+    if not endpoint.usage:
+        reading.usage.report = reading.usage.reported_input = header_report(head.usage_tokens)
+    media_type = head.fields.media_type
     meter: Meter
-    if head.fields.media_type == b"text/event-stream":
-        meter = StreamMeter(kind, hides_usage=hides_usage and is_plain)
+    if media_type == _EVENTS:
+        meter = SseMeter(reading, hides_usage=hides_usage and is_plain and not head.fields.has_content_length)
+    elif media_type in _LINES:
+        meter = LineMeter(reading)
+    elif media_type == _AWS_EVENTS:
+        meter = AwsMeter(reading)
     elif head.fields.is_json:
-        meter = JsonMeter(usage_objects.anthropic_use if kind == "anthropic" else usage_objects.openai_use)
+        is_array = StreamFormat.JSON_ARRAY in endpoint.formats
+        meter = ArrayMeter(reading) if is_array else JsonMeter(dialect, endpoint, reading.usage)
+    elif media_type.startswith(b"text/"):
+        meter = TextMeter(reading.usage)
     else:
-        return Meter()
-    if is_plain:
+        meter = MediaMeter(reading.usage)
+    if is_plain or type(meter) is MediaMeter:
         return meter
     if encoding in (b"gzip", b"x-gzip", b"deflate"):
         return InflatingMeter(meter, is_gzip=encoding != b"deflate")
-    return Meter()
+    return UnreadMeter(reading.usage)

@@ -1,8 +1,8 @@
-"""Read reported usage: the `usage` objects of the APIs, and the `X-Usage-Tokens` header.
+"""Read reported usage: the objects with counts of the APIs, and the `X-Usage-Tokens` header.
 
 Only a whole number of tokens is a report. A string, a float, a negative number or an impossibly large one is not, and
-neither is an object that lacks the fields of its API: usage without a report is charged as estimated, which errs on the
-safe side. 0 is a report like any other.
+neither is an object that lacks the members of its API or has a malformed one: such a response counts as one without a
+report. 0 is a report like any other.
 """
 
 from __future__ import annotations
@@ -10,58 +10,109 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from keyproxy.ai.dialects.endpoint import MemberPath, UsageFields
 from keyproxy.model import TokenUse
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: A larger number is not credible, and would overflow the sums.
 TOKENS_MAX: Final = 10**12
 
 _DIGITS_MAX: Final = 13
 
-#: Anthropic counts tokens read from or written to its cache separately from the other input.
-_ANTHROPIC_INPUT: Final = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+@mypyc_attr(acyclic=True)
+class UsageReport:
+    """Reported tokens. `cached` and `cache_write` are parts of `tokens_in`, `reasoning` is a part of `tokens_out`."""
+
+    __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out")
+
+    def __init__(
+        self, tokens_in: int, tokens_out: int, *, cached: int = 0, cache_write: int = 0, reasoning: int = 0
+    ) -> None:
+        self.tokens_in: Final = tokens_in
+        self.tokens_out: Final = tokens_out
+        self.cached: Final = min(cached, tokens_in)
+        self.cache_write: Final = min(cache_write, tokens_in - self.cached)
+        self.reasoning: Final = min(reasoning, tokens_out)
+
+    @property
+    def use(self) -> TokenUse:
+        """The input and output."""
+        return TokenUse(self.tokens_in, self.tokens_out)
+
+    def _values(self) -> tuple[int, int, int, int, int]:
+        return (self.tokens_in, self.tokens_out, self.cached, self.cache_write, self.reasoning)
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if isinstance(other, UsageReport) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return "UsageReport({}, {}, cached={}, cache_write={}, reasoning={})".format(*self._values())
 
 
-def openai_use(usage: object) -> TokenUse | None:
-    """Return the usage in a `usage` object of chat completions, completions, embeddings or responses.
-
-    Tokens in the total but in none of its parts (hidden reasoning, for some servers) count as output.
-    """
-    if not isinstance(usage, Mapping):
+def report_in(fields: UsageFields, counts: Mapping[str, object], *, by_total: bool = False) -> UsageReport | None:
+    """Return the usage in an object with counts; None if it is no report. `by_total`: its total is enough."""
+    total = _count(counts, fields.total)
+    ins, outs = _counts(counts, fields.inputs), _counts(counts, fields.outputs)
+    if not (by_total and total != _ABSENT) and (ins[0] == _ABSENT or (outs and outs[0] == _ABSENT)):
         return None
-    total, given_in, given_out = (
-        usage.get("total_tokens"),
-        usage.get("prompt_tokens", usage.get("input_tokens")),
-        usage.get("completion_tokens", usage.get("output_tokens")),
-    )
-    said = [value for value in (total, given_in, given_out) if value is not None]
-    if not all(is_count(value) for value in said) or (total is None and len(said) < 2):
+    parts = [_count(counts, path) for path in (fields.cached, fields.cache_write, fields.reasoning)]
+    found = [total, *ins, *outs, *parts]
+    if _MALFORMED in found or is_no_report(fields, counts):
         return None
-    tokens_in = given_in or 0
-    return TokenUse(tokens_in, max(given_out or 0, (total or 0) - tokens_in))
+    tokens_in, tokens_out = _sum(ins), _sum(outs)
+    if fields.outputs:
+        tokens_out = max(tokens_out, total - tokens_in)
+    cached, cache_write, reasoning = [max(0, part) for part in parts]
+    return UsageReport(tokens_in, tokens_out, cached=cached, cache_write=cache_write, reasoning=reasoning)
 
 
-def anthropic_use(usage: object) -> TokenUse | None:
-    """Return the usage in a `usage` object of Anthropic's messages. Tokens from its cache count as used."""
-    if not isinstance(usage, Mapping):
+def input_in(fields: UsageFields, counts: Mapping[str, object]) -> UsageReport | None:
+    """Return the input in an object that may have no output yet; None if it has no credible input."""
+    ins = _counts(counts, fields.inputs)
+    parts = [_count(counts, path) for path in (fields.cached, fields.cache_write)]
+    found = [*ins, *parts]
+    if is_no_report(fields, counts) or ins[0] == _ABSENT or _MALFORMED in found:
         return None
-    inputs = [usage.get(name) for name in _ANTHROPIC_INPUT]
-    tokens_out = usage.get("output_tokens")
-    if inputs[0] is None or not all(is_count(value) for value in (tokens_out, *inputs) if value is not None):
-        return None
-    return None if tokens_out is None else TokenUse(sum(value or 0 for value in inputs), tokens_out)
+    cached, cache_write = [max(0, part) for part in parts]
+    return UsageReport(_sum(ins), 0, cached=cached, cache_write=cache_write)
 
 
-def header_use(said: bytes | None) -> TokenUse | None:
+def has_output(fields: UsageFields, counts: Mapping[str, object]) -> bool:
+    """Whether the object has the count of output, credible or not."""
+    return bool(fields.outputs) and _count(counts, fields.outputs[0]) != _ABSENT
+
+
+def header_report(value: bytes | None) -> UsageReport | None:
     """Return the total of a response's only `X-Usage-Tokens`, counted as output; None: it has none, or several."""
-    if said is None or not said or len(said) > _DIGITS_MAX:
+    if value is None or not value or len(value) > _DIGITS_MAX:
         return None
     total = 0
-    for at in range(len(said)):
-        digit = said[at] - 48
+    for at in range(len(value)):
+        digit = value[at] - 48
         if not 0 <= digit <= 9:
             return None
         total = 10 * total + digit
-    return None if total > TOKENS_MAX else TokenUse(0, total)
+    return None if total > TOKENS_MAX else UsageReport(0, total)
+
+
+def is_no_report(fields: UsageFields, counts: Mapping[str, object]) -> bool:
+    """Whether the object is of a type that does not count tokens, as an audio's duration."""
+    if not fields.no_report_types:
+        return False
+    kind = counts.get("type")
+    return isinstance(kind, str) and kind in fields.no_report_types
+
+
+def member(document: Mapping[str, object], path: MemberPath) -> object:
+    """Return the member at a path; None if there is none."""
+    value: object = document
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def is_count(value: object) -> bool:
@@ -71,3 +122,26 @@ def is_count(value: object) -> bool:
         return False
     count: int = value
     return 0 <= count <= TOKENS_MAX
+
+
+_ABSENT: Final = -1
+_MALFORMED: Final = -2
+
+
+def _count(counts: Mapping[str, object], path: MemberPath | None) -> int:
+    """A count; `_ABSENT` if it is absent or null, `_MALFORMED` if it is no count."""
+    value = None if path is None else member(counts, path)
+    if value is None:
+        return _ABSENT
+    if isinstance(value, bool) or not isinstance(value, int):
+        return _MALFORMED
+    count: int = value
+    return count if 0 <= count <= TOKENS_MAX else _MALFORMED
+
+
+def _counts(counts: Mapping[str, object], paths: tuple[MemberPath, ...]) -> list[int]:
+    return [_count(counts, path) for path in paths]
+
+
+def _sum(counts: list[int]) -> int:
+    return sum([max(0, count) for count in counts])

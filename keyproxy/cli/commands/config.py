@@ -10,6 +10,7 @@ import orjson
 
 from keyproxy.cli.options import config_option, json_option, load
 from keyproxy.config import loader
+from keyproxy.config.route_review import cap_warnings
 
 
 @click.group("config", short_help="Check or show the configuration, or print an example.")
@@ -41,6 +42,9 @@ def check(config_path: Path | None, *, offline: bool) -> None:
     if wrong:
         # Loading also finds address overlaps that need no name lookup.
         raise loader.ConfigError(list(dict.fromkeys(wrong)))
+    if loaded is not None:
+        for warning in cap_warnings(loaded.settings.routes):
+            click.echo(f"warning: {warning}", err=True)
     click.echo("ok")
 
 

@@ -33,8 +33,25 @@ CHARACTERS: Final = re.compile(_CHARACTERS_PATTERN)
 PLAIN: Final = re.compile(_PLAIN_PATTERN)
 #: The characters of numbers and literals.
 WORD: Final = re.compile(rb"[-+.0-9A-Za-z]*+")
+#: Characters that strings may not contain.
+CONTROLS: Final = bytes(range(0x20))
 NAME: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
 COLON: Final = re.compile(_SPACE_PATTERN + rb":")
+
+
+_VALUE_PATTERN: Final = rb'(?>"(%b)"|(%b))' % (_CHARACTERS_PATTERN, _PLAIN_PATTERN)
+#: A member of an object. Groups: the name; a string, or a number or literal, and the comma that follows; or the opening
+#: bracket of its value.
+MEMBER: Final = re.compile(
+    rb'%b"(%b)"%b:%b(?>%b%b(?:(,)|(?=\}))|([{\[]))'
+    % (_SPACE_PATTERN, _CHARACTERS_PATTERN, _SPACE_PATTERN, _SPACE_PATTERN, _VALUE_PATTERN, _SPACE_PATTERN)
+)
+#: An element of an array. Groups: as of a member, without the name.
+ELEMENT: Final = re.compile(rb"%b(?>%b%b(?:(,)|(?=\]))|([{\[]))" % (_SPACE_PATTERN, _VALUE_PATTERN, _SPACE_PATTERN))
+#: Numbers in an array, each followed by its comma.
+NUMBERS: Final = re.compile(
+    rb"(?:%b-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+%b,)*+" % (_SPACE_PATTERN, _SPACE_PATTERN)
+)
 
 
 class Utf8:

@@ -1,0 +1,126 @@
+"""Which model a request names: in its JSON, path, query or a header, as the route's setting `model` selects."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from keyproxy.ai.dialects.endpoint import Dialect
+from keyproxy.ai.dialects.table import model_in_path
+from keyproxy.ai.models import Candidates, Model, ModelTable
+from keyproxy.ai.requests.request_facts import RequestFacts, malformed
+
+#: The place of the route's dialect.
+DIALECT: Final = ""
+NONE: Final = "none"
+
+_KINDS: Final = ("json", "path", "query", "header", "form")
+_MEMBER_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_FIELD_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+#: A query with the model in it is short.
+_PAIRS_MAX: Final = 1_000
+_MODEL: Final = "model"
+
+
+class ModelSource(NamedTuple):
+    """`kind`: DIALECT, NONE, or one of `json`, `path`, `query`, `header`, `form`; then `name` is that of the place."""
+
+    kind: str
+    name: str = ""
+
+    @property
+    def json_member(self) -> str | None:
+        """The member that names the model in place of the dialect's; empty: none does. None: the dialect's."""
+        if self.kind == DIALECT:
+            return None
+        return self.name if self.kind == "json" else ""
+
+
+class Named(NamedTuple):
+    """The models of a request's single places. `model`: of the route's source."""
+
+    model: str | None
+    others: tuple[str, ...] = ()
+
+
+def parse_model_source(text: str) -> ModelSource:
+    """Read the setting `model` of a route. Raises ValueError, whose text describes the fault."""
+    if text in (DIALECT, NONE):
+        return ModelSource(text)
+    kind, colon, name = text.partition(":")
+    if not colon or kind not in _KINDS:
+        raise ValueError(f"must be empty, none, or one of {', '.join(f'{kind}:NAME' for kind in _KINDS)}")
+    if not (_FIELD_NAME if kind == "header" else _MEMBER_NAME).fullmatch(name):
+        raise ValueError(f"{name!r} is not a valid name in {kind}:NAME")
+    return ModelSource(kind, name)
+
+
+def named_models(
+    source: ModelSource, dialect: Dialect, facts: RequestFacts, *, path: bytes, query: bytes = b"",
+    value: str | None = None,
+) -> Named:  # fmt: skip
+    """Return the models that a request names in its single places.
+
+    `value`: of the source, for `path`, `header` and `form`, which the caller reads. Raises a Refusal
+    (REQUEST_MALFORMED) for a query with two models.
+    """
+    in_json = _json_model(facts)
+    in_path = model_in_path(dialect, path)
+    in_query = query_value(query, _MODEL) if query else None
+    model: str | None
+    match source.kind:
+        case "":
+            model = facts.model if facts.model is not None else in_path
+        case "json":
+            model = facts.model
+        case "query":
+            model = query_value(query, source.name)
+        case "none":
+            model = in_json if in_json is not None else in_path
+        case _:
+            model = value
+    others = [other for other in (in_json, in_path, in_query) if other is not None and other != model]
+    return Named(model, tuple(others))
+
+
+def candidates_of(table: ModelTable, named: Named, alternatives: tuple[str, ...] = ()) -> Candidates:
+    """Return the models that may serve a request. Raises a Refusal if two places name models of different rows."""
+    model = table.find(named.model)
+    for other in named.others:
+        found = table.find(other)
+        if found is not None and found is not model:
+            raise malformed("The request names two different models.", _MODEL)
+    if not alternatives:
+        return Candidates(model)
+    rows: list[Model | None] = [table.find(name) for name in alternatives]
+    return Candidates(model, tuple(rows))
+
+
+def query_value(query: bytes, name: str) -> str | None:
+    """Return the value of a query's parameter, decoded once; None without it.
+
+    Raises a Refusal if it occurs twice, or in a spelling that some servers take for it.
+    """
+    pairs = re.split(rb"[&;]", query, maxsplit=_PAIRS_MAX)
+    if len(pairs) > _PAIRS_MAX:
+        raise malformed(f"The query has more than {_PAIRS_MAX} parameters.")
+    found: str | None = None
+    for pair in pairs:
+        raw_name, _, raw_value = pair.partition(b"=")
+        given = _decoded(raw_name)
+        if given == name and found is None:
+            found = _decoded(raw_value)
+        elif re.split(r"[\0\[]", given)[0].strip().casefold() == name.casefold():
+            raise malformed(f"The query parameter '{name}' appears twice or in another spelling.", name)
+    return found
+
+
+def _decoded(raw: bytes) -> str:
+    return unquote_to_bytes(raw.replace(b"+", b" ")).decode("utf-8", "replace")
+
+
+def _json_model(facts: RequestFacts) -> str | None:
+    value = None if facts.parts is None else facts.parts.values.get(_MODEL)
+    return value if isinstance(value, str) else None

@@ -1,0 +1,1 @@
+"""Read the usage that streams report, by the framing of their events."""

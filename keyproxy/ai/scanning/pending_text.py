@@ -1,0 +1,79 @@
+"""The texts of a request that wait for their estimate, as positions: a batch of short ones, and long ones in slices."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import orjson
+
+from keyproxy.ai.scanning.json_grammar import CHARACTERS
+from keyproxy.ai.text_estimate import TextEstimate
+
+#: Texts up to this size are estimated together; longer ones in slices.
+_SHORT_BYTES: Final = 4_096
+_SLICE_BYTES: Final = 32_768
+
+_BACKSLASH: Final = 0x5C
+
+
+class PendingText:
+    """Estimates strings of `content`. `pending_bytes`: about how much is noted and not estimated yet."""
+
+    __slots__ = ("_content", "_long", "_long_at", "_short", "estimate", "pending_bytes")
+
+    def __init__(self, content: bytes) -> None:
+        self.estimate: Final = TextEstimate()
+        self.pending_bytes = 0
+        self._content: Final = content
+        self._short: list[bytes] = []
+        self._long: list[tuple[int, int, bool]] = []
+        self._long_at = -1
+
+    def add_name(self, name: bytes) -> None:
+        """Note a decoded name."""
+        self._short.append(name)
+        self.pending_bytes += len(name)
+
+    def add(self, start: int, end: int) -> None:
+        """Note a string, by where its characters stand."""
+        size = end - start
+        self.pending_bytes += size
+        if size > _SHORT_BYTES:
+            self._long.append((start, end, self._content.find(b"\\", start, end) >= 0))
+            return
+        raw = self._content[start:end]
+        if _BACKSLASH in raw:
+            raw = str(orjson.loads(self._content[start - 1 : end + 1])).encode("utf-8")
+        self._short.append(raw)
+
+    def read(self, budget: int) -> int:
+        """Estimate pending texts of about `budget` bytes; return what is left of it, more than 0 if none is pending."""
+        if self._short:
+            self.estimate.add_all(self._short)
+            budget -= sum([len(text) for text in self._short])
+            self._short = []
+        while self._long and budget > 0:
+            budget -= self._read_slice(*self._long[-1])
+        if not self._long:
+            self.pending_bytes = 0
+            budget = max(1, budget)
+        return budget
+
+    def _read_slice(self, start: int, end: int, is_escaped: bool) -> int:
+        at = start if self._long_at < 0 else self._long_at
+        stop = min(end, at + _SLICE_BYTES)
+        if not is_escaped:
+            decoded = self._content[at:stop]
+        else:
+            match = CHARACTERS.match(self._content, at, stop)
+            stop = stop if match is None else match.end()
+            while stop < end and self._content[stop] & 0xC0 == 0x80:
+                stop -= 1  # not within a character: the decoder needs whole ones
+            decoded = str(orjson.loads(b'"%b"' % self._content[at:stop])).encode("utf-8")
+        self.estimate.add(decoded, continues=at > start)
+        if stop >= end:
+            self._long.pop()
+            self._long_at = -1
+        else:
+            self._long_at = stop
+        return stop - at

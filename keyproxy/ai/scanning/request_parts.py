@@ -1,0 +1,130 @@
+"""What a request's JSON contains, collected while it is scanned: members that count, texts, media, references."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import orjson
+
+from keyproxy.ai.scanning.content_media import IMAGE
+from keyproxy.ai.scanning.media_reader import MediaReader
+from keyproxy.ai.scanning.member_meanings import (
+    CONTEXT,
+    IMAGES,
+    MESSAGES,
+    NAMED,
+    NO_MEANING,
+    PROMPT,
+    REFERENCE,
+    TOOLS,
+)
+from keyproxy.ai.scanning.member_scope import Slot
+from keyproxy.ai.scanning.open_frame import Frame
+from keyproxy.ai.scanning.pending_text import PendingText
+
+#: A longer value of a member that counts is kept as this many bytes.
+_KEPT_BYTES_MAX: Final = 1_024
+
+_BACKSLASH: Final = 0x5C
+
+#: Stands for a longer string.
+TOO_LONG: Final = "\0"
+
+
+class DoubledNameError(Exception):
+    """A member that counts stands twice; the text is its path."""
+
+
+class RequestParts:
+    """The result of a scan.
+
+    `values`: of the members that count, by their path: raw bytes of a number or literal, decoded text, or an empty
+    array or object for any. `spans`: where these values stand. `opening`: where the outermost object opens.
+    `empty`: paths of objects without members; `""` is the document. `prompts`: strings and arrays in `prompt`.
+    """
+
+    def __init__(self, content: bytes, *, has_image_arrays: bool) -> None:
+        self.values: dict[str, bytes | str | list[str] | dict[str, str]] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.empty: set[str] = set()
+        self.is_object = False
+        self.opening = 0
+        self.prompts = 0
+        self.message_objects = 0
+        self.array_numbers = 0
+        self.has_tools = False
+        self.text: Final = PendingText(content)
+        self.media: Final = MediaReader(content, self.text)
+        self.content: Final = content
+        self._has_image_arrays: Final = has_image_arrays
+
+    # -- events of the scan
+
+    def note_slot(self, slot: Slot) -> None:
+        """A member that counts begins. Raises DoubledNameError."""
+        if slot.path in self.values:
+            raise DoubledNameError(slot.path)
+        self.values[slot.path] = []
+
+    def note_plain(self, slot: Slot, start: int, end: int) -> None:
+        """A number or literal is the value of a member that counts."""
+        self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
+        self.spans[slot.path] = (start, end)
+
+    def note_string(self, frame: Frame, start: int, end: int) -> None:
+        """A string is the value of the current member, or an element."""
+        slot = frame.slot
+        if slot is not None:
+            self.values[slot.path] = self._kept(start, end)
+            self.spans[slot.path] = (start - 1, end + 1)
+        if not frame.is_object:
+            frame.elements += 1
+            if frame.own == IMAGES and self._has_image_arrays:
+                self.media.count.add(IMAGE, 0)
+                return
+        elif frame.meaning and self.media.is_medium(frame, start, end):
+            return
+        self.text.add(start, end)
+
+    def open_frame(self, parent: Frame | None, start: int, *, is_object: bool) -> Frame:
+        """An array or object begins."""
+        if parent is None:
+            return Frame(start, 0, NO_MEANING, None, is_object=is_object)
+        own = parent.meaning if parent.is_object else NO_MEANING
+        frame = Frame(start, parent.depth + 1, own, parent.slot, is_object=is_object)
+        frame.counts_names = parent.counts_names or own in (NAMED, TOOLS)
+        if not parent.is_object:
+            if not is_object:
+                parent.elements += 1
+            elif parent.depth == 1 and parent.own == MESSAGES:
+                self.message_objects += 1
+        elif own == MESSAGES and is_object and parent.depth == 0:
+            self.message_objects += 1
+        elif own == REFERENCE or (own == CONTEXT and parent.depth == 0):
+            self.media.refer("file" if own == REFERENCE else "conversation")
+        return frame
+
+    def close_frame(self, frame: Frame, parent: Frame | None, end: int) -> None:
+        """An array or object ends."""
+        slot = frame.own_slot
+        if slot is not None and parent is not None and parent.is_object and parent.slot is slot:
+            self.values[slot.path] = {} if frame.is_object else []
+            self.spans[slot.path] = (frame.start, end)
+            if frame.is_empty:
+                self.empty.add(slot.path)
+        elif parent is None and frame.is_empty:
+            self.empty.add("")
+        if frame.own == PROMPT and frame.depth == 1 and not frame.is_object:
+            self.prompts = frame.elements
+        elif frame.own == TOOLS and frame.depth == 1 and not frame.is_empty:
+            self.has_tools = True
+        part = frame.part
+        if part is not None:
+            self.media.end_part(frame, part, parent)
+
+    def _kept(self, start: int, end: int) -> str:
+        """A string value of a member that counts. None that counts is so long: a longer one equals no other."""
+        if end - start > _KEPT_BYTES_MAX:
+            return TOO_LONG
+        raw = self.content[start:end]
+        return raw.decode("utf-8") if _BACKSLASH not in raw else str(orjson.loads(self.content[start - 1 : end + 1]))
