@@ -67,4 +67,5 @@ ADDRESSES: Final = {
     "credit_window": EndpointAddress("POST", "/v1/usage/credits"),
     "show_limits": EndpointAddress("GET", "/v1/users/{id}/limits"),
     "explain_key": EndpointAddress("GET", "/v1/keys/{id}/explain"),
+    "explain_request": EndpointAddress("POST", "/v1/keys/{id}/explain"),
 }

@@ -276,6 +276,9 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
         result = await usage.explained(key, Question("POST", "/v1/ai/jobs", 7))
         assert (result["allowed"], result["user"], result["code"]) == (True, "u_1", None)
         assert set(result) == set(await desk.explained(key, Question("POST", "/v1/ai/jobs", 7)))
+        with_body = Question("POST", "/v1/ai/jobs", model="gpt-4o", body=b"{}")
+        from_body = await usage.explained(key, with_body)
+        assert {**from_body, "limits": []} == {**await desk.explained(key, with_body), "limits": []}
         await api.directory.keys.revoke(key, "")
         assert (await usage.explained(key, Question("POST", "/", None)))["code"] == "api_key_revoked"
         with pytest.raises(NotFound, match="there is no key 'key_x'"):

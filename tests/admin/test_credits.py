@@ -112,7 +112,11 @@ async def test_keys_that_replace_each_other_share_a_credited_window(limited: Api
         ({"reason": ""}, 422, "at least 1 character"),
         ({"user": "u_9"}, 404, "no user 'u_9'"),
         ({"tenant": "acme"}, 422, "exactly one of tenant, user and key"),
-        ({"limit": "tokens/month"}, 422, "has no limit tokens/month for live traffic; its limits: requests/day@mode:live, tokens/day"),
+        (
+            {"limit": "tokens/month"},
+            422,
+            "has no limit tokens/month for live traffic; its limits: requests/day@mode:live, tokens/day",
+        ),
         ({"limit": "requests/day@mode:live", "is_test": True}, 422, "for test traffic"),
         ({"limit": "request-rate"}, 422, "equest-rate has no window to credit"),
         ({"limit": "tokens/request"}, 422, "okens/request has no window to credit"),

@@ -92,8 +92,8 @@ usage_group.add_command(usage_adjust)
 def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: Any) -> None:
     """Show requests, refusals, tokens and cost; the last 30 days by default.
 
-    Requests were sent upstream; refusals were not charged. Cached and reasoning tokens are parts of tokens in and out. Days are UTC. Proxies write usage every [ledger]
-    settle_seconds.
+    Requests were sent upstream; refusals were not charged. Cached and reasoning tokens are parts of tokens in and out.
+    Days are UTC. Proxies write usage every [ledger] settle_seconds.
 
     \b
     keyproxy usage show --tenant acme --by user --since 2026-01-01

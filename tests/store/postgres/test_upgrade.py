@@ -179,7 +179,12 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
             lease = chance.randrange(8)
             used[lease] += chance.randint(0, granted[lease] - used[lease])
             (row,) = await one.report(
-                lease + 1, user=f"u_{lease}", bound=10_000_000, granted=granted[lease], used=used[lease], want=used[lease] + 9
+                lease + 1,
+                user=f"u_{lease}",
+                bound=10_000_000,
+                granted=granted[lease],
+                used=used[lease],
+                want=used[lease] + 9,
             )
             granted[lease] = row["granted"]
             batch += 1
@@ -187,7 +192,9 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
             await one.fetch("claim_charges", one.name, batch, [claim(lease).fingerprint], [batch], [None])
             requests[place] += 1
         for lease, count in used.items():
-            await one.report(lease + 1, user=f"u_{lease}", granted=granted[lease], used=count, returned=granted[lease] - count)
+            await one.report(
+                lease + 1, user=f"u_{lease}", granted=granted[lease], used=count, returned=granted[lease] - count
+            )
         used_by_process[place] = sum(used.values())
 
     used_by_process = [0] * len(processes)
