@@ -7,7 +7,7 @@ import pytest
 from keyproxy.limits.allowance import BUNDLES_MAX, Allowance, Hold, Need
 from keyproxy.limits.ledger_protocol import Window
 from keyproxy.limits.plan import Limit, Plan
-from keyproxy.reasons import LimitReason, Reason
+from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.limits.test_lease_table import NOON, TENANT, USER, Fleet, Process, under
 
 
@@ -123,6 +123,21 @@ def test_a_request_that_needs_no_tokens_passes_a_spent_budget_and_is_charged_wha
     settled(process, process.take(allowance, Need(0, 0)), tokens=3)
     process.leave()
     assert fleet.row("tokens_per_day").spent == 13
+
+
+def test_the_slots_of_a_request_can_be_held_while_its_body_is_read(process: Process) -> None:
+    allowance, need = under(Plan(concurrency=2, requests_per_day=9, tokens_per_day=100)), Need(1, 1)
+    assert process.table.take_slots(allowance, process.now, need) is None
+    first = process.take(allowance, need)
+    early = process.table.take_slots(allowance, process.now, need)
+    assert early is not None
+    assert process.refused(allowance, need).reason is Reason.CONCURRENCY_LIMITED
+    with pytest.raises(Refusal):
+        process.table.take_slots(allowance, process.now, need)
+    process.table.release(early)
+    settled(process, process.take(allowance, need), tokens=1)
+    settled(process, first, tokens=1)
+    process.leave()
 
 
 # -- money
@@ -321,3 +336,38 @@ def test_units_in_a_message_that_is_lost_are_not_returned(fleet: Fleet, process:
     process.lease_sync.resend(process.lease_sync.lines(process.now, 10))
     process.sync()
     assert process.refused(allowance, Need(1, 1)).reason is Reason.RATE_LIMITED
+
+
+# -- many holders of one window
+
+
+def test_holders_of_a_window_report_it_120_times_a_second_together_and_never_overspend_it(fleet: Fleet) -> None:
+    plan, processes, limit = Plan(requests_per_day=40_000), [fleet.process() for _ in range(600)], 40_000
+    allowances = [under(plan) for _ in processes]
+    admitted = messages = 0
+    for tick in range(60):
+        fleet.now += 0.5
+        for number, process in enumerate(processes):
+            if (tick + number) % 2:
+                process.used(process.take(allowances[number]))
+                admitted += 1
+            before = process.serial
+            lines = process.sync()
+            messages += lines if tick >= 20 else 0
+            assert process.serial - before == 1
+    row = fleet.row("requests_per_day")
+    assert row.spent + row.held <= limit
+    assert admitted == 18_000
+    # 600 holders would send 1,200 lines a second if each reported with every settlement.
+    assert messages / 20.0 <= 150
+
+
+def test_a_recall_returns_idle_units_with_the_next_message(fleet: Fleet, process: Process) -> None:
+    plan = Plan(requests_per_day=5)
+    process.used(process.take(under(plan)))
+    process.lease_sync.recall(Window(USER, "requests_per_day"), process.now)
+    process.sync(everything=False)
+    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (1, 0)
+    other = fleet.process()
+    for _ in range(4):
+        other.take(under(plan))

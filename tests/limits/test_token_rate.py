@@ -13,7 +13,6 @@ from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease import RATE_SECONDS
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.plan import Limit, Plan
-from keyproxy.limits.unused_units import UnusedUnits
 from keyproxy.reasons import Refusal
 from tests.limits.test_lease_table import USER, Fleet, Process
 
@@ -114,7 +113,7 @@ def test_returned_units_never_admit_more_than_the_bucket_would(burst: int, steps
 def test_returns_of_several_times_are_merged_into_no_more_than_each_of_them_in_turn(
     returns: list[tuple[int, int]],
 ) -> None:
-    unused = UnusedUnits()
+    unused = gcra.UnusedUnits()
     for at, units in returns:
         unused.add(units, float(at + 1), 1.0)
     units, granted_at = unused.taken()

@@ -1,4 +1,4 @@
-"""The ledger writes one alert for each window and percentage that is reached, exactly once, and each goes to one sender."""
+"""The ledger writes one alert for each window and percentage that is reached, and each goes to one sender."""
 
 from __future__ import annotations
 

@@ -133,9 +133,9 @@ async def test_concurrent_credits_and_messages_all_count(ledger: PostgresLedger,
             got = replies[0].granted
         return got
 
-    *_, first, second = await asyncio.gather(
-        *(credit(database, window(), 0, 1) for _ in range(10)), spend("a"), spend("b")
-    )
+    crediting = asyncio.gather(*(credit(database, window(), 0, 1) for _ in range(10)))
+    first, second = await asyncio.gather(spend("a"), spend("b"))
+    await crediting
     row = await sql.fetchrow("SELECT credited, spent, held, holders FROM keyproxy.windows")
     assert row is not None
     assert row["credited"] == 10
