@@ -359,6 +359,46 @@ def test_a_limit_of_any_kind_is_set_changed_and_removed_by_name(shell: Shell) ->
     assert shell.told("plan", "show", "basic")["limits"] == [{"measure": "spend", "per": "request", "amount": 1}]
 
 
+def test_a_window_is_credited_and_adjusted_with_a_reason(shell: Shell, key: dict[str, Any]) -> None:
+    shell.told("plan", "set", "p", "--limit", "tokens/day=1000", "--limit", "spend/month@model:gpt-4o=50.00")
+    shell.told("user", "set-plan", "u_42", "p")
+    credit = ("usage", "credit", "--user", "u_42", "--reason", "ticket 811")
+    made = shell.told(*credit, "--limit", "tokens/day", "--amount", "500")
+    assert (made["credited"], made["total"], made["mode"]) == (500, 1500, "live")
+    adjusted = shell.told(
+        "usage", "adjust", "--user", "u_42", "--limit", "tokens/day", "--amount", "-200", "--reason", "credited twice",
+    )  # fmt: skip
+    assert (adjusted["amount"], adjusted["credited"]) == (-200, 300)
+    money = ("--limit", "spend/month@model:gpt-4o", "--amount", "25.5")
+    assert shell.told(*credit, *money, "--test")["credited"] == 25_500_000
+    shown = shell.run(*credit, *money)
+    assert re.search(r"(?m)^total +75.50$", shown.out)
+    assert "the limit is 75.50 until" in shown.err
+    listed = shell.run("usage", "windows", "--user", "u_42").out
+    assert re.search(r"u_42 +user.tokens_per_day +- +1000 +300 +0 +0 +0 +1300 ", listed)
+    assert re.search(r"u_42 +user.spend_per_month +model:gpt-4o +50.00 +25.50 +0.00 ", listed)
+    rows = shell.told("audit", "list", "--entity", "window")
+    assert [(row["action"], row["after"]["amount"], row["after"]["reason"]) for row in rows[2:]] == [
+        ("window.credit", -200, "credited twice"),
+        ("window.credit", 500, "ticket 811"),
+    ]
+    assert rows[0]["actor"].startswith("cli:")
+    for arguments, status, sentence in (
+        ((*credit, "--limit", "tokens/day", "--amount", "0"), 2, "'0' must be more than 0"),
+        ((*credit, "--limit", "tokens/day", "--amount", "-5"), 2, "`keyproxy usage adjust` subtracts"),
+        ((*credit, "--limit", "tokens/day", "--amount", "1.5"), 2, "'1.5' is not a whole number, such as 500000"),
+        ((*credit, "--limit", "spend/month", "--amount", "1e3"), 2, "is not an amount with up to six places"),
+        ((*credit, "--limit", "weather", "--amount", "5"), 2, "name a limit of the plan, such as tokens/day"),
+        ((*credit, "--limit", "tokens/week", "--amount", "5"), 1, "has no limit tokens/week for live traffic"),
+        ((*credit, "--limit", "tokens/request", "--amount", "5"), 1, "tokens/request has no window to credit"),
+        ((*credit, "--key", key["id"], "--limit", "tokens/day", "--amount", "5"), 2, "exactly one of --user, --tenant"),
+        (("usage", "credit", "--user", "u_42", "--limit", "tokens/day", "--amount", "5"), 2, "--reason"),
+        (("usage", "adjust", "--user", "u_42", "--limit", "tokens/day", "--amount", "-1301", "--reason", "r"), 1,
+         "must stay from 0"),
+    ):  # fmt: skip
+        assert sentence in shell.refused(*arguments, status=status)
+
+
 def test_a_limit_per_request_above_a_window_is_warned_of(shell: Shell) -> None:
     shown = shell.run("plan", "set", "p", "--tokens-per-request", "500", "--tokens-per-day", "100")
     assert shown.status == 0
