@@ -323,5 +323,5 @@ class Proxy:
 
 def _of_store(settings: Settings) -> tuple[object, ...]:
     """The settings that a store is built from."""
-    alerts = settings.alerts.percentages
-    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, alerts
+    limits, alerts = settings.limits, settings.alerts.percentages
+    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts

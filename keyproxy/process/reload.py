@@ -53,6 +53,7 @@ def new_store(settings: Settings, dsn: str) -> Store:
         settings.usage,
         dsn=dsn,
         header_prefix=settings.identity.header_prefix,
+        limits=settings.limits,
         alert_percentages=settings.alerts.percentages,
         now=clock.now,
     )

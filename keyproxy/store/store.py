@@ -29,6 +29,7 @@ class Store:
         *,
         dsn: str,
         header_prefix: str,
+        limits: schema.LimitSettings | None = None,
         alert_percentages: Sequence[int] = (),
         now: Callable[[], Moment],
     ) -> None:
@@ -36,15 +37,12 @@ class Store:
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
         )
         # A separate pool, so that ledger sync and lookups do not wait for each other.
-        self._ledger_database = Database(
-            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
+        self._ledger_database = _beside(self.database, dsn, pool_size_max=3, store=store)
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger, alert_percentages), ledger, now)
-        self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
+        repeats_max = (limits or schema.LimitSettings()).idempotency_repeats_max
+        self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
-        self._usage_database = Database(
-            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
+        self._usage_database = _beside(self.database, dsn, pool_size_max=1, store=store)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -53,8 +51,6 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
-        for part in (self._ledger_database, self._usage_database):
-            part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if ledger.backend == "postgres":
             self.ledger.conversation.share(self.database.outage)
@@ -122,3 +118,12 @@ class Store:
     async def answers(self) -> None:
         """Check the database. Raises StoreUnavailable if it does not respond."""
         await self.database.fetch("tenants", "", 1)
+
+
+def _beside(main: Database, dsn: str, *, pool_size_max: int, store: schema.StoreSettings) -> Database:
+    """A pool of its own to the same database, which logs its outages together with the main one."""
+    part = Database(
+        dsn, pool_size_max=pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds, main=main
+    )
+    part.outage, part.is_main = main.outage, False
+    return part

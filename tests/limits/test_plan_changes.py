@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keyproxy.limits.limit_text import parse_limit
 from keyproxy.limits.plan import NO_LIMITS, InvalidPlanError, Limit, Plan
-from keyproxy.limits.plan_changes import (
+from keyproxy.limits.plans.plan_changes import (
     change_to,
     changed_plan,
     differences,

@@ -21,7 +21,7 @@ from keyproxy.admin.schemas.request_models import (
 from keyproxy.admin.schemas.response_models import AuditRow, AuditRows, Deleted, PlanMade, Plans, Token
 from keyproxy.admin.scopes import Scope
 from keyproxy.limits.plan import Plan
-from keyproxy.limits.plan_changes import plan_warnings
+from keyproxy.limits.plans.plan_changes import plan_warnings
 from keyproxy.store.directory.directory import AuditFilter, Entity, NotFound
 
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})

@@ -11,7 +11,7 @@ from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes
 from keyproxy.cli.output import Failure, print_message
 from keyproxy.limits.limit_text import amount_text, limit_text, parse_limit, rate_per_second
 from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, REQUEST_RATE, InvalidPlanError, Limit, Plan
-from keyproxy.limits.plan_changes import Change, change_to, changed_plan, differences, plan_warnings, removal_of
+from keyproxy.limits.plans.plan_changes import Change, change_to, changed_plan, differences, plan_warnings, removal_of
 from keyproxy.store.directory.directory import Entity
 
 _COLUMNS: Final = ("id", "limits", "tenants", "users", "keys")

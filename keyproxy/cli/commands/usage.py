@@ -75,7 +75,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group("usage")
+@click.group("usage", short_help="Show usage and limit windows, and credit windows.")
 def usage_group() -> None:
     """Show usage per user and the state of limit windows, and change the limits of windows."""
 
@@ -110,7 +110,9 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         which = replace(which, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
-    shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"])} for row in rows]
+    # Through the admin API, the unit is that of the server's configuration.
+    unit = f" {call.settings().money.unit}" if call.admin_url is None else ""
+    shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"]) + unit} for row in rows]
     call.print_result(shown, (*chosen, *_SHOWN_MEASURES))
     if len(rows) == _ROWS_MAX:
         print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from keyproxy.limits.plan import NO_LIMITS, InvalidPlanError, Plan
-from keyproxy.limits.plan_changes import changed_plan, named_amounts
+from keyproxy.limits.plans.plan_changes import changed_plan, named_amounts
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity
 from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
@@ -24,14 +24,14 @@ class PlanStore:
         """Replace the plan: limits that are not in `limits` are removed. Takes effect within a second.
 
         `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. In the result, `previous` has the limits before the
-        change, and `changed` the `old` and `new` value of each that has changed. Raises Invalid.
+        change, and `changed` the `old` and `new` value of those that have changed. Raises Invalid.
         """
         return await self._set(name, lambda _: Plan.from_json(limits), if_match)
 
     async def change(self, name: str, changes: object, *, if_match: str | None = None) -> Entity:
         """Change the limits that are named. The others stay. The plan is created if it does not exist.
 
-        `changes`: as `keyproxy.limits.plan_changes.changed_plan` reads it. The result is as for `set`. Raises Invalid.
+        `changes`: as `keyproxy.limits.plans.plan_changes.changed_plan` reads it. The result is as for `set`. Raises Invalid.
         """
         return await self._set(name, lambda before: changed_plan(Plan.from_json(before), changes), if_match)
 
