@@ -31,7 +31,7 @@ class PlanStore:
     async def change(self, name: str, changes: object, *, if_match: str | None = None) -> Entity:
         """Change the limits that are named. The others stay. The plan is created if it does not exist.
 
-        `changes`: as `keyproxy.limits.plans.plan_changes.changed_plan` reads it. The result is as for `set`. Raises Invalid.
+        `changes`: as `limits.plans.plan_changes.changed_plan` reads it. The result is as for `set`. Raises Invalid.
         """
         return await self._set(name, lambda before: changed_plan(Plan.from_json(before), changes), if_match)
 
