@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
@@ -17,6 +18,9 @@ from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.usage.journal import UsageJournal
 
 
+_DEFAULT_LIMITS: Final = schema.LimitSettings()
+
+
 class Store:
     """All parts of the store that a proxy uses."""
 
@@ -29,7 +33,7 @@ class Store:
         *,
         dsn: str,
         header_prefix: str,
-        limits: schema.LimitSettings | None = None,
+        limits: schema.LimitSettings = _DEFAULT_LIMITS,
         alert_percentages: Sequence[int] = (),
         now: Callable[[], Moment],
     ) -> None:
@@ -37,12 +41,16 @@ class Store:
             dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
         )
         # A separate pool, so that ledger sync and lookups do not wait for each other.
-        self._ledger_database = _beside(self.database, dsn, pool_size_max=3, store=store)
+        self._ledger_database = Database(
+            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
+        )
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger, alert_percentages), ledger, now)
         repeats_max = (limits or schema.LimitSettings()).idempotency_repeats_max
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
-        self._usage_database = _beside(self.database, dsn, pool_size_max=1, store=store)
+        self._usage_database = Database(
+            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
+        )
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -51,9 +59,7 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
-        self.usage.outage = self.claims.outage = self.database.outage
-        if ledger.backend == "postgres":
-            self.ledger.conversation.share(self.database.outage)
+        self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
             self.database,
@@ -72,6 +78,7 @@ class Store:
             state,
             now,
         )
+        self.feed.window_changed = self.ledger.conversation.lease_sync.forget_refusals
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -90,6 +97,13 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
         )
+
+    def _share_outage(self, *, has_ledger: bool) -> None:
+        for part in (self._ledger_database, self._usage_database):
+            part.outage, part.is_main = self.database.outage, False
+        self.usage.outage = self.claims.outage = self.database.outage
+        if has_ledger:
+            self.ledger.conversation.share(self.database.outage)
 
     async def open(self) -> None:
         """Open the pools and start the background tasks, whether or not the database is available."""
@@ -118,12 +132,3 @@ class Store:
     async def answers(self) -> None:
         """Check the database. Raises StoreUnavailable if it does not respond."""
         await self.database.fetch("tenants", "", 1)
-
-
-def _beside(main: Database, dsn: str, *, pool_size_max: int, store: schema.StoreSettings) -> Database:
-    """A pool of its own to the same database, which logs its outages together with the main one."""
-    part = Database(
-        dsn, pool_size_max=pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds, main=main
-    )
-    part.outage, part.is_main = main.outage, False
-    return part
