@@ -27,6 +27,7 @@ from keyproxy.platform import clock
 from keyproxy.store.directory.directory import (
     AuditFilter,
     Conflict,
+    Credit,
     Entity,
     ImportReport,
     Invalid,
@@ -173,6 +174,26 @@ async def test_a_plan_is_changed_limit_by_limit(operations: DirectoryOperations)
     assert (await operations.plans.delete("new"))["deleted"] is True
     with pytest.raises(Invalid, match="burst: means nothing without a rate"):
         await operations.plans.change("other", {"burst": 5})
+
+
+async def test_limits_of_any_kind_are_changed_and_windows_credited(operations: DirectoryOperations, api: Api) -> None:
+    await api.user()
+    weekly = {"measure": "tokens", "per": "week", "amount": 7, "model": "gpt-4o"}
+    made = await operations.plans.set("p", [weekly])
+    assert (made["limits"], made["previous"]) == ([weekly], None)
+    changed = await operations.plans.change("p", [{**weekly, "amount": 8}, {"measure": "concurrency", "amount": 2}])
+    assert changed["previous"] == [weekly]
+    assert changed["changed"] == {
+        "tokens_per_week@model:gpt-4o": {"old": 7, "new": 8}, "concurrency": {"old": None, "new": 2},
+    }  # fmt: skip
+    await operations.users.change("u_1", {"plan": "p"})
+    credit = Credit("user", "u_1", "tokens/week@model:gpt-4o", -3, "a mistake")
+    credited = await operations.credits.add(credit)
+    assert (credited["total"], credited["tenant"], credited["limit"]) == (5, "acme", credit.limit)
+    with pytest.raises(Invalid, match="has no limit tokens/day"):
+        await operations.credits.add(credit._replace(limit="tokens/day"))
+    with pytest.raises(NotFound, match="there is no tenant 'nobody'"):
+        await operations.credits.add(credit._replace(owner_kind="tenant", owner_id="nobody"))
 
 
 async def test_plans_and_the_audit_log(operations: DirectoryOperations) -> None:
