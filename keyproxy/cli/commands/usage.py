@@ -110,9 +110,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         which = replace(which, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
-    # Through the admin API, the unit is that of the server's configuration.
-    unit = f" {call.settings().money.unit}" if call.admin_url is None else ""
-    shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"]) + unit} for row in rows]
+    shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"])} for row in rows]
     call.print_result(shown, (*chosen, *_SHOWN_MEASURES))
     if len(rows) == _ROWS_MAX:
         print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
