@@ -72,7 +72,7 @@ class Store:
             state,
             now,
         )
-        self.feed.window_changed = self.ledger.conversation.lease_sync.forget_refusals
+        self._follow_windows()
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -90,6 +90,11 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
         )
+
+    def _follow_windows(self) -> None:
+        conversation = self.ledger.conversation
+        self.feed.window_changed = conversation.lease_sync.forget_refusals
+        self.feed.units_recalled = conversation.recall
 
     def _share_outage(self, *, has_ledger: bool) -> None:
         for part in (self._ledger_database, self._usage_database):
