@@ -177,7 +177,8 @@ async def test_alert_goes_to_one_sender_with_all_that_it_is_about(
     rows = [row for part in claimed for row in part]
     assert sorted(row["percentage"] for row in rows) == [50, 80]
     row = dict(rows[0])
-    assert (row["ends"] - row["starts"], row["starts"] % 86_400) == (604_800, 0)
+    starts, ends = row["window_starts"], row["window_ends"]
+    assert (ends - starts, starts.timestamp() % 86_400) == (timedelta(days=7), 0)
     assert {name: row[name] for name in ("amount", "spent", "pool_kind", "pool_id", "tenant_id", "is_test", "measure",
                                          "selector", "attempts", "last_error")} == {
         "amount": 100, "spent": 80, "pool_kind": "user", "pool_id": "u_42", "tenant_id": "acme", "is_test": True,
