@@ -23,6 +23,7 @@ NOT_COMPILED = {
     "auth/key_scanner": "runs for an operator",
     "http/webhook_signature": "runs for reminders",
     "limits/ledger_rules": "runs for an operator, and tests extend it",
+    "limits/plans/plan_changes": "runs for an operator",
     "limits/pool_leases": "objects of compiled classes cannot be referred to weakly",
     "wire/body_buffer": "tests shorten its times, which compiled modules have built in",
     "wire/handshake": "extends classes of the ssl module",

@@ -15,10 +15,10 @@ from keyproxy.admin.authentication import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
 from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
-from keyproxy.admin.metrics_page import MetricsPage
-from keyproxy.admin.reminder_sender import ReminderSender
+from keyproxy.admin.metrics_page import MetricsPage, Traffic
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
+from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
@@ -27,7 +27,8 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
 
@@ -51,7 +52,10 @@ class Admin:
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )
         self._throttle = Throttle()
-        self._reminding = ReminderSender(ReminderQueue(self._database))
+        self._reminders = ReminderQueue(self._database, lambda: self._settings.reminders.before_days)
+        self._reminding = WebhookSender(self._reminders)
+        self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
+        self._alerting = WebhookSender(self._alerts, "alerts of limits")
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -82,7 +86,7 @@ class Admin:
             counted = traffic()
             listener = AdminListener(
                 self._service,
-                metrics=MetricsPage(self._reminding, clock.monotonic, counted).page,
+                metrics=self._metrics_page(counted).page,
                 traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
@@ -97,11 +101,16 @@ class Admin:
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))
                 reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
+                alerting = group.create_task(self._alerting.run(lambda: self._settings.alerts))
                 await stop.wait()
-                changing.cancel()
-                reminding.cancel()
+                for task in (changing, reminding, alerting):
+                    task.cancel()
             systemd.notify("STOPPING=1")
         _log.info("stopped")
+
+    def _metrics_page(self, counted: Traffic) -> MetricsPage:
+        now_mono = clock.monotonic
+        return MetricsPage(self._reminders, self._reminding, self._alerts, now_mono=now_mono, traffic=counted)
 
     def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

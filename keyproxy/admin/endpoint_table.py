@@ -64,6 +64,8 @@ ADDRESSES: Final = {
     "show_usage": EndpointAddress("GET", "/v1/usage"),
     "export_usage_sums": EndpointAddress("GET", "/v1/usage/export", is_stream=True),
     "export_usage": EndpointAddress("GET", "/v1/usage/events", is_stream=True),
+    "credit_window": EndpointAddress("POST", "/v1/usage/credits"),
     "show_limits": EndpointAddress("GET", "/v1/users/{id}/limits"),
     "explain_key": EndpointAddress("GET", "/v1/keys/{id}/explain"),
+    "explain_request": EndpointAddress("POST", "/v1/keys/{id}/explain"),
 }

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from keyproxy.admin.reminder_sender import ReminderSender
+from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.metrics.catalogue import BUILD_INFO, Catalogue
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _WITHIN_DAYS: Final = (1, 7, 30)
@@ -72,6 +74,8 @@ class AdminScrape(NamedTuple):
     figures: StoreFigures | None
     #: Reminders by result.
     reminders: Mapping[str, int]
+    #: Delivered alerts of limits by percentage.
+    alerts: Mapping[str, int]
     traffic: Traffic
 
 
@@ -115,6 +119,8 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
            (), _reminders_waiting, MAX),
     Metric("keyproxy_reminders_total", COUNTER, "Reminders by result: sent, failed (one attempt), given_up.",
            ("result",), lambda scrape: scrape.reminders, SUM),
+    Metric("keyproxy_limit_alerts_total", COUNTER, "Alerts of limits that were delivered, by percentage of the limit.",
+           ("percentage",), lambda scrape: scrape.alerts, SUM),
     Metric("keyproxy_store_up", GAUGE, "Whether the last request to the store succeeded.",
            (), lambda scrape: scrape.figures is not None, MIN),
     BUILD_INFO,
@@ -124,8 +130,18 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
 class MetricsPage:
     """The metrics page. It queries the database at most once every 15 seconds."""
 
-    def __init__(self, reminding: ReminderSender, now_mono: Callable[[], float], traffic: Traffic) -> None:
+    def __init__(
+        self,
+        reminders: ReminderQueue,
+        reminding: WebhookSender,
+        alerts: LimitAlertQueue,
+        *,
+        now_mono: Callable[[], float],
+        traffic: Traffic,
+    ) -> None:
+        self._reminders = reminders
         self._reminding = reminding
+        self._alerts = alerts
         self._now_mono = now_mono
         self._traffic = traffic
         self._catalogue = Catalogue(ADMIN_METRICS, self._scrape)
@@ -142,10 +158,11 @@ class MetricsPage:
         return self._catalogue.render()
 
     def _scrape(self) -> AdminScrape:
-        return AdminScrape(self._figures, dataclasses.asdict(self._reminding.total), self._traffic)
+        reminders = dataclasses.asdict(self._reminding.total)
+        return AdminScrape(self._figures, reminders, self._alerts.delivered, self._traffic)
 
     async def _queried(self) -> StoreFigures | None:
-        reminders = self._reminding.reminders
+        reminders = self._reminders
         try:
             return StoreFigures(
                 keys=await reminders.expiring(_WITHIN_DAYS),

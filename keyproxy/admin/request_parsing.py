@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import ID, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, ID, PLAN_ID, PRINTABLE, SCOPE
 from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -156,14 +156,15 @@ def _checked(model: type[_Model], content: object, where: str) -> _Model:
 
 
 def _field_error(error: Any, model: type[RequestModel], where: str) -> FieldError:
-    location = ".".join([where, *map(str, error["loc"])])
+    steps = [str(step) for step in error["loc"] if step not in (BY_NAME, AS_LIST)]
+    location = ".".join([where, *steps])
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(model, error["loc"][:-1]))
         name = str(error["loc"][-1])
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         # An unknown name may be a secret: suggest the closest known name and truncate the unknown one.
         hint = f"; did you mean {close[0]}?" if close else ""
-        return FieldError(".".join([where, *map(str, error["loc"][:-1]), name[:40]]), f"unknown field{hint}")
+        return FieldError(".".join([where, *steps[:-1], name[:40]]), f"unknown field{hint}")
     meaning = _MEANINGS.get(error["ctx"]["pattern"]) if error["type"] == "string_pattern_mismatch" else None
     message: str = meaning or error["msg"].removeprefix("Value error, ")
     return FieldError(location[:200], message[:1].lower() + message[1:])
@@ -172,9 +173,14 @@ def _field_error(error: Any, model: type[RequestModel], where: str) -> FieldErro
 def _fields_at(model: type[RequestModel], location: Iterable[str | int]) -> Iterable[str]:
     """The fields of the model at this location."""
     here: type[RequestModel] | None = model
+    models: list[type[RequestModel]] = []
     for step in location:
         field = here.model_fields.get(str(step)) if here is not None else None
-        here = next(iter(_models(field.annotation)), None) if field is not None else here
+        if field is not None:
+            models = [*_models(field.annotation)]
+            here = models[0] if models else None
+        elif step == AS_LIST:
+            here = models[-1]
     return here.model_fields if here is not None else ()
 
 

@@ -33,7 +33,7 @@ DESCRIPTIONS: Final = {
     Scope.KEYS_READ: "reads tenants, users, keys and plans",
     Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys",
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
-    Scope.PLANS_WRITE: "creates, changes and deletes plans",
+    Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
     Scope.LEAKS_WRITE: "reports leaked keys",

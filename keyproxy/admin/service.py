@@ -18,7 +18,7 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import importing, keys, plans, tenants, usage
+from keyproxy.admin.resources import credit, importing, keys, plans, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import (
@@ -49,7 +49,14 @@ from keyproxy.store.postgres.database import (
 
 _log = logging.getLogger(__name__)
 
-ENDPOINTS: Final = (*tenants.ENDPOINTS, *keys.ENDPOINTS, *importing.ENDPOINTS, *plans.ENDPOINTS, *usage.ENDPOINTS)
+ENDPOINTS: Final = (
+    *tenants.ENDPOINTS,
+    *keys.ENDPOINTS,
+    *importing.ENDPOINTS,
+    *plans.ENDPOINTS,
+    *usage.ENDPOINTS,
+    *credit.ENDPOINTS,
+)
 
 _DIRECTORY_PROBLEMS: Final = {
     NotFound: Problem.NOT_FOUND,

@@ -129,6 +129,13 @@ class LedgerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """How limits count requests."""
+
+    idempotency_repeats_max: int = _setting(3, within(0, 1_000))
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """The retention of usage data."""
 
@@ -144,6 +151,16 @@ class ReminderSettings:
     webhook_url: str = _setting("", value_checks.webhook_url)
     webhook_secret: str = _setting("", value_checks.webhook_secret, secret=True)
     before_days: list[int] = _setting([14, 3, 1], value_checks.days_before)
+
+
+@dataclass(frozen=True, slots=True)
+class AlertSettings:
+    """Webhook alerts about limits that are nearly spent. Without a URL none are sent."""
+
+    #: Of limit and credits; 100 is also reached by the first refusal.
+    percentages: list[int] = _setting([80, 100], value_checks.percentages)
+    webhook_url: str = _setting("", value_checks.webhook_url)
+    webhook_secret: str = _setting("", value_checks.webhook_secret, secret=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +213,10 @@ class Settings:
     identity: IdentityHeaders = field(default_factory=IdentityHeaders)
     keys: KeySettings = field(default_factory=KeySettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
     usage: Usage = field(default_factory=Usage)
     reminders: ReminderSettings = field(default_factory=ReminderSettings)
+    alerts: AlertSettings = field(default_factory=AlertSettings)
     errors: Errors = field(default_factory=Errors)
     log: Log = field(default_factory=Log)
     tokens: Tokens = field(default_factory=Tokens)
@@ -256,11 +275,12 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("admin.tls_key_file: is set without admin.tls_certificate_file")
     if settings.listen.tls_client_ca_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
-    if settings.reminders.webhook_url and not settings.reminders.webhook_secret:
-        wrong.append(
-            "reminders.webhook_secret: is required with reminders.webhook_url; generate one with"
-            " `echo whsec_$(openssl rand -base64 32)`"
-        )
+    wrong += [
+        f"{table}.webhook_secret: is required with {table}.webhook_url; generate one with"
+        " `echo whsec_$(openssl rand -base64 32)`"
+        for table, webhook in (("reminders", settings.reminders), ("alerts", settings.alerts))
+        if webhook.webhook_url and not webhook.webhook_secret
+    ]
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
     )

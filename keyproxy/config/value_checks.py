@@ -115,6 +115,13 @@ def days_before(value: list[int]) -> str | None:
     return None
 
 
+def percentages(value: list[int]) -> str | None:
+    """Percentages of a limit at which an alert is sent, or none."""
+    if len(value) > 5 or len(set(value)) < len(value) or not all(1 <= one <= 100 for one in value):
+        return "must be at most 5 different percentages, each from 1 to 100"
+    return None
+
+
 #: The access log without successes.
 REFUSALS: Final = "refusals"
 

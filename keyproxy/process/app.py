@@ -185,8 +185,7 @@ class Proxy:
 
     async def _store_for(self, settings: Settings, dsn: str) -> Store:
         was = self._settings
-        before = was.store, was.cache, was.identity, was.ledger, was.usage, self._dsn
-        if before == (settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, dsn):
+        if dsn == self._dsn and _of_store(was) == _of_store(settings):
             return self.store
         store = new_store(settings, dsn)
         async with contextlib.AsyncExitStack() as undo:
@@ -301,3 +300,9 @@ class Proxy:
 
     async def _check_proxy(self) -> Check:
         return Check(Verdict.FAILED, "draining") if self.server.is_draining else Check(Verdict.OK)
+
+
+def _of_store(settings: Settings) -> tuple[object, ...]:
+    """The settings that a store is built from."""
+    limits, alerts = settings.limits, settings.alerts.percentages
+    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts

@@ -46,9 +46,16 @@ def bound(listener: Listen | Ops) -> socket.socket:
 
 def new_store(settings: Settings, dsn: str) -> Store:
     """A store, not yet open."""
-    prefix = settings.identity.header_prefix
     return Store(
-        settings.store, settings.cache, settings.ledger, settings.usage, dsn=dsn, header_prefix=prefix, now=clock.now
+        settings.store,
+        settings.cache,
+        settings.ledger,
+        settings.usage,
+        dsn=dsn,
+        header_prefix=settings.identity.header_prefix,
+        limits=settings.limits,
+        alert_percentages=settings.alerts.percentages,
+        now=clock.now,
     )
 
 

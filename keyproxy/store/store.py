@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
@@ -15,6 +16,8 @@ from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.usage.journal import UsageJournal
+
+_DEFAULT_LIMITS: Final = schema.LimitSettings()
 
 
 class Store:
@@ -29,21 +32,19 @@ class Store:
         *,
         dsn: str,
         header_prefix: str,
+        limits: schema.LimitSettings = _DEFAULT_LIMITS,
+        alert_percentages: Sequence[int] = (),
         now: Callable[[], Moment],
     ) -> None:
-        self.database = Database(
-            dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
-        )
+        seconds = store.statement_timeout_seconds
+        self.database = Database(dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=seconds)
         # A separate pool, so that ledger sync and lookups do not wait for each other.
-        self._ledger_database = Database(
-            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
-        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
-        self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
+        self._ledger_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
+        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger, alert_percentages), ledger, now)
+        repeats_max = (limits or schema.LimitSettings()).idempotency_repeats_max
+        self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
-        self._usage_database = Database(
-            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
+        self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -80,7 +81,6 @@ class Store:
             self.last_used.lasting,
             self.feed.lasting,
         )
-
         #: All cleanup of expired rows.
         self.chores = (
             self.ledger.conversation.reaping,

@@ -116,7 +116,7 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         "requests_per_day": 0
     }
     assert [plan["id"] for plan in shell.run_json("plan", "list")] == ["basic"]
-    assert "requests_per_day  0" in shell.run("plan", "show", "basic").out
+    assert re.search(r"(?m)^requests/day +0$", shell.run("plan", "show", "basic").out)
     assert shell.run_json("plan", "delete", "basic", "--yes") == {"id": "basic", "deleted": True}
     assert shell.run_json("plan", "list") == []
 
@@ -152,6 +152,18 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("plan", "set", "p", "--tokens-per-day", "9" * 30), 2, "the number is too large"),
         (("plan", "set", "p", "--tokens-per-day", str(10**15)), 2, "the number is too large"),
         (("plan", "set", "p", "--rate", "9" * 30), 2, "too large a rate"),
+        (("plan", "set", "p", "--limit", "tokens"), 2, "write a limit as tokens/day=1000000, spend/month=50.00"),
+        (("plan", "set", "p", "--limit", "weather/day=1"), 2, "there are requests, tokens, spend"),
+        (("plan", "set", "p", "--limit", "tokens/year=1"), 2, "must be per minute, hour, day, week, month, request"),
+        (("plan", "set", "p", "--limit", "tokens/day=1.5"), 2, "'1.5' is neither a whole number"),
+        (
+            ("plan", "set", "p", "--limit", "tokens/day@color:red=1"),
+            2,
+            "a selector is model:NAME, route:NAME, mode:live",
+        ),
+        (("plan", "set", "p", "--limit", "spend/day=0.0000001"), 2, "up to six places, such as 50.00"),
+        (("plan", "set", "p", "--limit", "tokens/day=1", "--tokens-per-day", "2"), 2, "tokens/day is given twice"),
+        (("plan", "set", "p", "--limit", "tokens/day=1", "--limit", "tokens/day=none"), 2, "is given twice"),
         (("key", "stale", "--unused", "9" * 30 + "d"), 2, "is too long"),
         (("key", "stale", "--unused", "999999999d"), 2, "is too long"),
         (("audit", "list", "--since", "yesterday"), 2, "is not a time"),
@@ -329,12 +341,91 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     again = shell.run("plan", "set", "p", "--burst", "200")
     assert (again.status, again.err) == (0, "keyproxy: plan 'p' already has these limits: nothing was changed\n")
     shown = shell.run("plan", "set", "p", "--burst", "300")
-    assert re.search(r"rate +50/s\nburst +200 -> 300\n", shown.out)
+    assert shown.out == "request-rate: 50/s:200 -> 50/s:300\n"
     for command in (("plan", "show", "p"), ("plan", "list")):
-        assert re.search(r" 50/s\s", shell.run(*command).out)
+        assert re.search(r"request-rate[= ] *50/s:300\s", shell.run(*command).out)
     last = shell.run_json("plan", "set", "p", "--replace", "--requests-per-month", "5")
     assert last["limits"] == {"requests_per_month": 5}
     assert last["changed"]["rate"] == {"old": 50.0, "new": None}
+
+
+def test_a_limit_of_any_kind_is_set_changed_and_removed_by_name(shell: Shell) -> None:
+    made = shell.run(
+        "plan", "set", "basic", "--limit", "tokens/day=1000000", "--limit", "spend/month=50.00", "--rate", "50/s",
+    )  # fmt: skip
+    assert made.out == "tokens/day: none -> 1000000\nspend/month: none -> 50.00\nrequest-rate: none -> 50/s\n"
+    changed = shell.run("plan", "set", "basic", "--limit", "tokens/day=2000000")
+    assert (changed.status, changed.out, changed.err) == (0, "tokens/day: 1000000 -> 2000000\n", "")
+    selected = shell.run_json(
+        "plan", "set", "basic", "--limit", "spend/month=none", "--limit", "tokens/week@mode:test,model:gpt-4o=7",
+    )  # fmt: skip
+    assert selected["limits"] == [
+        {"measure": "tokens", "per": "day", "amount": 2000000},
+        {"measure": "tokens", "per": "week", "amount": 7, "model": "gpt-4o", "mode": "test"},
+        {"measure": "request-rate", "per": "second", "amount": 50},
+    ]
+    assert selected["changed"] == {
+        "spend_per_month": {"old": 50_000_000, "new": None},
+        "tokens_per_week@mode:test,model:gpt-4o": {"old": None, "new": 7},
+    }
+    shown = shell.run("plan", "show", "basic").out
+    assert re.search(r"(?m)^tokens/week@mode:test,model:gpt-4o +7$", shown)
+    assert "tokens/week@mode:test,model:gpt-4o=7" in shell.run("plan", "list").out
+    removed = shell.run("plan", "set", "basic", "--limit", "request-rate=none", "--limit", "token-rate=6000/min:100")
+    assert removed.out == "token-rate: none -> 6000/min:100\nrequest-rate: 50/s -> none\n"
+    replaced = shell.run("plan", "set", "basic", "--replace", "--limit", "spend/request=0.000001")
+    assert "spend/request: none -> 0.000001\n" in replaced.out
+    assert shell.run_json("plan", "show", "basic")["limits"] == [{"measure": "spend", "per": "request", "amount": 1}]
+
+
+def test_a_window_is_credited_and_adjusted_with_a_reason(shell: Shell, key: dict[str, Any]) -> None:
+    shell.run_json("plan", "set", "p", "--limit", "tokens/day=1000", "--limit", "spend/month@model:gpt-4o=50.00")
+    shell.run_json("user", "set-plan", "u_42", "p")
+    credit = ("usage", "credit", "--user", "u_42", "--reason", "ticket 811")
+    made = shell.run_json(*credit, "--limit", "tokens/day", "--amount", "500")
+    assert (made["credited"], made["total"], made["mode"]) == (500, 1500, "live")
+    adjusted = shell.run_json(
+        "usage", "adjust", "--user", "u_42", "--limit", "tokens/day", "--amount", "-200", "--reason", "credited twice",
+    )  # fmt: skip
+    assert (adjusted["amount"], adjusted["credited"]) == (-200, 300)
+    money = ("--limit", "spend/month@model:gpt-4o", "--amount", "25.5")
+    assert shell.run_json(*credit, *money, "--test")["credited"] == 25_500_000
+    shown = shell.run(*credit, *money)
+    assert re.search(r"(?m)^total +75.50$", shown.out)
+    assert "the limit is 75.50 until" in shown.err
+    listed = shell.run("usage", "windows", "--user", "u_42").out
+    assert re.search(r"u_42 +user.tokens_per_day +- +1000 +300 +0 +0 +0 +1300 ", listed)
+    assert re.search(r"u_42 +user.spend_per_month +model:gpt-4o +50.00 +25.50 +0.00 ", listed)
+    rows = shell.run_json("audit", "list", "--entity", "window")
+    assert [(row["action"], row["after"]["amount"], row["after"]["reason"]) for row in rows[2:]] == [
+        ("window.credit", -200, "credited twice"),
+        ("window.credit", 500, "ticket 811"),
+    ]
+    assert rows[0]["actor"].startswith("cli:")
+    for arguments, status, sentence in (
+        ((*credit, "--limit", "tokens/day", "--amount", "0"), 2, "'0' must be more than 0"),
+        ((*credit, "--limit", "tokens/day", "--amount", "-5"), 2, "`keyproxy usage adjust` subtracts"),
+        ((*credit, "--limit", "tokens/day", "--amount", "1.5"), 2, "'1.5' is not a whole number, such as 500000"),
+        ((*credit, "--limit", "spend/month", "--amount", "1e3"), 2, "is not an amount with up to six places"),
+        ((*credit, "--limit", "weather", "--amount", "5"), 2, "name a limit of the plan, such as tokens/day"),
+        ((*credit, "--limit", "tokens/week", "--amount", "5"), 1, "has no limit tokens/week for live traffic"),
+        ((*credit, "--limit", "tokens/request", "--amount", "5"), 1, "tokens/request has no window to credit"),
+        ((*credit, "--key", key["id"], "--limit", "tokens/day", "--amount", "5"), 2, "exactly one of --user, --tenant"),
+        (("usage", "credit", "--user", "u_42", "--limit", "tokens/day", "--amount", "5"), 2, "--reason"),
+        (("usage", "adjust", "--user", "u_42", "--limit", "tokens/day", "--amount", "-1301", "--reason", "r"), 1,
+         "must stay from 0"),
+    ):  # fmt: skip
+        assert sentence in shell.refused(*arguments, status=status)
+
+
+def test_a_limit_per_request_above_a_window_is_warned_of(shell: Shell) -> None:
+    shown = shell.run("plan", "set", "p", "--tokens-per-request", "500", "--tokens-per-day", "100")
+    assert shown.status == 0
+    assert shown.err.splitlines()[0] == (
+        "keyproxy: warning: tokens/request=500 exceeds tokens/day=100: requests that reserve all of it, such as tunnels"
+        " and requests without a maximum, are always refused"
+    )
+    assert "warning" not in shell.run("plan", "set", "p", "--tokens-per-day", "500").err
 
 
 # -- lists

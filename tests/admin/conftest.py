@@ -19,16 +19,18 @@ from keyproxy.admin.connections import BOUNDS, Bounds
 from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
-from keyproxy.admin.reminder_sender import ReminderSender
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
+from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
+from tests.webhook_receiver import Receiver, receiving
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
 
@@ -121,8 +123,9 @@ async def dsn(shared_dsn: str) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(
-    database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
-) -> AsyncIterator[Api]:
+    database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS,
+    alerts: LimitAlertQueue | None = None,
+) -> AsyncIterator[Api]:  # fmt: skip
     """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
@@ -130,15 +133,15 @@ async def serving(
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = ReminderSender(ReminderQueue(database))
+    reminders, alerts = ReminderQueue(database), alerts or LimitAlertQueue(database)
     counted = traffic()
     listener = AdminListener(
-        service,
-        metrics=MetricsPage(reminding, lambda: now[0], counted).page,
-        traffic=counted,
-        log_line=lambda line, _status: log.append(json.loads(line)),
-        bounds=bounds,
-    )
+        service, traffic=counted,
+        metrics=MetricsPage(
+            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
+        ).page,
+        log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
+    )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         await listener.start(sock)
@@ -155,3 +158,10 @@ async def api(database: Database) -> AsyncIterator[Api]:
     """An admin API over this test's database."""
     async with serving(database) as api:
         yield api
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A receiver of webhooks on its own port."""
+    async with receiving() as receiver:
+        yield receiver

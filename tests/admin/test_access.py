@@ -47,6 +47,8 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "find_keys": {"text": user},
         "change_plan": {"limits": {"concurrency": 1}},
         "set_plan": {"limits": {"concurrency": 1}},
+        "credit_window": {"user": user, "limit": "tokens/day", "amount": 1, "reason": "r"},
+        "explain_request": {"path": "/", "body": "{}"},
     }
     return bodies.get(endpoint.name)
 

@@ -27,6 +27,7 @@ from keyproxy.platform import clock
 from keyproxy.store.directory.directory import (
     AuditFilter,
     Conflict,
+    Credit,
     Entity,
     ImportReport,
     Invalid,
@@ -175,6 +176,26 @@ async def test_a_patch_changes_only_the_named_limits_of_a_plan(operations: Direc
         await operations.plans.change("other", {"burst": 5})
 
 
+async def test_limits_of_any_kind_are_changed_and_windows_credited(operations: DirectoryOperations, api: Api) -> None:
+    await api.user()
+    weekly = {"measure": "tokens", "per": "week", "amount": 7, "model": "gpt-4o"}
+    made = await operations.plans.set("p", [weekly])
+    assert (made["limits"], made["previous"]) == ([weekly], None)
+    changed = await operations.plans.change("p", [{**weekly, "amount": 8}, {"measure": "concurrency", "amount": 2}])
+    assert changed["previous"] == [weekly]
+    assert changed["changed"] == {
+        "tokens_per_week@model:gpt-4o": {"old": 7, "new": 8}, "concurrency": {"old": None, "new": 2},
+    }  # fmt: skip
+    await operations.users.change("u_1", {"plan": "p"})
+    credit = Credit("user", "u_1", "tokens/week@model:gpt-4o", -3, "a mistake")
+    credited = await operations.credits.add(credit)
+    assert (credited["total"], credited["tenant"], credited["limit"]) == (5, "acme", credit.limit)
+    with pytest.raises(Invalid, match="has no limit tokens/day"):
+        await operations.credits.add(credit._replace(limit="tokens/day"))
+    with pytest.raises(NotFound, match="there is no tenant 'nobody'"):
+        await operations.credits.add(credit._replace(owner_kind="tenant", owner_id="nobody"))
+
+
 async def test_plans_and_the_audit_log(operations: DirectoryOperations) -> None:
     made = await operations.plans.set("basic", {"rate": 5.0, "burst": 9})
     assert (made["created"], made["limits"]) == (True, {"rate": 5.0, "burst": 9})
@@ -249,7 +270,18 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
         if by == "api":
             usage = RemoteUsage(await stack.enter_async_context(AdminClient(api.url, FILE_TOKEN)))
         assert await usage.sums(UsageFilter(user="u_1"), ["user"], 10) == [
-            {"user": "u_1", "requests": 3, "refusals": 0, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0}
+            {
+                "user": "u_1",
+                "requests": 3,
+                "refusals": 0,
+                "tokens_in": 30,
+                "tokens_out": 3,
+                "tokens_estimated": 0,
+                "tokens_cached": 0,
+                "tokens_cache_write": 0,
+                "tokens_reasoning": 0,
+                "cost_micros": 0,
+            }
         ]
         assert await usage.sums(UsageFilter(until=datetime(2020, 1, 1, tzinfo=UTC)), ["user"], 10) == []
         (row,) = [row async for row in usage.all_sums(UsageFilter(tenant="acme"))]
@@ -265,6 +297,9 @@ async def test_usage_limits_and_decisions_are_the_same_from_both(api: Api, by: s
         result = await usage.explained(key, Question("POST", "/v1/ai/jobs", 7))
         assert (result["allowed"], result["user"], result["code"]) == (True, "u_1", None)
         assert set(result) == set(await desk.explained(key, Question("POST", "/v1/ai/jobs", 7)))
+        with_body = Question("POST", "/v1/ai/jobs", model="gpt-4o", body=b"{}")
+        from_body = await usage.explained(key, with_body)
+        assert {**from_body, "limits": []} == {**await desk.explained(key, with_body), "limits": []}
         await api.directory.keys.revoke(key, "")
         assert (await usage.explained(key, Question("POST", "/", None)))["code"] == "api_key_revoked"
         with pytest.raises(NotFound, match="there is no key 'key_x'"):

@@ -75,6 +75,7 @@ async def key(api: Api) -> str:
         "usage show", "usage show --by user --by mode", "usage show --tenant nobody", "usage windows --user u_1 --test",
         "usage export", "usage export --format csv", "usage export --events", "usage export --format cloudevents",
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
+        "usage show --by model", "usage credit --user u_1 --limit tokens/week --amount 5 --reason r",
         "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",
     ],

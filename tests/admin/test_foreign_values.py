@@ -17,10 +17,10 @@ from keyproxy.model import Identity, KeyDigest, Missing
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.directory import KeyFilter, Revocation
-from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.explain import Question
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_queries import DIMENSIONS, UsageFilter
 from keyproxy.store.usage.usage_service import UsageService

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -13,86 +11,42 @@ import re
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
-from keyproxy.admin.reminder_sender import Outcome, ReminderSender
+from keyproxy.admin.webhook_sender import Outcome, WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli import main
-from keyproxy.config.schema import ReminderSettings as Terms
+from keyproxy.config.schema import ReminderSettings
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Entity, KeyWish
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import clean_environment
 from tests.admin.conftest import Api
 from tests.rawhttp import free_port
+from tests.webhook_receiver import SECRET, Receiver, right_signature
 
-KEY = b"the-key-of-the-webhook-of-tests!"
-SECRET = "whsec_" + base64.b64encode(KEY).decode()
 DAYS = [14, 3, 1]
 
-Answer = Callable[[web.Request], Any]
 
-
-@dataclass
-class Receiver:
-    """A webhook receiver: records the requests, and responds as configured."""
-
-    url: str = ""
-    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-    #: Statuses to respond with, then 204.
-    statuses: list[int] = field(default_factory=list)
-    on_request: Callable[[], Any] | None = None
-
-    async def handle(self, request: web.Request) -> web.Response:
-        """Keep one."""
-        self.got.append((dict(request.headers), await request.read()))
-        if self.on_request is not None:
-            await self.on_request()
-        status = self.statuses.pop(0) if self.statuses else 204
-        return web.Response(status=status, headers={"Location": self.url + "/elsewhere"} if status == 307 else {})
-
-    @property
-    def ids(self) -> list[str]:
-        """The ids of the received messages."""
-        return [headers["Webhook-Id"] for headers, _ in self.got]
-
-    @property
-    def received(self) -> list[dict[str, Any]]:
-        """The contents of the messages."""
-        return [json.loads(body) for _, body in self.got]
-
-    @property
-    def terms(self) -> Terms:
-        """The configuration for this receiver."""
-        return Terms(self.url, SECRET, DAYS)
+def terms(receiver: Receiver) -> ReminderSettings:
+    """The configuration for a receiver."""
+    return ReminderSettings(receiver.url, SECRET, DAYS)
 
 
 @pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    """A receiver on its own port."""
-    receiver, app = Receiver(), web.Application()
-    app.router.add_post("/{path:.*}", receiver.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port := free_port())
-    await site.start()
-    receiver.url = f"http://127.0.0.1:{port}/hook"
-    yield receiver
-    await runner.cleanup()
-
-
-@pytest.fixture
-def reminding(database: Database) -> ReminderSender:
+def reminding(database: Database) -> WebhookSender:
     """A sender."""
-    return ReminderSender(ReminderQueue(database))
+    return _sender(database)
+
+
+def _sender(database: Database) -> WebhookSender:
+    return WebhookSender(ReminderQueue(database, lambda: DAYS))
 
 
 MakeKey = Callable[..., Any]
@@ -122,15 +76,13 @@ async def _later(sql: Any) -> None:
 
 
 async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     key = await make_key(2.5, name="nightly", is_test=True)
     before = int(time.time())
-    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=1)
     ((headers, body),) = receiver.got
-    signed = f"{headers['Webhook-Id']}.{headers['Webhook-Timestamp']}.".encode() + body
-    right = base64.b64encode(hmac.new(KEY, signed, hashlib.sha256).digest()).decode()
-    assert headers["Webhook-Signature"] == f"v1,{right}"
+    assert headers["Webhook-Signature"] == right_signature(headers, body)
     assert before <= int(headers["Webhook-Timestamp"]) <= time.time()
     assert headers["Content-Type"] == "application/json"
     found = json.loads(body)
@@ -144,91 +96,91 @@ async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
 
 
 async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(13.9)
     await make_key(14.1)
     await make_key(0.5, of=0.9)  # issued for less than the nearest threshold: the expiry is expected
     for _ in range(2):
-        await reminding.turn(receiver.terms)
+        await reminding.turn(terms(receiver))
     assert [(event["data"]["key"], event["data"]["before_days"]) for event in receiver.received] == [(key["id"], 14)]
     # No sender ran for 13 days: only the nearest threshold is sent, not all of them.
     await sql.execute(
         "UPDATE keyproxy.api_keys SET expires_at = expires_at - interval '13 days' WHERE id = $1", key["id"]
     )
     for _ in range(2):
-        await reminding.turn(receiver.terms)
+        await reminding.turn(terms(receiver))
     assert [event["data"]["before_days"] for event in receiver.received] == [14, 1]
     assert len(set(receiver.ids)) == 2
 
 
 async def test_what_was_not_received_is_sent_again_under_its_id_until_it_is(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500, 404, 307, 301]
     for number in range(1, 5):
-        assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+        assert await reminding.turn(terms(receiver)) == Outcome(failed=1)
         assert len(receiver.got) == number, "a redirect is not followed"
-        assert await reminding.turn(receiver.terms) == Outcome(), "not at once"
+        assert await reminding.turn(terms(receiver)) == Outcome(), "not at once"
         await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=1)
     await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
     assert len(receiver.got) == 5
     assert len(set(receiver.ids)) == 1
     assert len({body for _, body in receiver.got}) == 1
 
 
 async def test_waits_between_attempts_grow_within_a_bound_and_end(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = await make_key(2)
     receiver.statuses = [503] * 20
     waits = []
     for _ in range(9):
-        await reminding.turn(receiver.terms)
+        await reminding.turn(terms(receiver))
         waits.append(await sql.fetchval("SELECT extract(epoch FROM next_at - now())::float8 FROM keyproxy.reminders"))
         await _later(sql)
     for wait, wanted in zip(waits[:8], [10, 60, 360, 2160, 12960, 21600, 21600, 21600], strict=True):
         assert 0.79 * wanted - 2 < wait <= 1.21 * wanted
     assert await sql.fetchval("SELECT given_up_at IS NOT NULL FROM keyproxy.reminders") is True
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
     assert len(receiver.got) == 9
     assert reminding.total == Outcome(sent=0, failed=9, given_up=1)
     assert f"reminder of key {key['id']} abandoned: the receiver responded with status 503" in caplog.text
 
 
 async def test_a_receiver_that_responds_gone_gets_no_more_attempts(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     await make_key(2)
     receiver.statuses = [410]
-    assert await reminding.turn(receiver.terms) == Outcome(failed=1, given_up=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(failed=1, given_up=1)
 
 
 async def test_timeouts_and_refused_connections_are_recorded_failures(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
     silence = asyncio.Event()
     receiver.on_request = silence.wait
     reminding.attempt_seconds = 0.1
-    assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(failed=1)
     assert await sql.fetchval("SELECT last_error FROM keyproxy.reminders") == "timeout: no response within 0.1 s"
     await _later(sql)
-    nobody = Terms(f"http://127.0.0.1:{free_port()}/", SECRET, DAYS)
+    nobody = ReminderSettings(f"http://127.0.0.1:{free_port()}/", SECRET, DAYS)
     assert await reminding.turn(nobody) == Outcome(failed=1)
     assert "ClientConnectorError" in await sql.fetchval("SELECT last_error FROM keyproxy.reminders")
     receiver.on_request = None
     await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=1)
     assert len(set(receiver.ids)) == 1
     silence.set()
 
 
 async def test_a_failing_receiver_does_not_get_the_whole_batch(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     key = await make_key(2)
     await sql.execute(
@@ -238,27 +190,27 @@ async def test_a_failing_receiver_does_not_get_the_whole_batch(
         key["id"],
     )
     receiver.statuses = [500] * 20
-    assert await reminding.turn(receiver.terms) == Outcome(failed=20)
-    assert await reminding.turn(receiver.terms) == Outcome(sent=31)
+    assert await reminding.turn(terms(receiver)) == Outcome(failed=20)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=31)
 
 
 async def test_of_several_senders_at_once_one_sends_each(
     make_key: MakeKey, database: Database, receiver: Receiver
 ) -> None:
     keys = [(await make_key(2))["id"] for _ in range(8)]
-    senders = [ReminderSender(ReminderQueue(database)) for _ in range(4)]
-    found = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
+    senders = [_sender(database) for _ in range(4)]
+    found = await asyncio.gather(*(sender.turn(terms(receiver)) for sender in senders))
     assert sum(outcome.sent for outcome in found) == 8
     assert sorted(event["data"]["key"] for event in receiver.received) == sorted(keys)
 
 
 @pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
 async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhile(
-    act: str, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    act: str, make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     key = (await make_key(2))["id"]
     receiver.statuses = [500]
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     match act:
         case "revoke":
             await api.directory.keys.revoke(key, "")
@@ -275,60 +227,60 @@ async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhil
         case "disable tenant":
             await api.directory.tenants.change("acme", {"disabled": True})
     await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
     assert len(receiver.got) == 1
-    assert await reminding.reminders.count_waiting() == 0
+    assert await ReminderQueue(api.database).count_waiting() == 0
 
 
 async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     await make_key(2)
     receiver.statuses = [500]
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     for disabled in (True, False):
         await api.directory.users.change("u_1", {"disabled": disabled})
         await _later(sql)
-        await reminding.turn(receiver.terms)
+        await reminding.turn(terms(receiver))
     assert len(receiver.got) == 2
     assert len(set(receiver.ids)) == 1
 
 
 async def test_a_key_that_ended_before_its_reminder_was_delivered_is_logged(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = (await make_key(0.5))["id"]
     receiver.statuses = [500]
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now()")
     await sql.execute(
         "UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.api_keys WHERE id = $1)", key
     )
-    assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(given_up=1)
     assert f"reminder of key {key} abandoned: already expired; the receiver responded with status 500" in caplog.text
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
 
 
 async def test_a_reminder_has_the_same_id_in_a_restored_database(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     await sql.execute("DELETE FROM keyproxy.reminders")  # written after the backup
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     assert len(receiver.got) == 2
     assert len(set(receiver.ids)) == 1
 
 
 async def test_what_is_long_over_is_forgotten(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any
 ) -> None:
     await make_key(2)
-    await reminding.turn(receiver.terms)
+    await reminding.turn(terms(receiver))
     for age, left in (("29 days", 1), ("31 days", 0)):
         await sql.execute(f"UPDATE keyproxy.reminders SET expires_at = now() - interval '{age}'")
         await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now()")
-        await reminding.turn(receiver.terms)
+        await reminding.turn(terms(receiver))
         assert await sql.fetchval("SELECT count(*) FROM keyproxy.reminders") == left
 
 
@@ -359,12 +311,12 @@ async def make_token(api: Api, database: Database, sql: Any) -> MakeToken:
 
 
 async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
-    make_token: MakeToken, make_key: MakeKey, reminding: ReminderSender, receiver: Receiver
+    make_token: MakeToken, make_key: MakeKey, reminding: WebhookSender, receiver: Receiver
 ) -> None:
     token, bound = await make_token(2.5), await make_token(13, tenant_id="acme")
     key = await make_key(2.5)
     await make_token(14.1)
-    assert await reminding.turn(receiver.terms) == Outcome(sent=3)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=3)
     found = {one["data"].get("token") or one["data"]["key"]: one for one in receiver.received}
     assert found[token["id"]]["type"] == "admin_token.expiring"
     assert found[token["id"]]["data"] == {
@@ -374,17 +326,17 @@ async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
     assert found[bound["id"]]["data"]["tenant"] == "acme"
     assert found[key["id"]]["type"] == "key.expiring"
     assert token["secret"].encode() not in b"".join(body for _, body in receiver.got)
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
     assert len(set(receiver.ids)) == 3
 
 
 @pytest.mark.parametrize("act", ["revoke", "delete tenant", "disable tenant", "expire", "extend"])
 async def test_a_token_that_ended_meanwhile_is_no_reminder(
-    act: str, make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, api: Api, sql: Any
+    act: str, make_token: MakeToken, reminding: WebhookSender, receiver: Receiver, api: Api, sql: Any
 ) -> None:
     token = (await make_token(2, tenant_id="acme"))["id"]
     receiver.statuses = [500]
-    assert await reminding.turn(receiver.terms) == Outcome(failed=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(failed=1)
     match act:
         case "revoke":
             await sql.execute("UPDATE keyproxy.admin_tokens SET revoked_at = now() WHERE id = $1", token)
@@ -397,23 +349,28 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
         case "extend":
             await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now() + interval '80 days'")
     await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome()
+    assert await reminding.turn(terms(receiver)) == Outcome()
     assert len(receiver.got) == 1
-    assert await reminding.reminders.count_waiting() == 0
+    assert await ReminderQueue(api.database).count_waiting() == 0
 
 
 async def test_a_token_that_expires_before_its_reminder_is_received_is_logged(
-    make_token: MakeToken, reminding: ReminderSender, receiver: Receiver, sql: Any, caplog: pytest.LogCaptureFixture
+    make_token: MakeToken,
+    reminding: WebhookSender,
+    receiver: Receiver,
+    database: Database,
+    sql: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.WARNING, logger="keyproxy.admin.reminder_sender")
+    caplog.set_level(logging.WARNING, logger="keyproxy.admin.webhook_sender")
     token = (await make_token(0.5))["id"]
     receiver.statuses = [500]
-    await reminding.turn(receiver.terms)
-    assert [(row["token"], row["key"]) for row in await reminding.reminders.waiting(9)] == [(token, None)]
+    await reminding.turn(terms(receiver))
+    assert [(row["token"], row["key"]) for row in await ReminderQueue(database).waiting(9)] == [(token, None)]
     assert f"reminder of admin token {token} failed, attempt 1" in caplog.text
     await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now()")
     await sql.execute("UPDATE keyproxy.reminders SET expires_at = (SELECT expires_at FROM keyproxy.admin_tokens)")
-    assert await reminding.turn(receiver.terms) == Outcome(given_up=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(given_up=1)
     assert f"reminder of admin token {token} abandoned: already expired" in caplog.text
 
 
@@ -430,7 +387,7 @@ def _configured(directory: Path, dsn: str, receiver: Receiver) -> Path:
 
 
 async def test_a_sender_that_is_killed_between_sending_and_marking_is_followed_by_the_same_id(
-    make_key: MakeKey, reminding: ReminderSender, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
+    make_key: MakeKey, reminding: WebhookSender, receiver: Receiver, sql: Any, tmp_path: Path, dsn: str
 ) -> None:
     await make_key(2)
     process = await asyncio.create_subprocess_exec(
@@ -446,9 +403,9 @@ async def test_a_sender_that_is_killed_between_sending_and_marking_is_followed_b
     async with asyncio.timeout(60):
         assert await process.wait() == -signal.SIGKILL
     receiver.on_request = None
-    assert await reminding.turn(receiver.terms) == Outcome(), "its claim lasts"
+    assert await reminding.turn(terms(receiver)) == Outcome(), "its claim lasts"
     await _later(sql)
-    assert await reminding.turn(receiver.terms) == Outcome(sent=1)
+    assert await reminding.turn(terms(receiver)) == Outcome(sent=1)
     assert len(receiver.got) == 2
     assert len(set(receiver.ids)) == 1
 

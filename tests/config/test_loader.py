@@ -333,6 +333,11 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
                                  ['""', f'"whsec_{"YWJj" * 8}"', f'"whsec_{"YWJj" * 21}YQ=="']),
     "reminders.before_days": (["[]", "[0]", "[366]", "[1, 1]", "[1.0]", '["1"]', "[true]", "1", str([*range(1, 12)])],
                               ["[1]", "[365, 30, 1]", str([*range(1, 11)])]),
+    "limits.idempotency_repeats_max": (["-1", "1001", "1.0"], ["0", "1000"]),
+    "alerts.percentages": (["[0]", "[101]", "[80, 80]", "[1, 2, 3, 4, 5, 6]", '["80"]', "[80.5]", "80"],
+                           ["[]", "[1]", "[100]", "[1, 50, 80, 90, 100]"]),
+    "alerts.webhook_url": (['"http://h/p"', '"h"'], ['""']),
+    "alerts.webhook_secret": (['"x"'], ['""', f'"whsec_{"YWJj" * 8}"']),
     "errors.invalid_key_status": (["400", "402"], ["401", "403"]),
     "errors.spent_status": (["403"], ["402", "429"]),
     "log.level": (['"INFO"', '"trace"'], ['"debug"', '"error"']),
@@ -459,12 +464,14 @@ def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: R
     assert shown["routes[1]"] == dataclasses.asdict(settings.routes[0])
 
 
+@pytest.mark.parametrize("table", ["reminders", "alerts"])
 @pytest.mark.parametrize("url", ["https://h/hook?a=b", "http://localhost:1/", "http://127.0.0.9/", "http://[::1]:1/"])
-def test_a_webhook_needs_a_secret(reader: Reader, url: str) -> None:
-    text = f'[reminders]\nwebhook_url = "{url}"\n'
+def test_a_webhook_needs_a_secret(reader: Reader, url: str, table: str) -> None:
+    text = f'[{table}]\nwebhook_url = "{url}"\n'
     (problem,) = reader.wrong(text)
-    assert problem.startswith("reminders.webhook_secret: is required with reminders.webhook_url")
-    assert reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings.reminders.webhook_url == url
+    assert problem.startswith(f"{table}.webhook_secret: is required with {table}.webhook_url")
+    settings = reader.load(f'{text}webhook_secret = "whsec_{"YWJj" * 8}"').settings
+    assert getattr(settings, table).webhook_url == url
 
 
 @pytest.mark.parametrize("number", ["1000000000000000", "9" * 18, "9" * 30, "9" * 5000])

@@ -26,7 +26,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import NotificationListener
 from tests.server import password_of
-from tests.store.harness import Clock, Door, Relay, Rig, Sql
+from tests.store.harness import Clock, Relay, Rig, Sql, StatementRunner
 from tests.store.redis_harness import MakeServer, servers
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
@@ -80,10 +80,10 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             statement_timeout_seconds: float = 5.0,
             listener: NotificationListener | str | None = None,
             now: Callable[[], Moment] | None = None,
-            door: Door | None = None,
+            door: StatementRunner | None = None,
         ) -> Rig:
             clock, state = Clock(), FeedState()
-            door = door or Door(
+            door = door or StatementRunner(
                 relay.dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds
             )
             last_used = LastUsed(door)

@@ -96,7 +96,7 @@ class Hold:
         self._may_pass.set()
 
 
-class Door(Database):
+class StatementRunner(Database):
     """The real database, instrumented: statements are counted, and their results can be held back."""
 
     def __init__(self, dsn: str, *, pool_size_max: int = 4, statement_timeout_seconds: float = 5.0) -> None:
@@ -308,7 +308,7 @@ class Rig:
     dsn: str
     sql: Sql
     relay: Relay
-    door: Door
+    door: StatementRunner
     clock: Clock
     state: FeedState
     last_used: LastUsed

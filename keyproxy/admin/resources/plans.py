@@ -9,6 +9,7 @@ import orjson
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem, Refused
+from keyproxy.admin.schemas import response_models
 from keyproxy.admin.schemas.request_models import (
     AuditExportQuery,
     AuditPageQuery,
@@ -17,8 +18,10 @@ from keyproxy.admin.schemas.request_models import (
     PlanChange,
     PlanSet,
 )
-from keyproxy.admin.schemas.response_models import AuditRow, AuditRows, Deleted, Plan, PlanMade, Plans, Token
+from keyproxy.admin.schemas.response_models import AuditRow, AuditRows, Deleted, PlanMade, Plans, Token
 from keyproxy.admin.scopes import Scope
+from keyproxy.limits.plan import Plan
+from keyproxy.limits.plans.plan_changes import plan_warnings
 from keyproxy.store.directory.directory import AuditFilter, Entity, NotFound
 
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
@@ -50,11 +53,11 @@ async def _set_plan(request: ApiRequest) -> ApiResponse:
             pass
         else:
             raise Refused(Problem.OUTDATED, f"Plan {name!r} already exists.")
-    plan = await request.directory.plans.set(name, body.limits.model_dump(exclude_none=True), if_match=request.if_match)
+    plan = await request.directory.plans.set(name, body.limits_json(), if_match=request.if_match)
     if request.must_be_new and not plan["created"]:
         # A concurrent request created it first; the transaction rolls back.
         raise Refused(Problem.OUTDATED, f"Plan {name!r} already exists.")
-    return ApiResponse(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
+    return _changed(name, plan)
 
 
 async def _change_plan(request: ApiRequest) -> ApiResponse:
@@ -62,8 +65,13 @@ async def _change_plan(request: ApiRequest) -> ApiResponse:
     name = request.path["id"]
     if request.must_exist:
         await request.directory.plans.get(name)
-    plan = await request.directory.plans.change(name, body.limits.given(), if_match=request.if_match)
-    return ApiResponse(plan, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
+    plan = await request.directory.plans.change(name, body.changes(), if_match=request.if_match)
+    return _changed(name, plan)
+
+
+def _changed(name: str, plan: Entity) -> ApiResponse:
+    content = {**plan, "warnings": plan_warnings(Plan.from_json(plan["limits"]))}
+    return ApiResponse(content, 201 if plan["created"] else 200, location=f"/v1/plans/{name}", is_version_of=plan)
 
 
 async def _delete_plan(request: ApiRequest) -> ApiResponse:
@@ -108,14 +116,14 @@ ENDPOINTS: Final = (
     Endpoint("list_plans", "List plans, sorted by name.",
              Scope.KEYS_READ, _plans, {200: Plans}, query=Paged),
     Endpoint("show_plan", "One plan.",
-             Scope.KEYS_READ, _plan, {200: Plan}, refuses=_NOT_THERE),
+             Scope.KEYS_READ, _plan, {200: response_models.Plan}, refuses=_NOT_THERE),
     Endpoint("set_plan", "Create or replace a plan: limits that are not named are removed. Takes effect within a "
              "second.",
              Scope.PLANS_WRITE, _set_plan, {201: PlanMade, 200: PlanMade}, body=PlanSet, is_global=True,
              is_conditional=True, may_be_new_only=True, refuses=_NOT_THERE),
     Endpoint("change_plan",
-             "Change the limits that are named; null removes one, the others stay. Creates the plan if it is missing. "
-             "Takes effect within a second.",
+             "Change the limits that are named, by name or as a list of entries; null removes one, the others stay. "
+             "Creates the plan if it is missing. Takes effect within a second.",
              Scope.PLANS_WRITE, _change_plan, {201: PlanMade, 200: PlanMade}, body=PlanChange, is_global=True,
              is_conditional=True, refuses=_NOT_THERE),
     Endpoint("delete_plan", "Delete a plan that no tenant, user or key uses.",

@@ -12,10 +12,11 @@ from pydantic import Field, StringConstraints
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import Id, Instant, QueryBoolean, QuerySum, QueryTokens
+from keyproxy.admin.schemas.field_types import Id, Instant, QueryBoolean, QuerySum, QueryTokens, Selector
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope
+from keyproxy.limits.plan import LIMIT_MAX
 from keyproxy.platform import clock
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, UsageFilter
@@ -68,6 +69,19 @@ class ExplainQuery(RequestModel):
     method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
     path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
     tokens: Annotated[QueryTokens | None, Field(description="Maximum tokens of prompt and response.")] = None
+    model: Annotated[Selector, Field(description="The model, for limits of single models.")] = ""
+
+
+class ExplainBody(RequestModel):
+    """The request to explain, with its body."""
+
+    method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
+    path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
+    tokens: Annotated[int | None, Field(ge=0, le=LIMIT_MAX, description="Where no body is read: maximum tokens.")] = (
+        None
+    )
+    model: Annotated[Selector, Field(description="Replaces the model that the body names.")] = ""
+    body: Annotated[str, Field(max_length=1 << 20, description="The body, as text.")]
 
 
 class Sum(ResponseModel):
@@ -127,11 +141,16 @@ class Event(ResponseModel):
 
 
 class Limit(ResponseModel):
-    """The state of a limit. Members that do not apply are omitted."""
+    """The state of a limit. Members that do not apply are omitted. `spend` is in micro-units.
+
+    `policy` is its name in refusals, which ends with the `selector`. Its window may use `limit` + `credited`.
+    """
 
     owner: str
     policy: str
+    selector: str
     limit: int
+    credited: int | None = None
     per_second: float | None = None
     spent: int | None = None
     held: int | None = None
@@ -148,7 +167,11 @@ class Windows(ResponseModel):
 
 
 class Explained(ResponseModel):
-    """Whether the request would be accepted. Nothing was charged or sent."""
+    """Whether the request would be accepted. Nothing was charged or sent.
+
+    Of a body on a route that counts tokens: the `model`, the `input` and `output` that it reserves, the `cap` that is
+    inserted, and the `price` of the reservation in micro-units.
+    """
 
     key: str
     user: str
@@ -161,6 +184,11 @@ class Explained(ResponseModel):
     policy: str | None
     detail: str | None
     retry_after_seconds: int | None
+    model: str | None
+    input: int | None
+    output: int | None
+    cap: int | None
+    price: int | None
     limits: list[Limit]
 
 
@@ -224,15 +252,27 @@ async def _explain(request: ApiRequest) -> ApiResponse:
     query: ExplainQuery = request.query
     key = request.path["id"]
     await request.directory.keys.get(key)  # 404 for tokens that may not see it
-    return ApiResponse(await _desk(request).explained(key, Question(query.method, query.path, query.tokens)))
+    question = Question(query.method, query.path, query.tokens, query.model)
+    return ApiResponse(await _desk(request).explained(key, question))
+
+
+async def _explain_body(request: ApiRequest) -> ApiResponse:
+    body: ExplainBody = request.body
+    key = request.path["id"]
+    await request.directory.keys.get(key)  # 404 for tokens that may not see it
+    # JSON may contain half of a surrogate pair, which other encodings cannot represent.
+    content = body.body.encode("utf-8", "replace")
+    question = Question(body.method, body.path, body.tokens, body.model, body=content)
+    return ApiResponse(await _desk(request).explained(key, question))
 
 
 ENDPOINTS: Final = (
     Endpoint("show_usage",
-             "Sum requests, refusals and tokens. Days are UTC; every day that overlaps the time range counts.",
+             "Sum requests, refusals, tokens and cost, in micro-units. Days are UTC; every day that overlaps the time "
+             "range counts.",
              Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
     Endpoint("export_usage_sums",
-             "Stream all totals by day, tenant, user, key, mode and route as lines of JSON. A response that ends "
+             "Stream all totals by day, tenant, user, key, mode, route and model as lines of JSON. A response that ends "
              "without its last chunk is incomplete.",
              Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery),
     Endpoint("export_usage",
@@ -244,4 +284,7 @@ ENDPOINTS: Final = (
     Endpoint("explain_key",
              "Explain whether a request with this key would be accepted, and the state of each limit. Charges nothing.",
              Scope.USAGE_READ, _explain, {200: Explained}, query=ExplainQuery, refuses=_NOT_THERE),
+    Endpoint("explain_request",
+             "As explain_key, of a request with a body: also what it reserves, and the output cap that is inserted.",
+             Scope.USAGE_READ, _explain_body, {200: Explained}, body=ExplainBody, refuses=_NOT_THERE),
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints
 
@@ -30,6 +30,13 @@ KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
 Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
 Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
+
+#: Parts of a limit.
+Measure = Literal["requests", "tokens", "spend", "concurrency", "request-rate", "token-rate"]
+Per = Literal["second", "minute", "hour", "day", "week", "month", "request", ""]
+Amount = Annotated[float, Field(ge=0, le=LIMIT_MAX, allow_inf_nan=False)]
+Burst = Annotated[int, Field(ge=1, le=LIMIT_MAX)]
+Selector = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=128)]
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
 
@@ -66,6 +73,15 @@ Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
 
 #: Text that may contain keys.
 Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
+
+#: The two forms of a plan's limits, in the locations of validation errors.
+BY_NAME, AS_LIST = "<by name>", "<list>"
+
+
+def limits_form(value: object) -> str:
+    """The form of a plan's limits, so that errors are about that form only."""
+    return AS_LIST if isinstance(value, list) else BY_NAME
+
 
 #: A time in a response.
 Time = Annotated[

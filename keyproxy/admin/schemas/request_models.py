@@ -7,25 +7,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from keyproxy.admin.schemas.field_types import (
+    AS_LIST,
+    BY_NAME,
+    Amount,
+    Burst,
     Id,
     Instant,
     KeyScope,
     Life,
+    Measure,
     Name,
     Pasted,
+    Per,
     PlanId,
     QueryBoolean,
     QueryLimit,
     QueryRow,
     QuerySeconds,
     Reason,
+    Selector,
     Text,
     Whole,
+    limits_form,
 )
-from keyproxy.limits.plan import LIMIT_MAX, LIMITS
+from keyproxy.limits.plan import LIMIT_MAX, LIMITS, LIMITS_MAX
 
 
 class RequestModel(BaseModel):
@@ -83,11 +100,11 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token"] | None = None
+    entity: Literal["tenant", "user", "key", "plan", "token", "window"] | None = None
     entity_id: Text | None = None
     tenant: Id | None = None
     actor: Text | None = None
-    action: Literal["insert", "update", "delete", "truncate"] | None = None
+    action: Literal["insert", "update", "delete", "truncate", "window.credit"] | None = None
     since: Annotated[Instant | None, Field(description="Start, inclusive.")] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
 
@@ -265,10 +282,33 @@ class Limits(RequestModel):
     tokens_per_month: Whole | None = None
 
 
+class LimitEntry(RequestModel):
+    """One limit. `spend` is in micro-units. Without `model`, `route` and `mode` it applies to every request."""
+
+    without_default: ClassVar[frozenset[str]] = frozenset({"per", "burst", "model", "route", "mode"})
+
+    measure: Measure
+    per: Annotated[Per, Field(description="A calendar period, or `request`. Of a rate: its interval.")] = ""
+    amount: Amount
+    burst: Annotated[Burst | None, Field(description="Of a rate; null: its default.")] = None
+    model: Annotated[Selector, Field(description="Only requests for this model.")] = ""
+    route: Annotated[Selector, Field(description="Only requests on this route.")] = ""
+    mode: Annotated[Literal["live", "test", ""], Field(description="Only requests with such keys.")] = ""
+
+
 class PlanSet(RequestModel):
     """A complete plan; replaces all previous limits."""
 
-    limits: Limits
+    limits: Annotated[
+        Annotated[Limits, Tag(BY_NAME)] | Annotated[list[LimitEntry], Tag(AS_LIST), Field(max_length=LIMITS_MAX)],
+        Discriminator(limits_form),
+    ]
+
+    def limits_json(self) -> object:
+        """The limits in the form of `plans.limits`."""
+        if isinstance(self.limits, Limits):
+            return self.limits.model_dump(exclude_none=True)
+        return [entry.model_dump(exclude_none=True) for entry in self.limits]
 
 
 class LimitChanges(Limits):
@@ -277,7 +317,25 @@ class LimitChanges(Limits):
     without_default: ClassVar[frozenset[str]] = frozenset(LIMITS)
 
 
+class LimitChange(LimitEntry):
+    """A limit to set; an `amount` of null removes it. Omitted members stay, so a burst can be changed alone."""
+
+    without_default: ClassVar[frozenset[str]] = frozenset({"amount", "per", "burst", "model", "route", "mode"})
+
+    amount: Amount | None = None  # type: ignore[assignment]
+
+
 class PlanChange(RequestModel):
     """Changes to a plan."""
 
-    limits: LimitChanges
+    limits: Annotated[
+        Annotated[LimitChanges, Tag(BY_NAME)]
+        | Annotated[list[LimitChange], Tag(AS_LIST), Field(max_length=LIMITS_MAX)],
+        Discriminator(limits_form),
+    ]
+
+    def changes(self) -> object:
+        """The changes, as `changed_plan` reads them."""
+        if isinstance(self.limits, LimitChanges):
+            return self.limits.given()
+        return [entry.given() for entry in self.limits]

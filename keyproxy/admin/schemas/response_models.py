@@ -145,6 +145,22 @@ class PlanLimits(ResponseModel):
     tokens_per_month: int | None = None
 
 
+class LimitEntry(ResponseModel):
+    """One limit. `spend` is in micro-units."""
+
+    measure: str
+    per: str
+    amount: float | int
+    burst: int | None = None
+    model: str | None = None
+    route: str | None = None
+    mode: str | None = None
+
+
+_Limits = Annotated[
+    PlanLimits | list[LimitEntry],
+    Field(description="By name if all limits have one there, else a list."),
+]
 _Count = Annotated[
     int | None, Field(description="The number of uses; null for a token that is restricted to a tenant.")
 ]
@@ -154,7 +170,7 @@ class Plan(ResponseModel):
     """A named set of limits."""
 
     id: str
-    limits: PlanLimits
+    limits: _Limits
     created_at: Time
     tenants: _Count
     users: _Count
@@ -169,10 +185,12 @@ class LimitChanged(ResponseModel):
 
 
 class PlanMade(Plan):
-    """A plan; `created`: it is new. `changed`: the limits whose value has changed."""
+    """A plan; `created`: it is new. `changed`: the limits whose value has changed: `tokens_per_week@model:gpt-4o`."""
 
     created: bool
     changed: dict[str, LimitChanged]
+    previous: Annotated[PlanLimits | list[LimitEntry] | None, Field(description="Its limits before; null: it is new.")]
+    warnings: _Warnings
 
 
 class Deleted(ResponseModel):

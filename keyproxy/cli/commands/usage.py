@@ -1,4 +1,4 @@
-"""keyproxy usage show|windows|export."""
+"""keyproxy usage show|windows|export, and the commands of `credit`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any, Final
 import click
 import orjson
 
-from keyproxy.cli.commands.keys.explain import LIMIT_COLUMNS
+from keyproxy.cli.commands.credit import usage_adjust, usage_credit
+from keyproxy.cli.commands.keys.explain import LIMIT_COLUMNS, shown_limits
 from keyproxy.cli.context import Call, takes_call
 from keyproxy.cli.output import Progress, print_message
 from keyproxy.cli.parameters import instant
+from keyproxy.limits.limit_text import money_text
 from keyproxy.store.usage.usage_queries import DIMENSIONS, MEASURES, UsageFilter
 from keyproxy.store.usage.usage_service import UsageOperations
 
 _ROWS_MAX: Final = 10_000
 _USUAL_DAYS: Final = 30
 _FLUSHED_ROWS: Final = 500
+_SHOWN_MEASURES: Final = (*(name for name in MEASURES if name not in ("tokens_cache_write", "cost_micros")), "cost")
 _EVENT_COLUMNS: Final = (
     "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
     "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
@@ -52,9 +55,13 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group("usage")
+@click.group("usage", short_help="Show usage and limit windows, and credit windows.")
 def usage_group() -> None:
-    """Show usage per user, and the state of limit windows."""
+    """Show usage per user and the state of limit windows, and change the limits of windows."""
+
+
+usage_group.add_command(usage_credit)
+usage_group.add_command(usage_adjust)
 
 
 @usage_group.command("show", short_help="Show requests, refusals and tokens.")
@@ -63,14 +70,15 @@ def usage_group() -> None:
 @click.option("--by", multiple=True, type=click.Choice(DIMENSIONS), help="Group by this; repeatable. [all of them]")
 @takes_call
 def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: Any) -> None:
-    """Show requests, refusals and tokens; the last 30 days by default.
+    """Show requests, refusals, tokens and cost; the last 30 days by default.
 
-    Requests were sent upstream; refusals were not charged. Days are UTC. Proxies write usage every [ledger]
-    settle_seconds.
+    Requests were sent upstream; refusals were not charged. Cached and reasoning tokens are parts of tokens in and out.
+    Days are UTC. Proxies write usage every [ledger] settle_seconds.
 
     \b
     keyproxy usage show --tenant acme --by user --since 2026-01-01
     keyproxy usage show --user u_42 --day 2026-01-31
+    keyproxy usage show --tenant acme --by model
     """
     which = UsageFilter(**wanted)
     if day is not None:
@@ -82,7 +90,8 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         which = replace(which, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
-    call.print_result(rows, (*chosen, *MEASURES))
+    shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"])} for row in rows]
+    call.print_result(shown, (*chosen, *_SHOWN_MEASURES))
     if len(rows) == _ROWS_MAX:
         print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
 
@@ -94,12 +103,14 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
 def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     """Show the state of a user's and its tenant's limits: spent, held by proxies, remaining, and the reset time.
 
-    Forfeited is the part of spent that was charged because a proxy died while holding it.
+    Credited is added to the limit of this window alone. Forfeited is the part of spent that was charged because a proxy
+    died while holding it.
 
     \b
     keyproxy usage windows --user u_42
     """
-    call.print_result(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
+    limits = call.run_usage(lambda usage: usage.windows(user, is_test=is_test))
+    call.print_result(limits if call.as_json else shown_limits(limits), LIMIT_COLUMNS)
 
 
 @usage_group.command("export", short_help="Write usage totals or events to stdout.")
@@ -116,7 +127,7 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
 @click.option("--after", metavar="ID", help="Only events after this id, to resume an export.")
 @takes_call
 def usage_export(call: Call, form: str, after: str | None, *, is_of_events: bool, **wanted: Any) -> None:
-    """Write usage to stdout: totals by day, tenant, user, key, mode and route, or each request with --events.
+    """Write usage to stdout: totals by day, tenant, user, key, mode, route and model, or each request with --events.
 
     Events are in the order of writing, and each has an id that never changes. To resume, pass the last id with --after:
     the export contains every later event and may repeat some, so drop ids that you already have.

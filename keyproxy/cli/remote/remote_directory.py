@@ -14,7 +14,7 @@ from keyproxy.cli.remote.remote_keys import (
     RemoteLeakedKeys,
     key_fields,
 )
-from keyproxy.store.directory.directory import AuditFilter, Entity, EntityPage, KeyWish
+from keyproxy.store.directory.directory import AuditFilter, Credit, Entity, EntityPage, KeyWish
 
 
 class RemoteTenants:
@@ -76,8 +76,8 @@ class RemotePlans:
     async def set(self, name: str, limits: object) -> Entity:
         return await self._client.call("set_plan", name, limits=limits)
 
-    async def change(self, name: str, changes: Mapping[str, float | None]) -> Entity:
-        return await self._client.call("change_plan", name, limits=dict(changes))
+    async def change(self, name: str, changes: object) -> Entity:
+        return await self._client.call("change_plan", name, limits=changes)
 
     async def get(self, name: str) -> Entity:
         return await self._client.call("show_plan", name)
@@ -87,6 +87,23 @@ class RemotePlans:
 
     async def delete(self, name: str) -> Entity:
         return await self._client.call("delete_plan", name)
+
+
+class RemoteCredits:
+    """CreditOperations over the admin API."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+
+    async def add(self, credit: Credit) -> Entity:
+        return await self._client.call(
+            "credit_window",
+            **{credit.owner_kind: credit.owner_id},
+            limit=credit.limit,
+            amount=credit.amount,
+            reason=credit.reason,
+            is_test=credit.is_test,
+        )
 
 
 class RemoteAudit:
@@ -128,6 +145,7 @@ class RemoteDirectory:
         self.key_importer = RemoteKeyImporter(client)
         self.leaked_keys = RemoteLeakedKeys(client)
         self.plans = RemotePlans(client)
+        self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)
 
 

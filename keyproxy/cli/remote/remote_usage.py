@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from keyproxy.cli.remote.admin_client import AdminClient
+from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import UsageFilter
 
@@ -36,8 +37,16 @@ class RemoteUsage:
         return items
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
-        fields = {"method": question.method, "path": question.path, "tokens": question.tokens}
-        return await self._client.call("explain_key", key_id, **fields)
+        fields: dict[str, Any] = {"method": question.method, "path": question.path, "tokens": question.tokens}
+        if question.model:
+            fields["model"] = question.model
+        if question.body is None:
+            return await self._client.call("explain_key", key_id, **fields)
+        try:
+            text = question.body.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Invalid("the body is not UTF-8 text, so --admin-url cannot send it") from error
+        return await self._client.call("explain_request", key_id, **fields, body=text)
 
 
 def _filters(wanted: UsageFilter) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
 
-#: The kinds of changed entities, as the triggers write them.
-ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
-ACTIONS: Final = ("insert", "update", "delete", "truncate")
+#: The kinds of changed entities, as triggers and functions write them.
+ENTITIES: Final = ("tenant", "user", "key", "plan", "token", "window")
+ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit")
 
 _ID_MAX: Final = 2**63 - 1
 _POLL_SECONDS: Final = 0.05

@@ -13,6 +13,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
+from keyproxy.store.directory.credits import Credit, CreditStore
 from keyproxy.store.directory.entities import Actor, Entity, EntityPage, KeyWish, etag
 from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
 from keyproxy.store.directory.import_keys import ImportedKey, ImportReport, KeyImporter
@@ -26,6 +27,7 @@ __all__ = [
     "Actor",
     "AuditFilter",
     "Conflict",
+    "Credit",
     "Directory",
     "DirectoryError",
     "Entity",
@@ -57,4 +59,5 @@ class Directory:
         self.key_importer = KeyImporter(context)
         self.leaked_keys = LeakedKeys(context)
         self.plans = PlanStore(context)
+        self.credits = CreditStore(context)
         self.audit = AuditLog(context)

@@ -23,7 +23,7 @@ _LIFE_MAX: Final = timedelta(days=36_525)
 
 #: Fields that an ETag does not cover: those that traffic writes, and those that are computed on reading.
 _NOT_VERSIONED: Final = frozenset(
-    {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "secret", "key"}
+    {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "previous", "secret", "key"}
 )
 
 

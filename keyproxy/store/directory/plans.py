@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from keyproxy.limits.plan import LIMITS, InvalidPlanError, Limit, Plan
+from keyproxy.limits.plan import NO_LIMITS, InvalidPlanError, Plan
+from keyproxy.limits.plans.plan_changes import changed_plan, named_amounts
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity
 from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
@@ -22,51 +23,45 @@ class PlanStore:
     async def set(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
         """Replace the plan: limits that are not in `limits` are removed. Takes effect within a second.
 
-        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the result: the `old` and
-        `new` value of each limit that has changed. Raises Invalid.
+        `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. In the result, `previous` has the limits before the
+        change, and `changed` the `old` and `new` value of those that have changed. Raises Invalid.
         """
         return await self._set(name, lambda _: Plan.from_json(limits), if_match)
 
-    async def change(
-        self,
-        name: str,
-        changes: Mapping[str, float | None],
-        *,
-        limits: Mapping[str, Limit | None] | None = None,
-        if_match: str | None = None,
-    ) -> Entity:
-        """Change the limits that are named; None removes one. The others stay. The plan is created if it does not exist.
+    async def change(self, name: str, changes: object, *, if_match: str | None = None) -> Entity:
+        """Change the limits that are named. The others stay. The plan is created if it does not exist.
 
-        `changes`: by their names in the object of `plans.limits`; `limits`: by `Limit.name`. The result is as for
-        `set`. Raises Invalid.
+        `changes`: as `limits.plans.plan_changes.changed_plan` reads it. The result is as for `set`. Raises Invalid.
         """
-        return await self._set(name, lambda plan: plan.with_names(changes).changed(limits or {}), if_match)
+        return await self._set(name, lambda before: changed_plan(Plan.from_json(before), changes), if_match)
 
-    async def _set(self, name: str, plan_of: Callable[[Plan], Plan], if_match: str | None) -> Entity:
+    async def _set(self, name: str, plan_after: Callable[[object], Plan], if_match: str | None) -> Entity:
         self._context.require_unbound("set a plan")
+        before: object = {}
         async with self._context.transaction() as transaction:
-            before = Plan()
             created = False
             try:
-                before = _plan((await self._context.lock(transaction, "plan", name, if_match))["limits"])
+                before = (await self._context.lock(transaction, "plan", name, if_match))["limits"]
             except NotFound:
                 if if_match is not None:
                     raise
-                row = await transaction.fetch_row("create_plan", name, _stored(_checked(plan_of, before)))
+                first = _valid(lambda: plan_after({}))
+                row = await transaction.fetch_row("create_plan", name, json.dumps(first.to_json()))
                 created = row is not None
                 if not created:
                     # Another transaction has created it in the meantime.
-                    before = _plan((await self._context.lock(transaction, "plan", name))["limits"])
-            plan = _checked(plan_of, before)
-            if not created and plan != before:
-                await transaction.fetch("set_plan", name, _stored(plan))
-        old, new = before.amounts(), plan.amounts()
+                    before = (await self._context.lock(transaction, "plan", name))["limits"]
+            after = _valid(lambda: plan_after(before))
+            if not created and after.to_json() != before:
+                await transaction.fetch("set_plan", name, json.dumps(after.to_json()))
+        was, now = named_amounts(_readable(before)), named_amounts(after)
         changed = {
-            limit: {"old": old.get(limit), "new": new.get(limit)}
-            for limit in dict.fromkeys([*LIMITS, *old, *new])
-            if old.get(limit) != new.get(limit)
+            limit: {"old": was.get(limit), "new": now.get(limit)}
+            for limit in dict.fromkeys((*was, *now))
+            if was.get(limit) != now.get(limit)
         }
-        return {**await self.get(name), "created": created, "changed": changed}
+        plan = await self.get(name)
+        return {**plan, "created": created, "changed": changed, "previous": None if created else before}
 
     async def get(self, name: str) -> Entity:
         """Return one plan, with its limits and the numbers of its tenants, users and keys."""
@@ -92,22 +87,17 @@ class PlanStore:
             ) from error
 
 
-def _plan(limits: object) -> Plan:
-    """Read a stored plan. Raises Invalid."""
+def _valid(plan: Callable[[], Plan]) -> Plan:
+    """The plan. Raises Invalid for an InvalidPlanError."""
     try:
-        return Plan.from_json(limits)
-    except InvalidPlanError as error:
-        raise Invalid(f"the stored plan is invalid: {error}") from error
-
-
-def _checked(plan_of: Callable[[Plan], Plan], before: Plan) -> Plan:
-    """Make a plan. Raises Invalid."""
-    try:
-        return plan_of(before)
+        return plan()
     except InvalidPlanError as error:
         raise Invalid(str(error)) from error
 
 
-def _stored(plan: Plan) -> str:
-    """A plan as the JSON of the column `plans.limits`."""
-    return json.dumps(plan.to_json())
+def _readable(limits: object) -> Plan:
+    """A plan from the table; without limits if another SQL client wrote them in no known form."""
+    try:
+        return Plan.from_json(limits)
+    except InvalidPlanError:
+        return NO_LIMITS

@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple, Protocol
 from keyproxy.auth import authorization
 from keyproxy.config import schema
 from keyproxy.http import request_target
-from keyproxy.http.routes import RouteTable
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
 from keyproxy.limits.calendar_windows import span
@@ -39,6 +38,7 @@ from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.body_reservation import BodyReservation, Target, no_reservation, reservation_of
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
@@ -59,7 +59,8 @@ class WindowReader(Protocol):
 class Question(NamedTuple):
     """The request to explain. `tokens`: the maximum that it may use; None if it does not state one.
 
-    `spend`: what these may cost, in micro-units; None: the model has no price.
+    `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
+    that counts tokens; `model` then replaces the one that the request names.
     """
 
     method: str
@@ -67,14 +68,19 @@ class Question(NamedTuple):
     tokens: int | None = None
     model: str = ""
     spend: int | None = 0
+    body: bytes | None = None
 
 
 class Explanation(NamedTuple):
-    """The decision. `refusal` None: it would be forwarded. `limits`: the state of each, and whether it would refuse."""
+    """The decision. `refusal` None: it would be forwarded. `limits`: the state of each, and whether it would refuse.
+
+    `reservation`: what a body reserves, as `BodyReservation.shown` returns it.
+    """
 
     route: str | None
     refusal: Refusal | None
     limits: Sequence[Mapping[str, Any]]
+    reservation: Mapping[str, Any]
 
 
 class _DryBackend:
@@ -147,9 +153,7 @@ async def explain_key(
         raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
-        explanation = await explain(
-            identity, question, configured.route_table(), windows, ledger=configured.ledger, now=now
-        )
+        explanation = await explain(identity, question, configured, windows, now=now)
     finally:
         await windows.close()
     return identity, explanation
@@ -187,27 +191,40 @@ async def windows_of_user(
 async def explain(
     identity: Identity,
     question: Question,
-    routes: RouteTable,
+    configured: schema.Settings,
     windows: WindowReader,
     *,
-    ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
 ) -> Explanation:
-    """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read."""
+    """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read, and Invalid."""
     backend = _DryBackend(windows, now)
-    route_name, need, refusal = None, None, None
+    route, need, refusal, reservation, hold = None, None, None, None, None
     try:
         method = question.method.encode("ascii")
-        path = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost").path
-        route = routes.match(method, path)
-        route_name = None if route is None else route.name
-        need = _need(question, route)
+        target = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost")
+        route = configured.route_table().match(method, target.path)
+        reservation = _reservation(question, configured, route, identity.allowance)
+        need = _need(question, route) if reservation is None else reservation.need
         authorization.admit(identity, route, now())
         if identity.allowance is not None:
-            await _take(backend, identity.allowance, need, ledger=ledger, now=now)
+            hold = await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
     except Refusal as error:
         refusal = error
-    return Explanation(route_name, refusal, await _limits(identity.allowance, backend, need, refusal))
+    limits = await _limits(identity.allowance, backend, need, refusal)
+    shown = no_reservation() if reservation is None else reservation.shown(hold)
+    return Explanation(None if route is None else route.name, refusal, limits, shown)
+
+
+def _reservation(
+    question: Question, configured: schema.Settings, route: Route | None, limits: Allowance | None
+) -> BodyReservation | None:
+    """What the body reserves; None: none is given, or its route does not count tokens."""
+    if question.body is None or route is None or route.tokens == NO_TOKENS:
+        return None
+    row = next(one for one in configured.routes if (one.name or one.match) == route.name)
+    path, _, query = question.path.encode("utf-8", "surrogateescape").partition(b"?")
+    target = Target(question.method.encode("ascii"), path, query)
+    return reservation_of(configured, row, target, question.body, model=question.model, limits=limits)
 
 
 async def _take(
@@ -217,7 +234,7 @@ async def _take(
     *,
     ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
-) -> None:
+) -> Hold | None:
     """Proceed as the gateway does: take, fetch what is missing, take again. Raises a Refusal."""
     taking = Ledger(backend, ledger, now)
     taking.start()
@@ -228,6 +245,7 @@ async def _take(
             hold = await missing.fetch_and_decide(lambda: taking.take(allowance, now(), need), lambda: False)
         if hold is not None:
             taking.settle(hold, was_sent=False)
+        return hold
     finally:
         await taking.close()
 
@@ -261,7 +279,8 @@ async def _limits(
             if limit.per == PER_REQUEST and is_of_mode(limit, pool):
                 window = Window(pool, limit.window_measure, limit.selector)
                 refuses = applies(limit, selection) and _needed(window.measure, need) > limit.quota
-                one = {"policy": window.policy, "limit": limit.quota, "remaining": limit.quota, "refuses": refuses}
+                one = {"policy": window.policy, "selector": limit.selector, "limit": limit.quota}
+                one |= {"remaining": limit.quota, "refuses": refuses}
                 limits.append({"owner": pool.owner, **one})
     for one in limits:
         if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
@@ -294,20 +313,22 @@ def window_state(window: Window, rule: Limit, state: WindowState) -> dict[str, A
         left = gcra.units_available(state.ahead_seconds, rule.quota, rule.interval_seconds)
         return {
             "policy": window.policy,
+            "selector": window.selector,
             "limit": rule.quota,
             "per_second": rule.per_second,
             "remaining": max(0, left),
             "reset_seconds": round(state.ahead_seconds, 3),
         }
-    limit = rule.quota
-    shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
+    shown: dict[str, Any] = {"policy": window.policy, "selector": window.selector, "limit": rule.quota}
     if window.measure == CONCURRENCY:
-        shown["remaining"] = max(0, limit - state.held)
-        shown["reset_seconds"] = None
-        del shown["spent"]
-        return shown
-    shown["forfeited"] = state.forfeited
-    shown["credited"] = state.credited
-    shown["remaining"] = max(0, limit + state.credited - state.spent - state.held)
+        shown["held"] = state.held
+    else:
+        shown |= {
+            "credited": state.credited,
+            "spent": state.spent,
+            "held": state.held,
+            "forfeited": state.forfeited,
+        }
+    shown["remaining"] = max(0, rule.quota + state.credited - state.spent - state.held)
     shown["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
     return shown

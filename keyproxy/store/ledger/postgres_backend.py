@@ -12,9 +12,6 @@ from keyproxy.store.postgres.database import Database
 #: Columns of lines in `sync_leases`.
 _COLUMNS: Final = 17
 
-#: Of a window's limit and credit together, at which the ledger writes an alert.
-ALERT_PERCENTAGES: Final = (80, 100)
-
 
 class WindowState(NamedTuple):
     """The state of a current window. `ends_seconds` from now; `ahead_seconds`: until a rate is fully recovered.
@@ -33,9 +30,8 @@ class WindowState(NamedTuple):
 class PostgresLedger:
     """Account for windows in PostgreSQL. Implements the port LedgerBackend."""
 
-    def __init__(
-        self, database: Database, *, lease_seconds: float, alert_percentages: Sequence[int] = ALERT_PERCENTAGES
-    ) -> None:
+    def __init__(self, database: Database, *, lease_seconds: float, alert_percentages: Sequence[int] = ()) -> None:
+        """`alert_percentages`: of a window's limit and credit together, at which the ledger writes an alert."""
         self._database = database
         self._lease_seconds = lease_seconds
         self._alert_percentages = sorted(alert_percentages)

@@ -63,10 +63,18 @@ class _Lost(Exception):
 class RedisLedger:
     """Leases from Redis, shares from PostgreSQL. Implements the port LedgerBackend."""
 
-    def __init__(self, url: str, database: Database, *, lease_seconds: float, timeout_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        database: Database,
+        *,
+        lease_seconds: float,
+        alert_percentages: Sequence[int] = (),
+        timeout_seconds: float = 2.0,
+    ) -> None:
         """`timeout_seconds` bounds one call to Redis. Opens no connection. Raises ValueError if the URL is invalid."""
         self._database = database
-        self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS)
+        self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS, alert_percentages=alert_percentages)
         self._lease_seconds = lease_seconds
         self._timeout_seconds = timeout_seconds
         # No retries: a repeated message is rejected as late. The ledger client sends a new one.

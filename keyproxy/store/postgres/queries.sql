@@ -660,7 +660,32 @@ JOIN keyproxy.windows AS w
 -- name: credit_window
 -- Changes the limit of the current window of a pool: see the function. $1 to $5 pool kind, id, mode, measure and selector,
 -- $6 the plan's limit, $7 the amount, $8 the reason.
-SELECT id, starts, ends_seconds, credited, spent, held FROM keyproxy.credit_window($1, $2, $3, $4, $5, $6, $7, $8);
+SELECT c.id, c.credited, c.spent, c.held, to_timestamp(c.starts) AS window_starts,
+       to_timestamp(keyproxy.window_end($4::text, c.starts)) AS window_ends
+FROM keyproxy.credit_window($1, $2, $3, $4, $5, $6, $7, $8) AS c;
+
+-- name: limits_of_tenant_pool
+-- The pool of the tenant $1, for test traffic if $2, with the limits of its plan. No row: no such tenant.
+SELECT t.id AS pool_id, t.id AS tenant_id, $2::bool AS is_test, p.limits
+FROM keyproxy.tenants AS t
+LEFT JOIN keyproxy.plans AS p ON p.id = CASE WHEN $2 THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
+WHERE t.id = $1;
+
+-- name: limits_of_user_pool
+-- As limits_of_tenant_pool, of the user $1.
+SELECT u.id AS pool_id, u.tenant_id, $2::bool AS is_test, p.limits
+FROM keyproxy.users AS u
+LEFT JOIN keyproxy.plans AS p ON p.id = CASE WHEN $2 THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
+WHERE u.id = $1;
+
+-- name: limits_of_key_pool
+-- As limits_of_tenant_pool, of the key $1, which shares its pool with the keys that it replaces. $2 has no effect: a key has
+-- one mode.
+SELECT coalesce(k.lineage, k.id) AS pool_id, u.tenant_id, k.is_test, p.limits
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+LEFT JOIN keyproxy.plans AS p ON p.id = k.plan_id
+WHERE k.id = $1 AND $2::bool IS NOT NULL;
 
 -- name: create_admin_token
 INSERT INTO keyproxy.admin_tokens (id, digest, hint, name, scopes, tenant_id, expires_at)
@@ -1017,7 +1042,7 @@ WITH free AS (
 )
 SELECT c.message_id, c.percentage, c.amount, c.spent, c.created_at, c.attempts, c.last_error, w.pool_kind, w.pool_id,
        w.is_test, w.measure, w.selector, keyproxy.tenant_of_pool(w.pool_kind, w.pool_id) AS tenant_id,
-       w.starts, keyproxy.window_end(w.measure, w.starts) AS ends
+       to_timestamp(w.starts) AS window_starts, to_timestamp(keyproxy.window_end(w.measure, w.starts)) AS window_ends
 FROM claimed AS c JOIN keyproxy.windows AS w ON w.id = c.window_id
 ORDER BY c.created_at, c.message_id;
 
@@ -1032,6 +1057,15 @@ UPDATE keyproxy.limit_alerts
 SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
     given_up_at = CASE WHEN $4::interval IS NULL THEN now() END
 WHERE message_id = $1 AND attempts = $2 AND delivered_at IS NULL AND given_up_at IS NULL;
+
+-- name: give_up_late_alerts
+-- Gives up alerts that nothing has tried to deliver for $1, and returns their number. Needs: limit_alerts (next_at).
+WITH late AS (
+    UPDATE keyproxy.limit_alerts AS a SET given_up_at = now()
+    WHERE a.delivered_at IS NULL AND a.given_up_at IS NULL AND a.attempts = 0 AND a.next_at < now() - $1::interval
+    RETURNING 1
+)
+SELECT count(*) AS alerts FROM late;
 
 -- name: count_alerts_waiting
 -- Needs: limit_alerts (next_at).

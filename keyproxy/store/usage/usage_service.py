@@ -54,6 +54,7 @@ class UsageService(UsageReader):
             "policy": None,
             "detail": None,
             "retry_after_seconds": None,
+            **explanation.reservation,
             "limits": list(explanation.limits),
         }
         if refusal is None:

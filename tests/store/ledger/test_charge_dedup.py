@@ -25,7 +25,7 @@ from keyproxy.store.ledger.ledger import Ledger as StoreLedger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database, Row, StoreConflict, StoreUnavailable
 from tests.reference_claims import ReferenceClaims
-from tests.store.harness import Clock, Door, Relay, Sql, until_row
+from tests.store.harness import Clock, Relay, Sql, StatementRunner, until_row
 from tests.waiting import until
 
 REPEAT = Answer(False, 0)
@@ -277,8 +277,8 @@ class Proxy:
 
 
 @pytest.fixture
-async def door(dsn: str) -> AsyncIterator[Door]:
-    door = Door(dsn)
+async def door(dsn: str) -> AsyncIterator[StatementRunner]:
+    door = StatementRunner(dsn)
     await door.open()
     yield door
     await door.close()
@@ -290,7 +290,9 @@ async def charged(sql: Sql) -> dict[str, tuple[int, int]]:
     return {measure: (spent, held) for measure, spent, held in rows}
 
 
-async def test_request_through_two_proxies_is_charged_once_as_the_larger_attempt(door: Door, sql: Sql) -> None:
+async def test_request_through_two_proxies_is_charged_once_as_the_larger_attempt(
+    door: StatementRunner, sql: Sql
+) -> None:
     one, other = Proxy(door), Proxy(door)
     for proxy in (one, other):
         proxy.ledger.start()
@@ -304,7 +306,7 @@ async def test_request_through_two_proxies_is_charged_once_as_the_larger_attempt
 
 
 @pytest.mark.parametrize("losses", [1, 3])
-async def test_lost_response_charges_nothing_twice(door: Door, sql: Sql, losses: int) -> None:
+async def test_lost_response_charges_nothing_twice(door: StatementRunner, sql: Sql, losses: int) -> None:
     proxy = Proxy(door)
     proxy.ledger.start()
     left = [losses]
@@ -343,7 +345,9 @@ async def test_claims_wait_while_the_store_is_unavailable(relay: Relay, sql: Sql
     assert await charged(sql) == {"requests_per_day": (1, 0), "tokens_per_day": (12, 0)}
 
 
-async def test_process_that_dies_with_claims_is_charged_everything_that_they_held(door: Door, sql: Sql) -> None:
+async def test_process_that_dies_with_claims_is_charged_everything_that_they_held(
+    door: StatementRunner, sql: Sql
+) -> None:
     dead, alive = Proxy(door), Proxy(door)
     dead.ledger.start()
     await dead.attempt(1, 12)
@@ -365,7 +369,7 @@ async def test_lookup_sees_every_request_that_ended_before_it(store: PostgresCla
     await claims.close()
 
 
-async def test_concurrent_lookups_share_one_query(door: Door) -> None:
+async def test_concurrent_lookups_share_one_query(door: StatementRunner) -> None:
     claims = claims_over(PostgresClaims(door), LeaseTable(), clock.now)
     claims.start()
     assert (

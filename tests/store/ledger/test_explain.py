@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from keyproxy.ai.models import Model, price_of
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
@@ -185,3 +187,71 @@ async def test_windows_of_a_user_are_its_own_and_its_tenant_s_in_one_mode(databa
         ("u_42", "user.requests_per_day", 4, 1, 45),
     ]
     assert [row["remaining"] for row in test] == [70, 50]
+
+
+# -- bodies
+
+
+HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
+PRICED = Settings(
+    routes=(RouteRow("POST /v1/chat/completions", tokens="openai"),),
+    ledger=schema.LedgerSettings(lease_seconds=60.0),
+    models=(Model("gpt-4o", price=price_of(2_500_000, 10_000_000)), Model("mini", price=price_of(0, 0))),
+)
+
+
+CENT_A_DAY = '[{"measure": "spend", "per": "day", "amount": 10000}]'
+
+
+async def reserved(database: Database, *, model: str = "", **members: Any) -> tuple[Any, ...]:
+    """(code, model, input, output, cap, price) of Hello with these members."""
+    body = json.dumps(HELLO | members).encode()
+    question = Question("POST", "/v1/chat/completions", model=model, body=body)
+    _, told = await explain_key(database, "key_1", question, PRICED, now=clock.now)
+    code = None if told.refusal is None else told.refusal.reason.code
+    return (code, *(told.reservation[name] for name in ("model", "input", "output", "cap", "price")))
+
+
+@pytest.mark.parametrize(
+    ("limits", "members", "wanted"),
+    [
+        ("{}", {}, (None, "gpt-4o", 18, 4096, 4096, 41_005)),
+        ("{}", {"max_completion_tokens": 50}, (None, "gpt-4o", 18, 50, None, 545)),
+        ("{}", {"max_tokens": 50, "n": 3}, (None, "gpt-4o", 18, 150, None, 1_545)),
+        ('{"tokens_per_request": 500}', {}, (None, "gpt-4o", 18, 482, 482, 4_865)),
+        ('{"tokens_per_day": 300}', {}, (None, "gpt-4o", 18, 282, 282, 2_865)),
+        ('{"tokens_per_request": 33}', {}, ("token_limit_per_request", "gpt-4o", 18, 16, 16, 205)),
+        (CENT_A_DAY, {}, (None, "gpt-4o", 18, 995, 995, 9_995)),
+        (CENT_A_DAY, {"model": "x"}, ("model_unpriced", "x", 18, 4096, 4096, None)),
+        ("{}", {"model": "x"}, (None, "x", 18, 4096, 4096, None)),
+    ],
+)  # fmt: skip
+async def test_a_body_reserves_what_a_proxy_would_reserve(
+    database: Database, sql: Sql, limits: str, members: dict[str, Any], wanted: tuple[Any, ...]
+) -> None:
+    await give(sql, limits)
+    assert await reserved(database, **members) == wanted
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.windows") == 0
+
+
+async def test_a_named_model_replaces_the_one_of_the_body(database: Database, sql: Sql) -> None:
+    await give(sql, "{}")
+    assert await reserved(database, model="mini") == (None, "mini", 18, 4096, 4096, 0)
+
+
+async def test_a_body_that_a_proxy_refuses_is_refused(database: Database, sql: Sql) -> None:
+    await give(sql, "{}")
+    assert await reserved(database, max_tokens="many") == ("request_malformed", None, None, None, None, None)
+    assert (await explained(database, JOB._replace(body=b"not JSON"))).reservation["input"] is None
+
+
+async def test_credits_and_selectors_are_part_of_a_window_s_state(database: Database, sql: Sql) -> None:
+    await give(sql, '[{"measure": "tokens", "per": "day", "amount": 100, "model": "gpt-4o"}]')
+    await sql.execute(
+        "SELECT keyproxy.credit_window('user', 'u_42', false, 'tokens_per_day', 'model:gpt-4o', 100, 25, 'r')"
+    )
+    (row,) = await windows_of_user(database, "u_42", CONFIGURED, is_test=False, now=clock.now)
+    assert {name: row[name] for name in ("policy", "selector", "limit", "credited", "remaining")} == {
+        "policy": "user.tokens_per_day@model:gpt-4o", "selector": "model:gpt-4o", "limit": 100, "credited": 25,
+        "remaining": 125,
+    }  # fmt: skip

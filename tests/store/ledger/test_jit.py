@@ -90,7 +90,9 @@ async def test_no_part_of_a_message_is_jit_compiled_or_scans_a_table(
     if analyzed:
         await sql.execute("ANALYZE")
     await sql.execute(_EXPLAIN)
-    ledger = PostgresLedger(cast("Database", PlainDatabase(sql)), lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(
+        cast("Database", PlainDatabase(sql)), lease_seconds=LEASE_SECONDS, alert_percentages=(80, 100)
+    )
     for serial, lines in enumerate(_MESSAGES, 1):
         assert await ledger.sync("a", serial, lines)
     await sql.execute("SET client_min_messages = notice")
@@ -114,7 +116,7 @@ async def test_claims_usage_credits_and_cleanup_scan_no_large_table_and_are_not_
     await claims.cover([claim(1).fingerprint])
     await claims.forget(10)
     await credit(database, window(), 10, 5)
-    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS, alert_percentages=(80, 100))
     await ledger.sync("a", 1, [line(want=5)])
     await ledger.end("a")
     await ledger.reap()

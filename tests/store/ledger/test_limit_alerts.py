@@ -12,20 +12,20 @@ from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests.contracts import LEASE_SECONDS, line, window
-from tests.store.harness import Door, Sql, add_user
+from tests.store.harness import Sql, StatementRunner, add_user
 from tests.store.ledger.test_window_credits import credit
 
 
 @pytest.fixture
-async def door(dsn: str) -> AsyncIterator[Door]:
-    door = Door(dsn, pool_size_max=6)
+async def door(dsn: str) -> AsyncIterator[StatementRunner]:
+    door = StatementRunner(dsn, pool_size_max=6)
     await door.open()
     yield door
     await door.close()
 
 
 @pytest.fixture
-def ledger(door: Door) -> PostgresLedger:
+def ledger(door: StatementRunner) -> PostgresLedger:
     """The backend over an empty database."""
     return PostgresLedger(door, lease_seconds=LEASE_SECONDS, alert_percentages=[50, 80, 100])
 
@@ -104,7 +104,7 @@ async def test_windows_without_calendar_and_spent_ones_of_zero_write_no_alert_by
 
 
 async def test_alerts_are_written_once_however_many_replicas_report_and_retry(
-    ledger: PostgresLedger, door: Door, sql: Sql
+    ledger: PostgresLedger, door: StatementRunner, sql: Sql
 ) -> None:
     lost = [True] * 8
 
@@ -177,7 +177,8 @@ async def test_alert_goes_to_one_sender_with_all_that_it_is_about(
     rows = [row for part in claimed for row in part]
     assert sorted(row["percentage"] for row in rows) == [50, 80]
     row = dict(rows[0])
-    assert (row["ends"] - row["starts"], row["starts"] % 86_400) == (604_800, 0)
+    starts, ends = row["window_starts"], row["window_ends"]
+    assert (ends - starts, starts.timestamp() % 86_400) == (timedelta(days=7), 0)
     assert {name: row[name] for name in ("amount", "spent", "pool_kind", "pool_id", "tenant_id", "is_test", "measure",
                                          "selector", "attempts", "last_error")} == {
         "amount": 100, "spent": 80, "pool_kind": "user", "pool_id": "u_42", "tenant_id": "acme", "is_test": True,

@@ -17,22 +17,22 @@ from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from tests.contracts import LEASE_SECONDS, line
 from tests.store.conftest import MakeRig
-from tests.store.harness import Door, Sql
+from tests.store.harness import Sql, StatementRunner
 from tests.waiting import until
 
 _FEW, _MANY = 30, 140
 
 
 @pytest.fixture
-async def door(dsn: str) -> AsyncIterator[Door]:
-    door = Door(dsn, pool_size_max=4)
+async def door(dsn: str) -> AsyncIterator[StatementRunner]:
+    door = StatementRunner(dsn, pool_size_max=4)
     await door.open()
     yield door
     await door.close()
 
 
 @pytest.fixture
-def ledger(door: Door) -> PostgresLedger:
+def ledger(door: StatementRunner) -> PostgresLedger:
     """The backend over an empty database."""
     return PostgresLedger(door, lease_seconds=LEASE_SECONDS)
 
@@ -76,7 +76,7 @@ async def test_window_is_recalled_at_most_once_a_second_and_only_from_many_holde
 
 
 async def test_process_returns_its_idle_units_when_they_are_recalled(
-    door: Door, ledger: PostgresLedger, sql: Sql, make_rig: MakeRig
+    door: StatementRunner, ledger: PostgresLedger, sql: Sql, make_rig: MakeRig
 ) -> None:
     config = schema.LedgerSettings(settle_seconds=30.0, lease_seconds=60.0)
     process = Ledger(PostgresLedger(door, lease_seconds=config.lease_seconds), config, clock.now)

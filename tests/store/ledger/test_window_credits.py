@@ -22,7 +22,7 @@ from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database, Row, StoreConflict
 from tests.contracts import LEASE_SECONDS, line, window
 from tests.store.conftest import MakeRig
-from tests.store.harness import Door, Sql, add_key, add_user
+from tests.store.harness import Sql, StatementRunner, add_key, add_user
 
 SELECTED = Window(Pool("user", "u_42", False), "tokens_per_day", "model:gpt-4o")
 
@@ -159,7 +159,7 @@ async def test_credit_is_a_change_of_a_window_in_the_feed(database: Database, sq
 
 
 async def test_proxy_whose_window_is_spent_admits_within_a_second_of_a_credit(dsn: str, make_rig: MakeRig) -> None:
-    door = Door(dsn, pool_size_max=4)
+    door = StatementRunner(dsn, pool_size_max=4)
     await door.open()
     config = schema.LedgerSettings()
     ledger = Ledger(PostgresLedger(door, lease_seconds=config.lease_seconds), config, clock.now)

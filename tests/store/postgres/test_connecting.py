@@ -25,7 +25,7 @@ from keyproxy.store.postgres.connecting import Connection, Connector, standing
 from keyproxy.store.postgres.database import NotificationListener, StoreConflict, StoreUnavailable
 from tests.acceptance.test_promotion import Server
 from tests.store.conftest import StartServer
-from tests.store.harness import Door, Sql, add_key, add_user
+from tests.store.harness import Sql, StatementRunner, add_key, add_user
 
 
 class TcpServer(Server):
@@ -143,9 +143,9 @@ async def connected(dsn: str) -> Connection:
 
 
 @contextlib.asynccontextmanager
-async def opened(dsn: str) -> AsyncIterator[Door]:
+async def opened(dsn: str) -> AsyncIterator[StatementRunner]:
     """A database that is open in the context."""
-    door = Door(dsn)
+    door = StatementRunner(dsn)
     await door.open()
     try:
         yield door
@@ -416,7 +416,7 @@ async def test_refused_statement_does_not_count_as_a_failover(dsn: str) -> None:
 async def test_lost_connection_replaces_every_connection(dsn: str, sql: Sql) -> None:
     pids = "SELECT pid FROM pg_stat_activity WHERE application_name = 'keyproxy' AND datname = current_database()"
 
-    async def lose(door: Door) -> None:
+    async def lose(door: StatementRunner) -> None:
         async with door.transaction() as transaction:
             await transaction.fetch("tenants", "", 1)
             # The only connection in a transaction.

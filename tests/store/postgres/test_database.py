@@ -22,14 +22,24 @@ from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import Database, NotificationListener, StoreConflict, StoreUnavailable
 from tests.server import Server
 from tests.store.conftest import MakePooler, MakeRig, StartServer
-from tests.store.harness import Clock, Door, Relay, Sql, add_key, add_keys, add_tenant, add_user, until_blocked
+from tests.store.harness import (
+    Clock,
+    Relay,
+    Sql,
+    StatementRunner,
+    add_key,
+    add_keys,
+    add_tenant,
+    add_user,
+    until_blocked,
+)
 from tests.waiting import until
 
 
 @contextlib.asynccontextmanager
-async def opened(dsn: str, *, pool_size_max: int = 2, timeout_seconds: float = 5.0) -> AsyncIterator[Door]:
+async def opened(dsn: str, *, pool_size_max: int = 2, timeout_seconds: float = 5.0) -> AsyncIterator[StatementRunner]:
     """A database that is open in the context."""
-    door = Door(dsn, pool_size_max=pool_size_max, statement_timeout_seconds=timeout_seconds)
+    door = StatementRunner(dsn, pool_size_max=pool_size_max, statement_timeout_seconds=timeout_seconds)
     await door.open()
     try:
         yield door
@@ -112,7 +122,7 @@ async def test_closed_database_raises_store_unavailable(database: Database) -> N
 
 
 async def test_closing_does_not_wait_for_a_stuck_statement(dsn: str, sql: Sql) -> None:
-    door = Door(dsn, statement_timeout_seconds=30.0)
+    door = StatementRunner(dsn, statement_timeout_seconds=30.0)
     await door.open()
     other: Sql = await asyncpg.connect(dsn)
     async with other.transaction():
@@ -231,7 +241,7 @@ async def test_idle_connections_closed_by_the_server_fail_no_statement(relay: Re
 
 
 async def test_lost_connection_in_a_transaction_is_an_outage(relay: Relay) -> None:
-    async def change(door: Door) -> None:
+    async def change(door: StatementRunner) -> None:
         async with door.transaction() as transaction:
             await transaction.fetch("create_tenant", "a", "", None)
             relay.cut_connections()
@@ -399,7 +409,7 @@ async def test_several_databases_share_a_pooler(pooled_dsn: str, sql: Sql) -> No
 async def test_detecting_a_pooler_never_marks_the_store_as_down(pooled_dsn: str, sql: Sql) -> None:
     states: list[str] = []
 
-    class Watched(Door):
+    class Watched(StatementRunner):
         def __setattr__(self, name: str, value: object) -> None:
             if name == "is_down" and value:
                 states.append(self.down_because or "down")
@@ -461,7 +471,7 @@ async def test_lookups_and_the_feed_work_through_a_pooler(
     await add_user(sql)
     keys = await add_keys(sql, range(30))
     # The rig's relay bypasses the pooler; its database and its listener use it.
-    first, second = Door(pooler.dsn), Door(pooler.dsn)
+    first, second = StatementRunner(pooler.dsn), StatementRunner(pooler.dsn)
     rigs = []
     for door in (first, second):
         rig = await make_rig(door=door, listener=NotificationListener(pooler.dsn, CHANNEL) if listener else None)
@@ -488,7 +498,7 @@ async def test_lookups_and_the_feed_work_through_a_pooler(
 
 
 async def test_key_added_through_a_pooler_works(pooled_dsn: str, make_rig: MakeRig, sql: Sql) -> None:
-    rig = await make_rig(door=Door(pooled_dsn))
+    rig = await make_rig(door=StatementRunner(pooled_dsn))
     await add_user(sql)
     secret = await add_key(sql)
     await rig.feed.poll()

@@ -258,7 +258,7 @@ async def test_proxies_claim_and_delete_charges_and_the_admin_side_cannot_read_t
 async def test_proxies_account_and_write_alerts_and_the_admin_side_credits_and_sends_them(
     as_proxy: Database, as_admin: Database
 ) -> None:
-    ledger = PostgresLedger(as_proxy, lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(as_proxy, lease_seconds=LEASE_SECONDS, alert_percentages=(80, 100))
     await ledger.sync("a", 1, [line(want=10)])
     await ledger.sync("a", 2, [line(granted=10, used=9, returned=1)])
     await ledger.end("a")

@@ -17,7 +17,7 @@ from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.connecting import Connector
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.store.conftest import MakePooler
-from tests.store.harness import Door, Sql, add_keys, add_user, until_blocked
+from tests.store.harness import Sql, StatementRunner, add_keys, add_user, until_blocked
 
 HOLDERS, MESSAGES = 6, 20
 _HOUR = timedelta(hours=1)
@@ -48,9 +48,9 @@ CASES = [(name, value) for name, values in SETTINGS.items() for value in values]
 
 
 @contextlib.asynccontextmanager
-async def opened(dsn: str) -> AsyncIterator[Door]:
+async def opened(dsn: str) -> AsyncIterator[StatementRunner]:
     """A database that is open in the context."""
-    door = Door(dsn, pool_size_max=4)
+    door = StatementRunner(dsn, pool_size_max=4)
     await door.open()
     try:
         yield door
@@ -90,7 +90,7 @@ async def _alter(sql: Sql, change: str) -> None:
     await sql.execute(f'ALTER DATABASE "{name}" {change}')
 
 
-async def _everything_works(door: Door) -> None:
+async def _everything_works(door: StatementRunner) -> None:
     """The directory, the ledger under load from several holders, the feed and pages of lists."""
     directory = Directory(door, KeyFormat(), Actor("test", "here"))
     await directory.tenants.create("acme", "Acme")
@@ -109,7 +109,7 @@ async def _everything_works(door: Door) -> None:
     await asyncio.gather(*(_spend(door, f"holder_{number}") for number in range(HOLDERS)))
 
 
-async def _spend(door: Door, holder: str) -> None:
+async def _spend(door: StatementRunner, holder: str) -> None:
     ledger = PostgresLedger(door, lease_seconds=10.0)
     window = Window(Pool("user", "u_1", False), "requests_per_day")
     granted, starts = 0, 0

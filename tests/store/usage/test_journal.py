@@ -19,7 +19,7 @@ from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.model_names import ModelNames
 from tests import fakes
-from tests.store.harness import Clock, Door, Relay, Sql, until_row
+from tests.store.harness import Clock, Relay, Sql, StatementRunner, until_row
 
 ROUTE = "POST /v1/ai/jobs"
 _numbers = itertools.count()
@@ -224,7 +224,7 @@ async def test_requests_of_unknown_keys_are_attributed_to_no_key(journal: UsageJ
 
 @pytest.mark.parametrize("losses", [1, 3])
 async def test_batch_whose_response_is_lost_counts_once(dsn: str, sql: Sql, clock: Clock, losses: int) -> None:
-    door = Door(dsn)
+    door = StatementRunner(dsn)
     await door.open()
     journal = UsageJournal(door, Usage(), clock, settle_seconds=0.5)
 

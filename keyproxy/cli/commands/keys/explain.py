@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, Final
 
 import click
 
 from keyproxy.cli.context import Call, takes_call
-from keyproxy.limits.plan import LIMIT_MAX
+from keyproxy.limits.limit_text import money_text
+from keyproxy.limits.plan import LIMIT_MAX, SPEND
 from keyproxy.store.ledger.explain import Question
+
+_RESERVATION: Final = ("model", "input", "output", "cap", "price")
+_MONEY: Final = ("limit", "credited", "spent", "held", "forfeited", "remaining")
 
 LIMIT_COLUMNS: Final = (
     "owner",
     "policy",
+    "selector",
     "limit",
+    "credited",
     "spent",
     "held",
     "forfeited",
@@ -27,16 +34,25 @@ LIMIT_COLUMNS: Final = (
 @click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Method of the request.")
 @click.option("--path", required=True, metavar="PATH", help="Path of the request, such as /v1/ai/jobs.")
 @click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response.")
+@click.option("--model", default="", metavar="NAME", help="Model; with --body in place of the one that it names.")
+@click.option("--body", type=click.File("rb"), metavar="FILE", help="Body of the request; - is stdin.")
 @takes_call
-def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | None) -> None:
+def key_explain(
+    call: Call, key_id: str, method: str, path: str, tokens: int | None, model: str, body: BinaryIO | None
+) -> None:
     """Show whether a request with a key would be accepted, and the state of each limit. Nothing is charged or sent.
 
-    Without --tokens, a request on a route that counts tokens is treated as one without a maximum.
+    Without --tokens and --body, a request on a route that counts tokens is treated as one without a maximum. With --body,
+    the output includes the tokens of input and output that it reserves, the output cap that is inserted, and the price
+    of the reservation.
 
     \b
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
+    keyproxy key explain key_… --path /v1/chat/completions --model gpt-4o --body request.json
     """
-    question = Question(method, path, tokens)
+    if body is not None and tokens is not None:
+        raise click.UsageError("pass either --tokens or --body")
+    question = Question(method, path, tokens, model, body=None if body is None else body.read())
     explanation = call.run_usage(lambda usage: usage.explained(key_id, question))
     limits = explanation.pop("limits")
     subject = {name: explanation.pop(name) for name in ("key", "user", "tenant", "mode")}
@@ -44,7 +60,28 @@ def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | N
     if call.as_json:
         call.print_result({**shown, "limits": limits}, ())
         return
-    call.print_result(shown, ())
+    call.print_result(_readable(shown), ())
     if limits:
         click.echo()
-        call.print_result(limits, (*LIMIT_COLUMNS, "refuses"))
+        call.print_result(shown_limits(limits), (*LIMIT_COLUMNS, "refuses"))
+
+
+def _readable(explanation: Mapping[str, Any]) -> dict[str, Any]:
+    """The explanation as people read it: money as decimals, and no reservation where no body was read."""
+    if explanation["input"] is None:
+        return {name: value for name, value in explanation.items() if name not in _RESERVATION}
+    price = explanation["price"]
+    return {**explanation, "price": None if price is None else money_text(price)}
+
+
+def shown_limits(limits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The state of limits as people read it: the selector beside the policy, money as decimals."""
+    return [_shown(limit) for limit in limits]
+
+
+def _shown(limit: Mapping[str, Any]) -> dict[str, Any]:
+    policy: str = limit["policy"].partition("@")[0]
+    shown = {**limit, "policy": policy}
+    if policy.partition(".")[2].startswith(SPEND):
+        shown |= {name: money_text(limit[name]) for name in _MONEY if limit.get(name) is not None}
+    return shown

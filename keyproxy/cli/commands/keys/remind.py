@@ -12,7 +12,7 @@ from keyproxy.cli.context import Call
 from keyproxy.cli.options import config_option, json_option
 from keyproxy.cli.output import Failure
 from keyproxy.config.loader import ConfigError
-from keyproxy.store.directory.reminders import ReminderQueue
+from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
 _SHOWN_MAX: Final = 10_000
@@ -56,9 +56,11 @@ def key_remind(config_path: Path | None, *, dry_run: bool, as_json: bool) -> Non
     if not terms.webhook_url:
         raise ConfigError(["reminders.webhook_url: not set, so reminders cannot be sent"])
     # These imports take longer than a command runs.
-    from keyproxy.admin.reminder_sender import ReminderSender
+    from keyproxy.admin.webhook_sender import WebhookSender
 
-    outcome = call.run_in_store(lambda database: ReminderSender(ReminderQueue(database)).turn(terms))
+    outcome = call.run_in_store(
+        lambda database: WebhookSender(ReminderQueue(database, lambda: terms.before_days)).turn(terms)
+    )
     call.print_result(asdict(outcome), ())
     if outcome.failed or outcome.given_up:
         raise Failure("some reminders were not delivered: run `keyproxy key remind --dry-run` for the errors")

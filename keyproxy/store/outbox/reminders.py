@@ -1,5 +1,4 @@
-"""Reminders of keys and admin tokens that expire soon: written before they are sent, claimed by one sender, marked once
-received.
+"""Reminders of keys and admin tokens that expire soon.
 
 There is one reminder for each key or token, expiry and threshold, with a permanent id. A sender claims it for a limited
 time. If the sender dies, another one sends the same id again after that time: a reminder is sent at least once, and the
@@ -9,51 +8,39 @@ replaced by a key that works, expired, or of a disabled user or tenant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
+import orjson
+
+from keyproxy.store.outbox.message import CLAIM_LEASE, REASON_CHARACTERS_MAX, Abandoned, Message
 from keyproxy.store.postgres.database import Database, Row, StatementRunner
-from keyproxy.store.postgres.times import Instant, time_text
+from keyproxy.store.postgres.times import time_text
 
 _WRITTEN_MAX: Final = 500
-_REASON_CHARACTERS_MAX: Final = 500
 #: Longer than any retry, so that a deleted reminder is never written again.
 _KEPT: Final = timedelta(days=30)
-
-
-@dataclass(frozen=True, slots=True)
-class Reminder:
-    """A claimed reminder, to be sent now as attempt number `attempts`. `created_at`: when it became due.
-
-    Its subject is a key, which belongs to a `user`, or a token of the admin API, which may be bound to a tenant.
-    """
-
-    id: str
-    key: str | None
-    token: str | None
-    user: str | None
-    tenant: str | None
-    hint: str
-    name: str
-    is_test: bool | None
-    expires_at: Instant
-    before_days: int
-    created_at: Instant
-    attempts: int
 
 
 class ReminderQueue:
     """The queue of reminders. All methods raise StoreUnavailable."""
 
-    def __init__(self, database: StatementRunner) -> None:
+    def __init__(self, database: StatementRunner, before_days: Callable[[], Sequence[int]] = tuple) -> None:
+        """`before_days`: the thresholds of the reminders that `write` writes."""
         self._database = database
+        self._before_days = before_days
 
     @property
     def is_store_down(self) -> bool:
         """Whether the store is known to be down; the outage has been logged."""
         return isinstance(self._database, Database) and self._database.is_down
+
+    async def prepare(self) -> list[Abandoned]:
+        """Write the reminders that are due, and abandon those whose subject has expired."""
+        await self.write(self._before_days())
+        rows = await self._database.fetch("give_up_late_reminders")
+        return [Abandoned(_subject(row), f"already expired; {row['last_error'] or ''}") for row in rows]
 
     async def write(self, before_days: Sequence[int]) -> int:
         """Write the reminders that are due, and return their number. Several processes may do so at once."""
@@ -69,25 +56,19 @@ class ReminderQueue:
         columns = ([row[name] for row in rows] for name in (subject_column, "expires_at", "before_days"))
         return len(await self._database.fetch(statement, *columns))
 
-    async def claim(self, limit: int, lease: timedelta) -> list[Reminder]:
+    async def claim(self, limit: int, lease: timedelta = CLAIM_LEASE) -> list[Message]:
         """Claim at most `limit` reminders to send now. No other sender gets them before the lease ends."""
         rows = await self._database.fetch("claim_reminders", limit, lease)
-        return [_reminder(row) for row in rows]
+        return [Message(row["id"], _subject(row), _content(row), row["attempts"]) for row in rows]
 
-    async def sent(self, reminder: Reminder) -> None:
+    async def sent(self, message: Message) -> None:
         """Mark a reminder as received."""
-        await self._database.fetch("reminder_sent", reminder.id)
+        await self._database.fetch("reminder_sent", message.id)
 
-    async def failed(self, reminder: Reminder, why: str, again_in: timedelta | None) -> None:
-        """Record a failed attempt, and retry after `again_in`; None gives up."""
-        await self._database.fetch(
-            "reminder_failed", reminder.id, reminder.attempts, why[:_REASON_CHARACTERS_MAX], again_in
-        )
-
-    async def given_up_late(self) -> list[tuple[str, str, str]]:
-        """Give up reminders whose subject has expired. Return (id, key or token, last error) of each."""
-        rows = await self._database.fetch("give_up_late_reminders")
-        return [(row["id"], subject(row["key_id"], row["token_id"]), row["last_error"] or "") for row in rows]
+    async def failed(self, message: Message, why: str, again_in: timedelta | None) -> None:
+        """Record a failed attempt, and retry after `again_in`; None abandons the reminder."""
+        reason = why[:REASON_CHARACTERS_MAX]
+        await self._database.fetch("reminder_failed", message.id, message.attempts, reason, again_in)
 
     async def waiting(self, limit: int) -> list[dict[str, Any]]:
         """The reminders that are written and not sent yet."""
@@ -120,25 +101,30 @@ class ReminderQueue:
         return {row["id"]: row["expires_at"] for row in rows}
 
 
-def subject(key_id: str | None, token_id: str | None) -> str:
-    """The subject of a reminder, for a log line."""
-    return f"key {key_id}" if token_id is None else f"admin token {token_id}"
+def _subject(row: Row) -> str:
+    key, token = row["key_id"], row["token_id"]
+    return f"reminder of key {key}" if token is None else f"reminder of admin token {token}"
 
 
-def _reminder(row: Row) -> Reminder:
-    return Reminder(
-        id=row["id"],
-        key=row["key_id"],
-        token=row["token_id"],
-        user=row["user_id"],
-        tenant=row["tenant_id"],
-        hint=row["hint"],
-        name=row["name"],
-        is_test=row["is_test"],
-        expires_at=row["expires_at"],
-        before_days=row["before_days"],
-        created_at=row["created_at"],
-        attempts=row["attempts"],
+def _content(row: Row) -> bytes:
+    """The webhook's payload: contains no secret, and is the same for each attempt unless the key changes."""
+    if row["token_id"] is not None:
+        what: dict[str, object] = {"token": row["token_id"], "tenant": row["tenant_id"]}
+    else:
+        mode = "test" if row["is_test"] else "live"
+        what = {"key": row["key_id"], "user": row["user_id"], "tenant": row["tenant_id"], "mode": mode}
+    return orjson.dumps(
+        {
+            "type": "key.expiring" if row["token_id"] is None else "admin_token.expiring",
+            "timestamp": time_text(row["created_at"]),
+            "data": {
+                **what,
+                "hint": row["hint"],
+                "name": row["name"],
+                "expires_at": time_text(row["expires_at"]),
+                "before_days": row["before_days"],
+            },
+        }
     )
 
 

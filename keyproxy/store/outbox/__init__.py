@@ -1,0 +1,1 @@
+"""Messages to webhooks: written before they are sent, claimed by one sender, marked once received."""
