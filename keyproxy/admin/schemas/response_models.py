@@ -145,7 +145,7 @@ class PlanLimits(ResponseModel):
     tokens_per_month: int | None = None
 
 
-class LimitEntry(ResponseModel):
+class LimitOfPlan(ResponseModel):
     """One limit. `spend` is in micro-units."""
 
     measure: str
@@ -158,7 +158,7 @@ class LimitEntry(ResponseModel):
 
 
 _Limits = Annotated[
-    PlanLimits | list[LimitEntry],
+    PlanLimits | list[LimitOfPlan],
     Field(description="By name if all limits have one there, else a list."),
 ]
 _Count = Annotated[
@@ -189,7 +189,7 @@ class PlanMade(Plan):
 
     created: bool
     changed: dict[str, LimitChanged]
-    previous: Annotated[PlanLimits | list[LimitEntry] | None, Field(description="Its limits before; null: it is new.")]
+    previous: Annotated[PlanLimits | list[LimitOfPlan] | None, Field(description="Its limits before; null: it is new.")]
     warnings: _Warnings
 
 

@@ -20,7 +20,7 @@ from keyproxy.store.directory.errors import Invalid
 _JSON: Final = RequestFields(host=b"localhost", host_block=b"", media_type=b"application/json")
 
 
-class Target(NamedTuple):
+class RequestUrl(NamedTuple):
     """Where the request goes. `path`: without the query."""
 
     method: bytes
@@ -71,7 +71,7 @@ class BodyReservation:
 
 
 def reservation_of(
-    configured: Settings, row: RouteRow, target: Target, body: bytes, *, model: str, limits: Allowance | None
+    configured: Settings, row: RouteRow, target: RequestUrl, body: bytes, *, model: str, limits: Allowance | None
 ) -> BodyReservation:
     """Read a body as one of a route. `model`: replaces the one that the request names, unless it is empty.
 

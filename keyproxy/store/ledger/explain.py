@@ -38,7 +38,7 @@ from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
-from keyproxy.store.ledger.body_reservation import BodyReservation, Target, no_reservation, reservation_of
+from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
@@ -223,7 +223,7 @@ def _reservation(
         return None
     row = next(one for one in configured.routes if (one.name or one.match) == route.name)
     path, _, query = question.path.encode("utf-8", "surrogateescape").partition(b"?")
-    target = Target(question.method.encode("ascii"), path, query)
+    target = RequestUrl(question.method.encode("ascii"), path, query)
     return reservation_of(configured, row, target, question.body, model=question.model, limits=limits)
 
 
