@@ -38,7 +38,8 @@ class Store:
         self._ledger_database = Database(
             dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
-        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
+        backend = ledger_backend(self._ledger_database, ledger)
+        self.ledger = Ledger(backend, ledger, now)
         self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(
@@ -75,6 +76,7 @@ class Store:
             state,
             now,
         )
+        self.feed.on_windows = backend.refresh_soon
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,

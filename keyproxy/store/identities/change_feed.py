@@ -22,6 +22,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import orjson
+
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -85,6 +88,8 @@ class ChangeFeed:
         #: Changes before this snapshot are to be deleted; empty for none.
         self._forget_before = ""
         self.is_listening = False
+        #: Called with the windows to which something was credited.
+        self.on_windows: Callable[[Sequence[Window]], None] = lambda _windows: None
 
     def start(self) -> None:
         """Start polling, and listening for notifications."""
@@ -161,6 +166,7 @@ class ChangeFeed:
             self._cache.forget_all()
             return
         concerns_all = is_cut_off
+        windows: list[Window] = []
         for row in rows:
             match row["kind"]:
                 case "key" if (digest := _digest(row["subject"])) is not None:
@@ -175,6 +181,8 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
+                case "window" if (window := _window(row["subject"])) is not None:
+                    windows.append(window)
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
@@ -186,6 +194,8 @@ class ChangeFeed:
         if concerns_all:
             # Once for any number of plans: it visits every entry.
             self._cache.distrust_all()
+        if windows:
+            self.on_windows(windows)
 
     async def _follow(self) -> None:
         failures = 0
@@ -249,6 +259,14 @@ def _digest(subject: str) -> KeyDigest | None:
         return KeyDigest(bytes.fromhex(subject))
     except ValueError:
         return None
+
+
+def _window(subject: str) -> Window | None:
+    try:
+        kind, owner, is_test, measure, selector = orjson.loads(subject)
+    except ValueError:
+        return None
+    return Window(Pool(kind, owner, is_test), measure, selector)
 
 
 def _is_older(snapshot: str, than: str) -> bool:

@@ -598,8 +598,9 @@ local function stock()
 end
 
 -- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended,
--- what was credited, and at which SPENT it has the next alert to write.
+-- what was credited, and at which SPENT it has the next alert to write. Returns whether there is more to report at once.
 local function stocked()
+    local is_more = false
     for _, row in ipairs(ask.rows) do
         local name, granted, is_over = row[1], row[2], row[6]
         local window = opened_by(name)
@@ -616,13 +617,15 @@ local function stocked()
             if got > 0 or not row[5] then window[LOW] = row[5] and floor(got / 2) or 0 end
             local is_settled = room(window) == 0 and window[HELD] == 0 and window[NEED] == 0
             local is_next = window[NEED] > 0 or window[FRESHNESS] == STALE
+                or window[ALERT_AT] > 0 and window[SPENT] >= window[ALERT_AT]
+            is_more = is_more or is_next
             set_due(window, is_next and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
             write(window)
         end
     end
     if ask.is_heard then call('HSET', marker, 'told_at', text(now)) end
     if call('HGET', marker, 'turn_by') == ask.by then call('HDEL', marker, 'turn_by', 'turn_since') end
-    return '"done"'
+    return tostring(is_more)
 end
 
 -- The state of windows: spent, held, forfeited, seconds to the end, seconds to a rate's recovery; null: never used.

@@ -80,6 +80,9 @@ class PostgresLedger:
         found = {row["number"]: WindowState(*tuple(row)[1:]) for row in rows}
         return [found.get(number) for number in range(1, len(windows) + 1)]
 
+    def refresh_soon(self, windows: Sequence[Window]) -> None:
+        """Do nothing: every message reads the windows."""
+
     async def close(self) -> None:
         """Do nothing: the store closes the database."""
 

@@ -70,11 +70,14 @@ class RedisLedger:
         #: The generation that each holder of this process uses.
         self._spoken: dict[str, str] = {}
         self._stocking = asyncio.Lock()
+        #: Whether a share has run low, or an alert is due, since the last exchange began.
+        self._is_low = False
         self._stock_task: asyncio.Task[None] | None = None
         self._refresh_task: asyncio.Task[None] | None = None
         #: Windows that have changed in PostgreSQL, and when this process noticed the latest change.
         self._changed: dict[Window, None] = {}
         self._changed_at = 0.0
+        self._is_closed = False
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
@@ -130,6 +133,7 @@ class RedisLedger:
 
     async def close(self) -> None:
         """Close connections to Redis. The store closes the database."""
+        self._is_closed = True
         tasks = [task for task in (self._stock_task, self._refresh_task) if task is not None]
         for task in tasks:
             task.cancel()
@@ -174,6 +178,8 @@ class RedisLedger:
 
     def refresh_soon(self, windows: Sequence[Window]) -> None:
         """Read windows again that have changed in PostgreSQL, because of a credit."""
+        if self._is_closed:
+            return
         self._changed_at = asyncio.get_running_loop().time()
         self._changed.update(dict.fromkeys(windows[: _CHANGED_MAX - len(self._changed)]))
         if self._refresh_task is None or self._refresh_task.done():
@@ -183,15 +189,26 @@ class RedisLedger:
         now = asyncio.get_running_loop().time
         while self._changed:
             await asyncio.sleep(random.uniform(0.0, _SPREAD_SECONDS))  # noqa: S311 - spreads calls
-            windows, noticed_at = [wire.named(window) for window in self._changed], self._changed_at
+            windows, noticed_at = list(self._changed), self._changed_at
             self._changed.clear()
-            generation = await self._script.generation()
-            if await self._script.call("refresh", generation, windows=windows, seconds=now() - noticed_at):
-                await self._stock(generation)
+            await self.refresh(windows, seconds=now() - noticed_at)
+
+    async def refresh(self, windows: Sequence[Window], *, seconds: float = 0.0) -> None:
+        """Read windows again, unless that was done in the last `seconds`. Raises StoreUnavailable, GenerationLost."""
+        generation = await self._script.generation()
+        asked = [wire.named(window) for window in windows]
+        if await self._script.call("refresh", generation, windows=asked, seconds=seconds):
+            await self._stock(generation)
 
     def _stock_soon(self, generation: str) -> None:
+        self._is_low = True
         if self._stock_task is None or self._stock_task.done():
-            self._stock_task = self._in_background(self._stock(generation))
+            self._stock_task = self._in_background(self._stock_while_low(generation))
+
+    async def _stock_while_low(self, generation: str) -> None:
+        while self._is_low:
+            self._is_low = False
+            await self._stock(generation)
 
     def _in_background(self, exchange: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(self._attempt(exchange))
@@ -219,19 +236,22 @@ class RedisLedger:
                 if turn == "done":
                     return
                 if turn != "busy":
-                    await self._exchange(generation, turn["serial"], turn["lines"])
-                    if len(turn["lines"]) < _WINDOWS_MAX or now() >= give_up:
+                    is_more = await self._exchange(generation, turn["serial"], turn["lines"])
+                    if now() >= give_up or not (is_more or len(turn["lines"]) == _WINDOWS_MAX):
                         return
                 elif now() >= give_up:
                     raise StoreUnavailable("timeout: another proxy has not finished its exchange with PostgreSQL")
                 else:
                     await asyncio.sleep(_BUSY_SECONDS)
 
-    async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> None:
-        """Send one message of this generation to PostgreSQL, and store the reply in Redis."""
+    async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> bool:
+        """Send one message of this generation to PostgreSQL, and store the reply in Redis.
+
+        Return whether there is more to report at once.
+        """
         lines = {row[1]: (row[0], wire.share_line(row[1:])) for row in rows}
         stocked: list[tuple[object, ...]] = []
-        is_heard = False
+        is_heard = is_more = False
         try:
             replies = await self._shares.sync(f"redis:{generation}", serial, [line for _, line in lines.values()])
             is_heard = True
@@ -247,4 +267,5 @@ class RedisLedger:
         finally:
             # Also when PostgreSQL has not responded: this ends the turn, so that another proxy can try.
             if stocked or not is_heard or not rows:
-                await self._script.call("stocked", generation, by=self._name, rows=stocked, is_heard=is_heard)
+                is_more = await self._script.call("stocked", generation, by=self._name, rows=stocked, is_heard=is_heard)
+        return is_more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,11 +19,13 @@ from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.ledger import redis_codec
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
-from tests.store.harness import Relay, Sql
+from tests.store.conftest import MakeRig
+from tests.store.harness import Relay, Sql, credit, until_row
 from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
 from tests.store.redis_server import RedisServer
 
@@ -215,6 +218,149 @@ async def test_many_leases_of_a_dead_holder_are_charged_in_slices(ledger: RedisL
     await ledger.end("a")
     states = await ledger.windows([window(owner=f"u_{number}") for number in range(1500)])
     assert all(state is not None and (state.spent, state.held, state.forfeited) == (2, 0, 2) for state in states)
+
+
+# -- credits and alerts, which are PostgreSQL's
+
+
+async def test_credit_reaches_redis_within_a_second(
+    server: RedisServer, make_ledger: MakeLedger, make_rig: MakeRig, sql: Sql
+) -> None:
+    proxies = [make_ledger(server) for _ in range(3)]
+    for ledger in proxies:
+        # Without notifications, so that each proxy polls.
+        rig = await make_rig()
+        rig.feed.on_windows = ledger.refresh_soon
+        await rig.feed.look()
+        rig.feed.start()
+    assert await granted(proxies[0], "a", 1, want=1000) == 1000
+    assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1000
+    await credit(sql, window(), 7)
+    before, total, serial = time.monotonic(), 1000, 2
+    while total < 1007 and time.monotonic() - before < 5.0:
+        serial += 1
+        total = await granted(proxies[0], "a", serial, granted=total, used=total, want=5)
+        await asyncio.sleep(0.02)
+    assert total == 1007
+    assert time.monotonic() - before < 1.0
+    # Further ones, and those of windows that Redis does not have, are read too.
+    await credit(sql, window("tokens_per_day"), 5)
+    await credit(sql, window(), -7)
+    await asyncio.sleep(1.0)
+    assert await granted(proxies[0], "a", serial + 1, granted=1007, used=1005, returned=2, want=5) == 1007
+
+
+async def test_credit_during_an_exchange_with_postgresql_is_not_missed(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql
+) -> None:
+    ledgers = [make_ledger(server) for _ in range(4)]
+    assert await granted(ledgers[0], "a", 1, want=1000) == 1000
+    total = 1000
+    for number in range(2, 12):
+        # Several exchanges are in progress when the last of these credits is committed.
+        reads = []
+        for ledger in ledgers:
+            await credit(sql, window(), 1)
+            reads.append(asyncio.create_task(ledger.refresh([window()])))
+        await asyncio.gather(*reads)
+        assert await granted(ledgers[0], "a", number, granted=total, used=total, want=9) == total + 4
+        total += 4
+
+
+async def test_one_exchange_reads_a_credit_for_all_proxies(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql
+) -> None:
+    proxies = [make_ledger(server) for _ in range(20)]
+    assert await granted(proxies[0], "a", 1, want=1000) == 1000
+    for proxy in proxies:
+        await proxy.windows([window()])
+    before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
+    await credit(sql, window(), 7)
+    for proxy in proxies:
+        proxy.refresh_soon([window()])
+    await asyncio.sleep(0.5)
+    assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1005
+    assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") <= before + 3
+
+
+async def alerted(sql: Sql) -> list[tuple[int, int, int]]:
+    """The alerts: percentage, amount, spent."""
+    rows = await sql.fetch("SELECT percentage, amount, spent FROM keyproxy.limit_alerts ORDER BY percentage")
+    return [tuple(row) for row in rows]
+
+
+async def test_alert_is_written_when_redis_account_reaches_the_percentage(ledger: RedisLedger, sql: Sql) -> None:
+    assert await granted(ledger, "a", 1, want=900) == 900
+    await granted(ledger, "a", 2, granted=900, used=799)
+    await asyncio.sleep(0.3)
+    assert await alerted(sql) == []
+    await granted(ledger, "a", 3, granted=900, used=800)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts")
+    assert await alerted(sql) == [(80, 1000, 800)]
+    await granted(ledger, "a", 4, granted=900, used=900, want=100)
+    await granted(ledger, "a", 5, granted=1000, used=999)
+    await granted(ledger, "a", 6, granted=1000, used=1000)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    assert await alerted(sql) == [(80, 1000, 800), (100, 1000, 1000)]
+
+
+async def test_refusal_because_units_are_spent_writes_the_alert_of_a_window_that_is_used_up(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=995) == 995
+    # Reserved is not spent.
+    assert await granted(ledger, "b", 1, want=6, at_least=6) == 0
+    await asyncio.sleep(0.3)
+    assert await alerted(sql) == []
+    await granted(ledger, "a", 2, granted=995, used=995)
+    # More than the limit is refused for another reason.
+    assert await granted(ledger, "b", 2, want=1001, at_least=1001) == 0
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts")
+    assert await alerted(sql) == [(80, 1000, 995)]
+    assert await granted(ledger, "b", 3, want=6, at_least=6) == 0
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    assert await alerted(sql) == [(80, 1000, 995), (100, 1000, 995)]
+    assert await granted(ledger, "b", 4, want=5, at_least=5) == 5
+
+
+async def test_refusals_of_a_spent_window_send_postgresql_one_message_in_half_a_minute(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=1000) == 1000
+    await granted(ledger, "a", 2, granted=1000, used=1000)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
+    for serial in range(1, 200):
+        assert await granted(ledger, "b", serial, want=1) == 0
+    await asyncio.sleep(0.1)
+    assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") <= before + 2
+
+
+# -- two releases
+
+
+async def test_proxies_of_two_storage_formats_share_a_server_and_read_only_their_own_values(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_codec, "VERSION", redis_codec.VERSION - 1)
+    old = make_ledger(server)
+    assert await granted(old, "a", 1, want=10) == 10
+    monkeypatch.undo()
+    new = make_ledger(server)
+    # The new release's proxies are other holders, and the old one's go on with their leases.
+    assert await granted(new, "a", 1, want=5) == 5
+    assert await granted(old, "a", 2, granted=10, used=10, want=5) == 15
+    held, serial = [15, 5], 2
+    for _ in range(100):
+        serial += 1
+        for number, ledger in enumerate((old, new)):
+            held[number] = await granted(ledger, "a", serial, granted=held[number], used=held[number], want=20)
+        assert not await sql.fetch(PAST_LIMIT, 1000)
+    assert 950 <= sum(held) <= 1000
+    async with Redis.from_url(server.url) as client:
+        keys = [key.decode() async for key in client.scan_iter("keyproxy:*")]
+    markers = {re.sub(r"^(keyproxy:\{.*?\}:\d+).*", r"\1", key) for key in keys}
+    assert {marker.rpartition(":")[2] for marker in markers} == {"3", "4"}
 
 
 # -- the complete ledger on this backend
