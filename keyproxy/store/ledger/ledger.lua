@@ -304,7 +304,7 @@ local function judged(window, line, alive)
     if not window[ENDS] then return granted, false end
     if granted == 0 and window[FRESHNESS] == UNREAD then
         -- More than its limit, but a credit may cover it: PostgreSQL decides.
-        if not ask.is_final then lacking[#lacking + 1] = {window, line[AT_LEAST], line[AT_LEAST]} end
+        if not ask.is_final then lacking[#lacking + 1] = {window, line[WANT], line[AT_LEAST]} end
         return 0, true
     end
     if granted == 0 or granted <= left then return granted, false end
@@ -574,7 +574,7 @@ local function stock()
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
             local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
-            if is_over or is_deserted or (window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS) then
+            if is_over or window[NEED] == 0 and (is_deserted or since(window[TOUCHED]) >= IDLE_SECONDS) then
                 -- Give units up here first, then report it to PostgreSQL.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
