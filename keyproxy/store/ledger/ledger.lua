@@ -381,10 +381,11 @@ end
 -- has of each then.
 local function count_holders(holder, lines)
     local more, fields, changed = {}, {}, {}
-    for _, line in ipairs(lines) do
-        local change = line[INTERVAL] > 0 and 0 or (line[COUNTS] and 0 or 1) - line[IS_CLOSING]
-        if change ~= 0 then
-            local window = line[OF]
+    for i = 1, #lines do
+        local line = lines[i]
+        -- Most lines are about a lease that is open, and stays so.
+        if (not line[COUNTS]) == (line[IS_CLOSING] == 0) and line[INTERVAL] == 0 then
+            local window, change = line[OF], line[IS_CLOSING] == 1 and -1 or 1
             if not more[window] then
                 changed[#changed + 1], fields[#fields + 1] = window, 'w:' .. window[NAME]
             end
