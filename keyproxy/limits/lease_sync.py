@@ -287,6 +287,7 @@ class LeaseSync:
         self.valid_until_mono = 0.0
         for rest in owed:
             self.open_lease(rest)
+            self.reviews.note_change(rest)
 
     def expire(self, lease: Lease, now_mono: float) -> None:
         """Drop the free units of a lease that has ended by now."""

@@ -169,19 +169,17 @@ class LeaseTable:
             self._settle_each(meters.spend_windows, hold.spend, spend)
         for lease in meters.token_rates:
             lease.return_units(hold.tokens - tokens, hold.granted_at)
-            if lease.number:
-                self._reviews.note_change(lease)
-            elif lease.has_news:
-                self._sync.open_lease(lease)
-                self._reviews.note_change(lease)
+            if lease.has_news and not lease.number:
+                self._open(lease)
+            self._reviews.note_change(lease)
 
     def _settle_each(self, leases: tuple[Lease, ...], held: int, used: int) -> None:
         back = held - used
         for lease in leases:
             lease.used += used
-            if not lease.number:
+            if used and not lease.number:
                 # It was closed meanwhile, or never requested: this request held nothing of it.
-                self._sync.open_lease(lease)
+                self._open(lease)
             if not lease.is_noted:
                 self._reviews.note_change(lease)
             if back > 0:
@@ -305,13 +303,18 @@ class LeaseTable:
                 short.append(Shortage(lease, least, most_here))
         return amount
 
+    def _open(self, lease: Lease) -> None:
+        """Report a lease from now on, beginning with the next message: the ledger client may be asleep."""
+        self._sync.open_lease(lease)
+        self._reviews.make_urgent(lease)
+
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
             # Taken before the first ledger request for it: it may exceed the limit, which is the policy; or nothing is
             # held, and the request may still use more.
-            self._sync.open_lease(lease)
-            self._reviews.make_urgent(lease)
+            self._open(lease)
         lease.free -= units
+        lease.is_overdrawn = lease.is_overdrawn or (self.is_lenient and lease.free < 0)
         self._reviews.note_change(lease)
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)

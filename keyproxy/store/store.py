@@ -51,7 +51,7 @@ class Store:
             usage,
             now,
             settle_seconds=ledger.settle_seconds,
-            server_ahead_seconds=lambda: state.server_ahead_seconds,
+            server_ahead_seconds=state.ahead_seconds,
         )
         for part in (self._ledger_database, self._usage_database):
             part.outage, part.is_main = self.database.outage, False

@@ -8,7 +8,6 @@ from typing import Final
 from keyproxy.store.ledger.charge_dedup import Answer, Claim, Cover
 from keyproxy.store.postgres.database import Database
 
-
 #: Repeats that one charge covers in 24 hours, unless configured otherwise.
 REPEATS_MAX: Final = 3
 

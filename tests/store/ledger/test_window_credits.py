@@ -53,7 +53,9 @@ async def test_credit_is_granted_beyond_the_limit_and_stated_in_every_reply(
 async def test_credit_is_of_one_window_of_one_selector_and_mode(ledger: PostgresLedger, database: Database) -> None:
     await credit(database, SELECTED, 0, 5)
     others = [SELECTED._replace(selector=""), SELECTED._replace(pool=Pool("user", "u_42", True)), window()]
-    replies = await ledger.sync("a", 1, [line(number, of, limit=0, want=5) for number, of in enumerate((SELECTED, *others), 1)])
+    replies = await ledger.sync(
+        "a", 1, [line(number, of, limit=0, want=5) for number, of in enumerate((SELECTED, *others), 1)]
+    )
     assert replies is not None
     assert [reply.granted for reply in sorted(replies)] == [5, 0, 0, 0]
 
@@ -122,9 +124,7 @@ async def test_credit_is_recorded_with_its_actor_tenant_and_reason(database: Dat
     assert stored["id"].startswith("crd_")
 
 
-async def test_concurrent_credits_and_messages_all_count(
-    ledger: PostgresLedger, database: Database, sql: Sql
-) -> None:
+async def test_concurrent_credits_and_messages_all_count(ledger: PostgresLedger, database: Database, sql: Sql) -> None:
     async def spend(name: str) -> int:
         got = 0
         for serial in range(1, 21):
@@ -133,9 +133,9 @@ async def test_concurrent_credits_and_messages_all_count(
             got = replies[0].granted
         return got
 
-    *_, first, second = await asyncio.gather(
-        *(credit(database, window(), 0, 1) for _ in range(10)), spend("a"), spend("b")
-    )
+    crediting = asyncio.gather(*(credit(database, window(), 0, 1) for _ in range(10)))
+    first, second = await asyncio.gather(spend("a"), spend("b"))
+    await crediting
     row = await sql.fetchrow("SELECT credited, spent, held, holders FROM keyproxy.windows")
     assert row is not None
     assert row["credited"] == 10
