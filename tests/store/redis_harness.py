@@ -44,7 +44,10 @@ async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
         def making(
             server: RedisServer, *, lease_seconds: float = LEASE_SECONDS, timeout_seconds: float = 2.0
         ) -> RedisLedger:
-            ledger = RedisLedger(server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds)
+            ledger = RedisLedger(
+                server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds,
+                alert_percentages=(80, 100),
+            )  # fmt: skip
             stack.push_async_callback(ledger.close)
             return ledger
 

@@ -29,7 +29,7 @@ from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger import redis_codec as wire
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.ledger_script import GenerationLost, LedgerScript
-from keyproxy.store.ledger.postgres_backend import ALERT_PERCENTAGES, PostgresLedger, WindowState
+from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RedisLedger:
 
     def __init__(
         self, url: str, database: Database, *,
-        lease_seconds: float, timeout_seconds: float = 2.0, alert_percentages: Sequence[int] = ALERT_PERCENTAGES,
+        lease_seconds: float, timeout_seconds: float = 2.0, alert_percentages: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """`timeout_seconds` bounds one call to Redis. Opens no connection. Raises ValueError if the URL is invalid."""
         self._script = LedgerScript(url, database, timeout_seconds=timeout_seconds)

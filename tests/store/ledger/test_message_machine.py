@@ -224,10 +224,14 @@ def backend(dsn: str, request: pytest.FixtureRequest, short_directory: Path) -> 
 
 
 def test_backend_replies_as_the_rules_do(backend: _Backend) -> None:
+    class MessagesToBackend(Messages):
+        def __init__(self) -> None:
+            super().__init__(backend)
+
     run_state_machine_as_test(
-        lambda: Messages(backend),
+        MessagesToBackend,
         settings=settings(
-            max_examples=40, stateful_step_count=25, deadline=None, database=None,
+            max_examples=30, stateful_step_count=25, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
