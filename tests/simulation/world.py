@@ -295,7 +295,7 @@ class World:
             used += paid or 0
             self.upstream.answer(work, used)
             process.told.work = work
-            process.claims.add(hold, fingerprint, used, paid, used)
+            process.claims.add(hold, fingerprint, used, paid, spend=used)
             return
         spend = self._used(hold.total_spend)
         process.ledger.settle(hold, was_sent=True, tokens=used, spend=spend)

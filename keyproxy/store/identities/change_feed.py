@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import json
 import logging
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
-
-import orjson
 
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import KeyDigest, Moment
@@ -88,8 +87,8 @@ class ChangeFeed:
         #: Changes before this snapshot are to be deleted; empty for none.
         self._forget_before = ""
         self.is_listening = False
-        #: Called with the windows to which something was credited.
-        self.on_windows: Callable[[Sequence[Window]], None] = lambda _windows: None
+        #: Called with each window whose limit was changed by a credit.
+        self.window_changed: Callable[[Window], None] = lambda _window: None
 
     def start(self) -> None:
         """Start polling, and listening for notifications."""
@@ -166,7 +165,6 @@ class ChangeFeed:
             self._cache.forget_all()
             return
         concerns_all = is_cut_off
-        windows: list[Window] = []
         for row in rows:
             match row["kind"]:
                 case "key" if (digest := _digest(row["subject"])) is not None:
@@ -181,8 +179,9 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
-                case "window" if (window := _window(row["subject"])) is not None:
-                    windows.append(window)
+                case "window":
+                    if (window := _window(row["subject"])) is not None:
+                        self.window_changed(window)
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
@@ -194,8 +193,6 @@ class ChangeFeed:
         if concerns_all:
             # Once for any number of plans: it visits every entry.
             self._cache.distrust_all()
-        if windows:
-            self.on_windows(windows)
 
     async def _follow(self) -> None:
         failures = 0
@@ -263,10 +260,10 @@ def _digest(subject: str) -> KeyDigest | None:
 
 def _window(subject: str) -> Window | None:
     try:
-        kind, owner, is_test, measure, selector = orjson.loads(subject)
-    except ValueError:
+        kind, owner, is_test, measure, selector = json.loads(subject)
+    except (ValueError, TypeError):
         return None
-    return Window(Pool(kind, owner, is_test), measure, selector)
+    return Window(Pool(str(kind), str(owner), bool(is_test)), str(measure), str(selector))
 
 
 def _is_older(snapshot: str, than: str) -> bool:

@@ -161,7 +161,7 @@ class Claims:
 
     # -- the path of a request
 
-    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, spend: int = 0) -> None:
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, *, spend: int = 0) -> None:
         """See the port."""
         claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds, spend)
         if self._is_closed or self.pending >= _WAITING_MAX:

@@ -643,9 +643,10 @@ local function stand()
     return '[' .. table.concat(rows, ',') .. ']'
 end
 
--- Windows were changed in PostgreSQL, by a credit, `seconds` ago: read them again. Returns whether any is due.
+-- Windows were changed in PostgreSQL, by a credit, `seconds` ago: read them again. Returns whether any is due, or an exchange
+-- with PostgreSQL is in progress.
 local function refresh()
-    local is_due = false
+    local is_due = call('HEXISTS', marker, 'turn_by') == 1
     for _, asked in ipairs(ask.windows) do
         local starts, ends = span(asked[4], now)
         local window = opened(name_of(asked[1], asked[3] and 1 or 0, asked[4], starts, asked[5], asked[2]), asked[4], starts, ends)

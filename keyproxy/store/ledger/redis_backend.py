@@ -22,7 +22,7 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
@@ -74,8 +74,8 @@ class RedisLedger:
         self._is_low = False
         self._stock_task: asyncio.Task[None] | None = None
         self._refresh_task: asyncio.Task[None] | None = None
-        #: Windows that have changed in PostgreSQL, and when this process noticed the latest change.
-        self._changed: dict[Window, None] = {}
+        #: Windows that have changed in PostgreSQL, with what to do then, and when this process noticed the latest change.
+        self._changed: dict[Window, Callable[[Window], None]] = {}
         self._changed_at = 0.0
         self._is_closed = False
 
@@ -176,12 +176,12 @@ class RedisLedger:
 
     # -- shares, out of windows
 
-    def refresh_soon(self, windows: Sequence[Window]) -> None:
-        """Read windows again that have changed in PostgreSQL, because of a credit."""
-        if self._is_closed:
+    def refresh_soon(self, window: Window, then: Callable[[Window], None]) -> None:
+        """Read a window again that was changed in PostgreSQL by a credit, and continue with `then`."""
+        if self._is_closed or len(self._changed) >= _CHANGED_MAX:
             return
+        self._changed[window] = then
         self._changed_at = asyncio.get_running_loop().time()
-        self._changed.update(dict.fromkeys(windows[: _CHANGED_MAX - len(self._changed)]))
         if self._refresh_task is None or self._refresh_task.done():
             self._refresh_task = self._in_background(self._refresh())
 
@@ -189,9 +189,10 @@ class RedisLedger:
         now = asyncio.get_running_loop().time
         while self._changed:
             await asyncio.sleep(random.uniform(0.0, _SPREAD_SECONDS))  # noqa: S311 - spreads calls
-            windows, noticed_at = list(self._changed), self._changed_at
-            self._changed.clear()
-            await self.refresh(windows, seconds=now() - noticed_at)
+            changed, self._changed = self._changed, {}
+            await self.refresh(list(changed), seconds=now() - self._changed_at)
+            for window, then in changed.items():
+                then(window)
 
     async def refresh(self, windows: Sequence[Window], *, seconds: float = 0.0) -> None:
         """Read windows again, unless that was done in the last `seconds`. Raises StoreUnavailable, GenerationLost."""

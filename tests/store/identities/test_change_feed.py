@@ -14,7 +14,6 @@ import pytest
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
-from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import Identity
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason
@@ -25,7 +24,7 @@ from keyproxy.store.postgres.database import Row, StoreUnavailable
 from tests import fakes
 from tests.server import Server
 from tests.store.conftest import MakeRig, StartServer
-from tests.store.harness import Bell, Relay, Rig, Sql, add_key, add_user, change_rows, credit, until_row
+from tests.store.harness import Bell, Relay, Rig, Sql, add_key, add_user, change_rows, until_row
 from tests.waiting import until
 
 #: Three keys: 1 and 2 of two users of one tenant, 3 of another tenant.
@@ -129,23 +128,6 @@ async def test_exactly_the_changed_keys_are_looked_up_again(
     assert not_served(fed, keys) == changed
     for secret in keys.values():
         assert await as_the_store_has_it(fed, secret)
-
-
-async def test_credits_of_windows_are_passed_on_and_no_key_is_looked_up_again(
-    fed: Rig, keys: dict[int, SecretKey]
-) -> None:
-    found: list[list[Window]] = []
-    fed.feed.on_windows = lambda windows: found.append(list(windows))
-    credited = [
-        Window(Pool("user", "u_1", True), "tokens_per_day", "model:gpt-4o"),
-        Window(Pool("tenant", "acme", False), "spend_per_month"),
-    ]
-    for window in credited:
-        await credit(fed.sql, window, 5)
-    await fed.feed.look()
-    await fed.feed.look()
-    assert [sorted(windows) for windows in found] == [sorted(credited)]
-    assert not_served(fed, keys) == set()
 
 
 #: One of each kind: without foreign keys and ordinary triggers, each trigger of the feed must work alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import re
 import struct
@@ -15,7 +16,7 @@ from redis.asyncio import Redis
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal
@@ -28,6 +29,7 @@ from tests.store.conftest import MakeRig
 from tests.store.harness import Relay, Sql, credit, until_row
 from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
 from tests.store.redis_server import RedisServer
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -227,10 +229,11 @@ async def test_credit_reaches_redis_within_a_second(
     server: RedisServer, make_ledger: MakeLedger, make_rig: MakeRig, sql: Sql
 ) -> None:
     proxies = [make_ledger(server) for _ in range(3)]
+    read: list[Window] = []
     for ledger in proxies:
         # Without notifications, so that each proxy polls.
         rig = await make_rig()
-        rig.feed.on_windows = ledger.refresh_soon
+        rig.feed.window_changed = functools.partial(ledger.refresh_soon, then=read.append)
         await rig.feed.look()
         rig.feed.start()
     assert await granted(proxies[0], "a", 1, want=1000) == 1000
@@ -243,6 +246,8 @@ async def test_credit_reaches_redis_within_a_second(
         await asyncio.sleep(0.02)
     assert total == 1007
     assert time.monotonic() - before < 1.0
+    # A process that remembers that the window was spent requests units again.
+    await until(lambda: len(read) == 3, "every proxy knows", seconds=1.0)
     # Further ones, and those of windows that Redis does not have, are read too.
     await credit(sql, window("tokens_per_day"), 5)
     await credit(sql, window(), -7)
@@ -277,7 +282,7 @@ async def test_one_exchange_reads_a_credit_for_all_proxies(
     before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
     await credit(sql, window(), 7)
     for proxy in proxies:
-        proxy.refresh_soon([window()])
+        proxy.refresh_soon(window(), lambda _window: None)
     await asyncio.sleep(0.5)
     assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1005
     assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") <= before + 3

@@ -549,11 +549,13 @@ $$;
 CREATE OR REPLACE FUNCTION keyproxy.forget_holders(portion int) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
+    -- A variable: the index does not serve a comparison with clock_timestamp(), which is volatile.
+    long_ago timestamptz := clock_timestamp() - interval '55 minutes';
     gone bigint;
 BEGIN
     DELETE FROM keyproxy.lease_holders AS h WHERE h.id = ANY (ARRAY(
         SELECT o.id FROM keyproxy.lease_holders AS o
-        WHERE o.ended_at < clock_timestamp() - interval '55 minutes' AND NOT o.is_ending
+        WHERE o.ended_at < long_ago AND NOT o.is_ending
         ORDER BY o.ended_at LIMIT portion FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS gone = ROW_COUNT;
@@ -616,7 +618,7 @@ $$;
 CREATE FUNCTION keyproxy.credit_window(
     kind text, owner text, is_test boolean, measure text, selector text, bound bigint, amount bigint, reason text,
     OUT id text, OUT starts bigint, OUT ends_seconds float8, OUT credited bigint, OUT spent bigint, OUT held bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     instant float8 := extract(epoch FROM clock_timestamp());
@@ -665,10 +667,12 @@ REVOKE EXECUTE ON FUNCTION keyproxy.credit_window(text, text, boolean, text, tex
 -- As 0011_bounds.sql had it, but that windows of a minute or an hour go after a day. One that has an alert to deliver stays
 -- as long as any other.
 CREATE OR REPLACE FUNCTION keyproxy.tend_usage(event_days int, usage_days int, portion int) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' SET jit = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' SET jit = off
+SET enable_seqscan = off AS $$
 DECLARE
     today date := (clock_timestamp() AT TIME ZONE 'UTC')::date;
-    now_seconds float8 := extract(epoch FROM clock_timestamp());
+    -- A whole number: the index on `starts` serves no comparison with another type, or with a volatile function.
+    now_seconds bigint := extract(epoch FROM clock_timestamp());
     partitions_max CONSTANT int := 4;
     old_partition text;
     gone bigint := 0;
