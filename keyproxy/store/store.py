@@ -66,13 +66,8 @@ class Store:
             look_ups_max=max(1, store.pool_size_max - 1),
             now=now,
         )
-        self.feed = ChangeFeed(
-            self.database,
-            NotificationListener(dsn, CHANNEL, shortage=self.database.shortage),
-            self.identities,
-            state,
-            now,
-        )
+        listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
+        self.feed = ChangeFeed(self.database, listener, self.identities, state, now)
         self.feed.window_changed = partial(
             backend.refresh_soon, then=self.ledger.conversation.lease_sync.forget_refusals
         )
