@@ -13,6 +13,8 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.usage.journal import UsageJournal
@@ -68,9 +70,7 @@ class Store:
         )
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         self.feed = ChangeFeed(self.database, listener, self.identities, state, now)
-        self.feed.window_changed = partial(
-            backend.refresh_soon, then=self.ledger.conversation.lease_sync.forget_refusals
-        )
+        self._follow_windows(backend)
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -89,6 +89,11 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
         )
+
+    def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
+        conversation = self.ledger.conversation
+        self.feed.window_changed = partial(backend.refresh_soon, then=conversation.lease_sync.forget_refusals)
+        self.feed.units_recalled = conversation.recall
 
     def _share_outage(self, *, has_ledger: bool) -> None:
         for part in (self._ledger_database, self._usage_database):

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from redis.asyncio import Redis
+
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import Database
 from tests.contracts import LEASE_SECONDS, line
@@ -58,3 +60,10 @@ async def granted(ledger: RedisLedger, holder: str, serial: int, **told: Any) ->
     """Send one message; return what the holder was granted of 1000 a day, or -1 if it has ended."""
     replies = await ledger.sync(holder, serial, [line(limit=1000, **told)])
     return -1 if replies is None else replies[0].granted
+
+
+async def make_due(server: RedisServer) -> None:
+    """Report to PostgreSQL now what would be reported within half a minute."""
+    async with Redis.from_url(server.url) as client:
+        (key,) = [key async for key in client.scan_iter("*:due")]
+        assert await client.zunionstore(key, {key: 0}) > 0

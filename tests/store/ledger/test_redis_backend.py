@@ -28,7 +28,7 @@ from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
 from tests.store.conftest import MakeRig
 from tests.store.harness import Relay, Sql, credit, until_blocked, until_row
-from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
 
@@ -44,13 +44,6 @@ async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
 def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
     """One proxy's backend."""
     return make_ledger(server)
-
-
-async def make_due(server: RedisServer) -> None:
-    """Report to PostgreSQL now what would be reported within half a minute."""
-    async with Redis.from_url(server.url) as client:
-        (key,) = [key async for key in client.scan_iter("*:due")]
-        assert await client.zunionstore(key, {key: 0}) > 0
 
 
 # -- loss of memory
