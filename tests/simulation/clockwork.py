@@ -94,11 +94,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     # -- the interface that asyncio uses
 
     def time(self) -> float:
-        """See AbstractEventLoop."""
         return self._clock.now
 
     def get_debug(self) -> bool:
-        """See AbstractEventLoop."""
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -109,7 +107,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_soon(
         self, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        """See AbstractEventLoop."""
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -117,13 +114,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        """See AbstractEventLoop."""
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        """See AbstractEventLoop."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
         return handle
@@ -132,9 +127,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Do nothing: cancelled timers are dropped when they are due."""
 
     def create_future(self) -> asyncio.Future[Any]:
-        """See AbstractEventLoop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:  # type: ignore[override]
-        """See AbstractEventLoop."""
         return asyncio.Task(coro, loop=self)

@@ -83,7 +83,7 @@ async def test_process_returns_its_idle_units_when_they_are_recalled(
     process.start()
     rig = await make_rig()
     rig.feed.units_recalled = process.conversation.recall
-    await rig.feed.look()
+    await rig.feed.poll()
     limit = _FEW + 1
     await hold(ledger, _FEW, 1, limit)
     allowance = Allowance(((Pool("user", "u_42", False), Plan(requests_per_day=limit)),))
@@ -96,7 +96,7 @@ async def test_process_returns_its_idle_units_when_they_are_recalled(
     messages = process.conversation.counts["round_trips"]
     await ledger.sync("short", 1, [line(limit=limit, want=1)])
     assert len(await recalled(sql)) == 1
-    await rig.feed.look()
+    await rig.feed.poll()
     await until(
         lambda: process.conversation.counts["round_trips"] > messages, "the idle units are returned", seconds=1.0
     )

@@ -228,7 +228,7 @@ async def test_credit_reaches_redis_within_a_second(
         # Without notifications, so that each proxy polls.
         rig = await make_rig()
         rig.feed.window_changed = functools.partial(ledger.refresh_soon, then=read.append)
-        await rig.feed.look()
+        await rig.feed.poll()
         rig.feed.start()
     assert await granted(proxies[0], "a", 1, want=1000) == 1000
     assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1000
