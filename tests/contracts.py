@@ -12,7 +12,9 @@ import pytest
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http import identity_headers
+from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
+from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
@@ -198,6 +200,10 @@ class LedgerStage(Protocol):
         """The same ledger, for holders whose leases expire at once."""
         ...
 
+    async def credit(self, window: Window, amount: int) -> None:
+        """Add an amount to the limit of a current window, and wait until the backend knows of it."""
+        ...
+
 
 class Holders:
     """Processes that hold leases and send random valid messages, also about two leases of one window at once."""
@@ -308,12 +314,10 @@ class LedgerContract:
         for name in holders.names:
             reference.end(name)
             await ledger.end(name)
-        states = await ledger.windows([window(measure) for measure in LIMITS])
-        rows = {of.measure: row for (of, _), row in reference.windows.items() if not of.selector}
-        for measure, state in zip(LIMITS, states, strict=True):
-            row = rows[measure]
+        rows = {of: row for (of, _), row in reference.windows.items() if of.measure in LIMITS}
+        for (of, row), state in zip(rows.items(), await ledger.windows(list(rows)), strict=True):
             assert state is not None
-            assert (row.spent, row.held, row.forfeited) == (state.spent, state.held, state.forfeited), measure
+            assert (row.spent, row.held, row.forfeited) == (state.spent, state.held, state.forfeited), of
             assert state.held == 0
 
     async def test_message_that_arrives_after_a_later_one_changes_nothing(self, ledger: InspectedBackend) -> None:
@@ -442,3 +446,91 @@ class LedgerContract:
         replies = await ledger.sync("a", 2, [line(granted=10)])
         assert replies is not None
         assert replies[0].is_wanted
+
+    async def test_credit_is_added_to_the_limit_of_its_window_alone(self, ledger_stage: LedgerStage) -> None:
+        ledger, other = ledger_stage.ledger, window(selector="model:gpt-4o")
+        assert await granted_to(ledger, 1, line(want=10), line(2, other, want=10)) == {1: 10, 2: 10}
+        await ledger_stage.credit(window(), 5)
+        replies = await ledger.sync(
+            "a", 2, [line(granted=10, used=10, want=20), line(2, other, granted=10, used=10, want=20)]
+        )
+        assert replies is not None
+        told = {reply.lease: (reply.granted, reply.credited, reply.spent, reply.held) for reply in replies}
+        assert told == {1: (15, 5, 10, 5), 2: (10, 0, 10, 0)}
+        # A negative one takes effect for what is not granted yet.
+        await ledger_stage.credit(window(), -4)
+        replies = await ledger.sync("a", 3, [line(granted=15, used=10, returned=5, want=20)])
+        assert replies is not None
+        assert (replies[0].granted, replies[0].credited, replies[0].held) == (16, 1, 1)
+
+    async def test_window_that_is_credited_before_its_first_use_grants_more_than_its_limit(
+        self, ledger_stage: LedgerStage
+    ) -> None:
+        await ledger_stage.credit(window(), 5)
+        assert await granted_to(ledger_stage.ledger, 1, line(want=16, at_least=16)) == {1: 0}
+        assert await granted_to(ledger_stage.ledger, 2, line(want=15, at_least=15)) == {1: 15}
+
+    async def test_replies_have_the_number_of_holders_with_a_lease_of_the_window(
+        self, ledger: InspectedBackend
+    ) -> None:
+        serials = dict.fromkeys("abc", 0)
+
+        async def holders(name: str, *lines: LeaseReport) -> list[int]:
+            serials[name] += 1
+            replies = await ledger.sync(name, serials[name], lines)
+            assert replies is not None
+            return [reply.holders for reply in replies]
+
+        other = window(selector="model:gpt-4o")
+        assert await holders("a", line(want=1)) == [1]
+        assert await holders("b", line(want=1), line(2, other, want=1)) == [2, 1]
+        # A second lease of the same holder does not count; one that was never opened does not either.
+        assert await holders("a", line(2, want=1), line(3, other, is_closing=True)) == [2, 1]
+        assert await holders("c", line(want=1), line(2, want=1), line(3, window("rate"), interval_seconds=9)) == [
+            3,
+            3,
+            1,
+        ]
+        assert await holders("c", line(granted=1, used=1, is_closing=True)) == [3]
+        assert await holders("c", line(2, granted=1, used=1, is_closing=True)) == [2]
+        assert await holders("a", line(granted=1, used=1, is_closing=True), line(4, want=1)) == [2, 2]
+        await ledger.end("b")
+        assert await holders("a", line(4, granted=1)) == [1]
+
+    @pytest.mark.parametrize("period", PERIODS)
+    async def test_windows_are_calendar_periods(self, ledger: InspectedBackend, period: str) -> None:
+        measures = [f"{kind}_per_{period}" for kind in ("requests", "tokens", "spend")]
+        before = time.time()
+        replies = await ledger.sync("a", 1, [line(n + 1, window(of), want=1) for n, of in enumerate(measures)])
+        assert replies is not None
+        expected = [span(measures[0], at) for at in (before, time.time())]
+        for reply in replies:
+            assert reply.starts in [starts for starts, _ in expected]
+            assert (
+                reply.ends_seconds == pytest.approx(expected[1][1] - time.time(), abs=5) or expected[0] != expected[1]
+            )
+
+    async def test_token_rate_takes_back_unused_units_less_those_that_were_refilled(
+        self, ledger: InspectedBackend
+    ) -> None:
+        rate = line(1, window("token_rate"), limit=1000, interval_seconds=1.0, want=1000)
+        replies = await ledger.sync("a", 1, [rate])
+        assert replies is not None
+        granted_at = replies[0].granted_at
+        assert replies[0].granted == 1000
+        assert granted_at == pytest.approx(time.time(), abs=5)
+        for serial, (returned, ago, available) in enumerate([(600, 400, 200), (600, 700, 0), (300, -50, 300)], 2):
+            replies = await ledger.sync("a", serial, [rate._replace(returned=returned, granted_at=granted_at - ago)])
+            assert replies is not None
+            # Some seconds have passed.
+            assert available <= replies[0].granted <= available + 5
+        # Use beyond the units that were held counts in full, up to the burst.
+        for serial, (returned, available) in enumerate([(300, 300), (-100, 200), (-5000, 0)], 5):
+            replies = await ledger.sync("a", serial, [rate._replace(returned=returned, granted_at=granted_at, want=0)])
+            assert replies is not None
+            assert available - 1 <= 1000 - replies[0].held <= available + 5
+
+    async def test_request_rate_takes_nothing_back(self, ledger: InspectedBackend) -> None:
+        rate = line(1, window("rate"), limit=1000, interval_seconds=10.0, want=1000)
+        assert await granted_to(ledger, 1, rate) == {1: 1000}
+        assert await granted_to(ledger, 2, rate._replace(returned=500, granted_at=time.time())) == {1: 0}

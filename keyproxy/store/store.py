@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from keyproxy.config import schema
@@ -13,6 +14,8 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.usage.journal import UsageJournal
@@ -40,7 +43,8 @@ class Store:
         self.database = Database(dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=seconds)
         # A separate pool, so that ledger sync and lookups do not wait for each other.
         self._ledger_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
-        self.ledger = Ledger(ledger_backend(self._ledger_database, ledger, alert_percentages), ledger, now)
+        backend = ledger_backend(self._ledger_database, ledger, alert_percentages)
+        self.ledger = Ledger(backend, ledger, now)
         repeats_max = (limits or schema.LimitSettings()).idempotency_repeats_max
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
@@ -65,14 +69,9 @@ class Store:
             look_ups_max=max(1, store.pool_size_max - 1),
             now=now,
         )
-        self.feed = ChangeFeed(
-            self.database,
-            NotificationListener(dsn, CHANNEL, shortage=self.database.shortage),
-            self.identities,
-            state,
-            now,
-        )
-        self._follow_windows()
+        listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
+        self.feed = ChangeFeed(self.database, listener, self.identities, state, now)
+        self._follow_windows(backend)
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -91,9 +90,9 @@ class Store:
             self.feed.forgetting,
         )
 
-    def _follow_windows(self) -> None:
+    def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
         conversation = self.ledger.conversation
-        self.feed.window_changed = conversation.lease_sync.forget_refusals
+        self.feed.window_changed = partial(backend.refresh_soon, then=conversation.lease_sync.forget_refusals)
         self.feed.units_recalled = conversation.recall
 
     def _share_outage(self, *, has_ledger: bool) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.limits.ledger_protocol import Window
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -49,6 +50,14 @@ async def until_blocked(sql: Sql, text: str) -> None:
         " AND position($1 in query) > 0 AND pid <> pg_backend_pid()",
         text,
     )
+
+
+async def credit(sql: Sql, window: Window, amount: int) -> None:
+    """Add an amount to the limit of a current window, as the admin side does."""
+    await sql.execute(
+        "SELECT keyproxy.credit_window($1, $2, $3, $4, $5, 1000000, $6, 'test')",
+        *window.pool, window.measure, window.selector, amount,
+    )  # fmt: skip
 
 
 class Clock:

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from redis.asyncio import Redis
+
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import Database
 from tests.contracts import LEASE_SECONDS, line
@@ -44,7 +46,10 @@ async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
         def making(
             server: RedisServer, *, lease_seconds: float = LEASE_SECONDS, timeout_seconds: float = 2.0
         ) -> RedisLedger:
-            ledger = RedisLedger(server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds)
+            ledger = RedisLedger(
+                server.url, database, lease_seconds=lease_seconds, timeout_seconds=timeout_seconds,
+                alert_percentages=(80, 100),
+            )  # fmt: skip
             stack.push_async_callback(ledger.close)
             return ledger
 
@@ -55,3 +60,10 @@ async def granted(ledger: RedisLedger, holder: str, serial: int, **settings: Any
     """Send one message; return what the holder was granted of 1000 a day, or -1 if it has ended."""
     replies = await ledger.sync(holder, serial, [line(limit=1000, **settings)])
     return -1 if replies is None else replies[0].granted
+
+
+async def make_due(server: RedisServer) -> None:
+    """Report to PostgreSQL now what would be reported within half a minute."""
+    async with Redis.from_url(server.url) as client:
+        (key,) = [key async for key in client.scan_iter("*:due")]
+        assert await client.zunionstore(key, {key: 0}) > 0

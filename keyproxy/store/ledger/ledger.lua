@@ -6,8 +6,8 @@
 --          here, because cjson rounds.
 --
 --   <1>:<g>:holders   sorted set: holders by expiry
---   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, and its leases
---   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:owner
+--   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, its leases, and w:<name>: how many leases it has of a window
+--   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:selector"owner. No selector contains a quote.
 --   <1>:<g>:due       sorted set: windows by when they are reported to PostgreSQL
 --
 -- This must be fast, because a server has one thread. So lines, leases and windows are sent and stored as structs, and are
@@ -73,12 +73,19 @@ local function day_of_month(days)
     return of_year - floor((153 * month + 2) / 5) + 1
 end
 
+local PERIOD_SECONDS = {minute = 60, hour = 3600, day = DAY, week = 7 * DAY}
+local MONDAY = 4 * DAY                    -- the first one of Unix time
+
 -- When the window that an instant is in starts and ends; ends nil: never.
 local function span(measure, at)
-    local days = floor(at / DAY)
-    if string.sub(measure, -8) == '_per_day' then
-        return days * DAY, (days + 1) * DAY
-    elseif string.sub(measure, -10) == '_per_month' then
+    local period = string.match(measure, '_per_(%a+)$')
+    local seconds = PERIOD_SECONDS[period]
+    if seconds then
+        local first = period == 'week' and MONDAY or 0
+        local starts = floor((at - first) / seconds) * seconds + first
+        return starts, starts + seconds
+    elseif period == 'month' then
+        local days = floor(at / DAY)
         local first = days - day_of_month(days) + 1
         local later = first + 31
         return first * DAY, (later - day_of_month(later) + 1) * DAY
@@ -87,23 +94,28 @@ local function span(measure, at)
 end
 
 -- The fields of a window, by index. For this call only: OWN is what the leases in this message hold of it, ASKER the
--- latest lease that wants units, LASTS how long a rate takes to recover. Stored: SHARE and GIVEN_BACK are what PostgreSQL
--- has granted this generation and what was returned; OTHERS_* is what other holders have of the window. Below LOW, NEED units are
--- requested from PostgreSQL, and no fewer than LEAST; STOCKED_* is the last such request. DUE is the time of the next report
--- to PostgreSQL, EXPIRES that of the key's expiry.
-local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
-local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, LOW, NEED,
-    LEAST, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, WANTED_BY =
-    11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30
-local WINDOW = '<' .. string.rep('d', 19) .. 's'
-local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
+-- latest lease that wants units, LASTS how long a rate takes to recover, IS_URGENT whether PostgreSQL must hear of a refusal.
+-- Stored: SHARE and GIVEN_BACK are what PostgreSQL has granted this generation and what was returned; OTHERS_* is what other
+-- holders have of the window there, and CREDITED what was added to its limit, as of its last reply: see FRESHNESS. HOLDERS is
+-- the number of holders here that have a lease of it. Below LOW, NEED units are requested from PostgreSQL, and no fewer than LEAST;
+-- STOCKED_* is the last such request. When SPENT reaches ALERT_AT (0: never), PostgreSQL has an alert to write; REFUSED_AT is
+-- when it was last informed that a request needs more than is not spent. DUE is the time of the next report to PostgreSQL,
+-- EXPIRES that of the key's expiry.
+local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED, IS_URGENT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, CREDITED,
+    FRESHNESS, HOLDERS, LOW, NEED, LEAST, ALERT_AT, REFUSED_AT, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, WANTED_BY =
+    12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36
+-- Of what PostgreSQL replied about a window: nothing yet; current; it has changed there since a message was last prepared.
+local UNREAD, READ, STALE = 0, 1, 2
+local WINDOW = '<' .. string.rep('d', 24) .. 's'
+local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
 
 -- Windows that this call has read. They are written at the end, if at all.
 local windows, names = {}, {}
 
 local function looked_at(packed, name, measure, starts, ends)
     local window = {
-        name, measure, starts, ends or false, packed and true, false, 0, false, 0, false, unpacked(WINDOW, packed or NEW)
+        name, measure, starts, ends or false, packed and true, false, 0, false, 0, false, false, unpacked(WINDOW, packed or NEW)
     }
     windows[name] = window
     names[#names + 1] = name
@@ -116,7 +128,7 @@ end
 
 local function write(window)
     local over = max(now, window[ENDS] or 0)
-        + (window[MEASURE] == 'rate' and window[LASTS] + 60 or window[HELD] > 0 and KEPT_SECONDS or OVER_SECONDS)
+        + (window[LASTS] > 0 and window[LASTS] + 60 or window[HELD] > 0 and KEPT_SECONDS or OVER_SECONDS)
     local is_late = window[EXPIRES] < over
     if is_late then window[EXPIRES] = over + SLACK_SECONDS end
     local packed = pack(WINDOW, unpack(window, SPENT, WANTED_BY))
@@ -139,11 +151,13 @@ local function set_due(window, at)
     call('ZADD', base .. 'due', text(at), window[NAME])
 end
 
--- Schedule the report of a window to PostgreSQL: later, or next if its share runs low. Returns whether it is next.
+-- Schedule the report of a window to PostgreSQL: later, or next if its share runs low or it is to write an alert. Returns
+-- whether it is next.
 local function schedule(window)
     if not window[ENDS] then return false end
     local left = room(window)
-    local is_urgent = window[LOW] > 0 and left < window[LOW]
+    local is_urgent = window[LOW] > 0 and left < window[LOW] or window[IS_URGENT]
+        or window[ALERT_AT] > 0 and window[SPENT] >= window[ALERT_AT]
     -- Used beyond its share; or refused for units that others may have returned by now.
     local is_soon = left < 0 or (window[IS_REFUSED] and window[OTHERS_HELD] > 0)
     local at = is_urgent and URGENT or now + (is_soon and SOON_SECONDS or TOLD_SECONDS)
@@ -160,11 +174,11 @@ end
 -- what is AVAILABLE; for a lease IS_WANTED, whether another holder is short of units, and whether it COUNTS. Stored for the
 -- lease, raised to what is reported: HAD granted, CONSUMED, BACK. The rest is LeaseReport in limits/ledger_protocol.py.
 local OF, GIVEN, AHEAD, AVAILABLE, IS_WANTED, COUNTS, FIELD, HAD, CONSUMED, BACK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
-local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, TAKES_ALL, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
-    OWNER, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26
-local LINE = '<dddddddddBBBsss'
+local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, MOST, GRANTED_AT, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
+    OWNER, SELECTOR, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28
+local LINE = '<dddddddddddBBssss'
 local LEASE_KEPT = '<ddds'
-local REPLY = '<i8i8i8i8i8ddB'
+local REPLY = '<i8i8i8i8i8i8i8dddB'
 
 local function read_lines(packed)
     local lines, at = {}, 1
@@ -174,6 +188,10 @@ local function read_lines(packed)
         lines[#lines + 1] = line
     end
     return lines
+end
+
+local function name_of(kind, is_test, measure, starts, selector, owner)
+    return table.concat({kind, is_test, measure, text(starts), selector .. '"' .. owner}, ':')
 end
 
 -- The current window of each measure, computed once per call: start, end, and the middle parts of its names.
@@ -190,10 +208,10 @@ local function window_of(line)
         present[measure] = today
     end
     if at == 0 or at == today[1] then
-        return line[KIND] .. today[3 + line[IS_TEST]] .. line[OWNER], today[1], today[2]
+        return line[KIND] .. today[3 + line[IS_TEST]] .. line[SELECTOR] .. '"' .. line[OWNER], today[1], today[2]
     end
     local starts, ends = span(measure, at)
-    return table.concat({line[KIND], line[IS_TEST], measure, text(starts), line[OWNER]}, ':'), starts, ends
+    return name_of(line[KIND], line[IS_TEST], measure, starts, line[SELECTOR], line[OWNER]), starts, ends
 end
 
 -- Attach to each line its window and its stored lease. False: a window with reserved units is missing, so data was lost.
@@ -232,8 +250,17 @@ end
 local function settle_rate(line, window)
     local tolerance = line[BOUND] * line[INTERVAL]
     -- Capped: the clock may have been set back, or the burst lowered.
-    line[AHEAD] = min(max(window[THEORETICAL], now) - now, tolerance)
-    line[AVAILABLE] = floor((tolerance - line[AHEAD]) / line[INTERVAL] + 1e-6)
+    local ahead, units = min(max(window[THEORETICAL], now) - now, tolerance), line[RETURNED]
+    if line[OF_MEASURE] == 'token_rate' then
+        if units > 0 then
+            -- Less what has been refilled since these units were granted.
+            ahead = max(0, ahead - max(0, units * line[INTERVAL] - max(0, now - line[GRANTED_AT])))
+        else
+            ahead = min(ahead - units * line[INTERVAL], tolerance)
+        end
+    end
+    line[AHEAD] = ahead
+    line[AVAILABLE] = floor((tolerance - ahead) / line[INTERVAL] + 1e-6)
     window[LASTS] = max(window[LASTS], tolerance)
 end
 
@@ -260,10 +287,9 @@ end
 local function granted_of(line, available, alive)
     local want, at_least = line[WANT], line[AT_LEAST]
     if want == 0 or available < at_least then return 0 end
-    if line[TAKES_ALL] == 1 then return available end
-    -- A holder leaves units for the others: the fewer are available, the fewer it gets.
+    -- A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
     local part = want
-    if alive > 1 then part = max(at_least, floor(available / (2 * alive))) end
+    if alive > 1 then part = max(at_least, line[MOST], floor(available / (2 * alive))) end
     return min(want, available, part)
 end
 
@@ -273,9 +299,15 @@ local lacking = {}
 -- What may be granted: what the limit leaves, at most what the share leaves. Also whether the share was too small.
 local function judged(window, line, alive)
     if window[ENDS] and now >= window[ENDS] then return 0, false end
-    local available = line[BOUND] - spent_of(window) - window[HELD]
+    local available = line[BOUND] + window[CREDITED] - spent_of(window) - window[HELD]
     local granted, left = granted_of(line, available, alive), room(window)
-    if granted == 0 or not window[ENDS] or granted <= left then return granted, false end
+    if not window[ENDS] then return granted, false end
+    if granted == 0 and window[FRESHNESS] == UNREAD then
+        -- More than its limit, but a credit may cover it: PostgreSQL decides.
+        if not ask.is_final then lacking[#lacking + 1] = {window, line[WANT], line[AT_LEAST]} end
+        return 0, true
+    end
+    if granted == 0 or granted <= left then return granted, false end
     if ask.is_final then
         local less = granted_of(line, min(available, left), alive)
         return less, less == 0
@@ -283,6 +315,16 @@ local function judged(window, line, alive)
     local missing = granted - left
     lacking[#lacking + 1] = {window, missing, max(1, missing - (granted - line[AT_LEAST]))}
     return granted, true
+end
+
+-- Pass a refusal on to PostgreSQL if the request needs more than is not spent: it writes the alert of a limit that is used up.
+local function note_refusal(window, line)
+    local limit, least = line[BOUND] + window[CREDITED], line[AT_LEAST]
+    if least <= limit and least > limit - window[SPENT] - window[OTHERS_SPENT] and window[NEED] == 0
+        and since(window[REFUSED_AT]) >= TOLD_SECONDS
+    then
+        window[NEED], window[LEAST], window[REFUSED_AT], window[IS_URGENT] = least, least, now, true
+    end
 end
 
 -- Grant available units to the line that wants them; if several leases of one window do, only to the latest one. Returns
@@ -296,8 +338,9 @@ local function grant(window, alive)
     local granted, is_short = judged(window, line, alive)
     line[HAD], window[HELD], window[LIMIT] = line[HAD] + granted, window[HELD] + granted, line[BOUND]
     window[IS_REFUSED] = granted == 0
-    if granted == 0 and window[HELD] > window[OWN] and not (window[ENDS] and now >= window[ENDS]) then
-        window[WANTED_AT], window[WANTED_BY] = now, ask.holder
+    if granted == 0 and not (window[ENDS] and now >= window[ENDS]) then
+        if window[HELD] > window[OWN] then window[WANTED_AT], window[WANTED_BY] = now, ask.holder end
+        if window[ENDS] then note_refusal(window, line) end
     end
     return is_short
 end
@@ -310,14 +353,16 @@ local function rate_reply(line)
     window[HAS_MOVED], window[TOUCHED] = true, now
     local wait = 0
     if line[WANT] > 0 and line[GIVEN] == 0 then wait = max(0, ahead + (line[AT_LEAST] - line[BOUND]) * line[INTERVAL]) end
-    return pack(REPLY, line[LEASE], 0, line[GIVEN], 0, line[BOUND] - max(0, line[AVAILABLE] - line[GIVEN]), -1, wait, 0)
+    local held = line[BOUND] - max(0, line[AVAILABLE] - line[GIVEN])
+    return pack(REPLY, line[LEASE], 0, line[GIVEN], 0, held, 0, 1, -1, wait, now, 0)
 end
 
 local function reply(line)
     local window = line[OF]
     if line[INTERVAL] > 0 then return rate_reply(line) end
     return pack(REPLY, line[LEASE], window[STARTS], line[COUNTS] and line[HAD] or line[USED] + line[RETURNED],
-        spent_of(window), window[HELD], window[ENDS] and window[ENDS] - now or -1, 0, line[IS_WANTED])
+        spent_of(window), window[HELD], window[CREDITED], max(1, window[HOLDERS]), window[ENDS] and window[ENDS] - now or -1, 0, 0,
+        line[IS_WANTED])
 end
 
 -- Change nothing except that PostgreSQL is asked for what is lacking.
@@ -332,9 +377,44 @@ local function note_lacking()
     end
 end
 
+-- Count the holders of windows of which this one opens or closes leases, before these are settled. Returns how many leases it
+-- has of each then.
+local function count_holders(holder, lines)
+    local more, fields, changed = {}, {}, {}
+    for i = 1, #lines do
+        local line = lines[i]
+        -- Most lines are about a lease that is open, and stays so.
+        if (not line[COUNTS]) == (line[IS_CLOSING] == 0) and line[INTERVAL] == 0 then
+            local window, change = line[OF], line[IS_CLOSING] == 1 and -1 or 1
+            if not more[window] then
+                changed[#changed + 1], fields[#fields + 1] = window, 'w:' .. window[NAME]
+            end
+            more[window] = (more[window] or 0) + change
+        end
+    end
+    local counts = {}
+    if #fields == 0 then return counts end
+    for i, before in ipairs(call('HMGET', holder, unpack(fields))) do
+        local window = changed[i]
+        local were = number(before)
+        local are = max(0, were + more[window])
+        counts[i] = {fields[i], are}
+        window[HOLDERS] = max(0, window[HOLDERS] + (are > 0 and 1 or 0) - (were > 0 and 1 or 0))
+    end
+    return counts
+end
+
 -- Store the holder and its leases after this message.
-local function write_leases(holder, lines)
+local function write_leases(holder, lines, counts)
     local kept, closed = {'serial', text(ask.serial)}, {}
+    for _, count in ipairs(counts) do
+        if count[2] > 0 then
+            kept[#kept + 1] = count[1]
+            kept[#kept + 1] = text(count[2])
+        else
+            closed[#closed + 1] = count[1]
+        end
+    end
     for _, line in ipairs(lines) do
         if line[IS_CLOSING] == 1 then
             closed[#closed + 1] = line[FIELD]
@@ -373,6 +453,7 @@ local function sync()
     if kept[2] or ((not kept[1] or kept[3]) and has_leases(lines)) then return '"ended"' end
     if ask.serial <= number(kept[1]) then return '"late"' end
     if not find(lines, kept) then return lose() end
+    local counts = count_holders(holder, lines)
     for _, line in ipairs(lines) do settle(line) end
     local alive, short, is_low, replies = living(), 0, false, {}
     for _, name in ipairs(names) do
@@ -383,7 +464,7 @@ local function sync()
         return '"short"'
     end
     if kept[3] then call('HDEL', holder, 'rests') end
-    write_leases(holder, lines)
+    write_leases(holder, lines, counts)
     for i, line in ipairs(lines) do replies[i] = reply(line) end
     for _, name in ipairs(names) do
         is_low = schedule(windows[name]) or is_low
@@ -403,8 +484,8 @@ local function dead()
 end
 
 local function parts(name)
-    local kind, is_test, measure, starts, owner = string.match(name, '^(%a+):(%d):([%a_]+):(%d+):(.*)$')
-    return kind, is_test == '1', measure, tonumber(starts), owner
+    local kind, is_test, measure, starts, selector, owner = string.match(name, '^(%a+):(%d):([%a_]+):(%d+):([^"]*)"(.*)$')
+    return kind, is_test == '1', measure, tonumber(starts), owner, selector
 end
 
 local function opened_by(name)
@@ -432,7 +513,12 @@ local function end_holder()
     local found = call('HSCAN', holder, ask.cursor, 'COUNT', '500')
     local gone = {}
     for i = 1, #found[2], 2 do
-        if found[2][i] ~= 'serial' and found[2][i] ~= 'ended' and found[2][i] ~= 'rests' then
+        local field = found[2][i]
+        if string.sub(field, 1, 2) == 'w:' then
+            local window = opened_by(string.sub(field, 3))
+            window[HOLDERS] = max(0, window[HOLDERS] - 1)
+            gone[#gone + 1] = field
+        elseif tonumber(field) then
             local had, consumed, back, name = unpacked(LEASE_KEPT, found[2][i + 1])
             local window, outstanding = opened_by(name), had - consumed - back
             if outstanding > 0 and not window[IS_KNOWN] then return lose() end
@@ -440,12 +526,14 @@ local function end_holder()
             if window[MEASURE] ~= 'concurrency' then
                 window[SPENT], window[FORFEITED] = window[SPENT] + outstanding, window[FORFEITED] + outstanding
             end
-            gone[#gone + 1] = found[2][i]
+            gone[#gone + 1] = field
         end
     end
     for _, name in ipairs(names) do
-        schedule(windows[name])
-        write(windows[name])
+        if windows[name][IS_KNOWN] then
+            schedule(windows[name])
+            write(windows[name])
+        end
     end
     for _, lease in ipairs(gone) do call('HDEL', holder, lease) end
     if found[1] == '0' then
@@ -462,8 +550,9 @@ local function wanted(window)
     if now >= window[ENDS] or not (window[NEED] > 0 or is_low) then return 0 end
     local used = window[SPENT] + window[HELD]
     local pace = (used - window[STOCKED_USED]) / max(1, since(window[STOCKED_AT]))
-    local left = window[LIMIT] - window[OTHERS_SPENT] - window[OTHERS_HELD] - (window[SHARE] - window[GIVEN_BACK])
-    local ahead = min(max(math.ceil(pace * STOCK_SECONDS), 4 * window[NEED]), floor(left / 8))
+    local left = window[LIMIT] + window[CREDITED] - window[OTHERS_SPENT] - window[OTHERS_HELD] - (window[SHARE] - window[GIVEN_BACK])
+    local lasts = min(STOCK_SECONDS, window[ENDS] - now)
+    local ahead = min(max(math.ceil(pace * lasts), 4 * window[NEED]), floor(left / 8))
     return max(window[NEED], ahead)
 end
 
@@ -481,22 +570,24 @@ local function stock()
     call('HSET', marker, 'turn_by', ask.by, 'turn_since', text(now))
     local lines = {}
     for _, name in ipairs(due) do
-        local kind, is_test, measure, starts, owner = parts(name)
+        local kind, is_test, measure, starts, owner, selector = parts(name)
         local window = opened_by(name)
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
             local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
-            if is_over or is_deserted or (window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS) then
+            if is_over or window[NEED] == 0 and (is_deserted or since(window[TOUCHED]) >= IDLE_SECONDS) then
                 -- Give units up here first, then report it to PostgreSQL.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
             local want = wanted(window)
             if want == 0 then window[LOW] = 0 end
-            lines[#lines + 1] = format('[%s,%.0f,%s,%s,%s,"%s",%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
-                cjson.encode(name), window[NUMBER], cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure, starts,
-                window[LIMIT], window[SHARE], window[SPENT], window[GIVEN_BACK], want,
-                want > 0 and min(max(1, window[LEAST]), want) or 0, tostring(is_over))
-            window[NEED], window[LEAST], window[STOCKED_AT], window[STOCKED_USED] = 0, 0, now, window[SPENT] + window[HELD]
+            lines[#lines + 1] = format('[%s,%.0f,%s,%s,%s,"%s",%s,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
+                cjson.encode(name), window[NUMBER], cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure,
+                cjson.encode(selector), starts, window[LIMIT], window[SHARE], window[SPENT], window[GIVEN_BACK], want,
+                want > 0 and min(max(1, window[LEAST]), want) or 0, min(window[NEED], want), tostring(is_over))
+            window[NEED], window[LEAST], window[ALERT_AT] = 0, 0, 0
+            if window[FRESHNESS] == STALE then window[FRESHNESS] = READ end
+            window[STOCKED_AT], window[STOCKED_USED] = now, window[SPENT] + window[HELD]
             -- If this report is not sent, another process sends it.
             set_due(window, now + TURN_SECONDS)
             write(window)
@@ -507,8 +598,10 @@ local function stock()
     return '{"serial":' .. serial .. ',"lines":[' .. table.concat(lines, ',') .. ']}'
 end
 
--- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended.
+-- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended,
+-- what was credited, and at which SPENT it has the next alert to write. Returns whether there is more to report at once.
 local function stocked()
+    local is_more = false
     for _, row in ipairs(ask.rows) do
         local name, granted, is_over = row[1], row[2], row[6]
         local window = opened_by(name)
@@ -520,16 +613,20 @@ local function stocked()
             local got = max(0, granted - window[SHARE])
             window[SHARE] = window[SHARE] + got
             window[OTHERS_SPENT], window[OTHERS_HELD] = row[3], row[4]
+            window[CREDITED], window[ALERT_AT], window[FRESHNESS] = row[7], row[8], max(window[FRESHNESS], READ)
             -- Ask again when half of the grant is left. If less was granted than requested, there is no more.
             if got > 0 or not row[5] then window[LOW] = row[5] and floor(got / 2) or 0 end
             local is_settled = room(window) == 0 and window[HELD] == 0 and window[NEED] == 0
-            set_due(window, window[NEED] > 0 and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
+            local is_next = window[NEED] > 0 or window[FRESHNESS] == STALE
+                or window[ALERT_AT] > 0 and window[SPENT] >= window[ALERT_AT]
+            is_more = is_more or is_next
+            set_due(window, is_next and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
             write(window)
         end
     end
     if ask.is_heard then call('HSET', marker, 'told_at', text(now)) end
     if call('HGET', marker, 'turn_by') == ask.by then call('HDEL', marker, 'turn_by', 'turn_since') end
-    return '"done"'
+    return tostring(is_more)
 end
 
 -- The state of windows: spent, held, forfeited, seconds to the end, seconds to a rate's recovery; null: never used.
@@ -537,13 +634,31 @@ local function stand()
     local rows = {}
     for i, asked in ipairs(ask.windows) do
         local starts, ends = span(asked[4], now)
-        local window = opened(table.concat({asked[1], asked[3] and 1 or 0, asked[4], text(starts), asked[2]}, ':'), asked[4],
-            starts, ends)
+        local name = name_of(asked[1], asked[3] and 1 or 0, asked[4], starts, asked[5], asked[2])
+        local window = opened(name, asked[4], starts, ends)
         rows[i] = window[IS_KNOWN] and format('[%.0f,%.0f,%.0f,%.6f,%.6f]', window[SPENT] + window[OTHERS_SPENT],
             window[HELD] + window[OTHERS_HELD], window[FORFEITED], ends and ends - now or -1, max(0, window[THEORETICAL] - now))
             or 'null'
     end
     return '[' .. table.concat(rows, ',') .. ']'
+end
+
+-- Windows were changed in PostgreSQL, by a credit, `seconds` ago: read them again. Returns whether any is due, or an exchange
+-- with PostgreSQL is in progress.
+local function refresh()
+    local is_due = call('HEXISTS', marker, 'turn_by') == 1
+    for _, asked in ipairs(ask.windows) do
+        local starts, ends = span(asked[4], now)
+        local window = opened(name_of(asked[1], asked[3] and 1 or 0, asked[4], starts, asked[5], asked[2]), asked[4], starts, ends)
+        -- Every proxy learns of a credit; one exchange that began after it is enough.
+        if ends and window[IS_KNOWN] and since(window[STOCKED_AT]) >= ask.seconds then
+            window[FRESHNESS] = window[FRESHNESS] == UNREAD and UNREAD or STALE
+            set_due(window, URGENT)
+            write(window)
+            is_due = true
+        end
+    end
+    return tostring(is_due)
 end
 
 if operation == 'begin' then
@@ -560,5 +675,6 @@ if operation == 'end' then return end_holder() end
 if operation == 'stock' then return stock() end
 if operation == 'stocked' then return stocked() end
 if operation == 'stand' then return stand() end
+if operation == 'refresh' then return refresh() end
 if operation == 'void' then return tostring(call('DEL', marker)) end
 error('no such operation: ' .. operation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
@@ -74,6 +74,10 @@ class PostgresLedger:
         )
         found = {row["number"]: WindowState(*tuple(row)[1:]) for row in rows}
         return [found.get(number) for number in range(1, len(windows) + 1)]
+
+    def refresh_soon(self, window: Window, then: Callable[[Window], None]) -> None:
+        """Continue with `then`: every message reads the windows."""
+        then(window)
 
     async def close(self) -> None:
         """Do nothing: the store closes the database."""

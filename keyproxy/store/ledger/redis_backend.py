@@ -19,29 +19,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
+import random
 import secrets
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
-
-import orjson
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger import redis_codec as wire
 from keyproxy.store.ledger.backend import REAP_PORTION
+from keyproxy.store.ledger.ledger_script import GenerationLost, LedgerScript
 from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
-
-_SCRIPT: Final = Path(__file__).with_suffix("").with_name("ledger.lua").read_bytes()
-_SCRIPT_SHA: Final = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest()
 
 #: Shares expire and are charged when their generation is silent for this long. It syncs at least every five minutes.
 _SHARE_SECONDS: Final = 3600.0
@@ -53,52 +44,50 @@ _WINDOWS_MAX: Final = 200
 _ATTEMPTS: Final = 4
 
 _BUSY_SECONDS: Final = 0.004
-_CONNECTIONS_MAX: Final = 8
 
+#: Every proxy learns of a changed window at about the same time. One of them reads it again for all, if their calls are
+#: spread over this time.
+_SPREAD_SECONDS: Final = 0.2
 
-class _Lost(Exception):
-    """The generation does not exist any more."""
+#: Changed windows in one call. Further ones are read again within half a minute, as all windows in use are.
+_CHANGED_MAX: Final = 1_000
 
 
 class RedisLedger:
     """Leases from Redis, shares from PostgreSQL. Implements the port LedgerBackend."""
 
     def __init__(
-        self,
-        url: str,
-        database: Database,
-        *,
-        lease_seconds: float,
-        alert_percentages: Sequence[int] = (),
-        timeout_seconds: float = 2.0,
-    ) -> None:
+        self, url: str, database: Database, *,
+        lease_seconds: float, timeout_seconds: float = 2.0, alert_percentages: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """`timeout_seconds` bounds one call to Redis. Opens no connection. Raises ValueError if the URL is invalid."""
-        self._database = database
+        self._script = LedgerScript(url, database, timeout_seconds=timeout_seconds)
         self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS, alert_percentages=alert_percentages)
+        self._alert_percentages = alert_percentages
         self._lease_seconds = lease_seconds
         self._timeout_seconds = timeout_seconds
-        # No retries: a repeated message is rejected as late. The ledger client sends a new one.
-        self._client = Redis.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), max_connections=_CONNECTIONS_MAX,
-            socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds,
-        )  # fmt: skip
         self._name = secrets.token_hex(8)
-        self._key = ""
-        self._generation = ""
         #: The generation that each holder of this process uses.
         self._spoken: dict[str, str] = {}
         self._stocking = asyncio.Lock()
+        #: Whether a share has run low, or an alert is due, since the last exchange began.
+        self._is_low = False
         self._stock_task: asyncio.Task[None] | None = None
+        self._refresh_task: asyncio.Task[None] | None = None
+        #: Windows that have changed in PostgreSQL, with what to do then, and when this process noticed the latest change.
+        self._changed: dict[Window, Callable[[Window], None]] = {}
+        self._changed_at = 0.0
+        self._is_closed = False
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""
-        generation = await self._present()
+        generation = await self._script.generation()
         try:
             if self._spoken.setdefault(holder, generation) != generation:
                 # Its leases were paid for by a generation that has ended.
-                raise _Lost
+                raise GenerationLost
             answer = await self._said(generation, holder, serial, wire.packed_lines(lines))
-        except _Lost:
+        except GenerationLost:
             answer = None
         if answer is None:
             del self._spoken[holder]
@@ -110,10 +99,10 @@ class RedisLedger:
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
         """See the port. Also sends PostgreSQL the reports that are due."""
-        generation = await self._present()
+        generation = await self._script.generation()
         dead: list[str] = []
-        with contextlib.suppress(_Lost):
-            dead = await self._call("dead", generation)
+        with contextlib.suppress(GenerationLost):
+            dead = await self._script.call("dead", generation)
             for holder in dead:
                 await self._end(generation, holder, only_dead=True)
             await self._stock(generation, is_urgent=False)
@@ -126,8 +115,8 @@ class RedisLedger:
     async def end(self, holder: str) -> None:
         """See the port."""
         generation = self._spoken.pop(holder, "")
-        if generation and generation == await self._present():
-            with contextlib.suppress(_Lost):
+        if generation and generation == await self._script.generation():
+            with contextlib.suppress(GenerationLost):
                 await self._end(generation, holder, only_dead=False)
                 # The last holder to end returns the shares.
                 await self._stock(generation, is_urgent=False, is_last=True)
@@ -135,21 +124,21 @@ class RedisLedger:
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
         """The current state of windows, in their order; None for a window that was never used."""
         in_database = await self._shares.windows(windows)
-        generation = await self._present()
+        generation = await self._script.generation()
         try:
-            rows = await self._call(
-                "stand", generation, windows=[(*window.pool, window.measure) for window in windows]
-            )  # fmt: skip
-        except _Lost:
+            rows = await self._script.call("stand", generation, windows=[wire.named(window) for window in windows])
+        except GenerationLost:
             return in_database
         return [wire.window_state(row, known) for row, known in zip(rows, in_database, strict=True)]
 
     async def close(self) -> None:
         """Close connections to Redis. The store closes the database."""
-        if self._stock_task is not None:
-            self._stock_task.cancel()
-            await asyncio.gather(self._stock_task, return_exceptions=True)
-        await self._client.aclose()
+        self._is_closed = True
+        tasks = [task for task in (self._stock_task, self._refresh_task) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._script.close()
 
     # -- leases, out of shares
 
@@ -162,7 +151,7 @@ class RedisLedger:
         failure: StoreUnavailable | None = None
         for attempt in range(1, _ATTEMPTS + 1):
             is_final = attempt == _ATTEMPTS or failure is not None
-            answer, replies = await self._run("sync", generation, lines, {**message, "is_final": is_final})
+            answer, replies = await self._script.run("sync", generation, lines, {**message, "is_final": is_final})
             if answer == "late":
                 raise StoreUnavailable("a later message of this holder was processed already")
             if answer == "short":
@@ -181,20 +170,54 @@ class RedisLedger:
         raise AssertionError("the last attempt is final")
 
     async def _end(self, generation: str, holder: str, *, only_dead: bool) -> None:
-        cursor = await self._call("end", generation, holder=holder, cursor="0", only_dead=only_dead)
+        cursor = await self._script.call("end", generation, holder=holder, cursor="0", only_dead=only_dead)
         while cursor:
-            cursor = await self._call("end", generation, holder=holder, cursor=str(cursor), only_dead=only_dead)
+            cursor = await self._script.call("end", generation, holder=holder, cursor=str(cursor), only_dead=only_dead)
 
     # -- shares, out of windows
 
-    def _stock_soon(self, generation: str) -> None:
-        if self._stock_task is None or self._stock_task.done():
-            self._stock_task = asyncio.get_running_loop().create_task(self._stock_ahead(generation))
+    def refresh_soon(self, window: Window, then: Callable[[Window], None]) -> None:
+        """Read a window again that was changed in PostgreSQL by a credit, and continue with `then`."""
+        if self._is_closed or len(self._changed) >= _CHANGED_MAX:
+            return
+        self._changed[window] = then
+        self._changed_at = asyncio.get_running_loop().time()
+        if self._refresh_task is None or self._refresh_task.done():
+            self._refresh_task = self._in_background(self._refresh())
 
-    async def _stock_ahead(self, generation: str) -> None:
-        try:
+    async def _refresh(self) -> None:
+        now = asyncio.get_running_loop().time
+        while self._changed:
+            await asyncio.sleep(random.uniform(0.0, _SPREAD_SECONDS))  # noqa: S311 - spreads calls
+            changed, self._changed = self._changed, {}
+            await self.refresh(list(changed), seconds=now() - self._changed_at)
+            for window, then in changed.items():
+                then(window)
+
+    async def refresh(self, windows: Sequence[Window], *, seconds: float = 0.0) -> None:
+        """Read windows again, unless that was done in the last `seconds`. Raises StoreUnavailable, GenerationLost."""
+        generation = await self._script.generation()
+        asked = [wire.named(window) for window in windows]
+        if await self._script.call("refresh", generation, windows=asked, seconds=seconds):
             await self._stock(generation)
-        except (StoreUnavailable, StoreConflict, _Lost) as error:
+
+    def _stock_soon(self, generation: str) -> None:
+        self._is_low = True
+        if self._stock_task is None or self._stock_task.done():
+            self._stock_task = self._in_background(self._stock_while_low(generation))
+
+    async def _stock_while_low(self, generation: str) -> None:
+        while self._is_low:
+            self._is_low = False
+            await self._stock(generation)
+
+    def _in_background(self, exchange: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(self._attempt(exchange))
+
+    async def _attempt(self, exchange: Coroutine[Any, Any, None]) -> None:
+        try:
+            await exchange
+        except (StoreUnavailable, StoreConflict, GenerationLost) as error:
             # A request that needs the share gets the error itself: nothing is granted that was not fetched.
             _log.debug("could not prefetch shares: %s", error)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task, which is never awaited
@@ -203,97 +226,47 @@ class RedisLedger:
     async def _stock(self, generation: str, *, is_urgent: bool = True, is_last: bool = False) -> None:
         """Fetch the shares that are needed; unless `is_urgent`, also send PostgreSQL the reports that are due.
 
-        `is_last`: only if no holder is left. Raises StoreUnavailable, _Lost.
+        `is_last`: only if no holder is left. Raises StoreUnavailable, GenerationLost.
         """
         ask = {"by": self._name, "most": _WINDOWS_MAX, "is_urgent": is_urgent, "is_last": is_last}
         now = asyncio.get_running_loop().time
         async with self._stocking:
             give_up = now() + self._timeout_seconds
             while True:
-                turn = await self._call("stock", generation, **ask)
+                turn = await self._script.call("stock", generation, **ask)
                 if turn == "done":
                     return
                 if turn != "busy":
-                    await self._exchange(generation, turn["serial"], turn["lines"])
-                    if len(turn["lines"]) < _WINDOWS_MAX or now() >= give_up:
+                    is_more = await self._exchange(generation, turn["serial"], turn["lines"])
+                    if now() >= give_up or not (is_more or len(turn["lines"]) == _WINDOWS_MAX):
                         return
                 elif now() >= give_up:
                     raise StoreUnavailable("timeout: another proxy has not finished its exchange with PostgreSQL")
                 else:
                     await asyncio.sleep(_BUSY_SECONDS)
 
-    async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> None:
-        """Send one message of this generation to PostgreSQL, and store the reply in Redis."""
+    async def _exchange(self, generation: str, serial: int, rows: Sequence[Sequence[Any]]) -> bool:
+        """Send one message of this generation to PostgreSQL, and store the reply in Redis.
+
+        Return whether there is more to report at once.
+        """
         lines = {row[1]: (row[0], wire.share_line(row[1:])) for row in rows}
-        told: list[tuple[object, ...]] = []
-        is_heard = False
+        stocked: list[tuple[object, ...]] = []
+        is_heard = is_more = False
         try:
             replies = await self._shares.sync(f"redis:{generation}", serial, [line for _, line in lines.values()])
             is_heard = True
             if replies is None:
                 _log.warning("PostgreSQL has expired the shares of Redis after a silence; they are charged in full")
-                await self._call("void", generation)
-                self._forget(generation)
-                raise _Lost
+                await self._script.call("void", generation)
+                self._script.forget(generation)
+                raise GenerationLost
             if any(not reply.lease for reply in replies):
                 # PostgreSQL now has our shares on record, and "could not ask" is not "used up".
                 raise StoreUnavailable("PostgreSQL has failed over and waits for lease reports")
-            told = [wire.told(*lines[reply.lease], reply) for reply in replies]
+            stocked = [wire.stocked(*lines[reply.lease], reply, self._alert_percentages) for reply in replies]
         finally:
             # Also when PostgreSQL has not responded: this ends the turn, so that another proxy can try.
-            if told or not is_heard or not rows:
-                await self._call("stocked", generation, by=self._name, rows=told, is_heard=is_heard)
-
-    # -- the server
-
-    async def _present(self) -> str:
-        """The current generation; starts one if there is none."""
-        if not self._key:
-            (row,) = await self._database.fetch("ledger_id")
-            self._key = f"keyproxy:{{{row['id']}}}:{wire.VERSION}"
-        if not self._generation:
-            await self._refuse_eviction()
-            self._generation = await self._call("begin", secrets.token_hex(8))
-        return self._generation
-
-    def _forget(self, generation: str) -> None:
-        if self._generation == generation:
-            self._generation = ""
-
-    async def _refuse_eviction(self) -> None:
-        memory = await self._command("INFO", "memory")
-        policy = memory.get("maxmemory_policy", "noeviction")
-        if int(memory.get("maxmemory", 0)) and policy != "noeviction":
-            raise StoreUnavailable(
-                f"Redis may evict keys (maxmemory-policy {policy}): the ledger requires noeviction, or no maxmemory"
-            )
-
-    async def _call(self, operation: str, generation: str, /, **ask: object) -> Any:
-        """Run one operation of ledger.lua. Raises StoreUnavailable; _Lost if the generation has ended."""
-        answer, _ = await self._run(operation, generation, b"", ask)
-        return answer
-
-    async def _run(self, operation: str, generation: str, lines: bytes, ask: Mapping[str, object]) -> tuple[Any, bytes]:
-        """As `_call`, with the lines of a message. Return the result, and the packed replies after it."""
-        arguments = (1, self._key, operation, generation, orjson.dumps(ask), lines)
-        try:
-            answered = await self._command("EVALSHA", _SCRIPT_SHA, *arguments)
-        except NoScriptError:
-            answered = await self._command("EVAL", _SCRIPT, *arguments)
-        head, _, replies = answered.partition(b"\n")
-        answer = orjson.loads(head)
-        if answer == "lost":
-            _log.warning("Redis has lost its memory, or may have: starting a new generation, existing leases end")
-            self._forget(generation)
-            raise _Lost
-        return answer, replies
-
-    async def _command(self, *words: object) -> Any:
-        try:
-            # On cancellation or timeout redis-py closes the connection: its next reply would belong to this command.
-            async with asyncio.timeout(self._timeout_seconds):
-                return await self._client.execute_command(*words)  # type: ignore[no-untyped-call]
-        except NoScriptError:
-            raise
-        except (RedisError, OSError, TimeoutError) as error:
-            raise StoreUnavailable(f"Redis: {type(error).__name__}: {error}") from error
+            if stocked or not is_heard or not rows:
+                is_more = await self._script.call("stocked", generation, by=self._name, rows=stocked, is_heard=is_heard)
+        return is_more

@@ -15,13 +15,13 @@ from keyproxy.store.ledger.postgres_backend import WindowState
 
 #: Incremented whenever ledger.lua changes its stored values or its messages. It is part of all keys, so that proxies of
 #: two releases use separate generations.
-VERSION: Final = 3
+VERSION: Final = 4
 
-#: lease, starts, limit, interval_seconds, granted, used, returned, want, at_least, takes_all, is_closing, is_test; then
-#: the pool's kind, the measure and the owner, each terminated by a NUL.
-_LINE: Final = struct.Struct("<9d3B")
-#: lease, starts, granted, spent, held, ends_seconds (-1: never), wait_seconds, is_wanted.
-_REPLY: Final = struct.Struct("<5q2dB")
+#: lease, starts, limit, interval_seconds, granted, used, returned, want, at_least, most, granted_at, is_closing, is_test;
+#: then the pool's kind, the measure, the owner and the selector, each terminated by a NUL.
+_LINE: Final = struct.Struct("<11d2B")
+#: lease, starts, granted, spent, held, credited, holders, ends_seconds (-1: never), wait_seconds, granted_at, is_wanted.
+_REPLY: Final = struct.Struct("<7q3dB")
 
 
 def packed_lines(lines: Sequence[LeaseReport]) -> bytes:
@@ -30,9 +30,10 @@ def packed_lines(lines: Sequence[LeaseReport]) -> bytes:
 
 
 def _packed(line: LeaseReport) -> bytes:
-    (kind, owner, is_test), measure, _ = line.window
+    (kind, owner, is_test), measure, selector = line.window
     return (
-        _LINE.pack(line.lease, *line[2:10], False, line.is_closing, is_test) + f"{kind}\0{measure}\0{owner}\0".encode()
+        _LINE.pack(line.lease, *line[2:11], line.granted_at, line.is_closing, is_test)
+        + f"{kind}\0{measure}\0{owner}\0{selector}\0".encode()
     )
 
 
@@ -40,31 +41,51 @@ def replies(packed: bytes) -> list[LeaseGrant]:
     """Decode the replies, in the order of the lines."""
     return [
         LeaseGrant(
-            lease, starts, granted, spent, held, math.inf if ends_seconds == -1 else ends_seconds, wait, bool(is_wanted)
+            lease, starts, granted, spent, held, math.inf if ends_seconds == -1 else ends_seconds, wait, bool(is_wanted),
+            credited, holders, granted_at,
         )
-        for lease, starts, granted, spent, held, ends_seconds, wait, is_wanted in _REPLY.iter_unpack(packed)
-    ]
+        for lease, starts, granted, spent, held, credited, holders, ends_seconds, wait, granted_at, is_wanted
+        in _REPLY.iter_unpack(packed)
+    ]  # fmt: skip
+
+
+def named(window: Window) -> tuple[object, ...]:
+    """A window, as the operations `stand` and `refresh` take it."""
+    return (*window.pool, window.measure, window.selector)
 
 
 def share_line(row: Sequence[Any]) -> LeaseReport:
     """The report of a share to PostgreSQL, from a row of the operation `stock` without its first value."""
-    number, kind, owner, is_test, measure, starts, limit, granted, used, returned, want, at_least, is_closing = row
-    window = Window(Pool(kind, owner, is_test), measure)
-    return LeaseReport(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, 0, is_closing)
+    number, kind, owner, is_test, measure, selector, starts, limit, *figures, is_closing = row
+    window = Window(Pool(kind, owner, is_test), measure, selector)
+    granted, used, returned, want, at_least, most = figures
+    return LeaseReport(number, window, starts, limit, 0.0, granted, used, returned, want, at_least, most, is_closing)
 
 
-def told(name: str, line: LeaseReport, reply: LeaseGrant) -> tuple[object, ...]:
-    """A window's new share, and what other holders have of the window: a row of the operation `stocked`."""
+def stocked(name: str, line: LeaseReport, reply: LeaseGrant, alert_percentages: Sequence[int]) -> tuple[object, ...]:
+    """A window's new share, and PostgreSQL's account of the window: a row of the operation `stocked`."""
     outstanding = 0 if line.is_closing else reply.granted - line.used - line.returned
     is_all = reply.granted - line.granted >= line.want
-    return (name, reply.granted, reply.spent - line.used, reply.held - outstanding, is_all, line.is_closing)
+    others_spent = reply.spent - line.used
+    # Where this generation's part of what is spent reaches the next percentage.
+    amounts = [max(1, -(-percentage * (line.limit + reply.credited) // 100)) for percentage in alert_percentages]
+    alert_at = min([amount for amount in amounts if amount > reply.spent], default=others_spent) - others_spent
+    return (
+        name, reply.granted, others_spent, reply.held - outstanding, is_all, line.is_closing, reply.credited, alert_at,
+    )  # fmt: skip
 
 
 def window_state(row: Sequence[Any] | None, in_database: WindowState | None) -> WindowState | None:
-    """The state of a window: from a row of `stand`, or from PostgreSQL if Redis does not have the window."""
+    """The state of a window: from a row of `stand`, or from PostgreSQL if Redis does not have the window.
+
+    What was credited is PostgreSQL's, which the proxies need not have received yet.
+    """
     if row is None:
         return in_database
     spent, held, forfeited, ends_seconds, ahead_seconds = row
+    credited = 0
     if in_database is not None:
         forfeited += in_database.forfeited
-    return WindowState(spent, held, forfeited, math.inf if ends_seconds == -1 else ends_seconds, ahead_seconds)
+        credited = in_database.credited
+    ends_seconds = math.inf if ends_seconds == -1 else ends_seconds
+    return WindowState(spent, held, forfeited, ends_seconds, ahead_seconds, credited)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests import contracts
 from tests.contracts import LEASE_SECONDS, InspectedBackend
 from tests.reference_ledger import ReferenceLedger
+from tests.store.harness import Sql, credit
 from tests.store.redis_server import RedisServer, program
 
 
@@ -26,6 +28,10 @@ from tests.store.redis_server import RedisServer, program
 class _Stage:
     ledger: InspectedBackend
     brief: LedgerBackend
+    add: Callable[[Window, int], Awaitable[None]]
+
+    async def credit(self, window: Window, amount: int) -> None:
+        await self.add(window, amount)
 
 
 class _InMemory:
@@ -73,18 +79,23 @@ class TestReference(contracts.LedgerContract):
         """The reference, in memory."""
         rules, brief = (ReferenceLedger(time.time, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
         brief.rules.windows, brief.rules.holders = rules.windows, rules.holders
-        return _Stage(_InMemory(rules), _InMemory(brief))
+
+        async def add(window: Window, amount: int) -> None:
+            rules.rules.credit(window, amount, time.time())
+
+        return _Stage(_InMemory(rules), _InMemory(brief), add)
 
 
 class TestPostgres(contracts.LedgerContract):
     """PostgreSQL: one statement for each message."""
 
     @pytest.fixture
-    async def ledger_stage(self, dsn: str) -> AsyncIterator[contracts.LedgerStage]:
+    async def ledger_stage(self, dsn: str, sql: Sql) -> AsyncIterator[contracts.LedgerStage]:
         """The backend over an empty database."""
         database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
         await database.open()
-        yield _Stage(*(PostgresLedger(database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0)))
+        ledger, brief = (PostgresLedger(database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
+        yield _Stage(ledger, brief, functools.partial(credit, sql))
         await database.close()
 
 
@@ -101,13 +112,18 @@ class TestRedis(contracts.LedgerContract):
     """Redis: one script call for each message, with shares from PostgreSQL."""
 
     @pytest.fixture
-    async def ledger_stage(self, dsn: str, server: RedisServer) -> AsyncIterator[contracts.LedgerStage]:
+    async def ledger_stage(self, dsn: str, sql: Sql, server: RedisServer) -> AsyncIterator[contracts.LedgerStage]:
         """The backend over an empty database and an empty server."""
         server.command("FLUSHALL")
         database = Database(dsn, pool_size_max=2, statement_timeout_seconds=5.0)
         await database.open()
         ledger, brief = (RedisLedger(server.url, database, lease_seconds=seconds) for seconds in (LEASE_SECONDS, 0.0))
-        yield _Stage(ledger, brief)
+
+        async def add(window: Window, amount: int) -> None:
+            await credit(sql, window, amount)
+            await ledger.refresh([window])
+
+        yield _Stage(ledger, brief, add)
         await ledger.close()
         await brief.close()
         await database.close()

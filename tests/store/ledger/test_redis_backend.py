@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.ledger_protocol import Pool
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.ledger import redis_codec
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
-from tests.store.harness import Relay, Sql
-from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
+from tests.store.conftest import MakeRig
+from tests.store.harness import Relay, Sql, credit, until_blocked, until_row
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
 from tests.store.redis_server import RedisServer
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -38,13 +44,6 @@ async def make_ledger(relay: Relay) -> AsyncIterator[MakeLedger]:
 def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
     """One proxy's backend."""
     return make_ledger(server)
-
-
-async def make_due(server: RedisServer) -> None:
-    """Report to PostgreSQL now what would be reported within half a minute."""
-    async with Redis.from_url(server.url) as client:
-        (key,) = [key async for key in client.scan_iter("*:due")]
-        assert await client.zunionstore(key, {key: 0}) > 0
 
 
 # -- loss of memory
@@ -215,6 +214,163 @@ async def test_many_leases_of_a_dead_holder_are_charged_in_slices(ledger: RedisL
     await ledger.end("a")
     states = await ledger.windows([window(owner=f"u_{number}") for number in range(1500)])
     assert all(state is not None and (state.spent, state.held, state.forfeited) == (2, 0, 2) for state in states)
+
+
+# -- credits and alerts, which are PostgreSQL's
+
+
+async def test_credit_reaches_redis_within_a_second(
+    server: RedisServer, make_ledger: MakeLedger, make_rig: MakeRig, sql: Sql
+) -> None:
+    proxies = [make_ledger(server) for _ in range(3)]
+    read: list[Window] = []
+    for ledger in proxies:
+        # Without notifications, so that each proxy polls.
+        rig = await make_rig()
+        rig.feed.window_changed = functools.partial(ledger.refresh_soon, then=read.append)
+        await rig.feed.poll()
+        rig.feed.start()
+    assert await granted(proxies[0], "a", 1, want=1000) == 1000
+    assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1000
+    await credit(sql, window(), 7)
+    before, total, serial = time.monotonic(), 1000, 2
+    while total < 1007 and time.monotonic() - before < 5.0:
+        serial += 1
+        total = await granted(proxies[0], "a", serial, granted=total, used=total, want=5)
+        await asyncio.sleep(0.02)
+    assert total == 1007
+    assert time.monotonic() - before < 1.0
+    # A process that remembers that the window was spent requests units again.
+    await until(lambda: len(read) == 3, "every proxy knows", seconds=1.0)
+    # Further ones, and those of windows that Redis does not have, are read too.
+    await credit(sql, window("tokens_per_day"), 5)
+    await credit(sql, window(), -7)
+    await asyncio.sleep(1.0)
+    assert await granted(proxies[0], "a", serial + 1, granted=1007, used=1005, returned=2, want=5) == 1007
+
+
+async def is_stale(server: RedisServer) -> bool:
+    """Whether Redis has marked its only window as changed in PostgreSQL: the thirteenth of its values."""
+    async with Redis.from_url(server.url) as client:
+        (key,) = [key async for key in client.scan_iter("*:w:*")]
+        packed = await client.getrange(key, 96, 103)
+        assert isinstance(packed, bytes)
+        return struct.unpack("<d", packed) == (2.0,)
+
+
+async def test_window_that_changes_during_an_exchange_with_postgresql_is_read_once_more(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, dsn: str
+) -> None:
+    ledger, other = make_ledger(server), make_ledger(server)
+    assert await granted(ledger, "a", 1, want=1000) == 1000
+    await other.windows([window()])
+    before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
+    blocking = await asyncpg.connect(dsn)
+    async with blocking.transaction():
+        await blocking.execute("SELECT FROM keyproxy.windows FOR UPDATE")
+        reads = [asyncio.create_task(ledger.refresh([window()]))]
+        await until_blocked(sql, "sync_leases")
+        reads.append(asyncio.create_task(other.refresh([window()])))
+        await until(lambda: is_stale(server), "Redis has marked the window")
+    await asyncio.gather(*reads)
+    await blocking.close()
+    assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") == before + 2
+
+
+async def test_one_exchange_reads_a_credit_for_all_proxies(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql
+) -> None:
+    proxies = [make_ledger(server) for _ in range(20)]
+    assert await granted(proxies[0], "a", 1, want=1000) == 1000
+    for proxy in proxies:
+        await proxy.windows([window()])
+    before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
+    await credit(sql, window(), 7)
+    for proxy in proxies:
+        proxy.refresh_soon(window(), lambda _window: None)
+    await asyncio.sleep(0.5)
+    assert await granted(proxies[0], "a", 2, granted=1000, used=1000, want=5) == 1005
+    assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") <= before + 3
+
+
+async def alerted(sql: Sql) -> list[tuple[int, int, int]]:
+    """The alerts: percentage, amount, spent."""
+    rows = await sql.fetch("SELECT percentage, amount, spent FROM keyproxy.limit_alerts ORDER BY percentage")
+    return [tuple(row) for row in rows]
+
+
+async def test_alert_is_written_when_redis_account_reaches_the_percentage(ledger: RedisLedger, sql: Sql) -> None:
+    assert await granted(ledger, "a", 1, want=900) == 900
+    await granted(ledger, "a", 2, granted=900, used=799)
+    await asyncio.sleep(0.3)
+    assert await alerted(sql) == []
+    await granted(ledger, "a", 3, granted=900, used=800)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts")
+    assert await alerted(sql) == [(80, 1000, 800)]
+    await granted(ledger, "a", 4, granted=900, used=900, want=100)
+    await granted(ledger, "a", 5, granted=1000, used=999)
+    await granted(ledger, "a", 6, granted=1000, used=1000)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    assert await alerted(sql) == [(80, 1000, 800), (100, 1000, 1000)]
+
+
+async def test_refusal_because_units_are_spent_writes_the_alert_of_a_window_that_is_used_up(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=995) == 995
+    # Reserved is not spent.
+    assert await granted(ledger, "b", 1, want=6, at_least=6) == 0
+    await asyncio.sleep(0.3)
+    assert await alerted(sql) == []
+    await granted(ledger, "a", 2, granted=995, used=995)
+    # More than the limit is refused for another reason.
+    assert await granted(ledger, "b", 2, want=1001, at_least=1001) == 0
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts")
+    assert await alerted(sql) == [(80, 1000, 995)]
+    assert await granted(ledger, "b", 3, want=6, at_least=6) == 0
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    assert await alerted(sql) == [(80, 1000, 995), (100, 1000, 995)]
+    assert await granted(ledger, "b", 4, want=5, at_least=5) == 5
+
+
+async def test_refusals_of_a_spent_window_send_postgresql_one_message_in_half_a_minute(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    assert await granted(ledger, "a", 1, want=1000) == 1000
+    await granted(ledger, "a", 2, granted=1000, used=1000)
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts WHERE percentage = 100")
+    before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
+    for serial in range(1, 200):
+        assert await granted(ledger, "b", serial, want=1) == 0
+    await asyncio.sleep(0.1)
+    assert await sql.fetchval("SELECT serial FROM keyproxy.lease_holders") <= before + 2
+
+
+# -- two releases
+
+
+async def test_proxies_of_two_storage_formats_share_a_server_and_read_only_their_own_values(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_codec, "VERSION", redis_codec.VERSION - 1)
+    old = make_ledger(server)
+    assert await granted(old, "a", 1, want=10) == 10
+    monkeypatch.undo()
+    new = make_ledger(server)
+    # The new release's proxies are other holders, and the old one's go on with their leases.
+    assert await granted(new, "a", 1, want=5) == 5
+    assert await granted(old, "a", 2, granted=10, used=10, want=5) == 15
+    held, serial = [15, 5], 2
+    for _ in range(100):
+        serial += 1
+        for number, ledger in enumerate((old, new)):
+            held[number] = await granted(ledger, "a", serial, granted=held[number], used=held[number], want=20)
+        assert not await sql.fetch(PAST_LIMIT, 1000)
+    assert 950 <= sum(held) <= 1000
+    async with Redis.from_url(server.url) as client:
+        keys = [key.decode() async for key in client.scan_iter("keyproxy:*")]
+    markers = {re.sub(r"^(keyproxy:\{.*?\}:\d+).*", r"\1", key) for key in keys}
+    assert {marker.rpartition(":")[2] for marker in markers} == {"3", "4"}
 
 
 # -- the complete ledger on this backend

@@ -21,7 +21,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
 from tests.store.harness import Sql
-from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
 
@@ -370,3 +370,30 @@ async def test_due_windows_are_reported_although_the_set_of_them_is_missing(
     assert await granted(ledger, "a", 2, granted=10, used=7) == 10
     await ledger.reap()
     assert await sql.fetchval("SELECT spent FROM keyproxy.windows") == 7
+
+
+async def test_window_of_a_minute_is_reported_and_deleted_after_its_end(
+    jumping: tuple[RedisServer, Jump], make_ledger: MakeLedger, sql: Sql
+) -> None:
+    server, jump = jumping
+    ledger = make_ledger(server)
+    minute = window("requests_per_minute", selector="model:gpt-4o")
+    replies = await ledger.sync("a", 1, [line(1, minute, limit=1000, want=10), line(2, minute, limit=1000, want=5)])
+    assert replies is not None
+    starts = replies[0].starts
+    await ledger.sync("a", 2, [line(2, minute, limit=1000, granted=5, used=3, returned=2, is_closing=True)])
+    for ahead, used in ((70, 0), (140, 7)):
+        # A request that began in its minute is still in flight, then it ends.
+        await jump(ahead)
+        told = line(1, minute, limit=1000, granted=0, used=used, is_closing=bool(used))._replace(starts=starts)
+        assert await ledger.sync("a", ahead, [told]) is not None
+        # At once, also if an exchange that began earlier has just ended.
+        await make_due(server)
+        await ledger.reap()
+        assert await sql.fetchval("SELECT spent FROM keyproxy.windows WHERE selector <> ''") == 3 + used
+    await jump(240)
+    await ledger.reap()
+    async with Redis.from_url(server.url) as client:
+        assert [key async for key in client.scan_iter("*:w:*")] == []
+    assert await sql.fetchval("SELECT spent + held FROM keyproxy.windows WHERE selector <> ''") == 10
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.leases") == 0
