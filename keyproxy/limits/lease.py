@@ -50,10 +50,11 @@ class Lease:
     """
 
     __slots__ = (
-        "ahead", "at_least", "confirmed", "empty_need", "empty_until_mono", "ends_mono", "free",
-        "granted", "interval_seconds", "is_aging", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
+        "ahead", "ask_after_mono", "at_least", "confirmed", "due_mono", "empty_need", "empty_until_mono", "ends_mono",
+        "free", "granted", "interval_seconds", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
         "need", "number",
-        "others_held", "pace", "paced_mono", "piece", "policy", "retry_mono", "returned", "rule", "seen_available",
+        "others_held", "pace", "paced_mono", "pause_seconds", "piece", "policy", "retry_mono", "returned", "review_mono",
+        "rule", "seen_available",
         "spent_apart", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
@@ -96,8 +97,13 @@ class Lease:
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
-        #: Whether a review is due because the lease changed, or is scheduled for when it has been idle.
-        self.is_noted = self.is_aging = False
+        #: How long to wait between two reports for which no request waits: the more holders, the longer.
+        self.pause_seconds = 0.0
+        #: When the next such report may be sent, and when the next request for units.
+        self.due_mono = self.ask_after_mono = 0.0
+        #: Whether a review is due because the lease changed, and for when one is scheduled.
+        self.is_noted = False
+        self.review_mono = math.inf
         #: False: its window is over, or its holder has ended. Units in use are still settled here.
         self.is_current = True
 
@@ -131,9 +137,18 @@ class Lease:
         """Whether more was used than was ever granted."""
         return not self.is_rate and self.outstanding < 0
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long units stay unused before they are returned: where reports are rare, they serve two intervals."""
+        return max(IDLE_SECONDS, 2.0 * self.pause_seconds)
+
     def is_busy(self, now_mono: float) -> bool:
         """Whether units were taken recently."""
-        return now_mono - self.touched_mono < IDLE_SECONDS
+        return now_mono - self.touched_mono < self.idle_seconds
+
+    def rests(self, now_mono: float) -> bool:
+        """Whether it was reported recently, and no request waits for more."""
+        return now_mono < self.due_mono and not self.need
 
     @property
     def has_news(self) -> bool:
@@ -176,6 +191,7 @@ class Lease:
         self.number = self.starts = 0
         self.spent_apart += self.used
         self.granted = self.used = self.returned = self.confirmed = self.free = 0
+        self.due_mono = self.ask_after_mono = 0.0
         self.taken_before = self.touched_taken = self.low = 0
         self.ends_mono = math.inf
         self.lapses.clear()
@@ -223,6 +239,9 @@ class Lease:
             min(self.need, want),
             is_closing,
         )
+        if self.need and self.pause_seconds:
+            self.touched_mono = now_mono
+        self.due_mono = now_mono + self.pause_seconds
         self.need = self.at_least = 0
         self.takes_all = False
         return line
@@ -255,7 +274,8 @@ class Lease:
         first = max(_FIRST_UNITS, 2 * self.piece)
         if not self.granted:
             return self.need + first if self.need else 0
-        ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
+        lasts, growth = max(_LASTS_SECONDS, 2.0 * self.pause_seconds), 2 + math.ceil(2.0 * self.pause_seconds)
+        ahead = min(math.ceil(self.pace * lasts), growth * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
@@ -273,15 +293,21 @@ class Lease:
         self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
         self.seen_available = max(0, self.limit - reply.spent - reply.held)
         if reply.is_wanted:
-            self.is_wanted_until = sent_mono + _LASTS_SECONDS
+            self.note_wanted(sent_mono)
         if self.is_rate:
             self._note_lapse(got, sent_mono)
             self.retry_mono = received_mono + reply.wait_seconds
         else:
             self.ends_mono = self.retry_mono = sent_mono + reply.ends_seconds
+            self.ask_after_mono = received_mono + reply.wait_seconds if line.want and not got else 0.0
         if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
             # Granted under a plan that no longer applies.
             self.give_back()
+
+    def note_wanted(self, now_mono: float) -> None:
+        """Another holder is short: for a while, return idle units instead of requesting more."""
+        self.is_wanted_until = now_mono + _LASTS_SECONDS
+        self.due_mono = 0.0
 
     def _note_lapse(self, got: int, sent_mono: float) -> None:
         if not got:

@@ -14,7 +14,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import TOKENS, LeaseGrant, LeaseReport, Pool
+from keyproxy.limits.ledger_protocol import REPORTS_PER_SECOND, TOKENS, LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
 
@@ -38,8 +38,12 @@ class Short(Exception):
 class LeaseSync:
     """The state that this process synchronises with the ledger."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when a ledger request is due, at most once until it is made."""
+    def __init__(self, wake: Callable[[], None], *, settle_seconds: float = 0.5) -> None:
+        """`wake` is called when a ledger request is due, at most once until it is made.
+
+        `settle_seconds`: how often `gather` is called, which is often enough for windows with few holders.
+        """
+        self._settle_seconds = settle_seconds
         #: When the leases end, unless the ledger replies again. After that the ledger may have charged them.
         self.valid_until_mono = 0.0
         self.reviews = ReviewQueue(wake)
@@ -47,6 +51,7 @@ class LeaseSync:
         #: The leases that have a grant from the ledger, or a pending request. Each keeps its pool's leases: one lease of
         #: a window is enough.
         self._active: dict[Lease, PoolLeases | None] = {}
+        self._numbered: dict[int, Lease] = {}
         #: The leases in the message in flight.
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, LeaseReport] = {}
@@ -67,12 +72,24 @@ class LeaseSync:
                 lease.add_need(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
                 self.reviews.make_urgent(lease)
 
+    def may_request(self, short: Short, now_mono: float) -> bool:
+        """Whether the ledger may grant any of what a request is short of, as far as it is known here."""
+        return any(now_mono >= need[0].ask_after_mono for need in short.needs)
+
+    def recall(self, numbers: Sequence[int], now_mono: float) -> None:
+        """Return the idle units of these leases with the next message: another holder is short of them."""
+        for number in numbers:
+            lease = self._numbered.get(number)
+            if lease is not None:
+                lease.note_wanted(now_mono)
+                self.reviews.make_urgent(lease)
+
     def mark_exhausted(self, short: Short, now_mono: float) -> None:
         """Refuse for a moment instead of queueing: other holders did not return the units in time."""
         for lease, need in short.needs:
             if lease.free < need:
                 lease.empty_need = need
-                lease.empty_until_mono = max(lease.empty_until_mono, now_mono + _VAIN_SECONDS)
+                lease.empty_until_mono = max(lease.empty_until_mono, lease.ask_after_mono, now_mono + _VAIN_SECONDS)
 
     @property
     def has_leases(self) -> bool:
@@ -94,8 +111,10 @@ class LeaseSync:
         self.reviews.gather(now_mono)
         if is_last:
             for lease in self._active:
+                self._touch(lease, now_mono)
                 self._tidy(lease, now_mono)
                 lease.touched_mono = -math.inf
+                lease.due_mono = 0.0
                 self.reviews.make_due(lease)
 
     def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
@@ -137,6 +156,15 @@ class LeaseSync:
         """Build a line for a lease if it has changes to report, and schedule its next review."""
         if lease.number and lease.number in self._open:
             return  # this message has a line for it already; the reply triggers its next review
+        if lease.need and now_mono < lease.ask_after_mono:
+            # The ledger had nothing a moment ago: the request waits, and is refused if no units are returned here.
+            lease.need = lease.at_least = 0
+        self._touch(lease, now_mono)
+        if lease.number and lease.rests(now_mono):
+            # Taking units must not ask for this review again.
+            lease.low = 0
+            self.reviews.review_at(lease, lease.due_mono)
+            return
         self._tidy(lease, now_mono)
         line = self._line(lease, now_mono)
         if line is not None:
@@ -166,6 +194,7 @@ class LeaseSync:
         self._numbers += 1
         lease.number = self._numbers
         self._active[lease] = self._pools.get(lease.window.pool)
+        self._numbered[lease.number] = lease
 
     def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
@@ -173,15 +202,19 @@ class LeaseSync:
         if not lease.is_rate:
             line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
         self._active.pop(lease, None)
+        self._numbered.pop(lease.number, None)
         lease.reset()
         return line
+
+    def _touch(self, lease: Lease, now_mono: float) -> None:
+        """Note whether units were taken since the last review."""
+        taken = lease.taken
+        if taken != lease.touched_taken:
+            lease.touched_taken, lease.touched_mono = taken, now_mono
 
     def _tidy(self, lease: Lease, now_mono: float) -> None:
         """Return units that no request here needs."""
         self.expire(lease, now_mono)
-        taken = lease.taken
-        if taken != lease.touched_taken:
-            lease.touched_taken, lease.touched_mono = taken, now_mono
         is_wanted = now_mono < lease.is_wanted_until
         if is_wanted or not lease.is_busy(now_mono):
             lease.low = 0
@@ -219,6 +252,8 @@ class LeaseSync:
             elif lease is not None:
                 before = lease.granted
                 lease.apply(line, reply, sent_mono=sent_mono, received_mono=received)
+                pause_seconds = reply.holders / REPORTS_PER_SECOND
+                lease.pause_seconds = pause_seconds if pause_seconds > self._settle_seconds else 0.0
                 self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
                     self._note_refusal(lease, line, received)
@@ -229,6 +264,7 @@ class LeaseSync:
         """Report every lease again, closed ones too: the ledger has lost its latest history."""
         for lease in self._active:
             lease.confirmed = -1
+            lease.due_mono = 0.0
             self.reviews.note_change(lease)
         for number, (_, line) in self._closed.items():
             self._closing[number] = line
@@ -245,13 +281,15 @@ class LeaseSync:
         if not line.want or (lease.others_held and not lease.is_rate):
             return
         lease.empty_need = line.at_least + max(0, lease.free)
-        lease.empty_until_mono = lease.retry_mono if lease.is_rate else received_mono + _EMPTY_SECONDS
+        empty_until_mono = max(received_mono + _EMPTY_SECONDS, lease.ask_after_mono)
+        lease.empty_until_mono = lease.retry_mono if lease.is_rate else empty_until_mono
 
     def resend(self, lines: Sequence[LeaseReport] | None = None) -> None:
         """Send lines (None: all lines) again whose outcome is unknown. This is safe: their values are cumulative."""
         for number in list(self._open) if lines is None else [line.lease for line in lines]:
             lease = self._open.pop(number, None)
             if lease is not None:
+                lease.due_mono = 0.0
                 self.reviews.note_change(lease)
 
     def end_holder(self) -> None:
@@ -265,6 +303,7 @@ class LeaseSync:
             lease.is_current = False
             lease.free = 0
         self._active.clear()
+        self._numbered.clear()
         self.reviews.clear_urgent()
         self._open.clear()
         self._closing.clear()

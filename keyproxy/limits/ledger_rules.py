@@ -18,10 +18,26 @@ from typing import Final
 
 from keyproxy.limits import gcra
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_protocol import (
+    CONCURRENCY,
+    FEW_HOLDERS,
+    REPORTS_PER_SECOND,
+    TOKEN_RATE,
+    LeaseGrant,
+    LeaseReport,
+    Window,
+)
 
 #: How long other holders are asked to return idle units after a holder could not get any.
 _WANTED_SECONDS: Final = 2.0
+
+#: How often a window's units are recalled, from at most how many holders.
+_RECALL_SECONDS: Final = 0.5
+_RECALLED_MAX: Final = 100
+
+#: With many holders: the shortest and the longest wait between two requests of which the first was granted nothing.
+_ASK_SECONDS_MIN: Final = 0.7
+_ASK_SECONDS_MAX: Final = 8.0
 
 #: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
 _CLAIMED_SECONDS: Final = 86_400.0
@@ -32,7 +48,11 @@ WindowStart = tuple[Window, int]
 
 @dataclass
 class WindowAccount:
-    """The account of one window. `theoretical`: of a rate, see `gcra`."""
+    """The account of one window.
+
+    `theoretical`: of a rate, see `gcra`; of another window with many holders, how far its reports are ahead of
+    REPORTS_PER_SECOND.
+    """
 
     spent: int = 0
     held: int = 0
@@ -41,6 +61,7 @@ class WindowAccount:
     theoretical: float = -math.inf
     wanted_at: float = -math.inf
     wanted_by: str = ""
+    recalled_at: float = -math.inf
     limit: int = 0
 
 
@@ -52,6 +73,7 @@ class LeaseAccount:
     granted: int = 0
     used: int = 0
     returned: int = 0
+    is_recalled: bool = False
 
     @property
     def outstanding(self) -> int:
@@ -112,6 +134,11 @@ class LedgerRules:
         replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
         settles_seconds = self.settles_until - now
         return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
+
+    def recalled(self, name: str) -> list[int]:
+        """The leases whose idle units a holder shall return; it has not reported them since."""
+        holder = self.holders.get(name)
+        return [] if holder is None else [number for number, lease in holder.leases.items() if lease.is_recalled]
 
     def reap(self, now: float) -> None:
         """End expired holders."""
@@ -184,13 +211,31 @@ class _Message:
         #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
         self._rates: dict[int, tuple[float, int]] = {}
         self._moved: dict[WindowStart, float] = {}
+        #: For other windows: the number of other holders, and whether there were many before this message.
+        self._others: dict[WindowStart, int] = {}
+        self._are_many: dict[WindowStart, bool] = {}
+
+    def _count_holders(self, key: WindowStart) -> None:
+        if key in self._others:
+            return
+        leases = [holder.leases for name, holder in self._holders.items() if name != self._name and not holder.has_ended]
+        self._others[key] = sum(1 for held in leases if any(lease.key == key for lease in held.values()))
+        self._are_many[key] = self._others[key] + self._has_lease(key) > FEW_HOLDERS
+        if self._are_many[key]:
+            window = self._windows[key]
+            ahead = max(window.theoretical - self._now, 0.0) + 1.0 / REPORTS_PER_SECOND
+            window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
+
+    def _has_lease(self, key: WindowStart) -> bool:
+        return any(lease.key == key for lease in self._leases.values())
 
     def settle(self, line: LeaseReport) -> None:
         """Apply the report of a lease."""
         key = self._keys[line.lease] = self._key(line)
         window = self._windows.setdefault(key, WindowAccount())
         window.limit = line.limit
-        self._is_wanted[line.lease] = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
+        is_wanted = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
+        self._is_wanted[line.lease] = is_wanted
         is_known = line.lease in self._leases
         if line.interval_seconds:
             ahead = gcra.ahead_seconds(window.theoretical, self._now, line.limit, line.interval_seconds)
@@ -200,10 +245,13 @@ class _Message:
                 )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
+        self._count_holders(key)
+        self._is_wanted[line.lease] = is_wanted and not self._are_many[key]
         # A lease that is closed already stays closed.
         if line.is_closing and not is_known:
             return
         lease = self._leases.setdefault(line.lease, LeaseAccount(key))
+        lease.is_recalled = False
         self._reported.add(line.lease)
         window.held -= lease.outstanding
         window.spent += max(0, line.used - lease.used)
@@ -232,14 +280,33 @@ class _Message:
         window, (_, ends) = self._windows[key], span(line.window.measure, key[1])
         if self._settles or self._now >= ends:
             return 0
-        granted = units_granted(line, line.limit + window.credited - window.spent - window.held, self._alive)
+        available = line.limit + window.credited - window.spent - window.held
+        granted = units_granted(line, available, self._alive, are_many=self._are_many[key])
         self._leases[line.lease].granted += granted
         window.held += granted
         reported = [self._leases[number] for number in self._reported if number in self._leases]
         own = sum(lease.outstanding for lease in reported if lease.key == key)
         if not granted and window.held > own:
+            is_repeat = self._now - window.wanted_at < _WANTED_SECONDS
+            if line.at_least <= available + window.held and self._now - window.recalled_at >= _RECALL_SECONDS:
+                window.recalled_at = self._now
+                self._recall(key, line.at_least - max(0, available), is_repeat=is_repeat)
             window.wanted_at, window.wanted_by = self._now, self._name
         return granted
+
+    def _recall(self, key: WindowStart, units: int, *, is_repeat: bool) -> None:
+        """Recall units from as few other holders as suffice; if those did not suffice, from all up to the maximum."""
+        leases = [
+            (-lease.outstanding, name, number, lease)
+            for name, holder in self._holders.items() if name != self._name
+            for number, lease in holder.leases.items()
+            if lease.key == key and lease.outstanding > 0 and not lease.is_recalled
+        ]  # fmt: skip
+        for outstanding, _, _, lease in sorted(leases, key=lambda entry: entry[:3])[:_RECALLED_MAX]:
+            if units <= 0 and not is_repeat:
+                break
+            lease.is_recalled = True
+            units += outstanding
 
     def reply(self, line: LeaseReport, granted_now: int) -> LeaseGrant:
         """The reply to a line."""
@@ -249,15 +316,13 @@ class _Message:
         window, lease = self._windows[key], self._leases.get(line.lease)
         granted = line.used + line.returned if lease is None else lease.granted
         ends_seconds = span(line.window.measure, key[1])[1] - self._now
+        wait_seconds = 0.0
+        if line.want and not granted_now and self._are_many[key] and not self._settles and ends_seconds > 0:
+            wait_seconds = max(_ASK_SECONDS_MIN, window.theoretical - self._now)
         return LeaseGrant(
-            line.lease, key[1], granted, window.spent, window.held, ends_seconds, 0.0, self._is_wanted[line.lease],
-            window.credited, self._holders_of(key),
+            line.lease, key[1], granted, window.spent, window.held, ends_seconds, wait_seconds,
+            self._is_wanted[line.lease], window.credited, max(1, self._others[key] + self._has_lease(key)),
         )  # fmt: skip
-
-    def _holders_of(self, key: WindowStart) -> int:
-        """The number of holders that have a lease of a window and have not ended; at least this one."""
-        leases = [other.leases.values() for other in self._holders.values() if not other.has_ended]
-        return max(1, sum(1 for held in leases if any(lease.key == key for lease in held)))
 
     def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:
         key, (ahead, available) = self._keys[line.lease], self._rates[line.lease]
@@ -279,10 +344,13 @@ class _Message:
         return line.window, span(line.window.measure, line.starts or self._now)[0]
 
 
-def units_granted(line: LeaseReport, available: int, alive: int) -> int:
-    """How many of the available units a line gets, if this many holders are alive."""
+def units_granted(line: LeaseReport, available: int, alive: int, *, are_many: bool = False) -> int:
+    """How many of the available units a line gets, if this many holders are alive. `are_many`: of its window."""
     if available < line.at_least:
         return 0
     # A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
     share = line.want if alive <= 1 else max(line.at_least, line.most, available // (2 * alive))
+    if are_many:
+        # Enough until its next report: smaller slices would be used up sooner, and requested again.
+        share = max(share, line.want // 2)
     return min(line.want, available, share)

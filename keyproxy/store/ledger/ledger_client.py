@@ -66,7 +66,7 @@ class LedgerClient:
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Called after every round trip, with its duration in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None
-        self.lease_sync = LeaseSync(self._wake_up)
+        self.lease_sync = LeaseSync(self._wake_up, settle_seconds=ledger.settle_seconds)
         self.lease_table = LeaseTable(self.lease_sync)
         #: Why the ledger is unavailable; empty if it responds.
         self.down_because = ""
@@ -137,6 +137,15 @@ class LedgerClient:
         self._waiting.append((answer, short))
         self._wake_up()
         await answer
+
+    @property
+    def holder(self) -> str:
+        """The name of this process in the ledger, until the ledger ends it."""
+        return self._holder
+
+    def recall(self, leases: Sequence[int]) -> None:
+        """Return the idle units of these leases of this holder: another process is short of them."""
+        self.lease_sync.recall(leases, self._mono())
 
     def unsettled_seconds(self) -> float:
         """The age of the oldest spending that the ledger may not have confirmed; 0.0 if everything is confirmed."""
