@@ -26,7 +26,7 @@ from keyproxy.gateway import Gateway
 from keyproxy.http import headers
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames, TrustRule
-from keyproxy.limits.allowance import Allowance, TokenNeed
+from keyproxy.limits.allowance import Allowance, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
 from keyproxy.limits.plan import Plan
@@ -147,7 +147,7 @@ PLANS: Final = {
         tokens_per_request=10_000, tokens_per_day=_MANY, tokens_per_month=_MANY,
     ),
 }  # fmt: skip
-NEED: Final = TokenNeed(90, 106)
+NEED: Final = Need(106, 106)
 
 
 def grant(client: LedgerClient, limits: Allowance) -> None:
@@ -210,7 +210,9 @@ class Bench:
     def take_and_settle(self) -> None:
         """Reserve and settle the limits of one request."""
         if self.limits is not None:
-            self.ledger.settle(self.ledger.take(self.limits, clock.now(), NEED), was_sent=True, tokens=NEED.least)
+            self.ledger.settle(
+                self.ledger.take(self.limits, clock.now(), NEED), was_sent=True, tokens=NEED.tokens_least
+            )
 
     def close(self) -> None:
         """End the thread that writes the log."""

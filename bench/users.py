@@ -21,7 +21,7 @@ from bench.cache import digest, fill
 from bench.load import rss_mib
 from bench.site import machine
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import Missing, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.store.embedded import embedded_postgres
@@ -31,7 +31,7 @@ from keyproxy.store.store import Store
 _BATCH = 2_000
 _SELF = [int(Path("/proc/self").resolve().name)]
 _PLAN = '{"concurrency": 100, "requests_per_day": 1000000, "tokens_per_day": 1000000000}'
-_NEED = TokenNeed(100, 1_100)
+_NEED = Need(1_100, 1_100)
 _IDLE_SECONDS = 5.0
 
 #: All requests start at once, and each must succeed.

@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Coroutine
+from typing import Final
 
 from keyproxy import token_accounting
 from keyproxy.ai.responses.meter import Meter
@@ -22,12 +23,15 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
+
+#: The least that any request on a metered route needs.
+_ONE_TOKEN: Final = Need(1, 1)
 
 
 class Gateway(Gate):
@@ -89,7 +93,8 @@ class Gateway(Gate):
         if grant.route.tokens is not NO_TOKENS:
             if exchange.ask is None and allowance is not None:
                 self._check_limits(exchange, allowance, now)
-            need = token_accounting.need(exchange, grant.route)
+            ask = token_accounting.need(exchange, grant.route)
+            need = Need(ask.least, ask.most, route=grant.route.name)
         if allowance is None:
             return Permit(grant)
         if exchange.fingerprint is not None:
@@ -99,18 +104,17 @@ class Gateway(Gate):
     def _check_limits(self, exchange: Exchange, allowance: Allowance, now: Moment) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
         fingerprint = exchange.fingerprint
+        need = _ONE_TOKEN
         asks = exchange.reading is None and not token_accounting.is_read_at_once(exchange)
         if fingerprint is None:
-            self._ledger.check(allowance, now, asks=asks)
+            self._ledger.check(allowance, now, need, asks=asks)
             return
         try:
-            self._ledger.check(allowance, now, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
+            self._ledger.check(allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
-    def _take_once(
-        self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: TokenNeed | None
-    ) -> Hold:
+    def _take_once(self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: Need | None) -> Hold:
         """Like the ledger's `take`, but a retry of a charged request is not refused for what it was charged already."""
         now = self._now()
         if fingerprint.paid is not None:

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-#: Units of the draft's registry, and our own for token budgets; a policy in requests omits its unit.
+#: Units of the draft's registry, and our own for tokens and money; a policy in requests omits its unit.
 REQUESTS: Final = "requests"
 CONCURRENT_REQUESTS: Final = "concurrent-requests"
 TOKENS: Final = "tokens"
+MONEY: Final = "micro-units"
 
 #: The largest Integer of RFC 9651 section 3.3.1. Larger values are clamped to it: they are as good as unlimited.
 _INTEGER_MAX: Final = 999_999_999_999_999
@@ -27,7 +28,9 @@ _INTEGER_MAX: Final = 999_999_999_999_999
 #: The number of policies, and of RateLimit-Policy lines, that are cached and shared.
 _KEPT_MAX: Final = 1_024
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
+_UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}")
+#: A name may end with a selector: printable ASCII without quotes and backslashes, which would need escapes.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}(?:@[\x20\x21\x23-\x5b\x5d-\x7e]{1,300})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class LimitPolicy:
     key: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or not _NAME.fullmatch(self.unit):
+        if not _NAME.fullmatch(self.name) or not _UNIT.fullmatch(self.unit):
             raise ValueError(f"{self.name!r} in {self.unit!r}: a name may contain only letters, digits and _ . : / -")
         if self.quota < 0 or (self.window_seconds is not None and self.window_seconds < 1):
             raise ValueError(f"{self.name}: the quota is negative, or the window is shorter than a second")

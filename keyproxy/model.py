@@ -280,25 +280,36 @@ class Permit:
 
 @mypyc_attr(acyclic=True)
 class TokenUse:
-    """The tokens of a request: of its prompt (in) and its completion (out); `total` is charged."""
+    """The tokens of a request: of its prompt (in) and its completion (out); `total` is charged.
 
-    __slots__ = ("tokens_in", "tokens_out", "total")
+    `cached` and `cache_write` are parts of `tokens_in`, `reasoning` is a part of `tokens_out`.
+    """
 
-    def __init__(self, tokens_in: int, tokens_out: int) -> None:
+    __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out", "total")
+
+    def __init__(
+        self, tokens_in: int, tokens_out: int, *, cached: int = 0, cache_write: int = 0, reasoning: int = 0
+    ) -> None:
         self.tokens_in: Final = tokens_in
         self.tokens_out: Final = tokens_out
         self.total: Final = tokens_in + tokens_out
+        self.cached: Final = cached
+        self.cache_write: Final = cache_write
+        self.reasoning: Final = reasoning
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenUse):
             return NotImplemented
-        return (self.tokens_in, self.tokens_out) == (other.tokens_in, other.tokens_out)
+        return self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.tokens_in, self.tokens_out))
+        return hash(self._values())
 
     def __repr__(self) -> str:
-        return f"TokenUse({self.tokens_in}, {self.tokens_out})"
+        return "TokenUse({}, {}, cached={}, cache_write={}, reasoning={})".format(*self._values())
+
+    def _values(self) -> tuple[int, int, int, int, int]:
+        return self.tokens_in, self.tokens_out, self.cached, self.cache_write, self.reasoning
 
 
 class Ending(enum.Enum):

@@ -163,6 +163,29 @@ class Reason(enum.Enum):
         "Token limit per request",
         "The request may use more tokens than the plan allows per request. Lower its maximum or send a shorter prompt.",
     )
+    SPEND_BUDGET_EXHAUSTED = ProblemSpec(
+        "spend_budget_exhausted",
+        429,
+        Blame.CALLER,
+        "Spend budget exhausted",
+        "The request may cost more than remains in the spend budget of the current window.",
+        60,
+    )
+    SPEND_LIMIT_PER_REQUEST = ProblemSpec(
+        "spend_limit_per_request",
+        403,
+        Blame.CALLER,
+        "Spend limit per request",
+        "The request may cost more than the plan allows per request. Lower its maximum, send a shorter prompt, "
+        "or use a cheaper model.",
+    )
+    MODEL_UNPRICED = ProblemSpec(
+        "model_unpriced",
+        403,
+        Blame.CALLER,
+        "Model without price",
+        "The model has no price in this proxy, and the plan limits spend. Use a model with a price.",
+    )
     BODY_TOO_LARGE = ProblemSpec(
         "body_too_large", 413, Blame.CALLER, "Body too large", "The request body exceeds the maximum size."
     )
@@ -227,12 +250,27 @@ class Reason(enum.Enum):
         return self.value.code
 
 
+class LimitReason(enum.Enum):
+    """Why a limit refuses a request, as callers and logs see it.
+
+    NEVER_FITS: the request needs more than the whole limit. SPENT: the window's rest is too small until its reset. HELD:
+    requests in flight reserve the rest, and may release it at any time. PACE: a rate. NONE: nothing to distinguish.
+    """
+
+    NEVER_FITS = "never_fits"
+    SPENT = "spent"
+    HELD = "held"
+    PACE = "pace"
+    BODY_MEMORY = "body_memory"
+    NONE = ""
+
+
 #: An exhausted window. The operator may set the status of these reasons with `errors.spent_status`.
-SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED})
+SPENT: Final = frozenset({Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.SPEND_BUDGET_EXHAUSTED})
 
 
 #: Reasons for which a request can never be admitted under its plan.
-NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST})
+NEVER_FITS: Final = frozenset({Reason.TOKEN_LIMIT_PER_REQUEST, Reason.SPEND_LIMIT_PER_REQUEST})
 
 
 class Refusal(Exception):
@@ -241,9 +279,8 @@ class Refusal(Exception):
     `replaces_sentence`: `caller_text` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
     `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
-    to the limit's reset. `is_held`: the window is not exhausted; requests in flight reserve the rest of it and may
-    release it at any time. Neither text may contain anything from the request that was not checked for secrets: see
-    docs/threat-model.md.
+    to the limit's reset. `limit_reason`: why it refuses the request. Neither text may contain anything from the request
+    that was not checked for secrets: see docs/threat-model.md.
     """
 
     def __init__(
@@ -258,7 +295,7 @@ class Refusal(Exception):
         retry_after_seconds: int | None = None,
         limit: LimitState | None = None,
         applied: Sequence[LimitState] = (),
-        is_held: bool = False,
+        limit_reason: LimitReason = LimitReason.NONE,
     ) -> None:
         super().__init__(reason.code, detail)
         self.reason = reason
@@ -269,8 +306,13 @@ class Refusal(Exception):
         self.missing_scopes = missing_scopes
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
-        self.is_held = is_held
+        self.limit_reason = limit_reason
         self.retry_after_seconds = _wait(reason, limit) if retry_after_seconds is None else retry_after_seconds
+
+    @property
+    def is_held(self) -> bool:
+        """Whether requests in flight reserve the rest of the window."""
+        return self.limit_reason is LimitReason.HELD
 
     @property
     def is_futile(self) -> bool:

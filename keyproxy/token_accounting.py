@@ -1,6 +1,6 @@
 """Tokens of one request: how many to reserve before it is forwarded, how many to charge when it has ended.
 
-    reserve  bound of the prompt + requested maximum; without a maximum: the plan's limit per request, or all that remains
+    reserve  bound of the prompt + requested maximum; without a maximum a default, within the plan's limit per request
     charge   the usage in the response; for an interrupted stream, the tokens received so far; else the reservation
 
 A charge that does not come from the response is marked as estimated. The reservation is an upper bound, so the charge
@@ -97,14 +97,14 @@ def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenU
         tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
         so_far = TokenUse(0, 0) if said is None else said
         use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
-        if hold is not None and hold.budgets and use.total > hold.covers:
+        if hold is not None and hold.limits_tokens and use.total > hold.covers:
             # A stream ends with its budget; an event with more than one token must not exceed it.
             tokens_in = min(use.tokens_in, hold.covers)
             use = TokenUse(tokens_in, hold.covers - tokens_in)
         return use, True
     if said is not None:
         return said, False
-    if hold is None or not hold.budgets:
+    if hold is None or not hold.limits_tokens:
         return TokenUse(prompt, 0 if meter is None else meter.produced), True
     tokens_in = min(prompt, hold.covers)
     return TokenUse(tokens_in, hold.covers - tokens_in), True
@@ -116,11 +116,11 @@ def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
     Near the end of the budget, the extension is whatever remains of it.
     """
     ask, meter = exchange.ask, exchange.meter
-    if ask is None or meter is None or not hold.budgets:
+    if ask is None or meter is None or not hold.limits_tokens:
         return 0, False
     tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
     used = tokens_in + meter.produced
     if used + _RESERVE_TOKENS < hold.covers:
         return 0, False
-    left = min(lease.remaining for lease in hold.budgets)
+    left = hold.tokens_left
     return max(1, min(max(_EXTENSION_TOKENS, hold.covers // 4), left)), used >= hold.covers

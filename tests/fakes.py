@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.http import headers
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
@@ -105,20 +105,19 @@ class FakeLedger(Ledger):
         self.settled: list[tuple[Hold, bool, int]] = []
         self._serial = 0
 
-    def take(
-        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
-    ) -> Hold:
+    def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port."""
         del may_be_paid
-        return self._taken(lambda: self.table.take(allowance, now.mono_seconds, tokens), now)
+        return self._taken(lambda: self.table.take(allowance, now.mono_seconds, need), now)
 
     def check(
-        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
-    ) -> None:
+        self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,
+        asks: bool, may_be_paid: bool = False,
+    ) -> None:  # fmt: skip
         """See the port."""
         del may_be_paid
         try:
-            self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+            self.table.check(allowance, now.mono_seconds, need, paid)
         except Short as short:
             if not asks:
                 return
@@ -126,11 +125,19 @@ class FakeLedger(Ledger):
                 raise Refusal(Reason.LEDGER_UNAVAILABLE) from None
             self.lease_sync.request(short)
             self._sync(now.mono_seconds)
-            self.table.check(allowance, now.mono_seconds, TokenNeed(1, 1), paid)
+            self.table.check(allowance, now.mono_seconds, need, paid)
 
-    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+    def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
         """See the port."""
-        return self._taken(lambda: self.table.take_again(allowance, now.mono_seconds, tokens, paid), now)
+        return self.table.per_request(allowance, now.mono_seconds, need)
+
+    def trim(self, hold: Hold, tokens: int, spend: int) -> Hold:
+        """See the port."""
+        return self.table.trim(hold, tokens, spend)
+
+    def take_again(self, allowance: Allowance, now: Moment, need: Need | None, paid: int) -> Hold:
+        """See the port."""
+        return self._taken(lambda: self.table.take_again(allowance, now.mono_seconds, need, paid), now)
 
     def _taken(self, take: Callable[[], Hold], now: Moment) -> Hold:
         for _ in range(4):
@@ -145,24 +152,19 @@ class FakeLedger(Ledger):
         self.lease_sync.mark_exhausted(last, now.mono_seconds)
         return take()
 
-    def extend(self, hold: Hold, tokens: int) -> Hold:
+    def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port."""
-        now = time.monotonic()
-        try:
-            return self.table.extend(hold, tokens, now)
-        except Short as short:
-            self.lease_sync.request(short)
-            self._sync(now)
-            return self.table.extend(hold, tokens, now)
+        now = Moment(time.time(), time.monotonic())
+        return self._taken(lambda: self.table.extend(hold, tokens, now.mono_seconds, spend), now)
 
     def release(self, hold: Hold) -> Hold:
         """See the port."""
         return self.table.release(hold)
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self.settled.append((hold, was_sent, tokens))
-        self.table.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self.table.settle(hold, was_sent=was_sent, tokens=tokens, spend=spend, is_repeat=is_repeat)
 
     def _sync(self, mono: float) -> None:
         self.lease_sync.gather(mono)

@@ -126,4 +126,5 @@ def _limit_members(refusal: Refusal) -> dict[str, object]:
         "remaining": limit.remaining_shown,
         "reset_seconds": limit.reset_seconds_shown,
         "retryable": refusal.retry_after_seconds is not None,
+        **({"reason": refusal.limit_reason.value} if refusal.limit_reason.value else {}),
     }

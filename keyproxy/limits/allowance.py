@@ -1,150 +1,230 @@
-"""The pools that an identity's requests draw on, and this process's leases on them."""
+"""The pools that an identity's requests draw on, what a request needs of them, and this process's leases on them."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.limit_state import TOKENS as TOKEN_UNIT
+from keyproxy import limit_state
 from keyproxy.limit_state import LimitState, policy
-from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS, Pool
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, SPEND, TOKEN_RATE, TOKENS, Pool, Window
+from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
+from keyproxy.limits.plan import TOKENS as TOKEN_MEASURE
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.ratelimit_headers import RateLimitHeaders
 from keyproxy.mypyc_compat import mypyc_attr
-from keyproxy.reasons import Reason, Refusal
 
 _COUNTED: Final = (RATE, *REQUESTS)
 
-#: More tokens than any request holds.
+#: More than any request holds.
 _UNBOUNDED: Final = 10**18
+
+#: Bundles that one allowance keeps for combinations of routes and models. At the bound they are all dropped, and made
+#: again as requests need them; the leases stay.
+BUNDLES_MAX: Final = 64
+
+#: A route, and the models that may serve a request; only those that a limit names.
+Selection = tuple[str, tuple[str, ...]]
+
+NO_SELECTION: Final[Selection] = ("", ())
+
+
+@mypyc_attr(acyclic=True)
+class Need:
+    """What a request needs, of tokens and of money in micro-units: at least and at most.
+
+    The two differ only if the request sets no maximum, and the proxy limits its output to what it holds. `route` and
+    `models` select the limits that apply: all models that may serve the request. Not `is_priced`: one of them has no
+    price, so that a spend limit refuses the request.
+    """
+
+    __slots__ = ("is_priced", "models", "route", "spend_least", "spend_most", "tokens_least", "tokens_most")
+
+    def __init__(
+        self, tokens_least: int, tokens_most: int, spend_least: int = 0, spend_most: int = 0, *,
+        route: str = "", models: tuple[str, ...] = (), is_priced: bool = True,
+    ) -> None:  # fmt: skip
+        self.tokens_least: Final = tokens_least
+        self.tokens_most: Final = tokens_most
+        self.spend_least: Final = spend_least
+        self.spend_most: Final = spend_most
+        self.route: Final = route
+        self.models: Final = models
+        self.is_priced: Final = is_priced
+
+    def __repr__(self) -> str:
+        spend = f", {self.spend_least}, {self.spend_most}" if self.spend_most else ""
+        return f"{type(self).__name__}({self.tokens_least}, {self.tokens_most}{spend})"
 
 
 class Allowance:
     """The limits that apply to an identity: pools with their plans. Made when its row enters the cache."""
 
-    __slots__ = ("bundle", "pools")
+    __slots__ = ("bundle", "has_selectors", "models", "pools", "routes", "selected")
 
     def __init__(self, pools: tuple[tuple[Pool, Plan], ...]) -> None:
         self.pools = pools
-        #: The lease table's bundle for it.
+        limits = [limit for _, plan in pools for limit in plan.limits]
+        #: The models and routes that limits name.
+        self.models = frozenset([limit.model for limit in limits if limit.model])
+        self.routes = frozenset([limit.route for limit in limits if limit.route])
+        self.has_selectors = bool(self.models or self.routes)
+        #: The lease table's bundle for all requests, if no limit names a model or route.
         self.bundle: Bundle | None = None
+        #: Otherwise: for requests with the same limits, at most `BUNDLES_MAX`.
+        self.selected: dict[Selection, Bundle] = {}
 
-
-@mypyc_attr(acyclic=True)
-class TokenNeed:
-    """Token bounds of a request: at least `least`, at most `most`; None if the request sets no bound."""
-
-    __slots__ = ("least", "most")
-
-    def __init__(self, least: int, most: int | None) -> None:
-        self.least: Final = least
-        self.most: Final = most
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.least}, {self.most})"
+    def selection(self, need: Need | None) -> Selection:
+        """What of a request's route and models matters to its limits."""
+        if need is None:
+            return NO_SELECTION
+        route = need.route if need.route in self.routes else ""
+        return route, tuple([model for model in need.models if model in self.models])
 
 
 class Hold:
-    """What one request has taken: a unit of each of the bundle's `units`, and `tokens` of each of `budgets`.
+    """What one request has taken: a unit of each of the bundle's `units`, and `tokens` and `spend` of `meters`.
 
-    `earlier`: holds on leases that ended during the request, because their window ended. `paid`: for a request that was
-    charged before, the tokens of that charge. Such a request takes units of `paced` only, and does not hold these
-    tokens again. `has_slots` is false once the request has ended and released its slots.
+    `meters`: the bundle whose windows of tokens and money it draws on; None: the request is not metered. `earlier`: a
+    hold on leases that ended during the request, because their window ended. `paid`: for a request that was charged
+    before, the tokens of that charge. Such a request takes units of `paced` only, and does not hold these tokens again.
+    `has_slots` is false once the request has ended and released its slots. `granted_at`: the ledger's time at which the
+    units of token rates were granted, at the earliest.
     """
 
-    __slots__ = ("budgets", "bundle", "earlier", "has_slots", "paid", "tokens")
+    __slots__ = ("bundle", "earlier", "granted_at", "has_slots", "meters", "paid", "spend", "tokens")
 
     def __init__(
         self,
         bundle: Bundle,
-        budgets: tuple[Lease, ...],
-        tokens: int,
-        earlier: Hold | None = None,
+        meters: Bundle | None = None,
+        tokens: int = 0,
+        spend: int = 0,
         *,
+        earlier: Hold | None = None,
         paid: int | None = None,
         has_slots: bool = True,
+        granted_at: float = 0.0,
     ) -> None:
         self.bundle: Final = bundle
-        self.budgets: Final = budgets
+        self.meters: Final = meters
         self.tokens: Final = tokens
+        self.spend: Final = spend
         self.earlier: Final = earlier
         self.paid: Final = paid
         self.has_slots: Final = has_slots
+        self.granted_at: Final = granted_at
+
+    @property
+    def total_tokens(self) -> int:
+        """The tokens that it holds of each window in turn, with those of earlier windows."""
+        return self.tokens + (0 if self.earlier is None else self.earlier.total_tokens)
+
+    @property
+    def total_spend(self) -> int:
+        """The money that it holds, with that of earlier windows."""
+        return self.spend + (0 if self.earlier is None else self.earlier.total_spend)
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether tokens of any window or rate are held."""
+        return self.meters is not None and bool(self.meters.token_leases)
+
+    @property
+    def tokens_left(self) -> int:
+        """The tokens that are left of every window and rate, as of the ledger's last replies."""
+        return 0 if self.meters is None else min([lease.remaining for lease in self.meters.token_leases], default=0)
+
+    @property
+    def spend_left(self) -> int:
+        """The money that is left of every window."""
+        return 0 if self.meters is None else min([lease.remaining for lease in self.meters.spend_windows], default=0)
 
     @property
     def covers(self) -> int:
         """The number of tokens that the request may use."""
-        return self.tokens + (self.paid or 0)
+        return self.total_tokens + (self.paid or 0)
 
 
 class Bundle:
-    """All leases that requests under one allowance draw on, looked up once.
+    """All leases that requests with one selection draw on under one allowance, looked up once.
 
     `units`: every request takes one of each; `counted` ones are used up, `slots` are released at the end. `paced`: the
-    units that a request takes even if it was charged before. Requests that count no tokens share one `hold`.
-    `reported`: the leases reported to callers; `statement`: the headers that report them.
+    units that a request takes even if it was charged before. Metered requests take tokens of `token_leases`, which are
+    `token_windows` and `token_rates`, and money of `spend_windows`; the others share one `hold`. `reported`: the leases
+    reported to callers; `statement`: the headers that report them.
     """
 
     __slots__ = (
-        "budgets",
         "counted",
-        "counts_tokens",
         "hold",
+        "is_metered",
+        "leases",
         "paced",
         "pools",
-        "reported",
+        "selection",
         "slots",
+        "spend_bound",
+        "spend_per_request",
+        "spend_windows",
         "statement",
+        "token_leases",
+        "token_rates",
+        "token_windows",
         "tokens_bound",
         "tokens_per_request",
         "units",
     )
 
-    def __init__(self, pools: tuple[PoolLeases, ...]) -> None:
+    def __init__(self, pools: tuple[PoolLeases, ...], selection: Selection = NO_SELECTION) -> None:
         self.pools = pools
-        leases = [lease for of_pool in pools for lease in of_pool.leases.values()]
-        self.slots = tuple(lease for lease in leases if lease.window.measure == CONCURRENCY)
-        self.counted = tuple(lease for lease in leases if lease.window.measure in _COUNTED)
+        self.selection = selection
+        leases = [lease for of_pool in pools for lease in of_pool.leases.values() if _applies(lease.rule, selection)]
+        self.slots = tuple([lease for lease in leases if lease.window.measure == CONCURRENCY])
+        self.counted = tuple([lease for lease in leases if lease.window.measure in _COUNTED])
         self.units = self.slots + self.counted
-        self.paced = tuple(lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY))
-        self.budgets = tuple(lease for lease in leases if lease.window.measure in TOKENS)
-        self.reported = self.counted + self.slots + self.budgets
-        self.statement = RateLimitHeaders(self.reported)
-        self.hold = Hold(self, (), 0)
-        bounds = [
-            LimitState(policy(f"{of_pool.pool.kind}.tokens_per_request", bound, None, TOKEN_UNIT), bound)
-            for of_pool in pools
-            if (bound := _per_request(of_pool.plan)) is not None
-        ]
-        #: The lowest limit of tokens per request.
-        self.tokens_per_request = min(bounds, key=lambda limit: limit.remaining, default=None)
-        #: The most tokens that a request may hold without the slower check.
+        self.paced = tuple([lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY)])
+        self.token_windows = tuple([lease for lease in leases if lease.window.measure in TOKENS])
+        self.token_rates = tuple([lease for lease in leases if lease.window.measure == TOKEN_RATE])
+        self.token_leases = self.token_windows + self.token_rates
+        self.spend_windows = tuple([lease for lease in leases if lease.window.measure in SPEND])
+        #: All of them, in the order in which they are reported to callers.
+        self.leases = self.counted + self.slots + self.token_leases + self.spend_windows
+        self.statement = RateLimitHeaders(self.leases)
+        self.hold = Hold(self)
+        #: The lowest limits of tokens and money per request, and as numbers.
+        self.tokens_per_request = _lowest(pools, selection, is_spend=False)
+        self.spend_per_request = _lowest(pools, selection, is_spend=True)
         self.tokens_bound = _UNBOUNDED if self.tokens_per_request is None else self.tokens_per_request.remaining
-        self.counts_tokens = bool(self.budgets) or self.tokens_per_request is not None
+        self.spend_bound = _UNBOUNDED if self.spend_per_request is None else self.spend_per_request.remaining
+        has_bounds = self.tokens_per_request is not None or self.spend_per_request is not None
+        self.is_metered = bool(self.token_leases or self.spend_windows) or has_bounds
+
+    @property
+    def limits_spend(self) -> bool:
+        """Whether any limit is about money."""
+        return bool(self.spend_windows) or self.spend_per_request is not None
 
 
-def _per_request(plan: Plan) -> int | None:
-    limit = plan.limit("tokens/request")
-    return None if limit is None else limit.quota
+def _applies(limit: Limit, selection: Selection) -> bool:
+    """Whether a limit of the right mode applies to requests with this selection."""
+    route, models = selection
+    return (not limit.route or limit.route == route) and (not limit.model or limit.model in models)
 
 
-def amount_of(bundle: Bundle, tokens: TokenNeed) -> int:
-    """Return how many tokens to hold for a request: its own bound, else the plan's, else the whole window.
+def is_of_mode(limit: Limit, pool: Pool) -> bool:
+    """Whether a limit applies to the pool's mode, live or test."""
+    return not limit.mode or (limit.mode == "test") is pool.is_test
 
-    Raises a Refusal if the request may use more than the plan allows per request.
-    """
-    bound = bundle.tokens_per_request
-    most = tokens.least if tokens.most is None else tokens.most
-    if bound is not None and most > bound.remaining:
-        raise Refusal(
-            Reason.TOKEN_LIMIT_PER_REQUEST,
-            caller_text=f"The request may use up to {most} tokens; the plan allows {bound.remaining} per request.",
-            limit=bound,
-        )
-    # At least one: a hold of 0 would pass even if no tokens are left.
-    if tokens.most is not None:
-        return max(1, tokens.most)
-    if bound is not None:
-        return max(1, bound.remaining)
-    return max(1, tokens.least, min((lease.free for lease in bundle.budgets), default=0))
+
+def _lowest(pools: tuple[PoolLeases, ...], selection: Selection, *, is_spend: bool) -> LimitState | None:
+    lowest = None
+    for of_pool in pools:
+        for limit in of_pool.plan.limits:
+            if limit.per != PER_REQUEST or (limit.measure == TOKEN_MEASURE) is is_spend:
+                continue
+            if is_of_mode(limit, of_pool.pool) and _applies(limit, selection):
+                unit = limit_state.MONEY if is_spend else limit_state.TOKENS
+                name = Window(of_pool.pool, limit.window_measure, limit.selector).policy
+                state = LimitState(policy(name, limit.quota, None, unit), limit.quota)
+                lowest = state if lowest is None or state.remaining < lowest.remaining else lowest
+    return lowest

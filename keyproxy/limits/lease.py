@@ -12,8 +12,9 @@ import math
 from typing import Final
 
 from keyproxy import limit_state
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, SPEND, TOKEN_RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit
+from keyproxy.limits.unused_units import UnusedUnits
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
 #: burst + rate * (t + RATE_SECONDS).
@@ -39,7 +40,14 @@ _FIRST_UNITS: Final = 4
 _RATE_STEP_SECONDS: Final = 0.0625
 
 _WINDOW_SECONDS: Final = {"minute": 60, "hour": 3_600, "day": 86_400, "week": 604_800, "month": 2_592_000}
-_UNITS: Final = {CONCURRENCY: limit_state.CONCURRENT_REQUESTS, **dict.fromkeys(TOKENS, limit_state.TOKENS)}
+_UNITS: Final = {
+    CONCURRENCY: limit_state.CONCURRENT_REQUESTS,
+    **dict.fromkeys((*TOKENS, TOKEN_RATE), limit_state.TOKENS),
+    **dict.fromkeys(SPEND, limit_state.MONEY),
+}
+
+#: How long a reply describes what the ledger has left.
+FRESH_SECONDS: Final = 1.0
 
 
 class Lease:
@@ -50,17 +58,19 @@ class Lease:
     """
 
     __slots__ = (
-        "ahead", "ask_after_mono", "at_least", "confirmed", "due_mono", "empty_need", "empty_until_mono", "ends_mono",
-        "free", "granted", "interval_seconds", "is_current", "is_noted", "is_wanted_until", "lapses", "limit", "low",
-        "need", "number",
-        "others_held", "pace", "paced_mono", "pause_seconds", "piece", "policy", "retry_mono", "returned", "review_mono",
-        "rule", "seen_available",
-        "spent_apart", "starts", "taken_before", "takes_all", "touched_mono", "touched_taken", "used", "window",
+        "ahead", "ask_after_mono", "at_least", "confirmed", "credited", "dry_until_mono", "due_mono", "empty_need",
+        "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked", "is_current",
+        "is_noted", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "pause_seconds",
+        "piece", "policy", "rate", "retry_mono", "returned", "review_mono", "rule", "seen_available", "spent_apart",
+        "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
         self.window = window
         self.limit = 0
+        #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
+        self.credited = 0
+        self.heard_mono = -math.inf
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
@@ -73,24 +83,28 @@ class Lease:
         self.confirmed = 0
         #: When the free units expire, or the first of them.
         self.ends_mono = math.inf
-        #: For a rate: expiry times, each with the cumulative grant up to which it applies.
-        self.lapses: list[tuple[float, int]] = []
+        #: For a rate: expiry times, each with the cumulative grant up to which it applies and the ledger's time of it.
+        self.lapses: list[tuple[float, int, float]] = []
+        #: For a token rate: the units to return.
+        self.rate = UnusedUnits()
         #: How many units to keep ahead, and the level below which more are requested.
         self.ahead = self.low = 0
         #: The largest amount that one request has recently taken.
         self.piece = 1
-        #: What all waiting requests need together, and the least that satisfies one of them.
+        #: What all waiting requests can use together, and the least that satisfies one of them.
         self.need = 0
         self.at_least = 0
-        self.takes_all = False
+        #: Whether a request waits for the state of the window only.
+        self.is_asked = False
         #: The amount that the ledger could not grant, remembered for a moment.
         self.empty_need = 0
         self.empty_until_mono = 0.0
+        #: Until when the ledger is taken to have nothing more to grant.
+        self.dry_until_mono = 0.0
         self.retry_mono = 0.0
         self.is_wanted_until = 0.0
         #: What the window has spent besides `used`, as of the ledger's last reply: by other holders and earlier leases.
         self.spent_apart = 0
-        self.others_held = 0
         #: Units per second, and the time and count at which the measurement began.
         self.pace = 0.0
         self.paced_mono = now_mono
@@ -111,6 +125,11 @@ class Lease:
     def is_rate(self) -> bool:
         """Whether the lease holds units of a rate."""
         return self.interval_seconds > 0.0
+
+    @property
+    def quota(self) -> int:
+        """The limit of the current window with its credits."""
+        return self.limit + self.credited
 
     @property
     def spent(self) -> int:
@@ -148,17 +167,16 @@ class Lease:
 
     def rests(self, now_mono: float) -> bool:
         """Whether it was reported recently, and no request waits for more."""
-        return now_mono < self.due_mono and not self.need
+        return now_mono < self.due_mono and not self.is_asked
 
     @property
     def has_news(self) -> bool:
         """Whether the lease has changes that the ledger has not confirmed."""
-        return not self.is_rate and self.confirmed != self.used + self.returned
+        return self.rate.has_any if self.is_rate else self.confirmed != self.used + self.returned
 
-    @property
-    def has_all(self) -> bool:
-        """Whether the ledger had nothing left to grant, as of its last reply."""
-        return self.number != 0 and self.seen_available == 0
+    def is_fresh(self, now_mono: float) -> bool:
+        """Whether the state of the window is recent; a rate has no state that others change."""
+        return self.is_rate or now_mono - self.heard_mono < max(FRESH_SECONDS, self.pause_seconds)
 
     @property
     def remaining(self) -> int:
@@ -167,20 +185,25 @@ class Lease:
 
     def replan(self, rule: Limit) -> None:
         """Switch to another limit. It applies immediately, to the free units here too."""
-        measure = self.window.measure
         limit, interval = rule.quota, rule.interval_seconds
         self.rule = rule
         self.seen_available = max(0, self.seen_available + limit - self.limit)
         self.limit, self.interval_seconds = limit, interval
-        seconds = max(1, math.ceil(limit * interval)) if interval else _WINDOW_SECONDS.get(rule.per)
-        self.policy = limit_state.policy(self.window.policy, limit, seconds, _UNITS.get(measure, limit_state.REQUESTS))
+        self._restate()
+
+    def _restate(self) -> None:
+        """Describe the limit to callers, with what is credited to its current window."""
+        quota, interval = max(0, self.quota), self.interval_seconds
+        seconds = max(1, math.ceil(quota * interval)) if interval else _WINDOW_SECONDS.get(self.rule.per)
+        unit = _UNITS.get(self.window.measure, limit_state.REQUESTS)
+        self.policy = limit_state.policy(self.window.policy, quota, seconds, unit)
 
     def owed(self) -> Lease | None:
         """Return what was taken beyond the grant, as a separate lease; None if nothing was.
 
         The ledger charges a holder that ends for its grants. The rest has to be reported separately.
         """
-        if self.free >= 0 or self.window.measure in (RATE, CONCURRENCY):
+        if self.free >= 0 or self.is_rate or self.window.measure == CONCURRENCY:
             return None
         rest = Lease(self.window, self.rule, self.paced_mono)
         rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
@@ -199,15 +222,27 @@ class Lease:
     def give_back(self) -> None:
         """Return the free units to the ledger with the next line."""
         if self.free > 0:
+            self.return_units(self.free, self.granted_at)
             self.returned += self.free
             self.free = 0
+
+    @property
+    def granted_at(self) -> float:
+        """The ledger's time at which the oldest free units of a rate were granted."""
+        return self.lapses[0][2] if self.lapses else 0.0
+
+    def return_units(self, units: int, granted_at: float) -> None:
+        """Return unused units of a token rate; negative: units that were used without having been granted."""
+        if self.window.measure == TOKEN_RATE and (granted_at or units < 0):
+            self.rate.add(units, granted_at, self.interval_seconds)
 
     def lapse(self, now_mono: float) -> None:
         """Drop expired units of a rate. The oldest units are used first."""
         while self.lapses and now_mono >= self.lapses[0][0]:
-            _, granted = self.lapses.pop(0)
+            _, granted, granted_at = self.lapses.pop(0)
             late = min(self.free, granted - (self.granted - self.free))
             if late > 0:
+                self.return_units(late, granted_at)
                 self.free -= late
                 self.returned += late
         self.ends_mono = self.lapses[0][0] if self.lapses else math.inf
@@ -216,15 +251,22 @@ class Lease:
         """Whether the ledger recently refused this amount."""
         return now_mono < self.empty_until_mono and need >= self.empty_need
 
-    def add_need(self, need: int, *, takes_all: bool = False) -> None:
-        """Record that a request waits for this amount."""
-        self.at_least = min(need, self.at_least) if self.need else need
-        self.need += need
-        self.takes_all = self.takes_all or takes_all
+    def is_dry(self, now_mono: float) -> bool:
+        """Whether the free units are all that a request can have: the ledger recently had nothing more to grant."""
+        return now_mono < self.dry_until_mono
+
+    def add_need(self, least: int, most: int) -> None:
+        """Record that a request waits for this amount; 0: for the state of the window."""
+        self.is_asked = True
+        if most:
+            self.at_least = min(least, self.at_least) if self.need else least
+            self.need += most
 
     def line(self, now_mono: float, *, is_closing: bool = False) -> LeaseReport:
         """Build the line to send to the ledger: changes, and a request for more. Pass the reply to `apply`."""
         want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
+        most = max(at_least, min(self.need - max(self.free, 0), want)) if self.need else 0
+        returned, granted_at = self.rate.taken() if self.is_rate else (self.returned, 0.0)
         line = LeaseReport(
             self.number,
             self.window,
@@ -233,17 +275,18 @@ class Lease:
             self.interval_seconds,
             self.granted,
             self.used,
-            self.returned,
+            returned,
             want,
             at_least,
-            min(self.need, want),
+            most,
             is_closing,
+            granted_at,
         )
-        if self.need and self.pause_seconds:
+        if self.is_asked and self.pause_seconds:
             self.touched_mono = now_mono
         self.due_mono = now_mono + self.pause_seconds
         self.need = self.at_least = 0
-        self.takes_all = False
+        self.is_asked = False
         return line
 
     def _wanted(self, now_mono: float) -> tuple[int, int]:
@@ -259,9 +302,6 @@ class Lease:
         self.ahead = 0 if is_quiet else self._wanted_ahead()
         self.low = self.ahead // 2
         want = max(max(self.ahead, self.need) - self.free, 0)
-        if self.takes_all:
-            # A request that takes the whole rest waits until the ledger has confirmed that it has no more.
-            want = max(want, 1)
         # A waiting request needs this amount in one piece; the free units count towards it.
         short = max(1, self.at_least - max(self.free, 0)) if self.need else 1
         return want, min(short, want)
@@ -290,12 +330,17 @@ class Lease:
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
-        self.others_held = 0 if self.is_rate else max(0, reply.held - (reply.granted - line.used - line.returned))
-        self.seen_available = max(0, self.limit - reply.spent - reply.held)
+        self.heard_mono = received_mono
+        if reply.credited != self.credited:
+            self.credited = reply.credited
+            self._restate()
+        self.seen_available = max(0, self.quota - reply.spent - reply.held)
+        if line.want:
+            self.dry_until_mono = 0.0 if self.seen_available else received_mono + max(FRESH_SECONDS, reply.wait_seconds)
         if reply.is_wanted:
             self.note_wanted(sent_mono)
         if self.is_rate:
-            self._note_lapse(got, sent_mono)
+            self._note_lapse(got, sent_mono, reply.granted_at)
             self.retry_mono = received_mono + reply.wait_seconds
         else:
             self.ends_mono = self.retry_mono = sent_mono + reply.ends_seconds
@@ -309,11 +354,11 @@ class Lease:
         self.is_wanted_until = now_mono + _LASTS_SECONDS
         self.due_mono = 0.0
 
-    def _note_lapse(self, got: int, sent_mono: float) -> None:
+    def _note_lapse(self, got: int, sent_mono: float, granted_at: float) -> None:
         if not got:
             return
         ends = sent_mono + RATE_SECONDS
         if self.lapses and ends - self.lapses[-1][0] < _RATE_STEP_SECONDS:
-            ends, _ = self.lapses.pop()
-        self.lapses.append((ends, self.granted))
+            ends, _, granted_at = self.lapses.pop()
+        self.lapses.append((ends, self.granted, granted_at))
         self.ends_mono = self.lapses[0][0]

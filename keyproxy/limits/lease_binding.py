@@ -5,7 +5,7 @@ All allowances that name a pool share its leases. If they disagree about its pla
 
 from __future__ import annotations
 
-from keyproxy.limits.allowance import Allowance, Bundle
+from keyproxy.limits.allowance import BUNDLES_MAX, Allowance, Bundle, Need, Selection, is_of_mode
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_sync import LeaseSync
 from keyproxy.limits.ledger_protocol import Window
@@ -19,51 +19,66 @@ class LeaseBinding:
     def __init__(self, sync: LeaseSync) -> None:
         self._sync = sync
 
-    def bind(self, allowance: Allowance, now_mono: float) -> Bundle:
-        """Look up or create all leases of an allowance. Return its new bundle."""
+    def bundle(self, allowance: Allowance, need: Need | None, now_mono: float) -> Bundle:
+        """The bundle of a request, made if there is none yet."""
+        if not allowance.has_selectors:
+            return allowance.bundle or self._bind(allowance, ("", ()), now_mono)
+        selection = allowance.selection(need)
+        return allowance.selected.get(selection) or self._bind(allowance, selection, now_mono)
+
+    def _bind(self, allowance: Allowance, selection: Selection, now_mono: float) -> Bundle:
+        """Look up or create all leases of an allowance."""
         pools = []
         for pool, plan in allowance.pools:
             pool_leases = self._sync.leases_of(pool)
             if pool_leases.plan != plan:
                 self._replan(pool_leases, plan, now_mono)
             pools.append(pool_leases)
-        bundle = allowance.bundle = Bundle(tuple(pools))
-        return bundle
+        return _keep(allowance, Bundle(tuple(pools), selection))
 
-    def renewed(self, allowance: Allowance, now_mono: float) -> Bundle:
+    def renewed(self, allowance: Allowance, need: Need | None, now_mono: float) -> Bundle:
         """Return the bundle, with new leases in place of those whose window or holder has ended."""
-        bundle = allowance.bundle
-        if bundle is None:
-            bundle = self.bind(allowance, now_mono)
-        for of_pool in bundle.pools:
-            self.renew(of_pool, now_mono)
-        if not all(lease.is_current for lease in (*bundle.units, *bundle.budgets)):
-            bundle = allowance.bundle = Bundle(bundle.pools)
-        return bundle
+        bundle = self.bundle(allowance, need, now_mono)
+        current = self.current(bundle, now_mono)
+        return bundle if current is bundle else _keep(allowance, current)
 
-    def renew(self, pool_leases: PoolLeases, now_mono: float) -> None:
-        """Replace the leases of a pool whose window or holder has ended."""
-        for measure, lease in pool_leases.leases.items():
-            self._sync.expire(lease, now_mono)
-            if not lease.is_current:
-                pool_leases.leases[measure] = Lease(lease.window, lease.rule, now_mono)
+    def current(self, bundle: Bundle, now_mono: float) -> Bundle:
+        """Return a bundle, or its successor if one of its leases has ended: an ended lease cannot be drawn on."""
+        for of_pool in bundle.pools:
+            for key, lease in of_pool.leases.items():
+                self._sync.expire(lease, now_mono)
+                if not lease.is_current:
+                    of_pool.leases[key] = Lease(lease.window, lease.rule, now_mono)
+        if all(lease.is_current for lease in bundle.leases):
+            return bundle
+        return Bundle(bundle.pools, bundle.selection)
 
     def _replan(self, pool_leases: PoolLeases, plan: Plan, now_mono: float) -> None:
         """Switch to another plan: free units were granted under the old one and are returned."""
         pool_leases.plan = plan
         before, pool_leases.leases = pool_leases.leases, {}
         for limit in plan.limits:
-            if limit.per == PER_REQUEST:
+            if limit.per == PER_REQUEST or not is_of_mode(limit, pool_leases.pool):
                 continue
-            measure = limit.window_measure
-            lease = before.pop(measure, None)
+            key = limit.window_measure, limit.selector
+            lease = before.pop(key, None)
             if lease is None:
-                lease = Lease(Window(pool_leases.pool, measure), limit, now_mono)
+                lease = Lease(Window(pool_leases.pool, *key), limit, now_mono)
             else:
                 lease.replan(limit)
-                lease.empty_until_mono = 0.0
+                lease.empty_until_mono = lease.dry_until_mono = 0.0
                 lease.give_back()
                 self._sync.reviews.note_change(lease)
-            pool_leases.leases[measure] = lease
+            pool_leases.leases[key] = lease
         for lease in before.values():
             self._sync.retire(lease)
+
+
+def _keep(allowance: Allowance, bundle: Bundle) -> Bundle:
+    if not allowance.has_selectors:
+        allowance.bundle = bundle
+        return bundle
+    if len(allowance.selected) >= BUNDLES_MAX and bundle.selection not in allowance.selected:
+        allowance.selected.clear()
+    allowance.selected[bundle.selection] = bundle
+    return bundle

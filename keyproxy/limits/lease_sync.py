@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import REPORTS_PER_SECOND, TOKENS, LeaseGrant, LeaseReport, Pool
+from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
 
@@ -26,13 +26,20 @@ _VAIN_SECONDS: Final = 0.5
 _REMEMBERED_SECONDS: Final = 30.0
 
 
+class Shortage(NamedTuple):
+    """A lease with less than a request needs. `most` 0: the request waits for the state of its window."""
+
+    lease: Lease
+    least: int
+    most: int
+
+
 class Short(Exception):
     """The request needs more than the leases have free: a ledger request is necessary for these."""
 
-    def __init__(self, needs: Sequence[tuple[Lease, int]], *, takes_all: bool = False) -> None:
-        super().__init__(", ".join(lease.window.policy for lease, _ in needs))
+    def __init__(self, needs: Sequence[Shortage]) -> None:
+        super().__init__(", ".join(need.lease.window.policy for need in needs))
         self.needs = needs
-        self.takes_all = takes_all
 
 
 class LeaseSync:
@@ -67,14 +74,14 @@ class LeaseSync:
 
     def request(self, short: Short) -> None:
         """Schedule a ledger request for what a request was short of."""
-        for lease, need in short.needs:
+        for lease, least, most in short.needs:
             if lease.is_current:
-                lease.add_need(need, takes_all=short.takes_all and lease.window.measure in TOKENS)
+                lease.add_need(least, most)
                 self.reviews.make_urgent(lease)
 
     def may_request(self, short: Short, now_mono: float) -> bool:
         """Whether the ledger may grant any of what a request is short of, as far as it is known here."""
-        return any(now_mono >= need[0].ask_after_mono for need in short.needs)
+        return any(now_mono >= need.lease.ask_after_mono for need in short.needs)
 
     def recall(self, numbers: Sequence[int], now_mono: float) -> None:
         """Return the idle units of these leases with the next message: another holder is short of them."""
@@ -86,9 +93,9 @@ class LeaseSync:
 
     def mark_exhausted(self, short: Short, now_mono: float) -> None:
         """Refuse for a moment instead of queueing: other holders did not return the units in time."""
-        for lease, need in short.needs:
-            if lease.free < need:
-                lease.empty_need = need
+        for lease, least, most in short.needs:
+            if most and lease.free < least:
+                lease.empty_need = least
                 lease.empty_until_mono = max(lease.empty_until_mono, lease.ask_after_mono, now_mono + _VAIN_SECONDS)
 
     @property
@@ -150,15 +157,16 @@ class LeaseSync:
 
     def needs_sync(self, short: Short) -> bool:
         """Whether a request is short of a lease for which no line was built yet."""
-        return any(self.reviews.is_urgent(lease) for lease, _ in short.needs)
+        return any(self.reviews.is_urgent(need.lease) for need in short.needs)
 
     def _review(self, lease: Lease, now_mono: float, lines: list[LeaseReport]) -> None:
         """Build a line for a lease if it has changes to report, and schedule its next review."""
         if lease.number and lease.number in self._open:
             return  # this message has a line for it already; the reply triggers its next review
-        if lease.need and now_mono < lease.ask_after_mono:
+        if now_mono < lease.ask_after_mono:
             # The ledger had nothing a moment ago: the request waits, and is refused if no units are returned here.
             lease.need = lease.at_least = 0
+            lease.is_asked = False
         self._touch(lease, now_mono)
         if lease.number and lease.rests(now_mono):
             # Taking units must not ask for this review again.
@@ -176,12 +184,13 @@ class LeaseSync:
         if lease.number:
             is_low = lease.is_current and lease.free < lease.low
             # Report first, close later: the ledger ignores the close of a lease that it does not know or has forgotten.
-            is_needed = lease.is_current and (lease.need or is_low or lease.is_busy(now_mono))
+            is_asked = lease.is_asked and lease.is_current
+            is_needed = is_asked or (lease.is_current and (is_low or lease.is_busy(now_mono)))
             if lease.is_done and not lease.owes and not lease.has_news and not is_needed:
                 return self._close(lease, now_mono)
-            if not (lease.need or is_low or lease.has_news):
+            if not (is_asked or is_low or lease.has_news):
                 return None
-        elif lease.need and lease.is_current:
+        elif (lease.is_asked and lease.is_current) or lease.rate.has_any:
             self.open_lease(lease)
         else:
             return None
@@ -256,7 +265,7 @@ class LeaseSync:
                 lease.pause_seconds = pause_seconds if pause_seconds > self._settle_seconds else 0.0
                 self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
-                    self._note_refusal(lease, line, received)
+                    self._note_refusal(lease, line, reply, received)
         self.resend(list(sent.values()))
         return settles_seconds
 
@@ -277,10 +286,17 @@ class LeaseSync:
                 break
             del self._closed[number]
 
-    def _note_refusal(self, lease: Lease, line: LeaseReport, received_mono: float) -> None:
-        if not line.want or (lease.others_held and not lease.is_rate):
+    def _note_refusal(self, lease: Lease, line: LeaseReport, reply: LeaseGrant, received_mono: float) -> None:
+        """Remember that the ledger cannot grant units, unless requests in flight or idle leases may return them."""
+        if not line.want:
             return
-        lease.empty_need = line.at_least + max(0, lease.free)
+        need = line.at_least + max(0, lease.free)
+        if lease.window.measure == CONCURRENCY:
+            if reply.held > reply.granted - line.used - line.returned:
+                return
+        elif not lease.is_rate and lease.spent + need <= lease.quota:
+            return
+        lease.empty_need = need
         empty_until_mono = max(received_mono + _EMPTY_SECONDS, lease.ask_after_mono)
         lease.empty_until_mono = lease.retry_mono if lease.is_rate else empty_until_mono
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyproxy.limits import refusals
-from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed, amount_of
+from keyproxy.limits.allowance import Allowance, Bundle, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_binding import LeaseBinding
-from keyproxy.limits.lease_sync import LeaseSync, Short
-from keyproxy.limits.ledger_protocol import TOKENS
+from keyproxy.limits.lease_sync import LeaseSync, Short, Shortage
+from keyproxy.reasons import Reason, Refusal
 
 
 class LeaseTable:
@@ -37,33 +37,45 @@ class LeaseTable:
 
     # -- the path of a request
 
-    def take(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None) -> Hold:
-        """Take what a request needs from every limit that applies, or nothing.
+    def take(self, allowance: Allowance, now_mono: float, need: Need | None = None) -> Hold:
+        """Take what a request needs from every limit that applies, or nothing. None: it is not metered.
 
-        Raises Short if a ledger request is necessary, a Refusal if a limit is exceeded.
+        Takes the most that it can use, or what is left of it where that is at least what it needs. Raises Short if a
+        ledger request is necessary, a Refusal if a limit is exceeded.
         """
-        bundle = allowance.bundle or self._binding.bind(allowance, now_mono)
+        bundle = allowance.bundle
+        if bundle is None:
+            bundle = self._binding.bundle(allowance, need, now_mono)
         if now_mono >= self._sync.valid_until_mono:
-            return self._take_carefully(allowance, now_mono, tokens)
-        hold = bundle.hold
-        if tokens is not None and bundle.counts_tokens:
-            amount = 0 if tokens.most is None else tokens.most
-            if amount == 0 or amount > bundle.tokens_bound or not self._take_each(bundle.budgets, amount, now_mono):
-                return self._take_carefully(allowance, now_mono, tokens)
-            hold = Hold(bundle, bundle.budgets, amount)
+            return self._take_carefully(allowance, now_mono, need)
+        if need is None or not bundle.is_metered:
+            if not self._take_each(bundle.units, 1, now_mono):
+                return self._take_carefully(allowance, now_mono, need)
+            return bundle.hold
+        tokens, spend = need.tokens_most, need.spend_most
+        if tokens > bundle.tokens_bound or spend > bundle.spend_bound or not need.is_priced:
+            return self._take_carefully(allowance, now_mono, need)
+        if not self._take_each(bundle.token_leases, tokens, now_mono):
+            return self._take_carefully(allowance, now_mono, need)
+        if not self._take_each(bundle.spend_windows, spend, now_mono):
+            _put_back(bundle.token_leases, tokens)
+            return self._take_carefully(allowance, now_mono, need)
         if not self._take_each(bundle.units, 1, now_mono):
-            for lease in hold.budgets:
-                lease.free += hold.tokens
-            return self._take_carefully(allowance, now_mono, tokens)
-        return hold
+            _put_back(bundle.token_leases, tokens)
+            _put_back(bundle.spend_windows, spend)
+            return self._take_carefully(allowance, now_mono, need)
+        if bundle.token_rates:
+            return Hold(bundle, bundle, tokens, spend, granted_at=_granted_at(bundle))
+        return Hold(bundle, bundle, tokens, spend)
 
     def _take_each(self, leases: tuple[Lease, ...], amount: int, now_mono: float) -> bool:
         """Take this amount of each lease. False: one has less, and nothing was taken."""
+        if not amount:
+            return True
         for number, lease in enumerate(leases):
             free = lease.free - amount
             if free < 0 or now_mono >= lease.ends_mono:
-                for before in leases[:number]:
-                    before.free += amount
+                _put_back(leases[:number], amount)
                 return False
             lease.free = free
             lease.piece = amount
@@ -73,42 +85,60 @@ class LeaseTable:
                 self._reviews.make_urgent(lease)
         return True
 
-    def take_again(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int) -> Hold:
+    def take_again(self, allowance: Allowance, now_mono: float, need: Need | None, paid: int) -> Hold:
         """Take what a request needs that was charged before: units of rates, and tokens beyond the `paid` ones.
 
-        Raises what `take` raises.
+        It takes the same part of its money as of its tokens. Raises what `take` raises.
         """
-        bundle, amount = self._examined(allowance, now_mono, tokens, paid)
+        bundle, tokens, spend = self._examined(allowance, now_mono, need, paid)
         for lease in bundle.paced:
             self._take_units(lease, 1)
-        if tokens is None or not bundle.counts_tokens:
-            return Hold(bundle, (), 0, paid=paid)
-        return self._holding(bundle, amount, paid)
+        if need is None or not bundle.is_metered:
+            return Hold(bundle, paid=paid)
+        return self._holding(bundle, tokens, spend, paid)
 
-    def check(
-        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None = None, paid: int | None = None
-    ) -> None:
+    def check(self, allowance: Allowance, now_mono: float, need: Need | None = None, paid: int | None = None) -> None:
         """Raise what `take` would raise (with `paid`: what `take_again` would), and take nothing."""
-        self._examined(allowance, now_mono, tokens, paid)
+        self._examined(allowance, now_mono, need, paid)
 
-    def has_refused(self, allowance: Allowance, now_mono: float) -> bool:
-        """Whether the ledger recently refused one unit of a lease that every request needs. Cheap."""
-        bundle = allowance.bundle
-        if bundle is None:
+    def has_refused(self, allowance: Allowance, now_mono: float, need: Need | None = None) -> bool:
+        """Whether the ledger recently refused one unit of a lease that the request needs. Cheap."""
+        if not allowance.has_selectors and allowance.bundle is None:
             return False
-        return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.reported)
+        bundle = self._binding.bundle(allowance, need, now_mono)
+        return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.leases)
+
+    def per_request(self, allowance: Allowance, now_mono: float, need: Need) -> tuple[int | None, int | None]:
+        """The lowest limits of tokens and of money per request for requests with this route and these models."""
+        bundle = self._binding.bundle(allowance, need, now_mono)
+        tokens, spend = bundle.tokens_per_request, bundle.spend_per_request
+        return None if tokens is None else tokens.remaining, None if spend is None else spend.remaining
+
+    def trim(self, hold: Hold, tokens: int, spend: int) -> Hold:
+        """Put back what a request that was just admitted will not use: it keeps this many tokens and this money."""
+        meters = hold.meters
+        if meters is None or (tokens >= hold.tokens and spend >= hold.spend):
+            return hold
+        tokens, spend = min(tokens, hold.tokens), min(spend, hold.spend)
+        for lease in meters.token_leases:
+            self._restore(lease, hold.tokens - tokens)
+        for lease in meters.spend_windows:
+            self._restore(lease, hold.spend - spend)
+        return _like(hold, tokens, spend)
 
     def release(self, hold: Hold) -> Hold:
         """Release the slots of a request that has ended before its charge is known. Return what is left to settle."""
         for lease in hold.bundle.slots:
             self._restore(lease, 1)
-        return Hold(hold.bundle, hold.budgets, hold.tokens, hold.earlier, paid=hold.paid, has_slots=False)
+        return _like(hold, hold.tokens, hold.spend, has_slots=False)
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+    def settle(
+        self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False
+    ) -> None:  # fmt: skip
         """Settle a request that has ended. Not `was_sent`: the upstream received none of it, and nothing is charged.
 
-        `tokens` is what the request used. Usage beyond the hold is charged too, against later grants.
-        `is_repeat`: the request was charged before; this attempt is charged for its tokens only.
+        `tokens` and `spend` (micro-units) are what the request used. Usage beyond the hold is charged too, against
+        later grants. `is_repeat`: the request was charged before; this attempt is charged for these only.
         """
         bundle = hold.bundle
         if hold.has_slots:
@@ -120,21 +150,38 @@ class LeaseTable:
                 if not lease.is_noted:
                     self._reviews.note_change(lease)
         else:
-            tokens = tokens if was_sent else 0
+            if not was_sent:
+                tokens = spend = 0
             for lease in () if hold.paid is not None else bundle.counted:
                 if not lease.is_rate:
                     self._restore(lease, 1)
-        if hold.budgets or hold.earlier is not None:
-            self._settle_tokens(hold, tokens)
+        if hold.meters is not None:
+            self._settle_amounts(hold, hold.meters, tokens, spend)
 
-    def _settle_tokens(self, hold: Hold, tokens: int) -> None:
-        if hold.earlier is not None:
-            early = min(tokens, hold.earlier.tokens)
-            self._settle_tokens(hold.earlier, early)
-            tokens -= early
-        back = hold.tokens - tokens
-        for lease in hold.budgets:
-            lease.used += tokens
+    def _settle_amounts(self, hold: Hold, meters: Bundle, tokens: int, spend: int) -> None:
+        earlier = hold.earlier
+        if earlier is not None and earlier.meters is not None:
+            early, early_spend = min(tokens, earlier.total_tokens), min(spend, earlier.total_spend)
+            self._settle_amounts(earlier, earlier.meters, early, early_spend)
+            tokens, spend = tokens - early, spend - early_spend
+        self._settle_each(meters.token_windows, hold.tokens, tokens)
+        if meters.spend_windows:
+            self._settle_each(meters.spend_windows, hold.spend, spend)
+        for lease in meters.token_rates:
+            lease.return_units(hold.tokens - tokens, hold.granted_at)
+            if lease.number:
+                self._reviews.note_change(lease)
+            elif lease.has_news:
+                self._sync.open_lease(lease)
+                self._reviews.note_change(lease)
+
+    def _settle_each(self, leases: tuple[Lease, ...], held: int, used: int) -> None:
+        back = held - used
+        for lease in leases:
+            lease.used += used
+            if not lease.number:
+                # It was closed meanwhile, or never requested: this request held nothing of it.
+                self._sync.open_lease(lease)
             if not lease.is_noted:
                 self._reviews.note_change(lease)
             if back > 0:
@@ -145,31 +192,42 @@ class LeaseTable:
             else:
                 self._restore(lease, back)
 
-    def extend(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
-        """Hold this many more tokens of every current budget. Raises Short or a Refusal, as `take` does."""
-        hold = self.check_extension(hold, tokens, now_mono)
-        for lease in hold.budgets:
+    def extend(self, hold: Hold, tokens: int, now_mono: float, spend: int = 0) -> Hold:
+        """Hold this much more of every current window of tokens and money. Raises Short or a Refusal, as `take` does."""
+        hold = self.check_extension(hold, tokens, now_mono, spend)
+        meters = hold.meters
+        if meters is None:
+            return hold
+        for lease in meters.token_leases:
             self._take_units(lease, tokens)
-        return Hold(hold.bundle, hold.budgets, hold.tokens + tokens, hold.earlier, paid=hold.paid)
+        for lease in meters.spend_windows:
+            self._take_units(lease, spend)
+        return _like(hold, hold.tokens + tokens, hold.spend + spend, granted_at=hold.granted_at or _granted_at(meters))
 
-    def check_extension(self, hold: Hold, tokens: int, now_mono: float) -> Hold:
+    def check_extension(self, hold: Hold, tokens: int, now_mono: float, spend: int = 0) -> Hold:
         """Raise what `extend` would raise, and take nothing. Return the hold to extend."""
         hold = self._continued(hold, now_mono)
+        meters = hold.meters
+        if meters is None:
+            return hold
         is_valid = now_mono < self._sync.valid_until_mono
-        short = [(lease, tokens) for lease in hold.budgets if lease.free < tokens or not is_valid]
+        wanted = [(lease, tokens) for lease in meters.token_leases] + [(lease, spend) for lease in meters.spend_windows]
+        short = [Shortage(lease, units, units) for lease, units in wanted if lease.free < units or not is_valid]
         if short and not self.is_lenient:
-            self._refuse_or_request(short, hold.bundle.reported, now_mono, takes_all=False)
+            self._refuse_or_request(short, meters.leases, now_mono)
         return hold
 
     def _continued(self, hold: Hold, now_mono: float) -> Hold:
-        """Return the same hold, or its successor if one of its leases has ended: an ended lease cannot be drawn on."""
-        budgets = []
-        for of_pool in hold.bundle.pools:
-            self._binding.renew(of_pool, now_mono)
-            budgets += [of_pool.leases[measure] for measure in TOKENS if measure in of_pool.leases]
-        if tuple(budgets) == hold.budgets:
+        """Return the same hold, or its successor if one of its leases has ended."""
+        if hold.meters is None:
             return hold
-        return Hold(hold.bundle, tuple(budgets), 0, hold, paid=hold.paid)
+        meters = self._binding.current(hold.meters, now_mono)
+        if meters is hold.meters:
+            return hold
+        before = hold.meters
+        if meters.token_leases == before.token_leases and meters.spend_windows == before.spend_windows:
+            return hold
+        return Hold(hold.bundle, meters, earlier=hold, paid=hold.paid, has_slots=hold.has_slots)
 
     def _restore(self, lease: Lease, units: int) -> None:
         self._reviews.note_change(lease)
@@ -181,41 +239,71 @@ class LeaseTable:
 
     # -- when memory does not suffice
 
-    def _take_carefully(self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None) -> Hold:
-        bundle, amount = self._examined(allowance, now_mono, tokens)
+    def _take_carefully(self, allowance: Allowance, now_mono: float, need: Need | None) -> Hold:
+        bundle, tokens, spend = self._examined(allowance, now_mono, need)
         for lease in bundle.units:
             self._take_units(lease, 1)
-        return self._holding(bundle, amount, None) if amount else bundle.hold
+        if need is None or not bundle.is_metered:
+            return bundle.hold
+        return self._holding(bundle, tokens, spend, None)
 
-    def _holding(self, bundle: Bundle, amount: int, paid: int | None) -> Hold:
-        for lease in bundle.budgets:
-            lease.piece = amount
-            self._take_units(lease, amount)
-        return Hold(bundle, bundle.budgets, amount, paid=paid)
+    def _holding(self, bundle: Bundle, tokens: int, spend: int, paid: int | None) -> Hold:
+        granted_at = _granted_at(bundle)
+        for lease in bundle.token_leases if tokens else ():
+            lease.piece = tokens
+            self._take_units(lease, tokens)
+        for lease in bundle.spend_windows if spend else ():
+            lease.piece = spend
+            self._take_units(lease, spend)
+        return Hold(bundle, bundle, tokens, spend, paid=paid, granted_at=granted_at)
 
     def _examined(
-        self, allowance: Allowance, now_mono: float, tokens: TokenNeed | None, paid: int | None = None
-    ) -> tuple[Bundle, int]:
-        """Return what to take, and how many tokens. Raises Short or a Refusal if that is not possible."""
-        bundle = self._binding.renewed(allowance, now_mono)
+        self, allowance: Allowance, now_mono: float, need: Need | None, paid: int | None = None
+    ) -> tuple[Bundle, int, int]:
+        """Return what to take, and how many tokens and how much money. Raises Short or a Refusal if it is not there."""
+        bundle = self._binding.renewed(allowance, need, now_mono)
         is_valid = now_mono < self._sync.valid_until_mono
         units = bundle.units if paid is None else bundle.paced
-        short = [(lease, 1) for lease in units if lease.free < 1 or not is_valid]
-        amount, takes_all = 0, False
-        if tokens is not None and bundle.counts_tokens:
-            amount = max(0, amount_of(bundle, tokens) - (paid or 0))
-            for lease in bundle.budgets:
-                if amount > lease.limit:
-                    raise refusals.never_fits(lease, amount, now_mono, bundle.reported)
-            takes_all = tokens.most is None and bundle.tokens_per_request is None
-            short += [
-                (lease, amount)
-                for lease in bundle.budgets
-                if amount and (lease.free < amount or not is_valid or (takes_all and not lease.has_all))
-            ]
+        short = [Shortage(lease, 1, 1) for lease in units if lease.free < 1 or not is_valid]
+        tokens = spend = 0
+        if need is not None and bundle.is_metered:
+            self._check_request(bundle, need, now_mono)
+            wanted = _wanted(bundle, need, paid or 0)
+            tokens = self._amount(bundle, bundle.token_leases, wanted.tokens_least, wanted.tokens_most, short, now_mono)
+            spend = self._amount(bundle, bundle.spend_windows, wanted.spend_least, wanted.spend_most, short, now_mono)
         if short and not self.is_lenient:
-            self._refuse_or_request(short, bundle.reported, now_mono, takes_all=takes_all)
-        return bundle, amount
+            self._refuse_or_request(short, bundle.leases, now_mono)
+        return bundle, tokens, spend
+
+    def _check_request(self, bundle: Bundle, need: Need, now_mono: float) -> None:
+        """Refuse a request that the plan never allows."""
+        if bundle.limits_spend and not need.is_priced:
+            raise Refusal(Reason.MODEL_UNPRICED)
+        tokens, spend = bundle.tokens_per_request, bundle.spend_per_request
+        if tokens is not None and need.tokens_least > tokens.remaining:
+            raise refusals.exceeds_limit_per_request(tokens, need.tokens_least, now_mono, bundle.leases)
+        if spend is not None and need.spend_least > spend.remaining:
+            raise refusals.exceeds_limit_per_request(spend, need.spend_least, now_mono, bundle.leases)
+
+    def _amount(
+        self, bundle: Bundle, leases: Sequence[Lease], least: int, most: int, short: list[Shortage], now_mono: float
+    ) -> int:  # fmt: skip
+        """Return how much to take of these leases, and append those that fall short of it to `short`."""
+        is_valid = now_mono < self._sync.valid_until_mono
+        amount = most
+        for lease in leases if most else ():
+            most_here = min(most, lease.limit) if lease.is_rate else most
+            free = lease.free if is_valid else -1
+            if least > lease.quota:
+                if lease.is_fresh(now_mono):
+                    raise refusals.never_fits(lease, least, now_mono, bundle.leases)
+                # The ledger may have credited the window since.
+                short.append(Shortage(lease, least, 0))
+            elif free >= most_here or (free >= least and lease.is_dry(now_mono)):
+                amount = min(amount, most_here, free)
+            else:
+                short.append(Shortage(lease, least, most_here))
+        return amount
 
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
@@ -228,13 +316,49 @@ class LeaseTable:
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)
 
-    def _refuse_or_request(
-        self, short: Sequence[tuple[Lease, int]], leases: Sequence[Lease], now_mono: float, *, takes_all: bool
-    ) -> None:
+    def _refuse_or_request(self, short: Sequence[Shortage], leases: Sequence[Lease], now_mono: float) -> None:
         """Raise a Refusal if the ledger just refused one of them, else Short."""
-        refused = [(lease, need) for lease, need in short if lease.is_refused(need, now_mono)]
+        refused = [need for need in short if need.most and need.lease.is_refused(need.least, now_mono)]
         if refused:
             # The limit with the longest wait: after it, the other limits admit the request too.
-            lease, need = max(refused, key=lambda pair: pair[0].retry_mono)
-            raise refusals.refusal(lease, need, now_mono, leases)
-        raise Short(short, takes_all=takes_all)
+            need = max(refused, key=lambda one: one.lease.retry_mono)
+            raise refusals.refusal(need.lease, need.least, now_mono, leases)
+        raise Short(short)
+
+
+def _wanted(bundle: Bundle, need: Need, paid: int) -> Need:
+    """What to take for a request: at most what the plan allows per request, without what was paid before."""
+    tokens, spend = min(need.tokens_most, bundle.tokens_bound), min(need.spend_most, bundle.spend_bound)
+    if not paid:
+        return Need(need.tokens_least, tokens, need.spend_least, spend)
+    least, most = max(0, need.tokens_least - paid), max(0, tokens - paid)
+    return Need(
+        least, most,
+        share_of(need.spend_least, least, need.tokens_least), share_of(spend, most, tokens),
+    )  # fmt: skip
+
+
+def share_of(spend: int, tokens: int, of_tokens: int) -> int:
+    """The part of some money that belongs to so many of its tokens, rounded up."""
+    return -(-spend * tokens // of_tokens) if of_tokens > 0 else 0
+
+
+def _put_back(leases: Sequence[Lease], amount: int) -> None:
+    for lease in leases:
+        lease.free += amount
+
+
+def _granted_at(bundle: Bundle) -> float:
+    """When the units of the bundle's token rates were granted, at the earliest."""
+    return min([lease.granted_at for lease in bundle.token_rates], default=0.0)
+
+
+def _like(
+    hold: Hold, tokens: int, spend: int, *, has_slots: bool | None = None, granted_at: float | None = None
+) -> Hold:
+    """The same hold with other amounts."""
+    return Hold(
+        hold.bundle, hold.meters, tokens, spend, earlier=hold.earlier, paid=hold.paid,
+        has_slots=hold.has_slots if has_slots is None else has_slots,
+        granted_at=hold.granted_at if granted_at is None else granted_at,
+    )  # fmt: skip

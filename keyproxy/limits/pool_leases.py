@@ -12,11 +12,11 @@ from keyproxy.limits.plan import Plan
 
 
 class PoolLeases:
-    """The leases of one pool, by measure."""
+    """The leases of one pool, by measure and selector."""
 
     __slots__ = ("__weakref__", "leases", "plan", "pool")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.plan = Plan()
-        self.leases: dict[str, Lease] = {}
+        self.leases: dict[tuple[str, str], Lease] = {}

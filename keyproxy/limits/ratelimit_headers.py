@@ -25,11 +25,10 @@ _KEPT_SECONDS: Final = 1.0
 class RateLimitHeaders:
     """The header lines for one set of leases."""
 
-    __slots__ = ("_beginning", "_leases", "_selection")
+    __slots__ = ("_leases", "_selection")
 
     def __init__(self, leases: Sequence[Lease]) -> None:
         self._leases = tuple(leases)
-        self._beginning = _beginning(tuple([lease.policy for lease in leases]))
         self._selection: _Selection | None = None
 
     def lines(self, now_mono: float) -> bytes:
@@ -38,7 +37,7 @@ class RateLimitHeaders:
         if selection is None or now_mono >= selection.until_mono:
             if not self._leases:
                 return b""
-            selection = self._selection = _Selection(self._leases, self._beginning, now_mono)
+            selection = self._selection = _Selection(self._leases, now_mono)
         return selection.lines()
 
 
@@ -47,8 +46,8 @@ class _Selection:
 
     __slots__ = ("_beginning", "_limits", "until_mono")
 
-    def __init__(self, leases: Sequence[Lease], beginning: bytes, now_mono: float) -> None:
-        self._beginning = beginning
+    def __init__(self, leases: Sequence[Lease], now_mono: float) -> None:
+        self._beginning = _beginning(tuple([lease.policy for lease in leases]))
         nearest = sorted(leases, key=_nearness)[:REPORTED_MAX]
         self._limits = [(lease, _reset_parameter(lease, now_mono)) for lease in nearest]
         self.until_mono = now_mono + _KEPT_SECONDS
@@ -71,7 +70,7 @@ def state(lease: Lease, now_mono: float) -> LimitState:
 
 
 def _nearness(lease: Lease) -> float:
-    return lease.remaining / lease.limit if lease.limit else 0.0
+    return lease.remaining / lease.quota if lease.quota > 0 else 0.0
 
 
 @lru_cache(maxsize=1_024)

@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from keyproxy.limit_state import LimitState
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, REQUESTS, TOKENS
+from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, SPEND, TOKENS
 from keyproxy.limits.ratelimit_headers import state
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import LimitReason, Reason, Refusal
 
-_REASONS: Final = {RATE: Reason.RATE_LIMITED, CONCURRENCY: Reason.CONCURRENCY_LIMITED}
+_REASONS: Final = {CONCURRENCY: Reason.CONCURRENCY_LIMITED}
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
 _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
+_REASONS.update(dict.fromkeys(SPEND, Reason.SPEND_BUDGET_EXHAUSTED))
 
 #: Reservations of requests in flight can be released at any moment. Retries are spread over this many seconds.
 _HELD_SECONDS_MAX: Final = 5
@@ -24,37 +26,59 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
     exceeded = state(lease, now_mono)
     applied = [state(other, now_mono) for other in leases or (lease,)]
     measure = lease.window.measure
-    if measure == RATE:
+    if lease.is_rate:
         return Refusal(
             Reason.RATE_LIMITED,
             limit=exceeded,
             applied=applied,
             retry_after_seconds=max(1, math.ceil(lease.retry_mono - now_mono)),
+            limit_reason=LimitReason.PACE,
         )
-    is_held = measure != CONCURRENCY and lease.spent + need <= lease.limit
+    if measure == CONCURRENCY:
+        return Refusal(Reason.CONCURRENCY_LIMITED, limit=exceeded, applied=applied)
+    is_held = lease.spent + need <= lease.quota
     return Refusal(
         _REASONS[measure],
         limit=exceeded,
         applied=applied,
-        caller_text=_caller_text(need, is_held=is_held) if measure in TOKENS else "",
+        caller_text="" if measure in REQUESTS else _caller_text(lease, need, is_held=is_held),
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,
-        is_held=is_held,
+        limit_reason=LimitReason.HELD if is_held else LimitReason.SPENT,
     )
 
 
 def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]) -> Refusal:
-    """Build the refusal of a request that needs more tokens than the whole window has."""
+    """Build the refusal of a request that needs more than the whole window has, or than the burst of a token rate."""
+    whole = f"the burst is {lease.limit}" if lease.is_rate else f"the whole window has {max(0, lease.quota)}"
     return Refusal(
-        Reason.TOKEN_LIMIT_PER_REQUEST,
+        Reason.SPEND_LIMIT_PER_REQUEST if lease.window.measure in SPEND else Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=state(lease, now_mono),
         applied=[state(other, now_mono) for other in leases],
-        caller_text=f"The request may use up to {need} tokens; the whole window has {lease.limit}.",
+        caller_text=f"The request needs {need} {_unit(lease)}; {whole}.",
+        limit_reason=LimitReason.NEVER_FITS,
     )
 
 
-def _caller_text(need: int, *, is_held: bool) -> str:
+def exceeds_limit_per_request(bound: LimitState, need: int, now_mono: float, leases: Sequence[Lease]) -> Refusal:
+    """Build the refusal of a request that needs more than the plan allows per request."""
+    is_spend = bound.policy.unit != "tokens"
+    unit = "micro-units" if is_spend else "tokens"
+    return Refusal(
+        Reason.SPEND_LIMIT_PER_REQUEST if is_spend else Reason.TOKEN_LIMIT_PER_REQUEST,
+        limit=bound,
+        applied=[bound, *(state(other, now_mono) for other in leases)],
+        caller_text=f"The request may use up to {need} {unit}; the plan allows {bound.remaining} per request.",
+        limit_reason=LimitReason.NEVER_FITS,
+    )
+
+
+def _unit(lease: Lease) -> str:
+    return "micro-units" if lease.window.measure in SPEND else "tokens"
+
+
+def _caller_text(lease: Lease, need: int, *, is_held: bool) -> str:
     held = " Requests in flight reserve what is left." if is_held else ""
-    return f"The request may use up to {need} tokens.{held}"
+    return f"The request may use up to {need} {_unit(lease)}.{held}"
 
 
 def _held_seconds(now_mono: float) -> int:

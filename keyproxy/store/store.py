@@ -44,13 +44,19 @@ class Store:
         self._usage_database = Database(
             dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
         )
-        self.usage = UsageJournal(self._usage_database, usage, now, settle_seconds=ledger.settle_seconds)
+        state = FeedState()
+        self.usage = UsageJournal(
+            self._usage_database,
+            usage,
+            now,
+            settle_seconds=ledger.settle_seconds,
+            server_ahead_seconds=lambda: state.server_ahead_seconds,
+        )
         for part in (self._ledger_database, self._usage_database):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if ledger.backend == "postgres":
             self.ledger.conversation.share(self.database.outage)
-        state = FeedState()
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
             self.database,

@@ -8,7 +8,7 @@ import pytest
 
 from keyproxy.http.error_responses import ERROR_SHAPES, ErrorRenderer, ErrorResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import NEVER_FITS, SPENT, LimitReason, Reason, Refusal
 
 CHALLENGE = 'Api-Key realm="keyproxy"'
 KEY_REFUSALS = {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED}
@@ -162,7 +162,7 @@ def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
 @each_reason
 @each_shape
 def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reason, shape: str) -> None:
-    futile = {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST}
+    futile = SPENT | NEVER_FITS
     told = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
     assert told.get("x-should-retry") == ("false" if reason in futile else None)
 
@@ -170,7 +170,7 @@ def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reas
 @each_shape
 def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
     daily = LimitState(DAILY, 0, 40_000)
-    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, is_held=True)
+    refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, limit_reason=LimitReason.HELD)
     answer = ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)
     error = told_error(answer, shape)
     assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
@@ -186,7 +186,7 @@ def test_retry_after_the_stated_wait_is_not_too_early(reset: float | None, told:
 @each_reason
 def test_spent_status_applies_to_exhausted_windows(reason: Reason) -> None:
     problems = ErrorRenderer(spent_status=402)
-    spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED}
+    spent = reason in {Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.SPEND_BUDGET_EXHAUSTED}
     assert problems.status(reason) == (402 if spent else reason.value.status)
     if spent:
         error = json.loads(problems.render(Refusal(reason), "r-1", "openai").body)["error"]

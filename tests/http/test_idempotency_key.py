@@ -113,7 +113,7 @@ def test_heads_parsed_by_template_keep_their_own_keys() -> None:
 def test_only_an_exhausted_window_triggers_a_lookup_and_only_once() -> None:
     asked = made()
     for reason in Reason:
-        spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
+        spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.SPEND_BUDGET_EXHAUSTED)
         assert asked.may_be_paid(reason) is spent
     asked.is_asked = True
     assert not asked.may_be_paid(Reason.QUOTA_EXHAUSTED)

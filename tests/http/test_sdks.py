@@ -12,7 +12,7 @@ import pytest
 
 from keyproxy.http.error_responses import ErrorRenderer, ErrorResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import LimitReason, Reason, Refusal
 
 LIMIT = LimitState(LimitPolicy("user.tokens-per-day", 1000, 86_400, "tokens"), 3, 30)
 OVER_LIMIT = [
@@ -107,7 +107,7 @@ def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
 
 @pytest.mark.parametrize("shape", ["openai", "anthropic"])
 def test_an_sdk_with_default_retries_retries_when_requests_in_flight_reserve_the_window(shape: str) -> None:
-    refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT, retry_after_seconds=1, is_held=True)
+    refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT, retry_after_seconds=1, limit_reason=LimitReason.HELD)
     server = Counting(answering(ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)))
     error, call = with_default_retries(server, shape)
     started = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool, Window
@@ -69,7 +69,7 @@ class Process:
             self.lease_sync.apply(lines, replies, self.now, valid_seconds=LEASE_SECONDS * 0.95)
         return len(lines)
 
-    def take(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Hold:
+    def take(self, allowance: Allowance, tokens: Need | None = None) -> Hold:
         """Take like a request: with as many ledger requests as necessary."""
         for _ in range(4):
             try:
@@ -81,7 +81,7 @@ class Process:
         self.lease_sync.mark_exhausted(last, self.now)
         return self.table.take(allowance, self.now, tokens)
 
-    def again(self, allowance: Allowance, tokens: TokenNeed | None, paid: int) -> Hold:
+    def again(self, allowance: Allowance, tokens: Need | None, paid: int) -> Hold:
         """Take like a request that was charged before."""
         for _ in range(4):
             try:
@@ -91,7 +91,7 @@ class Process:
                 self.sync(everything=False)
         raise AssertionError("not decided")
 
-    def refused(self, allowance: Allowance, tokens: TokenNeed | None = None) -> Refusal:
+    def refused(self, allowance: Allowance, tokens: Need | None = None) -> Refusal:
         """The Refusal of one more request."""
         with pytest.raises(Refusal) as caught:
             self.take(allowance, tokens)
@@ -131,20 +131,20 @@ def under(*plans: Plan, pools: tuple[Pool, ...] = (USER, TENANT, KEY)) -> Allowa
         (Plan(requests_per_day=1), None),
         (Plan(rate=0.1, burst=1), None),
         (Plan(concurrency=1), None),
-        (Plan(tokens_per_day=5, tokens_per_request=5), TokenNeed(5, 5)),
+        (Plan(tokens_per_day=5, tokens_per_request=5), Need(5, 5)),
     ],
 )
 def test_a_limit_that_just_refused_refuses_every_request(
-    fleet: Fleet, process: Process, plan: Plan, tokens: TokenNeed | None
+    fleet: Fleet, process: Process, plan: Plan, tokens: Need | None
 ) -> None:
     allowance, other = under(plan), under(plan, pools=(TENANT,))
     assert not process.table.has_refused(allowance, process.now)
     process.take(allowance, tokens)
     assert not process.table.has_refused(allowance, process.now)
-    process.refused(allowance, None if tokens is None else TokenNeed(1, 1))
+    process.refused(allowance, None if tokens is None else Need(1, 1))
     assert process.table.has_refused(allowance, process.now)
     with pytest.raises(Refusal):
-        process.table.check(allowance, process.now, TokenNeed(1, 1))
+        process.table.check(allowance, process.now, Need(1, 1))
     assert not process.table.has_refused(other, process.now)
     # The ledger request is retried after a while.
     fleet.now += 11.0
@@ -153,9 +153,9 @@ def test_a_limit_that_just_refused_refuses_every_request(
 
 def test_a_budget_that_was_too_small_for_one_request_is_not_known_to_refuse_others(process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100, tokens_per_request=200))
-    process.refused(allowance, TokenNeed(150, 150))
+    process.refused(allowance, Need(150, 150))
     assert not process.table.has_refused(allowance, process.now)
-    assert process.take(allowance, TokenNeed(50, 50)).tokens == 50
+    assert process.take(allowance, Need(50, 50)).tokens == 50
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7])
@@ -211,28 +211,28 @@ def test_tokens_that_would_fit_if_all_in_flight_came_back_are_held(
     fleet: Fleet, process: Process, need: int, is_spent: bool
 ) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    process.used(process.take(allowance, TokenNeed(1, 60)), tokens=60)
+    process.used(process.take(allowance, Need(60, 60)), tokens=60)
     process.sync()
-    process.take(allowance, TokenNeed(1, 10))
-    refusal = process.refused(allowance, TokenNeed(1, need))
+    process.take(allowance, Need(10, 10))
+    refusal = process.refused(allowance, Need(need, need))
     assert (refusal.reason, refusal.is_futile) == (Reason.TOKEN_BUDGET_EXHAUSTED, is_spent)
 
 
 @pytest.mark.parametrize(("need", "reason"), [(100, None), (101, Reason.TOKEN_LIMIT_PER_REQUEST)])
-def test_a_request_that_needs_more_than_a_whole_window_is_refused_without_a_ledger_request(
-    process: Process, need: int, reason: Reason | None
+def test_a_request_that_needs_more_than_a_whole_window_is_refused_once_the_ledger_has_confirmed_its_credits(
+    fleet: Fleet, process: Process, need: int, reason: Reason | None
 ) -> None:
     allowance = under(Plan(tokens_per_day=1_000, tokens_per_month=100))
     if reason is None:
-        process.take(allowance, TokenNeed(1, need))
+        process.take(allowance, Need(need, need))
         return
-    with pytest.raises(Refusal) as caught:
-        process.table.take(allowance, process.now, TokenNeed(1, need))
-    refusal = caught.value
+    refusal = process.refused(allowance, Need(need, need))
     assert (refusal.reason, refusal.is_futile, refusal.retry_after_seconds) == (reason, True, None)
     assert refusal.limit is not None
     assert refusal.limit.policy.name == "user.tokens_per_month"
-    assert process.serial == 0
+    # The window is asked about, and no units of it are requested, which others might have to return.
+    process.sync()
+    assert (process.serial, fleet.row("tokens_per_month").held) == (2, 0)
 
 
 def test_the_last_unit_can_be_spent_by_any_process(fleet: Fleet) -> None:
@@ -289,9 +289,9 @@ def test_a_lease_whose_first_reply_is_lost_at_midnight_stays_in_its_day(fleet: F
 def test_a_refusal_by_one_limit_consumes_nothing_of_the_others(fleet: Fleet, process: Process) -> None:
     plan = Plan(requests_per_day=100, requests_per_month=100, concurrency=10, tokens_per_day=1000)
     allowance = under(plan, plan, Plan(requests_per_day=1))
-    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+    process.used(process.take(allowance, Need(10, 10)), tokens=10)
     for _ in range(5):
-        assert process.refused(allowance, TokenNeed(1, 10)).limit.policy.name == "key.requests_per_day"  # type: ignore[union-attr]
+        assert process.refused(allowance, Need(10, 10)).limit.policy.name == "key.requests_per_day"  # type: ignore[union-attr]
     process.leave()
     for pool in (USER, TENANT):
         for measure, spent in (("requests_per_day", 1), ("requests_per_month", 1), ("concurrency", 0),
@@ -314,8 +314,8 @@ def test_all_keys_of_a_user_draw_on_one_pool_and_test_keys_on_another(process: P
 def test_a_request_that_was_not_sent_is_released(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=1, concurrency=1, tokens_per_day=10))
     for _ in range(3):
-        process.table.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=False, tokens=10)
-    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+        process.table.settle(process.take(allowance, Need(10, 10)), was_sent=False, tokens=10)
+    process.used(process.take(allowance, Need(10, 10)), tokens=10)
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (1, 10)
 
@@ -350,8 +350,8 @@ def test_what_was_granted_a_moment_ago_is_not_idle(fleet: Fleet, process: Proces
 
 def test_a_repeat_releases_its_request_and_is_charged_the_given_tokens(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(requests_per_day=2, tokens_per_day=100, rate=0.001, burst=2))
-    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
-    process.table.settle(process.take(allowance, TokenNeed(1, 10)), was_sent=True, tokens=3, is_repeat=True)
+    process.used(process.take(allowance, Need(10, 10)), tokens=10)
+    process.table.settle(process.take(allowance, Need(10, 10)), was_sent=True, tokens=3, is_repeat=True)
     # Units of a rate stay used: the request was served.
     assert process.refused(allowance).reason is Reason.RATE_LIMITED
     process.leave()
@@ -392,8 +392,8 @@ def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
     fleet: Fleet, process: Process, paid: int, held: int
 ) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    process.used(process.take(allowance, TokenNeed(1, 100 - held)), tokens=100 - held)
-    hold = process.again(allowance, TokenNeed(1, 50), paid)
+    process.used(process.take(allowance, Need(100 - held, 100 - held)), tokens=100 - held)
+    hold = process.again(allowance, Need(50, 50), paid)
     assert (hold.tokens, hold.covers) == (held, held + paid)
     process.table.settle(hold, was_sent=True, tokens=held, is_repeat=True)
     process.leave()
@@ -403,17 +403,15 @@ def test_a_repeat_holds_the_tokens_that_it_may_use_beyond_those_it_has_paid(
 @pytest.mark.parametrize("paid", [0, 1, 49])
 def test_a_repeat_is_refused_if_the_budget_lacks_what_it_may_use_beyond_them(process: Process, paid: int) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    process.used(process.take(allowance, TokenNeed(1, 51 + paid)), tokens=51 + paid)
+    process.used(process.take(allowance, Need(51 + paid, 51 + paid)), tokens=51 + paid)
     with pytest.raises(Refusal) as caught:
-        process.again(allowance, TokenNeed(1, 50), paid)
+        process.again(allowance, Need(50, 50), paid)
     assert caught.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
 
 
 def test_a_repeat_that_uses_more_than_it_holds_is_charged_that_too(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    hold = process.again(allowance, TokenNeed(1, 50), 50)
-    # A lease that holds nothing: the ledger synchronisation has to know it nevertheless.
-    assert process.wakes == 1
+    hold = process.again(allowance, Need(50, 50), 50)
     process.table.settle(hold, was_sent=True, tokens=7, is_repeat=True)
     process.leave()
     assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (7, 0)
@@ -475,58 +473,47 @@ def test_a_removed_limit_stops_applying_and_an_added_one_starts(process: Process
 
 def test_the_known_maximum_is_held_and_what_was_not_used_is_free_again(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    hold = process.take(allowance, TokenNeed(10, 60))
+    hold = process.take(allowance, Need(60, 60))
     assert hold.tokens == 60
-    assert process.refused(allowance, TokenNeed(10, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    assert process.refused(allowance, Need(41, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
     # Released tokens are available immediately, although the ledger refused a moment ago.
     process.used(hold, tokens=0)
-    hold = process.take(allowance, TokenNeed(10, 100))
+    hold = process.take(allowance, Need(100, 100))
     process.used(hold, tokens=100)
     process.leave()
     assert fleet.row("tokens_per_day").spent == 100
 
 
-def test_without_a_maximum_the_plan_determines_how_much_one_request_holds(process: Process) -> None:
+def test_without_a_maximum_a_request_holds_at_most_what_the_plan_allows_per_request(process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100, tokens_per_request=30))
-    assert process.take(allowance, TokenNeed(5, None)).tokens == 30
-    assert process.refused(allowance, TokenNeed(5, 31)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
-    assert process.refused(allowance, TokenNeed(31, None)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
-    assert process.take(allowance, TokenNeed(5, 30)).tokens == 30
+    assert process.take(allowance, Need(5, 4_096)).tokens == 30
+    assert process.refused(allowance, Need(31, 31)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
+    assert process.refused(allowance, Need(31, 4_096)).reason is Reason.TOKEN_LIMIT_PER_REQUEST
+    assert process.take(allowance, Need(30, 30)).tokens == 30
 
 
-def test_a_request_for_all_that_is_left_goes_to_the_ledger_although_some_is_free_here(
-    fleet: Fleet, process: Process
-) -> None:
-    allowance = under(Plan(tokens_per_day=2000))
-    for _ in range(12):
-        process.used(process.take(allowance, TokenNeed(1, 20)), tokens=5)
-        process.sync()
-        fleet.now += 0.3
-    assert process.take(allowance, TokenNeed(1, None)).tokens == 2000 - 12 * 5
-
-
-@pytest.mark.parametrize("need", [TokenNeed(0, None), TokenNeed(0, 0), TokenNeed(1, 1)])
-def test_a_spent_budget_refuses_every_request_however_little_it_needs(process: Process, need: TokenNeed) -> None:
+@pytest.mark.parametrize("need", [Need(1, 4_096), Need(1, 1)])
+def test_a_spent_budget_refuses_every_request_however_little_it_needs(process: Process, need: Need) -> None:
     allowance = under(Plan(tokens_per_day=10))
-    process.used(process.take(allowance, TokenNeed(0, 10)), tokens=10)
+    process.used(process.take(allowance, Need(10, 10)), tokens=10)
     assert process.refused(allowance, need).reason is Reason.TOKEN_BUDGET_EXHAUSTED
 
 
 def test_more_used_than_held_is_charged_and_drawn_from_what_comes_next(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=60)
+    process.used(process.take(allowance, Need(10, 10)), tokens=60)
     process.sync()
-    assert process.refused(allowance, TokenNeed(1, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
-    process.used(process.take(allowance, TokenNeed(1, 40)), tokens=40)
+    assert process.refused(allowance, Need(41, 41)).reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    process.used(process.take(allowance, Need(40, 40)), tokens=40)
     process.leave()
     assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (100, 0)
 
 
 def test_more_used_than_held_of_a_window_that_is_over_is_charged_once(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    hold = process.take(allowance, TokenNeed(1, 10))
+    hold = process.take(allowance, Need(10, 10))
     fleet.now = 43_200.0
-    process.take(allowance, TokenNeed(1, 10))
+    process.take(allowance, Need(10, 10))
     process.used(hold, tokens=15)
     for _ in range(4):
         process.sync()
@@ -537,7 +524,7 @@ def test_more_used_than_held_of_a_window_that_is_over_is_charged_once(fleet: Fle
 
 def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process: Process) -> None:
     allowance = under(Plan(tokens_per_day=100))
-    hold = process.take(allowance, TokenNeed(1, 40))
+    hold = process.take(allowance, Need(40, 40))
     for _ in range(2):
         try:
             hold = process.table.extend(hold, 60, process.now)
@@ -550,9 +537,10 @@ def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process:
         process.table.extend(hold, 1, process.now)
     process.lease_sync.request(short_of_more.value)
     process.sync(everything=False)
+    process.lease_sync.mark_exhausted(short_of_more.value, process.now)
     with pytest.raises(Refusal) as refused:
         process.table.extend(hold, 1, process.now)
-    assert refused.value.reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    assert (refused.value.reason, refused.value.is_held) == (Reason.TOKEN_BUDGET_EXHAUSTED, True)
     process.used(hold, tokens=100)
     process.leave()
     assert fleet.row("tokens_per_day").spent == 100
@@ -563,7 +551,7 @@ def test_an_extension_draws_on_the_lease_of_now_when_the_first_is_over(
     fleet: Fleet, process: Process, what_ends: str
 ) -> None:
     allowance = under(Plan(tokens_per_day=1000))
-    hold = process.take(allowance, TokenNeed(1, 40))
+    hold = process.take(allowance, Need(40, 40))
     if what_ends == "the day":
         fleet.now = 43_200.0
     else:
@@ -630,7 +618,7 @@ def test_units_idle_for_a_second_are_returned_and_the_lease_is_closed(fleet: Fle
 
 def test_long_holds_are_not_reviewed_repeatedly(fleet: Fleet, process: Process) -> None:
     plan, pools = Plan(tokens_per_day=1_000), [Pool("user", f"u_{number}", False) for number in range(50)]
-    holds = [process.take(under(plan, pools=(pool,)), TokenNeed(10, 90)) for pool in pools]
+    holds = [process.take(under(plan, pools=(pool,)), Need(90, 90)) for pool in pools]
     for _ in range(4):
         fleet.now += 1.1
         process.sync()
@@ -638,7 +626,7 @@ def test_long_holds_are_not_reviewed_repeatedly(fleet: Fleet, process: Process) 
     assert not process.lease_sync.reviews.due
     process.used(holds[7], tokens=30)
     process.lease_sync.gather(fleet.now)
-    assert list(process.lease_sync.reviews.due) == list(holds[7].budgets)
+    assert list(process.lease_sync.reviews.due) == list(holds[7].bundle.token_windows)
 
 
 def test_a_message_that_has_to_claim_does_so_even_if_closing_leases_fill_it(process: Process, fleet: Fleet) -> None:
@@ -765,24 +753,24 @@ def test_lenient_admits_although_nothing_is_left_and_settles_everything_later(fl
     allowance = under(Plan(requests_per_day=3, tokens_per_day=10))
     process.table.is_lenient = True
     for _ in range(5):
-        process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
+        process.used(process.take(allowance, Need(10, 10)), tokens=4)
     assert process.lease_sync.outstanding == 2
     process.table.is_lenient = False
     process.leave()
     assert (fleet.row("requests_per_day").spent, fleet.row("tokens_per_day").spent) == (5, 20)
     assert (fleet.row("requests_per_day").held, fleet.row("tokens_per_day").held) == (0, 0)
-    assert process.refused(allowance, TokenNeed(1, 1)).reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
+    assert process.refused(allowance, Need(1, 1)).reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED)
 
 
 def test_units_taken_beyond_the_leases_are_charged_although_the_holder_was_ended(
     fleet: Fleet, process: Process
 ) -> None:
     allowance = under(Plan(requests_per_day=100, tokens_per_day=1000, concurrency=2))
-    process.used(process.take(allowance, TokenNeed(1, 10)), tokens=4)
+    process.used(process.take(allowance, Need(10, 10)), tokens=4)
     process.sync()
     process.table.is_lenient = True
     for _ in range(50):
-        process.used(process.take(allowance, TokenNeed(1, 10)), tokens=10)
+        process.used(process.take(allowance, Need(10, 10)), tokens=10)
     fleet.ledger.end(process.name)
     process.table.is_lenient = False
     process.sync()

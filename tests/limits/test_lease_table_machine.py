@@ -15,19 +15,25 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_sync import Short
-from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, TOKENS, Pool, Window
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.ledger_protocol import CONCURRENCY, Pool, Window
+from keyproxy.limits.plan import PERIODS, Limit, Plan
 from keyproxy.reasons import Refusal
-from tests.limits.test_lease_table import KEY, LEASE_SECONDS, TENANT, USER, Fleet, Process
+from tests.limits.test_lease_table import KEY, LEASE_SECONDS, NOON, TENANT, USER, Fleet, Process
 
 POOLS = (USER, TENANT, KEY)
-LIMITS = st.one_of(
-    st.tuples(st.sampled_from(POOLS), st.just(CONCURRENCY), st.integers(2, 12)),
-    st.tuples(st.sampled_from(POOLS), st.sampled_from(REQUESTS), st.integers(5, 60)),
-    st.tuples(st.sampled_from(POOLS), st.sampled_from(TOKENS), st.integers(30, 600)),
+MODELS = st.sampled_from(["", "", "gpt", "mini"])
+LIMITS = st.tuples(
+    st.sampled_from(POOLS),
+    st.one_of(
+        st.builds(Limit, st.just("concurrency"), st.just(""), st.integers(2, 12)),
+        st.builds(Limit, st.just("requests"), st.sampled_from(PERIODS), st.integers(5, 60)),
+        st.builds(Limit, st.just("tokens"), st.sampled_from(PERIODS), st.integers(30, 600), model=MODELS),
+        st.builds(Limit, st.just("spend"), st.sampled_from(PERIODS), st.integers(100, 3_000), model=MODELS),
+        st.builds(Limit, st.sampled_from(["tokens", "spend"]), st.just("request"), st.integers(20, 300)),
+    ),
 )
 
 
@@ -38,9 +44,8 @@ class Request(NamedTuple):
     hold: Hold
 
 
-def _need(least: int, more: int) -> TokenNeed:
-    # A request without a maximum takes all that is left; the others should get a chance.
-    return TokenNeed(least, None if (least, more) == (9, 9) else least + more)
+def _need(least: int, more: int, price: int, model: str) -> Need:
+    return Need(least, least + more, least * price, (least + more) * price, models=(model,) if model else ())
 
 
 class Spending(RuleBasedStateMachine):
@@ -52,19 +57,20 @@ class Spending(RuleBasedStateMachine):
         super().__init__()
         self.fleet = Fleet()
         self.processes: list[Process] = []
-        #: What requests have used, as the compute server would count it.
+        #: What requests have used, as the compute server would count it; and the part that they did not hold.
         self.used: Counter[tuple[Window, int]] = Counter()
+        self.excess: Counter[tuple[Window, int]] = Counter()
         self.under_way: list[Request] = []
         #: Whether anything was charged without having been used.
         self.has_lapsed = False
 
     @initialize(limits=st.lists(LIMITS, min_size=1, max_size=6), number=st.integers(1, 3))
-    def begin(self, limits: list[tuple[Pool, str, int]], number: int) -> None:
+    def begin(self, limits: list[tuple[Pool, Limit]], number: int) -> None:
         """Set the limits, and start some processes."""
-        plans: dict[Pool, dict[str, int]] = {pool: {} for pool in POOLS}
-        for pool, measure, limit in limits:
-            plans[pool][measure] = limit
-        self.pools = tuple((pool, Plan(**plan)) for pool, plan in plans.items())
+        plans: dict[Pool, dict[str, Limit | None]] = {pool: {} for pool in POOLS}
+        for pool, limit in limits:
+            plans[pool][limit.name] = limit
+        self.pools = tuple((pool, Plan().changed(plan)) for pool, plan in plans.items())
         self.processes = [self.fleet.process() for _ in range(number)]
         self.allowances = {process: Allowance(self.pools) for process in self.processes}
 
@@ -75,33 +81,70 @@ class Spending(RuleBasedStateMachine):
 
     @rule(
         target=requests, number=st.integers(0, 2),
-        needs=st.lists(st.builds(_need, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
+        needs=st.lists(
+            st.builds(_need, st.integers(0, 9), st.integers(0, 90), st.sampled_from([0, 1, 7]), MODELS),
+            min_size=1, max_size=5,
+        ),
     )  # fmt: skip
-    def arrive(self, number: int, needs: list[TokenNeed]) -> object:
+    def arrive(self, number: int, needs: list[Need]) -> object:
         """Several requests arrive at once; the units that they wait for are requested."""
         process = self._process(number)
         let_in = []
         for need in needs:
             with contextlib.suppress(Short, Refusal):
-                let_in.append(Request(process, process.take(self.allowances[process], need)))
+                hold = process.take(self.allowances[process], need)
+                if hold.meters is not None:
+                    assert need.tokens_least <= hold.tokens <= need.tokens_most
+                    assert need.spend_least <= hold.spend <= need.spend_most
+                let_in.append(Request(process, hold))
         self.under_way += let_in
         return multiple(*let_in)
 
-    @rule(answered=st.lists(consumes(requests), min_size=1, max_size=4), share=st.floats(0.0, 1.0))
-    def are_answered(self, answered: list[Request], share: float) -> None:
-        """Some requests completed, and used at most what they held."""
+    @rule(
+        answered=st.lists(consumes(requests), min_size=1, max_size=4),
+        share=st.floats(0.0, 1.3), of_spend=st.floats(0.0, 1.3),
+    )  # fmt: skip
+    def are_answered(self, answered: list[Request], share: float, of_spend: float) -> None:
+        """Some requests completed: they used less than they held, all of it, or more, where that was an estimate."""
         for request in answered:
-            self._answer(request, share)
+            self._answer(request, share, of_spend)
 
-    def _answer(self, request: Request, share: float) -> None:
+    def _answer(self, request: Request, share: float, of_spend: float) -> None:
         self.under_way.remove(request)
-        parts = _parts(request.hold)
-        tokens = left = int(sum(part.tokens for part in parts) * share)
-        for part in parts:
-            self._count(part.budgets, min(left, part.tokens))
-            left -= min(left, part.tokens)
-        self._count(request.hold.bundle.counted, 1)
-        request.process.table.settle(request.hold, was_sent=True, tokens=tokens)
+        hold = request.hold
+        tokens, spend = int(hold.total_tokens * share), int(hold.total_spend * of_spend)
+        parts = [(part, part.meters) for part in _parts(hold)]
+        windows = [() if meters is None else meters.token_windows for _, meters in parts]
+        self._charge(windows, [part.tokens for part, _ in parts], tokens)
+        windows = [() if meters is None else meters.spend_windows for _, meters in parts]
+        self._charge(windows, [part.spend for part, _ in parts], spend)
+        self._count(hold.bundle.counted, 1)
+        request.process.table.settle(hold, was_sent=True, tokens=tokens, spend=spend)
+
+    def _charge(self, windows: list[tuple[Lease, ...]], held: list[int], used: int) -> None:
+        """Count a use in the windows from which a request took units, in order; the excess in the last of them."""
+        for leases, units in zip(windows, held, strict=True):
+            is_last = leases is windows[-1]
+            charged = used if is_last else min(used, units)
+            self._count(leases, charged)
+            used -= charged
+            for lease in leases:
+                self.excess[lease.window, lease.starts] += max(0, charged - units)
+
+    @rule(number=st.integers(0, 9), amount=st.integers(0, 40))
+    def is_credited(self, number: int, amount: int) -> None:
+        """An operator adds an amount to a window."""
+        keys = sorted(self.fleet.ledger.windows)
+        if keys:
+            window, starts = keys[number % len(keys)]
+            self.fleet.ledger.rules.credit(window, amount, starts or NOON)
+
+    @rule(request=consumes(requests), target=requests, tokens=st.integers(0, 60), spend=st.integers(0, 60))
+    def is_capped(self, request: Request, tokens: int, spend: int) -> Request:
+        """A request keeps less than it took, because its cap is lower."""
+        capped = request._replace(hold=request.process.table.trim(request.hold, tokens, spend))
+        self.under_way[self.under_way.index(request)] = capped
+        return capped
 
     @rule(request=consumes(requests))
     def never_sent(self, request: Request) -> None:
@@ -109,12 +152,12 @@ class Spending(RuleBasedStateMachine):
         self.under_way.remove(request)
         request.process.table.settle(request.hold, was_sent=False)
 
-    @rule(target=requests, request=consumes(requests), tokens=st.integers(1, 12))
-    def stream_goes_on(self, request: Request, tokens: int) -> Request:
+    @rule(target=requests, request=consumes(requests), tokens=st.integers(1, 12), spend=st.integers(0, 12))
+    def stream_goes_on(self, request: Request, tokens: int, spend: int) -> Request:
         """A stream needs more than it holds."""
         process, longer = request.process, request
         try:
-            longer = request._replace(hold=process.table.extend(request.hold, tokens, process.now))
+            longer = request._replace(hold=process.table.extend(request.hold, tokens, process.now, spend))
         except Short as short:
             process.lease_sync.request(short)
         except Refusal:
@@ -157,16 +200,17 @@ class Spending(RuleBasedStateMachine):
         """In the ledger at every instant, and by what was really used."""
         for (window, starts), row in self.fleet.ledger.windows.items():
             assert row.held >= 0
-            assert row.spent + row.held <= row.limit, (window, row)
+            used, excess = self.used[window, starts], self.excess[window, starts]
+            assert row.spent + row.held <= row.limit + row.credited + excess, (window, row)
             if window.measure != CONCURRENCY:
-                assert self.used[window, starts] <= row.spent + row.held, (window, row)
+                assert used - excess <= row.spent + row.held, (window, row)
 
     def teardown(self) -> None:
         """All requests end, all processes leave, dead holders expire: spent is what was used or forfeited."""
         if not self.processes:
             return
         for request in list(self.under_way):
-            self._answer(request, 1.0)
+            self._answer(request, 1.0, 1.0)
         for process in self.processes:
             process.leave()
             self.fleet.ledger.end(process.name)
@@ -174,9 +218,12 @@ class Spending(RuleBasedStateMachine):
         self.fleet.ledger.reap()
         for (window, starts), row in self.fleet.ledger.windows.items():
             if window.measure != CONCURRENCY:
-                used = self.used[window, starts]
+                used, excess = self.used[window, starts], self.excess[window, starts]
+                # What a process uses beyond its grants and does not report before it dies is lost.
+                lost = excess if self.has_lapsed else 0
                 assert row.held == 0
-                assert row.spent - row.forfeited <= used <= row.spent <= row.limit, (window, row, used)
+                assert row.spent - row.forfeited <= used <= row.spent + lost, (window, row, used)
+                assert row.spent <= row.limit + row.credited + excess, (window, row, used)
                 assert self.has_lapsed or not row.forfeited, (window, row)
 
 

@@ -22,7 +22,7 @@ from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import POLICIES, Pool
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import PERS, Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
@@ -190,13 +190,8 @@ async def test_the_ledger_counts_every_policy_from_0_on() -> None:
 
 def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
     plan = Plan(
-        rate=1.0,
-        concurrency=1,
-        requests_per_day=1,
-        requests_per_month=1,
-        tokens_per_day=1,
-        tokens_per_month=1,
-        tokens_per_request=1,
+        [Limit(measure, per, 1) for measure in PERS for per in PERS[measure][-6:] if "-rate" not in measure]
+        + [Limit("request-rate", "second", 1), Limit("token-rate", "second", 1)]
     )
     table = LeaseTable(LeaseSync(lambda: None))
     for kind in ("tenant", "user", "key"):
@@ -206,7 +201,9 @@ def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
         bundle = allowance.bundle
         assert bundle is not None
         assert bundle.tokens_per_request is not None
-        names = {lease.policy.name for lease in bundle.reported} | {bundle.tokens_per_request.policy.name}
+        assert bundle.spend_per_request is not None
+        bounds = {bundle.tokens_per_request.policy.name, bundle.spend_per_request.policy.name}
+        names = {lease.policy.name for lease in bundle.leases} | bounds
         assert names == {policy for policy in POLICIES if policy.startswith(f"{kind}.")}
 
 
@@ -319,7 +316,7 @@ def populated(number: int = 1) -> str:
     ended = []
     for _ in range(number):
         one = exchange(route=TOKENS, use=TokenUse(1, 2), seconds={"connection_wait_seconds": 0.1})
-        one.permit = Permit(Grant(fakes.identity(), Route(TOKENS)), Hold(Bundle(()), (), 5))
+        one.permit = Permit(Grant(fakes.identity(), Route(TOKENS)), Hold(Bundle(()), Bundle(()), 5))
         one.is_estimated = True
         one.identity = dataclasses.replace(fakes.identity(), retiring_field=b"X-Keyproxy-Key-Expires-In: ")
         ended += [one, exchange(reason=Reason.RATE_LIMITED)]

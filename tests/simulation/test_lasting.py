@@ -32,7 +32,7 @@ from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 
-_HOLD = Hold(Bundle(()), (), 0)
+_HOLD = Hold(Bundle(()))
 _IDENTITY = Identity("key_1", "u_42", "acme", frozenset(), False, NEVER, None, b"")
 _LOOK = {"snapshot": "1:1:", "history": "1", "server_seconds": 1.0, "kind": None, "subject": None}
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
@@ -119,7 +119,7 @@ class Stage:
         self.clock.run(began + 60.0)
         return task.result(), ended[0] - began
 
-    async def take(self, plan: Plan, patience: TimeBudget, need: TokenNeed | None = None) -> Hold:
+    async def take(self, plan: Plan, patience: TimeBudget, need: Need | None = None) -> Hold:
         """Take as the gateway does."""
         allowance = Allowance(((USER, plan),))
         while True:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from keyproxy.limits.allowance import Hold
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import RATE_SECONDS, Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, TOKENS, Pool, Window
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATE, Pool, Window
+from keyproxy.limits.plan import PER_REQUEST, Plan
 from tests.reference_ledger import ReferenceLedger
 
 if TYPE_CHECKING:
@@ -58,11 +58,10 @@ class Upstream:
 
     def note_plan(self, pool: Pool, plan: Plan) -> None:
         """Record a plan. The largest limit that ever applied counts."""
-        for measure in (CONCURRENCY, "requests_per_day", "requests_per_month", *TOKENS):
-            limit = getattr(plan, measure)
-            if limit is not None:
-                window = Window(pool, measure)
-                self._limits[window] = max(limit, self._limits.get(window, 0))
+        for limit in plan.limits:
+            if not limit.is_rate and limit.per != PER_REQUEST:
+                window = Window(pool, limit.window_measure, limit.selector)
+                self._limits[window] = max(limit.quota, self._limits.get(window, 0))
 
     def history_lost(self, since: float, until: float) -> None:
         """Record that the ledger loses the history between two times."""
@@ -208,5 +207,5 @@ def total(hold: Hold) -> int:
 
 
 def _budgets(hold: Hold) -> set[Window]:
-    windows = {lease.window for lease in hold.budgets}
+    windows = {lease.window for lease in hold.meters.token_windows} if hold.meters is not None else set()
     return windows | _budgets(hold.earlier) if hold.earlier is not None else windows

@@ -15,7 +15,7 @@ from typing import Any
 
 from keyproxy import ports
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import PER_REQUEST, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
@@ -83,19 +83,17 @@ class Told(ports.Ledger):
         self._ledger, self._upstream = ledger, upstream
         self._works: dict[int, tuple[Hold, Work]] = {}
 
-    def take(
-        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
-    ) -> Hold:
+    def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port Ledger."""
-        return self._ledger.take(allowance, now, tokens, may_be_paid=may_be_paid)
+        return self._ledger.take(allowance, now, need, may_be_paid=may_be_paid)
 
-    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+    def take_again(self, allowance: Allowance, now: Moment, need: Need | None, paid: int) -> Hold:
         """See the port Ledger."""
-        return self._ledger.take_again(allowance, now, tokens, paid)
+        return self._ledger.take_again(allowance, now, need, paid)
 
-    def extend(self, hold: Hold, tokens: int) -> Hold:
+    def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port Ledger."""
-        return self._ledger.extend(hold, tokens)
+        return self._ledger.extend(hold, tokens, spend)
 
     def release(self, hold: Hold) -> Hold:
         """See the port Ledger."""
@@ -104,10 +102,10 @@ class Told(ports.Ledger):
         self._works[id(rest)] = (rest, self.work)
         return rest
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False) -> None:
         """See the port Ledger."""
         _, work = self._works.pop(id(hold))
-        self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, spend=spend, is_repeat=is_repeat)
         self._upstream.finish(work, tokens, is_repeat=is_repeat)
 
 
@@ -206,12 +204,12 @@ class World:
         owner = chance.choice(self.scenario.owners)
         need = None
         if any(limit.measure == TOKENS for pool in owner for limit in self.plans[pool].limits):
-            most = chance.choice([5, 20, 60, None])
-            need = TokenNeed(chance.randint(0, 5 if most is None else most), most)
+            most = chance.choice([5, 20, 60, 400])
+            need = Need(chance.randint(1, most), most)
         fingerprint = None
         if self.scenario.repeats and chance.random() < self.scenario.repeats:
             number = chance.randrange(8)
-            need = need and TokenNeed(1, (5, 20, 60, None)[number % 4])
+            need = need and Need(5, (5, 20, 60, 400)[number % 4])
             fingerprint = f"{owner[0].owner} {number}".encode()
         mark = object()
         process.deciding[mark] = self.clock.now
@@ -226,7 +224,7 @@ class World:
         await self._serve(process, hold, fingerprint, paid)
 
     async def _decided(
-        self, process: Process, owner: tuple[Pool, ...], need: TokenNeed | None, fingerprint: bytes | None
+        self, process: Process, owner: tuple[Pool, ...], need: Need | None, fingerprint: bytes | None
     ) -> tuple[Hold, int | None]:
         """Decide as the gateway does."""
         failure: Refusal | None = None
@@ -270,7 +268,7 @@ class World:
             return
         work = self.upstream.admit(process, hold, fingerprint)
         await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
-        while hold.budgets and chance.random() < 0.2:
+        while hold.limits_tokens and chance.random() < 0.2:
             try:
                 hold = await self._extended(process, hold, chance.randint(1, 30))
             except Refusal:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.wire.client.connection import ClientConnection
@@ -95,9 +95,7 @@ class Hesitant(fakes.FakeLedger):
 
     seen: ClassVar[list[float]] = []
 
-    def take(
-        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
-    ) -> Hold:
+    def take(self, allowance: Allowance, now: Moment, tokens: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port."""
 
         async def fetch_missing(patience: TimeBudget) -> None:

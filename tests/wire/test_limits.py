@@ -322,7 +322,7 @@ async def test_a_tunnel_on_a_metered_route_is_charged_what_a_request_may_use_at_
     routed = RouteTable([("GET /v1/realtime", Route("GET /v1/realtime", frozenset(), "openai", "openai"))])
     wire = await start(serving=Upstream(tunnel), routes=routed)
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, tokens_per_request=4_000)))
-    for taken in (4_000, 8_000):
+    for taken in (4_000, 8_000, 10_000):
         async with wire.client() as client:
             await client.send(request("GET", "/v1/realtime", *HANDSHAKE))
             assert (await client.answer()).status == 101
@@ -331,7 +331,7 @@ async def test_a_tunnel_on_a_metered_route_is_charged_what_a_request_may_use_at_
     async with wire.client() as client:
         await client.send(request("GET", "/v1/realtime", *HANDSHAKE))
         assert (await client.answer()).status == 429
-    assert len(wire.upstream.requests) == 2
+    assert len(wire.upstream.requests) == 3
 
 
 HEADED = b"HTTP/1.1 %b\r\nX-Usage-Tokens: 12\r\n%b\r\n"

@@ -23,7 +23,7 @@ from keyproxy.store.usage.usage_service import UsageService
 _USUAL_DAYS: Final = 30
 _LINES: Final = 500
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
-_BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,5}}$"
+_BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
 
 
 class UsageQuery(Accepted):
@@ -76,11 +76,16 @@ class Sum(Answered):
     key: str | None = None
     mode: str | None = None
     route: str | None = None
+    model: str | None = None
     requests: int
     refusals: int
     tokens_in: int
     tokens_out: int
     tokens_estimated: int
+    tokens_cached: int
+    tokens_cache_write: int
+    tokens_reasoning: int
+    cost_micros: int
 
 
 class Sums(Answered):
@@ -105,8 +110,13 @@ class Event(Answered):
     status: int
     code: str
     policy: str | None
+    model: str | None
     tokens_in: int | None
     tokens_out: int | None
+    tokens_cached: int | None
+    tokens_cache_write: int | None
+    tokens_reasoning: int | None
+    cost_micros: int | None
     estimated: bool
     request_bytes: int
     response_bytes: int

@@ -24,7 +24,6 @@ from keyproxy.ai.requests.member_names import DECISIVE, Outline, matters, outlin
 from keyproxy.ai.requests.outline_scanner import PIECE_BYTES, JsonError, OutlineScanner
 from keyproxy.ai.responses.inflating_meter import window_bits
 from keyproxy.ai.responses.usage_objects import TOKENS_MAX, is_count
-from keyproxy.limits.allowance import TokenNeed
 from keyproxy.model import RequestHead
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
@@ -41,6 +40,9 @@ PARSED_BYTES_MAX: Final = 65_536
 
 #: A module constant, which saves the compiled build a lookup.
 _loads: Final = orjson.loads
+
+#: The output to reserve for a request that sets no maximum.
+OUTPUT_DEFAULT: Final = 4_096
 
 #: Larger products are clamped to this: no budget has so many.
 _MAXIMUM_MAX: Final = 10**15
@@ -65,24 +67,23 @@ ENDS_ELSEWHERE: Final = "The body is longer or shorter than its compressed conte
 
 
 @mypyc_attr(acyclic=True)
-class TokenBound(TokenNeed):
+class TokenBound:
     """The token bounds of one request.
 
     `prompt_bound`: the bound of its prompt. `maximum`: its maximum of output tokens; None if it sets none.
-    `body`: the body to forward instead of the client's; None if that is unchanged, or once it is taken.
+    `least`, `most`: the tokens to reserve. `body`: the body to forward instead of the client's; None if that is
+    unchanged, or once it is taken.
     `hides_usage`: the client did not request the usage that the upstream will report.
     """
 
-    __slots__ = ("body", "hides_usage", "maximum", "prompt_bound", "streams")
+    __slots__ = ("body", "hides_usage", "least", "maximum", "most", "prompt_bound", "streams")
 
     def __init__(
         self, prompt_bound: int, maximum: int | None, *,
         streams: bool = False, hides_usage: bool = False, body: bytes | None = None,
     ) -> None:  # fmt: skip
-        if maximum is None:
-            super().__init__(prompt_bound + 1, None)
-        else:
-            super().__init__(prompt_bound, prompt_bound + maximum)
+        self.least: Final = max(1, prompt_bound + (1 if maximum is None else maximum))
+        self.most: Final = max(self.least, prompt_bound + OUTPUT_DEFAULT) if maximum is None else self.least
         self.prompt_bound: Final = prompt_bound
         self.maximum: Final = maximum
         self.streams: Final = streams

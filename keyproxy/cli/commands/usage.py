@@ -24,7 +24,8 @@ _USUAL_DAYS: Final = 30
 _FLUSHED_ROWS: Final = 500
 _EVENT_COLUMNS: Final = (
     "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
-    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy",
+    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
+    "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros",
 )  # fmt: skip
 
 

@@ -75,12 +75,16 @@ class LookupCounts:
 
 
 class FeedState:
-    """The time until which the change feed counts as current, in monotonic seconds. The feed writes it."""
+    """The time until which the change feed counts as current, in monotonic seconds. The feed writes it.
 
-    __slots__ = ("current_until",)
+    `server_ahead_seconds`: how far the database's clock is ahead of this machine's.
+    """
+
+    __slots__ = ("current_until", "server_ahead_seconds")
 
     def __init__(self) -> None:
         self.current_until = 0.0
+        self.server_ahead_seconds = 0.0
 
 
 class IdentityCache(Identities):

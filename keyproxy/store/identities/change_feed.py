@@ -43,7 +43,7 @@ _LISTEN_RETRY_SECONDS: Final = 5.0
 _CHANGES_MAX: Final = 20_000
 
 #: The kinds of changes of limits alone. The statement returns all other changes before these.
-_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits")
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window")
 
 #: Changes are kept for at least `_KEPT_SECONDS`; a proxy that has not polled for longer than `_GAP_SECONDS` may have
 #: missed some. The difference allows for clock drift.
@@ -109,8 +109,12 @@ class ChangeFeed:
 
     async def look(self) -> None:
         """Poll: apply all changes since the previous poll. Raises StoreUnavailable or StoreConflict."""
-        asked_at = self._now().mono_seconds
+        asked = self._now()
+        asked_at = asked.mono_seconds
         first, rows = await self._changes()
+        # By half of the round trip more or less.
+        middle = (asked.wall_seconds + self._now().wall_seconds) / 2
+        self._state.server_ahead_seconds = first["server_seconds"] - middle
         snapshot: str = first["snapshot"]
         history: str = first["history"]
         if self._snapshot is None or history != self._history or _is_older(snapshot, self._snapshot):

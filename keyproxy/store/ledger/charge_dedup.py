@@ -31,6 +31,7 @@ from typing import Final, NamedTuple, Protocol
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Hold
+from keyproxy.limits.lease_table import share_of
 from keyproxy.model import Moment, TimeBudget
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal
@@ -59,7 +60,8 @@ _TEND_PORTION: Final = 2_000
 class Claim(NamedTuple):
     """One finished attempt at a request. `used` tokens; `paid`: what the lookup returned if it was admitted as a repeat.
 
-    `hold` is what is left to settle. `since_mono`: when the attempt ended.
+    `hold` is what is left to settle. `since_mono`: when the attempt ended. `spend`: what it cost; a part of its tokens
+    costs that part of it.
     """
 
     fingerprint: bytes
@@ -67,6 +69,7 @@ class Claim(NamedTuple):
     paid: int | None
     hold: Hold
     since_mono: float
+    spend: int = 0
 
 
 class Answer(NamedTuple):
@@ -158,9 +161,9 @@ class Claims:
 
     # -- the path of a request
 
-    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None) -> None:
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, spend: int = 0) -> None:
         """See the port."""
-        claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds)
+        claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds, spend)
         if self._is_closed or self.pending >= _WAITING_MAX:
             self._give_up([claim])
         else:
@@ -229,7 +232,7 @@ class Claims:
         while self._answered:
             claim, (is_first, charged) = self._answered.popleft()
             self.counts["repeats"] += not is_first
-            self._ledger.settle(claim.hold, was_sent=True, tokens=charged, is_repeat=not is_first)
+            self._settle(claim, charged, is_repeat=not is_first)
 
     async def _converse(self) -> None:
         while True:
@@ -271,7 +274,11 @@ class Claims:
             self.counts["unasked"] += 1
             is_repeat = claim.paid is not None
             tokens = max(0, claim.used - (claim.paid or 0))
-            self._ledger.settle(claim.hold, was_sent=True, tokens=tokens, is_repeat=is_repeat)
+            self._settle(claim, tokens, is_repeat=is_repeat)
+
+    def _settle(self, claim: Claim, tokens: int, *, is_repeat: bool) -> None:
+        spend = share_of(claim.spend, tokens, claim.used) if is_repeat else claim.spend
+        self._ledger.settle(claim.hold, was_sent=True, tokens=tokens, spend=spend, is_repeat=is_repeat)
 
     async def _tend_forever(self) -> None:
         while True:

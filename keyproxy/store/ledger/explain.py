@@ -17,7 +17,7 @@ from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits import gcra
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKENS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
@@ -194,7 +194,7 @@ async def explain(
 async def _take(
     backend: _DryBackend,
     allowance: Allowance,
-    need: TokenNeed | None,
+    need: Need | None,
     *,
     ledger: schema.LedgerSettings,
     now: Callable[[], Moment],
@@ -213,14 +213,14 @@ async def _take(
         await taking.close()
 
 
-def _need(tokens: int | None, *, counts_tokens: bool) -> TokenNeed | None:
+def _need(tokens: int | None, *, counts_tokens: bool) -> Need | None:
     if tokens is not None:
-        return TokenNeed(tokens, tokens)
-    return TokenNeed(1, None) if counts_tokens else None
+        return Need(tokens, tokens)
+    return Need(1, 1) if counts_tokens else None
 
 
 async def _limits(
-    allowance: Allowance | None, backend: _DryBackend, need: TokenNeed | None, refusal: Refusal | None
+    allowance: Allowance | None, backend: _DryBackend, need: Need | None, refusal: Refusal | None
 ) -> list[dict[str, Any]]:
     """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
@@ -228,7 +228,7 @@ async def _limits(
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
-    least = 0 if need is None else need.least
+    least = 0 if need is None else need.tokens_least
     limits: list[dict[str, Any]] = []
     for window, limit in wanted:
         state, needed = backend.seen[window], least if window.measure in TOKENS else 1

@@ -14,7 +14,7 @@ from typing import Final
 
 from keyproxy import ports
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Allowance, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import POLICIES
 from keyproxy.model import Missing, Moment, TimeBudget
@@ -27,9 +27,6 @@ from keyproxy.store.ledger.ledger_client import LedgerClient
 _OTHERS_SECONDS: Final = 1.6
 _FIRST_PAUSE_SECONDS: Final = 0.03
 _PAUSE_SECONDS_MAX: Final = 0.3
-
-#: The least that any request on a route with tokens needs.
-_ONE_TOKEN: Final = TokenNeed(1, 1)
 
 
 class Counts:
@@ -78,14 +75,12 @@ class Ledger(ports.Ledger):
 
     # -- the path of a request
 
-    def take(
-        self, allowance: Allowance, now: Moment, tokens: TokenNeed | None = None, *, may_be_paid: bool = False
-    ) -> Hold:
+    def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port."""
         try:
-            hold = self._table.take(allowance, now.mono_seconds, tokens)
+            hold = self._table.take(allowance, now.mono_seconds, need)
         except Short as short:
-            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), tokens)) from None
+            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), need)) from None
         except Refusal as refusal:
             if not (may_be_paid and refusal.reason in SPENT):
                 self._count(refusal)
@@ -95,29 +90,36 @@ class Ledger(ports.Ledger):
         return hold
 
     def check(
-        self, allowance: Allowance, now: Moment, paid: int | None = None, *, asks: bool, may_be_paid: bool = False
-    ) -> None:
+        self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,
+        asks: bool, may_be_paid: bool = False,
+    ) -> None:  # fmt: skip
         """See the port."""
-        if not asks and not self._table.has_refused(allowance, now.mono_seconds):
+        if not asks and not self._table.has_refused(allowance, now.mono_seconds, need):
             return
         try:
-            self._table.check(allowance, now.mono_seconds, _ONE_TOKEN, paid)
+            self._table.check(allowance, now.mono_seconds, need, paid)
         except Short as short:
             if asks:
-                raise self._missing(
-                    short, lambda: self._table.check(allowance, self._mono(), _ONE_TOKEN, paid)
-                ) from None
+                raise self._missing(short, lambda: self._table.check(allowance, self._mono(), need, paid)) from None
         except Refusal as refusal:
             if not (may_be_paid and refusal.reason in SPENT):
                 self._count(refusal)
             raise
 
-    def take_again(self, allowance: Allowance, now: Moment, tokens: TokenNeed | None, paid: int) -> Hold:
+    def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
+        """See the port."""
+        return self._table.per_request(allowance, now.mono_seconds, need)
+
+    def trim(self, hold: Hold, tokens: int, spend: int) -> Hold:
+        """See the port."""
+        return self._table.trim(hold, tokens, spend)
+
+    def take_again(self, allowance: Allowance, now: Moment, need: Need | None, paid: int) -> Hold:
         """See the port."""
         try:
-            hold = self._table.take_again(allowance, now.mono_seconds, tokens, paid)
+            hold = self._table.take_again(allowance, now.mono_seconds, need, paid)
         except Short as short:
-            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), tokens, paid)) from None
+            raise self._missing(short, lambda: self._table.check(allowance, self._mono(), need, paid)) from None
         except Refusal as refusal:
             self._count(refusal)
             raise
@@ -125,17 +127,17 @@ class Ledger(ports.Ledger):
         self._open_holds += 1
         return hold
 
-    def extend(self, hold: Hold, tokens: int) -> Hold:
+    def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
         """See the port."""
         now = self._mono()
         try:
-            return self._table.extend(hold, tokens, now)
+            return self._table.extend(hold, tokens, now, spend)
         except Short as short:
             need = short
             raise Missing(
                 "lease",
                 lambda patience: self._bring(
-                    need, lambda: self._table.check_extension(hold, tokens, self._mono()), patience
+                    need, lambda: self._table.check_extension(hold, tokens, self._mono(), spend), patience
                 ),
             ) from None
 
@@ -143,13 +145,13 @@ class Ledger(ports.Ledger):
         """See the port."""
         return self._table.release(hold)
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False) -> None:
         """See the port."""
         self._open_holds -= 1
         if not self._open_holds and self._settled is not None:
             self._settled.set()
             self._settled = None
-        self._table.settle(hold, was_sent=was_sent, tokens=tokens, is_repeat=is_repeat)
+        self._table.settle(hold, was_sent=was_sent, tokens=tokens, spend=spend, is_repeat=is_repeat)
 
     # -- what is missing
 

@@ -35,7 +35,15 @@ RIGHTS: Final = {
     "ledger_history": ("SELECT, UPDATE", "SELECT"),
     "lease_holders": (_ALL, "SELECT"),
     "leases": (_ALL, "SELECT"),
-    "windows": (_ALL, "SELECT"),
+    # Proxies account for windows, but only credit_window changes what was credited.
+    "windows": (
+        "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector),"
+        " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted)",
+        "SELECT",
+    ),
+    "window_credits": ("", "SELECT"),
+    # Proxies only write alerts, by note_alerts.
+    "limit_alerts": ("", "SELECT, UPDATE"),
     "idempotent_charges": (_ALL, ""),
     "claim_batches": (_ALL, ""),
     "usage": ("SELECT, INSERT, UPDATE", "SELECT"),
@@ -49,12 +57,13 @@ RIGHTS: Final = {
     "expiring_admin_tokens": ("", "SELECT"),
 }
 
-#: Functions that PUBLIC must not call.
-_FUNCTIONS: Final = (
-    "foreign_recipe(text)",
-    "adopt_foreign(text, text, bytea)",
-    "tend_usage(integer, integer, integer)",
-)
+#: Functions that PUBLIC must not call: the privileges of proxies, those of the admin side.
+_FUNCTIONS: Final = {
+    "foreign_recipe(text)": ("EXECUTE", "EXECUTE"),
+    "adopt_foreign(text, text, bytea)": ("EXECUTE", "EXECUTE"),
+    "tend_usage(integer, integer, integer)": ("EXECUTE", "EXECUTE"),
+    "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
+}
 
 _SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "SELECT")}
 
@@ -112,5 +121,6 @@ async def _grant(connection: Any, role: str, place: int) -> None:
             is_there = await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"keyproxy.{name}")
             if rights[place] and is_there:
                 await connection.execute(f'GRANT {rights[place]} ON {kind} keyproxy.{name} TO "{role}"')
-    for function in _FUNCTIONS:
-        await connection.execute(f'GRANT EXECUTE ON FUNCTION keyproxy.{function} TO "{role}"')
+    for function, rights in _FUNCTIONS.items():
+        if rights[place]:
+            await connection.execute(f'GRANT {rights[place]} ON FUNCTION keyproxy.{function} TO "{role}"')

@@ -1,6 +1,6 @@
 """Usage by key: collected in memory from finished exchanges, written in batches, each of which counts once.
 
-    take    sum finished exchanges by (day, key, mode, route), and keep each as an event
+    take    sum finished exchanges by (day, key, mode, route, model), and keep each as an event
     seal    turn what was collected into a numbered batch, which is resent unchanged until the write is confirmed
     write   one statement, one transaction; the number of this process' last batch is stored with the sums
 
@@ -30,6 +30,7 @@ from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.outage import Outage
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
+from keyproxy.store.usage.model_names import ModelNames
 from keyproxy.store.usage.usage_batch import UsageBatch, UsageGroup
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,10 @@ class UsageJournal:
     """Collect usage and write it in batches."""
 
     def __init__(
-        self, database: Database, usage: schema.Usage, now: Callable[[], Moment], *, settle_seconds: float
-    ) -> None:
+        self, database: Database, usage: schema.Usage, now: Callable[[], Moment], *, settle_seconds: float,
+        server_ahead_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:  # fmt: skip
+        """`server_ahead_seconds`: how far the ledger's clock is ahead of this one. Days are the ledger's."""
         self.counts = dict.fromkeys(("batches", "events", "failures"), 0)
         #: What was not recorded because too much was waiting.
         self.dropped = dict.fromkeys(("requests", "events"), 0)
@@ -70,6 +73,9 @@ class UsageJournal:
         self._usage = usage
         self._settle_seconds = settle_seconds
         self._now = now
+        self._server_ahead_seconds = server_ahead_seconds
+        #: Bounds the model names of each user. Its listed names are those of the configuration.
+        self.model_names = ModelNames()
         self._process = secrets.token_hex(8)
         self._batch = UsageBatch(1)
         self._sealed: deque[UsageBatch] = deque()
@@ -110,7 +116,7 @@ class UsageJournal:
     def take(self, rows: Sequence[Row]) -> None:
         """Record finished exchanges. Never waits."""
         now = self._now()
-        day = int(now.wall_seconds // _DAY_SECONDS)
+        day = int((now.wall_seconds + self._server_ahead_seconds()) // _DAY_SECONDS)
         if day != self._day:
             self._day = day
             self._batch.by_key.clear()
@@ -122,22 +128,16 @@ class UsageJournal:
             identity = exchange.identity
             if identity is None:
                 continue
-            group = by_key.get((identity, route))
+            model = exchange.model
+            if model:
+                model = self.model_names.kept(model, identity.user_id, day)
+            group = by_key.get((identity, route, model))
             if group is None:
-                group = self._begun(identity, route)
+                group = self._begun(identity, route, model)
                 if group is None:
                     self.dropped["requests"] += 1
                     continue
-            if exchange.sent_mono:
-                group.requests += 1
-            elif exchange.reason is not None:
-                group.refusals += 1
-            use = exchange.token_use
-            if use is not None:
-                group.tokens_in += use.tokens_in
-                group.tokens_out += use.tokens_out
-                if exchange.is_estimated:
-                    group.estimated += use.total
+            group.add(exchange)
             if records_events:
                 events.append(group.event(exchange, code, wall_offset))
         if events:
@@ -145,11 +145,11 @@ class UsageJournal:
         if len(self._batch.groups) >= _BATCH_GROUPS_MAX or self._batch.event_bytes >= _BATCH_EVENT_BYTES_MAX:
             self._seal()
 
-    def _begun(self, identity: Identity, route: str) -> UsageGroup | None:
+    def _begun(self, identity: Identity, route: str, model: str) -> UsageGroup | None:
         batch = self._batch
         if self._sealed_groups + len(batch.groups) >= _WAITING_GROUPS_MAX:
             return None
-        group = batch.by_key[identity, route] = UsageGroup(self._day, identity, route)
+        group = batch.by_key[identity, route, model] = UsageGroup(self._day, identity, route, model)
         batch.groups.append(group)
         return group
 

@@ -1,4 +1,4 @@
-"""A batch of usage: sums by day, key and route, and the events of single requests, encoded once."""
+"""A batch of usage: sums by day, key, route and model, and the events of single requests, encoded once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,52 @@ _EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
 
 
 class UsageGroup:
-    """The exchanges of one day that share key and route."""
+    """The exchanges of one day that share key, route and model."""
 
-    __slots__ = ("alike", "day", "estimated", "identity", "refusals", "requests", "route", "tokens_in", "tokens_out")
+    __slots__ = (
+        "alike", "cached", "cache_write", "cost_micros", "day", "estimated", "identity", "model", "reasoning", "refusals",
+        "requests", "route", "tokens_in", "tokens_out",
+    )  # fmt: skip
 
-    def __init__(self, day: int, identity: Identity, route: str) -> None:
+    def __init__(self, day: int, identity: Identity, route: str, model: str) -> None:
         self.day = day
         self.identity = identity
         self.route = route
+        self.model = model
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
-        #: The part of an event that is the same for requests that are alike, by method, status, code and policy.
-        self.alike: dict[tuple[bytes, int, str, str], orjson.Fragment] = {}
+        self.cached = self.cache_write = self.reasoning = self.cost_micros = 0
+        #: The part of an event that is the same for requests that are alike, by method, status, code, policy, and whether
+        #: tokens follow: then its closing bracket is missing.
+        self.alike: dict[tuple[bytes, int, str, str, bool], bytes] = {}
+
+    def add(self, exchange: Exchange) -> None:
+        """Add an exchange to the sums."""
+        if exchange.sent_mono:
+            self.requests += 1
+        elif exchange.reason is not None:
+            self.refusals += 1
+        use = exchange.token_use
+        if use is not None:
+            self.tokens_in += use.tokens_in
+            self.tokens_out += use.tokens_out
+            self.cached += use.cached
+            self.cache_write += use.cache_write
+            self.reasoning += use.reasoning
+            self.cost_micros += exchange.cost_micros
+            if exchange.is_estimated:
+                self.estimated += use.tokens_in + use.tokens_out
 
     def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
         """One event, in the order in which the view keyproxy.usage_events reads it."""
         head, use, started = exchange.head, exchange.token_use, exchange.started_mono
-        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy)
+        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy, use is not None)
+        common = self.alike.get(key) or self._alike(key)
+        if use is not None:
+            common = b"%b,%d,%d,%d,%d]" % (common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros)
         return (
             int((started + wall_offset) * 1_000),
             exchange.request_id.decode("ascii"),
-            self.alike.get(key) or self._alike(key),
+            orjson.Fragment(common),
             exchange.bytes_in,
             exchange.bytes_out,
             int((exchange.ended_mono - started) * 1_000_000),
@@ -45,15 +71,20 @@ class UsageGroup:
             exchange.is_estimated,
         )
 
-    def _alike(self, key: tuple[bytes, int, str, str]) -> orjson.Fragment:
+    def _alike(self, key: tuple[bytes, int, str, str, bool]) -> bytes:
         # Clients can send any method, so this needs a bound.
         if len(self.alike) >= _ALIKE_MAX:
             self.alike.clear()
-        who, (method, status, code, policy) = self.identity, key
+        who, (method, status, code, policy, has_tokens) = self.identity, key
         common: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
-        common += [status, code, policy] if policy else [status, code]
-        fragment = self.alike[key] = orjson.Fragment(orjson.dumps(common))
-        return fragment
+        common += [status, code]
+        if policy or self.model or has_tokens:
+            common.append(policy or None)
+        if self.model or has_tokens:
+            common.append(self.model)
+        encoded = orjson.dumps(common)
+        self.alike[key] = encoded = encoded[:-1] if has_tokens else encoded
+        return encoded
 
 
 class UsageBatch:
@@ -64,7 +95,7 @@ class UsageBatch:
     def __init__(self, number: int) -> None:
         self.number = number
         self.groups: list[UsageGroup] = []
-        self.by_key: dict[tuple[Identity, str], UsageGroup] = {}
+        self.by_key: dict[tuple[Identity, str, str], UsageGroup] = {}
         self.events: list[bytes] = []
         self.event_bytes = self.event_count = 0
 
@@ -79,10 +110,15 @@ class UsageBatch:
             [group.identity.key_id for group in groups],
             [group.identity.is_test for group in groups],
             [group.route for group in groups],
+            [group.model for group in groups],
             [group.requests for group in groups],
             [group.refusals for group in groups],
             [group.tokens_in for group in groups],
             [group.tokens_out for group in groups],
             [group.estimated for group in groups],
+            [group.cached for group in groups],
+            [group.cache_write for group in groups],
+            [group.reasoning for group in groups],
+            [group.cost_micros for group in groups],
             (b"[" + b",".join(self.events) + b"]").decode("utf-8") if self.events else None,
         )

@@ -24,8 +24,11 @@ from keyproxy.store.postgres.times import FIRST_DAY, day_text
 _log = logging.getLogger(__name__)
 
 #: What sums can be grouped by, in output order.
-DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route")
-MEASURES: Final = ("requests", "refusals", "tokens_in", "tokens_out", "tokens_estimated")
+DIMENSIONS: Final = ("day", "tenant", "user", "key", "mode", "route", "model")
+MEASURES: Final = (
+    "requests", "refusals", "tokens_in", "tokens_out", "tokens_estimated", "tokens_cached", "tokens_cache_write",
+    "tokens_reasoning", "cost_micros",
+)  # fmt: skip
 
 _ROWS: Final = 1_000
 _EVENT_BATCHES: Final = 20
@@ -34,8 +37,11 @@ _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 
 #: The fields of the third element of an event in keyproxy.usage_event_batches: those that many events share. The policy
-#: is present only if a limit refused the request.
-_ALIKE: Final = ("tenant", "user", "key", "mode", "route", "method", "status", "code", "policy")
+#: is present only if a limit refused the request, what follows it only for requests with a model or tokens.
+_ALIKE: Final = (
+    "tenant", "user", "key", "mode", "route", "method", "status", "code", "policy", "model", "tokens_cached",
+    "tokens_cache_write", "tokens_reasoning", "cost_micros",
+)  # fmt: skip
 
 
 class NoSuchEventError(Invalid):
@@ -86,12 +92,15 @@ class UsageReader:
 
     async def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]:
         """All rows, in the order of days."""
-        after: tuple[object, ...] = (FIRST_DAY, "", "", "", False, "")
+        after: tuple[object, ...] = (FIRST_DAY, "", "", "", False, "", "")
         while rows := await self._database.fetch("usage_after", *after, *_filters(wanted), _ROWS):
             for row in rows:
                 yield _sum(row, DIMENSIONS)
             last = rows[-1]
-            after = (last["day"], last["tenant"], last["user"], last["key"], last["mode"] == "test", last["route"])
+            after = (
+                last["day"], last["tenant"], last["user"], last["key"], last["mode"] == "test", last["route"],
+                last["model"],
+            )  # fmt: skip
 
     async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
         """All events that have been written by now, in the order of writing; only those after the id `after`, if given.

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Allowance, Bundle, Hold, TokenNeed
+from keyproxy.limits.allowance import Allowance, Bundle, Hold, Need
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment, TimeBudget
@@ -29,7 +29,7 @@ from tests.store.harness import Clock, Door, Relay, Sql, until_row
 from tests.waiting import until
 
 REPEAT = Answer(False, 0)
-_NOTHING = Hold(Bundle(()), (), 0)
+_NOTHING = Hold(Bundle(()))
 _AGE = "UPDATE keyproxy.idempotent_charges SET charged_at = charged_at - $1::interval"
 _CLAIM = "SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3, $4, $5)"
 
@@ -239,8 +239,11 @@ class LeaseTable:
     def release(self, hold: Hold) -> Hold:
         return hold
 
-    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, is_repeat: bool = False) -> None:
+    def settle(
+        self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False
+    ) -> None:
         assert was_sent
+        assert not spend
         self.settled.append((hold, tokens, is_repeat))
 
 
@@ -261,7 +264,7 @@ class Proxy:
         """Take as a request does."""
         for _ in range(9):
             try:
-                return self.ledger.take(self.allowance, clock.now(), TokenNeed(1, most))
+                return self.ledger.take(self.allowance, clock.now(), Need(most, most))
             except Missing as missing:
                 await missing.fetch_missing()
         raise AssertionError("not decided")
@@ -460,7 +463,7 @@ async def test_whatever_is_lost_attempts_are_charged_at_least_as_the_largest(see
     most, holds = dict[int, int](), dict[int, int]()
     for number in range(200):
         proxy, about, used = chance.choice(proxies), chance.randrange(12), chance.randrange(40)
-        hold = Hold(_NOTHING.bundle, (), number)
+        hold = Hold(_NOTHING.bundle, None, number)
         holds[number], most[about] = about, max(used, most.get(about, 0))
         proxy.add(hold, claim(about).fingerprint, used, None)
         reference.answers, reference.loses_answers = chance.random() < 0.7, int(chance.random() < 0.3)

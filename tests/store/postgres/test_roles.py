@@ -21,15 +21,18 @@ from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.charge_dedup import Answer, Cover
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres import roles
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.postgres.migrations import MigrationError
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 from tests import fakes
+from tests.contracts import LEASE_SECONDS, line, window
 from tests.server import as_role, may_log_in
 from tests.store.harness import Clock, Sql, add_key, add_user
 from tests.store.ledger.test_charge_dedup import claim
+from tests.store.ledger.test_window_credits import credit
 from tests.store.usage.test_journal import ended, rows
 
 FOREIGN = "Ab3dE6gH.abcdefghijklmnopqrstuvwxyz012345"
@@ -148,6 +151,14 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
         "UPDATE keyproxy.migrations SET checksum = ''",
         "ALTER TABLE keyproxy.api_keys DISABLE TRIGGER ALL",
         "SET session_replication_role = replica",
+        "UPDATE keyproxy.windows SET credited = 1",
+        "INSERT INTO keyproxy.windows (pool_kind, pool_id, is_test, measure, starts, credited)"
+        " VALUES ('user', 'u_42', false, 'tokens_per_day', 0, 1)",
+        "INSERT INTO keyproxy.window_credits (id, window_id, amount, reason, actor)"
+        " VALUES ('crd_' || repeat('0', 32), 1, 1, 'x', 'x')",
+        "SELECT keyproxy.credit_window('user', 'u_42', false, 'tokens_per_day', '', 1, 1, 'x')",
+        "DELETE FROM keyproxy.limit_alerts",
+        "UPDATE keyproxy.limit_alerts SET delivered_at = now()",
         "CREATE TABLE keyproxy.mine (x int)",
         "CREATE OR REPLACE FUNCTION keyproxy.actor() RETURNS text LANGUAGE sql AS 'SELECT ''nobody''::text'",
     ],
@@ -244,6 +255,27 @@ async def test_proxies_claim_and_delete_charges_and_the_admin_side_cannot_read_t
         await PostgresClaims(as_admin).claim("p", 2, [claim(1)])
 
 
+async def test_proxies_account_and_write_alerts_and_the_admin_side_credits_and_sends_them(
+    as_proxy: Database, as_admin: Database
+) -> None:
+    ledger = PostgresLedger(as_proxy, lease_seconds=LEASE_SECONDS)
+    await ledger.sync("a", 1, [line(want=10)])
+    await ledger.sync("a", 2, [line(granted=10, used=9, returned=1)])
+    await ledger.end("a")
+    await as_proxy.fetch("forget_windows", 0, 100)
+    assert (await credit(as_admin, window(), 10, 5))["credited"] == 5
+    (alert,) = await as_admin.fetch("claim_alerts", 9, timedelta(seconds=60))
+    assert (alert["percentage"], alert["spent"]) == (80, 9)
+    await as_admin.fetch("alert_failed", alert["message_id"], 1, "no", timedelta(0))
+    await as_admin.fetch("alert_delivered", alert["message_id"])
+    assert (await as_admin.fetch("count_alerts_waiting"))[0]["waiting"] == 0
+    (state,) = await PostgresLedger(as_admin, lease_seconds=LEASE_SECONDS).windows([window()])
+    assert state is not None
+    assert (state.spent, state.credited) == (9, 5)
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_proxy.fetch("claim_alerts", 9, timedelta(seconds=60))
+
+
 async def test_proxies_write_and_delete_usage_and_the_admin_side_reads_it(
     as_proxy: Database, as_admin: Database, sql: Sql
 ) -> None:
@@ -260,4 +292,4 @@ async def test_proxies_write_and_delete_usage_and_the_admin_side_reads_it(
     assert [row["requests"] for row in await reader.sums(UsageFilter(), ["user"], 10)] == [1]
     assert [event["user"] async for event in reader.events(UsageFilter())] == ["u_42"]
     with pytest.raises(StoreUnavailable, match="permission denied"):
-        await as_admin.fetch("record_usage", "x", 1, *([[]] * 11), None)
+        await as_admin.fetch("record_usage", "x", 1, *([[]] * 16), None)

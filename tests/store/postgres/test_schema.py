@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 
 import asyncpg
 import pytest
 
+from keyproxy.limits.plan import InvalidPlanError, Plan
 from keyproxy.store.postgres import migrations
 from tests.server import as_role, may_log_in
 from tests.store.harness import Sql, add_key, add_keys, add_tenant, add_user, audit_rows, change_rows
@@ -193,17 +195,47 @@ async def test_only_a_revoked_key_has_a_revocation_reason(directory: Sql) -> Non
     await directory.execute("UPDATE keyproxy.api_keys SET revoke_reason = 'lost', revoked_at = now()")
 
 
-@pytest.mark.parametrize(
-    ("limits", "is_good"),
-    [("{}", True), ('{"requests_per_day": 1}', True), ("[]", False), ("1", False), ('{"a": 1}', False)],
-)
-async def test_limits_of_a_plan_must_be_an_object(sql: Sql, limits: str, is_good: bool) -> None:
+def _limit(**changes: object) -> dict[str, object]:
+    return {"measure": "tokens", "per": "day", "amount": 10, **changes}
+
+
+LIMITS: list[object] = [
+    {}, {"requests_per_day": 1}, {"rate": 0.5, "burst": 2}, {"burst": 2}, {"a": 1}, {"rate": None}, {"tokens_per_day": -1},
+    {"tokens_per_day": 1.5}, {"tokens_per_day": 10**15}, {"tokens_per_day": 10**15 + 1}, {"concurrency": "1"}, 1, "x", None,
+    True, [], [1], [[]], [None], [{}], [_limit()], [_limit(amount=0)], [_limit(amount=10**15 - 1)], [_limit(amount=10**15)],
+    [_limit(amount=-1)], [_limit(amount=1.5)], [_limit(amount=2.0)], [_limit(amount="1")], [_limit(amount=True)],
+    [_limit(amount=None)], [_limit(per=None)], [_limit(per=1)], [_limit(per="request")], [_limit(per="")],
+    [_limit(per="second")], [_limit(per="year")], [_limit(burst=1)], [_limit(more=1)], [{"measure": "tokens", "per": "day"}],
+    [{"per": "day", "amount": 1}], [_limit(measure="spend", per="week")], [_limit(measure="spend", per="request")],
+    [_limit(measure="requests", per="minute")], [_limit(measure="requests", per="request")], [_limit(measure="requests_", per="day")],
+    [_limit(measure=1)], [_limit(measure=None)], [_limit(measure="concurrency")], [_limit(measure="concurrency", per="")],
+    [{"measure": "concurrency", "amount": 8}], [{"measure": "concurrency", "amount": 8.5}], [{"measure": "tokens", "amount": 8}],
+    *([_limit(measure=measure, per=per, amount=amount)]
+      for measure in ("request-rate", "token-rate") for per in ("second", "minute", "hour", "day", "week", "")
+      for amount in (0, 0.4, 1, 2.5, 100, 10**6, 10**8, 6 * 10**7, 10**8 + 1, 36 * 10**8, 10**13, 10**14)),
+    *([_limit(measure="request-rate", per="second", burst=burst)] for burst in (0, 1, 1.5, 10**15 - 1, 10**15, "1", None, True)),
+    *([_limit(model=model)] for model in ("", "gpt-4o", "a/b:c@d_e.f", "a" * 128, "a" * 129, "a b", "a,b", "a\n", "é", 1, None)),
+    *([_limit(route=route)] for route in (
+        "", "chat", "POST /v1/{name}/x", "a" * 128, "a" * 129, "a,b", 'a"b', "a\\b", "a\n", "a\x7f", "a\tb", "é", "[a]-~", 1, None,
+    )),
+    *([_limit(mode=mode)] for mode in ("", "live", "test", "Live", "x", 1, None)),
+    [_limit(), _limit()], [_limit(), _limit(model="x")], [_limit(), _limit(per="week")], [_limit(model=""), _limit(amount=9)],
+    [_limit(measure="request-rate", per="second"), _limit(measure="request-rate", per="minute")],
+    [_limit(measure="request-rate", per="second"), _limit(measure="token-rate", per="minute")],
+    [_limit(model=f"m{number}") for number in range(32)], [_limit(model=f"m{number}") for number in range(33)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: json.dumps(limits)[:70])
+async def test_limits_of_a_plan_are_those_that_the_program_reads(sql: Sql, limits: object) -> None:
     insert = "INSERT INTO keyproxy.plans (id, limits) VALUES ('p', $1::text::jsonb)"
-    if is_good:
-        await sql.execute(insert, limits)
-    else:
+    try:
+        Plan.from_json(limits)
+    except InvalidPlanError:
         with pytest.raises(asyncpg.CheckViolationError):
-            await sql.execute(insert, limits)
+            await sql.execute(insert, json.dumps(limits))
+    else:
+        await sql.execute(insert, json.dumps(limits))
 
 
 # -- change rows

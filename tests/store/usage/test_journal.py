@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+import orjson
 import pytest
 
 from keyproxy.config.schema import Usage
@@ -16,6 +17,7 @@ from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.usage.journal import UsageJournal
+from keyproxy.store.usage.model_names import ModelNames
 from tests import fakes
 from tests.store.harness import Clock, Door, Relay, Sql, until_row
 
@@ -93,7 +95,10 @@ async def test_requests_refusals_and_tokens_are_summed_by_day_key_mode_and_route
     )
     await journal.flush()
     today = datetime.fromtimestamp(clock.wall_seconds, UTC).date()
-    about = {"day": today, "tenant_id": "acme", "user_id": "u_42", "key_id": "key_of_u_42", "route": ROUTE}
+    about = {
+        "day": today, "tenant_id": "acme", "user_id": "u_42", "key_id": "key_of_u_42", "route": ROUTE, "model": "",
+        "tokens_cached": 0, "tokens_cache_write": 0, "tokens_reasoning": 0, "cost_micros": 0,
+    }  # fmt: skip
     assert await usage(sql) == [
         {
             **about, "is_test": False, "requests": 2, "refusals": 1, "tokens_in": 13, "tokens_out": 9,
@@ -104,6 +109,90 @@ async def test_requests_refusals_and_tokens_are_summed_by_day_key_mode_and_route
             "tokens_estimated": 0,
         },
     ]  # fmt: skip
+
+
+async def test_each_model_has_its_own_sums_with_parts_of_tokens_and_cost(journal: UsageJournal, sql: Sql) -> None:
+    who = fakes.identity()
+    use = TokenUse(1_000, 200, cached=600, cache_write=50, reasoning=80)
+    told = [("gpt-4o", 3_750), ("gpt-4o", 250), ("", 0)]
+    for model, cost in told:
+        one = ended(who, use=use)
+        one.model, one.cost_micros = model, cost
+        journal.take(rows(one))
+    await journal.flush()
+    sums = [
+        {name: row[name] for name in ("model", "requests", "tokens_cached", "tokens_cache_write", "tokens_reasoning",
+                                      "cost_micros")}
+        for row in sorted(await usage(sql), key=lambda row: row["model"])
+    ]  # fmt: skip
+    assert sums == [
+        {
+            "model": "", "requests": 1, "tokens_cached": 600, "tokens_cache_write": 50, "tokens_reasoning": 80,
+            "cost_micros": 0,
+        },
+        {
+            "model": "gpt-4o", "requests": 2, "tokens_cached": 1_200, "tokens_cache_write": 100, "tokens_reasoning": 160,
+            "cost_micros": 4_000,
+        },
+    ]  # fmt: skip
+
+
+async def test_event_of_a_model_has_its_tokens_and_cost_and_stays_readable_for_the_previous_release(
+    journal: UsageJournal, sql: Sql
+) -> None:
+    sent, refused = ended(fakes.identity(), use=TokenUse(10, 5, cached=4, cache_write=3, reasoning=2)), ended(
+        fakes.identity(), was_sent=False, reason=Reason.QUOTA_EXHAUSTED
+    )  # fmt: skip
+    sent.model, sent.cost_micros, refused.model, refused.policy = "gpt-4o", 123, "o3", "user.requests_per_day"
+    journal.take(rows(sent, refused, ended(fakes.identity())))
+    await journal.flush()
+    columns = "model, tokens_cached, tokens_cache_write, tokens_reasoning, cost_micros, policy"
+    found = [tuple(row) for row in await sql.fetch(f"SELECT {columns} FROM keyproxy.usage_events ORDER BY id")]
+    assert found == [
+        ("gpt-4o", 4, 3, 2, 123, None),
+        ("o3", None, None, None, None, "user.requests_per_day"),
+        (None, None, None, None, None, None),
+    ]
+    events = orjson.loads(await sql.fetchval("SELECT events::text FROM keyproxy.usage_event_batches"))
+    assert {len(event) for event in events} == {9}
+
+
+async def test_user_has_at_most_64_unlisted_models_a_day_and_further_ones_are_other(
+    journal: UsageJournal, sql: Sql, clock: Clock
+) -> None:
+    clock.wall_seconds = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
+    journal.model_names = ModelNames(["gpt-4o"])
+
+    async def send(user: str, *models: str) -> set[str]:
+        for model in models:
+            one = ended(fakes.identity(user))
+            one.model = model
+            journal.take(rows(one))
+        await journal.flush()
+        found = await sql.fetch("SELECT model FROM keyproxy.usage WHERE user_id = $1 AND day = $2", user,
+                                datetime.fromtimestamp(clock.wall_seconds, UTC).date())  # fmt: skip
+        return {row["model"] for row in found}
+
+    made_up = [f"m{number}" for number in range(70)]
+    assert await send("ann", *made_up, "gpt-4o", "m3") == {*made_up[:64], "gpt-4o", "other"}
+    assert await send("bob", "m69") == {"m69"}
+    clock.advance(86_400)
+    assert await send("ann", "m69") == {"m69"}
+
+
+async def test_day_is_that_of_the_ledger_s_clock(database: Database, sql: Sql, clock: Clock) -> None:
+    ahead = [3.0]
+    journal = UsageJournal(database, Usage(), clock, settle_seconds=0.5, server_ahead_seconds=lambda: ahead[0])
+    clock.wall_seconds = datetime(2026, 1, 31, 23, 59, 58, tzinfo=UTC).timestamp()
+    journal.take(rows(ended(fakes.identity())))
+    ahead[0] = -3.0
+    clock.advance(3.0)
+    journal.take(rows(ended(fakes.identity()), ended(fakes.identity())))
+    await journal.flush()
+    assert [(row["day"], row["requests"]) for row in await usage(sql)] == [
+        (date(2026, 1, 31), 2),
+        (date(2026, 2, 1), 1),
+    ]
 
 
 async def test_batches_of_one_day_add_up_even_if_the_identity_was_reloaded(journal: UsageJournal, sql: Sql) -> None:
@@ -251,7 +340,8 @@ async def test_event_describes_one_request(journal: UsageJournal, sql: Sql, cloc
         "recorded_on": datetime.now(UTC).date(), "request_id": one.request_id.decode(), "tenant_id": "acme",
         "user_id": "u_42", "key_id": "key_of_u_42", "mode": "live", "route": ROUTE, "method": "POST", "status": 200,
         "code": "ok", "tokens_in": 7, "tokens_out": 0, "estimated": True, "request_bytes": 10, "response_bytes": 20,
-        "duration_seconds": 0.25, "policy": None,
+        "duration_seconds": 0.25, "policy": None, "model": "", "tokens_cached": 0, "tokens_cache_write": 0,
+        "tokens_reasoning": 0, "cost_micros": 0,
     }  # fmt: skip
     assert (found[1]["mode"], found[1]["code"], found[1]["tokens_in"]) == ("test", "rate_limited", None)
     assert found[1]["policy"] == "user.rate"

@@ -14,6 +14,7 @@ from keyproxy.config.schema import Usage
 from keyproxy.model import TokenUse
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage import usage_queries
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, UsageFilter, UsageReader
 from tests import fakes
@@ -56,17 +57,39 @@ async def listed(found: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("three_days")
 async def test_sums_are_grouped_by_the_requested_dimensions(reader: UsageReader) -> None:
+    of_models = dict.fromkeys(("tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros"), 0)
     assert await reader.sums(NOBODY, ["user"], 10) == [
         {
             "user": "ann", "requests": 3, "refusals": 1, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0,
+            **of_models,
         },
         {
             "user": "bob", "requests": 3, "refusals": 0, "tokens_in": 30, "tokens_out": 3, "tokens_estimated": 0,
+            **of_models,
         },
     ]  # fmt: skip
     assert [row["mode"] for row in await reader.sums(NOBODY, ["mode"], 10)] == ["live", "test"]
     assert len(await reader.sums(NOBODY, DIMENSIONS, 100)) == 7
     assert len(await reader.sums(NOBODY, DIMENSIONS, 5)) == 5
+
+
+async def test_sums_and_exports_distinguish_models(
+    database: Database, clock: Clock, reader: UsageReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_queries, "_ROWS", 2)
+    journal = UsageJournal(database, Usage(), clock, settle_seconds=0.5)
+    for number in range(7):
+        one = ended(fakes.identity(), use=TokenUse(10, 1))
+        one.model, one.cost_micros = f"m{number % 4}", 100 * number
+        journal.take(rows(one))
+    await journal.flush()
+    sums = await reader.sums(NOBODY, ["model"], 10)
+    assert [(row["model"], row["requests"], row["cost_micros"]) for row in sums] == [
+        ("m0", 2, 400), ("m1", 2, 600), ("m2", 2, 800), ("m3", 1, 300)
+    ]  # fmt: skip
+    assert [row["model"] for row in await listed(reader.all_sums(NOBODY))] == ["m0", "m1", "m2", "m3"]
+    events = await listed(reader.events(NOBODY))
+    assert [(event["model"], event["cost_micros"]) for event in events[:2]] == [("m0", 0), ("m1", 100)]
 
 
 @pytest.mark.usefixtures("three_days")

@@ -607,7 +607,7 @@ CREATE FUNCTION keyproxy.credit_window(
 #variable_conflict use_variable
 DECLARE
     instant float8 := extract(epoch FROM clock_timestamp());
-    found bigint;
+    target bigint;
     before bigint;
 BEGIN
     starts := keyproxy.window_start(measure, instant);
@@ -619,7 +619,7 @@ BEGIN
     LOOP
         INSERT INTO keyproxy.windows AS w (pool_kind, pool_id, is_test, measure, starts, selector)
         VALUES (kind, owner, is_test, measure, starts, selector) ON CONFLICT DO NOTHING;
-        SELECT w.id, w.credited INTO found, before FROM keyproxy.windows AS w
+        SELECT w.id, w.credited INTO target, before FROM keyproxy.windows AS w
         WHERE w.pool_kind = kind AND w.pool_id = owner AND w.is_test = credit_window.is_test
           AND w.measure = credit_window.measure AND w.starts = credit_window.starts AND w.selector = credit_window.selector
         FOR NO KEY UPDATE;
@@ -629,11 +629,11 @@ BEGIN
         RAISE EXCEPTION 'the limit is % and % were credited: % would make it %', bound, before, amount, bound + before + amount
             USING ERRCODE = 'check_violation', CONSTRAINT = 'window_credits_bound';
     END IF;
-    UPDATE keyproxy.windows AS w SET credited = before + amount WHERE w.id = found
+    UPDATE keyproxy.windows AS w SET credited = before + amount WHERE w.id = target
     RETURNING w.credited, w.spent, w.held INTO credited, spent, held;
     id := 'crd_' || replace(gen_random_uuid()::text, '-', '');
     INSERT INTO keyproxy.window_credits (id, window_id, amount, reason, actor)
-    VALUES (id, found, amount, reason, keyproxy.actor());
+    VALUES (id, target, amount, reason, keyproxy.actor());
     INSERT INTO keyproxy.audit_log (actor, origin, action, entity, entity_id, tenant_id, before, after)
     VALUES (
         keyproxy.actor(), keyproxy.origin(), 'window.credit', 'window', kind || ' ' || owner, keyproxy.tenant_of_pool(kind, owner),
