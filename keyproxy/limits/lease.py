@@ -46,6 +46,9 @@ _UNITS: Final = {
     **dict.fromkeys(SPEND, limit_state.MONEY),
 }
 
+#: Makes the times of reports different between processes, whose monotonic clocks are.
+_SPREAD: Final = 997.0
+
 #: How long a reply describes what the ledger has left.
 FRESH_SECONDS: Final = 1.0
 
@@ -284,7 +287,8 @@ class Lease:
         )
         if self.is_asked and self.pause_seconds:
             self.touched_mono = now_mono
-        self.due_mono = now_mono + self.pause_seconds
+        # Up to two fifths more, which spreads the reports of processes that began at the same time.
+        self.due_mono = now_mono + self.pause_seconds * (1.0 + 0.4 * (now_mono * _SPREAD % 1.0))
         self.need = self.at_least = 0
         self.is_asked = False
         return line

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -63,6 +64,8 @@ class WindowAccount:
     wanted_by: str = ""
     recalled_at: float = -math.inf
     limit: int = 0
+    #: The number of leases of each holder that has any.
+    leases: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -171,6 +174,7 @@ class LedgerRules:
             if lease.key[0].measure != CONCURRENCY:
                 window.spent += lease.outstanding
                 window.forfeited += lease.outstanding
+            window.leases.pop(name, None)
         holder.leases.clear()
 
     def credit(self, window: Window, amount: int, now: float) -> None:
@@ -211,23 +215,18 @@ class _Message:
         #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
         self._rates: dict[int, tuple[float, int]] = {}
         self._moved: dict[WindowStart, float] = {}
-        #: For other windows: the number of other holders, and whether there were many before this message.
-        self._others: dict[WindowStart, int] = {}
+        #: For other windows: whether there were many holders before this message.
         self._are_many: dict[WindowStart, bool] = {}
 
-    def _count_holders(self, key: WindowStart) -> None:
-        if key in self._others:
+    def _pace(self, key: WindowStart) -> None:
+        """Count this message towards the pace of a window's reports."""
+        if key in self._are_many:
             return
-        leases = [holder.leases for name, holder in self._holders.items() if name != self._name and not holder.has_ended]
-        self._others[key] = sum(1 for held in leases if any(lease.key == key for lease in held.values()))
-        self._are_many[key] = self._others[key] + self._has_lease(key) > FEW_HOLDERS
+        window = self._windows[key]
+        self._are_many[key] = len(window.leases) > FEW_HOLDERS
         if self._are_many[key]:
-            window = self._windows[key]
             ahead = max(window.theoretical - self._now, 0.0) + 1.0 / REPORTS_PER_SECOND
             window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
-
-    def _has_lease(self, key: WindowStart) -> bool:
-        return any(lease.key == key for lease in self._leases.values())
 
     def settle(self, line: LeaseReport) -> None:
         """Apply the report of a lease."""
@@ -245,11 +244,12 @@ class _Message:
                 )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
-        self._count_holders(key)
+        self._pace(key)
         self._is_wanted[line.lease] = is_wanted and not self._are_many[key]
         # A lease that is closed already stays closed.
         if line.is_closing and not is_known:
             return
+        window.leases[self._name] += not is_known
         lease = self._leases.setdefault(line.lease, LeaseAccount(key))
         lease.is_recalled = False
         self._reported.add(line.lease)
@@ -262,6 +262,9 @@ class _Message:
             # Also what was granted in a reply that was lost.
             lease.granted = lease.used + lease.returned
             del self._leases[line.lease]
+            window.leases[self._name] -= 1
+            if not window.leases[self._name]:
+                del window.leases[self._name]
         window.held += lease.outstanding
 
     def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
@@ -321,7 +324,7 @@ class _Message:
             wait_seconds = max(_ASK_SECONDS_MIN, window.theoretical - self._now)
         return LeaseGrant(
             line.lease, key[1], granted, window.spent, window.held, ends_seconds, wait_seconds,
-            self._is_wanted[line.lease], window.credited, max(1, self._others[key] + self._has_lease(key)),
+            self._is_wanted[line.lease], window.credited, max(1, len(window.leases)),
         )  # fmt: skip
 
     def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:

@@ -74,6 +74,7 @@ class Store:
             self.identities,
             state,
             now,
+            lease_holder=self.ledger.conversation if ledger.backend == "postgres" else None,
         )
         #: All background tasks that run while the store is open.
         self.lasting = (

@@ -20,7 +20,7 @@ import collections
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
@@ -45,6 +45,9 @@ _CHANGES_MAX: Final = 20_000
 #: The kinds of changes of limits alone. The statement returns all other changes before these.
 _LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window")
 
+#: No change, but a lease whose idle units the ledger recalls. These rows come after all changes.
+_RECALL: Final = "recall"
+
 #: Changes are kept for at least `_KEPT_SECONDS`; a proxy that has not polled for longer than `_GAP_SECONDS` may have
 #: missed some. The difference allows for clock drift.
 _GAP_SECONDS: Final = 600.0
@@ -53,6 +56,19 @@ _SAMPLE_SECONDS: Final = 60.0
 
 #: How many changes one statement deletes, one statement between two polls: a bulk change may have left millions.
 _FORGET_PORTION: Final = 2_000
+
+
+class LeaseHolder(Protocol):
+    """The process as a holder of leases, from which the ledger recalls idle units."""
+
+    @property
+    def holder(self) -> str:
+        """Its name in the ledger."""
+        ...
+
+    def recall(self, leases: Sequence[int]) -> None:
+        """Return the idle units of these leases."""
+        ...
 
 
 class ChangeFeed:
@@ -65,8 +81,11 @@ class ChangeFeed:
         cache: IdentityCache,
         state: FeedState,
         now: Callable[[], Moment],
+        *,
+        lease_holder: LeaseHolder | None = None,
     ) -> None:
-        """Without a `listener` the feed only polls."""
+        """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
+        self._lease_holder = lease_holder
         self._database = database
         self._listener = listener
         self._cache = cache
@@ -141,9 +160,10 @@ class ChangeFeed:
         """
         present = None
         if self._was_slow and self._snapshot is not None:
-            (present,) = await self._database.fetch("changes_since", None, 1)
+            (present,) = await self._database.fetch("changes_since", None, 1, "")
         try:
-            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+            holder = "" if self._lease_holder is None else self._lease_holder.holder
+            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1, holder)
         except StoreUnavailable as error:
             self._was_slow = took_too_long(error)
             if present is None or not self._was_slow:
@@ -156,7 +176,9 @@ class ChangeFeed:
 
     def _apply(self, rows: Sequence[Row]) -> None:
         is_cut_off = len(rows) > _CHANGES_MAX
-        if is_cut_off and rows[-1]["kind"] not in _LIMITS:
+        if rows[-1]["kind"] == _RECALL and self._lease_holder is not None:
+            self._lease_holder.recall([int(row["subject"]) for row in rows if row["kind"] == _RECALL])
+        if is_cut_off and rows[-1]["kind"] not in (*_LIMITS, _RECALL):
             # A change beyond these rows may have revoked any key.
             self._cache.forget_all()
             return
@@ -175,6 +197,8 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
+                case "recall":
+                    pass  # done above
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
