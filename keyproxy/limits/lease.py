@@ -191,6 +191,7 @@ class Lease:
         limit, interval = rule.quota, rule.interval_seconds
         self.rule = rule
         self.seen_available = max(0, self.seen_available + limit - self.limit)
+        self.ask_after_mono = 0.0
         self.limit, self.interval_seconds = limit, interval
         self._restate()
 
@@ -222,12 +223,13 @@ class Lease:
         self.ends_mono = math.inf
         self.lapses.clear()
 
-    def give_back(self) -> None:
-        """Return the free units to the ledger with the next line."""
-        if self.free > 0:
-            self.return_units(self.free, self.granted_at)
-            self.returned += self.free
-            self.free = 0
+    def give_back(self, keep: int = 0) -> None:
+        """Return the free units to the ledger with the next line, all but these."""
+        units = self.free - keep
+        if units > 0:
+            self.return_units(units, self.granted_at)
+            self.returned += units
+            self.free = keep
 
     @property
     def granted_at(self) -> float:

@@ -230,7 +230,8 @@ class LeaseSync:
             # Wanted units are returned although they are needed here too: they may suffice for another holder's
             # request.
             if is_wanted or not lease.need:
-                lease.give_back()
+                # One of many that are busy keeps what it uses at once: it would request that again.
+                lease.give_back(math.floor(lease.pace) if is_wanted and lease.pause_seconds else 0)
 
     def apply(
         self,

@@ -22,7 +22,6 @@ from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import (
     CONCURRENCY,
     FEW_HOLDERS,
-    REPORTS_PER_SECOND,
     TOKEN_RATE,
     LeaseGrant,
     LeaseReport,
@@ -36,9 +35,14 @@ _WANTED_SECONDS: Final = 2.0
 _RECALL_SECONDS: Final = 0.5
 _RECALLED_MAX: Final = 100
 
-#: With many holders: the shortest and the longest wait between two requests of which the first was granted nothing.
+#: With many holders: how many requests per second that are granted nothing are welcome, and the shortest and the longest
+#: wait after one.
+_ASKS_PER_SECOND: Final = 60.0
 _ASK_SECONDS_MIN: Final = 0.7
-_ASK_SECONDS_MAX: Final = 8.0
+_ASK_SECONDS_MAX: Final = 20.0
+
+#: If such requests are so far ahead of their pace, no more than what suffices is recalled.
+_AHEAD_SECONDS: Final = 0.25
 
 #: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
 _CLAIMED_SECONDS: Final = 86_400.0
@@ -51,8 +55,8 @@ WindowStart = tuple[Window, int]
 class WindowAccount:
     """The account of one window.
 
-    `theoretical`: of a rate, see `gcra`; of another window with many holders, how far its reports are ahead of
-    REPORTS_PER_SECOND.
+    `theoretical`: of a rate, see `gcra`; of another window with many holders, until when requests that were granted
+    nothing are ahead of their pace.
     """
 
     spent: int = 0
@@ -218,16 +222,6 @@ class _Message:
         #: For other windows: whether there were many holders before this message.
         self._are_many: dict[WindowStart, bool] = {}
 
-    def _pace(self, key: WindowStart) -> None:
-        """Count this message towards the pace of a window's reports."""
-        if key in self._are_many:
-            return
-        window = self._windows[key]
-        self._are_many[key] = len(window.leases) > FEW_HOLDERS
-        if self._are_many[key]:
-            ahead = max(window.theoretical - self._now, 0.0) + 1.0 / REPORTS_PER_SECOND
-            window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
-
     def settle(self, line: LeaseReport) -> None:
         """Apply the report of a lease."""
         key = self._keys[line.lease] = self._key(line)
@@ -244,7 +238,7 @@ class _Message:
                 )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
-        self._pace(key)
+        self._are_many.setdefault(key, len(window.leases) > FEW_HOLDERS)
         self._is_wanted[line.lease] = is_wanted and not self._are_many[key]
         # A lease that is closed already stays closed.
         if line.is_closing and not is_known:
@@ -289,8 +283,12 @@ class _Message:
         window.held += granted
         reported = [self._leases[number] for number in self._reported if number in self._leases]
         own = sum(lease.outstanding for lease in reported if lease.key == key)
+        if not granted and self._are_many[key]:
+            ahead = max(window.theoretical - self._now, 0.0) + 1.0 / _ASKS_PER_SECOND
+            window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
         if not granted and window.held > own:
-            is_repeat = self._now - window.wanted_at < _WANTED_SECONDS
+            is_ahead = self._are_many[key] and window.theoretical - self._now >= _AHEAD_SECONDS
+            is_repeat = self._now - window.wanted_at < _WANTED_SECONDS and not is_ahead
             if line.at_least <= available + window.held and self._now - window.recalled_at >= _RECALL_SECONDS:
                 window.recalled_at = self._now
                 self._recall(key, line.at_least - max(0, available), is_repeat=is_repeat)

@@ -50,7 +50,6 @@ class Member:
     backend: RemoteLedger
     ledger: Ledger
     now: Moment
-    held: int = 0
 
 
 class _CountedLedger(ReferenceLedger):
@@ -199,6 +198,11 @@ class Crowd:
             task.cancel()
         return seconds
 
+    def units_of(self, member: Member) -> int:
+        """The units that the ledger holds for a process."""
+        holder = self.reference.holders.get(member.ledger.conversation.holder)
+        return 0 if holder is None else sum(lease.outstanding for lease in holder.leases.values())
+
     # -- invariants and results
 
     def _check(self) -> None:
@@ -223,12 +227,6 @@ class Crowd:
             for member in self.members:
                 for context in member.loop.errors:
                     raise BrokenError(f"{context['message']}: {context.get('exception')!r}")
-
-    @property
-    def available(self) -> int:
-        """What the ledger could grant, and what it holds for others: all that is not spent."""
-        (row,) = self.reference.windows.values()
-        return self.limit - row.spent
 
     def messages_per_second(self, since: float, until: float) -> tuple[float, int]:
         """The mean and the highest number of messages about the window in one second."""

@@ -11,7 +11,7 @@ CREATE INDEX leases_recalled ON keyproxy.leases (holder) WHERE is_recalled;
 
 ALTER TABLE keyproxy.windows ADD COLUMN recalled_at float8 NOT NULL DEFAULT 0;
 COMMENT ON COLUMN keyproxy.windows.theoretical IS
-    'GCRA: the theoretical arrival time, Unix time; of units of a rate, else of messages about a window with many holders';
+    'GCRA: the theoretical arrival time, Unix time; of units of a rate, else of requests that were granted nothing, in a window with many holders';
 
 -- The leases of a holder whose idle units another one is short of. Needs: leases_recalled.
 CREATE FUNCTION keyproxy.recalled_leases(sender text) RETURNS SETOF bigint LANGUAGE plpgsql STABLE ROWS 1
@@ -66,7 +66,7 @@ DECLARE
 
         $$bool_or(is_known) OVER of_window AS is_any_known,$$,
         $$bool_or(is_known) OVER of_window AS is_any_known,
-               instant + least(greatest(theoretical - instant, 0) + 1 / 120.0::float8, 8) AS paced,$$,
+               instant + least(greatest(theoretical - instant, 0) + 1 / 60.0::float8, 20) AS paced,$$,
 
         $$        FROM totalled AS t
     ), kept AS ($$,
@@ -77,7 +77,8 @@ DECLARE
                     AND t.at_least <= t.bound + t.window_credited - t.was_spent - t.window_used
                     AND instant - t.recalled_at >= 0.5
                    THEN keyproxy.recall_units(
-                       t.window_id, sender, t.at_least - greatest(0, t.available), instant - t.wanted_at < 2
+                       t.window_id, sender, t.at_least - greatest(0, t.available),
+                       instant - t.wanted_at < 2 AND NOT (t.are_many AND t.paced - instant >= 0.25)
                    )
                END AS recalled
         FROM totalled AS t
@@ -89,7 +90,7 @@ DECLARE
     ), closed AS ($$,
 
         $$theoretical = CASE WHEN j.is_rate THEN j.window_theoretical ELSE w.theoretical END,$$,
-        $$theoretical = CASE WHEN j.is_rate THEN j.window_theoretical WHEN j.are_many THEN j.paced ELSE w.theoretical END,
+        $$theoretical = CASE WHEN j.is_rate THEN j.window_theoretical WHEN j.are_many AND j.is_short THEN j.paced ELSE w.theoretical END,
             recalled_at = CASE WHEN j.recalled IS NULL THEN w.recalled_at ELSE instant END,$$,
 
         $$THEN greatest(0, j.ahead + j.at_least * j.interval_seconds - j.bound * j.interval_seconds) ELSE 0 END,$$,
