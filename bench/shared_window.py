@@ -43,9 +43,7 @@ from keyproxy.store.postgres.database import Database
 _OS_PROCESSES = 2
 _CONNECTIONS = 12
 _LIMIT = 10**12
-_AMPLE = (
-    "SELECT coalesce(sum(spent), 0)::bigint, coalesce(sum(held), 0)::bigint FROM keyproxy.windows WHERE pool_id = $1"
-)
+_TAKEN = "SELECT coalesce(sum(spent + held), 0)::bigint FROM keyproxy.windows WHERE pool_id = $1"
 
 
 class Load(NamedTuple):
@@ -192,8 +190,7 @@ async def _watch(dsn: str, load: Load) -> int:
     most = 0
     try:
         while time.time() < load.start + load.warm_seconds + load.seconds:
-            spent, held = await connection.fetchrow(_AMPLE, load.tenant)
-            most = max(most, spent + held)
+            most = max(most, await connection.fetchval(_TAKEN, load.tenant))
             await asyncio.sleep(0.25)
         return most
     finally:
@@ -212,19 +209,23 @@ def _measure(dsn: str, load: Load) -> None:
         sum(1 for at in messages if second <= at - load.start - load.warm_seconds < second + 1)
         for second in range(int(load.seconds))
     ]
-    waits = sorted(seconds for run in runs for seconds in run.waits) or [0.0]
-    round_trips = sorted(seconds for run in runs for seconds in run.round_trips) or [0.0]
+    waits = [seconds for run in runs for seconds in run.waits] or [0.0]
+    round_trips = [seconds for run in runs for seconds in run.round_trips] or [0.0]
     received, refused = sum(run.received for run in runs), sum(run.refused for run in runs)
     last = max(run.last_received for run in runs) - min((run.first_refused or float("inf")) for run in runs)
     is_low = load.limit < _LIMIT
+    waited = sum(1 for wait in waits if wait > 0.001) / len(waits)
     print(
         f"{load.holders:>7}  {'before' if load.is_before else 'now':<6} {'runs out' if is_low else 'ample':<8}"
-        f" {statistics.fmean(by_second):>8.1f} {max(by_second):>7} {round_trips[int(len(round_trips) * 0.99)] * 1e3:>8.1f}"
-        f" {sum(1 for wait in waits if wait > 0.001) / len(waits):>8.2%} {waits[int(len(waits) * 0.99)] * 1e3:>8.1f}"
-        f" {received:>9} {refused:>8} {max(0, received - load.limit, most - load.limit):>6}"
-        f" {f'{received - load.limit:+} at {last:.1f}' if is_low else '':>12}",
+        f" {statistics.fmean(by_second):>8.1f} {max(by_second):>7} {_p99(round_trips) * 1e3:>7.1f} {waited:>8.2%}"
+        f" {_p99(waits) * 1e3:>8.1f} {received:>9} {refused:>8} {max(0, received - load.limit, most - load.limit):>6}"
+        f" {f'{received - load.limit:+} at {last:.1f}' if is_low else '':>16}",
         flush=True,
     )
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -237,8 +238,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}")
     print(
-        "                         messages/s     | round trip | requests                               over   last unit\n"
-        "holders         limit      mean highest |   p99 ms   |   waited   p99 ms received  refused  limit   s after refusal"
+        "                        messages/s    | trip | requests                              over  last unit,\n"
+        "holders         limit      mean highest  p99 ms   waited   p99 ms  received  refused  limit  s after refusal"
     )
     with tempfile.TemporaryDirectory(prefix="kpb-", dir="/tmp") as directory:
         server = embedded_postgres.start(Path(directory) / "pg", {})
