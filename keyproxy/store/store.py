@@ -72,7 +72,6 @@ class Store:
             now,
         )
         self.feed.window_changed = self.ledger.conversation.lease_sync.forget_refusals
-        self.feed.units_recalled = self.ledger.conversation.recall
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
