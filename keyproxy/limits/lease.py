@@ -46,12 +46,6 @@ _UNITS: Final = {
     **dict.fromkeys(SPEND, limit_state.MONEY),
 }
 
-#: Reports on one window per second, by all its holders together. With more holders each reports less often, and holds
-#: units for two of its intervals.
-_REPORTS_PER_SECOND: Final = 120
-#: With fewer holders each reports with every settlement.
-_MANY_HOLDERS: Final = 30
-
 #: How long a reply describes what the ledger has left.
 FRESH_SECONDS: Final = 1.0
 
@@ -67,8 +61,8 @@ class Lease:
         "ahead", "at_least", "confirmed", "credited", "dry_until_mono", "empty_need", "empty_until_mono", "ends_mono",
         "free", "granted", "heard_mono", "interval_seconds", "is_aging", "is_asked", "is_current", "is_noted",
         "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "piece",
-        "policy", "rate", "report_seconds", "retry_mono", "returned", "rule", "seen_available", "sent", "spent_apart",
-        "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "policy", "rate", "retry_mono", "returned", "rule", "seen_available", "sent", "spent_apart", "starts",
+        "taken_before", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
@@ -77,8 +71,6 @@ class Lease:
         #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
         self.credited = 0
         self.heard_mono = -math.inf
-        #: The shortest time between two reports.
-        self.report_seconds = 0.0
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
@@ -163,16 +155,7 @@ class Lease:
 
     def is_busy(self, now_mono: float) -> bool:
         """Whether units were taken recently."""
-        return now_mono - self.touched_mono < self.idle_seconds
-
-    @property
-    def idle_seconds(self) -> float:
-        """Units that stay unused for this long are returned."""
-        return max(IDLE_SECONDS, 2.0 * self.report_seconds)
-
-    def may_report(self, now_mono: float) -> bool:
-        """Whether a report without a request for units is due, or another holder is short of units."""
-        return now_mono >= self.heard_mono + self.report_seconds or now_mono < self.is_wanted_until
+        return now_mono - self.touched_mono < IDLE_SECONDS
 
     @property
     def has_news(self) -> bool:
@@ -323,8 +306,7 @@ class Lease:
         first = max(_FIRST_UNITS, 2 * self.piece)
         if not self.granted:
             return self.need + first if self.need else 0
-        lasts_seconds = max(_LASTS_SECONDS, 2.0 * self.report_seconds)
-        ahead = min(math.ceil(self.pace * lasts_seconds), 2 * self.ahead + first)
+        ahead = min(math.ceil(self.pace * _LASTS_SECONDS), 2 * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
@@ -340,7 +322,6 @@ class Lease:
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
         self.heard_mono = received_mono
-        self.report_seconds = reply.holders / _REPORTS_PER_SECOND if reply.holders > _MANY_HOLDERS else 0.0
         if reply.credited != self.credited:
             self.credited = reply.credited
             self._restate()

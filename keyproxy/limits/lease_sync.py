@@ -22,9 +22,6 @@ from keyproxy.limits.review_queue import ReviewQueue
 _EMPTY_SECONDS: Final = 1.0
 _VAIN_SECONDS: Final = 0.5
 
-#: How long a process keeps no units ahead after a recall.
-RECALL_SECONDS: Final = 2.0
-
 #: How long a closed lease is remembered: a ledger that fails over may have lost the close.
 _REMEMBERED_SECONDS: Final = 30.0
 
@@ -105,7 +102,7 @@ class LeaseSync:
         if is_last:
             for lease in self._active:
                 self._tidy(lease, now_mono)
-                lease.touched_mono = lease.heard_mono = -math.inf
+                lease.touched_mono = -math.inf
                 self.reviews.make_due(lease)
 
     def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
@@ -163,10 +160,6 @@ class LeaseSync:
             if lease.is_done and not lease.owes and not lease.has_news and not is_needed:
                 return self._close(lease, now_mono)
             if not (is_asked or is_low or lease.has_news):
-                return None
-            if not (is_asked or is_low or lease.may_report(now_mono)):
-                # One of many holders: reviewed again with the next settlements.
-                self.reviews.note_change(lease)
                 return None
         elif (lease.is_asked and lease.is_current) or lease.rate.has_any:
             self.open_lease(lease)
@@ -295,14 +288,6 @@ class LeaseSync:
         for rest in owed:
             self.open_lease(rest)
             self.reviews.note_change(rest)
-
-    def recall(self, window: Window, now_mono: float) -> None:
-        """Return the free units of a window with the next message: another holder is short of them."""
-        of_pool = self._pools.get(window.pool)
-        lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
-        if lease is not None and lease.number and lease.free > 0:
-            lease.is_wanted_until = now_mono + RECALL_SECONDS
-            self.reviews.make_urgent(lease)
 
     def forget_refusals(self, window: Window) -> None:
         """Ask the ledger again at once: the limit of this window has changed."""

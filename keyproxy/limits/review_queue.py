@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from keyproxy.limits.lease import Lease
+from keyproxy.limits.lease import IDLE_SECONDS, Lease
 
 
 class ReviewQueue:
@@ -61,7 +61,7 @@ class ReviewQueue:
         """Review a lease in use when it has been idle for a while."""
         if not lease.is_aging and lease.is_busy(now_mono):
             lease.is_aging = True
-            heappush(self._aging, (lease.touched_mono + lease.idle_seconds, lease.number, lease))
+            heappush(self._aging, (lease.touched_mono + IDLE_SECONDS, lease.number, lease))
 
     def gather(self, now_mono: float) -> None:
         """Make all leases due that changed or have been idle."""

@@ -23,7 +23,7 @@ from typing import Final
 from keyproxy.config import schema
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
-from keyproxy.limits.ledger_protocol import LeaseReport, Window
+from keyproxy.limits.ledger_protocol import LeaseReport
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
@@ -139,11 +139,6 @@ class LedgerClient:
         self._waiting.append((answer, short))
         self._wake_up()
         await answer
-
-    def recall(self, windows: Sequence[Window]) -> None:
-        """Return the free units of these windows now: other processes are short of them."""
-        for window in windows:
-            self.lease_sync.recall(window, self._mono())
 
     def unsettled_seconds(self) -> float:
         """The age of the oldest spending that the ledger may not have confirmed; 0.0 if everything is confirmed."""
