@@ -199,9 +199,7 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
         nonlocal serial
         serial += 1
         message = [
-            LeaseReport(
-                user + 1, windows[user], 0, 10**12, 0.0, granted[user], granted[user], 0, _UNITS, 1, False, False
-            )
+            LeaseReport(user + 1, windows[user], 0, 10**12, 0.0, granted[user], granted[user], 0, _UNITS, 1, 0, False)
             for user in users
         ]
         for reply in await ledger.sync(holder, serial, message) or []:

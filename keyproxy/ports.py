@@ -84,6 +84,14 @@ class Ledger:
         """
         raise NotImplementedError
 
+    def take_slots(self, allowance: Allowance, now: Moment, need: Need) -> Hold | None:
+        """Reserve only the concurrency of a request, while its body is read. Never waits.
+
+        `release` it just before `take`, which reserves it again, and when the request ends before that. None: nothing was
+        reserved, because there is no such limit or the ledger has to be asked. Raises a Refusal if none is left.
+        """
+        raise NotImplementedError
+
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
         """The lowest limits of tokens and of money per request that apply to the need's route and models; None: none."""
         raise NotImplementedError
@@ -116,7 +124,7 @@ class Ledger:
 class Claims(Protocol):
     """Deduplicates charges of requests with an Idempotency-Key. All attempts together are charged as the largest one."""
 
-    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, spend: int = 0) -> None:
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, *, spend: int = 0) -> None:
         """Settle the hold of an attempt that used these tokens and this money, in place of `Ledger.settle`. Never waits.
 
         `paid`: the value passed to `Ledger.take_again`, None if the hold comes from `take`.

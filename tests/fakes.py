@@ -127,6 +127,10 @@ class FakeLedger(Ledger):
             self._sync(now.mono_seconds)
             self.table.check(allowance, now.mono_seconds, need, paid)
 
+    def take_slots(self, allowance: Allowance, now: Moment, need: Need) -> Hold | None:
+        """See the port."""
+        return self.table.take_slots(allowance, now.mono_seconds, need)
+
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
         """See the port."""
         return self.table.per_request(allowance, now.mono_seconds, need)

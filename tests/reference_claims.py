@@ -76,6 +76,10 @@ class ReferenceClaims:
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
         """See ClaimStore."""
         self._hear()
+        return self.look(fingerprints)
+
+    def look(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
+        """Cover repeats, one fingerprint for each."""
         found: dict[bytes, Cover] = {}
         for one in fingerprints:
             if self._charged(one) is not None and self.charges[one][2] < self.repeats_max:

@@ -178,7 +178,7 @@ class Bundle:
     def __init__(self, pools: tuple[PoolLeases, ...], selection: Selection = NO_SELECTION) -> None:
         self.pools = pools
         self.selection = selection
-        leases = [lease for of_pool in pools for lease in of_pool.leases.values() if _applies(lease.rule, selection)]
+        leases = [lease for of_pool in pools for lease in of_pool.leases.values() if applies(lease.rule, selection)]
         self.slots = tuple([lease for lease in leases if lease.window.measure == CONCURRENCY])
         self.counted = tuple([lease for lease in leases if lease.window.measure in _COUNTED])
         self.units = self.slots + self.counted
@@ -205,7 +205,7 @@ class Bundle:
         return bool(self.spend_windows) or self.spend_per_request is not None
 
 
-def _applies(limit: Limit, selection: Selection) -> bool:
+def applies(limit: Limit, selection: Selection) -> bool:
     """Whether a limit of the right mode applies to requests with this selection."""
     route, models = selection
     return (not limit.route or limit.route == route) and (not limit.model or limit.model in models)
@@ -222,7 +222,7 @@ def _lowest(pools: tuple[PoolLeases, ...], selection: Selection, *, is_spend: bo
         for limit in of_pool.plan.limits:
             if limit.per != PER_REQUEST or (limit.measure == TOKEN_MEASURE) is is_spend:
                 continue
-            if is_of_mode(limit, of_pool.pool) and _applies(limit, selection):
+            if is_of_mode(limit, of_pool.pool) and applies(limit, selection):
                 unit = limit_state.MONEY if is_spend else limit_state.TOKENS
                 name = Window(of_pool.pool, limit.window_measure, limit.selector).policy
                 state = LimitState(policy(name, limit.quota, None, unit), limit.quota)

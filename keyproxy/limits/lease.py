@@ -12,9 +12,9 @@ import math
 from typing import Final
 
 from keyproxy import limit_state
+from keyproxy.limits.gcra import UnusedUnits
 from keyproxy.limits.ledger_protocol import CONCURRENCY, SPEND, TOKEN_RATE, TOKENS, LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit
-from keyproxy.limits.unused_units import UnusedUnits
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
 #: burst + rate * (t + RATE_SECONDS).
@@ -63,9 +63,9 @@ class Lease:
     __slots__ = (
         "ahead", "ask_after_mono", "at_least", "confirmed", "credited", "dry_until_mono", "due_mono", "empty_need",
         "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked", "is_current",
-        "is_noted", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "pause_seconds",
-        "piece", "policy", "rate", "retry_mono", "returned", "review_mono", "rule", "seen_available", "spent_apart",
-        "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono",
+        "pause_seconds", "piece", "policy", "rate", "retry_mono", "returned", "review_mono", "rule", "seen_available",
+        "sent", "spent_apart", "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
@@ -82,8 +82,10 @@ class Lease:
         self.number = 0
         self.starts = 0
         self.free = self.granted = self.used = self.returned = 0
-        #: The part of `used + returned` that the ledger has confirmed.
-        self.confirmed = 0
+        #: The part of `used + returned` that the ledger has confirmed, and the part that the latest line reported.
+        self.confirmed = self.sent = 0
+        #: Whether units were taken beyond the grants because the ledger was unavailable.
+        self.is_overdrawn = False
         #: When the free units expire, or the first of them.
         self.ends_mono = math.inf
         #: For a rate: expiry times, each with the cumulative grant up to which it applies and the ledger's time of it.
@@ -205,20 +207,27 @@ class Lease:
     def owed(self) -> Lease | None:
         """Return what was taken beyond the grant, as a separate lease; None if nothing was.
 
-        The ledger charges a holder that ends for its grants. The rest has to be reported separately.
+        The ledger charges a holder that ends for its grants. The rest has to be reported separately, but not what a
+        message without a reply has reported: the ledger may have counted it. Only what was taken while the ledger was
+        unavailable is reported in any case, since none of those messages arrived.
         """
-        if self.free >= 0 or self.is_rate or self.window.measure == CONCURRENCY:
+        if self.is_rate or self.window.measure == CONCURRENCY:
+            return None
+        owed = -self.free if self.is_overdrawn else -self.free - max(0, self.sent - self.granted)
+        if owed <= 0:
             return None
         rest = Lease(self.window, self.rule, self.paced_mono)
-        rest.starts, rest.used, rest.free, rest.is_current = self.starts, -self.free, self.free, False
+        rest.starts, rest.used, rest.free, rest.is_current = self.starts, owed, -owed, False
+        rest.is_overdrawn = self.is_overdrawn
         return rest
 
     def reset(self) -> None:
         """Reset after everything was used or returned. The next lease of this window begins at zero."""
         self.number = self.starts = 0
         self.spent_apart += self.used
-        self.granted = self.used = self.returned = self.confirmed = self.free = 0
+        self.granted = self.used = self.returned = self.confirmed = self.sent = self.free = 0
         self.due_mono = self.ask_after_mono = 0.0
+        self.is_overdrawn = False
         self.taken_before = self.touched_taken = self.low = 0
         self.ends_mono = math.inf
         self.lapses.clear()
@@ -293,6 +302,7 @@ class Lease:
         self.due_mono = now_mono + self.pause_seconds * (1.0 + 0.4 * (now_mono * _SPREAD % 1.0))
         self.need = self.at_least = 0
         self.is_asked = False
+        self.sent = self.used + self.returned
         return line
 
     def _wanted(self, now_mono: float) -> tuple[int, int]:
@@ -329,7 +339,7 @@ class Lease:
         got = reply.granted - (0 if self.is_rate else self.granted)
         self.granted += got
         self.free += got
-        if got > 0:
+        if got > 0 and line.most:
             # Not idle, however long the reply took: the request may still wait for another lease. If this one were
             # returned in the meantime, the request might never hold both.
             self.touched_mono = received_mono

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool
+from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
 
@@ -328,6 +328,15 @@ class LeaseSync:
         self.valid_until_mono = 0.0
         for rest in owed:
             self.open_lease(rest)
+            self.reviews.note_change(rest)
+
+    def forget_refusals(self, window: Window) -> None:
+        """Ask the ledger again at once: the limit of this window has changed."""
+        of_pool = self._pools.get(window.pool)
+        lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
+        if lease is not None:
+            lease.empty_until_mono = lease.dry_until_mono = lease.ask_after_mono = 0.0
+            lease.heard_mono = -math.inf
 
     def expire(self, lease: Lease, now_mono: float) -> None:
         """Drop the free units of a lease that has ended by now."""

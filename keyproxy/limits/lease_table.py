@@ -108,6 +108,22 @@ class LeaseTable:
         bundle = self._binding.bundle(allowance, need, now_mono)
         return any(lease.free < 1 and lease.is_refused(1, now_mono) for lease in bundle.leases)
 
+    def take_slots(self, allowance: Allowance, now_mono: float, need: Need | None = None) -> Hold | None:
+        """Take only the concurrency slots of a request, from memory: while its body is read. `release` puts them back.
+
+        None: there are none to take, or `take` has to request them. Raises a Refusal if the ledger just refused one.
+        """
+        bundle = self._binding.bundle(allowance, need, now_mono)
+        slots = bundle.slots
+        if not slots or now_mono >= self._sync.valid_until_mono:
+            return None
+        if self._take_each(slots, 1, now_mono):
+            return Hold(bundle)
+        for lease in slots:
+            if lease.free < 1 and lease.is_refused(1, now_mono):
+                raise refusals.refusal(lease, 1, now_mono, bundle.leases)
+        return None
+
     def per_request(self, allowance: Allowance, now_mono: float, need: Need) -> tuple[int | None, int | None]:
         """The lowest limits of tokens and of money per request for requests with this route and these models."""
         bundle = self._binding.bundle(allowance, need, now_mono)
@@ -169,19 +185,17 @@ class LeaseTable:
             self._settle_each(meters.spend_windows, hold.spend, spend)
         for lease in meters.token_rates:
             lease.return_units(hold.tokens - tokens, hold.granted_at)
-            if lease.number:
-                self._reviews.note_change(lease)
-            elif lease.has_news:
-                self._sync.open_lease(lease)
-                self._reviews.note_change(lease)
+            if lease.has_news and not lease.number:
+                self._open(lease)
+            self._reviews.note_change(lease)
 
     def _settle_each(self, leases: tuple[Lease, ...], held: int, used: int) -> None:
         back = held - used
         for lease in leases:
             lease.used += used
-            if not lease.number:
+            if used and not lease.number:
                 # It was closed meanwhile, or never requested: this request held nothing of it.
-                self._sync.open_lease(lease)
+                self._open(lease)
             if not lease.is_noted:
                 self._reviews.note_change(lease)
             if back > 0:
@@ -269,8 +283,10 @@ class LeaseTable:
         if need is not None and bundle.is_metered:
             self._check_request(bundle, need, now_mono)
             wanted = _wanted(bundle, need, paid or 0)
-            tokens = self._amount(bundle, bundle.token_leases, wanted.tokens_least, wanted.tokens_most, short, now_mono)
-            spend = self._amount(bundle, bundle.spend_windows, wanted.spend_least, wanted.spend_most, short, now_mono)
+            least, most = wanted.tokens_least, wanted.tokens_most
+            tokens = self._amount(bundle, bundle.token_leases, short, least=least, most=most, now_mono=now_mono)
+            least, most = wanted.spend_least, wanted.spend_most
+            spend = self._amount(bundle, bundle.spend_windows, short, least=least, most=most, now_mono=now_mono)
         if short and not self.is_lenient:
             self._refuse_or_request(short, bundle.leases, now_mono)
         return bundle, tokens, spend
@@ -286,8 +302,8 @@ class LeaseTable:
             raise refusals.exceeds_limit_per_request(spend, need.spend_least, now_mono, bundle.leases)
 
     def _amount(
-        self, bundle: Bundle, leases: Sequence[Lease], least: int, most: int, short: list[Shortage], now_mono: float
-    ) -> int:  # fmt: skip
+        self, bundle: Bundle, leases: Sequence[Lease], short: list[Shortage], *, least: int, most: int, now_mono: float
+    ) -> int:
         """Return how much to take of these leases, and append those that fall short of it to `short`."""
         is_valid = now_mono < self._sync.valid_until_mono
         amount = most
@@ -305,13 +321,18 @@ class LeaseTable:
                 short.append(Shortage(lease, least, most_here))
         return amount
 
+    def _open(self, lease: Lease) -> None:
+        """Report a lease from now on, beginning with the next message: the ledger client may be asleep."""
+        self._sync.open_lease(lease)
+        self._reviews.make_urgent(lease)
+
     def _take_units(self, lease: Lease, units: int) -> None:
         if not lease.number:
             # Taken before the first ledger request for it: it may exceed the limit, which is the policy; or nothing is
             # held, and the request may still use more.
-            self._sync.open_lease(lease)
-            self._reviews.make_urgent(lease)
+            self._open(lease)
         lease.free -= units
+        lease.is_overdrawn = lease.is_overdrawn or (self.is_lenient and lease.free < 0)
         self._reviews.note_change(lease)
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)

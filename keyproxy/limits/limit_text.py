@@ -55,12 +55,12 @@ def parse_limit(text: str) -> tuple[str, Limit | None]:
     chosen = _selectors(selectors, text) if selectors or "@" in text.rpartition("=")[0] else {}
     if amount == NONE:
         return Limit(measure, "second" if is_rate else per, 1, None, **chosen).name, None
-    burst = None
     if is_rate:
-        value, per, burst = _rate(measure, amount)
+        rate, interval, burst = _rate(measure, amount)
+        limit = Limit(measure, interval, rate, burst, **chosen)
     else:
-        value = _money(measure, amount) if measure == SPEND else _whole(measure, amount)
-    limit = Limit(measure, per, value, burst, **chosen)
+        whole = _money(measure, amount) if measure == SPEND else _whole(measure, amount)
+        limit = Limit(measure, per, whole, None, **chosen)
     return limit.name, limit
 
 
@@ -70,7 +70,7 @@ def amount_text(limit: Limit) -> str:
         return money_text(limit.quota)
     if not limit.is_rate:
         return str(limit.quota)
-    amount = repr(limit.amount)
+    amount = repr(limit.whole_amount)
     if "e" in amount:
         amount = f"{limit.amount:.18f}".rstrip("0")
     burst = "" if limit.burst is None else f":{limit.burst}"

@@ -104,8 +104,6 @@ class Limit:
         self._check_selector()
         name = self.name
         amount, burst = self.amount, self.burst
-        if isinstance(amount, float) and amount == math.floor(amount):
-            object.__setattr__(self, "amount", int(amount))
         if self.is_rate:
             most = _RATES_MAX[self.measure]
             if not _RATE_MIN <= amount / INTERVAL_SECONDS[self.per] <= most:
@@ -161,6 +159,12 @@ class Limit:
         return INTERVAL_SECONDS[self.per] / self.amount if self.is_rate else 0.0
 
     @property
+    def whole_amount(self) -> object:
+        """The amount, as an integer if it has no fraction: for JSON and text."""
+        # Not `float`: compiled code would make a float of the integer.
+        return int(self.amount) if self.amount == math.floor(self.amount) else self.amount
+
+    @property
     def quota(self) -> int:
         """The largest number of units at one time: the burst of a rate, else the amount."""
         if not self.is_rate:
@@ -169,9 +173,9 @@ class Limit:
             return self.burst
         return min(LIMIT_MAX, max(1, math.ceil(self.per_second * _BURST_SECONDS[self.measure])))
 
-    def to_json(self) -> dict[str, float | str]:
+    def to_json(self) -> dict[str, object]:
         """An entry of the array."""
-        entry: dict[str, float | str] = {"measure": self.measure, "per": self.per, "amount": self.amount}
+        entry: dict[str, object] = {"measure": self.measure, "per": self.per, "amount": self.whole_amount}
         if self.burst is not None:
             entry["burst"] = self.burst
         selectors = (("model", self.model), ("route", self.route), ("mode", self.mode))
@@ -214,7 +218,7 @@ class Plan:
         kept = [limit for limit in self.limits if limit.name not in changes]
         return Plan([*kept, *(limit for limit in changes.values() if limit is not None)])
 
-    def to_json(self) -> dict[str, float] | list[dict[str, float | str]]:
+    def to_json(self) -> dict[str, float] | list[dict[str, object]]:
         """The value of `plans.limits`: the object if it can express the plan, else the array."""
         named: dict[str, float] = {}
         for limit in self.limits:

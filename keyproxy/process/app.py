@@ -29,7 +29,7 @@ from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
-from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger
+from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.wire.deadlines import Deadlines
@@ -274,6 +274,7 @@ class Proxy:
                 "store": self._check_store,
                 "change_feed": self._check_feed,
                 "ledger": self._check_ledger,
+                "ledger_reaping": self._check_reaping,
                 "housekeeping": self._check_housekeeping,
                 "upstream": self._check_upstream,
                 "proxy": self._check_proxy,
@@ -300,6 +301,9 @@ class Proxy:
 
     async def _check_ledger(self) -> Check:
         return check_ledger(self.store)
+
+    async def _check_reaping(self) -> Check:
+        return check_reaping(self.store)
 
     async def _check_housekeeping(self) -> Check:
         return check_housekeeping(self.store)

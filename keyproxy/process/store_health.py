@@ -34,6 +34,14 @@ def check_ledger(store: Store) -> Check:
     return Check(Verdict.OK)
 
 
+def check_reaping(store: Store) -> Check:
+    """Whether dead holders are ended in time. Never makes the proxy unready: only their units stay reserved."""
+    age = store.ledger.conversation.reap_age
+    if age.is_late:
+        return Check(Verdict.DEGRADED, f"dead holders not ended for {age.seconds():.0f} s: units stay reserved")
+    return Check(Verdict.OK)
+
+
 def check_housekeeping(store: Store) -> Check:
     """Whether old rows are deleted. Growing tables do not affect requests yet, so this never makes the proxy unready."""
     # `check_ledger` already reports this one.

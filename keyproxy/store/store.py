@@ -50,13 +50,9 @@ class Store:
             usage,
             now,
             settle_seconds=ledger.settle_seconds,
-            server_ahead_seconds=lambda: state.server_ahead_seconds,
+            server_ahead_seconds=state.ahead_seconds,
         )
-        for part in (self._ledger_database, self._usage_database):
-            part.outage, part.is_main = self.database.outage, False
-        self.usage.outage = self.claims.outage = self.database.outage
-        if ledger.backend == "postgres":
-            self.ledger.conversation.share(self.database.outage)
+        self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
             self.database,
@@ -76,6 +72,7 @@ class Store:
             now,
             lease_holder=self.ledger.conversation if ledger.backend == "postgres" else None,
         )
+        self.feed.window_changed = self.ledger.conversation.lease_sync.forget_refusals
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -94,6 +91,13 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
         )
+
+    def _share_outage(self, *, has_ledger: bool) -> None:
+        for part in (self._ledger_database, self._usage_database):
+            part.outage, part.is_main = self.database.outage, False
+        self.usage.outage = self.claims.outage = self.database.outage
+        if has_ledger:
+            self.ledger.conversation.share(self.database.outage)
 
     async def open(self) -> None:
         """Open the pools and start the background tasks, whether or not the database is available."""

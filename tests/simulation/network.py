@@ -10,7 +10,7 @@ from typing import Any
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
 from keyproxy.limits.ledger_rules import LateMessageError
 from keyproxy.store.ledger.backend import REAP_PORTION
-from keyproxy.store.ledger.charge_dedup import Answer, Claim
+from keyproxy.store.ledger.charge_dedup import Answer, Claim, Cover
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.reference_claims import ReferenceClaims
 from tests.reference_ledger import ReferenceLedger
@@ -118,9 +118,9 @@ class RemoteClaims(_Remote):
         answers = await self._call(lambda: self._network.claims.hear(process, number, claims))
         return answers
 
-    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+    async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
         """See ClaimStore."""
-        found: Mapping[bytes, int] = await self._call(lambda: self._network.claims.look(fingerprints))
+        found: Mapping[bytes, Cover] = await self._call(lambda: self._network.claims.look(fingerprints))
         return found
 
     async def forget(self, portion: int) -> bool:

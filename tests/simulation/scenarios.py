@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from keyproxy.limits.ledger_protocol import Pool
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import Limit, Plan
 from tests.simulation.network import Weather
 from tests.simulation.world import Fate, Scenario
 
@@ -21,7 +21,7 @@ def scenario(seed: int) -> Scenario:
         seed,
         plans,
         owners,
-        Fate(evictions=chance.choice([0.0, 0.3])) if seed % 8 == 0 else _fate(chance),
+        _harmless(chance) if seed % 8 == 0 else _fate(chance),
         proxies=chance.randint(1, 4),
         seconds=chance.choice([12.0, 30.0]),
         requests_per_second=chance.choice([3.0, 10.0, 25.0]),
@@ -50,7 +50,18 @@ def _plan(chance: random.Random) -> Plan:
         return chance.choice(values) if chance.random() < 0.35 else None
 
     rate = chance.choice([0.2, 1.0, 5.0, 40.0]) if chance.random() < 0.3 else None
+    more = [
+        Limit(
+            "tokens", chance.choice(["minute", "week"]), chance.choice([500, 5_000]), model=chance.choice(["", "gpt"])
+        ),
+        Limit("spend", chance.choice(["minute", "day", "month"]), chance.choice([2_000, 20_000, 10**6])),
+        Limit("spend", "day", chance.choice([1_000, 50_000]), model="mini"),
+        Limit("requests", "hour", chance.choice([20, 500]), model="other"),
+        Limit("token-rate", "second", chance.choice([20, 300]), chance.choice([400, 2_000])),
+        Limit("spend", "request", chance.choice([200, 3_000])),
+    ]
     return Plan(
+        [limit for limit in more if chance.random() < 0.25],
         rate=rate,
         burst=None if rate is None else chance.choice([1, 5, 50]),
         concurrency=maybe(1, 3, 10),
@@ -60,6 +71,11 @@ def _plan(chance: random.Random) -> Plan:
         tokens_per_day=maybe(200, 2_000, 10_000, 100_000),
         tokens_per_month=maybe(1_000, 10_000, 100_000),
     )
+
+
+def _harmless(chance: random.Random) -> Fate:
+    evictions, credited, underestimates = (chance.choice([0.0, 0.3]) for _ in range(3))
+    return Fate(evictions=evictions, credits=credited, underestimates=underestimates)
 
 
 def _fate(chance: random.Random) -> Fate:
@@ -85,4 +101,6 @@ def _fate(chance: random.Random) -> Fate:
         evictions=maybe(0.1, 1.0),
         wall_jumps=maybe(0.2),
         drift=maybe(0.005),
+        credits=maybe(0.1, 0.5),
+        underestimates=maybe(0.1, 0.5),
     )

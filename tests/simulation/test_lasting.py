@@ -17,14 +17,14 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, Missing, Moment, TimeBudget
 from keyproxy.ports import Exchange, Ledger
 from keyproxy.process.ops_listener import Check, Verdict
-from keyproxy.process.store_health import check_ledger
+from keyproxy.process.store_health import check_ledger, check_reaping
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import REAP_PORTION
-from keyproxy.store.ledger.charge_dedup import Claims
+from keyproxy.store.ledger.charge_dedup import Claims, Cover
 from keyproxy.store.ledger.ledger import Ledger as StoreLedger
 from keyproxy.store.postgres.database import Database, NotificationListener, Row
 from keyproxy.store.usage.journal import UsageJournal
@@ -103,9 +103,9 @@ class FlawedClaims(ReferenceClaims):
         super().__init__()
         self.flaw = flaw
 
-    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
-        self.flaw.strike("charged")
-        return await super().charged(fingerprints)
+    async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
+        self.flaw.strike("cover")
+        return await super().cover(fingerprints)
 
 
 class Used:
@@ -419,6 +419,35 @@ def test_defect_in_reaping_does_not_end_reaping(site: Site) -> None:
     assert (flaw.left, flaw.asked["reap"] > 3) == (0, True)
     assert customers.ask("u_1") == [None]
     assert customers.end() == 1
+
+
+def test_readiness_reports_that_dead_holders_are_not_ended_for_three_lease_times(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    flaw = Flaw(0)
+    customers = Customers(site, flaw)
+
+    class Parts:
+        ledger = customers.ledger
+
+    parts: Any = Parts()
+    conversation = customers.ledger.conversation
+    site.wait(100.0)
+    assert check_reaping(parts) == Check(Verdict.OK)
+    assert conversation.reap_age.seconds() <= 10.0
+    flaw.left = 10**6
+    site.wait(15.0)
+    assert check_reaping(parts) == Check(Verdict.OK)
+    caplog.clear()
+    site.wait(30.0)
+    assert check_reaping(parts).verdict is Verdict.DEGRADED
+    flaw.left = 0
+    site.wait(10.0)
+    assert check_reaping(parts) == Check(Verdict.OK)
+    logged = [record.getMessage() for record in caplog.records if record.name == "keyproxy.store.ledger.reap_age"]
+    assert [text.partition(" for ")[0].partition(",")[0] for text in logged] == [
+        "dead holders of leases were not ended", "dead holders of leases are ended again",
+    ]  # fmt: skip
 
 
 def test_readiness_reports_expired_leases_after_missing_responses_but_not_after_idleness(

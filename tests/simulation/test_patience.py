@@ -15,7 +15,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import REAP_PORTION
-from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims
+from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims, Cover
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.reference_claims import ReferenceClaims
@@ -77,10 +77,10 @@ class SlowClaims(ReferenceClaims):
         await asyncio.sleep(self.seconds)
         return await super().claim(process, number, claims)
 
-    async def charged(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, int]:
+    async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
         """See ClaimStore."""
         await asyncio.sleep(self.seconds)
-        return await super().charged(fingerprints)
+        return await super().cover(fingerprints)
 
 
 class Stage:

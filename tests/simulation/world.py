@@ -16,8 +16,9 @@ from typing import Any
 from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.limits.ledger_protocol import Pool
-from keyproxy.limits.plan import PER_REQUEST, TOKENS, Limit, Plan
+from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.ledger_protocol import CONCURRENCY, RATES, Pool
+from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.charge_dedup import Claims
@@ -25,7 +26,7 @@ from keyproxy.store.ledger.ledger import Ledger
 from tests.reference_ledger import ReferenceLedger
 from tests.simulation.clockwork import Clock, VirtualLoop
 from tests.simulation.network import Network, RemoteClaims, RemoteLedger, Weather
-from tests.simulation.upstream import BrokenError, Upstream, Work, total
+from tests.simulation.upstream import BrokenError, Upstream, Work
 
 LEASE_SECONDS = 3.0
 #: No decision may take longer, whatever happens, unless its process is stopped. Clocks drift a little.
@@ -33,6 +34,13 @@ DECIDED_SECONDS = PATIENCE_SECONDS + 0.05
 #: When the last admitted request has ended.
 LONGEST_SECONDS = 120.0
 _ROUNDS_MAX = 8
+_METERED = (TOKENS, SPEND, TOKEN_RATE)
+MODELS = ("gpt", "mini", "other")
+
+
+def _repeated(most: int) -> Need:
+    """The need of a request that is sent again; a token costs one micro-unit."""
+    return Need(min(5, most), most, min(5, most), most)
 
 
 @dataclass
@@ -50,11 +58,15 @@ class Fate:
     evictions: float = 0.0
     wall_jumps: float = 0.0
     drift: float = 0.0
+    #: No faults: credits that an operator grants, and the share of requests that use more than they hold.
+    credits: float = 0.0
+    underestimates: float = 0.0
 
     @property
     def is_kind(self) -> bool:
         """Whether nothing goes wrong."""
-        return self == Fate(weather=self.weather, evictions=self.evictions) and self.weather == Weather()
+        harmless = Fate(evictions=self.evictions, credits=self.credits, underestimates=self.underestimates)
+        return self == harmless
 
 
 @dataclass
@@ -106,7 +118,7 @@ class Told(ports.Ledger):
         """See the port Ledger."""
         _, work = self._works.pop(id(hold))
         self._ledger.settle(hold, was_sent=was_sent, tokens=tokens, spend=spend, is_repeat=is_repeat)
-        self._upstream.finish(work, tokens, is_repeat=is_repeat)
+        self._upstream.finish(work, tokens, spend, is_repeat=is_repeat)
 
 
 @dataclass(eq=False)
@@ -203,13 +215,16 @@ class World:
         chance = self.chance
         owner = chance.choice(self.scenario.owners)
         need = None
-        if any(limit.measure == TOKENS for pool in owner for limit in self.plans[pool].limits):
+        if any(limit.measure in _METERED for pool in owner for limit in self.plans[pool].limits):
+            # Half of the requests set a maximum; the others are limited to what they hold.
             most = chance.choice([5, 20, 60, 400])
-            need = Need(chance.randint(1, most), most)
+            least = most if chance.random() < 0.5 else chance.randint(1, min(5, most))
+            price = chance.choice([0, 1, 10])
+            need = Need(least, most, least * price, most * price, models=(chance.choice(MODELS),))
         fingerprint = None
         if self.scenario.repeats and chance.random() < self.scenario.repeats:
             number = chance.randrange(8)
-            need = need and Need(5, (5, 20, 60, 400)[number % 4])
+            need = need and _repeated((5, 20, 60, 400)[number % 4])
             fingerprint = f"{owner[0].owner} {number}".encode()
         mark = object()
         process.deciding[mark] = self.clock.now
@@ -273,17 +288,25 @@ class World:
                 hold = await self._extended(process, hold, chance.randint(1, 30))
             except Refusal:
                 break
-            work.hold = hold
+            self.upstream.extended(work, hold)
             await asyncio.sleep(chance.expovariate(1 / self.scenario.hold_seconds))
-        used = chance.choice([0, total(hold), chance.randint(0, total(hold))])
+        used = self._used(hold.total_tokens)
         if fingerprint is not None:
             used += paid or 0
             self.upstream.answer(work, used)
             process.told.work = work
-            process.claims.add(hold, fingerprint, used, paid)
+            process.claims.add(hold, fingerprint, used, paid, spend=used)
             return
-        process.ledger.settle(hold, was_sent=True, tokens=used)
-        self.upstream.finish(work, used)
+        spend = self._used(hold.total_spend)
+        process.ledger.settle(hold, was_sent=True, tokens=used, spend=spend)
+        self.upstream.finish(work, used, spend)
+
+    def _used(self, held: int) -> int:
+        """What a request uses of what it holds; more than that if it was estimated."""
+        chance = self.chance
+        if self.scenario.fate.underestimates and chance.random() < self.scenario.fate.underestimates:
+            return held + chance.choice([1, held // 3, 50])
+        return chance.choice([0, held, chance.randint(0, held)])
 
     async def _extended(self, process: Process, hold: Hold, tokens: int) -> Hold:
         """Extend as the gateway does."""
@@ -292,7 +315,7 @@ class World:
         try:
             while True:
                 try:
-                    return process.ledger.extend(hold, tokens)
+                    return process.ledger.extend(hold, tokens, tokens)
                 except Missing as missing:
                     await missing.fetch_missing(patience)
         finally:
@@ -325,6 +348,7 @@ class World:
         self._again(fate.outages, self._outage)
         self._again(fate.plan_changes, self._change_plan)
         self._again(fate.evictions, self._evict)
+        self._again(fate.credits, self._credit)
         for number in range(fate.failovers):
             at = 4.0 + 12.0 * number + chance.uniform(0, 3)
             lag = chance.uniform(0.01, 0.9)
@@ -402,6 +426,17 @@ class World:
     def _evict(self) -> None:
         self.chance.choice(self.fleet).allowances.clear()
         gc.collect()
+
+    def _credit(self) -> None:
+        """An operator adds to a current window. Credits in lost history are lost."""
+        now = self.wall()
+        current = [key for key in self.reference.windows if span(key[0].measure, now)[0] == key[1]]
+        credited = [key for key in sorted(current) if key[0].measure not in (*RATES, CONCURRENCY)]
+        if credited and not self.network.is_lagging:
+            window, starts = self.chance.choice(credited)
+            amount = self.chance.choice([1, 40, 500])
+            self.upstream.credited[window, starts] += amount
+            self.reference.rules.credit(window, amount, now)
 
     def _break_the_calm(self) -> None:
         if not self.is_quiet:

@@ -18,6 +18,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from tests import fakes
 from tests.server import address_of, password_of
@@ -64,6 +65,18 @@ class Clock:
         """Advance both clocks."""
         self.wall_seconds += seconds
         self.mono_seconds += seconds
+
+
+class PlainDatabase:
+    """One connection in place of the database."""
+
+    def __init__(self, sql: Sql) -> None:
+        self._sql, self._statements = sql, queries.load()
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """See Database."""
+        rows: Sequence[Row] = await self._sql.fetch(self._statements[name], *arguments)
+        return rows
 
 
 class Hold:

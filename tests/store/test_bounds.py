@@ -114,9 +114,9 @@ async def test_portion_that_times_out_is_reduced_until_it_succeeds(
     assert lines[1] == "recovered, continuing to delete old holders"
 
 
-async def test_holders_that_ended_over_a_day_ago_are_deleted_in_portions(database: Database, sql: Sql) -> None:
-    await _add_ended(sql, 25, "25 hours")
-    await _add_ended(sql, 5, "23 hours")
+async def test_holders_that_ended_an_hour_ago_are_deleted_in_portions(database: Database, sql: Sql) -> None:
+    await _add_ended(sql, 25, "60 minutes")
+    await _add_ended(sql, 5, "50 minutes")
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("alive", 1, [])
     assert [await ledger.forget(10) for _ in range(3)] == [True, True, False]

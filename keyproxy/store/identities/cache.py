@@ -86,6 +86,10 @@ class FeedState:
         self.current_until = 0.0
         self.server_ahead_seconds = 0.0
 
+    def ahead_seconds(self) -> float:
+        """How far the database's clock is ahead, as of now."""
+        return self.server_ahead_seconds
+
 
 class IdentityCache(Identities):
     """The identity cache: see the module. Implements the port Identities."""

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import json
 import logging
 import random
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -104,6 +106,8 @@ class ChangeFeed:
         #: Changes before this snapshot are to be deleted; empty for none.
         self._forget_before = ""
         self.is_listening = False
+        #: Called with each window whose limit was changed by a credit.
+        self.window_changed: Callable[[Window], None] = lambda _window: None
 
     def start(self) -> None:
         """Start polling, and listening for notifications."""
@@ -198,7 +202,10 @@ class ChangeFeed:
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
                 case "recall":
-                    pass  # done above
+                    pass  # delivered above
+                case "window":
+                    if (window := _window(row["subject"])) is not None:
+                        self.window_changed(window)
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
@@ -273,6 +280,14 @@ def _digest(subject: str) -> KeyDigest | None:
         return KeyDigest(bytes.fromhex(subject))
     except ValueError:
         return None
+
+
+def _window(subject: str) -> Window | None:
+    try:
+        kind, owner, is_test, measure, selector = json.loads(subject)
+    except (ValueError, TypeError):
+        return None
+    return Window(Pool(str(kind), str(owner), bool(is_test)), str(measure), str(selector))
 
 
 def _is_older(snapshot: str, than: str) -> bool:

@@ -4,8 +4,8 @@ Such a request is admitted like any other. When it ends, its concurrency slots a
 queued for the store in place of the charge. Claims are sent in batches, one batch at a time, every `settle_seconds`. The
 first claim of a fingerprint is charged; a later one releases its units and is charged only the tokens that it used beyond
 all earlier attempts. One charge covers a limited number of repeats in 24 hours: further ones are charged like first
-attempts, and cover nothing themselves. A batch has a number and is resent unchanged until the store responds, and the store keeps its last
-response: a batch that is sent twice counts once.
+attempts, and cover nothing themselves. A batch has a number and is resent unchanged until the store responds, and the
+store keeps its last response: a batch that is sent twice counts once.
 
     add    a request has ended; what it holds is settled when the store has responded
     paid   before a refusal: was this request charged before? The answer uses up one of the repeats that are covered, so
@@ -161,7 +161,7 @@ class Claims:
 
     # -- the path of a request
 
-    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, spend: int = 0) -> None:
+    def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, *, spend: int = 0) -> None:
         """See the port."""
         claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds, spend)
         if self._is_closed or self.pending >= _WAITING_MAX:

@@ -8,7 +8,6 @@ from typing import Final
 from keyproxy.store.ledger.charge_dedup import Answer, Claim, Cover
 from keyproxy.store.postgres.database import Database
 
-
 #: Repeats that one charge covers in 24 hours, unless configured otherwise.
 REPEATS_MAX: Final = 3
 
@@ -42,4 +41,4 @@ class PostgresClaims:
         """See ClaimStore."""
         charges = await self._database.fetch("forget_charges", portion)
         batches = await self._database.fetch("forget_claim_batches", portion)
-        return max(len(charges), len(batches)) >= portion
+        return max(int(charges[0]["gone"]), len(batches)) >= portion

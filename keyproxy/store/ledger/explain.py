@@ -10,19 +10,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
 from keyproxy.http import request_target
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits import gcra
-from keyproxy.limits.allowance import Allowance, Hold, Need
+from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKENS, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import (
+    CONCURRENCY,
+    SPEND,
+    SPEND_PER_REQUEST,
+    TOKEN_RATE,
+    TOKENS,
+    TOKENS_PER_REQUEST,
+    LeaseGrant,
+    LeaseReport,
+    Pool,
+    Window,
+)
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment
+from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Refusal
 from keyproxy.store.directory.base import Invalid, NotFound
 from keyproxy.store.identities.identity_rows import identity_of
@@ -32,6 +43,9 @@ from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database
+
+_TOKENS: Final = (*TOKENS, TOKEN_RATE, TOKENS_PER_REQUEST)
+_SPEND: Final = (*SPEND, SPEND_PER_REQUEST)
 
 
 class WindowReader(Protocol):
@@ -43,11 +57,16 @@ class WindowReader(Protocol):
 
 
 class Question(NamedTuple):
-    """The request to explain. `tokens`: the maximum that it may use; None if it does not state one."""
+    """The request to explain. `tokens`: the maximum that it may use; None if it does not state one.
+
+    `spend`: what these may cost, in micro-units; None: the model has no price.
+    """
 
     method: str
     path: str
     tokens: int | None = None
+    model: str = ""
+    spend: int | None = 0
 
 
 class Explanation(NamedTuple):
@@ -182,7 +201,7 @@ async def explain(
         path = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost").path
         route = routes.match(method, path)
         route_name = None if route is None else route.name
-        need = _need(question.tokens, counts_tokens=route is not None and route.tokens != NO_TOKENS)
+        need = _need(question, route)
         authorization.admit(identity, route, now())
         if identity.allowance is not None:
             await _take(backend, identity.allowance, need, ledger=ledger, now=now)
@@ -213,10 +232,13 @@ async def _take(
         await taking.close()
 
 
-def _need(tokens: int | None, *, counts_tokens: bool) -> Need | None:
-    if tokens is not None:
-        return Need(tokens, tokens)
-    return Need(1, 1) if counts_tokens else None
+def _need(question: Question, route: Route | None) -> Need | None:
+    tokens = question.tokens
+    if tokens is None:
+        tokens = 1 if route is not None and route.tokens != NO_TOKENS else 0
+    spend, models = question.spend or 0, (question.model,) if question.model else ()
+    name = "" if route is None else route.name
+    return Need(tokens, tokens, spend, spend, route=name, models=models, is_priced=question.spend is not None)
 
 
 async def _limits(
@@ -228,24 +250,32 @@ async def _limits(
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
-    least = 0 if need is None else need.tokens_least
+    selection = NO_SELECTION if allowance is None else allowance.selection(need)
     limits: list[dict[str, Any]] = []
     for window, limit in wanted:
-        state, needed = backend.seen[window], least if window.measure in TOKENS else 1
-        one = window_state(window, limit, state)
-        one["refuses"] = needed > one["remaining"]
+        one = window_state(window, limit, backend.seen[window])
+        one["refuses"] = applies(limit, selection) and _needed(window.measure, need) > one["remaining"]
         limits.append({"owner": window.pool.owner, **one})
     for pool, plan in pools:
-        per_request = plan.limit("tokens/request")
-        if per_request is not None:
-            bound = per_request.quota
-            name = f"{pool.kind}.tokens_per_request"
-            one = {"policy": name, "limit": bound, "remaining": bound, "refuses": least > bound}
-            limits.append({"owner": pool.owner, **one})
+        for limit in plan.limits:
+            if limit.per == PER_REQUEST and is_of_mode(limit, pool):
+                window = Window(pool, limit.window_measure, limit.selector)
+                refuses = applies(limit, selection) and _needed(window.measure, need) > limit.quota
+                one = {"policy": window.policy, "limit": limit.quota, "remaining": limit.quota, "refuses": refuses}
+                limits.append({"owner": pool.owner, **one})
     for one in limits:
         if refusal is not None and refusal.limit is not None and refusal.limit.policy.name == one["policy"]:
             one["refuses"] = True
     return limits
+
+
+def _needed(measure: str, need: Need | None) -> int:
+    """The units of a measure that a request needs at least."""
+    if measure in _TOKENS:
+        return 0 if need is None else need.tokens_least
+    if measure in _SPEND:
+        return 0 if need is None else need.spend_least
+    return 1
 
 
 def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
@@ -254,7 +284,7 @@ def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]
         (Window(pool, limit.window_measure, limit.selector), limit)
         for pool, plan in pools
         for limit in plan.limits
-        if limit.per != PER_REQUEST
+        if limit.per != PER_REQUEST and is_of_mode(limit, pool)
     ]
 
 
@@ -272,9 +302,12 @@ def window_state(window: Window, rule: Limit, state: WindowState) -> dict[str, A
     limit = rule.quota
     shown: dict[str, Any] = {"policy": window.policy, "limit": limit, "spent": state.spent, "held": state.held}
     if window.measure == CONCURRENCY:
+        shown["remaining"] = max(0, limit - state.held)
+        shown["reset_seconds"] = None
         del shown["spent"]
-    else:
-        shown["forfeited"] = state.forfeited
-    shown["remaining"] = max(0, limit - state.spent - state.held)
+        return shown
+    shown["forfeited"] = state.forfeited
+    shown["credited"] = state.credited
+    shown["remaining"] = max(0, limit + state.credited - state.spent - state.held)
     shown["reset_seconds"] = None if math.isinf(state.ends_seconds) else round(state.ends_seconds, 3)
     return shown

@@ -106,6 +106,14 @@ class Ledger(ports.Ledger):
                 self._count(refusal)
             raise
 
+    def take_slots(self, allowance: Allowance, now: Moment, need: Need) -> Hold | None:
+        """See the port."""
+        try:
+            return self._table.take_slots(allowance, now.mono_seconds, need)
+        except Refusal as refusal:
+            self._count(refusal)
+            raise
+
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
         """See the port."""
         return self._table.per_request(allowance, now.mono_seconds, need)

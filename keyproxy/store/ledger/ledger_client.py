@@ -29,6 +29,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
+from keyproxy.store.ledger.reap_age import ReapAge
 from keyproxy.store.outage import Outage
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 
@@ -85,6 +86,7 @@ class LedgerClient:
         self._settles = False
         self.lasting = BackgroundTask("ledger")
         self.reaping = Chore("reap", "end holders that have died", portion=REAP_PORTION)
+        self.reap_age = ReapAge(ledger.lease_seconds, now)
         self.forgetting = Chore("holders", "delete holders that ended long ago", portion=_FORGET_PORTION)
         self._waiting: list[_Waiting] = []
         #: Requests that wait for the response to the message in flight.
@@ -297,7 +299,9 @@ class LedgerClient:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
-            await self.reaping.finish(self._backend.reap)
+            self.reap_age.warn_if_late()
+            if await self.reaping.finish(self._backend.reap):
+                self.reap_age.finished()
 
     async def _forget(self) -> None:
         """Delete old holders. Separate from reaping dead ones, so that neither waits for the other."""

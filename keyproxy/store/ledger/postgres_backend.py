@@ -9,7 +9,6 @@ from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.postgres.database import Database
 
-
 #: Columns of lines in `sync_leases`.
 _COLUMNS: Final = 17
 
@@ -39,7 +38,7 @@ class PostgresLedger:
     ) -> None:
         self._database = database
         self._lease_seconds = lease_seconds
-        self._alert_percentages = list(alert_percentages)
+        self._alert_percentages = sorted(alert_percentages)
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
         """See the port."""

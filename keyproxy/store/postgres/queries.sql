@@ -739,13 +739,8 @@ SELECT is_first, charged FROM keyproxy.claim_charges($1, $2, $3::bytea[], $4::in
 SELECT fingerprint, tokens, covered FROM keyproxy.cover_repeats($1::bytea[], $2);
 
 -- name: forget_charges
--- Deletes at most $1 expired charges. A concurrent claim that waits for one inserts it again.
--- Needs: idempotent_charges (charged_at).
-DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
-    SELECT k.ctid FROM keyproxy.idempotent_charges AS k
-    WHERE k.charged_at <= clock_timestamp() - interval '24 hours'
-    LIMIT $1 FOR UPDATE SKIP LOCKED
-)) RETURNING 1;
+-- Deletes at most $1 expired charges: see the function. Needs: idempotent_charges (charged_at).
+SELECT keyproxy.forget_charges($1) AS gone;
 
 -- name: forget_claim_batches
 -- Deletes the last results of at most $1 processes that have not sent a batch for a day; one row for each. No index:

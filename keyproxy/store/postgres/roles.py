@@ -37,8 +37,10 @@ RIGHTS: Final = {
     "leases": (_ALL, "SELECT"),
     # Proxies account for windows, but only credit_window changes what was credited.
     "windows": (
-        "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector),"
-        " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted)",
+        (
+            "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector),"
+            " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted, recalled_at)"
+        ),
         "SELECT",
     ),
     "window_credits": ("", "SELECT"),

@@ -20,8 +20,20 @@ class UsageGroup:
     """The exchanges of one day that share key, route and model."""
 
     __slots__ = (
-        "alike", "cached", "cache_write", "cost_micros", "day", "estimated", "identity", "model", "reasoning", "refusals",
-        "requests", "route", "tokens_in", "tokens_out",
+        "alike",
+        "cache_write",
+        "cached",
+        "cost_micros",
+        "day",
+        "estimated",
+        "identity",
+        "model",
+        "reasoning",
+        "refusals",
+        "requests",
+        "route",
+        "tokens_in",
+        "tokens_out",
     )  # fmt: skip
 
     def __init__(self, day: int, identity: Identity, route: str, model: str) -> None:

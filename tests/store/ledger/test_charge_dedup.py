@@ -239,9 +239,7 @@ class LeaseTable:
     def release(self, hold: Hold) -> Hold:
         return hold
 
-    def settle(
-        self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False
-    ) -> None:
+    def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False) -> None:
         assert was_sent
         assert not spend
         self.settled.append((hold, tokens, is_repeat))

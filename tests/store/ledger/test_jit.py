@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+from datetime import date
+from typing import cast
 
 import asyncpg
 import pytest
 
-from keyproxy.store.postgres import queries
-from tests.contracts import LEASE_SECONDS
-from tests.store.harness import Sql
+from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
+from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.postgres.database import Database
+from tests.contracts import LEASE_SECONDS, line, window
+from tests.store.harness import PlainDatabase, Sql
+from tests.store.ledger.test_charge_dedup import claim
+from tests.store.ledger.test_window_credits import credit
 
 _PINS = (
     "enable_",
@@ -21,23 +28,18 @@ _PINS = (
     "from_collapse_limit",
 )
 
-#: One message of a holder with a line about a new lease.
-_MESSAGE = (
-    ["user"],
-    ["u_1"],
-    [False],
-    ["requests_per_day"],
-    [0],
-    [10],
-    [0.0],
-    [0],
-    [0],
-    [0],
-    [5],
-    [1],
-    [False],
-    [False],
+#: Messages of a holder: a new lease, spending that is due an alert, the end of the lease; a token rate and its return.
+_MESSAGES = (
+    [line(want=5)],
+    [line(granted=5, used=5, limit=5)],
+    [line(granted=5, used=5, is_closing=True)],
+    [line(2, window("token_rate"), want=5, interval_seconds=1.0)],
+    [line(2, window("token_rate"), returned=2, interval_seconds=1.0)],
+    [line(3, Window(Pool("user", "u_42", False), "spend_per_week", "model:gpt-4o"), want=5)],
 )
+
+#: Tables that grow with users, replicas or requests.
+_LARGE = "windows|leases|lease_holders|usage|idempotent_charges|limit_alerts|window_credits"
 
 
 async def test_every_function_that_pins_the_planner_pins_jit(sql: Sql) -> None:
@@ -51,27 +53,81 @@ async def test_every_function_that_pins_the_planner_pins_jit(sql: Sql) -> None:
     assert [name for name, settings in pinned.items() if "jit=off" not in settings] == []
 
 
-@pytest.mark.parametrize("analyzed", [False, True])
-async def test_no_part_of_a_message_is_jit_compiled_or_scans_a_table(sql: Sql, analyzed: bool) -> None:
-    if analyzed:
-        await sql.execute("ANALYZE")
+async def test_every_function_of_the_ledger_and_of_usage_pins_jit(sql: Sql) -> None:
+    rows = await sql.fetch(
+        "SELECT proname, prosrc, coalesce(proconfig, '{}') AS settings FROM pg_proc"
+        " WHERE pronamespace = 'keyproxy'::regnamespace AND prorettype <> 'trigger'::regtype"
+    )
+    about = re.compile(rf"keyproxy\.({_LARGE}|ledger_history|claim_batches)\b")
+    found = {row["proname"]: "jit=off" in row["settings"] for row in rows if about.search(row["prosrc"])}
+    assert len(found) > 10
+    # Called by sync_leases only, whose settings apply.
+    assert {name for name, is_pinned in found.items() if not is_pinned} == {"ledger_settles_until"}
+
+
+@pytest.fixture
+async def plans(sql: Sql) -> list[str]:
+    """The plans of all statements from now on, also of those within functions."""
     plans: list[str] = []
     sql.add_log_listener(lambda _connection, message: plans.append(str(message)))
     try:
         await sql.execute("LOAD 'auto_explain'")
     except asyncpg.PostgresError:
         pytest.skip("this PostgreSQL comes without auto_explain")
-    await sql.execute(
-        "SET auto_explain.log_min_duration = 0; SET auto_explain.log_nested_statements = on;"
-        "SET auto_explain.log_analyze = on; SET client_min_messages = log; SET jit = on"
-    )
-    statement = await sql.prepare(queries.load()["sync_leases"])
-    for serial in (1, 2):
-        await statement.fetch("a", serial, LEASE_SECONDS, [serial], *_MESSAGE)
+    return plans
+
+
+_EXPLAIN = (
+    "SET auto_explain.log_min_duration = 0; SET auto_explain.log_nested_statements = on;"
+    "SET auto_explain.log_analyze = on; SET client_min_messages = log; SET jit = on"
+)
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_no_part_of_a_message_is_jit_compiled_or_scans_a_table(
+    sql: Sql, plans: list[str], analyzed: bool
+) -> None:
+    if analyzed:
+        await sql.execute("ANALYZE")
+    await sql.execute(_EXPLAIN)
+    ledger = PostgresLedger(cast("Database", PlainDatabase(sql)), lease_seconds=LEASE_SECONDS)
+    for serial, lines in enumerate(_MESSAGES, 1):
+        assert await ledger.sync("a", serial, lines)
     await sql.execute("SET client_min_messages = notice")
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.limit_alerts") == 2
     assert any("ledger_history" in plan for plan in plans)
     assert [plan for plan in plans if "JIT:" in plan] == []
     assert [plan for plan in plans if re.search(r"Seq Scan on (?!pg_)", plan)] == []
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_claims_usage_credits_and_cleanup_scan_no_large_table_and_are_not_jit_compiled(
+    sql: Sql, plans: list[str], analyzed: bool
+) -> None:
+    database = cast("Database", PlainDatabase(sql))
+    if analyzed:
+        await sql.execute("ANALYZE")
+    await sql.execute(_EXPLAIN)
+    claims = PostgresClaims(database)
+    for batch in (1, 2):
+        await claims.claim("p", batch, [claim(1, 5), claim(2, 6)])
+    await claims.cover([claim(1).fingerprint])
+    await claims.forget(10)
+    await credit(database, window(), 10, 5)
+    ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
+    await ledger.sync("a", 1, [line(want=5)])
+    await ledger.end("a")
+    await ledger.reap()
+    await ledger.forget(10)
+    await database.fetch("forget_windows", 0, 10)
+    await database.fetch("tend_usage", 7, 400, 10)
+    key = ([date(2026, 1, 31)], ["acme"], ["u_42"], ["key_1"], [False], ["r"], ["m"])
+    for batch in (1, 2):
+        await database.fetch("record_usage", "p", batch, *key, *([[1]] * 9), None)
+    await sql.execute("SET client_min_messages = notice")
+    assert len(plans) > 20
+    assert [plan for plan in plans if "JIT:" in plan] == []
+    assert [plan for plan in plans if re.search(rf"Seq Scan on ({_LARGE})\b", plan)] == []
 
 
 async def test_server_with_jit_compiles_costly_statements(sql: Sql) -> None:

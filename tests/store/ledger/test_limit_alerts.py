@@ -1,4 +1,4 @@
-"""The ledger writes one alert for each window and percentage that is reached, exactly once, and each goes to one sender."""
+"""The ledger writes one alert for each window and percentage that is reached, and each goes to one sender."""
 
 from __future__ import annotations
 
@@ -38,7 +38,16 @@ async def alerts(sql: Sql) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize(
     ("spent", "reached"),
-    [(0, []), (49, []), (50, [50]), (79, [50]), (80, [50, 80]), (99, [50, 80]), (100, [50, 80, 100]), (130, [50, 80, 100])],
+    [
+        (0, []),
+        (49, []),
+        (50, [50]),
+        (79, [50]),
+        (80, [50, 80]),
+        (99, [50, 80]),
+        (100, [50, 80, 100]),
+        (130, [50, 80, 100]),
+    ],
 )
 async def test_alert_is_written_when_spent_reaches_its_percentage(
     ledger: PostgresLedger, sql: Sql, spent: int, reached: list[int]
@@ -105,7 +114,9 @@ async def test_alerts_are_written_once_however_many_replicas_report_and_retry(
             while True:
                 serial += 1
                 try:
-                    replies = await ledger.sync(name, serial, [line(limit=100, granted=got, used=min(used, got), want=2)])
+                    replies = await ledger.sync(
+                        name, serial, [line(limit=100, granted=got, used=min(used, got), want=2)]
+                    )
                 except StoreUnavailable:
                     continue
                 assert replies is not None

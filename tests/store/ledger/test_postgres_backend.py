@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
 
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
-from keyproxy.store.postgres import queries
-from keyproxy.store.postgres.database import Database, Row
+from keyproxy.store.postgres.database import Database
 from tests.contracts import LEASE_SECONDS, line, window
-from tests.store.harness import Sql
+from tests.store.harness import PlainDatabase, Sql
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ async def test_clock_that_is_set_back_does_not_block_a_rate(ledger: PostgresLedg
 async def test_message_reads_only_its_own_rows_even_if_tables_were_empty_when_analyzed(
     sql: Sql, is_closing: bool, analyzed: str
 ) -> None:
-    ledger = PostgresLedger(cast("Database", _Plain(sql)), lease_seconds=LEASE_SECONDS)
+    ledger = PostgresLedger(cast("Database", PlainDatabase(sql)), lease_seconds=LEASE_SECONDS)
     # As autovacuum does in a quiet hour.
     await sql.execute(f"ANALYZE keyproxy.{analyzed}")
     held, told = 1_000, 20
@@ -136,18 +135,6 @@ async def _rows_read(sql: Sql) -> Counter[str]:
         " WHERE schemaname = 'keyproxy' AND relname IN ('leases', 'windows')"
     )
     return Counter({row["relname"]: row["rows"] for row in rows})
-
-
-class _Plain:
-    """One connection in place of the database."""
-
-    def __init__(self, sql: Sql) -> None:
-        self._sql, self._statements = sql, queries.load()
-
-    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        """See Database."""
-        rows: Sequence[Row] = await self._sql.fetch(self._statements[name], *arguments)
-        return rows
 
 
 async def test_windows_are_locked_in_one_order_so_that_messages_do_not_deadlock(dsn: str) -> None:

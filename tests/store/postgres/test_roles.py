@@ -152,10 +152,8 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
         "ALTER TABLE keyproxy.api_keys DISABLE TRIGGER ALL",
         "SET session_replication_role = replica",
         "UPDATE keyproxy.windows SET credited = 1",
-        "INSERT INTO keyproxy.windows (pool_kind, pool_id, is_test, measure, starts, credited)"
-        " VALUES ('user', 'u_42', false, 'tokens_per_day', 0, 1)",
-        "INSERT INTO keyproxy.window_credits (id, window_id, amount, reason, actor)"
-        " VALUES ('crd_' || repeat('0', 32), 1, 1, 'x', 'x')",
+        "INSERT INTO keyproxy.windows (pool_kind, measure, starts, credited) VALUES ('user', 'rate', 0, 1)",
+        "INSERT INTO keyproxy.window_credits (id, window_id, amount, reason, actor) VALUES ('crd_', 1, 1, 'x', 'x')",
         "SELECT keyproxy.credit_window('user', 'u_42', false, 'tokens_per_day', '', 1, 1, 'x')",
         "DELETE FROM keyproxy.limit_alerts",
         "UPDATE keyproxy.limit_alerts SET delivered_at = now()",

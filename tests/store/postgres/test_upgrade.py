@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import random
 import re
-from collections.abc import AsyncIterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,8 @@ class PreviousRelease:
         """Send a message of one line to the ledger; the replies without that about the ledger itself."""
         self.serial += 1
         rows = await self.fetch(
-            "sync_leases", self.name, self.serial, LEASE_SECONDS, [lease], ["user"], [user], [False], [measure], [0], [bound],
-            [0.0], [granted], [used], [returned], [want], [min(1, want)], [takes_all], [is_closing],
+            "sync_leases", self.name, self.serial, LEASE_SECONDS, [lease], ["user"], [user], [False], [measure], [0],
+            [bound], [0.0], [granted], [used], [returned], [want], [min(1, want)], [takes_all], [is_closing],
         )  # fmt: skip
         return [row for row in rows if row["lease"]]
 
@@ -152,7 +151,7 @@ async def test_usage_of_both_releases_adds_up(previous: PreviousRelease, databas
 
 
 @pytest.fixture
-async def earlier_dsn(empty_dsn: str) -> AsyncIterator[str]:
+async def earlier_dsn(empty_dsn: str) -> str:
     """A database with the schema of the previous release."""
     connection = await asyncpg.connect(empty_dsn)
     await connection.execute(migrations._BOOK)
@@ -163,7 +162,7 @@ async def earlier_dsn(empty_dsn: str) -> AsyncIterator[str]:
             one.number, one.name, one.checksum,
         )  # fmt: skip
     await connection.close()
-    yield empty_dsn
+    return empty_dsn
 
 
 async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) -> None:
@@ -179,7 +178,12 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
             lease = chance.randrange(8)
             used[lease] += chance.randint(0, granted[lease] - used[lease])
             (row,) = await one.report(
-                lease + 1, user=f"u_{lease}", bound=10_000_000, granted=granted[lease], used=used[lease], want=used[lease] + 9
+                lease + 1,
+                user=f"u_{lease}",
+                bound=10_000_000,
+                granted=granted[lease],
+                used=used[lease],
+                want=used[lease] + 9,
             )
             granted[lease] = row["granted"]
             batch += 1
@@ -187,7 +191,9 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
             await one.fetch("claim_charges", one.name, batch, [claim(lease).fingerprint], [batch], [None])
             requests[place] += 1
         for lease, count in used.items():
-            await one.report(lease + 1, user=f"u_{lease}", granted=granted[lease], used=count, returned=granted[lease] - count)
+            await one.report(
+                lease + 1, user=f"u_{lease}", granted=granted[lease], used=count, returned=granted[lease] - count
+            )
         used_by_process[place] = sum(used.values())
 
     used_by_process = [0] * len(processes)
@@ -196,7 +202,7 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
     applied = await migrations.migrate(earlier_dsn)
     is_over.set()
     await asyncio.gather(*serving)
-    assert [one.number for one in applied][0] == _PREVIOUS + 1
+    assert applied[0].number == _PREVIOUS + 1
     sql = processes[0].sql
     row = await sql.fetchrow("SELECT sum(spent)::int8, sum(held)::int8, sum(holders)::int8 FROM keyproxy.windows")
     assert row is not None

@@ -159,6 +159,17 @@ CREATE TABLE keyproxy.limit_alerts (
 COMMENT ON COLUMN keyproxy.limit_alerts.amount IS 'the limit of the window, with what was credited';
 CREATE INDEX limit_alerts_waiting ON keyproxy.limit_alerts (next_at) WHERE delivered_at IS NULL AND given_up_at IS NULL;
 
+-- Which of these percentages a window has reached that has no alert for them yet. refused: a request needs more than is left.
+CREATE FUNCTION keyproxy.alerts_due(percentages int[], alerted int[], amount bigint, spent bigint, refused boolean)
+RETURNS int[] LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT p FROM unnest(percentages) AS p
+        WHERE p <> ALL (alerted) AND (spent > 0 AND spent * 100 >= p * amount OR p = 100 AND refused)
+    );
+END
+$$;
+
 -- Write the alerts of a window for these percentages; 0, so that a message can call it in passing. As its owner: proxies may
 -- write alerts through messages alone. The id is derived from what the alert is about, so that it is the same in a database
 -- that was restored from a backup.
@@ -177,6 +188,19 @@ BEGIN
 END
 $$;
 
+-- By how much the number of holders of a window changes when one of them opens and closes so many leases on it.
+CREATE FUNCTION keyproxy.more_holders(id bigint, owner text, opened bigint, closed bigint) RETURNS int
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    before bigint := (
+        SELECT count(*) FROM keyproxy.leases AS x
+        WHERE x.window_id = id AND hashtext(x.holder) = hashtext(owner) AND x.holder || '' = owner
+    );
+BEGIN
+    RETURN (before + opened > closed)::int - (before > 0)::int;
+END
+$$;
+
 CREATE TYPE keyproxy.lease_report AS (
     lease bigint, pool_kind text, pool_id text, is_test boolean, measure text, selector text, starts bigint, bound bigint,
     interval_seconds float8, granted bigint, used bigint, returned bigint, want bigint, at_least bigint,
@@ -186,8 +210,8 @@ CREATE TYPE keyproxy.lease_report AS (
 -- One message of a holder, as 0011_bounds.sql had it, for windows with selectors and credits. One row per line and one in
 -- front, of lease 0, whose granted is the number of living holders, and whose wait_seconds says for how long nothing will be
 -- granted; no row at all: this holder has ended.
--- percentages: of limit and credit together, at which a window gets an alert. 100 also applies once a request needs more than
--- what is not spent.
+-- percentages: of limit and credit together, at which a window gets an alert, in ascending order. 100 also applies once a
+-- request needs more than what is not spent.
 -- A line about a rate gives `returned` units back, this once: a lost message only admits less.
 CREATE FUNCTION keyproxy.sync_leases(
     sender text, message bigint, lease_seconds float8, lines keyproxy.lease_report[], percentages int[],
@@ -209,7 +233,7 @@ DECLARE
     is_stored boolean;
     wanted bigint[];
     locked bigint;
-    lowest int := (SELECT min(p) FROM unnest(percentages) AS p);
+    lowest int := percentages[1];
 BEGIN
     UPDATE keyproxy.lease_holders AS h
     SET serial = message, expires_at = clock_timestamp() + make_interval(secs => lease_seconds)
@@ -268,19 +292,8 @@ BEGIN
         SELECT l FROM unnest(lines) AS l WHERE l.starts <> 0
     );
 
-    -- Again if a window was deleted as unused between being found and being locked.
+    -- Again if a window is made, or was deleted as unused between being found and being locked.
     LOOP
-        INSERT INTO keyproxy.windows (pool_kind, pool_id, is_test, measure, starts, selector)
-        SELECT DISTINCT l.pool_kind, l.pool_id, l.is_test, l.measure, l.starts, l.selector
-        FROM unnest(lines) AS l
-        WHERE (
-            SELECT w.id FROM keyproxy.windows AS w
-            WHERE w.pool_kind = l.pool_kind AND w.pool_id = l.pool_id AND w.is_test = l.is_test AND w.measure = l.measure
-              AND w.starts = l.starts AND w.selector = l.selector
-        ) IS NULL
-        ORDER BY 1, 2, 3, 4, 5, 6
-        ON CONFLICT DO NOTHING;
-
         wanted := ARRAY(
             SELECT DISTINCT (
                 SELECT v.id FROM keyproxy.windows AS v
@@ -288,6 +301,19 @@ BEGIN
                   AND v.starts = l.starts AND v.selector = l.selector
             ) FROM unnest(lines) AS l
         );
+        IF array_position(wanted, NULL) IS NOT NULL THEN
+            INSERT INTO keyproxy.windows (pool_kind, pool_id, is_test, measure, starts, selector)
+            SELECT DISTINCT l.pool_kind, l.pool_id, l.is_test, l.measure, l.starts, l.selector
+            FROM unnest(lines) AS l
+            WHERE (
+                SELECT w.id FROM keyproxy.windows AS w
+                WHERE w.pool_kind = l.pool_kind AND w.pool_id = l.pool_id AND w.is_test = l.is_test AND w.measure = l.measure
+                  AND w.starts = l.starts AND w.selector = l.selector
+            ) IS NULL
+            ORDER BY 1, 2, 3, 4, 5, 6
+            ON CONFLICT DO NOTHING;
+            CONTINUE;
+        END IF;
         PERFORM FROM keyproxy.windows AS w WHERE w.id = ANY (wanted) ORDER BY w.id FOR NO KEY UPDATE;
         GET DIAGNOSTICS locked = ROW_COUNT;
         EXIT WHEN locked = cardinality(wanted);
@@ -369,57 +395,44 @@ BEGIN
         -- Each line with what all lines of its window come to. To join them to the windows' new rows instead would take
         -- time with the square of their number.
         SELECT judged.*,
-               sum(more_used) OVER of_window AS window_used,
-               sum(more_held + CASE WHEN is_rate THEN 0 ELSE given END) OVER of_window AS window_held,
+               (sum(more_used) OVER of_window)::bigint AS window_used,
+               (sum(more_held + CASE WHEN is_rate THEN 0 ELSE given END) OVER of_window)::bigint AS window_held,
                max(instant + ahead + given * interval_seconds) OVER of_window AS window_theoretical,
                bool_or(want > 0 AND given = 0 AND is_asker AND NOT is_rate AND NOT settles AND instant < ends)
                    OVER of_window AS is_short,
-               sum(outstanding) OVER of_window AS window_own,
-               bool_or(is_known) OVER of_window AS is_any_known,
-               bool_or(counts AND NOT is_closing) OVER of_window AS is_any_kept,
-               count(*) FILTER (WHERE is_known AND is_closing) OVER of_window AS closing
+               (sum(outstanding) OVER of_window)::bigint AS window_own,
+               -- The leases that are opened, and 2^16 times those that are closed.
+               sum(CASE WHEN is_known AND is_closing THEN 65536 WHEN counts AND NOT is_known THEN 1 ELSE 0 END) OVER of_window
+                   AS changes
         FROM judged WINDOW of_window AS (PARTITION BY window_id)
     ), counted AS (
         SELECT t.*,
+               CASE WHEN t.changes = 0 THEN 0 ELSE keyproxy.more_holders(
+                   t.window_id, sender, t.changes & 65535, t.changes >> 16
+               ) END AS more_holders,
+               -- One line speaks for its window.
                CASE
-                   WHEN t.is_any_known AND t.is_any_kept THEN 0
-                   WHEN t.is_any_kept THEN CASE WHEN (
-                       SELECT 1 FROM keyproxy.leases AS x
-                       WHERE x.window_id = t.window_id AND hashtext(x.holder) = hashtext(sender) AND x.holder || '' = sender
-                       LIMIT 1
-                   ) IS NULL THEN 1 ELSE 0 END
-                   WHEN t.closing > 0 THEN CASE WHEN (
-                       SELECT count(*) FROM keyproxy.leases AS x
-                       WHERE x.window_id = t.window_id AND hashtext(x.holder) = hashtext(sender) AND x.holder || '' = sender
-                   ) > t.closing THEN 0 ELSE -1 END
-                   ELSE 0
-               END AS more_holders,
-               CASE
-                   -- One line speaks for its window.
-                   WHEN lowest IS NULL OR NOT t.is_asker OR t.ends = 'Infinity' OR t.alerted @> percentages THEN '{}'
-                   WHEN (t.was_spent + t.window_used) * 100 < lowest * (t.bound + t.window_credited) AND NOT t.is_short THEN '{}'
-                   ELSE ARRAY(
-                       SELECT p FROM unnest(percentages) AS p
-                       WHERE p <> ALL (t.alerted)
-                         AND (
-                             t.was_spent + t.window_used > 0
-                             AND (t.was_spent + t.window_used) * 100 >= p * (t.bound + t.window_credited)
-                             OR p = 100 AND t.is_short AND t.at_least <= t.bound + t.window_credited
-                                AND t.at_least > t.bound + t.window_credited - t.was_spent - t.window_used
-                         )
+                   WHEN t.is_asker AND t.ends < 'Infinity'
+                        AND ((t.was_spent + t.window_used) * 100 >= lowest * (t.bound + t.window_credited) OR t.is_short)
+                        AND NOT t.alerted @> percentages
+                   THEN keyproxy.alerts_due(
+                       percentages, t.alerted, t.bound + t.window_credited, t.was_spent + t.window_used,
+                       t.is_short AND t.at_least <= t.bound + t.window_credited
+                       AND t.at_least > t.bound + t.window_credited - t.was_spent - t.window_used
                    )
+                   ELSE '{}'
                END AS reached
         FROM totalled AS t
     ), kept AS (
         INSERT INTO keyproxy.leases AS x (holder, lease, window_id, granted, used, returned)
         SELECT sender, j.lease, j.window_id, j.sure_granted + j.given, j.now_used, j.now_returned
-        FROM totalled AS j WHERE j.counts AND NOT j.is_closing
+        FROM counted AS j WHERE j.counts AND NOT j.is_closing
         ON CONFLICT (holder, lease) DO UPDATE
         SET granted = excluded.granted, used = excluded.used, returned = excluded.returned
     ), closed AS (
         DELETE FROM keyproxy.leases AS x
         -- Not holder and = ANY (leases): PostgreSQL may take the holder for the index and look through all of its leases.
-        WHERE x.ctid = ANY (ARRAY(SELECT j.tid FROM totalled AS j WHERE j.is_closing AND j.is_known))
+        WHERE x.ctid = ANY (ARRAY(SELECT j.tid FROM counted AS j WHERE j.is_closing AND j.is_known))
     ), written AS (
         UPDATE keyproxy.windows AS w
         SET spent = w.spent + j.window_used,
@@ -428,14 +441,14 @@ BEGIN
             wanted_at = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN instant ELSE w.wanted_at END,
             wanted_by = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN sender ELSE w.wanted_by END,
             holders = w.holders + j.more_holders,
-            alerted = w.alerted || j.reached
+            alerted = CASE WHEN j.reached = '{}' THEN w.alerted ELSE w.alerted || j.reached END
         FROM counted AS j
         WHERE j.is_asker AND w.id = j.window_id AND w.id = ANY (ARRAY(SELECT t.window_id FROM counted AS t))
     )
     SELECT j.lease, j.window_starts,
            CASE WHEN j.is_rate THEN j.given WHEN j.counts THEN j.sure_granted + j.given ELSE j.used + j.returned END,
-           CASE WHEN j.is_rate THEN 0 ELSE (j.was_spent + j.window_used)::bigint END,
-           CASE WHEN j.is_rate THEN j.bound - greatest(0, j.available - j.given) ELSE (j.was_held + j.window_held)::bigint END,
+           CASE WHEN j.is_rate THEN 0 ELSE j.was_spent + j.window_used END,
+           CASE WHEN j.is_rate THEN j.bound - greatest(0, j.available - j.given) ELSE j.was_held + j.window_held END,
            j.ends - instant,
            CASE WHEN j.is_rate AND j.want > 0 AND j.given = 0
                 THEN greatest(0, j.ahead + j.at_least * j.interval_seconds - j.bound * j.interval_seconds) ELSE 0 END,
@@ -444,7 +457,7 @@ BEGIN
            CASE WHEN j.is_rate THEN 1 ELSE greatest(1, j.were_holders + j.more_holders + CASE
                WHEN j.reached = '{}' THEN 0
                ELSE keyproxy.note_alerts(
-                   j.window_id, j.reached, j.bound + j.window_credited, (j.was_spent + j.window_used)::bigint
+                   j.window_id, j.reached, j.bound + j.window_credited, j.was_spent + j.window_used
                )
            END)::bigint END,
            CASE WHEN j.is_rate THEN instant ELSE 0 END
@@ -536,11 +549,13 @@ $$;
 CREATE OR REPLACE FUNCTION keyproxy.forget_holders(portion int) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
+    -- A variable: the index does not serve a comparison with clock_timestamp(), which is volatile.
+    long_ago timestamptz := clock_timestamp() - interval '55 minutes';
     gone bigint;
 BEGIN
     DELETE FROM keyproxy.lease_holders AS h WHERE h.id = ANY (ARRAY(
         SELECT o.id FROM keyproxy.lease_holders AS o
-        WHERE o.ended_at < clock_timestamp() - interval '55 minutes' AND NOT o.is_ending
+        WHERE o.ended_at < long_ago AND NOT o.is_ending
         ORDER BY o.ended_at LIMIT portion FOR UPDATE SKIP LOCKED
     ));
     GET DIAGNOSTICS gone = ROW_COUNT;
@@ -603,7 +618,7 @@ $$;
 CREATE FUNCTION keyproxy.credit_window(
     kind text, owner text, is_test boolean, measure text, selector text, bound bigint, amount bigint, reason text,
     OUT id text, OUT starts bigint, OUT ends_seconds float8, OUT credited bigint, OUT spent bigint, OUT held bigint
-) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+) LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     instant float8 := extract(epoch FROM clock_timestamp());
@@ -652,10 +667,12 @@ REVOKE EXECUTE ON FUNCTION keyproxy.credit_window(text, text, boolean, text, tex
 -- As 0011_bounds.sql had it, but that windows of a minute or an hour go after a day. One that has an alert to deliver stays
 -- as long as any other.
 CREATE OR REPLACE FUNCTION keyproxy.tend_usage(event_days int, usage_days int, portion int) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' SET jit = off AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '250ms' SET jit = off
+SET enable_seqscan = off AS $$
 DECLARE
     today date := (clock_timestamp() AT TIME ZONE 'UTC')::date;
-    now_seconds float8 := extract(epoch FROM clock_timestamp());
+    -- A whole number: the index on `starts` serves no comparison with another type, or with a volatile function.
+    now_seconds bigint := extract(epoch FROM clock_timestamp());
     partitions_max CONSTANT int := 4;
     old_partition text;
     gone bigint := 0;

@@ -121,7 +121,7 @@ CREATE FUNCTION keyproxy.claim_charges(
     teller text, number bigint, fingerprints bytea[], used bigint[], paid bigint[], repeats_max int,
     OUT is_first boolean[], OUT charged bigint[]
 ) RETURNS SETOF record
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 #variable_conflict use_column
 DECLARE
     instant timestamptz := clock_timestamp();
@@ -191,7 +191,7 @@ BEGIN
                    greatest(min(j.were_repeats), max(j.repeat) FILTER (WHERE j.paid IS NULL)) AS repeats
             FROM judged AS j WHERE j.tokens_were <> -1 GROUP BY j.fingerprint
         ) AS s
-        WHERE k.fingerprint = s.fingerprint
+        WHERE k.fingerprint = s.fingerprint AND k.fingerprint = ANY (known)
     ), answer AS (
         SELECT array_agg(j.starts OR j.is_beyond ORDER BY j.place) AS is_first,
                array_agg(
@@ -240,7 +240,25 @@ BEGIN
         WHERE k.charged_at > clock_timestamp() - interval '24 hours' AND k.repeats < repeats_max
     )
     UPDATE keyproxy.idempotent_charges AS k SET repeats = k.repeats + f.covered
-    FROM free AS f WHERE k.fingerprint = f.fingerprint
+    FROM free AS f WHERE k.fingerprint = f.fingerprint AND k.fingerprint = ANY (fingerprints)
     RETURNING k.fingerprint, k.tokens, f.covered;
+END
+$$;
+
+-- Delete at most `portion` expired charges; how many. A concurrent claim that waits for one inserts it again.
+CREATE FUNCTION keyproxy.forget_charges(portion int) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    -- A variable: the index does not serve a comparison with clock_timestamp(), which is volatile.
+    oldest timestamptz := clock_timestamp() - interval '24 hours';
+    gone bigint;
+BEGIN
+    DELETE FROM keyproxy.idempotent_charges WHERE ctid = ANY (ARRAY(
+        SELECT k.ctid FROM keyproxy.idempotent_charges AS k
+        WHERE k.charged_at <= oldest
+        LIMIT portion FOR UPDATE SKIP LOCKED
+    ));
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    RETURN gone;
 END
 $$;

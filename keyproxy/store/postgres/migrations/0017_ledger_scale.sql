@@ -64,8 +64,8 @@ DECLARE
                        at_least, most, available / (2 * alive), CASE WHEN are_many THEN want / 2 ELSE 0 END
                    ))$$,
 
-        $$bool_or(is_known) OVER of_window AS is_any_known,$$,
-        $$bool_or(is_known) OVER of_window AS is_any_known,
+        $$sum(outstanding) OVER of_window)::bigint AS window_own,$$,
+        $$sum(outstanding) OVER of_window)::bigint AS window_own,
                instant + least(greatest(theoretical - instant, 0) + 1 / 60.0::float8, 20) AS paced,$$,
 
         $$        FROM totalled AS t
