@@ -2,8 +2,8 @@
 
 Run as `python -m bench.shared_window`. Holders are real ledger clients with change feeds over a real PostgreSQL; some
 share an OS process and its connections, since a machine carries fewer processes than a fleet has. Every row is measured
-twice: *before*, with clients that report every `settle_seconds` however many they are, and as they are now. Then the limit
-is so low that the window runs out. `spent + held` is compared with the limit four times a second.
+twice: *before*, with clients that report every `settle_seconds` however many they are, and as they are now. Then the
+limit is so low that the window runs out. `spent + held` is compared with the limit four times a second.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import logging
 import multiprocessing
 import random
 import statistics
@@ -163,6 +164,7 @@ def _process(dsn: str, load: Load, part: int) -> Run:
 
 
 async def _hold(dsn: str, load: Load, part: int) -> Run:
+    logging.getLogger("keyproxy").setLevel(logging.CRITICAL)
     database = Database(dsn, pool_size_max=_CONNECTIONS, statement_timeout_seconds=10.0)
     await database.open()
     clients = [Client(database, load, seed) for seed in range(part, load.holders, _OS_PROCESSES)]
@@ -231,7 +233,7 @@ def _p99(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.shared_window", description=__doc__)
-    parser.add_argument("--holders", default="1,32,200")
+    parser.add_argument("--holders", default="1,32,100")
     parser.add_argument("--requests-per-second", type=float, default=1.0, help="of each holder")
     parser.add_argument("--warm-seconds", type=float, default=12.0, help="holders start in the first half of it")
     parser.add_argument("--seconds", type=float, default=12.0)

@@ -116,10 +116,9 @@ class Lease:
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
-        #: How long to wait between two reports for which no request waits: the more holders, the longer.
-        self.pause_seconds = 0.0
-        #: When the next such report may be sent, and when the next request for units.
-        self.due_mono = self.ask_after_mono = 0.0
+        #: How long to wait between two reports for which no request waits: the more holders, the longer. When the next
+        #: one may be sent, and when the next request for units.
+        self.pause_seconds = self.due_mono = self.ask_after_mono = 0.0
         #: Whether a review is due because the lease changed, and for when one is scheduled.
         self.is_noted = False
         self.review_mono = math.inf
