@@ -218,19 +218,35 @@ class Plan:
         kept = [limit for limit in self.limits if limit.name not in changes]
         return Plan([*kept, *(limit for limit in changes.values() if limit is not None)])
 
+    def with_names(self, changes: Mapping[str, float | None]) -> Plan:
+        """The plan with these limits, by their names in the object; None removes one. Raises InvalidPlanError."""
+        named, others = self._split()
+        return Plan(others, **_checked_names({**named, **changes}))
+
     def to_json(self) -> dict[str, float] | list[dict[str, object]]:
         """The value of `plans.limits`: the object if it can express the plan, else the array."""
+        named, others = self._split()
+        return [limit.to_json() for limit in self.limits] if others else named
+
+    def _split(self) -> tuple[dict[str, float], list[Limit]]:
+        """The limits that the object can express, by name, and the others."""
         named: dict[str, float] = {}
+        others = []
         for limit in self.limits:
             if limit.selector or not (limit.measure == REQUEST_RATE or limit.window_measure in _NAMED):
-                return [limit.to_json() for limit in self.limits]
-            if limit.measure != REQUEST_RATE:
+                others.append(limit)
+            elif limit.measure != REQUEST_RATE:
                 named[limit.window_measure] = limit.quota
-                continue
-            named["rate"] = float(limit.per_second)
-            if limit.burst is not None:
-                named["burst"] = limit.burst
-        return named
+            else:
+                named["rate"] = float(limit.per_second)
+                if limit.burst is not None:
+                    named["burst"] = limit.burst
+        return named, others
+
+    def amounts(self) -> dict[str, object]:
+        """The amounts of all limits: by their names in the object, the others by `Limit.name`."""
+        named, others = self._split()
+        return {**named, **{limit.name: limit.whole_amount for limit in others}}
 
     @classmethod
     def from_json(cls, limits: object) -> Plan:

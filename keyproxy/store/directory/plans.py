@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from keyproxy.limits.plan import LIMITS, InvalidPlanError, Plan
+from keyproxy.limits.plan import LIMITS, InvalidPlanError, Limit, Plan
 from keyproxy.store.directory.base import Conflict, DirectoryBase, Entity, Invalid, NotFound
 from keyproxy.store.postgres.database import StoreConflict
 
@@ -19,39 +19,46 @@ class Plans(DirectoryBase):
         `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the result: the `old` and
         `new` value of each limit that has changed. Raises Invalid.
         """
-        return await self._set(name, lambda _: limits, if_match)
+        return await self._set(name, lambda _: Plan.from_json(limits), if_match)
 
     async def change_plan(
-        self, name: str, changes: Mapping[str, float | None], *, if_match: str | None = None
+        self,
+        name: str,
+        changes: Mapping[str, float | None],
+        *,
+        limits: Mapping[str, Limit | None] | None = None,
+        if_match: str | None = None,
     ) -> Entity:
         """Change the limits that are named; None removes one. The others stay. The plan is created if it does not exist.
 
-        The result is as for `set_plan`. Raises Invalid.
+        `changes`: by their names in the object of `plans.limits`; `limits`: by `Limit.name`. The result is as for
+        `set_plan`. Raises Invalid.
         """
-        return await self._set(name, lambda before: {**before, **changes}, if_match)
+        return await self._set(name, lambda plan: plan.with_names(changes).changed(limits or {}), if_match)
 
-    async def _set(self, name: str, limits_of: Callable[[Entity], object], if_match: str | None) -> Entity:
+    async def _set(self, name: str, plan_of: Callable[[Plan], Plan], if_match: str | None) -> Entity:
         self._must_be_unbound("set a plan")
         async with self._acting() as transaction:
-            before: Entity = {}
+            before = Plan()
             created = False
             try:
-                before = (await self._held(transaction, "plan", name, if_match))["limits"]
+                before = _plan((await self._held(transaction, "plan", name, if_match))["limits"])
             except NotFound:
                 if if_match is not None:
                     raise
-                row = await transaction.fetch_row("create_plan", name, _checked(limits_of({})))
+                row = await transaction.fetch_row("create_plan", name, _stored(_checked(plan_of, before)))
                 created = row is not None
                 if not created:
                     # Another transaction has created it in the meantime.
-                    before = (await self._held(transaction, "plan", name, None))["limits"]
-            limits = json.loads(_checked(limits_of(before)))
-            if not created and limits != before:
-                await transaction.fetch("set_plan", name, json.dumps(limits))
+                    before = _plan((await self._held(transaction, "plan", name, None))["limits"])
+            plan = _checked(plan_of, before)
+            if not created and plan != before:
+                await transaction.fetch("set_plan", name, _stored(plan))
+        old, new = before.amounts(), plan.amounts()
         changed = {
-            limit: {"old": before.get(limit), "new": limits.get(limit)}
-            for limit in LIMITS
-            if before.get(limit) != limits.get(limit)
+            limit: {"old": old.get(limit), "new": new.get(limit)}
+            for limit in dict.fromkeys([*LIMITS, *old, *new])
+            if old.get(limit) != new.get(limit)
         }
         return {**await self.plan(name), "created": created, "changed": changed}
 
@@ -79,9 +86,22 @@ class Plans(DirectoryBase):
             ) from error
 
 
-def _checked(limits: object) -> str:
-    """Validate limits, and return them as the JSON of the column `plans.limits`. Raises Invalid."""
+def _plan(limits: object) -> Plan:
+    """Read a stored plan. Raises Invalid."""
     try:
-        return json.dumps(Plan.from_json(limits).to_json())
+        return Plan.from_json(limits)
+    except InvalidPlanError as error:
+        raise Invalid(f"the stored plan is invalid: {error}") from error
+
+
+def _checked(plan_of: Callable[[Plan], Plan], before: Plan) -> Plan:
+    """Make a plan. Raises Invalid."""
+    try:
+        return plan_of(before)
     except InvalidPlanError as error:
         raise Invalid(str(error)) from error
+
+
+def _stored(plan: Plan) -> str:
+    """A plan as the JSON of the column `plans.limits`."""
+    return json.dumps(plan.to_json())

@@ -172,7 +172,8 @@ class Ledger(ports.Ledger):
 
     def _count(self, refusal: Refusal) -> None:
         if refusal.limit is not None:
-            policy = refusal.limit.policy.name
+            # Without the selector: models and routes would make a series each.
+            policy, _, _ = refusal.limit.policy.name.partition("@")
             self.refusals[policy] = self.refusals.get(policy, 0) + 1
 
     async def _bring(self, short: Short, check: Callable[[], object], patience: TimeBudget) -> None:

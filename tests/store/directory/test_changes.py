@@ -57,7 +57,7 @@ async def test_setting_a_plan_replaces_all_its_limits(directory: Directory) -> N
 
 @pytest.mark.parametrize(
     ("limits", "sentence"),
-    [({"rat": 1}, "there is no such limit"), ({"burst": 1}, "nothing without a rate"), ([], "an object")],
+    [({"rat": 1}, "there is no such limit"), ({"burst": 1}, "nothing without a rate"), ("x", "an object")],
 )
 async def test_invalid_limits_are_refused(directory: Directory, limits: object, sentence: str) -> None:
     with pytest.raises(Invalid, match=sentence):
