@@ -81,7 +81,6 @@ class Store:
             self.last_used.lasting,
             self.feed.lasting,
         )
-
         #: All cleanup of expired rows.
         self.chores = (
             self.ledger.conversation.reaping,
