@@ -24,9 +24,9 @@ async def main(port: int, upstream: str) -> None:
             body = await request.read()
             async with session.request(
                 request.method, upstream + request.path_qs, headers=headers, data=body
-            ) as answer:
-                kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
-                return web.Response(status=answer.status, headers=kept, body=await answer.read())
+            ) as response:
+                kept = {name: value for name, value in response.headers.items() if name.lower() not in _HOP_BY_HOP}
+                return web.Response(status=response.status, headers=kept, body=await response.read())
 
         runner = web.ServerRunner(web.Server(handle))
         await runner.setup()

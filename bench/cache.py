@@ -51,25 +51,30 @@ def main(arguments: Sequence[str]) -> int:
 async def _measure(dsn: str, keys: int, strangers: int) -> None:
     await fill(dsn, keys)
     store = Store(
-        schema.StoreSettings(), schema.Cache(), schema.LedgerSettings(), schema.Usage(),
-        dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
-    )  # fmt: skip
+        schema.StoreSettings(),
+        schema.Cache(),
+        schema.LedgerSettings(),
+        schema.Usage(),
+        dsn=dsn,
+        header_prefix="X-Keyproxy-",
+        now=clock.now,
+    )
     await store.open()
     while not store.feed.is_current():
         await asyncio.sleep(0.01)
-    await _ask(store, "key", 0, 1)
+    await _look_up(store, "key", 0, 1)
     before = rss_mib(_SELF)
     for start in range(0, keys, _BATCH):
-        await _ask(store, "key", start, min(start + _BATCH, keys))
+        await _look_up(store, "key", start, min(start + _BATCH, keys))
     grown = rss_mib(_SELF) - before
     print(f"{store.identities.sizes()['known']} keys cached: {grown * 1048576 / keys:.0f} bytes of memory per key")
-    print(f"known key, alone:            {_told(_looks(store, keys, 20_000))}")
+    print(f"known key, alone:            {_timing(_looks(store, keys, 20_000))}")
     seconds: list[float] = []
     for start in range(0, strangers, _BATCH):
-        await _ask(store, "stranger", start, min(start + _BATCH, strangers))
+        await _look_up(store, "stranger", start, min(start + _BATCH, strangers))
         seconds += _looks(store, keys, 200)
     sizes = store.identities.sizes()
-    print(f"known key, with a flood:     {_told(seconds)}")
+    print(f"known key, with a flood:     {_timing(seconds)}")
     print(f"after {strangers} unknown keys: {sizes['known']} known and {sizes['unknown']} unknown keys are cached")
     await store.close()
 
@@ -89,7 +94,7 @@ async def fill(dsn: str, keys: int) -> None:
     await connection.close()
 
 
-async def _ask(store: Store, kind: str, start: int, end: int) -> None:
+async def _look_up(store: Store, kind: str, start: int, end: int) -> None:
     """Load these keys into the cache concurrently."""
 
     async def one(presented: KeyDigest) -> None:
@@ -120,7 +125,7 @@ def digest(kind: str, number: int) -> KeyDigest:
     return KeyDigest(hashlib.sha256(f"{kind}{number}".encode()).digest())
 
 
-def _told(seconds: list[float]) -> str:
+def _timing(seconds: list[float]) -> str:
     ordered = sorted(seconds)
     p50, p99 = (ordered[int(len(ordered) * share)] * 1e6 for share in (0.5, 0.99))
     return f"p50 {p50:.2f} µs, p99 {p99:.2f} µs"

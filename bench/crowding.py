@@ -116,8 +116,8 @@ def attacks(secret: str) -> dict[str, Attack]:
         "bodies at 1.3 KiB/s": trickle,
         "256 KiB, then a byte in 5 s": burst,
         "idle WebSockets": tunnel,
-        "large answers read at 1.3 KiB/s": unread,
-        "answers of an event a second": events,
+        "large responses read at 1.3 KiB/s": unread,
+        "responses of an event a second": events,
         "idle connections without a key": silent,
         "half a head without a key": half,
     }
@@ -135,7 +135,7 @@ async def held(port: int, attack: Attack, over: asyncio.Event) -> None:
         await asyncio.sleep(0.2)
 
 
-async def ask(port: int, secret: str) -> int:
+async def send_request(port: int, secret: str) -> int:
     """The status of one request on its own connection; 0 if there is no response."""
     writer = None
     try:
@@ -157,17 +157,17 @@ async def crowd(port: int, name: str, attack: Attack, *, victim: str, seconds: f
     attackers = [asyncio.create_task(held(port, attack, over)) for _ in range(number)]
     # Time for the attack to build up.
     await asyncio.sleep(6.0)
-    waits, statuses, asking = [], [], set()
+    waits, statuses, sending = [], [], set()
 
     async def once() -> None:
         began = time.monotonic()
-        statuses.append(await ask(port, victim))
+        statuses.append(await send_request(port, victim))
         waits.append(time.monotonic() - began)
 
     for _ in range(int(seconds * 5)):
-        asking.add(asyncio.create_task(once()))
+        sending.add(asyncio.create_task(once()))
         await asyncio.sleep(0.2)
-    await asyncio.gather(*asking)
+    await asyncio.gather(*sending)
     over.set()
     for task in attackers:
         task.cancel()
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", default="", help="the attacks with this in their names")
     options = parser.parse_args(arguments)
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {machine()}\n")
-    print("| one client | the other: answered | median, ms | p99, ms |")
+    print("| one client | the other: served | median, ms | p99, ms |")
     print("|---|---|---|---|")
     with (
         tempfile.TemporaryDirectory(prefix="kpc-", dir="/tmp") as directory,

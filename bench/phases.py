@@ -24,8 +24,7 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
 from keyproxy.gateway import Gateway
 from keyproxy.http import headers
-from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
@@ -35,6 +34,7 @@ from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
+from keyproxy.process.terms import build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import LedgerBackend
@@ -44,10 +44,11 @@ from keyproxy.store.ledger.ledger_client import LedgerClient
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
-from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.server import ProxyServer
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 
@@ -87,11 +88,21 @@ class _OneKey:
     def __init__(self, plan: Plan | None) -> None:
         limits = None if plan is None else json.dumps(plan.to_json())
         self._row = {
-            "digest": SECRET.digest(), "key_id": "k", "scopes": ["jobs:write"], "is_test": False,
-            "expires_wall_seconds": None, "is_revoked": False, "is_disabled": False, "user_id": "u_42",
-            "tenant_id": "acme", "key_pool": "k", "is_retiring": False,
-            "key_limits": limits, "user_limits": limits, "tenant_limits": limits,
-        }  # fmt: skip
+            "digest": SECRET.digest(),
+            "key_id": "k",
+            "scopes": ["jobs:write"],
+            "is_test": False,
+            "expires_wall_seconds": None,
+            "is_revoked": False,
+            "is_disabled": False,
+            "user_id": "u_42",
+            "tenant_id": "acme",
+            "key_pool": "k",
+            "is_retiring": False,
+            "key_limits": limits,
+            "user_limits": limits,
+            "tenant_limits": limits,
+        }
 
     async def fetch(self, _name: str, *_arguments: object) -> list[dict[str, object]]:
         return [self._row]
@@ -101,9 +112,14 @@ def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCac
     """A proxy's cache with one key that stays fresh during the run."""
     database = cast("Database", _OneKey(plan))
     cache = IdentityCache(
-        database, schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0), feed=FeedState(),
-        last_used=LastUsed(database), header_prefix="X-Keyproxy-", look_ups_max=1, now=clock.now,
-    )  # fmt: skip
+        database,
+        schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0),
+        feed=FeedState(),
+        last_used=LastUsed(database),
+        header_prefix="X-Keyproxy-",
+        look_ups_max=1,
+        now=clock.now,
+    )
     try:
         cache.known(SECRET.digest(), clock.now())
     except Missing as missing:
@@ -143,10 +159,13 @@ PLANS: Final = {
     "no limits": None,
     "windows": Plan(requests_per_day=_MANY, requests_per_month=_MANY),
     "windows, tokens": Plan(
-        requests_per_day=_MANY, requests_per_month=_MANY,
-        tokens_per_request=10_000, tokens_per_day=_MANY, tokens_per_month=_MANY,
+        requests_per_day=_MANY,
+        requests_per_month=_MANY,
+        tokens_per_request=10_000,
+        tokens_per_day=_MANY,
+        tokens_per_month=_MANY,
     ),
-}  # fmt: skip
+}
 NEED: Final = Need(106, 106)
 
 
@@ -184,21 +203,33 @@ class Bench:
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = Gateway(
-            key_format=FORMAT, identities=identities, ledger=self.ledger, claims=claims,
-            routes=self.routes, now=clock.now, instance=b"bench",
-        )  # fmt: skip
+            key_format=FORMAT,
+            identities=identities,
+            ledger=self.ledger,
+            claims=claims,
+            routes=self.routes,
+            now=clock.now,
+        )
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
-            "http://127.0.0.1:9", schema.Upstream(), ResponseReader(self.names), deadlines,
-            clock=clock.monotonic, loop=loop,
-        )  # fmt: skip
+            "http://127.0.0.1:9",
+            schema.Upstream(),
+            ResponseReader(self.names),
+            deadlines,
+            clock=clock.monotonic,
+            loop=loop,
+        )
         self.upstream = UpstreamConnection(pool, loop)
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            Terms(schema.Listen(), self.gateway, Upstreams(pool), self.names, ErrorRenderer(), TrustRule([])),
-            recorder=self.recorder, deadlines=deadlines, clock=clock.monotonic, loop=loop,
-        )  # fmt: skip
+            build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None),
+            recorder=self.recorder,
+            deadlines=deadlines,
+            clock=clock.monotonic,
+            loop=loop,
+            request_ids=RequestIds(b"bench"),
+        )
         self.client = ClientConnection(self.server)
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
 
@@ -226,13 +257,16 @@ class Bench:
 
 def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object]]:
     """Each phase as a separate call, on the previous phase's results."""
-    reader, responses = RequestReader(bench.names, bench.gateway.holds_key), ResponseReader(bench.names)
+    reader, responses = (
+        RequestReader(bench.names, partial(credentials.holds_key, key_format=FORMAT)),
+        ResponseReader(bench.names),
+    )
     head_bytes = raws[0][: raws[0].index(b"\r\n\r\n") + 4]
     response_bytes = RESPONSE[: RESPONSE.index(b"\r\n\r\n") + 4]
     end, response_end = len(head_bytes) - 4, len(response_bytes) - 4
     other_head, other_response = (one.replace(b"Length: ", b"Length: 1") for one in (head_bytes, response_bytes))
     for _ in range(LEARNT_AFTER + 1):
-        head, answer = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
+        head, response = reader.read(head_bytes, end), responses.read(response_bytes, response_end)
     now = clock.now()
     route = bench.routes.match(head.line.method, head.line.path)
     permit = Permit(authorization.admit(bench.identity, route, now))
@@ -249,8 +283,8 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
-        "7 read response": lambda: responses.read(other_response, response_end + 1, answer),
-        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, answer),
+        "7 read response": lambda: responses.read(other_response, response_end + 1, response),
+        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, response),
         "the whole": lambda: bench.whole(next_raw()),
     }
 

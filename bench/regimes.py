@@ -172,26 +172,26 @@ def memory(stage: Stage) -> None:
     for peer in stage.chosen("nginx bare", "HAProxy", "Envoy"):
         with started([peer]) as [(_, port, pids)]:
             request = _request(peer.header.format(key=stage.secret))
-            _ask_once(port, request).close()
+            _send_once(port, request).close()
             before = load.rss_mib(pids)
             number = _IDLE_CONNECTIONS if peer.name != "HAProxy" else 2_000
-            connections = [_ask_once(port, request) for _ in range(number)]
+            connections = [_send_once(port, request) for _ in range(number)]
             after = load.rss_mib(pids)
             for one in connections:
                 one.close()
             print(f"  {peer.name:<24} {before:10.1f} {(after - before) * _MIB / number:24.0f}   ({number} of them)")
 
 
-def _ask_once(port: int, request: bytes) -> socket.socket:
+def _send_once(port: int, request: bytes) -> socket.socket:
     """A connection that was used once and is idle."""
     sock = socket.create_connection(("127.0.0.1", port), 10)
     sock.sendall(request)
-    answer = b""
-    while b'"queued"}' not in answer:
+    response = b""
+    while b'"queued"}' not in response:
         part = sock.recv(65_536)
         if not part:
-            raise RuntimeError(f"the connection was closed after {answer[:200]!r}")
-        answer += part
+            raise RuntimeError(f"the connection was closed after {response[:200]!r}")
+        response += part
     return sock
 
 

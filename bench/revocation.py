@@ -60,19 +60,19 @@ async def _revocations(ours: Site, ports: Sequence[int], options: argparse.Names
     database = Database(ours.dsn, pool_size_max=2, statement_timeout_seconds=30.0)
     await database.open()
     directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-    await directory.create_tenant("acme", "")
-    await directory.create_user("u_1", "acme", None)
+    await directory.tenants.create("acme", "")
+    await directory.users.create("u_1", "acme", None)
     late: list[float] = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         for number in range(options.revocations):
-            key = await directory.issue_key("u_1", KeyWish(scopes=("jobs:write",)))
+            key = await directory.keys.issue("u_1", KeyWish(scopes=("jobs:write",)))
             clients = [
                 asyncio.create_task(_last_let_in(session, port, key["secret"], 1 / options.per_second, share))
                 for port, share in ((port, at / len(ports)) for at, port in enumerate(ports))
             ]
             # A random pause, so that revocations are not in step with periodic work.
             await asyncio.sleep(_KNOWN_SECONDS + (number * 0.137) % 1.0)
-            await directory.revoke_key(key["id"], "measured")
+            await directory.keys.revoke(key["id"], "measured")
             committed = time.monotonic()
             late += [max(0.0, last - committed) for last in await asyncio.gather(*clients)]
     await database.close()
@@ -88,13 +88,13 @@ async def _last_let_in(session: aiohttp.ClientSession, port: int, secret: str, g
     while True:
         sent = time.monotonic()
         url, headers = f"http://127.0.0.1:{port}{PATH}", {"Authorization": f"Api-Key {secret}"}
-        async with session.post(url, data=b"{}", headers=headers) as answer:
-            status = answer.status
-            await answer.read()
+        async with session.post(url, data=b"{}", headers=headers) as response:
+            status = response.status
+            await response.read()
         if status == 401:
             return last
         if status != 200 or sent > give_up:
-            raise RuntimeError(f"a request was answered {status}, {sent - due:.1f} s after the first")
+            raise RuntimeError(f"a request got {status}, {sent - due:.1f} s after the first")
         last = sent
         due += gap
         await asyncio.sleep(max(0.0, due - time.monotonic()))

@@ -54,9 +54,12 @@ match = "POST /files/{{rest...}}"
 
 #: None of these is ever reached. No rate or concurrency: they would refuse wrk's requests.
 _LIMITS = {
-    "requests_per_day": 10**9, "requests_per_month": 10**9,
-    "tokens_per_request": 10_000, "tokens_per_day": 10**10, "tokens_per_month": 10**10,
-}  # fmt: skip
+    "requests_per_day": 10**9,
+    "requests_per_month": 10**9,
+    "tokens_per_request": 10_000,
+    "tokens_per_day": 10**10,
+    "tokens_per_month": 10**10,
+}
 
 
 class Site:
@@ -78,9 +81,15 @@ class Site:
 
     @contextlib.contextmanager
     def serving(
-        self, port: int, *, cache: str = "", listen: str = "", python: str = sys.executable,
-        environment: dict[str, str] | None = None, upstream: int = 0,
-    ) -> Iterator[list[int]]:  # fmt: skip
+        self,
+        port: int,
+        *,
+        cache: str = "",
+        listen: str = "",
+        python: str = sys.executable,
+        environment: dict[str, str] | None = None,
+        upstream: int = 0,
+    ) -> Iterator[list[int]]:
         """`keyproxy serve` on a port, as installed for this Python; yields its processes.
 
         `cache`, `listen`: additional lines of these configuration tables. `upstream`: another compute server's port.
@@ -108,10 +117,10 @@ class Site:
         database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
         await database.open()
         directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.set_plan("windows", _LIMITS)
-        await directory.create_tenant("limited", "", "windows")
+        await directory.plans.set("windows", _LIMITS)
+        await directory.tenants.create("limited", "", "windows")
         wish = KeyWish(scopes=("jobs:write",), plan="windows")
-        user = await directory.create_user("u_limited", "limited", wish, plan="windows")
+        user = await directory.users.create("u_limited", "limited", wish, plan="windows")
         await database.close()
         secret: str = user["key"]["secret"]
         return secret
@@ -120,15 +129,17 @@ class Site:
         database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)
         await database.open()
         directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.create_tenant("acme", "")
+        await directory.tenants.create("acme", "")
         wish = KeyWish(scopes=("jobs:write",))
         made_secrets: list[str] = []
         batch = secrets.token_hex(4)
         for start in range(0, number, 64):
-            made = await asyncio.gather(*(
-                directory.create_user(f"u_{batch}_{start + one}", "acme", wish)
-                for one in range(min(64, number - start))
-            ))  # fmt: skip
+            made = await asyncio.gather(
+                *(
+                    directory.users.create(f"u_{batch}_{start + one}", "acme", wish)
+                    for one in range(min(64, number - start))
+                )
+            )
             made_secrets += [user["key"]["secret"] for user in made]
         await database.close()
         return made_secrets

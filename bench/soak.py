@@ -88,35 +88,35 @@ class Watch:
         self._secret = secret
         self.worst_seconds = 0.0
         self.failed = 0
-        self.answered = 0
+        self.succeeded = 0
 
     @contextlib.asynccontextmanager
     async def over(self, name: str) -> AsyncIterator[None]:
         """Watch while the context lasts, then print a row of the table."""
-        self.worst_seconds, self.failed, self.answered = 0.0, 0, 0
+        self.worst_seconds, self.failed, self.succeeded = 0.0, 0, 0
         for pid in self._pids:
             Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
         before, started = rss_mib(self._pids), time.monotonic()
-        asking = asyncio.create_task(self._ask())
+        sending = asyncio.create_task(self._send_requests())
         try:
             yield
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
         peak = peak_mib(self._pids)
         print(
             f"| {name} | {before:.1f} | {peak:.1f} | {rss_mib(self._pids):.1f} | {time.monotonic() - started:.0f} |"
-            f" {self.answered} of {self.answered + self.failed} | {self.worst_seconds * 1000:.0f} |",
+            f" {self.succeeded} of {self.succeeded + self.failed} | {self.worst_seconds * 1000:.0f} |",
             flush=True,
         )
 
-    async def _ask(self) -> None:
+    async def _send_requests(self) -> None:
         while True:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(10):
-                    status = await ask(self._port, f"{_head('GET', '/files/2', self._secret)}\r\n".encode())
-                self.answered += status == 200
+                    status = await send_request(self._port, f"{_head('GET', '/files/2', self._secret)}\r\n".encode())
+                self.succeeded += status == 200
                 self.failed += status != 200
             except (OSError, TimeoutError, asyncio.IncompleteReadError):
                 self.failed += 1
@@ -128,7 +128,7 @@ def _head(method: str, path: str, secret: str) -> str:
     return f"{method} {path} HTTP/1.1\r\nHost: h\r\nAuthorization: Api-Key {secret}\r\n"
 
 
-async def ask(port: int, raw: bytes) -> int:
+async def send_request(port: int, raw: bytes) -> int:
     """The status of one request on its own connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -163,9 +163,25 @@ async def slow(port: int, secret: str, mode: tuple[str, str, str, bool], *, seco
     """One mode of slowhttptest, with 1,000 connections."""
     name, flag, path, has_key = mode
     command = [
-        "slowhttptest", flag, "-c", "1000", "-r", "500", "-i", "2", "-l", str(seconds), "-p", "5", "-v", "0",
-        "-u", f"http://127.0.0.1:{port}{path}", "-m", _ACCEPT.format(secret=secret) if has_key else "*/*",
-    ]  # fmt: skip
+        "slowhttptest",
+        flag,
+        "-c",
+        "1000",
+        "-r",
+        "500",
+        "-i",
+        "2",
+        "-l",
+        str(seconds),
+        "-p",
+        "5",
+        "-v",
+        "0",
+        "-u",
+        f"http://127.0.0.1:{port}{path}",
+        "-m",
+        _ACCEPT.format(secret=secret) if has_key else "*/*",
+    ]
     async with watch.over(f"slowhttptest, {name}, 1,000 connections"):
         process = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
@@ -185,7 +201,7 @@ async def upload(port: int, secret: str, *, bytes_: int, watch: Watch) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         writer.close()
     if not head.startswith(b"HTTP/1.1 200 "):
-        raise SystemExit(f"the upload was answered {head!r}")
+        raise SystemExit(f"the upload got {head!r}")
 
 
 async def download(port: int, secret: str, *, bytes_: int, pause_seconds: float, watch: Watch) -> None:

@@ -62,10 +62,14 @@ async def _measure(dsn: str, users: int) -> None:
     await connection.close()
     store = Store(
         # Up to 2,000 requests wait for a lookup here; leases last for the whole run.
-        schema.StoreSettings(statement_timeout_seconds=30.0), schema.Cache(fresh_seconds=600.0),
-        schema.LedgerSettings(lease_seconds=60.0), schema.Usage(),
-        dsn=dsn, header_prefix="X-Keyproxy-", now=clock.now,
-    )  # fmt: skip
+        schema.StoreSettings(statement_timeout_seconds=30.0),
+        schema.Cache(fresh_seconds=600.0),
+        schema.LedgerSettings(lease_seconds=60.0),
+        schema.Usage(),
+        dsn=dsn,
+        header_prefix="X-Keyproxy-",
+        now=clock.now,
+    )
     await store.open()
     while not store.feed.is_current():
         await asyncio.sleep(0.01)
@@ -92,9 +96,9 @@ async def _measure(dsn: str, users: int) -> None:
 
 async def _busy_and_idle(store: Store, holds: list[Hold]) -> None:
     # Wait until prefetched leases are released and only those of the requests remain.
-    told = -1
-    while told != store.ledger.conversation.counts["round_trips"]:
-        told = store.ledger.conversation.counts["round_trips"]
+    round_trips = -1
+    while round_trips != store.ledger.conversation.counts["round_trips"]:
+        round_trips = store.ledger.conversation.counts["round_trips"]
         await asyncio.sleep(2.0)
     worked = time.process_time()
     await asyncio.sleep(_IDLE_SECONDS)

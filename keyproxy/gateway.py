@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import math
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -20,11 +18,11 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.http import headers, idempotency_key
+from keyproxy.http import idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, TimeBudget
+from keyproxy.model import NO_TOKENS, Missing, Moment, Permit, ResponseHead, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -38,19 +36,21 @@ class Gateway(Gate):
     """Decides on requests. Knows ports, not implementations."""
 
     def __init__(
-        self, *, key_format: KeyFormat, identities: Identities, ledger: Ledger, claims: Claims,
-        routes: RouteTable, now: Callable[[], Moment], instance: bytes,
-    ) -> None:  # fmt: skip
-        """`instance`: a few random characters that make the request ids of this process unique."""
+        self,
+        *,
+        key_format: KeyFormat,
+        identities: Identities,
+        ledger: Ledger,
+        claims: Claims,
+        routes: RouteTable,
+        now: Callable[[], Moment],
+    ) -> None:
         self._key_format = key_format
         self._identities = identities
         self._ledger = ledger
         self._claims = claims
         self._routes = routes
-        self.methods = routes.methods()
         self._now = now
-        self._instance = instance
-        self._serial = itertools.count(1)
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
@@ -91,7 +91,7 @@ class Gateway(Gate):
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         need = None
         if grant.route.tokens is not NO_TOKENS:
-            if exchange.ask is None and allowance is not None:
+            if exchange.token_bound is None and allowance is not None:
                 self._check_limits(exchange, allowance, now)
             ask = token_accounting.need(exchange, grant.route)
             need = Need(ask.least, ask.most, route=grant.route.name)
@@ -110,7 +110,9 @@ class Gateway(Gate):
             self._ledger.check(allowance, now, need, asks=asks)
             return
         try:
-            self._ledger.check(allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_asked)
+            self._ledger.check(
+                allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_looked_up
+            )
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -120,7 +122,7 @@ class Gateway(Gate):
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
         try:
-            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_asked)
+            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_looked_up)
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
@@ -128,16 +130,16 @@ class Gateway(Gate):
         """The refusal, or a Missing for the earlier charge if the request may have been charged before."""
         if not fingerprint.may_be_paid(refusal.reason):
             return refusal
-        return Missing("payment", lambda patience: self._ask_whether_paid(exchange, fingerprint, refusal, patience))
+        return Missing("payment", lambda patience: self._look_up_payment(exchange, fingerprint, refusal, patience))
 
-    async def _ask_whether_paid(
+    async def _look_up_payment(
         self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
     ) -> None:
         """Look up an earlier charge once the whole request has arrived. A body too large to buffer is refused."""
         await exchange.whole_body(spent)
         if not exchange.is_over:
             fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
-            fingerprint.is_asked = True
+            fingerprint.is_looked_up = True
 
     @property
     def is_deciding(self) -> bool:
@@ -201,7 +203,7 @@ class Gateway(Gate):
         permit = exchange.permit
         if permit is None:
             return
-        tokens = 0 if exchange.ask is None else token_accounting.charge(exchange, permit)
+        tokens = 0 if exchange.token_bound is None else token_accounting.charge(exchange, permit)
         if permit.hold is None:
             return
         fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
@@ -210,11 +212,11 @@ class Gateway(Gate):
         else:
             self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens)
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter:
         """The meter that reads the response to a request on a metered route."""
         kind = NO_TOKENS if exchange.route is None else exchange.route.tokens
-        hides_usage = exchange.ask is not None and exchange.ask.hides_usage
-        return meter_for(kind, answer, hides_usage=hides_usage)
+        hides_usage = exchange.token_bound is not None and exchange.token_bound.hides_usage
+        return meter_for(kind, response, hides_usage=hides_usage)
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""
@@ -248,39 +250,3 @@ class Gateway(Gate):
         except Exception:  # noqa: BLE001 - the outermost boundary of this task, which has paused the stream
             _log.exception("stream hold extension failed", extra={"request_id": exchange.request_id.decode("ascii")})
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        """The RateLimit header lines for the limits that apply to a request."""
-        return b"" if permit.hold is None else permit.hold.bundle.statement.lines(now_mono)
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        """The header line with the number of seconds for which a replaced key still works."""
-        if identity.retiring_field is None:
-            return b""
-        left = max(0, math.floor(identity.expires_wall_seconds - self._now().wall_seconds))
-        return b"%b%d\r\n" % (identity.retiring_field, left)
-
-    def holds_key(self, target: bytes) -> bool:
-        """Whether a request target contains a key."""
-        return credentials.holds_key(target, self._key_format)
-
-    def request_id(self, head: RequestHead | None) -> bytes:
-        """The client's request id if it is well-formed, else a new one: unique, not secret."""
-        sent = head.request_id if head is not None else None
-        if head is not None and sent is not None and headers.sane_request_id(sent):
-            # A key in this field would be logged and echoed.
-            keys = (token for field in head.credentials for token in field.value.split()[-1:])
-            if not self._key_format.is_within(sent) and not any(key in sent for key in keys):
-                return sent
-        return b"%b%010x" % (self._instance, next(self._serial))
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        """The response format for a refusal of this request."""
-        if head is not None:
-            try:
-                route = self._routes.match(head.line.method, head.line.path)
-            except Refusal:
-                route = None
-            if route is not None:
-                return route.error_shape
-        return "problem"

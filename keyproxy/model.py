@@ -77,7 +77,7 @@ class RequestFields:
     """The properties of a request that follow from its header fields, without values that differ between requests.
 
     `host` is None for an HTTP/1.0 request without one. `host_block` is the X-Forwarded-Host line. `head_end` is the end
-    of the head that goes upstream: the body framing and the empty line. `says_close`: Connection has the option
+    of the head that goes upstream: the body framing and the empty line. `has_close_option`: Connection has the option
     `close`, so no further request follows. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, describe the forwarded body, in
     lower case; `is_json`: the media type is JSON or missing. `accepts_codings`: Accept-Encoding is present.
@@ -89,7 +89,7 @@ class RequestFields:
     has_content_length: bool = False
     is_chunked: bool = False
     keeps_alive: bool = True
-    says_close: bool = False
+    has_close_option: bool = False
     expects_continue: bool = False
     opens_tunnel: bool = False
     media_type: bytes = b""
@@ -127,9 +127,19 @@ class RequestHead:
     """
 
     __slots__ = (
-        "block", "content_length", "credentials", "digest", "fields", "forwarded", "has_body", "is_free_of_key",
-        "key_part", "line", "raw", "request_id",
-    )  # fmt: skip
+        "block",
+        "content_length",
+        "credentials",
+        "digest",
+        "fields",
+        "forwarded",
+        "has_body",
+        "is_free_of_key",
+        "key_part",
+        "line",
+        "raw",
+        "request_id",
+    )
 
     def __init__(
         self,
@@ -242,6 +252,12 @@ class Identity:
         object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "owner", (self.tenant_id, self.user_id, mode))
 
+    def retiring_header(self, wall_seconds: float) -> bytes:
+        """The header line with the number of seconds for which a replaced key still works; empty for any other key."""
+        if self.retiring_field is None:
+            return b""
+        return b"%b%d\r\n" % (self.retiring_field, max(0, math.floor(self.expires_wall_seconds - wall_seconds)))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
@@ -277,13 +293,14 @@ class Permit:
         self.grant: Final = grant
         self.hold: Final = hold
 
+    def limit_headers(self, now_mono: float) -> bytes:
+        """The RateLimit header lines for the limits that apply to the request; empty if there are none."""
+        return b"" if self.hold is None else self.hold.bundle.statement.lines(now_mono)
+
 
 @mypyc_attr(acyclic=True)
 class TokenUse:
-    """The tokens of a request: of its prompt (in) and its completion (out); `total` is charged.
-
-    `cached` and `cache_write` are parts of `tokens_in`, `reasoning` is a part of `tokens_out`.
-    """
+    """The tokens of a request's prompt (in), with `cached` and `cache_write`, and completion (out), with `reasoning`."""
 
     __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out", "total")
 
@@ -298,9 +315,7 @@ class TokenUse:
         self.reasoning: Final = reasoning
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TokenUse):
-            return NotImplemented
-        return self._values() == other._values()
+        return isinstance(other, TokenUse) and self._values() == other._values()
 
     def __hash__(self) -> int:
         return hash(self._values())
@@ -315,14 +330,14 @@ class TokenUse:
 class Ending(enum.Enum):
     """How an exchange ended."""
 
-    ANSWERED = "answered"  # the upstream's response was relayed completely
+    COMPLETED = "completed"  # the upstream's response was relayed completely
     REFUSED = "refused"  # the proxy sent its own response
     CUT = "cut"  # the response broke off; its framing is left incomplete, so that the client notices
     CLIENT_GONE = "client_gone"  # the client disconnected before the response was complete
 
 
 #: The most frequent ending. An attribute lookup on the enum class would cost more than the comparison itself.
-ANSWERED: Final = Ending.ANSWERED
+COMPLETED: Final = Ending.COMPLETED
 
 
 #: A decision may need an identity, a body, an earlier charge and a lease; a fetched value may be evicted before its use.

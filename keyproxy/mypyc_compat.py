@@ -18,5 +18,5 @@ if TYPE_CHECKING:
 else:
 
     def mypyc_attr(**_attributes):
-        """See mypy_extensions."""
+        """Return the decorated class unchanged: the options are for the compiler only."""
         return lambda described: described

@@ -16,12 +16,11 @@ from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.request_bound import TokenBound
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.http.headers import Forwarding
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
-from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import (
-    ANSWERED,
+    COMPLETED,
     Ending,
     Identity,
     KeyDigest,
@@ -170,7 +169,7 @@ class Exchange:
 
     #: Provides the address of the client.
     peer: Forwarding | None = None
-    ending: Ending = ANSWERED
+    ending: Ending = COMPLETED
     status: int = 0
     started_mono: float = 0.0
     sent_mono: float = 0.0
@@ -178,7 +177,7 @@ class Exchange:
     #: Waiting time before the request was sent: for the client's body, and for a connection to the upstream.
     body_wait_seconds: float = 0.0
     connection_wait_seconds: float = 0.0
-    answered_mono: float = 0.0
+    responded_mono: float = 0.0
     ended_mono: float = 0.0
     bytes_in: int = 0
     bytes_out: int = 0
@@ -186,7 +185,7 @@ class Exchange:
 
     #: On metered routes: the token needs of the request, and the meter of its response. `reading`: owns a long body while
     #: it is parsed.
-    ask: TokenBound | None = None
+    token_bound: TokenBound | None = None
     reading: BodyReading | None = None
     meter: Meter | None = None
 
@@ -243,18 +242,7 @@ class Exchange:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Gate:
-    """The interface of the gateway to the wire."""
-
-    #: Methods that are served; a request with any other is refused.
-    methods: frozenset[bytes] = KNOWN_METHODS
-
-    def request_id(self, head: RequestHead | None) -> bytes:
-        """The client's request id if it is well-formed, else a new one."""
-        raise NotImplementedError
-
-    def holds_key(self, target: bytes) -> bool:
-        """Whether a request target contains a key."""
-        raise NotImplementedError
+    """Decides on requests, and reserves and settles what they use."""
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request. Calls the exchange's `forward` or `refuse`, now or later. Never raises a Refusal."""
@@ -264,7 +252,7 @@ class Gate:
         """Recheck an exchange in flight: `refuse` it if its key is no longer valid for it."""
         raise NotImplementedError
 
-    def meter(self, exchange: Exchange, answer: ResponseHead) -> Meter:
+    def meter(self, exchange: Exchange, response: ResponseHead) -> Meter:
         """The meter that reads the response to a request on a metered route."""
         raise NotImplementedError
 
@@ -274,18 +262,6 @@ class Gate:
 
     def settle(self, exchange: Exchange) -> None:
         """When an exchange with a permit has ended: charge or release its hold. Called exactly once."""
-        raise NotImplementedError
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        """The RateLimit header lines for the limits that apply to a request; empty if there are none."""
-        raise NotImplementedError
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        """The header line with the remaining lifetime of a replaced key; empty for any other key."""
-        raise NotImplementedError
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        """The response format for a refusal of this request."""
         raise NotImplementedError
 
 

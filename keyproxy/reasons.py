@@ -216,9 +216,6 @@ class Reason(enum.Enum):
         2,
     )
     OVERLOADED = ProblemSpec("overloaded", 503, Blame.US, "Overloaded", "The proxy is overloaded. Retry shortly.", 1)
-    DRAINING = ProblemSpec(
-        "draining", 503, Blame.US, "Draining", "The proxy is shutting down. Retry on a new connection.", 1
-    )
     UPSTREAM_UNREACHABLE = ProblemSpec(
         "upstream_unreachable",
         502,

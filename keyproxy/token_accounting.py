@@ -15,7 +15,7 @@ from keyproxy.ai.requests.body_reading import BodyReading
 from keyproxy.ai.requests.forwarded_headers import for_metering
 from keyproxy.ai.requests.request_bound import PARSED_BYTES_MAX, TokenBound, bound_of
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import ANSWERED, Missing, Permit, RequestHead, Route, TokenUse
+from keyproxy.model import COMPLETED, Missing, Permit, RequestHead, Route, TokenUse
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
 
@@ -32,15 +32,15 @@ _EXTENSION_TOKENS: Final = 256
 
 def need(exchange: Exchange, route: Route) -> TokenBound:
     """The tokens to reserve for a request on a metered route. Raises Missing until its body has arrived and is parsed."""
-    ask = exchange.ask
-    if ask is None:
+    token_bound = exchange.token_bound
+    if token_bound is None:
         head = exchange.head
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "cannot meter a request without a head")
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
-        ask = _read(exchange, head, route)
-    return ask
+        token_bound = _read(exchange, head, route)
+    return token_bound
 
 
 def is_read_at_once(exchange: Exchange) -> bool:
@@ -53,19 +53,19 @@ def is_read_at_once(exchange: Exchange) -> bool:
 
 def _read(exchange: Exchange, head: RequestHead, route: Route) -> TokenBound:
     reading = exchange.reading
-    ask = bound_of(route.tokens, head, exchange.body) if reading is None else reading.asked
-    if ask is None:
+    token_bound = bound_of(route.tokens, head, exchange.body) if reading is None else reading.asked
+    if token_bound is None:
         raise _reading(exchange, reading, head, route)
     fields, length = head.fields, None
     if reading is not None:
         exchange.body, exchange.reading = reading.body, None
-    elif ask.body is not None:
-        exchange.body, ask.body = ask.body, None
-    if ask.hides_usage:
+    elif token_bound.body is not None:
+        exchange.body, token_bound.body = token_bound.body, None
+    if token_bound.hides_usage:
         length = None if fields.is_chunked else len(exchange.body)
     exchange.block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
-    exchange.ask = ask
-    return ask
+    exchange.token_bound = token_bound
+    return token_bound
 
 
 def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead, route: Route) -> Missing:
@@ -79,31 +79,31 @@ def _reading(exchange: Exchange, reading: BodyReading | None, head: RequestHead,
 
 def charge(exchange: Exchange, permit: Permit) -> int:
     """The number of tokens to charge for a request that has ended. Stores the usage in the exchange."""
-    ask = exchange.ask
-    if ask is None or not exchange.sent_mono:
+    token_bound = exchange.token_bound
+    if token_bound is None or not exchange.sent_mono:
         return 0
-    exchange.token_use, exchange.is_estimated = _use(exchange, ask, permit.hold)
+    exchange.token_use, exchange.is_estimated = _use(exchange, token_bound, permit.hold)
     return exchange.token_use.total
 
 
-def _use(exchange: Exchange, ask: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
+def _use(exchange: Exchange, token_bound: TokenBound, hold: Hold | None) -> tuple[TokenUse, bool]:
     meter = exchange.meter
-    said = None if meter is None else meter.use
-    is_whole = exchange.ending is ANSWERED
-    if said is not None and is_whole:
-        return said, False
-    prompt = -(-ask.prompt_bound // _BYTES_A_TOKEN)
+    reported = None if meter is None else meter.use
+    is_whole = exchange.ending is COMPLETED
+    if reported is not None and is_whole:
+        return reported, False
+    prompt = -(-token_bound.prompt_bound // _BYTES_A_TOKEN)
     if meter is not None and meter.is_stream and not is_whole:
         tokens_in = meter.tokens_in if meter.tokens_in is not None else prompt
-        so_far = TokenUse(0, 0) if said is None else said
+        so_far = TokenUse(0, 0) if reported is None else reported
         use = TokenUse(max(tokens_in, so_far.tokens_in), max(meter.produced, so_far.tokens_out))
         if hold is not None and hold.limits_tokens and use.total > hold.covers:
             # A stream ends with its budget; an event with more than one token must not exceed it.
             tokens_in = min(use.tokens_in, hold.covers)
             use = TokenUse(tokens_in, hold.covers - tokens_in)
         return use, True
-    if said is not None:
-        return said, False
+    if reported is not None:
+        return reported, False
     if hold is None or not hold.limits_tokens:
         return TokenUse(prompt, 0 if meter is None else meter.produced), True
     tokens_in = min(prompt, hold.covers)
@@ -115,10 +115,10 @@ def extension_needed(exchange: Exchange, hold: Hold) -> tuple[int, bool]:
 
     Near the end of the budget, the extension is whatever remains of it.
     """
-    ask, meter = exchange.ask, exchange.meter
-    if ask is None or meter is None or not hold.limits_tokens:
+    token_bound, meter = exchange.token_bound, exchange.meter
+    if token_bound is None or meter is None or not hold.limits_tokens:
         return 0, False
-    tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-ask.prompt_bound // _BYTES_A_TOKEN)
+    tokens_in = meter.tokens_in if meter.tokens_in is not None else -(-token_bound.prompt_bound // _BYTES_A_TOKEN)
     used = tokens_in + meter.produced
     if used + _RESERVE_TOKENS < hold.covers:
         return 0, False

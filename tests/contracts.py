@@ -11,7 +11,7 @@ from typing import Protocol
 import pytest
 
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.http import headers
+from keyproxy.http import identity_headers
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities
@@ -86,7 +86,7 @@ class IdentitiesContract:
             ("Test", "true" if is_test else "false"),
             ("Key-Id", who.key_id),
         )
-        assert who.header_block == headers.identity_block("X-Keyproxy-", values)
+        assert who.header_block == identity_headers.identity_block("X-Keyproxy-", values)
 
     async def test_each_key_has_its_own_identity(self, stage: IdentitiesStage) -> None:
         await stage.add(KNOWN, "u_1")

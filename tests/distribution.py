@@ -56,16 +56,31 @@ def serving(programs: Path) -> Iterator[str]:
         if subprocess.run(probe, timeout=20, check=False).returncode == launcher.NOBODY:
             for path in (home, secret):
                 os.chown(path, pwd.getpwnam("nobody").pw_uid, -1)
-        _run(programs / "initdb", "--pgdata", str(home / "data"), "--username", server.ROLE, "--encoding", "UTF8",
-             "--no-locale", "--auth", "scram-sha-256", "--pwfile", str(secret))  # fmt: skip
+        _run(
+            programs / "initdb",
+            "--pgdata",
+            str(home / "data"),
+            "--username",
+            server.ROLE,
+            "--encoding",
+            "UTF8",
+            "--no-locale",
+            "--auth",
+            "scram-sha-256",
+            "--pwfile",
+            str(secret),
+        )
         port = free_port()
         dsn = f"postgresql://{server.ROLE}:{password}@127.0.0.1:{port}/postgres"
         settings = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
         log = stack.enter_context((home / "log").open("wb"))
         process = subprocess.Popen(
             _launched(programs / "postgres", "-D", str(home / "data"), "-p", str(port), *settings),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+        )
         stack.callback(_stop, process)
         if not asyncio.run(_has_jit(dsn, process, home / "log")):
             sys.exit(f"{programs} is built without JIT: install its LLVM package, or another PostgreSQL")

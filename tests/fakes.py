@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
-from keyproxy.http import headers
+from keyproxy.http import identity_headers
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
@@ -51,7 +51,7 @@ def identity(
         ("Test", "true" if is_test else "false"),
         ("Key-Id", f"key_of_{user}"),
     )
-    block = headers.identity_block("X-Keyproxy-", values)
+    block = identity_headers.identity_block("X-Keyproxy-", values)
     allowance = None if plan is None else Allowance(((Pool("user", user, is_test), plan),))
     return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
 

@@ -111,18 +111,29 @@ def hostile_heads(draw: st.DrawFn) -> bytes:
     spelt = st.builds(_respelt, ours, st.integers(0, 2**18))
     values = st.sampled_from([b"evil", b"", b"u_1, u_2", b"true", b" evil ", b"r-evil", b"a: b"])
     line = st.one_of(
-        st.builds(lambda name, gap, value: name + b":" + gap + value, spelt, st.sampled_from([b" ", b"", b"\t"]), values),
+        st.builds(
+            lambda name, gap, value: name + b":" + gap + value, spelt, st.sampled_from([b" ", b"", b"\t"]), values
+        ),
         st.builds(lambda options: b"Connection: " + b", ".join(options), st.lists(spelt, max_size=3)),
         st.sampled_from(
             [
-                b"X-Custom: v", b"Cookie: a=b", b"Accept: */*", b"Authorization: Api-Key k", b"x-api-key: k",
+                b"X-Custom: v",
+                b"Cookie: a=b",
+                b"Accept: */*",
+                b"Authorization: Api-Key k",
+                b"x-api-key: k",
                 b"Upgrade: h2c",
-                b"X-Forwarded-For: 192.0.2.1", b"x-forwarded-proto: gopher", b"Forwarded: for=x", b"TE: trailers",
-                b"Transfer-Encoding: chunked", b"X-Keyproxyuser: v", b"Trailer: X-Keyproxy-User",
+                b"X-Forwarded-For: 192.0.2.1",
+                b"x-forwarded-proto: gopher",
+                b"Forwarded: for=x",
+                b"TE: trailers",
+                b"Transfer-Encoding: chunked",
+                b"X-Keyproxyuser: v",
+                b"Trailer: X-Keyproxy-User",
                 b"X-Real-IP: 192.0.2.1",
             ]
         ),
-    )  # fmt: skip
+    )
     lines = draw(st.lists(line, max_size=10))
     place = draw(st.integers(0, len(lines)))
     return b"\r\n".join([b"POST /v1/jobs HTTP/1.1", *lines[:place], b"Host: a.example", *lines[place:], b"", b""])

@@ -34,7 +34,6 @@ class GivenServer:
             )
 
     def dsn(self, database: str) -> str:
-        """See Server."""
         return self._parts._replace(path=f"/{database}").geturl()
 
 

@@ -43,7 +43,7 @@ class Request:
     fields: list[tuple[bytes, bytes]] = field(default_factory=list)
     is_certain: bool = True
     is_last: bool = False
-    says_close: bool = False
+    has_close_option: bool = False
 
 
 @dataclass
@@ -67,7 +67,7 @@ def read(stream: bytes) -> Reading:
         if at == len(stream):
             return Reading(requests, "clean")
         if requests and requests[-1].is_last:
-            return Reading(requests, "ignored" if requests[-1].says_close else "malformed")
+            return Reading(requests, "ignored" if requests[-1].has_close_option else "malformed")
         try:
             request, at = _request(stream, at)
         except (Malformed, Incomplete) as error:
@@ -106,7 +106,7 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
     expected = {one.strip(b" \t").lower() for value in _all(fields, b"expect") for one in value.split(b",")}
     if expected - {b"100-continue", b""} or request.method == b"TRACE":
         raise Malformed  # well-formed, but has to be refused
-    request.says_close = b"close" in options
+    request.has_close_option = b"close" in options
     return request, _body(stream, at, request, is_http_11=is_http_11)
 
 

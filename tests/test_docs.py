@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy import cli
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.scopes import TELLS
+from keyproxy.admin.scopes import DESCRIPTIONS
 from keyproxy.reasons import Reason
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def test_every_link_leads_to_an_existing_file_and_heading(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_every_named_file_exists(page: Path) -> None:
+def test_every_file_named_in_the_docs_exists(page: Path) -> None:
     named = {name for name in _NAMED_FILE.findall(_text(page)) if "NNNN" not in name}
     assert {name for name in named if not any(ROOT.glob(name))} == set()
 
@@ -101,15 +101,16 @@ def test_the_two_commands_of_the_readme_exist() -> None:
 
 def test_admin_api_page_lists_every_problem_and_every_scope() -> None:
     page = _text(ROOT / "docs" / "admin-api.md")
-    told = {
+    documented = {
         (code, int(status))
         for codes, status in re.findall(r"(?m)^\| ((?:`[a-z_]+`(?:, )?)+) \| (\d{3}) \|", page)
         for code in re.findall(r"`([a-z_]+)`", codes)
     }
-    assert told == {(problem.code, problem.status) for problem in Problem}
+    assert documented == {(problem.code, problem.status) for problem in Problem}
     assert set(re.findall(r"(?m)^\| `([a-z]+:[a-z]+)` \| (.*) \|$", page)) == {
-        *TELLS.items(), ("tenant:acme", "is bound to that tenant: sees and touches it alone, whatever else it may do")
-    }  # fmt: skip
+        *DESCRIPTIONS.items(),
+        ("tenant:acme", "is bound to that tenant: reads and changes only its objects, whatever its other scopes"),
+    }
 
 
 GROUPS = [cli.root, *(one for one in cli.root.commands.values() if isinstance(one, click.Group))]

@@ -90,11 +90,15 @@ DIALECT = re.compile(
     r"\b(told|tells?|says?|said|hears?|heard|asked of|whoever|nobody|what becomes of|in force|begins? anew|lets in)\b",
     re.IGNORECASE,
 )
-DIALECT_PER_THOUSAND_WORDS_MAX = 2.0
+DIALECT_PER_THOUSAND_WORDS_MAX = 0.2
 
-TYPE_CHECKING_USERS = {
-    "keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py",
+#: Class names that two classes share on purpose.
+SHARED_CLASS_NAMES = {
+    "Claims", "Exchange", "Ledger", "Recorder",  # a port and its implementation
+    "FieldError", "Plan",  # a value and its form in the admin API
 }  # fmt: skip
+
+TYPE_CHECKING_USERS = {"keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py"}
 
 
 def _name(path: Path) -> str:
@@ -243,6 +247,16 @@ def test_every_module_has_a_rank() -> None:
     assert {_room(path) for path in MODULES} == set(RANKS)
 
 
+def test_class_names_are_unique() -> None:
+    names = collections.Counter(
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, count in names.items() if count > 1} == SHARED_CLASS_NAMES
+
+
 def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
     """`reveal()` is the only access to a key's plaintext; few modules call it."""
     callers = {
@@ -254,8 +268,8 @@ def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
     assert callers == {
         "keyproxy/auth/api_key.py",
         "keyproxy/auth/credentials.py",
-        "keyproxy/cli/remote/remote_directory.py",
+        "keyproxy/cli/remote/remote_keys.py",
         "keyproxy/demo/story.py",
-        "keyproxy/store/directory/base.py",
+        "keyproxy/store/directory/entities.py",
         "keyproxy/store/identities/drf_api_keys.py",
     }

@@ -37,7 +37,6 @@ PUBLIC_STATUSES = {
     "store_unavailable": 503,
     "ledger_unavailable": 503,
     "overloaded": 503,
-    "draining": 503,
     "upstream_unreachable": 502,
     "upstream_invalid": 502,
     "upstream_timeout": 504,
@@ -83,7 +82,7 @@ def test_reason_has_a_default_wait_if_and_only_if_a_retry_can_succeed(reason: Re
 
 
 @pytest.mark.parametrize(
-    ("reason", "own", "told"),
+    ("reason", "own", "expected"),
     [
         (Reason.OVERLOADED, None, Reason.OVERLOADED.value.retry_after_seconds),
         (Reason.OVERLOADED, 0, 0),
@@ -91,5 +90,7 @@ def test_reason_has_a_default_wait_if_and_only_if_a_retry_can_succeed(reason: Re
         (Reason.KEY_INVALID, None, None),
     ],
 )
-def test_refusal_overrides_the_default_wait_of_its_reason(reason: Reason, own: int | None, told: int | None) -> None:
-    assert Refusal(reason, retry_after_seconds=own).retry_after_seconds == told
+def test_refusal_overrides_the_default_wait_of_its_reason(
+    reason: Reason, own: int | None, expected: int | None
+) -> None:
+    assert Refusal(reason, retry_after_seconds=own).retry_after_seconds == expected

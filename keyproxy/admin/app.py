@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from keyproxy.admin.authentication import Access, TokenFileError, file_digest
 from keyproxy.admin.connections import Bounds
-from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.reminder_sender import ReminderSender
@@ -27,7 +27,7 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
 
@@ -46,11 +46,12 @@ class Admin:
         self._settings = settings
         self._tls = _tls(settings)
         self._database = Database(
-            dsn, pool_size_max=settings.store.pool_size_max,
+            dsn,
+            pool_size_max=settings.store.pool_size_max,
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
-        )  # fmt: skip
+        )
         self._throttle = Throttle()
-        self._reminding = ReminderSender(Reminders(self._database))
+        self._reminding = ReminderSender(ReminderQueue(self._database))
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -58,8 +59,8 @@ class Admin:
         # This instance only looks tokens up; it makes no changes, so its actor is never logged.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
-        terms = Terms(settings.keys.age_days_max, settings)
-        return Service(self._database, key_format, access, terms, clock.monotonic)
+        config = ApiConfig(settings.keys.age_days_max, settings)
+        return Service(self._database, key_format, access, config, clock.monotonic)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
@@ -80,15 +81,17 @@ class Admin:
             log.start()
             counted = traffic()
             listener = AdminListener(
-                self._service, metrics=MetricsPage(self._reminding, clock.monotonic, counted).page, traffic=counted,
+                self._service,
+                metrics=MetricsPage(self._reminding, clock.monotonic, counted).page,
+                traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),
-            )  # fmt: skip
+            )
             await stack.enter_async_context(Control().open(startup_conflicts.of_admin(self._settings)))
             sock = stack.enter_context(contextlib.closing(_bound(self._settings)))
             stack.push_async_callback(listener.close)
             await listener.start(sock, self._tls)
-            self._warn_of_what_is_read_by_others()
+            self._warn_of_unencrypted_tokens()
             started(f"{sockets.address_of(sock)}{'' if self._tls is None else ', TLS'}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
@@ -100,13 +103,14 @@ class Admin:
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 
-    def _warn_of_what_is_read_by_others(self) -> None:
+    def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.
         if self._tls is None and not is_loopback(self._settings.admin.address):
             _log.warning(
                 "admin.address: %s is not loopback, and admin.tls_certificate_file is not set: tokens and new keys cross"
-                " the network unencrypted unless a TLS proxy is in front", self._settings.admin.address,
-            )  # fmt: skip
+                " the network unencrypted unless a TLS proxy is in front",
+                self._settings.admin.address,
+            )
 
     async def _check_tokens(self) -> None:
         if self._settings.admin.token_file or is_loopback(self._settings.admin.address):

@@ -30,9 +30,17 @@ _STATES: Final = {
 
 #: The token of admin.token_file, as the audit log and `/v1/token` show it.
 _FILE_TOKEN: Final[Entity] = {
-    "id": "file", "name": "admin.token_file", "state": "active", "hint": "", "scopes": [Scope.ADMIN_WRITE.value],
-    "tenant": None, "created_at": None, "expires_at": None, "revoked_at": None, "last_used_at": None,
-}  # fmt: skip
+    "id": "file",
+    "name": "admin.token_file",
+    "state": "active",
+    "hint": "",
+    "scopes": [Scope.ADMIN_WRITE.value],
+    "tenant": None,
+    "created_at": None,
+    "expires_at": None,
+    "revoked_at": None,
+    "last_used_at": None,
+}
 
 
 class TokenFileError(Exception):

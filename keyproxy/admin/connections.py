@@ -13,7 +13,7 @@ from keyproxy.process import http_connections
 from keyproxy.process.http_connections import Bounds
 from keyproxy.process.ops_listener import Unreadable
 
-__all__ = ["BOUNDS", "Bounds", "Connections"]
+__all__ = ["BOUNDS", "Bounds", "AdminConnections"]
 
 _http_log = logging.getLogger("keyproxy.admin.http")
 _http_log.addFilter(Unreadable())
@@ -22,7 +22,7 @@ _http_log.addFilter(Unreadable())
 BOUNDS: Final = Bounds()
 
 
-class Connections(http_connections.Connections):
+class AdminConnections(http_connections.Connections):
     """Connections to the admin API."""
 
     def __init__(self, server: web.Server, bounds: Bounds) -> None:

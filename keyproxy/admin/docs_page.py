@@ -8,7 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from keyproxy.admin import openapi
+from keyproxy.admin import scopes
 
 _STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -31,7 +31,7 @@ def page(document: Mapping[str, Any]) -> tuple[str, str]:
         "<h1>keyproxy admin API</h1>",
         "<p>Send <code>Authorization: Bearer TOKEN</code>; <code>keyproxy admin token create</code> creates a token.",
         "The same as a machine-readable document: <a href=/openapi.json>openapi.json</a>.</p>",
-        _table(("scope", "allows"), [(_code(scope), _text(tells)) for scope, tells in openapi.told_scopes()]),
+        _table(("scope", "allows"), [(_code(one), _text(text)) for one, text in scopes.DESCRIPTIONS.items()]),
         "<nav><ul>",
     ]
     operations = [
@@ -70,12 +70,11 @@ def _section(method: str, path: str, operation: dict[str, Any], schemas: dict[st
         rows += _fields(schemas[schema["$ref"].rpartition("/")[2]], "body")
     if rows:
         parts.append(_table(("name", "in", "value", ""), rows))
-    answers = [
-        (str(status), " ".join(_kind(content["schema"]) for content in answer["content"].values()),
-         _prose(answer["description"]))
-        for status, answer in operation["responses"].items()
-    ]  # fmt: skip
-    parts.append(_table(("status", "value", ""), answers))
+    responses = [
+        (status, " ".join(_kind(content["schema"]) for content in one["content"].values()), _prose(one["description"]))
+        for status, one in operation["responses"].items()
+    ]
+    parts.append(_table(("status", "value", ""), responses))
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Endpoint declarations: one per endpoint, used by the router, the validation and the OpenAPI document."""
+"""Endpoint declarations: one per address of `endpoint_table`, used by the router, validation and OpenAPI document."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
+from keyproxy.admin.endpoint_table import ADDRESSES
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.request_models import Accepted, NoQuery, Paged
+from keyproxy.admin.schemas.request_models import NoQuery, Paged, RequestModel
 from keyproxy.admin.scopes import Scope
 from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
@@ -21,15 +22,15 @@ from keyproxy.store.directory.directory import Directory, Entity
 from keyproxy.store.postgres.database import Database
 
 
-class Terms(NamedTuple):
+class ApiConfig(NamedTuple):
     """The part of the configuration that the endpoints need."""
 
     age_days_max: int
     settings: Settings
 
-    def life(self, said: Mapping[str, Any]) -> timedelta | None:
+    def lifetime(self, fields: Mapping[str, Any]) -> timedelta | None:
         """The lifetime of a new key; None: no expiry."""
-        seconds = said.get("expires_in_seconds", self.age_days_max * 86_400 or None)
+        seconds = fields.get("expires_in_seconds", self.age_days_max * 86_400 or None)
         return None if seconds is None else timedelta(seconds=seconds)
 
     def warnings(self, *keys: Sequence[str]) -> list[str]:
@@ -39,22 +40,22 @@ class Terms(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ApiRequest:
     """An authorized and validated request. `database` is for data outside the directory: usage.
 
     `path`: the path parameters. `query` and `body`: instances of the endpoint's models. `if_match`: the expected version,
-    None for any. `must_be_there`: If-Match was `*`. `must_be_new`: If-None-Match was `*`.
+    None for any. `must_exist`: If-Match was `*`. `must_be_new`: If-None-Match was `*`.
     """
 
     directory: Directory
     database: Database
-    terms: Terms
+    config: ApiConfig
     token: Entity
     path: Mapping[str, str]
     query: Any
     body: Any
     if_match: str | None
-    must_be_there: bool = False
+    must_exist: bool = False
     must_be_new: bool = False
 
     @property
@@ -64,7 +65,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ApiResponse:
     """A response. `is_version_of`: the object whose ETag is sent."""
 
     content: Entity
@@ -73,68 +74,92 @@ class Answer:
     is_version_of: Entity | None = None
 
 
-class Stream(NamedTuple):
+class ApiStream(NamedTuple):
     """A streamed response: lines of JSON."""
 
     lines: Any  # an asynchronous iterator of bytes
 
 
-Handler = Callable[[Call], Awaitable[Answer | Stream]]
+_COMMON_PROBLEMS: Final = frozenset(
+    {
+        Problem.REQUEST_MALFORMED,
+        Problem.INVALID,
+        Problem.TOKEN_MISSING,
+        Problem.TOKEN_INVALID,
+        Problem.TOKEN_EXPIRED,
+        Problem.TOKEN_REVOKED,
+        Problem.ACCOUNT_DISABLED,
+        Problem.INSUFFICIENT_SCOPE,
+        Problem.TOO_MANY_FAILURES,
+        Problem.INTERNAL_ERROR,
+        Problem.OVERLOADED,
+        Problem.STORE_UNAVAILABLE,
+    }
+)
+
+Handler = Callable[[ApiRequest], Awaitable[ApiResponse | ApiStream]]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint. `path`: such as `/v1/keys/{id}`. `answers`: the response model of each status.
+    """One endpoint. `name`: its name in ADDRESSES. `responses`: the response model of each status.
 
     `refuses`: problems beyond those common to all endpoints. `is_global`: tokens restricted to a tenant are refused.
     """
 
-    method: str
-    path: str
     name: str
-    tells: str
+    description: str
     scope: Scope | None
     handler: Handler
-    answers: Mapping[int, type[BaseModel]]
-    query: type[Accepted] = NoQuery
-    body: type[Accepted] | None = None
+    responses: Mapping[int, type[BaseModel]]
+    query: type[RequestModel] = NoQuery
+    body: type[RequestModel] | None = None
     may_be_empty: bool = False
     is_global: bool = False
     is_conditional: bool = False
     may_be_new_only: bool = False
-    is_stream: bool = False
     refuses: frozenset[Problem] = field(default_factory=frozenset)
 
     @property
-    def is_kept(self) -> bool:
+    def method(self) -> str:
+        """The HTTP method."""
+        return ADDRESSES[self.name].method
+
+    @property
+    def path(self) -> str:
+        """The path, such as `/v1/keys/{id}`."""
+        return ADDRESSES[self.name].path
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the response is lines of JSON."""
+        return ADDRESSES[self.name].is_stream
+
+    @property
+    def accepts_idempotency_key(self) -> bool:
         """Whether the endpoint accepts an Idempotency-Key."""
         return self.method == "POST"
 
     @property
     def problems(self) -> frozenset[Problem]:
         """All problems that the endpoint can return."""
-        every = {
-            Problem.REQUEST_MALFORMED, Problem.INVALID, Problem.TOKEN_MISSING, Problem.TOKEN_INVALID,
-            Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED, Problem.ACCOUNT_DISABLED, Problem.INSUFFICIENT_SCOPE,
-            Problem.TOO_MANY_FAILURES, Problem.INTERNAL_ERROR, Problem.OVERLOADED, Problem.STORE_UNAVAILABLE,
-        }  # fmt: skip
+        every = set(_COMMON_PROBLEMS)
         if self.is_global:
             every.add(Problem.TENANT_BOUND)
         if self.body is not None:
             every |= {Problem.BODY_TOO_LARGE, Problem.MEDIA_TYPE, Problem.REQUEST_TIMEOUT, Problem.CONFLICT}
         if self.is_conditional:
             every.add(Problem.OUTDATED)
-        if self.is_kept:
+        if self.accepts_idempotency_key:
             every |= {Problem.IN_PROGRESS, Problem.KEY_REUSED}
         return frozenset(every | self.refuses)
 
 
 def needs(scope: Scope) -> Refused:
     """The refusal of a token without this scope."""
-    return Refused(
-        Problem.INSUFFICIENT_SCOPE, f"The required scope is {scope}.",
-        headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'},
-    )  # fmt: skip
+    challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
+    detail = f"The required scope is {scope}."
+    return Refused(Problem.INSUFFICIENT_SCOPE, detail, headers={"WWW-Authenticate": challenge})
 
 
 _POSITION_BYTES_MAX: Final = 600
@@ -174,8 +199,8 @@ def _list_of(query: Paged) -> int:
     return zlib.crc32(f"{type(query).__name__} {filters}".encode())
 
 
-async def page(query: Paged, listed: Callable[[str, int], Awaitable[list[Entity]]]) -> Answer:
+async def page(query: Paged, listed: Callable[[str, int], Awaitable[list[Entity]]]) -> ApiResponse:
     """Return one page of a list ordered by id."""
     rows = await listed(position(query) or "", query.limit + 1)
     following = rows[query.limit - 1]["id"] if len(rows) > query.limit else None
-    return Answer({"items": rows[: query.limit], "next": cursor(query, following)})
+    return ApiResponse({"items": rows[: query.limit], "next": cursor(query, following)})

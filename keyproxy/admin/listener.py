@@ -16,7 +16,7 @@ import orjson
 from aiohttp import hdrs, web
 
 from keyproxy.admin import docs_page, openapi
-from keyproxy.admin.connections import BOUNDS, Bounds, Connections
+from keyproxy.admin.connections import BOUNDS, AdminConnections, Bounds
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.metrics_page import Traffic
 from keyproxy.admin.problems import Problem, Refused, problem_response
@@ -39,9 +39,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
 
 _FAILED_LOGINS: Final = (
-    Problem.TOKEN_MISSING, Problem.TOKEN_INVALID, Problem.TOKEN_EXPIRED, Problem.TOKEN_REVOKED,
-    Problem.ACCOUNT_DISABLED, Problem.TOO_MANY_FAILURES,
-)  # fmt: skip
+    Problem.TOKEN_MISSING,
+    Problem.TOKEN_INVALID,
+    Problem.TOKEN_EXPIRED,
+    Problem.TOKEN_REVOKED,
+    Problem.ACCOUNT_DISABLED,
+    Problem.TOO_MANY_FAILURES,
+)
 
 
 def traffic() -> Traffic:
@@ -54,22 +58,27 @@ class AdminListener:
     """The admin API's HTTP server. The service can be replaced while requests are in flight."""
 
     def __init__(
-        self, service: Service, *, metrics: Callable[[], Awaitable[bytes]], log_line: Callable[[bytes, int], None] | None,
-        traffic: Traffic, bounds: Bounds = BOUNDS,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        *,
+        metrics: Callable[[], Awaitable[bytes]],
+        log_line: Callable[[bytes, int], None] | None,
+        traffic: Traffic,
+        bounds: Bounds = BOUNDS,
+    ) -> None:
         self.service = service
         self._traffic = traffic
         self._metrics = metrics
         self._log_line = log_line
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
-        self._connections: Connections | None = None
-        self._openapi, self._reference, self._reference_policy = _told()
+        self._connections: AdminConnections | None = None
+        self._openapi, self._reference, self._reference_policy = _documents()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._outermost])
-        app.on_response_prepare.append(_dress)
+        app.on_response_prepare.append(_add_headers)
         methods: dict[str, set[str]] = defaultdict(set)
         for endpoint in ENDPOINTS:
             app.router.add_route(endpoint.method, endpoint.path, self._handler(endpoint), name=endpoint.name)
@@ -92,7 +101,7 @@ class AdminListener:
         await self._runner.setup()
         if self._runner.server is None:
             raise RuntimeError("the runner was set up and has no server")
-        self._connections = Connections(self._runner.server, self._bounds)
+        self._connections = AdminConnections(self._runner.server, self._bounds)
         await self._connections.start(sock, tls)
 
     async def close(self) -> None:
@@ -112,13 +121,17 @@ class AdminListener:
 
     def _pages(self) -> dict[str, Handler]:
         return {
-            "/livez": self._live, "/readyz": self._ready, "/openapi.json": self._told_openapi,
-            "/docs": self._told_reference, "/metrics": self._scrape, "/": self._to_reference,
-        }  # fmt: skip
+            "/livez": self._live,
+            "/readyz": self._ready,
+            "/openapi.json": self._show_openapi,
+            "/docs": self._show_reference,
+            "/metrics": self._scrape,
+            "/": self._to_reference,
+        }
 
     async def _scrape(self, request: web.Request) -> web.Response:
         # The metrics cover all tenants.
-        await self.service.let_in(request, Scope.METRICS_READ, is_global=True)
+        await self.service.authorize(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _to_reference(self, _request: web.Request) -> web.Response:
@@ -134,10 +147,10 @@ class AdminListener:
             return _json(503, {"status": "failed", "checks": {"store": {"status": "failed"}}})
         return _json(200, {"status": "ok", "checks": {"store": {"status": "ok"}}})
 
-    async def _told_openapi(self, _request: web.Request) -> web.Response:
+    async def _show_openapi(self, _request: web.Request) -> web.Response:
         return web.Response(body=self._openapi, content_type="application/json")
 
-    async def _told_reference(self, _request: web.Request) -> web.Response:
+    async def _show_reference(self, _request: web.Request) -> web.Response:
         headers = {"Content-Security-Policy": self._reference_policy}
         return web.Response(text=self._reference, content_type="text/html", headers=headers)
 
@@ -145,7 +158,7 @@ class AdminListener:
 
     def _handler(self, endpoint: Endpoint) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            return await self.service.answer(endpoint, request)
+            return await self.service.respond(endpoint, request)
 
         return handle
 
@@ -189,7 +202,7 @@ class AdminListener:
 
 
 @functools.cache
-def _told() -> tuple[bytes, str, str]:
+def _documents() -> tuple[bytes, str, str]:
     """(the OpenAPI document, its HTML page, the page's Content-Security-Policy)."""
     document = openapi.document(ENDPOINTS)
     return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)
@@ -216,7 +229,7 @@ def _refusal(error: Exception, request_id: str) -> Refused:
             return Refused(Problem.INTERNAL_ERROR)
 
 
-async def _dress(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.pop("Server", None)
     response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
     response.headers["Cache-Control"] = "no-store"
@@ -225,12 +238,12 @@ async def _dress(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def _options(allowed: set[str]) -> Handler:
-    told = ", ".join(sorted(allowed))
+    methods = ", ".join(sorted(allowed))
 
-    async def answer(_request: web.Request) -> web.Response:
-        return web.Response(status=204, headers={"Allow": told})
+    async def handle(_request: web.Request) -> web.Response:
+        return web.Response(status=204, headers={"Allow": methods})
 
-    return answer
+    return handle
 
 
 def _json(status: int, content: object) -> web.Response:

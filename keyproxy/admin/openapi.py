@@ -11,10 +11,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from keyproxy import __version__
-from keyproxy.admin import scopes
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.schemas.request_models import ID, PLAN_ID, Accepted, NoQuery
+from keyproxy.admin.schemas.field_types import ID, PLAN_ID
+from keyproxy.admin.schemas.request_models import NoQuery, RequestModel
 from keyproxy.admin.schemas.response_models import ProblemDetails
 from keyproxy.http.problem_json import MEDIA_TYPE
 
@@ -23,19 +23,24 @@ _PARAMETER = re.compile(r"\{(\w+)\}")
 
 _ETAG: Final = {"description": "The version, for use in If-Match.", "schema": {"type": "string"}}
 _IF_MATCH: Final = {
-    "name": "If-Match", "in": "header", "description": "Requires this ETag as the current version; `*`: any.",
+    "name": "If-Match",
+    "in": "header",
+    "description": "Requires this ETag as the current version; `*`: any.",
     "schema": {"type": "string", "pattern": r'^(\*|"[!#-~]*")$'},
-}  # fmt: skip
+}
 _IF_NONE_MATCH: Final = {
-    "name": "If-None-Match", "in": "header", "description": "`*`: the object must not exist.",
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "`*`: the object must not exist.",
     "schema": {"type": "string", "pattern": r"^\*$"},
-}  # fmt: skip
+}
 _IDEMPOTENCY_KEY: Final = {
-    "name": "Idempotency-Key", "in": "header",
+    "name": "Idempotency-Key",
+    "in": "header",
     "description": "A request repeated with the same key within 24 hours is not executed again. It gets the same "
     "response, with each `secret` null.",
-    "schema": {"type": "string", "pattern": '^[!#-~]{1,255}$'},
-}  # fmt: skip
+    "schema": {"type": "string", "pattern": "^[!#-~]{1,255}$"},
+}
 
 
 def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -66,16 +71,12 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     }
 
 
-def told_scopes() -> list[tuple[str, str]]:
-    """(scope, what it allows) for every scope."""
-    return [(scope.value, tells) for scope, tells in scopes.TELLS.items()]
-
-
 def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[type[BaseModel], Any], dict[str, Any]]:
-    accepted: set[type[BaseModel]] = {one.body for one in endpoints if one.body is not None}
-    answered: set[type[BaseModel]] = {model for one in endpoints for model in one.answers.values()} | {ProblemDetails}
+    requests: set[type[BaseModel]] = {one.body for one in endpoints if one.body is not None}
+    responses: set[type[BaseModel]] = {model for one in endpoints for model in one.responses.values()}
+    responses.add(ProblemDetails)
     both = sorted(
-        [(model, "validation") for model in accepted] + [(model, "serialization") for model in answered],
+        [(model, "validation") for model in requests] + [(model, "serialization") for model in responses],
         key=lambda pair: (pair[0].__name__, pair[1]),
     )
     references, schema = models_json_schema(both, ref_template=_REFERENCE)  # type: ignore[arg-type]
@@ -91,8 +92,8 @@ def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> di
     needs = "" if endpoint.scope is None else f" Requires `{endpoint.scope}`."
     operation: dict[str, Any] = {
         "operationId": endpoint.name,
-        "summary": endpoint.tells.split(". ")[0].split(": ")[0].rstrip("."),
-        "description": endpoint.tells + needs,
+        "summary": endpoint.description.split(". ")[0].split(": ")[0].rstrip("."),
+        "description": endpoint.description + needs,
         "parameters": [*_path_parameters(endpoint), *_query_parameters(endpoint.query), *_header_parameters(endpoint)],
         "responses": _responses(endpoint, references),
     }
@@ -112,7 +113,7 @@ def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     ]
 
 
-def _query_parameters(model: type[Accepted]) -> list[dict[str, Any]]:
+def _query_parameters(model: type[RequestModel]) -> list[dict[str, Any]]:
     if model is NoQuery:
         return []
     schema = model.model_json_schema()
@@ -124,9 +125,9 @@ def _query_parameters(model: type[Accepted]) -> list[dict[str, Any]]:
         described.pop("title", None)
         if described.get("default") in (None, ""):
             described.pop("default", None)
-        told = described.pop("description", None)
+        description = described.pop("description", None)
         parameter = {"name": name, "in": "query", "schema": described, "required": name in schema.get("required", [])}
-        parameters.append(parameter | ({"description": told} if told else {}))
+        parameters.append(parameter | ({"description": description} if description else {}))
     return parameters
 
 
@@ -136,7 +137,7 @@ def _header_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
         for parameter, is_there in (
             (_IF_MATCH, endpoint.is_conditional),
             (_IF_NONE_MATCH, endpoint.may_be_new_only),
-            (_IDEMPOTENCY_KEY, endpoint.is_kept),
+            (_IDEMPOTENCY_KEY, endpoint.accepts_idempotency_key),
         )
         if is_there
     ]
@@ -144,7 +145,7 @@ def _header_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
 
 def _responses(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
-    for status, model in endpoint.answers.items():
+    for status, model in endpoint.responses.items():
         media_type = "application/x-ndjson" if endpoint.is_stream else "application/json"
         responses[str(status)] = {
             "description": (model.__doc__ or "").strip(),

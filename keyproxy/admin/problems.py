@@ -55,7 +55,7 @@ class Problem(enum.Enum):
 
     @property
     def code(self) -> str:
-        """For programs."""
+        """The error code in the response."""
         return self.value.code
 
     @property

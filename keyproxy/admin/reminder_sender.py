@@ -21,7 +21,7 @@ import orjson
 from keyproxy.config import schema
 from keyproxy.http import webhook_signature
 from keyproxy.platform import clock
-from keyproxy.store.directory.reminders import Reminder, Reminders, subject
+from keyproxy.store.directory.reminders import Reminder, ReminderQueue, subject
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.times import time_text
 
@@ -62,7 +62,7 @@ class _Failed:
 class ReminderSender:
     """Sends due reminders. `total` counts the results since the process started."""
 
-    reminders: Reminders
+    reminders: ReminderQueue
     lease: timedelta = _LEASE
     attempt_seconds: float = _ATTEMPT_SECONDS
     total: Outcome = field(default_factory=Outcome)
@@ -121,8 +121,11 @@ class ReminderSender:
         await self.reminders.failed(reminder, failed.why, again_in)
         _log.warning(
             "reminder of %s failed, attempt %d: %s; retry in %d s",
-            subject(reminder.key, reminder.token), reminder.attempts, failed.why, again_in.total_seconds(),
-        )  # fmt: skip
+            subject(reminder.key, reminder.token),
+            reminder.attempts,
+            failed.why,
+            again_in.total_seconds(),
+        )
 
     def _note_given_up(self, what: str, why: str, turn: Outcome) -> None:
         self.total.given_up += 1
@@ -137,22 +140,24 @@ def body(reminder: Reminder) -> bytes:
     else:
         mode = "test" if reminder.is_test else "live"
         what = {"key": reminder.key, "user": reminder.user, "tenant": reminder.tenant, "mode": mode}
-    return orjson.dumps({
-        "type": "key.expiring" if reminder.token is None else "admin_token.expiring",
-        "timestamp": time_text(reminder.created_at),
-        "data": {
-            **what,
-            "hint": reminder.hint,
-            "name": reminder.name,
-            "expires_at": time_text(reminder.expires_at),
-            "before_days": reminder.before_days,
-        },
-    })  # fmt: skip
+    return orjson.dumps(
+        {
+            "type": "key.expiring" if reminder.token is None else "admin_token.expiring",
+            "timestamp": time_text(reminder.created_at),
+            "data": {
+                **what,
+                "hint": reminder.hint,
+                "name": reminder.name,
+                "expires_at": time_text(reminder.expires_at),
+                "before_days": reminder.before_days,
+            },
+        }
+    )
 
 
 async def _attempted(
     session: aiohttp.ClientSession, terms: schema.ReminderSettings, reminder: Reminder
-) -> _Failed | None:  # fmt: skip
+) -> _Failed | None:
     content = body(reminder)
     signed = webhook_signature.headers(
         webhook_signature.key_of(terms.webhook_secret), reminder.id, int(clock.now().wall_seconds), content

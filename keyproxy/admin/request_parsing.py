@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.request_models import ID, PLAN_ID, PRINTABLE, SCOPE, Accepted
+from keyproxy.admin.schemas.field_types import ID, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
 _BODY_SECONDS: Final = 10.0
@@ -25,7 +26,7 @@ _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
 
-_Model = TypeVar("_Model", bound=Accepted)
+_Model = TypeVar("_Model", bound=RequestModel)
 
 #: Descriptions of the patterns for error messages.
 _MEANINGS = {
@@ -52,7 +53,7 @@ def query_of(request: web.Request, model: type[_Model]) -> _Model:
     return _checked(model, dict(request.query), "query")
 
 
-async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Accepted | None]:
+async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, RequestModel | None]:
     """Read the body: its bytes and the validated model. Raises Refused."""
     if endpoint.body is None:
         return b"", None
@@ -99,7 +100,7 @@ def must_be_new(request: web.Request, endpoint: Endpoint) -> bool:
 def idempotency_key(request: web.Request, endpoint: Endpoint) -> str | None:
     """Parse the Idempotency-Key, quoted or not; None without one. Raises Refused."""
     fields = request.headers.getall("Idempotency-Key", [])
-    if not endpoint.is_kept or not fields:
+    if not endpoint.accepts_idempotency_key or not fields:
         return None
     key = fields[0].strip()
     if len(key) > 1 and key[0] == key[-1] == '"':
@@ -154,7 +155,7 @@ def _checked(model: type[_Model], content: object, where: str) -> _Model:
         raise Refused(Problem.INVALID, f"{first.field}: {first.detail}", errors=errors[:_ERRORS_MAX]) from None
 
 
-def _field_error(error: Any, model: type[Accepted], where: str) -> FieldError:
+def _field_error(error: Any, model: type[RequestModel], where: str) -> FieldError:
     location = ".".join([where, *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(model, error["loc"][:-1]))
@@ -168,17 +169,17 @@ def _field_error(error: Any, model: type[Accepted], where: str) -> FieldError:
     return FieldError(location[:200], message[:1].lower() + message[1:])
 
 
-def _fields_at(model: type[Accepted], location: Iterable[str | int]) -> Iterable[str]:
+def _fields_at(model: type[RequestModel], location: Iterable[str | int]) -> Iterable[str]:
     """The fields of the model at this location."""
-    here: type[Accepted] | None = model
+    here: type[RequestModel] | None = model
     for step in location:
         field = here.model_fields.get(str(step)) if here is not None else None
         here = next(iter(_models(field.annotation)), None) if field is not None else here
     return here.model_fields if here is not None else ()
 
 
-def _models(annotation: Any) -> Iterable[type[Accepted]]:
-    if isinstance(annotation, type) and issubclass(annotation, Accepted):
+def _models(annotation: Any) -> Iterable[type[RequestModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, RequestModel):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from _models(argument)

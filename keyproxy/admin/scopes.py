@@ -27,7 +27,7 @@ class Scope(enum.StrEnum):
     METRICS_READ = "metrics:read"
 
 
-TELLS: Final = {
+DESCRIPTIONS: Final = {
     Scope.ADMIN_READ: "reads everything",
     Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys and plans",

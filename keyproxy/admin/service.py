@@ -16,7 +16,7 @@ from aiohttp import web
 
 from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
-from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream, Terms, needs
+from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.resources import importing, keys, plans, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
@@ -32,8 +32,20 @@ from keyproxy.store.directory.directory import (
     Outdated,
     etag,
 )
-from keyproxy.store.directory.idempotent_requests import IdempotencyRecord, InProgress, Kept, KeyReused, answer_once
-from keyproxy.store.postgres.database import Database, Door, Joined, StoreConflict, StoreUnavailable
+from keyproxy.store.directory.idempotent_requests import (
+    IdempotencyRecord,
+    InProgress,
+    KeyReused,
+    StoredResponse,
+    respond_once,
+)
+from keyproxy.store.postgres.database import (
+    Database,
+    JoinedTransaction,
+    StatementRunner,
+    StoreConflict,
+    StoreUnavailable,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -58,25 +70,29 @@ class Service:
     database: Database
     key_format: KeyFormat
     access: Access
-    terms: Terms
+    config: ApiConfig
     now_mono: Callable[[], float]
 
-    async def answer(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+    async def respond(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         """Respond to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
-        token = await self.let_in(request, endpoint.scope, is_global=endpoint.is_global)
+        token = await self.authorize(request, endpoint.scope, is_global=endpoint.is_global)
         raw, body = await request_parsing.body_of(request, endpoint)
         wanted = request_parsing.if_match(request) if endpoint.is_conditional else None
-        call = _Prepared(
-            token=token, path=request_parsing.path_of(request), body=body,
+        valid = _ValidRequest(
+            token=token,
+            path=request_parsing.path_of(request),
+            body=body,
             query=request_parsing.query_of(request, endpoint.query),
-            if_match=None if wanted == "*" else wanted, must_be_there=wanted == "*",
-            must_be_new=request_parsing.must_be_new(request, endpoint), actor=Actor(f"token:{token['id']}", peer),
-        )  # fmt: skip
+            if_match=None if wanted == "*" else wanted,
+            must_exist=wanted == "*",
+            must_be_new=request_parsing.must_be_new(request, endpoint),
+            actor=Actor(f"token:{token['id']}", peer),
+        )
         try:
             if endpoint.method == "GET":
-                return await self._read(endpoint, request, call)
-            return await self._changed(endpoint, request, call, raw)
+                return await self._read(endpoint, request, valid)
+            return await self._changed(endpoint, request, valid, raw)
         except DirectoryError as error:
             problem = _DIRECTORY_PROBLEMS[type(error)]
             if problem is Problem.NOT_FOUND and wanted is not None and endpoint.method == "PUT":
@@ -86,7 +102,7 @@ class Service:
             _log.warning("the database refused a change that validation allows: %s", error.constraint or error)
             raise Refused(Problem.CONFLICT, "The database refused the change.") from error
 
-    async def let_in(self, request: web.Request, scope: Scope | None, *, is_global: bool) -> Entity:
+    async def authorize(self, request: web.Request, scope: Scope | None, *, is_global: bool) -> Entity:
         """Authenticate a request and require this scope. Raises Refused, StoreUnavailable."""
         authorization = request.headers.getall("Authorization", [])
         token = await self.access.token(authorization, request.remote or "unix", self.now_mono())
@@ -97,79 +113,87 @@ class Service:
             raise Refused(Problem.TENANT_BOUND)
         return token
 
-    async def _read(self, endpoint: Endpoint, request: web.Request, prepared: _Prepared) -> web.StreamResponse:
-        answer = await endpoint.handler(prepared.call(self, self.database))
-        if isinstance(answer, Stream):
-            return await _streamed(request, answer)
-        return _response(_kept(answer))
+    async def _read(self, endpoint: Endpoint, request: web.Request, valid: _ValidRequest) -> web.StreamResponse:
+        result = await endpoint.handler(valid.in_transaction(self, self.database))
+        if isinstance(result, ApiStream):
+            return await _streamed(request, result)
+        return _response(_stored(result))
 
     async def _changed(
-        self, endpoint: Endpoint, request: web.Request, prepared: _Prepared, raw: bytes
+        self, endpoint: Endpoint, request: web.Request, valid: _ValidRequest, raw: bytes
     ) -> web.StreamResponse:
-        async def work(door: Door) -> Kept:
-            answer = await endpoint.handler(prepared.call(self, door))
-            if isinstance(answer, Stream):
+        async def work(joined: StatementRunner) -> StoredResponse:
+            result = await endpoint.handler(valid.in_transaction(self, joined))
+            if isinstance(result, ApiStream):
                 raise TypeError(f"{endpoint.name} changes something and streams")
-            return _kept(answer)
+            return _stored(result)
 
         key = request_parsing.idempotency_key(request, endpoint)
         if key is None:
             async with self.database.transaction() as transaction:
-                kept = await work(Joined(transaction))
-            return _response(kept)
-        conditions = repr((request.method, request.raw_path, prepared.if_match)).encode()
-        asked = IdempotencyRecord(prepared.token["id"], key, conditions + b"\n" + raw)
+                stored = await work(JoinedTransaction(transaction))
+            return _response(stored)
+        conditions = repr((request.method, request.raw_path, valid.if_match)).encode()
+        record = IdempotencyRecord(valid.token["id"], key, conditions + b"\n" + raw)
         try:
-            kept, is_replay = await answer_once(self.database, asked, work, without=_without_secrets)
+            stored, is_replay = await respond_once(self.database, record, work, without=_without_secrets)
         except InProgress as error:
             raise Refused(Problem.IN_PROGRESS) from error
         except KeyReused as error:
             raise Refused(Problem.KEY_REUSED) from error
-        response = _response(kept)
+        response = _response(stored)
         if is_replay:
             response.headers["Idempotency-Replayed"] = "true"
         return response
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Build the call, still without a transaction."""
+class _ValidRequest:
+    """A validated request, before its transaction is opened."""
 
     token: Entity
     path: dict[str, str]
     query: Any
     body: Any
     if_match: str | None
-    must_be_there: bool
+    must_exist: bool
     must_be_new: bool
     actor: Actor
 
-    def call(self, service: Service, door: Door) -> Call:
-        directory = Directory(door, service.key_format, self.actor, tenant_id=self.token["tenant"])
-        return Call(
-            directory, service.database, service.terms, self.token, self.path, self.query, self.body, self.if_match,
-            must_be_there=self.must_be_there, must_be_new=self.must_be_new,
-        )  # fmt: skip
+    def in_transaction(self, service: Service, joined: StatementRunner) -> ApiRequest:
+        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"])
+        return ApiRequest(
+            directory,
+            service.database,
+            service.config,
+            self.token,
+            self.path,
+            self.query,
+            self.body,
+            self.if_match,
+            must_exist=self.must_exist,
+            must_be_new=self.must_be_new,
+        )
 
 
-def _kept(answer: Answer) -> Kept:
-    version = None if answer.is_version_of is None else etag(answer.is_version_of)
-    return {"status": answer.status, "content": answer.content, "etag": version, "location": answer.location}
+def _stored(response: ApiResponse) -> StoredResponse:
+    version = None if response.is_version_of is None else etag(response.is_version_of)
+    return {"status": response.status, "content": response.content, "etag": version, "location": response.location}
 
 
-def _response(kept: Kept) -> web.Response:
+def _response(stored: StoredResponse) -> web.Response:
     headers = {}
-    if kept["etag"] is not None:
-        headers["ETag"] = f'"{kept["etag"]}"'
-    if kept["location"] is not None:
-        headers["Location" if kept["status"] == 201 else "Content-Location"] = kept["location"]
-    body = orjson.dumps(kept["content"])
-    return web.Response(status=kept["status"], body=body, content_type="application/json", headers=headers)
+    if stored["etag"] is not None:
+        headers["ETag"] = f'"{stored["etag"]}"'
+    if stored["location"] is not None:
+        headers["Location" if stored["status"] == 201 else "Content-Location"] = stored["location"]
+    body = orjson.dumps(stored["content"])
+    return web.Response(status=stored["status"], body=body, content_type="application/json", headers=headers)
 
 
-def _without_secrets(kept: Kept) -> Kept:
+def _without_secrets(stored: StoredResponse) -> StoredResponse:
     """The same response, with each secret replaced by null."""
-    return {**kept, "content": _blanked(kept["content"])}
+    return {**stored, "content": _blanked(stored["content"])}
 
 
 def _blanked(content: Any) -> Any:
@@ -180,7 +204,7 @@ def _blanked(content: Any) -> Any:
     return content
 
 
-async def _streamed(request: web.Request, stream: Stream) -> web.StreamResponse:
+async def _streamed(request: web.Request, stream: ApiStream) -> web.StreamResponse:
     # Build the first part before sending the status, so that an immediate failure is reported.
     first = await anext(stream.lines, b"")
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})

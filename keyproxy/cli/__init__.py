@@ -25,7 +25,8 @@ from keyproxy.cli.commands.serve import demo_command, serve_command
 from keyproxy.cli.commands.tenant import tenant_group
 from keyproxy.cli.commands.usage import usage_group
 from keyproxy.cli.commands.user import user_group
-from keyproxy.cli.options import FAILED, MISUSED, UNWRITABLE, Failure, refusals, say
+from keyproxy.cli.options import FAILED, MISUSED, refusals
+from keyproxy.cli.output import UNWRITABLE, AdminApiUnavailable, Failure, print_message
 from keyproxy.config.loader import ConfigError
 from keyproxy.platform import standard_streams
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -54,9 +55,21 @@ key_group.add_command(key_explain)
 key_group.add_command(key_remind)
 
 for _command in (
-    demo_command, serve_command, drain_command, health_command, admin_group, migrate_command, config_group,
-    tenant_group, user_group, key_group, plan_group, audit_group, usage_group, completion_command,
-):  # fmt: skip
+    demo_command,
+    serve_command,
+    drain_command,
+    health_command,
+    admin_group,
+    migrate_command,
+    config_group,
+    tenant_group,
+    user_group,
+    key_group,
+    plan_group,
+    audit_group,
+    usage_group,
+    completion_command,
+):
     root.add_command(_command)
 
 
@@ -74,19 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
     except ConfigError as error:
         for problem in error.problems:
-            _say(problem)
+            _print_problem(problem)
         return MISUSED
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        _print_problem("interrupted")
         return FAILED
-    except Failure as error:
-        _say(str(error))
+    except (Failure, AdminApiUnavailable) as error:
+        _print_problem(str(error))
         return FAILED
     except StoreUnavailable as error:
-        _say(f"the database is unavailable: {' '.join(str(error).split())}")
+        _print_problem(f"the database is unavailable: {' '.join(str(error).split())}")
         return FAILED
     except refusals() as error:
-        _say(" ".join(str(error).split()))
+        _print_problem(" ".join(str(error).split()))
         return FAILED
     except BrokenPipeError:
         # The reader of the output has closed the pipe.
@@ -97,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if error.filename is None:
             standard_streams.abandon(sys.stdout.fileno())
-        _say(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
+        _print_problem(f"{error.filename or 'the output'} cannot be used: {error.strerror}")
         return FAILED
     return status if isinstance(status, int) else 0
 
 
-def _say(text: str) -> None:
+def _print_problem(text: str) -> None:
     # An argument may be a key where an id belongs, and other people can read terminals and job logs.
-    say(masked(text))
+    print_message(masked(text))

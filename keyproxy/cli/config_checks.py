@@ -39,7 +39,7 @@ def problems(loaded: loader.Config, *, offline: bool) -> list[str]:
 def _certificates(settings: Settings) -> Iterator[str]:
     for table, listener in (("listen", settings.listen), ("admin", settings.admin)):
         if listener.tls_certificate_file:
-            wrong = _wrong_with_certificate(listener.tls_certificate_file, listener.tls_key_file)
+            wrong = _certificate_problem(listener.tls_certificate_file, listener.tls_key_file)
             if wrong is not None:
                 yield f"{table}.tls_certificate_file: {wrong}"
     authorities = (
@@ -47,12 +47,12 @@ def _certificates(settings: Settings) -> Iterator[str]:
         ("upstream.tls_ca_file", settings.upstream.tls_ca_file),
     )
     for key, file in authorities:
-        wrong = _wrong_with_authorities(file) if file else None
+        wrong = _authorities_problem(file) if file else None
         if wrong is not None:
             yield f"{key}: {wrong}"
 
 
-def _wrong_with_certificate(certificate_file: str, key_file: str) -> str | None:
+def _certificate_problem(certificate_file: str, key_file: str) -> str | None:
     try:
         server = tls.server_context(certificate_file, key_file)
     except TlsError as error:
@@ -86,7 +86,7 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
     raise ssl.SSLError("the handshake does not complete")
 
 
-def _wrong_with_authorities(file: str) -> str | None:
+def _authorities_problem(file: str) -> str | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(file)

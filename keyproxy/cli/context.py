@@ -15,7 +15,6 @@ import uvloop
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli.options import (
-    Failure,
     actor,
     admin_options,
     admin_token,
@@ -23,25 +22,21 @@ from keyproxy.cli.options import (
     json_option,
     load,
     require_schema,
-    require_stdout,
-    showing_secret,
     store,
-    tell,
 )
-from keyproxy.cli.options import say as say
+from keyproxy.cli.output import Failure, print_message, print_result, require_stdout, showing_secret
 from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import Directory, Entity, KeyWish
-from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, Operations
+from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, DirectoryOperations
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_service import UsageOperations, UsageService
 
 if TYPE_CHECKING:
-    from keyproxy.cli.remote.http_transport import HttpTransport
+    from keyproxy.cli.remote.admin_client import AdminClient
 
 _T = TypeVar("_T")
-_Client = TypeVar("_Client", bound="HttpTransport")
 
 PAGE: Final = 500
 _STATEMENT_SECONDS: Final = 60.0
@@ -71,42 +66,44 @@ class Call:
     admin_url: str | None = None
     admin_token: str = field(default="", repr=False)
 
-    def run_for_secret(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+    def run_for_secret(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """As `run`, for an action that creates a secret: refuse it if stdout is closed."""
         require_stdout()
         return self.run(work)
 
-    def run(self, work: Callable[[Operations], Awaitable[_T]]) -> _T:
+    def run(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """Run an operation in the database or, with --admin-url, through the admin API."""
-        url, token = self.admin_url, self.admin_token
+        url = self.admin_url
         if url is not None:
             # These imports take longer than a command runs.
             from keyproxy.cli.remote.remote_directory import RemoteDirectory
 
-            return self._asked(lambda: RemoteDirectory(url, token), work)
+            return self._run_remotely(url, lambda client: work(RemoteDirectory(client)))
         keys = self.settings().keys
         key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
 
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """As `run`, for queries of usage and limits."""
-        url, token = self.admin_url, self.admin_token
+        url = self.admin_url
         if url is not None:
             from keyproxy.cli.remote.remote_usage import RemoteUsage
 
-            return self._asked(lambda: RemoteUsage(url, token), work)
+            return self._run_remotely(url, lambda client: work(RemoteUsage(client)))
         settings = self.settings()
         return self.run_in_store(lambda database: work(UsageService(database, settings, clock.now)))
 
-    def _asked(self, client: Callable[[], _Client], work: Callable[[_Client], Awaitable[_T]]) -> _T:
-        async def asked() -> _T:
-            async with client() as asking:
-                done = await work(asking)
-            for warning in asking.warnings:
-                say(f"warning: {warning}")
-            return done
+    def _run_remotely(self, url: str, work: Callable[[AdminClient], Awaitable[_T]]) -> _T:
+        from keyproxy.cli.remote.admin_client import AdminClient
 
-        return uvloop.run(asked())
+        async def run() -> _T:
+            async with AdminClient(url, self.admin_token) as client:
+                result = await work(client)
+            for warning in client.warnings:
+                print_message(f"warning: {warning}")
+            return result
+
+        return uvloop.run(run())
 
     def run_in_store(self, work: Callable[[Database], Awaitable[_T]]) -> _T:
         """Run an operation in the configured store itself."""
@@ -130,9 +127,14 @@ class Call:
         return load(self.config_path).settings
 
     def wish(
-        self, name: str, scopes: Sequence[str], expires_in: timedelta | str | None, *, is_test: bool = False,
+        self,
+        name: str,
+        scopes: Sequence[str],
+        expires_in: timedelta | str | None,
+        *,
+        is_test: bool = False,
         plan: str | None = None,
-    ) -> KeyWish:  # fmt: skip
+    ) -> KeyWish:
         """The properties of a new key. `expires_in` None: the configured lifetime; `never`: no expiry."""
         self.warn_of_scopes(scopes)
         return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
@@ -153,19 +155,19 @@ class Call:
         routes = self.settings().routes
         warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
         for warning in dict.fromkeys(warnings):
-            say(f"warning: {warning}")
+            print_message(f"warning: {warning}")
 
-    def tell(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    def print_result(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """Print a result: JSON for programs, a table or a list of fields for people."""
-        tell(result, as_json=self.as_json, columns=columns)
+        print_result(result, as_json=self.as_json, columns=columns)
 
-    def tell_secret(self, key: Mapping[str, Any], then: str) -> None:
+    def print_secret(self, key: Mapping[str, Any], then: str) -> None:
         """Print a new key. `then`: the step after revoking it if its secret could not be printed."""
         lost = f"the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`, then {then}"
         with showing_secret(lost):
-            self.tell(key, KEY_COLUMNS)
+            self.print_result(key, KEY_COLUMNS)
         if not self.as_json:
-            say("this is the only time the secret is shown")
+            print_message("this is the only time the secret is shown")
 
 
 def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,9 +175,13 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def called(
-        *arguments: Any, config_path: Path | None, as_json: bool, admin_url: str | None, token_path: Path | None,
+        *arguments: Any,
+        config_path: Path | None,
+        as_json: bool,
+        admin_url: str | None,
+        token_path: Path | None,
         **options: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         token = "" if admin_url is None else admin_token(token_path)
         return command(Call(config_path, as_json, admin_url, token), *arguments, **options)
 
@@ -183,7 +189,7 @@ def takes_call(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def yes_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--yes."""
+    """Add --yes, which destructive commands require without a terminal."""
     return click.option("--yes", is_flag=True, help="Skip the confirmation. Required if stdin is not a terminal.")(
         command
     )
@@ -218,22 +224,3 @@ def plan_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--none", "none", is_flag=True, help="Remove the plan.")(command)
     command = click.option("--plan", "named", metavar="PLAN", help="Same as the argument PLAN.")(command)
     return click.argument("plan", metavar="[PLAN]", required=False)(command)
-
-
-class Progress:
-    """Progress of a long operation, on one line of stderr that is overwritten. Silent if stderr is not a terminal."""
-
-    def __init__(self, what: str, total: int | None = None) -> None:
-        self._what = what
-        self._total = f" of {total}" if total is not None else ""
-        self._is_shown = sys.stderr.isatty()
-
-    def at(self, count: int) -> None:
-        """Report progress."""
-        if self._is_shown:
-            click.echo(f"\r{count}{self._total} {self._what}", err=True, nl=False)
-
-    def end(self) -> None:
-        """End the line: the operation is done or interrupted."""
-        if self._is_shown:
-            click.echo(err=True)

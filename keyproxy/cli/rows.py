@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.cli.options import Failure
+from keyproxy.cli.output import Failure
 
 Rows = list[tuple[str, Mapping[str, Any]]]
 

@@ -32,7 +32,7 @@ class NetworkAddress(NamedTuple):
     path: str = ""
 
 
-def wrong_with_listener(value: str) -> str | None:
+def listener_problem(value: str) -> str | None:
     """Return the fault of a listener's address, or None."""
     if value.startswith("unix:"):
         return None if value[5:].startswith("/") else "must be unix: and an absolute path"
@@ -42,12 +42,12 @@ def wrong_with_listener(value: str) -> str | None:
     return None
 
 
-def wrong_with_upstream(value: str) -> str | None:
+def upstream_problem(value: str) -> str | None:
     """Return the fault of an upstream's URL, or None."""
     if not re.fullmatch(r"[!-~]+", value):
         return "contains a space or another character that is invalid in a URL"
     if value.startswith("unix:"):
-        return wrong_with_listener(value)
+        return listener_problem(value)
     try:
         parts = urlsplit(value)
         port_is_sane = parts.port is None or parts.port > 0
@@ -60,7 +60,7 @@ def wrong_with_upstream(value: str) -> str | None:
     return None
 
 
-def wrong_with_mode(value: str) -> str | None:
+def mode_problem(value: str) -> str | None:
     """Return the fault of a unix socket's file mode, or None."""
     if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o600 != 0o600 or int(value, 8) & 0o111:
         return "must be an octal mode such as '0600' or '0660': readable and writable by the owner, not executable"

@@ -28,8 +28,8 @@ def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[
     """Warnings about a key's scopes under these routes: a misspelled scope, or a key that every route refuses."""
     if not routes:
         return []
-    asked_for = {scope for row in routes for scope in row.scopes}
-    unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in asked_for]
+    required = {scope for row in routes for scope in row.scopes}
+    unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in required]
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown
     if not scopes:

@@ -28,8 +28,8 @@ def _setting(default: Any, check: Check | None = None, *, secret: bool = False) 
 class Listen:
     """The proxied port."""
 
-    address: str = _setting("127.0.0.1:8080", addresses.wrong_with_listener)
-    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
+    address: str = _setting("127.0.0.1:8080", addresses.listener_problem)
+    socket_mode: str = _setting("0600", addresses.mode_problem)
     workers: int = _setting(1, within(0, 256))
     tls_certificate_file: str = _setting("")
     tls_key_file: str = _setting("")
@@ -49,16 +49,16 @@ class Listen:
 class Ops:
     """The ops listener: /livez /readyz /metrics."""
 
-    address: str = _setting("127.0.0.1:9090", addresses.wrong_with_listener)
-    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
+    address: str = _setting("127.0.0.1:9090", addresses.listener_problem)
+    socket_mode: str = _setting("0600", addresses.mode_problem)
 
 
 @dataclass(frozen=True, slots=True)
 class AdminSettings:
     """The control plane."""
 
-    address: str = _setting("127.0.0.1:8081", addresses.wrong_with_listener)
-    socket_mode: str = _setting("0600", addresses.wrong_with_mode)
+    address: str = _setting("127.0.0.1:8081", addresses.listener_problem)
+    socket_mode: str = _setting("0600", addresses.mode_problem)
     token_file: str = _setting("")
     tls_certificate_file: str = _setting("")
     tls_key_file: str = _setting("")
@@ -69,7 +69,7 @@ class AdminSettings:
 class Upstream:
     """The compute server."""
 
-    url: str = _setting("http://127.0.0.1:9000", addresses.wrong_with_upstream)
+    url: str = _setting("http://127.0.0.1:9000", addresses.upstream_problem)
     test_url: str = _setting("", value_checks.optional_upstream_url)
     tls_ca_file: str = _setting("")
     connections_max: int = _setting(256, within(1))
@@ -81,7 +81,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
-    """PostgreSQL."""
+    """The connection to PostgreSQL."""
 
     dsn: str = _setting("embedded", value_checks.store_dsn, secret=True)
     embedded_dir: str = _setting("")

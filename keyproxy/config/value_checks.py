@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from keyproxy.config import addresses, dsn
 from keyproxy.http import webhook_signature
-from keyproxy.http.headers import TrustRule
+from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.routes import InvalidPatternError, RouteTable
 from keyproxy.model import Route
 
@@ -37,7 +37,7 @@ def one_of(*choices: object) -> Check:
 
 def optional_upstream_url(value: str) -> str | None:
     """The URL of an upstream, or nothing."""
-    return None if value == "" else addresses.wrong_with_upstream(value)
+    return None if value == "" else addresses.upstream_problem(value)
 
 
 def store_dsn(value: str) -> str | None:
@@ -96,7 +96,7 @@ def ledger_backend(value: str) -> str | None:
 
 def webhook_url(value: str) -> str | None:
     """The URL of a webhook, or nothing."""
-    return None if value == "" else webhook_signature.what_is_wrong_with(value)
+    return None if value == "" else webhook_signature.url_problem(value)
 
 
 def webhook_secret(value: str) -> str | None:

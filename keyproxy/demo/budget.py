@@ -27,7 +27,7 @@ async def spend(
     session: aiohttp.ClientSession, urls: Sequence[str], key: str, compute: Compute
 ) -> tuple[Mapping[str, int], list[str]]:
     """Call all proxies concurrently until each refuses. Returns the responses by proxy, and the errors."""
-    answers: dict[str, int] = {}
+    responses: dict[str, int] = {}
 
     async def worker(number: int, url: str) -> None:
         headers = {"Authorization": f"Api-Key {key}", "Content-Type": "application/json"}
@@ -35,7 +35,7 @@ async def spend(
             async with session.post(url + COMPLETIONS, data=BODY, headers=headers) as response:
                 code = "200" if response.status == 200 else (await response.json(content_type=None)).get("code", "?")
             outcome = f"{code} from proxy {number}"
-            answers[outcome] = answers.get(outcome, 0) + 1
+            responses[outcome] = responses.get(outcome, 0) + 1
             if code != "200":
                 return
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -44,9 +44,9 @@ async def spend(
     wrong = []
     if compute.tokens != BUDGET:
         wrong.append(f"{compute.tokens} tokens were spent of {BUDGET}")
-    if not all(f"200 from proxy {number}" in answers for number, _ in enumerate(urls, 1)):
+    if not all(f"200 from proxy {number}" in responses for number, _ in enumerate(urls, 1)):
         wrong.append("one proxy accepted no call")
-    refusals = {outcome.partition(" ")[0] for outcome in answers} - {"200"}
+    refusals = {outcome.partition(" ")[0] for outcome in responses} - {"200"}
     if refusals != {"token_budget_exhausted"}:
         wrong.append(f"refused as {', '.join(sorted(refusals)) or 'nothing'}")
-    return answers, wrong
+    return responses, wrong

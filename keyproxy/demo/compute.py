@@ -44,13 +44,13 @@ class Compute:
         content = await request.json()
         identity = {name: request.headers.getall(name, []) for name in IDENTITY}
         spellings = [name for name in request.headers if name.lower().replace("_", "-").startswith("x-keyproxy-")]
-        answer = {
+        response = {
             "job_id": content.get("job_id"),
             "identity": identity,
             "identity_headers": len(spellings),
             "credential_seen": "Authorization" in request.headers or "X-Api-Key" in request.headers,
         }
-        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+        return web.Response(body=orjson.dumps(response), content_type="application/json")
 
     async def _completion(self, request: web.Request) -> web.Response:
         """A model that uses the whole maximum, with one token per byte."""

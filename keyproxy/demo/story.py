@@ -52,7 +52,7 @@ class Story:
         self._steps = 0
 
     async def play(self) -> None:
-        """All steps."""
+        """Run every step, and count those that fail."""
         keys = await self._provision()
         self._key = keys["alice"]["secret"]
         unknown = KeyFormat().make(secrets.token_bytes(ENTROPY_BYTES), is_test=False).reveal().decode()
@@ -107,18 +107,18 @@ class Story:
     async def _provision(self) -> dict[str, dict[str, Any]]:
         click.echo("\nTenant acme, its users alice, bob and carol, and their keys")
         directory, week = self._directory, timedelta(days=7)
-        await directory.create_tenant("acme", "Acme Ltd")
+        await directory.tenants.create("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
-        alice = await directory.create_user("u_alice", "acme", KeyWish("worker", both, expires_in=week))
-        bob = await directory.create_user("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
-        await directory.set_plan("small", {"tokens_per_day": budget.BUDGET})
-        carol = await directory.create_user(
+        alice = await directory.users.create("u_alice", "acme", KeyWish("worker", both, expires_in=week))
+        bob = await directory.users.create("u_bob", "acme", KeyWish("reports", ("jobs:read",), expires_in=week))
+        await directory.plans.set("small", {"tokens_per_day": budget.BUDGET})
+        carol = await directory.users.create(
             "u_carol", "acme", KeyWish("writer", ("jobs:write",), expires_in=week), plan="small"
         )
         keys = {
             "alice": alice["key"],
-            "test": await directory.issue_key("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
-            "revoked": await directory.issue_key("u_alice", KeyWish("old worker", both, expires_in=week)),
+            "test": await directory.keys.issue("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
+            "revoked": await directory.keys.issue("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
             "carol": carol["key"],
         }
@@ -145,14 +145,14 @@ class Story:
             headers["Authorization"] = f"Api-Key {key}"
             shown.insert(0, f"Authorization: Api-Key {key[:8]}…{key[-4:]}")
         click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   {'   '.join(shown)}")
-        answered, body = await self._call(headers)
-        wrong = [] if answered == status else [f"status {answered} instead of {status}"]
+        received, body = await self._call(headers)
+        wrong = [] if received == status else [f"status {received} instead of {status}"]
         if code is not None:
-            click.echo(f"   < {answered} {body.get('code')}: {body.get('detail')}")
+            click.echo(f"   < {received} {body.get('code')}: {body.get('detail')}")
             wrong += [] if body.get("code") == code else [f"code {body.get('code')} instead of {code}"]
         else:
             saw: Mapping[str, list[str]] = body.get("identity", {})
-            click.echo(f"   < {answered} the compute server received " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
+            click.echo(f"   < {received} the compute server received " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
             wrong += [f"{n} is {saw.get(n)}" for n, value in (sees or {}).items() if saw.get(n) != [value]]
             if body.get("identity_headers") != _IDENTITY_HEADERS:
                 wrong.append(f"{body.get('identity_headers')} identity headers instead of {_IDENTITY_HEADERS}")
@@ -167,29 +167,29 @@ class Story:
         click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   again and again")
         headers = {"Authorization": f"Api-Key {key['secret']}"}
         accepted: list[float] = []
-        answers: dict[str, int] = {}
+        responses: dict[str, int] = {}
         stop = asyncio.Event()
 
         async def worker() -> None:
             while not stop.is_set():
                 sent = time.monotonic()
                 status, body = await self._call(headers)
-                answers[str(body.get("code", status))] = answers.get(str(body.get("code", status)), 0) + 1
+                responses[str(body.get("code", status))] = responses.get(str(body.get("code", status)), 0) + 1
                 if status == 200:
                     accepted.append(sent)
 
         workers = [asyncio.create_task(worker()) for _ in range(2)]
         await asyncio.sleep(0.3)
-        asked = time.monotonic()
-        await self._directory.revoke_key(key["id"], "demo")
+        revoked_at = time.monotonic()
+        await self._directory.keys.revoke(key["id"], "demo")
         await asyncio.sleep(_REVOKED_SECONDS_MAX + 0.2)
         stop.set()
         await asyncio.gather(*workers)
         # Measured from the revocation request, which is slightly earlier than the commit.
-        delay = max(0.0, max(accepted, default=asked) - asked)
-        click.echo(f"   < {answers}; the last accepted call was sent at most {delay * 1000:.1f} ms after the commit")
+        delay = max(0.0, max(accepted, default=revoked_at) - revoked_at)
+        click.echo(f"   < {responses}; the last accepted call was sent at most {delay * 1000:.1f} ms after the commit")
         wrong = [] if delay <= _REVOKED_SECONDS_MAX else [f"{delay:.3f} s"]
-        wrong += [] if answers.get("200") and answers.get("api_key_revoked") else [f"responses were {answers}"]
+        wrong += [] if responses.get("200") and responses.get("api_key_revoked") else [f"responses were {responses}"]
         self._judge(title, wrong)
 
     async def _budget(self, key: str) -> None:
@@ -198,8 +198,8 @@ class Story:
         title = f"carol may spend {budget.BUDGET} tokens a day over two proxies; each call takes {budget.TOKENS_EACH}"
         click.echo(f"\n{self._steps}. {title}\n   > POST {COMPLETIONS}   again and again, to both")
         urls = [f"http://{address}" for address in self._stage.proxies]
-        answers, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
-        counted = ", ".join(f"{count} x {what}" for what, count in sorted(answers.items()))
+        responses, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
+        counted = ", ".join(f"{count} x {what}" for what, count in sorted(responses.items()))
         click.echo(f"   < {counted}\n   < the compute server has processed {self._stage.compute.tokens} tokens")
         self._judge(title, wrong)
 

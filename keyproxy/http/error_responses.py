@@ -25,9 +25,12 @@ ERROR_SHAPES: Final = ("problem", "openai", "anthropic")
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
 _OPENAI_TYPES: Final = {
-    401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error",
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    429: "rate_limit_error",
     500: "server_error",
-}  # fmt: skip
+}
 _ANTHROPIC_TYPES: Final = {
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",

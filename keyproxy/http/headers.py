@@ -6,18 +6,17 @@ for `_`: servers that pass headers to CGI, WSGI or PHP programs fold the two, so
 `X-Keyproxy-User`. Reserved names are dropped in any spelling; any other name outside `[A-Za-z0-9-]` is refused, because
 such a server could take `Content_Length` for a field that this proxy ignores.
 
-The identity headers are precomputed bytes of the identity. They are appended after the client's fields were filtered,
-so no field, repetition or Connection option of the client can replace, duplicate or remove them.
+`identity_headers` has the reserved prefix and the headers under it, `forwarding` the X-Forwarded-* fields.
 """
 
 from __future__ import annotations
 
 import enum
-import ipaddress
 import re
-from collections.abc import Iterable, Sequence
 from typing import Final
 
+from keyproxy.http import identity_headers
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.model import Permit, RequestHead
 
 
@@ -84,11 +83,6 @@ _NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
 _REMEMBERED_BYTES_MAX: Final = 48
 
-#: A hop of X-Forwarded-For that may be an address, with or without a port.
-_HOP = re.compile(
-    rb"\[?([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:\](?::[0-9]{1,5})?)?|([0-9]{1,3}(?:\.[0-9]{1,3}){3})(?::[0-9]{1,5})?"
-)
-
 #: https://www.w3.org/TR/trace-context/ section 3.2.2. Hexadecimal digits are in lower case.
 _TRACEPARENT: Final = b"traceparent:"
 _LF: Final = 0x0A
@@ -124,7 +118,7 @@ class FieldNames:
 
     def _judge(self, name: bytes) -> Kind:
         plain = canonical(name)
-        if plain.startswith(self._prefix):
+        if identity_headers.is_reserved(plain, self._prefix):
             return Kind.RESERVED
         kind = Kind.FORWARDED if plain.startswith(b"x-forwarded-") else _KINDS.get(plain, Kind.PLAIN)
         if not _NAME.fullmatch(name):
@@ -171,143 +165,6 @@ def trace_id(block: bytes) -> bytes:
     at = start + len(_TRACEPARENT)
     found = _TRACE.match(block, at) or _LATER_TRACE.match(block, at)
     return b"" if found is None else found[1]
-
-
-def identity_block(prefix: str, values: Iterable[tuple[str, str]]) -> bytes:
-    """Identity headers as bytes: `values` are (name without prefix, value). Raises ValueError for an unsafe value."""
-    lines = []
-    for name, value in values:
-        if not value.isascii() or not value.isprintable() or value != value.strip():
-            raise ValueError(f"{name}: not printable ASCII, or surrounded by spaces")
-        lines.append(f"{prefix}{name}: {value}\r\n")
-    return "".join(lines).encode("ascii")
-
-
-class Forwarding:
-    """The X-Forwarded-* fields for requests of one connection, by the trust rule.
-
-    A trusted peer's X-Forwarded-For is kept and extended with the address of that peer; any other is dropped. Empty
-    fields and empty list elements are left out (RFC 9110 section 5.6.1).
-    """
-
-    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_rule", "_scheme")
-
-    def __init__(
-        self, address: bytes, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
-    ) -> None:
-        """`address`: the peer's IP address, empty for a unix socket. `certificate`: a header line that names its
-        verified certificate, or empty. `rule`: which addresses in the X-Forwarded-For of a trusted peer are trusted."""
-        self._address = address
-        self._is_trusted = is_trusted
-        self._rule = rule
-        self._scheme = b"https" if is_tls else b"http"
-        self._certificate = certificate
-        first = b"X-Forwarded-For: %b\r\n" % address if address else b""
-        self._block = b"%b%bX-Forwarded-Proto: %b\r\n" % (certificate, first, self._scheme)
-
-    def block(self, head: RequestHead) -> bytes:
-        """The fields as header lines."""
-        if self._is_trusted and head.forwarded:
-            return self._extended(head)
-        return self._block + head.fields.host_block
-
-    def client_address(self, head: RequestHead | None) -> bytes:
-        """The client's IP address; empty for a unix socket's.
-
-        The address of the peer; behind trusted proxies the right-most untrusted address of X-Forwarded-For.
-        """
-        if self._is_trusted and self._rule is not None and head is not None and head.forwarded:
-            return self._rule.client_address(head.forwarded, self._address)
-        return self._address
-
-    def _extended(self, head: RequestHead) -> bytes:
-        told = {b"x-forwarded-proto": self._scheme}
-        if head.fields.host is not None:
-            told[b"x-forwarded-host"] = head.fields.host
-        hops: list[bytes] = []
-        for name, value in head.forwarded:
-            if name == b"x-forwarded-for":
-                hops += [one.strip(b" \t") for one in value.split(b",") if one.strip(b" \t")]
-            elif value:
-                told[name] = value
-        if self._address:
-            hops.append(self._address)
-        lines = [self._certificate]
-        lines += [b"X-Forwarded-For: %b\r\n" % b", ".join(hops)] if hops else []
-        lines += [b"%b: %b\r\n" % (name.title(), value) for name, value in told.items()]
-        return b"".join(lines)
-
-
-class TrustRule:
-    """The peers with X-Forwarded-* fields that are trusted: networks, and `unix` for the peers of a unix socket."""
-
-    def __init__(self, trusted_proxies: Sequence[str], header_prefix: str = "X-Keyproxy-") -> None:
-        """Raises ValueError for an entry that is neither a network nor `unix`."""
-        self._header_prefix = header_prefix
-        self._trusts_unix = "unix" in trusted_proxies
-        self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
-        #: Hops of X-Forwarded-For: the address, empty if invalid, and whether it is that of a trusted proxy.
-        self._hops: dict[bytes, tuple[bytes, bool]] = {}
-
-    def client_address(self, forwarded: Sequence[tuple[bytes, bytes]], peer: bytes) -> bytes:
-        """The client's address by the X-Forwarded-For of a trusted `peer`.
-
-        Read from the right: each hop was written by the one after it. Everything to the left of the first hop that is
-        untrusted or invalid may be forged.
-        """
-        found = peer
-        fields = [value for name, value in forwarded if name == b"x-forwarded-for"]
-        for hop in reversed(b",".join(fields).split(b",")):
-            address, is_trusted = self._hop(hop.strip(b" \t"))
-            if not address:
-                break
-            found = address
-            if not is_trusted:
-                break
-        return found
-
-    def _hop(self, text: bytes) -> tuple[bytes, bool]:
-        known = self._hops.get(text)
-        if known is None:
-            if len(self._hops) >= _REMEMBERED_MAX:
-                self._hops.clear()
-            known = self._judged_hop(text)
-            if len(text) <= _REMEMBERED_BYTES_MAX:
-                self._hops[text] = known
-        return known
-
-    def _judged_hop(self, text: bytes) -> tuple[bytes, bool]:
-        # Some proxies include the port: 192.0.2.1:8080, [2001:db8::1]:8080.
-        match = _HOP.fullmatch(text)
-        try:
-            peer = _unmapped((match[1] or match[2]).decode("ascii")) if match is not None else None
-        except ValueError:
-            peer = None
-        if peer is None:
-            return b"", False
-        return str(peer).encode("ascii"), any(peer in network for network in self._networks)
-
-    def forwarding(self, address: str, *, is_tls: bool, subject: str | None = None) -> Forwarding:
-        """The Forwarding for a connection from this IP address; empty: from a unix socket.
-
-        `subject`: the name in the client's verified certificate, None if there is none.
-        """
-        certificate = b""
-        if subject is not None:
-            certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
-        if not address:
-            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls, certificate=certificate, rule=self)
-        peer = _unmapped(address)
-        is_trusted = any(peer in network for network in self._networks)
-        where = str(peer).encode("ascii")
-        return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate, rule=self)
-
-
-def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An IP address without its zone; an IPv4-mapped address as IPv4. Raises ValueError."""
-    parsed = ipaddress.ip_address(text.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return mapped if mapped is not None else parsed
 
 
 def build_upstream_head(

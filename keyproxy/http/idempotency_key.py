@@ -30,16 +30,16 @@ class Fingerprint:
     `paid`: the tokens that an earlier attempt was charged; None unless a lookup has found one.
     """
 
-    __slots__ = ("_body", "_request", "is_asked", "paid")
+    __slots__ = ("_body", "_request", "is_looked_up", "paid")
 
     def __init__(self, identity: Identity, head: RequestHead, key: bytes) -> None:
         self._request = hashlib.sha256()
-        who = (identity.tenant_id, identity.user_id, identity.mode)
-        for part in (*(name.encode("utf-8") for name in who), key, head.line.method, head.line.target):
+        names = (identity.tenant_id, identity.user_id, identity.mode)
+        for part in (*(name.encode("utf-8") for name in names), key, head.line.method, head.line.target):
             # With length prefixes, no two requests produce the same bytes.
             self._request.update(b"%d:%b" % (len(part), part))
         self._body = hashlib.sha256()
-        self.is_asked = False
+        self.is_looked_up = False
         self.paid: int | None = None
 
     def feed(self, content: bytes) -> None:
@@ -54,7 +54,7 @@ class Fingerprint:
 
     def may_be_paid(self, reason: Reason) -> bool:
         """Whether a refusal for this reason is provisional, because an earlier charge has not been looked up yet."""
-        return reason in SPENT and not self.is_asked
+        return reason in SPENT and not self.is_looked_up
 
 
 def fingerprint(identity: Identity, head: RequestHead, content: bytes) -> Fingerprint | None:

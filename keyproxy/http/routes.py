@@ -82,6 +82,14 @@ class RouteTable:
             self._remembered[method, path] = route
         return route
 
+    def error_shape(self, method: bytes, path: bytes) -> str:
+        """The error format of the route for this method and raw path; the default if none matches unambiguously."""
+        try:
+            route = self.match(method, path)
+        except Refusal:
+            return ANY_ROUTE.error_shape
+        return ANY_ROUTE.error_shape if route is None else route.error_shape
+
     def names(self) -> Iterable[str]:
         """Every value that the metric label `route` can take."""
         return [*(route.name for *_, route in self._compiled), ANY_ROUTE.name]

@@ -52,7 +52,7 @@ def headers(key: bytes, message_id: str, wall_seconds: int, body: bytes) -> dict
     }
 
 
-def what_is_wrong_with(url: str) -> str | None:
+def url_problem(url: str) -> str | None:
     """The fault of a webhook URL, or None. It must be https, or http to this host only."""
     if not re.fullmatch(r"[!-~]+", url):
         return "contains a space or another character that is invalid in a URL"

@@ -140,7 +140,7 @@ class AccessLog:
         if second != self._second:
             self._second = second
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode("ascii")
-        answered, head = exchange.answered_mono, exchange.head
+        answered, head = exchange.responded_mono, exchange.head
         upstream_seconds = b"%.6f" % (answered - exchange.sent_mono) if answered else b"null"
         line = exchange.refused_line if head is None else head.line
         if line is not None and line.holds_key:

@@ -14,7 +14,7 @@ from typing import Final
 
 from keyproxy import ports
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
-from keyproxy.model import ANSWERED, Ending, TokenUse
+from keyproxy.model import COMPLETED, Ending, TokenUse
 from keyproxy.ports import Exchange
 
 NO_ROUTE: Final = "none"
@@ -29,7 +29,7 @@ OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
 
 _OK: Final = "ok"
 _CODES: Final = {
-    ANSWERED: _OK,
+    COMPLETED: _OK,
     Ending.REFUSED: "refused",
     Ending.CUT: "cut",
     Ending.CLIENT_GONE: "client_gone",
@@ -154,7 +154,7 @@ class Recorder(ports.Recorder):
         rows = []
         for exchange in pending:
             identity, route, reason = exchange.identity, exchange.route, exchange.reason
-            code = outcome = _OK if exchange.ending is ANSWERED else _CODES[exchange.ending]
+            code = outcome = _OK if exchange.ending is COMPLETED else _CODES[exchange.ending]
             if reason is not None:
                 code = reason.code
             labels = (
@@ -186,7 +186,7 @@ class Recorder(ports.Recorder):
         cell.count += len(ended)
         cell.request_seconds.observe(*[one.ended_mono - one.started_mono for one in ended])
         cell.upstream_seconds.observe(
-            *[one.answered_mono - one.sent_mono for one in ended if one.answered_mono and one.sent_mono]
+            *[one.responded_mono - one.sent_mono for one in ended if one.responded_mono and one.sent_mono]
         )
         self.overhead_seconds.observe(
             *[

@@ -38,7 +38,7 @@ _NAME: Final = re.compile(
     r"keyproxy/1/(serve|admin)/([\w-]{24})/([\w-]{24})/([0-9a-f]{16})/[0-9]{1,10}-[0-9a-f]{8}", re.ASCII
 )
 _CREDENTIALS: Final = struct.Struct("3i")
-_ANSWER_SECONDS: Final = 2.0
+_RESPONSE_SECONDS: Final = 2.0
 
 
 class Presence(NamedTuple):
@@ -85,7 +85,7 @@ def connected(name: str) -> socket.socket | None:
     """Connect to a process; None if that name does not exist or belongs to another user."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(_ANSWER_SECONDS)
+        sock.settimeout(_RESPONSE_SECONDS)
         sock.connect(f"\0{name}")
         # Root may connect to the processes of all users.
         if os.geteuid() == 0 or is_trusted(sock):
@@ -120,10 +120,10 @@ def of_addresses(mains: Mapping[str, str]) -> list[Running]:
 
 def is_live(one: Running) -> bool:
     """Whether the event loop of a process responds."""
-    return ask(one.name, HEALTH) == LIVE
+    return query(one.name, HEALTH) == LIVE
 
 
-def ask(name: str, request: bytes) -> bytes:
+def query(name: str, request: bytes) -> bytes:
     """The response of a process to a request; empty if it times out."""
     sock = connected(name)
     if sock is None:

@@ -21,7 +21,7 @@ _MODE: Final = 0o600
 
 
 class BindError(Exception):
-    """An address cannot be listened on. The text says which and why."""
+    """An address cannot be listened on. The message names it and the reason."""
 
 
 def bind(address: str, *, mode: int = _MODE, is_shared: bool = True) -> socket.socket:

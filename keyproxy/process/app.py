@@ -15,11 +15,8 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
-from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
-from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue
 from keyproxy.metrics.recorder import Histogram, Recorder
@@ -30,11 +27,13 @@ from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
+from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.store import Store
+from keyproxy.wire.client.request_ids import RequestIds
+from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.parsing.head_cache import ResponseReader
-from keyproxy.wire.server import ProxyServer, Terms
+from keyproxy.wire.server import ProxyServer
 from keyproxy.wire.tls import TlsError, upstream_context
 from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
 
@@ -53,7 +52,6 @@ class Proxy:
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
-        self._instance = secrets.token_hex(8).encode("ascii")
         self.store = new_store(settings, dsn)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(None, self._note_usage)
@@ -63,7 +61,12 @@ class Proxy:
         self._gateways: list[Gateway] = []
         terms = self._terms(settings, self.store, self.upstreams, new_tls(settings))
         self.server = ProxyServer(
-            terms, recorder=self._recorder, deadlines=self._deadlines, clock=clock.monotonic, loop=self._loop
+            terms,
+            recorder=self._recorder,
+            deadlines=self._deadlines,
+            clock=clock.monotonic,
+            loop=self._loop,
+            request_ids=RequestIds(secrets.token_hex(8).encode("ascii")),
         )
         self._ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self.store.ledger.conversation.observe = self._ledger_round_trips.observe
@@ -132,7 +135,7 @@ class Proxy:
             self.upstreams = upstreams
         if store is not self.store:
             carry_over(self.store, store)
-            self._let_go(self.store, before)
+            self._retire_store(self.store, before)
             self.store = store
         else:
             self._gateways += [gateway for gateway in before if gateway.is_deciding]
@@ -150,40 +153,14 @@ class Proxy:
 
     # -- building
 
-    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> Terms:
-        prefix = settings.identity.header_prefix
-        gateway = Gateway(
-            key_format=KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign),
-            identities=store.identities,
-            ledger=store.ledger,
-            claims=store.claims,
-            routes=settings.route_table(),
-            now=clock.now,
-            instance=self._instance,
-        )
+    def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> ServerTerms:
+        routes = settings.route_table()
+        gateway = build_gateway(settings, routes, identities=store.identities, ledger=store.ledger, claims=store.claims)
         self._gateways.append(gateway)
-        return Terms(
-            listen=settings.listen,
-            gate=gateway,
-            upstreams=upstreams,
-            names=FieldNames(prefix),
-            problems=ErrorRenderer(
-                invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
-            ),
-            trust=TrustRule(settings.listen.trusted_proxies, prefix),
-            tls=tls,
-        )
+        return build_terms(settings, routes, gateway, upstreams, tls=tls)
 
     def _upstreams(self, settings: Settings) -> Upstreams:
-        upstream = settings.upstream
-        responses = ResponseReader(FieldNames(settings.identity.header_prefix))
-        tls = upstream_context(upstream)
-        live, *test = (
-            UpstreamPool(url, upstream, responses, self._deadlines, clock=clock.monotonic, loop=self._loop, tls=tls)
-            for url in (upstream.url, upstream.test_url)
-            if url
-        )
-        return Upstreams(live, *test)
+        return build_upstreams(settings, self._deadlines, self._loop, upstream_context(settings.upstream))
 
     def _ops_listener(self) -> OpsListener:
         return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
@@ -211,11 +188,11 @@ class Proxy:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(store.close)
             await store.open()
-            await store.answers()
+            await store.check_connection()
             undo.pop_all()
         return store
 
-    def _let_go(self, store: Store, gateways: Sequence[Gateway]) -> None:
+    def _retire_store(self, store: Store, gateways: Sequence[Gateway]) -> None:
         """Close a replaced store once no pending decision or request in flight needs it.
 
         A decision that is still pending after the drain time is refused with STORE_UNAVAILABLE.
@@ -312,10 +289,10 @@ class Proxy:
         for mode, pool in self.upstreams.distinct().items():
             if not await pool.reach():
                 return Check(Verdict.FAILED, f"{mode}: {pool.unreachable_because or 'unreachable'}")
-        held_up = {mode: pool.held_up_because() for mode, pool in self.upstreams.distinct().items()}
-        if any(held_up.values()):
+        congested = {mode: pool.congestion() for mode, pool in self.upstreams.distinct().items()}
+        if any(congested.values()):
             # Other users are still served, and another proxy would have the same users.
-            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in held_up.items() if why))
+            return Check(Verdict.DEGRADED, "; ".join(f"{mode}: {why}" for mode, why in congested.items() if why))
         return Check(Verdict.OK)
 
     async def _check_proxy(self) -> Check:

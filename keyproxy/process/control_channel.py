@@ -45,13 +45,13 @@ class SupervisorEnd:
         """Send the first order. It has no reply: the worker either serves or exits."""
         _send(self._writer, Order(BEGIN, text)._asdict())
 
-    async def ask(self, order: Order) -> str:
+    async def send(self, order: Order) -> str:
         """Send an order. Returns the reason for a refusal, else "". Raises ConnectionError if the worker has exited."""
         _send(self._writer, order._asdict())
-        answer = await self._reader.readline()
-        if not answer:
+        reply = await self._reader.readline()
+        if not reply:
             raise ConnectionError("the worker has exited")
-        return str(json.loads(answer)["refused"])
+        return str(json.loads(reply)["refused"])
 
     async def close(self) -> None:
         """Close the socket: no more orders follow."""
@@ -70,7 +70,7 @@ class WorkerEnd:
         while line := await self._reader.readline():
             yield Order(**json.loads(line))
 
-    def answer(self, refused: str = "") -> None:
+    def reply(self, refused: str = "") -> None:
         """Send the reply to an order: empty for success, else the reason for the refusal."""
         _send(self._writer, {"refused": refused})
 

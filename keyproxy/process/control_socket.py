@@ -43,12 +43,12 @@ class Control:
         self._waiting: set[socket.socket] = set()
 
     @contextlib.asynccontextmanager
-    async def open(self, what: Presence) -> AsyncIterator[None]:
+    async def open(self, presence: Presence) -> AsyncIterator[None]:
         """Be discoverable while the context lasts. Raises BindError on a conflict with a running process."""
         has_drained = False
         try:
-            self.show(what)
-            startup_conflicts.check(what, self._name)
+            self.show(presence)
+            startup_conflicts.check(presence, self._name)
             yield
             has_drained = True
         finally:
@@ -61,19 +61,19 @@ class Control:
             if self._sock is not None:
                 self._sock.close()
 
-    def check(self, what: Presence) -> None:
+    def check(self, presence: Presence) -> None:
         """Raises BindError if the new presence conflicts with a running process.
 
         Checks only a change of address: each of two processes that share a port may get another upstream.
         """
-        if self._shown is None or (self._shown.main, self._shown.ops) != (what.main, what.ops):
-            startup_conflicts.check(what, self._name)
+        if self._shown is None or (self._shown.main, self._shown.ops) != (presence.main, presence.ops):
+            startup_conflicts.check(presence, self._name)
 
-    def show(self, what: Presence) -> None:
+    def show(self, presence: Presence) -> None:
         """Replace the published presence."""
-        if what == self._shown:
+        if presence == self._shown:
             return
-        name = what.name()
+        name = presence.name()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -91,7 +91,7 @@ class Control:
             accepting.cancel()
         if before is not None:
             before.close()
-        self._shown, self._name = what, name
+        self._shown, self._name = presence, name
 
     async def _accept(self, listening: socket.socket) -> None:
         while True:
@@ -105,11 +105,11 @@ class Control:
                 sock.close()
                 continue
             sock.setblocking(False)
-            task = self._loop.create_task(self._talk(sock))
+            task = self._loop.create_task(self._serve_client(sock))
             self._talks.add(task)
             task.add_done_callback(self._talks.discard)
 
-    async def _talk(self, sock: socket.socket) -> None:
+    async def _serve_client(self, sock: socket.socket) -> None:
         keeps = False
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):

@@ -17,10 +17,10 @@ from typing import Any, Final, NamedTuple, cast
 from aiohttp import web
 
 from keyproxy.platform import clock
-from keyproxy.wire.handshake import Accepted
-from keyproxy.wire.listener import Listener
+from keyproxy.wire.handshake import AcceptedSocket
+from keyproxy.wire.listener import SocketListener
 from keyproxy.wire.outflow import outstanding_bytes
-from keyproxy.wire.response_heads import DateField
+from keyproxy.wire.responses.response_heads import DateField
 
 _LINE_BYTES_MAX: Final = 65_536
 _TURNED_AWAY_SECONDS: Final = 1.0
@@ -69,14 +69,14 @@ class Connections:
         self._full = full
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._listening: Listener | None = None
+        self._listening: SocketListener | None = None
         self._tls: ssl.SSLContext | None = None
         self.open: set[_Connection] = set()
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Accept on a bound socket."""
         self._tls = tls
-        self._listening = Listener(sock, self._loop, open_=self._open, has_room=self._has_room)
+        self._listening = SocketListener(sock, self._loop, open_=self._open, has_room=self._has_room)
         self._listening.start()
 
     def stop(self) -> None:
@@ -89,7 +89,7 @@ class Connections:
         """Make a connection from an accepted socket: at once without TLS, else after the handshake."""
         accepted, seconds = None, None
         if self._tls is not None:
-            accepted, seconds = Accepted(sock, _without_tls), self._bounds.handshake_seconds
+            accepted, seconds = AcceptedSocket(sock, _without_tls), self._bounds.handshake_seconds
             accepted.open()
         try:
             await self._loop.connect_accepted_socket(self._accepted, sock, ssl=self._tls, ssl_handshake_timeout=seconds)
@@ -102,7 +102,7 @@ class Connections:
 
     def _accepted(self) -> asyncio.Protocol:
         if len(self.open) >= self._bounds.connections_max and not self._evict():
-            return _TurnedAway(self._loop, self._full())
+            return _RejectedConnection(self._loop, self._full())
         return _Connection(self, self._server, self._bounds, self._log)
 
     def _evict(self) -> bool:
@@ -119,7 +119,7 @@ class Connections:
 
 
 class _Connection(web.RequestHandler):
-    """One connection."""
+    """A connection that registers with `Connections` while it is open, so that the limits hold."""
 
     def __init__(self, connections: Connections, server: web.Server, bounds: Bounds, log: logging.Logger) -> None:
         options = {"access_log": None}  # not covered by the type stubs: the listener writes its own access log
@@ -184,7 +184,7 @@ class _Connection(web.RequestHandler):
             self._unread = None
 
 
-class _TurnedAway(asyncio.Protocol):
+class _RejectedConnection(asyncio.Protocol):
     """A connection beyond the bound: it gets a refusal, and is closed once it has sent bytes, or after a second."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, full: bytes) -> None:

@@ -236,8 +236,20 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
 )  # fmt: skip
 
 SUPERVISOR_METRICS: Final[tuple[Metric[Workers], ...]] = (
-    Metric("keyproxy_workers", GAUGE, "Processes that share the proxied port.",
-           ("state",), lambda workers: workers.by_state, SUM),
-    Metric("keyproxy_worker_restarts_total", COUNTER, "Workers that were restarted after a crash.",
-           (), lambda workers: workers.restarts, SUM),
-)  # fmt: skip
+    Metric(
+        "keyproxy_workers",
+        GAUGE,
+        "Processes that share the proxied port.",
+        ("state",),
+        lambda workers: workers.by_state,
+        SUM,
+    ),
+    Metric(
+        "keyproxy_worker_restarts_total",
+        COUNTER,
+        "Workers that were restarted after a crash.",
+        (),
+        lambda workers: workers.restarts,
+        SUM,
+    ),
+)

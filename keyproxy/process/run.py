@@ -21,7 +21,7 @@ from keyproxy.process import control_channel, startup_conflicts
 from keyproxy.process.app import Proxy
 from keyproxy.process.control_socket import Control
 from keyproxy.process.reload import PreparedConfig, ReloadError, bound, check_files
-from keyproxy.process.shutdown import Departure
+from keyproxy.process.shutdown import Shutdown
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def end_with(owner: int) -> None:
         sys.exit("the supervisor has already exited")
 
 
-def _settle_memory() -> None:
+def _freeze_garbage() -> None:
     """Make the garbage collector ignore all objects that exist now, and collect rarely.
 
     A request leaves no cycles: reference counting frees its objects. Scanning a hundred thousand cached keys for cycles
@@ -59,7 +59,7 @@ def _settle_memory() -> None:
     gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
 
 
-def _allow_files(settings: Settings) -> None:
+def _raise_file_limit(settings: Settings) -> None:
     """Raise the limit of file descriptors to what the bounds on connections require; warn if that is not possible."""
     needed = settings.listen.connections_max + 2 * settings.upstream.connections_max + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -84,13 +84,13 @@ async def serve(
     `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
     for requests of its supervisor, which has the control socket. Raises BindError, ReloadError.
     """
-    departure, reload_requested = Departure(), asyncio.Event()
-    departure.on_signals()
+    shutdown, reload_requested = Shutdown(), asyncio.Event()
+    shutdown.on_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
-    _allow_files(settings)
+    _raise_file_limit(settings)
     check_files(settings)
     async with contextlib.AsyncExitStack() as stack:
-        control = None if private_ops is not None else Control(departure.begin)
+        control = None if private_ops is not None else Control(shutdown.begin)
         if control is not None:
             await stack.enter_async_context(control.open(startup_conflicts.of_proxy(settings, dsn)))
         proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
@@ -98,19 +98,19 @@ async def serve(
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
         ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
         # Before the first connection: it blocks the event loop for the time of several hundred requests.
-        _settle_memory()
+        _freeze_garbage()
         async with proxy.running(proxy_socket, ops_socket):
             started(sockets.address_of(proxy_socket), sockets.address_of(ops_socket))
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 change = group.create_task(changing(proxy, reload_requested))
-                await departure.begun.wait()
+                await shutdown.begun.wait()
                 change.cancel()
             systemd.notify("STOPPING=1")
             proxy.server.leave()
-            if proxy.listen.linger_seconds and not departure.is_urgent.is_set():
+            if proxy.listen.linger_seconds and not shutdown.is_urgent.is_set():
                 _log.info("not ready; accepting connections for another %g s", proxy.listen.linger_seconds)
-                await departure.linger(proxy.listen.linger_seconds)
+                await shutdown.linger(proxy.listen.linger_seconds)
             _log.info("draining: no new work, up to %g s for requests in flight", proxy.listen.drain_seconds)
     _log.info("stopped")
 
@@ -154,7 +154,7 @@ def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) 
                 elif prepared is not None:
                     change, prepared = prepared, None
                     await (_apply if order.kind == control_channel.APPLY else Proxy.abandon)(proxy, change)
-                worker_end.answer(refused)
+                worker_end.reply(refused)
         finally:
             if prepared is not None:
                 await proxy.abandon(prepared)
@@ -178,6 +178,6 @@ async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], te
 
 async def _apply(proxy: Proxy, change: PreparedConfig) -> None:
     await proxy.apply(change)
-    _allow_files(change.settings)
+    _raise_file_limit(change.settings)
     logging.getLogger().setLevel(change.settings.log.level.upper())
     _log.info("configuration reloaded")

@@ -11,7 +11,7 @@ import contextlib
 import signal
 
 
-class Departure:
+class Shutdown:
     """The shutdown state of a process. Create it in the event loop of the process."""
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class Departure:
         """Start the shutdown at SIGTERM and SIGINT."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self.begin)
-        loop.add_signal_handler(signal.SIGINT, self.hurry)
+        loop.add_signal_handler(signal.SIGINT, self.skip_linger)
 
     def begin(self) -> None:
         """Start the shutdown, with lingering."""
         self.begun.set()
 
-    def hurry(self) -> None:
+    def skip_linger(self) -> None:
         """Start the shutdown without lingering, or end the lingering of one that has started."""
         self.begun.set()
         self.is_urgent.set()

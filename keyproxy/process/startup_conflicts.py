@@ -37,11 +37,11 @@ def of_admin(settings: Settings) -> Presence:
     return Presence(ADMIN, _encoded(settings.admin.address), NOWHERE, "0" * 16)
 
 
-def places(what: Presence) -> dict[str, NetworkAddress]:
+def addresses_of(presence: Presence) -> dict[str, NetworkAddress]:
     """The addresses of a process, by configuration key."""
-    named = {"listen.address": what.main, "ops.address": what.ops}
-    if what.purpose == ADMIN:
-        named = {"admin.address": what.main}
+    named = {"listen.address": presence.main, "ops.address": presence.ops}
+    if presence.purpose == ADMIN:
+        named = {"admin.address": presence.main}
     return {key: _decoded(place) for key, place in named.items()}
 
 
@@ -51,12 +51,12 @@ def check(mine: Presence, own_name: str) -> None:
     Two proxies share a port if both have the same upstream and database: a rolling restart. They share an ops listener
     only if they share the port too.
     """
-    ours = places(mine)
+    ours = addresses_of(mine)
     for other in process_registry.running():
         # Another user's process cannot share a port, whatever its name claims.
         if other.name == own_name or other.uid != os.geteuid():
             continue
-        theirs = places(other.presence)
+        theirs = addresses_of(other.presence)
         shared = {key for key in ours.keys() & theirs.keys() if addresses.overlap(ours[key], theirs[key])}
         may_share = mine.serves == other.presence.serves and mine.purpose == SERVE and "listen.address" in shared
         for key, place in ours.items():
@@ -66,13 +66,13 @@ def check(mine: Presence, own_name: str) -> None:
 
 
 def _why(key: str, their_key: str, other: Running) -> str:
-    who = f"a running `keyproxy {other.presence.purpose}`" + (f" (pid {other.pid})" if other.pid else "")
+    owner = f"a running `keyproxy {other.presence.purpose}`" + (f" (pid {other.pid})" if other.pid else "")
     if key != their_key or other.presence.purpose == ADMIN:
-        return f"{key}: {who} has this address as its {their_key}"
+        return f"{key}: {owner} has this address as its {their_key}"
     if key == "ops.address":
-        return f"{key}: {who} has this address but another listen.address: give each proxy its own ops.address"
+        return f"{key}: {owner} has this address but another listen.address: give each proxy its own ops.address"
     return (
-        f"{key}: {who} has this address, with another upstream or store: proxies on one port must have the same."
+        f"{key}: {owner} has this address, with another upstream or store: proxies on one port must have the same."
         " Stop it first, or change its configuration and send it SIGHUP"
     )
 

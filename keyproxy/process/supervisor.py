@@ -30,7 +30,7 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
 from keyproxy.process.reload import ReloadError, bound, check_files, new_socket
-from keyproxy.process.shutdown import Departure
+from keyproxy.process.shutdown import Shutdown
 from keyproxy.process.worker_pool import Worker, WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class Supervisor:
         `started` is called with both addresses. At SIGHUP `reread` returns a configuration, and `read` parses it;
         either may raise ReloadError.
         """
-        departure, reload_requested = Departure(), asyncio.Event()
-        departure.on_signals()
+        shutdown, reload_requested = Shutdown(), asyncio.Event()
+        shutdown.on_signals()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
         check_files(self._settings)
-        control = Control(departure.begin)
+        control = Control(shutdown.begin)
         async with control.open(self._presence(self._settings)):
             try:
                 self._reserved = bound(self._settings.listen)
@@ -94,10 +94,10 @@ class Supervisor:
                 systemd.notify("READY=1")
                 self._spawn(self._poll_workers())
                 self._spawn(self._reload_on_signal(reload_requested, control, reread, read))
-                await departure.begun.wait()
+                await shutdown.begun.wait()
                 systemd.notify("STOPPING=1")
             finally:
-                await self._end(departure)
+                await self._end(shutdown)
 
     def _presence(self, settings: Settings) -> Presence:
         return startup_conflicts.of_proxy(
@@ -168,12 +168,12 @@ class Supervisor:
             self._restarts += 1
             return True
 
-    async def _end(self, departure: Departure) -> None:
+    async def _end(self, shutdown: Shutdown) -> None:
         self._is_stopping = True
         listen = self._settings.listen
         for worker in self._pool.members:
-            worker.send_signal(departure.signal)
-        self._spawn(self._hurry(departure))
+            worker.send_signal(shutdown.signal)
+        self._spawn(self._skip_linger(shutdown))
         waiting = [worker.process.wait() for worker in self._pool.members]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
@@ -191,10 +191,10 @@ class Supervisor:
             self._reserved.close()
         _log.info("stopped")
 
-    async def _hurry(self, departure: Departure) -> None:
-        await departure.is_urgent.wait()
+    async def _skip_linger(self, shutdown: Shutdown) -> None:
+        await shutdown.is_urgent.wait()
         for worker in self._pool.members:
-            worker.send_signal(departure.signal)
+            worker.send_signal(shutdown.signal)
 
     # -- reloading
 
@@ -264,7 +264,7 @@ class Supervisor:
     async def _poll_workers(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            await self._pool.look()
+            await self._pool.poll()
 
     def _ops_listener(self) -> OpsListener:
         return OpsListener(checks=self._checks, metrics=self._pool.metrics, metrics_content_type=CONTENT_TYPE)

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _START_SECONDS: Final = 60.0
 
-_ASK_SECONDS: Final = 2.0
+_FETCH_SECONDS: Final = 2.0
 
 #: The maximum time for an order. Preparing a configuration may wait for a database that does not respond.
 _ORDER_SECONDS: Final = 30.0
@@ -69,12 +69,12 @@ class Worker:
         supervisor_end.begin(text)
         return cls(process, name, supervisor_end)
 
-    async def ask(self, path: str) -> bytes | None:
+    async def fetch(self, path: str) -> bytes | None:
         """The body of a response of its ops listener, whatever its status; None if it does not respond."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            async with asyncio.timeout(_ASK_SECONDS):
+            async with asyncio.timeout(_FETCH_SECONDS):
                 await asyncio.get_running_loop().sock_connect(sock, self._ops)
                 return await _page(sock, path)
         except (TimeoutError, OSError):
@@ -82,9 +82,9 @@ class Worker:
         finally:
             sock.close()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Update readiness and metrics."""
-        page = await self.ask("/metrics")
+        page = await self.fetch("/metrics")
         if page is not None:
             self.is_ready, self.page = True, page.decode("utf-8")
 
@@ -97,7 +97,7 @@ class Worker:
             return "the worker was killed"
         try:
             async with asyncio.timeout(self.patience_seconds):
-                return await self._channel.ask(order)
+                return await self._channel.send(order)
         except TimeoutError:
             why = f"timeout: worker {self.process.pid} has not responded for {self.patience_seconds:g} s"
         except (OSError, ValueError) as error:
@@ -158,18 +158,18 @@ class WorkerPool:
         """Have these workers abandon the prepared configuration."""
         await asyncio.gather(*(worker.follows(Order(control_channel.WITHDRAW)) for worker in workers))
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Update readiness and metrics of all workers."""
-        await asyncio.gather(*(worker.look() for worker in self.members))
+        await asyncio.gather(*(worker.poll() for worker in self.members))
 
     async def metrics(self) -> bytes:
         """The combined metrics page of all workers."""
-        await self.look()
+        await self.poll()
         return self._fleet.render(worker.page for worker in self.members if worker.page)
 
     async def checks(self, wanted: int) -> dict[str, Check]:
         """The worst result of each check, and whether the wanted number of workers serve."""
-        pages = await asyncio.gather(*(worker.ask("/readyz") for worker in self.members if not worker.is_leaving))
+        pages = await asyncio.gather(*(worker.fetch("/readyz") for worker in self.members if not worker.is_leaving))
         by_name: dict[str, list[Check]] = {}
         for page in pages:
             for name, check in (orjson.loads(page)["checks"] if page else {}).items():
@@ -180,7 +180,7 @@ class WorkerPool:
     async def _until_settled(self, worker: Worker) -> None:
         while not worker.is_ready and worker in self.members:
             await asyncio.sleep(0.05)
-            await worker.look()
+            await worker.poll()
 
     def _states(self) -> Mapping[str, int]:
         ready = sum(worker.is_ready and not worker.is_leaving for worker in self.members)
@@ -200,10 +200,10 @@ async def _page(sock: socket.socket, path: str) -> bytes | None:
     return content if length is not None and len(content) == int(length[1]) else None
 
 
-def _check_number(answering: int, wanted: int) -> Check:
-    if answering >= wanted:
+def _check_number(serving: int, wanted: int) -> Check:
+    if serving >= wanted:
         return Check(Verdict.OK)
-    return Check(Verdict.DEGRADED if answering else Verdict.FAILED, f"{answering} of {wanted} workers serve")
+    return Check(Verdict.DEGRADED if serving else Verdict.FAILED, f"{serving} of {wanted} workers serve")
 
 
 def _worst(checks: Sequence[Check]) -> Check:

@@ -34,7 +34,7 @@ class Outage:
         self._is_main_logged = False
 
     def met(self, sentence: str, *, is_main: bool = False) -> None:
-        """A part got no response. `is_main`: it polls continuously, and calls `answered` when it gets one."""
+        """A part got no response. `is_main`: it polls continuously, and calls `responded` when it gets one."""
         now = self._now_mono()
         self._last_failure_mono = now
         is_another = is_main and not self._is_main_logged and now - self._began_mono > _SAME_SECONDS
@@ -47,7 +47,7 @@ class Outage:
             self.is_on = True
         self._is_main_logged = self._is_main_logged or is_main
 
-    def answered(self) -> None:
+    def responded(self) -> None:
         """The main part got a response. Cheap to call while there is no outage."""
         now = self._now_mono()
         if not self.is_on or now - self._last_failure_mono < _QUIET_SECONDS:

@@ -122,6 +122,6 @@ class Store:
         await self.identities.close()
         await self.database.close()
 
-    async def answers(self) -> None:
+    async def check_connection(self) -> None:
         """Check the database. Raises StoreUnavailable if it does not respond."""
         await self.database.fetch("tenants", "", 1)

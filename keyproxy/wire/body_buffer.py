@@ -33,7 +33,7 @@ SMALL_BYTES: Final = 65_536
 SMALL_SECONDS: Final = 120.0
 
 #: The owner of the body.
-Owner = tuple[str, str]
+BodyOwner = tuple[str, str]
 
 
 class BodyMemory:
@@ -42,14 +42,14 @@ class BodyMemory:
     def __init__(self, bytes_max: int = TOGETHER_BYTES_MAX) -> None:
         self.bytes_max = bytes_max
         self.held_bytes = 0
-        self._held: dict[Owner, int] = {}
+        self._held: dict[BodyOwner, int] = {}
 
     @property
     def is_short(self) -> bool:
         """Whether more than half of it is taken."""
         return 2 * self.held_bytes > self.bytes_max
 
-    def take(self, owner: Owner, count: int) -> None:
+    def take(self, owner: BodyOwner, count: int) -> None:
         """Take memory. Raises a Refusal (OVERLOADED), taking nothing, if it exceeds the user's share."""
         held = self._held.get(owner, 0) + count
         if held + self.held_bytes + count > self.bytes_max:
@@ -60,8 +60,8 @@ class BodyMemory:
         self._held[owner] = held
         self.held_bytes += count
 
-    def give_back(self, owner: Owner, count: int) -> None:
-        """Release memory."""
+    def give_back(self, owner: BodyOwner, count: int) -> None:
+        """Return memory that `owner` has taken."""
         self.held_bytes -= count
         left = self._held.get(owner, 0) - count
         if left > 0:
@@ -73,7 +73,9 @@ class BodyMemory:
 class BodyBuffer:
     """Collects a body in pieces; `wait` returns when it is complete, or the exchange is over."""
 
-    def __init__(self, room: BodyMemory, owner: Owner, started_mono: float, too_much: Refusal | None = None) -> None:
+    def __init__(
+        self, room: BodyMemory, owner: BodyOwner, started_mono: float, too_much: Refusal | None = None
+    ) -> None:
         """`too_much`: the refusal of a body that is too large."""
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
         self._content = bytearray()

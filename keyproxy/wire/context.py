@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen
 from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
+from keyproxy.http.routes import RouteTable
 from keyproxy.ports import Gate, Recorder
 from keyproxy.wire.body_buffer import BodyMemory
-from keyproxy.wire.client.transport import ClientTransport
+from keyproxy.wire.client.exchange_owner import ExchangeOwner
+from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
 from keyproxy.wire.upstream.pool import Upstreams
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTerms:
+    """The settings and objects with which requests are served. `tls` None: without TLS."""
+
+    listen: Listen
+    gate: Gate
+    routes: RouteTable
+    key_format: KeyFormat
+    upstreams: Upstreams
+    names: FieldNames
+    problems: ErrorRenderer
+    trust: TrustRule
+    tls: ssl.SSLContext | None = None
 
 
 class ServerContext:
     """The shared state of all connections of one proxied port."""
 
     clock: Callable[[], float]
+    wall: Callable[[], float]
     gate: Gate
     is_draining: bool
+    key_format: KeyFormat
     listen: Listen
     loop: asyncio.AbstractEventLoop
     problems: ErrorRenderer
     recorder: Recorder
+    request_ids: RequestIds
     requests: RequestReader
     room: BodyMemory
+    routes: RouteTable
     trust: TrustRule
     turns: ReadingTurns
     upstreams: Upstreams
 
-    def admit(self, connection: ClientTransport) -> bool:
+    def admit(self, connection: ExchangeOwner) -> bool:
         """Register a new connection. False if it is over the bound and has to be refused."""
         raise NotImplementedError
 
-    def forget(self, connection: ClientTransport) -> None:
+    def forget(self, connection: ExchangeOwner) -> None:
         """Remove a lost connection."""
         raise NotImplementedError
 

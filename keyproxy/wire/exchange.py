@@ -1,11 +1,11 @@
 """One request and its response, between one client connection and at most one upstream connection.
 
-    reading head -> deciding -> (waiting for body, connecting) -> relaying (-> tunnel) -> over
+    deciding -> (awaiting body, connecting) -> requested -> responding (or tunnel) -> over
 
-The exchange owns no socket. The client connection passes it the request as it arrives, the upstream connection the
-response; it reframes both and sends them on. `response_writer` writes to the client; this module sends the request to
-the upstream, and ends the exchange. In every case `_end` runs exactly once. It is the only place that closes or returns
-both connections and records the outcome.
+`phases` has the table of all transitions. The exchange owns no socket. The client connection passes it the request as
+it arrives, the upstream connection the response; it reframes both and sends them on, the response with its
+`ResponseWriter`. In every case `_end` runs exactly once. It is the only place that closes or returns both connections
+and records the outcome.
 
 Nothing is sent upstream before a Permit, nor before the first byte of an announced body: a client that sends a head and
 then stalls occupies no upstream connection, and a body that is malformed from its start never begins there.
@@ -13,50 +13,69 @@ then stalls occupies no upstream connection, and a body that is malformed from i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.model import ANSWERED, Ending, Permit
+from keyproxy.model import COMPLETED, Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire import response_heads
+from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer
-from keyproxy.wire.parsing.framing import LAST_CHUNK, chunk
-from keyproxy.wire.response_writer import ResponseWriter
+from keyproxy.wire.client.exchange_owner import ExchangeOwner
+from keyproxy.wire.context import ServerContext
+from keyproxy.wire.responses import refusal_response, response_heads, stream_cut
+from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
-from keyproxy.wire.upstream.pool import UpstreamPool
+from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
+from keyproxy.wire.upstream.retry import may_retry
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
 _PENDING_BYTES_MAX: Final = 65_536
 
-#: A longer body is written after the head, not joined to it: that would be a copy. A collected body is written in
-#: portions, with other work between them: TLS would encrypt 32 MiB for a tenth of a second.
-_JOINED_BYTES_MAX: Final = 65_536
-_PORTION_BYTES: Final = 262_144
-
 #: The status recorded if the client left before there was a response. As in nginx.
 _CLIENT_GONE_STATUS: Final = 499
 
-_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
+_CONTINUE: Final = 100
 
 
-class Exchange(ResponseWriter):
-    """A request and its response; implements what both connections call."""
+class Exchange(PoolUser):
+    """A request and its response; implements what both connections and the gateway call."""
 
+    _phase: int = phases.DECIDING
     _collector: BodyBuffer | None = None
-    _is_held_up: bool = False
     _upstream: UpstreamConnection | None = None
     _pool: UpstreamPool | None = None
-    _is_waiting: bool = False
     _is_retry: bool = False
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
-    #: A long body, how much of it is written, and whether more of it is due in the loop's next iteration.
-    _long_body: bytes = b""
-    _written_bytes: int = 0
-    _will_write: bool = False
+
+    def __init__(
+        self,
+        client: ExchangeOwner,
+        server: ServerContext,
+        head: RequestHead | None,
+        started_mono: float,
+        *,
+        content: bytes = b"",
+        is_complete: bool = True,
+    ) -> None:
+        """`head` is None if it could not be read; then the request can only be refused.
+
+        `content`: what has arrived of the body so far; `is_complete`: whether that is all of it.
+        """
+        self._client = client
+        self._server = server
+        #: The gate that decides on this request also settles it, even if the configuration is reloaded in between.
+        self._gate = server.gate
+        self.head = head
+        self.peer = client.forwarding
+        self.request_id = server.request_ids.choose(head, server.key_format)
+        self.response: Final = ResponseWriter(client.transport, self.request_id)
+        self.started_mono = started_mono
+        self.bytes_in = len(content)
+        self.is_complete = is_complete
+        self.body = content
 
     # -- what the gateway decides
 
@@ -67,9 +86,20 @@ class Exchange(ResponseWriter):
         if head is None or self.is_over:
             self._gate.settle(self)
             return
-        if not self.is_complete and head.fields.expects_continue and not self.bytes_in:
-            self._client.send(response_heads.CONTINUE)
-        self._go()
+        if not self.is_complete:
+            self._invite_body(head)
+        self._go(permit)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Respond with a refusal. If a response has begun already, it is cut off visibly."""
+        if self.is_over:
+            return
+        self._note(refusal)
+        if self.response.is_replaceable:
+            closes = refusal_response.send(refusal, self, self.response, self._server)
+            self._end(Ending.REFUSED, self._server.clock(), closes=closes)
+        else:
+            self._end(Ending.CUT, self._server.clock(), closes=True)
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
         """Wait until the whole body has arrived, or the exchange is over. `otherwise`: the refusal of one too large."""
@@ -82,8 +112,7 @@ class Exchange(ResponseWriter):
         collector.expect(head.content_length)
         collector.take(self.body)
         self.body = b""
-        if head.fields.expects_continue and not self.bytes_in:
-            self._client.send(response_heads.CONTINUE)
+        self._invite_body(head)
         self._client.resume()
         since = self._server.clock()
         await collector.wait()
@@ -91,31 +120,42 @@ class Exchange(ResponseWriter):
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
         """Call `advance` until it returns True or the exchange is over, with other work between two calls."""
-        identity, turns = self.identity, self._server.turns
+        identity = self.identity
         assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
         owner = (identity.tenant_id, identity.user_id)
-        while not self.is_over:
-            await turns.enter(owner)
-            try:
-                if self.is_over or advance():
-                    return
-                # Keep the turn until all other work has run once.
-                await asyncio.sleep(0)
-            finally:
-                turns.leave()
+        await self._server.turns.work(owner, lambda: self.is_over or advance())
+
+    def _invite_body(self, head: RequestHead) -> None:
+        if head.fields.expects_continue and not self.bytes_in:
+            self._client.transport.send(response_heads.CONTINUE)
 
     def extend(self, permit: Permit) -> None:
         """Continue with a permit that holds more."""
         self.permit = permit
-        if self._is_held_up:
-            self._is_held_up = False
-            if not self._client.is_stalled:
+        if self._phase == phases.PAUSED:
+            self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
+            if not self._client.transport.is_stalled:
                 self.resume_response()
 
     def pause_stream(self) -> None:
         """Stop reading the response until more tokens are held for it."""
-        self._is_held_up = True
+        if self._phase != phases.PAUSED:
+            self._phase = phases.EXCHANGE.step(self._phase, phases.PAUSED)
         self.pause_response()
+
+    def end_stream(self, refusal: Refusal) -> None:
+        """End a stream of events here: its last event has the reason, and the response ends like a complete one."""
+        if not self.is_over and stream_cut.send_error_event(refusal, self, self.response, self._server):
+            self._note(refusal)
+            self._end(Ending.CUT, self._server.clock(), closes=self.response.closes, resets=False)
+        else:
+            self.refuse(refusal)
+
+    def _note(self, refusal: Refusal) -> None:
+        self.reason = refusal.reason
+        self.refusal_detail = refusal.detail
+        if refusal.limit is not None:
+            self.policy = refusal.limit.policy.name
 
     # -- called by the client connection
 
@@ -126,15 +166,15 @@ class Exchange(ResponseWriter):
         if self.fingerprint is not None:
             self.fingerprint.feed(content)
         if self._upstream is not None:
-            self._upstream.send(self._framed(content), is_last=is_complete)
+            self._upstream.send(content, is_last=is_complete)
         elif self._collector is not None:
             self._collect(content, self._collector)
         else:
             self.body += content
             if len(self.body) > _PENDING_BYTES_MAX:
                 self._client.pause()
-            if self.permit is not None:
-                self._go()
+            if self.permit is not None and self._phase == phases.AWAITING_BODY:
+                self._go(self.permit)
 
     def _collect(self, content: bytes, collector: BodyBuffer) -> None:
         try:
@@ -159,8 +199,8 @@ class Exchange(ResponseWriter):
 
     def close_tunnel(self) -> None:
         """One side of the tunnel has ended, or it has to end now. Bytes in flight are still delivered."""
-        if self.is_tunnel and not self.is_over:
-            self._end(ANSWERED, self._server.clock(), closes=True)
+        if self._phase == phases.TUNNEL:
+            self._end(COMPLETED, self._server.clock(), closes=True)
 
     def pause_response(self) -> None:
         """The client does not read fast enough."""
@@ -169,10 +209,10 @@ class Exchange(ResponseWriter):
 
     def resume_response(self) -> None:
         """The client reads again."""
-        if self._upstream is not None and not self._is_held_up:
+        if self._upstream is not None and self._phase != phases.PAUSED:
             self._upstream.resume()
 
-    # -- called by the upstream connection
+    # -- called by the upstream connection and the pool
 
     def pause_request(self) -> None:
         """The upstream does not read fast enough."""
@@ -181,10 +221,7 @@ class Exchange(ResponseWriter):
 
     def resume_request(self) -> None:
         """The upstream reads again."""
-        if self._long_body:
-            self._write_soon()
-        elif self._collector is not None:
-            self._collector.leave()
+        self._release_buffer()
         if not self.is_complete:
             self._client.resume()
 
@@ -193,82 +230,121 @@ class Exchange(ResponseWriter):
         head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
-        self._is_waiting = False
+        self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
         self._upstream = upstream
         block = head.block if self.block is None else self.block
         data = headers.build_upstream_head(
             head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
         )
         body, self.body = self.body, b""
-        if len(body) <= _JOINED_BYTES_MAX:
-            if body or head.fields.is_chunked:
-                data += self._framed(body)
-            body = b""
         now = self.sent_mono = self._server.clock()
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
-        upstream.begin(self, data, head.line.method, now, is_last=self.is_complete and not body)
-        if body and self.is_complete:
-            if head.fields.is_chunked:
-                upstream.send(b"%x\r\n" % len(body), is_last=False)
-            self._long_body = body
-            self._write_on()
-        elif body:
-            upstream.send(self._framed(body), is_last=False)
-        elif self._collector is not None and not upstream.is_full:
-            self._collector.leave()
+        upstream.begin(self, data, body, now)
+        self._release_buffer()
         if not self.is_complete:
             self._client.resume()
+
+    def interim_arrived(self, response: ResponseHead) -> None:
+        """An interim response, such as 103. RFC 9110 section 15.2: relay it, unless keyproxy sends it itself.
+
+        HTTP/1.0 has none. A client that expects 100 gets it from keyproxy.
+        """
+        if self._phase != phases.INFORMED:
+            self._phase = phases.EXCHANGE.step(self._phase, phases.INFORMED)
+        head = self.head
+        if head is None or head.line.minor_version == 0:
+            return
+        if response.line.status != _CONTINUE or not head.fields.expects_continue:
+            self.response.send_interim(response)
+
+    def response_begins(self, response: ResponseHead, now: float) -> None:
+        """Take the head of the response. `response_arrived` writes it, together with the first content."""
+        head = self.head
+        assert head is not None  # noqa: S101 - for the type checker: it was forwarded
+        self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
+        self.responded_mono = now
+        self.status = response.line.status
+        lines = response_heads.client_lines(response, self, self._server, now)
+        if not response.fields.has_date:
+            # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
+            lines += self._server.date_line()
+        if self.token_bound is not None:
+            self.meter = self._gate.meter(self, response)
+        may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
+        self.response.begin(head, response, lines, may_continue=may_continue)
+
+    def tunnel_begins(self, response: ResponseHead, now: float) -> None:
+        """The upstream accepted the WebSocket handshake: from now on bytes are relayed unchanged, both ways."""
+        self._phase = phases.EXCHANGE.step(self._phase, phases.TUNNEL)
+        self.responded_mono = now
+        self.status = response.line.status
+        self.is_complete = False
+        lines = response_heads.client_lines(response, self, self._server, now)
+        self.response.begin_tunnel(response, lines)
+        self._client.enter_tunnel()
+
+    def response_arrived(self, content: bytes, now: float, *, is_last: bool) -> None:
+        """Take the next content of the response, and whether it was the last."""
+        meter, response = self.meter, self.response
+        if meter is not None:
+            content = meter.feed(content)
+            if is_last:
+                content += meter.finish()
+        self.bytes_out += len(content)
+        response.write(content, is_last=is_last)
+        if is_last:
+            self._end(COMPLETED, now, closes=response.closes)
+        elif meter is not None and meter.is_stream:
+            self._gate.watch(self)
 
     def upstream_lost(self, refusal: Refusal) -> None:
         """The upstream failed before or during its response, or no connection was available."""
         upstream, self._upstream = self._upstream, None
-        self._is_waiting = False
-        if upstream is not None and upstream.is_reused and self._may_repeat(refusal):
-            # The upstream closed an idle connection just as the pool lent it.
+        is_first = self._phase == phases.REQUESTED and not self._is_retry
+        is_reused = upstream is not None and upstream.is_reused
+        if self.permit is not None and is_first and may_retry(self.head, refusal, is_reused=is_reused):
             self._is_retry = True
             self._connection_since_mono = self.sent_mono
-            self._go()
+            self._go(self.permit)
         else:
             self.refuse(refusal)
 
-    # -- for the pool
-
     def is_read_slowly(self, now: float, *, for_seconds: float) -> bool:
         """Whether the client reads the response so slowly that it occupies the upstream connection."""
-        return self._client.reads_slowly(now, for_seconds=for_seconds)
+        return self._client.transport.reads_slowly(now, for_seconds=for_seconds)
 
-    def preempt_if_slow(self, refusal: Refusal) -> None:
+    def preempt(self, refusal: Refusal) -> None:
         """End the exchange, to free the connection for other requests."""
-        if self.is_tunnel:
+        if self._phase == phases.TUNNEL:
             self.close_tunnel()
         else:
             self.end_stream(refusal)
+
+    # -- its state
+
+    @property
+    def is_tunnel(self) -> bool:
+        """Whether bytes are relayed unchanged."""
+        return self._phase == phases.TUNNEL
+
+    @property
+    def has_response(self) -> bool:
+        """Whether the upstream has begun to respond."""
+        return phases.RESPONDING <= self._phase < phases.OVER
 
     @property
     def has_upstream(self) -> bool:
         """Whether bytes of the request were sent upstream."""
         return self._upstream is not None
 
-    @property
-    def is_idempotent(self) -> bool:
-        """Whether the request may be sent again without harm."""
-        return self.head is not None and self.head.line.method in _IDEMPOTENT
-
     # -- the rest
 
-    @property
-    def asks_for_tunnel(self) -> bool:
-        """Whether the request is a WebSocket handshake."""
-        return self.head is not None and self.head.fields.opens_tunnel
-
-    def _go(self) -> None:
+    def _go(self, permit: Permit) -> None:
         """Request an upstream connection, once there is something to send on it."""
-        permit = self.permit
-        if permit is None or self._is_waiting:
-            return
         if not (self.is_complete or self.body):
+            self._phase = phases.EXCHANGE.step(self._phase, phases.AWAITING_BODY)
             self._body_since_mono = self._server.clock()
             return
         if self._body_since_mono:
@@ -277,82 +353,45 @@ class Exchange(ResponseWriter):
         identity = permit.grant.identity
         pool = self._server.upstreams.pool(is_test=identity.is_test)
         self._pool = pool
-        upstream = None if self._is_retry or self.asks_for_tunnel else pool.take(identity.owner, self.started_mono)
+        upstream = None if self._is_retry or self.is_tunnel_request else pool.take(identity.owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:
-            self._is_waiting = True
+            self._phase = phases.EXCHANGE.step(self._phase, phases.CONNECTING)
             self._connection_since_mono = self._connection_since_mono or self._server.clock()
             pool.wait(self, identity.owner)
 
-    def _may_repeat(self, refusal: Refusal) -> bool:
-        """Whether a retry is safe: no response yet, an idempotent method, and no body to send again."""
-        head = self.head
-        return (
-            refusal.reason is Reason.UPSTREAM_UNREACHABLE
-            and not self.has_response
-            and not self._has_interim
-            and not self._is_retry
-            and head is not None
-            and head.line.method in _IDEMPOTENT
-            and not head.has_body
-        )
-
-    def _write_soon(self) -> None:
-        if not self._will_write:
-            self._will_write = True
-            self._server.loop.call_soon(self._write_on)
-
-    def _write_on(self) -> None:
-        """Write the next portion of a long body. If the upstream is full, `resume_request` continues it."""
-        self._will_write = False
-        upstream, head, body = self._upstream, self.head, self._long_body
-        if upstream is None or head is None or not body or upstream.is_full:
-            return
-        begin = self._written_bytes
-        end = self._written_bytes = begin + _PORTION_BYTES
-        portion = body[begin:end]
-        if end < len(body):
-            upstream.send(portion, is_last=False)
-            self._write_soon()
-            return
-        self._long_body = b""
-        upstream.send(portion + b"\r\n" + LAST_CHUNK if head.fields.is_chunked else portion, is_last=True)
-        if self._collector is not None and not upstream.is_full:
+    def _release_buffer(self) -> None:
+        """Give back the memory of a collected body, once the upstream has taken it."""
+        if self._collector is not None and self._upstream is not None and not self._upstream.is_full:
             self._collector.leave()
 
-    def _framed(self, content: bytes) -> bytes:
-        if self.head is None or not self.head.fields.is_chunked:
-            return content
-        return (chunk(content) if content else b"") + (LAST_CHUNK if self.is_complete else b"")
-
     def _end(self, ending: Ending, now: float, *, closes: bool, resets: bool = True) -> None:
+        """End the exchange. `closes`: close the client's connection too. Not `resets`: a cut that ends it cleanly."""
         if self.is_over:
             return
+        before, self._phase = self._phase, phases.EXCHANGE.step(self._phase, phases.OVER)
         self.is_over = True
         self.ending = ending
-        was_answered = ending is ANSWERED
         self.ended_mono = now
-        server, upstream = self._server, self._upstream
-        if self._is_waiting and self._pool is not None:
+        upstream = self._upstream
+        if before == phases.CONNECTING and self._pool is not None:
             self._pool.wait_no_more(self)
         if upstream is not None:
             self._upstream = None
-            if self.is_tunnel:
+            if before == phases.TUNNEL:
                 upstream.finish(now)
             else:
-                # A response may be complete before its request: unwritten bytes would become the start of the next one.
-                is_clean = was_answered and self.is_complete and not self._long_body
-                upstream.exchange_over(now, is_clean=is_clean)
-        self.body = self._long_body = b""
+                # A response may be complete before its request.
+                upstream.exchange_over(now, is_clean=ending is COMPLETED and self.is_complete)
+        self.body = b""
         self.reading = None
         if self._collector is not None:
             self._collector.leave()
         if self.permit is not None:
             self._gate.settle(self)
-        server.recorder.record(self)
-        self._client.exchange_over(now, closes=closes, is_cut=not was_answered and resets and ending is Ending.CUT)
+        self._server.recorder.record(self)
+        self._client.exchange_over(now, closes=closes, is_cut=resets and ending is Ending.CUT)
 
     def __repr__(self) -> str:
-        state = "over" if self.is_over else "relaying" if self._upstream else "waiting"
-        return f"<Exchange {self.request_id.decode('ascii')} {state}>"
+        return f"<Exchange {self.request_id.decode('ascii')} {phases.EXCHANGE.names[self._phase]}>"

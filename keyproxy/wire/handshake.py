@@ -40,7 +40,7 @@ _RECORD_HEADER_BYTES: Final = 5
 _ALPN: Final = b"\x00\x10"
 
 
-class Accepted:
+class AcceptedSocket:
     """An accepted socket during its handshake. `plain_response` builds the response to HTTP without TLS."""
 
     def __init__(self, sock: socket.socket, plain_response: Callable[[], bytes]) -> None:
@@ -72,7 +72,7 @@ class Accepted:
                         return
 
 
-_accepted: contextvars.ContextVar[Accepted | None] = contextvars.ContextVar("keyproxy_accepted", default=None)
+_accepted: contextvars.ContextVar[AcceptedSocket | None] = contextvars.ContextVar("keyproxy_accepted", default=None)
 
 
 class TlsObject(ssl.SSLObject):
@@ -80,7 +80,7 @@ class TlsObject(ssl.SSLObject):
 
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
-    accepted: Accepted | None = None
+    accepted: AcceptedSocket | None = None
     offered: list[bytes] | None = None
 
     def _has_hello(self) -> bool:
@@ -156,7 +156,7 @@ def _split(data: bytes, length_bytes: int) -> tuple[bytes, bytes]:
 
 
 class TlsContext(ssl.SSLContext):
-    """Makes TlsObjects."""
+    """An SSL context whose `wrap_bio` makes TlsObjects."""
 
     sslobject_class = TlsObject
 

@@ -13,7 +13,12 @@ from __future__ import annotations
 import collections
 import heapq
 from collections.abc import Collection
-from typing import Final, Protocol
+from typing import Final
+
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.client.connection import ClientConnection
+from keyproxy.wire.deadlines import NO_DEADLINE
+from keyproxy.wire.phases import CLOSING
 
 #: How long a connection keeps its place without a request, and with a stalled request or handshake.
 SPARED_SECONDS: Final = 0.02
@@ -26,30 +31,15 @@ _BATCH_MIN: Final = 16
 _BATCH_DIVISOR: Final = 32
 
 
-class Place(Protocol):
-    """The interface of a client connection. `quiet_since`: the start of its client's inactivity."""
-
-    has_place: bool
-    quiet_since: float
-
-    def spared_until(self, now: float) -> float:
-        """Return until when the connection keeps its place at the bound."""
-        ...
-
-    def give_up_place(self) -> None:
-        """End now: another client gets the place."""
-        ...
-
-
-class Quiet:
+class IdleConnections:
     """The candidates for eviction. `is_soon`: there is none now, but there will be one in a moment."""
 
     def __init__(self) -> None:
         self.is_soon = False
-        self._batch: collections.deque[tuple[float, Place]] = collections.deque()
+        self._batch: collections.deque[tuple[float, ClientConnection]] = collections.deque()
         self._next_look_mono = 0.0
 
-    def first(self, connections: Collection[Place], now: float) -> Place | None:
+    def first(self, connections: Collection[ClientConnection], now: float) -> ClientConnection | None:
         """The connection to close first; None if none can be closed."""
         found = self._still_first(now)
         if found is None and now >= self._next_look_mono:
@@ -57,20 +47,20 @@ class Quiet:
             found = self._still_first(now)
         return found
 
-    def _still_first(self, now: float) -> Place | None:
+    def _still_first(self, now: float) -> ClientConnection | None:
         batch = self._batch
         while batch:
             since, connection = batch[0]
-            if connection.has_place and connection.quiet_since == since and connection.spared_until(now) <= now:
+            if connection.has_place and connection.quiet_since == since and spared_until(connection, now) <= now:
                 return connection
             batch.popleft()
         return None
 
-    def _look(self, connections: Collection[Place], now: float) -> None:
+    def _look(self, connections: Collection[ClientConnection], now: float) -> None:
         soonest, found = float("inf"), []
         for connection in connections:
             if connection.has_place:
-                until = connection.spared_until(now)
+                until = spared_until(connection, now)
                 if until <= now:
                     found.append((connection.quiet_since, connection))
                 elif until < soonest:
@@ -79,3 +69,31 @@ class Quiet:
         self._batch.extend(heapq.nsmallest(number, found, key=lambda one: one[0]))
         self.is_soon = not found and soonest <= now + SPARED_SECONDS
         self._next_look_mono = 0.0 if found else min(soonest, now + _LOOK_SECONDS)
+
+
+def spared_until(connection: ClientConnection, now: float) -> float:
+    """Return until when a connection is spared at the bound; NO_DEADLINE: until its request is over."""
+    exchange, transport = connection.exchange, connection.transport
+    if not transport.is_open:
+        return 0.0  # it is already closing
+    if transport.is_stalled:
+        is_slow = exchange is None and transport.reads_slowly(now, for_seconds=SPARED_UNFINISHED_SECONDS)
+        return 0.0 if is_slow else NO_DEADLINE
+    if exchange is None:
+        return connection.quiet_since + (SPARED_UNFINISHED_SECONDS if connection.stream.buffer else SPARED_SECONDS)
+    is_unfinished = connection.waits_for_client(exchange) and not exchange.has_upstream
+    return connection.quiet_since + SPARED_UNFINISHED_SECONDS if is_unfinished else NO_DEADLINE
+
+
+def evict(connection: ClientConnection) -> None:
+    """Close a connection immediately, for another client."""
+    transport = connection.transport
+    if transport.is_open and connection.exchange is not None:
+        connection.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body did not arrive while others connected"))
+    elif transport.is_open and connection.stream.buffer and not transport.is_stalled:
+        refusal = Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive while others connected")
+        connection.refuse_without_exchange(refusal)
+    elif not transport.is_open or transport.is_stalled:
+        connection.abort()
+    if transport.phase < CLOSING:
+        connection.close()

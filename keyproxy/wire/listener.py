@@ -30,7 +30,7 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 Opening = Callable[[socket.socket], Coroutine[Any, Any, None]]
 
 
-class Listener:
+class SocketListener:
     """Accepts connections on one socket. `exhausted` counts failures for lack of a file descriptor."""
 
     def __init__(

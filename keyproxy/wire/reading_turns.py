@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Callable
 from typing import Final
 
-from keyproxy.wire.body_buffer import Owner
+from keyproxy.wire.body_buffer import BodyOwner
 
 
 class ReadingTurns:
@@ -19,13 +20,26 @@ class ReadingTurns:
 
     def __init__(self) -> None:
         #: The owner of the body that has the turn.
-        self._user: Owner | None = None
+        self._user: BodyOwner | None = None
         #: Users with waiting bodies, the next user first; within a user the body that has waited longest is first.
-        self._waiting: Final[collections.OrderedDict[Owner, collections.deque[asyncio.Future[None]]]] = (
+        self._waiting: Final[collections.OrderedDict[BodyOwner, collections.deque[asyncio.Future[None]]]] = (
             collections.OrderedDict()
         )
 
-    async def enter(self, user: Owner) -> None:
+    async def work(self, user: BodyOwner, advance: Callable[[], bool]) -> None:
+        """Call `advance` until it returns True, with other work between two calls."""
+        is_done = False
+        while not is_done:
+            await self.enter(user)
+            try:
+                is_done = advance()
+                if not is_done:
+                    # Keep the turn until all other work has run once.
+                    await asyncio.sleep(0)
+            finally:
+                self.leave()
+
+    async def enter(self, user: BodyOwner) -> None:
         """Wait for the turn. Every `enter` that returns needs its `leave`."""
         if self._user is None:
             self._user = user

@@ -1,6 +1,6 @@
 """The proxied port: accepts connections within the bound, tracks them, and drains them.
 
-Also holds what all connections share, `Terms`: settings, header names, the gateway. A reload replaces the terms while
+A reload replaces the terms while
 connections are open; a request is served on the terms that it began with, the next one on the new ones.
 """
 
@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
-import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, cast
 
-from keyproxy.config.schema import Listen
-from keyproxy.http.error_responses import ErrorRenderer, ErrorResponse
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.auth import credentials
+from keyproxy.http.error_responses import ErrorResponse
 from keyproxy.platform import clock as clock_room
-from keyproxy.ports import Gate, Recorder
-from keyproxy.wire import response_heads
+from keyproxy.ports import Recorder
 from keyproxy.wire.body_buffer import BodyMemory
 from keyproxy.wire.client.connection import ClientConnection
-from keyproxy.wire.client.transport import ClientTransport
-from keyproxy.wire.context import ServerContext
+from keyproxy.wire.client.exchange_owner import ExchangeOwner
+from keyproxy.wire.client.request_ids import RequestIds
+from keyproxy.wire.client.revalidation import Revalidation
+from keyproxy.wire.context import ServerContext, ServerTerms
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.handshake import Accepted
-from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, Quiet
-from keyproxy.wire.listener import Listener
+from keyproxy.wire.handshake import AcceptedSocket
+from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS, IdleConnections, evict
+from keyproxy.wire.listener import SocketListener
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.reading_turns import ReadingTurns
-from keyproxy.wire.upstream.pool import Upstreams
+from keyproxy.wire.responses import response_heads
 
 _log = logging.getLogger(__name__)
 
@@ -44,39 +43,29 @@ _PLACE_SECONDS_MAX: Final = 1.0
 #: A TLS connection that is being closed waits for its peer no longer than its deadline, which slow readers may move.
 _TLS_SHUTDOWN_SECONDS: Final = 3600.0
 
-#: How often long exchanges are reviewed, and what counts as long; also the longest time for which an idle connection
-#: keeps its last head, with the key in it.
-_REVIEW_SECONDS: Final = 0.5
-_LONG_SECONDS: Final = 0.5
-
 #: How long a connection that is idle when draining begins may still be used for one more request. Its client may be
 #: sending one at this moment.
 _LAST_REQUEST_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The settings and objects with which requests are served. `tls` None: without TLS."""
-
-    listen: Listen
-    gate: Gate
-    upstreams: Upstreams
-    names: FieldNames
-    problems: ErrorRenderer
-    trust: TrustRule
-    tls: ssl.SSLContext | None = None
 
 
 class ProxyServer(ServerContext):
     """The proxied port."""
 
     def __init__(
-        self, terms: Terms, *, recorder: Recorder, deadlines: Deadlines, clock: Callable[[], float],
-        loop: asyncio.AbstractEventLoop, wall: Callable[[], float] = clock_room.wall,
-    ) -> None:  # fmt: skip
+        self,
+        terms: ServerTerms,
+        *,
+        recorder: Recorder,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        request_ids: RequestIds,
+        wall: Callable[[], float] = clock_room.wall,
+    ) -> None:
         self.recorder = recorder
         self.clock = clock
-        self._wall = wall
+        self.wall = wall
+        self.request_ids = request_ids
         self._date = response_heads.DateField()
         self.loop = loop
         self.is_draining = False
@@ -86,35 +75,38 @@ class ProxyServer(ServerContext):
         self.turns = ReadingTurns()
         self._deadlines = deadlines
         self._connections: set[ClientConnection] = set()
-        self._listener: Listener | None = None
+        self._listener: SocketListener | None = None
         self._unopened = 0
         #: Connections that count towards the bound, handshakes in progress with their start, and eviction candidates.
         self._places = 0
         self._handshakes: dict[socket.socket, float] = {}
-        self._quiet = Quiet()
+        self._idle = IdleConnections()
         self._evicted = 0
         self._exhausted = 0
-        self._review: asyncio.TimerHandle | None = None
+        self._revalidation = Revalidation(loop, self._connections)
         self._all_gone = asyncio.Event()
         self._all_gone.set()
         self._take(terms)
 
-    def _take(self, terms: Terms) -> None:
+    def _take(self, terms: ServerTerms) -> None:
         self.listen = terms.listen
         self.gate = terms.gate
+        self.routes = terms.routes
+        self.key_format = terms.key_format
         self.upstreams = terms.upstreams
         self.names = terms.names
         self.problems = terms.problems
         self.trust = terms.trust
-        self.requests = RequestReader(terms.names, terms.gate.holds_key, terms.gate.methods)
+        holds_key = functools.partial(credentials.holds_key, key_format=terms.key_format)
+        self.requests = RequestReader(terms.names, holds_key, terms.routes.methods())
         self._tls = terms.tls
 
     def start(self, sock: socket.socket) -> None:
         """Serve a bound socket, which is closed when draining begins, or when another replaces it."""
         self._listen(sock)
-        self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
+        self._revalidation.start()
 
-    def change(self, terms: Terms, sock: socket.socket | None) -> None:
+    def change(self, terms: ServerTerms, sock: socket.socket | None) -> None:
         """Use new terms from the next request on, and accept on this socket; None: keep the current socket."""
         before = self._listener
         if before is None:
@@ -125,7 +117,7 @@ class ProxyServer(ServerContext):
             self._exhausted += before.exhausted
             before.stop()
 
-    def admit(self, connection: ClientTransport) -> bool:
+    def admit(self, connection: ExchangeOwner) -> bool:
         """Register a new connection. False if it is over the bound and has to be turned away."""
         admitted = cast("ClientConnection", connection)
         self._connections.add(admitted)
@@ -137,7 +129,7 @@ class ProxyServer(ServerContext):
         admitted.has_place = True
         return True
 
-    def forget(self, connection: ClientTransport) -> None:
+    def forget(self, connection: ExchangeOwner) -> None:
         """The connection is lost."""
         lost = cast("ClientConnection", connection)
         self._deadlines.forget(lost)
@@ -150,7 +142,7 @@ class ProxyServer(ServerContext):
 
     def date_line(self) -> bytes:
         """The Date line of a response that is sent now."""
-        return self._date.line(self._wall())
+        return self._date.line(self.wall())
 
     def open_connections(self) -> int:
         """The number of client connections."""
@@ -204,7 +196,7 @@ class ProxyServer(ServerContext):
         return self._all_gone.is_set()
 
     def _listen(self, sock: socket.socket) -> None:
-        self._listener = Listener(sock, self.loop, open_=self._open, has_room=self._has_room)
+        self._listener = SocketListener(sock, self.loop, open_=self._open, has_room=self._has_room)
         self._listener.start()
 
     async def _open(self, sock: socket.socket) -> None:
@@ -215,14 +207,16 @@ class ProxyServer(ServerContext):
         self._handshakes[sock] = self.clock()
         accepted = None
         if tls is not None:
-            accepted = Accepted(sock, self._without_tls)
+            accepted = AcceptedSocket(sock, self._without_tls)
             accepted.open()
         try:
             await self.loop.connect_accepted_socket(
-                self._connection, sock, ssl=tls,
+                self._connection,
+                sock,
+                ssl=tls,
                 ssl_handshake_timeout=None if tls is None else self.listen.header_timeout_seconds,
                 ssl_shutdown_timeout=None if tls is None else _TLS_SHUTDOWN_SECONDS,
-            )  # fmt: skip
+            )
         except OSError:
             # With TLS only: the client uses another protocol, has no certificate, takes too long, or has left.
             self._unopened += sock in self._handshakes
@@ -234,8 +228,9 @@ class ProxyServer(ServerContext):
     def _without_tls(self) -> bytes:
         """Return the response to plain HTTP on a TLS port."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
-        answer = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
-        return response_heads.own(answer, self.gate.request_id(None), self.date_line(), closes=True, without_body=False)
+        response = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
+        request_id = self.request_ids.choose(None, self.key_format)
+        return response_heads.own(response, request_id, self.date_line(), closes=True, without_body=False)
 
     def _opening(self) -> int:
         return self._listener.opening() if self._listener is not None else 0
@@ -253,7 +248,7 @@ class ProxyServer(ServerContext):
         waited_seconds = 0.0
         while self._places + len(self._handshakes) >= self.listen.connections_max and not self._evict(self.clock()):
             # Handshakes are spared for a while too, and sockets accepted in the same go are not open yet.
-            is_soon = self._quiet.is_soon or bool(self._handshakes)
+            is_soon = self._idle.is_soon or bool(self._handshakes)
             if not is_soon or waited_seconds >= _PLACE_SECONDS_MAX:
                 return
             await asyncio.sleep(SPARED_SECONDS)
@@ -261,7 +256,7 @@ class ProxyServer(ServerContext):
 
     def _evict(self, now: float) -> bool:
         """At the bound: end the connection or handshake that has been idle longest. False if none may end."""
-        first = self._quiet.first(self._connections, now)
+        first = self._idle.first(self._connections, now)
         if first is None or first.quiet_since > next(iter(self._handshakes.values()), now):
             if self._evict_handshake(now):
                 return True
@@ -270,7 +265,7 @@ class ProxyServer(ServerContext):
         self._evicted += 1
         self._places -= 1
         first.has_place = False
-        first.give_up_place()
+        evict(first)
         return True
 
     def _evict_handshake(self, now: float) -> bool:
@@ -286,23 +281,11 @@ class ProxyServer(ServerContext):
         return False
 
     def _stop_listening(self) -> None:
-        if self._review is not None:
-            self._review.cancel()
+        self._revalidation.stop()
         if self._listener is not None:
             self._exhausted += self._listener.exhausted
             self._listener.stop()
             self._listener = None
-
-    def _look_after_all(self) -> None:
-        self._review = self.loop.call_later(_REVIEW_SECONDS, self._look_after_all)
-        now = self.clock()
-        known = [one for one in self._connections if one.exchange is not None or one.stream.last_head is not None]
-        for connection in known:
-            try:
-                connection.check_liveness(long_since=now - _LONG_SECONDS)
-            except Exception:  # noqa: BLE001 - the outermost boundary of one look: it is not verified any more
-                _log.exception("reviewing a connection failed; cutting it")
-                connection.abort()
 
     def _connection(self) -> ClientConnection:
         return ClientConnection(self)

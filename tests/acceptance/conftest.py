@@ -74,16 +74,23 @@ class Site:
     async def run(self, *arguments: str, stdin: bytes | None = None) -> Output:
         """Run a command to completion."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config), env=self.environment,
+            sys.executable,
+            "-m",
+            "keyproxy",
+            *arguments,
+            "--config",
+            str(self.config),
+            env=self.environment,
             stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         async with asyncio.timeout(STUCK_SECONDS):
             out, err = await process.communicate(stdin)
         self.printed += [err]
         return Output(process.returncode or 0, out.decode(), err.decode())
 
-    async def told(self, *arguments: str) -> Any:
+    async def run_json(self, *arguments: str) -> Any:
         """Run a command that must succeed; returns its JSON."""
         output = await self.run(*arguments, "--json")
         assert output.status == 0, output.err
@@ -97,9 +104,9 @@ class Site:
         await database.open()
         try:
             directory = Directory(database, KeyFormat(), Actor("test", "local"))
-            await directory.create_tenant(tenant, "")
-            await directory.create_user(user, tenant, None)
-            return await directory.issue_key(user, KeyWish(scopes=scopes, is_test=is_test))
+            await directory.tenants.create(tenant, "")
+            await directory.users.create(user, tenant, None)
+            return await directory.keys.issue(user, KeyWish(scopes=scopes, is_test=is_test))
         finally:
             await database.close()
 
@@ -138,9 +145,17 @@ class Site:
         """`keyproxy serve`, until the context or the process ends. `files_max`: its limit of open files."""
         limited = [sys.executable, "-c", _LIMITED, str(files_max)] if files_max else []
         process = await asyncio.create_subprocess_exec(
-            *limited, sys.executable, "-m", "keyproxy", "serve", "--config", str(self.config), env=self.environment,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            *limited,
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "serve",
+            "--config",
+            str(self.config),
+            env=self.environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         assert process.stdout is not None
         assert process.stderr is not None
         reading = [asyncio.create_task(self._keep(stream)) for stream in (process.stdout, process.stderr)]
@@ -191,9 +206,16 @@ until = functools.partial(waiting.until, seconds=STUCK_SECONDS)
 async def administering(site: Site, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
     """`keyproxy admin` on a port, while the context lasts."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "admin", "--config", str(site.config), env=site.environment,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "keyproxy",
+        "admin",
+        "--config",
+        str(site.config),
+        env=site.environment,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
 
     async def is_up() -> bool:
         with contextlib.suppress(aiohttp.ClientError):

@@ -129,7 +129,7 @@ async def test_a_reload_takes_effect_immediately_and_fails_no_request(configure:
 _LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'"
 
 
-async def test_a_request_that_began_before_a_reload_is_decided_over_the_store_it_began_with_which_then_closes(
+async def test_a_request_from_before_a_reload_is_decided_with_the_old_store_which_then_closes(
     configure: Configure, dsn: str
 ) -> None:
     site = configure(dsn, routes=[{"match": "* /{rest...}", "tokens": "openai"}])
@@ -181,13 +181,13 @@ async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site)
     secret = (await site.key())["secret"]
     before = site.config.read_text(encoding="utf-8")
     async with site.serving() as process:
-        for mistake, told in MISTAKES:
+        for mistake, message in MISTAKES:
             content = _with(before, *mistake) + '[log]\nlevel = "error"\n[[routes]]\nmatch = "GET /only"\n'
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
             await site.until_logged("reload rejected")
-            assert told in b"".join(site.printed).decode()
+            assert message in b"".join(site.printed).decode()
             assert (await site.call(secret, "GET", "/other"))[0] == 200
         site.config.unlink()
         process.send_signal(signal.SIGHUP)
@@ -207,11 +207,11 @@ async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
     before, only = site.config.read_text(encoding="utf-8"), '[[routes]]\nmatch = "GET /only"\n'
     async with site.serving() as process:
 
-        async def change(content: str, told: str) -> None:
+        async def change(content: str, message: str) -> None:
             site.config.write_text(content, encoding="utf-8")
             site.printed.clear()
             process.send_signal(signal.SIGHUP)
-            await site.until_logged(told)
+            await site.until_logged(message)
 
         async def replace_one(times: int) -> None:
             os.kill(workers_of(process.pid)[0], signal.SIGKILL)
@@ -337,7 +337,7 @@ async def test_the_subject_of_a_client_certificate_is_forwarded_upstream(
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    worker = authority.issue_cert("worker.acme", common_name='wörk,er', organization_name="Acme")  # fmt: skip
+    worker = authority.issue_cert("worker.acme", common_name="wörk,er", organization_name="Acme")
     worker.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "worker.pem"))
     tls = {"tls_certificate_file": str(tmp_path / "server.pem"), "tls_client_ca_file": str(tmp_path / "ca.pem")}
     site = configure(dsn, listen=tls)
@@ -387,5 +387,5 @@ async def test_an_https_upstream_is_verified(configure: Configure, dsn: str, tmp
         upstream = {"url": f"https://127.0.0.1:{port}", "tls_ca_file": str(tmp_path / "ca.pem")}
         site = configure(dsn, upstream=upstream)
         async with site.serving():
-            told = await site.call((await site.key())["secret"])
-            assert told == ((200, "") if is_trusted else (502, "upstream_unreachable"))
+            outcome = await site.call((await site.key())["secret"])
+            assert outcome == ((200, "") if is_trusted else (502, "upstream_unreachable"))

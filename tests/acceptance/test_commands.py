@@ -12,32 +12,34 @@ from tests.acceptance.conftest import Configure, Site
 from tests.rawhttp import free_port
 
 
-async def test_provisioning_prints_what_the_contract_specifies(site: Site) -> None:
-    assert (await site.told("tenant", "create", "acme"))["id"] == "acme"
-    user = await site.told("user", "create", "u_42", "--tenant", "acme")
+async def test_provisioning_prints_the_documented_members(site: Site) -> None:
+    assert (await site.run_json("tenant", "create", "acme"))["id"] == "acme"
+    user = await site.run_json("user", "create", "u_42", "--tenant", "acme")
     assert (user["id"], user["tenant"]) == ("u_42", "acme")
     assert user["key"]["id"].startswith("key_")
     assert user["key"]["secret"].startswith("kp_live_")
-    again = await site.told("user", "create", "u_42", "--tenant", "acme")
+    again = await site.run_json("user", "create", "u_42", "--tenant", "acme")
     assert (again["id"], again["key"]) == ("u_42", None)
-    assert len(await site.told("key", "list", "--user", "u_42")) == 1
-    key = await site.told("key", "issue", "--user", "u_42", "--test", "--scope", "a:b", "--scope", "c", "--name", "n")
+    assert len(await site.run_json("key", "list", "--user", "u_42")) == 1
+    key = await site.run_json(
+        "key", "issue", "--user", "u_42", "--test", "--scope", "a:b", "--scope", "c", "--name", "n"
+    )
     assert key["secret"].startswith("kp_test_")
     assert (key["scopes"], key["is_test"], key["name"]) == (["a:b", "c"], True, "n")
     assert key["expires_at"] is not None
     assert key["hint"][:8] == "kp_test_"
     assert key["hint"][-4:] == key["secret"][-4:]
-    shown = await site.told("key", "show", key["id"])
+    shown = await site.run_json("key", "show", key["id"])
     assert "secret" not in shown
-    revoked = await site.told("key", "revoke", key["id"], "--reason", "leaked")
+    revoked = await site.run_json("key", "revoke", key["id"], "--reason", "leaked")
     assert revoked["revoked_at"] is not None
     assert revoked["revoke_reason"] == "leaked"
-    assert (await site.told("key", "revoke", key["id"], "--reason", "again"))["revoke_reason"] == "leaked"
-    assert (await site.told("user", "delete", "u_42", "--yes")) == {"id": "u_42", "deleted": True}
-    assert await site.told("key", "list") == []
-    assert [one["id"] for one in await site.told("tenant", "list")] == ["acme"]
-    assert await site.told("user", "list", "--tenant", "acme") == []
-    assert (await site.told("tenant", "delete", "acme", "--yes"))["deleted"] is True
+    assert (await site.run_json("key", "revoke", key["id"], "--reason", "again"))["revoke_reason"] == "leaked"
+    assert (await site.run_json("user", "delete", "u_42", "--yes")) == {"id": "u_42", "deleted": True}
+    assert await site.run_json("key", "list") == []
+    assert [one["id"] for one in await site.run_json("tenant", "list")] == ["acme"]
+    assert await site.run_json("user", "list", "--tenant", "acme") == []
+    assert (await site.run_json("tenant", "delete", "acme", "--yes"))["deleted"] is True
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,11 @@ async def test_people_get_tables_and_the_secret_once(site: Site) -> None:
 
 async def test_migrate_prints_applied_and_pending_migrations(configure: Configure, empty_dsn: str) -> None:
     site = configure(empty_dsn)
-    before = await site.told("migrate", "--status")
+    before = await site.run_json("migrate", "--status")
     assert before["applied"] == []
     assert before["pending"]
-    assert (await site.told("migrate"))["done"] == before["pending"]
-    after = await site.told("migrate", "--status")
+    assert (await site.run_json("migrate"))["done"] == before["pending"]
+    after = await site.run_json("migrate", "--status")
     assert (after["applied"], after["pending"]) == (before["pending"], [])
 
 
@@ -94,7 +96,7 @@ async def test_config_show_prints_every_value_with_its_origin_and_no_password(co
     assert f"cache.fresh_seconds                 = 5.0  # {site.config}" in output.out
     assert '= "debug"  # KEYPROXY_LOG__LEVEL' in output.out
     assert "= 600.0  # default" in output.out
-    shown = await site.told("config", "show")
+    shown = await site.run_json("config", "show")
     assert shown["store.dsn"]["value"] == "postgresql://kp:***@db/kp"
     assert (await site.run("config", "check", "--offline")).out == "ok\n"
 
@@ -108,25 +110,25 @@ async def test_help_has_examples(site: Site) -> None:
 
 
 async def test_created_objects_are_shown_listed_and_deleted(site: Site) -> None:
-    await site.told("tenant", "create", "acme", "--name", "Acme Ltd")
-    bare = await site.told("user", "create", "u_1", "--tenant", "acme", "--no-key")
+    await site.run_json("tenant", "create", "acme", "--name", "Acme Ltd")
+    bare = await site.run_json("user", "create", "u_1", "--tenant", "acme", "--no-key")
     assert (bare["key"], bare["tenant"]) == (None, "acme")
-    scoped = await site.told(
+    scoped = await site.run_json(
         "user", "create", "u_2", "--tenant", "acme", "--scope", "a", "--scope", "b", "--scope", "a"
     )
     key = scoped["key"]
     assert (key["scopes"], key["is_test"]) == (["a", "b"], False)
-    tenant = await site.told("tenant", "show", "acme")
+    tenant = await site.run_json("tenant", "show", "acme")
     assert (tenant["name"], tenant["users"]) == ("Acme Ltd", 2)
-    assert (await site.told("user", "show", "u_2"))["keys"] == 1
+    assert (await site.run_json("user", "show", "u_2"))["keys"] == 1
     listings = [
         (("user", "list"), ["u_1", "u_2"]),
         (("key", "list", "--tenant", "acme"), [key["id"]]),
         (("key", "list", "--user", "u_1"), []),
     ]
     for arguments, ids in listings:
-        assert [one["id"] for one in await site.told(*arguments)] == ids
-    assert (await site.told("key", "delete", key["id"], "--yes")) == {"id": key["id"], "deleted": True}
+        assert [one["id"] for one in await site.run_json(*arguments)] == ids
+    assert (await site.run_json("key", "delete", key["id"], "--yes")) == {"id": key["id"], "deleted": True}
     again = await site.run("key", "delete", key["id"], "--yes")
     assert (again.status, again.out, again.err) == (1, "", f"keyproxy: there is no key '{key['id']}'\n")
 
@@ -141,7 +143,7 @@ async def test_created_objects_are_shown_listed_and_deleted(site: Site) -> None:
 )
 async def test_a_key_has_the_requested_lifetime(site: Site, arguments: tuple[str, ...], seconds: int | None) -> None:
     await site.key()
-    key = await site.told("key", "issue", "--user", "u_42", *arguments)
+    key = await site.run_json("key", "issue", "--user", "u_42", *arguments)
     if seconds is None:
         assert key["expires_at"] is None
         return
@@ -172,11 +174,26 @@ async def test_pending_migrations_are_listed_as_text(configure: Configure, empty
 async def test_an_unreachable_database_is_reported_in_one_line_without_its_password(
     configure: Configure, arguments: tuple[str, ...]
 ) -> None:
-    output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp").run(*arguments, "--json")
+    port = free_port()
+    output = await configure(f"postgresql://kp:hunter2@127.0.0.1:{port}/kp").run(*arguments, "--json")
     assert (output.status, output.out) == (1, "")
     assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("keyproxy: the database is unavailable: ")
+    start = f"keyproxy: the database is unavailable: cannot connect to 127.0.0.1:{port}, database 'kp': "
+    assert output.err.startswith(start)
+    assert "refused" in output.err.removeprefix(start)
     assert "hunter2" not in output.err
+
+
+@pytest.mark.parametrize("arguments", [("tenant", "list"), ("usage", "show")])
+async def test_an_unreachable_admin_api_is_reported_as_such_and_not_as_the_database(
+    configure: Configure, dsn: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    token, url = tmp_path / "token", f"http://127.0.0.1:{free_port()}"
+    token.write_text("x")
+    output = await configure(dsn).run(*arguments, "--admin-url", url, "--admin-token-file", str(token))
+    assert (output.status, output.out) == (1, "")
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("keyproxy: the admin API does not respond: ")
 
 
 @pytest.mark.parametrize("arguments", [("tenant", "list"), ("migrate", "--status"), ("config", "check"), ("serve",)])
@@ -203,8 +220,8 @@ async def test_a_missing_configuration_file_is_a_configuration_error(site: Site)
 async def test_the_embedded_store_needs_a_directory_and_persists_data(configure: Configure) -> None:
     with tempfile.TemporaryDirectory(prefix="kp-", dir="/tmp") as directory:
         site = configure("embedded", store={"embedded_dir": directory})
-        assert (await site.told("migrate"))["pending"] == []
-        assert (await site.told("tenant", "create", "acme"))["created"]
+        assert (await site.run_json("migrate"))["pending"] == []
+        assert (await site.run_json("tenant", "create", "acme"))["created"]
         assert not Path(directory, "pgdata", "postmaster.pid").exists()
-        assert [one["id"] for one in await site.told("tenant", "list")] == ["acme"]
+        assert [one["id"] for one in await site.run_json("tenant", "list")] == ["acme"]
         assert not Path(directory, "pgdata", "postmaster.pid").exists()

@@ -26,9 +26,26 @@ def make_certificate(tmp_path: Path) -> MakeCertificate:
         new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(key)]
         commands = [
             ["openssl", "req", "-new", *new_key, *subject, "-out", str(request)],
-            ["openssl", "ca", "-batch", "-selfsign", "-config", str(_authority(tmp_path, name)), "-in", str(request),
-             "-keyfile", str(key), "-startdate", begins, "-enddate", ends, "-out", str(certificate), "-notext"],
-        ]  # fmt: skip
+            [
+                "openssl",
+                "ca",
+                "-batch",
+                "-selfsign",
+                "-config",
+                str(_authority(tmp_path, name)),
+                "-in",
+                str(request),
+                "-keyfile",
+                str(key),
+                "-startdate",
+                begins,
+                "-enddate",
+                ends,
+                "-out",
+                str(certificate),
+                "-notext",
+            ],
+        ]
         for command in commands:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
         return str(certificate), str(key)
@@ -55,10 +72,12 @@ async def test_a_configuration_in_order_is_ok(
 ) -> None:
     certificate, key = make_certificate("good")
     site = configure(
-        dsn, listen={"tls_certificate_file": certificate, "tls_key_file": key, "tls_client_ca_file": certificate},
-        admin={"tls_certificate_file": certificate, "tls_key_file": key}, upstream={"tls_ca_file": certificate},
+        dsn,
+        listen={"tls_certificate_file": certificate, "tls_key_file": key, "tls_client_ca_file": certificate},
+        admin={"tls_certificate_file": certificate, "tls_key_file": key},
+        upstream={"tls_ca_file": certificate},
         routes=[{"match": "POST /v1/jobs"}, {"match": "* /v1/{rest...}"}],
-    )  # fmt: skip
+    )
     for options in ((), ("--offline",)):
         output = await site.run("config", "check", *options)
         assert (output.status, output.out, output.err) == (0, "ok\n", "")
@@ -76,9 +95,10 @@ async def test_everything_that_is_wrong_is_reported_at_once(
         f"postgresql://kp:hunter2@127.0.0.1:{free_port()}/kp",
         listen={"tls_certificate_file": good, "tls_key_file": other_key, "tls_client_ca_file": str(nothing)},
         admin={"tls_certificate_file": expired[0], "tls_key_file": expired[1]},
-        upstream={"tls_ca_file": expired[0]}, cache={"fresh_seconds": 9.0, "stale_seconds": 1.0},
+        upstream={"tls_ca_file": expired[0]},
+        cache={"fresh_seconds": 9.0, "stale_seconds": 1.0},
         routes=[{"match": "* /v1/{rest...}"}, {"match": "POST /v1/jobs", "scopes": ["jobs:write"]}],
-    )  # fmt: skip
+    )
     expected = (
         "cache.stale_seconds: must not be less",
         "listen.tls_certificate_file: ",
@@ -118,9 +138,10 @@ async def test_a_certificate_counts_by_its_times(
 
 async def test_missing_files_are_named(configure: Configure, dsn: str) -> None:
     site = configure(
-        dsn, listen={"tls_certificate_file": "/nowhere/a.pem", "tls_client_ca_file": "/nowhere/b.pem"},
+        dsn,
+        listen={"tls_certificate_file": "/nowhere/a.pem", "tls_client_ca_file": "/nowhere/b.pem"},
         upstream={"tls_ca_file": "/nowhere/c.pem"},
-    )  # fmt: skip
+    )
     output = await site.run("config", "check", "--offline")
     assert output.status == 2
     for name in ("a", "b", "c"):

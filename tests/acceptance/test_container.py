@@ -79,7 +79,7 @@ def test_probes_reach_the_ops_listener_of_the_image_from_outside() -> None:
     assert "KEYPROXY_DEFAULTS=/opt/keyproxy/container.toml" in " ".join(instructions("ENV"))
 
 
-def test_a_mounted_file_and_the_environment_are_over_the_image_s_defaults(tmp_path: Path) -> None:
+def test_a_mounted_file_and_the_environment_override_the_image_s_defaults(tmp_path: Path) -> None:
     mounted = tmp_path / "keyproxy.toml"
     mounted.write_text('[listen]\naddress = "0.0.0.0:80"\n[ops]\naddress = "127.0.0.1:9090"\n', encoding="utf-8")
     environment = {"KEYPROXY_DEFAULTS": str(IMAGE_DEFAULTS)}
@@ -141,10 +141,24 @@ async def test_it_serves_on_a_read_only_file_system(configure: Configure, dsn: s
 
     async def run(*arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            "unshare", "-rm", "sh", "-c", READ_ONLY, "sh", sys.executable, "-B", "-m", "keyproxy", *arguments,
-            "--config", str(site.config), env=site.environment, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            READ_ONLY,
+            "sh",
+            sys.executable,
+            "-B",
+            "-m",
+            "keyproxy",
+            *arguments,
+            "--config",
+            str(site.config),
+            env=site.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
 
     process = await run("serve")
     try:

@@ -51,10 +51,20 @@ class Stage:
     async def playing(self, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """A demo in its own session, as a terminal starts it. It ends with the context."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "demo", "--directory", str(self.data), *arguments,
-            env=self.environment, cwd=self.surroundings["cwd"], start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "demo",
+            "--directory",
+            str(self.data),
+            *arguments,
+            env=self.environment,
+            cwd=self.surroundings["cwd"],
+            start_new_session=True,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         try:
             async with asyncio.timeout(60):
                 yield process
@@ -165,11 +175,11 @@ async def test_a_second_run_coexists_with_other_proxies_and_stops_with_ctrl_c(st
             with contextlib.suppress(OSError):
                 taken.enter_context(socket.create_server(("127.0.0.1", port), reuse_port=True))
         async with stage.playing() as process:
-            result = await _told_until(process, "Press Ctrl-C to stop.")
+            result = await _printed_until(process, "Press Ctrl-C to stop.")
             assert "FAILED" not in result
             assert not re.search(r":(8080|9090)\b", result)
             assert SECRET.findall(result) != SECRET.findall(played.out)
-            await _try_what_it_says(stage, result)
+            await _try_the_printed_commands(stage, result)
             # To the whole process group, as a terminal does.
             os.killpg(process.pid, signal.SIGINT)
             out, err = await process.communicate()
@@ -178,7 +188,7 @@ async def test_a_second_run_coexists_with_other_proxies_and_stops_with_ctrl_c(st
     await stage.is_left_alone()
 
 
-async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
+async def _printed_until(process: asyncio.subprocess.Process, end: str) -> str:
     assert process.stdout is not None
     lines: list[str] = []
     while not lines or end not in lines[-1]:
@@ -187,7 +197,7 @@ async def _told_until(process: asyncio.subprocess.Process, end: str) -> str:
     return "".join(lines)
 
 
-async def _try_what_it_says(stage: Stage, result: str) -> None:
+async def _try_the_printed_commands(stage: Stage, result: str) -> None:
     lines = [shlex.split(line) for line in result.splitlines() if line.startswith("  curl ")]
     call, *pages = lines
     header, job = call[call.index("-H") + 1], call[call.index("-d") + 1]
@@ -217,9 +227,15 @@ async def _run_as_printed(stage: Stage, result: str) -> None:
         if command.startswith("curl ") and shutil.which("curl") is None:
             continue
         running = await asyncio.create_subprocess_exec(
-            "sh", "-c", command, env=stage.environment, cwd="/", stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            "sh",
+            "-c",
+            command,
+            env=stage.environment,
+            cwd="/",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         out, err = await running.communicate()
         assert running.returncode == 0, (command, err)
         answers.append(out)
@@ -243,10 +259,10 @@ def test_commands_name_the_program_as_a_shell_elsewhere_finds_it(
     assert story.own_command() == f"{sys.executable} -m keyproxy"
 
 
-async def test_ctrl_c_before_the_story_has_begun_ends_it_too(stage: Stage, played: Output) -> None:
+async def test_ctrl_c_during_startup_ends_the_demo(stage: Stage, played: Output) -> None:
     assert played.status == 0
     async with stage.playing() as process:
-        await _told_until(process, "Starting PostgreSQL")
+        await _printed_until(process, "Starting PostgreSQL")
         os.killpg(process.pid, signal.SIGINT)
         _, err = await process.communicate()
         assert b"Traceback" not in err

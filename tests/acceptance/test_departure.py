@@ -132,7 +132,7 @@ async def test_sigint_leaves_without_lingering(configure: Configure, dsn: str) -
 
 
 @BOTH
-async def test_drain_waits_until_what_is_under_way_has_finished(configure: Configure, dsn: str, workers: int) -> None:
+async def test_drain_waits_for_requests_in_flight(configure: Configure, dsn: str, workers: int) -> None:
     site = configure(dsn, listen={"workers": workers})
     secret = (await site.key())["secret"]
     async with site.serving() as process, site.client() as client:
@@ -279,11 +279,11 @@ async def test_another_user_can_neither_drain_a_proxy_nor_query_its_workers(conf
             sys.executable, "-c", _STRANGER, control, *workers, stdout=asyncio.subprocess.PIPE
         )
         out, _ = await asyncio.wait_for(other.communicate(), STUCK_SECONDS)
-        drained, *asked = out.decode().splitlines()
+        drained, *logged = out.decode().splitlines()
         assert process_registry.DRAINING.decode().strip() not in drained
         # Other programs on this machine may have created such a name meanwhile.
-        assert asked.count("HTTP/1.1 403 Forbidden") >= 2
-        assert "HTTP/1.1 200 OK" not in asked
+        assert logged.count("HTTP/1.1 403 Forbidden") >= 2
+        assert "HTTP/1.1 200 OK" not in logged
         assert (await site.ops("/readyz"))[0] == 200
         assert await site.metric("keyproxy_workers", state="ready") == 2
         assert process.returncode is None
@@ -302,11 +302,14 @@ async def test_another_user_cannot_keep_a_proxy_from_starting_by_a_name(site: Si
         "serve", process_registry.encoded(f"127.0.0.1:{site.proxy_port}"), process_registry.NOWHERE, "0" * 16
     )
     squatting = await asyncio.create_subprocess_exec(
-        sys.executable, "-c",
+        sys.executable,
+        "-c",
         "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]);"
         " s.listen(); print('up', flush=True); sys.stdin.read()",
-        other.name(), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        other.name(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
     assert squatting.stdout is not None
     assert await squatting.stdout.readline() == b"up\n"
     async with site.serving() as process:

@@ -30,9 +30,15 @@ class Home:
     async def run(self, *arguments: str, stdin: bytes = b"") -> Output:
         """Run a command to completion."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", *arguments, env=self.environment, stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            *arguments,
+            env=self.environment,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         async with asyncio.timeout(STUCK_SECONDS):
             out, err = await process.communicate(stdin)
         return Output(process.returncode or 0, out.decode(), err.decode())
@@ -118,9 +124,15 @@ async def test_migrate_creates_it_and_every_command_notes_that_it_is_used(home: 
 
 async def test_serve_creates_it_and_notes_it_once_for_all_workers(home: Home) -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "serve", env=home.environment | {"KEYPROXY_LISTEN__WORKERS": "2"},
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "keyproxy",
+        "serve",
+        env=home.environment | {"KEYPROXY_LISTEN__WORKERS": "2"},
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.DEVNULL,
+    )
     assert process.stderr is not None
     printed = b""
     try:

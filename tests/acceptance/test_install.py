@@ -27,10 +27,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "config.example.toml", "keyproxy"]
     subprocess.run(["cp", "-R", *(str(ROOT / name) for name in [*names]), str(_made(source))], check=True)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index",
-         "--no-build-isolation", "--wheel-dir", str(directory), str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(directory),
+            str(source),
+        ],
+        check=True,
+        capture_output=True,
+    )
     (made,) = directory.glob("*.whl")
     return made
 
@@ -53,9 +66,17 @@ async def run(installed: Path, cwd: Path, *arguments: str) -> Output:
     """A command of the installed package, from another directory."""
     environment = clean_environment(cwd) | {"PYTHONPATH": str(installed)}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "keyproxy", *arguments, env=environment, cwd=cwd, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-P",
+        "-m",
+        "keyproxy",
+        *arguments,
+        env=environment,
+        cwd=cwd,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     async with asyncio.timeout(60):
         out, err = await process.communicate()
     return Output(process.returncode or 0, out.decode(), err.decode())

@@ -43,7 +43,7 @@ class Shell:
         out, err = self._capture.readouterr()
         return Output(status, out, err)
 
-    def told(self, *arguments: str, stdin: str = "") -> Any:
+    def run_json(self, *arguments: str, stdin: str = "") -> Any:
         """Run one command that must succeed and print only its JSON."""
         output = self.run(*arguments, "--json", stdin=stdin)
         assert (output.status, output.err) == (0, "")
@@ -71,9 +71,9 @@ def shell(site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 @pytest.fixture
 def key(shell: Shell) -> dict[str, Any]:
     """A key of user u_42 of tenant acme."""
-    shell.told("tenant", "create", "acme")
-    shell.told("user", "create", "u_42", "--tenant", "acme", "--no-key")
-    key: dict[str, Any] = shell.told("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--name", "n")
+    shell.run_json("tenant", "create", "acme")
+    shell.run_json("user", "create", "u_42", "--tenant", "acme", "--no-key")
+    key: dict[str, Any] = shell.run_json("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--name", "n")
     return key
 
 
@@ -85,23 +85,40 @@ def _seconds_until(text: str) -> float:
 
 
 def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
-    made = shell.told(
-        "plan", "set", "basic", "--rate", "3000/min", "--burst", "100", "--concurrency", "8", "--requests-per-day", "10",
-        "--requests-per-month", "20", "--tokens-per-request", "30", "--tokens-per-day", "40", "--tokens-per-month", "50",
-    )  # fmt: skip
+    made = shell.run_json(
+        "plan",
+        "set",
+        "basic",
+        "--rate",
+        "3000/min",
+        "--burst",
+        "100",
+        "--concurrency",
+        "8",
+        "--requests-per-day",
+        "10",
+        "--requests-per-month",
+        "20",
+        "--tokens-per-request",
+        "30",
+        "--tokens-per-day",
+        "40",
+        "--tokens-per-month",
+        "50",
+    )
     limits = {
         "rate": 50.0, "burst": 100, "concurrency": 8, "requests_per_day": 10, "requests_per_month": 20,
         "tokens_per_request": 30, "tokens_per_day": 40, "tokens_per_month": 50,
     }  # fmt: skip
     assert (made["id"], made["limits"]) == ("basic", limits)
-    assert shell.told("plan", "show", "basic")["limits"] == limits
-    assert shell.told("plan", "set", "basic", "--replace", "--requests-per-day", "0")["limits"] == {
+    assert shell.run_json("plan", "show", "basic")["limits"] == limits
+    assert shell.run_json("plan", "set", "basic", "--replace", "--requests-per-day", "0")["limits"] == {
         "requests_per_day": 0
     }
-    assert [plan["id"] for plan in shell.told("plan", "list")] == ["basic"]
+    assert [plan["id"] for plan in shell.run_json("plan", "list")] == ["basic"]
     assert "requests_per_day  0" in shell.run("plan", "show", "basic").out
-    assert shell.told("plan", "delete", "basic", "--yes") == {"id": "basic", "deleted": True}
-    assert shell.told("plan", "list") == []
+    assert shell.run_json("plan", "delete", "basic", "--yes") == {"id": "basic", "deleted": True}
+    assert shell.run_json("plan", "list") == []
 
 
 @pytest.mark.parametrize(
@@ -148,27 +165,27 @@ def test_errors_have_a_message_and_an_exit_status(
 
 
 @pytest.mark.usefixtures("key")
-def test_plans_are_given_and_taken_and_one_in_use_is_not_deleted(shell: Shell, key: dict[str, Any]) -> None:
+def test_plans_are_assigned_and_removed_and_one_in_use_cannot_be_deleted(shell: Shell, key: dict[str, Any]) -> None:
     for name in ("basic", "sandbox"):
-        shell.told("plan", "set", name)
-    assert shell.told("tenant", "set-plan", "acme", "basic")["plan"] == "basic"
-    assert shell.told("tenant", "set-plan", "acme", "--plan", "sandbox", "--test")["test_plan"] == "sandbox"
-    user = shell.told("user", "set-plan", "u_42", "sandbox", "--test")
+        shell.run_json("plan", "set", name)
+    assert shell.run_json("tenant", "set-plan", "acme", "basic")["plan"] == "basic"
+    assert shell.run_json("tenant", "set-plan", "acme", "--plan", "sandbox", "--test")["test_plan"] == "sandbox"
+    user = shell.run_json("user", "set-plan", "u_42", "sandbox", "--test")
     assert (user["plan"], user["test_plan"]) == (None, "sandbox")
-    assert shell.told("user", "set-plan", "u_42", "basic")["plan"] == "basic"
-    assert shell.told("key", "set-plan", key["id"], "basic")["plan"] == "basic"
+    assert shell.run_json("user", "set-plan", "u_42", "basic")["plan"] == "basic"
+    assert shell.run_json("key", "set-plan", key["id"], "basic")["plan"] == "basic"
     assert "assigned to 1 tenant and 1 user and 1 key" in shell.refused("plan", "delete", "basic", "--yes")
     for arguments in (("tenant", "set-plan", "acme"), ("user", "set-plan", "u_42"), ("key", "set-plan", key["id"])):
-        assert shell.told(*arguments, "--none")["plan"] is None
-    shell.told("plan", "delete", "basic", "--yes")
+        assert shell.run_json(*arguments, "--none")["plan"] is None
+    shell.run_json("plan", "delete", "basic", "--yes")
 
 
 @pytest.mark.usefixtures("key")
 def test_objects_created_with_a_plan_have_it(shell: Shell) -> None:
-    shell.told("plan", "set", "basic", "--requests-per-day", "5")
-    assert shell.told("tenant", "create", "other", "--plan", "basic")["plan"] == "basic"
-    assert shell.told("user", "create", "u_1", "--tenant", "acme", "--plan", "basic")["plan"] == "basic"
-    assert shell.told("key", "issue", "--user", "u_42", "--plan", "basic")["plan"] == "basic"
+    shell.run_json("plan", "set", "basic", "--requests-per-day", "5")
+    assert shell.run_json("tenant", "create", "other", "--plan", "basic")["plan"] == "basic"
+    assert shell.run_json("user", "create", "u_1", "--tenant", "acme", "--plan", "basic")["plan"] == "basic"
+    assert shell.run_json("key", "issue", "--user", "u_42", "--plan", "basic")["plan"] == "basic"
 
 
 # -- disabled, rotated, revoked
@@ -176,29 +193,29 @@ def test_objects_created_with_a_plan_have_it(shell: Shell) -> None:
 
 def test_a_disabled_user_can_be_enabled(shell: Shell, key: dict[str, Any]) -> None:
     for kind, name in (("tenant", "acme"), ("user", "u_42")):
-        assert shell.told(kind, "disable", name)["disabled_at"] is not None
-        assert shell.told("key", "show", key["id"])["state"] == "disabled"
-        assert shell.told(kind, "enable", name)["disabled_at"] is None
-        assert shell.told("key", "show", key["id"])["state"] == "active"
+        assert shell.run_json(kind, "disable", name)["disabled_at"] is not None
+        assert shell.run_json("key", "show", key["id"])["state"] == "disabled"
+        assert shell.run_json(kind, "enable", name)["disabled_at"] is None
+        assert shell.run_json("key", "show", key["id"])["state"] == "active"
 
 
 def test_a_key_is_rotated_with_grace(shell: Shell, key: dict[str, Any]) -> None:
-    new = shell.told("key", "rotate", key["id"], "--grace", "2h")
+    new = shell.run_json("key", "rotate", key["id"], "--grace", "2h")
     assert (new["replaces"], new["scopes"], new["name"]) == (key["id"], ["jobs:write"], "n")
     assert new["secret"].startswith("kp_live_")
     assert abs(_seconds_until(new["old_expires_at"]) - 7200) < 60
     assert abs(_seconds_until(new["expires_at"]) - 90 * 86_400) < 60
-    assert [one["id"] for one in shell.told("key", "list", "--state", "retiring")] == [key["id"]]
+    assert [one["id"] for one in shell.run_json("key", "list", "--state", "retiring")] == [key["id"]]
     assert f"was rotated already: '{new['id']}' replaces it" in shell.refused("key", "rotate", key["id"])
-    last = shell.told("key", "rotate", new["id"], "--grace", "0s", "--expires-in", "7d")
+    last = shell.run_json("key", "rotate", new["id"], "--grace", "0s", "--expires-in", "7d")
     assert abs(_seconds_until(last["expires_at"]) - 7 * 86_400) < 60
     assert "has expired" in shell.refused("key", "rotate", new["id"])
-    shell.told("key", "revoke", last["id"], "--reason", "done")
+    shell.run_json("key", "revoke", last["id"], "--reason", "done")
     assert "was revoked" in shell.refused("key", "rotate", last["id"])
 
 
 def test_the_default_grace_is_a_day(shell: Shell, key: dict[str, Any]) -> None:
-    assert abs(_seconds_until(shell.told("key", "rotate", key["id"])["old_expires_at"]) - 86_400) < 60
+    assert abs(_seconds_until(shell.run_json("key", "rotate", key["id"])["old_expires_at"]) - 86_400) < 60
 
 
 # -- a leak
@@ -209,10 +226,10 @@ def test_a_leaked_key_is_revoked_and_its_owner_printed(shell: Shell, key: dict[s
     digest = hashlib.sha256(key["secret"].encode()).hexdigest()
     stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
     options = ("--digest", digest) if by == "digest" else ()
-    told = shell.told("key", "report-leaked", "--reason", "on a page", *options, stdin=stdin)
+    shown = shell.run_json("key", "report-leaked", "--reason", "on a page", *options, stdin=stdin)
     found = {"key": key["id"], "user": "u_42", "tenant": "acme", "revoked_now": True}
-    assert told == {"found": [found], "incomplete": 0, "unknown": 0}
-    shown = shell.told("key", "show", key["id"])
+    assert shown == {"found": [found], "incomplete": 0, "unknown": 0}
+    shown = shell.run_json("key", "show", key["id"])
     assert (shown["state"], shown["revoke_reason"]) == ("revoked", "on a page")
 
 
@@ -241,12 +258,12 @@ def test_no_key_an_incomplete_one_and_an_unknown_one_are_distinguished_and_never
 def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_marked(
     shell: Shell, key: dict[str, Any]
 ) -> None:
-    more = [shell.told("key", "issue", "--user", "u_42") for _ in range(3)]
+    more = [shell.run_json("key", "issue", "--user", "u_42") for _ in range(3)]
     header, quoted, wrapped = (one["secret"] for one in more)
     text = (
         f'Authorization: Api-Key {header}\nexport KEY="{quoted}";\n> {wrapped[:30]}=\n> {wrapped[30:]}\n{key["hint"]}'
     )
-    shell.told("key", "revoke", more[0]["id"])
+    shell.run_json("key", "revoke", more[0]["id"])
     output = shell.run("key", "report-leaked", "--json", stdin=text)
     assert output.status == 0
     assert {one["key"]: one["revoked_now"] for one in output.json["found"]} == {
@@ -254,15 +271,16 @@ def test_every_key_of_a_pasted_text_is_revoked_and_one_revoked_before_is_marked(
     }
     assert output.json["incomplete"] == 1
     assert "1 key is incomplete" in output.err
-    assert {one["id"]: one["state"] for one in shell.told("key", "list")} == {
-        key["id"]: "active", **{one["id"]: "revoked" for one in more}
-    }  # fmt: skip
+    assert {one["id"]: one["state"] for one in shell.run_json("key", "list")} == {
+        key["id"]: "active",
+        **{one["id"]: "revoked" for one in more},
+    }
     too_long = shell.refused("key", "report-leaked", stdin="x" * (1 << 20))
     assert "512 KiB" in too_long
 
 
 def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: dict[str, Any]) -> None:
-    other = shell.told("key", "issue", "--user", "u_42", "--name", "nightly", "--test")
+    other = shell.run_json("key", "issue", "--user", "u_42", "--name", "nightly", "--test")
     cut = key["secret"][:20]
     for text, stdin, found in (
         ("-", f"X-Api-Key: {key['secret']}\n{other['secret']}", {key["id"], other["id"]}),
@@ -273,9 +291,9 @@ def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: d
         (key["id"], "", {key["id"]}),
         ("nightly", "", {other["id"]}),
     ):
-        told = shell.told("key", "whose", text, stdin=stdin)
-        assert {one["id"] for one in told["keys"]} == found
-        assert all((one["user"], one["tenant"], one["state"]) == ("u_42", "acme", "active") for one in told["keys"])
+        shown = shell.run_json("key", "whose", text, stdin=stdin)
+        assert {one["id"] for one in shown["keys"]} == found
+        assert all((one["user"], one["tenant"], one["state"]) == ("u_42", "acme", "active") for one in shown["keys"])
     seen = shell.run("key", "whose", key["secret"], "--json")
     assert [one["id"] for one in seen.json["keys"]] == [key["id"]]
     assert "can be seen by other users" in seen.err
@@ -289,22 +307,23 @@ def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: d
 
 
 def test_scopes_of_a_key_are_replaced_and_logged(shell: Shell, key: dict[str, Any]) -> None:
-    told = shell.told("key", "set-scopes", key["id"], "--scope", "a", "--scope", "b", "--scope", "a")
-    assert told["scopes"] == ["a", "b"]
-    (row,) = shell.told("audit", "list", "--entity", "key", "--id", key["id"], "--action", "update")
+    shown = shell.run_json("key", "set-scopes", key["id"], "--scope", "a", "--scope", "b", "--scope", "a")
+    assert shown["scopes"] == ["a", "b"]
+    (row,) = shell.run_json("audit", "list", "--entity", "key", "--id", key["id"], "--action", "update")
     assert (row["changed"], row["after"]["scopes"]) == (["scopes"], ["a", "b"])
-    assert shell.told("key", "set-scopes", key["id"], "--none")["scopes"] == []
+    assert shell.run_json("key", "set-scopes", key["id"], "--none")["scopes"] == []
 
 
 def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell: Shell) -> None:
-    first = shell.told("plan", "set", "p", "--rate", "50/s", "--burst", "100", "--tokens-per-day", "7")
+    first = shell.run_json("plan", "set", "p", "--rate", "50/s", "--burst", "100", "--tokens-per-day", "7")
     assert (first["created"], first["changed"]["burst"]) == (True, {"old": None, "new": 100})
-    second = shell.told("plan", "set", "p", "--burst", "200", "--concurrency", "3")
+    second = shell.run_json("plan", "set", "p", "--burst", "200", "--concurrency", "3")
     assert second["limits"] == {"rate": 50.0, "burst": 200, "concurrency": 3, "tokens_per_day": 7}
     assert (second["created"], second["changed"]) == (
-        False, {"burst": {"old": 100, "new": 200}, "concurrency": {"old": None, "new": 3}}
-    )  # fmt: skip
-    third = shell.told("plan", "set", "p", "--tokens-per-day", "none")
+        False,
+        {"burst": {"old": 100, "new": 200}, "concurrency": {"old": None, "new": 3}},
+    )
+    third = shell.run_json("plan", "set", "p", "--tokens-per-day", "none")
     assert third["changed"] == {"tokens_per_day": {"old": 7, "new": None}}
     assert "burst: means nothing without a rate" in shell.refused("plan", "set", "p", "--rate", "none")
     again = shell.run("plan", "set", "p", "--burst", "200")
@@ -313,7 +332,7 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
     assert re.search(r"rate +50/s\nburst +200 -> 300\n", shown.out)
     for command in (("plan", "show", "p"), ("plan", "list")):
         assert re.search(r" 50/s\s", shell.run(*command).out)
-    last = shell.told("plan", "set", "p", "--replace", "--requests-per-month", "5")
+    last = shell.run_json("plan", "set", "p", "--replace", "--requests-per-month", "5")
     assert last["limits"] == {"requests_per_month": 5}
     assert last["changed"]["rate"] == {"old": 50.0, "new": None}
 
@@ -322,7 +341,7 @@ def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell:
 
 
 def test_keys_are_listed_by_use_age_and_expiry(shell: Shell, key: dict[str, Any]) -> None:
-    test = shell.told("key", "issue", "--user", "u_42", "--test", "--expires-in", "1d")
+    test = shell.run_json("key", "issue", "--user", "u_42", "--test", "--expires-in", "1d")
     listings: tuple[tuple[tuple[str, ...], list[str]], ...] = (
         (("--sort", "expires"), [test["id"], key["id"]]),
         (("--sort", "created", "--live"), [key["id"]]),
@@ -331,8 +350,8 @@ def test_keys_are_listed_by_use_age_and_expiry(shell: Shell, key: dict[str, Any]
         (("--older-than", "1d"), []),
     )
     for options, ids in listings:
-        assert [one["id"] for one in shell.told("key", "list", *options)] == ids
-    assert shell.told("key", "stale", "--unused", "30d") == []
+        assert [one["id"] for one in shell.run_json("key", "list", *options)] == ids
+    assert shell.run_json("key", "stale", "--unused", "30d") == []
 
 
 def test_a_scope_that_no_route_requires_causes_a_warning(shell: Shell, site: Site, key: dict[str, Any]) -> None:
@@ -368,18 +387,18 @@ def test_a_key_that_every_route_refuses_is_warned_of(shell: Shell, site: Site, k
 
 
 def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[str, Any]) -> None:
-    shell.told("plan", "set", "basic", "--requests-per-day", "5")
-    shell.told("user", "set-plan", "u_42", "basic")
-    shell.told("tenant", "disable", "acme")
-    shell.told("tenant", "enable", "acme")
-    new = shell.told("key", "rotate", key["id"])
-    shell.told("key", "revoke", new["id"], "--reason", "lost")
-    shell.told("key", "report-leaked", stdin=key["secret"])
-    shell.told("tenant", "delete", "acme", "--yes")
-    rows = shell.told("audit", "list", "--limit", "50")
+    shell.run_json("plan", "set", "basic", "--requests-per-day", "5")
+    shell.run_json("user", "set-plan", "u_42", "basic")
+    shell.run_json("tenant", "disable", "acme")
+    shell.run_json("tenant", "enable", "acme")
+    new = shell.run_json("key", "rotate", key["id"])
+    shell.run_json("key", "revoke", new["id"], "--reason", "lost")
+    shell.run_json("key", "report-leaked", stdin=key["secret"])
+    shell.run_json("tenant", "delete", "acme", "--yes")
+    rows = shell.run_json("audit", "list", "--limit", "50")
     assert [row["id"] for row in rows] == sorted((row["id"] for row in rows), reverse=True)
-    told = {(row["action"], row["entity"], row["entity_id"], *row["changed"]) for row in rows}
-    assert told >= {
+    shown = {(row["action"], row["entity"], row["entity_id"], *row["changed"]) for row in rows}
+    assert shown >= {
         ("insert", "plan", "basic"),
         ("update", "user", "u_42", "plan_id"),
         ("update", "tenant", "acme", "disabled_at"),
@@ -395,12 +414,12 @@ def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[
     text = json.dumps(rows)
     assert key["secret"] not in text
     assert new["secret"][12:-4] not in text
-    assert len(shell.told("audit", "list", "--limit", "3")) == 3
-    assert {row["entity_id"] for row in shell.told("audit", "list", "--entity", "key", "--id", new["id"])} == {
+    assert len(shell.run_json("audit", "list", "--limit", "3")) == 3
+    assert {row["entity_id"] for row in shell.run_json("audit", "list", "--entity", "key", "--id", new["id"])} == {
         new["id"]
     }
-    assert shell.told("audit", "list", "--until", "1d") == []
-    assert shell.told("audit", "list", "--tenant", "acme", "--since", "1h", "--action", "delete") != []
+    assert shell.run_json("audit", "list", "--until", "1d") == []
+    assert shell.run_json("audit", "list", "--tenant", "acme", "--since", "1h", "--action", "delete") != []
 
 
 def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path: Path, key: dict[str, Any]) -> None:
@@ -409,7 +428,7 @@ def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path
     file = tmp_path / "audit.jsonl"
     assert shell.run("audit", "export", "--output", str(file)).err == f"keyproxy: 3 rows added to {file}\n"
     assert file.read_text("utf-8").splitlines() == printed
-    shell.told("key", "revoke", key["id"])
+    shell.run_json("key", "revoke", key["id"])
     # The previous run was interrupted while it wrote the last row.
     with file.open("a", encoding="utf-8") as cut_off:
         cut_off.write('{"id":99,"at"')
@@ -452,16 +471,19 @@ def test_people_see_secrets_once_and_on_stdout_alone(shell: Shell, key: dict[str
 
 
 @pytest.mark.usefixtures("key")
-def test_many_keys_are_issued_from_a_table_and_again_only_what_is_missing(shell: Shell, tmp_path: Path) -> None:
-    shell.told("user", "create", "u_7", "--tenant", "acme", "--no-key")
+def test_many_keys_are_issued_from_a_table_and_a_second_run_issues_only_missing_ones(
+    shell: Shell, tmp_path: Path
+) -> None:
+    shell.run_json("user", "create", "u_7", "--tenant", "acme", "--no-key")
     table = tmp_path / "wanted.csv"
     table.write_text("user,name,scopes,test\nu_42,nightly,,\nu_7,nightly,a b,true\n")
     output = shell.run("key", "issue-many", str(table), "--scope", "jobs:write", "--expires-in", "7d", "--json")
     assert (output.status, output.err) == (0, "")
     keys = [json.loads(line) for line in output.out.splitlines()]
     assert [(key["user"], key["scopes"], key["is_test"], key["secret"][:8]) for key in keys] == [
-        ("u_42", ["jobs:write"], False, "kp_live_"), ("u_7", ["a", "b"], True, "kp_test_"),
-    ]  # fmt: skip
+        ("u_42", ["jobs:write"], False, "kp_live_"),
+        ("u_7", ["a", "b"], True, "kp_test_"),
+    ]
     again = shell.run("key", "issue-many", "-", stdin=table.read_text() + "u_7,weekly,,\n")
     assert again.out.count("kp_live_") == 1
     assert "1 key issued, 2 already existed; this is the only time the secrets are shown" in again.err
@@ -478,12 +500,12 @@ def _refused_table(shell: Shell, table: Path, content: str) -> str:
 
 
 def test_keys_are_revoked_in_bulk_after_a_look_at_how_many(shell: Shell, key: dict[str, Any]) -> None:
-    shell.told("user", "create", "u_7", "--tenant", "acme")
-    assert shell.told("key", "revoke-all", "--tenant", "acme", "--dry-run")["would_revoke"] == 2
-    assert shell.told("key", "revoke-all", "--tenant", "acme", "--older-than", "1d", "--yes") == {"revoked": 0}
-    assert shell.told("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen", "--yes") == {"revoked": 1}
-    assert shell.told("key", "show", key["id"])["revoke_reason"] == "laptop stolen"
-    assert shell.told("key", "revoke-all", "--tenant", "acme", "--yes") == {"revoked": 1}
+    shell.run_json("user", "create", "u_7", "--tenant", "acme")
+    assert shell.run_json("key", "revoke-all", "--tenant", "acme", "--dry-run")["would_revoke"] == 2
+    assert shell.run_json("key", "revoke-all", "--tenant", "acme", "--older-than", "1d", "--yes") == {"revoked": 0}
+    assert shell.run_json("key", "revoke-all", "--user", "u_42", "--reason", "laptop stolen", "--yes") == {"revoked": 1}
+    assert shell.run_json("key", "show", key["id"])["revoke_reason"] == "laptop stolen"
+    assert shell.run_json("key", "revoke-all", "--tenant", "acme", "--yes") == {"revoked": 1}
     assert "select the keys to revoke" in shell.refused("key", "revoke-all", status=2)
     assert "there is no user 'nobody'" in shell.refused("key", "revoke-all", "--user", "nobody")
 
@@ -504,43 +526,43 @@ def test_the_table_of_djangorestframework_api_key_is_taken_over_after_a_dry_run(
     problem = {"place": f"{table}:3", "problem": "the row has no user"}
     assert dry.json == {"dry_run": True, "imported": 1, "present": 0, "users": 1, "problems": [problem]}
     assert f"{table}:3: the row has no user" in dry.err
-    assert len(shell.told("key", "list")) == 1
+    assert len(shell.run_json("key", "list")) == 1
     table.write_text("\n".join(table.read_text().splitlines()[:2]) + "\n")
-    assert shell.told(*arguments) == {"dry_run": False, "imported": 1, "present": 0, "users": 1, "problems": []}
-    assert shell.told(*arguments)["present"] == 1
-    (key,) = shell.told("key", "list", "--user", "u_new")
+    assert shell.run_json(*arguments) == {"dry_run": False, "imported": 1, "present": 0, "users": 1, "problems": []}
+    assert shell.run_json(*arguments)["present"] == 1
+    (key,) = shell.run_json("key", "list", "--user", "u_new")
     assert (key["name"], key["created_at"], key["scopes"]) == ("worker", "2024-01-02T03:04:05Z", ["jobs:write"])
-    (leaked,) = shell.told("key", "report-leaked", stdin="curl -H 'Authorization: Api-Key Ab3dE6gH.secretsecret'\n")[
-        "found"
-    ]
+    (leaked,) = shell.run_json(
+        "key", "report-leaked", stdin="curl -H 'Authorization: Api-Key Ab3dE6gH.secretsecret'\n"
+    )["found"]
     assert (leaked["user"], leaked["key"], leaked["revoked_now"]) == ("u_new", key["id"], True)
 
 
 @pytest.mark.usefixtures("key")
 def test_digests_are_imported_from_json_lines_and_django_dumps(shell: Shell) -> None:
     lines = "".join(json.dumps({"digest": f"{n:064x}", "user": "u_42", "scopes": ["a"]}) + "\n" for n in range(3))
-    assert shell.told("key", "import", "-", stdin=lines)["imported"] == 3
+    assert shell.run_json("key", "import", "-", stdin=lines)["imported"] == 3
     dump = json.dumps([{"model": "x.apikey", "pk": "a$b", "fields": {"digest": "ab" * 32, "owner": "u_42"}}])
-    assert shell.told("key", "import", "-", "--user-column", "owner", stdin=dump)["imported"] == 1
+    assert shell.run_json("key", "import", "-", "--user-column", "owner", stdin=dump)["imported"] == 1
     for wrong in ("{not json", "user\n\x00\n", ""):
         output = shell.run("key", "import", "-", stdin=wrong)
         assert "Traceback" not in output.err
 
 
 @pytest.mark.usefixtures("key")
-def test_what_is_destroyed_without_a_terminal_needs_yes(shell: Shell, key: dict[str, Any]) -> None:
-    shell.told("plan", "set", "p")
+def test_destructive_commands_without_a_terminal_need_yes(shell: Shell, key: dict[str, Any]) -> None:
+    shell.run_json("plan", "set", "p")
     commands = (
         ("tenant", "delete", "acme"), ("user", "delete", "u_42"), ("key", "delete", key["id"]), ("plan", "delete", "p"),
         ("key", "revoke-all", "--user", "u_42"),
     )  # fmt: skip
     for command in commands:
         assert "pass --yes" in shell.refused(*command)
-    assert [one["state"] for one in shell.told("key", "list")] == ["active"]
-    assert shell.told("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
+    assert [one["state"] for one in shell.run_json("key", "list")] == ["active"]
+    assert shell.run_json("key", "revoke-all", "--user", "u_42", "--dry-run") == {"revoked": 0, "would_revoke": 1}
 
 
-def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path: Path) -> None:
+def test_files_without_valid_rows_are_refused_with_the_line_number(shell: Shell, tmp_path: Path) -> None:
     file = tmp_path / "rows"
     cases = (
         ("", "1: the file is empty"),
@@ -561,10 +583,10 @@ def test_files_that_are_no_rows_are_refused_with_the_line(shell: Shell, tmp_path
         for command in ("issue-many", "import"):
             if command == "import" and "row has" in sentence:
                 continue
-            told = shell.refused("key", command, str(file))
-            assert f"{file}:" in told
+            shown = shell.refused("key", command, str(file))
+            assert f"{file}:" in shown
             if command == "issue-many":
-                assert f"{file}:{sentence}" in told
+                assert f"{file}:{sentence}" in shown
     file.write_bytes(b"user\nu_\xff\n")
     assert f"{file}:2: this is not UTF-8 text" in shell.refused("key", "issue-many", str(file))
     secret = KeyFormat().make(bytes(32), is_test=False).reveal().decode()
@@ -591,25 +613,23 @@ def test_help_is_shown_once_if_there_is_no_command(group: list[str], capsys: pyt
 def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
     shell: Shell, key: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("keyproxy.cli.context.click.confirm", lambda question, **_: asked.append(question))
+    questions: list[str] = []
+    monkeypatch.setattr("keyproxy.cli.context.click.confirm", lambda question, **_: questions.append(question))
     shell.is_terminal = True
     shell.run("key", "revoke", key["id"])
-    assert asked == []
+    assert questions == []
     shell.run("user", "delete", "u_42", "--yes")
-    assert asked == []
+    assert questions == []
     shell.run("key", "revoke-all", "--tenant", "acme")
     shell.run("tenant", "delete", "acme")
-    assert asked == [
-        "Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?",
-    ]  # fmt: skip
+    assert questions == ["Revoke 0 keys? This cannot be undone.", "Delete tenant acme with all its users and keys?"]
 
 
 def test_roles_are_created_once_and_named(shell: Shell) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
     names = [f"{prefix}_proxy", f"{prefix}_admin"]
-    assert shell.told("migrate", "--roles", prefix)["roles_made"] == names
-    again = shell.told("migrate", "--roles", prefix)
+    assert shell.run_json("migrate", "--roles", prefix)["roles_made"] == names
+    again = shell.run_json("migrate", "--roles", prefix)
     assert (again["roles"], again["roles_made"]) == (names, [])
     assert "not a valid prefix for roles" in shell.refused("migrate", "--roles", "Two Words")
     assert "--status" in shell.refused("migrate", "--roles", prefix, "--status", status=2)

@@ -135,8 +135,8 @@ async def test_a_user_with_an_exhausted_quota_is_refused_before_the_body(
 ) -> None:
     site = configure(dsn, routes=_ROUTES)
     secret = (await site.key())["secret"].encode()
-    await site.told("plan", "set", "one", "--requests-per-day", "1")
-    await site.told("user", "set-plan", "u_42", "one")
+    await site.run_json("plan", "set", "one", "--requests-per-day", "1")
+    await site.run_json("user", "set-plan", "u_42", "one")
     raw = gzip.compress(_hostile(31_000_000)["empty arrays"])
     lines = ("Content-Type: application/json", "Content-Encoding: gzip", f"Content-Length: {len(raw)}")
     async with site.serving() as process:
@@ -154,12 +154,12 @@ async def test_a_user_with_an_exhausted_quota_is_refused_before_the_body(
         assert len(site.upstream.requests) == 1
 
 
-async def test_slow_bodies_of_one_user_leave_room_for_another_and_are_given_up(configure: Configure, dsn: str) -> None:
+async def test_slow_bodies_of_one_user_leave_room_for_another_and_time_out(configure: Configure, dsn: str) -> None:
     """Requests of a user with an exhausted quota; their idempotency keys may have been charged before."""
     site = configure(dsn, routes=_ROUTES)
     secret, other = [(await site.key(user))["secret"].encode() for user in ("u_42", "u_43")]
-    await site.told("plan", "set", "none", "--requests-per-day", "0")
-    await site.told("user", "set-plan", "u_42", "none")
+    await site.run_json("plan", "set", "none", "--requests-per-day", "0")
+    await site.run_json("user", "set-plan", "u_42", "none")
     size = 33_554_432
     async with site.serving() as process, contextlib.AsyncExitStack() as stack:
         before = _peak_bytes(process.pid)

@@ -36,19 +36,19 @@ async def test_a_worker_starts_with_the_configuration_text_unchanged(pair: Pair,
     supervisor_end.begin(text)
     assert await asyncio.to_thread(control_channel.begun_with, pair[1]) == text
     worker_end = await control_channel.worker_end(pair[1])
-    heard: list[Order] = []
+    received: list[Order] = []
 
     async def following() -> None:
         async for order in worker_end.orders():
-            heard.append(order)
-            worker_end.answer("" if order.kind != control_channel.OFFER else "no\nway")
+            received.append(order)
+            worker_end.reply("" if order.kind != control_channel.OFFER else "no\nway")
 
     task = asyncio.create_task(following())
-    assert await supervisor_end.ask(Order(control_channel.OFFER, text)) == "no\nway"
-    assert await supervisor_end.ask(Order(control_channel.WITHDRAW)) == ""
+    assert await supervisor_end.send(Order(control_channel.OFFER, text)) == "no\nway"
+    assert await supervisor_end.send(Order(control_channel.WITHDRAW)) == ""
     await supervisor_end.close()
     await asyncio.wait_for(task, 5)
-    assert heard == [Order(control_channel.OFFER, text), Order(control_channel.WITHDRAW)]
+    assert received == [Order(control_channel.OFFER, text), Order(control_channel.WITHDRAW)]
     await worker_end.close()
 
 
@@ -56,7 +56,7 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
     supervisor_end = await control_channel.supervisor_end(pair[0])
     pair[1].close()
     with pytest.raises(ConnectionError):
-        await supervisor_end.ask(Order(control_channel.APPLY))
+        await supervisor_end.send(Order(control_channel.APPLY))
     await supervisor_end.close()
     ours, theirs = socket.socketpair()
     ours.close()
@@ -64,8 +64,10 @@ async def test_the_end_of_either_is_noticed_by_the_other(pair: Pair) -> None:
         control_channel.begun_with(theirs)
 
 
-@pytest.mark.parametrize(("program", "told"), [("sleep", "has not responded for 0.1 s"), ("true", "does not respond")])
-async def test_an_unresponsive_worker_is_killed_and_blocks_the_reload(program: str, told: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "message"), [("sleep", "has not responded for 0.1 s"), ("true", "does not respond")]
+)
+async def test_an_unresponsive_worker_is_killed_and_blocks_the_reload(program: str, message: str) -> None:
     crew = WorkerPool(lambda: 0)
     async with contextlib.AsyncExitStack() as stack:
         worker = await Worker.start(["sh", "-c", f"exec {program} 60"], os.environ, "")
@@ -73,7 +75,7 @@ async def test_an_unresponsive_worker_is_killed_and_blocks_the_reload(program: s
         stack.callback(worker.send_signal, signal.SIGKILL)
         worker.is_ready, worker.patience_seconds = True, 0.1
         crew.members.add(worker)
-        with pytest.raises(ReloadError, match=told):
+        with pytest.raises(ReloadError, match=message):
             await crew.offer("")
         assert await asyncio.wait_for(worker.process.wait(), 5) == (-signal.SIGKILL if program == "sleep" else 0)
         assert await worker.follows(Order(control_channel.APPLY)), "it is not waited for once more"

@@ -32,7 +32,7 @@ from tests.rawhttp import free_port
         ({"upstream": {"url": "http://0:{port}"}}, "upstream.url: http://0:{port} is this proxy itself"),
     ],
 )
-async def test_what_overlaps_is_refused_by_the_check_and_at_the_start(
+async def test_overlapping_addresses_are_refused_by_config_check_and_at_start(
     configure: Configure, dsn: str, tables: dict[str, dict[str, str]], result: str
 ) -> None:
     port = free_port()
@@ -143,11 +143,11 @@ async def test_a_reload_to_an_address_of_another_process_changes_nothing(configu
         await until(is_ready, while_running=process)
         apart.config.write_text(content.replace(str(port), str(site.ops_port)), encoding="utf-8")
         process.send_signal(signal.SIGHUP)
-        await until(lambda: says(apart, "has this address as its ops.address"))
+        await until(lambda: has_printed(apart, "has this address as its ops.address"))
         assert (await apart.ops("/readyz"))[0] == 200
 
 
-async def says(site: Site, text: str) -> bool:
+async def has_printed(site: Site, text: str) -> bool:
     return text.encode() in b"".join(site.printed)
 
 
@@ -177,6 +177,6 @@ def test_a_name_encodes_the_presence_and_fits_a_socket_address() -> None:
     what = startup_conflicts.of_proxy(settings, "postgresql://u:hunter2@h/d")
     assert len(what.name()) < 107
     assert "hunter2" not in what.name()
-    (host,) = startup_conflicts.places(what)["listen.address"].hosts
-    assert (str(host), startup_conflicts.places(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
+    (host,) = startup_conflicts.addresses_of(what)["listen.address"].hosts
+    assert (str(host), startup_conflicts.addresses_of(what)["listen.address"].port) == ("2001:db8:1:2:3:4:5:6", 65535)
     assert str(os.getpid()) in what.name()

@@ -23,20 +23,20 @@ async def test_the_use_of_a_rotated_key_is_shown_in_responses_and_counted(site: 
     old = await site.key()
     async with site.serving():
         assert await _expires_in(site, old["secret"]) == (200, None)
-        new = await site.told("key", "rotate", old["id"], "--grace", "1h")
+        new = await site.run_json("key", "rotate", old["id"], "--grace", "1h")
 
-        async def is_told() -> bool:
+        async def is_warned() -> bool:
             return (await _expires_in(site, old["secret"]))[1] is not None
 
-        await until(is_told, seconds=2)
+        await until(is_warned, seconds=2)
         status, left = await _expires_in(site, old["secret"])
         assert status == 200
         assert left is not None
         assert 3500 < int(left) <= 3600
         assert await _expires_in(site, new["secret"]) == (200, None)
         assert await site.metric("keyproxy_retiring_key_requests_total") >= 2
-        await site.told("key", "revoke", new["id"])
-        await site.told("key", "rotate", old["id"], "--grace", "0s")
+        await site.run_json("key", "revoke", new["id"])
+        await site.run_json("key", "rotate", old["id"], "--grace", "0s")
 
         async def has_ended() -> bool:
             return await site.call(old["secret"]) == (401, "api_key_expired")

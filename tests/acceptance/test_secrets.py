@@ -16,7 +16,7 @@ from tests.rawhttp import connect
 CANARY = KeyFormat().make(b"canary canary canary canary 1234", is_test=False).reveal().decode()
 
 #: This many consecutive characters of a key's random part are a leak: more than its hint contains.
-TELLING = 12
+REVEALING_DIGITS = 12
 
 
 def _encoded(text: str, times: int) -> str:
@@ -132,11 +132,11 @@ def _rows(positions: list[str], good: str) -> Iterator[bytes]:
     yield f"GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {CANARY}\n\n".encode()
 
 
-def _leaks(told: bytes, secret: str) -> list[str]:
+def _leaks(content: bytes, secret: str) -> list[str]:
     """The pieces of a key's random part that an output contains."""
     digits = secret[8:]
-    pieces = {digits[at : at + TELLING] for at in range(len(digits) - TELLING + 1)}
-    text = told.decode("latin-1").lower()
+    pieces = {digits[at : at + REVEALING_DIGITS] for at in range(len(digits) - REVEALING_DIGITS + 1)}
+    text = content.decode("latin-1").lower()
     return sorted(piece for piece in pieces if piece.lower() in text)
 
 
@@ -172,9 +172,9 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
         pages = [(await site.ops(path))[1].encode() for path in ("/metrics", "/readyz", "/livez")]
         own = [Path(f"/proc/{process.pid}/{file}").read_bytes() for file in ("cmdline", "environ", "comm")]
     assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
-    told = b"".join([*site.printed, *answers, *pages, *own, *await _tables(dsn)])
-    assert _leaks(told, CANARY) == []
-    assert _leaks(told, good) == []
+    content = b"".join([*site.printed, *answers, *pages, *own, *await _tables(dsn)])
+    assert _leaks(content, CANARY) == []
+    assert _leaks(content, good) == []
     for message in site.upstream.heads:
         assert good not in str(message)
         assert CANARY not in str([message.start, message.one("X-Request-Id"), message.all("Authorization")])

@@ -20,10 +20,10 @@ from tests.acceptance.conftest import Configure, Site, until
 
 
 async def test_a_key_from_the_command_line_is_accepted_with_its_identity(site: Site) -> None:
-    await site.told("tenant", "create", "acme")
-    await site.told("user", "create", "u_42", "--tenant", "acme", "--no-key")
-    key = await site.told("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:read")
-    test = await site.told("key", "issue", "--user", "u_42", "--test")
+    await site.run_json("tenant", "create", "acme")
+    await site.run_json("user", "create", "u_42", "--tenant", "acme", "--no-key")
+    key = await site.run_json("key", "issue", "--user", "u_42", "--scope", "jobs:write", "--scope", "jobs:read")
+    test = await site.run_json("key", "issue", "--user", "u_42", "--test")
     async with site.serving():
         assert await site.call(key["secret"]) == (200, "")
         assert await site.call(test["secret"]) == (200, "")
@@ -148,7 +148,7 @@ async def test_readiness_fails_with_a_reason_while_the_upstream_is_down(site: Si
         assert json.loads(page)["checks"]["upstream"]["reason"]
 
 
-async def test_sigterm_finishes_what_is_under_way_and_exits_0(site: Site) -> None:
+async def test_sigterm_finishes_requests_in_flight_and_exits_0(site: Site) -> None:
     key = await site.key()
     async with site.serving() as process, site.client() as client:
         head = f"POST / HTTP/1.1\r\nHost: a\r\nAuthorization: Api-Key {key['secret']}\r\nContent-Length: 4\r\n\r\n"
@@ -190,8 +190,8 @@ async def test_every_request_has_one_line_in_the_access_log_and_one_count_in_the
 async def test_a_limit_that_refused_is_named_in_the_log_and_in_the_usage_events(configure: Configure, dsn: str) -> None:
     site = configure(dsn, log={"access": "refusals"})
     key = await site.key()
-    await site.told("plan", "set", "one", "--requests-per-day", "1")
-    await site.told("user", "set-plan", "u_42", "one")
+    await site.run_json("plan", "set", "one", "--requests-per-day", "1")
+    await site.run_json("user", "set-plan", "u_42", "one")
     async with site.serving():
         assert [(await site.call(key["secret"]))[1] for _ in range(2)] == ["", "quota_exhausted"]
         assert await site.metric("keyproxy_refusals_total", code="quota_exhausted", blame="caller") == 1
@@ -246,7 +246,11 @@ async def test_last_use_is_written_within_seconds_without_other_changes(site: Si
     ("tables", "status", "sentence"),
     [
         ({"listen": {"adress": "x"}}, 2, "listen.adress: no such key"),
-        ({"store": {"dsn": "postgresql://127.0.0.1:1/x"}}, 1, "cannot be reached"),
+        (
+            {"store": {"dsn": "postgresql://127.0.0.1:1/x"}},
+            1,
+            "the database is unavailable: cannot connect to 127.0.0.1:1, database 'x': ",
+        ),
     ],
 )
 async def test_a_startup_error_is_one_line_with_a_remedy(

@@ -25,9 +25,16 @@ async def shell(site: Site, arguments: str, redirections: str) -> Output:
     """Run a command as a shell does, with these redirections."""
     line = f'exec "$0" -m keyproxy {arguments} --config "$1" {redirections}'
     process = await asyncio.create_subprocess_exec(
-        "sh", "-c", line, sys.executable, str(site.config), env=site.environment, stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        "sh",
+        "-c",
+        line,
+        sys.executable,
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     async with asyncio.timeout(STUCK_SECONDS):
         out, err = await process.communicate()
     assert b"Traceback" not in err, err
@@ -42,7 +49,7 @@ async def test_commands_run_without_some_of_their_streams(site: Site, redirectio
     for command in ("config check", "tenant create acme", "tenant list", "key list", "audit list", "migrate --status"):
         output = await shell(site, command, redirections)
         assert output.status == 0, (command, output.err)
-    assert [tenant["id"] for tenant in await site.told("tenant", "list")] == ["acme"]
+    assert [tenant["id"] for tenant in await site.run_json("tenant", "list")] == ["acme"]
 
 
 @pytest.mark.parametrize(("redirections", "workers"), [*((one, 1) for one in CLOSED), (CLOSED[-1], 2)])
@@ -53,9 +60,16 @@ async def test_a_proxy_serves_without_some_of_its_streams(
     secret = (await site.key())["secret"]
     line = f'exec "$0" -m keyproxy serve --config "$1" {redirections}'
     process = await asyncio.create_subprocess_exec(
-        "sh", "-c", line, sys.executable, str(site.config), env=site.environment,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        "sh",
+        "-c",
+        line,
+        sys.executable,
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
     try:
         await site.until_ready(process)
         for _ in range(4):
@@ -73,16 +87,20 @@ async def test_no_secret_is_created_without_a_stdout_to_show_it(site: Site, tmp_
     table = tmp_path / "users.csv"
     table.write_text("user,name\nu_42,nightly\n", encoding="utf-8")
     for command in (
-        "key issue --user u_42", f"key rotate {key['id']}", f"key issue-many {table}", "user create u_7 --tenant acme",
+        "key issue --user u_42",
+        f"key rotate {key['id']}",
+        f"key issue-many {table}",
+        "user create u_7 --tenant acme",
         "admin token create --scope admin:write",
-    ):  # fmt: skip
+    ):
         output = await shell(site, command, ">&-")
         assert (output.status, output.err) == (
-            1, "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
-        ), command  # fmt: skip
-    assert [one["id"] for one in await site.told("key", "list")] == [key["id"]]
-    assert await site.told("admin", "token", "list") == []
-    assert [user["id"] for user in await site.told("user", "list")] == ["u_42"]
+            1,
+            "keyproxy: stdout is closed, so the secret cannot be shown: nothing was changed\n",
+        ), command
+    assert [one["id"] for one in await site.run_json("key", "list")] == [key["id"]]
+    assert await site.run_json("admin", "token", "list") == []
+    assert [user["id"] for user in await site.run_json("user", "list")] == ["u_42"]
     assert (await shell(site, "user create u_7 --tenant acme --no-key", ">&-")).status == 0
 
 
@@ -91,48 +109,60 @@ async def test_no_secret_is_created_without_a_stdout_to_show_it(site: Site, tmp_
 
 @needs_full
 @pytest.mark.parametrize("options", ["", " --json"])
-async def test_a_secret_that_cannot_be_printed_is_named_with_what_to_do(site: Site, options: str) -> None:
+async def test_a_lost_secret_is_reported_with_its_key_and_the_remedy(site: Site, options: str) -> None:
     key = await site.key()
     output = await shell(site, f"key issue --user u_42{options}", "> /dev/full")
-    (lost,) = [one for one in await site.told("key", "list") if one["id"] != key["id"]]
+    (lost,) = [one for one in await site.run_json("key", "list") if one["id"] != key["id"]]
     result = (
         "keyproxy: stdout cannot be written (No space left on device): the secret of key {} is lost: `keyproxy key {}`"
     )
     assert output.status == 1
     assert output.err.startswith(result.format(lost["id"], f"revoke {lost['id']}"))
-    await site.told("key", "revoke", lost["id"])
+    await site.run_json("key", "revoke", lost["id"])
 
     output = await shell(site, f"key rotate {key['id']}{options}", "> /dev/full")
-    successor = (await site.told("key", "show", key["id"]))["replaced_by"]
+    successor = (await site.run_json("key", "show", key["id"]))["replaced_by"]
     assert output.status == 1
     assert output.err.startswith(result.format(successor, f"revoke {successor}"))
     assert f"then rotate {key['id']} again" in output.err
-    await site.told("key", "revoke", successor)
-    assert (await site.told("key", "rotate", key["id"]))["secret"].startswith("kp_live_")
+    await site.run_json("key", "revoke", successor)
+    assert (await site.run_json("key", "rotate", key["id"]))["secret"].startswith("kp_live_")
 
     output = await shell(site, f"user create u_7 --tenant acme{options}", "> /dev/full")
-    (first,) = await site.told("key", "list", "--user", "u_7")
+    (first,) = await site.run_json("key", "list", "--user", "u_7")
     assert output.status == 1
     assert f"user u_7 was created, and the secret of key {first['id']} is lost" in output.err
     assert f"`keyproxy key revoke {first['id']}`, then `keyproxy key issue --user u_7`" in output.err
 
     output = await shell(site, f"admin token create --scope admin:write{options}", "> /dev/full")
-    (token,) = await site.told("admin", "token", "list")
+    (token,) = await site.run_json("admin", "token", "list")
     assert output.status == 1
     assert f"`keyproxy admin token revoke {token['id']}`" in output.err
 
 
 async def test_a_secret_for_a_reader_that_has_left_is_named_too(site: Site) -> None:
-    await site.told("tenant", "create", "acme")
+    await site.run_json("tenant", "create", "acme")
     reading, writing = os.pipe()
     os.close(reading)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "keyproxy", "user", "create", "u_7", "--tenant", "acme", "--config", str(site.config),
-        env=site.environment, stdin=asyncio.subprocess.DEVNULL, stdout=writing, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "keyproxy",
+        "user",
+        "create",
+        "u_7",
+        "--tenant",
+        "acme",
+        "--config",
+        str(site.config),
+        env=site.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+    )
     os.close(writing)
     _, err = await asyncio.wait_for(process.communicate(), STUCK_SECONDS)
-    (key,) = await site.told("key", "list", "--user", "u_7")
+    (key,) = await site.run_json("key", "list", "--user", "u_7")
     assert process.returncode == 1
     assert (
         f"stdout cannot be written (Broken pipe): user u_7 was created, and the secret of key {key['id']}"
@@ -161,7 +191,7 @@ async def test_secrets_lost_on_a_full_disk_are_issued_again_and_used_keys_stay(s
     lost = await shell(site, command, "> /dev/full")
     assert lost.status == 1
     assert "--reissue-unseen" in lost.err
-    before = {one["user"]: one for one in await site.told("key", "list") if one["name"] == "nightly"}
+    before = {one["user"]: one for one in await site.run_json("key", "list") if one["name"] == "nightly"}
     assert len(before) == 3
     plain = await shell(site, command, "")
     assert [json.loads(line)["created"] for line in plain.out.splitlines()] == [False] * 3
@@ -170,13 +200,16 @@ async def test_secrets_lost_on_a_full_disk_are_issued_again_and_used_keys_stay(s
     keys = [json.loads(line) for line in again.out.splitlines()]
     assert [(key["created"], key["reissues"]) for key in keys] == [
         (True, before[f"u_{number}"]["id"]) for number in range(3)
-    ]  # fmt: skip
+    ]
     for one in before.values():
-        shown = await site.told("key", "show", one["id"])
+        shown = await site.run_json("key", "show", one["id"])
         assert (shown["state"], shown["revoke_reason"]) == (
-            "revoked", "issued again: its secret was lost before it was used",
-        )  # fmt: skip
-    revoked = [row for row in await site.told("audit", "list") if row["action"] == "update" and row["entity"] == "key"]
+            "revoked",
+            "issued again: its secret was lost before it was used",
+        )
+    revoked = [
+        row for row in await site.run_json("audit", "list") if row["action"] == "update" and row["entity"] == "key"
+    ]
     assert {row["entity_id"] for row in revoked} == {one["id"] for one in before.values()}
     async with site.serving():
         assert await site.call(keys[0]["secret"]) == (200, "")
@@ -193,9 +226,16 @@ async def test_a_full_stdout_loses_only_log_lines(configure: Configure, dsn: str
     secret = (await site.key())["secret"]
     with FULL.open("wb") as full:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "serve", "--config", str(site.config), env=site.environment,
-            stdout=full, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "serve",
+            "--config",
+            str(site.config),
+            env=site.environment,
+            stdout=full,
+            stderr=asyncio.subprocess.PIPE,
+        )
     assert process.stderr is not None
     try:
         await site.until_ready(process)

@@ -60,8 +60,10 @@ async def _ready(site: Site) -> tuple[int, Any]:
 
 
 async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_only(
-    configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
-) -> None:  # fmt: skip
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+    address: Relay,
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)
@@ -85,10 +87,10 @@ async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_o
 
         await _promoted(sql, replica, by="ALTER SYSTEM SET default_transaction_read_only = on")
         # Until the address moves there is no primary, and /readyz reports the reason.
-        await until(lambda: _says_of_store(site, "read-only"), seconds=5)
+        await until(lambda: _reports_store(site, "read-only"), seconds=5)
         assert (await _ready(site))[1]["status"] == "degraded"
         # The reason names the server.
-        assert await _says_of_store(site, address.dsn.rpartition("host=")[2].partition("&")[0])
+        assert await _reports_store(site, address.dsn.rpartition("host=")[2].partition("&")[0])
 
         address.lead_to(second.dsn)
         moved = time.monotonic()
@@ -120,8 +122,10 @@ async def test_a_proxy_follows_the_database_while_the_old_server_stays_up_read_o
 
 
 async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_primary(
-    configure: Configure, servers: tuple[Server, Server], address: Relay  # noqa: F811
-) -> None:  # fmt: skip
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+    address: Relay,
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)
@@ -146,9 +150,10 @@ async def test_a_proxy_that_starts_on_a_standby_does_not_use_it_and_finds_the_pr
     await sql.close()
 
 
-async def test_of_several_hosts_the_primary_is_found_also_after_it_has_changed(
-    configure: Configure, servers: tuple[Server, Server]  # noqa: F811
-) -> None:  # fmt: skip
+async def test_the_primary_is_found_among_several_hosts_also_after_it_changes(
+    configure: Configure,
+    servers: tuple[Server, Server],  # noqa: F811
+) -> None:
     primary, second = servers
     sql = await primary.connect()
     await migrations.migrate(primary.dsn)
@@ -183,7 +188,7 @@ async def _answers(site: Site, secret: str, status: int) -> bool:
     return (await site.call(secret))[0] == status
 
 
-async def _says_of_store(site: Site, words: str) -> bool:
+async def _reports_store(site: Site, words: str) -> bool:
     return words in (await _ready(site))[1]["checks"]["store"].get("reason", "")
 
 

@@ -16,16 +16,16 @@ from tests.acceptance.conftest import Configure, Site, until
 
 async def counted(site: Site, *arguments: str) -> dict[str, int]:
     """Totals over all rows of `usage show`."""
-    rows = await site.told("usage", "show", *arguments)
+    rows = await site.run_json("usage", "show", *arguments)
     return {name: sum(row[name] for row in rows) for name in ("requests", "refusals")}
 
 
-async def test_usage_equals_what_was_sent_and_is_exported_as_often(site: Site) -> None:
+async def test_usage_equals_the_requests_sent_and_each_is_exported_once(site: Site) -> None:
     key, test = await site.key(), await site.key(is_test=True)
     async with site.serving():
         assert [await site.call(key["secret"]) for _ in range(3)] == [(200, "")] * 3
         assert await site.call(test["secret"]) == (200, "")
-        await site.told("key", "revoke", test["id"])
+        await site.run_json("key", "revoke", test["id"])
 
         async def is_refused() -> bool:
             return (await site.call(test["secret"]))[0] == 401
@@ -34,7 +34,7 @@ async def test_usage_equals_what_was_sent_and_is_exported_as_often(site: Site) -
         assert (await site.call("kp_live_nobody"))[0] == 401
     # The proxy writes its remaining usage when it exits.
     reached = len(site.upstream.requests)
-    rows = await site.told("usage", "show", "--user", "u_42", "--by", "mode")
+    rows = await site.run_json("usage", "show", "--user", "u_42", "--by", "mode")
     assert {row["mode"]: row["requests"] for row in rows} == {"live": 3, "test": reached - 3}
     assert sum(row["refusals"] for row in rows) == 1
     assert await counted(site, "--tenant", "acme") == {"requests": reached, "refusals": 1}
@@ -44,27 +44,25 @@ async def test_usage_equals_what_was_sent_and_is_exported_as_often(site: Site) -
 
 
 async def _exported(site: Site, key_id: str, *, requests: int) -> None:
-    told = [json.loads(line) for line in (await site.run("usage", "export", "--events")).out.splitlines()]
-    assert len({event["id"] for event in told}) == len(told) == requests
-    assert {event["request_id"] for event in told} <= {line["request_id"] for line in site.log()}
+    exported = [json.loads(line) for line in (await site.run("usage", "export", "--events")).out.splitlines()]
+    assert len({event["id"] for event in exported}) == len(exported) == requests
+    assert {event["request_id"] for event in exported} <= {line["request_id"] for line in site.log()}
     table = list(csv.DictReader(io.StringIO((await site.run("usage", "export", "--format", "csv")).out)))
     assert sum(int(row["requests"]) + int(row["refusals"]) for row in table) == requests
-    rest = await site.run("usage", "export", "--format", "cloudevents", "--after", told[1]["id"], "--key", key_id)
+    rest = await site.run("usage", "export", "--format", "cloudevents", "--after", exported[1]["id"], "--key", key_id)
     events: list[dict[str, Any]] = [json.loads(line) for line in rest.out.splitlines()]
-    assert [event["id"] for event in events] == [told[2]["id"]]
+    assert [event["id"] for event in events] == [exported[2]["id"]]
     assert events[0]["specversion"] == "1.0"
     assert events[0]["data"]["status"] == 200
     lost = await site.run("usage", "export", "--events", "--after", "nothing")
     assert (lost.status, lost.out) == (1, "")
 
 
-async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was_spent_stays_covered(
-    configure: Configure, dsn: str
-) -> None:
+async def test_a_killed_proxy_loses_only_unwritten_usage_and_none_of_the_spend(configure: Configure, dsn: str) -> None:
     site = configure(dsn, ledger={"lease_seconds": 1.0, "settle_seconds": 0.1})
     key = await site.key()
-    await site.told("plan", "set", "daily", "--requests-per-day", "1000")
-    await site.told("user", "set-plan", "u_42", "daily")
+    await site.run_json("plan", "set", "daily", "--requests-per-day", "1000")
+    await site.run_json("user", "set-plan", "u_42", "daily")
     async with site.serving() as process:
 
         async def counts_requests() -> bool:
@@ -84,7 +82,7 @@ async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was
         await process.wait()
     reached = len(site.upstream.requests)
     assert reached - 5 <= (await counted(site))["requests"] <= reached
-    (window,) = await site.told("usage", "windows", "--user", "u_42")
+    (window,) = await site.run_json("usage", "windows", "--user", "u_42")
     assert (window["policy"], window["limit"]) == ("user.requests_per_day", 1000)
     assert window["spent"] + window["held"] >= reached
 
@@ -92,25 +90,33 @@ async def test_a_killed_proxy_loses_at_most_what_it_had_not_written_and_what_was
 async def test_an_exhausted_quota_is_explained_as_it_is_refused(configure: Configure, dsn: str) -> None:
     site = configure(dsn, routes=[{"match": "POST /v1/ai/jobs"}])
     key = await site.key()
-    await site.told("plan", "set", "two", "--requests-per-day", "2", "--rate", "100/s")
-    await site.told("user", "set-plan", "u_42", "two")
+    await site.run_json("plan", "set", "two", "--requests-per-day", "2", "--rate", "100/s")
+    await site.run_json("user", "set-plan", "u_42", "two")
     question = ("key", "explain", key["id"], "--method", "POST", "--path", "/v1/ai/jobs")
-    before = await site.told(*question)
+    before = await site.run_json(*question)
     assert (before["allowed"], before["code"]) == (True, None)
     async with site.serving():
         assert [(await site.call(key["secret"]))[1] for _ in range(3)] == ["", "", "quota_exhausted"]
-        after = await site.told(*question)
+        after = await site.run_json(*question)
     assert after == after | {
-        "allowed": False, "code": "quota_exhausted", "status": 429, "policy": "user.requests_per_day",
-        "user": "u_42", "tenant": "acme", "mode": "live", "route": "POST /v1/ai/jobs",
-    }  # fmt: skip
+        "allowed": False,
+        "code": "quota_exhausted",
+        "status": 429,
+        "policy": "user.requests_per_day",
+        "user": "u_42",
+        "tenant": "acme",
+        "mode": "live",
+        "route": "POST /v1/ai/jobs",
+    }
     limits = {limit["policy"]: limit for limit in after["limits"]}
     assert set(limits) == {"user.requests_per_day", "user.rate"}
     assert limits["user.requests_per_day"] == limits["user.requests_per_day"] | {
-        "limit": 2, "remaining": 0, "refuses": True,
-    }  # fmt: skip
+        "limit": 2,
+        "remaining": 0,
+        "refuses": True,
+    }
     assert not limits["user.rate"]["refuses"]
-    other = await site.told("key", "explain", key["id"], "--method", "GET", "--path", "/")
+    other = await site.run_json("key", "explain", key["id"], "--method", "GET", "--path", "/")
     assert (other["allowed"], other["code"], other["status"]) == (False, "route_not_allowed", 403)
     assert (await site.run("key", "explain", "key_of_nobody", "--path", "/")).status == 1
     assert len(site.upstream.requests) == 2
@@ -121,8 +127,8 @@ async def test_limits_the_ledger_and_usage_are_in_the_metrics_and_the_page_is_we
 ) -> None:
     site = configure(dsn)
     key = await site.key()
-    await site.told("plan", "set", "two", "--requests-per-day", "2")
-    await site.told("user", "set-plan", "u_42", "two")
+    await site.run_json("plan", "set", "two", "--requests-per-day", "2")
+    await site.run_json("user", "set-plan", "u_42", "two")
     async with site.serving():
         assert [(await site.call(key["secret"]))[1] for _ in range(4)] == ["", "", *["quota_exhausted"] * 2]
         assert await site.metric("keyproxy_limit_refusals_total", policy="user.requests_per_day") == 2
@@ -142,8 +148,12 @@ async def test_limits_the_ledger_and_usage_are_in_the_metrics_and_the_page_is_we
     if promtool is None:
         pytest.skip("promtool is not installed")
     process = await asyncio.create_subprocess_exec(
-        promtool, "check", "metrics", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        promtool,
+        "check",
+        "metrics",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    said, _ = await process.communicate(page.encode())
-    assert (process.returncode, said.decode()) == (0, "")
+    )
+    output, _ = await process.communicate(page.encode())
+    assert (process.returncode, output.decode()) == (0, "")

@@ -16,7 +16,7 @@ import pytest
 
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.connections import BOUNDS, Bounds
-from keyproxy.admin.endpoints import Terms
+from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.reminder_sender import ReminderSender
@@ -27,7 +27,7 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -37,7 +37,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Reply:
-    """An answer."""
+    """A response."""
 
     status: int
     headers: Mapping[str, str]
@@ -70,15 +70,19 @@ class Api:
 
     async def token(self, *scopes: str, tenant: str | None = None, **wanted: Any) -> str:
         """The secret of a new token."""
-        made = await self.tokens.create(
-            "a test's", scopes, tenant_id=tenant, expires_in=wanted.get("expires_in")
-        )  # fmt: skip
+        made = await self.tokens.create("a test's", scopes, tenant_id=tenant, expires_in=wanted.get("expires_in"))
         return str(made["secret"])
 
     async def call(
-        self, method: str, path: str, content: object = None, *, token: str | None = FILE_TOKEN,
-        headers: Mapping[str, str] | None = None, data: bytes | None = None,
-    ) -> Reply:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        content: object = None,
+        *,
+        token: str | None = FILE_TOKEN,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Reply:
         """Send one request. `content`: the body, sent as JSON; `data`: the raw body."""
         sent = {} if token is None else {"Authorization": f"Bearer {token}"}
         if content is not None:
@@ -88,7 +92,7 @@ class Api:
         body = None if data is None else io.BytesIO(data)
         async with self.session.request(
             method, self.url + path, data=body, headers=sent | dict(headers or {}), allow_redirects=False
-        ) as response:  # fmt: skip
+        ) as response:
             return Reply(response.status, response.headers.copy(), await response.read())
 
     async def done(self, method: str, path: str, content: object = None, **more: Any) -> Any:
@@ -99,8 +103,8 @@ class Api:
 
     async def user(self, user: str = "u_1", tenant: str = "acme", *, scopes: Sequence[str] = ()) -> Entity:
         """A user with its first key; creates the tenant if it is missing."""
-        await self.directory.create_tenant(tenant, "")
-        return await self.directory.create_user(user, tenant, KeyWish(scopes=scopes))
+        await self.directory.tenants.create(tenant, "")
+        return await self.directory.users.create(user, tenant, KeyWish(scopes=scopes))
 
     async def audit(self, **wanted: str) -> list[Json]:
         """The audit log, newest first."""
@@ -118,20 +122,23 @@ async def dsn(shared_dsn: str) -> str:
 @contextlib.asynccontextmanager
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS
-) -> AsyncIterator[Api]:  # fmt: skip
+) -> AsyncIterator[Api]:
     """An admin API on its own port, over this database."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, Terms(90, Settings(routes=routes)), lambda: now[0])
+    service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
-    reminding = ReminderSender(Reminders(database))
+    reminding = ReminderSender(ReminderQueue(database))
     counted = traffic()
     listener = AdminListener(
-        service, metrics=MetricsPage(reminding, lambda: now[0], counted).page, traffic=counted,
-        log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
-    )  # fmt: skip
+        service,
+        metrics=MetricsPage(reminding, lambda: now[0], counted).page,
+        traffic=counted,
+        log_line=lambda line, _status: log.append(json.loads(line)),
+        bounds=bounds,
+    )
     with contextlib.closing(socket.socket()) as sock:
         sock.bind(("127.0.0.1", 0))
         await listener.start(sock)

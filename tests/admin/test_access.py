@@ -77,7 +77,7 @@ async def test_every_endpoint_checks_the_token_first(api: Api) -> None:
 
 
 async def test_a_token_works_until_it_expires_or_is_revoked_or_its_tenant_is_disabled(api: Api) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     expired = await api.token("admin:read", expires_in=timedelta(microseconds=1))
     bound = await api.token("admin:read", tenant="acme")
     revoked = await api.token("admin:read")
@@ -187,10 +187,10 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     for path in paths:
         reply = await api.call(endpoint.method, path, body, token=bound)
         assert reply.status < 500
-        told = reply.body.decode()
+        result = reply.body.decode()
         # A refusal may repeat the name from the request.
         marks = other.marks if reply.status < 300 else ["acme", other.secret]
-        assert not [mark for mark in marks if f'"{mark}"' in told], told
+        assert not [mark for mark in marks if f'"{mark}"' in result], result
         if endpoint.is_global:
             assert reply.code == "tenant_bound"
         elif "{id}" in endpoint.path and kind != "plans":
@@ -212,9 +212,13 @@ async def test_a_tenant_token_imports_digests_for_its_users_and_learns_nothing_o
         {"user": "u_1", **foreign},
     ]
     before = await _all_of(api, "other")
-    told = await api.done("POST", "/v1/keys/import", {"keys": rows}, token=bound)
-    assert {name: told[name] for name in ("imported", "present", "users")} == {"imported": 2, "present": 0, "users": 1}
-    assert told["problems"] == [
+    result = await api.done("POST", "/v1/keys/import", {"keys": rows}, token=bound)
+    assert {name: result[name] for name in ("imported", "present", "users")} == {
+        "imported": 2,
+        "present": 0,
+        "users": 1,
+    }
+    assert result["problems"] == [
         {"index": 2, "problem": "there is no user 'u_3' and no tenant 'other'"},
         {"index": 3, "problem": "there is no user 'o_1'"},
         {"index": 4, "problem": "the key exists and belongs to another user"},
@@ -230,8 +234,8 @@ async def test_an_import_creates_users_only_with_the_scope_for_it(api: Api) -> N
     refused = await api.call("POST", "/v1/keys/import", {"keys": [{**row, "tenant": "acme"}]}, token=token)
     assert (refused.status, refused.code) == (403, "insufficient_scope")
     assert "users:write" in refused.headers["WWW-Authenticate"]
-    told = await api.done("POST", "/v1/keys/import", {"keys": [row, {**row, "user": "u_1"}]}, token=token)
-    assert (told["imported"], told["problems"]) == (1, [{"index": 0, "problem": "there is no user 'u_2'"}])
+    result = await api.done("POST", "/v1/keys/import", {"keys": [row, {**row, "user": "u_1"}]}, token=token)
+    assert (result["imported"], result["problems"]) == (1, [{"index": 0, "problem": "there is no user 'u_2'"}])
 
 
 async def test_a_bound_token_takes_no_cursor_into_another_tenant(api: Api) -> None:
@@ -242,11 +246,11 @@ async def test_a_bound_token_takes_no_cursor_into_another_tenant(api: Api) -> No
     for path in ("/v1/users", "/v1/keys", "/v1/keys?sort=created", "/v1/audit"):
         sign = "&" if "?" in path else "?"
         everybodys = (await api.done("GET", f"{path}{sign}limit=1"))["next"]
-        told = await api.done("GET", f"{path}{sign}cursor={everybodys}", token=bound)
-        assert {item["tenant"] for item in told["items"]} <= {"acme"}
+        result = await api.done("GET", f"{path}{sign}cursor={everybodys}", token=bound)
+        assert {item["tenant"] for item in result["items"]} <= {"acme"}
 
 
-async def test_a_bound_token_does_what_it_may_within_its_tenant(api: Api) -> None:
+async def test_a_bound_token_can_use_its_scopes_within_its_tenant(api: Api) -> None:
     await _two_tenants(api)
     bound = await api.token("admin:write", tenant="acme")
     user = await api.done("POST", "/v1/users", {"id": "u_9", "tenant": "acme"}, token=bound)

@@ -79,14 +79,14 @@ async def key(api: Api) -> str:
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",
     ],
 )  # fmt: skip
-async def test_what_is_looked_up_is_printed_alike(run: Run, key: str, command: str) -> None:
+async def test_lookups_print_the_same_with_and_without_the_api(run: Run, key: str, command: str) -> None:
     arguments = [key if word == "KEY" else word for word in command.split()]
     for form in ([], ["--json"]):
-        direct, asked = await run(*arguments, *form), await run(*arguments, *form, by="api")
-        assert direct.status == asked.status
-        assert _timeless(direct.out) == _timeless(asked.out)
-        assert len(asked.err.splitlines()) == asked.status
-        assert bool(asked.out) is not bool(asked.status)
+        direct, remote = await run(*arguments, *form), await run(*arguments, *form, by="api")
+        assert direct.status == remote.status
+        assert _timeless(direct.out) == _timeless(remote.out)
+        assert len(remote.err.splitlines()) == remote.status
+        assert bool(remote.out) is not bool(remote.status)
 
 
 def _timeless(text: str) -> str:
@@ -96,31 +96,31 @@ def _timeless(text: str) -> str:
 
 @pytest.mark.parametrize("by", ["database", "api"])
 async def test_each_change_of_a_key_is_in_the_audit_log_with_its_actor(run: Run, api: Api, by: str) -> None:
-    async def told(*arguments: str) -> Any:
+    async def run_json(*arguments: str) -> Any:
         printed = await run(*arguments, "--json", by=by)
         assert (printed.status, printed.err) == (0, "")
         return json.loads(printed.out)
 
-    await told("plan", "set", "five", "--requests-per-day", "5")
-    await told("tenant", "create", "acme", "--plan", "five")
-    first = (await told("user", "create", "u_1", "--tenant", "acme", "--scope", "jobs:write"))["key"]
-    other = await told("key", "issue", "--user", "u_1", "--test", "--name", "nightly", "--expires-in", "7d")
+    await run_json("plan", "set", "five", "--requests-per-day", "5")
+    await run_json("tenant", "create", "acme", "--plan", "five")
+    first = (await run_json("user", "create", "u_1", "--tenant", "acme", "--scope", "jobs:write"))["key"]
+    other = await run_json("key", "issue", "--user", "u_1", "--test", "--name", "nightly", "--expires-in", "7d")
     assert first["secret"].startswith("kp_live_")
     assert other["secret"].startswith("kp_test_")
-    new = await told("key", "rotate", first["id"], "--grace", "1h")
-    await told("key", "set-plan", other["id"], "five")
-    await told("key", "revoke", other["id"], "--reason", "lost")
+    new = await run_json("key", "rotate", first["id"], "--grace", "1h")
+    await run_json("key", "set-plan", other["id"], "five")
+    await run_json("key", "revoke", other["id"], "--reason", "lost")
     digest = hashlib.sha256(new["secret"].encode()).hexdigest()
-    (leaked,) = (await told("key", "report-leaked", "--digest", digest))["found"]
+    (leaked,) = (await run_json("key", "report-leaked", "--digest", digest))["found"]
     assert (leaked["key"], leaked["user"]) == (new["id"], "u_1")
-    await told("user", "disable", "u_1")
-    await told("user", "enable", "u_1")
-    await told("tenant", "set-plan", "acme", "--none")
-    assert (await told("key", "revoke-all", "--user", "u_1", "--yes"))["revoked"] == 1
-    await told("key", "delete", other["id"], "--yes")
-    await told("tenant", "delete", "acme", "--yes")
-    await told("plan", "delete", "five", "--yes")
-    log = await told("audit", "list")
+    await run_json("user", "disable", "u_1")
+    await run_json("user", "enable", "u_1")
+    await run_json("tenant", "set-plan", "acme", "--none")
+    assert (await run_json("key", "revoke-all", "--user", "u_1", "--yes"))["revoked"] == 1
+    await run_json("key", "delete", other["id"], "--yes")
+    await run_json("tenant", "delete", "acme", "--yes")
+    await run_json("plan", "delete", "five", "--yes")
+    log = await run_json("audit", "list")
     assert {row["actor"].partition(":")[0] for row in log} == {"cli" if by == "database" else "token"}
     acts = [(row["entity"], row["action"]) for row in reversed(log)]
     assert acts[:15] == [
@@ -190,21 +190,21 @@ async def test_an_invalid_token_is_reported_in_one_line(run: Run, monkeypatch: p
 async def test_keys_are_imported_and_errors_are_reported_with_their_line(
     run: Run, api: Api, tmp_path: Path, by: str
 ) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     good, file = hashlib.sha256(b"a key").hexdigest(), tmp_path / "keys.csv"
     file.write_text(f"user,digest,name\nu_1,{good},old\nu_2,beef,short\nu_3,{good},twice\n")
     for arguments in (["--dry-run"], []):
         printed = await run("key", "import", str(file), "--tenant", "acme", "--json", *arguments, by=by)
-        told = json.loads(printed.out)
-        assert (printed.status, told["imported"], told["users"]) == (1, 1, 2)
-        assert [problem["place"] for problem in told["problems"]] == [f"{file}:3", f"{file}:4"]
+        result = json.loads(printed.out)
+        assert (printed.status, result["imported"], result["users"]) == (1, 1, 2)
+        assert [problem["place"] for problem in result["problems"]] == [f"{file}:3", f"{file}:4"]
     again = await run("key", "import", str(file), "--tenant", "acme", "--json", by=by)
     assert (json.loads(again.out)["imported"], json.loads(again.out)["present"]) == (0, 1)
-    (found,) = await api.directory.keys("", 10)
+    (found,) = await api.directory.keys.list_by_id("", 10)
     assert (found["user"], found["name"]) == ("u_1", "old")
 
 
-async def test_a_kind_of_thing_that_is_not_audited_is_misuse_that_names_those_that_are(run: Run) -> None:
+async def test_an_unknown_entity_is_wrong_usage_and_the_message_lists_the_entities(run: Run) -> None:
     printed = await run("audit", "list", "--entity", "tokn")
     assert printed.status == 2
     for kind in ("tenant", "user", "key", "plan", "token"):

@@ -15,7 +15,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from keyproxy.admin.connections import Bounds, Connections
+from keyproxy.admin.connections import AdminConnections, Bounds
 from keyproxy.store.directory.directory import KeyWish
 from keyproxy.store.postgres.database import Database
 from keyproxy.wire.tls import server_context
@@ -82,7 +82,7 @@ async def test_a_slow_but_steady_reader_gets_the_complete_response(database: Dat
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
-        await api.directory.issue_keys(wishes)
+        await api.directory.key_batches.issue(wishes)
         ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
 
         def read_slowly() -> int:
@@ -138,7 +138,7 @@ async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bound
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
         wishes = [("u_1", KeyWish(str(number).rjust(200, "x"))) for number in range(500)]
-        await api.directory.issue_keys(wishes)
+        await api.directory.key_batches.issue(wishes)
         ask = f"GET /v1/keys?limit=500 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n\r\n".encode()
         async with _connected(api) as (reader, writer), asyncio.timeout(20):
             writer.write(ask * 60)  # 18 MB of responses, partly held in socket buffers
@@ -154,7 +154,7 @@ async def test_a_client_without_tls_gets_a_plain_text_400(tmp_path: Path) -> Non
 
     file, authority = tmp_path / "server.pem", trustme.CA()
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(file))
-    connections = Connections(web.Server(ok), Bounds())
+    connections = AdminConnections(web.Server(ok), Bounds())
     sock = socket.create_server(("127.0.0.1", 0))
     host, port = sock.getsockname()
     await connections.start(sock, server_context(str(file), ""))

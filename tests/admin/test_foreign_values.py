@@ -17,7 +17,7 @@ from keyproxy.model import Identity, KeyDigest, Missing
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.directory import KeyFilter, Revocation
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.explain import Question
@@ -113,13 +113,15 @@ async def test_any_text_that_a_column_accepts_is_read_and_reaches_no_header(
 ) -> None:
     await sql.execute(
         "UPDATE keyproxy.api_keys SET name = $1, hint = left($1, 40), revoked_at = now(), revoke_reason = $1"
-        " WHERE id = 'key_odd'", text,
-    )  # fmt: skip
+        " WHERE id = 'key_odd'",
+        text,
+    )
     await sql.execute("UPDATE keyproxy.tenants SET name = $1", text)
     await sql.execute(
         "INSERT INTO keyproxy.audit_log (actor, origin, action, entity, entity_id, before, after)"
-        " VALUES ($1, $1, $1, $1, $1, to_jsonb($1::text), '[1, null]')", text,
-    )  # fmt: skip
+        " VALUES ($1, $1, $1, $1, $1, to_jsonb($1::text), '[1, null]')",
+        text,
+    )
     assert (await api.done("GET", "/v1/keys/key_odd"))["name"] == text
     await _every_reader_goes_on(api)
     await _keys_work(api, expected=None)
@@ -167,7 +169,7 @@ async def test_a_plan_that_cannot_be_read_refuses_its_keys_alone_and_the_log_nam
         await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('odd', $1::text::jsonb)", limits)
     check = await sql.fetchval(
         "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'plans_limits_known'"
-    )  # fmt: skip
+    )
     await sql.execute("ALTER TABLE keyproxy.plans DROP CONSTRAINT plans_limits_known")
     try:
         await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('odd', $1::text::jsonb)", limits)
@@ -191,8 +193,10 @@ async def test_any_sum_of_usage_is_read(api: Api, sql: asyncpg.Connection, day: 
     for route in ("", "a\nb", "GET /" + "x" * 5_000):
         await sql.execute(
             "INSERT INTO keyproxy.usage VALUES ($1::text::date, $2, $2, $2, true, $2, $3, $3, $3, $3, $3)",
-            day, route, count,
-        )  # fmt: skip
+            day,
+            route,
+            count,
+        )
     await _every_reader_goes_on(api)
     usage = UsageService(api.database, Settings(), clock.now)
     (total,) = await usage.sums(UsageFilter(), (), 10)
@@ -209,8 +213,10 @@ async def test_invalid_usage_events_are_skipped(api: Api, sql: asyncpg.Connectio
     for batch, content in enumerate((events, f"[{good}]"), start=1):
         await sql.execute(
             "INSERT INTO keyproxy.usage_event_batches (day, process, batch, events)"
-            " VALUES ((now() AT TIME ZONE 'UTC')::date, '0123456789abcdef', $1, $2::text::json)", batch, content,
-        )  # fmt: skip
+            " VALUES ((now() AT TIME ZONE 'UTC')::date, '0123456789abcdef', $1, $2::text::json)",
+            batch,
+            content,
+        )
     await _every_reader_goes_on(api)
     usage = UsageService(api.database, Settings(), clock.now)
     assert [event["request_id"] async for event in usage.events(UsageFilter())] == ["r"]
@@ -219,11 +225,11 @@ async def test_invalid_usage_events_are_skipped(api: Api, sql: asyncpg.Connectio
 async def _every_reader_goes_on(api: Api) -> None:
     """Read everything through the directory, the admin API, the exports and the reminders."""
     directory = api.directory
-    ids = {key["id"] for key in await directory.keys("", 100)}
+    ids = {key["id"] for key in await directory.keys.list_by_id("", 100)}
     for order in ("created", "used", "expires"):
         listed, cursor = set(), None
         while True:
-            page = await directory.keys_by_time(order, cursor, 1)
+            page = await directory.keys.list_by_time(order, cursor, 1)
             listed |= {key["id"] for key in page.items}
             if page.next is None:
                 break
@@ -234,11 +240,11 @@ async def _every_reader_goes_on(api: Api) -> None:
         KeyFilter(older_than=timedelta(days=1)), KeyFilter(unused_for=timedelta(days=36_525)),
         KeyFilter(expires_within=timedelta(days=36_525)), KeyFilter(state="active"), KeyFilter(state="expired"),
     ):  # fmt: skip
-        await directory.keys("", 100, wanted)
-    await directory.count_to_revoke(Revocation(unused_for=timedelta(days=1)))
+        await directory.keys.list_by_id("", 100, wanted)
+    await directory.key_batches.count_to_revoke(Revocation(unused_for=timedelta(days=1)))
     for key in ids:
-        await directory.key(key)
-        await directory.report_leaked(b"\0" * 32, "")
+        await directory.keys.get(key)
+        await directory.leaked_keys.report_digest(b"\0" * 32, "")
     for path in (
         "/v1/tenants", "/v1/users", "/v1/keys", "/v1/plans", "/v1/audit", "/v1/token", "/v1/audit/export",
         "/v1/usage/export", "/v1/usage/events", "/v1/users/u_1/limits", "/v1/tenants/acme", "/v1/users/u_1",
@@ -248,7 +254,7 @@ async def _every_reader_goes_on(api: Api) -> None:
         assert reply.status == 200, (path, reply.body)
     await api.tokens.tokens("", 100)
     assert (await api.call("GET", "/metrics")).status == 200
-    reminders = Reminders(api.database)
+    reminders = ReminderQueue(api.database)
     await reminders.write((1, 3, 14))
     await reminders.waiting(100)
     await reminders.due((1, 3, 14), 100)
@@ -260,9 +266,14 @@ async def _keys_work(api: Api, *, expected: Any) -> None:
     database: Database = api.database
     feed = FeedState()
     cache = IdentityCache(
-        database, Cache(), feed=feed, last_used=LastUsed(database), header_prefix="X-Keyproxy-", look_ups_max=1,
+        database,
+        Cache(),
+        feed=feed,
+        last_used=LastUsed(database),
+        header_prefix="X-Keyproxy-",
+        look_ups_max=1,
         now=clock.now,
-    )  # fmt: skip
+    )
     digests = [KeyDigest(row["digest"]) for row in await _digests(database)]
     found = await asyncio.gather(*(_resolved(cache, digest) for digest in digests))
     await cache.close()
@@ -277,9 +288,7 @@ async def _keys_work(api: Api, *, expected: Any) -> None:
 
 
 async def _digests(database: Database) -> list[Any]:
-    return [
-        (await database.fetch("digest_of_key", key))[0] for key in ("key_odd", "key_plain")
-    ]  # fmt: skip
+    return [(await database.fetch("digest_of_key", key))[0] for key in ("key_odd", "key_plain")]
 
 
 async def _resolved(cache: IdentityCache, digest: KeyDigest) -> Identity | Reason:

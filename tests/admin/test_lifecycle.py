@@ -59,10 +59,10 @@ async def test_a_secret_is_shown_only_once(api: Api) -> None:
     await api.user()
     secret = (await api.done("POST", "/v1/keys", {"user": "u_1"}))["secret"]
     rotated = (await api.done("GET", "/v1/keys"))["items"]
-    told = [await api.call("GET", path) for path in ("/v1/keys", "/v1/audit", "/v1/audit/export", "/v1/users")]
-    told += [await api.call("GET", f"/v1/keys/{key['id']}") for key in rotated]
-    assert all(reply.status == 200 for reply in told)
-    assert secret.encode() not in b"".join(reply.body for reply in told)
+    result = [await api.call("GET", path) for path in ("/v1/keys", "/v1/audit", "/v1/audit/export", "/v1/users")]
+    result += [await api.call("GET", f"/v1/keys/{key['id']}") for key in rotated]
+    assert all(reply.status == 200 for reply in result)
+    assert secret.encode() not in b"".join(reply.body for reply in result)
     tables = await api.database.fetch("keys", "", 10, *[None] * 7)
     assert secret not in str(tables)
     assert secret not in str(api.log)
@@ -75,7 +75,7 @@ async def test_a_scope_that_no_route_requires_causes_a_warning(database: Databas
         assert key["warnings"] == ["no route requires the scope 'job:write'"]
 
 
-async def test_a_key_that_every_route_refuses_is_warned_of_wherever_keys_get_scopes(database: Database) -> None:
+async def test_a_key_that_every_route_refuses_causes_a_warning_wherever_scopes_are_set(database: Database) -> None:
     row = {"user": "u_1", "digest": "00" * 32}
     async with serving(database, routes=(RouteRow("* /v1/jobs", ["jobs:write"]),)) as api:
         user = await api.done("POST", "/v1/tenants", {"id": "acme"})
@@ -145,9 +145,9 @@ async def test_a_plan_is_assigned_removed_and_not_deleted_while_in_use(api: Api)
 async def test_a_leaked_key_is_revoked_by_itself_or_by_its_digest(api: Api) -> None:
     secret = (await api.user())["key"]["secret"]
     other = (await api.user("u_2"))["key"]["secret"]
-    told = await api.done("POST", "/v1/leaked-keys", {"key": secret, "reason": "in a public repository"})
-    assert (told["known"], told["revoked_now"]) == (True, True)
-    assert (told["key"]["user"], told["key"]["revoke_reason"]) == ("u_1", "in a public repository")
+    result = await api.done("POST", "/v1/leaked-keys", {"key": secret, "reason": "in a public repository"})
+    assert (result["known"], result["revoked_now"]) == (True, True)
+    assert (result["key"]["user"], result["key"]["revoke_reason"]) == ("u_1", "in a public repository")
     assert (await api.done("POST", "/v1/leaked-keys", {"key": secret}))["revoked_now"] is False
     digest = hashlib.sha256(other.encode()).hexdigest()
     assert (await api.done("POST", "/v1/leaked-keys", {"digest": digest}))["key"]["user"] == "u_2"
@@ -171,7 +171,7 @@ async def test_many_keys_are_revoked_in_parts_until_none_remain(api: Api) -> Non
     assert states == {("u_1", "revoked"), ("u_2", "active")}
 
 
-async def test_what_is_deleted_is_gone_and_the_audit_log_keeps_it(api: Api) -> None:
+async def test_deleted_objects_are_gone_and_remain_in_the_audit_log(api: Api) -> None:
     key = (await api.user())["key"]
     await api.user("u_2")
     assert (await api.done("DELETE", f"/v1/keys/{key['id']}"))["deleted"] is True
@@ -204,11 +204,11 @@ async def test_every_change_is_audited_with_the_token_and_the_peer(api: Api) -> 
 
 async def test_the_audit_log_is_exported_completely_and_resumes(api: Api) -> None:
     for number in range(30):
-        await api.directory.create_tenant(f"t_{number}", "")
+        await api.directory.tenants.create(f"t_{number}", "")
     first = (await api.call("GET", "/v1/audit/export?entity=tenant")).body.splitlines()
     assert len(first) == 30
     last = (await api.done("GET", "/v1/audit?limit=1"))["items"][0]["id"]
-    await api.directory.create_tenant("later", "")
+    await api.directory.tenants.create("later", "")
     second = await api.call("GET", f"/v1/audit/export?after={last}")
     assert second.headers["Content-Type"] == "application/x-ndjson"
     assert second.json["entity_id"] == "later"
@@ -232,9 +232,7 @@ async def test_the_admin_role_suffices_for_the_complete_lifecycle(dsn: str) -> N
     owner = await asyncpg.connect(dsn)
     await owner.execute(may_log_in(dsn, f"{prefix}_admin"))
     await owner.close()
-    database = Database(
-        as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0
-    )  # fmt: skip
+    database = Database(as_role(dsn, f"{prefix}_admin"), pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
     try:
         async with serving(database) as api:

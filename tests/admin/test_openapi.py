@@ -46,9 +46,13 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
     there = things.get("/".join(operation.path.split("/")[:3]))
 
     @settings(
-        max_examples=4, deadline=None, phases=[Phase.generate], database=None, derandomize=True,
+        max_examples=4,
+        deadline=None,
+        phases=[Phase.generate],
+        database=None,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and "id" in case.path_parameters:
@@ -79,9 +83,9 @@ async def test_every_response_matches_the_document(api: Api, mode: GenerationMod
 
 
 async def test_the_document_and_its_page_need_no_token(api: Api) -> None:
-    told = await api.call("GET", "/openapi.json", token=None)
-    assert told.json == DOCUMENT
-    assert (told.json["openapi"], told.headers["Content-Type"]) == ("3.1.0", "application/json")
+    result = await api.call("GET", "/openapi.json", token=None)
+    assert result.json == DOCUMENT
+    assert (result.json["openapi"], result.headers["Content-Type"]) == ("3.1.0", "application/json")
     page = await api.call("GET", "/docs", token=None)
     assert page.headers["Content-Type"].startswith("text/html")
     for endpoint in ENDPOINTS:
@@ -104,8 +108,8 @@ def test_every_operation_documents_its_scope_and_all_refusals() -> None:
     for endpoint in ENDPOINTS:
         operation = DOCUMENT["paths"][endpoint.path][endpoint.method.lower()]
         assert endpoint.scope is None or f"`{endpoint.scope}`" in operation["description"]
-        told = "".join(response["description"] for response in operation["responses"].values())
-        assert {problem for problem in endpoint.problems if f"`{problem.code}`" not in told} == set()
+        result = "".join(response["description"] for response in operation["responses"].values())
+        assert {problem for problem in endpoint.problems if f"`{problem.code}`" not in result} == set()
 
 
 def test_every_value_of_the_document_is_described_where_it_is_used() -> None:

@@ -51,10 +51,17 @@ class Host:
     async def start(self, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
         """Start a command."""
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", *arguments, "--config", str(self.config),
-            env=clean_environment(self.directory) | environment, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            *arguments,
+            "--config",
+            str(self.config),
+            env=clean_environment(self.directory) | environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
 
     async def run(self, *arguments: str, **environment: str) -> Output:
         """Run a command to completion."""
@@ -107,8 +114,8 @@ async def test_a_token_created_on_the_host_works_until_it_is_revoked(host: Host)
     token = made.json
     async with host.serving() as process:
         assert (await host.get("/v1/token"))[0] == 401
-        status, told = await host.get("/v1/token", token["secret"])
-        assert (status, told["id"], told["name"]) == (200, token["id"], "ann")
+        status, result = await host.get("/v1/token", token["secret"])
+        assert (status, result["id"], result["name"]) == (200, token["id"], "ann")
         listed = await host.run("admin", "token", "list", "--json")
         assert [one["id"] for one in listed.json] == [token["id"]]
         assert token["secret"] not in listed.out
@@ -123,7 +130,7 @@ async def test_a_token_created_on_the_host_works_until_it_is_revoked(host: Host)
 
 
 @pytest.mark.parametrize(
-    ("scopes", "said"),
+    ("scopes", "sentence"),
     [
         (["keys:*"], "not a scope; the scopes are admin:read"),
         (["tenant:acme"], "at least one scope"),
@@ -131,11 +138,11 @@ async def test_a_token_created_on_the_host_works_until_it_is_revoked(host: Host)
         (["keys:read", "tenant:"], "a tenant's id"),
     ],
 )
-def test_a_token_with_invalid_scopes_is_not_created(scopes: list[str], said: str) -> None:
+def test_a_token_with_invalid_scopes_is_not_created(scopes: list[str], sentence: str) -> None:
     command = ["admin", "token", "create", *(word for scope in scopes for word in ("--scope", scope))]
     result = CliRunner().invoke(root, command)
     assert result.exit_code == 2
-    assert said in result.output
+    assert sentence in result.output
 
 
 async def test_without_any_token_it_does_not_start_off_loopback(host: Host) -> None:
@@ -198,7 +205,7 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
     issue("first")
     host.configure(
         token_file=str(files["token"]), tls_certificate_file=str(files["certificate"]), tls_key_file=str(files["key"])
-    )  # fmt: skip
+    )
     process = await host.start("admin")
     try:
         async with asyncio.timeout(60):
@@ -206,11 +213,17 @@ async def test_tls_is_spoken_and_another_certificate_is_shown_after_sighup(host:
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
             url = f"https://127.0.0.1:{host.port}"
-            told = await host.run(
-                "tenant", "create", "acme", "--json", "--admin-url", url, KEYPROXY_ADMIN_TOKEN=TOKEN,
+            result = await host.run(
+                "tenant",
+                "create",
+                "acme",
+                "--json",
+                "--admin-url",
+                url,
+                KEYPROXY_ADMIN_TOKEN=TOKEN,
                 SSL_CERT_FILE=str(files["ca"]),
-            )  # fmt: skip
-            assert told.json["id"] == "acme", told.err
+            )
+            assert result.json["id"] == "acme", result.err
             files["certificate"].write_text("no certificate")
             os.kill(process.pid, signal.SIGHUP)
             assert process.stderr is not None
@@ -250,13 +263,13 @@ async def test_commands_without_a_database_use_the_admin_api(host: Host) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "sentence"),
     [
         (["tenant", "list", "--admin-url", "http://127.0.0.1:1"], "requires a token"),
         (["tenant", "list", "--admin-url", "ftp://a"], "is not a valid URL"),
     ],
 )
-def test_an_invalid_admin_url_or_a_missing_token_is_a_usage_error(arguments: list[str], said: str) -> None:
+def test_an_invalid_admin_url_or_a_missing_token_is_a_usage_error(arguments: list[str], sentence: str) -> None:
     result = CliRunner().invoke(root, arguments, env={"KEYPROXY_ADMIN_TOKEN": None})
     assert result.exit_code == 2
-    assert said in result.output
+    assert sentence in result.output

@@ -28,7 +28,7 @@ from keyproxy.cli import main
 from keyproxy.config.schema import ReminderSettings as Terms
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Entity, KeyWish
-from keyproxy.store.directory.reminders import Reminders
+from keyproxy.store.directory.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import clean_environment
 from tests.admin.conftest import Api
@@ -65,7 +65,7 @@ class Receiver:
         return [headers["Webhook-Id"] for headers, _ in self.got]
 
     @property
-    def told(self) -> list[dict[str, Any]]:
+    def received(self) -> list[dict[str, Any]]:
         """The contents of the messages."""
         return [json.loads(body) for _, body in self.got]
 
@@ -92,7 +92,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 @pytest.fixture
 def reminding(database: Database) -> ReminderSender:
     """A sender."""
-    return ReminderSender(Reminders(database))
+    return ReminderSender(ReminderQueue(database))
 
 
 MakeKey = Callable[..., Any]
@@ -104,14 +104,14 @@ async def make_key(api: Api, sql: Any) -> MakeKey:
     await api.user()
 
     async def making(expires_in_days: float, *, of: float = 90, **wish: Any) -> Entity:
-        key = await api.directory.issue_key("u_1", KeyWish(expires_in=timedelta(days=of), **wish))
+        key = await api.directory.keys.issue("u_1", KeyWish(expires_in=timedelta(days=of), **wish))
         ago = timedelta(days=of - expires_in_days)
         await sql.execute(
             "UPDATE keyproxy.api_keys SET created_at = created_at - $2::interval,"
             " expires_at = expires_at - $2 WHERE id = $1",
             key["id"], ago,
         )  # fmt: skip
-        return {**await api.directory.key(key["id"]), "secret": key["secret"]}
+        return {**await api.directory.keys.get(key["id"]), "secret": key["secret"]}
 
     return making
 
@@ -133,9 +133,9 @@ async def test_a_reminder_is_signed_and_names_the_owner_but_no_secret(
     assert headers["Webhook-Signature"] == f"v1,{right}"
     assert before <= int(headers["Webhook-Timestamp"]) <= time.time()
     assert headers["Content-Type"] == "application/json"
-    told = json.loads(body)
-    assert told["type"] == "key.expiring"
-    assert told["data"] == {
+    found = json.loads(body)
+    assert found["type"] == "key.expiring"
+    assert found["data"] == {
         "key": key["id"], "user": "u_1", "tenant": "acme", "mode": "test", "hint": key["hint"], "name": "nightly",
         "expires_at": key["expires_at"], "before_days": 3,
     }  # fmt: skip
@@ -151,14 +151,14 @@ async def test_each_threshold_is_sent_once_and_several_passed_ones_are_combined(
     await make_key(0.5, of=0.9)  # issued for less than the nearest threshold: the expiry is expected
     for _ in range(2):
         await reminding.turn(receiver.terms)
-    assert [(told["data"]["key"], told["data"]["before_days"]) for told in receiver.told] == [(key["id"], 14)]
+    assert [(event["data"]["key"], event["data"]["before_days"]) for event in receiver.received] == [(key["id"], 14)]
     # No sender ran for 13 days: only the nearest threshold is sent, not all of them.
     await sql.execute(
         "UPDATE keyproxy.api_keys SET expires_at = expires_at - interval '13 days' WHERE id = $1", key["id"]
     )
     for _ in range(2):
         await reminding.turn(receiver.terms)
-    assert [told["data"]["before_days"] for told in receiver.told] == [14, 1]
+    assert [event["data"]["before_days"] for event in receiver.received] == [14, 1]
     assert len(set(receiver.ids)) == 2
 
 
@@ -246,10 +246,10 @@ async def test_of_several_senders_at_once_one_sends_each(
     make_key: MakeKey, database: Database, receiver: Receiver
 ) -> None:
     keys = [(await make_key(2))["id"] for _ in range(8)]
-    senders = [ReminderSender(Reminders(database)) for _ in range(4)]
-    told = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
-    assert sum(outcome.sent for outcome in told) == 8
-    assert sorted(told["data"]["key"] for told in receiver.told) == sorted(keys)
+    senders = [ReminderSender(ReminderQueue(database)) for _ in range(4)]
+    found = await asyncio.gather(*(sender.turn(receiver.terms) for sender in senders))
+    assert sum(outcome.sent for outcome in found) == 8
+    assert sorted(event["data"]["key"] for event in receiver.received) == sorted(keys)
 
 
 @pytest.mark.parametrize("act", ["revoke", "rotate", "delete", "expire", "extend", "disable user", "disable tenant"])
@@ -261,19 +261,19 @@ async def test_no_reminder_is_sent_for_a_key_that_ended_or_was_replaced_meanwhil
     await reminding.turn(receiver.terms)
     match act:
         case "revoke":
-            await api.directory.revoke_key(key, "")
+            await api.directory.keys.revoke(key, "")
         case "rotate":
-            await api.directory.rotate_key(key, grace=timedelta(hours=1), expires_in=timedelta(days=90))
+            await api.directory.keys.rotate(key, grace=timedelta(hours=1), expires_in=timedelta(days=90))
         case "delete":
-            await api.directory.delete_key(key)
+            await api.directory.keys.delete(key)
         case "expire":
             await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() WHERE id = $1", key)
         case "extend":
             await sql.execute("UPDATE keyproxy.api_keys SET expires_at = now() + interval '80 days' WHERE id = $1", key)
         case "disable user":
-            await api.directory.change_user("u_1", {"disabled": True})
+            await api.directory.users.change("u_1", {"disabled": True})
         case "disable tenant":
-            await api.directory.change_tenant("acme", {"disabled": True})
+            await api.directory.tenants.change("acme", {"disabled": True})
     await _later(sql)
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(receiver.got) == 1
@@ -287,7 +287,7 @@ async def test_a_user_that_is_enabled_again_is_reminded_under_the_same_id(
     receiver.statuses = [500]
     await reminding.turn(receiver.terms)
     for disabled in (True, False):
-        await api.directory.change_user("u_1", {"disabled": disabled})
+        await api.directory.users.change("u_1", {"disabled": disabled})
         await _later(sql)
         await reminding.turn(receiver.terms)
     assert len(receiver.got) == 2
@@ -365,14 +365,14 @@ async def test_an_expiring_admin_token_causes_a_reminder_without_a_secret(
     key = await make_key(2.5)
     await make_token(14.1)
     assert await reminding.turn(receiver.terms) == Outcome(sent=3)
-    told = {one["data"].get("token") or one["data"]["key"]: one for one in receiver.told}
-    assert told[token["id"]]["type"] == "admin_token.expiring"
-    assert told[token["id"]]["data"] == {
+    found = {one["data"].get("token") or one["data"]["key"]: one for one in receiver.received}
+    assert found[token["id"]]["type"] == "admin_token.expiring"
+    assert found[token["id"]]["data"] == {
         "token": token["id"], "tenant": None, "hint": token["hint"], "name": "nightly export",
         "expires_at": token["expires_at"], "before_days": 3,
     }  # fmt: skip
-    assert told[bound["id"]]["data"]["tenant"] == "acme"
-    assert told[key["id"]]["type"] == "key.expiring"
+    assert found[bound["id"]]["data"]["tenant"] == "acme"
+    assert found[key["id"]]["type"] == "key.expiring"
     assert token["secret"].encode() not in b"".join(body for _, body in receiver.got)
     assert await reminding.turn(receiver.terms) == Outcome()
     assert len(set(receiver.ids)) == 3
@@ -391,7 +391,7 @@ async def test_a_token_that_ended_meanwhile_is_no_reminder(
         case "delete tenant":
             await sql.execute("DELETE FROM keyproxy.tenants WHERE id = 'acme'")
         case "disable tenant":
-            await api.directory.change_tenant("acme", {"disabled": True})
+            await api.directory.tenants.change("acme", {"disabled": True})
         case "expire":
             await sql.execute("UPDATE keyproxy.admin_tokens SET expires_at = now() WHERE id = $1", token)
         case "extend":
@@ -492,8 +492,8 @@ async def test_the_command_lists_due_reminders_sends_them_and_reports_failures(
     assert (status, [(row["key"], row["attempts"]) for row in listed]) == (0, [(key, 0)])
     assert receiver.got == []
     receiver.statuses = [500]
-    status, told, err = await run()
-    assert (status, told) == (1, {"sent": 0, "failed": 1, "given_up": 0})
+    status, found, err = await run()
+    assert (status, found) == (1, {"sent": 0, "failed": 1, "given_up": 0})
     assert err.splitlines()[-1].startswith("keyproxy: some reminders were not delivered")
     _, listed, _ = await run("--dry-run")
     assert [(row["attempts"], row["last_error"]) for row in listed] == [(1, "the receiver responded with status 500")]
@@ -507,8 +507,8 @@ async def test_the_command_lists_due_reminders_sends_them_and_reports_failures(
 async def test_the_metrics_count_keys_that_end_soon_by_when_and_mode(make_key: MakeKey, api: Api) -> None:
     for days, is_test in ((0.5, False), (6, False), (6, True), (29, False), (31, False)):
         await make_key(days, is_test=is_test)
-    await api.directory.revoke_key((await make_key(3))["id"], "")
-    await api.directory.rotate_key((await make_key(3))["id"], grace=timedelta(days=1), expires_in=timedelta(days=90))
+    await api.directory.keys.revoke((await make_key(3))["id"], "")
+    await api.directory.keys.rotate((await make_key(3))["id"], grace=timedelta(days=1), expires_in=timedelta(days=90))
     page = (await api.call("GET", "/metrics", token=await api.token("metrics:read"))).body.decode()
     for within, live, test in (("1d", 1, 0), ("7d", 2, 1), ("30d", 3, 1)):
         assert f'keyproxy_keys_expiring{{mode="live",within="{within}"}} {live}.0' in page
@@ -556,10 +556,10 @@ async def test_the_metrics_export_the_expiry_of_admin_tokens(make_token: MakeTok
     page = (await api.call("GET", "/metrics")).body.decode()
     for within, count in (("1d", 1), ("7d", 2), ("30d", 3)):
         assert f'keyproxy_admin_tokens_expiring{{within="{within}"}} {count}.0' in page
-    told = dict(re.findall(r'keyproxy_admin_token_expires_timestamp_seconds\{token="(\w+)"\} (\S+)', page))
-    assert list(told) == [tokens[1], tokens[0], tokens[2]]
-    for token, days in zip(told, (0.5, 6, 29), strict=True):
-        assert abs(float(told[token]) - time.time() - days * 86_400) < 60
+    found = dict(re.findall(r'keyproxy_admin_token_expires_timestamp_seconds\{token="(\w+)"\} (\S+)', page))
+    assert list(found) == [tokens[1], tokens[0], tokens[2]]
+    for token, days in zip(found, (0.5, 6, 29), strict=True):
+        assert abs(float(found[token]) - time.time() - days * 86_400) < 60
 
 
 async def test_the_metrics_count_requests_to_the_admin_api_and_failed_logins(api: Api) -> None:

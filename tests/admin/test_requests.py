@@ -13,7 +13,7 @@ from tests.admin.conftest import Api
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "said"),
+    ("content", "field", "sentence"),
     [
         ({"user": "u_1", "scope": ["a"]}, "body.scope", "did you mean scopes?"),
         ({}, "body.user", "field required"),
@@ -28,12 +28,12 @@ from tests.admin.conftest import Api
         ([], "body", "valid dictionary"),
     ],
 )
-async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, said: str) -> None:
+async def test_an_invalid_body_is_refused_with_the_reason(api: Api, content: object, field: str, sentence: str) -> None:
     await api.user()
     reply = await api.call("POST", "/v1/keys", content)
     assert (reply.status, reply.code) == (422, "invalid")
     assert [error["field"] for error in reply.json["errors"]] == [field]
-    assert said in reply.json["errors"][0]["detail"]
+    assert sentence in reply.json["errors"][0]["detail"]
 
 
 async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:
@@ -97,7 +97,7 @@ async def test_an_impossible_id_is_not_found(api: Api) -> None:
 async def test_the_pages_of_a_list_hold_everything_once(api: Api, path: str, limit: int) -> None:
     for number in range(5):
         await api.user(f"u_{number}", f"t_{number}")
-        await api.directory.set_plan(f"p_{number}", {})
+        await api.directory.plans.set(f"p_{number}", {})
     found: list[str] = []
     cursor = ""
     pages = 0
@@ -132,7 +132,7 @@ async def test_a_cursor_belongs_to_the_list_that_it_came_from(api: Api) -> None:
         ("plans/basic", {"limits": {"concurrency": 3}}),
     ],
 )
-async def test_an_update_is_refused_if_somebody_else_was_faster(api: Api, kind: str, change: object) -> None:
+async def test_an_update_is_refused_if_the_object_has_changed_meanwhile(api: Api, kind: str, change: object) -> None:
     key = (await api.user())["key"]
     await api.done("PUT", "/v1/plans/basic", {"limits": {}})
     path, method = f"/v1/{kind.format(key=key['id'])}", "PUT" if kind.startswith("plans") else "PATCH"
@@ -181,7 +181,7 @@ async def test_a_repeated_request_gets_the_same_response_and_is_executed_once(ap
 
 
 async def test_no_secret_is_stored_with_a_response(api: Api, dsn: str) -> None:
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     made = await api.done("POST", "/v1/users", {"id": "u_1", "tenant": "acme"}, headers={"Idempotency-Key": "a-secret"})
     await api.done("POST", "/v1/leaked-keys", {"key": made["key"]["secret"]}, headers={"Idempotency-Key": "b"})
     connection = await asyncpg.connect(dsn)
@@ -208,7 +208,7 @@ async def test_a_refused_request_is_judged_again_when_it_is_sent_again(api: Api)
     headers = {"Idempotency-Key": "k"}
     body = {"id": "u_1", "tenant": "acme"}
     assert (await api.call("POST", "/v1/users", body, headers=headers)).code == "not_found"
-    await api.directory.create_tenant("acme", "")
+    await api.directory.tenants.create("acme", "")
     assert (await api.call("POST", "/v1/users", body, headers=headers)).status == 201
 
 
@@ -238,7 +238,7 @@ async def test_a_failure_after_the_change_rolls_it_back(api: Api, dsn: str) -> N
 
 
 @pytest.mark.parametrize("key", ["", "a b", "é", "x" * 256])
-async def test_an_idempotency_key_is_one_word(api: Api, key: str) -> None:
+async def test_an_idempotency_key_is_one_token(api: Api, key: str) -> None:
     reply = await api.call("POST", "/v1/tenants", {"id": "a"}, headers={"Idempotency-Key": key})
     assert reply.code == "request_malformed"
 
@@ -325,7 +325,7 @@ async def test_an_unavailable_store_is_a_503(api: Api) -> None:
         b"GET /%b\x00 HTTP/1.1\r\nHost: a\r\nA%b\r\n\r\n",
     ],
 )
-async def test_what_is_no_request_is_refused_and_not_logged(
+async def test_malformed_requests_are_refused_and_not_logged(
     api: Api, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = (await api.user())["key"]["secret"]
@@ -371,7 +371,7 @@ async def test_a_number_that_is_too_large_is_reported_as_such(
     assert "a number is too large" in endless.json["detail"]
 
 
-async def test_a_plan_is_changed_limit_by_limit_and_created_if_missing(api: Api) -> None:
+async def test_a_patch_changes_only_named_limits_and_creates_a_missing_plan(api: Api) -> None:
     made = await api.call("PATCH", "/v1/plans/p", {"limits": {"rate": 5, "burst": 9}})
     assert (made.status, made.json["created"], made.json["limits"]) == (201, True, {"rate": 5.0, "burst": 9})
     changed = await api.call("PATCH", "/v1/plans/p", {"limits": {"burst": None, "concurrency": 3}})
@@ -402,8 +402,8 @@ async def test_keys_in_a_text_are_found_and_revoked_by_scope(api: Api) -> None:
     whose = await api.done("POST", "/v1/keys/whose", {"text": text}, token=reader)
     assert {key["id"] for key in whose["keys"]} == {first["id"], other["id"]}
     assert {key["state"] for key in whose["keys"]} == {"active"}
-    for asked in (text, first["hint"], first["id"]):
-        keys = (await api.done("POST", "/v1/keys/whose", {"text": asked}, token=bound))["keys"]
+    for text_or_id in (text, first["hint"], first["id"]):
+        keys = (await api.done("POST", "/v1/keys/whose", {"text": text_or_id}, token=bound))["keys"]
         assert [key["id"] for key in keys] == [first["id"]]
     assert (await api.done("POST", "/v1/keys/whose", {"text": other["hint"]}, token=bound))["keys"] == []
     result = await api.done("POST", "/v1/leaked-texts", {"text": text, "reason": "on a page"}, token=bound)

@@ -26,12 +26,12 @@ async def used(api: Api) -> Api:
 
 
 async def test_usage_is_grouped_by_the_requested_dimensions(used: Api) -> None:
-    told = await used.done("GET", "/v1/usage?by=tenant,user")
-    assert told == {
+    result = await used.done("GET", "/v1/usage?by=tenant,user")
+    assert result == {
         "is_complete": True,
         "items": [
             {"tenant": tenant, "user": user, "requests": 1, "refusals": 0, "tokens_in": 10, "tokens_out": 1,
-             "tokens_estimated": 0}
+             "tokens_estimated": 0, "tokens_cached": 0, "tokens_cache_write": 0, "tokens_reasoning": 0, "cost_micros": 0}
             for tenant, user in (("acme", "ann"), ("other", "bob"))
         ],
     }  # fmt: skip
@@ -42,9 +42,12 @@ async def test_usage_is_grouped_by_the_requested_dimensions(used: Api) -> None:
 
 async def test_totals_are_exported_completely(used: Api) -> None:
     lines = (await used.call("GET", "/v1/usage/export")).body.splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [(row["tenant"], row["user"], row["requests"]) for row in told] == [("acme", "ann", 1), ("other", "bob", 1)]
-    assert set(told[0]) >= {"day", "key", "mode", "route"}
+    result = [json.loads(line) for line in lines]
+    assert [(row["tenant"], row["user"], row["requests"]) for row in result] == [
+        ("acme", "ann", 1),
+        ("other", "bob", 1),
+    ]
+    assert set(result[0]) >= {"day", "key", "mode", "route"}
     assert (await used.call("GET", "/v1/usage/export?until=2020-01-01T00:00:00Z")).body == b""
 
 
@@ -75,9 +78,9 @@ async def test_a_bound_token_reads_its_tenants_usage_alone(used: Api) -> None:
         for path in ("events", "export"):
             assert (await used.call("GET", f"/v1/usage/{path}?{query}", token=bound)).body == b""
     for path in ("events", "export"):
-        told = (await used.call("GET", f"/v1/usage/{path}", token=bound)).body
-        assert b"ann" in told
-        assert b"bob" not in told
+        result = (await used.call("GET", f"/v1/usage/{path}", token=bound)).body
+        assert b"ann" in result
+        assert b"bob" not in result
     for path in ("/v1/users/bob/limits", f"/v1/keys/{other['key']['id']}/explain?path=/"):
         assert (await used.call("GET", path, token=bound)).code == "not_found"
 

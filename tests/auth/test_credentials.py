@@ -75,9 +75,9 @@ def test_repeated_identical_key_is_one_credential(shown: list[tuple[bytes, bytes
 def test_anything_but_one_key_is_refused_without_repeating_it(shown: list[tuple[bytes, bytes]], reason: Reason) -> None:
     refusal = refused(head(*shown))
     assert refusal.reason is reason
-    told = f"{refusal!r} {refusal.args} {refusal.caller_text} {refusal.detail}"
-    assert TEXT[8:] not in told
-    assert OTHER.decode()[8:] not in told
+    texts = f"{refusal!r} {refusal.args} {refusal.caller_text} {refusal.detail}"
+    assert TEXT[8:] not in texts
+    assert OTHER.decode()[8:] not in texts
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.cli import table
-from keyproxy.cli.options import tell
+from keyproxy.cli.output import print_result
 
 COLUMNS = ("id", "name", "plan", "expires_at")
 ROWS = [
@@ -14,27 +14,27 @@ ROWS = [
 ]
 
 
-def test_what_is_no_terminal_gets_all_of_it() -> None:
-    told = table.lines(ROWS, COLUMNS, None)
-    assert told[0] == "ID      NAME                                  PLAN  EXPIRES AT"
-    assert told[1] == "key_1   a name that somebody wrote at length  -     2026-01-31T12:00:00Z"
-    assert table.lines(ROWS, COLUMNS, 72) == told
+def test_output_that_is_not_a_terminal_is_not_truncated() -> None:
+    shown = table.lines(ROWS, COLUMNS, None)
+    assert shown[0] == "ID      NAME                                  PLAN  EXPIRES AT"
+    assert shown[1] == "key_1   a name that somebody wrote at length  -     2026-01-31T12:00:00Z"
+    assert table.lines(ROWS, COLUMNS, 72) == shown
 
 
 @pytest.mark.parametrize("width", [71, 66, 60, 50, 40])
 def test_a_terminal_gets_lines_that_fit(width: int) -> None:
-    told = table.lines(ROWS, COLUMNS, width)
-    assert max(map(len, told)) <= width
-    assert "PLAN" not in told[0], "an empty column is dropped first"
-    assert told[1].endswith("2026-01-31T12:00:00Z")
-    assert ("…" in told[1]) is (width < 66)
+    shown = table.lines(ROWS, COLUMNS, width)
+    assert max(map(len, shown)) <= width
+    assert "PLAN" not in shown[0], "an empty column is dropped first"
+    assert shown[1].endswith("2026-01-31T12:00:00Z")
+    assert ("…" in shown[1]) is (width < 66)
 
 
 @pytest.mark.parametrize("width", [1, 30])
 def test_ids_and_times_are_never_cut(width: int) -> None:
-    told = table.lines(ROWS, COLUMNS, width)
-    assert told[1].split() == ["key_1", "a", "name…", "2026-01-31T12:00:00Z"]
-    assert told[2].split() == ["key_22", "short", "2026-01-31T12:00:00Z"]
+    shown = table.lines(ROWS, COLUMNS, width)
+    assert shown[1].split() == ["key_1", "a", "name…", "2026-01-31T12:00:00Z"]
+    assert shown[2].split() == ["key_22", "short", "2026-01-31T12:00:00Z"]
 
 
 @pytest.mark.parametrize("width", [None, 10, 100])
@@ -42,10 +42,10 @@ def test_an_empty_table_is_its_heading(width: int | None) -> None:
     assert table.lines([], ("id", "user"), width) == ["ID  USER"]
 
 
-def test_what_a_terminal_would_obey_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_sequences_are_escaped_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"id": "key_1", "name": "a\r\nb\x1b[2J\u202e\u00fc", "scopes": ["x\ty"]}
-    tell([row], as_json=False, columns=("id", "name", "scopes"))
-    tell(row, as_json=False, columns=())
+    print_result([row], as_json=False, columns=("id", "name", "scopes"))
+    print_result(row, as_json=False, columns=())
     out = capsys.readouterr().out
     assert out.count("\n") == 2 + 3
     assert out.count("a\\r\\nb\\x1b[2J\\u202e\u00fc") == 2

@@ -133,7 +133,7 @@ def test_environment_over_file_over_default(
         ('"refusals"', "refusals", "refusals"), ("0.01", "0.01", 0.01), ("1", "1.0", 1.0),
     ],
 )  # fmt: skip
-def test_the_access_log_is_a_switch_a_word_or_a_share(
+def test_log_access_is_a_boolean_refusals_or_a_fraction(
     reader: Reader, in_file: str, in_environment: str, value: object
 ) -> None:
     from_file = reader.load(f"[log]\naccess = {in_file}").settings.log.access

@@ -70,23 +70,23 @@ def test_every_format_has_the_code_and_never_the_log_detail(reason: Reason, shap
 @each_reason
 @each_shape
 def test_response_has_exactly_the_fields_that_its_status_requires(reason: Reason, shape: str) -> None:
-    told = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
+    headers = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
     status, wait = reason.value.status, reason.value.retry_after_seconds
-    assert told.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
-    assert told.get("Retry-After") == (None if wait is None else str(wait))
-    assert ("Retry-After" in told) == (status in (429, 503))
+    assert headers.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
+    assert headers.get("Retry-After") == (None if wait is None else str(wait))
+    assert ("Retry-After" in headers) == (status in (429, 503))
 
 
 @pytest.mark.parametrize("missing", [["jobs:write"], ["jobs:read", "jobs:write"]])
 def test_all_missing_scopes_are_named_in_the_challenge(missing: list[str]) -> None:
-    told = fields(ErrorRenderer().render(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
-    assert told["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{" ".join(missing)}"'
+    headers = fields(ErrorRenderer().render(Refusal(Reason.SCOPE_INSUFFICIENT, missing_scopes=missing), "r-1"))
+    assert headers["WWW-Authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{" ".join(missing)}"'
 
 
-@pytest.mark.parametrize(("wait", "told"), [(0, "0"), (1, "1"), (3600, "3600")])
-def test_wait_of_a_refusal_overrides_the_default(wait: int, told: str) -> None:
+@pytest.mark.parametrize(("wait", "expected"), [(0, "0"), (1, "1"), (3600, "3600")])
+def test_wait_of_a_refusal_overrides_the_default(wait: int, expected: str) -> None:
     answer = ErrorRenderer().render(Refusal(Reason.OVERLOADED, retry_after_seconds=wait), "r-1")
-    assert fields(answer)["Retry-After"] == told
+    assert fields(answer)["Retry-After"] == expected
 
 
 @each_reason
@@ -128,7 +128,7 @@ DAILY = LimitPolicy("user.requests-per-day", 100, 86_400)
 TOKENS = LimitPolicy("tenant.tokens-per-month", 5000, 2_592_000, "tokens")
 
 
-def told_error(answer: ErrorResponse, shape: str) -> dict[str, object]:
+def error_object(answer: ErrorResponse, shape: str) -> dict[str, object]:
     content = json.loads(answer.body)
     error = content if shape == "problem" else content["error"]
     assert isinstance(error, dict)
@@ -140,10 +140,14 @@ def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
     daily, tokens = LimitState(DAILY, 0, 61.2), LimitState(TOKENS, 4000, 1000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, applied=[daily, tokens])
     answer = ErrorRenderer().render(refusal, "r-1", shape)
-    error = told_error(answer, shape)
+    error = error_object(answer, shape)
     assert {name: error[name] for name in ("policy", "limit", "remaining", "reset_seconds", "retryable")} == {
-        "policy": "user.requests-per-day", "limit": 100, "remaining": 0, "reset_seconds": 62, "retryable": True,
-    }  # fmt: skip
+        "policy": "user.requests-per-day",
+        "limit": 100,
+        "remaining": 0,
+        "reset_seconds": 62,
+        "retryable": True,
+    }
     assert fields(answer)["Retry-After"] == "62"
     assert fields(answer)["RateLimit-Policy"] == f"{DAILY.item.decode()}, {TOKENS.item.decode()}"
     assert fields(answer)["RateLimit"] == f"{DAILY.key.decode()};r=0;t=62, {TOKENS.key.decode()};r=4000;t=1000"
@@ -153,7 +157,7 @@ def test_limit_refusal_has_policy_remaining_quota_and_reset(shape: str) -> None:
 def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
     limit = LimitState(LimitPolicy("key.tokens-per-request", 1000, unit="tokens"), 1000)
     answer = ErrorRenderer().render(Refusal(Reason.TOKEN_LIMIT_PER_REQUEST, limit=limit), "r-1", shape)
-    error = told_error(answer, shape)
+    error = error_object(answer, shape)
     assert (answer.status, error["reset_seconds"], error["retryable"]) == (403, None, False)
     assert "Retry-After" not in fields(answer)
     assert fields(answer)["RateLimit"] == '"key.tokens-per-request";r=1000'
@@ -163,8 +167,8 @@ def test_request_that_can_never_fit_has_no_retry_after(shape: str) -> None:
 @each_shape
 def test_exhausted_or_impossible_requests_have_x_should_retry_false(reason: Reason, shape: str) -> None:
     futile = SPENT | NEVER_FITS
-    told = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
-    assert told.get("x-should-retry") == ("false" if reason in futile else None)
+    headers = fields(ErrorRenderer().render(Refusal(reason), "r-1", shape))
+    assert headers.get("x-should-retry") == ("false" if reason in futile else None)
 
 
 @each_shape
@@ -172,15 +176,17 @@ def test_reserved_window_is_429_whatever_spent_status(shape: str) -> None:
     daily = LimitState(DAILY, 0, 40_000)
     refusal = Refusal(Reason.QUOTA_EXHAUSTED, limit=daily, retry_after_seconds=3, limit_reason=LimitReason.HELD)
     answer = ErrorRenderer(spent_status=402).render(refusal, "r-1", shape)
-    error = told_error(answer, shape)
+    error = error_object(answer, shape)
     assert (answer.status, error["retryable"], error["reset_seconds"]) == (429, True, 40_000)
     assert (fields(answer)["Retry-After"], fields(answer).get("x-should-retry")) == ("3", None)
 
 
-@pytest.mark.parametrize(("reset", "told"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")])
-def test_retry_after_the_stated_wait_is_not_too_early(reset: float | None, told: str) -> None:
+@pytest.mark.parametrize(
+    ("reset", "expected"), [(None, "1"), (0, "1"), (0.2, "1"), (1.0, "1"), (1.001, "2"), (90.0, "90")]
+)
+def test_retry_after_the_stated_wait_is_not_too_early(reset: float | None, expected: str) -> None:
     answer = ErrorRenderer().render(Refusal(Reason.RATE_LIMITED, limit=LimitState(DAILY, 0, reset)), "r-1")
-    assert fields(answer)["Retry-After"] == told
+    assert fields(answer)["Retry-After"] == expected
 
 
 @each_reason

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from keyproxy.http.headers import FieldNames, Kind, TrustRule, identity_block, sane_request_id
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames, Kind, sane_request_id
+from keyproxy.http.identity_headers import identity_block
 from keyproxy.model import RequestFields, RequestHead, RequestLine
 
 

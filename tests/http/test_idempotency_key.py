@@ -20,8 +20,8 @@ KEY = "Idempotency-Key: 8e03978e-40d5-43dd-bc93-6894a57f9324"
 def head(
     *lines: str, target: str = "/v1/ai/jobs", method: str = "POST", reader: RequestReader | None = None
 ) -> RequestHead:
-    told = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: proxy.test", *lines, "", ""]).encode("latin-1")
-    return (reader or RequestReader(FieldNames(), fakes.holds_key)).read(told, len(told) - 4)
+    raw = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: proxy.test", *lines, "", ""]).encode("latin-1")
+    return (reader or RequestReader(FieldNames(), fakes.holds_key)).read(raw, len(raw) - 4)
 
 
 def made(
@@ -111,9 +111,9 @@ def test_heads_parsed_by_template_keep_their_own_keys() -> None:
 
 
 def test_only_an_exhausted_window_triggers_a_lookup_and_only_once() -> None:
-    asked = made()
+    fingerprint = made()
     for reason in Reason:
         spent = reason in (Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.SPEND_BUDGET_EXHAUSTED)
-        assert asked.may_be_paid(reason) is spent
-    asked.is_asked = True
-    assert not asked.may_be_paid(Reason.QUOTA_EXHAUSTED)
+        assert fingerprint.may_be_paid(reason) is spent
+    fingerprint.is_looked_up = True
+    assert not fingerprint.may_be_paid(Reason.QUOTA_EXHAUSTED)

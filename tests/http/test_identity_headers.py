@@ -6,7 +6,8 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.http import headers
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.model import Grant, Permit, Route
 from keyproxy.reasons import Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
@@ -120,7 +121,7 @@ def test_the_head_that_goes_upstream_is_this() -> None:
     )
 
 
-def test_an_http_1_0_request_without_host_gets_the_upstream_s() -> None:
+def test_an_http_1_0_request_without_host_gets_the_host_of_the_upstream() -> None:
     raw = b"POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n"
     head = dressed(RequestReader(FieldNames(), fakes.holds_key), raw)
     assert head is not None

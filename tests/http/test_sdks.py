@@ -15,9 +15,7 @@ from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
 LIMIT = LimitState(LimitPolicy("user.tokens-per-day", 1000, 86_400, "tokens"), 3, 30)
-OVER_LIMIT = [
-    Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED, Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED,
-]  # fmt: skip
+OVER_LIMIT = [Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED, Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED]
 
 CHUNK = (
     b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m",'
@@ -87,9 +85,10 @@ def with_default_retries(server: Server, shape: str) -> tuple[type[Exception], C
 @pytest.mark.parametrize("shape", ["openai", "anthropic"])
 @pytest.mark.parametrize("status", [429, 402])
 @pytest.mark.parametrize(
-    "reason", [Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST],
+    "reason",
+    [Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED, Reason.TOKEN_LIMIT_PER_REQUEST],
     ids=lambda reason: reason.code,
-)  # fmt: skip
+)
 def test_an_sdk_with_default_retries_raises_at_once_when_retrying_is_futile(
     reason: Reason, status: int, shape: str
 ) -> None:
@@ -154,25 +153,25 @@ def test_request_that_can_never_fit_raises_permission_denied_in_both_sdks() -> N
 
 def test_the_openai_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "openai")
-    heard: list[str | None] = []
+    received: list[str | None] = []
     with ask_openai(streaming(CHUNK + last)) as client:
         stream = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "Hi"}], stream=True)
         with pytest.raises(openai.APIError, match="token budget") as caught:
-            heard.extend(chunk.choices[0].delta.content for chunk in stream)
-    assert heard == ["Hi"]
+            received.extend(chunk.choices[0].delta.content for chunk in stream)
+    assert received == ["Hi"]
     assert caught.value.code == "token_budget_exhausted"
     assert caught.value.type == "rate_limit_error"
 
 
 def test_the_anthropic_sdk_yields_received_events_and_raises_when_a_stream_is_ended() -> None:
     last = ErrorRenderer().last_event(Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LIMIT), "r-1", "anthropic")
-    heard: list[str] = []
+    received: list[str] = []
     with ask_anthropic(streaming(MESSAGE_START + last)) as client:
         stream = client.messages.create(
             model="m", max_tokens=5, messages=[{"role": "user", "content": "Hi"}], stream=True
         )
         with pytest.raises(anthropic.APIStatusError, match="token budget") as caught:
-            heard.extend(event.type for event in stream)
-    assert heard == ["message_start"]
+            received.extend(event.type for event in stream)
+    assert received == ["message_start"]
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["error"]["type"] == "rate_limit_error"

@@ -10,9 +10,10 @@ import pytest
 
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
-from keyproxy.http.headers import FieldNames, TrustRule
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import ANSWERED, Ending, RequestHead
+from keyproxy.model import COMPLETED, Ending, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
@@ -62,7 +63,7 @@ def ended(
     one = Exchange()
     one.head, one.request_id = head, b"r-1"
     one.reason, one.refusal_detail, one.policy = reason, detail, policy
-    one.ending = ending or (ANSWERED if reason is None else Ending.REFUSED)
+    one.ending = ending or (COMPLETED if reason is None else Ending.REFUSED)
     one.status = status if reason is None else reason.value.status
     one.started_mono, one.ended_mono = 10.0, 10.25
     one.peer = TrustRule([]).forwarding("192.0.2.9", is_tls=False)
@@ -70,7 +71,7 @@ def ended(
 
 
 def row(one: Exchange) -> tuple[Exchange, str, str, str]:
-    code = {ANSWERED: "ok", Ending.CUT: "cut", Ending.CLIENT_GONE: "client_gone"}.get(one.ending, "refused")
+    code = {COMPLETED: "ok", Ending.CUT: "cut", Ending.CLIENT_GONE: "client_gone"}.get(one.ending, "refused")
     return one, "any", "none", code if one.reason is None else one.reason.code
 
 
@@ -260,7 +261,7 @@ def mixed() -> list[Exchange]:
     ]
 
 
-def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(logged: Logged) -> None:
+def test_refusals_mode_logs_only_refusals_and_failures(logged: Logged) -> None:
     logged.log.success_share = 0.0
     logged.log.write([row(one) for one in mixed()])
     logged.log.write([row(ended(head_of()))])
@@ -272,7 +273,7 @@ def test_only_refusals_and_failures_have_a_line_where_no_success_is_to_have_one(
     ]
 
 
-def test_a_share_of_the_successes_has_a_line_and_every_refusal(logged: Logged) -> None:
+def test_every_refusal_and_the_configured_fraction_of_successes_are_logged(logged: Logged) -> None:
     logged.log.success_share = 0.25
     one, refused = row(ended(head_of())), row(ended(head_of(), reason=Reason.KEY_INVALID))
     logged.log.write([one, refused] * 40)

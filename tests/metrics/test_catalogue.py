@@ -28,7 +28,7 @@ from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
-from keyproxy.model import ANSWERED, Ending, Grant, Permit, Route, TokenUse
+from keyproxy.model import COMPLETED, Ending, Grant, Permit, Route, TokenUse
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
 from keyproxy.process.proxy_metrics import (
@@ -123,12 +123,12 @@ def exchange(
     one = Exchange()
     one.identity = fakes.identity()
     one.reason = reason
-    one.ending = ending or (ANSWERED if reason is None else Ending.REFUSED)
+    one.ending = ending or (COMPLETED if reason is None else Ending.REFUSED)
     one.status = status if reason is None or one.ending is not Ending.REFUSED else reason.value.status
     one.route = None if route is None else Route(route)
-    one.started_mono, one.sent_mono, one.answered_mono, one.ended_mono = 10.0, 11.0, 11.5, 12.0
+    one.started_mono, one.sent_mono, one.responded_mono, one.ended_mono = 10.0, 11.0, 11.5, 12.0
     if one.ending is Ending.REFUSED:
-        one.sent_mono = one.answered_mono = 0.0
+        one.sent_mono = one.responded_mono = 0.0
     one.token_use = use
     for name, value in (seconds or {}).items():
         setattr(one, name, value)
@@ -169,7 +169,7 @@ def test_every_refusal_starts_at_0_with_its_blame() -> None:
     assert after == before | {("us", "internal_error"): 1.0}
 
 
-def test_an_alert_on_the_first_of_a_kind_sees_it_rise() -> None:
+def test_the_first_event_of_a_kind_increases_an_existing_counter() -> None:
     """A series that appears with the value 1 never rose for Prometheus: increase() of it is 0."""
     text = page()
     assert set(series(text, "keyproxy_responses_total")) == {(one,) for one in STATUS_CLASSES}
@@ -236,7 +236,7 @@ def test_responses_are_counted_by_the_class_of_their_status() -> None:
     }
 
 
-def test_the_duration_of_what_was_relayed_stands_apart_from_that_of_refusals() -> None:
+def test_relayed_requests_and_refusals_have_separate_durations() -> None:
     text = page(
         exchange(route="any"),
         exchange(route="any", status=500),

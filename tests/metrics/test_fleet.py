@@ -50,16 +50,16 @@ def fleet() -> Fleet:
 
 
 def test_counters_are_summed_and_states_show_the_worst() -> None:
-    told = values(fleet().render([page(3, going=1, lag=0.5), page(4, going=2, up=0, lag=0.25)]))
-    assert told["keyproxy_requests_total"] == 7
-    assert told["keyproxy_request_seconds_count"] == 7
-    assert told["keyproxy_request_seconds_sum"] == 1.0
-    assert told["keyproxy_open_requests"] == 3
-    assert told["keyproxy_store_up"] == 0
-    assert told["keyproxy_change_feed_lag_seconds"] == 0.5
-    assert told["keyproxy_ledger_unsettled_seconds"] == 0.5
-    assert told["keyproxy_limit_refusals_total"] == 7
-    assert told["keyproxy_worker_restarts_total"] == 1
+    found = values(fleet().render([page(3, going=1, lag=0.5), page(4, going=2, up=0, lag=0.25)]))
+    assert found["keyproxy_requests_total"] == 7
+    assert found["keyproxy_request_seconds_count"] == 7
+    assert found["keyproxy_request_seconds_sum"] == 1.0
+    assert found["keyproxy_open_requests"] == 3
+    assert found["keyproxy_store_up"] == 0
+    assert found["keyproxy_change_feed_lag_seconds"] == 0.5
+    assert found["keyproxy_ledger_unsettled_seconds"] == 0.5
+    assert found["keyproxy_limit_refusals_total"] == 7
+    assert found["keyproxy_worker_restarts_total"] == 1
 
 
 def test_counters_of_an_exited_worker_stay_and_its_gauges_go() -> None:
@@ -67,8 +67,8 @@ def test_counters_of_an_exited_worker_stay_and_its_gauges_go() -> None:
     several.ended(page(5, going=9))
     several.ended(page(6, going=9))
     for _ in range(2):
-        told = values(several.render([page(1, going=1)]))
-        assert (told["keyproxy_requests_total"], told["keyproxy_open_requests"]) == (12, 1)
+        found = values(several.render([page(1, going=1)]))
+        assert (found["keyproxy_requests_total"], found["keyproxy_open_requests"]) == (12, 1)
 
 
 def test_counters_are_exported_even_without_workers() -> None:

@@ -127,11 +127,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     # -- the interface that asyncio uses
 
     def time(self) -> float:
-        """See AbstractEventLoop."""
         return self._clock.now
 
     def get_debug(self) -> bool:
-        """See AbstractEventLoop."""
         return False
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -142,7 +140,6 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_soon(
         self, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        """See AbstractEventLoop."""
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         self._clock.note(self, self._clock.now)
@@ -151,13 +148,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_later(
         self, delay: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        """See AbstractEventLoop."""
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(
         self, when: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        """See AbstractEventLoop."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
         self._clock.note(self, when)
@@ -167,9 +162,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Do nothing: cancelled timers are dropped when they are due."""
 
     def create_future(self) -> asyncio.Future[Any]:
-        """See AbstractEventLoop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:  # type: ignore[override]
-        """See AbstractEventLoop."""
         return asyncio.Task(coro, loop=self)

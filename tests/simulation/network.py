@@ -1,4 +1,4 @@
-"""The ledger, and the network between it and the processes: messages and answers get lost, late, doubled, mixed up."""
+"""The ledger and its network, which loses, delays, duplicates and reorders messages and replies."""
 
 from __future__ import annotations
 
@@ -81,30 +81,30 @@ class _Remote:
         self.is_dead = False
 
     async def _call(self, call: Callable[[], Any]) -> Any:
-        answered = self._loop.create_future()
+        reply = self._loop.create_future()
 
-        def heard() -> Any:
+        def receive() -> Any:
             if self.is_dead and self._network.is_lagging:
                 # It would be lost and never sent again: docs/ledger.md describes the cost.
                 raise TimeoutError
             return call()
 
-        def answer(result: Any) -> None:
-            if not self.is_cut and not answered.done():
-                self._loop.call_soon(hear, result)
+        def respond(result: Any) -> None:
+            if not self.is_cut and not reply.done():
+                self._loop.call_soon(settle, result)
 
-        def hear(result: Any) -> None:
-            if not answered.done():
-                answered.set_result(result)
+        def settle(result: Any) -> None:
+            if not reply.done():
+                reply.set_result(result)
 
         def give_up() -> None:
-            if not answered.done():
-                answered.set_exception(StoreUnavailable("no response"))
+            if not reply.done():
+                reply.set_exception(StoreUnavailable("no response"))
 
         timer = self._loop.call_later(_TIMEOUT_SECONDS, give_up)
-        self._network.send(heard, answer, is_cut=self.is_cut)
+        self._network.send(receive, respond, is_cut=self.is_cut)
         try:
-            return await answered
+            return await reply
         finally:
             timer.cancel()
 
@@ -113,18 +113,16 @@ class RemoteClaims(_Remote):
     """The record of charges as one process reaches it. Implements ClaimStore."""
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """See ClaimStore."""
         answers: Sequence[Answer] | None
         answers = await self._call(lambda: self._network.claims.hear(process, number, claims))
         return answers
 
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
-        """See ClaimStore."""
         found: Mapping[bytes, Cover] = await self._call(lambda: self._network.claims.look(fingerprints))
         return found
 
     async def forget(self, portion: int) -> bool:
-        """See ClaimStore. Nothing expires here."""
+        """Nothing expires here."""
         del portion
         return False
 
@@ -133,18 +131,16 @@ class RemoteLedger(_Remote):
     """The ledger as one process reaches it. Implements the port LedgerBackend."""
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
-        """See the port."""
         replies: list[LeaseGrant] | None = await self._call(lambda: self._network.ledger.sync(holder, serial, lines))
         return replies
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """See the port."""
         del portion
         await self._call(self._network.ledger.reap)
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. Sooner than in production, but later than any message arrives.
+        """Forget ended holders: sooner than in production, but later than any message arrives.
 
         Does nothing after history was lost: claims of a process that was suspended before that would count twice, see
         docs/ledger.md.
@@ -155,8 +151,7 @@ class RemoteLedger(_Remote):
         return False
 
     async def end(self, holder: str) -> None:
-        """See the port."""
         await self._call(lambda: self._network.ledger.end(holder))
 
     async def close(self) -> None:
-        """See the port."""
+        """Nothing to close."""

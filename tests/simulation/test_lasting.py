@@ -70,14 +70,14 @@ class Flaw:
     def __init__(self, times: int) -> None:
         self.left = times
         self.skips = 0
-        self.asked: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     async def fetch(self, name: str, *_arguments: object) -> Sequence[Row]:
         self.strike(name)
         return cast("Sequence[Row]", [{**_LOOK, "is_more": False}])
 
     def strike(self, name: str) -> None:
-        self.asked[name] += 1
+        self.calls[name] += 1
         if self.skips:
             self.skips -= 1
         elif self.left:
@@ -136,18 +136,18 @@ def test_change_feed_is_restarted(site: Site) -> None:
     followed = feed(site, flaw)
     site.wait(5.0)
     assert followed.is_current()
-    assert (followed.lasting.defects, flaw.asked["changes_since"] > 6) == (3, True)
+    assert (followed.lasting.defects, flaw.calls["changes_since"] > 6) == (3, True)
 
 
 def test_listening_for_notifications_is_restarted(site: Site) -> None:
     flaw = Flaw(2)
     listening = feed(site, Flaw(0), FlawedListener(flaw))
-    heard = []
+    states = []
     for seconds in (0.1, 20.0):
         site.wait(seconds)
-        heard.append(listening.is_listening)
-    assert heard == [False, True]
-    assert (listening.lasting.defects, flaw.asked["listen"]) == (2, 3)
+        states.append(listening.is_listening)
+    assert states == [False, True]
+    assert (listening.lasting.defects, flaw.calls["listen"]) == (2, 3)
 
 
 def test_recording_uses_of_keys_is_restarted(site: Site) -> None:
@@ -157,7 +157,7 @@ def test_recording_uses_of_keys_is_restarted(site: Site) -> None:
     for _ in range(3):
         notes.mark(cast("Any", Used()), site.now())
         site.wait(5.0)
-    assert (notes.lasting.defects, flaw.asked["mark_used"]) == (1, 3)
+    assert (notes.lasting.defects, flaw.calls["mark_used"]) == (1, 3)
 
 
 def test_usage_is_written_after_a_defect_and_readiness_has_a_reason_until_then(site: Site) -> None:
@@ -173,7 +173,7 @@ def test_usage_is_written_after_a_defect_and_readiness_has_a_reason_until_then(s
     assert usage.down_because == ""
     assert usage.unwritten_seconds() == 0.0
     # One of the four was in the cleanup, which is not retried at once.
-    assert (usage.lasting.defects, usage.counts["batches"], flaw.asked["tend_usage"]) == (4, 1, 1)
+    assert (usage.lasting.defects, usage.counts["batches"], flaw.calls["tend_usage"]) == (4, 1, 1)
 
 
 def test_defect_fails_pending_lookups_of_charges_and_the_next_one_succeeds(
@@ -182,20 +182,20 @@ def test_defect_fails_pending_lookups_of_charges_and_the_next_one_succeeds(
     flaw = Flaw(1)
     claims = Claims(FlawedClaims(flaw), cast("Ledger", None), schema.LedgerSettings(), site.now)
     site.do(claims.start)
-    told: list[object] = []
+    outcomes: list[object] = []
 
-    async def ask() -> None:
+    async def request() -> None:
         try:
-            told.append(await claims.paid(bytes(32), TimeBudget()))
+            outcomes.append(await claims.paid(bytes(32), TimeBudget()))
         except Refusal as refusal:
-            told.append(refusal.reason)
+            outcomes.append(refusal.reason)
 
     for _ in range(2):
-        site.do(lambda: site.loop.create_task(ask()))
+        site.do(lambda: site.loop.create_task(request()))
         site.wait(0.01)
-        assert claims.down_because == "a defect" or told[-1] is None
+        assert claims.down_because == "a defect" or outcomes[-1] is None
         site.wait(2.0)
-    assert told == [Reason.LEDGER_UNAVAILABLE, None]
+    assert outcomes == [Reason.LEDGER_UNAVAILABLE, None]
     assert (claims.lasting.defects, claims.down_because) == (1, "")
 
 
@@ -214,21 +214,21 @@ def test_claims_are_sent_again_although_one_cannot_be_settled(site: Site) -> Non
     for number in range(3):
         claims.add(_HOLD, bytes([number] * 32), 1, None)
     site.wait(3.0)
-    assert (claims.pending, claims.lasting.defects, flaw.asked["settle"]) == (0, 1, 3)
+    assert (claims.pending, claims.lasting.defects, flaw.calls["settle"]) == (0, 1, 3)
 
 
 @pytest.mark.parametrize("is_clumsy", [False, True])
 def test_defect_is_logged_with_its_traceback_and_passed_to_the_task_which_restarts(
     site: Site, caplog: pytest.LogCaptureFixture, is_clumsy: bool
 ) -> None:
-    flaw, told = Flaw(2), list[Exception]()
+    flaw, outcomes = Flaw(2), list[Exception]()
 
     async def work() -> None:
         flaw.strike("work")
         await asyncio.sleep(1_000.0)
 
     def failed(error: Exception) -> None:
-        told.append(error)
+        outcomes.append(error)
         if is_clumsy:
             raise ValueError("and another one")
 
@@ -236,23 +236,23 @@ def test_defect_is_logged_with_its_traceback_and_passed_to_the_task_which_restar
     with caplog.at_level(logging.ERROR):
         site.do(lambda: lasting.start(work, failed))
         site.wait(1.5)
-        assert flaw.asked["work"] == 2
+        assert flaw.calls["work"] == 2
         site.wait(10.0)
-    assert (lasting.defects, flaw.asked["work"]) == (2, 3)
-    assert [str(error) for error in told] == ["a defect"] * 2
+    assert (lasting.defects, flaw.calls["work"]) == (2, 3)
+    assert [str(error) for error in outcomes] == ["a defect"] * 2
     logged = [record for record in caplog.records if record.exc_info and record.exc_info[0] is RuntimeError]
     assert len(logged) == 2
     assert "something" in logged[0].getMessage()
 
     async def end() -> None:
         await lasting.end()
-        told.clear()
+        outcomes.clear()
 
     ending: list[Awaitable[None]] = []
     site.do(lambda: ending.append(site.loop.create_task(end())))
     site.wait(2_000.0)
-    assert not told
-    assert flaw.asked["work"] == 3
+    assert not outcomes
+    assert flaw.calls["work"] == 3
 
 
 class FlawedBackend:
@@ -296,7 +296,7 @@ class Customers:
         self._allowances: dict[str, Allowance] = {}
         site.do(self.ledger.start)
 
-    async def _take(self, user: str, told: list[Reason | None]) -> None:
+    async def _take(self, user: str, outcomes: list[Reason | None]) -> None:
         plan = Plan(requests_per_day=100)
         allowance = self._allowances.setdefault(user, Allowance(((Pool("user", user, False), plan),)))
         patience = TimeBudget()
@@ -308,17 +308,17 @@ class Customers:
                 except Missing as missing:
                     await missing.fetch_missing(patience)
         except Refusal as refusal:
-            told.append(refusal.reason)
+            outcomes.append(refusal.reason)
         else:
-            told.append(None)
+            outcomes.append(None)
 
-    def ask(self, *users: str, seconds: float = 0.1) -> list[Reason | None]:
+    def request(self, *users: str, seconds: float = 0.1) -> list[Reason | None]:
         """The outcomes of concurrent requests after `seconds`: None, or the reason of a refusal."""
-        told: list[Reason | None] = []
+        outcomes: list[Reason | None] = []
         for user in users:
-            self.site.do(lambda user=user: self.site.loop.create_task(self._take(user, told)))  # type: ignore[misc]
+            self.site.do(lambda user=user: self.site.loop.create_task(self._take(user, outcomes)))  # type: ignore[misc]
         self.site.wait(seconds)
-        return told
+        return outcomes
 
     def end(self) -> int:
         """End all requests. Return what is spent of their windows when everything is settled."""
@@ -355,19 +355,19 @@ def test_defect_anywhere_in_the_ledger_client_fails_waiting_requests_but_no_late
     flaw = Flaw(0)
     customers = Customers(site, flaw)
     if has_leases:
-        assert customers.ask("u_1") == [None]
+        assert customers.request("u_1") == [None]
     site.wait(3.0)
     conversation = customers.ledger.conversation
     if place != "sync":
         setattr(conversation.lease_sync, place, Flawed(flaw, getattr(conversation.lease_sync, place)))
     # Of two lines in one message, one has been built already.
     flaw.left, flaw.skips = 1, int(place == "_review")
-    assert customers.ask("u_2", "u_3", seconds=0.9) == [Reason.LEDGER_UNAVAILABLE] * 2
+    assert customers.request("u_2", "u_3", seconds=0.9) == [Reason.LEDGER_UNAVAILABLE] * 2
     assert flaw.left == 0
     assert conversation.down_because == "a defect"
     site.wait(1.0)
     assert conversation.down_because == ""
-    assert customers.ask("u_1", "u_2", "u_3") == [None] * 3
+    assert customers.request("u_1", "u_2", "u_3") == [None] * 3
     assert conversation.lasting.defects == 1
     assert customers.end() == 3 + has_leases
 
@@ -377,7 +377,7 @@ def test_process_that_is_idle_now_and_then_stays_one_holder_and_needs_one_round_
     counts = customers.ledger.conversation.counts
     for gaps in range(1, 6):
         before = counts["round_trips"]
-        assert customers.ask("u_1") == [None]
+        assert customers.request("u_1") == [None]
         assert counts["round_trips"] == before + 1
         site.do(lambda: customers.ledger.settle(customers.holds.pop(), was_sent=True))
         site.wait(schema.LedgerSettings().lease_seconds * 5)
@@ -394,7 +394,7 @@ def test_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
 ) -> None:
     """Its first message has nothing to report: one request has been running for long, and others are new."""
     customers = Customers(site, Flaw(0))
-    assert customers.ask("u_1") == [None]
+    assert customers.request("u_1") == [None]
     site.wait(5.0)
     reference = customers.backend.reference
     suspended_seconds = 26 * 3_600.0
@@ -405,7 +405,7 @@ def test_machine_that_wakes_after_its_holder_was_deleted_is_not_charged_twice(
     assert not reference.holders
     site.stood_still = suspended_seconds if is_still else 0.0
     site.loop.runs = True
-    assert customers.ask(*users) == [None] * len(users)
+    assert customers.request(*users) == [None] * len(users)
     site.wait(5.0)
     assert customers.end() == 1 + len(users)
     assert {holder.has_ended or holder.rests for holder in reference.holders.values()} <= {True}
@@ -416,8 +416,8 @@ def test_defect_in_reaping_does_not_end_reaping(site: Site) -> None:
     customers = Customers(site, flaw)
     flaw.left = 1
     site.wait(20.0)
-    assert (flaw.left, flaw.asked["reap"] > 3) == (0, True)
-    assert customers.ask("u_1") == [None]
+    assert (flaw.left, flaw.calls["reap"] > 3) == (0, True)
+    assert customers.request("u_1") == [None]
     assert customers.end() == 1
 
 
@@ -465,18 +465,20 @@ def test_readiness_reports_expired_leases_after_missing_responses_but_not_after_
     parts.usage = usage
     site.wait(100.0)
     assert check_ledger(parts) == Check(Verdict.OK)
-    assert customers.ask("u_1") == [None]
+    assert customers.request("u_1") == [None]
     flaw.left = 10**6
-    told = []
+    outcomes = []
     for seconds in (4.0, 10.0, 100.0):
         site.wait(seconds)
-        told.append(check_ledger(parts))
-    assert {check.verdict for check in told} == {Verdict.DEGRADED}
-    assert [check.reason.partition(":")[0] for check in told] == [
-        "requests use existing leases until they expire", "leases have expired", "leases have expired",
-    ]  # fmt: skip
+        outcomes.append(check_ledger(parts))
+    assert {check.verdict for check in outcomes} == {Verdict.DEGRADED}
+    assert [check.reason.partition(":")[0] for check in outcomes] == [
+        "requests use existing leases until they expire",
+        "leases have expired",
+        "leases have expired",
+    ]
     assert conversation.lasting.defects > 50
     flaw.left = 0
     site.wait(3.0)
     assert check_ledger(parts) == Check(Verdict.OK)
-    assert customers.ask("u_1") == [None]
+    assert customers.request("u_1") == [None]

@@ -40,7 +40,6 @@ class SlowLedger:
         self.seconds, self.is_deaf = seconds, is_deaf
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """See the port."""
         if self.is_deaf:
             await asyncio.sleep(2.0)
             raise StoreUnavailable("no response")
@@ -48,21 +47,20 @@ class SlowLedger:
         return self.reference.sync(holder, serial, lines)
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """See the port. No holder expires here."""
+        """No holder expires here."""
         del portion
         return False
 
     async def forget(self, portion: int) -> bool:
-        """See the port. No holder is deleted here."""
+        """No holder is deleted here."""
         del portion
         return False
 
     async def end(self, holder: str) -> None:
-        """See the port."""
         self.reference.end(holder)
 
     async def close(self) -> None:
-        """See the port."""
+        """Nothing to close."""
 
 
 class SlowClaims(ReferenceClaims):
@@ -73,12 +71,10 @@ class SlowClaims(ReferenceClaims):
         self.seconds = seconds
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """See ClaimStore."""
         await asyncio.sleep(self.seconds)
         return await super().claim(process, number, claims)
 
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
-        """See ClaimStore."""
         await asyncio.sleep(self.seconds)
         return await super().cover(fingerprints)
 
@@ -152,16 +148,16 @@ class Stage:
 def test_request_is_decided_within_its_budget_however_slow_the_ledger_is(seconds: float, reason: Reason) -> None:
     stage, plan = Stage(seconds), Plan(requests_per_day=1)
     stage.others_hold(plan)
-    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
-    assert told is reason
+    outcome, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
+    assert outcome is reason
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
 
 def test_wait_for_units_of_others_is_shorter_if_the_ledger_responds_at_once() -> None:
     stage, plan = Stage(0.001), Plan(requests_per_day=1)
     stage.others_hold(plan)
-    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
-    assert told is Reason.QUOTA_EXHAUSTED
+    outcome, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
+    assert outcome is Reason.QUOTA_EXHAUSTED
     assert 1.6 <= waited <= 1.6 + 0.3 + _TURNS_SECONDS
 
 
@@ -170,15 +166,15 @@ def test_request_that_arrives_during_a_message_waits_no_longer() -> None:
     stage.others_hold(plan)
     stage.loop.create_task(stage.take(plan, TimeBudget()))
     stage.clock.run(0.1)
-    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited <= PATIENCE_SECONDS + _TURNS_SECONDS
 
 
 def test_response_at_the_last_moment_admits_the_request() -> None:
     stage = Stage(3.95)
-    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
-    assert isinstance(told, Hold)
+    outcome, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
+    assert isinstance(outcome, Hold)
     assert waited == pytest.approx(3.95, abs=_TURNS_SECONDS)
 
 
@@ -187,26 +183,26 @@ def test_all_rounds_of_a_decision_share_one_budget() -> None:
     _, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
     assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 1.5, abs=_TURNS_SECONDS)
     stage.backend.seconds = 50.0
-    told, more = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, more = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited + more == pytest.approx(PATIENCE_SECONDS, abs=2 * _TURNS_SECONDS)
     # Then the budget is spent.
     stage.backend.seconds = 0.001
-    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.take(Plan(requests_per_month=1), patience))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited <= _TURNS_SECONDS
 
 
 def test_lookup_of_earlier_charges_uses_the_same_budget() -> None:
     stage, patience = Stage(1.5, store_seconds=1.0), TimeBudget()
     stage.waited(lambda: stage.take(Plan(requests_per_day=1), patience))
-    told, waited = stage.waited(lambda: stage.claims.paid(b"f", patience))
-    assert told is None
+    outcome, waited = stage.waited(lambda: stage.claims.paid(b"f", patience))
+    assert outcome is None
     assert waited == pytest.approx(1.0, abs=_TURNS_SECONDS)
     assert patience.seconds_left == pytest.approx(PATIENCE_SECONDS - 2.5, abs=2 * _TURNS_SECONDS)
     patience.seconds_left = 0.4
-    told, waited = stage.waited(lambda: stage.claims.paid(b"g", patience))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.claims.paid(b"g", patience))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.4, abs=_TURNS_SECONDS)
 
 
@@ -221,35 +217,35 @@ def test_lookup_of_earlier_charges_is_not_starved_by_a_stream_of_claims() -> Non
 
     stage.loop.create_task(ending())
     stage.clock.run(2.0)
-    told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
-    assert told is None
+    outcome, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
+    assert outcome is None
     # The batch in flight, its own batch, and the lookup.
     assert waited <= 4 * 0.05 + _TURNS_SECONDS
 
 
 def test_only_the_first_request_waits_for_an_unavailable_ledger() -> None:
     stage, plan = Stage(0.0, is_deaf=True), Plan(requests_per_day=1)
-    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(2.0, abs=_TURNS_SECONDS)
-    told, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.take(plan, TimeBudget()))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
 def test_closed_ledger_refuses_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.ledger.close)
-    told, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.take(Plan(requests_per_day=1), TimeBudget()))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 
 def test_closed_claims_refuse_a_lookup_at_once() -> None:
     stage = Stage(0.01)
     stage.waited(stage.claims.close)
-    told, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
-    assert told is Reason.LEDGER_UNAVAILABLE
+    outcome, waited = stage.waited(lambda: stage.claims.paid(b"f", TimeBudget()))
+    assert outcome is Reason.LEDGER_UNAVAILABLE
     assert waited == pytest.approx(0.0, abs=_TURNS_SECONDS)
 
 

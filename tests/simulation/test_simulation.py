@@ -96,7 +96,6 @@ class Forgetful(ReferenceClaims):
     """A faulty store: a batch that is sent twice counts twice."""
 
     def hear(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """See ReferenceClaims."""
         self.batches.clear()
         return super().hear(process, number, claims)
 

@@ -96,9 +96,9 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
                 look_ups_max=look_ups_max,
                 now=now or clock,
             )
-            heard = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
-            assert not isinstance(heard, str)
-            feed = ChangeFeed(door, heard, identities, state, now or clock)
+            listening = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
+            assert not isinstance(listening, str)
+            feed = ChangeFeed(door, listening, identities, state, now or clock)
             await door.open()
             stack.push_async_callback(door.close)
             stack.push_async_callback(identities.close)
@@ -112,7 +112,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
 async def rig(make_rig: MakeRig) -> Rig:
     """A rig with the default configuration and a feed that has polled once."""
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     return rig
 
 

@@ -101,7 +101,7 @@ class Door(Database):
 
     def __init__(self, dsn: str, *, pool_size_max: int = 4, statement_timeout_seconds: float = 5.0) -> None:
         super().__init__(dsn, pool_size_max=pool_size_max, statement_timeout_seconds=statement_timeout_seconds)
-        self.asked: collections.Counter[str] = collections.Counter()
+        self.queries: collections.Counter[str] = collections.Counter()
         self.arguments: dict[str, list[Sequence[object]]] = collections.defaultdict(list)
         #: Called before a statement of this name is sent.
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -115,7 +115,7 @@ class Door(Database):
         return hold
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        self.asked[name] += 1
+        self.queries[name] += 1
         self.arguments[name].append(arguments)
         hold = self._holds.get(name)
         if name in self.before:
@@ -130,7 +130,7 @@ class Door(Database):
     @property
     def look_ups(self) -> int:
         """How many queries for identities have been sent."""
-        return self.asked["identities_by_digest"]
+        return self.queries["identities_by_digest"]
 
 
 class Bell(NotificationListener):
@@ -358,7 +358,7 @@ class Rig:
         """Cut the relay and wait until the feed has noticed the outage."""
         await self.relay.cut()
         try:
-            await self.feed.look()
+            await self.feed.poll()
         except StoreUnavailable:
             assert self.door.is_down
             return
@@ -367,12 +367,12 @@ class Rig:
     async def comes_back(self) -> None:
         """Restore the relay and wait until the feed has noticed the recovery."""
         await self.relay.mend()
-        await self.feed.look()
+        await self.feed.poll()
         assert self.door.is_up
 
     async def is_quiet(self) -> None:
         """Wait until no lookup is under way."""
-        await until(lambda: self.cache.sizes()["asked"] == 0, "no look-up is under way")
+        await until(lambda: self.cache.sizes()["looking_up"] == 0, "no look-up is under way")
 
 
 async def add_tenant(sql: Sql, tenant: str = "acme") -> None:

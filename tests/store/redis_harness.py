@@ -51,7 +51,7 @@ async def ledgers(dsn: str) -> AsyncIterator[MakeLedger]:
         yield making
 
 
-async def granted(ledger: RedisLedger, holder: str, serial: int, **told: Any) -> int:
+async def granted(ledger: RedisLedger, holder: str, serial: int, **settings: Any) -> int:
     """Send one message; return what the holder was granted of 1000 a day, or -1 if it has ended."""
-    replies = await ledger.sync(holder, serial, [line(limit=1000, **told)])
+    replies = await ledger.sync(holder, serial, [line(limit=1000, **settings)])
     return -1 if replies is None else replies[0].granted

@@ -57,9 +57,19 @@ class RedisServer:
     def start(self, *options: str, until: bytes = b"+PONG") -> None:
         """Start the server and wait until its response to PING begins with `until`."""
         command = [
-            str(self._program), "--unixsocket", str(self._socket), "--port", "0", "--dir", str(self._directory),
-            "--dbfilename", self.file.name, "--save", "", *options,
-        ]  # fmt: skip
+            str(self._program),
+            "--unixsocket",
+            str(self._socket),
+            "--port",
+            "0",
+            "--dir",
+            str(self._directory),
+            "--dbfilename",
+            self.file.name,
+            "--save",
+            "",
+            *options,
+        ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
@@ -69,12 +79,12 @@ class RedisServer:
     def wait(self, until: bytes = b"+PONG") -> None:
         """Wait until the response to PING begins with `until`."""
         wait_until(
-            lambda: self._said("PING").startswith(until), f"the server is ready: {self._log}", seconds=_READY_SECONDS
+            lambda: self._reply("PING").startswith(until), f"the server is ready: {self._log}", seconds=_READY_SECONDS
         )
 
     def command(self, *words: str) -> None:
         """Run a command that must succeed."""
-        assert self._said(*words).startswith((b"+OK", b"+Background"))
+        assert self._reply(*words).startswith((b"+OK", b"+Background"))
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -104,15 +114,17 @@ class RedisServer:
         self._process = None
         self._socket.unlink(missing_ok=True)
 
-    def _said(self, *words: str) -> bytes:
+    def _reply(self, *words: str) -> bytes:
         """The first line of the response to a command; empty without a response."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(5.0)
             try:
                 connection.connect(str(self._socket))
-                connection.sendall(b"".join(
-                    [b"*%d\r\n" % len(words), *(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words)]
-                ))  # fmt: skip
+                connection.sendall(
+                    b"".join(
+                        [b"*%d\r\n" % len(words), *(b"$%d\r\n%s\r\n" % (len(word), word.encode()) for word in words)]
+                    )
+                )
                 return connection.makefile("rb").readline().strip()
             except OSError:
                 return b""

@@ -160,7 +160,7 @@ async def test_charging_expired_holders_reduces_its_portion_until_it_succeeds(
     assert await _sums(sql) == (0, 0, 0)
 
 
-async def test_restored_database_grants_nothing_before_it_knows_what_is_held(database: Database, sql: Sql) -> None:
+async def test_restored_database_grants_nothing_for_the_duration_of_a_lease(database: Database, sql: Sql) -> None:
     ledger = PostgresLedger(database, lease_seconds=LEASE_SECONDS)
     await ledger.sync("a", 1, [line(limit=100, want=1)])
     # As after loading a dump: the restored table is a different one, while the server's timeline stays the same.
@@ -236,7 +236,7 @@ async def test_window_deleted_while_a_message_waits_for_it_is_created_again(data
 
 async def test_old_changes_are_deleted_one_portion_between_two_polls(make_rig: MakeRig, sql: Sql) -> None:
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     await sql.execute("INSERT INTO keyproxy.changes (kind, subject) SELECT 'key', 'x' FROM generate_series(1, 50)")
     snapshot = await sql.fetchval("SELECT pg_current_snapshot()::text")
     assert len(await rig.door.fetch("forget_changes", snapshot, 30)) == 30

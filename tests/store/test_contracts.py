@@ -50,10 +50,12 @@ class _CacheStage:
         await self._rig.sql.execute(
             "INSERT INTO keyproxy.api_keys (id, user_id, digest, scopes, is_test)"
             " VALUES ('key_of_' || $1, $1, $2, '{jobs:write}', $3)",
-            user, secret.digest(), is_test,
-        )  # fmt: skip
+            user,
+            secret.digest(),
+            is_test,
+        )
         await self._rig.sql.execute(_STANDINGS[standing])
-        await self._rig.feed.look()
+        await self._rig.feed.poll()
 
     async def goes_down(self) -> None:
         await self._rig.goes_down()

@@ -44,16 +44,16 @@ def log(caplog: pytest.LogCaptureFixture) -> Log:
 
 
 def test_outage_is_logged_at_its_beginning_and_its_end(log: Log) -> None:
-    log.outage.answered()
+    log.outage.responded()
     for part in ("look-ups", "usage", "the ledger", "look-ups"):
         log.outage.met(f"{part} fail", is_main=part == "look-ups")
         log.now += 1.0
     assert log.lines == ["look-ups fail"]
-    log.outage.answered()
+    log.outage.responded()
     assert log.outage.is_on
     log.now += 3.0
-    log.outage.answered()
-    log.outage.answered()
+    log.outage.responded()
+    log.outage.responded()
     assert log.lines == ["look-ups fail", "the store is available again after 3 s"]
     log.outage.met("look-ups fail again", is_main=True)
     assert log.lines[2:] == ["look-ups fail again"]
@@ -63,7 +63,7 @@ def test_intermittent_responses_are_one_outage(log: Log) -> None:
     for _ in range(500):
         log.outage.met("it fails", is_main=True)
         log.now += 0.5
-        log.outage.answered()
+        log.outage.responded()
         log.now += 0.5
     assert log.lines == ["it fails"]
 
@@ -71,7 +71,7 @@ def test_intermittent_responses_are_one_outage(log: Log) -> None:
 def test_failure_of_one_part_hides_no_outage_of_the_server(log: Log) -> None:
     for _ in range(20):
         log.outage.met("usage may not be written")
-        log.outage.answered()
+        log.outage.responded()
         log.now += 1.0
     log.outage.met("the store is down", is_main=True)
     log.outage.met("the store is down", is_main=True)
@@ -80,13 +80,18 @@ def test_failure_of_one_part_hides_no_outage_of_the_server(log: Log) -> None:
 
 async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(
-        schema.StoreSettings(), schema.Cache(), schema.LedgerSettings(lease_seconds=0.5), schema.Usage(), dsn=relay.dsn,
-        header_prefix="X-Keyproxy-", now=clock.now,
-    )  # fmt: skip
+        schema.StoreSettings(),
+        schema.Cache(),
+        schema.LedgerSettings(lease_seconds=0.5),
+        schema.Usage(),
+        dsn=relay.dsn,
+        header_prefix="X-Keyproxy-",
+        now=clock.now,
+    )
     caplog.set_level(logging.WARNING, "keyproxy")
     await store.open()
     try:
-        await store.answers()
+        await store.check_connection()
         await relay.cut()
         store.usage.take(rows(ended(fakes.identity("u_1", "acme"))))
         allowance = Allowance(((Pool("user", "u_1", False), Plan(requests_per_day=5)),))
@@ -95,7 +100,7 @@ async def test_all_parts_of_a_store_log_one_outage(relay: Relay, caplog: pytest.
         with pytest.raises(Refusal):
             await missing.value.fetch_missing(TimeBudget())
         with pytest.raises(StoreUnavailable):
-            await store.answers()
+            await store.check_connection()
         await until(
             lambda: bool(
                 store.usage.down_because and store.ledger.conversation.down_because and store.database.is_down

@@ -1,4 +1,4 @@
-"""The work of a statement on many keys does not grow with the square of their number, whatever statistics say."""
+"""The work of a statement on many keys does not grow with the square of their number, whatever the statistics are."""
 
 from __future__ import annotations
 
@@ -80,11 +80,18 @@ async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None
     await stale.execute(f"SET plan_cache_mode = {mode}")
     wishes: list[dict[str, object]] = [
         {
-            "id": f"new_{number}", "user_id": "u_42", "digest": f"{number:064x}", "hint": "", "name": f"n{number}",
-            "scopes": [], "is_test": False, "life_seconds": None, "plan": None,
+            "id": f"new_{number}",
+            "user_id": "u_42",
+            "digest": f"{number:064x}",
+            "hint": "",
+            "name": f"n{number}",
+            "scopes": [],
+            "is_test": False,
+            "life_seconds": None,
+            "plan": None,
         }
         for number in range(_KEYS // 2 + 1, _KEYS + _KEYS // 2 + 1)
-    ]  # fmt: skip
+    ]
     explained = await stale.fetchval(
         f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {queries.load()['issue_keys']}", json.dumps(wishes), None
     )
@@ -94,7 +101,7 @@ async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None
 
 
 @pytest.mark.parametrize("statement", ["revoke_leaked", "revoke_keys"])
-async def test_a_key_that_somebody_else_revokes_or_changes_meanwhile_is_revoked_once(
+async def test_a_key_that_is_revoked_or_changed_concurrently_is_revoked_once(
     dsn: str, sql: Sql, statement: str
 ) -> None:
     await add_user(sql)

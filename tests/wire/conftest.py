@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 
-from keyproxy.config.schema import LedgerSettings, Listen
+from keyproxy.config.schema import LedgerSettings, Listen, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.gateway import Gateway
-from keyproxy.http.error_responses import ErrorRenderer
-from keyproxy.http.headers import FieldNames, TrustRule
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
+from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.ledger.charge_dedup import Claims
+from keyproxy.wire.client.request_ids import RequestIds
 from keyproxy.wire.deadlines import Deadlines
-from keyproxy.wire.parsing.head_cache import ResponseReader
-from keyproxy.wire.server import ProxyServer, Terms
-from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
+from keyproxy.wire.server import ProxyServer
+from keyproxy.wire.upstream.pool import UpstreamPool
 from tests import fakes
 from tests.rawhttp import Client, Upstream, connect
 from tests.reference_claims import ReferenceClaims
@@ -78,35 +77,25 @@ async def start() -> AsyncIterator[Start]:
             claims = Claims(charges, ledger, LedgerSettings(settle_seconds=0.05), clock.now)
             claims.start()
             stack.push_async_callback(claims.close)
-            gateway = Gateway(
-                key_format=fakes.FORMAT,
-                identities=identities,
-                ledger=ledger,
-                claims=claims,
-                routes=routes or RouteTable([]),
-                now=clock.now,
-                instance=b"test",
+            settings = Settings(
+                listen=Listen(**({"address": "127.0.0.1:0"} | (listen or {}))),
+                upstream=UpstreamSettings(**({"url": f"http://127.0.0.1:{far.port}"} | (upstream or {}))),
             )
+            table = routes or RouteTable([])
+            gateway = build_gateway(settings, table, identities=identities, ledger=ledger, claims=claims)
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
             stack.callback(deadlines.stop)
-            names = FieldNames()
-            settings = UpstreamSettings(**({"url": f"http://127.0.0.1:{far.port}"} | (upstream or {})))
-            pool = UpstreamPool(
-                settings.url, settings, ResponseReader(names), deadlines, clock=clock.monotonic, loop=loop,
-                tls=upstream_tls,
-            )  # fmt: skip
+            upstreams = build_upstreams(settings, deadlines, loop, upstream_tls)
+            pool = upstreams.pool(is_test=False)
             stack.push_async_callback(pool.close)
-            settled = Listen(**({"address": "127.0.0.1:0"} | (listen or {})))
-            terms = Terms(
-                settled, gateway, Upstreams(pool), names, ErrorRenderer(), TrustRule(settled.trusted_proxies), tls
-            )
             server = ProxyServer(
-                terms,
+                build_terms(settings, table, gateway, upstreams, tls=tls),
                 recorder=recorder,
                 deadlines=deadlines,
                 clock=clock.monotonic,
                 loop=loop,
+                request_ids=RequestIds(b"test"),
             )
             sock = sockets.bind(server.listen.address)
             stack.callback(sock.close)

@@ -1,9 +1,9 @@
 """Ways in which proxies have been made to disagree with the servers behind them, as facts: name, bytes, verdict.
 
-`reject`: refused with a 4xx, and nothing of it reaches the upstream. `accept`: answered with a 200. `first`: the first
-request is answered, what follows it is refused. `alone`: the first request is answered, what follows it is ignored. A
-number is the status that a well-formed request is refused with. The names state where such a request was observed, or
-which rule it breaks. Every row is sent by a client that then closes its side.
+`reject`: refused with a 4xx, and nothing of it reaches the upstream. `accept`: gets a 200. `first`: the first
+request gets a 200, the bytes after it are refused. `alone`: it gets a 200, the bytes after it are ignored. A number is
+the status that a well-formed request is refused with. The names state where such a request was observed, or which rule
+it breaks. Every row is sent by a client that then closes its side.
 """
 
 from __future__ import annotations

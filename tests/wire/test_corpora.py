@@ -19,7 +19,7 @@ def _with_key(raw: bytes) -> bytes:
 
 
 async def _statuses(client: Client) -> list[int]:
-    """The statuses of all answers until the connection ends or falls silent."""
+    """The statuses of all responses until the connection ends or is silent."""
     found: list[int] = []
     try:
         while True:
@@ -41,22 +41,22 @@ async def _play(wire: Wire, row: dict[str, Any]) -> str:
         statuses = await _statuses(client)
     seen = len(wire.upstream.heads) - seen_before
     if any(status >= 500 for status in statuses):
-        return f"answered {statuses}"
+        return f"got {statuses}"
     if row["expect"] == "reject":
         if seen:
             return f"{seen} requests reached the upstream"
         if any(status < 400 for status in statuses):
-            return f"answered {statuses}"
+            return f"got {statuses}"
     if row["expect"] == "accept" and (statuses[:1] != [200] or seen < 1):
-        return f"answered {statuses}, {seen} reached the upstream"
+        return f"got {statuses}, {seen} reached the upstream"
     if seen > raw.count(b"HTTP/1."):
         return f"{seen} requests reached the upstream"
     return ""
 
 
 @pytest.mark.parametrize("name", ["gunicorn.json", "llhttp.json"])
-async def test_every_row_is_handled_as_it_expects(start: Start, corpora: Path, name: str) -> None:
-    # One row announces more body than it has, and is to be answered all the same: this upstream does not wait for it.
+async def test_every_row_of_the_corpus_has_its_expected_outcome(start: Start, corpora: Path, name: str) -> None:
+    # One row announces more body than it has, and must get a response nevertheless: this upstream does not wait for it.
     wire = await start(serving=Upstream(answer_with(OK, goes_on=False), reads_bodies=False))
     rows = json.loads((corpora / name).read_text(encoding="utf-8"))
     played = [(row["name"], await _play(wire, row)) for row in rows]

@@ -33,7 +33,7 @@ TOO_LARGE: Final = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: 
 
 
 class Hasty:
-    """Answers once the first bytes of a body are there, and closes with the others unread: the kernel sends a reset."""
+    """Responds once the first bytes of a body have arrived, and closes with the rest unread: the kernel sends a reset."""
 
     def __init__(self, answer: bytes, context: ssl.SSLContext | None = None) -> None:
         self.answer = answer
@@ -82,7 +82,7 @@ def pieces(*, is_chunked: bool) -> list[bytes]:
 
 
 async def upload(wire: Wire, *, is_chunked: bool, expects: bool = False) -> tuple[Message, bytes]:
-    """Upload as clients do that read while they send: (the answer, what came after it)."""
+    """Upload as clients do that read while they send: (the response, the bytes after it)."""
     lines = ["Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(BODY)}"]
     async with wire.client() as client:
         await client.send(request("POST", "/", *lines, *(["Expect: 100-continue"] if expects else [])))
@@ -121,7 +121,7 @@ async def test_an_early_response_is_relayed_while_the_request_is_still_being_sen
         result = [await upload(wire, is_chunked=is_chunked, expects=bool(trial % 2)) for trial in range(TRIALS)]
         assert [(answer.status, answer.body, rest) for answer, rest in result] == [(413, b"no", b"")] * TRIALS
         assert {answer.one("Connection") for answer, _ in result} == {"close"}
-        assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED] * TRIALS
+        assert [seen.ending for seen in wire.recorder.seen] == [Ending.COMPLETED] * TRIALS
         assert upstream.served == TRIALS
         assert wire.pool.counts()["idle"] == wire.pool.counts()["busy"] == 0
 
@@ -225,7 +225,7 @@ async def test_a_connection_is_not_used_again_while_a_part_of_its_request_is_uns
         play.client.data_received(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nab")
         before = play.far.written
         assert before.endswith(b"\r\n\r\nab")
-        far.send(b"an answer that has arrived and is not read yet")
+        far.send(b"a response that has arrived and is not read yet")
         play.client.data_received(b"cd")
         assert play.far.written == before
         play.upstream.data_received(OK)
@@ -296,7 +296,7 @@ async def test_held_back_bytes_are_not_polled_repeatedly_once_the_upstream_has_h
             transport = connection._transport
             assert transport is not None
             while not transport.get_write_buffer_size():
-                connection._writer.write(bytes(50_000))
+                connection.writer.write(bytes(50_000))
             time.sleep(0.5)  # the upstream ends its side, which the loop has not seen yet
             connection.send(b"more", is_last=False)
             await asyncio.sleep(0.1)
@@ -318,7 +318,7 @@ async def test_a_connection_that_was_lost_with_a_whole_response_unread_is_not_le
             while not wire.pool.counts()["busy"]:
                 await asyncio.sleep(0)
         (connection,) = wire.pool._open
-        transport, exchange = connection._transport, connection._exchange
+        transport, exchange = connection._transport, connection.exchange
         assert transport is not None
         assert isinstance(exchange, Exchange)
         transport.pause_reading()

@@ -40,7 +40,7 @@ class _Transport:
 
 @pytest.mark.parametrize("raw", [request("GET", "/"), request("POST", "/", body=b"x" * 90)])
 async def test_a_known_key_makes_no_task_and_waits_for_nothing_on_its_way_upstream(wire: Wire, raw: bytes) -> None:
-    """The request is written upstream before `data_received` returns, and the answer likewise."""
+    """The request is written upstream before `data_received` returns, and so is the response."""
     loop = asyncio.get_running_loop()
     near, far = _Transport(), _Transport()
     upstream = UpstreamConnection(wire.pool, loop)
@@ -96,8 +96,6 @@ class Hesitant(fakes.FakeLedger):
     seen: ClassVar[list[float]] = []
 
     def take(self, allowance: Allowance, now: Moment, tokens: Need | None = None, *, may_be_paid: bool = False) -> Hold:
-        """See the port."""
-
         async def fetch_missing(patience: TimeBudget) -> None:
             self.seen.append(patience.seconds_left)
             patience.seconds_left -= 1.0
@@ -187,11 +185,11 @@ async def test_a_client_that_stops_reading_for_good_is_cut(start: Start) -> None
     assert wire.server.open_connections() == 0
 
 
-async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start) -> None:
-    asked, release = asyncio.Event(), asyncio.Event()
+async def test_drain_finishes_requests_in_flight_and_accepts_no_more(start: Start) -> None:
+    arrived, release = asyncio.Event(), asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        asked.set()
+        arrived.set()
         await release.wait()
         writer.write(OK)
         return True
@@ -199,7 +197,7 @@ async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start
     wire = await start(serving=Upstream(held))
     async with wire.client() as busy, wire.client() as idle:
         await busy.send(request("GET", "/"))
-        await asked.wait()
+        await arrived.wait()
         draining = asyncio.create_task(wire.server.drain(5.0))
         assert await idle.ends() == b""
         with pytest.raises(ConnectionError):
@@ -211,7 +209,7 @@ async def test_drain_finishes_what_is_under_way_and_accepts_no_more(start: Start
         await draining
 
 
-async def test_drain_cuts_what_takes_longer_than_it_may(start: Start) -> None:
+async def test_drain_cuts_requests_that_exceed_the_drain_time(start: Start) -> None:
     async def never(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
         await reader.read()
         return False

@@ -9,7 +9,6 @@ from typing import cast
 
 import pytest
 
-from keyproxy.model import RequestHead
 from keyproxy.ports import Exchange, Gate
 from tests.rawhttp import OK, Message, Upstream, answer_with
 from tests.wire.conftest import KEY, Start, Wire, request
@@ -69,7 +68,7 @@ async def test_a_client_that_sends_requests_and_never_reads_is_paused(
                 handled = len(wire.recorder.seen)
                 await asyncio.sleep(0.3)
         (connection,) = wire.server._connections
-        assert connection._unsent() < HELD_BYTES_MAX
+        assert connection.transport.unsent_bytes < HELD_BYTES_MAX
         assert len(connection.stream.buffer) < HELD_BYTES_MAX
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -131,9 +130,7 @@ async def test_an_empty_line_after_a_body_that_ends_the_connection_is_tolerated(
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-async def test_what_can_never_become_a_request_is_refused_also_when_it_comes_byte_by_byte(
-    wire: Wire, raw: bytes
-) -> None:
+async def test_bytes_that_cannot_become_a_request_are_refused_even_byte_by_byte(wire: Wire, raw: bytes) -> None:
     async with wire.client() as client:
         for byte in raw:
             await client.send(bytes([byte]))
@@ -226,24 +223,15 @@ async def test_a_slow_upload_is_ended_once_others_wait(start: Start) -> None:
 class _Defect(Gate):
     """A gate with a defect."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def request_id(self, head: RequestHead | None) -> bytes:
-        return self._gate.request_id(head)
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        return self._gate.error_shape(head)
-
     def begin(self, exchange: Exchange) -> None:
-        told = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
-        raise RuntimeError(f"a defect while handling {exchange!r} {told!r}")
+        values = [getattr(exchange, name) for name in dir(exchange) if not name.startswith("__")]
+        raise RuntimeError(f"a defect while handling {exchange!r} {values!r}")
 
 
 async def test_an_internal_error_is_reported_with_the_request_id_and_its_traceback_has_no_key(
     wire: Wire, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wire.server.gate = _Defect(wire.gateway)
+    wire.server.gate = _Defect()
     async with wire.client() as client:
         await client.send(request("GET", "/"))
         answer = await client.answer()

@@ -72,10 +72,10 @@ async def test_the_quota_is_spent_to_the_last_request_and_not_beyond(start: Star
     async with wire.client() as client:
         for left in (2, 1, 0):
             await client.send(request())
-            told = await client.answer()
-            assert told.status == 200
-            assert told.one("RateLimit-Policy") == '"user.requests_per_day";q=3;w=86400'
-            assert (told.one("RateLimit") or "").startswith(f'"user.requests_per_day";r={left};t=')
+            response = await client.answer()
+            assert response.status == 200
+            assert response.one("RateLimit-Policy") == '"user.requests_per_day";q=3;w=86400'
+            assert (response.one("RateLimit") or "").startswith(f'"user.requests_per_day";r={left};t=')
         await client.send(request())
         refused = await client.answer()
     assert refused.status == 429
@@ -88,7 +88,7 @@ async def test_the_quota_is_spent_to_the_last_request_and_not_beyond(start: Star
     assert spent(wire, "requests_per_day") == (3, 3)
 
 
-async def test_what_never_reached_the_upstream_costs_nothing(start: Start) -> None:
+async def test_a_request_that_never_reached_the_upstream_costs_nothing(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=3))
     await wire.upstream.stop()
     async with wire.client() as client:
@@ -232,7 +232,7 @@ async def test_a_request_that_can_never_fit_is_403(start: Start) -> None:
     assert not wire.upstream.requests
 
 
-async def test_a_response_without_a_report_is_charged_what_was_held(start: Start) -> None:
+async def test_a_response_without_reported_usage_is_charged_its_hold(start: Start) -> None:
     wire = await limited(start, Plan(tokens_per_day=10_000), answer({"choices": []}))
     async with wire.client() as client:
         await client.send(chat(max_tokens=50))
@@ -255,15 +255,15 @@ async def test_usage_that_a_client_did_not_request_is_requested_and_hidden(start
     wire = await limited(start, Plan(tokens_per_day=10_000), Upstream(answer_with(raw)))
     async with wire.client() as client:
         await client.send(chat(stream=True, max_tokens=50))
-        told = await client.answer()
-    assert told.body == b"".join([delta("Hel"), delta("lo"), b"data: [DONE]\n\n"])
+        response = await client.answer()
+    assert response.body == b"".join([delta("Hel"), delta("lo"), b"data: [DONE]\n\n"])
     sent = wire.upstream.requests[0]
     assert json.loads(sent.body)["stream_options"] == {"include_usage": True}
     assert sent.all("Content-Length") == [str(len(sent.body))]
     assert spent(wire, "tokens_per_day") == (12, 10_000)
 
 
-async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start: Start) -> None:
+async def test_a_client_that_disconnects_in_mid_stream_is_charged_the_tokens_received(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM + b"".join(chunk(delta("word ")) for _ in range(10)))
         while not writer.is_closing():
@@ -283,7 +283,7 @@ async def test_a_client_that_leaves_in_mid_stream_is_charged_what_had_come(start
     assert 10 <= tokens < 100 < hold.tokens
 
 
-async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is_charged(start: Start) -> None:
+async def test_a_stream_that_exhausts_its_budget_ends_with_an_error_event_and_is_charged(start: Start) -> None:
     async def endless(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(STREAM)
         while not writer.is_closing():
@@ -295,8 +295,8 @@ async def test_a_stream_without_budget_ends_with_an_event_that_reports_it_and_is
     wire = await limited(start, Plan(tokens_per_day=1_000, tokens_per_request=300), Upstream(endless))
     async with wire.client() as client:
         await client.send(chat(stream=True))
-        told = await client.answer(seconds=20)
-    last = told.body.rstrip(b"\n").rpartition(b"\n\n")[2]
+        response = await client.answer(seconds=20)
+    last = response.body.rstrip(b"\n").rpartition(b"\n\n")[2]
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "token_budget_exhausted"
     ((hold, _, tokens),) = wire.ledger.settled
     assert tokens == hold.tokens == 1_000
@@ -318,7 +318,7 @@ async def test_live_and_test_traffic_spend_from_pools_of_their_own(start: Start)
             assert statuses == [200, 429]
 
 
-async def test_a_tunnel_on_a_metered_route_is_charged_what_a_request_may_use_at_most(start: Start) -> None:
+async def test_a_tunnel_on_a_metered_route_is_charged_the_maximum_of_a_request(start: Start) -> None:
     routed = RouteTable([("GET /v1/realtime", Route("GET /v1/realtime", frozenset(), "openai", "openai"))])
     wire = await start(serving=Upstream(tunnel), routes=routed)
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, tokens_per_request=4_000)))
@@ -360,7 +360,7 @@ async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
     wire = await start(serving=Upstream(answer_with(raw)), routes=routed)
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10**6, tokens_per_request=4_000)))
     async with wire.client() as client:
-        # Often enough for the answer to be recognised by its shape, and by its bytes.
+        # Often enough for the response to be recognised by its shape, and by its bytes.
         for _ in range(LEARNT_AFTER + 2):
             await client.send(request("POST", "/v1/ai/jobs"))
             while (await client.answer()).status == 103:
@@ -373,9 +373,7 @@ async def test_usage_in_the_response_head_is_charged_and_no_other_is_trusted(
 async def test_a_changed_body_is_reframed_and_all_else_is_forwarded_unchanged(
     start: Start, is_chunked: bool, key: tuple[str, ...]
 ) -> None:
-    wire = await start(
-        serving=answer({"usage": USAGE}), routes=routes(), listen={"trusted_proxies": ["127.0.0.0/8"]}
-    )  # fmt: skip
+    wire = await start(serving=answer({"usage": USAGE}), routes=routes(), listen={"trusted_proxies": ["127.0.0.0/8"]})
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(tokens_per_day=10_000, requests_per_day=9)))
     body = json.dumps({"messages": [], "stream": True, "max_tokens": 5}).encode()
     lines = (
@@ -402,8 +400,11 @@ async def test_a_changed_body_is_reframed_and_all_else_is_forwarded_unchanged(
         assert sent.all("Accept-Encoding") == ["identity"]
         assert sent.all("X-Forwarded-For") == ["192.0.2.7, 127.0.0.1"]
         assert [sent.one(name) for name in ("A", "X-Request-Id", "X-Usage-Tokens", "X-Keyproxy-User")] == [
-            "Accept-Encoding: x", "mine", "1", "u_42",
-        ]  # fmt: skip
+            "Accept-Encoding: x",
+            "mine",
+            "1",
+            "u_42",
+        ]
     await wire.claims.tell()
     assert spent(wire, "requests_per_day")[0] == (1 if key else 3)
     assert spent(wire, "tokens_per_day")[0] == (12 if key else 36)

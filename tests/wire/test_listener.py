@@ -48,7 +48,7 @@ async def tls_status(wire: Wire, trusting: ssl.SSLContext) -> int:
 
 @contextlib.contextmanager
 def silent_clients(wire: Wire, number: int) -> Iterator[list[socket.socket]]:
-    """Clients that connect and say nothing."""
+    """Clients that connect and send nothing."""
     assert not isinstance(wire.address, str)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(socket.create_connection(wire.address, timeout=5)) for _ in range(number)]
@@ -65,22 +65,22 @@ async def test_handshakes_under_way_are_bounded_and_end_in_time(
             while listener.opening() < 2 + TURNED_AWAY_MAX:
                 await asyncio.sleep(0.01)
         most = 0
-        asking = asyncio.create_task(tls_status(wire, certificate[1]))
-        while not asking.done():
+        request = asyncio.create_task(tls_status(wire, certificate[1]))
+        while not request.done():
             most = max(most, listener.opening() + wire.server.open_connections())
             await asyncio.sleep(0.01)
-        assert await asking == 200
+        assert await request == 200
     assert most <= 2 + TURNED_AWAY_MAX + 1
     assert wire.server.failed_connections()["handshake"] >= 300 - TURNED_AWAY_MAX
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b""])
+@pytest.mark.parametrize("first_bytes", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b""])
 async def test_a_client_that_does_not_use_tls_is_disconnected_and_counted(
-    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], said: bytes
+    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], first_bytes: bytes
 ) -> None:
     wire = await start(listen={"header_timeout_seconds": 0.3}, tls=certificate[0])
     async with wire.client() as client:
-        await client.send(said)
+        await client.send(first_bytes)
         await client.ends(seconds=3)
     async with asyncio.timeout(3):
         while not wire.server.failed_connections()["handshake"]:
@@ -125,7 +125,7 @@ async def test_bytes_that_are_neither_get_an_alert(
     assert got[5:] in ALERTS.values()
 
 
-async def _told(wire: Wire, context: ssl.SSLContext) -> str:
+async def _alert(wire: Wire, context: ssl.SSLContext) -> str:
     """OpenSSL's error in a handshake, or in the first read after it; empty if there is none."""
     assert not isinstance(wire.address, str)
     try:
@@ -158,9 +158,9 @@ async def test_a_client_that_is_refused_in_the_handshake_gets_an_alert(
 
     missing = "TLSV13_ALERT_CERTIFICATE_REQUIRED" if version is ssl.TLSVersion.TLSv1_3 else "HANDSHAKE_FAILURE"
     for _ in range(5):
-        assert missing in await _told(wire, client(None))
-        assert await _told(wire, client(stranger)) == "TLSV1_ALERT_UNKNOWN_CA"
-    assert await _told(wire, client(authority)) == ""
+        assert missing in await _alert(wire, client(None))
+        assert await _alert(wire, client(stranger)) == "TLSV1_ALERT_UNKNOWN_CA"
+    assert await _alert(wire, client(authority)) == ""
     assert wire.server.failed_connections()["handshake"] == 10
 
 
@@ -170,7 +170,7 @@ async def test_a_client_without_a_version_in_common_gets_an_alert(
     wire = await start(tls=certificate[0])
     certificate[0].minimum_version = ssl.TLSVersion.TLSv1_3
     certificate[1].maximum_version = ssl.TLSVersion.TLSv1_2
-    assert await _told(wire, certificate[1]) == "TLSV1_ALERT_PROTOCOL_VERSION"
+    assert await _alert(wire, certificate[1]) == "TLSV1_ALERT_PROTOCOL_VERSION"
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,18 @@ async def test_a_client_without_a_version_in_common_gets_an_alert(
 )
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_a_client_that_offers_other_protocols_alone_gets_an_alert(
-    start: Start, certificate: tuple[ssl.SSLContext, ssl.SSLContext], version: ssl.TLSVersion, offered: list[str],
+    start: Start,
+    certificate: tuple[ssl.SSLContext, ssl.SSLContext],
+    version: ssl.TLSVersion,
+    offered: list[str],
     chosen: str | None,
-) -> None:  # fmt: skip
+) -> None:
     wire = await start(tls=certificate[0])
     assert not isinstance(wire.address, str)
     context = certificate[1]
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(offered)
-    result = await _told(wire, context)
+    result = await _alert(wire, context)
     assert ("no application protocol" in result) if chosen == "" else (result == "")
     if chosen != "":
         _, writer = await asyncio.open_connection(*wire.address, ssl=context, server_hostname="localhost")

@@ -29,7 +29,7 @@ REVOKED_SECONDS = 2.0
 
 
 async def tunnel(_request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """Take up the handshake, say `hello`, and echo."""
+    """Accept the handshake, send `hello`, and echo."""
     writer.write(SWITCH + b"hello")
     while data := await reader.read(65_536):
         writer.write(data)
@@ -82,8 +82,10 @@ async def test_a_tunnel_relays_bytes_both_ways_and_its_handshake_has_the_identit
         assert tunnelled.server.open_tunnels() == 1
     head = tunnelled.upstream.heads[0]
     assert (head.one("X-Keyproxy-User"), head.one("Upgrade"), head.one("Connection")) == (
-        "u_42", "websocket", "Upgrade",
-    )  # fmt: skip
+        "u_42",
+        "websocket",
+        "Upgrade",
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ async def test_a_tunnel_relays_bytes_both_ways_and_its_handshake_has_the_identit
         ("Connection: upgrade", "Upgrade: h2c"),
     ],
 )
-async def test_what_is_no_websocket_handshake_is_served_as_a_plain_request(wire: Wire, lines: tuple[str, ...]) -> None:
+async def test_incomplete_upgrade_is_served_as_a_plain_request(wire: Wire, lines: tuple[str, ...]) -> None:
     async with wire.client() as client:
         await client.send(request("GET", "/", *lines))
         assert (await client.answer()).status == 200
@@ -150,7 +152,7 @@ async def test_a_silent_tunnel_is_closed_after_its_idle_timeout_and_a_busy_one_i
         began = time.monotonic()
         assert await client.ends() == b""
         assert 0.5 <= time.monotonic() - began < 2.0
-    assert tunnelled.recorder.seen[0].ending is Ending.ANSWERED
+    assert tunnelled.recorder.seen[0].ending is Ending.COMPLETED
 
 
 async def test_either_end_of_a_tunnel_ends_the_other(tunnelled: Wire) -> None:

@@ -408,7 +408,7 @@ async def test_a_long_body_to_an_upstream_behind_tls_does_not_hold_the_event_loo
 
 
 def _read_all(listening: socket.socket, context: ssl.SSLContext) -> bytes:
-    """Read one request to its end and answer it."""
+    """Read one request to its end and respond."""
     accepted, _ = listening.accept()
     with context.wrap_socket(accepted, server_side=True) as tls:
         content = bytearray()

@@ -12,7 +12,7 @@ _EVENTS = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 10**9)), max_size=6
 
 
 @given(started=st.floats(0, 1e6), events=_EVENTS, later=st.floats(0, 20))
-def test_the_pace_counts_what_moved_in_the_window_and_nothing_else(
+def test_the_pace_counts_only_bytes_moved_in_the_window(
     started: float, events: list[tuple[float, int]], later: float
 ) -> None:
     pace, now, moved = Pace(started), started, []

@@ -181,7 +181,7 @@ async def test_handshakes_that_go_no_further_leave_as_well(start: Start, tmp_pat
     assert counts["handshake"] == 0
 
 
-async def test_connections_that_have_gone_leave_their_places(start: Start) -> None:
+async def test_closed_connections_free_their_places(start: Start) -> None:
     wire = await start(listen={"connections_max": 1})
     for _ in range(5):
         assert await one_more(wire) == 200

@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from keyproxy.wire.body_buffer import Owner
+from keyproxy.wire.body_buffer import BodyOwner
 from keyproxy.wire.reading_turns import ReadingTurns
 
 MANY, FEW, ONE = ("t", "many"), ("t", "few"), ("other", "many")
 
 
-async def read(turns: ReadingTurns, user: Owner, portions: int, seen: list[Owner]) -> None:
+async def read(turns: ReadingTurns, user: BodyOwner, portions: int, seen: list[BodyOwner]) -> None:
     for _ in range(portions):
         await turns.enter(user)
         try:
@@ -24,7 +24,7 @@ async def read(turns: ReadingTurns, user: Owner, portions: int, seen: list[Owner
 
 async def test_users_take_turns_however_many_bodies_each_has() -> None:
     turns = ReadingTurns()
-    seen: list[Owner] = []
+    seen: list[BodyOwner] = []
     bodies = [read(turns, MANY, 10, seen) for _ in range(50)]
     bodies += [read(turns, FEW, 10, seen) for _ in range(2)] + [read(turns, ONE, 10, seen)]
     await asyncio.gather(*bodies)
@@ -36,7 +36,7 @@ async def test_users_take_turns_however_many_bodies_each_has() -> None:
     assert repr(turns) == "<ReadingTurns of 0 users, 0 waiting>"
 
 
-async def test_only_one_has_the_turn_and_a_body_that_is_read_no_more_passes_it_on() -> None:
+async def test_only_one_body_is_read_at_a_time_and_an_abandoned_one_passes_the_turn_on() -> None:
     turns = ReadingTurns()
     await turns.enter(MANY)
     gone, next_one = (asyncio.create_task(turns.enter(user)) for user in (FEW, ONE))

@@ -156,7 +156,7 @@ async def test_bytes_after_an_http_1_0_request_make_it_malformed(wire: Wire) -> 
         (request("CONNECT", "/"), 400, "request_malformed", None),
     ],
 )
-async def test_what_is_well_formed_and_not_served_is_refused_by_name(
+async def test_well_formed_requests_that_are_not_served_have_their_own_codes(
     wire: Wire, raw: bytes, status: int, code: str, allow: str | None
 ) -> None:
     async with wire.client() as client:
@@ -176,8 +176,10 @@ async def test_a_method_that_a_route_names_is_forwarded(start: Start) -> None:
         await client.send(request("STEEP", "/pot"))
         assert (await client.answer()).status == 501
     assert [one.start for one in wire.upstream.requests] == [
-        "BREW /pot HTTP/1.1", "BREW / HTTP/1.1", "PROPFIND / HTTP/1.1",
-    ]  # fmt: skip
+        "BREW /pot HTTP/1.1",
+        "BREW / HTTP/1.1",
+        "PROPFIND / HTTP/1.1",
+    ]
 
 
 async def test_a_repeated_equal_content_type_is_forwarded_once(wire: Wire) -> None:
@@ -211,7 +213,7 @@ async def test_an_empty_line_between_requests_is_ignored_however_it_arrives(wire
         (b"GET / HTTP/1.1\r\nHost: a\r\nA: b\x00\r\n", "request_malformed"),
     ],
 )
-async def test_what_can_never_become_a_request_is_refused_without_waiting_for_more(
+async def test_bytes_that_cannot_become_a_request_are_refused_without_waiting_for_more(
     wire: Wire, raw: bytes, code: str
 ) -> None:
     async with wire.client() as client:
@@ -266,7 +268,7 @@ async def test_an_idle_connection_is_closed_after_the_keepalive_time(start: Star
         assert await client.ends(seconds=2) == b""
 
 
-async def test_a_client_may_name_its_request_unless_it_names_it_after_a_key(wire: Wire) -> None:
+async def test_a_client_may_set_a_valid_request_id_that_contains_no_key(wire: Wire) -> None:
     sent = {"7f3a": True, "a b": False, "x" * 129: False, KEY.decode(): False, '"': False}
     async with wire.client() as client:
         for request_id, is_kept in sent.items():

@@ -226,18 +226,18 @@ async def test_chunks_of_an_event_stream_arrive_one_by_one(start: Start) -> None
             next_event.set()
 
 
-async def test_the_upstream_is_ended_when_the_client_is_gone(start: Start) -> None:
-    asked = asyncio.Event()
+async def test_the_upstream_connection_closes_when_the_client_disconnects(start: Start) -> None:
+    arrived = asyncio.Event()
 
     async def never(_message: Message, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
-        asked.set()
+        arrived.set()
         await reader.read()
         return False
 
     wire = await start(serving=Upstream(never))
     async with wire.client() as client:
         await client.send(request("POST", "/", "Content-Length: 100") + b"x")
-        await asked.wait() if not wire.upstream.reads_bodies else await asyncio.sleep(0.1)
+        await arrived.wait() if not wire.upstream.reads_bodies else await asyncio.sleep(0.1)
     async with asyncio.timeout(2):
         await wire.upstream.gone.wait()
     assert (

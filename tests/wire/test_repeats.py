@@ -68,7 +68,7 @@ async def test_one_key_with_different_requests_is_charged_for_each_of_them(start
     assert await settled(wire) == 6
 
 
-async def test_what_has_no_sane_key_or_two_is_charged_each_time(start: Start) -> None:
+async def test_requests_with_an_invalid_key_or_two_keys_are_charged_each_time(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=20))
     insane = [job("X-None: 1"), job(KEY, KEY), job("Idempotency-Key: a b"), job("Idempotency-Key: " + "a" * 256)]
     assert await sent(wire, *insane, *insane) == [200] * 8
@@ -130,7 +130,7 @@ async def test_a_request_with_an_incomplete_body_is_charged_like_any_other(start
     assert not wire.charges.charges
 
 
-async def test_what_never_reached_the_upstream_is_no_first_attempt(start: Start) -> None:
+async def test_a_request_that_never_reached_the_upstream_is_not_a_first_attempt(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=9))
     await wire.upstream.stop()
     assert await sent(wire, job()) == [502]
@@ -147,7 +147,7 @@ async def test_slots_go_back_when_a_request_ends_and_not_when_it_is_settled(star
 # -- tokens
 
 
-async def test_tokens_are_charged_once_and_what_a_repeat_uses_beyond_them(start: Start) -> None:
+async def test_a_repeat_is_charged_only_the_tokens_beyond_the_first_attempt(start: Start) -> None:
     used = iter((12, 12, 20, 15))
 
     async def grows(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -162,7 +162,7 @@ async def test_tokens_are_charged_once_and_what_a_repeat_uses_beyond_them(start:
     assert await settled(wire) == 1
 
 
-async def test_a_client_that_left_in_mid_stream_and_asks_again_is_charged_the_larger(start: Start) -> None:
+async def test_a_retry_after_a_disconnect_in_mid_stream_is_charged_the_larger_attempt(start: Start) -> None:
     goes_on = asyncio.Event()
 
     async def streams(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -193,11 +193,16 @@ async def test_a_client_that_left_in_mid_stream_and_asks_again_is_charged_the_la
 # -- a window that is spent
 
 
-async def test_a_repeat_is_let_through_a_quota_that_is_spent_and_nothing_else_is(start: Start) -> None:
+async def test_only_a_repeat_is_admitted_when_the_quota_is_spent(start: Start) -> None:
     wire = await limited(start, Plan(requests_per_day=1))
     assert await sent(wire, job(), job(), job(OTHER), job("X-None: 1"), job(body=b"{}"), job()) == [
-        200, 200, 429, 429, 429, 200,
-    ]  # fmt: skip
+        200,
+        200,
+        429,
+        429,
+        429,
+        200,
+    ]
     assert await settled(wire) == 1
     assert wire.ledger.reference.windows
 

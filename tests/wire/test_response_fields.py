@@ -13,7 +13,7 @@ import pytest
 from keyproxy.limits.plan import Plan
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
-from keyproxy.wire.response_heads import DateField
+from keyproxy.wire.responses.response_heads import DateField
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import Start, Wire, request
@@ -34,9 +34,12 @@ LIKE_OURS = [
 
 #: Fields about the account that the upstream has with its provider.
 PROVIDERS = [
-    "x-ratelimit-limit-requests", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
-    "anthropic-ratelimit-requests-remaining", "anthropic-ratelimit-tokens-reset",
-]  # fmt: skip
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+    "anthropic-ratelimit-requests-remaining",
+    "anthropic-ratelimit-tokens-reset",
+]
 
 
 def is_now(date: str | None) -> bool:
@@ -51,7 +54,7 @@ def upstream(*lines: str, status: str = "200 OK") -> Upstream:
     return Upstream(answer_with(f"HTTP/1.1 {status}\r\n{block}Content-Length: 2\r\n\r\n{{}}".encode()))
 
 
-async def asked(wire: Wire, raw: bytes | None = None, *, method: str = "POST") -> Message:
+async def exchange(wire: Wire, raw: bytes | None = None, *, method: str = "POST") -> Message:
     async with wire.client() as client:
         await client.send(request() if raw is None else raw)
         return await client.answer(method=method)
@@ -82,12 +85,12 @@ def test_a_date_is_made_once_for_all_responses_of_a_second() -> None:
     ],
 )
 async def test_every_response_of_ours_carries_one_date(wire: Wire, raw: bytes, status: int) -> None:
-    refused = await asked(wire, raw, method=raw[:4].decode("latin-1").strip())
+    refused = await exchange(wire, raw, method=raw[:4].decode("latin-1").strip())
     assert refused.status == status
     assert is_now(refused.one("Date"))
 
 
-async def test_a_failure_of_the_upstream_and_a_connection_too_many_carry_a_date(start: Start) -> None:
+async def test_responses_to_upstream_failures_and_overload_carry_a_date(start: Start) -> None:
     reached, release = asyncio.Event(), asyncio.Event()
 
     async def held(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -113,8 +116,8 @@ async def test_a_relayed_response_keeps_its_date_and_gets_one_if_it_has_none(sta
     dated = await start(serving=upstream(f"date: {LONG_AGO}"))
     undated = await start(serving=upstream())
     for _ in range(LEARNT_AFTER + 2):
-        assert (await asked(dated)).all("Date") == [LONG_AGO]
-        assert is_now((await asked(undated)).one("Date"))
+        assert (await exchange(dated)).all("Date") == [LONG_AGO]
+        assert is_now((await exchange(undated)).one("Date"))
 
 
 @pytest.mark.parametrize("name", LIKE_OURS)
@@ -122,7 +125,7 @@ async def test_limit_fields_of_the_upstream_are_removed_where_ours_apply(start: 
     wire = await start(serving=upstream(f"{name}: 7", "X-Kept: yes"))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=1_000)))
     for _ in range(LEARNT_AFTER + 2):
-        answer = await asked(wire)
+        answer = await exchange(wire)
         limits = [one for one, _ in answer.headers if "ratelimit" in re.sub(r"[^a-z]", "", one.lower())]
         assert limits == ["RateLimit-Policy", "RateLimit"]
         assert (answer.one("RateLimit-Policy") or "").startswith('"user.requests_per_day"')
@@ -132,14 +135,14 @@ async def test_limit_fields_of_the_upstream_are_removed_where_ours_apply(start: 
 @pytest.mark.parametrize("name", LIKE_OURS)
 async def test_where_no_limit_of_ours_applies_the_upstream_s_go_through(start: Start, name: str) -> None:
     wire = await start(serving=upstream(f"{name}: 7"))
-    assert (await asked(wire)).all(name) == ["7"]
+    assert (await exchange(wire)).all(name) == ["7"]
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
 async def test_fields_about_a_provider_s_account_pass_through(start: Start, name: str) -> None:
     wire = await start(serving=upstream(f"{name}: 7"))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=1_000)))
-    answer = await asked(wire)
+    answer = await exchange(wire)
     assert answer.one(name) == "7"
     assert answer.one("RateLimit") is not None
 
@@ -148,7 +151,7 @@ async def test_fields_about_a_provider_s_account_pass_through(start: Start, name
 async def test_also_an_upstream_that_refuses_states_no_limits_beside_ours(start: Start, status: str) -> None:
     wire = await start(serving=upstream("RateLimit: other;r=0;t=9", "Retry-After: 9", status=status))
     wire.identities.add(fakes.key(1), fakes.identity(plan=Plan(requests_per_day=1_000)))
-    answer = await asked(wire)
+    answer = await exchange(wire)
     assert (answer.one("RateLimit") or "").startswith('"user.requests_per_day";r=999')
     assert answer.one("Retry-After") == "9"
 

@@ -1,7 +1,7 @@
 """Bytes that a hostile client may send, read by the proxy and by a second reader of the tests' own.
 
 Whatever the bytes are and however they arrive: the upstream gets the requests that the second reader finds, in order,
-and no other; what is beyond doubt is forwarded; every answer is well-formed, and none says that it was our fault. Nothing
+and no other; what is beyond doubt is forwarded; every response is well-formed, and none is an internal error. Nothing
 here waits: the connections' other ends are objects, so that thousands of streams can be played.
 """
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.model import Grant, Identity, Permit, RequestHead, ResponseHead, Route
+from keyproxy.model import Grant, Permit, ResponseHead, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection
@@ -85,12 +85,6 @@ CHUNKS = [
 class _Gate(Gate):
     """Forwards everything: what is judged here is what the wire reads."""
 
-    def request_id(self, head: RequestHead | None) -> bytes:
-        return b"r"
-
-    def holds_key(self, target: bytes) -> bool:
-        return False
-
     def begin(self, exchange: Exchange) -> None:
         exchange.forward(_PERMIT)
 
@@ -102,15 +96,6 @@ class _Gate(Gate):
         return Meter()
 
     def watch(self, exchange: Exchange) -> None: ...
-
-    def retiring_header(self, identity: Identity) -> bytes:
-        return b""
-
-    def limit_headers(self, permit: Permit, now_mono: float) -> bytes:
-        return b""
-
-    def error_shape(self, head: RequestHead | None) -> str:
-        return "problem"
 
 
 class _Transport:
@@ -159,7 +144,7 @@ class Stage(NamedTuple):
 
 
 class Play:
-    """One client connection and one to the upstream, which answers whatever is whole."""
+    """One client connection and one to the upstream, which responds to every complete request."""
 
     def __init__(self, wire: Wire, sock: socket.socket) -> None:
         self.near, self.far = _Transport(sock), _Transport(sock)
@@ -190,12 +175,12 @@ class Play:
         self.upstream.connection_lost(None)
 
     def statuses(self, methods: Sequence[bytes]) -> list[int]:
-        """Of all final answers, to forwarded requests with these methods and to refused ones; all are well-formed."""
+        """Statuses of all final responses, to forwarded and to refused requests; all are well-formed."""
         found, left, forwarded = [], self.near.written, iter(methods)
         while left:
             head, end, left = left.partition(b"\r\n\r\n")
             start, *lines = head.split(b"\r\n")
-            assert end, f"half an answer: {head!r}"
+            assert end, f"half a response: {head!r}"
             assert start.startswith(b"HTTP/1.1 "), f"no status line: {start!r}"
             status = int(start.split(b" ")[1])
             if status < 200:
@@ -226,18 +211,18 @@ def wrong_with(stage: Stage, stream: bytes, pieces: Sequence[bytes]) -> str:
     if forwarded != expected[: len(forwarded)] or far.ending == "malformed":
         return f"forwarded {forwarded}, expected {expected}"
     if any(status >= 500 and status != 501 for status in statuses):
-        return f"answered {statuses}"
+        return f"got {statuses}"
     refused = len(statuses) - len(forwarded)
     if reading.ending in ("clean", "ignored"):
         if refused and all(one.is_certain for one in reading.requests):
             return f"refused what is beyond doubt: {statuses}, {forwarded}"
         if not refused and len(forwarded) != len(expected):
-            return f"{len(expected)} requests, {len(forwarded)} forwarded, answers {statuses}"
+            return f"{len(expected)} requests, {len(forwarded)} forwarded, statuses {statuses}"
     elif not play.near.is_closed:
         return f"malformed, but left open after {statuses}"
     elif statuses[-1:] < [400] and not (far.requests and reading.requests[len(forwarded) - 1].is_last):
         # What came after the last request, by itself, was not looked at any more.
-        return f"malformed, but answered {statuses}"
+        return f"malformed, but got {statuses}"
     return ""
 
 
@@ -293,9 +278,9 @@ async def test_every_mutant_of_a_request_is_read_as_the_second_reader_does(stage
         if chance.random() > SHARE:
             continue
         for stream in (mutant, mutant + LAST):
-            told = wrong_with(stage, stream, [stream])
-            if told:
-                wrong.append((stream, told))
+            fault = wrong_with(stage, stream, [stream])
+            if fault:
+                wrong.append((stream, fault))
     assert wrong[:5] == []
 
 
@@ -317,14 +302,17 @@ def _mutants_of(request: bytes) -> st.SearchStrategy[bytes]:
     return st.one_of(
         st.builds(
             lambda place, taken, put: request[:place] + put + request[place + taken :],
-            places, st.integers(0, 3), st.sampled_from([*INTRUDERS, b"", b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"]),
+            places,
+            st.integers(0, 3),
+            st.sampled_from([*INTRUDERS, b"", b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"]),
         ),
         st.builds(
             lambda place, line: b"\r\n".join([*lines[:place], line, *lines[place:]]),
-            st.integers(1, max(1, len(lines) - 1)), st.sampled_from(LINES),
+            st.integers(1, max(1, len(lines) - 1)),
+            st.sampled_from(LINES),
         ),
         st.builds(lambda chunks: request.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" + chunks, st.sampled_from(CHUNKS)),
-    )  # fmt: skip
+    )
 
 
 @given(pieces=streams())
@@ -336,7 +324,7 @@ async def test_a_stream_in_pieces_is_read_as_the_second_reader_reads_it_whole(
     assert wrong_with(stage, b"".join(pieces), pieces) == ""
 
 
-# -- answers
+# -- responses
 
 ANSWERS = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: b\r\n\r\nhello",
@@ -349,7 +337,7 @@ ANSWERS = [
 
 
 def answer_mutants() -> Iterator[bytes]:
-    """Every answer with every intruder at every place, with every line at every line, cut short, and doubled."""
+    """Every response with every intruder at every place, with every line at every line, cut short, and doubled."""
     for answer in ANSWERS:
         for place in range(len(answer) + 1):
             for intruder in INTRUDERS:
@@ -368,7 +356,7 @@ def answer_mutants() -> Iterator[bytes]:
 
 
 def wrong_with_answer(stage: Stage, method: bytes, stream: bytes, pieces: Sequence[bytes]) -> str:
-    """What is wrong with how the proxy relayed an answer that came in these pieces, before the upstream closed."""
+    """The fault in relaying a response that arrived in these pieces before the upstream closed; empty if none."""
     play = Play(*stage)
     play.client.data_received(b"%b / HTTP/1.1\r\nHost: h\r\n\r\n" % method)
     for piece in pieces:
@@ -380,22 +368,22 @@ def wrong_with_answer(stage: Stage, method: bytes, stream: bytes, pieces: Sequen
     play.end()
     stage.wire.recorder.seen.clear()
     try:
-        told = strict.read_response(near, method)
+        relayed = strict.read_response(near, method)
     except (strict.Malformed, strict.Incomplete) as error:
-        # Nothing but an answer that was broken off may look like this to the client, and it can tell.
+        # Only a response that was cut off may look like this to the client, which can detect it.
         return "" if isinstance(error, strict.Incomplete) and is_cut else f"the client got {near!r}, cut: {is_cut}"
-    if is_cut or told.rest:
-        return f"a whole answer was cut, or followed by something: {near!r}"
-    if told.status == 502:
+    if is_cut or relayed.rest:
+        return f"a whole response was cut, or followed by something: {near!r}"
+    if relayed.status == 502:
         is_certain = stream in ANSWERS
         return f"refused {stream!r}" if is_certain else ""
     try:
-        said = strict.read_response(stream, method)
+        sent_response = strict.read_response(stream, method)
     except (strict.Malformed, strict.Incomplete) as error:
         return f"{error!r} was relayed as {near!r}"
-    if (told.status, told.body) != (said.status, said.body):
+    if (relayed.status, relayed.body) != (sent_response.status, sent_response.body):
         return f"relayed as {near!r}"
-    return "the connection is used again" if is_reused and not said.is_clean else ""
+    return "the connection is used again" if is_reused and not sent_response.is_clean else ""
 
 
 async def test_every_mutant_of_a_response_is_relayed_as_the_second_reader_reads_it_or_not_at_all(
@@ -409,7 +397,7 @@ async def test_every_mutant_of_a_response_is_relayed_as_the_second_reader_reads_
         cut = chance.randrange(len(mutant) + 1)
         for method in (b"GET", b"HEAD"):
             for pieces in ([mutant], [mutant[:cut], mutant[cut:]]):
-                told = wrong_with_answer(stage, method, mutant, pieces)
-                if told:
-                    wrong.append((method, mutant, pieces, told))
+                fault = wrong_with_answer(stage, method, mutant, pieces)
+                if fault:
+                    wrong.append((method, mutant, pieces, fault))
     assert wrong[:5] == []

@@ -78,7 +78,7 @@ async def holding(wire: Wire, number: int, *raws: bytes) -> AsyncIterator[list[C
 
 
 async def quick(wire: Wire, key: bytes = OTHER) -> tuple[int, float]:
-    """(status, seconds) of a request that the upstream answers at once."""
+    """(status, seconds) of a request to which the upstream responds at once."""
     began = time.monotonic()
     async with wire.client() as client:
         await client.send(request("GET", "/quick", key=key))
@@ -87,10 +87,10 @@ async def quick(wire: Wire, key: bytes = OTHER) -> tuple[int, float]:
 
 #: What one user can do to hold a connection: the raw request.
 HELD = {
-    "an answer that is awaited": request("GET", "/never"),
-    "a post that is answered never": request("POST", "/never", body=b"{}"),
-    "an answer that comes a little at a time": request("GET", "/drip"),
-    "a large answer that is not read": request("GET", "/large"),
+    "a response that is awaited": request("GET", "/never"),
+    "a post without a response": request("POST", "/never", body=b"{}"),
+    "a response that arrives slowly": request("GET", "/drip"),
+    "a large response that is not read": request("GET", "/large"),
     "a body that is on its way": request("POST", "/slow", "Content-Length: 9999999") + bytes(60_000),
 }
 
@@ -132,7 +132,7 @@ async def test_a_response_that_is_ended_for_others_is_visibly_truncated(shared: 
     assert shared.recorder.seen[0].ending is Ending.CUT
 
 
-async def test_what_moves_and_is_within_its_user_s_share_does_not_end_for_others(shared: Wire) -> None:
+async def test_a_moving_request_within_its_user_s_share_is_not_ended_for_others(shared: Wire) -> None:
     drip = request("GET", "/drip")
     async with holding(shared, PLACES, drip, request("GET", "/drip", key=OTHER)) as clients:
         shared.identities.add(fakes.key(4), fakes.identity("u_third"))
@@ -172,7 +172,7 @@ async def test_a_positive_bound_applies_even_if_no_other_user_waits(start: Start
 
 
 @pytest.mark.parametrize("per_tick", [1, 60])
-async def test_a_burst_does_not_hide_that_a_body_hardly_comes_any_more(start: Start, per_tick: int) -> None:
+async def test_an_initial_burst_does_not_hide_a_stalled_body(start: Start, per_tick: int) -> None:
     wire = await start(
         upstream=SETTINGS | {"connect_timeout_seconds": 0.5}, serving=Upstream(by_path, reads_bodies=False)
     )
@@ -190,7 +190,7 @@ async def test_a_burst_does_not_hide_that_a_body_hardly_comes_any_more(start: St
         assert [(await client.answer()).status for client in clients] == [408] * PLACES
 
 
-async def test_a_lone_request_that_waits_gets_what_becomes_slow_only_later(start: Start) -> None:
+async def test_a_waiting_request_takes_the_connection_of_one_that_becomes_slow_later(start: Start) -> None:
     """No other request has to arrive for the connections to be looked through again."""
     wire = await start(upstream=SETTINGS | {"connections_max": 1}, serving=Upstream(by_path, reads_bodies=False))
     raw = request("POST", "/slow", "Content-Length: 9999999") + b"x"
@@ -210,7 +210,7 @@ async def test_a_slow_reader_gives_way_once_others_wait(start: Start) -> None:
     )
     async with holding(wire, 1, request("GET", "/large")) as clients:
         cast("asyncio.Transport", clients[0].writer.transport).pause_reading()
-        # Until the kernels hold as much as they can, the answer goes on.
+        # The response continues until the buffers of both kernels are full.
         await asyncio.sleep(WINDOW_SECONDS + 1.5)
         assert wire.recorder.seen == []
         assert (await quick(wire, fakes.key(1).reveal()))[0] == 200
@@ -280,13 +280,13 @@ async def test_nothing_is_kept_of_requests_that_are_over(shared: Wire) -> None:
 async def test_the_pool_reports_waiting_requests_for_a_few_seconds(
     shared: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shared.pool.held_up_because() == ""
+    assert shared.pool.congestion() == ""
     async with holding(shared, PLACES, request("GET", "/drip")):
         waiting = asyncio.create_task(quick(shared, SECOND_KEY))
-        await until(lambda: bool(shared.pool.held_up_because()))
-        why = shared.pool.held_up_because()
+        await until(lambda: bool(shared.pool.congestion()))
+        why = shared.pool.congestion()
         assert why == "all 4 connections are in use, 1 requests wait; one user holds 4"
         assert (await waiting)[0] == 503
         clock = shared.pool.clock
         monkeypatch.setattr(shared.pool, "clock", lambda: clock() + 10.0)
-        assert shared.pool.held_up_because() == ""
+        assert shared.pool.congestion() == ""

@@ -60,7 +60,7 @@ class Reader:
         """Read slowly for so long."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            assert self.read(STEP_BYTES) == STEP_BYTES, "the answer ended early"
+            assert self.read(STEP_BYTES) == STEP_BYTES, "the response ended early"
             time.sleep(STEP_SECONDS)
 
     def rest(self) -> None:
@@ -107,12 +107,12 @@ async def test_a_slow_and_steady_reader_gets_all_of_a_large_response(
     async with reader(wire, trusting if way == "tls" else None) as client:
         client.sock.sendall(request("GET", path, "Connection: close"))
         await asyncio.to_thread(client.dawdle, 6 * IDLE_SECONDS)
-        # The end of it as well: the answer is whole for the proxy long before it is for its client.
+        # Its end too: the response is complete for the proxy long before it is for the client.
         await asyncio.to_thread(client.read, LARGE - client.taken - 3_000_000)
         await asyncio.to_thread(client.dawdle, 4 * IDLE_SECONDS)
         await asyncio.to_thread(client.rest)
     assert LARGE < client.taken < LARGE + 1_000
-    assert [seen.ending for seen in wire.recorder.seen] == [Ending.ANSWERED]
+    assert [seen.ending for seen in wire.recorder.seen] == [Ending.COMPLETED]
 
 
 @pytest.mark.parametrize("bytes_first", [1, 3_000_000])
@@ -160,7 +160,7 @@ async def test_a_byte_now_and_then_does_not_hold_a_connection_for_ever(start: St
 
 @contextlib.asynccontextmanager
 async def slow_upstream(*, body_bytes: int, reads: bool = True) -> AsyncIterator[tuple[int, list[int]]]:
-    """(port, bytes taken) of an upstream that reads slowly, if at all, and answers once it has a body of this size."""
+    """(port, bytes taken) of an upstream that reads slowly, if at all, and responds once it has a body of this size."""
     taken = [0]
     listening = socket.create_server(("127.0.0.1", 0))
     # What it has not read is not acknowledged either, but for a little.
@@ -215,7 +215,7 @@ async def test_an_upstream_that_takes_a_body_slowly_and_steadily_gets_all_of_it(
 
 
 @pytest.mark.parametrize("body_bytes", [10, 1_000_000, LARGE])
-async def test_an_upstream_that_takes_nothing_is_given_up_in_bounded_time(start: Start, body_bytes: int) -> None:
+async def test_an_upstream_that_reads_nothing_times_out(start: Start, body_bytes: int) -> None:
     async with slow_upstream(body_bytes=body_bytes, reads=False) as (port, _):
         wire = await start(
             upstream={

@@ -25,7 +25,7 @@ def _with_keys(raw: bytes) -> bytes:
 
 
 async def _statuses(client: Client, method: str) -> list[int]:
-    """Of all final answers until the connection ends; a body that is too large counts as malformed."""
+    """Statuses of all final responses until the connection ends; a body that is too large counts as malformed."""
     found: list[int] = []
     while not client.reader.at_eof():
         try:
@@ -37,7 +37,7 @@ async def _statuses(client: Client, method: str) -> list[int]:
 
 
 async def _play(wire: Wire, pieces: Sequence[bytes]) -> tuple[list[int], int]:
-    """(statuses of all answers, how many requests the upstream got)."""
+    """(statuses of all responses, how many requests the upstream got)."""
     before = len(wire.upstream.requests)
     async with wire.client() as client:
         for piece in pieces:
@@ -66,6 +66,6 @@ async def test_nor_in_pieces(wire: Wire) -> None:
 
 
 def _expected(verdict: str | int) -> tuple[list[int], int]:
-    """(statuses of all answers, how many requests the upstream gets)."""
+    """(statuses of all responses, how many requests the upstream gets)."""
     statuses = [verdict] if isinstance(verdict, int) else EXPECTED[verdict]
     return statuses, int(verdict in FORWARDED)

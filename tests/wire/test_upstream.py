@@ -44,7 +44,7 @@ async def test_a_connection_is_not_reused_after_an_unclean_response(start: Start
 
 
 async def test_a_connection_with_unsolicited_bytes_is_not_reused(start: Start) -> None:
-    said = asyncio.Event()
+    responded = asyncio.Event()
 
     async def and_more(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(OK)
@@ -52,7 +52,7 @@ async def test_a_connection_with_unsolicited_bytes_is_not_reused(start: Start) -
         await asyncio.sleep(0.05)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nstolen")
         await writer.drain()
-        said.set()
+        responded.set()
         return True
 
     wire = await start(serving=Upstream(and_more))
@@ -60,8 +60,8 @@ async def test_a_connection_with_unsolicited_bytes_is_not_reused(start: Start) -
         for _ in range(2):
             await client.send(request("GET", "/"))
             assert (await client.answer()).body == b"{}"
-            await said.wait()
-            said.clear()
+            await responded.wait()
+            responded.clear()
     assert wire.upstream.connections == 2
 
 
@@ -150,7 +150,7 @@ async def test_an_upstream_that_stops_in_the_middle_is_cut(start: Start) -> None
 
 
 class _Stale:
-    """Answers the first request, then closes as the second one comes: a keep-alive race, on purpose."""
+    """Responds to the first request, then closes when the second one arrives: a deliberate keep-alive race."""
 
     def __init__(self) -> None:
         self.served = 0

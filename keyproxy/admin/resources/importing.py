@@ -9,19 +9,22 @@ from typing import Annotated, ClassVar, Final
 
 from pydantic import Field, StringConstraints
 
-from keyproxy.admin.endpoints import Answer, Call, Endpoint, needs
-from keyproxy.admin.schemas.request_models import PRINTABLE, Accepted, Id, Instant, KeyScope, Name, Text
-from keyproxy.admin.schemas.response_models import Answered
+from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, needs
+from keyproxy.admin.schemas.field_types import PRINTABLE, Id, Instant, KeyScope, Name, Text
+from keyproxy.admin.schemas.request_models import RequestModel
+from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import masked
 from keyproxy.store.directory.directory import Invalid
 from keyproxy.store.directory.import_keys import read_key
 
 
-class KeyImport(Accepted):
+class KeyImport(RequestModel):
     """A key that another program issued: its digest, or the prefix and hash of djangorestframework-api-key."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"tenant", "digest", "prefix", "hashed_key", "id", "created_at"})
+    without_default: ClassVar[frozenset[str]] = frozenset(
+        {"tenant", "digest", "prefix", "hashed_key", "id", "created_at"}
+    )
 
     user: Id
     tenant: Annotated[Id | None, Field(description="A missing user is created in it.")] = None
@@ -39,21 +42,21 @@ class KeyImport(Accepted):
     revoked: bool = False
 
 
-class KeysImport(Accepted):
+class KeysImport(RequestModel):
     """Keys of other programs. Valid ones are imported."""
 
     keys: Annotated[list[KeyImport], Field(min_length=1, max_length=1000)]
     dry_run: Annotated[bool, Field(description="Run the import, report the result, and roll it back.")] = False
 
 
-class ImportProblem(Answered):
+class ImportProblem(ResponseModel):
     """Why a key was not imported. `index`: its position in the request, from 0."""
 
     index: int
     problem: str
 
 
-class KeysImported(Answered):
+class KeysImported(ResponseModel):
     """The number of imported keys, of existing keys, and of created users."""
 
     imported: int
@@ -63,29 +66,38 @@ class KeysImported(Answered):
     warnings: list[str]
 
 
-async def _import(call: Call) -> Answer:
-    body: KeysImport = call.body
-    if any(key.tenant is not None for key in body.keys) and not allows(call.token["scopes"], Scope.USERS_WRITE):
+async def _import(request: ApiRequest) -> ApiResponse:
+    body: KeysImport = request.body
+    if any(key.tenant is not None for key in body.keys) and not allows(request.token["scopes"], Scope.USERS_WRITE):
         raise needs(Scope.USERS_WRITE)
     keys, problems = [], []
     for index, row in enumerate(body.keys):
         try:
-            keys.append(read_key(str(index), row.said(), {}))
+            keys.append(read_key(str(index), row.given(), {}))
         except Invalid as error:
             problems.append((str(index), masked(str(error))))
-    report = await call.directory.import_keys(keys, dry_run=body.dry_run)
-    told = sorted((int(place), problem) for place, problem in problems + report.problems)
-    return Answer({
-        "imported": report.imported, "present": report.present, "users": report.users,
-        "problems": [{"index": index, "problem": problem} for index, problem in told],
-        "warnings": call.terms.warnings(*(key.scopes for key in keys if not key.is_revoked)),
-    })  # fmt: skip
+    report = await request.directory.key_importer.run(keys, dry_run=body.dry_run)
+    found = sorted((int(place), problem) for place, problem in problems + report.problems)
+    return ApiResponse(
+        {
+            "imported": report.imported,
+            "present": report.present,
+            "users": report.users,
+            "problems": [{"index": index, "problem": problem} for index, problem in found],
+            "warnings": request.config.warnings(*(key.scopes for key in keys if not key.is_revoked)),
+        }
+    )
 
 
 ENDPOINTS: Final = (
-    Endpoint("POST", "/v1/keys/import", "import_keys",
-             "Import keys that another program issued. Valid keys are imported, invalid ones are reported, and existing "
-             "keys are skipped, so the request can be repeated. Creating users also requires `users:write`. "
-             "A token restricted to a tenant can import keys by digest only.",
-             Scope.KEYS_WRITE, _import, {200: KeysImported}, body=KeysImport),
-)  # fmt: skip
+    Endpoint(
+        "import_keys",
+        "Import keys that another program issued. Valid keys are imported, invalid ones are reported, and existing "
+        "keys are skipped, so the request can be repeated. Creating users also requires `users:write`. "
+        "A token restricted to a tenant can import keys by digest only.",
+        Scope.KEYS_WRITE,
+        _import,
+        {200: KeysImported},
+        body=KeysImport,
+    ),
+)

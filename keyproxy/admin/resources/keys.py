@@ -6,7 +6,7 @@ import contextlib
 from datetime import timedelta
 from typing import Final
 
-from keyproxy.admin.endpoints import Answer, Call, Endpoint, cursor, page, position
+from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.schemas.request_models import (
     KeyChange,
@@ -40,101 +40,108 @@ from keyproxy.store.directory.directory import KeyFilter, KeyWish, Revocation
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 
 
-async def _keys(call: Call) -> Answer:
-    query: KeysQuery = call.query
+async def _keys(request: ApiRequest) -> ApiResponse:
+    query: KeysQuery = request.query
     wanted = KeyFilter(
-        query.user, query.tenant, query.is_test, query.state, _span(query.older_than_seconds),
-        _span(query.unused_seconds), _span(query.expires_within_seconds),
-    )  # fmt: skip
+        query.user,
+        query.tenant,
+        query.is_test,
+        query.state,
+        _span(query.older_than_seconds),
+        _span(query.unused_seconds),
+        _span(query.expires_within_seconds),
+    )
     if query.sort == "id":
-        return await page(query, lambda after, limit: call.directory.keys(after, limit, wanted))
-    found = await call.directory.keys_by_time(query.sort, position(query), query.limit, wanted)
-    return Answer({"items": found.items, "next": cursor(query, found.next)})
+        return await page(query, lambda after, limit: request.directory.keys.list_by_id(after, limit, wanted))
+    found = await request.directory.keys.list_by_time(query.sort, position(query), query.limit, wanted)
+    return ApiResponse({"items": found.items, "next": cursor(query, found.next)})
 
 
-async def _key(call: Call) -> Answer:
-    key = await call.directory.key(call.path["id"])
-    return Answer(key, is_version_of=key)
+async def _key(request: ApiRequest) -> ApiResponse:
+    key = await request.directory.keys.get(request.path["id"])
+    return ApiResponse(key, is_version_of=key)
 
 
-async def _issue(call: Call) -> Answer:
-    body: KeyIssue = call.body
-    scopes = tuple(dict.fromkeys(body.scopes))
-    wish = KeyWish(body.name, scopes, body.is_test, call.terms.life(body.said()), body.plan)
-    key = await call.directory.issue_key(body.user, wish)
-    content = {**key, "warnings": call.terms.warnings(scopes)}
-    return Answer(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
+async def _issue(request: ApiRequest) -> ApiResponse:
+    body: KeyIssue = request.body
+    wish = _wish(request, body)
+    key = await request.directory.keys.issue(body.user, wish)
+    content = {**key, "warnings": request.config.warnings(wish.scopes)}
+    return ApiResponse(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
 
 
-async def _issue_many(call: Call) -> Answer:
-    body: KeysIssue = call.body
-    wishes = [
-        (
-            one.user,
-            KeyWish(one.name, tuple(dict.fromkeys(one.scopes)), one.is_test, call.terms.life(one.said()), one.plan),
-        )
-        for one in body.keys
-    ]
-    warnings = call.terms.warnings(*(wish.scopes for _, wish in wishes))
-    items = await call.directory.issue_keys(wishes, reissue_unseen=body.reissue_unseen)
-    return Answer({"items": items, "warnings": warnings})
+def _wish(request: ApiRequest, key: KeyIssue) -> KeyWish:
+    scopes = tuple(dict.fromkeys(key.scopes))
+    return KeyWish(key.name, scopes, key.is_test, request.config.lifetime(key.given()), key.plan)
 
 
-async def _change(call: Call) -> Answer:
-    changes = call.body.said()
+async def _issue_many(request: ApiRequest) -> ApiResponse:
+    body: KeysIssue = request.body
+    wishes = [(one.user, _wish(request, one)) for one in body.keys]
+    warnings = request.config.warnings(*(wish.scopes for _, wish in wishes))
+    items = await request.directory.key_batches.issue(wishes, reissue_unseen=body.reissue_unseen)
+    return ApiResponse({"items": items, "warnings": warnings})
+
+
+async def _change(request: ApiRequest) -> ApiResponse:
+    changes = request.body.given()
     if "scopes" in changes:
         changes["scopes"] = list(dict.fromkeys(changes["scopes"]))
-    key = await call.directory.change_key(call.path["id"], changes, if_match=call.if_match)
-    warnings = call.terms.warnings(changes["scopes"]) if "scopes" in changes else []
-    return Answer({**key, "warnings": warnings}, is_version_of=key)
+    key = await request.directory.keys.change(request.path["id"], changes, if_match=request.if_match)
+    warnings = request.config.warnings(changes["scopes"]) if "scopes" in changes else []
+    return ApiResponse({**key, "warnings": warnings}, is_version_of=key)
 
 
-async def _rotate(call: Call) -> Answer:
-    body: KeyRotate = call.body
-    key = await call.directory.rotate_key(
-        call.path["id"], grace=timedelta(seconds=body.grace_seconds), expires_in=call.terms.life(body.said()),
-        if_match=call.if_match,
-    )  # fmt: skip
+async def _rotate(request: ApiRequest) -> ApiResponse:
+    body: KeyRotate = request.body
+    key = await request.directory.keys.rotate(
+        request.path["id"],
+        grace=timedelta(seconds=body.grace_seconds),
+        expires_in=request.config.lifetime(body.given()),
+        if_match=request.if_match,
+    )
     made = {name: value for name, value in key.items() if name != "old_expires_at"}
-    return Answer(key, 201, location=f"/v1/keys/{key['id']}", is_version_of=made)
+    return ApiResponse(key, 201, location=f"/v1/keys/{key['id']}", is_version_of=made)
 
 
-async def _revoke(call: Call) -> Answer:
-    key = await call.directory.revoke_key(call.path["id"], call.body.reason, if_match=call.if_match)
-    return Answer(key, is_version_of=key)
+async def _revoke(request: ApiRequest) -> ApiResponse:
+    key = await request.directory.keys.revoke(request.path["id"], request.body.reason, if_match=request.if_match)
+    return ApiResponse(key, is_version_of=key)
 
 
-async def _delete(call: Call) -> Answer:
-    return Answer(await call.directory.delete_key(call.path["id"], if_match=call.if_match))
+async def _delete(request: ApiRequest) -> ApiResponse:
+    return ApiResponse(await request.directory.keys.delete(request.path["id"], if_match=request.if_match))
 
 
-async def _revoke_many(call: Call) -> Answer:
-    body: KeysRevoke = call.body
-    wanted = Revocation(
-        body.user, body.tenant, _span(body.older_than_seconds), _span(body.unused_seconds)
-    )  # fmt: skip
+async def _revoke_many(request: ApiRequest) -> ApiResponse:
+    body: KeysRevoke = request.body
+    wanted = Revocation(body.user, body.tenant, _span(body.older_than_seconds), _span(body.unused_seconds))
     revoked: list[str] = []
     if not body.dry_run:
-        async with contextlib.aclosing(call.directory.revoke_keys(wanted, body.reason, batch=body.limit)) as batches:
+        async with contextlib.aclosing(
+            request.directory.key_batches.revoke(wanted, body.reason, batch=body.limit)
+        ) as batches:
             revoked = await anext(batches, [])
-    return Answer({"revoked": revoked, "remaining": await call.directory.count_to_revoke(wanted)})
+    return ApiResponse({"revoked": revoked, "remaining": await request.directory.key_batches.count_to_revoke(wanted)})
 
 
-async def _leaked(call: Call) -> Answer:
-    body: LeakReport = call.body
+async def _leaked(request: ApiRequest) -> ApiResponse:
+    body: LeakReport = request.body
     if "key" in body.model_fields_set:
-        return Answer(await call.directory.report_leaked_key(SecretKey(body.key.encode("ascii")), body.reason))
-    return Answer(await call.directory.report_leaked(bytes.fromhex(body.digest), body.reason))
+        return ApiResponse(
+            await request.directory.leaked_keys.report_key(SecretKey(body.key.encode("ascii")), body.reason)
+        )
+    return ApiResponse(await request.directory.leaked_keys.report_digest(bytes.fromhex(body.digest), body.reason))
 
 
-async def _leaked_text(call: Call) -> Answer:
-    body: LeakText = call.body
-    return Answer(await call.directory.report_leaked_text(_bytes(body.text), body.reason))
+async def _leaked_text(request: ApiRequest) -> ApiResponse:
+    body: LeakText = request.body
+    return ApiResponse(await request.directory.leaked_keys.report_text(_bytes(body.text), body.reason))
 
 
-async def _whose(call: Call) -> Answer:
-    body: KeyQuestion = call.body
-    return Answer(await call.directory.whose(_bytes(body.text)))
+async def _whose(request: ApiRequest) -> ApiResponse:
+    body: KeyQuestion = request.body
+    return ApiResponse(await request.directory.leaked_keys.find(_bytes(body.text)))
 
 
 def _bytes(text: str) -> bytes:
@@ -147,41 +154,40 @@ def _span(seconds: int | None) -> timedelta | None:
 
 
 ENDPOINTS: Final = (
-    Endpoint("GET", "/v1/keys", "list_keys", "List keys, sorted by id or by a time.",
+    Endpoint("list_keys", "List keys, sorted by id or by a time.",
              Scope.KEYS_READ, _keys, {200: Keys}, query=KeysQuery),
-    Endpoint("POST", "/v1/keys", "issue_key", "Issue a key. Its secret is only in this response.",
+    Endpoint("issue_key", "Issue a key. Its secret is only in this response.",
              Scope.KEYS_WRITE, _issue, {201: KeyMade}, body=KeyIssue, refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/keys/issue", "issue_keys",
+    Endpoint("issue_keys",
              "Issue many keys, all or none. A user that already has a working key of that name and mode is skipped, so "
              "the request can be repeated.",
              Scope.KEYS_WRITE, _issue_many, {200: KeysIssued}, body=KeysIssue, refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/keys/revoke", "revoke_keys",
+    Endpoint("revoke_keys",
              "Permanently revoke many keys by user, tenant, age or time since last use. Repeat the request while "
              "some remain.",
              Scope.KEYS_WRITE, _revoke_many, {200: KeysRevoked}, body=KeysRevoke, refuses=_NOT_THERE),
-    Endpoint("GET", "/v1/keys/{id}", "show_key", "One key.",
+    Endpoint("show_key", "One key.",
              Scope.KEYS_READ, _key, {200: Key}, refuses=_NOT_THERE),
-    Endpoint("PATCH", "/v1/keys/{id}", "change_key", "Change a key's name, plan or scopes. Takes effect within a second.",
+    Endpoint("change_key", "Change a key's name, plan or scopes. Takes effect within a second.",
              Scope.KEYS_WRITE, _change, {200: KeyChanged}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
-    Endpoint("DELETE", "/v1/keys/{id}", "delete_key", "Delete a key. Unlike a revoked key, it disappears from lists.",
+    Endpoint("delete_key", "Delete a key. Unlike a revoked key, it disappears from lists.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/keys/{id}/rotate", "rotate_key",
+    Endpoint("rotate_key",
              "Replace a key. The old key works until the grace period ends. The new key has its scopes, mode, plan and "
              "name, and both share their limits.",
              Scope.KEYS_WRITE, _rotate, {201: KeyRotated}, body=KeyRotate, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/keys/{id}/revoke", "revoke_key", "Revoke a key permanently. Takes effect within a second.",
+    Endpoint("revoke_key", "Revoke a key permanently. Takes effect within a second.",
              Scope.KEYS_WRITE, _revoke, {200: Key}, body=KeyRevoke, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
-    Endpoint("POST", "/v1/leaked-keys", "report_leaked_key",
-             "For secret scanners: revoke a leaked key and return its owner. `known` is "
+    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key and return its owner. `known` is "
              "false if the key does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
-    Endpoint("POST", "/v1/leaked-texts", "report_leaked_text",
+    Endpoint("report_leaked_text",
              "Revoke every key in a text, in whatever notation, and list them. Distinguishes no key, "
              "an incomplete key and an unknown key.",
              Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
-    Endpoint("POST", "/v1/keys/whose", "find_keys",
+    Endpoint("find_keys",
              "Find the keys in a text, or those with this id, hint or name. Changes nothing. The text is in "
              "the body because it may hold a secret.",
              Scope.KEYS_READ, _whose, {200: KeysOf}, body=KeyQuestion),

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import Field, StringConstraints
 
-from keyproxy.admin.endpoints import Answer, Call, Endpoint, Stream
+from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.request_models import Accepted, Id, Instant, QueryBoolean, QuerySum, QueryTokens
-from keyproxy.admin.schemas.response_models import Answered
+from keyproxy.admin.schemas.field_types import Id, Instant, QueryBoolean, QuerySum, QueryTokens
+from keyproxy.admin.schemas.request_models import RequestModel
+from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope
 from keyproxy.platform import clock
 from keyproxy.store.ledger.explain import Question
@@ -26,7 +27,7 @@ _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
 
 
-class UsageQuery(Accepted):
+class UsageQuery(RequestModel):
     """Selects usage by owner and time."""
 
     tenant: Id | None = None
@@ -49,17 +50,19 @@ class EventsQuery(UsageQuery):
     """Selects requests by owner and time."""
 
     after: Annotated[
-        str, StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"), Field(description="Only later events.")
-    ] = ""  # fmt: skip
+        str,
+        StringConstraints(pattern=r"^[0-9a-f]{16}:[0-9]{1,18}:[0-9]{1,9}$"),
+        Field(description="Only later events."),
+    ] = ""
 
 
-class WindowsQuery(Accepted):
+class WindowsQuery(RequestModel):
     """Selects live or test traffic."""
 
     is_test: QueryBoolean = False
 
 
-class ExplainQuery(Accepted):
+class ExplainQuery(RequestModel):
     """The request to explain."""
 
     method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
@@ -67,7 +70,7 @@ class ExplainQuery(Accepted):
     tokens: Annotated[QueryTokens | None, Field(description="Maximum tokens of prompt and response.")] = None
 
 
-class Sum(Answered):
+class Sum(ResponseModel):
     """Usage, grouped by the requested dimensions."""
 
     day: str | None = None
@@ -88,14 +91,14 @@ class Sum(Answered):
     cost_micros: int
 
 
-class Sums(Answered):
+class Sums(ResponseModel):
     """Totals. `is_complete` is false if there are more: request less time, or fewer dimensions."""
 
     items: list[Sum]
     is_complete: bool
 
 
-class Event(Answered):
+class Event(ResponseModel):
     """One request."""
 
     id: str
@@ -123,7 +126,7 @@ class Event(Answered):
     duration_seconds: float
 
 
-class Limit(Answered):
+class Limit(ResponseModel):
     """The state of a limit. Members that do not apply are omitted."""
 
     owner: str
@@ -138,13 +141,13 @@ class Limit(Answered):
     refuses: bool | None = None
 
 
-class Windows(Answered):
+class Windows(ResponseModel):
     """The state of a user's and its tenant's limits."""
 
     items: list[Limit]
 
 
-class Explained(Answered):
+class Explained(ResponseModel):
     """Whether the request would be accepted. Nothing was charged or sent."""
 
     key: str
@@ -161,22 +164,22 @@ class Explained(Answered):
     limits: list[Limit]
 
 
-async def _sums(call: Call) -> Answer:
-    query: SumsQuery = call.query
-    wanted, by = _wanted(call), [name for name in DIMENSIONS if name in query.by.split(",")]
-    rows = [] if wanted is None else await _desk(call).sums(wanted, by, query.limit + 1)
-    return Answer({"items": rows[: query.limit], "is_complete": len(rows) <= query.limit})
+async def _sums(request: ApiRequest) -> ApiResponse:
+    query: SumsQuery = request.query
+    wanted, by = _wanted(request), [name for name in DIMENSIONS if name in query.by.split(",")]
+    rows = [] if wanted is None else await _desk(request).sums(wanted, by, query.limit + 1)
+    return ApiResponse({"items": rows[: query.limit], "is_complete": len(rows) <= query.limit})
 
 
-async def _all_sums(call: Call) -> Stream:
-    wanted = _wanted(call)
-    return Stream(_lines(None if wanted is None else _desk(call).all_sums(wanted)))
+async def _all_sums(request: ApiRequest) -> ApiStream:
+    wanted = _wanted(request)
+    return ApiStream(_lines(None if wanted is None else _desk(request).all_sums(wanted)))
 
 
-async def _events(call: Call) -> Stream:
-    query: EventsQuery = call.query
-    wanted = _wanted(call)
-    return Stream(_lines(None if wanted is None else _desk(call).events(wanted, query.after or None)))
+async def _events(request: ApiRequest) -> ApiStream:
+    query: EventsQuery = request.query
+    wanted = _wanted(request)
+    return ApiStream(_lines(None if wanted is None else _desk(request).events(wanted, query.after or None)))
 
 
 async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[bytes]:
@@ -195,50 +198,50 @@ async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[b
     yield b"".join(part)
 
 
-def _desk(call: Call) -> UsageService:
-    return UsageService(call.database, call.terms.settings, clock.now)
+def _desk(request: ApiRequest) -> UsageService:
+    return UsageService(request.database, request.config.settings, clock.now)
 
 
-def _wanted(call: Call) -> UsageFilter | None:
+def _wanted(request: ApiRequest) -> UsageFilter | None:
     """The filter; None: another tenant's usage, which this token cannot see."""
-    query: UsageQuery = call.query
+    query: UsageQuery = request.query
     wanted = UsageFilter(query.tenant, query.user, query.key, query.since, query.until)
     if query.since is None and query.until is None and not getattr(query, "after", ""):
         wanted = replace(wanted, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
-    if not call.is_bound:
+    if not request.is_bound:
         return wanted
-    bound = call.token["tenant"]
+    bound = request.token["tenant"]
     return replace(wanted, tenant=bound) if query.tenant in (None, bound) else None
 
 
-async def _windows(call: Call) -> Answer:
-    user = call.path["id"]
-    await call.directory.user(user)  # 404 for tokens that may not see it
-    return Answer({"items": await _desk(call).windows(user, is_test=call.query.is_test)})
+async def _windows(request: ApiRequest) -> ApiResponse:
+    user = request.path["id"]
+    await request.directory.users.get(user)  # 404 for tokens that may not see it
+    return ApiResponse({"items": await _desk(request).windows(user, is_test=request.query.is_test)})
 
 
-async def _explain(call: Call) -> Answer:
-    query: ExplainQuery = call.query
-    key = call.path["id"]
-    await call.directory.key(key)  # 404 for tokens that may not see it
-    return Answer(await _desk(call).explained(key, Question(query.method, query.path, query.tokens)))
+async def _explain(request: ApiRequest) -> ApiResponse:
+    query: ExplainQuery = request.query
+    key = request.path["id"]
+    await request.directory.keys.get(key)  # 404 for tokens that may not see it
+    return ApiResponse(await _desk(request).explained(key, Question(query.method, query.path, query.tokens)))
 
 
 ENDPOINTS: Final = (
-    Endpoint("GET", "/v1/usage", "show_usage",
+    Endpoint("show_usage",
              "Sum requests, refusals and tokens. Days are UTC; every day that overlaps the time range counts.",
              Scope.USAGE_READ, _sums, {200: Sums}, query=SumsQuery),
-    Endpoint("GET", "/v1/usage/export", "export_usage_sums",
+    Endpoint("export_usage_sums",
              "Stream all totals by day, tenant, user, key, mode and route as lines of JSON. A response that ends "
              "without its last chunk is incomplete.",
-             Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery, is_stream=True),
-    Endpoint("GET", "/v1/usage/events", "export_usage",
+             Scope.USAGE_READ, _all_sums, {200: Sum}, query=UsageQuery),
+    Endpoint("export_usage",
              "Stream every request as lines of JSON, in the order of writing, up to now. To resume, set `after` to "
              "the last event's id. A response that ends without its last chunk is incomplete.",
-             Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery, is_stream=True),
-    Endpoint("GET", "/v1/users/{id}/limits", "show_limits", "The state of a user's and its tenant's limits.",
+             Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery),
+    Endpoint("show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
-    Endpoint("GET", "/v1/keys/{id}/explain", "explain_key",
+    Endpoint("explain_key",
              "Explain whether a request with this key would be accepted, and the state of each limit. Charges nothing.",
              Scope.USAGE_READ, _explain, {200: Explained}, query=ExplainQuery, refuses=_NOT_THERE),
 )  # fmt: skip

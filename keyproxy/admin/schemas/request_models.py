@@ -5,99 +5,50 @@ Strict: no unknown fields, no numbers written as text, no control characters. Fi
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints, model_validator
 
-from keyproxy.auth.key_scanner import TEXT_BYTES_MAX
+from keyproxy.admin.schemas.field_types import (
+    Id,
+    Instant,
+    KeyScope,
+    Life,
+    Name,
+    Pasted,
+    PlanId,
+    QueryBoolean,
+    QueryLimit,
+    QueryRow,
+    QuerySeconds,
+    Reason,
+    Text,
+    Whole,
+)
 from keyproxy.limits.plan import LIMIT_MAX, LIMITS
 
-_LIFE_SECONDS_MAX = 36_525 * 86_400
-_SPAN_SECONDS_MAX = 36_525 * 86_400
-PAGE_MAX = 500
-_QUERY_DIGITS_MAX = 18
 
-#: The same pattern as in the tables.
-ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
-PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
-PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
-SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
-
-Id = Annotated[str, StringConstraints(pattern=ID)]
-PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
-Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
-Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
-KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
-Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
-Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
-Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
-
-_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
-
-
-def _whole_number(value: object) -> object:
-    """Parse a number in a query; only digits are accepted."""
-    if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]+", value):
-        return value
-    if len(value) > _QUERY_DIGITS_MAX:
-        raise ValueError("the number is too large")
-    return int(value)
-
-
-def _true_or_false(value: object) -> object:
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-
-
-def _instant(value: object) -> object:
-    if not isinstance(value, str) or not _TIME.fullmatch(value):
-        raise ValueError("must be a time such as 2026-01-31T12:00:00Z")
-    try:
-        return datetime.fromisoformat(value.upper()).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("is not a valid date or time") from error
-
-
-QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
-QueryLimit = Annotated[int, Field(ge=1, le=PAGE_MAX), BeforeValidator(_whole_number)]
-QuerySum = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
-QueryTokens = Annotated[int, Field(ge=0, le=LIMIT_MAX), BeforeValidator(_whole_number)]
-QueryRow = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole_number)]
-QueryBoolean = Annotated[bool, BeforeValidator(_true_or_false)]
-Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
-
-
-class Accepted(BaseModel):
+class RequestModel(BaseModel):
     """The base of all request models."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     #: Fields whose absence differs from their default value: OpenAPI omits the default.
-    untold: ClassVar[frozenset[str]] = frozenset()
+    without_default: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler.resolve_ref_schema(handler(core_schema))
-        for name in cls.untold:
+        for name in cls.without_default:
             schema["properties"].get(name, {}).pop("default", None)
         return schema
 
-    def said(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The fields that the request contains, with any value."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
-class Paged(Accepted):
+class Paged(RequestModel):
     """A part of a list."""
 
     cursor: Annotated[str, Field(max_length=1000, description="`next` of the previous page.")] = ""
@@ -105,7 +56,7 @@ class Paged(Accepted):
 
 
 class UsersQuery(Paged):
-    """Which users."""
+    """Selects users."""
 
     tenant: Annotated[Id | None, Field(description="Only this tenant.")] = None
 
@@ -126,10 +77,10 @@ class KeysQuery(Paged):
     ] = None
     sort: Annotated[
         Literal["id", "created", "used", "expires"], Field(description="Sort by id, or by a time, oldest first.")
-    ] = "id"  # fmt: skip
+    ] = "id"
 
 
-class AuditQuery(Accepted):
+class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
     entity: Literal["tenant", "user", "key", "plan", "token"] | None = None
@@ -151,22 +102,22 @@ class AuditExportQuery(AuditQuery):
     after: Annotated[QueryRow, Field(description="Only rows with an id greater than this.")] = 0
 
 
-class NoQuery(Accepted):
-    """No parameters."""
+class NoQuery(RequestModel):
+    """For endpoints without query parameters."""
 
 
-class TenantCreate(Accepted):
-    """A tenant."""
+class TenantCreate(RequestModel):
+    """A tenant to create."""
 
     id: Id
     name: Name = ""
     plan: PlanId | None = None
 
 
-class TenantChange(Accepted):
+class TenantChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
 
     name: Name = ""
     plan: PlanId | None = None
@@ -174,23 +125,23 @@ class TenantChange(Accepted):
     disabled: bool = False
 
 
-class FirstKey(Accepted):
+class FirstKey(RequestModel):
     """The first key of a new user."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
     name: Name = ""
     scopes: Annotated[list[KeyScope], Field(max_length=64)] = []
     expires_in_seconds: Annotated[
         Life | None, Field(description="null: never expires. Default: `keys.age_days_max`.")
-    ] = None  # fmt: skip
+    ] = None
     plan: PlanId | None = None
 
 
-class UserCreate(Accepted):
+class UserCreate(RequestModel):
     """A user with its first live key."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"key"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"key"})
 
     id: Id
     tenant: Id
@@ -198,10 +149,10 @@ class UserCreate(Accepted):
     key: Annotated[FirstKey | None, Field(description="Default: {}. null: no key.")] = FirstKey()
 
 
-class UserChange(Accepted):
+class UserChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
 
     plan: PlanId | None = None
     test_plan: PlanId | None = None
@@ -215,45 +166,45 @@ class KeyIssue(FirstKey):
     is_test: bool = False
 
 
-class KeysIssue(Accepted):
+class KeysIssue(RequestModel):
     """Keys of users, all of them or none."""
 
     keys: Annotated[list[KeyIssue], Field(min_length=1, max_length=1000)]
     reissue_unseen: Annotated[
         bool, Field(description="Revoke and reissue keys that were never used, because their secrets were lost.")
-    ] = False  # fmt: skip
+    ] = False
 
 
-class KeyChange(Accepted):
+class KeyChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
 
     name: Name = ""
     plan: PlanId | None = None
     scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
 
 
-class KeyRotate(Accepted):
+class KeyRotate(RequestModel):
     """How to replace a key."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"expires_in_seconds"})
 
-    grace_seconds: Annotated[
-        int, Field(ge=0, le=3_153_600_000, description="How long the old key keeps working.")
-    ] = 86_400  # fmt: skip
+    grace_seconds: Annotated[int, Field(ge=0, le=3_153_600_000, description="How long the old key keeps working.")] = (
+        86_400
+    )
     expires_in_seconds: Annotated[
         Life | None, Field(description="The new key's lifetime. Default: `keys.age_days_max`. null: never expires.")
-    ] = None  # fmt: skip
+    ] = None
 
 
-class KeyRevoke(Accepted):
+class KeyRevoke(RequestModel):
     """The reason for a revocation."""
 
     reason: Reason = ""
 
 
-class KeysRevoke(Accepted):
+class KeysRevoke(RequestModel):
     """Selects keys to revoke; all given filters must match, and at least one is required."""
 
     user: Id | None = None
@@ -265,16 +216,16 @@ class KeysRevoke(Accepted):
     dry_run: Annotated[bool, Field(description="Revoke nothing; `remaining` is the number of matching keys.")] = False
 
 
-class LeakReport(Accepted):
+class LeakReport(RequestModel):
     """A leaked key: either the key itself or its SHA-256."""
 
-    untold: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
 
     key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
     digest: Annotated[
         str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="The key's SHA-256, hexadecimal.")
-    ] = ""  # fmt: skip
+    ] = ""
     reason: Reason = "leaked"
 
     @model_validator(mode="after")
@@ -284,28 +235,25 @@ class LeakReport(Accepted):
         return self
 
 
-Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
-
-
-class LeakText(Accepted):
+class LeakText(RequestModel):
     """A text that may contain keys."""
 
     text: Pasted
     reason: Reason = "leaked"
 
 
-class KeyQuestion(Accepted):
+class KeyQuestion(RequestModel):
     """A text with a key in it; or the id, hint or name of a key, or its first part."""
 
     text: Pasted
 
 
-class Limits(Accepted):
+class Limits(RequestModel):
     """The limits of a plan. An omitted or null limit does not apply."""
 
     rate: Annotated[
         float | None, Field(ge=1 / 86_400, le=1_000_000, allow_inf_nan=False, description="Requests per second.")
-    ] = None  # fmt: skip
+    ] = None
     burst: Annotated[int | None, Field(ge=1, le=LIMIT_MAX, description="Burst size in requests; requires a rate.")] = (
         None
     )
@@ -317,7 +265,7 @@ class Limits(Accepted):
     tokens_per_month: Whole | None = None
 
 
-class PlanSet(Accepted):
+class PlanSet(RequestModel):
     """A complete plan; replaces all previous limits."""
 
     limits: Limits
@@ -326,10 +274,10 @@ class PlanSet(Accepted):
 class LimitChanges(Limits):
     """Limits to change. null removes one; limits that are not given stay as they are."""
 
-    untold: ClassVar[frozenset[str]] = frozenset(LIMITS)
+    without_default: ClassVar[frozenset[str]] = frozenset(LIMITS)
 
 
-class PlanChange(Accepted):
+class PlanChange(RequestModel):
     """Changes to a plan."""
 
     limits: LimitChanges

@@ -8,22 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Time = Annotated[
-    str,
-    Field(
-        pattern=r"^(-?infinity|[0-9]{4,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z)$",
-        description="ISO 8601 in UTC; `infinity` if another SQL client wrote that.",
-    ),
-]
+from keyproxy.admin.schemas.field_types import Time
 
 
-class Answered(BaseModel):
+class ResponseModel(BaseModel):
     """The base of all response models."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Tenant(Answered):
+class Tenant(ResponseModel):
     """A customer organisation."""
 
     id: str
@@ -41,7 +35,7 @@ class TenantMade(Tenant):
     created: bool
 
 
-class User(Answered):
+class User(ResponseModel):
     """An account that owns keys."""
 
     id: str
@@ -53,7 +47,7 @@ class User(Answered):
     keys: int
 
 
-class Key(Answered):
+class Key(ResponseModel):
     """A key. Its secret is not stored."""
 
     id: str
@@ -100,7 +94,7 @@ class FirstKeyMade(Key):
     secret: _Secret
 
 
-class KeyIssued(Answered):
+class KeyIssued(ResponseModel):
     """One of many keys. `created` is false, and other members are omitted, if the user had a working key of that name."""
 
     user: str
@@ -116,7 +110,7 @@ class KeyIssued(Answered):
     reissues: Annotated[str | None, Field(description="The unused key that this one replaces; it is revoked.")] = None
 
 
-class KeysIssued(Answered):
+class KeysIssued(ResponseModel):
     """Keys, in the order of the request."""
 
     items: list[KeyIssued]
@@ -138,7 +132,7 @@ class UserMade(User):
     warnings: _Warnings
 
 
-class PlanLimits(Answered):
+class PlanLimits(ResponseModel):
     """The limits that are set."""
 
     rate: float | None = None
@@ -156,7 +150,7 @@ _Count = Annotated[
 ]
 
 
-class Plan(Answered):
+class Plan(ResponseModel):
     """A named set of limits."""
 
     id: str
@@ -167,7 +161,7 @@ class Plan(Answered):
     keys: _Count
 
 
-class LimitChanged(Answered):
+class LimitChanged(ResponseModel):
     """The old and new value of a limit; null: no such limit."""
 
     old: float | int | None
@@ -181,21 +175,21 @@ class PlanMade(Plan):
     changed: dict[str, LimitChanged]
 
 
-class Deleted(Answered):
+class Deleted(ResponseModel):
     """A deleted object."""
 
     id: str
     deleted: Literal[True]
 
 
-class KeysRevoked(Answered):
+class KeysRevoked(ResponseModel):
     """The keys that this request revoked, and the number of matching keys that remain."""
 
     revoked: list[str]
     remaining: int
 
 
-class Leak(Answered):
+class Leak(ResponseModel):
     """Whether the key exists, whether it was working until now, and its owner."""
 
     known: bool
@@ -205,7 +199,7 @@ class Leak(Answered):
     key: Key | None
 
 
-class LeakedKey(Answered):
+class LeakedKey(ResponseModel):
     """A key that was found in a text. `revoked_now`: it was not revoked before."""
 
     key: str
@@ -214,7 +208,7 @@ class LeakedKey(Answered):
     revoked_now: bool
 
 
-class LeaksFound(Answered):
+class LeaksFound(ResponseModel):
     """The keys in a text, now revoked; the number of incomplete or mistyped keys; the number of unknown keys."""
 
     found: list[LeakedKey]
@@ -222,13 +216,13 @@ class LeaksFound(Answered):
     unknown: int
 
 
-class KeysOf(Answered):
+class KeysOf(ResponseModel):
     """The matching keys, at most 500."""
 
     keys: list[Key]
 
 
-class AuditRow(Answered):
+class AuditRow(ResponseModel):
     """One change. `before` and `after` contain no secret."""
 
     id: int
@@ -245,7 +239,7 @@ class AuditRow(Answered):
     after: dict[str, Any] | None
 
 
-class Token(Answered):
+class Token(ResponseModel):
     """The request's token."""
 
     id: str
@@ -260,7 +254,7 @@ class Token(Answered):
     last_used_at: Time | None
 
 
-class Page(Answered):
+class Page(ResponseModel):
     """A part of a list."""
 
     next: Annotated[str | None, Field(description="The `cursor` of the next page; null: this is the last one.")]
@@ -279,7 +273,7 @@ class Users(Page):
 
 
 class Keys(Page):
-    """Keys."""
+    """Keys, sorted as requested."""
 
     items: list[Key]
 
@@ -296,14 +290,14 @@ class AuditRows(Page):
     items: list[AuditRow]
 
 
-class FieldError(Answered):
+class FieldError(ResponseModel):
     """One validation error."""
 
     field: str
     detail: str
 
 
-class ProblemDetails(Answered):
+class ProblemDetails(ResponseModel):
     """RFC 9457. `code` is for programs."""
 
     type: str

@@ -18,16 +18,13 @@ from keyproxy.cli.options import (
     check_addresses,
     check_schema,
     config_option,
-    duration,
     json_option,
     load,
     require_schema,
-    require_stdout,
-    say,
-    showing_secret,
     store,
-    tell,
 )
+from keyproxy.cli.output import print_message, print_result, require_stdout, showing_secret
+from keyproxy.cli.parameters import duration
 from keyproxy.config.loader import ConfigError
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.postgres.database import Database
@@ -97,10 +94,22 @@ def token_group() -> None:
 
 @token_group.command("create")
 @click.option("--name", default="", help="The token's owner or purpose.")
-@click.option("--scope", "wanted", multiple=True, required=True, metavar="SCOPE",
-              help="A permission, such as keys:write; repeatable. tenant:ID limits it to one tenant.")  # fmt: skip
-@click.option("--expires-in", default="90d", show_default=True, callback=duration, metavar="TIME",
-              help="Lifetime, such as 90d or 24h, or never.")  # fmt: skip
+@click.option(
+    "--scope",
+    "wanted",
+    multiple=True,
+    required=True,
+    metavar="SCOPE",
+    help="A permission, such as keys:write; repeatable. tenant:ID limits it to one tenant.",
+)
+@click.option(
+    "--expires-in",
+    default="90d",
+    show_default=True,
+    callback=duration,
+    metavar="TIME",
+    help="Lifetime, such as 90d or 24h, or never.",
+)
 @config_option
 @json_option
 def token_create(
@@ -126,9 +135,9 @@ def token_create(
     )
     lost = f"the secret of token {token['id']} is lost: `keyproxy admin token revoke {token['id']}`"
     with showing_secret(f"{lost}, then create a new token"):
-        tell(token, as_json=as_json, columns=_COLUMNS)
+        print_result(token, as_json=as_json, columns=_COLUMNS)
     if not as_json:
-        say("this is the only time the secret is shown")
+        print_message("this is the only time the secret is shown")
 
 
 @token_group.command("list")
@@ -143,7 +152,7 @@ def token_list(config_path: Path | None, *, as_json: bool) -> None:
             found += rows
         return found
 
-    tell(_with_tokens(config_path, work), as_json=as_json, columns=_COLUMNS)
+    print_result(_with_tokens(config_path, work), as_json=as_json, columns=_COLUMNS)
 
 
 @token_group.command("revoke")
@@ -152,7 +161,7 @@ def token_list(config_path: Path | None, *, as_json: bool) -> None:
 @json_option
 def token_revoke(token_id: str, config_path: Path | None, *, as_json: bool) -> None:
     """Revoke a token permanently. The next request that uses it is refused."""
-    tell(_with_tokens(config_path, lambda tokens: tokens.revoke(token_id)), as_json=as_json, columns=_COLUMNS)
+    print_result(_with_tokens(config_path, lambda tokens: tokens.revoke(token_id)), as_json=as_json, columns=_COLUMNS)
 
 
 def _with_tokens(config_path: Path | None, work: Callable[[AdminTokens], Awaitable[_T]]) -> _T:

@@ -10,11 +10,12 @@ from typing import Any, BinaryIO, Final
 import click
 import orjson
 
-from keyproxy.cli.context import PAGE, Call, Progress, say, takes_call
-from keyproxy.cli.options import Failure, instant
+from keyproxy.cli.context import PAGE, Call, takes_call
+from keyproxy.cli.output import Failure, Progress, print_message
+from keyproxy.cli.parameters import instant
 from keyproxy.store.directory.audit import ACTIONS, ENTITIES
 from keyproxy.store.directory.directory import AuditFilter, Entity
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
 
 _COLUMNS: Final = ("id", "at", "actor", "origin", "db_role", "action", "entity", "entity_id", "tenant", "changed")
 _TAIL_BYTES: Final = 1 << 20
@@ -36,7 +37,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Start, inclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
         ),
         click.option("--action", type=click.Choice(ACTIONS), help="Only this action."),
-        click.option("--actor", metavar="WHO", help="Only this actor, as the log writes it: cli:ann, sql:app."),
+        click.option("--actor", metavar="ACTOR", help="Only this actor, as the log writes it: cli:ann, sql:app."),
         click.option("--tenant", metavar="TENANT", help="Only this tenant, its users and its keys."),
         click.option("--id", "entity_id", metavar="ID", help="Only the object with this id."),
         click.option(
@@ -66,24 +67,28 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
     keyproxy audit list --entity key --id key_…
     """
 
-    async def work(directory: Operations) -> list[Entity]:
+    async def work(directory: DirectoryOperations) -> list[Entity]:
         found: list[Entity] = []
         cursor: str | None = None
         while True:
-            page = await directory.audit(cursor, min(PAGE, limit - len(found)), AuditFilter(**wanted))
+            page = await directory.audit.list_newest(cursor, min(PAGE, limit - len(found)), AuditFilter(**wanted))
             found += page.items
             cursor = page.next
             if cursor is None or len(found) >= limit:
                 return found
 
-    call.tell(call.run(work), _COLUMNS)
+    call.print_result(call.run(work), _COLUMNS)
 
 
 @audit_group.command("export", short_help="Write changes as JSON lines, oldest first.")
 @_filters
 @click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with an id greater than N.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Append to this file, starting after its last row. [stdout]")  # fmt: skip
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Append to this file, starting after its last row. [stdout]",
+)
 @takes_call
 def audit_export(call: Call, after: int | None, output: Path | None, **wanted: Any) -> None:
     """Write changes as JSON lines, oldest first, complete up to now.
@@ -101,15 +106,13 @@ def audit_export(call: Call, after: int | None, output: Path | None, **wanted: A
     with output.open("ab+") as file:
         last = _last_row(file, output) if after is None else None
         try:
-            count = call.run(
-                lambda directory: _export(directory, after or 0, wish, file, last=last)
-            )  # fmt: skip
+            count = call.run(lambda directory: _export(directory, after or 0, wish, file, last=last))
         except _OtherHistoryError as error:
             raise Failure(
                 f"{output}: the audit log does not contain its last row: the file is from another database, from before a"
                 " restore, or was exported with other filters. Export to a new file"
             ) from error
-    say(f"{count} rows added to {output}")
+    print_message(f"{count} rows added to {output}")
 
 
 class _OtherHistoryError(Exception):
@@ -117,14 +120,14 @@ class _OtherHistoryError(Exception):
 
 
 async def _export(
-    directory: Operations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
+    directory: DirectoryOperations, after: int, wanted: AuditFilter, file: BinaryIO, *, last: Entity | None = None
 ) -> int:
     """`last`: the row to resume after; replaces `after`."""
-    horizon = await directory.audit_horizon()
+    horizon = await directory.audit.horizon()
     progress, count = Progress("rows"), 0
     cursor = str(after) if last is None else str(last["id"] - 1)
     try:
-        while (page := await directory.audit_export(cursor, PAGE, wanted, horizon=horizon)).items:
+        while (page := await directory.audit.export(cursor, PAGE, wanted, horizon=horizon)).items:
             cursor = str(page.items[-1]["id"])
             rows = page.items
             if last is not None:

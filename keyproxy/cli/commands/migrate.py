@@ -8,8 +8,8 @@ import click
 import orjson
 import uvloop
 
-from keyproxy.cli.context import say
 from keyproxy.cli.options import NoDatabase, config_option, json_option, load, store
+from keyproxy.cli.output import print_message
 from keyproxy.store.postgres import migrations, roles
 
 
@@ -44,7 +44,7 @@ def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bo
                 made = uvloop.run(roles.create(dsn, prefix))
             state = uvloop.run(migrations.state(dsn))
     except NoDatabase as error:
-        say(f"{error}: everything is pending")
+        print_message(f"{error}: everything is pending")
         state = migrations.State([], migrations.available())
     names = {one.number: f"{one.number:04}_{one.name}" for one in migrations.available()}
     if as_json:

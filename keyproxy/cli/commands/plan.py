@@ -8,7 +8,8 @@ from typing import Any, Final, cast
 
 import click
 
-from keyproxy.cli.context import PAGE, Call, all_pages, confirm, say, takes_call, yes_option
+from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes_option
+from keyproxy.cli.output import print_message
 from keyproxy.limits.limit_text import rate_per_second
 from keyproxy.limits.plan import LIMIT_MAX, LIMITS, InvalidPlanError
 from keyproxy.store.directory.directory import Entity
@@ -82,26 +83,26 @@ def plan_set(call: Call, name: str, *, replace: bool, **limits: float | str | No
     }
     if replace:
         limits_set = {limit: value for limit, value in changes.items() if value is not None}
-        plan = call.run(lambda directory: directory.set_plan(name, limits_set))
+        plan = call.run(lambda directory: directory.plans.set(name, limits_set))
     else:
-        plan = call.run(lambda directory: directory.change_plan(name, changes))
+        plan = call.run(lambda directory: directory.plans.change(name, changes))
     if call.as_json:
-        call.tell(plan, ())
+        call.print_result(plan, ())
         return
     changed = plan.pop("changed")
     for limit, change in changed.items():
         plan[limit] = f"{_shown(limit, change['old'])} -> {_shown(limit, change['new'])}"
     _tell(call, plan)
     if not changed and not plan["created"]:
-        say(f"plan {name!r} already has these limits: nothing was changed")
+        print_message(f"plan {name!r} already has these limits: nothing was changed")
 
 
 @plan_group.command("list")
 @takes_call
 def plan_list(call: Call) -> None:
     """List all plans."""
-    plans = call.run(lambda directory: all_pages(lambda after: directory.plans(after, PAGE)))
-    call.tell(plans if call.as_json else [{**plan, **_row(plan)} for plan in plans], _COLUMNS)
+    plans = call.run(lambda directory: all_pages(lambda after: directory.plans.list_by_id(after, PAGE)))
+    call.print_result(plans if call.as_json else [{**plan, **_row(plan)} for plan in plans], _COLUMNS)
 
 
 @plan_group.command("show")
@@ -109,7 +110,7 @@ def plan_list(call: Call) -> None:
 @takes_call
 def plan_show(call: Call, name: str) -> None:
     """Show one plan, and how many tenants, users and keys use it."""
-    _tell(call, call.run(lambda directory: directory.plan(name)))
+    _tell(call, call.run(lambda directory: directory.plans.get(name)))
 
 
 @plan_group.command("delete")
@@ -119,7 +120,7 @@ def plan_show(call: Call, name: str) -> None:
 def plan_delete(call: Call, name: str, *, yes: bool) -> None:
     """Delete a plan that no tenant, user or key uses."""
     confirm(f"Delete plan {name}?", yes=yes)
-    call.tell(call.run(lambda directory: directory.delete_plan(name)), _COLUMNS)
+    call.print_result(call.run(lambda directory: directory.plans.delete(name)), _COLUMNS)
 
 
 def _shown(name: str, limit: float | None) -> str:
@@ -134,4 +135,4 @@ def _row(plan: Entity) -> dict[str, str]:
 
 
 def _tell(call: Call, plan: Entity) -> None:
-    call.tell(plan if call.as_json else {"id": plan["id"], **_row(plan), **plan}, _COLUMNS)
+    call.print_result(plan if call.as_json else {"id": plan["id"], **_row(plan), **plan}, _COLUMNS)

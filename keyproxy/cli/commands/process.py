@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import orjson
 
-from keyproxy.cli.context import say
-from keyproxy.cli.options import Failure, config_option, json_option, load
+from keyproxy.cli.options import config_option, json_option, load
+from keyproxy.cli.output import Failure, print_message
 from keyproxy.config.loader import ConfigError
 from keyproxy.platform import process_registry
 from keyproxy.platform.process_registry import Running
@@ -37,21 +37,21 @@ def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_
     with sock:
         try:
             sock.sendall(process_registry.DRAIN)
-            told = sock.recv(64)
-            if not told.startswith(process_registry.DRAINING):
+            reply = sock.recv(64)
+            if not reply.startswith(process_registry.DRAINING):
                 raise Failure(f"the proxy (pid {one.pid}) does not respond")
             if waits:
                 sock.settimeout(None)
                 while chunk := sock.recv(64):
-                    told += chunk
-                if told != process_registry.DRAINING + process_registry.DRAINED:
+                    reply += chunk
+                if reply != process_registry.DRAINING + process_registry.DRAINED:
                     raise Failure(f"the proxy (pid {one.pid}) exited before it had drained")
         except OSError as error:
             raise Failure(f"the proxy (pid {one.pid}) does not respond: {error}") from error
     if as_json:
         click.echo(orjson.dumps({"pid": one.pid, "draining": True, "drained": waits}).decode())
     else:
-        say(f"the proxy (pid {one.pid}) {'has drained and exited' if waits else 'is draining and will exit'}")
+        print_message(f"the proxy (pid {one.pid}) {'has drained and exited' if waits else 'is draining and will exit'}")
 
 
 @click.command("health", short_help="Exit with 0 if the running process is live.")
@@ -74,7 +74,7 @@ def health_command(config_path: Path | None, *, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps({"live": live}).decode())
     else:
-        say(health_probe.described(found))
+        print_message(health_probe.described(found))
 
 
 def _chosen(config_path: Path | None, pid: int | None) -> Running:

@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 import uvloop
 
-from keyproxy.cli.options import Failure, check_addresses, check_schema, config_option, load, store
+from keyproxy.cli.options import check_addresses, check_schema, config_option, load, store
+from keyproxy.cli.output import Failure
 from keyproxy.config import loader
 from keyproxy.config.loader import ConfigError
 from keyproxy.config.schema import Settings
@@ -81,10 +82,14 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
                     changing = run.on_orders(supervisor_end, read)
                 uvloop.run(
                     run.serve(
-                        settings, dsn, access_log_fd=sys.stdout.fileno(), started=_started, changing=changing,
+                        settings,
+                        dsn,
+                        access_log_fd=sys.stdout.fileno(),
+                        started=_started,
+                        changing=changing,
                         private_ops=None if ops_fd is None else socket.socket(fileno=ops_fd),
                     )
-                )  # fmt: skip
+                )
             else:
                 # -P: a worker runs the installed code, not modules in the current directory.
                 command = [sys.executable, "-P", "-m", "keyproxy", "serve", "--worker-of", str(os.getpid())]

@@ -14,8 +14,9 @@ import click
 import orjson
 
 from keyproxy.cli.commands.keys.explain import LIMIT_COLUMNS
-from keyproxy.cli.context import Call, Progress, say, takes_call
-from keyproxy.cli.options import instant
+from keyproxy.cli.context import Call, takes_call
+from keyproxy.cli.output import Progress, print_message
+from keyproxy.cli.parameters import instant
 from keyproxy.store.usage.usage_queries import DIMENSIONS, MEASURES, UsageFilter
 from keyproxy.store.usage.usage_service import UsageOperations
 
@@ -23,10 +24,30 @@ _ROWS_MAX: Final = 10_000
 _USUAL_DAYS: Final = 30
 _FLUSHED_ROWS: Final = 500
 _EVENT_COLUMNS: Final = (
-    "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
-    "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
-    "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros",
-)  # fmt: skip
+    "id",
+    "time",
+    "request_id",
+    "tenant",
+    "user",
+    "key",
+    "mode",
+    "route",
+    "method",
+    "status",
+    "code",
+    "tokens_in",
+    "tokens_out",
+    "estimated",
+    "request_bytes",
+    "response_bytes",
+    "duration_seconds",
+    "policy",
+    "model",
+    "tokens_cached",
+    "tokens_cache_write",
+    "tokens_reasoning",
+    "cost_micros",
+)
 
 
 def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,9 +102,9 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         which = replace(which, since=datetime.now(UTC) - timedelta(days=_USUAL_DAYS))
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
-    call.tell(rows, (*chosen, *MEASURES))
+    call.print_result(rows, (*chosen, *MEASURES))
     if len(rows) == _ROWS_MAX:
-        say(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
+        print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
 
 
 @usage_group.command("windows", short_help="Show the state of a user's and its tenant's limits.")
@@ -98,13 +119,19 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     \b
     keyproxy usage windows --user u_42
     """
-    call.tell(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
+    call.print_result(call.run_usage(lambda usage: usage.windows(user, is_test=is_test)), LIMIT_COLUMNS)
 
 
 @usage_group.command("export", short_help="Write usage totals or events to stdout.")
 @_filters
-@click.option("--format", "form", type=click.Choice(("jsonl", "csv", "cloudevents")), default="jsonl",
-              show_default=True, help="cloudevents: CloudEvents 1.0, one per request, as with --events.")  # fmt: skip
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("jsonl", "csv", "cloudevents")),
+    default="jsonl",
+    show_default=True,
+    help="cloudevents: CloudEvents 1.0, one per request, as with --events.",
+)
 @click.option("--events", "is_of_events", is_flag=True, help="One row per request, for the last usage.event_days days.")
 @click.option("--after", metavar="ID", help="Only events after this id, to resume an export.")
 @takes_call
@@ -142,8 +169,8 @@ async def _write(rows: AsyncIterator[Mapping[str, Any]], form: str, columns: Ite
                 if form == "csv":
                     table.writerow(row)
                 else:
-                    told = _cloud_event(row) if form == "cloudevents" else row
-                    sys.stdout.write(orjson.dumps(told).decode("utf-8") + "\n")
+                    line = _cloud_event(row) if form == "cloudevents" else row
+                    sys.stdout.write(orjson.dumps(line).decode("utf-8") + "\n")
                 count += 1
                 if count % _FLUSHED_ROWS == 0:
                     sys.stdout.flush()

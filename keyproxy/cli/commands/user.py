@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import click
 
-from keyproxy.cli.context import (
-    PAGE,
-    USER_COLUMNS,
-    Call,
-    all_pages,
-    chosen_plan,
-    confirm,
-    plan_arguments,
-    say,
-    takes_call,
-    yes_option,
-)
-from keyproxy.cli.options import scopes, showing_secret
+from keyproxy.cli.commands.account import AccountKind, add_account_commands
+from keyproxy.cli.context import PAGE, USER_COLUMNS, Call, all_pages, takes_call
+from keyproxy.cli.output import print_message, showing_secret
+from keyproxy.cli.parameters import scopes
 
 _id_argument = click.argument("user_id", metavar="ID")
 
@@ -45,25 +36,25 @@ def user_create(
     """
     wish = None if no_key else call.wish("", wanted, None)
     run = call.run if no_key else call.run_for_secret
-    user = run(lambda directory: directory.create_user(user_id, tenant_id, wish, plan=plan))
+    user = run(lambda directory: directory.users.create(user_id, tenant_id, wish, plan=plan))
     key = user["key"]
     if key is None:
-        call.tell(user, USER_COLUMNS)
+        call.print_result(user, USER_COLUMNS)
     else:
         again = f"`keyproxy key issue --user {user_id}`"
         lost = (
             f"user {user_id} was created, and the secret of key {key['id']} is lost: `keyproxy key revoke {key['id']}`"
         )
         with showing_secret(f"{lost}, then {again}"):
-            call.tell(user, USER_COLUMNS)
+            call.print_result(user, USER_COLUMNS)
     if call.as_json:
         return
     if not user["created"]:
-        say(f"user {user_id!r} already exists and was not changed; it got no key: use `keyproxy key issue`")
+        print_message(f"user {user_id!r} already exists and was not changed; it got no key: use `keyproxy key issue`")
     if key is not None:
         with showing_secret(f"{lost}, then {again}"):
             click.echo()
-        call.tell_secret(key, again)
+        call.print_secret(key, again)
 
 
 @user_group.command("list")
@@ -71,60 +62,20 @@ def user_create(
 @takes_call
 def user_list(call: Call, tenant_id: str | None) -> None:
     """List users."""
-    rows = call.run(lambda directory: all_pages(lambda after: directory.users(after, PAGE, tenant_id)))
-    call.tell(rows, USER_COLUMNS)
+    rows = call.run(lambda directory: all_pages(lambda after: directory.users.list_by_id(after, PAGE, tenant_id)))
+    call.print_result(rows, USER_COLUMNS)
 
 
-@user_group.command("show")
-@_id_argument
-@takes_call
-def user_show(call: Call, user_id: str) -> None:
-    """Show one user."""
-    call.tell(call.run(lambda directory: directory.user(user_id)), USER_COLUMNS)
-
-
-@user_group.command("set-plan")
-@_id_argument
-@plan_arguments
-@click.option(
-    "--test",
-    "is_test",
-    is_flag=True,
-    help="Set the plan for test traffic; without one, test traffic has the live plan's limits.",
+add_account_commands(
+    user_group,
+    AccountKind(
+        noun="user",
+        columns=USER_COLUMNS,
+        contents="keys",
+        examples=(
+            "keyproxy user set-plan u_42 basic",
+            "keyproxy user set-plan u_42 --none",
+        ),
+        operations=lambda directory: directory.users,
+    ),
 )
-@takes_call
-def user_set_plan(call: Call, user_id: str, plan: str | None, named: str | None, *, none: bool, is_test: bool) -> None:
-    """Set or remove a user's plan. Takes effect within a second.
-
-    \b
-    keyproxy user set-plan u_42 basic
-    keyproxy user set-plan u_42 --none
-    """
-    change = {"test_plan" if is_test else "plan": chosen_plan(plan, named, none=none)}
-    call.tell(call.run(lambda directory: directory.change_user(user_id, change)), USER_COLUMNS)
-
-
-@user_group.command("disable")
-@_id_argument
-@takes_call
-def user_disable(call: Call, user_id: str) -> None:
-    """Refuse all keys of a user until it is enabled. Takes effect within a second."""
-    call.tell(call.run(lambda directory: directory.change_user(user_id, {"disabled": True})), USER_COLUMNS)
-
-
-@user_group.command("enable")
-@_id_argument
-@takes_call
-def user_enable(call: Call, user_id: str) -> None:
-    """Accept the keys of a disabled user again."""
-    call.tell(call.run(lambda directory: directory.change_user(user_id, {"disabled": False})), USER_COLUMNS)
-
-
-@user_group.command("delete")
-@_id_argument
-@yes_option
-@takes_call
-def user_delete(call: Call, user_id: str, *, yes: bool) -> None:
-    """Delete a user with all its keys. The audit log keeps their last state."""
-    confirm(f"Delete user {user_id} with all its keys?", yes=yes)
-    call.tell(call.run(lambda directory: directory.delete_user(user_id)), USER_COLUMNS)

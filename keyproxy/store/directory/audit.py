@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from keyproxy.store.directory.base import Conflict, DirectoryBase, Entity, Invalid, Page
+from keyproxy.store.directory.context import DirectoryContext
+from keyproxy.store.directory.entities import Entity, EntityPage
+from keyproxy.store.directory.errors import Conflict, Invalid
 from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
@@ -17,7 +19,7 @@ ENTITIES: Final = ("tenant", "user", "key", "plan", "token")
 ACTIONS: Final = ("insert", "update", "delete", "truncate")
 
 _ID_MAX: Final = 2**63 - 1
-_LOOK_SECONDS: Final = 0.05
+_POLL_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,61 +39,62 @@ class AuditFilter:
     until: datetime | None = None
 
 
-class AuditTrail(DirectoryBase):
+@dataclass(frozen=True, slots=True)
+class AuditLog:
     """Read the audit log in pages."""
 
-    async def audit(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> Page:
-        """List audit rows, newest first."""
-        return await self._audit("audit_newest", cursor, limit, wanted)
+    _context: DirectoryContext
 
-    async def audit_export(
+    async def list_newest(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> EntityPage:
+        """List audit rows, newest first."""
+        return await self._page("audit_newest", cursor, limit, wanted)
+
+    async def export(
         self, cursor: str | None, limit: int, wanted: AuditFilter | None = None, *, horizon: int
-    ) -> Page:
-        """List audit rows in the order of writing, up to `horizon` (see `audit_horizon`).
+    ) -> EntityPage:
+        """List audit rows in the order of writing, up to `horizon` (see `horizon`).
 
         Resuming from the id of the last row with a later horizon misses no row.
         """
-        return await self._audit("audit", cursor or "0", limit, wanted, horizon)
+        return await self._page("audit", cursor or "0", limit, wanted, horizon)
 
-    async def audit_horizon(self, seconds: float = 10.0) -> int:
+    async def horizon(self, seconds: float = 10.0) -> int:
         """The id up to which the audit log is complete: rows that are committed later have greater ids.
 
         Serial numbers are assigned before transactions commit. So this notes the newest one, then waits for all
         transactions that might have an earlier one. Raises Conflict if one of them does not end within `seconds`.
         """
-        row = await self._one("audit_horizon")
+        row = await self._context.fetch_row("audit_horizon")
         if row is None:
             return 0
         deadline = asyncio.get_running_loop().time() + seconds
         while True:
-            ended = await self._one("have_all_ended", row["not_begun"])
+            ended = await self._context.fetch_row("have_all_ended", row["not_begun"])
             if ended is not None and ended["have_ended"]:
                 newest: int = row["newest"]
                 return newest
             if asyncio.get_running_loop().time() > deadline:
                 raise Conflict("timeout: a transaction that may have changed something is still open; try again later")
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
-    async def _audit(
+    async def _page(
         self, statement: str, cursor: str | None, limit: int, wanted: AuditFilter | None, *more: object
-    ) -> Page:  # fmt: skip
+    ) -> EntityPage:
         if cursor is not None and not (cursor.isdecimal() and int(cursor) <= _ID_MAX):
             raise Invalid(f"invalid cursor {cursor!r} for the audit log")
-        filters = self._audit_filters(wanted or AuditFilter())
+        filters = self._filters(wanted or AuditFilter())
         if filters is None:
-            return Page([], None)
+            return EntityPage([], None)
         start = _ID_MAX if cursor is None else int(cursor)
-        rows = await self._database.fetch(statement, start, limit, *filters, *more)
+        rows = await self._context.fetch(statement, start, limit, *filters, *more)
         following = str(rows[-1]["id"]) if len(rows) == limit > 0 else None
-        return Page([_entry(row) for row in rows], following)
+        return EntityPage([_entry(row) for row in rows], following)
 
-    def _audit_filters(self, wanted: AuditFilter) -> tuple[object, ...] | None:
-        may_be, tenant = self._only_tenant(wanted.tenant)
+    def _filters(self, wanted: AuditFilter) -> tuple[object, ...] | None:
+        may_be, tenant = self._context.tenant_filter(wanted.tenant)
         if not may_be:
             return None
-        return (
-            wanted.entity, wanted.entity_id, tenant, wanted.actor, wanted.action, wanted.since, wanted.until,
-        )  # fmt: skip
+        return wanted.entity, wanted.entity_id, tenant, wanted.actor, wanted.action, wanted.since, wanted.until
 
 
 def _entry(row: Row) -> Entity:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.postgres.database import Database, Door, Joined
+from keyproxy.store.postgres.database import Database, JoinedTransaction, StatementRunner
 
 KEPT: Final = timedelta(hours=24)
 
-Kept = dict[str, Any]
+StoredResponse = dict[str, Any]
 
 
 class InProgress(Exception):
@@ -49,34 +49,33 @@ class IdempotencyRecord:
         return hashlib.sha256(self.request).digest()
 
 
-async def answer_once(
+async def respond_once(
     database: Database,
-    asked: IdempotencyRecord,
-    work: Callable[[Door], Awaitable[Kept]],
+    record: IdempotencyRecord,
+    work: Callable[[StatementRunner], Awaitable[StoredResponse]],
     *,
-    without: Callable[[Kept], Kept],
-) -> tuple[Kept, bool]:
+    without: Callable[[StoredResponse], StoredResponse],
+) -> tuple[StoredResponse, bool]:
     """Return the response, and whether it was stored by an earlier request.
 
-    `work` must use the `Door` that it gets for all statements. `without` removes from a response what must not be stored.
-    Raises InProgress, KeyReused, and what `work` raises: then the transaction is rolled back.
+    `work` must run all its statements through its argument. `without` removes secrets, which must not be stored, from a
+    response. Raises InProgress, KeyReused, and what `work` raises: then the transaction is rolled back.
     """
     async with database.transaction() as transaction:
-        door = Joined(transaction)
-        lock = int.from_bytes(asked.key_digest[:8], "big", signed=True)
-        claimed = await door.fetch("claim_request", lock)
+        joined = JoinedTransaction(transaction)
+        lock = int.from_bytes(record.key_digest[:8], "big", signed=True)
+        claimed = await joined.fetch("claim_request", lock)
         if not claimed[0]["is_claimed"]:
             raise InProgress
         # An earlier holder of the lock has committed or rolled back.
-        found = await door.fetch("answered_request", asked.token_id, asked.key_digest)
+        found = await joined.fetch("answered_request", record.token_id, record.key_digest)
         if found:
-            if found[0]["fingerprint"] != asked.fingerprint:
+            if found[0]["fingerprint"] != record.fingerprint:
                 raise KeyReused
-            kept: Kept = json.loads(found[0]["answer"])
-            return kept, True
-        answer = await work(door)
-        await door.fetch(
-            "keep_answer", asked.token_id, asked.key_digest, asked.fingerprint, json.dumps(without(answer))
-        )  # fmt: skip
-        await door.fetch("forget_answers", KEPT)
-        return answer, False
+            stored: StoredResponse = json.loads(found[0]["answer"])
+            return stored, True
+        response = await work(joined)
+        text = json.dumps(without(response))
+        await joined.fetch("keep_answer", record.token_id, record.key_digest, record.fingerprint, text)
+        await joined.fetch("forget_answers", KEPT)
+        return response, False

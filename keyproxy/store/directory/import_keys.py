@@ -16,8 +16,10 @@ from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
 from keyproxy.config.value_checks import is_scope
-from keyproxy.store.directory.base import DirectoryBase, Invalid, KeyWish, new_key_id
-from keyproxy.store.directory.bulk import BATCH_MAX
+from keyproxy.store.directory.context import DirectoryContext
+from keyproxy.store.directory.entities import KeyWish, new_key_id
+from keyproxy.store.directory.errors import Invalid
+from keyproxy.store.directory.key_batches import BATCH_MAX
 from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.postgres.database import Transaction
 
@@ -25,8 +27,9 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@|+-]{0,127}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _BOOLS: Final = {
-    **dict.fromkeys(("true", "t", "1", "yes", "y"), True), **dict.fromkeys(("false", "f", "0", "no", "n", ""), False),
-}  # fmt: skip
+    **dict.fromkeys(("true", "t", "1", "yes", "y"), True),
+    **dict.fromkeys(("false", "f", "0", "no", "n", ""), False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,17 @@ class _DryRunEndsError(Exception):
     """Rolls back the transaction of a dry run."""
 
 
-class Import(DirectoryBase):
+@dataclass(frozen=True, slots=True)
+class KeyImporter:
     """The import of keys."""
 
-    async def import_keys(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+    _context: DirectoryContext
+
+    async def run(self, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
         """Import the valid ones of these keys, in one transaction. For a dry run, pass all keys at once."""
         report = ImportReport()
         try:
-            async with self._acting() as transaction:
+            async with self._context.transaction() as transaction:
                 for start in range(0, len(keys), BATCH_MAX):
                     report.add(await self._imported(transaction, keys[start : start + BATCH_MAX]))
                 if dry_run:
@@ -93,13 +99,13 @@ class Import(DirectoryBase):
     async def _imported(self, transaction: Transaction, keys: Sequence[ImportedKey]) -> ImportReport:
         report = ImportReport()
         wanted = {
-            key.user: key.tenant for key in keys if key.tenant is not None and self._bound_to in (None, key.tenant)
+            key.user: key.tenant for key in keys if key.tenant is not None and self._context.includes_tenant(key.tenant)
         }
         good = {user: tenant for user, tenant in wanted.items() if _ID.fullmatch(user)}
         made = await transaction.fetch("import_users", list(good), list(good.values()))
         report.users = len(made)
         rows = await transaction.fetch("hold_users", sorted({key.user for key in keys}))
-        tenants = {row["id"]: row["tenant_id"] for row in rows if self._bound_to in (None, row["tenant_id"])}
+        tenants = {row["id"]: row["tenant_id"] for row in rows if self._context.includes_tenant(row["tenant_id"])}
         plans = {row["id"] for row in await transaction.fetch("plans_there", [key.plan for key in keys if key.plan])}
         known = await transaction.fetch(
             "imported_already",
@@ -113,8 +119,8 @@ class Import(DirectoryBase):
             by = ("digest", key.digest.lower()) if key.digest else ("prefix", key.prefix or "")
             problem = self._problem(key, tenants, plans)
             if problem is None and owners.get(by, key.user) != key.user:
-                whose = f"user {owners[by]!r}" if self._bound_to is None else "another user"
-                problem = f"the key exists and belongs to {whose}"
+                owner = f"user {owners[by]!r}" if self._context.tenant_id is None else "another user"
+                problem = f"the key exists and belongs to {owner}"
             elif problem is None and by not in owners and ("id", key.id) in owners:
                 problem = f"another key has the id {key.id!r}"
             if problem is not None:
@@ -130,7 +136,7 @@ class Import(DirectoryBase):
         return report
 
     def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
-        if key.digest is None and self._bound_to is not None:
+        if key.digest is None and self._context.tenant_id is not None:
             # Prefixes are shared by all tenants, and a hash can be crafted to cost the proxies a second per attempt.
             return "an actor bound to a tenant can import keys by digest only"
         if key.user not in tenants:
@@ -168,28 +174,38 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
     Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `is_test`, `plan`, `created`,
     `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
     """
-    told = _told(row, defaults)
-    user, name = _user(told), _name(told, "name", 200)
-    digest, prefix = _text(told, "digest"), _text(told, "prefix")
-    stored = _text(told, "hashed_key", "hashed")
+    given = _with_defaults(row, defaults)
+    user, name = _user(given), _name(given, "name", 200)
+    digest, prefix = _text(given, "digest"), _text(given, "prefix")
+    stored = _text(given, "hashed_key", "hashed")
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise Invalid("the digest must have 64 hexadecimal digits")
     if digest is None:
         if prefix is None or stored is None:
             raise Invalid("the row has neither a digest nor a prefix and a hashed_key")
-        why = drf_api_keys.why_unusable(prefix, stored)
-        if why is not None:
-            raise Invalid(why)
-    key_id = _text(told, "id") if digest is not None else None
+        problem = drf_api_keys.why_unusable(prefix, stored)
+        if problem is not None:
+            raise Invalid(problem)
+    key_id = _text(given, "id") if digest is not None else None
     if key_id is not None and not _ID.fullmatch(key_id):
         raise Invalid(f"invalid key id {key_id!r}")
     return ImportedKey(
-        place, user, _tenant(told), digest, prefix, stored, key_id, name,
-        _name(told, "hint", 40), _scopes(told.get("scopes")), _bool(told, "is_test", "test"),
-        _name(told, "plan", 128) or None,
-        _time(told, "created_at", "created"), _time(told, "expires_at", "expiry_date"),
-        _bool(told, "revoked", "revoked_at"),
-    )  # fmt: skip
+        place,
+        user,
+        tenant=_tenant(given),
+        digest=digest,
+        prefix=prefix,
+        hashed=stored,
+        id=key_id,
+        name=name,
+        hint=_name(given, "hint", 40),
+        scopes=_scopes(given.get("scopes")),
+        is_test=_bool(given, "is_test", "test"),
+        plan=_name(given, "plan", 128) or None,
+        created_at=_time(given, "created_at", "created"),
+        expires_at=_time(given, "expires_at", "expiry_date"),
+        is_revoked=_bool(given, "revoked", "revoked_at"),
+    )
 
 
 def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, KeyWish]:
@@ -197,33 +213,33 @@ def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str,
 
     Raises Invalid.
     """
-    told = _told(row, defaults)
-    is_test = _bool(told, "is_test", "test")
-    return _user(told), KeyWish(
-        _name(told, "name", 200), _scopes(told.get("scopes")), is_test, plan=_text(told, "plan")
+    given = _with_defaults(row, defaults)
+    is_test = _bool(given, "is_test", "test")
+    return _user(given), KeyWish(
+        _name(given, "name", 200), _scopes(given.get("scopes")), is_test, plan=_text(given, "plan")
     )
 
 
-def _told(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **{name: value for name, value in row.items() if value not in (None, "")}}
 
 
-def _user(told: Mapping[str, Any]) -> str:
-    user = _text(told, "user", "user_id")
+def _user(given: Mapping[str, Any]) -> str:
+    user = _text(given, "user", "user_id")
     if user is None or not _ID.fullmatch(user):
         raise Invalid("the row has no user" if user is None else f"invalid user id {user!r}")
     return user
 
 
-def _tenant(told: Mapping[str, Any]) -> str | None:
-    tenant = _text(told, "tenant", "tenant_id")
+def _tenant(given: Mapping[str, Any]) -> str | None:
+    tenant = _text(given, "tenant", "tenant_id")
     if tenant is not None and not _ID.fullmatch(tenant):
         raise Invalid(f"invalid tenant id {tenant!r}")
     return tenant
 
 
-def _name(told: Mapping[str, Any], column: str, length_max: int) -> str:
-    name = _text(told, column) or ""
+def _name(given: Mapping[str, Any], column: str, length_max: int) -> str:
+    name = _text(given, column) or ""
     if len(name) > length_max or _UNPRINTABLE.search(name):
         raise Invalid(f"the {column} has more than {length_max} characters, or an unprintable one")
     return name

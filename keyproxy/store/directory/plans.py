@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from keyproxy.limits.plan import LIMITS, InvalidPlanError, Limit, Plan
-from keyproxy.store.directory.base import Conflict, DirectoryBase, Entity, Invalid, NotFound
+from keyproxy.store.directory.context import DirectoryContext
+from keyproxy.store.directory.entities import Entity
+from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
 from keyproxy.store.postgres.database import StoreConflict
 
 
-class Plans(DirectoryBase):
+@dataclass(frozen=True, slots=True)
+class PlanStore:
     """The operations on plans. A directory that is bound to a tenant can read plans but not change them."""
 
-    async def set_plan(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
+    _context: DirectoryContext
+
+    async def set(self, name: str, limits: object, *, if_match: str | None = None) -> Entity:
         """Replace the plan: limits that are not in `limits` are removed. Takes effect within a second.
 
         `limits`: as `keyproxy.limits.plan.Plan.from_json` reads it. `changed` in the result: the `old` and
@@ -21,7 +27,7 @@ class Plans(DirectoryBase):
         """
         return await self._set(name, lambda _: Plan.from_json(limits), if_match)
 
-    async def change_plan(
+    async def change(
         self,
         name: str,
         changes: Mapping[str, float | None],
@@ -32,17 +38,17 @@ class Plans(DirectoryBase):
         """Change the limits that are named; None removes one. The others stay. The plan is created if it does not exist.
 
         `changes`: by their names in the object of `plans.limits`; `limits`: by `Limit.name`. The result is as for
-        `set_plan`. Raises Invalid.
+        `set`. Raises Invalid.
         """
         return await self._set(name, lambda plan: plan.with_names(changes).changed(limits or {}), if_match)
 
     async def _set(self, name: str, plan_of: Callable[[Plan], Plan], if_match: str | None) -> Entity:
-        self._must_be_unbound("set a plan")
-        async with self._acting() as transaction:
+        self._context.require_unbound("set a plan")
+        async with self._context.transaction() as transaction:
             before = Plan()
             created = False
             try:
-                before = _plan((await self._held(transaction, "plan", name, if_match))["limits"])
+                before = _plan((await self._context.lock(transaction, "plan", name, if_match))["limits"])
             except NotFound:
                 if if_match is not None:
                     raise
@@ -50,7 +56,7 @@ class Plans(DirectoryBase):
                 created = row is not None
                 if not created:
                     # Another transaction has created it in the meantime.
-                    before = _plan((await self._held(transaction, "plan", name, None))["limits"])
+                    before = _plan((await self._context.lock(transaction, "plan", name))["limits"])
             plan = _checked(plan_of, before)
             if not created and plan != before:
                 await transaction.fetch("set_plan", name, _stored(plan))
@@ -60,29 +66,29 @@ class Plans(DirectoryBase):
             for limit in dict.fromkeys([*LIMITS, *old, *new])
             if old.get(limit) != new.get(limit)
         }
-        return {**await self.plan(name), "created": created, "changed": changed}
+        return {**await self.get(name), "created": created, "changed": changed}
 
-    async def plan(self, name: str) -> Entity:
+    async def get(self, name: str) -> Entity:
         """Return one plan, with its limits and the numbers of its tenants, users and keys."""
-        return await self._thing("plan", name)
+        return await self._context.get("plan", name)
 
-    async def plans(self, after: str, limit: int) -> list[Entity]:
+    async def list_by_id(self, after: str, limit: int) -> list[Entity]:
         """List plans, ordered by name."""
-        return await self._list("plan", "plans", after, limit)
+        return await self._context.list_entities("plan", "plans", after, limit)
 
-    async def delete_plan(self, name: str, *, if_match: str | None = None) -> Entity:
+    async def delete(self, name: str, *, if_match: str | None = None) -> Entity:
         """Delete a plan. Raises Conflict if it is assigned to a tenant, user or key."""
-        self._must_be_unbound("delete a plan")
+        self._context.require_unbound("delete a plan")
         try:
-            return await self._delete("plan", name, if_match)
+            return await self._context.delete("plan", name, if_match)
         except StoreConflict as error:
             if not error.constraint.endswith("plan_id_fkey"):
                 raise
-            plan = await self.plan(name)
+            plan = await self.get(name)
             counts = ((kind, plan[f"{kind}s"]) for kind in ("tenant", "user", "key"))
-            given = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
+            uses = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
             raise Conflict(
-                f"plan {name!r} is assigned to {given or 'other objects'}: assign another plan first"
+                f"plan {name!r} is assigned to {uses or 'other objects'}: assign another plan first"
             ) from error
 
 

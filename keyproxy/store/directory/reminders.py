@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.postgres.database import Database, Door, Row
+from keyproxy.store.postgres.database import Database, Row, StatementRunner
 from keyproxy.store.postgres.times import Instant, time_text
 
 _WRITTEN_MAX: Final = 500
@@ -44,10 +44,10 @@ class Reminder:
     attempts: int
 
 
-class Reminders:
+class ReminderQueue:
     """The queue of reminders. All methods raise StoreUnavailable."""
 
-    def __init__(self, database: Door) -> None:
+    def __init__(self, database: StatementRunner) -> None:
         self._database = database
 
     @property
@@ -59,19 +59,15 @@ class Reminders:
         """Write the reminders that are due, and return their number. Several processes may do so at once."""
         written = 0
         while rows := await self._database.fetch("reminders_due", list(before_days), _WRITTEN_MAX):
-            made = await self._database.fetch(
-                "write_reminders", [row["key_id"] for row in rows], [row["expires_at"] for row in rows],
-                [row["before_days"] for row in rows],
-            )  # fmt: skip
-            written += len(made)
+            written += await self._write("write_reminders", "key_id", rows)
         while rows := await self._database.fetch("token_reminders_due", list(before_days), _WRITTEN_MAX):
-            made = await self._database.fetch(
-                "write_token_reminders", [row["token_id"] for row in rows], [row["expires_at"] for row in rows],
-                [row["before_days"] for row in rows],
-            )  # fmt: skip
-            written += len(made)
+            written += await self._write("write_token_reminders", "token_id", rows)
         await self._database.fetch("forget_reminders", _KEPT)
         return written
+
+    async def _write(self, statement: str, subject_column: str, rows: Sequence[Row]) -> int:
+        columns = ([row[name] for row in rows] for name in (subject_column, "expires_at", "before_days"))
+        return len(await self._database.fetch(statement, *columns))
 
     async def claim(self, limit: int, lease: timedelta) -> list[Reminder]:
         """Claim at most `limit` reminders to send now. No other sender gets them before the lease ends."""
@@ -95,13 +91,13 @@ class Reminders:
 
     async def waiting(self, limit: int) -> list[dict[str, Any]]:
         """The reminders that are written and not sent yet."""
-        return [_told(row) for row in await self._database.fetch("reminders_waiting", limit)]
+        return [_shown(row) for row in await self._database.fetch("reminders_waiting", limit)]
 
     async def due(self, before_days: Sequence[int], limit: int) -> list[dict[str, Any]]:
         """The reminders that `write` would write now."""
         keys = await self._database.fetch("reminders_due", list(before_days), limit)
         tokens = await self._database.fetch("token_reminders_due", list(before_days), limit)
-        return [_told(row) for row in (*keys, *tokens)]
+        return [_shown(row) for row in (*keys, *tokens)]
 
     async def count_waiting(self) -> int:
         """The number of reminders that are written and not sent yet."""
@@ -131,12 +127,22 @@ def subject(key_id: str | None, token_id: str | None) -> str:
 
 def _reminder(row: Row) -> Reminder:
     return Reminder(
-        row["id"], row["key_id"], row["token_id"], row["user_id"], row["tenant_id"], row["hint"], row["name"],
-        row["is_test"], row["expires_at"], row["before_days"], row["created_at"], row["attempts"],
-    )  # fmt: skip
+        id=row["id"],
+        key=row["key_id"],
+        token=row["token_id"],
+        user=row["user_id"],
+        tenant=row["tenant_id"],
+        hint=row["hint"],
+        name=row["name"],
+        is_test=row["is_test"],
+        expires_at=row["expires_at"],
+        before_days=row["before_days"],
+        created_at=row["created_at"],
+        attempts=row["attempts"],
+    )
 
 
-def _told(row: Row) -> dict[str, Any]:
+def _shown(row: Row) -> dict[str, Any]:
     is_written = "id" in row.keys()  # noqa: SIM118 - `in` on a record searches its values, not its keys
     return {
         "id": row["id"] if is_written else None,

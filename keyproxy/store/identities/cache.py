@@ -114,7 +114,7 @@ class IdentityCache(Identities):
         self._header_prefix = header_prefix
         self._now = now
         self._entries: collections.OrderedDict[KeyDigest, _Entry] = collections.OrderedDict()
-        self._strangers: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
+        self._unknown: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
             cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
         )
         self._foreign = DrfApiKeys(database)
@@ -138,7 +138,7 @@ class IdentityCache(Identities):
                 if mono >= entry.mark_due:
                     self._last_used.mark(entry, now)
                 return entry.identity
-        elif entry is None and digest in self._strangers:
+        elif entry is None and digest in self._unknown:
             if is_first_lookup:
                 self.counts.unknown += 1
             raise Refusal(Reason.KEY_INVALID, "the store has no such key")
@@ -150,7 +150,7 @@ class IdentityCache(Identities):
             if is_first_lookup:
                 self.counts.refused += 1
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
-        raise Missing("identity", lambda _patience: self._bring(digest))
+        raise Missing("identity", lambda _patience: self._fetch(digest))
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """The fetch for a key that is not cached: a key of a foreign form is first imported by its own hash.
@@ -173,7 +173,7 @@ class IdentityCache(Identities):
             return True
         if entry.is_distrusted or mono >= self._feed.current_until:
             return False
-        self._look_ups.ask(digest, is_known=True)
+        self._look_ups.enqueue(digest, is_known=True)
         return True
 
     # -- called by the change feed
@@ -183,7 +183,7 @@ class IdentityCache(Identities):
         entry = self._entries.get(digest)
         if entry is not None:
             entry.fresh_until = entry.stale_until = 0.0
-        self._strangers.pop(digest, None)
+        self._unknown.pop(digest, None)
         self._look_ups.key_changed(digest)
 
     def forget_user(self, user_id: str) -> None:
@@ -215,14 +215,14 @@ class IdentityCache(Identities):
         for entry in self._entries.values():
             entry.fresh_until = 0.0
             entry.is_distrusted = True
-        self._strangers.clear()
+        self._unknown.clear()
         self._look_ups.all_changed()
 
     def forget_all(self) -> None:
         """Any key may have been changed or deleted: serve none before it is looked up, even while the store is down."""
         for entry in self._entries.values():
             entry.fresh_until = entry.stale_until = 0.0
-        self._strangers.clear()
+        self._unknown.clear()
         self._look_ups.all_changed()
 
     def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
@@ -239,19 +239,19 @@ class IdentityCache(Identities):
 
     # -- the cold path
 
-    async def _bring(self, digest: KeyDigest) -> None:
+    async def _fetch(self, digest: KeyDigest) -> None:
         self.counts.miss += 1
         await self._look_ups.fetch_missing(
             digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest)
         )
 
     def _is_kept(self, digest: KeyDigest) -> bool:
-        return digest in self._entries or digest in self._strangers
+        return digest in self._entries or digest in self._unknown
 
     def _settle(self, digest: KeyDigest, row: Row | None) -> None:
         if row is None:
             self._entries.pop(digest, None)
-            self._strangers[digest] = True
+            self._unknown[digest] = True
         else:
             self._keep(digest, row)
 
@@ -268,7 +268,7 @@ class IdentityCache(Identities):
         elif len(self._entries) >= self._cache.entries_max:
             self._make_room(now)
         self._entries[digest] = entry
-        self._strangers.pop(digest, None)
+        self._unknown.pop(digest, None)
 
     def _make_room(self, now: float) -> None:
         # Full: evict the oldest known key, but skip one that was used in the last minute.
@@ -283,7 +283,7 @@ class IdentityCache(Identities):
 
     def sizes(self) -> Mapping[str, int]:
         """How many entries the tables hold."""
-        return {"known": len(self._entries), "unknown": len(self._strangers), "asked": len(self._look_ups)}
+        return {"known": len(self._entries), "unknown": len(self._unknown), "looking_up": len(self._look_ups)}
 
     async def close(self) -> None:
         """Cancel all lookups."""

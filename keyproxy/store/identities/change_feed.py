@@ -130,13 +130,13 @@ class ChangeFeed:
         """Whether cached identities include all changes."""
         return self._now().mono_seconds < self._state.current_until
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Poll: apply all changes since the previous poll. Raises StoreUnavailable or StoreConflict."""
-        asked = self._now()
-        asked_at = asked.mono_seconds
+        queried = self._now()
+        queried_at = queried.mono_seconds
         first, rows = await self._changes()
         # By half of the round trip more or less.
-        middle = (asked.wall_seconds + self._now().wall_seconds) / 2
+        middle = (queried.wall_seconds + self._now().wall_seconds) / 2
         self._state.server_ahead_seconds = first["server_seconds"] - middle
         snapshot: str = first["snapshot"]
         history: str = first["history"]
@@ -148,14 +148,14 @@ class ChangeFeed:
         elif rows is None:
             self._cache.forget_all()
         else:
-            if max(asked_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
+            if max(queried_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
                 # By the server's clock too: the monotonic clock stops while a machine is suspended.
                 self._cache.distrust_all()
             if first["kind"] is not None:
                 self._apply(rows)
         self._snapshot, self._history = snapshot, history
-        self._looked_at, self._server_seconds = asked_at, first["server_seconds"]
-        self._state.current_until = asked_at + _CURRENT_SECONDS
+        self._looked_at, self._server_seconds = queried_at, first["server_seconds"]
+        self._state.current_until = queried_at + _CURRENT_SECONDS
 
     async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
         """The first row of `changes_since`, with the present snapshot, and all rows, or None if reading them timed out.
@@ -224,7 +224,7 @@ class ChangeFeed:
             # Cleared before the poll, so that a notification during it causes another one.
             self._wake.clear()
             try:
-                await self.look()
+                await self.poll()
                 await self._forget_old()
                 failures = 0
                 pause = _POLL_SECONDS

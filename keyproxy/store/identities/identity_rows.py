@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from keyproxy.http.headers import identity_block
+from keyproxy.http.identity_headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan

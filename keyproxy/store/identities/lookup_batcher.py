@@ -35,16 +35,16 @@ UNUSABLE: Final = (ValueError, TypeError, ArithmeticError, LookupError, Recursio
 
 
 class _Flight:
-    """The lookup of one key. `answer` resolves to None on success, or to a Refusal with the reason of the failure.
+    """The lookup of one key. `result` resolves to None on success, or to a Refusal with the reason of the failure.
 
     `row` is the result, settled when the feed had delivered `settled_at_change` changes.
     """
 
-    __slots__ = ("answer", "asked_at_change", "attempts", "has_changed", "row", "settled_at_change")
+    __slots__ = ("attempts", "has_changed", "queried_at_change", "result", "row", "settled_at_change")
 
-    def __init__(self, answer: asyncio.Future[Refusal | None]) -> None:
-        self.answer = answer
-        self.asked_at_change = 0
+    def __init__(self, result: asyncio.Future[Refusal | None]) -> None:
+        self.result = result
+        self.queried_at_change = 0
         self.attempts = 0
         self.has_changed = False
         self.row: Row | None = None
@@ -78,17 +78,17 @@ class LookupBatcher:
         A full cache may evict the result before all waiting requests have run; if `is_kept` returns false, the result is
         settled again.
         """
-        flight = self.ask(digest, is_known=is_known)
+        flight = self.enqueue(digest, is_known=is_known)
         if flight is None:
             raise Refusal(Reason.OVERLOADED, "too many keys are waiting for a lookup")
         # A cancelled request must not cancel the lookup for the others.
-        refusal = await asyncio.shield(flight.answer)
+        refusal = await asyncio.shield(flight.result)
         if refusal is not None:
             raise Refusal(refusal.reason, refusal.detail)
         if flight.settled_at_change == self._changes and not is_kept():
             self._settle(digest, flight.row)
 
-    def ask(self, digest: KeyDigest, *, is_known: bool) -> _Flight | None:
+    def enqueue(self, digest: KeyDigest, *, is_known: bool) -> _Flight | None:
         """Join the lookup of this key or start one; None if too many are waiting already."""
         flight = self._flights.get(digest)
         if flight is not None:
@@ -133,40 +133,40 @@ class LookupBatcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._answer(list(self._flights), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
+        self._finish(list(self._flights), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
 
     async def _work(self) -> None:
         try:
-            await self._ask_for_all()
+            await self._look_up_waiting()
         finally:
             # Here, not in a done callback, which runs later: a key that arrives in between would wait forever.
             self._working -= 1
 
-    async def _ask_for_all(self) -> None:
+    async def _look_up_waiting(self) -> None:
         while self._waiting:
             taken = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, len(self._waiting)))]
             batch = [digest for digest in taken if digest in self._flights]
             for digest in batch:
                 flight = self._flights[digest]
-                flight.asked_at_change, flight.has_changed = self._changes, False
+                flight.queried_at_change, flight.has_changed = self._changes, False
             try:
                 rows = await self._database.fetch("identities_by_digest", batch)
                 self._install(batch, {KeyDigest(row["digest"]): row for row in rows})
             except (StoreUnavailable, StoreConflict) as error:
                 # The waiting keys would only meet the same failure.
-                self._answer([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
+                self._finish([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
             except asyncio.CancelledError:
-                self._answer(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
+                self._finish(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
                 raise
             except Exception:  # noqa: BLE001 - the outermost boundary of this task; no request may wait forever
                 _log.exception("lookup of keys failed")
-                self._answer([*batch, *self._waiting], Refusal(Reason.INTERNAL_ERROR, "lookup of keys failed"))
+                self._finish([*batch, *self._waiting], Refusal(Reason.INTERNAL_ERROR, "lookup of keys failed"))
 
-    def _answer(self, digests: Sequence[KeyDigest], refusal: Refusal | None) -> None:
+    def _finish(self, digests: Sequence[KeyDigest], refusal: Refusal | None) -> None:
         for digest in digests:
             flight = self._flights.pop(digest, None)
-            if flight is not None and not flight.answer.done():
-                flight.answer.set_result(refusal)
+            if flight is not None and not flight.result.done():
+                flight.result.set_result(refusal)
         if refusal is not None:
             self._waiting = collections.deque(digest for digest in self._waiting if digest in self._flights)
         if not self._flights:
@@ -191,11 +191,11 @@ class LookupBatcher:
                 self._waiting.append(digest)
             else:
                 given_up.append(digest)
-        self._answer(settled, None)
+        self._finish(settled, None)
         if unusable:
-            self._answer(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key is invalid"))
+            self._finish(unusable, Refusal(Reason.INTERNAL_ERROR, "the row of the key is invalid"))
         if given_up:
-            self._answer(given_up, Refusal(Reason.STORE_UNAVAILABLE, "the key changes faster than it can be read"))
+            self._finish(given_up, Refusal(Reason.STORE_UNAVAILABLE, "the key changes faster than it can be read"))
 
     def _is_outdated(self, flight: _Flight, row: Row | None) -> bool:
         """Whether something that this result depends on has changed since the query started."""
@@ -204,4 +204,4 @@ class LookupBatcher:
         if row is None or not self._changed_groups:
             return False
         groups = (("user", row["user_id"]), ("tenant", row["tenant_id"]))
-        return any(self._changed_groups.get(group, 0) > flight.asked_at_change for group in groups)
+        return any(self._changed_groups.get(group, 0) > flight.queried_at_change for group in groups)

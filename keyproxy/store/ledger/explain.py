@@ -35,7 +35,7 @@ from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Refusal
-from keyproxy.store.directory.base import Invalid, NotFound
+from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION

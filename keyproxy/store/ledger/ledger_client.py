@@ -264,7 +264,7 @@ class LedgerClient:
 
     def _heard(self) -> None:
         if self._is_main and self.outage.is_on:
-            self.outage.answered()
+            self.outage.responded()
         self.down_because = ""
         self.lease_table.is_lenient = False
         listening, self._listening = self._listening, []

@@ -25,7 +25,7 @@ from keyproxy.config import dsn as dsns
 from keyproxy.config.dsn import Dsn
 from keyproxy.store.postgres import connection_tls, server_addresses, tcp_keepalive, times
 from keyproxy.store.postgres.connection_tls import TlsParameterError
-from keyproxy.store.postgres.failures import NO_ANSWER, POOLER_SIGNS, NotPrimaryError, StoreUnavailable
+from keyproxy.store.postgres.failures import NO_RESPONSE, POOLER_SIGNS, NotPrimaryError, StoreUnavailable
 from keyproxy.store.postgres.server_addresses import ServerAddresses
 
 #: How long a connection may take, in all, unless `connect_timeout` allows each host more.
@@ -146,7 +146,7 @@ class Connector:
             try:
                 async with asyncio.timeout(_host_seconds(addresses)):
                     connection = await self._connect_to(host, addresses, arguments)
-            except NO_ANSWER as error:
+            except NO_RESPONSE as error:
                 if connection is not None:
                     # The timeout expired at the moment the connection was established.
                     connection.terminate()
@@ -189,15 +189,15 @@ class Connector:
         reported = connection.get_settings()
         if not hasattr(reported, "in_hot_standby") or not hasattr(reported, "default_transaction_read_only"):
             return
-        has_answered = False
+        has_responded = False
         try:
             connection.is_pinned = await connection.fetchval(_PINNED) is True
-            has_answered = True
+            has_responded = True
         except POOLER_SIGNS:
             # A pooler that accepted the settings, but runs statements on other connections than it prepared them on.
-            has_answered = True
+            has_responded = True
         finally:
-            if not has_answered:
+            if not has_responded:
                 connection.terminate()
 
     async def _encrypted(

@@ -24,7 +24,7 @@ from keyproxy.store.outage import Outage
 from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.connecting import CONNECT_SECONDS, NEEDED, Connector, limits, standing
 from keyproxy.store.postgres.failures import (
-    NO_ANSWER,
+    NO_RESPONSE,
     POOLER_SIGNS,
     TRY_AGAIN,
     NotPrimaryError,
@@ -37,10 +37,10 @@ from keyproxy.store.postgres.pool import ConnectionPool, Shortage
 
 __all__ = [
     "Database",
-    "Door",
-    "Joined",
+    "JoinedTransaction",
     "NotificationListener",
     "Row",
+    "StatementRunner",
     "StoreConflict",
     "StoreUnavailable",
     "Transaction",
@@ -107,8 +107,8 @@ class Transaction:
             raise NotPrimaryError("this server is read-only (default_transaction_read_only = on)")
 
 
-class Door(Protocol):
-    """Runs statements: the database itself, or one transaction of it, see `Joined`."""
+class StatementRunner(Protocol):
+    """Runs statements: the database itself, or one transaction of it, see `JoinedTransaction`."""
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
         """All rows of one named statement. Raises StoreUnavailable or StoreConflict."""
@@ -119,20 +119,20 @@ class Door(Protocol):
         ...
 
 
-class Joined:
+class JoinedTransaction:
     """A transaction in place of the database: all statements through it commit or roll back together."""
 
     def __init__(self, transaction: Transaction) -> None:
         self._transaction = transaction
 
     async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
-        """Run a named statement in the transaction: see `Door`."""
+        """Run a named statement in the transaction: see `StatementRunner`."""
         with translated(self._transaction.where):
             return await self._transaction.fetch(name, *arguments)
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
-        """A savepoint in the joined transaction: see `Door`."""
+        """A savepoint in the joined transaction: see `StatementRunner`."""
         async with self._transaction.savepoint():
             yield self._transaction
 
@@ -249,7 +249,7 @@ class Database:
 
     def _note_up(self) -> None:
         if self.is_main and self.outage.is_on:
-            self.outage.answered()
+            self.outage.responded()
         self.is_up, self.is_down, self.down_because = True, False, ""
 
     def _note_down(self, why: str) -> None:
@@ -279,7 +279,7 @@ class NotificationListener:
                 self._connection = connection
                 connection.add_termination_listener(lambda _connection: lost())
                 await connection.add_listener(self._channel, lambda *_: notified())
-            except NO_ANSWER:
+            except NO_RESPONSE:
                 await self.close()
                 raise
 

@@ -13,7 +13,7 @@ from typing import Final
 import asyncpg
 
 #: No result. asyncpg raises InternalClientError when a connection is lost in the middle of its own housekeeping.
-NO_ANSWER: Final = (
+NO_RESPONSE: Final = (
     OSError,
     TimeoutError,
     asyncpg.PostgresError,
@@ -69,7 +69,7 @@ def translated(where: str) -> Iterator[None]:
         raise StoreConflict(first_line(error), getattr(error, "constraint_name", None) or "") from error
     except NotPrimaryError as error:
         raise StoreUnavailable(f"{where}: {error}") from error
-    except NO_ANSWER as error:
+    except NO_RESPONSE as error:
         raise StoreUnavailable(f"{where}: {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 
 from keyproxy.store.postgres.connecting import Connection, Connector
-from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
+from keyproxy.store.postgres.failures import NO_RESPONSE, NotPrimaryError, StoreUnavailable, first_line
 
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _LOCK: Final = 0x6B657970726F7879  # "keyproxy"
@@ -47,7 +47,7 @@ class MigrationError(Exception):
 
 
 class Migration(NamedTuple):
-    """One file."""
+    """A migration file: its number, name and statements."""
 
     number: int
     name: str
@@ -80,7 +80,7 @@ async def state(dsn: str) -> State:
         if await connection.fetchval("SELECT to_regclass('keyproxy.migrations')") is None:
             return State([], available())
         return await _compare(connection)
-    except NO_ANSWER as error:
+    except NO_RESPONSE as error:
         raise MigrationError(f"reading the schema failed: {error}") from error
     finally:
         await connection.close()
@@ -94,7 +94,7 @@ async def migrate(dsn: str) -> list[Migration]:
         while (step := await _advance(connection)) is not None:
             done.append(step)
         return done
-    except NO_ANSWER as error:
+    except NO_RESPONSE as error:
         raise MigrationError(f"the migration failed and was rolled back: {error}") from error
     finally:
         await connection.close()
@@ -165,5 +165,5 @@ async def connect(dsn: str, *, writes: bool = False) -> Connection:
         return await connector.connect(command_seconds=0, caches_statements=False, is_read_only_enough=not writes)
     except StoreUnavailable:
         raise
-    except (NotPrimaryError, *NO_ANSWER) as error:
-        raise StoreUnavailable(f"the store cannot be reached: {connector.where}: {first_line(error)}") from error
+    except (NotPrimaryError, *NO_RESPONSE) as error:
+        raise StoreUnavailable(f"cannot connect to {connector.where}: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from typing import Any, Final
 import asyncpg
 
 from keyproxy.store.postgres.connecting import CONNECT_SECONDS, Connection, Connector
-from keyproxy.store.postgres.failures import NO_ANSWER, NotPrimaryError, StoreUnavailable, first_line
+from keyproxy.store.postgres.failures import NO_RESPONSE, NotPrimaryError, StoreUnavailable, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class ConnectionPool:
         """Get a connection and return it, so that the shortage is noticed, or its end, without requests as well."""
         if self._connections is None:
             return
-        with contextlib.suppress(*NO_ANSWER, NotPrimaryError, StoreUnavailable):
+        with contextlib.suppress(*NO_RESPONSE, NotPrimaryError, StoreUnavailable):
             connections, connection = await self._take()
             try:
                 await connections.release(connection)
@@ -278,5 +278,5 @@ async def _closed(connections: asyncpg.Pool[asyncpg.Record]) -> None:
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             await connections.close()
-    except NO_ANSWER:
+    except NO_RESPONSE:
         connections.terminate()

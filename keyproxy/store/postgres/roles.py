@@ -14,7 +14,7 @@ import re
 from typing import Any, Final
 
 from keyproxy.store.postgres import migrations
-from keyproxy.store.postgres.failures import NO_ANSWER
+from keyproxy.store.postgres.failures import NO_RESPONSE
 from keyproxy.store.postgres.migrations import MigrationError
 
 _PREFIX = re.compile(r"[a-z_][a-z0-9_]{0,40}")
@@ -96,7 +96,7 @@ async def create(dsn: str, prefix: str) -> list[str]:
             for place, role in enumerate(roles):
                 await _grant(connection, role, place)
         return made
-    except NO_ANSWER as error:
+    except NO_RESPONSE as error:
         raise MigrationError(f"creating the roles failed, nothing was changed: {error}") from error
     finally:
         await connection.close()

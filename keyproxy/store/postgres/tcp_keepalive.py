@@ -17,7 +17,7 @@ _KEEPALIVES: Final = (
 
 
 def enable(transport: Any, parameters: Mapping[str, str]) -> None:
-    """Enable keepalives as the parameters of a DSN say, so that the kernel detects a dead peer, as libpq does."""
+    """Enable keepalives according to the parameters of a DSN, so that the kernel detects a dead peer, as libpq does."""
     sock = transport.get_extra_info("socket")
     if sock is None or parameters.get("keepalives", "1") == "0":
         return

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.store.directory.base import Invalid
+from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import FIRST_DAY, day_text

@@ -2,26 +2,30 @@
 
     idle -> head -> (exchange) -> idle …  -> tunnel, lingering or closed
 
-The connection manages the client's timeouts. The stream finds where messages begin and end, the gateway decides on
-requests, the exchange carries them out. During an exchange, bytes of the next request stay in the stream, and past a
-bound the socket is not read: at most one request per connection is being decided on at any time.
+The connection manages the client's timeouts; its transport is the socket. The stream finds where messages begin and
+end, the gateway decides on requests, the exchange carries them out. During an exchange, bytes of the next request stay
+in the stream, and past a bound the socket is not read: at most one request per connection is being decided on at any
+time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from typing import Final, cast
 
+from keyproxy.auth import credentials
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.client.request_stream import RequestStream
-from keyproxy.wire.client.transport import OPEN, ClientTransport, State
+from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.exchange import Exchange
-from keyproxy.wire.idle_eviction import SPARED_SECONDS, SPARED_UNFINISHED_SECONDS
 from keyproxy.wire.parsing.framing import FramingError
 from keyproxy.wire.parsing.head_beginnings import refused_line
+from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING
 from keyproxy.wire.tls import certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
@@ -35,25 +39,25 @@ _BYTES_IN_ONE_GO: Final = 16_384
 _log = logging.getLogger(__name__)
 
 
-class ClientConnection(ClientTransport):
-    """A client connection: its state, its deadlines, and the current exchange."""
+class ClientConnection(ExchangeOwner):
+    """A client connection: its deadline, and the current exchange."""
 
     def __init__(self, server: ServerContext) -> None:
-        super().__init__(server.clock, server.listen.body_idle_timeout_seconds)
         self.server = server
+        self.deadline = NO_DEADLINE
+        self.transport = ClientTransport(server.listen.body_idle_timeout_seconds)
         self.exchange: Exchange | None = None
         self.stream = RequestStream()
         #: Whether it counts towards the connection bound, and the start of its idle time.
         self.has_place = False
         self.quiet_since = server.clock()
-        self._is_pumping = False
-        #: Whether the loop's next iteration continues with the buffer. Until then nothing more is read.
-        self._will_pump = False
+        self._reading: int = RESTING
+        self._clock = server.clock
 
     # -- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
+        self.transport.attach(cast("asyncio.Transport", transport))
         peer = transport.get_extra_info("peername")
         tls = transport.get_extra_info("ssl_object")
         self.forwarding = self.server.trust.forwarding(
@@ -63,42 +67,41 @@ class ClientConnection(ClientTransport):
         )
         self._watch()
         if not self.server.admit(self):
-            self._refuse_without_exchange(Refusal(Reason.OVERLOADED, "connections_max is reached"))
+            self.refuse_without_exchange(Refusal(Reason.OVERLOADED, "connections_max is reached"))
 
     def data_received(self, data: bytes) -> None:
         try:
-            if self._state is OPEN:
+            phase = self.transport.phase
+            if phase <= HALF_CLOSED:
                 stream = self.stream
                 stream.buffer = stream.buffer + data if stream.buffer else data
                 self._pump()
-            elif self._state is State.LINGERING:
-                self._throw_away(data)
+            elif phase == LINGERING:
+                self.deadline = self.transport.discard(data, self._clock())
         except Exception:  # noqa: BLE001 - the outermost boundary of this side
             self._defect()
 
     def eof_received(self) -> bool:
-        self._has_ended = True
-        if self._state is OPEN:
+        stays_open = self.transport.end_of_input()
+        if self.transport.is_open:
             self._pump()
-        # TLS has no half-closed connections: its transport closes regardless of this return value.
-        return self._transport is not None and self._transport.can_write_eof()
+        return stays_open
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._state = State.CLOSING
+        self.transport.lose()
         self.stream.forget()
         self.server.forget(self)
         if self.exchange is not None:
             self.exchange.client_gone()
 
     def pause_writing(self) -> None:
-        self._outflow.stall(self._transport, self._clock())
+        self.transport.stall(self._clock())
         self._watch()
         if self.exchange is not None:
             self.exchange.pause_response()
 
     def resume_writing(self) -> None:
-        self._outflow.flow()
+        self.transport.outflow.flow()
         self._watch()
         if self.exchange is not None:
             self.exchange.resume_response()
@@ -107,6 +110,16 @@ class ClientConnection(ClientTransport):
             self._pump()
 
     # -- called by the exchange
+
+    def pause(self) -> None:
+        """Stop reading."""
+        if self.transport.pause():
+            self._watch()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.transport.resume():
+            self._watch()
 
     def enter_tunnel(self) -> None:
         """From now on bytes are relayed unchanged, until either side ends the connection."""
@@ -119,31 +132,28 @@ class ClientConnection(ClientTransport):
     def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
         """The response was written or abandoned. Continue with the next request, or close."""
         exchange, self.exchange = self.exchange, None
-        if self._transport is None:
+        transport = self.transport
+        if transport.phase == LOST:
             return
         if is_cut:
             self.abort()
         elif closes:
             is_read = exchange is not None and exchange.head is not None and exchange.is_complete
-            ends_answer = exchange is not None and exchange.ends_with_close
-            self._finish(lingers=not is_read or bool(self.stream.buffer), ends_answer=ends_answer)
+            lingers = not is_read or bool(self.stream.buffer)
+            ends_response = exchange is not None and exchange.response.ends_with_close
+            self.deadline = transport.finish(self._clock(), lingers=lingers, ends_response=ends_response)
         else:
             if exchange is not None and exchange.identity is not None:
                 # Requests without a key do not keep their place against clients with a key.
                 self.quiet_since = now
-            if not self._outflow.is_stalled:
+            if not transport.is_stalled:
                 self.deadline = now + self.server.listen.keepalive_timeout_seconds
-            if self._is_paused:
+            if transport.is_paused:
                 self.resume()
-            if self.stream.buffer or self._has_ended:
+            if self.stream.buffer or transport.phase == HALF_CLOSED:
                 self._pump()
 
     # -- shutting down
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether the client does not read what was sent to it."""
-        return self._outflow.is_stalled
 
     @property
     def is_idle(self) -> bool:
@@ -155,65 +165,27 @@ class ClientConnection(ClientTransport):
         if self.is_idle:
             self.close()
 
-    # -- the bound on connections
+    def close(self) -> None:
+        """Close once everything is sent, within the time that a stalled reader gets."""
+        self.deadline = self.transport.close(self._clock())
 
-    def spared_until(self, now: float) -> float:
-        """Return until when the connection is spared at the bound; NO_DEADLINE: until its request is over."""
-        exchange = self.exchange
-        if self._state is not OPEN:
-            return 0.0  # it is already closing
-        if self._outflow.is_stalled:
-            is_slow = exchange is None and self.reads_slowly(now, for_seconds=SPARED_UNFINISHED_SECONDS)
-            return 0.0 if is_slow else NO_DEADLINE
-        if exchange is None:
-            return self.quiet_since + (SPARED_UNFINISHED_SECONDS if self.stream.buffer else SPARED_SECONDS)
-        is_unfinished = not (exchange.is_complete or exchange.is_tunnel or self._is_paused or exchange.has_upstream)
-        return self.quiet_since + SPARED_UNFINISHED_SECONDS if is_unfinished else NO_DEADLINE
-
-    def give_up_place(self) -> None:
-        """Close immediately, for another client."""
-        if self._state is OPEN and self.exchange is not None:
-            self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body did not arrive while others connected"))
-        elif self._state is OPEN and self.stream.buffer and not self._outflow.is_stalled:
-            refusal = Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive while others connected")
-            self._refuse_without_exchange(refusal)
-        elif self._state is not OPEN or self._outflow.is_stalled:
-            self.abort()
-        if self._state is not State.CLOSING:
-            self.close()
-
-    def check_liveness(self, *, long_since: float) -> None:
-        """Review a long exchange: whether its key is still valid, and whether the client is still connected.
-
-        `long_since`: an exchange that began before this instant is long. An idle connection forgets its last key.
-        """
-        exchange = self.exchange
-        if exchange is None:
-            self.stream.last_head = None
-            return
-        if exchange.started_mono > long_since:
-            return
-        if self._outflow.is_stalled:
-            self._outflow.sample(self._transport, self._clock())
-        if self._has_ended and self.is_gone():
-            self.abort()
-        elif exchange.permit is not None:
-            self.server.gate.review(exchange)
-        else:
-            exchange.check_pace()
+    def abort(self) -> None:
+        """Cut the connection visibly."""
+        self.transport.abort()
 
     def deadline_passed(self, now: float) -> None:
         """The client did not send, or did not read, in time."""
-        if self._goes_on_reading(now):
-            return
-        if self._state is State.LINGERING and not self._outflow.is_outstanding(self._transport):
+        transport = self.transport
+        if transport.has_kept_reading(now):
+            self.deadline = now + transport.close_seconds
+        elif transport.phase == LINGERING and not transport.has_outstanding:
             self.close()
-        elif self._outflow.is_stalled or self._state is not OPEN:
+        elif transport.is_stalled or not transport.is_open:
             self.abort()
         elif self.exchange is not None:
             self.exchange.refuse(Refusal(Reason.REQUEST_TIMEOUT, "the body stopped arriving"))
         elif self.stream.buffer:
-            self._refuse_without_exchange(Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive in time"))
+            self.refuse_without_exchange(Refusal(Reason.REQUEST_TIMEOUT, "the head did not arrive in time"))
         else:
             self.close()
 
@@ -221,13 +193,13 @@ class ClientConnection(ClientTransport):
 
     def _pump(self) -> None:
         """Process the buffer as far as possible."""
-        if self._is_pumping or self._will_pump:
+        if self._reading != RESTING:
             return  # called from a response further up the stack: that loop continues, or the next iteration does
-        self._is_pumping = True
-        stream = self.stream
+        self._reading = READ.step(self._reading, READING)
+        stream, transport = self.stream, self.transport
         begun, before_bytes = 0, len(stream.buffer)
         try:
-            while stream.buffer and self._state is OPEN:
+            while stream.buffer and transport.phase <= HALF_CLOSED:
                 exchange = self.exchange
                 if exchange is None:
                     is_much = begun > 0 and before_bytes - len(stream.buffer) > _BYTES_IN_ONE_GO
@@ -235,7 +207,7 @@ class ClientConnection(ClientTransport):
                         self._pump_later()
                         return
                     begun += 1
-                    if self._outflow.is_stalled:
+                    if transport.is_stalled:
                         # The client does not read the responses it has requested: more must not accumulate here.
                         self.pause()
                         break
@@ -247,19 +219,20 @@ class ClientConnection(ClientTransport):
                     break
                 else:
                     self._read_body(exchange)
-            if self._has_ended and self._state is OPEN:
+            if transport.phase == HALF_CLOSED:
                 self._no_more_comes()
         finally:
-            self._is_pumping = False
+            if self._reading == READING:
+                self._reading = READ.step(self._reading, RESTING)
 
     def _pump_later(self) -> None:
         """Continue in the loop's next iteration."""
-        self._will_pump = True
+        self._reading = READ.step(self._reading, DUE)
         self.pause()
         self.server.loop.call_soon(self._pump_on)
 
     def _pump_on(self) -> None:
-        self._will_pump = False
+        self._reading = READ.step(self._reading, RESTING)
         try:
             self.resume()
             self._pump()
@@ -270,19 +243,19 @@ class ClientConnection(ClientTransport):
         """The client has closed its sending side. It may still be reading: respond to its complete requests."""
         exchange = self.exchange
         if exchange is None:
-            if self._outflow.is_stalled:
+            if self.transport.is_stalled:
                 return
             if not self.stream.buffer:
                 self.close()
             else:
-                self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its head"))
+                self.refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its head"))
         elif exchange.is_tunnel:
             exchange.close_tunnel()
         elif not exchange.is_complete:
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
         else:
             # Or it has closed both directions, which only a write can reveal.
-            exchange.begin_status_line()
+            exchange.response.begin_status_line()
 
     def _read_head(self) -> bool:
         """Begin the next exchange. False if its head is incomplete."""
@@ -291,10 +264,10 @@ class ClientConnection(ClientTransport):
         try:
             begun = stream.begin(server.requests, server.listen.header_bytes_max)
         except FramingError as error:
-            self._refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
+            self.refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
             return True
         except Refusal as refusal:
-            self._refuse_without_exchange(refusal)
+            self.refuse_without_exchange(refusal)
             return True
         now = server.clock()
         if begun is None:
@@ -304,10 +277,7 @@ class ClientConnection(ClientTransport):
             return False
         head, content = begun
         is_complete = stream.body.is_complete
-        request_id = server.gate.request_id(head)
-        exchange = self.exchange = Exchange(
-            self, server, head, request_id, now, content=content, is_complete=is_complete
-        )
+        exchange = self.exchange = Exchange(self, server, head, now, content=content, is_complete=is_complete)
         if not (head.has_body and self._is_too_large(exchange)):
             if is_complete:
                 self.deadline = NO_DEADLINE
@@ -343,11 +313,12 @@ class ClientConnection(ClientTransport):
 
     # -- ending
 
-    def _refuse_without_exchange(self, refusal: Refusal) -> None:
+    def refuse_without_exchange(self, refusal: Refusal) -> None:
         """Refuse bytes that never became a request. The refusal is recorded like any other."""
         server = self.server
-        exchange = self.exchange = Exchange(self, server, None, server.gate.request_id(None), server.clock())
-        exchange.refused_line = refused_line(self.stream.buffer, server.gate.holds_key)
+        exchange = self.exchange = Exchange(self, server, None, server.clock())
+        holds_key = functools.partial(credentials.holds_key, key_format=server.key_format)
+        exchange.refused_line = refused_line(self.stream.buffer, holds_key)
         exchange.refuse(refusal)
 
     def _defect(self) -> None:
@@ -357,22 +328,27 @@ class ClientConnection(ClientTransport):
         _log.exception("handling a request failed", extra={"request_id": request_id})
         if exchange is not None:
             exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
-        if self._state is OPEN:
+        if self.transport.is_open:
             self.close()
 
     def _watch(self) -> None:
+        """Set the deadline for what the client has to do next."""
         listen, now = self.server.listen, self._clock()
-        if self._state is not OPEN:
+        if not self.transport.is_open:
             return
         exchange = self.exchange
-        if self._outflow.is_stalled:
+        if self.transport.is_stalled:
             self.deadline = now + listen.body_idle_timeout_seconds
         elif exchange is not None:
             self.quiet_since = now
-            waits_for_client = not (exchange.is_complete or exchange.is_tunnel or self._is_paused)
-            self.deadline = now + listen.body_idle_timeout_seconds if waits_for_client else NO_DEADLINE
+            waits = self.waits_for_client(exchange)
+            self.deadline = now + listen.body_idle_timeout_seconds if waits else NO_DEADLINE
         elif not self.stream.buffer:
             self.deadline = now + listen.keepalive_timeout_seconds
 
+    def waits_for_client(self, exchange: Exchange) -> bool:
+        """Whether the next step is the client's: to send more of the body."""
+        return not (exchange.is_complete or exchange.is_tunnel or self.transport.is_paused)
+
     def __repr__(self) -> str:
-        return f"<ClientConnection {self._state.name.lower()} {self.exchange or 'idle'}>"
+        return f"<ClientConnection {READ.names[self._reading]} {self.transport} {self.exchange or 'idle'}>"

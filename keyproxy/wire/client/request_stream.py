@@ -108,7 +108,7 @@ def _check_surplus(head: RequestHead, rest: bytes, reader: RequestReader) -> Non
     """
     if head.fields.opens_tunnel:
         raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an upgrade request")
-    if head.fields.says_close:
+    if head.fields.has_close_option:
         return
     if not head.fields.keeps_alive:
         raise Refusal(Reason.REQUEST_MALFORMED, "bytes after an HTTP/1.0 request that ends the connection")

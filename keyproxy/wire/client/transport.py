@@ -1,25 +1,25 @@
 """The socket to a client: write, pause, and end in a way that shows the client whether the response is complete.
 
-    open -> lingering -> closing
+    open -> half-closed -> closing -> lost
+      `---> lingering ------^
 
 A clean end is a close, an incomplete response is a reset. After an early response, the rest of the request
 is read and discarded, within bounds, so that the client can read the response: closing at once
 would make the kernel reset the connection (RFC 9112 section 9.6). Many clients send all of a body before they read.
+
+Methods that give the client time to do something return until when; the connection keeps that as its deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import select
 import socket
 import struct
-from collections.abc import Callable
 from typing import Final
 
-from keyproxy.http.headers import Forwarding
-from keyproxy.wire.deadlines import NO_DEADLINE
 from keyproxy.wire.outflow import Outflow
+from keyproxy.wire.phases import CLOSING, HALF_CLOSED, LINGERING, LOST, OPEN, SOCKET
 
 #: How much of a request is discarded, for how long in total, and the longest silence.
 _LINGER_BYTES_MAX: Final = 67_108_864
@@ -32,150 +32,159 @@ _RESET: Final = struct.pack("ii", 1, 0)
 _GONE: Final = select.POLLHUP | select.POLLERR
 
 
-class State(enum.Enum):
-    """The state of a client connection."""
-
-    OPEN = enum.auto()
-    LINGERING = enum.auto()
-    CLOSING = enum.auto()
-
-
-#: Looking up an enum member on its class costs more than the comparison.
-OPEN: Final = State.OPEN
-
-
-class ClientTransport(asyncio.Protocol):
+class ClientTransport:
     """The socket to a client. `close_seconds`: how long a client that reads nothing may delay the close."""
 
-    forwarding: Forwarding
-
-    def __init__(self, clock: Callable[[], float], close_seconds: float) -> None:
-        self.deadline = NO_DEADLINE
-        self._clock = clock
-        self._close_seconds = close_seconds
+    def __init__(self, close_seconds: float) -> None:
+        #: See `phases`.
+        self.phase: int = OPEN
+        self.is_paused = False
+        self.outflow = Outflow()
+        self.close_seconds = close_seconds
         self._transport: asyncio.Transport | None = None
-        self._outflow = Outflow()
-        self._state = State.OPEN
-        self._is_paused = False
-        self._has_ended = False
         self._lingered_bytes = 0
         self._lingers_until = 0.0
 
-    def deadline_passed(self, now: float) -> None:
-        """See `deadlines`."""
-        raise NotImplementedError
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Use an open socket."""
+        self._transport = transport
 
-    # -- called by the exchange
+    def lose(self) -> None:
+        """Handle the loss of the socket."""
+        self._transport = None
+        self.phase = SOCKET.step(self.phase, LOST)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are read and responses written."""
+        return self.phase <= HALF_CLOSED
 
     @property
     def is_stalled(self) -> bool:
         """Whether the client does not read what was sent to it."""
-        raise NotImplementedError
-
-    def enter_tunnel(self) -> None:
-        """From now on bytes are relayed unchanged."""
-        raise NotImplementedError
-
-    def exchange_over(self, now: float, *, closes: bool, is_cut: bool) -> None:
-        """The response was written or abandoned."""
-        raise NotImplementedError
+        return self.outflow.is_stalled
 
     def send(self, data: bytes) -> None:
         """Write to the client."""
         if self._transport is not None:
-            self._outflow.written_bytes += len(data)
+            self.outflow.written_bytes += len(data)
             self._transport.write(data)
 
-    def pause(self) -> None:
-        """Pause reading."""
-        if self._transport is not None and not self._is_paused:
-            self._is_paused = True
-            self._transport.pause_reading()
-            self._watch()
+    def pause(self) -> bool:
+        """Pause reading. Return whether that changed anything."""
+        if self._transport is None or self.is_paused:
+            return False
+        self.is_paused = True
+        self._transport.pause_reading()
+        return True
 
-    def resume(self) -> None:
-        """Resume reading."""
-        if self._transport is not None and self._is_paused and self._state is not State.CLOSING:
-            self._is_paused = False
-            self._transport.resume_reading()
-            self._watch()
+    def resume(self) -> bool:
+        """Resume reading. Return whether that changed anything."""
+        if self._transport is None or not self.is_paused or self.phase >= CLOSING:
+            return False
+        self.is_paused = False
+        self._transport.resume_reading()
+        return True
 
-    def close(self) -> None:
-        """Close once everything is sent, within the time that a stalled reader gets."""
-        self._state = State.CLOSING
-        transport = self._transport
-        if transport is not None:
-            now = self._clock()
-            self.deadline = now + self._close_seconds
-            if self._unsent() and not self._outflow.is_stalled:
-                self._outflow.stall(transport, now)
-            transport.close()
+    def end_of_input(self) -> bool:
+        """The client has closed its sending side. Return whether the socket stays open for writing.
 
-    def abort(self) -> None:
-        """Cut the connection visibly: a reset, never a clean end after a partial response."""
-        self._state = State.CLOSING
-        if self._transport is not None:
-            sock = self._transport.get_extra_info("socket")
-            if sock is not None and sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._transport.abort()
+        TLS has no half-closed connections: its transport closes regardless of this return value.
+        """
+        if self.phase == OPEN:
+            self.phase = SOCKET.step(self.phase, HALF_CLOSED)
+        return self._transport is not None and self._transport.can_write_eof()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much of what was written is still in our buffers."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def stall(self, now: float) -> None:
+        """The client does not read as fast as it is sent to."""
+        self.outflow.stall(self._transport, now)
+
+    def sample(self, now: float) -> None:
+        """Note how much a slow client has read."""
+        self.outflow.sample(self._transport, now)
+
+    @property
+    def has_outstanding(self) -> bool:
+        """Whether the client has not taken all that was sent."""
+        return self.outflow.is_outstanding(self._transport)
 
     def reads_slowly(self, now: float, *, for_seconds: float) -> bool:
         """Whether the client has been too slow a reader to keep its connection while others wait."""
-        return self._outflow.is_slow(self._transport, now, for_seconds=for_seconds)
+        return self.outflow.is_slow(self._transport, now, for_seconds=for_seconds)
 
-    def is_gone(self) -> bool:
+    def is_abandoned(self) -> bool:
         """Whether a client that has closed its sending side has closed the connection entirely."""
-        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if self.phase != HALF_CLOSED or self._transport is None:
+            return False
+        sock = self._transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
             return False
         poll = select.poll()
         poll.register(sock.fileno(), 0)
         return any(events & _GONE for _, events in poll.poll(0))
 
-    def _finish(self, *, lingers: bool, ends_answer: bool) -> None:
-        """Close. `lingers`: the client may still be sending; `ends_answer`: the close marks the end of the response."""
+    def close(self, now: float) -> float:
+        """Close once everything is sent. Return until when a stalled reader has time for that."""
+        if self.phase < CLOSING:
+            self.phase = SOCKET.step(self.phase, CLOSING)
         transport = self._transport
-        if transport is None:
-            return
-        can_end = transport.can_write_eof()  # TLS cannot: there the client closes once it has read the response
-        if not lingers or self._has_ended or (ends_answer and not can_end):
-            self.close()
-            return
-        self._state = State.LINGERING
+        if transport is not None:
+            if self.unsent_bytes and not self.outflow.is_stalled:
+                self.outflow.stall(transport, now)
+            transport.close()
+        return now + self.close_seconds
+
+    def abort(self) -> None:
+        """Cut the connection visibly: a reset, never a clean end after a partial response."""
+        if self.phase < CLOSING:
+            self.phase = SOCKET.step(self.phase, CLOSING)
+        if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None and sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+
+    def finish(self, now: float, *, lingers: bool, ends_response: bool) -> float:
+        """Close. `lingers`: the client may still be sending; `ends_response`: the close marks its end.
+
+        Return until when the client has time to do its part.
+        """
+        transport = self._transport
+        # TLS cannot: there the client closes once it has read the response.
+        can_end = transport is not None and transport.can_write_eof()
+        if transport is None or not lingers or self.phase == HALF_CLOSED or (ends_response and not can_end):
+            return self.close(now)
+        self.phase = SOCKET.step(self.phase, LINGERING)
         self.resume()
         if can_end:
             transport.write_eof()
-        now = self._clock()
         self._lingers_until = now + _LINGER_SECONDS
-        self.deadline = now + _LINGER_IDLE_SECONDS
+        return now + _LINGER_IDLE_SECONDS
 
-    def _throw_away(self, data: bytes) -> None:
-        """Discard bytes that arrive while lingering."""
+    def discard(self, data: bytes, now: float) -> float:
+        """Discard bytes that arrive while lingering. Return until when the next ones have time."""
         self._lingered_bytes += len(data)
         if self._lingered_bytes > _LINGER_BYTES_MAX:
-            self.close()
-        else:
-            self.deadline = min(self._lingers_until, self._clock() + _LINGER_IDLE_SECONDS)
+            return self.close(now)
+        return min(self._lingers_until, now + _LINGER_IDLE_SECONDS)
 
-    def _unsent(self) -> int:
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
-
-    def _goes_on_reading(self, now: float) -> bool:
-        """At a deadline: return whether the client is still reading. If so, extend the deadline."""
-        outflow, transport = self._outflow, self._transport
-        if self._state is not OPEN and not outflow.is_outstanding(transport):
+    def has_kept_reading(self, now: float) -> bool:
+        """At a deadline: return whether the client is still reading, and so has more time."""
+        outflow, transport = self.outflow, self._transport
+        if not self.is_open and not outflow.is_outstanding(transport):
             return False
         if not outflow.is_stalled:
-            if self._state is OPEN:
+            if self.is_open:
                 return False
             # A reset now would discard the rest of a response in the kernel's buffer.
             outflow.stall(transport, now)
-        elif not outflow.has_moved(transport, now, in_seconds=self._close_seconds):
-            return False
-        self.deadline = now + self._close_seconds
-        return True
+            return True
+        return outflow.has_moved(transport, now, in_seconds=self.close_seconds)
 
-    def _watch(self) -> None:
-        """Set the deadline for what the client has to do next."""
-        raise NotImplementedError
+    def __repr__(self) -> str:
+        return f"<ClientTransport {SOCKET.names[self.phase]}>"

@@ -204,7 +204,7 @@ class ChunkedBody:
     def _read_content_end(self, _content: list[bytes]) -> bool:
         end = self._buffer[self._at : self._at + 2]
         if not _CRLF.startswith(end):
-            raise FramingError("a chunk is not as long as its size says")
+            raise FramingError("the length of a chunk differs from its size")
         if len(end) < len(_CRLF):
             return False
         self._at += 2
@@ -231,3 +231,8 @@ def chunk(content: bytes) -> bytes:
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+def chunks(content: bytes, *, is_last: bool) -> bytes:
+    """Content as one chunk, or as none if it is empty; `is_last`: followed by the last chunk."""
+    return (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")

@@ -81,7 +81,7 @@ def refused_line(buffer: bytes, holds_key: Callable[[bytes], bool]) -> RequestLi
         target = request_target.judge(method, sent or b"", None)
     except Refusal:
         return RequestLine(method, b"", b"", 1, b"")
-    return RequestLine(method, target.target, target.path, 1, b"", holds_key(target.target))
+    return RequestLine(method, target.target, target.path, 1, b"", holds_key(target.decoded))
 
 
 def _begins_known(method: bytes, methods: Collection[bytes], *, is_whole: bool) -> bool:

@@ -35,8 +35,9 @@ from keyproxy.model import (
     StatusLine,
 )
 from keyproxy.reasons import Refusal
-from keyproxy.wire.parsing.head_parser import JudgedFields, judge_request, judge_response, request_line
+from keyproxy.wire.parsing.head_parser import parse_request, parse_response, request_line
 from keyproxy.wire.parsing.head_templates import CRLF, Meaning, Shape
+from keyproxy.wire.parsing.header_fields import ParsedFields
 
 #: A full cache is emptied. A client that always sends new heads pays for parsing them; other clients only briefly.
 _LINES_MAX: Final = 2048
@@ -122,7 +123,7 @@ class _Reader(Generic[_Fields]):
             shape.sighted()
         return shape
 
-    def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields) -> None:
+    def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
         if any(len(line) > _LINE_BYTES_MAX for line in lines):
             return
@@ -133,7 +134,7 @@ class _Reader(Generic[_Fields]):
             self._lines.clear()
             self._meanings.clear()
         elif (minor_version, *meanings) not in self._shapes:
-            shape = Shape(minor_version, fields, lines, judged, meanings)
+            shape = Shape(minor_version, fields, lines, parsed, meanings)
             self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
 
     def _meaning(self, line: bytes) -> Meaning:
@@ -166,7 +167,7 @@ class RequestReader(_Reader[RequestFields]):
 
         `like`: the head that it probably resembles, the last one on this connection. Equal bytes are the same head.
 
-        Raises a Refusal, as `judge_request` does.
+        Raises a Refusal, as `parse_request` does.
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
@@ -174,7 +175,7 @@ class RequestReader(_Reader[RequestFields]):
         start = buffer[:at]
         line = self._start_lines.get(start) or self._start_line(start)
         if line is None:
-            return self._judge(buffer[: end + 4])
+            return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
@@ -183,7 +184,7 @@ class RequestReader(_Reader[RequestFields]):
             shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
             values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
-            return self._judge(buffer[: end + 4], line)
+            return self._parse(buffer[: end + 4], line)
         head = _filled(line, shape, values)
         if like is not None and head.credentials == like.credentials:
             head.digest, head.key_part = like.digest, like.key_part
@@ -203,8 +204,8 @@ class RequestReader(_Reader[RequestFields]):
             return None
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
-    def _judge(self, raw: bytes, line: RequestLine | None = None) -> RequestHead:
-        line, fields, judged = judge_request(raw, self._names, self._holds_key, self.methods, line=line)
+    def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
+        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=judged)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
@@ -214,10 +215,10 @@ class RequestReader(_Reader[RequestFields]):
             self._start_lines[start] = line
         # Handshakes are parsed each time: their completeness depends on the method and on values.
         if not fields.opens_tunnel:
-            self._remember(line.minor_version, fields, lines, judged)
-        head = RequestHead(line, fields, _block(lines, judged), tuple(judged.credentials), judged.content_length or 0)
-        head.request_id = judged.request_id
-        head.forwarded = tuple(judged.forwarded)
+            self._remember(line.minor_version, fields, lines, parsed)
+        head = RequestHead(line, fields, _block(lines, parsed), tuple(parsed.credentials), parsed.content_length or 0)
+        head.request_id = parsed.request_id
+        head.forwarded = tuple(parsed.forwarded)
         return head
 
 
@@ -240,7 +241,7 @@ class ResponseReader(_Reader[ResponseFields]):
         at = buffer.find(CRLF)
         line = self._start_lines.get(buffer[:at])
         if line is None:
-            return self._judge(buffer[: end + 4])
+            return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
         values = (
             shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
@@ -249,7 +250,7 @@ class ResponseReader(_Reader[ResponseFields]):
             shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
             values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
-            return self._judge(buffer[: end + 4])
+            return self._parse(buffer[: end + 4])
         content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
         head = ResponseHead(line, shape.fields, shape.block(values), content_length)
         if shape.usage_tokens >= 0:
@@ -258,16 +259,16 @@ class ResponseReader(_Reader[ResponseFields]):
             head.raw = buffer[: end + 4]
         return head
 
-    def _judge(self, raw: bytes) -> ResponseHead:
-        line, fields, judged = judge_response(raw, self._names)
+    def _parse(self, raw: bytes) -> ResponseHead:
+        line, fields, parsed = parse_response(raw, self._names)
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         if len(start) <= _LINE_BYTES_MAX:
             self._start_lines[start] = line
-        self._remember(line.minor_version, fields, lines, judged)
-        head = ResponseHead(line, fields, _block(lines, judged), judged.content_length or 0)
-        head.usage_tokens = judged.usage_tokens
+        self._remember(line.minor_version, fields, lines, parsed)
+        head = ResponseHead(line, fields, _block(lines, parsed), parsed.content_length or 0)
+        head.usage_tokens = parsed.usage_tokens
         return head
 
 
@@ -283,10 +284,10 @@ def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[byt
     return head
 
 
-def _block(lines: list[bytes], judged: JudgedFields) -> bytes:
+def _block(lines: list[bytes], parsed: ParsedFields) -> bytes:
     """Return the forwarded lines of a head that was just parsed, with Content-Length in canonical form."""
-    place = judged.content_length_place
+    place = parsed.content_length_place
     if place >= 0:
         lines = [*lines]
-        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], judged.content_length or 0)
-    return b"".join([line + CRLF for line, goes_on in zip(lines, judged.is_forwarded, strict=True) if goes_on])
+        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], parsed.content_length or 0)
+    return b"".join([line + CRLF for line, goes_on in zip(lines, parsed.is_forwarded, strict=True) if goes_on])

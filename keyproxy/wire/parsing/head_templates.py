@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 from keyproxy.http.headers import Kind
-from keyproxy.wire.parsing.head_parser import CONTENT_LENGTH_DIGITS_MAX, JudgedFields
+from keyproxy.wire.parsing.header_fields import CONTENT_LENGTH_DIGITS_MAX, ParsedFields
 
 CRLF: Final = b"\r\n"
 
@@ -51,12 +51,22 @@ class Shape(Generic[_Fields]):
     """
 
     __slots__ = (
-        "_first", "_going", "_match", "_pattern", "_sightings", "content_length", "credentials", "fields", "forwarded",
-        "minor_version", "request_id", "usage_tokens",
-    )  # fmt: skip
+        "_first",
+        "_going",
+        "_match",
+        "_pattern",
+        "_sightings",
+        "content_length",
+        "credentials",
+        "fields",
+        "forwarded",
+        "minor_version",
+        "request_id",
+        "usage_tokens",
+    )
 
     def __init__(
-        self, minor_version: int, fields: _Fields, lines: list[bytes], judged: JudgedFields, meanings: list[Meaning]
+        self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields, meanings: list[Meaning]
     ) -> None:
         self.minor_version = minor_version
         self.fields = fields
@@ -68,14 +78,14 @@ class Shape(Generic[_Fields]):
         pattern, going = b"", [b""]
         places = []
         holes = 0
-        for line, is_forwarded, meaning in zip(lines, judged.is_forwarded, meanings, strict=True):
+        for line, is_forwarded, meaning in zip(lines, parsed.is_forwarded, meanings, strict=True):
             if meaning.is_whole_line:
                 pattern += re.escape(CRLF + line)
                 going[-1] += line + CRLF if is_forwarded else b""
                 continue
             name = line.partition(b":")[0]
-            self._say(meaning.kind, name.lower(), holes)
-            if meaning.kind is Kind.USAGE and judged.usage_tokens is not None and is_forwarded:
+            self._note_hole(meaning.kind, name.lower(), holes)
+            if meaning.kind is Kind.USAGE and parsed.usage_tokens is not None and is_forwarded:
                 self.usage_tokens = holes
             if is_forwarded:
                 places.append(holes)
@@ -88,7 +98,7 @@ class Shape(Generic[_Fields]):
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
 
-    def _say(self, kind: Kind, name: bytes, place: int) -> None:
+    def _note_hole(self, kind: Kind, name: bytes, place: int) -> None:
         if kind is Kind.CONTENT_LENGTH:
             self.content_length = place
         elif kind is Kind.REQUEST_ID:

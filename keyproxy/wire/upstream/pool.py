@@ -15,13 +15,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import errno
-import logging
 import select
 import ssl
 from collections.abc import Callable
-from typing import Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Final
 
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.model import Owner
@@ -30,10 +27,9 @@ from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.upstream import preemption
 from keyproxy.wire.upstream.connection import ConnectionOwner, UpstreamConnection
+from keyproxy.wire.upstream.connector import UpstreamConnector
 from keyproxy.wire.upstream.fair_queue import Turns
 from keyproxy.wire.upstream.upstream_user import UpstreamUser
-
-_log = logging.getLogger(__name__)
 
 #: Shorter than the shortest usual keep-alive of a server (5 s: uvicorn, Node), so that the proxy closes first.
 IDLE_SECONDS: Final = 4.0
@@ -51,29 +47,6 @@ _TOO_MANY: Final = "too many requests wait for an upstream connection"
 _TUNNELS_DIVISOR: Final = 2
 _PRESSED_SECONDS: Final = 5.0
 
-#: Errors of this host, not of the upstream: no file descriptors, ports or memory left.
-_OUR_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
-
-
-class Address(NamedTuple):
-    """An upstream's address: `path` of a unix socket, or `host` and `port`. `authority` is for a missing Host."""
-
-    host: str
-    port: int
-    path: str
-    authority: bytes
-    is_tls: bool = False
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """Parse a checked `upstream.url`."""
-        if url.startswith("unix:"):
-            return cls("", 0, url.removeprefix("unix:"), b"localhost")
-        parts = urlsplit(url)
-        is_tls = parts.scheme == "https"
-        port = parts.port or (443 if is_tls else 80)
-        return cls(parts.hostname or "", port, "", parts.netloc.encode("ascii"), is_tls)
-
 
 class PoolUser(UpstreamUser):
     """The interface that the pool requires of an exchange, in addition to a connection's."""
@@ -87,15 +60,19 @@ class UpstreamPool(ConnectionOwner):
     """The connections to one upstream. `repr` shows their states."""
 
     def __init__(
-        self, url: str, settings: UpstreamSettings, responses: ResponseReader, deadlines: Deadlines, *,
-        clock: Callable[[], float], loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        settings: UpstreamSettings,
+        responses: ResponseReader,
+        deadlines: Deadlines,
+        *,
+        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         """`tls`: for an https URL, how its certificate is verified."""
-        self._address = Address.parse(url)
-        self._tls = tls if self._address.is_tls else None
-        if self._address.is_tls and tls is None:
-            raise ValueError("an https upstream needs a TLS context")
-        self.host = self._address.authority
+        self._connector = UpstreamConnector(url, loop, settings.connect_timeout_seconds, tls)
+        self.host = self._connector.address.authority
         self.settings = settings
         self.responses = responses
         self._deadlines = deadlines
@@ -112,7 +89,11 @@ class UpstreamPool(ConnectionOwner):
         self._is_retired = False
         self._next_look_mono = 0.0
         self._pressed_mono = float("-inf")
-        self.unreachable_because = ""
+
+    @property
+    def unreachable_because(self) -> str:
+        """Why the last attempt to connect failed; empty: it did not."""
+        return self._connector.unreachable_because
 
     def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
         """Take the most recently used idle connection; None if there is none, or none for this user."""
@@ -127,15 +108,15 @@ class UpstreamPool(ConnectionOwner):
     def wait(self, exchange: PoolUser, owner: Owner) -> None:
         """Queue the exchange. It gets a connection later, or the reason why there is none."""
         now = self.clock()
-        if exchange.asks_for_tunnel:
+        if exchange.is_tunnel_request:
             waiting, tunnels_max = len(self._tunnels_waiting), max(1, self._turns.places // _TUNNELS_DIVISOR)
-            if not preemption.make_room_for_tunnel(self._open, waiting, owner, now, tunnels_max):
+            if not preemption.make_room_for_tunnel(self._open, waiting, owner, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
                 return
         if not self._queue(exchange, owner, now):
             exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
             return
-        if exchange.asks_for_tunnel:
+        if exchange.is_tunnel_request:
             self._tunnels_waiting.add(exchange)
         if self._looking is None:
             seconds = min(_LOOK_SECONDS, self.settings.connect_timeout_seconds)
@@ -188,7 +169,7 @@ class UpstreamPool(ConnectionOwner):
         idle = len(self._idle)
         return {"idle": idle, "busy": len(self._open) - idle, "connecting": len(self._connecting)}
 
-    def held_up_because(self) -> str:
+    def congestion(self) -> str:
         """Describe why requests waited for a connection in the last seconds; empty if none did."""
         if self.clock() - self._pressed_mono > _PRESSED_SECONDS:
             return ""
@@ -220,36 +201,24 @@ class UpstreamPool(ConnectionOwner):
         task.add_done_callback(self._connecting.discard)
 
     async def _open_one(self) -> None:
-        address = self._address
         connection = UpstreamConnection(self, self._loop)
-        try:
-            async with asyncio.timeout(self.settings.connect_timeout_seconds):
-                if address.path:
-                    await self._loop.create_unix_connection(lambda: connection, address.path)
-                else:
-                    await self._loop.create_connection(lambda: connection, address.host, address.port, ssl=self._tls)
-        except (OSError, TimeoutError) as error:
-            # ssl.SSLError is an OSError: a certificate that does not verify is an upstream that cannot be reached.
-            self._connect_failed(str(error) or "timed out", is_our_limit=getattr(error, "errno", None) in _OUR_LIMITS)
+        refusal = await self._connector.open(lambda: connection)
+        if refusal is not None:
+            self._connect_failed(refusal)
             return
-        self.unreachable_because = ""
         self._open.add(connection)
         self._deadlines.watch(connection)
         self.release(connection, self.clock())
 
-    def _connect_failed(self, why: str, *, is_our_limit: bool) -> None:
-        if not self.unreachable_because:
-            _log.warning("upstream unreachable: %s: %s", self._address.path or self.host.decode(), why)
-        self.unreachable_because = why
+    def _connect_failed(self, refusal: Refusal) -> None:
         # Without any open connection no waiting exchange can be served: waiting longer would not help.
         failed = 1 if self._open else len(self._turns)
-        reason = Reason.OVERLOADED if is_our_limit else Reason.UPSTREAM_UNREACHABLE
         for _ in range(failed):
             exchange = self._turns.first()
             if exchange is None:
                 break
             self.wait_no_more(exchange)
-            exchange.upstream_lost(Refusal(reason, f"connecting failed: {why}"))
+            exchange.upstream_lost(refusal)
 
     def _waited_too_long(self, owner: Owner, now: float) -> Refusal:
         """Build the refusal of a request that got no connection in time: all are in use, or connecting fails."""
@@ -328,7 +297,7 @@ class UpstreamPool(ConnectionOwner):
         is_full = not self._idle and not self._has_room()
         if is_full:
             self._pressed_mono = now
-        preemption.end_what_hardly_moves(self._open, turns, now, patience, is_full=is_full)
+        preemption.end_stalled(self._open, turns, now, patience, is_full=is_full)
         if is_full:
             preemption.end_beyond_share(self._open, turns, now, patience, connecting=len(self._connecting))
 

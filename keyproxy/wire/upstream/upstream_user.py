@@ -5,16 +5,20 @@ from __future__ import annotations
 from keyproxy import ports
 from keyproxy.model import ResponseHead
 from keyproxy.reasons import Refusal
+from keyproxy.wire.upstream import retry
 
 
 class UpstreamUser(ports.Exchange):
     """An exchange, as seen by its upstream connection."""
 
-    is_tunnel: bool = False
+    @property
+    def is_tunnel_request(self) -> bool:
+        """Whether the request is a WebSocket handshake."""
+        return self.head is not None and self.head.fields.opens_tunnel
 
     @property
-    def asks_for_tunnel(self) -> bool:
-        """Whether the request is a WebSocket handshake."""
+    def is_tunnel(self) -> bool:
+        """Whether bytes are relayed unchanged."""
         raise NotImplementedError
 
     @property
@@ -25,17 +29,17 @@ class UpstreamUser(ports.Exchange):
     @property
     def is_idempotent(self) -> bool:
         """Whether the request may be sent again without harm."""
-        raise NotImplementedError
+        return retry.is_idempotent(self.head)
 
     def upstream_lost(self, refusal: Refusal) -> None:
         """No connection was available, or the upstream failed before its response was complete."""
         raise NotImplementedError
 
-    def response_begins(self, answer: ResponseHead, now: float) -> None:
+    def response_begins(self, response: ResponseHead, now: float) -> None:
         """Take the head of the response."""
         raise NotImplementedError
 
-    def interim_arrived(self, head: ResponseHead) -> None:
+    def interim_arrived(self, response: ResponseHead) -> None:
         """Take an interim (1xx) response."""
         raise NotImplementedError
 
@@ -43,7 +47,7 @@ class UpstreamUser(ports.Exchange):
         """Take the next content of the response, and whether it was the last."""
         raise NotImplementedError
 
-    def tunnel_begins(self, answer: ResponseHead, now: float) -> None:
+    def tunnel_begins(self, response: ResponseHead, now: float) -> None:
         """The upstream accepted the WebSocket handshake."""
         raise NotImplementedError
 
@@ -63,6 +67,6 @@ class UpstreamUser(ports.Exchange):
         """Whether the client has read the response so slowly for so long that it holds up the upstream's connection."""
         raise NotImplementedError
 
-    def preempt_if_slow(self, refusal: Refusal) -> None:
+    def preempt(self, refusal: Refusal) -> None:
         """End the exchange, to free the connection for other requests."""
         raise NotImplementedError

@@ -34,9 +34,9 @@ ANN = Actor("ann", "desk")
 async def directory(database: Database) -> Directory:
     """The directory, with a tenant, a user without keys, and a plan."""
     directory = Directory(database, FORMAT, ANN)
-    await directory.create_tenant("acme", "Acme Inc.")
-    await directory.create_user("u_42", "acme", None)
-    await directory.set_plan("basic", {"requests_per_day": 5})
+    await directory.tenants.create("acme", "Acme Inc.")
+    await directory.users.create("u_42", "acme", None)
+    await directory.plans.set("basic", {"requests_per_day": 5})
     return directory
 
 
@@ -44,15 +44,15 @@ async def directory(database: Database) -> Directory:
 
 
 async def test_setting_a_plan_replaces_all_its_limits(directory: Directory) -> None:
-    made = await directory.set_plan("big", {"rate": 50, "burst": 100})
+    made = await directory.plans.set("big", {"rate": 50, "burst": 100})
     assert (made["id"], made["limits"], made["created"]) == ("big", {"rate": 50.0, "burst": 100}, True)
-    again = await directory.set_plan("big", {"tokens_per_day": 7})
+    again = await directory.plans.set("big", {"tokens_per_day": 7})
     assert (again["limits"], again["created"]) == ({"tokens_per_day": 7}, False)
-    assert [plan["id"] for plan in await directory.plans("", 9)] == ["basic", "big"]
-    assert await directory.plans("big", 9) == []
-    assert await directory.delete_plan("big") == {"id": "big", "deleted": True}
+    assert [plan["id"] for plan in await directory.plans.list_by_id("", 9)] == ["basic", "big"]
+    assert await directory.plans.list_by_id("big", 9) == []
+    assert await directory.plans.delete("big") == {"id": "big", "deleted": True}
     with pytest.raises(NotFound, match="there is no plan 'big'"):
-        await directory.plan("big")
+        await directory.plans.get("big")
 
 
 @pytest.mark.parametrize(
@@ -61,52 +61,52 @@ async def test_setting_a_plan_replaces_all_its_limits(directory: Directory) -> N
 )
 async def test_invalid_limits_are_refused(directory: Directory, limits: object, sentence: str) -> None:
     with pytest.raises(Invalid, match=sentence):
-        await directory.set_plan("basic", limits)
-    assert (await directory.plan("basic"))["limits"] == {"requests_per_day": 5}
+        await directory.plans.set("basic", limits)
+    assert (await directory.plans.get("basic"))["limits"] == {"requests_per_day": 5}
 
 
 async def test_assigned_plan_cannot_be_deleted_and_the_error_counts_its_owners(directory: Directory) -> None:
-    await directory.change_tenant("acme", {"plan": "basic", "test_plan": "basic"})
-    await directory.change_user("u_42", {"test_plan": "basic"})
-    key = await directory.issue_key("u_42", KeyWish(plan="basic"))
+    await directory.tenants.change("acme", {"plan": "basic", "test_plan": "basic"})
+    await directory.users.change("u_42", {"test_plan": "basic"})
+    key = await directory.keys.issue("u_42", KeyWish(plan="basic"))
     with pytest.raises(Conflict, match="plan 'basic' is assigned to 1 tenant and 1 user and 1 key"):
-        await directory.delete_plan("basic")
-    await directory.change_tenant("acme", {"plan": None, "test_plan": None})
-    await directory.change_user("u_42", {"test_plan": None})
-    await directory.change_key(key["id"], {"plan": None})
-    await directory.delete_plan("basic")
+        await directory.plans.delete("basic")
+    await directory.tenants.change("acme", {"plan": None, "test_plan": None})
+    await directory.users.change("u_42", {"test_plan": None})
+    await directory.keys.change(key["id"], {"plan": None})
+    await directory.plans.delete("basic")
 
 
 async def test_plan_is_assigned_and_removed_and_other_fields_stay(directory: Directory) -> None:
-    await directory.change_tenant("acme", {"plan": "basic"})
-    tenant = await directory.change_tenant("acme", {"name": "Other"})
+    await directory.tenants.change("acme", {"plan": "basic"})
+    tenant = await directory.tenants.change("acme", {"name": "Other"})
     assert (tenant["plan"], tenant["test_plan"], tenant["name"]) == ("basic", None, "Other")
-    user = await directory.change_user("u_42", {"test_plan": "basic"})
+    user = await directory.users.change("u_42", {"test_plan": "basic"})
     assert (user["plan"], user["test_plan"]) == (None, "basic")
-    key = await directory.issue_key("u_42", KeyWish())
-    assert (await directory.change_key(key["id"], {"plan": "basic", "name": "n"}))["plan"] == "basic"
-    assert (await directory.change_key(key["id"], {"plan": None}))["name"] == "n"
+    key = await directory.keys.issue("u_42", KeyWish())
+    assert (await directory.keys.change(key["id"], {"plan": "basic", "name": "n"}))["plan"] == "basic"
+    assert (await directory.keys.change(key["id"], {"plan": None}))["name"] == "n"
 
 
 async def test_unknown_plan_cannot_be_assigned(directory: Directory) -> None:
-    key = await directory.issue_key("u_42", KeyWish())
-    for asked in (
-        directory.change_tenant("acme", {"plan": "gold"}), directory.change_user("u_42", {"test_plan": "gold"}),
-        directory.change_key(key["id"], {"plan": "gold"}), directory.issue_key("u_42", KeyWish(plan="gold")),
-        directory.create_tenant("other", "", "gold"), directory.create_user("u_1", "acme", None, plan="gold"),
-        directory.create_user("u_2", "acme", KeyWish(plan="gold")),
-        directory.issue_keys([("u_42", KeyWish("n", plan="gold"))]),
+    key = await directory.keys.issue("u_42", KeyWish())
+    for call in (
+        directory.tenants.change("acme", {"plan": "gold"}), directory.users.change("u_42", {"test_plan": "gold"}),
+        directory.keys.change(key["id"], {"plan": "gold"}), directory.keys.issue("u_42", KeyWish(plan="gold")),
+        directory.tenants.create("other", "", "gold"), directory.users.create("u_1", "acme", None, plan="gold"),
+        directory.users.create("u_2", "acme", KeyWish(plan="gold")),
+        directory.key_batches.issue([("u_42", KeyWish("n", plan="gold"))]),
     ):  # fmt: skip
         with pytest.raises(NotFound, match="there is no plan 'gold'"):
-            await asked
-    assert len(await directory.users("", 9, None)) == 1
+            await call
+    assert len(await directory.users.list_by_id("", 9, None)) == 1
 
 
 async def test_entity_that_is_created_with_a_plan_has_it(directory: Directory) -> None:
-    assert (await directory.create_tenant("other", "", "basic"))["plan"] == "basic"
-    user = await directory.create_user("u_1", "acme", KeyWish(), plan="basic")
+    assert (await directory.tenants.create("other", "", "basic"))["plan"] == "basic"
+    user = await directory.users.create("u_1", "acme", KeyWish(), plan="basic")
     assert (user["plan"], user["key"]["plan"]) == ("basic", None)
-    assert (await directory.issue_key("u_1", KeyWish(plan="basic")))["plan"] == "basic"
+    assert (await directory.keys.issue("u_1", KeyWish(plan="basic")))["plan"] == "basic"
 
 
 # -- disabled and enabled
@@ -115,68 +115,67 @@ async def test_entity_that_is_created_with_a_plan_has_it(directory: Directory) -
 @pytest.mark.parametrize("kind", ["tenant", "user"])
 async def test_disabled_at_is_the_first_time_until_enabled_again(rig: Rig, kind: str) -> None:
     directory = Directory(rig.door, FORMAT, ANN)
-    await directory.create_tenant("acme", "")
-    key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
-    change, name = (directory.change_tenant, "acme") if kind == "tenant" else (directory.change_user, "u_42")
+    await directory.tenants.create("acme", "")
+    key = (await directory.users.create("u_42", "acme", KeyWish()))["key"]
+    change, name = (directory.tenants.change, "acme") if kind == "tenant" else (directory.users.change, "u_42")
     first = await change(name, {"disabled": True})
     assert first["disabled_at"] is not None
-    assert (await directory.key(key["id"]))["state"] == "disabled"
+    assert (await directory.keys.get(key["id"]))["state"] == "disabled"
     before = await audit_rows(rig.sql), await change_rows(rig.sql)
     assert await change(name, {"disabled": True}) == first
     assert (await audit_rows(rig.sql), await change_rows(rig.sql)) == before
     assert (await change(name, {"disabled": False}))["disabled_at"] is None
-    assert (await directory.key(key["id"]))["state"] == "active"
+    assert (await directory.keys.get(key["id"]))["state"] == "active"
 
 
 @pytest.mark.parametrize("changes", [{"id": "x"}, {"name": "x", "created_at": "2020-01-01"}])
 async def test_error_names_the_field_that_cannot_be_changed(directory: Directory, changes: dict[str, object]) -> None:
     with pytest.raises(Invalid, match="of a tenant cannot be changed; disabled, name, plan, test_plan can"):
-        await directory.change_tenant("acme", changes)
+        await directory.tenants.change("acme", changes)
 
 
 # -- versions
 
 
 async def test_change_based_on_an_older_version_is_refused_and_changes_nothing(directory: Directory, sql: Sql) -> None:
-    tenant, user = await directory.tenant("acme"), await directory.user("u_42")
-    key, plan = await directory.issue_key("u_42", KeyWish()), await directory.plan("basic")
-    versions = {kind: etag(thing) for kind, thing in
-                (("tenant", tenant), ("user", user), ("key", key), ("plan", plan))}  # fmt: skip
-    await directory.change_tenant("acme", {"name": "x"}, if_match=versions["tenant"])
-    await directory.change_user("u_42", {"plan": "basic"}, if_match=versions["user"])
-    await directory.change_key(key["id"], {"name": "x"}, if_match=versions["key"])
-    await directory.set_plan("basic", {}, if_match=versions["plan"])
+    tenant, user = await directory.tenants.get("acme"), await directory.users.get("u_42")
+    key, plan = await directory.keys.issue("u_42", KeyWish()), await directory.plans.get("basic")
+    versions = {kind: etag(thing) for kind, thing in (("tenant", tenant), ("user", user), ("key", key), ("plan", plan))}
+    await directory.tenants.change("acme", {"name": "x"}, if_match=versions["tenant"])
+    await directory.users.change("u_42", {"plan": "basic"}, if_match=versions["user"])
+    await directory.keys.change(key["id"], {"name": "x"}, if_match=versions["key"])
+    await directory.plans.set("basic", {}, if_match=versions["plan"])
     before = await audit_rows(sql)
-    for asked in (
-        directory.change_tenant("acme", {"name": "y"}, if_match=versions["tenant"]),
-        directory.delete_tenant("acme", if_match=versions["tenant"]),
-        directory.change_user("u_42", {"plan": None}, if_match=versions["user"]),
-        directory.delete_user("u_42", if_match=versions["user"]),
-        directory.change_key(key["id"], {"name": "y"}, if_match=versions["key"]),
-        directory.revoke_key(key["id"], "", if_match=versions["key"]),
-        directory.delete_key(key["id"], if_match=versions["key"]),
-        directory.rotate_key(key["id"], grace=timedelta(), expires_in=None, if_match=versions["key"]),
-        directory.set_plan("basic", {"burst": 1, "rate": 1}, if_match=versions["plan"]),
-        directory.delete_plan("basic", if_match=versions["plan"]),
+    for call in (
+        directory.tenants.change("acme", {"name": "y"}, if_match=versions["tenant"]),
+        directory.tenants.delete("acme", if_match=versions["tenant"]),
+        directory.users.change("u_42", {"plan": None}, if_match=versions["user"]),
+        directory.users.delete("u_42", if_match=versions["user"]),
+        directory.keys.change(key["id"], {"name": "y"}, if_match=versions["key"]),
+        directory.keys.revoke(key["id"], "", if_match=versions["key"]),
+        directory.keys.delete(key["id"], if_match=versions["key"]),
+        directory.keys.rotate(key["id"], grace=timedelta(), expires_in=None, if_match=versions["key"]),
+        directory.plans.set("basic", {"burst": 1, "rate": 1}, if_match=versions["plan"]),
+        directory.plans.delete("basic", if_match=versions["plan"]),
     ):  # fmt: skip
         with pytest.raises(Outdated, match="has changed since it was read"):
-            await asked
+            await call
     assert await audit_rows(sql) == before
 
 
 async def test_of_two_concurrent_changes_of_one_version_one_succeeds(directory: Directory) -> None:
-    version = etag(await directory.tenant("acme"))
-    told = await asyncio.gather(
-        *(directory.change_tenant("acme", {"name": f"n_{number}"}, if_match=version) for number in range(8)),
+    version = etag(await directory.tenants.get("acme"))
+    result = await asyncio.gather(
+        *(directory.tenants.change("acme", {"name": f"n_{number}"}, if_match=version) for number in range(8)),
         return_exceptions=True,
     )
-    assert sum(isinstance(one, Outdated) for one in told) == 7
+    assert sum(isinstance(one, Outdated) for one in result) == 7
 
 
 async def test_use_does_not_change_the_version_of_a_key(directory: Directory, sql: Sql) -> None:
-    key = await directory.issue_key("u_42", KeyWish())
+    key = await directory.keys.issue("u_42", KeyWish())
     await sql.execute("UPDATE keyproxy.api_keys SET last_used_at = now()")
-    assert etag(await directory.key(key["id"])) == etag(key)
+    assert etag(await directory.keys.get(key["id"])) == etag(key)
 
 
 # -- directories bound to one tenant
@@ -185,61 +184,63 @@ async def test_use_does_not_change_the_version_of_a_key(directory: Directory, sq
 @pytest.fixture
 async def bound(database: Database, directory: Directory) -> Directory:
     """A directory bound to tenant acme, in a store with another tenant."""
-    await directory.create_tenant("other", "")
-    await directory.create_user("u_other", "other", KeyWish())
+    await directory.tenants.create("other", "")
+    await directory.users.create("u_other", "other", KeyWish())
     return Directory(database, FORMAT, ANN, tenant_id="acme")
 
 
 async def test_bound_directory_sees_and_changes_only_its_tenant(
     directory: Directory, bound: Directory, sql: Sql
 ) -> None:
-    (theirs,) = await directory.keys("", 9, KeyFilter(tenant="other"))
+    (theirs,) = await directory.keys.list_by_id("", 9, KeyFilter(tenant="other"))
     digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", theirs["id"])
     before = await audit_rows(sql)
     wish, key = KeyWish(), theirs["id"]
-    for asked in (
-        bound.tenant("other"), bound.change_tenant("other", {"name": "x"}), bound.create_user("u_9", "other", wish),
-        bound.user("u_other"), bound.change_user("u_other", {"disabled": True}), bound.delete_user("u_other"),
-        bound.issue_key("u_other", wish), bound.issue_keys([("u_other", wish)]), bound.key(key),
-        bound.change_key(key, {"name": "x"}), bound.revoke_key(key, ""), bound.delete_key(key),
-        bound.rotate_key(key, grace=timedelta(), expires_in=None), bound.count_to_revoke(Revocation(user="u_other")),
-        bound.count_to_revoke(Revocation(tenant="other")),
+    for call in (
+        bound.tenants.get("other"),
+        bound.tenants.change("other", {"name": "x"}), bound.users.create("u_9", "other", wish),
+        bound.users.get("u_other"), bound.users.change("u_other", {"disabled": True}), bound.users.delete("u_other"),
+        bound.keys.issue("u_other", wish), bound.key_batches.issue([("u_other", wish)]), bound.keys.get(key),
+        bound.keys.change(key, {"name": "x"}), bound.keys.revoke(key, ""), bound.keys.delete(key),
+        bound.keys.rotate(key, grace=timedelta(), expires_in=None),
+        bound.key_batches.count_to_revoke(Revocation(user="u_other")),
+        bound.key_batches.count_to_revoke(Revocation(tenant="other")),
     ):  # fmt: skip
         with pytest.raises(NotFound, match="there is no"):
-            await asked
+            await call
     for refused in (
-        bound.create_tenant("third", ""), bound.delete_tenant("acme"), bound.delete_tenant("other"),
-        bound.set_plan("p", {}), bound.delete_plan("basic"), bound.create_user("u_other", "acme", wish),
+        bound.tenants.create("third", ""), bound.tenants.delete("acme"), bound.tenants.delete("other"),
+        bound.plans.set("p", {}), bound.plans.delete("basic"), bound.users.create("u_other", "acme", wish),
     ):  # fmt: skip
         with pytest.raises(Conflict):
             await refused
-    assert (await bound.report_leaked(digest, ""))["known"] is False
+    assert (await bound.leaked_keys.report_digest(digest, ""))["known"] is False
     assert await audit_rows(sql) == before
-    assert [one["id"] for one in await bound.tenants("", 9)] == ["acme"]
-    assert [one["id"] for one in await bound.users("", 9, None)] == ["u_42"]
-    assert await bound.users("", 9, "other") == []
-    assert await bound.keys("", 9) == []
-    assert await bound.keys("", 9, KeyFilter(tenant="other")) == []
-    assert (await bound.keys_by_time("created", None, 9, KeyFilter(user="u_other"))).items == []
-    assert {row["tenant"] for row in (await bound.audit(None, 99)).items} == {"acme"}
-    assert (await bound.audit(None, 99, AuditFilter(tenant="other"))).items == []
+    assert [one["id"] for one in await bound.tenants.list_by_id("", 9)] == ["acme"]
+    assert [one["id"] for one in await bound.users.list_by_id("", 9, None)] == ["u_42"]
+    assert await bound.users.list_by_id("", 9, "other") == []
+    assert await bound.keys.list_by_id("", 9) == []
+    assert await bound.keys.list_by_id("", 9, KeyFilter(tenant="other")) == []
+    assert (await bound.keys.list_by_time("created", None, 9, KeyFilter(user="u_other"))).items == []
+    assert {row["tenant"] for row in (await bound.audit.list_newest(None, 99)).items} == {"acme"}
+    assert (await bound.audit.list_newest(None, 99, AuditFilter(tenant="other"))).items == []
 
 
 async def test_bound_directory_revokes_no_key_of_other_tenants_in_bulk(directory: Directory, bound: Directory) -> None:
-    mine = await bound.issue_key("u_42", KeyWish())
+    mine = await bound.keys.issue("u_42", KeyWish())
     wanted = Revocation(unused_for=timedelta())
-    assert await bound.count_to_revoke(wanted) == 1
-    assert [ids async for ids in bound.revoke_keys(wanted, "all")] == [[mine["id"]]]
-    assert (await directory.keys("", 9, KeyFilter(tenant="other")))[0]["state"] == "active"
+    assert await bound.key_batches.count_to_revoke(wanted) == 1
+    assert [ids async for ids in bound.key_batches.revoke(wanted, "all")] == [[mine["id"]]]
+    assert (await directory.keys.list_by_id("", 9, KeyFilter(tenant="other")))[0]["state"] == "active"
 
 
 async def test_bound_directory_can_do_everything_within_its_tenant(bound: Directory) -> None:
-    made = await bound.create_user("u_1", "acme", KeyWish())
-    key = await bound.rotate_key(made["key"]["id"], grace=timedelta(hours=1), expires_in=None)
-    assert (await bound.revoke_key(key["id"], "x"))["state"] == "revoked"
-    assert (await bound.change_user("u_1", {"disabled": True, "plan": "basic"}))["plan"] == "basic"
-    assert (await bound.change_tenant("acme", {"name": "x"}))["name"] == "x"
-    await bound.delete_user("u_1")
+    made = await bound.users.create("u_1", "acme", KeyWish())
+    key = await bound.keys.rotate(made["key"]["id"], grace=timedelta(hours=1), expires_in=None)
+    assert (await bound.keys.revoke(key["id"], "x"))["state"] == "revoked"
+    assert (await bound.users.change("u_1", {"disabled": True, "plan": "basic"}))["plan"] == "basic"
+    assert (await bound.tenants.change("acme", {"name": "x"}))["name"] == "x"
+    await bound.users.delete("u_1")
 
 
 # -- the audit log
@@ -248,15 +249,17 @@ async def test_bound_directory_can_do_everything_within_its_tenant(bound: Direct
 async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
     directory: Directory, database: Database
 ) -> None:
-    await Directory(database, FORMAT, Actor("ben", "phone")).change_tenant("acme", {"name": "x"})
-    page = await directory.audit(None, 3)
+    await Directory(database, FORMAT, Actor("ben", "phone")).tenants.change("acme", {"name": "x"})
+    page = await directory.audit.list_newest(None, 3)
     assert [(row["actor"], row["origin"], row["action"], row["entity"]) for row in page.items] == [
-        ("ben", "phone", "update", "tenant"), ("ann", "desk", "insert", "plan"), ("ann", "desk", "insert", "user"),
-    ]  # fmt: skip
+        ("ben", "phone", "update", "tenant"),
+        ("ann", "desk", "insert", "plan"),
+        ("ann", "desk", "insert", "user"),
+    ]
     assert {row["db_role"] for row in page.items} == {"keyproxy"}
     assert page.items[0]["changed"] == ["name"]
     assert (page.items[0]["before"]["name"], page.items[0]["after"]["name"]) == ("Acme Inc.", "x")
-    rest = await directory.audit(page.next, 3)
+    rest = await directory.audit.list_newest(page.next, 3)
     assert [(row["entity"], row["action"]) for row in rest.items] == [("tenant", "insert")]
     assert rest.next is None
     hour = timedelta(hours=1)
@@ -265,14 +268,14 @@ async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
         (AuditFilter(action="insert"), 3), (AuditFilter(tenant="acme"), 3), (AuditFilter(tenant="nobody"), 0),
         (AuditFilter(since=datetime.now(UTC) - hour), 4), (AuditFilter(until=datetime.now(UTC) - hour), 0),
     ):  # fmt: skip
-        assert len((await directory.audit(None, 99, wanted)).items) == count
+        assert len((await directory.audit.list_newest(None, 99, wanted)).items) == count
 
 
 @pytest.mark.parametrize("cursor", ["x", "-1", "1.5", "9" * 30, ""])
 async def test_invalid_cursor_is_refused(directory: Directory, cursor: str) -> None:
-    for asked in (directory.audit(cursor, 1), directory.keys_by_time("used", cursor, 1)):
+    for call in (directory.audit.list_newest(cursor, 1), directory.keys.list_by_time("used", cursor, 1)):
         with pytest.raises(DirectoryError, match="invalid cursor"):
-            await asked
+            await call
 
 
 async def test_export_of_the_audit_log_waits_for_open_transactions_and_misses_nothing(
@@ -285,15 +288,15 @@ async def test_export_of_the_audit_log_waits_for_open_transactions_and_misses_no
     await late.execute("INSERT INTO keyproxy.tenants (id) VALUES ('late')")
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('early')")
     with pytest.raises(Conflict, match="still open"):
-        await directory.audit_horizon(seconds=0.0)
-    horizon = asyncio.create_task(directory.audit_horizon())
+        await directory.audit.horizon(seconds=0.0)
+    horizon = asyncio.create_task(directory.audit.horizon())
     await transaction.commit()
     rows, cursor = [], None
-    while (page := await directory.audit_export(cursor, 2, horizon=await horizon)).items:
+    while (page := await directory.audit.export(cursor, 2, horizon=await horizon)).items:
         rows += page.items
         cursor = str(page.items[-1]["id"])
     assert [row["entity_id"] for row in rows] == ["acme", "u_42", "basic", "late", "early"]
-    await directory.change_tenant("late", {"name": "x"})
-    page = await directory.audit_export(cursor, 9, horizon=await directory.audit_horizon())
+    await directory.tenants.change("late", {"name": "x"})
+    page = await directory.audit.export(cursor, 9, horizon=await directory.audit.horizon())
     assert [row["entity_id"] for row in page.items] == ["late"]
     await late.close()

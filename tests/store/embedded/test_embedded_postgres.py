@@ -77,10 +77,10 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def ask(server: EmbeddedServer, *statements: str) -> list[Any]:
+def query(server: EmbeddedServer, *statements: str) -> list[Any]:
     """The first column of the last statement's rows."""
 
-    async def asked() -> list[Any]:
+    async def fetched() -> list[Any]:
         connection = await asyncpg.connect(server.dsn())
         try:
             rows = [await connection.fetch(statement) for statement in statements]
@@ -88,7 +88,7 @@ def ask(server: EmbeddedServer, *statements: str) -> list[Any]:
         finally:
             await connection.close()
 
-    return asyncio.run(asked())
+    return asyncio.run(fetched())
 
 
 def postmaster(server: EmbeddedServer) -> int:
@@ -127,28 +127,33 @@ class User:
         how, self._signal, self._is_to_group = ENDS[end]
         self.process = subprocess.Popen(
             [*python, "-c", USER, str(directory), how],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/",
-            start_new_session=True, **options,
-        )  # fmt: skip
-        self._told: dict[str, Any] = {}
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+            **options,
+        )
+        self._status: dict[str, Any] = {}
 
     @property
-    def told(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """The details of the server that the process prints when it has one."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        if not self._told:
+        if not self._status:
             line = self.process.stdout.readline()
             assert line, self.process.stderr.read().decode()
-            self._told = json.loads(line)
-        return self._told
+            self._status = json.loads(line)
+        return self._status
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
         if self._signal is not None:
-            assert self.told
+            assert self.status
             (os.killpg if self._is_to_group else os.kill)(self.process.pid, self._signal)
         self.process.communicate(timeout=_DEADLINE_SECONDS)
 
@@ -159,13 +164,13 @@ class User:
 def test_data_survives_a_restart_and_the_directory_is_created_once(start_server: StartServer) -> None:
     first = start_server()
     pid, made = postmaster(first), (cluster_of(first) / "PG_VERSION").stat().st_ino
-    ask(first, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
+    query(first, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
     first.stop()
     assert not (cluster_of(first) / "postmaster.pid").exists()
     assert is_gone(pid)
     second = start_server()
-    assert ask(second, "SELECT n FROM kept") == [7]
-    ask(second, "DROP TABLE kept")
+    assert query(second, "SELECT n FROM kept") == [7]
+    query(second, "DROP TABLE kept")
     assert (cluster_of(second) / "PG_VERSION").stat().st_ino == made
 
 
@@ -173,7 +178,7 @@ def test_second_stop_has_no_effect(start_server: StartServer) -> None:
     first, second = start_server(), start_server()
     first.stop()
     first.stop()
-    assert ask(second, "SELECT 1") == [1]
+    assert query(second, "SELECT 1") == [1]
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -181,10 +186,10 @@ def test_server_outlives_its_starter_without_keeping_its_output_open(
     home: Path, start_server: StartServer, end: str
 ) -> None:
     with User(home, end) as starter:
-        pid = starter.told["pid"]
+        pid = starter.status["pid"]
         server = start_server()
     assert postmaster(server) == pid
-    assert ask(server, "SELECT 1") == [1]
+    assert query(server, "SELECT 1") == [1]
     server.stop()
     assert is_gone(pid)
 
@@ -192,7 +197,7 @@ def test_server_outlives_its_starter_without_keeping_its_output_open(
 @pytest.mark.parametrize("end", ENDS)
 def test_server_shuts_down_after_its_last_user_in_every_way_to_end(home: Path, end: str) -> None:
     with User(home, end) as user:
-        pid = user.told["pid"]
+        pid = user.status["pid"]
         keeper = keeper_of(pid)
     wait_until(lambda: is_gone(pid), "the server exits")
     wait_until(lambda: is_gone(keeper), "its keeper exits")
@@ -204,16 +209,16 @@ def test_server_shuts_down_after_its_last_user_in_every_way_to_end(home: Path, e
 def test_concurrent_starts_share_one_server(home: Path, contenders: int) -> None:
     with contextlib.ExitStack() as stack:
         all_of_them = [stack.enter_context(User(home)) for _ in range(contenders)]
-        told = [one.told for one in all_of_them]
-        assert len({one["pid"] for one in told}) == 1
-    assert is_gone(told[0]["pid"])
+        statuses = [one.status for one in all_of_them]
+        assert len({one["pid"] for one in statuses}) == 1
+    assert is_gone(statuses[0]["pid"])
 
 
 def test_start_during_the_last_stop_gets_a_server(home: Path) -> None:
     def come_and_go(times: int) -> None:
         for _ in range(times):
             server = embedded_postgres.start(home)
-            assert ask(server, "SELECT 1") == [1]
+            assert query(server, "SELECT 1") == [1]
             server.stop()
 
     with concurrent.futures.ThreadPoolExecutor(3) as threads:
@@ -233,7 +238,7 @@ def test_server_in_another_container_is_detected_and_left_alone(home: Path, star
             start_server()
     finally:
         pid_file.write_bytes(content)
-    assert ask(started, "SELECT 1") == [1]
+    assert query(started, "SELECT 1") == [1]
 
 
 # -- its keeper
@@ -242,7 +247,7 @@ def test_server_in_another_container_is_detected_and_left_alone(home: Path, star
 def test_keeper_shares_no_secrets_files_or_session_with_its_starter(home: Path) -> None:
     secret = f"secret-{os.getpid()}"
     with User(home, env={**os.environ, "KEYPROXY_ADMIN_TOKEN": secret, "PGPASSWORD": secret}) as user:
-        server = user.told["pid"]
+        server = user.status["pid"]
         keeper = keeper_of(server)
         starters_files = {str(file.readlink()) for file in Path(f"/proc/{user.process.pid}/fd").iterdir()}
         for pid in (keeper, server):
@@ -260,7 +265,7 @@ def test_keeper_ignores_signals_meant_for_the_users(start_server: StartServer) -
     keeper = keeper_of(postmaster(server))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(keeper, number)
-    assert ask(server, "SELECT 1") == [1]
+    assert query(server, "SELECT 1") == [1]
     assert not is_gone(keeper)
 
 
@@ -281,10 +286,10 @@ def test_watched_server_is_restarted_and_keeps_its_users(
     with server.watched():
         os.kill(pid if killed == "server" else keeper_of(pid), signal.SIGKILL)
         wait_until(lambda: "was restarted" in caplog.text, "the server is restarted")
-        assert ask(server, "SELECT 1") == [1]
+        assert query(server, "SELECT 1") == [1]
     with User(home) as other:
-        assert other.told["pid"] == postmaster(server) != pid
-    assert ask(server, "SELECT 1") == [1]
+        assert other.status["pid"] == postmaster(server) != pid
+    assert query(server, "SELECT 1") == [1]
 
 
 def test_watched_server_whose_data_are_gone_is_not_replaced_by_an_empty_one(
@@ -307,15 +312,15 @@ def test_watched_server_whose_data_are_gone_is_not_replaced_by_an_empty_one(
 
 def test_data_are_recovered_after_the_server_was_killed(start_server: StartServer) -> None:
     server = start_server({"fsync": "on", "synchronous_commit": "on"})
-    ask(server, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
+    query(server, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7) RETURNING n")
     pid = postmaster(server)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: is_gone(pid), "the server is gone")
     assert (cluster_of(server) / "postmaster.pid").exists()
     server.stop()
     again = start_server()
-    assert ask(again, "SELECT n FROM kept") == [7]
-    ask(again, "DROP TABLE kept")
+    assert query(again, "SELECT n FROM kept") == [7]
+    query(again, "DROP TABLE kept")
 
 
 @pytest.mark.parametrize("name", ["sleep", "postgres"])
@@ -329,7 +334,7 @@ def test_reused_pid_in_the_pid_file_is_not_taken_for_a_server(
     with subprocess.Popen([tmp_path / name, "60"]) as other:
         try:
             stale.write_text(f"{other.pid}\n{home / 'pgdata'}\n1\n5432\n{home / 'run'}\n\n  1 2\nready   \n")
-            assert ask(start_server(), "SELECT 1") == [1]
+            assert query(start_server(), "SELECT 1") == [1]
         finally:
             other.kill()
 
@@ -337,7 +342,7 @@ def test_reused_pid_in_the_pid_file_is_not_taken_for_a_server(
 @pytest.mark.parametrize("content", ["", "\n", "not a pid\n", "4194304\n"])
 def test_server_starts_in_spite_of_an_invalid_pid_file(home: Path, start_server: StartServer, content: str) -> None:
     (home / "pgdata" / "postmaster.pid").write_text(content)
-    assert ask(start_server(), "SELECT 1") == [1]
+    assert query(start_server(), "SELECT 1") == [1]
 
 
 def test_interrupted_first_start_is_repeated_from_scratch(short_directory: Path) -> None:
@@ -351,7 +356,7 @@ def test_interrupted_first_start_is_repeated_from_scratch(short_directory: Path)
     assert not (short_directory / "pgdata").exists()
     server = embedded_postgres.start(short_directory)
     try:
-        assert ask(server, "SELECT 1") == [1]
+        assert query(server, "SELECT 1") == [1]
         wait_until(lambda: not any(short_directory.glob("pgdata.new*")), "the drafts are removed")
     finally:
         server.stop()
@@ -383,9 +388,9 @@ def test_data_of_another_major_version_is_left_alone_with_a_remedy_in_the_messag
     cluster = short_directory / "pgdata"
     cluster.mkdir()
     (cluster / "PG_VERSION").write_text("13\n")
-    with pytest.raises(EmbeddedError, match=f"{cluster} was created by PostgreSQL 13, installed: ") as told:
+    with pytest.raises(EmbeddedError, match=f"{cluster} was created by PostgreSQL 13, installed: ") as raised:
         embedded_postgres.start(short_directory)
-    assert "set KEYPROXY_PG_BIN to the binaries of 13; or dump it" in str(told.value)
+    assert "set KEYPROXY_PG_BIN to the binaries of 13; or dump it" in str(raised.value)
     assert [path.name for path in cluster.iterdir()] == ["PG_VERSION"]
 
 
@@ -430,7 +435,7 @@ def test_binaries_at_a_relative_path_work(start_server: StartServer, monkeypatch
     best, *_ = postgres_binaries.find_binaries(os.environ)
     monkeypatch.chdir(best.directory.parent)
     monkeypatch.setenv("KEYPROXY_PG_BIN", best.directory.name)
-    assert ask(start_server(), "SHOW server_version_num")[0].startswith(str(best.major))
+    assert query(start_server(), "SHOW server_version_num")[0].startswith(str(best.major))
 
 
 @pytest.mark.parametrize("version", [None, "", "13.9", "9.6.1"])
@@ -455,9 +460,9 @@ def test_error_message_contains_the_output_of_a_server_that_cannot_start(start_s
 
 def test_server_listens_on_no_network_and_its_files_are_private(home: Path, start_server: StartServer) -> None:
     server = start_server()
-    assert ask(server, "SHOW listen_addresses") == [""]
-    assert ask(server, "SHOW unix_socket_directories") == [str(home / "run")]
-    assert ask(server, "SHOW unix_socket_permissions") == ["0700"]
+    assert query(server, "SHOW listen_addresses") == [""]
+    assert query(server, "SHOW unix_socket_directories") == [str(home / "run")]
+    assert query(server, "SHOW unix_socket_permissions") == ["0700"]
     listened = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if str(home) in line]
     assert set(listened) == {str(home / "run" / ".s.PGSQL.5432")}
     sockets = _sockets_of(postmaster(server))
@@ -486,7 +491,7 @@ def test_any_directory_name_works(home: Path, short_directory: Path, name: str) 
     shutil.copytree(home / "pgdata", directory / "pgdata")
     server = embedded_postgres.start(directory)
     try:
-        assert ask(server, "SHOW data_directory") == [str(directory / "pgdata")]
+        assert query(server, "SHOW data_directory") == [str(directory / "pgdata")]
         # Where the socket path would be too long, or parsed as two, the sockets are in a short private directory.
         is_elsewhere = server.socket_directory.parent != directory
         assert is_elsewhere == (name.startswith(("comma", "long")))
@@ -532,7 +537,7 @@ def test_it_runs_as_an_ordinary_user() -> None:
         best, *_ = postgres_binaries.find_binaries(os.environ)
         environment = {**os.environ, "HOME": name, "KEYPROXY_PG_BIN": str(best.directory)}
         with User(directory, python=(python,), env=environment, user=NOBODY, group=NOBODY, extra_groups=[]) as user:
-            for pid in (user.told["pid"], keeper_of(user.told["pid"])):
+            for pid in (user.status["pid"], keeper_of(user.status["pid"])):
                 assert Path(f"/proc/{pid}").stat().st_uid == NOBODY
         assert {path.stat().st_uid for path in directory.iterdir()} == {NOBODY}
         assert not (directory / "pgdata" / "postmaster.pid").exists()
@@ -562,9 +567,9 @@ def test_root_without_user_namespaces_runs_it_as_nobody(tmp_path: Path) -> None:
         pytest.skip("cannot create a user namespace in which further ones are not allowed")
     directory = tmp_path / "pg"
     with User(directory, python=python) as user:
-        private = Path(user.told["run"]).parent
-        assert Path(f"/proc/{user.told['pid']}").stat().st_uid == NOBODY
+        private = Path(user.status["run"]).parent
+        assert Path(f"/proc/{user.status['pid']}").stat().st_uid == NOBODY
         assert (private.stat().st_uid, private.stat().st_mode & 0o777) == (NOBODY, 0o700)
         assert directory.stat().st_uid == 0
-    assert is_gone(user.told["pid"])
+    assert is_gone(user.status["pid"])
     shutil.rmtree(private)

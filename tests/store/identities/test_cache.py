@@ -32,7 +32,7 @@ async def known(rig: Rig) -> SecretKey:
     """A key that has just been cached."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)
     return secret
 
@@ -56,7 +56,7 @@ async def test_identity_contains_the_values_of_the_tables(rig: Rig, is_test: boo
 
 
 @pytest.mark.parametrize(
-    ("statement", "told"),
+    ("statement", "expected"),
     [
         ("UPDATE keyproxy.tenants SET name = 'x'", None),
         ("UPDATE keyproxy.api_keys SET revoked_at = now()", Reason.KEY_REVOKED),
@@ -69,11 +69,11 @@ async def test_identity_contains_the_values_of_the_tables(rig: Rig, is_test: boo
     ],
 )
 async def test_refusal_of_an_existing_key_has_the_actual_reason(
-    rig: Rig, known: SecretKey, statement: str, told: Reason | None
+    rig: Rig, known: SecretKey, statement: str, expected: Reason | None
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
-    assert _admitted(await rig.resolve(known), rig.clock()) is told
+    await rig.feed.poll()
+    assert _admitted(await rig.resolve(known), rig.clock()) is expected
 
 
 def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
@@ -88,9 +88,9 @@ def _admitted(found: Identity | Reason, now: Moment) -> Reason | None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(-1.0, None), (-0.001, None), (0.0, Reason.KEY_EXPIRED), (0.001, Reason.KEY_EXPIRED)]
+    ("seconds", "expected"), [(-1.0, None), (-0.001, None), (0.0, Reason.KEY_EXPIRED), (0.001, Reason.KEY_EXPIRED)]
 )
-async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, told: Reason | None) -> None:
+async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, expected: Reason | None) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     expires = rig.clock.wall_seconds + 10
@@ -99,7 +99,7 @@ async def test_cached_key_stops_working_at_its_expiry(rig: Rig, seconds: float, 
     rig.clock.advance(10)
     served = rig.hot(secret)
     assert isinstance(served, Identity)
-    assert _admitted(served, Moment(expires + seconds, rig.clock.mono_seconds)) is told
+    assert _admitted(served, Moment(expires + seconds, rig.clock.mono_seconds)) is expected
 
 
 # -- fresh, stale, changed
@@ -131,7 +131,7 @@ async def _bring_about(rig: Rig, *, is_current: bool, is_down: bool) -> None:
     if is_down:
         await rig.goes_down()
     if is_current:
-        await rig.feed.look()
+        await rig.feed.poll()
     assert rig.feed.is_current() is is_current
     assert rig.door.is_down is is_down
 
@@ -153,13 +153,13 @@ async def test_how_long_an_entry_is_served(
     rig = await make_rig()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     rig.clock.advance(5)
     await rig.resolve(secret)
     # Poll in between, so that the feed has no gap after which it would distrust all entries.
     while age > 300:
         rig.clock.advance(300)
-        await rig.feed.look()
+        await rig.feed.poll()
         age -= 300
     rig.clock.advance(age)
     await _bring_about(rig, is_current=is_current, is_down=is_down)
@@ -174,7 +174,7 @@ async def test_fresh_entry_is_served_without_a_query(rig: Rig, known: SecretKey)
 
 async def test_stale_entry_is_served_and_refreshed_once_in_the_background(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold = rig.door.hold("identities_by_digest")
     for _ in range(100):
         assert _what(rig, known) == STALE_HIT
@@ -190,7 +190,7 @@ async def test_stale_entry_is_served_and_refreshed_once_in_the_background(rig: R
 
 async def test_failed_refresh_is_retried_and_removes_nothing(rig: Rig, known: SecretKey) -> None:
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.relay.cut()
     assert _what(rig, known) == STALE_HIT
     await rig.is_quiet()
@@ -223,7 +223,7 @@ async def test_changed_key_is_never_served_even_while_the_store_is_down(
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert rig.hot(known) is None
     await rig.goes_down()
     for seconds in (0.0, FRESH, STALE - FRESH - 0.5, STALE):
@@ -247,7 +247,7 @@ async def test_key_with_limits_changed_just_before_an_outage_is_served_under_the
     rig: Rig, known: SecretKey, statement: str
 ) -> None:
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert rig.hot(known) is None
     await rig.goes_down()
     assert _what(rig, known) == STALE_HIT
@@ -264,9 +264,9 @@ async def test_change_of_limits_hides_no_other_change_before_an_outage(rig: Rig,
     for plan in ("p", "q"):
         for table in ("tenants", "users", "api_keys"):
             await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", plan)
-        await rig.feed.look()
+        await rig.feed.poll()
     await rig.sql.execute(ending)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.goes_down()
     assert rig.hot(known) is Reason.STORE_UNAVAILABLE
 
@@ -275,10 +275,11 @@ async def test_changed_limits_are_read_before_the_key_is_served_again(rig: Rig, 
     for number, table in enumerate(("tenants", "users", "api_keys"), start=1):
         await rig.sql.execute(
             "INSERT INTO keyproxy.plans (id, limits) VALUES ($1, jsonb_build_object('requests_per_day', $2::int))",
-            table, number,
-        )  # fmt: skip
+            table,
+            number,
+        )
         await rig.sql.execute(f"UPDATE keyproxy.{table} SET plan_id = $1", table)
-        await rig.feed.look()
+        await rig.feed.poll()
         assert rig.hot(known) is None
         found = await rig.resolve(known)
         assert isinstance(found, Identity)
@@ -300,7 +301,7 @@ async def test_distrusted_entry_is_looked_up_first_and_served_if_the_store_is_do
 async def test_key_of_a_changed_user_is_looked_up_and_fresh_again(rig: Rig, known: SecretKey) -> None:
     for change in ("x", "y"):
         await rig.sql.execute("UPDATE keyproxy.tenants SET name = $1", change)
-        await rig.feed.look()
+        await rig.feed.poll()
         assert rig.hot(known) is None
         assert isinstance(await rig.resolve(known), Identity)
         assert _what(rig, known) == HIT
@@ -308,13 +309,13 @@ async def test_key_of_a_changed_user_is_looked_up_and_fresh_again(rig: Rig, know
 
 async def test_deleted_key_is_invalid_and_restored_key_is_known(rig: Rig, known: SecretKey) -> None:
     await rig.sql.execute("DELETE FROM keyproxy.api_keys")
-    await rig.feed.look()
+    await rig.feed.poll()
     assert await rig.resolve(known) is Reason.KEY_INVALID
     assert rig.cache.sizes()["known"] == 0
     await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(known), Identity)
-    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "asked": 0}
+    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "looking_up": 0}
 
 
 # -- unknown keys
@@ -383,15 +384,15 @@ async def test_service_recovers_with_the_store(rig: Rig) -> None:
 
 async def test_flood_of_unknown_keys_is_bounded_and_evicts_no_known_key(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=5, unknown_entries_max=10))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(5))
-    await rig.feed.look()
+    await rig.feed.poll()
     for secret in keys:
         await rig.resolve(secret)
     for number in range(100, 400):
         assert await rig.resolve(fakes.key(number)) is Reason.KEY_INVALID
-    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "asked": 0}
+    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "looking_up": 0}
     assert all(rig.is_served(secret) for secret in keys)
     # The newest ones are cached.
     assert rig.hot(fakes.key(399)) is Reason.KEY_INVALID
@@ -402,9 +403,9 @@ async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: M
     rig = await make_rig(cache=Cache(entries_max=size, unknown_entries_max=size))
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(100))
-    await rig.feed.look()
-    told = await asyncio.gather(*(rig.resolve(fakes.key(number)) for number in range(100, 200)))
-    assert set(told) == {Reason.KEY_INVALID}
+    await rig.feed.poll()
+    outcomes = await asyncio.gather(*(rig.resolve(fakes.key(number)) for number in range(100, 200)))
+    assert set(outcomes) == {Reason.KEY_INVALID}
     found = await asyncio.gather(*(rig.resolve(secret) for secret in keys))
     assert [one for one in found if not isinstance(one, Identity)] == []
 
@@ -412,7 +413,7 @@ async def test_waiting_requests_get_their_result_with_any_table_size(make_rig: M
 @pytest.mark.parametrize("entries_max", [1, 2, 7])
 async def test_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: int) -> None:
     rig = await make_rig(cache=Cache(entries_max=entries_max))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     for secret in await add_keys(rig.sql, range(20)):
         assert isinstance(await rig.resolve(secret), Identity)
@@ -423,7 +424,7 @@ async def test_table_of_known_keys_is_bounded(make_rig: MakeRig, entries_max: in
 
 async def test_full_table_keeps_keys_in_use_and_evicts_unused_ones(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=3))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     used, *others = await add_keys(rig.sql, range(10))
     await rig.resolve(used)
@@ -435,7 +436,7 @@ async def test_full_table_keeps_keys_in_use_and_evicts_unused_ones(make_rig: Mak
 
 async def test_refreshed_key_takes_no_second_place(make_rig: MakeRig) -> None:
     rig = await make_rig(cache=Cache(entries_max=2))
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(2))
     for secret in [*keys, *keys, *keys]:
@@ -448,10 +449,10 @@ async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_lo
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.resolve(secret)
     hold = rig.door.hold("identities_by_digest")
     first = asyncio.create_task(rig.resolve(fakes.key(1_000)))
@@ -462,7 +463,7 @@ async def test_too_many_waiting_unknown_keys_are_refused_while_known_keys_are_lo
     assert [task.done() for task in crowd].count(True) == 1
     rig.cache.forget_key(secret.digest())
     customer = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 10_002, "the known key is being looked up")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 10_002, "the known key is being looked up")
     hold.release()
     assert isinstance(await customer, Identity)
     assert set(await asyncio.gather(first, *crowd[:-1])) == {Reason.KEY_INVALID}
@@ -483,7 +484,7 @@ async def test_concurrent_requests_for_a_key_share_one_lookup(rig: Rig) -> None:
 @pytest.mark.parametrize("look_ups_max", [1, 3])
 async def test_many_keys_need_few_queries_and_few_at_once(make_rig: MakeRig, look_ups_max: int) -> None:
     rig = await make_rig(look_ups_max=look_ups_max)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(1_200))
     running = most = 0
@@ -510,10 +511,10 @@ async def test_many_keys_need_few_queries_and_few_at_once(make_rig: MakeRig, loo
 @pytest.mark.parametrize("feed_returns_first", [True, False])
 async def test_recovery_with_5000_stale_keys_causes_no_stampede(make_rig: MakeRig, feed_returns_first: bool) -> None:
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     keys = await add_keys(rig.sql, range(5_000))
-    await rig.feed.look()
+    await rig.feed.poll()
     await asyncio.gather(*(rig.resolve(secret) for secret in keys))
     await rig.goes_down()
     rig.clock.advance(300)
@@ -578,39 +579,39 @@ async def test_result_is_cached_after_all_requests_were_cancelled(rig: Rig) -> N
 async def test_close_refuses_all_waiting_requests_as_store_unavailable(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
     hold = rig.door.hold("identities_by_digest")
-    asked = asyncio.create_task(rig.resolve(fakes.key(1)))
+    looking_up = asyncio.create_task(rig.resolve(fakes.key(1)))
     await hold.arrived.wait()
     waiting = asyncio.create_task(rig.resolve(fakes.key(2)))
-    await until(lambda: rig.cache.sizes()["asked"] == 2, "both wait")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 2, "both wait")
     await rig.cache.close()
-    assert set(await asyncio.gather(asked, waiting)) == {Reason.STORE_UNAVAILABLE}
-    assert rig.cache.sizes()["asked"] == 0
+    assert set(await asyncio.gather(looking_up, waiting)) == {Reason.STORE_UNAVAILABLE}
+    assert rig.cache.sizes()["looking_up"] == 0
 
 
 async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make_rig: MakeRig) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     async with rig.sql.transaction():
         await rig.sql.execute("LOCK TABLE keyproxy.api_keys IN ACCESS EXCLUSIVE MODE")
         waiting = [asyncio.create_task(rig.resolve(fakes.key(number))) for number in range(700)]
-        await until(lambda: rig.cache.sizes()["asked"] == 700, "all wait")
+        await until(lambda: rig.cache.sizes()["looking_up"] == 700, "all wait")
         await until(lambda: rig.relay.accepted > 1 or rig.door.look_ups > 0, "the store is queried")
         await rig.relay.cut()
-        told = await asyncio.gather(*waiting)
-    assert set(told) == {Reason.STORE_UNAVAILABLE}
-    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "asked": 0}
+        outcomes = await asyncio.gather(*waiting)
+    assert set(outcomes) == {Reason.STORE_UNAVAILABLE}
+    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "looking_up": 0}
 
 
 class ResponseWriter:
     """A store with a single response that the test controls."""
 
     def __init__(self) -> None:
-        self.asked: list[Sequence[object]] = []
+        self.queries: list[Sequence[object]] = []
         self.answers: list[asyncio.Future[list[Row]]] = []
 
     async def fetch(self, _name: str, digests: Sequence[object]) -> list[Row]:
         """Wait for the test's response."""
-        self.asked.append(digests)
+        self.queries.append(digests)
         self.answers.append(asyncio.get_running_loop().create_future())
         return await self.answers[-1]
 
@@ -624,21 +625,21 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     loop = asyncio.get_running_loop()
     begun = []
     for number in range(look_ups_max):
-        begun.append(look_ups.ask(fakes.key(number).digest(), is_known=False))
-        await until(lambda number=number: len(store.asked) == number + 1, "the store is queried")  # type: ignore[misc]
+        begun.append(look_ups.enqueue(fakes.key(number).digest(), is_known=False))
+        await until(lambda number=number: len(store.queries) == number + 1, "the store is queried")  # type: ignore[misc]
     late = fakes.key(9).digest()
     joined = []
     # All lookups end, and a request follows in the same iteration of the event loop.
     for answer in store.answers:
         answer.set_result([])
-    loop.call_soon(lambda: joined.append(look_ups.ask(late, is_known=False)))
+    loop.call_soon(lambda: joined.append(look_ups.enqueue(late, is_known=False)))
     try:
-        await until(lambda: [late] in store.asked, "the late key is looked up", seconds=2)
+        await until(lambda: [late] in store.queries, "the late key is looked up", seconds=2)
     finally:
         for answer in store.answers:
             if not answer.done():
                 answer.set_result([])
-        await until(lambda: len(look_ups) == 0 or [late] not in store.asked, "all requests get a result")
+        await until(lambda: len(look_ups) == 0 or [late] not in store.queries, "all requests get a result")
         await look_ups.close()
 
 
@@ -663,30 +664,30 @@ LATE_CHANGES = [
 
 
 @pytest.mark.parametrize("is_refresh", [False, True])
-@pytest.mark.parametrize(("statement", "told"), LATE_CHANGES)
+@pytest.mark.parametrize(("statement", "expected"), LATE_CHANGES)
 async def test_result_from_before_a_change_is_never_used_after_it(
-    rig: Rig, statement: str, told: Reason, is_refresh: bool
+    rig: Rig, statement: str, expected: Reason, is_refresh: bool
 ) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     if is_refresh:
         await rig.resolve(secret)
         rig.clock.advance(FRESH)
-        await rig.feed.look()
+        await rig.feed.poll()
     before = rig.door.look_ups
     hold = rig.door.hold("identities_by_digest")
     request = asyncio.create_task(rig.resolve(secret))
     await hold.arrived.wait()
     await rig.sql.execute(statement)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     # A request served from the stale entry was served before the change; the next one is not.
     if isinstance(await request, Identity) and is_refresh:
         await rig.is_quiet()
-        assert _admitted(await rig.resolve(secret), rig.clock()) is told
+        assert _admitted(await rig.resolve(secret), rig.clock()) is expected
     else:
-        assert _admitted(await request, rig.clock()) is told
+        assert _admitted(await request, rig.clock()) is expected
     assert rig.door.look_ups - before == 2
 
 
@@ -696,7 +697,7 @@ async def test_key_created_during_its_lookup_is_not_cached_as_unknown(rig: Rig) 
     request = asyncio.create_task(rig.resolve(fakes.key(1)))
     await hold.arrived.wait()
     await add_key(rig.sql, 1)
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     assert isinstance(await request, Identity)
     assert rig.cache.sizes()["unknown"] == 0
@@ -706,12 +707,12 @@ async def test_only_changed_keys_are_looked_up_a_second_time(rig: Rig) -> None:
     await add_user(rig.sql, "u_1")
     await add_user(rig.sql, "u_2")
     changed, other = await add_key(rig.sql, 1, "u_1"), await add_key(rig.sql, 2, "u_2")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold = rig.door.hold("identities_by_digest")
     requests = [asyncio.create_task(rig.resolve(secret)) for secret in (changed, other)]
     await hold.arrived.wait()
     await rig.sql.execute("UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_1'")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     first, second = await asyncio.gather(*requests)
     assert (_admitted(first, rig.clock()), _admitted(second, rig.clock())) == (Reason.ACCOUNT_DISABLED, None)
@@ -724,7 +725,7 @@ async def test_only_changed_keys_are_looked_up_a_second_time(rig: Rig) -> None:
 async def test_lookup_of_a_constantly_changing_key_gives_up_after_some_attempts(rig: Rig) -> None:
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     serial = itertools.count()
 
     def changing(rows: Sequence[Row]) -> Sequence[Row]:
@@ -743,16 +744,16 @@ async def test_change_before_the_query_starts_costs_no_second_query(
     make_rig: MakeRig,
 ) -> None:
     rig = await make_rig(look_ups_max=1)
-    await rig.feed.look()
+    await rig.feed.poll()
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
     hold = rig.door.hold("identities_by_digest")
     first = asyncio.create_task(rig.resolve(fakes.key(9)))
     await hold.arrived.wait()
     second = asyncio.create_task(rig.resolve(secret))
-    await until(lambda: rig.cache.sizes()["asked"] == 2, "the key waits")
+    await until(lambda: rig.cache.sizes()["looking_up"] == 2, "the key waits")
     await rig.sql.execute("UPDATE keyproxy.users SET disabled_at = now()")
-    await rig.feed.look()
+    await rig.feed.poll()
     hold.release()
     await first
     assert _admitted(await second, rig.clock()) is Reason.ACCOUNT_DISABLED
@@ -781,7 +782,7 @@ async def test_each_request_is_counted_once_by_its_outcome(rig: Rig, known: Secr
     await rig.resolve(known)
     counted(miss=2)
     rig.clock.advance(FRESH)
-    await rig.feed.look()
+    await rig.feed.poll()
     rig.hot(known)
     counted(stale=1)
     await rig.is_quiet()
@@ -818,16 +819,16 @@ async def test_invalid_row_affects_only_its_own_key(own_dsn: str, rig: Rig, make
     await sql.execute("UPDATE keyproxy.api_keys SET id = E'x\\r\\nX-Keyproxy-User: root' WHERE id = 'key_2'")
     await sql.close()
     keys = [bad, good] if bad_comes == "first" else [good, bad]
-    told = dict(
+    outcomes = dict(
         zip(
             ["good", "bad"] if bad_comes == "last" else ["bad", "good"],
             await asyncio.gather(*(odd.resolve(secret) for secret in keys)),
             strict=True,
         )
     )
-    assert isinstance(told["good"], Identity)
-    assert isinstance(told["bad"], Reason)
-    assert told["bad"] is not Reason.KEY_INVALID
+    assert isinstance(outcomes["good"], Identity)
+    assert isinstance(outcomes["bad"], Reason)
+    assert outcomes["bad"] is not Reason.KEY_INVALID
 
 
 async def test_unexpected_error_in_a_query_leaves_no_request_waiting(rig: Rig) -> None:

@@ -115,19 +115,27 @@ async def _facts(rig: Rig, secrets: dict[int, SecretKey]) -> dict[int, Fact]:
     numbers = {secret.digest(): number for number, secret in secrets.items()}
     return {
         numbers[row["digest"]]: (
-            row["user_id"], row["tenant_id"], frozenset(row["scopes"]), row["is_test"],
+            row["user_id"],
+            row["tenant_id"],
+            frozenset(row["scopes"]),
+            row["is_test"],
             Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None,
             row["expires"] or float("inf"),
         )
-        for row in await rig.sql.fetch(_FACTS) if row["digest"] in numbers
-    }  # fmt: skip
+        for row in await rig.sql.fetch(_FACTS)
+        if row["digest"] in numbers
+    }
 
 
 def _fact_of(identity: Identity) -> Fact:
     return (
-        identity.user_id, identity.tenant_id, identity.scopes, identity.is_test, identity.standing,
+        identity.user_id,
+        identity.tenant_id,
+        identity.scopes,
+        identity.is_test,
+        identity.standing,
         identity.expires_wall_seconds,
-    )  # fmt: skip
+    )
 
 
 class Machine:
@@ -156,10 +164,12 @@ class Machine:
         for number, user in _KEYS.items():
             await sql.execute(
                 "INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ($1, $2, $3)",
-                f"key_{number}", user, self.model.secrets[number].digest(),
-            )  # fmt: skip
+                f"key_{number}",
+                user,
+                self.model.secrets[number].digest(),
+            )
         self.model.note(await _facts(self.rig, self.model.secrets), self.now)
-        await self.look()
+        await self.poll()
 
     async def change(self) -> None:
         key = self.dice.choice(list(_KEYS))
@@ -170,16 +180,20 @@ class Machine:
         )
         await self.rig.sql.execute(
             statement.format(
-                key=key, digest=self.model.secrets[key].digest().hex(), any=self.dice.randrange(1, 9),
-                plan=self.dice.randrange(3), user=self.dice.choice(list(_USERS)), other=self.dice.choice(list(_USERS)),
+                key=key,
+                digest=self.model.secrets[key].digest().hex(),
+                any=self.dice.randrange(1, 9),
+                plan=self.dice.randrange(3),
+                user=self.dice.choice(list(_USERS)),
+                other=self.dice.choice(list(_USERS)),
                 tenant=self.dice.choice(_TENANTS),
             )
-        )  # fmt: skip
+        )
         self.model.note(await _facts(self.rig, self.model.secrets), self.now)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         try:
-            await self.rig.feed.look()
+            await self.rig.feed.poll()
         except StoreUnavailable:
             assert self.is_cut
             return
@@ -200,14 +214,14 @@ class Machine:
         self.is_cut = not self.is_cut
 
     async def use(self, number: int) -> None:
-        told = await self.rig.resolve(self.model.secrets[number])
-        if isinstance(told, Identity):
+        outcome = await self.rig.resolve(self.model.secrets[number])
+        if isinstance(outcome, Identity):
             # An entry is at most `_STALE` old; `judge` checks how old it may be now.
-            self.judge(number, _fact_of(told))
-        elif told is Reason.KEY_INVALID:
+            self.judge(number, _fact_of(outcome))
+        elif outcome is Reason.KEY_INVALID:
             self.judge(number, None)
         else:
-            assert told is Reason.STORE_UNAVAILABLE, told
+            assert outcome is Reason.STORE_UNAVAILABLE, outcome
             assert self.is_cut or self.rig.door.is_down
 
     def judge(self, number: int, fact: Fact) -> None:
@@ -225,7 +239,7 @@ class Machine:
             case 0 | 1 | 2 | 3 | 4 | 5:
                 await self.change()
             case 6 | 7 | 8 | 9:
-                await self.look()
+                await self.poll()
             case 10:
                 await self.cut_or_mend()
             case 11 | 12:

@@ -46,7 +46,7 @@ async def keys(sql: Sql) -> dict[int, SecretKey]:
 @pytest.fixture
 async def fed(rig: Rig, keys: dict[int, SecretKey]) -> Rig:
     """A rig with the three keys in its cache and a feed that has delivered all changes."""
-    await rig.feed.look()
+    await rig.feed.poll()
     for secret in keys.values():
         assert isinstance(await rig.resolve(secret), Identity)
     return rig
@@ -66,14 +66,26 @@ async def as_the_store_has_it(rig: Rig, secret: SecretKey) -> bool:
         " JOIN keyproxy.tenants AS t ON t.id = u.tenant_id WHERE digest = $1",
         secret.digest(),
     )
-    told = await rig.resolve(secret)
+    identity = await rig.resolve(secret)
     if row is None:
-        return told is Reason.KEY_INVALID
-    assert isinstance(told, Identity)
+        return identity is Reason.KEY_INVALID
+    assert isinstance(identity, Identity)
     standing = Reason.KEY_REVOKED if row["is_revoked"] else Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
-    return (told.key_id, told.user_id, told.tenant_id, told.scopes, told.is_test, told.standing) == (
-        row["id"], row["user_id"], row["tenant_id"], frozenset(row["scopes"]), row["is_test"], standing,
-    )  # fmt: skip
+    return (
+        identity.key_id,
+        identity.user_id,
+        identity.tenant_id,
+        identity.scopes,
+        identity.is_test,
+        identity.standing,
+    ) == (
+        row["id"],
+        row["user_id"],
+        row["tenant_id"],
+        frozenset(row["scopes"]),
+        row["is_test"],
+        standing,
+    )
 
 
 _UPSERT = """
@@ -124,7 +136,7 @@ async def test_exactly_the_changed_keys_are_looked_up_again(
 ) -> None:
     await fed.sql.execute(statement)
     assert not_served(fed, keys) == set()
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == changed
     for secret in keys.values():
         assert await as_the_store_has_it(fed, secret)
@@ -134,9 +146,12 @@ async def test_exactly_the_changed_keys_are_looked_up_again(
 WITH_TRIGGERS_AT_REST = [
     (statement, changed)
     for statement, changed in CHANGES
-    if statement.startswith(("DELETE", "TRUNCATE")) or "revoked_at" in statement or "limits" in statement
-    or "SET disabled_at" in statement or "SET digest" in statement
-]  # fmt: skip
+    if statement.startswith(("DELETE", "TRUNCATE"))
+    or "revoked_at" in statement
+    or "limits" in statement
+    or "SET disabled_at" in statement
+    or "SET digest" in statement
+]
 
 
 @pytest.mark.parametrize(("statement", "changed"), WITH_TRIGGERS_AT_REST)
@@ -145,7 +160,7 @@ async def test_changes_in_a_replica_session_are_looked_up_again_too(
 ) -> None:
     await fed.sql.execute("SET session_replication_role = replica")
     await fed.sql.execute(statement)
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == changed
     for secret in keys.values():
         assert await as_the_store_has_it(fed, secret)
@@ -166,7 +181,7 @@ async def test_key_cached_as_unknown_is_known_after_its_creation(fed: Rig, state
     await fed.sql.execute(f"SET session_replication_role = {role}")
     await fed.sql.execute(statement, stranger.digest())
     assert fed.hot(stranger) is Reason.KEY_INVALID
-    await fed.feed.look()
+    await fed.feed.poll()
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
@@ -179,7 +194,7 @@ async def test_key_cached_as_unknown_is_known_after_a_copy(fed: Rig) -> None:
         columns=["id", "user_id", "digest"],
         records=[("key_5", "u_1", stranger.digest())],
     )
-    await fed.feed.look()
+    await fed.feed.poll()
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
@@ -193,10 +208,10 @@ async def test_key_cached_as_unknown_is_known_when_its_owner_arrives_after_it(fe
     if late == "users":
         first, second = second, first
     await fed.sql.execute(first)
-    await fed.feed.look()
+    await fed.feed.poll()
     assert await fed.resolve(stranger) is Reason.KEY_INVALID
     await fed.sql.execute(second)
-    await fed.feed.look()
+    await fed.feed.poll()
     assert isinstance(await fed.resolve(stranger), Identity)
 
 
@@ -207,7 +222,7 @@ async def test_rolled_back_change_has_no_effect(fed: Rig, keys: dict[int, Secret
         await transaction.start()
         await fed.sql.execute(statement)
         await transaction.rollback()
-        await fed.feed.look()
+        await fed.feed.poll()
         assert not_served(fed, keys) == set()
     assert await change_rows(fed.sql) == rows
 
@@ -222,7 +237,7 @@ async def test_change_rolled_back_to_a_savepoint_has_no_effect_and_the_rest_has(
         await savepoint.rollback()
         async with fed.sql.transaction():
             await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == {2}
 
 
@@ -237,23 +252,23 @@ async def test_late_commit_is_not_missed_after_later_changes_were_read(
         await late.execute("UPDATE keyproxy.users SET disabled_at = now() WHERE id = 'u_3'")
     for round_number in range(3):
         await fed.sql.execute("UPDATE keyproxy.api_keys SET scopes = $1 WHERE id = 'key_2'", [f"round:{round_number}"])
-        await fed.feed.look()
+        await fed.feed.poll()
         assert not_served(fed, keys) == {2}
         assert await as_the_store_has_it(fed, keys[2])
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == set()
     await transaction.commit()
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == {1, 3}
     await late.close()
 
 
 async def test_change_is_delivered_once(fed: Rig, keys: dict[int, SecretKey]) -> None:
     await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
-    await fed.feed.look()
+    await fed.feed.poll()
     await fed.resolve(keys[1])
     for _ in range(3):
-        await fed.feed.look()
+        await fed.feed.poll()
         assert not_served(fed, keys) == set()
 
 
@@ -267,7 +282,7 @@ async def test_too_many_changes_make_the_cache_distrust_all_entries(
         " FROM generate_series(1, $1::int) AS n",
         count,
     )
-    await fed.feed.look()
+    await fed.feed.poll()
     assert (not_served(fed, keys) == set()) is others_are_trusted
     for secret in keys.values():
         assert isinstance(await fed.resolve(secret), Identity)
@@ -302,7 +317,7 @@ async def test_possible_revocation_survives_an_outage_right_after_it(
     if bulk is not None:
         await fed.sql.execute(_BULK, bulk)
     await fed.sql.execute(statement)
-    await fed.feed.look()
+    await fed.feed.poll()
     await fed.goes_down()
     assert not_served(fed, keys) == ALL - may_be_served
 
@@ -315,8 +330,8 @@ async def test_timeout_while_reading_changes_does_not_stop_the_feed(fed: Rig, ke
     await fed.sql.execute(_REVOKE)
     fed.door.before["changes_since"] = take_too_long
     with pytest.raises(StoreUnavailable):
-        await fed.feed.look()
-    await fed.feed.look()
+        await fed.feed.poll()
+    await fed.feed.poll()
     del fed.door.before["changes_since"]
     await fed.goes_down()
     assert not_served(fed, keys) == ALL
@@ -324,7 +339,7 @@ async def test_timeout_while_reading_changes_does_not_stop_the_feed(fed: Rig, ke
     for secret in keys.values():
         assert await as_the_store_has_it(fed, secret)
     await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == {2}
 
 
@@ -337,9 +352,9 @@ async def test_unresponsive_server_does_not_stop_the_service_of_cached_keys(
     fed.door.before["changes_since"] = take_too_long
     for _ in range(5):
         with pytest.raises(StoreUnavailable):
-            await fed.feed.look()
+            await fed.feed.poll()
     del fed.door.before["changes_since"]
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == set()
 
 
@@ -358,13 +373,13 @@ async def test_many_changes_that_affect_all_keys_visit_the_cache_once(rig: Rig) 
             times.append(1)
 
     feed = ChangeFeed(rig.door, None, cast("IdentityCache", Cache()), FeedState(), rig.clock)
-    await feed.look()
+    await feed.poll()
     times.clear()
     await rig.sql.execute(
         "INSERT INTO keyproxy.plans (id) SELECT 'p_' || n FROM generate_series(1, 50) AS n;"
         "UPDATE keyproxy.plans SET limits = '{\"rate\": 1}'"
     )
-    await feed.look()
+    await feed.poll()
     assert len(times) == 1
 
 
@@ -374,8 +389,8 @@ async def test_invalid_change_row_does_not_stop_the_feed(
 ) -> None:
     fed.feed.start()
     await fed.sql.execute("INSERT INTO keyproxy.changes (kind, subject) VALUES ($1, $2)", kind, subject)
-    looks = fed.door.asked["changes_since"]
-    await until(lambda: fed.door.asked["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
+    looks = fed.door.queries["changes_since"]
+    await until(lambda: fed.door.queries["changes_since"] >= looks + 2, "the feed keeps polling", seconds=3)
     await fed.sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now() WHERE id = 'key_1'")
     await until(lambda: not fed.is_served(keys[1]), "the revocation takes effect", seconds=3)
 
@@ -389,7 +404,7 @@ async def test_entries_from_before_the_first_poll_are_looked_up_again(
     rig = await make_rig()
     await rig.resolve(keys[1])
     assert not_served(rig, {1: keys[1]}) == set()
-    await rig.feed.look()
+    await rig.feed.poll()
     assert not_served(rig, {1: keys[1]}) == {1}
 
 
@@ -406,12 +421,12 @@ async def test_revocation_read_after_a_gap_survives_the_next_outage(
     make_rig: MakeRig, keys: dict[int, SecretKey]
 ) -> None:
     rig = await make_rig(cache=Cache(fresh_seconds=10_000.0, stale_seconds=10_000.0))
-    await rig.feed.look()
+    await rig.feed.poll()
     for secret in keys.values():
         await rig.resolve(secret)
     await rig.sql.execute(_REVOKE)
     rig.clock.advance(1_000.0)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.goes_down()
     assert not_served(rig, keys) == {1}
 
@@ -425,9 +440,9 @@ async def test_gap_is_also_detected_by_the_server_s_clock(
     def later(rows: Sequence[Row]) -> Sequence[Row]:
         return cast("Sequence[Row]", [{**row, "server_seconds": row["server_seconds"] + seconds} for row in rows])
 
-    await fed.feed.look()
+    await fed.feed.poll()
     fed.door.edit["changes_since"] = later
-    await fed.feed.look()
+    await fed.feed.poll()
     assert (not_served(fed, keys) == set()) is trusts
 
 
@@ -436,24 +451,24 @@ async def test_feed_that_has_not_polled_for_too_long_distrusts_all_entries(
     make_rig: MakeRig, keys: dict[int, SecretKey], gap_seconds: float, trusts: bool
 ) -> None:
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     rig.clock.advance(gap_seconds - 1)
     await rig.resolve(keys[1])
     rig.clock.advance(1)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert rig.is_served(keys[1]) is trusts
 
 
 async def test_poll_after_a_failed_one_delivers_all_changes(fed: Rig, keys: dict[int, SecretKey]) -> None:
     await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
     hold = fed.door.hold("changes_since")
-    look = asyncio.create_task(fed.feed.look())
+    poll = asyncio.create_task(fed.feed.poll())
     await hold.arrived.wait()
-    look.cancel()
+    poll.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await look
+        await poll
     hold.release()
-    await fed.feed.look()
+    await fed.feed.poll()
     assert not_served(fed, keys) == {1}
 
 
@@ -461,14 +476,14 @@ async def test_poll_after_a_lost_connection_delivers_all_changes(fed: Rig, keys:
     async with fed.sql.transaction():
         await fed.sql.execute("LOCK TABLE keyproxy.changes IN ACCESS EXCLUSIVE MODE")
         await fed.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
-        look = asyncio.create_task(fed.feed.look())
+        poll = asyncio.create_task(fed.feed.poll())
         watch: Sql = await asyncpg.connect(fed.dsn)
         await until_row(watch, "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'keyproxy.changes'::regclass")
         await watch.close()
         fed.relay.cut_connections()
         with pytest.raises(StoreUnavailable):
-            await look
-    await fed.feed.look()
+            await poll
+    await fed.feed.poll()
     assert not_served(fed, keys) == {1}
 
 
@@ -483,7 +498,7 @@ async def test_older_history_makes_the_cache_distrust_all_entries(
     await seeded.close()
     relay.lead_to(own_dsn)
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)
     await rig.goes_down()
 
@@ -509,14 +524,14 @@ async def test_database_restored_in_place_makes_the_cache_distrust_all_entries(
     await seeded.close()
     relay.lead_to(own_dsn)
     rig = await make_rig()
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)
 
     name = urlsplit(own_dsn).path[1:]
     await scratch_databases.drop(postgres.dsn("postgres"), name)
     await scratch_databases.create(postgres.dsn("postgres"), name)
     await migrations.migrate(own_dsn)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert not rig.is_served(secret)
     assert await rig.resolve(secret) is Reason.KEY_INVALID
 
@@ -550,11 +565,11 @@ async def test_changes_by_logical_replication_are_delivered(
         )
         relay.lead_to(server.dsn("subscriber"))
         rig = await make_rig()
-        await rig.feed.look()
+        await rig.feed.poll()
         assert isinstance(await rig.resolve(secret), Identity)
         await publisher.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
         await until_row(subscriber, "SELECT 1 FROM keyproxy.api_keys WHERE revoked_at IS NOT NULL")
-        await rig.feed.look()
+        await rig.feed.poll()
         assert not rig.is_served(secret)
         await rig.relay.cut()
     finally:
@@ -642,9 +657,9 @@ async def test_notification_triggers_a_poll_immediately(make_rig: MakeRig, keys:
     await until(rig.feed.is_current, "the feed has polled")
     started = time.monotonic()
     for _ in range(20):
-        looks = rig.door.asked["changes_since"]
+        looks = rig.door.queries["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks, "the feed polls")  # type: ignore[misc]
+        await until(lambda looks=looks: rig.door.queries["changes_since"] > looks, "the feed polls")  # type: ignore[misc]
     # Polling alone would take 10 s.
     assert time.monotonic() - started < 4
 
@@ -681,7 +696,7 @@ async def test_feed_is_current_from_its_first_poll_until_1_5_seconds_after_the_l
     assert (rig.feed.is_current(), rig.feed.lag_seconds()) == (True, 1.25)
     rig.clock.advance(0.25)
     assert (rig.feed.is_current(), rig.feed.lag_seconds()) == (False, 1.5)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert (rig.feed.is_current(), rig.feed.lag_seconds()) == (True, 0.0)
 
 
@@ -692,11 +707,11 @@ async def test_feed_that_has_never_polled_is_not_current(make_rig: MakeRig) -> N
 
 async def test_currency_of_a_poll_counts_from_its_start(rig: Rig) -> None:
     hold = rig.door.hold("changes_since")
-    look = asyncio.create_task(rig.feed.look())
+    poll = asyncio.create_task(rig.feed.poll())
     await hold.arrived.wait()
     rig.clock.advance(10)
     hold.release()
-    await look
+    await poll
     assert not rig.feed.is_current()
     assert rig.feed.lag_seconds() == 10
 
@@ -747,9 +762,9 @@ async def _look_on(rig: Rig, bell: Bell, times: int) -> None:
     """Let a running feed poll once a minute."""
     for _ in range(times):
         rig.clock.advance(60)
-        looks = rig.door.asked["changes_since"]
+        looks = rig.door.queries["changes_since"]
         bell.ring()
-        await until(lambda looks=looks: rig.door.asked["changes_since"] > looks + 1, "the feed polls twice")  # type: ignore[misc]
+        await until(lambda looks=looks: rig.door.queries["changes_since"] > looks + 1, "the feed polls twice")  # type: ignore[misc]
 
 
 @pytest.fixture
@@ -777,9 +792,9 @@ async def test_changes_are_deleted_only_after_every_live_proxy_has_read_them(
     rig, bell = minded
     assert await change_rows(rig.sql) > 0
     await _look_on(rig, bell, 19)
-    assert rig.door.asked["forget_changes"] == 0
+    assert rig.door.queries["forget_changes"] == 0
     await _look_on(rig, bell, 2)
-    await until(lambda: rig.door.asked["forget_changes"] > 0, "old changes are deleted")
+    await until(lambda: rig.door.queries["forget_changes"] > 0, "old changes are deleted")
     await rig.feed.close()
     assert await change_rows(rig.sql) == 0
 
@@ -794,7 +809,7 @@ async def test_late_commit_is_not_deleted_before_it_was_delivered(
     await late.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_1'")
     await rig.sql.execute("UPDATE keyproxy.api_keys SET is_test = true WHERE id = 'key_2'")
     await _look_on(rig, bell, 25)
-    assert rig.door.asked["forget_changes"] > 0
+    assert rig.door.queries["forget_changes"] > 0
     await rig.resolve(keys[1])
     await transaction.commit()
     await until(lambda: not rig.is_served(keys[1]), "the late change takes effect")
@@ -810,7 +825,7 @@ async def test_snapshot_of_an_abandoned_history_deletes_no_unread_changes(
     future = (1 << 40) + 1_000
     rig.door.edit["changes_since"] = lambda rows: [{**rows[0], "snapshot": f"{future}:{future}:"}]  # type: ignore[list-item]
     rig.feed.start()
-    await until(lambda: rig.feed.is_current() and rig.door.asked["changes_since"] >= 1, "the feed has polled")
+    await until(lambda: rig.feed.is_current() and rig.door.queries["changes_since"] >= 1, "the feed has polled")
     await until(bell.is_open.is_set, "the feed listens")
     del rig.door.edit["changes_since"]
     rig.door.before["changes_since"] = _ringing(bell)

@@ -39,15 +39,15 @@ def pbkdf2(key: str, rounds: int = 1000, salt: str = "s4lt") -> str:
 async def directory(rig: Rig) -> Directory:
     """The directory, with a tenant and a user."""
     directory = Directory(rig.door, KeyFormat(), Actor("ann", "desk"))
-    await directory.create_tenant("acme", "")
-    await directory.create_user("u_42", "acme", None)
+    await directory.tenants.create("acme", "")
+    await directory.users.create("u_42", "acme", None)
     return directory
 
 
 async def imported(directory: Directory, *rows: dict[str, Any], dry_run: bool = False) -> ImportReport:
     """Import rows of a table; the user is u_42 unless a row contains one."""
     keys = [read_key(f"row {number}", row, {"user": "u_42"}) for number, row in enumerate(rows, start=1)]
-    return await directory.import_keys(keys, dry_run=dry_run)
+    return await directory.key_importer.run(keys, dry_run=dry_run)
 
 
 async def present(rig: Rig, key: str) -> Identity | Reason:
@@ -63,12 +63,12 @@ async def present(rig: Rig, key: str) -> Identity | Reason:
                 await rig.cache.fetching(secret, missing).fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 async def _strangers_are_forgotten(rig: Rig) -> None:
     rig.clock.advance(6.0)
-    await rig.feed.look()
+    await rig.feed.poll()
 
 
 # -- verification and adoption
@@ -86,19 +86,26 @@ async def test_imported_key_works_and_gets_its_digest_at_its_first_use(
     digest = await sql.fetchval("SELECT digest FROM keyproxy.api_keys")
     assert digest == hashlib.sha256(KEY.encode()).digest()
     assert await sql.fetchval("SELECT hashed FROM keyproxy.foreign_hashes") is None
-    before = dict(rig.door.asked)
+    before = dict(rig.door.queries)
     assert isinstance(await present(rig, KEY), Identity)
-    assert dict(rig.door.asked) == before
+    assert dict(rig.door.queries) == before
 
 
 @pytest.mark.parametrize("stored", [sha512(KEY), pbkdf2(KEY)])
 @pytest.mark.parametrize(
     "wrong",
     [
-        f"{PREFIX}.{'x9' * 15}x8", f"{PREFIX}.{'x9' * 16}x", KEY.swapcase(), f"{PREFIX}.short", PREFIX, f".{KEY}",
-        f"{PREFIX}.{sha512(KEY)}", sha512(KEY), f"{PREFIX}..{'x9' * 16}",
+        f"{PREFIX}.{'x9' * 15}x8",
+        f"{PREFIX}.{'x9' * 16}x",
+        KEY.swapcase(),
+        f"{PREFIX}.short",
+        PREFIX,
+        f".{KEY}",
+        f"{PREFIX}.{sha512(KEY)}",
+        sha512(KEY),
+        f"{PREFIX}..{'x9' * 16}",
     ],
-)  # fmt: skip
+)
 async def test_anything_but_the_whole_key_is_refused(
     rig: Rig, directory: Directory, sql: Sql, stored: str, wrong: str
 ) -> None:
@@ -146,8 +153,8 @@ async def test_revoked_or_expired_key_stays_so_after_the_import(
 
 async def test_imported_key_can_be_revoked_before_its_first_use(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
-    (key,) = await directory.keys("", 9)
-    await directory.revoke_key(key["id"], "")
+    (key,) = await directory.keys.list_by_id("", 9)
+    await directory.keys.revoke(key["id"], "")
     who = await present(rig, KEY)
     assert isinstance(who, Identity)
     assert who.standing is Reason.KEY_REVOKED
@@ -155,8 +162,8 @@ async def test_imported_key_can_be_revoked_before_its_first_use(rig: Rig, direct
 
 async def test_concurrent_first_requests_share_one_verification(rig: Rig, directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
-    told = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
-    assert all(isinstance(one, Identity) for one in told)
+    outcomes = await asyncio.gather(*(present(rig, KEY) for _ in range(50)))
+    assert all(isinstance(one, Identity) for one in outcomes)
 
 
 async def test_too_many_waiting_imported_keys_are_refused_as_overload(
@@ -164,9 +171,9 @@ async def test_too_many_waiting_imported_keys_are_refused_as_overload(
 ) -> None:
     monkeypatch.setattr(drf_api_keys, "_WAITING_MAX", 3)
     await imported(directory, {"prefix": PREFIX, "hashed_key": pbkdf2(KEY, 20_000)})
-    told = await asyncio.gather(*(present(rig, f"{PREFIX}.{number:032}") for number in range(8)))
-    assert set(told) == {Reason.KEY_INVALID, Reason.OVERLOADED}
-    assert told.count(Reason.KEY_INVALID) == 3
+    outcomes = await asyncio.gather(*(present(rig, f"{PREFIX}.{number:032}") for number in range(8)))
+    assert set(outcomes) == {Reason.KEY_INVALID, Reason.OVERLOADED}
+    assert outcomes.count(Reason.KEY_INVALID) == 3
 
 
 async def test_imported_key_is_not_called_invalid_while_the_store_is_down(rig: Rig, directory: Directory) -> None:
@@ -181,15 +188,15 @@ async def test_keys_of_other_forms_need_no_additional_query(rig: Rig) -> None:
     for key in ("kp_live_" + "x" * 49, "abcdefgh12345678", "a" * 40 + ".bbbbbbbbbbbb"):
         await present(rig, key)
     assert rig.door.look_ups == 3
-    assert "foreign_recipe" not in rig.door.asked
+    assert "foreign_recipe" not in rig.door.queries
 
 
 async def test_leaked_imported_key_is_found_before_its_first_use(directory: Directory) -> None:
     await imported(directory, {"prefix": PREFIX, "hashed_key": sha512(KEY)})
     other = f"{PREFIX}.{'y' * 32}"
-    assert (await directory.report_leaked_key(SecretKey(other.encode()), ""))["known"] is False
-    told = await directory.report_leaked_key(SecretKey(KEY.encode()), "on a page")
-    assert (told["known"], told["user"], told["key"]["state"]) == (True, "u_42", "revoked")
+    assert (await directory.leaked_keys.report_key(SecretKey(other.encode()), ""))["known"] is False
+    report = await directory.leaked_keys.report_key(SecretKey(KEY.encode()), "on a page")
+    assert (report["known"], report["user"], report["key"]["state"]) == (True, "u_42", "revoked")
 
 
 # -- imports
@@ -205,10 +212,12 @@ async def test_keys_with_digests_are_imported_and_work(rig: Rig, directory: Dire
     who = await present(rig, "some-old-key")
     assert isinstance(who, Identity)
     assert (who.key_id, who.is_test) == ("old_7", True)
-    key = await directory.key("old_7")
+    key = await directory.keys.get("old_7")
     assert (key["created_at"], key["expires_at"], key["hint"]) == (
-        "2024-01-02T03:04:05Z", "2999-01-01T00:00:00Z", "some…key",
-    )  # fmt: skip
+        "2024-01-02T03:04:05Z",
+        "2999-01-01T00:00:00Z",
+        "some…key",
+    )
 
 
 @pytest.mark.parametrize("is_used_between", [False, True])
@@ -223,7 +232,7 @@ async def test_repeated_import_skips_existing_keys(rig: Rig, directory: Director
     again = await imported(directory, *rows)
     assert (again.imported, again.present) == (0, 3)
     assert isinstance(await present(rig, KEY), Identity)
-    assert len(await directory.keys("", 9)) == 2
+    assert len(await directory.keys.list_by_id("", 9)) == 2
 
 
 async def test_import_problems_do_not_disclose_a_key_in_the_wrong_column(directory: Directory) -> None:
@@ -243,21 +252,25 @@ async def test_dry_run_reports_the_result_and_changes_nothing(directory: Directo
     dry = await imported(directory, *rows, dry_run=True)
     assert (dry.imported, dry.users, dry.problems) == (2, 1, [("row 3", "there is no user 'nobody'")])
     assert await audit_rows(sql) == before
-    assert await directory.keys("", 9) == []
+    assert await directory.keys.list_by_id("", 9) == []
     assert await imported(directory, *rows) == dry
-    assert (await directory.user("u_new"))["keys"] == 1
+    assert (await directory.users.get("u_new"))["keys"] == 1
 
 
 async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: Directory) -> None:
-    await directory.create_tenant("other", "")
-    await directory.create_user("u_7", "other", None)
+    await directory.tenants.create("other", "")
+    await directory.users.create("u_7", "other", None)
     await imported(directory, {"digest": "ab" * 32, "id": "mine"})
     report = await imported(
         directory,
-        {"digest": "cd" * 32, "user": "nobody"}, {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
-        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"}, {"digest": "cd" * 32, "plan": "gold"},
-        {"digest": "ab" * 32, "user": "u_7"}, {"digest": "ef" * 32, "id": "mine"}, {"digest": "01" * 32},
-    )  # fmt: skip
+        {"digest": "cd" * 32, "user": "nobody"},
+        {"digest": "cd" * 32, "user": "u_new", "tenant": "nowhere"},
+        {"digest": "cd" * 32, "user": "u_7", "tenant": "acme"},
+        {"digest": "cd" * 32, "plan": "gold"},
+        {"digest": "ab" * 32, "user": "u_7"},
+        {"digest": "ef" * 32, "id": "mine"},
+        {"digest": "01" * 32},
+    )
     assert report.imported == 1
     assert report.problems == [
         ("row 1", "there is no user 'nobody'"), ("row 2", "there is no user 'u_new' and no tenant 'nowhere'"),
@@ -267,14 +280,14 @@ async def test_invalid_rows_are_reported_and_do_not_block_the_others(directory: 
 
 
 async def test_tenant_bound_directory_imports_only_for_its_own_users(rig: Rig, directory: Directory) -> None:
-    await directory.create_tenant("other", "")
-    await directory.create_user("u_7", "other", None)
+    await directory.tenants.create("other", "")
+    await directory.users.create("u_7", "other", None)
     bound = Directory(rig.door, KeyFormat(), Actor("ann", "desk"), tenant_id="acme")
     keys = [ImportedKey("1", "u_7", digest="ab" * 32), ImportedKey("2", "u_new", "other", digest="cd" * 32),
             ImportedKey("3", "u_8", "acme", digest="ef" * 32)]  # fmt: skip
-    report = await bound.import_keys(keys, dry_run=False)
+    report = await bound.key_importer.run(keys, dry_run=False)
     assert (report.imported, report.users, [place for place, _ in report.problems]) == (1, 1, ["1", "2"])
-    assert await directory.keys("", 9, KeyFilter(tenant="other")) == []
+    assert await directory.keys.list_by_id("", 9, KeyFilter(tenant="other")) == []
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ async def key(rig: Rig) -> SecretKey:
     """One unused key."""
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     return secret
 
 
@@ -69,7 +69,7 @@ async def test_use_is_recorded_with_its_time(rig: Rig, key: SecretKey) -> None:
 async def test_unused_or_refused_key_has_no_time_of_last_use(rig: Rig, key: SecretKey) -> None:
     await rig.resolve(fakes.key(2))
     await rig.last_used.flush()
-    assert rig.door.asked["mark_used"] == 0
+    assert rig.door.queries["mark_used"] == 0
     assert await noted(rig.sql) is None
 
 
@@ -78,13 +78,13 @@ async def test_key_in_steady_use_is_recorded_once_a_minute(rig: Rig, key: Secret
     first = wall(rig)
     for seconds, expected in [(0.0, first), (59.5, first), (0.5, None)]:
         rig.clock.advance(seconds)
-        await rig.feed.look()
+        await rig.feed.poll()
         for _ in range(10):
             await rig.resolve(key)
         await rig.last_used.flush()
         assert await noted(rig.sql) == (expected or wall(rig))
     await rig.is_quiet()
-    assert rig.door.asked["mark_used"] == 2
+    assert rig.door.queries["mark_used"] == 2
 
 
 async def test_refresh_of_the_entry_does_not_restart_the_minute(rig: Rig, key: SecretKey) -> None:
@@ -94,7 +94,7 @@ async def test_refresh_of_the_entry_does_not_restart_the_minute(rig: Rig, key: S
     rig.cache.forget_key(key.digest())
     await rig.resolve(key)
     await rig.last_used.flush()
-    assert rig.door.asked["mark_used"] == 1
+    assert rig.door.queries["mark_used"] == 1
 
 
 async def test_older_use_does_not_replace_a_newer_one(rig: Rig, key: SecretKey) -> None:
@@ -119,7 +119,7 @@ async def test_notes_of_many_keys_are_written_in_few_statements(rig: Rig, count:
         rig.last_used.mark(entry, rig.clock())
     await rig.last_used.flush()
     assert await rig.sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == count
-    assert rig.door.asked["mark_used"] == (count + 4_999) // 5_000
+    assert rig.door.queries["mark_used"] == (count + 4_999) // 5_000
     assert (await change_rows(rig.sql), await audit_rows(rig.sql)) == before
 
 
@@ -155,7 +155,7 @@ async def test_cost_of_a_note_does_not_grow_with_the_number_of_keys_with_outdate
 
 async def test_nothing_to_record_sends_no_statement(rig: Rig) -> None:
     await rig.last_used.flush()
-    assert rig.door.asked["mark_used"] == 0
+    assert rig.door.queries["mark_used"] == 0
 
 
 async def test_deleted_key_does_not_block_the_notes_of_others(rig: Rig) -> None:
@@ -240,7 +240,7 @@ async def test_close_does_not_wait_for_a_store_that_is_down(rig: Rig, key: Secre
     await rig.resolve(key)
     await rig.goes_down()
     await rig.last_used.close()
-    assert rig.door.asked["mark_used"] == 0
+    assert rig.door.queries["mark_used"] == 0
 
 
 async def test_close_during_a_write_loses_no_note(rig: Rig, key: SecretKey) -> None:
@@ -264,7 +264,7 @@ async def test_failing_note_does_not_mark_the_store_as_down(make_rig: MakeRig) -
     rig = await make_rig(statement_timeout_seconds=0.3)
     await add_user(rig.sql)
     secret = await add_key(rig.sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     await rig.resolve(secret)
     async with rig.sql.transaction():
         await rig.sql.execute("SELECT 1 FROM keyproxy.api_keys FOR UPDATE")

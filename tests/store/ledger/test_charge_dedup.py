@@ -372,7 +372,7 @@ async def test_concurrent_lookups_share_one_query(door: Door) -> None:
         await asyncio.gather(*(claims.paid(claim(number % 7).fingerprint, TimeBudget()) for number in range(100)))
         == [None] * 100
     )
-    assert door.asked["cover_repeats"] == 1
+    assert door.queries["cover_repeats"] == 1
     await claims.close()
 
 

@@ -110,16 +110,16 @@ async def test_recall_is_delivered_with_the_change_feed_until_the_lease_is_repor
 
     rig, holder = await make_rig(), Holder()
     feed = ChangeFeed(rig.door, None, rig.cache, rig.state, rig.clock, lease_holder=holder)
-    await feed.look()
+    await feed.poll()
     await ledger.sync("a", 1, [line(7, WINDOW, want=10, at_least=10)])
-    await feed.look()
+    await feed.poll()
     assert holder.recalls == []
     await ledger.sync("b", 1, [line(1, WINDOW, want=1)])
-    await feed.look()
-    await feed.look()
+    await feed.poll()
+    await feed.poll()
     assert holder.recalls == [[7], [7]]
     await ledger.sync("a", 2, [line(7, WINDOW, granted=10, returned=4)])
-    await feed.look()
+    await feed.poll()
     assert holder.recalls == [[7], [7]]
 
 

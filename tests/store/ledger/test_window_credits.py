@@ -166,7 +166,7 @@ async def test_proxy_whose_window_is_spent_admits_within_a_second_of_a_credit(ds
     ledger.start()
     rig = await make_rig()
     rig.feed.window_changed = ledger.conversation.lease_sync.forget_refusals
-    await rig.feed.look()
+    await rig.feed.poll()
     allowance = Allowance(((Pool("user", "u_42", False), Plan(requests_per_day=2)),))
 
     async def take() -> Hold:
@@ -184,7 +184,7 @@ async def test_proxy_whose_window_is_spent_admits_within_a_second_of_a_credit(ds
             await take()
     started = time.monotonic()
     await credit(door, window(), 2, 1)
-    await rig.feed.look()
+    await rig.feed.poll()
     ledger.settle(await take(), was_sent=True)
     assert time.monotonic() - started < 0.9
     with pytest.raises(Refusal):

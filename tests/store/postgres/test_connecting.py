@@ -199,7 +199,7 @@ async def test_service_file_is_read(plain: TcpServer, tmp_path: Path, monkeypatc
     file.write_text(
         f"[db]\nhost=localhost\nport={plain.port}\nuser=keyproxy\ndbname=postgres\nchannel_binding=prefer\n"
         "[bad]\nhost=localhost\nchannel_binding=require\n"
-    )  # fmt: skip
+    )
     monkeypatch.setenv("PGSERVICEFILE", str(file))
     connection = await connected("postgresql:///?service=db")
     await connection.close()
@@ -214,8 +214,10 @@ async def test_service_file_is_read(plain: TcpServer, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("mode", ["", "prefer", "allow", "require", "verify-ca", "verify-full", "direct", "system"])
 async def test_server_that_requires_tls_gets_it(secure: TcpServer, roots: Path, mode: str) -> None:
     parameters = {
-        "": "", "direct": f"sslmode=require&sslrootcert={roots}&sslnegotiation=direct", "system": "sslrootcert=system",
-    }.get(mode, f"sslmode={mode}" + (f"&sslrootcert={roots}" if mode.startswith("verify") else ""))  # fmt: skip
+        "": "",
+        "direct": f"sslmode=require&sslrootcert={roots}&sslnegotiation=direct",
+        "system": "sslrootcert=system",
+    }.get(mode, f"sslmode={mode}" + (f"&sslrootcert={roots}" if mode.startswith("verify") else ""))
     if mode == "system":
         # The test authority is not among the system's roots.
         with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -287,10 +289,15 @@ async def test_home_of_another_user_does_not_prevent_connecting(
     dsn = server.tcp(f"sslmode={mode}" if mode else "")
     done = await asyncio.to_thread(
         lambda: subprocess.run(
-            [sys.executable, "-c", program, dsn], env=os.environ | {"HOME": str(tmp_path)},
-            cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False, timeout=60,
+            [sys.executable, "-c", program, dsn],
+            env=os.environ | {"HOME": str(tmp_path)},
+            cwd=Path(__file__).parents[3],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -330,13 +337,13 @@ async def test_failures_name_the_server_and_never_the_password(short_directory: 
             assert where in str(caught.value)
             assert where in door.down_because
             assert "hunter2" not in str(caught.value)
-        with pytest.raises(StoreUnavailable) as told:
+        with pytest.raises(StoreUnavailable) as raised:
             await NotificationListener(dsn, CHANNEL).open(lambda: None, lambda: None)
-        assert where in str(told.value)
+        assert where in str(raised.value)
         with pytest.raises(StoreUnavailable) as migrating:
             await migrations.migrate(dsn)
         assert where in str(migrating.value)
-        assert "hunter2" not in f"{told.value}{migrating.value}"
+        assert "hunter2" not in f"{raised.value}{migrating.value}"
 
 
 # -- a server that becomes read-only
@@ -384,9 +391,9 @@ async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
     async with asyncio.timeout(10):
         while True:
             other: Sql = await asyncpg.connect(dsn)
-            has_heard = bool(standing(other)) == (value == "on")
+            is_in_effect = bool(standing(other)) == (value == "on")
             await other.close()
-            if has_heard:
+            if is_in_effect:
                 return
 
 

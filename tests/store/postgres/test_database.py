@@ -117,13 +117,13 @@ async def test_closing_does_not_wait_for_a_stuck_statement(dsn: str, sql: Sql) -
     other: Sql = await asyncpg.connect(dsn)
     async with other.transaction():
         await other.execute("LOCK TABLE keyproxy.tenants IN ACCESS EXCLUSIVE MODE")
-        asking = asyncio.create_task(door.fetch("tenants", "", 1))
+        fetching = asyncio.create_task(door.fetch("tenants", "", 1))
         await until_blocked(sql, "FROM keyproxy.tenants")
         started = time.monotonic()
         await door.close()
         assert time.monotonic() - started < 4
         with pytest.raises(StoreUnavailable):
-            await asking
+            await fetching
     await other.close()
 
 
@@ -211,11 +211,11 @@ async def test_connection_lost_during_a_statement_is_an_outage_and_the_next_stat
         other: Sql = await asyncpg.connect(dsn)
         async with other.transaction():
             await other.execute("LOCK TABLE keyproxy.tenants IN ACCESS EXCLUSIVE MODE")
-            asking = asyncio.create_task(door.fetch("tenants", "", 1))
+            fetching = asyncio.create_task(door.fetch("tenants", "", 1))
             await until_blocked(sql, "FROM keyproxy.tenants")
             relay.cut_connections()
             with pytest.raises(StoreUnavailable):
-                await asking
+                await fetching
         await other.close()
         assert await door.fetch("tenants", "", 1) == []
 
@@ -308,13 +308,13 @@ async def test_result_of_a_cancelled_statement_goes_to_no_other_statement(dsn: s
     async with opened(dsn, pool_size_max=1) as door:
         await door.fetch("tenant", "a")
         for turn in range(150):
-            asking = asyncio.create_task(door.fetch("tenant", "a"))
+            fetching = asyncio.create_task(door.fetch("tenant", "a"))
             await asyncio.sleep(turn * 0.00002)
-            asking.cancel()
+            fetching.cancel()
             (row,) = await door.fetch("tenant", "b")
             assert row["id"] == "b"
             with contextlib.suppress(asyncio.CancelledError):
-                await asking
+                await fetching
 
 
 async def test_cancelled_statement_does_not_mark_the_store_as_down(dsn: str, sql: Sql) -> None:
@@ -323,11 +323,11 @@ async def test_cancelled_statement_does_not_mark_the_store_as_down(dsn: str, sql
         other: Sql = await asyncpg.connect(dsn)
         async with other.transaction():
             await other.execute("LOCK TABLE keyproxy.tenants IN ACCESS EXCLUSIVE MODE")
-            asking = asyncio.create_task(door.fetch("tenants", "", 1))
+            fetching = asyncio.create_task(door.fetch("tenants", "", 1))
             await until_blocked(sql, "FROM keyproxy.tenants")
-            asking.cancel()
+            fetching.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await asking
+                await fetching
             assert door.is_up
             assert await door.fetch("users", "", 1, None) == []
         await other.close()
@@ -338,12 +338,12 @@ async def test_cancelled_statement_does_not_mark_the_store_as_down(dsn: str, sql
 
 async def test_listener_receives_commits_and_reports_its_loss_once(dsn: str, sql: Sql) -> None:
     listener = NotificationListener(dsn, CHANNEL)
-    heard: list[None] = []
+    notified: list[None] = []
     lost: list[None] = []
-    await listener.open(lambda: heard.append(None), lambda: lost.append(None))
+    await listener.open(lambda: notified.append(None), lambda: lost.append(None))
     await add_user(sql)
     await add_keys(sql, range(3))
-    await until(lambda: len(heard) >= 1, "the notification arrives")
+    await until(lambda: len(notified) >= 1, "the notification arrives")
     await sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
     await until(lambda: len(lost) == 1, "the loss is reported")
     await listener.close()
@@ -372,13 +372,13 @@ async def test_concurrent_statements_through_a_pooler_all_succeed_from_the_start
         await add_tenant(sql, f"t_{number}")
     async with opened(pooled_dsn, pool_size_max=8) as door:
         for _ in range(3):
-            told = await asyncio.gather(
+            outcomes = await asyncio.gather(
                 *(door.fetch("tenant", f"t_{number}") for number in range(20)),
                 *(door.fetch("tenants", "", number) for number in range(20)),
                 return_exceptions=True,
             )
-            assert [one for one in told if isinstance(one, BaseException)] == []
-            rows = [one for one in told if not isinstance(one, BaseException)]
+            assert [one for one in outcomes if isinstance(one, BaseException)] == []
+            rows = [one for one in outcomes if not isinstance(one, BaseException)]
             assert [one[0]["id"] for one in rows[:20]] == [f"t_{number}" for number in range(20)]
             assert [len(one) for one in rows[20:]] == list(range(20))
 
@@ -390,8 +390,10 @@ async def test_several_databases_share_a_pooler(pooled_dsn: str, sql: Sql) -> No
             for door in (one, two, three):
                 assert (await door.fetch("tenant", "a"))[0]["id"] == "a"
                 assert await door.fetch("users", "", 5, None) == []
-            told = await asyncio.gather(*(door.fetch("tenant", "a") for door in (one, two, three) for _ in range(5)))
-            assert {rows[0]["id"] for rows in told} == {"a"}
+            outcomes = await asyncio.gather(
+                *(door.fetch("tenant", "a") for door in (one, two, three) for _ in range(5))
+            )
+            assert {rows[0]["id"] for rows in outcomes} == {"a"}
 
 
 async def test_detecting_a_pooler_never_marks_the_store_as_down(pooled_dsn: str, sql: Sql) -> None:
@@ -417,12 +419,12 @@ async def test_detecting_a_pooler_never_marks_the_store_as_down(pooled_dsn: str,
 async def test_transactions_work_through_a_pooler(pooled_dsn: str, sql: Sql) -> None:
     async with opened(pooled_dsn, pool_size_max=4) as door:
         directory = Directory(door, KeyFormat(), Actor("ann", "desk"))
-        await directory.create_tenant("acme", "")
-        told = await asyncio.gather(
-            *(directory.create_user(f"u_{number % 10}", "acme", KeyWish()) for number in range(40)),
+        await directory.tenants.create("acme", "")
+        outcomes = await asyncio.gather(
+            *(directory.users.create(f"u_{number % 10}", "acme", KeyWish()) for number in range(40)),
             return_exceptions=True,
         )
-        assert [one for one in told if isinstance(one, BaseException)] == []
+        assert [one for one in outcomes if isinstance(one, BaseException)] == []
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.api_keys") == 10
     assert await sql.fetchval("SELECT count(DISTINCT actor) FROM keyproxy.audit_log") == 1
 
@@ -431,9 +433,17 @@ async def test_consecutive_processes_can_write_through_a_pooler(pooled_dsn: str,
     for number in range(4):
         environment = {**os.environ, "KEYPROXY_STORE__DSN": pooled_dsn}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "keyproxy", "tenant", "create", f"t_{number}", "--json",
-            env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "keyproxy",
+            "tenant",
+            "create",
+            f"t_{number}",
+            "--json",
+            env=environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
         out, err = await process.communicate()
         assert (process.returncode, err.decode()) == (0, "")
         assert json.loads(out)["id"] == f"t_{number}"
@@ -471,9 +481,9 @@ async def test_lookups_and_the_feed_work_through_a_pooler(
         await until(lambda rig=rig: not rig.is_served(keys[1]), "the revocation takes effect")  # type: ignore[misc]
     assert time.monotonic() - committed <= 1.0
     for rig in rigs:
-        told = await rig.resolve(keys[1])
-        assert isinstance(told, Identity)
-        assert told.standing is Reason.KEY_REVOKED
+        outcomes = await rig.resolve(keys[1])
+        assert isinstance(outcomes, Identity)
+        assert outcomes.standing is Reason.KEY_REVOKED
         await rig.last_used.close()
 
 
@@ -481,5 +491,5 @@ async def test_key_added_through_a_pooler_works(pooled_dsn: str, make_rig: MakeR
     rig = await make_rig(door=Door(pooled_dsn))
     await add_user(sql)
     secret = await add_key(sql)
-    await rig.feed.look()
+    await rig.feed.poll()
     assert isinstance(await rig.resolve(secret), Identity)

@@ -141,8 +141,10 @@ async def _migrated_up_to(dsn: str, number: int) -> None:
         await connection.execute(one.statements)
         await connection.execute(
             "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
-            one.number, one.name, one.checksum,
-        )  # fmt: skip
+            one.number,
+            one.name,
+            one.checksum,
+        )
     await connection.close()
 
 

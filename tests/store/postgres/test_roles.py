@@ -93,7 +93,7 @@ async def test_proxies_resolve_keys_read_changes_and_record_use(as_proxy: Databa
         as_proxy, Cache(), feed=state, last_used=last_used, header_prefix="X-Keyproxy-", look_ups_max=1, now=clock
     )
     feed = ChangeFeed(as_proxy, None, cache, state, clock)
-    await feed.look()
+    await feed.poll()
     who = await _present(cache, secret, clock)
     assert who.user_id == "u_42"
     await last_used.flush()
@@ -109,7 +109,9 @@ async def test_proxies_adopt_only_the_imported_key_that_is_presented(
     await add_user(sql)
     hashed = "sha512$$" + hashlib.sha512(FOREIGN.encode()).hexdigest()
     row = read_key("1", {"prefix": "Ab3dE6gH", "hashed_key": hashed, "user": "u_42"}, {})
-    assert (await Directory(as_admin, KeyFormat(), Actor("ann", "")).import_keys([row], dry_run=False)).imported == 1
+    assert (
+        await Directory(as_admin, KeyFormat(), Actor("ann", "")).key_importer.run([row], dry_run=False)
+    ).imported == 1
     async with as_proxy.transaction() as transaction:
         guess = "sha512$$" + hashlib.sha512(b"a guess").hexdigest()
         assert await transaction.fetch("adopt_foreign", "Ab3dE6gH", guess, bytes(32)) == []
@@ -127,7 +129,7 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
             return cache.known(secret.digest(), clock())
         except Missing as missing:
             await cache.fetching(secret, missing).fetch_missing()
-    raise AssertionError("no answer")
+    raise AssertionError("no response")
 
 
 @pytest.mark.parametrize(
@@ -198,17 +200,17 @@ async def test_admin_side_can_change_neither_audit_rows_nor_the_ledger_nor_the_s
 
 async def test_admin_side_can_use_the_whole_directory_and_is_in_the_audit_log(as_admin: Database) -> None:
     directory = Directory(as_admin, KeyFormat(), Actor("ann", "desk"))
-    await directory.set_plan("basic", {"requests_per_day": 1})
-    await directory.create_tenant("acme", "", "basic")
-    key = (await directory.create_user("u_42", "acme", KeyWish()))["key"]
-    new = await directory.rotate_key(key["id"], grace=timedelta(hours=1), expires_in=None)
-    await directory.issue_keys([("u_42", KeyWish("many"))])
-    await directory.report_leaked(hashlib.sha256(new["secret"].encode()).digest(), "found")
-    assert [len(ids) async for ids in directory.revoke_keys(Revocation(user="u_42"), "all")] == [2]
-    await directory.change_tenant("acme", {"plan": None, "disabled": True})
-    await directory.delete_tenant("acme")
-    await directory.delete_plan("basic")
-    rows = (await directory.audit_export(None, 99, horizon=await directory.audit_horizon())).items
+    await directory.plans.set("basic", {"requests_per_day": 1})
+    await directory.tenants.create("acme", "", "basic")
+    key = (await directory.users.create("u_42", "acme", KeyWish()))["key"]
+    new = await directory.keys.rotate(key["id"], grace=timedelta(hours=1), expires_in=None)
+    await directory.key_batches.issue([("u_42", KeyWish("many"))])
+    await directory.leaked_keys.report_digest(hashlib.sha256(new["secret"].encode()).digest(), "found")
+    assert [len(ids) async for ids in directory.key_batches.revoke(Revocation(user="u_42"), "all")] == [2]
+    await directory.tenants.change("acme", {"plan": None, "disabled": True})
+    await directory.tenants.delete("acme")
+    await directory.plans.delete("basic")
+    rows = (await directory.audit.export(None, 99, horizon=await directory.audit.horizon())).items
     assert {row["actor"] for row in rows} == {"ann"}
     assert len(rows) >= 10
 
@@ -218,15 +220,15 @@ async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: s
     await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
     await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
     assert await asyncio.gather(*(roles.create(dsn, prefix) for _ in range(4))) == [[]] * 4
-    told = await sql.fetchrow(
+    rights = await sql.fetchrow(
         "SELECT has_table_privilege($1, 'keyproxy.api_keys', 'SELECT') AS reads,"
         " has_table_privilege($1, 'keyproxy.api_keys', 'DELETE') AS deletes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'last_used_at', 'UPDATE') AS notes,"
         " has_column_privilege($1, 'keyproxy.api_keys', 'digest', 'UPDATE') AS forges",
         proxy,
     )
-    assert told is not None
-    assert dict(told) == {"reads": True, "deletes": False, "notes": True, "forges": False}
+    assert rights is not None
+    assert dict(rights) == {"reads": True, "deletes": False, "notes": True, "forges": False}
 
 
 @pytest.mark.parametrize("wrong", ["", "Two Words", 'x"; DROP SCHEMA keyproxy', "9", "a" * 42])

@@ -322,8 +322,11 @@ async def _rotated(sql: Sql, new: str, old: str, user: str = "u_42", *, is_test:
     lineage: str | None = await sql.fetchval(
         "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces, is_test)"
         " VALUES ($1, $3, sha256($1::text::bytea), $2, $4) RETURNING lineage",
-        new, old, user, is_test,
-    )  # fmt: skip
+        new,
+        old,
+        user,
+        is_test,
+    )
     return lineage
 
 
@@ -507,11 +510,17 @@ async def test_audit_row_contains_the_tenant_even_for_cascading_deletes(director
     rows = await directory.fetch("SELECT entity, entity_id, action, tenant_id FROM keyproxy.audit_log")
     whose = {(row["entity"], row["entity_id"], row["action"]): row["tenant_id"] for row in rows}
     assert whose == {
-        ("tenant", "acme", "insert"): "acme", ("user", "u_42", "insert"): "acme", ("key", "key_1", "insert"): "acme",
-        ("key", "key_1", "update"): "acme", ("plan", "basic", "insert"): None,
-        ("tenant", "other", "insert"): "other", ("user", "u_2", "insert"): "other",
-        ("tenant", "acme", "delete"): "acme", ("user", "u_42", "delete"): "acme", ("key", "key_1", "delete"): "acme",
-    }  # fmt: skip
+        ("tenant", "acme", "insert"): "acme",
+        ("user", "u_42", "insert"): "acme",
+        ("key", "key_1", "insert"): "acme",
+        ("key", "key_1", "update"): "acme",
+        ("plan", "basic", "insert"): None,
+        ("tenant", "other", "insert"): "other",
+        ("user", "u_2", "insert"): "other",
+        ("tenant", "acme", "delete"): "acme",
+        ("user", "u_42", "delete"): "acme",
+        ("key", "key_1", "delete"): "acme",
+    }
 
 
 async def test_deleted_objects_stay_in_the_audit_log(directory: Sql) -> None:

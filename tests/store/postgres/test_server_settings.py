@@ -93,16 +93,16 @@ async def _alter(sql: Sql, change: str) -> None:
 async def _everything_works(door: Door) -> None:
     """The directory, the ledger under load from several holders, the feed and pages of lists."""
     directory = Directory(door, KeyFormat(), Actor("test", "here"))
-    await directory.create_tenant("acme", "Acme")
-    await asyncio.gather(*(directory.create_user(f"u_{number}", "acme", KeyWish()) for number in range(5)))
-    page = await directory.keys_by_time("created", None, 2, KeyFilter())
+    await directory.tenants.create("acme", "Acme")
+    await asyncio.gather(*(directory.users.create(f"u_{number}", "acme", KeyWish()) for number in range(5)))
+    page = await directory.keys.list_by_time("created", None, 2, KeyFilter())
     assert page.next is not None
-    rest = await directory.keys_by_time("created", page.next, 10, KeyFilter())
+    rest = await directory.keys.list_by_time("created", page.next, 10, KeyFilter())
     assert len(page.items) + len(rest.items) == 5
     key = page.items[0]["id"]
-    assert (await directory.rotate_key(key, grace=_HOUR, expires_in=None))["replaces"] == key
-    assert (await directory.revoke_key(key, "it's \\ over"))["revoke_reason"] == "it's \\ over"
-    assert await directory.audit(None, 10) is not None
+    assert (await directory.keys.rotate(key, grace=_HOUR, expires_in=None))["replaces"] == key
+    assert (await directory.keys.revoke(key, "it's \\ over"))["revoke_reason"] == "it's \\ over"
+    assert await directory.audit.list_newest(None, 10) is not None
     rows = await door.fetch("changes_since", None, 10)
     await asyncio.sleep(0.05)
     assert await door.fetch("changes_since", rows[0]["snapshot"], 10)

@@ -33,9 +33,10 @@ async def test_time_matches_postgresql_and_round_trips(dsn: str, instant: str) -
     connection = await Connector(dsn).connect(command_seconds=5.0)
     row = await connection.fetchrow(
         "SELECT t.at, (t.at AT TIME ZONE 'UTC')::date AS day, extract(year FROM t.at) AS year,"
-        " to_char(t.at, 'MM-DD\"T\"HH24:MI:SS\"Z\"') AS rest, isfinite(t.at) AS is_finite"
-        " FROM (SELECT $1::text::timestamptz AS at) AS t", instant,
-    )  # fmt: skip
+        ' to_char(t.at, \'MM-DD"T"HH24:MI:SS"Z"\') AS rest, isfinite(t.at) AS is_finite'
+        " FROM (SELECT $1::text::timestamptz AS at) AS t",
+        instant,
+    )
     assert row is not None
     assert await connection.fetchval("SELECT $1::timestamptz = $2::text::timestamptz", row["at"], instant)
     assert await connection.fetchval("SELECT $1::date = ($2::text::timestamptz)::date", row["day"], instant)

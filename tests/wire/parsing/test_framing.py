@@ -129,7 +129,7 @@ def test_chunks_end_at_the_same_byte_however_they_arrive(
 
 
 @given(contents, st.binary(max_size=9))
-def test_what_is_put_into_chunks_comes_out_again(parts: list[bytes], after: bytes) -> None:
+def test_chunked_content_round_trips(parts: list[bytes], after: bytes) -> None:
     wire = b"".join(map(chunk, parts)) + LAST_CHUNK
     assert fed(chunked(), [wire + after]) == (b"".join(parts), after, True)
 
@@ -195,7 +195,7 @@ def test_sizes_are_hexadecimal(digit: int) -> None:
         b"0\r\nX: y\rZ: z\r\n\r\n", b"0\r\nX\x00: y\r\n\r\n", b"0\r\nX(: y\r\n\r\n", b"0\r\nGET / HTTP/1.1\r\n\r\n",
     ],
 )  # fmt: skip
-def test_what_servers_are_known_to_read_differently_is_refused(wire: bytes) -> None:
+def test_framing_that_servers_read_differently_is_refused(wire: bytes) -> None:
     assert fed(chunked(), [wire]) is None
     assert fed(chunked(), bytewise(wire)) is None
 
@@ -208,14 +208,14 @@ def test_a_refusal_repeats_nothing_of_the_body() -> None:
 
 @pytest.mark.parametrize("name", [b"X", b"x-checksum", b"Server_Timing", b"X.Y", b"!#$%&'*+-.^_`|~1"])
 def test_a_trailer_may_have_any_name_that_a_field_may_have(name: bytes) -> None:
-    asked: list[bytes] = []
+    looked_up: list[bytes] = []
 
     def forbids(one: bytes) -> bool:
-        asked.append(one)
+        looked_up.append(one)
         return False
 
     assert fed(ChunkedBody(forbids), [b"0\r\n" + name + b": y\r\n\r\nrest"]) == (b"", b"rest", True)
-    assert asked == [name]
+    assert looked_up == [name]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_extensions_and_trailers_of_a_body_are_bounded_together(
 
 @pytest.mark.parametrize("before", [b"5;", b"0\r\nX:"], ids=["extension", "trailer"])
 @pytest.mark.parametrize("length", [1, 4_093, 4_094, 4_095, 16_381, 16_382, 16_383, 16_384])
-def test_a_line_is_too_long_or_not_however_it_arrives(before: bytes, length: int) -> None:
+def test_the_limit_of_a_line_does_not_depend_on_the_pieces_in_which_it_arrives(before: bytes, length: int) -> None:
     wire = before + b"a" * length + b"\r\n" + (b"hello\r\n0\r\n\r\n" if before == b"5;" else b"\r\n")
     whole = fed(chunked(), [wire])
     assert fed(chunked(), bytewise(wire)) == whole

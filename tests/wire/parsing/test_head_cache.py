@@ -59,7 +59,7 @@ Likes = list[Any]
 def outcome(
     reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"", likes: Likes | None = None
 ) -> Reason | tuple[Any, ...]:
-    """All that there is to a head, or why it was refused: whatever head it was said to be likely to resemble.
+    """All properties of a head, or why it was refused: the same whichever head is given as similar.
 
     `likes`: heads that were read before; this one joins them.
     """
@@ -72,13 +72,13 @@ def outcome(
         except Refusal as refusal:
             found.append(refusal.reason)
         else:
-            found.append(told(head))
+            found.append(everything_of(head))
             likes += [head] if like is None else []
     assert found == found[:1] * len(found)
     return found[0]
 
 
-def told(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
+def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
     shared = (dataclasses.astuple(head.line), dataclasses.astuple(head.fields), head.block, head.content_length)
     if isinstance(head, ResponseHead):
         return shared
@@ -161,7 +161,7 @@ def test_heads_of_many_kinds_do_not_disturb_each_other(kinds: list[list[bytes]])
         (b"X-Custom: v", b"Host: a.example"),  # a second one
     ],
 )
-def test_what_resembles_a_known_head_and_is_malformed_is_refused(known: bytes, changed: bytes) -> None:
+def test_a_malformed_head_that_resembles_a_known_one_is_refused(known: bytes, changed: bytes) -> None:
     good, bad, reader, likes = head(known), head(changed), requests(), Likes()
     for raw in [good] * OFTEN:
         assert isinstance(outcome(reader, raw, likes=likes), tuple)
@@ -273,8 +273,8 @@ LONG = b"a" * 16_000
         head(LONG + b": v", start=b"HTTP/1.1 200 OK"),
         head(start=b"HTTP/1.1 200 " + LONG),
     ],
-    ids=["value", "stable value", "connection", "name", "reserved name", "path", "query", "answer's value",
-         "answer's stable value", "answer's name", "status line"],
+    ids=["value", "stable value", "connection", "name", "reserved name", "path", "query", "response's value",
+         "response's stable value", "response's name", "status line"],
 )  # fmt: skip
 def test_long_lines_are_read_but_not_remembered(raw: bytes) -> None:
     reader = responses() if raw.startswith(b"HTTP") else requests()

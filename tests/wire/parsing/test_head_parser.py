@@ -13,8 +13,9 @@ from keyproxy.model import RequestFields, RequestLine, ResponseFields, StatusLin
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_beginnings import check_beginning
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
-from keyproxy.wire.parsing.head_parser import JudgedFields, has_no_body, judge_request, judge_response
+from keyproxy.wire.parsing.head_parser import has_no_body, parse_request, parse_response
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
+from keyproxy.wire.parsing.header_fields import ParsedFields
 from tests import fakes, header_strategies
 
 NAMES = FieldNames()
@@ -29,17 +30,17 @@ def response(fields: bytes = b"", *, start: bytes = b"HTTP/1.1 200 OK") -> bytes
     return b"%b\r\n%b\r\n" % (start, fields and fields + b"\r\n")
 
 
-def accepted(raw: bytes) -> tuple[RequestLine, RequestFields, JudgedFields]:
-    return judge_request(raw, NAMES, fakes.holds_key)
+def accepted(raw: bytes) -> tuple[RequestLine, RequestFields, ParsedFields]:
+    return parse_request(raw, NAMES, fakes.holds_key)
 
 
-def answered(raw: bytes) -> tuple[StatusLine, ResponseFields, JudgedFields]:
-    return judge_response(raw, NAMES)
+def answered(raw: bytes) -> tuple[StatusLine, ResponseFields, ParsedFields]:
+    return parse_response(raw, NAMES)
 
 
 def refused(raw: bytes) -> Reason:
     with pytest.raises(Refusal) as error:
-        judge_request(raw, NAMES, fakes.holds_key)
+        parse_request(raw, NAMES, fakes.holds_key)
     return error.value.reason
 
 
@@ -96,15 +97,15 @@ def test_any_other_request_line_is_refused(start: bytes) -> None:
 def test_a_method_that_is_not_registered_is_not_implemented_unless_a_route_names_it(method: bytes) -> None:
     raw = request(start=b"%b /a HTTP/1.1" % method)
     assert refused(raw) is Reason.METHOD_NOT_IMPLEMENTED
-    line, _, _ = judge_request(raw, NAMES, fakes.holds_key, {method})
+    line, _, _ = parse_request(raw, NAMES, fakes.holds_key, {method})
     assert line.start == b"%b /a HTTP/1.1\r\n" % method
 
 
 @pytest.mark.parametrize("method", sorted(KNOWN_METHODS))
 def test_every_registered_method_is_forwarded_as_it_came(method: bytes) -> None:
-    line, _, judged = accepted(request(b"Content-Length: 5", start=b"%b /a HTTP/1.1" % method))
+    line, _, parsed = accepted(request(b"Content-Length: 5", start=b"%b /a HTTP/1.1" % method))
     assert (line.method, line.start) == (method, b"%b /a HTTP/1.1\r\n" % method)
-    assert judged.content_length == 5
+    assert parsed.content_length == 5
 
 
 def test_trace_is_not_allowed() -> None:
@@ -113,7 +114,7 @@ def test_trace_is_not_allowed() -> None:
 
 @pytest.mark.parametrize("fields", [b"Transfer-Encoding: x", b"Host: b", b"X : y", b"Content-Length: +5"])
 @pytest.mark.parametrize("start", [b"FOO / HTTP/1.1", b"TRACE / HTTP/1.1"])
-def test_what_is_malformed_is_refused_as_that_whatever_its_method(start: bytes, fields: bytes) -> None:
+def test_malformed_request_is_refused_as_malformed_whatever_its_method(start: bytes, fields: bytes) -> None:
     assert refused(request(fields, start=start)) is Reason.REQUEST_MALFORMED
 
 
@@ -209,22 +210,22 @@ def test_fields_that_two_servers_could_read_differently_are_refused(field: bytes
     ],
 )  # fmt: skip
 def test_end_to_end_fields_go_on_and_all_others_end_here(fields: bytes, forwarded: bytes) -> None:
-    _, _, judged = accepted(request(fields))
+    _, _, parsed = accepted(request(fields))
     names = [line.partition(b":")[0] for line in fields.split(b"\r\n")]
-    assert judged.is_forwarded[0]  # Host
-    assert [name for name, goes in zip(names, judged.is_forwarded[1:], strict=True) if goes] == forwarded.split()
+    assert parsed.is_forwarded[0]  # Host
+    assert [name for name, goes in zip(names, parsed.is_forwarded[1:], strict=True) if goes] == forwarded.split()
 
 
 def test_credentials_and_claims_are_set_aside_with_lower_case_names_and_trimmed_values() -> None:
-    _, fields, judged = accepted(
+    _, fields, parsed = accepted(
         request(
             b"AUTHORIZATION:\t Api-Key k \t\r\nX-Api-Key: k\r\n"
             b"X-Forwarded-FOR:  x , y \r\nX-Request-Id: r \r\nForwarded: z"
         )
     )
-    assert judged.credentials == [(b"authorization", b"Api-Key k"), (b"x-api-key", b"k")]
-    assert judged.forwarded == [(b"x-forwarded-for", b"x , y"), (b"forwarded", b"z")]
-    assert judged.request_id == b"r"
+    assert parsed.credentials == [(b"authorization", b"Api-Key k"), (b"x-api-key", b"k")]
+    assert parsed.forwarded == [(b"x-forwarded-for", b"x , y"), (b"forwarded", b"z")]
+    assert parsed.request_id == b"r"
     assert not fields.expects_continue
 
 
@@ -244,11 +245,11 @@ def test_a_head_has_so_many_fields_and_no_more(count: int, is_accepted: bool) ->
 
 @pytest.mark.parametrize("value", [b"0", b"5", b" 5 ", b"\t5", b"005", b"9" * 18])
 def test_a_content_length_is_up_to_18_digits(value: bytes) -> None:
-    for _, fields, judged in (
+    for _, fields, parsed in (
         accepted(request(b"Content-Length:" + value)),
         answered(response(b"Content-Length:" + value)),
     ):
-        assert (fields.has_content_length, judged.content_length, fields.is_chunked) == (True, int(value), False)
+        assert (fields.has_content_length, parsed.content_length, fields.is_chunked) == (True, int(value), False)
 
 
 @pytest.mark.parametrize(
@@ -265,12 +266,12 @@ def test_a_content_length_is_forwarded_as_plain_digits(field: bytes) -> None:
 
 @pytest.mark.parametrize("value", [b"chunked", b"CHUNKED", b"\tchunked "])
 def test_chunked_is_the_only_transfer_coding(value: bytes) -> None:
-    for _, fields, judged in (
+    for _, fields, parsed in (
         accepted(request(b"Transfer-Encoding:" + value)),
         answered(response(b"Transfer-Encoding:" + value)),
     ):
         assert (fields.is_chunked, fields.has_content_length) == (True, False)
-        assert judged.is_forwarded[-1] is False
+        assert parsed.is_forwarded[-1] is False
 
 
 @pytest.mark.parametrize(
@@ -365,9 +366,9 @@ def test_an_expectation_that_cannot_be_met_fails(expect: bytes, minor: int) -> N
 
 @pytest.mark.parametrize(("expect", "expects"), [(b"", False), (b" , ", False), (b"100-continue,", True)])
 def test_an_empty_expectation_is_none(expect: bytes, expects: bool) -> None:
-    _, fields, judged = accepted(request(b"Expect: " + expect))
+    _, fields, parsed = accepted(request(b"Expect: " + expect))
     assert fields.expects_continue is expects
-    assert judged.is_forwarded[1:] == [False]
+    assert parsed.is_forwarded[1:] == [False]
 
 
 KEY_FIELD, VERSION_FIELD = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", b"Sec-WebSocket-Version: 13"
@@ -417,7 +418,7 @@ def test_an_incomplete_websocket_handshake_is_refused_by_name(raw: bytes, lacks:
         handshake(b"Connection: Upgrade\r\nUpgrade: xwebsocket"),
     ],
 )
-def test_what_is_no_websocket_handshake_is_a_plain_request(raw: bytes) -> None:
+def test_incomplete_upgrade_is_parsed_as_a_plain_request(raw: bytes) -> None:
     assert not accepted(raw)[1].opens_tunnel
 
 
@@ -446,7 +447,7 @@ def test_a_bodiless_response_is_known_by_method_and_status(method: bytes, status
     assert has_no_body(method, StatusLine(status, 1, b"")) is is_bodiless
 
 
-# -- answers
+# -- responses
 
 
 @pytest.mark.parametrize(
@@ -497,10 +498,10 @@ def test_any_other_status_line_is_refused(start: bytes) -> None:
         (b"Connection: X_y, close\r\nx_Y: a\r\nZ: b", b"Z"),
     ],
 )  # fmt: skip
-def test_an_upstream_names_its_own_fields_as_it_likes(fields: bytes, forwarded: bytes) -> None:
-    _, _, judged = answered(response(fields))
+def test_a_response_may_have_any_valid_field_name(fields: bytes, forwarded: bytes) -> None:
+    _, _, parsed = answered(response(fields))
     names = [line.partition(b":")[0] for line in fields.split(b"\r\n")]
-    assert [name for name, goes in zip(names, judged.is_forwarded, strict=True) if goes] == forwarded.split()
+    assert [name for name, goes in zip(names, parsed.is_forwarded, strict=True) if goes] == forwarded.split()
 
 
 @pytest.mark.parametrize(
@@ -533,7 +534,7 @@ def test_bytes_that_cannot_begin_a_request_are_refused_without_waiting_for_more(
 @pytest.mark.parametrize(
     "beginning", [b"X", b"GETX", b"get", b"get /", b"FOO / HTTP/1.1\r\n", b"hello", b"0", b"\rX", b"GET\t"]
 )
-def test_what_follows_a_request_has_to_begin_with_a_known_method(beginning: bytes) -> None:
+def test_bytes_after_a_request_must_begin_with_a_known_method(beginning: bytes) -> None:
     with pytest.raises(Refusal) as error:
         check_beginning(beginning, follows=True)
     assert error.value.reason is Reason.REQUEST_MALFORMED
@@ -568,7 +569,7 @@ def test_no_prefix_of_a_well_formed_request_is_refused(body: bytes) -> None:
 def test_every_accepted_head_is_made_of_lines_that_every_server_reads_alike(heads: list[bytes]) -> None:
     for raw in heads:
         try:
-            line, fields, judged = accepted(raw)
+            line, fields, parsed = accepted(raw)
         except Refusal:
             continue
         for end in range(1, len(raw), 7):
@@ -577,7 +578,7 @@ def test_every_accepted_head_is_made_of_lines_that_every_server_reads_alike(head
         names = [re.fullmatch(rb"([A-Za-z0-9_-]+):[\t \x21-\x7e\x80-\xff]*", one) for one in lines]
         assert all(names)
         forwarded = [
-            one.partition(b":")[0].lower() for one, goes in zip(lines, judged.is_forwarded, strict=True) if goes
+            one.partition(b":")[0].lower() for one, goes in zip(lines, parsed.is_forwarded, strict=True) if goes
         ]
         assert all(re.fullmatch(rb"[a-z0-9-]+", name) for name in forwarded)
         assert not {b"connection", b"transfer-encoding", b"authorization", b"x-api-key", b"expect"} & set(forwarded)
@@ -592,6 +593,6 @@ def test_thousands_of_connection_options_are_not_judged_one_by_one() -> None:
     names = FieldNames()
     options = b",".join(b"x%d" % number for number in range(5_000))
     raw = b"GET / HTTP/1.1\r\nHost: h\r\nX7: a\r\nX-Kept: b\r\nConnection: %b\r\n\r\n" % options
-    _, _, judged = judge_request(raw, names, lambda _target: False)
-    assert judged.is_forwarded == [True, False, True, False]
+    _, _, parsed = parse_request(raw, names, lambda _target: False)
+    assert parsed.is_forwarded == [True, False, True, False]
     assert set(names._remembered) == {b"Host", b"X7", b"X-Kept", b"Connection"}

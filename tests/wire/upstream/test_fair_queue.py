@@ -80,8 +80,9 @@ class Sharing(RuleBasedStateMachine):
         assert self.turns.cap == (min(self.places, self.per_user_max) or self.places)
         assert self.turns.over_share() == {
             user: self.held.count(user) - self.turns.share
-            for user in set(self.held) if self.held.count(user) > self.turns.share
-        }  # fmt: skip
+            for user in set(self.held)
+            if self.held.count(user) > self.turns.share
+        }
 
     @invariant()
     def nothing_is_kept_of_users_who_are_gone(self) -> None:

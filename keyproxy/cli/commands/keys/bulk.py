@@ -13,13 +13,14 @@ import click
 import orjson
 
 from keyproxy.auth.api_key import masked
-from keyproxy.cli.context import Call, Progress, confirm, say, takes_call, yes_option
-from keyproxy.cli.options import Failure, duration, scopes, showing_secret, span
+from keyproxy.cli.context import Call, confirm, takes_call, yes_option
+from keyproxy.cli.output import Failure, Progress, print_message, showing_secret
+from keyproxy.cli.parameters import duration, scopes, span
 from keyproxy.cli.rows import Rows, read_owners, read_rows
-from keyproxy.store.directory.bulk import BATCH_MAX
 from keyproxy.store.directory.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory.import_keys import read_key, read_wish
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
+from keyproxy.store.directory.key_batches import BATCH_MAX
 
 _PROBLEMS_SHOWN_MAX: Final = 20
 
@@ -30,7 +31,7 @@ _LOST: Final = (
 
 _file_argument = click.argument(
     "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
-)  # fmt: skip
+)
 
 
 @click.command("revoke-all", short_help="Revoke many keys by user, tenant, age or last use.")
@@ -45,9 +46,16 @@ _file_argument = click.argument(
 @yes_option
 @takes_call
 def key_revoke_all(
-    call: Call, user_id: str | None, tenant_id: str | None, older_than: timedelta | None, unused: timedelta | None,
-    reason: str, *, dry_run: bool, yes: bool,
-) -> None:  # fmt: skip
+    call: Call,
+    user_id: str | None,
+    tenant_id: str | None,
+    older_than: timedelta | None,
+    unused: timedelta | None,
+    reason: str,
+    *,
+    dry_run: bool,
+    yes: bool,
+) -> None:
     """Permanently revoke all keys that match every given option.
 
     \b
@@ -58,18 +66,18 @@ def key_revoke_all(
         wanted = Revocation(user_id, tenant_id, older_than, unused)
     except Invalid as error:
         raise click.UsageError(str(error)) from error
-    total = call.run(lambda directory: directory.count_to_revoke(wanted))
+    total = call.run(lambda directory: directory.key_batches.count_to_revoke(wanted))
     if dry_run:
-        call.tell({"revoked": 0, "would_revoke": total}, ())
+        call.print_result({"revoked": 0, "would_revoke": total}, ())
         return
     confirm(f"Revoke {total} keys? This cannot be undone.", yes=yes)
-    call.tell({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
+    call.print_result({"revoked": call.run(lambda directory: _revoke(directory, wanted, reason, total))}, ())
 
 
-async def _revoke(directory: Operations, wanted: Revocation, reason: str, total: int) -> int:
+async def _revoke(directory: DirectoryOperations, wanted: Revocation, reason: str, total: int) -> int:
     progress, count = Progress("keys revoked", total), 0
     try:
-        async for ids in directory.revoke_keys(wanted, reason):
+        async for ids in directory.key_batches.revoke(wanted, reason):
             count += len(ids)
             progress.at(count)
     finally:
@@ -91,13 +99,21 @@ async def _revoke(directory: Operations, wanted: Revocation, reason: str, total:
     "--expires-in", callback=duration, metavar="TIME", help="Lifetime, such as 90d, or never. [keys.age_days_max]"
 )
 @click.option("--plan", metavar="PLAN", help="Plan for rows without a plan.")
-@click.option("--reissue-unseen", is_flag=True,
-              help="Revoke and reissue keys that were never used, because their secrets were lost.")  # fmt: skip
+@click.option(
+    "--reissue-unseen",
+    is_flag=True,
+    help="Revoke and reissue keys that were never used, because their secrets were lost.",
+)
 @takes_call
 def key_issue_many(
-    call: Call, path: Path, wanted: tuple[str, ...], expires_in: timedelta | str | None, plan: str | None,
-    *, reissue_unseen: bool,
-) -> None:  # fmt: skip
+    call: Call,
+    path: Path,
+    wanted: tuple[str, ...],
+    expires_in: timedelta | str | None,
+    plan: str | None,
+    *,
+    reissue_unseen: bool,
+) -> None:
     """Issue one key per row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
 
     Columns: user (required); name, scopes, test, plan (optional). Each key is printed as soon as it is issued,
@@ -126,16 +142,16 @@ def key_issue_many(
     if not call.as_json:
         present = len(wishes) - made
         then = "this is the only time the secrets are shown" if made else "if their secrets were lost: --reissue-unseen"
-        say(f"{made} {'key' if made == 1 else 'keys'} issued, {present} already existed; {then}")
+        print_message(f"{made} {'key' if made == 1 else 'keys'} issued, {present} already existed; {then}")
 
 
 async def _issue(
-    directory: Operations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
+    directory: DirectoryOperations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
 ) -> int:
     progress, made = Progress("keys", len(wishes)), 0
     try:
         for start in range(0, len(wishes), BATCH_MAX):
-            keys = await directory.issue_keys(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
+            keys = await directory.key_batches.issue(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
             with showing_secret(_LOST):
                 for key in keys:
                     if as_json:
@@ -155,8 +171,13 @@ async def _issue(
 @click.option("--dry-run", is_flag=True, help="Run the import, report the result, and roll it back.")
 @click.option("--user", "user_id", metavar="USER", help="Owner of keys whose row names no user.")
 @click.option("--user-column", metavar="NAME", help="The column that contains the key's owner. [user]")
-@click.option("--map", "map_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
-              help="CSV lines `prefix or name of the key,user` that assign owners.")  # fmt: skip
+@click.option(
+    "--map",
+    "map_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="CSV lines `prefix or name of the key,user` that assign owners.",
+)
 @click.option("--tenant", "tenant_id", metavar="TENANT", help="Create missing users in this tenant.")
 @click.option(
     "--scope",
@@ -168,9 +189,16 @@ async def _issue(
 )
 @takes_call
 def key_import(
-    call: Call, path: Path, user_id: str | None, user_column: str | None, map_path: Path | None,
-    tenant_id: str | None, wanted: tuple[str, ...], *, dry_run: bool,
-) -> None:  # fmt: skip
+    call: Call,
+    path: Path,
+    user_id: str | None,
+    user_column: str | None,
+    map_path: Path | None,
+    tenant_id: str | None,
+    wanted: tuple[str, ...],
+    *,
+    dry_run: bool,
+) -> None:
     """Import keys that another program issued. FILE is CSV with a header line, JSON lines or Django's dumpdata; - is
     stdin.
 
@@ -192,23 +220,26 @@ def key_import(
     call.warn_of_scopes(*(key.scopes for key in keys if not key.is_revoked))
     report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
     for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
-        say(f"{place}: {problem}")
-    told = {
-        "dry_run": dry_run, "imported": report.imported, "present": report.present, "users": report.users,
+        print_message(f"{place}: {problem}")
+    result = {
+        "dry_run": dry_run,
+        "imported": report.imported,
+        "present": report.present,
+        "users": report.users,
         "problems": [{"place": place, "problem": problem} for place, problem in report.problems],
-    }  # fmt: skip
-    call.tell(told if call.as_json else {**told, "problems": len(report.problems)}, ())
+    }
+    call.print_result(result if call.as_json else {**result, "problems": len(report.problems)}, ())
     if report.problems:
         raise Failure("1 row is invalid" if len(report.problems) == 1 else f"{len(report.problems)} rows are invalid")
 
 
-async def _import(directory: Operations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
+async def _import(directory: DirectoryOperations, keys: Sequence[ImportedKey], *, dry_run: bool) -> ImportReport:
     progress, report = Progress("keys checked", len(keys)), ImportReport()
     try:
         # A dry run rolls back, so it must see all rows in one transaction: later parts would not see earlier ones.
         size = max(1, len(keys)) if dry_run else BATCH_MAX
         for start in range(0, len(keys), size):
-            report.add(await directory.import_keys(keys[start : start + size], dry_run=dry_run))
+            report.add(await directory.key_importer.run(keys[start : start + size], dry_run=dry_run))
             progress.at(min(len(keys), start + size))
     finally:
         progress.end()

@@ -11,8 +11,15 @@ from keyproxy.limits.plan import LIMIT_MAX
 from keyproxy.store.ledger.explain import Question
 
 LIMIT_COLUMNS: Final = (
-    "owner", "policy", "limit", "spent", "held", "forfeited", "remaining", "reset_seconds",
-)  # fmt: skip
+    "owner",
+    "policy",
+    "limit",
+    "spent",
+    "held",
+    "forfeited",
+    "remaining",
+    "reset_seconds",
+)
 
 
 @click.command("explain", short_help="Show whether a request with a key would be accepted, and why.")
@@ -30,14 +37,14 @@ def key_explain(call: Call, key_id: str, method: str, path: str, tokens: int | N
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
     """
     question = Question(method, path, tokens)
-    told = call.run_usage(lambda usage: usage.explained(key_id, question))
-    limits = told.pop("limits")
-    who = {name: told.pop(name) for name in ("key", "user", "tenant", "mode")}
-    answer = {**who, "method": method, "path": path, **told}
+    explanation = call.run_usage(lambda usage: usage.explained(key_id, question))
+    limits = explanation.pop("limits")
+    subject = {name: explanation.pop(name) for name in ("key", "user", "tenant", "mode")}
+    shown = {**subject, "method": method, "path": path, **explanation}
     if call.as_json:
-        call.tell({**answer, "limits": limits}, ())
+        call.print_result({**shown, "limits": limits}, ())
         return
-    call.tell(answer, ())
+    call.print_result(shown, ())
     if limits:
         click.echo()
-        call.tell(limits, (*LIMIT_COLUMNS, "refuses"))
+        call.print_result(limits, (*LIMIT_COLUMNS, "refuses"))

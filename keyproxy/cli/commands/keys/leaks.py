@@ -9,10 +9,10 @@ import click
 
 from keyproxy.auth.api_key import masked
 from keyproxy.auth.key_scanner import TEXT_BYTES_MAX, TOO_LONG
-from keyproxy.cli.context import KEY_COLUMNS, Call, say, takes_call
-from keyproxy.cli.options import Failure
+from keyproxy.cli.context import KEY_COLUMNS, Call, takes_call
+from keyproxy.cli.output import Failure, print_message
 from keyproxy.store.directory.directory import Entity
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.leaked_keys import MATCHES_MAX
 
 _LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
@@ -36,14 +36,14 @@ def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
     text = None if digest is not None else _from_stdin()
     report = call.run(lambda directory: _reported(directory, digest, text, reason))
     if call.as_json:
-        call.tell(report, ())
+        call.print_result(report, ())
     elif report["found"]:
-        call.tell(report["found"], _LEAK_COLUMNS)
+        call.print_result(report["found"], _LEAK_COLUMNS)
     reasons = _reasons(report)
     if not report["found"]:
         raise Failure("; ".join(reasons) or "there is no key in this text")
     for reason_given in reasons:
-        say(reason_given)
+        print_message(reason_given)
 
 
 @click.command("whose", short_help="Find a key's owner by key, hint, id or name.")
@@ -60,17 +60,19 @@ def key_whose(call: Call, text: str) -> None:
     keyproxy key whose kp_live_AbCd…wXyZ
     """
     if text != _STDIN and masked(text) != text:
-        say("warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -")
+        print_message(
+            "warning: a key in an argument can be seen by other users of this machine; pass it on stdin: key whose -"
+        )
     wanted = _from_stdin() if text == _STDIN else text.encode("utf-8", "surrogateescape")
-    report = call.run(lambda directory: directory.whose(wanted))
+    report = call.run(lambda directory: directory.leaked_keys.find(wanted))
     if call.as_json:
-        call.tell(report, ())
+        call.print_result(report, ())
     elif report["keys"]:
-        call.tell(report["keys"], KEY_COLUMNS)
+        call.print_result(report["keys"], KEY_COLUMNS)
     if not report["keys"]:
         raise Failure("there is no such key")
     if len(report["keys"]) == MATCHES_MAX:
-        say(f"these are the first {MATCHES_MAX} keys: pass more of the hint, or list by user")
+        print_message(f"these are the first {MATCHES_MAX} keys: pass more of the hint, or list by user")
 
 
 def _from_stdin() -> bytes:
@@ -84,10 +86,10 @@ def _from_stdin() -> bytes:
     return text
 
 
-async def _reported(directory: Operations, digest: str | None, text: bytes | None, reason: str) -> Entity:
+async def _reported(directory: DirectoryOperations, digest: str | None, text: bytes | None, reason: str) -> Entity:
     if text is not None:
-        return await directory.report_leaked_text(text, reason)
-    found = await directory.report_leaked(_hex_digest(digest or ""), reason)
+        return await directory.leaked_keys.report_text(text, reason)
+    found = await directory.leaked_keys.report_digest(_hex_digest(digest or ""), reason)
     if not found["known"]:
         return {"found": [], "incomplete": 0, "unknown": 1}
     key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}

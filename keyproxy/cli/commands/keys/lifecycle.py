@@ -17,9 +17,9 @@ from keyproxy.cli.context import (
     takes_call,
     yes_option,
 )
-from keyproxy.cli.options import duration, grace, scopes, span
+from keyproxy.cli.parameters import duration, grace, scopes, span
 from keyproxy.store.directory.directory import Entity, KeyFilter
-from keyproxy.store.directory.interface import Operations
+from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.keys import ORDERS, STATES
 
 _id_argument = click.argument("key_id", metavar="ID")
@@ -53,9 +53,15 @@ def key_group() -> None:
 @click.option("--plan", metavar="PLAN", help="Limits of this key, in addition to its user's and its tenant's.")
 @takes_call
 def key_issue(
-    call: Call, user_id: str, wanted: tuple[str, ...], name: str, expires_in: timedelta | str | None,
-    plan: str | None, *, is_test: bool,
-) -> None:  # fmt: skip
+    call: Call,
+    user_id: str,
+    wanted: tuple[str, ...],
+    name: str,
+    expires_in: timedelta | str | None,
+    plan: str | None,
+    *,
+    is_test: bool,
+) -> None:
     """Issue a key.
 
     \b
@@ -63,8 +69,8 @@ def key_issue(
     keyproxy key issue --user u_42 --test --expires-in 7d
     """
     wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan)
-    key = call.run_for_secret(lambda directory: directory.issue_key(user_id, wish))
-    call.tell_secret(key, "issue a new key")
+    key = call.run_for_secret(lambda directory: directory.keys.issue(user_id, wish))
+    call.print_secret(key, "issue a new key")
 
 
 @key_group.command("list")
@@ -81,18 +87,23 @@ def key_issue(
 )
 @takes_call
 def key_list(
-    call: Call, user_id: str | None, tenant_id: str | None, state: str | None, older_than: timedelta | None,
-    expires_within: timedelta | None, order: str | None, *, is_test: bool | None,
-) -> None:  # fmt: skip
+    call: Call,
+    user_id: str | None,
+    tenant_id: str | None,
+    state: str | None,
+    older_than: timedelta | None,
+    expires_within: timedelta | None,
+    order: str | None,
+    *,
+    is_test: bool | None,
+) -> None:
     """List keys. Their secrets are not stored and cannot be shown.
 
     \b
     keyproxy key list --state active --expires-within 14d --sort expires
     """
-    wanted = KeyFilter(
-        user_id, tenant_id, is_test, state, older_than=older_than, expires_within=expires_within
-    )  # fmt: skip
-    call.tell(call.run(lambda directory: _listed(directory, wanted, order)), KEY_COLUMNS)
+    wanted = KeyFilter(user_id, tenant_id, is_test, state, older_than=older_than, expires_within=expires_within)
+    call.print_result(call.run(lambda directory: _listed(directory, wanted, order)), KEY_COLUMNS)
 
 
 @key_group.command("stale", short_help="List working keys that have not been used for some time.")
@@ -107,11 +118,11 @@ def key_stale(call: Call, unused: timedelta, user_id: str | None, tenant_id: str
     keyproxy key stale --unused 30d
     """
 
-    async def work(directory: Operations) -> list[Entity]:
+    async def work(directory: DirectoryOperations) -> list[Entity]:
         wanted = KeyFilter(user_id, tenant_id, unused_for=unused)
         return [key for key in await _listed(directory, wanted, "used") if key["state"] not in ("expired", "revoked")]
 
-    call.tell(call.run(work), KEY_COLUMNS)
+    call.print_result(call.run(work), KEY_COLUMNS)
 
 
 @key_group.command("show")
@@ -119,7 +130,7 @@ def key_stale(call: Call, unused: timedelta, user_id: str | None, tenant_id: str
 @takes_call
 def key_show(call: Call, key_id: str) -> None:
     """Show one key."""
-    call.tell(call.run(lambda directory: directory.key(key_id)), KEY_COLUMNS)
+    call.print_result(call.run(lambda directory: directory.keys.get(key_id)), KEY_COLUMNS)
 
 
 @key_group.command("set-plan")
@@ -129,7 +140,7 @@ def key_show(call: Call, key_id: str) -> None:
 def key_set_plan(call: Call, key_id: str, plan: str | None, named: str | None, *, none: bool) -> None:
     """Set or remove a key's own plan. Takes effect within a second."""
     change = {"plan": chosen_plan(plan, named, none=none)}
-    call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)
+    call.print_result(call.run(lambda directory: directory.keys.change(key_id, change)), KEY_COLUMNS)
 
 
 @key_group.command("set-scopes")
@@ -147,13 +158,20 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
         raise click.UsageError("pass the scopes with --scope, or --none")
     call.warn_of_scopes(wanted)
     change = {"scopes": list(wanted)}
-    call.tell(call.run(lambda directory: directory.change_key(key_id, change)), KEY_COLUMNS)
+    call.print_result(call.run(lambda directory: directory.keys.change(key_id, change)), KEY_COLUMNS)
 
 
 @key_group.command("rotate")
 @_id_argument
-@click.option("--grace", "left", default="24h", show_default=True, callback=grace, metavar="TIME",
-              help="How long the old key keeps working; 0s: it stops immediately.")  # fmt: skip
+@click.option(
+    "--grace",
+    "left",
+    default="24h",
+    show_default=True,
+    callback=grace,
+    metavar="TIME",
+    help="How long the old key keeps working; 0s: it stops immediately.",
+)
 @click.option("--expires-in", callback=duration, metavar="TIME", help="The new key's lifetime. [keys.age_days_max]")
 @takes_call
 def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta | str | None) -> None:
@@ -166,8 +184,8 @@ def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta |
     keyproxy key rotate key_… --grace 24h
     """
     life = call.life(expires_in)
-    key = call.run_for_secret(lambda directory: directory.rotate_key(key_id, grace=left, expires_in=life))
-    call.tell_secret(key, f"rotate {key_id} again")
+    key = call.run_for_secret(lambda directory: directory.keys.rotate(key_id, grace=left, expires_in=life))
+    call.print_secret(key, f"rotate {key_id} again")
 
 
 @key_group.command("revoke")
@@ -178,7 +196,7 @@ def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta |
 def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:
     """Revoke a key permanently. Takes effect everywhere within a second. Does not ask for confirmation."""
     del yes
-    call.tell(call.run(lambda directory: directory.revoke_key(key_id, reason)), KEY_COLUMNS)
+    call.print_result(call.run(lambda directory: directory.keys.revoke(key_id, reason)), KEY_COLUMNS)
 
 
 @key_group.command("delete")
@@ -188,16 +206,16 @@ def key_revoke(call: Call, key_id: str, reason: str, *, yes: bool) -> None:
 def key_delete(call: Call, key_id: str, *, yes: bool) -> None:
     """Delete a key. A revoked key stays visible in lists; a deleted one does not."""
     confirm(f"Delete key {key_id}?", yes=yes)
-    call.tell(call.run(lambda directory: directory.delete_key(key_id)), KEY_COLUMNS)
+    call.print_result(call.run(lambda directory: directory.keys.delete(key_id)), KEY_COLUMNS)
 
 
-async def _listed(directory: Operations, wanted: KeyFilter, order: str | None) -> list[Entity]:
+async def _listed(directory: DirectoryOperations, wanted: KeyFilter, order: str | None) -> list[Entity]:
     if order is None:
-        return await all_pages(lambda after: directory.keys(after, PAGE, wanted))
+        return await all_pages(lambda after: directory.keys.list_by_id(after, PAGE, wanted))
     found: list[Entity] = []
     cursor: str | None = None
     while True:
-        page = await directory.keys_by_time(order, cursor, PAGE, wanted)
+        page = await directory.keys.list_by_time(order, cursor, PAGE, wanted)
         found += page.items
         cursor = page.next
         if cursor is None:

@@ -7,22 +7,15 @@ it can report progress, and stop between any two.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.store.directory.base import (
-    DirectoryBase,
-    Entity,
-    Invalid,
-    KeyWish,
-    NotFound,
-    lifetime,
-    new_key_id,
-    reveal,
-)
+from keyproxy.store.directory.context import DirectoryContext
+from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
 BATCH_MAX: Final = 1000
@@ -46,23 +39,26 @@ class Revocation:
             raise Invalid("select the keys to revoke: by user, tenant, age or time without use")
 
 
-class Bulk(DirectoryBase):
+@dataclass(frozen=True, slots=True)
+class KeyBatches:
     """The operations on many keys."""
 
+    _context: DirectoryContext
+
     async def count_to_revoke(self, wanted: Revocation) -> int:
-        """How many keys `revoke_keys` would revoke. Raises NotFound for an unknown user or tenant."""
+        """How many keys `revoke` would revoke. Raises NotFound for an unknown user or tenant."""
         await self._check_owner(wanted)
-        row = await self._one("count_to_revoke", *self._revocation(wanted))
+        row = await self._context.fetch_row("count_to_revoke", *self._revocation(wanted))
         return 0 if row is None else row["keys"]
 
-    async def revoke_keys(
+    async def revoke(
         self, wanted: Revocation, reason: str, *, batch: int = BATCH_MAX
     ) -> AsyncGenerator[list[str], None]:
         """Revoke keys permanently; yield the ids of each batch. Keys that are already revoked stay unchanged."""
         await self._check_owner(wanted)
         last = ""
         while True:
-            async with self._acting() as transaction:
+            async with self._context.transaction() as transaction:
                 rows = await transaction.fetch("revoke_keys", last, batch, reason, *self._revocation(wanted))
             if not rows:
                 return
@@ -70,7 +66,7 @@ class Bulk(DirectoryBase):
             last = ids[-1]
             yield ids
 
-    async def issue_keys(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
+    async def issue(self, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool = False) -> list[Entity]:
         """Issue a key for each (user id, wish), all or none of them, at most BATCH_MAX.
 
         A user with a working key of that name and mode gets no other, so that the same wishes can be sent again. Return,
@@ -89,40 +85,36 @@ class Bulk(DirectoryBase):
             if first[user, wish.name, wish.is_test] == number:
                 made.append(self._row_of(user, wish))
         plans = {wish.plan for _, wish in wishes if wish.plan is not None}
-        async with self._acting("' or '".join(sorted(plans)) or None) as transaction:
+        async with self._context.transaction("' or '".join(sorted(plans)) or None) as transaction:
             users = sorted({user for user, _ in wishes})
             there = await transaction.fetch("hold_users", users)
-            missing = set(users) - {row["id"] for row in there if self._bound_to in (None, row["tenant_id"])}
+            missing = set(users) - {row["id"] for row in there if self._context.includes_tenant(row["tenant_id"])}
             if missing:
                 raise NotFound(f"there is no user {min(missing)!r}: create it first")
             described = json.dumps([row for row, _ in made])
             lost = await transaction.fetch("revoke_unseen", described, _REISSUED) if reissue_unseen else []
-            rows = await transaction.fetch("issue_keys", described, self._bound_to)
+            rows = await transaction.fetch("issue_keys", described, self._context.tenant_id)
         reissued = {(row["user_id"], row["name"], row["is_test"]): row["id"] for row in lost}
         expiries = {row["id"]: row["expires_at"] for row in rows}
         by_wish = {(row["user_id"], row["name"], row["is_test"]): (row, secret) for row, secret in made}
-        told: list[Entity] = []
+        issued: list[Entity] = []
         for number, (user, wish) in enumerate(wishes):
             row, secret = by_wish[user, wish.name, wish.is_test]
             if row["id"] not in expiries or first[user, wish.name, wish.is_test] != number:
-                told.append({"user": user, "name": wish.name, "created": False})
+                issued.append({"user": user, "name": wish.name, "created": False})
                 continue
-            told.append({
-                "id": row["id"], "user": user, "name": wish.name, "created": True, "hint": row["hint"],
-                "scopes": list(wish.scopes), "is_test": wish.is_test, "plan": wish.plan,
-                "expires_at": time_text(expiries[row["id"]]), "secret": reveal(secret),
-                "reissues": reissued.get((user, wish.name, wish.is_test)),
-            })  # fmt: skip
-        return told
+            reissues = reissued.get((user, wish.name, wish.is_test))
+            issued.append(_issued(row, secret, time_text(expiries[row["id"]]), reissues))
+        return issued
 
     def _row_of(self, user: str, wish: KeyWish) -> tuple[dict[str, Any], SecretKey]:
-        secret = self._new_secret(is_test=wish.is_test)
+        secret = self._context.new_secret(is_test=wish.is_test)
         life = lifetime(wish.expires_in)
         row = {
             "id": new_key_id(),
             "user_id": user,
             "digest": secret.digest().hex(),
-            "hint": self._format.hint(secret),
+            "hint": self._context.key_format.hint(secret),
             "name": wish.name,
             "scopes": list(wish.scopes),
             "is_test": wish.is_test,
@@ -133,9 +125,25 @@ class Bulk(DirectoryBase):
 
     async def _check_owner(self, wanted: Revocation) -> None:
         if wanted.user is not None:
-            await self._thing("user", wanted.user)
+            await self._context.get("user", wanted.user)
         if wanted.tenant is not None:
-            await self._thing("tenant", wanted.tenant)
+            await self._context.get("tenant", wanted.tenant)
 
     def _revocation(self, wanted: Revocation) -> tuple[object, ...]:
-        return wanted.user, wanted.tenant or self._bound_to, wanted.older_than, wanted.unused_for
+        return wanted.user, wanted.tenant or self._context.tenant_id, wanted.older_than, wanted.unused_for
+
+
+def _issued(row: Mapping[str, Any], secret: SecretKey, expires_at: str | None, reissues: str | None) -> Entity:
+    return {
+        "id": row["id"],
+        "user": row["user_id"],
+        "name": row["name"],
+        "created": True,
+        "hint": row["hint"],
+        "scopes": row["scopes"],
+        "is_test": row["is_test"],
+        "plan": row["plan"],
+        "expires_at": expires_at,
+        "secret": reveal(secret),
+        "reissues": reissues,
+    }

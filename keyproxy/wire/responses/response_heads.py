@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Final
 
+from keyproxy.http import headers
 from keyproxy.http.error_responses import ErrorResponse
 from keyproxy.model import ResponseHead
+from keyproxy.ports import Exchange
+from keyproxy.wire.context import ServerContext
 
 #: The first bytes of every response.
 BEGINNING = b"HTTP/1.1 "
@@ -39,24 +42,43 @@ class DateField:
         if second != self._second:
             at = time.gmtime(second)
             self._line = b"Date: %b, %02d %b %04d %02d:%02d:%02d GMT\r\n" % (
-                _DAYS[at.tm_wday], at.tm_mday, _MONTHS[at.tm_mon - 1], at.tm_year, at.tm_hour, at.tm_min, at.tm_sec,
-            )  # fmt: skip
+                _DAYS[at.tm_wday],
+                at.tm_mday,
+                _MONTHS[at.tm_mon - 1],
+                at.tm_year,
+                at.tm_hour,
+                at.tm_min,
+                at.tm_sec,
+            )
             self._second = second
         return self._line
 
 
-def own(answer: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
+def own(response: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
     """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
     return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
-        answer.status,
-        answer.reason_phrase,
+        response.status,
+        response.reason_phrase,
         date,
-        answer.fields,
-        len(answer.body),
+        response.fields,
+        len(response.body),
         request_id,
         _CLOSE if closes else b"",
-        b"" if without_body else answer.body,
+        b"" if without_body else response.body,
     )
+
+
+def client_lines(response: ResponseHead, exchange: Exchange, server: ServerContext, now: float) -> bytes:
+    """The client's header lines: the upstream's and ours. If our limits apply, only ours describe limits."""
+    block, permit, identity = response.block, exchange.permit, exchange.identity
+    if permit is not None and permit.hold is not None:
+        limits = permit.limit_headers(now)
+        if limits and response.fields.states_limits:
+            block = headers.without_limits(block)
+        block += limits
+    if identity is not None and identity.retiring_field is not None:
+        block += identity.retiring_header(server.wall())
+    return block
 
 
 def interim(head: ResponseHead, request_id: bytes) -> bytes:

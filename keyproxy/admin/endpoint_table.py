@@ -1,0 +1,69 @@
+"""The method and path of each endpoint, by name: what the server routes by, and what the command line sends.
+
+Plain data, without the models that validate requests, because importing those takes longer than a command runs.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+#: The maximum number of items in a page of a list.
+PAGE_MAX: Final = 500
+
+
+class EndpointAddress(NamedTuple):
+    """`path`: may contain `{id}`. `is_stream`: the response is lines of JSON."""
+
+    method: str
+    path: str
+    is_stream: bool = False
+
+    @property
+    def has_body(self) -> bool:
+        """Whether requests send their fields in the body, rather than in the query."""
+        return self.method not in ("GET", "DELETE")
+
+    def path_of(self, entity_id: str) -> str:
+        """The path of one object."""
+        return self.path.replace("{id}", quote(entity_id, safe=""))
+
+
+ADDRESSES: Final = {
+    "list_tenants": EndpointAddress("GET", "/v1/tenants"),
+    "create_tenant": EndpointAddress("POST", "/v1/tenants"),
+    "show_tenant": EndpointAddress("GET", "/v1/tenants/{id}"),
+    "change_tenant": EndpointAddress("PATCH", "/v1/tenants/{id}"),
+    "delete_tenant": EndpointAddress("DELETE", "/v1/tenants/{id}"),
+    "list_users": EndpointAddress("GET", "/v1/users"),
+    "create_user": EndpointAddress("POST", "/v1/users"),
+    "show_user": EndpointAddress("GET", "/v1/users/{id}"),
+    "change_user": EndpointAddress("PATCH", "/v1/users/{id}"),
+    "delete_user": EndpointAddress("DELETE", "/v1/users/{id}"),
+    "list_keys": EndpointAddress("GET", "/v1/keys"),
+    "issue_key": EndpointAddress("POST", "/v1/keys"),
+    "issue_keys": EndpointAddress("POST", "/v1/keys/issue"),
+    "revoke_keys": EndpointAddress("POST", "/v1/keys/revoke"),
+    "show_key": EndpointAddress("GET", "/v1/keys/{id}"),
+    "change_key": EndpointAddress("PATCH", "/v1/keys/{id}"),
+    "delete_key": EndpointAddress("DELETE", "/v1/keys/{id}"),
+    "rotate_key": EndpointAddress("POST", "/v1/keys/{id}/rotate"),
+    "revoke_key": EndpointAddress("POST", "/v1/keys/{id}/revoke"),
+    "report_leaked_key": EndpointAddress("POST", "/v1/leaked-keys"),
+    "report_leaked_text": EndpointAddress("POST", "/v1/leaked-texts"),
+    "find_keys": EndpointAddress("POST", "/v1/keys/whose"),
+    "import_keys": EndpointAddress("POST", "/v1/keys/import"),
+    "list_plans": EndpointAddress("GET", "/v1/plans"),
+    "show_plan": EndpointAddress("GET", "/v1/plans/{id}"),
+    "set_plan": EndpointAddress("PUT", "/v1/plans/{id}"),
+    "change_plan": EndpointAddress("PATCH", "/v1/plans/{id}"),
+    "delete_plan": EndpointAddress("DELETE", "/v1/plans/{id}"),
+    "list_audit": EndpointAddress("GET", "/v1/audit"),
+    "export_audit": EndpointAddress("GET", "/v1/audit/export", is_stream=True),
+    "show_token": EndpointAddress("GET", "/v1/token"),
+    "show_usage": EndpointAddress("GET", "/v1/usage"),
+    "export_usage_sums": EndpointAddress("GET", "/v1/usage/export", is_stream=True),
+    "export_usage": EndpointAddress("GET", "/v1/usage/events", is_stream=True),
+    "show_limits": EndpointAddress("GET", "/v1/users/{id}/limits"),
+    "explain_key": EndpointAddress("GET", "/v1/keys/{id}/explain"),
+}

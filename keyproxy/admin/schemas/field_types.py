@@ -1,0 +1,77 @@
+"""The types of fields in requests and responses of the admin API, with their patterns and bounds."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import AwareDatetime, BeforeValidator, Field, StringConstraints
+
+from keyproxy.admin.endpoint_table import PAGE_MAX
+from keyproxy.auth.key_scanner import TEXT_BYTES_MAX
+from keyproxy.limits.plan import LIMIT_MAX
+
+_LIFE_SECONDS_MAX = 36_525 * 86_400
+_SPAN_SECONDS_MAX = 36_525 * 86_400
+_QUERY_DIGITS_MAX = 18
+
+#: The same pattern as in the tables.
+ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
+PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
+PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
+SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
+
+Id = Annotated[str, StringConstraints(pattern=ID)]
+PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
+Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
+Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
+KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
+Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
+Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)")
+
+
+def _whole_number(value: object) -> object:
+    """Parse a number in a query; only digits are accepted."""
+    if not isinstance(value, str) or not re.fullmatch(r"-?[0-9]+", value):
+        return value
+    if len(value) > _QUERY_DIGITS_MAX:
+        raise ValueError("the number is too large")
+    return int(value)
+
+
+def _true_or_false(value: object) -> object:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _instant(value: object) -> object:
+    if not isinstance(value, str) or not _TIME.fullmatch(value):
+        raise ValueError("must be a time such as 2026-01-31T12:00:00Z")
+    try:
+        return datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("is not a valid date or time") from error
+
+
+QuerySeconds = Annotated[int, Field(ge=1, le=_SPAN_SECONDS_MAX), BeforeValidator(_whole_number)]
+QueryLimit = Annotated[int, Field(ge=1, le=PAGE_MAX), BeforeValidator(_whole_number)]
+QuerySum = Annotated[int, Field(ge=1, le=10_000), BeforeValidator(_whole_number)]
+QueryTokens = Annotated[int, Field(ge=0, le=LIMIT_MAX), BeforeValidator(_whole_number)]
+QueryRow = Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_whole_number)]
+QueryBoolean = Annotated[bool, BeforeValidator(_true_or_false)]
+Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
+
+#: Text that may contain keys.
+Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
+
+#: A time in a response.
+Time = Annotated[
+    str,
+    Field(
+        pattern=r"^(-?infinity|[0-9]{4,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{3})?Z)$",
+        description="ISO 8601 in UTC; `infinity` if another SQL client wrote that.",
+    ),
+]

@@ -1,0 +1,80 @@
+"""Build what requests are served with from the configuration: the gateway, the upstream pools and the `ServerTerms`."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.schema import Settings
+from keyproxy.gateway import Gateway
+from keyproxy.http.error_responses import ErrorRenderer
+from keyproxy.http.forwarding import TrustRule
+from keyproxy.http.headers import FieldNames
+from keyproxy.http.routes import RouteTable
+from keyproxy.model import Moment
+from keyproxy.platform import clock
+from keyproxy.ports import Claims, Identities, Ledger
+from keyproxy.wire.context import ServerTerms
+from keyproxy.wire.deadlines import Deadlines
+from keyproxy.wire.parsing.head_cache import ResponseReader
+from keyproxy.wire.upstream.pool import UpstreamPool, Upstreams
+
+
+def build_gateway(
+    settings: Settings,
+    routes: RouteTable,
+    *,
+    identities: Identities,
+    ledger: Ledger,
+    claims: Claims,
+    now: Callable[[], Moment] = clock.now,
+) -> Gateway:
+    """The gateway over these ports."""
+    return Gateway(
+        key_format=_key_format(settings),
+        identities=identities,
+        ledger=ledger,
+        claims=claims,
+        routes=routes,
+        now=now,
+    )
+
+
+def build_upstreams(
+    settings: Settings, deadlines: Deadlines, loop: asyncio.AbstractEventLoop, tls: ssl.SSLContext | None
+) -> Upstreams:
+    """The pools of connections to the configured upstreams. `tls`: verifies the certificates of https upstreams."""
+    upstream = settings.upstream
+    responses = ResponseReader(FieldNames(settings.identity.header_prefix))
+    live, *test = (
+        UpstreamPool(url, upstream, responses, deadlines, clock=clock.monotonic, loop=loop, tls=tls)
+        for url in (upstream.url, upstream.test_url)
+        if url
+    )
+    return Upstreams(live, *test)
+
+
+def build_terms(
+    settings: Settings, routes: RouteTable, gateway: Gateway, upstreams: Upstreams, *, tls: ssl.SSLContext | None
+) -> ServerTerms:
+    """The terms for requests that this gateway decides on. `tls`: for clients; None: without TLS."""
+    prefix = settings.identity.header_prefix
+    return ServerTerms(
+        listen=settings.listen,
+        gate=gateway,
+        routes=routes,
+        key_format=_key_format(settings),
+        upstreams=upstreams,
+        names=FieldNames(prefix),
+        problems=ErrorRenderer(
+            invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
+        ),
+        trust=TrustRule(settings.listen.trusted_proxies, prefix),
+        tls=tls,
+    )
+
+
+def _key_format(settings: Settings) -> KeyFormat:
+    return KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)

@@ -1,0 +1,147 @@
+"""The context that all parts of a directory share: transactions that name their actor, the tenant binding, entities.
+
+A directory may be bound to one tenant. Then nothing outside that tenant can be read or changed; it is reported as not
+found. The rule is implemented once, here, so that callers cannot forget it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat, SecretKey
+from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag
+from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
+from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
+
+_ID_RULE: Final = (
+    "an id starts with a letter or digit, contains only those and . _ : @ | + -, and has at most 128 characters"
+)
+_RULES: Final = (
+    (re.compile(r"tenants_id_check|users_id_check|api_keys_id_check"), _ID_RULE),
+    (re.compile(r"plans_id_check"), _ID_RULE.replace(" | +", "")),
+    (re.compile(r"\w+_name_check"), "a name has at most 200 characters"),
+    (re.compile(r"api_keys_revoke_reason_check"), "a reason has at most 500 characters"),
+    (
+        re.compile(r"api_keys_scopes_check"),
+        "a scope is one word such as jobs:write, without wildcards, and a key has at most 64 of them",
+    ),
+)
+_PLAN_REFERENCE = re.compile(r"\w+_plan_id_fkey")
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryContext:
+    """All methods raise DirectoryError, StoreConflict or StoreUnavailable.
+
+    `tenant_id`: the tenant that the directory is bound to; None: it is not bound.
+    """
+
+    database: StatementRunner
+    key_format: KeyFormat
+    actor: Actor
+    tenant_id: str | None = None
+
+    async def fetch(self, name: str, *arguments: object) -> Sequence[Row]:
+        """Return the result of a statement."""
+        return await self.database.fetch(name, *arguments)
+
+    async def fetch_row(self, name: str, *arguments: object) -> Row | None:
+        """Return the first row of a statement's result."""
+        rows = await self.database.fetch(name, *arguments)
+        return rows[0] if rows else None
+
+    @contextlib.asynccontextmanager
+    async def transaction(self, plan: str | None = None) -> AsyncIterator[Transaction]:
+        """Open a transaction with the actor set for the audit log. `plan`: the assigned plan, for the error text."""
+        try:
+            async with self.database.transaction() as transaction:
+                await transaction.fetch("say_who_acts", self.actor.name, self.actor.origin)
+                yield transaction
+        except StoreConflict as error:
+            refusal = _refusal(error, plan)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    async def lock(self, transaction: Transaction, kind: str, entity_id: str, if_match: str | None = None) -> Entity:
+        """Lock an entity until the transaction ends, and read it. Raises NotFound, or Outdated if `if_match` differs."""
+        # Not read without the lock: another transaction could change a row that was created between the two statements.
+        is_held = await transaction.fetch(f"hold_{kind}", entity_id)
+        row = await transaction.fetch_row(kind, entity_id) if is_held else None
+        entity = self._visible(kind, entity_id, row)
+        if if_match is not None and if_match != etag(entity):
+            raise Outdated(f"{kind} {entity_id!r} has changed since it was read")
+        return entity
+
+    async def get(self, kind: str, entity_id: str) -> Entity:
+        """Read an entity. Raises NotFound."""
+        return self._visible(kind, entity_id, await self.fetch_row(kind, entity_id))
+
+    async def list_entities(self, kind: str, statement: str, *arguments: object) -> list[Entity]:
+        """Return the result of a statement as entities."""
+        return [ENTITIES[kind](row) for row in await self.database.fetch(statement, *arguments)]
+
+    async def change(self, kind: str, entity_id: str, changes: Mapping[str, Any], if_match: str | None) -> Entity:
+        """Apply changes with `change_<kind>`, and return the changed entity."""
+        unknown = set(changes) - CHANGEABLE[kind]
+        if unknown:
+            raise Invalid(f"{min(unknown)} of a {kind} cannot be changed; {', '.join(sorted(CHANGEABLE[kind]))} can")
+        plan = changes.get("plan") or changes.get("test_plan")
+        async with self.transaction(plan) as transaction:
+            await self.lock(transaction, kind, entity_id, if_match)
+            await transaction.fetch(f"change_{kind}", entity_id, json.dumps(dict(changes)))
+            row = await transaction.fetch_row(kind, entity_id)
+            if row is None:
+                raise NotFound(f"there is no {kind} {entity_id!r}")
+            return ENTITIES[kind](row)
+
+    async def delete(self, kind: str, entity_id: str, if_match: str | None) -> Entity:
+        """Delete an entity with `delete_<kind>`."""
+        async with self.transaction() as transaction:
+            await self.lock(transaction, kind, entity_id, if_match)
+            await transaction.fetch(f"delete_{kind}", entity_id)
+        return {"id": entity_id, "deleted": True}
+
+    def includes_tenant(self, tenant_id: str | None) -> bool:
+        """Whether the directory covers this tenant."""
+        return self.tenant_id in (None, tenant_id)
+
+    def tenant_filter(self, wanted: str | None) -> tuple[bool, str | None]:
+        """Return whether a list for this tenant can have rows, and the tenant to filter by."""
+        if self.tenant_id is None or wanted == self.tenant_id:
+            return True, wanted
+        return wanted is None, self.tenant_id
+
+    def require_unbound(self, act: str) -> None:
+        """Raise Conflict if the directory is bound to a tenant."""
+        if self.tenant_id is not None:
+            raise Conflict(f"an actor bound to tenant {self.tenant_id!r} cannot {act}")
+
+    def new_secret(self, *, is_test: bool) -> SecretKey:
+        """Make the secret of a new key."""
+        return self.key_format.make(secrets.token_bytes(ENTROPY_BYTES), is_test=is_test)
+
+    def _visible(self, kind: str, entity_id: str, row: Row | None) -> Entity:
+        entity = None if row is None else ENTITIES[kind](row)
+        # Plans are shared by all tenants.
+        is_visible = kind == "plan" or (
+            entity is not None and self.includes_tenant(entity["id" if kind == "tenant" else "tenant"])
+        )
+        if entity is None or not is_visible:
+            raise NotFound(f"there is no {kind} {entity_id!r}")
+        return entity
+
+
+def _refusal(error: StoreConflict, plan: str | None) -> DirectoryError | None:
+    if _PLAN_REFERENCE.fullmatch(error.constraint) and plan is not None:
+        return NotFound(f"there is no plan {plan!r}")
+    for pattern, sentence in _RULES:
+        if pattern.fullmatch(error.constraint):
+            return Invalid(sentence)
+    return None

@@ -1,0 +1,148 @@
+"""The entities of the directory: their rows as JSON values, their versions, and the values that requests pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, NamedTuple
+
+from keyproxy.auth.api_key import ALPHABET, SecretKey
+from keyproxy.store.directory.errors import Invalid
+from keyproxy.store.postgres.database import Row
+from keyproxy.store.postgres.json_values import read_json
+from keyproxy.store.postgres.times import time_text
+
+Entity = dict[str, Any]
+
+_ID_DIGITS: Final = 20
+_LIFE_MAX: Final = timedelta(days=36_525)
+
+#: Fields that an ETag does not cover: those that traffic writes, and those that are computed on reading.
+_NOT_VERSIONED: Final = frozenset(
+    {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "secret", "key"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """The author of changes, for the audit log: a name, and the origin of the request."""
+
+    name: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyWish:
+    """The properties of a new key. `expires_in` None: it never expires. `plan` None: it has no limits of its own."""
+
+    name: str = ""
+    scopes: Sequence[str] = ()
+    is_test: bool = False
+    expires_in: timedelta | None = None
+    plan: str | None = None
+
+
+class EntityPage(NamedTuple):
+    """A page of a list. `next` is the cursor of the next page; None after the last one."""
+
+    items: list[Entity]
+    next: str | None
+
+
+def etag(entity: Mapping[str, Any]) -> str:
+    """The version of an entity, for If-Match: differs after every change to it."""
+    kept = {name: value for name, value in entity.items() if name not in _NOT_VERSIONED}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def new_key_id() -> str:
+    """A new, random id for a key."""
+    return "key_" + random_digits()
+
+
+def random_digits() -> str:
+    """The random part of a new id."""
+    return "".join(chr(secrets.choice(ALPHABET)) for _ in range(_ID_DIGITS))
+
+
+def lifetime(expires_in: timedelta | None) -> timedelta | None:
+    """Check that a lifetime is positive and at most 100 years. Raises Invalid."""
+    if expires_in is not None and not timedelta(0) < expires_in <= _LIFE_MAX:
+        raise Invalid("the lifetime of a key must be positive and at most 100 years")
+    return expires_in
+
+
+def reveal(secret: SecretKey) -> str:
+    """The plaintext of a key that was just created, for the response to the caller."""
+    return secret.reveal().decode("ascii")
+
+
+def _tenant(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "name": row["name"],
+        "plan": row["plan_id"],
+        "test_plan": row["test_plan_id"],
+        "disabled_at": time_text(row["disabled_at"]),
+        "created_at": time_text(row["created_at"]),
+        "users": row["users"],
+    }
+
+
+def _user(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "tenant": row["tenant_id"],
+        "plan": row["plan_id"],
+        "test_plan": row["test_plan_id"],
+        "disabled_at": time_text(row["disabled_at"]),
+        "created_at": time_text(row["created_at"]),
+        "keys": row["keys"],
+    }
+
+
+def _key(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "user": row["user_id"],
+        "tenant": row["tenant_id"],
+        "state": row["state"],
+        "hint": row["hint"],
+        "name": row["name"],
+        "scopes": list(row["scopes"]),
+        "is_test": row["is_test"],
+        "plan": row["plan_id"],
+        "created_at": time_text(row["created_at"]),
+        "expires_at": time_text(row["expires_at"]),
+        "revoked_at": time_text(row["revoked_at"]),
+        "revoke_reason": row["revoke_reason"],
+        "replaces": row["replaces"],
+        "replaced_by": row["replaced_by"],
+        "last_used_at": time_text(row["last_used_at"]),
+    }
+
+
+def _plan(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "limits": read_json(row["limits"]),
+        "created_at": time_text(row["created_at"]),
+        "tenants": row["tenants"],
+        "users": row["users"],
+        "keys": row["keys"],
+    }
+
+
+#: Convert a row of each kind to an entity.
+ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan}
+
+#: The fields of each kind that can be changed.
+CHANGEABLE: Final = {
+    "tenant": frozenset({"name", "plan", "test_plan", "disabled"}),
+    "user": frozenset({"plan", "test_plan", "disabled"}),
+    "key": frozenset({"name", "plan", "scopes"}),
+}

@@ -1,0 +1,23 @@
+"""The refusals of directory operations."""
+
+from __future__ import annotations
+
+
+class DirectoryError(Exception):
+    """The operation was refused, or its subject does not exist. The text explains it in one sentence."""
+
+
+class NotFound(DirectoryError):
+    """It does not exist, or is outside the tenant that this directory is bound to."""
+
+
+class Invalid(DirectoryError):
+    """An argument is invalid: an id, a name, a scope, a limit."""
+
+
+class Conflict(DirectoryError):
+    """Its state does not allow the operation: already revoked, in use, owned by another user or tenant."""
+
+
+class Outdated(DirectoryError):
+    """It has changed since the caller read it: its ETag differs."""

@@ -1,0 +1,1 @@
+"""Write responses to clients."""
