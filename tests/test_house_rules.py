@@ -95,7 +95,7 @@ DIALECT_PER_THOUSAND_WORDS_MAX = 0.2
 #: Class names that two classes share on purpose.
 SHARED_CLASS_NAMES = {
     "Claims", "Exchange", "Ledger", "Recorder",  # a port and its implementation
-    "FieldError", "Plan",  # a value and its form in the admin API
+    "FieldError", "Limit", "Plan",  # a value and its form in the admin API
 }  # fmt: skip
 
 TYPE_CHECKING_USERS = {"keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py"}

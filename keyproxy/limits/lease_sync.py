@@ -26,7 +26,7 @@ _VAIN_SECONDS: Final = 0.5
 _REMEMBERED_SECONDS: Final = 30.0
 
 
-class Shortage(NamedTuple):
+class LeaseShortage(NamedTuple):
     """A lease with less than a request needs. `most` 0: the request waits for the state of its window."""
 
     lease: Lease
@@ -37,7 +37,7 @@ class Shortage(NamedTuple):
 class Short(Exception):
     """The request needs more than the leases have free: a ledger request is necessary for these."""
 
-    def __init__(self, needs: Sequence[Shortage]) -> None:
+    def __init__(self, needs: Sequence[LeaseShortage]) -> None:
         super().__init__(", ".join(need.lease.window.policy for need in needs))
         self.needs = needs
 

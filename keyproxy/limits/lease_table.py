@@ -21,7 +21,7 @@ from keyproxy.limits import refusals
 from keyproxy.limits.allowance import Allowance, Bundle, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_binding import LeaseBinding
-from keyproxy.limits.lease_sync import LeaseSync, Short, Shortage
+from keyproxy.limits.lease_sync import LeaseShortage, LeaseSync, Short
 from keyproxy.reasons import Reason, Refusal
 
 
@@ -226,7 +226,7 @@ class LeaseTable:
             return hold
         is_valid = now_mono < self._sync.valid_until_mono
         wanted = [(lease, tokens) for lease in meters.token_leases] + [(lease, spend) for lease in meters.spend_windows]
-        short = [Shortage(lease, units, units) for lease, units in wanted if lease.free < units or not is_valid]
+        short = [LeaseShortage(lease, units, units) for lease, units in wanted if lease.free < units or not is_valid]
         if short and not self.is_lenient:
             self._refuse_or_request(short, meters.leases, now_mono)
         return hold
@@ -278,7 +278,7 @@ class LeaseTable:
         bundle = self._binding.renewed(allowance, need, now_mono)
         is_valid = now_mono < self._sync.valid_until_mono
         units = bundle.units if paid is None else bundle.paced
-        short = [Shortage(lease, 1, 1) for lease in units if lease.free < 1 or not is_valid]
+        short = [LeaseShortage(lease, 1, 1) for lease in units if lease.free < 1 or not is_valid]
         tokens = spend = 0
         if need is not None and bundle.is_metered:
             self._check_request(bundle, need, now_mono)
@@ -302,7 +302,14 @@ class LeaseTable:
             raise refusals.exceeds_limit_per_request(spend, need.spend_least, now_mono, bundle.leases)
 
     def _amount(
-        self, bundle: Bundle, leases: Sequence[Lease], short: list[Shortage], *, least: int, most: int, now_mono: float
+        self,
+        bundle: Bundle,
+        leases: Sequence[Lease],
+        short: list[LeaseShortage],
+        *,
+        least: int,
+        most: int,
+        now_mono: float,
     ) -> int:
         """Return how much to take of these leases, and append those that fall short of it to `short`."""
         is_valid = now_mono < self._sync.valid_until_mono
@@ -314,11 +321,11 @@ class LeaseTable:
                 if lease.is_fresh(now_mono):
                     raise refusals.never_fits(lease, least, now_mono, bundle.leases)
                 # The ledger may have credited the window since.
-                short.append(Shortage(lease, least, 0))
+                short.append(LeaseShortage(lease, least, 0))
             elif free >= most_here or (free >= least and lease.is_dry(now_mono)):
                 amount = min(amount, most_here, free)
             else:
-                short.append(Shortage(lease, least, most_here))
+                short.append(LeaseShortage(lease, least, most_here))
         return amount
 
     def _open(self, lease: Lease) -> None:
@@ -337,7 +344,7 @@ class LeaseTable:
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)
 
-    def _refuse_or_request(self, short: Sequence[Shortage], leases: Sequence[Lease], now_mono: float) -> None:
+    def _refuse_or_request(self, short: Sequence[LeaseShortage], leases: Sequence[Lease], now_mono: float) -> None:
         """Raise a Refusal if the ledger just refused one of them, else Short."""
         refused = [need for need in short if need.most and need.lease.is_refused(need.least, now_mono)]
         if refused:
