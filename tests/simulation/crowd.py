@@ -94,7 +94,7 @@ class Crowd:
         self.network.after_message = self._check
         self.members: list[Member] = []
         self.is_quiet = False
-        self.received = self.refused = self.unavailable = 0
+        self.received = self.refused = self.unavailable = self.in_flight = 0
         self.decided_seconds: list[float] = []
         for _ in range(processes):
             self.join()
@@ -167,7 +167,9 @@ class Crowd:
         self.received += 1
         if self.received > self.limit:
             raise BrokenError(f"{self.received} received, {self.limit} allowed")
+        self.in_flight += 1
         await asyncio.sleep(self.chance.expovariate(5.0))
+        self.in_flight -= 1
         member.ledger.settle(hold, was_sent=True)
         return True
 
