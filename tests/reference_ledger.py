@@ -30,6 +30,10 @@ class ReferenceLedger:
         """Process one message. None: this holder has ended. Raises LateMessageError."""
         return self.rules.sync(holder, serial, lines, self.clock())
 
+    def recalled(self, holder: str) -> list[int]:
+        """The leases whose idle units a holder shall return."""
+        return self.rules.recalled(holder)
+
     def reap(self) -> None:
         """End expired holders."""
         self.rules.reap(self.clock())

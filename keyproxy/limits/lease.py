@@ -46,11 +46,8 @@ _UNITS: Final = {
     **dict.fromkeys(SPEND, limit_state.MONEY),
 }
 
-#: Reports on one window per second, by all its holders together. With more holders each reports less often, and holds
-#: units for two of its intervals.
-_REPORTS_PER_SECOND: Final = 120
-#: With fewer holders each reports with every settlement.
-_MANY_HOLDERS: Final = 30
+#: Makes the times of reports different between processes, whose monotonic clocks are.
+_SPREAD: Final = 997.0
 
 #: How long a reply describes what the ledger has left.
 FRESH_SECONDS: Final = 1.0
@@ -64,11 +61,11 @@ class Lease:
     """
 
     __slots__ = (
-        "ahead", "at_least", "confirmed", "credited", "dry_until_mono", "empty_need", "empty_until_mono", "ends_mono",
-        "free", "granted", "heard_mono", "interval_seconds", "is_aging", "is_asked", "is_current", "is_noted",
-        "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono", "piece",
-        "policy", "rate", "report_seconds", "retry_mono", "returned", "rule", "seen_available", "sent", "spent_apart",
-        "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "ahead", "ask_after_mono", "at_least", "confirmed", "credited", "dry_until_mono", "due_mono", "empty_need",
+        "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked", "is_current",
+        "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono",
+        "pause_seconds", "piece", "policy", "rate", "retry_mono", "returned", "review_mono", "rule", "seen_available",
+        "sent", "spent_apart", "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
@@ -77,8 +74,6 @@ class Lease:
         #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
         self.credited = 0
         self.heard_mono = -math.inf
-        #: The shortest time between two reports.
-        self.report_seconds = 0.0
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
@@ -121,8 +116,12 @@ class Lease:
         self.taken_before = 0
         self.touched_mono = now_mono
         self.touched_taken = 0
-        #: Whether a review is due because the lease changed, or is scheduled for when it has been idle.
-        self.is_noted = self.is_aging = False
+        #: How long to wait between two reports for which no request waits: the more holders, the longer. When the next
+        #: one may be sent, and when the next request for units.
+        self.pause_seconds = self.due_mono = self.ask_after_mono = 0.0
+        #: Whether a review is due because the lease changed, and for when one is scheduled.
+        self.is_noted = False
+        self.review_mono = math.inf
         #: False: its window is over, or its holder has ended. Units in use are still settled here.
         self.is_current = True
 
@@ -161,20 +160,18 @@ class Lease:
         """Whether more was used than was ever granted."""
         return not self.is_rate and self.outstanding < 0
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long units stay unused before they are returned: where reports are rare, they serve two intervals."""
+        return max(IDLE_SECONDS, 2.0 * self.pause_seconds)
+
     def is_busy(self, now_mono: float) -> bool:
         """Whether units were taken recently."""
         return now_mono - self.touched_mono < self.idle_seconds
 
-    @property
-    def idle_seconds(self) -> float:
-        """Units that stay unused for this long are returned."""
-        return max(IDLE_SECONDS, 2.0 * self.report_seconds)
-
-    def may_report(self, now_mono: float) -> bool:
-        """Whether a report without a request for units is due, or another holder is short of units."""
-        if not self.report_seconds or now_mono < self.is_wanted_until:
-            return True
-        return now_mono >= self.heard_mono + self.report_seconds
+    def rests(self, now_mono: float) -> bool:
+        """Whether it was reported recently, and no request waits for more."""
+        return now_mono < self.due_mono and not self.is_asked
 
     @property
     def has_news(self) -> bool:
@@ -183,7 +180,7 @@ class Lease:
 
     def is_fresh(self, now_mono: float) -> bool:
         """Whether the state of the window is recent; a rate has no state that others change."""
-        return self.is_rate or now_mono - self.heard_mono < FRESH_SECONDS
+        return self.is_rate or now_mono - self.heard_mono < max(FRESH_SECONDS, self.pause_seconds)
 
     @property
     def remaining(self) -> int:
@@ -195,6 +192,7 @@ class Lease:
         limit, interval = rule.quota, rule.interval_seconds
         self.rule = rule
         self.seen_available = max(0, self.seen_available + limit - self.limit)
+        self.ask_after_mono = 0.0
         self.limit, self.interval_seconds = limit, interval
         self._restate()
 
@@ -227,17 +225,19 @@ class Lease:
         self.number = self.starts = 0
         self.spent_apart += self.used
         self.granted = self.used = self.returned = self.confirmed = self.sent = self.free = 0
+        self.due_mono = self.ask_after_mono = 0.0
         self.is_overdrawn = False
         self.taken_before = self.touched_taken = self.low = 0
         self.ends_mono = math.inf
         self.lapses.clear()
 
-    def give_back(self) -> None:
-        """Return the free units to the ledger with the next line."""
-        if self.free > 0:
-            self.return_units(self.free, self.granted_at)
-            self.returned += self.free
-            self.free = 0
+    def give_back(self, keep: int = 0) -> None:
+        """Return the free units to the ledger with the next line, all but these."""
+        units = self.free - keep
+        if units > 0:
+            self.return_units(units, self.granted_at)
+            self.returned += units
+            self.free = keep
 
     @property
     def granted_at(self) -> float:
@@ -295,6 +295,10 @@ class Lease:
             is_closing,
             granted_at,
         )
+        if self.is_asked and self.pause_seconds:
+            self.touched_mono = now_mono
+        # Up to two fifths more, which spreads the reports of processes that began at the same time.
+        self.due_mono = now_mono + self.pause_seconds * (1.0 + 0.4 * (now_mono * _SPREAD % 1.0))
         self.need = self.at_least = 0
         self.is_asked = False
         self.sent = self.used + self.returned
@@ -325,8 +329,8 @@ class Lease:
         first = max(_FIRST_UNITS, 2 * self.piece)
         if not self.granted:
             return self.need + first if self.need else 0
-        lasts_seconds = max(_LASTS_SECONDS, 2.0 * self.report_seconds)
-        ahead = min(math.ceil(self.pace * lasts_seconds), 2 * self.ahead + first)
+        lasts, growth = max(_LASTS_SECONDS, 2.0 * self.pause_seconds), 2 + math.ceil(2.0 * self.pause_seconds)
+        ahead = min(math.ceil(self.pace * lasts), growth * self.ahead + first)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
@@ -342,23 +346,28 @@ class Lease:
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
         self.heard_mono = received_mono
-        self.report_seconds = reply.holders / _REPORTS_PER_SECOND if reply.holders > _MANY_HOLDERS else 0.0
         if reply.credited != self.credited:
             self.credited = reply.credited
             self._restate()
         self.seen_available = max(0, self.quota - reply.spent - reply.held)
         if line.want:
-            self.dry_until_mono = 0.0 if self.seen_available else received_mono + FRESH_SECONDS
+            self.dry_until_mono = 0.0 if self.seen_available else received_mono + max(FRESH_SECONDS, reply.wait_seconds)
         if reply.is_wanted:
-            self.is_wanted_until = sent_mono + _LASTS_SECONDS
+            self.note_wanted(sent_mono)
         if self.is_rate:
             self._note_lapse(got, sent_mono, reply.granted_at)
             self.retry_mono = received_mono + reply.wait_seconds
         else:
             self.ends_mono = self.retry_mono = sent_mono + reply.ends_seconds
+            self.ask_after_mono = received_mono + reply.wait_seconds if line.want and not got else 0.0
         if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
             # Granted under a plan that no longer applies.
             self.give_back()
+
+    def note_wanted(self, now_mono: float) -> None:
+        """Another holder is short: for a while, return idle units instead of requesting more."""
+        self.is_wanted_until = now_mono + _LASTS_SECONDS
+        self.due_mono = 0.0
 
     def _note_lapse(self, got: int, sent_mono: float, granted_at: float) -> None:
         if not got:

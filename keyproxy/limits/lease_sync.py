@@ -14,16 +14,13 @@ from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
 
 #: How long the ledger's "none left" is trusted; for a rate the reply includes the wait.
 _EMPTY_SECONDS: Final = 1.0
 _VAIN_SECONDS: Final = 0.5
-
-#: How long a process keeps no units ahead after a recall.
-RECALL_SECONDS: Final = 2.0
 
 #: How long a closed lease is remembered: a ledger that fails over may have lost the close.
 _REMEMBERED_SECONDS: Final = 30.0
@@ -48,8 +45,12 @@ class Short(Exception):
 class LeaseSync:
     """The state that this process synchronises with the ledger."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when a ledger request is due, at most once until it is made."""
+    def __init__(self, wake: Callable[[], None], *, settle_seconds: float = 0.5) -> None:
+        """`wake` is called when a ledger request is due, at most once until it is made.
+
+        `settle_seconds`: how often `gather` is called, which is often enough for windows with few holders.
+        """
+        self._settle_seconds = settle_seconds
         #: When the leases end, unless the ledger replies again. After that the ledger may have charged them.
         self.valid_until_mono = 0.0
         self.reviews = ReviewQueue(wake)
@@ -57,6 +58,7 @@ class LeaseSync:
         #: The leases that have a grant from the ledger, or a pending request. Each keeps its pool's leases: one lease of
         #: a window is enough.
         self._active: dict[Lease, PoolLeases | None] = {}
+        self._numbered: dict[int, Lease] = {}
         #: The leases in the message in flight.
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, LeaseReport] = {}
@@ -77,12 +79,24 @@ class LeaseSync:
                 lease.add_need(least, most)
                 self.reviews.make_urgent(lease)
 
+    def may_request(self, short: Short, now_mono: float) -> bool:
+        """Whether the ledger may grant any of what a request is short of, as far as it is known here."""
+        return any(now_mono >= need.lease.ask_after_mono for need in short.needs)
+
+    def recall(self, numbers: Sequence[int], now_mono: float) -> None:
+        """Return the idle units of these leases with the next message: another holder is short of them."""
+        for number in numbers:
+            lease = self._numbered.get(number)
+            if lease is not None:
+                lease.note_wanted(now_mono)
+                self.reviews.make_urgent(lease)
+
     def mark_exhausted(self, short: Short, now_mono: float) -> None:
         """Refuse for a moment instead of queueing: other holders did not return the units in time."""
         for lease, least, most in short.needs:
             if most and lease.free < least:
                 lease.empty_need = least
-                lease.empty_until_mono = max(lease.empty_until_mono, now_mono + _VAIN_SECONDS)
+                lease.empty_until_mono = max(lease.empty_until_mono, lease.ask_after_mono, now_mono + _VAIN_SECONDS)
 
     @property
     def has_leases(self) -> bool:
@@ -104,8 +118,10 @@ class LeaseSync:
         self.reviews.gather(now_mono)
         if is_last:
             for lease in self._active:
+                self._touch(lease, now_mono)
                 self._tidy(lease, now_mono)
-                lease.touched_mono = lease.heard_mono = -math.inf
+                lease.touched_mono = -math.inf
+                lease.due_mono = 0.0
                 self.reviews.make_due(lease)
 
     def lines(self, now_mono: float, at_most: int, *, must_claim: bool = False) -> list[LeaseReport]:
@@ -147,6 +163,16 @@ class LeaseSync:
         """Build a line for a lease if it has changes to report, and schedule its next review."""
         if lease.number and lease.number in self._open:
             return  # this message has a line for it already; the reply triggers its next review
+        if now_mono < lease.ask_after_mono:
+            # The ledger had nothing a moment ago: the request waits, and is refused if no units are returned here.
+            lease.need = lease.at_least = 0
+            lease.is_asked = False
+        self._touch(lease, now_mono)
+        if lease.number and lease.rests(now_mono):
+            # Taking units must not ask for this review again.
+            lease.low = 0
+            self.reviews.review_at(lease, lease.due_mono)
+            return
         self._tidy(lease, now_mono)
         line = self._line(lease, now_mono)
         if line is not None:
@@ -164,10 +190,6 @@ class LeaseSync:
                 return self._close(lease, now_mono)
             if not (is_asked or is_low or lease.has_news):
                 return None
-            if not (is_asked or is_low or lease.may_report(now_mono)):
-                # One of many holders: reviewed again with the next settlements.
-                self.reviews.note_change(lease)
-                return None
         elif (lease.is_asked and lease.is_current) or lease.rate.has_any:
             self.open_lease(lease)
         else:
@@ -181,6 +203,7 @@ class LeaseSync:
         self._numbers += 1
         lease.number = self._numbers
         self._active[lease] = self._pools.get(lease.window.pool)
+        self._numbered[lease.number] = lease
 
     def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
@@ -188,22 +211,27 @@ class LeaseSync:
         if not lease.is_rate:
             line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
         self._active.pop(lease, None)
+        self._numbered.pop(lease.number, None)
         lease.reset()
         return line
+
+    def _touch(self, lease: Lease, now_mono: float) -> None:
+        """Note whether units were taken since the last review."""
+        taken = lease.taken
+        if taken != lease.touched_taken:
+            lease.touched_taken, lease.touched_mono = taken, now_mono
 
     def _tidy(self, lease: Lease, now_mono: float) -> None:
         """Return units that no request here needs."""
         self.expire(lease, now_mono)
-        taken = lease.taken
-        if taken != lease.touched_taken:
-            lease.touched_taken, lease.touched_mono = taken, now_mono
         is_wanted = now_mono < lease.is_wanted_until
         if is_wanted or not lease.is_busy(now_mono):
             lease.low = 0
             # Wanted units are returned although they are needed here too: they may suffice for another holder's
             # request.
             if is_wanted or not lease.need:
-                lease.give_back()
+                # One of many that are busy keeps what it uses at once: it would request that again.
+                lease.give_back(math.floor(lease.pace) if is_wanted and lease.pause_seconds else 0)
 
     def apply(
         self,
@@ -234,6 +262,8 @@ class LeaseSync:
             elif lease is not None:
                 before = lease.granted
                 lease.apply(line, reply, sent_mono=sent_mono, received_mono=received)
+                pause_seconds = reply.holders / REPORTS_PER_SECOND
+                lease.pause_seconds = pause_seconds if pause_seconds > self._settle_seconds else 0.0
                 self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
                     self._note_refusal(lease, line, reply, received)
@@ -244,6 +274,7 @@ class LeaseSync:
         """Report every lease again, closed ones too: the ledger has lost its latest history."""
         for lease in self._active:
             lease.confirmed = -1
+            lease.due_mono = 0.0
             self.reviews.note_change(lease)
         for number, (_, line) in self._closed.items():
             self._closing[number] = line
@@ -267,13 +298,15 @@ class LeaseSync:
         elif not lease.is_rate and lease.spent + need <= lease.quota:
             return
         lease.empty_need = need
-        lease.empty_until_mono = lease.retry_mono if lease.is_rate else received_mono + _EMPTY_SECONDS
+        empty_until_mono = max(received_mono + _EMPTY_SECONDS, lease.ask_after_mono)
+        lease.empty_until_mono = lease.retry_mono if lease.is_rate else empty_until_mono
 
     def resend(self, lines: Sequence[LeaseReport] | None = None) -> None:
         """Send lines (None: all lines) again whose outcome is unknown. This is safe: their values are cumulative."""
         for number in list(self._open) if lines is None else [line.lease for line in lines]:
             lease = self._open.pop(number, None)
             if lease is not None:
+                lease.due_mono = 0.0
                 self.reviews.note_change(lease)
 
     def end_holder(self) -> None:
@@ -287,6 +320,7 @@ class LeaseSync:
             lease.is_current = False
             lease.free = 0
         self._active.clear()
+        self._numbered.clear()
         self.reviews.clear_urgent()
         self._open.clear()
         self._closing.clear()
@@ -296,20 +330,12 @@ class LeaseSync:
             self.open_lease(rest)
             self.reviews.note_change(rest)
 
-    def recall(self, window: Window, now_mono: float) -> None:
-        """Return the free units of a window with the next message: another holder is short of them."""
-        of_pool = self._pools.get(window.pool)
-        lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
-        if lease is not None and lease.number and lease.free > 0:
-            lease.is_wanted_until = now_mono + RECALL_SECONDS
-            self.reviews.make_urgent(lease)
-
     def forget_refusals(self, window: Window) -> None:
         """Ask the ledger again at once: the limit of this window has changed."""
         of_pool = self._pools.get(window.pool)
         lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
         if lease is not None:
-            lease.empty_until_mono = lease.dry_until_mono = 0.0
+            lease.empty_until_mono = lease.dry_until_mono = lease.ask_after_mono = 0.0
             lease.heard_mono = -math.inf
 
     def expire(self, lease: Lease, now_mono: float) -> None:

@@ -24,6 +24,13 @@ SPEND: Final = tuple([f"spend_per_{period}" for period in PERIODS])
 
 MEASURES: Final = (CONCURRENCY, *RATES, *REQUESTS, *TOKENS, *SPEND)
 
+#: How many reports of one window all its holders together send per second.
+REPORTS_PER_SECOND: Final = 120.0
+
+#: With more holders of a window than this, the ledger paces their requests and recalls units from few of them: at the
+#: default `settle_seconds`, more holders than this report less often.
+FEW_HOLDERS: Final = 60
+
 #: Limits of a single request, which have no window.
 TOKENS_PER_REQUEST: Final = "tokens_per_request"
 SPEND_PER_REQUEST: Final = "spend_per_request"
@@ -125,7 +132,8 @@ class LeaseGrant(NamedTuple):
     currently unavailable. `credited` is added to the window's limit: the ledger grants up to
     `limit + credited - spent - held`. `holders` is the number of holders that have a lease of the window and have not
     ended, at least 1; 1 for a rate. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
-    `at_least` units of a rate are available. `is_wanted`: another holder is short of idle units. A reply with `lease` 0
+    `at_least` units of a rate are available; for other windows, how long to wait before another request after one that
+    was granted nothing. `is_wanted`: another holder is short of idle units. A reply with `lease` 0
     is about the ledger itself: it has lost its latest history, needs all recent lines again, and grants nothing for
     `wait_seconds`.
     """

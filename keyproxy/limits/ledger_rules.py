@@ -12,16 +12,37 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from keyproxy.limits import gcra
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_protocol import (
+    CONCURRENCY,
+    FEW_HOLDERS,
+    TOKEN_RATE,
+    LeaseGrant,
+    LeaseReport,
+    Window,
+)
 
 #: How long other holders are asked to return idle units after a holder could not get any.
 _WANTED_SECONDS: Final = 2.0
+
+#: How often a window's units are recalled, from at most how many holders.
+_RECALL_SECONDS: Final = 0.5
+_RECALLED_MAX: Final = 100
+
+#: With many holders: how many requests per second that are granted nothing are welcome, and the shortest and the longest
+#: wait after one.
+_ASKS_PER_SECOND: Final = 60.0
+_ASK_SECONDS_MIN: Final = 0.7
+_ASK_SECONDS_MAX: Final = 20.0
+
+#: If such requests are so far ahead of their pace, no more than what suffices is recalled.
+_AHEAD_SECONDS: Final = 0.25
 
 #: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
 _CLAIMED_SECONDS: Final = 86_400.0
@@ -32,7 +53,11 @@ WindowStart = tuple[Window, int]
 
 @dataclass
 class WindowAccount:
-    """The account of one window. `theoretical`: of a rate, see `gcra`."""
+    """The account of one window.
+
+    `theoretical`: of a rate, see `gcra`; of another window with many holders, until when requests that were granted
+    nothing are ahead of their pace.
+    """
 
     spent: int = 0
     held: int = 0
@@ -41,7 +66,10 @@ class WindowAccount:
     theoretical: float = -math.inf
     wanted_at: float = -math.inf
     wanted_by: str = ""
+    recalled_at: float = -math.inf
     limit: int = 0
+    #: The number of leases of each holder that has any.
+    leases: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -52,6 +80,7 @@ class LeaseAccount:
     granted: int = 0
     used: int = 0
     returned: int = 0
+    is_recalled: bool = False
 
     @property
     def outstanding(self) -> int:
@@ -113,6 +142,11 @@ class LedgerRules:
         settles_seconds = self.settles_until - now
         return [LeaseGrant(0, 0, 0, 0, 0, 0.0, settles_seconds, False), *replies] if settles_seconds > 0 else replies
 
+    def recalled(self, name: str) -> list[int]:
+        """The leases whose idle units a holder shall return; it has not reported them since."""
+        holder = self.holders.get(name)
+        return [] if holder is None else [number for number, lease in holder.leases.items() if lease.is_recalled]
+
     def reap(self, now: float) -> None:
         """End expired holders."""
         if now < self.settles_until:
@@ -144,6 +178,7 @@ class LedgerRules:
             if lease.key[0].measure != CONCURRENCY:
                 window.spent += lease.outstanding
                 window.forfeited += lease.outstanding
+            window.leases.pop(name, None)
         holder.leases.clear()
 
     def credit(self, window: Window, amount: int, now: float) -> None:
@@ -184,13 +219,16 @@ class _Message:
         #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
         self._rates: dict[int, tuple[float, int]] = {}
         self._moved: dict[WindowStart, float] = {}
+        #: For other windows: whether there were many holders before this message.
+        self._are_many: dict[WindowStart, bool] = {}
 
     def settle(self, line: LeaseReport) -> None:
         """Apply the report of a lease."""
         key = self._keys[line.lease] = self._key(line)
         window = self._windows.setdefault(key, WindowAccount())
         window.limit = line.limit
-        self._is_wanted[line.lease] = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
+        is_wanted = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
+        self._is_wanted[line.lease] = is_wanted
         is_known = line.lease in self._leases
         if line.interval_seconds:
             ahead = gcra.ahead_seconds(window.theoretical, self._now, line.limit, line.interval_seconds)
@@ -200,10 +238,14 @@ class _Message:
                 )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
+        self._are_many.setdefault(key, len(window.leases) > FEW_HOLDERS)
+        self._is_wanted[line.lease] = is_wanted and not self._are_many[key]
         # A lease that is closed already stays closed.
         if line.is_closing and not is_known:
             return
+        window.leases[self._name] += not is_known
         lease = self._leases.setdefault(line.lease, LeaseAccount(key))
+        lease.is_recalled = False
         self._reported.add(line.lease)
         window.held -= lease.outstanding
         window.spent += max(0, line.used - lease.used)
@@ -214,6 +256,9 @@ class _Message:
             # Also what was granted in a reply that was lost.
             lease.granted = lease.used + lease.returned
             del self._leases[line.lease]
+            window.leases[self._name] -= 1
+            if not window.leases[self._name]:
+                del window.leases[self._name]
         window.held += lease.outstanding
 
     def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
@@ -232,14 +277,37 @@ class _Message:
         window, (_, ends) = self._windows[key], span(line.window.measure, key[1])
         if self._settles or self._now >= ends:
             return 0
-        granted = units_granted(line, line.limit + window.credited - window.spent - window.held, self._alive)
+        available = line.limit + window.credited - window.spent - window.held
+        granted = units_granted(line, available, self._alive, are_many=self._are_many[key])
         self._leases[line.lease].granted += granted
         window.held += granted
         reported = [self._leases[number] for number in self._reported if number in self._leases]
         own = sum(lease.outstanding for lease in reported if lease.key == key)
+        if not granted and self._are_many[key]:
+            ahead = max(window.theoretical - self._now, 0.0) + 1.0 / _ASKS_PER_SECOND
+            window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
         if not granted and window.held > own:
+            is_ahead = self._are_many[key] and window.theoretical - self._now >= _AHEAD_SECONDS
+            is_repeat = self._now - window.wanted_at < _WANTED_SECONDS and not is_ahead
+            if line.at_least <= available + window.held and self._now - window.recalled_at >= _RECALL_SECONDS:
+                window.recalled_at = self._now
+                self._recall(key, line.at_least - max(0, available), is_repeat=is_repeat)
             window.wanted_at, window.wanted_by = self._now, self._name
         return granted
+
+    def _recall(self, key: WindowStart, units: int, *, is_repeat: bool) -> None:
+        """Recall units from as few other holders as suffice; if those did not suffice, from all up to the maximum."""
+        leases = [
+            (-lease.outstanding, name, number, lease)
+            for name, holder in self._holders.items() if name != self._name
+            for number, lease in holder.leases.items()
+            if lease.key == key and lease.outstanding > 0 and not lease.is_recalled
+        ]  # fmt: skip
+        for outstanding, _, _, lease in sorted(leases, key=lambda entry: entry[:3])[:_RECALLED_MAX]:
+            if units <= 0 and not is_repeat:
+                break
+            lease.is_recalled = True
+            units += outstanding
 
     def reply(self, line: LeaseReport, granted_now: int) -> LeaseGrant:
         """The reply to a line."""
@@ -249,15 +317,13 @@ class _Message:
         window, lease = self._windows[key], self._leases.get(line.lease)
         granted = line.used + line.returned if lease is None else lease.granted
         ends_seconds = span(line.window.measure, key[1])[1] - self._now
+        wait_seconds = 0.0
+        if line.want and not granted_now and self._are_many[key] and not self._settles and ends_seconds > 0:
+            wait_seconds = max(_ASK_SECONDS_MIN, window.theoretical - self._now)
         return LeaseGrant(
-            line.lease, key[1], granted, window.spent, window.held, ends_seconds, 0.0, self._is_wanted[line.lease],
-            window.credited, self._holders_of(key),
+            line.lease, key[1], granted, window.spent, window.held, ends_seconds, wait_seconds,
+            self._is_wanted[line.lease], window.credited, max(1, len(window.leases)),
         )  # fmt: skip
-
-    def _holders_of(self, key: WindowStart) -> int:
-        """The number of holders that have a lease of a window and have not ended; at least this one."""
-        leases = [other.leases.values() for other in self._holders.values() if not other.has_ended]
-        return max(1, sum(1 for held in leases if any(lease.key == key for lease in held)))
 
     def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:
         key, (ahead, available) = self._keys[line.lease], self._rates[line.lease]
@@ -279,10 +345,13 @@ class _Message:
         return line.window, span(line.window.measure, line.starts or self._now)[0]
 
 
-def units_granted(line: LeaseReport, available: int, alive: int) -> int:
-    """How many of the available units a line gets, if this many holders are alive."""
+def units_granted(line: LeaseReport, available: int, alive: int, *, are_many: bool = False) -> int:
+    """How many of the available units a line gets, if this many holders are alive. `are_many`: of its window."""
     if available < line.at_least:
         return 0
     # A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
     share = line.want if alive <= 1 else max(line.at_least, line.most, available // (2 * alive))
+    if are_many:
+        # Enough until its next report: smaller slices would be used up sooner, and requested again.
+        share = max(share, line.want // 2)
     return min(line.want, available, share)

@@ -6,6 +6,7 @@ the number of changes, not with the number of users that have requests in flight
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -25,8 +26,8 @@ class ReviewQueue:
         #: Leases that changed; `gather` makes them due, in this order.
         self._changed: list[Lease] = []
         self._due: deque[Lease] = deque()
-        #: A heap of review times, for leases that were in use at their last review.
-        self._aging: list[tuple[float, int, Lease]] = []
+        #: A heap of review times. An entry counts if it is still the lease's `review_mono`.
+        self._scheduled: list[tuple[float, int, Lease]] = []
 
     @property
     def due(self) -> list[Lease]:
@@ -59,18 +60,24 @@ class ReviewQueue:
 
     def review_when_idle(self, lease: Lease, now_mono: float) -> None:
         """Review a lease in use when it has been idle for a while."""
-        if not lease.is_aging and lease.is_busy(now_mono):
-            lease.is_aging = True
-            heappush(self._aging, (lease.touched_mono + lease.idle_seconds, lease.number, lease))
+        if lease.is_busy(now_mono):
+            self.review_at(lease, lease.touched_mono + lease.idle_seconds)
+
+    def review_at(self, lease: Lease, when_mono: float) -> None:
+        """Review a lease at a time, unless a review is scheduled for an earlier one."""
+        if when_mono < lease.review_mono:
+            lease.review_mono = when_mono
+            heappush(self._scheduled, (when_mono, lease.number, lease))
 
     def gather(self, now_mono: float) -> None:
-        """Make all leases due that changed or have been idle."""
+        """Make all leases due that changed or whose review is scheduled for now."""
         self._due.extend(self._changed)
         self._changed.clear()
-        while self._aging and self._aging[0][0] <= now_mono:
-            lease = heappop(self._aging)[-1]
-            lease.is_aging = False
-            self.make_due(lease)
+        while self._scheduled and self._scheduled[0][0] <= now_mono:
+            when_mono, _, lease = heappop(self._scheduled)
+            if when_mono == lease.review_mono:
+                lease.review_mono = math.inf
+                self.make_due(lease)
 
     def rearm(self) -> None:
         """Call `wake` again for the next urgent lease."""

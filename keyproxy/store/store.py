@@ -70,7 +70,8 @@ class Store:
             now=now,
         )
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
-        self.feed = ChangeFeed(self.database, listener, self.identities, state, now)
+        reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
+        self.feed = ChangeFeed(self.database, listener, self.identities, state, now, lease_holder=reads_recalls)
         self._follow_windows(backend)
         #: All background tasks that run while the store is open.
         self.lasting = (
@@ -91,9 +92,8 @@ class Store:
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
-        conversation = self.ledger.conversation
-        self.feed.window_changed = partial(backend.refresh_soon, then=conversation.lease_sync.forget_refusals)
-        self.feed.units_recalled = conversation.recall
+        forget_refusals = self.ledger.conversation.lease_sync.forget_refusals
+        self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
         for part in (self._ledger_database, self._usage_database):

@@ -336,38 +336,3 @@ def test_units_in_a_message_that_is_lost_are_not_returned(fleet: Fleet, process:
     process.lease_sync.resend(process.lease_sync.lines(process.now, 10))
     process.sync()
     assert process.refused(allowance, Need(1, 1)).reason is Reason.RATE_LIMITED
-
-
-# -- many holders of one window
-
-
-def test_holders_of_a_window_report_it_120_times_a_second_together_and_never_overspend_it(fleet: Fleet) -> None:
-    plan, processes, limit = Plan(requests_per_day=40_000), [fleet.process() for _ in range(600)], 40_000
-    allowances = [under(plan) for _ in processes]
-    admitted = messages = 0
-    for tick in range(60):
-        fleet.now += 0.5
-        for number, process in enumerate(processes):
-            if (tick + number) % 2:
-                process.used(process.take(allowances[number]))
-                admitted += 1
-            before = process.serial
-            lines = process.sync()
-            messages += lines if tick >= 20 else 0
-            assert process.serial - before == 1
-    row = fleet.row("requests_per_day")
-    assert row.spent + row.held <= limit
-    assert admitted == 18_000
-    # 600 holders would send 1,200 lines a second if each reported with every settlement.
-    assert messages / 20.0 <= 150
-
-
-def test_a_recall_returns_idle_units_with_the_next_message(fleet: Fleet, process: Process) -> None:
-    plan = Plan(requests_per_day=5)
-    process.used(process.take(under(plan)))
-    process.lease_sync.recall(Window(USER, "requests_per_day"), process.now)
-    process.sync(everything=False)
-    assert (fleet.row("requests_per_day").spent, fleet.row("requests_per_day").held) == (1, 0)
-    other = fleet.process()
-    for _ in range(4):
-        other.take(under(plan))

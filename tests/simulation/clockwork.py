@@ -24,6 +24,9 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.loops: list[VirtualLoop] = []
+        #: When loops may have something to do: never later than they have, so that idle ones cost nothing.
+        self._agenda: list[tuple[float, int]] = []
+        self._stopped: set[int] = set()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
 
@@ -34,15 +37,17 @@ class Clock:
     def run(self, until: float) -> None:
         """Advance to a time, and run everything that is due."""
         while True:
-            busy = [loop for loop in self.loops if loop.runs and loop.has_ready]
+            busy = self._busy()
             for loop in busy:
                 if loop.runs:
                     loop.run_ready()
+                else:
+                    self._stopped.add(loop.place)
             # Work takes time too: code that polls the clock sees it advance.
             self.now += _TURN_SECONDS
             if busy:
                 continue
-            following = min((loop.next_at() for loop in self.loops if loop.runs), default=math.inf)
+            following = self._next_at()
             if self._events:
                 following = min(following, self._events[0][0])
             if following > until:
@@ -51,6 +56,33 @@ class Clock:
             self.now = max(self.now, following)
             while self._events and self._events[0][0] <= self.now:
                 heapq.heappop(self._events)[2]()
+
+    def note(self, loop: VirtualLoop, when: float) -> None:
+        """A loop has something to do at this time."""
+        heapq.heappush(self._agenda, (when, loop.place))
+
+    def _busy(self) -> list[VirtualLoop]:
+        """The loops that have something to do now, in their order. The stopped ones are kept for later."""
+        places = {place for place in self._stopped if self.loops[place].runs}
+        self._stopped -= places
+        for place in places:
+            self.note(self.loops[place], self.loops[place].next_at())
+        while self._agenda and self._agenda[0][0] <= self.now:
+            _, place = heapq.heappop(self._agenda)
+            (places if self.loops[place].runs else self._stopped).add(place)
+        return [self.loops[place] for place in sorted(places) if self.loops[place].has_ready]
+
+    def _next_at(self) -> float:
+        """When the first loop has something to do."""
+        while self._agenda:
+            when, place = self._agenda[0]
+            loop = self.loops[place]
+            if loop.runs and (loop.has_ready or loop.next_at() <= when):
+                return when
+            heapq.heappop(self._agenda)
+            if not loop.runs:
+                self._stopped.add(place)
+        return math.inf
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
@@ -63,6 +95,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._numbers = itertools.count()
+        self.place = len(clock.loops)
         clock.loops.append(self)
 
     # -- driven by the clock
@@ -109,6 +142,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
+        self._clock.note(self, self._clock.now)
         return handle
 
     def call_later(
@@ -121,6 +155,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
+        self._clock.note(self, when)
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:

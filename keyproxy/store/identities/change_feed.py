@@ -21,7 +21,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import KeyDigest, Moment
@@ -45,7 +45,10 @@ _LISTEN_RETRY_SECONDS: Final = 5.0
 _CHANGES_MAX: Final = 20_000
 
 #: The kinds of changes of limits alone. The statement returns all other changes before these.
-_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window", "recall")
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window")
+
+#: No change, but a lease whose idle units the ledger recalls. These rows come after all changes.
+_RECALL: Final = "recall"
 
 #: Changes are kept for at least `_KEPT_SECONDS`; a proxy that has not polled for longer than `_GAP_SECONDS` may have
 #: missed some. The difference allows for clock drift.
@@ -55,6 +58,19 @@ _SAMPLE_SECONDS: Final = 60.0
 
 #: How many changes one statement deletes, one statement between two polls: a bulk change may have left millions.
 _FORGET_PORTION: Final = 2_000
+
+
+class LeaseHolder(Protocol):
+    """The process as a holder of leases, from which the ledger recalls idle units."""
+
+    @property
+    def holder(self) -> str:
+        """Its name in the ledger."""
+        ...
+
+    def recall(self, leases: Sequence[int]) -> None:
+        """Return the idle units of these leases."""
+        ...
 
 
 class ChangeFeed:
@@ -67,8 +83,11 @@ class ChangeFeed:
         cache: IdentityCache,
         state: FeedState,
         now: Callable[[], Moment],
+        *,
+        lease_holder: LeaseHolder | None = None,
     ) -> None:
-        """Without a `listener` the feed only polls."""
+        """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
+        self._lease_holder = lease_holder
         self._database = database
         self._listener = listener
         self._cache = cache
@@ -89,8 +108,6 @@ class ChangeFeed:
         self.is_listening = False
         #: Called with each window whose limit was changed by a credit.
         self.window_changed: Callable[[Window], None] = lambda _window: None
-        #: Called with each window whose idle units are recalled, and the holders that are to return theirs.
-        self.units_recalled: Callable[[Window, Sequence[str]], None] = lambda _window, _holders: None
 
     def start(self) -> None:
         """Start polling, and listening for notifications."""
@@ -147,9 +164,10 @@ class ChangeFeed:
         """
         present = None
         if self._was_slow and self._snapshot is not None:
-            (present,) = await self._database.fetch("changes_since", None, 1)
+            (present,) = await self._database.fetch("changes_since", None, 1, "")
         try:
-            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1)
+            holder = "" if self._lease_holder is None else self._lease_holder.holder
+            rows = await self._database.fetch("changes_since", self._snapshot, _CHANGES_MAX + 1, holder)
         except StoreUnavailable as error:
             self._was_slow = took_too_long(error)
             if present is None or not self._was_slow:
@@ -162,7 +180,9 @@ class ChangeFeed:
 
     def _apply(self, rows: Sequence[Row]) -> None:
         is_cut_off = len(rows) > _CHANGES_MAX
-        if is_cut_off and rows[-1]["kind"] not in _LIMITS:
+        if rows[-1]["kind"] == _RECALL and self._lease_holder is not None:
+            self._lease_holder.recall([int(row["subject"]) for row in rows if row["kind"] == _RECALL])
+        if is_cut_off and rows[-1]["kind"] not in (*_LIMITS, _RECALL):
             # A change beyond these rows may have revoked any key.
             self._cache.forget_all()
             return
@@ -181,12 +201,11 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
-                case "window":
-                    if (found := _window(row["subject"])) is not None:
-                        self.window_changed(found[0])
                 case "recall":
-                    if (found := _window(row["subject"])) is not None:
-                        self.units_recalled(*found)
+                    pass  # delivered above
+                case "window":
+                    if (window := _window(row["subject"])) is not None:
+                        self.window_changed(window)
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
@@ -263,14 +282,12 @@ def _digest(subject: str) -> KeyDigest | None:
         return None
 
 
-def _window(subject: str) -> tuple[Window, Sequence[str]] | None:
-    """The window of a change, and the holders that follow it, if any."""
+def _window(subject: str) -> Window | None:
     try:
-        kind, owner, is_test, measure, selector, *holders = json.loads(subject)
-        recalled = [str(holder) for holder in (holders[0] or ())] if holders else []
+        kind, owner, is_test, measure, selector = json.loads(subject)
     except (ValueError, TypeError):
         return None
-    return Window(Pool(str(kind), str(owner), bool(is_test)), str(measure), str(selector)), recalled
+    return Window(Pool(str(kind), str(owner), bool(is_test)), str(measure), str(selector))
 
 
 def _is_older(snapshot: str, than: str) -> bool:

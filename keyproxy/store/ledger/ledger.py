@@ -186,7 +186,8 @@ class Ledger(ports.Ledger):
         """Query until the request can be decided, or the wait for other proxies is over. Ends before `ends_mono`."""
         give_up, pause = math.inf, _FIRST_PAUSE_SECONDS
         while True:
-            await self.conversation.ask(short)
+            if self._sync.may_request(short, self._mono()):
+                await self.conversation.ask(short)
             # Starts with the first response: a slow ledger is not a refusal.
             give_up = min(give_up, self._mono() + _OTHERS_SECONDS)
             try:

@@ -23,7 +23,7 @@ from typing import Final
 from keyproxy.config import schema
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
-from keyproxy.limits.ledger_protocol import LeaseReport, Window
+from keyproxy.limits.ledger_protocol import LeaseReport
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
@@ -67,7 +67,7 @@ class LedgerClient:
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Called after every round trip, with its duration in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None
-        self.lease_sync = LeaseSync(self._wake_up)
+        self.lease_sync = LeaseSync(self._wake_up, settle_seconds=ledger.settle_seconds)
         self.lease_table = LeaseTable(self.lease_sync)
         #: Why the ledger is unavailable; empty if it responds.
         self.down_because = ""
@@ -140,10 +140,14 @@ class LedgerClient:
         self._wake_up()
         await answer
 
-    def recall(self, window: Window, holders: Sequence[str]) -> None:
-        """Return the free units of a window now if this process is one of these holders: another one is short."""
-        if self._holder in holders:
-            self.lease_sync.recall(window, self._mono())
+    @property
+    def holder(self) -> str:
+        """The name of this process in the ledger, until the ledger ends it."""
+        return self._holder
+
+    def recall(self, leases: Sequence[int]) -> None:
+        """Return the idle units of these leases of this holder: another process is short of them."""
+        self.lease_sync.recall(leases, self._mono())
 
     def unsettled_seconds(self) -> float:
         """The age of the oldest spending that the ledger may not have confirmed; 0.0 if everything is confirmed."""

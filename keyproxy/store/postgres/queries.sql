@@ -32,7 +32,8 @@ WHERE k.digest = ANY($1::bytea[]);
 -- or made distinct: one statement of any client may have left millions of rows. Returns at least one row, since each
 -- row contains the snapshot and the history that it belongs to. A table that was dropped and restored, a server that
 -- was promoted and may lack the latest commits, and another cluster have another history, even if their transaction
--- numbers continue. Recalls of units come last of all. Needs: changes (xid), recalls (xid).
+-- numbers continue. The last rows are the leases of the holder $3 whose idle units are recalled, until it reports them.
+-- Needs: changes (xid), leases (holder) where is_recalled.
 WITH here AS (
     SELECT pg_current_snapshot() AS snapshot,
            concat_ws(
@@ -57,10 +58,7 @@ LEFT JOIN LATERAL (
           AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits', 'window')
         LIMIT $2
     ) UNION ALL (
-        SELECT 'recall', r.subject FROM keyproxy.recalls AS r
-        WHERE r.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
-          AND NOT pg_visible_in_snapshot(r.xid, $1::text::pg_snapshot)
-        LIMIT $2
+        SELECT 'recall', r.lease::text FROM keyproxy.recalled_leases($3) AS r (lease)
     )
     LIMIT $2
 ) AS found ON true;

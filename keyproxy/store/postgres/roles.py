@@ -30,8 +30,6 @@ RIGHTS: Final = {
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
-    # Proxies only write recalls, by recall_units.
-    "recalls": ("SELECT", "SELECT"),
     "audit_log": ("", "SELECT"),
     "ledger": ("SELECT", "SELECT"),
     "ledger_history": ("SELECT, UPDATE", "SELECT"),
